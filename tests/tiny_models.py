@@ -1,0 +1,283 @@
+"""Models for the tests: real ones that an engine loads and answers with in milliseconds, and broken ones.
+
+`write_llama` and `write_embedding` use the `gguf` package, so that what they write is right by an independent
+hand; `gguf_bytes` packs whatever it is told, right or wrong. The weights are random: so are the answers.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+import gguf
+import numpy as np
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+CONTROL_TOKENS = ("<unk>", "<s>", "</s>")
+BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
+VOCABULARY = len(CONTROL_TOKENS) + len(BYTE_TOKENS)
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def write_llama(
+    path: Path,
+    *,
+    name: str = "tiny",
+    seed: int = 0,
+    n_embd: int = 64,
+    n_layer: int = 2,
+    n_head: int = 4,
+    n_ff: int = 128,
+    n_vocab: int = VOCABULARY,
+    context_length: int = 2048,
+    chat_template: str | None = CHAT_TEMPLATE,
+    target_bytes: int | None = None,
+    parts: int = 1,
+) -> Path:
+    """A llama model that completes text byte by byte; what to load: `path`, or the first of its `parts`.
+
+    With `target_bytes` (8 MB and more) it is as wide and deep as comes nearest to that size on disk.
+    `n_vocab` beyond the byte tokens adds words, for the size of the header.
+    """
+    n_head_kv = n_head
+    if target_bytes is not None:
+        n_embd, n_head, n_head_kv = 1024, 16, 4
+        n_layer = max(1, target_bytes >> 25)
+        embedding_bytes = 2 * 2 * n_vocab * n_embd
+        attention_bytes = 2 * 2 * n_embd * (n_embd + n_embd // n_head * n_head_kv)
+        n_ff = (target_bytes - embedding_bytes - n_layer * attention_bytes) // (2 * 3 * n_embd * n_layer)
+        n_ff -= n_ff % 32
+        if n_ff <= 0:
+            raise ValueError(f"target_bytes is too small: {target_bytes}")
+    n_embd_kv = n_embd // n_head * n_head_kv
+    shapes = {
+        "token_embd.weight": (n_vocab, n_embd),
+        "output_norm.weight": (n_embd,),
+        "output.weight": (n_vocab, n_embd),
+    }
+    for layer in range(n_layer):
+        block = f"blk.{layer}."
+        shapes |= {
+            f"{block}attn_norm.weight": (n_embd,),
+            f"{block}attn_q.weight": (n_embd, n_embd),
+            f"{block}attn_k.weight": (n_embd_kv, n_embd),
+            f"{block}attn_v.weight": (n_embd_kv, n_embd),
+            f"{block}attn_output.weight": (n_embd, n_embd),
+            f"{block}ffn_norm.weight": (n_embd,),
+            f"{block}ffn_gate.weight": (n_ff, n_embd),
+            f"{block}ffn_up.weight": (n_ff, n_embd),
+            f"{block}ffn_down.weight": (n_embd, n_ff),
+        }
+
+    per_part = -(-len(shapes) // parts)
+    if -(-len(shapes) // per_part) != parts:
+        raise ValueError(f"{len(shapes)} tensors do not divide into {parts} parts")
+    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=per_part if parts > 1 else 0)
+    _add_model(writer, name, context_length, n_embd, n_layer, n_head, n_ff)
+    writer.add_head_count_kv(n_head_kv)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(n_embd // n_head)
+    writer.add_vocab_size(n_vocab)
+    _add_vocabulary(writer, n_vocab)
+    if chat_template is not None:
+        writer.add_chat_template(chat_template)
+    return _write(writer, shapes, seed)
+
+
+def write_embedding(
+    path: Path,
+    *,
+    name: str = "tiny-embedding",
+    seed: int = 0,
+    n_embd: int = 64,
+    n_layer: int = 2,
+    n_head: int = 4,
+    n_ff: int = 128,
+    context_length: int = 512,
+    pooling: Literal["mean", "cls", "rank"] = "mean",
+) -> Path:
+    """A bert model for an engine with `--embedding`; with pooling "rank", one for `--rerank`."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (VOCABULARY, n_embd),
+        "token_types.weight": (1, n_embd),
+        "position_embd.weight": (context_length, n_embd),
+        "token_embd_norm.weight": (n_embd,),
+        "token_embd_norm.bias": (n_embd,),
+    }
+    for layer in range(n_layer):
+        block = f"blk.{layer}."
+        shapes |= {
+            f"{block}attn_q.weight": (n_embd, n_embd),
+            f"{block}attn_k.weight": (n_embd, n_embd),
+            f"{block}attn_v.weight": (n_embd, n_embd),
+            f"{block}attn_output.weight": (n_embd, n_embd),
+            f"{block}attn_output_norm.weight": (n_embd,),
+            f"{block}attn_output_norm.bias": (n_embd,),
+            f"{block}ffn_up.weight": (n_ff, n_embd),
+            f"{block}ffn_down.weight": (n_embd, n_ff),
+            f"{block}layer_output_norm.weight": (n_embd,),
+            f"{block}layer_output_norm.bias": (n_embd,),
+        }
+    if pooling == "rank":
+        shapes |= {
+            "cls.weight": (n_embd, n_embd),
+            "cls.bias": (n_embd,),
+            "cls.output.weight": (1, n_embd),
+            "cls.output.bias": (1,),
+        }
+
+    writer = gguf.GGUFWriter(path, "bert")
+    _add_model(writer, name, context_length, n_embd, n_layer, n_head, n_ff)
+    writer.add_layer_norm_eps(1e-12)
+    writer.add_causal_attention(False)
+    writer.add_pooling_type(gguf.PoolingType[pooling.upper()])
+    writer.add_token_type_count(1)
+    _add_vocabulary(writer, VOCABULARY)
+    writer.add_sep_token_id(2)
+    writer.add_add_eos_token(True)
+    return _write(writer, shapes, seed)
+
+
+def write_projector(path: Path, *, name: str = "tiny-projector", vision: bool = True, audio: bool = False) -> Path:
+    """The header of an `mmproj` file, enough to be recognised; no engine runs it."""
+    writer = gguf.GGUFWriter(path, "clip")
+    writer.add_type("mmproj")
+    writer.add_name(name)
+    writer.add_clip_has_vision_encoder(vision)
+    writer.add_clip_has_audio_encoder(audio)
+    return _write(writer, {"mm.0.weight": (64, 64)}, 0)
+
+
+def _add_model(
+    writer: gguf.GGUFWriter, name: str, context_length: int, n_embd: int, n_layer: int, n_head: int, n_ff: int
+) -> None:
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_context_length(context_length)
+    writer.add_embedding_length(n_embd)
+    writer.add_block_count(n_layer)
+    writer.add_head_count(n_head)
+    writer.add_feed_forward_length(n_ff)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter, n_vocab: int) -> None:
+    words = n_vocab - VOCABULARY
+    if words < 0:
+        raise ValueError(f"n_vocab must be at least {VOCABULARY}")
+    normal, unknown, control, byte = (
+        int(gguf.TokenType[kind]) for kind in ("NORMAL", "UNKNOWN", "CONTROL", "BYTE")
+    )
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([*CONTROL_TOKENS, *BYTE_TOKENS, *(f"word{number:06d}" for number in range(words))])
+    writer.add_token_scores([0.0] * n_vocab)
+    writer.add_token_types([unknown, control, control, *[byte] * len(BYTE_TOKENS), *[normal] * words])
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+
+
+def _write(writer: gguf.GGUFWriter, shapes: Shapes, seed: int) -> Path:
+    """Norms are one, biases zero, the rest from one random pool, so that hundreds of MB take no time."""
+    pool = np.random.default_rng(seed).standard_normal(1 << 20, np.float32) * np.float32(0.05)
+    half = pool.astype(np.float16)
+    for name, shape in shapes.items():
+        dtype = _dtype(name, shape)
+        writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)) * dtype.itemsize)
+    assert writer.path is not None
+    first = writer.format_shard_names(writer.path)[0]
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for number, (name, shape) in enumerate(shapes.items()):
+        if len(shape) == 1:
+            tensor = np.full(shape, float(name.endswith("norm.weight")), np.float32)
+        else:
+            tensor = np.resize(np.roll(half if _dtype(name, shape) == np.float16 else pool, number), shape)
+        writer.write_tensor_data(tensor)
+    writer.close()
+    return first
+
+
+def _dtype(name: str, shape: tuple[int, ...]) -> np.dtype[Any]:
+    """llama.cpp adds these to activations, which it can do with f32 only."""
+    added = len(shape) == 1 or name in ("token_types.weight", "position_embd.weight")
+    return np.dtype(np.float32 if added else np.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class RawTensor:
+    """A tensor table entry as it is to be written; `offset` None places it where it belongs."""
+
+    name: str | bytes
+    shape: Sequence[int]
+    type: int = 0
+    nbytes: int = 0
+    offset: int | None = None
+
+
+# By name, each metadata value type's number and struct letter.
+VALUE_TYPES: Mapping[str, tuple[int, str]] = {
+    "u8": (0, "B"), "i8": (1, "b"), "u16": (2, "H"), "i16": (3, "h"), "u32": (4, "I"), "i32": (5, "i"),
+    "f32": (6, "f"), "bool": (7, "?"), "str": (8, ""), "u64": (10, "Q"), "i64": (11, "q"), "f64": (12, "d"),
+}  # fmt: skip
+
+
+def gguf_bytes(
+    metadata: Sequence[tuple[str | bytes, str, Any]] = (),
+    tensors: Sequence[RawTensor] = (),
+    *,
+    magic: bytes = b"GGUF",
+    version: int = 3,
+    order: Literal["<", ">"] = "<",
+    alignment: int = 32,
+    key_count: int | None = None,
+    tensor_count: int | None = None,
+    data: bool = True,
+) -> bytes:
+    """A file byte by byte; the counts lie if told to.
+
+    `metadata` is (key, type, value), with the type "u32", "str", …, "[f32]" for an array, or "raw" for bytes
+    that stand for type and value both.
+    """
+
+    def string(text: str | bytes) -> bytes:
+        encoded = text.encode() if isinstance(text, str) else text
+        return struct.pack(f"{order}Q", len(encoded)) + encoded
+
+    def value(kind: str, content: Any) -> bytes:
+        if kind == "str":
+            return string(content)
+        return struct.pack(order + VALUE_TYPES[kind][1], content)
+
+    def typed(kind: str, content: Any) -> bytes:
+        if kind == "raw":
+            return bytes(content)
+        if not kind.startswith("["):
+            return struct.pack(f"{order}I", VALUE_TYPES[kind][0]) + value(kind, content)
+        kind = kind.strip("[]")
+        head = struct.pack(f"{order}IIQ", 9, VALUE_TYPES[kind][0], len(content))
+        return head + b"".join(value(kind, item) for item in content)
+
+    padded = [tensor.nbytes + -tensor.nbytes % alignment for tensor in tensors]
+    header = magic + struct.pack(
+        f"{order}IQQ",
+        version,
+        len(tensors) if tensor_count is None else tensor_count,
+        len(metadata) if key_count is None else key_count,
+    )
+    header += b"".join(string(key) + typed(kind, content) for key, kind, content in metadata)
+    for tensor, place in zip(tensors, accumulate(padded, initial=0), strict=False):
+        header += string(tensor.name)
+        header += struct.pack(f"{order}I{len(tensor.shape)}Q", len(tensor.shape), *tensor.shape)
+        header += struct.pack(f"{order}IQ", tensor.type, place if tensor.offset is None else tensor.offset)
+    header += bytes(-len(header) % alignment)
+    return header + bytes(sum(padded)) if data else header
