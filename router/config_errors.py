@@ -1,0 +1,113 @@
+"""What is wrong with a configuration, in words: `Problem`, `ConfigError`, and what pydantic's errors mean.
+
+No value that may be a secret ever gets into a message.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from router.config import Api, ConfigFile, Scheduling, Section, System
+
+KeyPath = tuple[str | int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong: where it was written, which key it is, and what to do about it."""
+
+    path: str
+    message: str
+    source: str = ""
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.source, self.path, self.message) if part)
+
+
+class ConfigError(Exception):
+    """The configuration can't be used. Holds every problem found, not only the first."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+def dotted(path: Sequence[str | int]) -> str:
+    """`("models", "qwen", "flags", 3)` as people write it: `models.qwen.flags[3]`."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return text.removeprefix(".")
+
+
+def explain(error: ErrorDetails, path: KeyPath) -> str:
+    match error["type"]:
+        case "extra_forbidden":
+            return unknown_key(section_at(path[:-1]), str(path[-1]))
+        case "missing":
+            return "is required"
+        case "value_error":
+            return str(error["ctx"]["error"])
+        case "model_type" | "dict_type":
+            return "should hold keys with values"
+        case "tuple_type":
+            return "should be a list"
+        case "string_type" if isinstance(error["input"], int | float):
+            return "should be text: put it in quotes"
+        case "string_pattern_mismatch" if "cors_origins" in path:
+            return "should be * or like http://localhost:3000, without a path"
+    message = (
+        error["msg"]
+        .replace("Input should", "should")
+        .replace("String should", "should")
+        .replace("a valid string", "text")
+    )
+    value = error["input"]
+    shown = isinstance(value, str | int | float) and not _is_secret(path)
+    return f"{message}, not {json.dumps(value, ensure_ascii=False)}" if shown else message
+
+
+def unknown_key(section: type[Section] | None, key: str) -> str:
+    for name, other in (("api", Api), ("system", System), ("scheduling", Scheduling)):
+        if key in other.model_fields:
+            return f"unknown key here; it belongs to {name}"
+    known = list(section.model_fields) if section else []
+    if close := did_you_mean(key, known):
+        return f"unknown key{close}"
+    return f"unknown key; there are {', '.join(known)}" if 0 < len(known) <= 12 else "unknown key"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _is_secret(path: KeyPath) -> bool:
+    return path[1:2] in (("api_keys",), ("inference_keys",)) or (path[0] == "models" and "env" in path[2:])
+
+
+def section_at(path: KeyPath) -> type[Section] | None:
+    here: type[Section] | None = ConfigFile
+    for part in path[:1] + path[2:] if path[:1] == ("models",) else path:
+        field = here.model_fields.get(str(part)) if here else None
+        here = _nested_section(field.annotation) if field else None
+    return here
+
+
+def _nested_section(annotation: Any) -> type[Section] | None:
+    if args := get_args(annotation):  # dict[Alias, ModelEntry], Params | None
+        return next(filter(None, map(_nested_section, args)), None)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+def single_value(path: KeyPath) -> FieldInfo | None:
+    """The field at `path` if it holds one value, not a list or keys of its own."""
+    section = section_at(path[:-1])
+    field = section.model_fields.get(str(path[-1])) if section else None
+    many = field is None or get_origin(field.annotation) is tuple or _nested_section(field.annotation)
+    return None if many else field

@@ -1,0 +1,162 @@
+"""Reads one configuration file, JSON or YAML, into plain dicts and lists.
+
+Stricter than the parsers it stands on: a key that is written twice is an error (so an alias is never silently
+lost), and YAML follows version 1.2, where only `true` and `false` are booleans (so `-fa on` stays text). Keys
+that begin with `_` are comments and dropped. What the values mean is not known here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from router.config_errors import ConfigError, KeyPath, Problem, dotted
+
+
+def read_file(path: Path, name: str) -> dict[str, Any]:
+    """The contents of `path`, which error messages call `name`."""
+    parsers = {".json": _json, ".yaml": _yaml, ".yml": _yaml}
+    parse = parsers.get(path.suffix.lower())
+    if parse is None:
+        raise ConfigError([Problem("", "must end in .json, .yaml or .yml", name)])
+    try:
+        tree = parse(path.read_text("utf-8-sig"), name)
+    except OSError as error:
+        raise ConfigError([Problem("", f"cannot be read: {error.strerror or error}", name)]) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError([Problem("", f"is not UTF-8 text (byte {error.start})", name)]) from None
+    except RecursionError:
+        raise ConfigError([Problem("", "is nested too deeply", name)]) from None
+    if tree is None:  # an empty YAML file, or one with comments only
+        return {}
+    if not isinstance(tree, _Mapping):
+        raise ConfigError([Problem("", "must hold keys with values (api, system, scheduling, models)", name)])
+    problems: list[Problem] = []
+    plain: dict[str, Any] = _plain(tree, (), name, problems)
+    if problems:
+        raise ConfigError(problems)
+    return plain
+
+
+class _Mapping(dict[str, Any]):
+    """A mapping as it was written: remembers the keys that were there more than once."""
+
+    twice: tuple[str, ...] = ()
+
+
+def _mapping(pairs: Iterable[tuple[str, Any]], written: Iterable[str]) -> _Mapping:
+    mapping = _Mapping(pairs)
+    mapping.twice = tuple(key for key, times in Counter(written).items() if times > 1)
+    return mapping
+
+
+def _plain(value: Any, path: KeyPath, name: str, problems: list[Problem]) -> Any:
+    if isinstance(value, list):
+        return [_plain(item, (*path, index), name, problems) for index, item in enumerate(value)]
+    if not isinstance(value, _Mapping):
+        return value
+    for key in value.twice:
+        if not key.startswith("_"):
+            message = "is there twice; only one of them can count"
+            problems.append(Problem(dotted((*path, key)), message, name))
+    return {
+        key: _plain(item, (*path, key), name, problems) for key, item in value.items() if not key.startswith("_")
+    }
+
+
+def _json(text: str, name: str) -> Any:
+    def mapping(pairs: list[tuple[str, Any]]) -> _Mapping:
+        return _mapping(pairs, [key for key, _ in pairs])
+
+    try:
+        return json.loads(text, object_pairs_hook=mapping)
+    except json.JSONDecodeError as error:
+        raise _syntax_error(name, error.lineno, error.colno, error.msg) from None
+
+
+_TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "null", "int", "float", "str", "seq", "map"))
+_NEEDS_QUOTES = "a value that begins with ! needs quotes"
+
+
+class _Loader(yaml.SafeLoader):
+    """Knows only the scalars of YAML 1.2: `on`, `yes`, `1:30` and dates are text."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - the name and its type are PyYAML's
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("merge", r"<<", "<"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+def _yaml(text: str, name: str) -> Any:
+    try:
+        loader = _Loader(text)
+        try:
+            root = loader.get_single_node()
+            return None if root is None else _yaml_value(loader, root, {}, ())
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        message = error.problem or "is not YAML"
+        # PyYAML quotes the value here, which may be an unquoted API key.
+        if "undefined alias" in message:
+            message = "a value that begins with * needs quotes (unless it names an anchor: there is none like it)"
+        elif "undefined tag handle" in message:
+            message = _NEEDS_QUOTES
+        line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
+        raise _syntax_error(name, line, column, message) from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        column = error.position - text.rfind("\n", 0, error.position)
+        raise _syntax_error(name, line, column, error.reason) from None
+
+
+def _yaml_value(loader: _Loader, node: yaml.Node, done: dict[yaml.Node, Any], above: tuple[yaml.Node, ...]) -> Any:
+    """The value of a node. An anchor's value is made once and shared by its aliases, as `done` tells."""
+    if node.tag not in _TAGS:
+        raise yaml.MarkedYAMLError(problem=_NEEDS_QUOTES, problem_mark=node.start_mark)
+    if node in above:
+        raise yaml.MarkedYAMLError(problem="refers to itself", problem_mark=node.start_mark)
+    if node in done:
+        return done[node]
+    above = (*above, node)
+    value: Any
+    if isinstance(node, yaml.MappingNode):
+        written = [_yaml_key(key) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        loader.flatten_mapping(node)  # applies `<<`
+        pairs = [(_yaml_key(key), _yaml_value(loader, item, done, above)) for key, item in node.value]
+        value = _mapping(pairs, written)
+    elif isinstance(node, yaml.SequenceNode):
+        value = [_yaml_value(loader, item, done, above) for item in node.value]
+    else:
+        try:
+            value = loader.construct_object(node)
+        except (ValueError, KeyError):  # `!!int x`
+            message = "this value does not fit its tag"
+            raise yaml.MarkedYAMLError(problem=message, problem_mark=node.start_mark) from None
+    done[node] = value
+    return value
+
+
+def _yaml_key(node: yaml.Node) -> str:
+    """The key as it is written: an alias may look like a number, or be called `on`."""
+    if not isinstance(node, yaml.ScalarNode):
+        raise yaml.MarkedYAMLError(problem="a key must be text", problem_mark=node.start_mark)
+    return str(node.value)
+
+
+def _syntax_error(name: str, line: int, column: int, message: str) -> ConfigError:
+    return ConfigError([Problem("", message, f"{name}:{line}:{column}")])

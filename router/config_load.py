@@ -1,0 +1,459 @@
+"""Where the configuration comes from (file < environment < command line), and all that is wrong with it.
+
+`load` is a function of its arguments and of the files they name, so a reload is one more call. It starts
+nothing and changes nothing, and it reports all problems at once. Every value's origin is kept, for
+`llama-router check`. What keys there are and what they mean is in `config.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from router import hub
+from router.config import Api, Config, ConfigFile, ModelConfig, ModelEntry, Scheduling, Section, System
+from router.config_errors import (
+    ConfigError,
+    KeyPath,
+    Problem,
+    did_you_mean,
+    dotted,
+    explain,
+    section_at,
+    single_value,
+    unknown_key,
+)
+from router.config_file import read_file
+from router.config_show import leaves
+from router.flags import OWNED, OWNED_VARIABLES, FlagError, Flags, argv, from_environment, parse
+from router.gguf import SPLIT_NAME
+
+_VARIABLES: dict[str, KeyPath] = {
+    "LLAMA_SERVER_PATH": ("system", "llama_server_path"),
+    "BASE_MODELS_PATH": ("system", "base_models_path"),
+    "API_KEY": ("api", "api_keys"),
+    "DEBUG": ("system", "debug"),
+    "STRUCTURED_LOGS": ("system", "structured_logs"),
+}
+_PREFIX = "LLAMA_ROUTER__"
+"""`LLAMA_ROUTER__SYSTEM__BASE_PORT` sets `system.base_port`; so for every key that is not a list."""
+
+_DEFAULT = "default"
+_UNKNOWN_PATH = "?"  # for going on after a missing model_path
+_S = TypeVar("_S", bound=Section)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    config: Config
+    origins: Mapping[str, str]
+    """Where the value of each key comes from: `default`, `config.json`, `env API_KEY`, `--port` …"""
+    warnings: tuple[str, ...]
+    source: Path | None
+    """The configuration file; None if there is none."""
+
+
+def load(
+    path: Path | None = None,
+    *,
+    environ: Mapping[str, str],
+    cwd: Path,
+    overrides: Mapping[str, tuple[str, Any]] | None = None,
+    models_dirs: Sequence[Path] = (),
+    check_files: bool = True,
+) -> Loaded:
+    """Read, merge and check the configuration. Raises `ConfigError` with all that is wrong.
+
+    `path` is the file that the command line names; else the variable `CONFIG_PATH`; else `config.json` or
+    `config.yaml` in `cwd`, if there is one. `overrides` maps a key to the option that sets it and its value:
+    `{"api.port": ("--port", 9000)}`; `models.ALIAS` takes a whole entry. Each GGUF file below `models_dirs`
+    is served under its name, unless the configuration already serves it. Without `check_files`, models and
+    engine need not exist: for checking a configuration on another machine.
+    """
+    draft = _Draft(environ, cwd, check_files)
+    source = draft.find_file(path)
+    if source is not None:
+        draft.read(source)
+    draft.apply_environment()
+    for key, (option, value) in (overrides or {}).items():
+        parts = key.split(".", 1) if key.startswith("models.") else key.split(".")
+        draft.put(tuple(parts), value, option)
+    draft.add_discovered(models_dirs)
+    config = draft.build()
+    if draft.problems:
+        raise ConfigError(draft.problems)
+    origins = {dotted(path): draft.origin_of(path) for path, _ in leaves(config)}
+    return Loaded(config, origins, tuple(draft.warnings), source)
+
+
+class _Draft:
+    """The values as they come in, each with its origin, and everything that was found wrong with them."""
+
+    def __init__(self, environ: Mapping[str, str], cwd: Path, check_files: bool) -> None:
+        self.cwd = Path(os.path.abspath(cwd))
+        self.check_files = check_files
+        self.values: dict[str, Any] = {}
+        self.origins: dict[KeyPath, str] = {}
+        self.problems: list[Problem] = []
+        self.warnings: list[str] = []
+        self.file_name = ""
+        self.folder = self.cwd
+        self.home = environ.get("HOME", "~")
+        self.variables = {name: (value, f".env {name}") for name, value in self._dotenv()}
+        self.variables |= {name: (value, f"env {name}") for name, value in environ.items()}
+
+    # --- sources, weakest first ---------------------------------------------------------------------------
+
+    def _dotenv(self) -> Iterator[tuple[str, str]]:
+        try:
+            lines = (self.cwd / ".env").read_text("utf-8-sig").splitlines()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            return
+        except (OSError, UnicodeDecodeError) as error:
+            # Going on without it might serve everybody without the API key that it holds.
+            self.problem((), f"cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8'}", ".env")
+            return
+        for number, line in enumerate(map(str.strip, lines), 1):
+            if not line or line.startswith("#"):
+                continue
+            match = re.fullmatch(r"""(?:export\s+)?(\w+)\s*=\s*(?:"(.*)"|'(.*)'|(.*?))(?:\s+#.*)?""", line)
+            if match is None:
+                self.warnings.append(f".env:{number}: is not NAME=VALUE; ignored")
+            else:
+                yield match[1], match[2] or match[3] or match[4] or ""
+
+    def find_file(self, path: Path | None) -> Path | None:
+        named, _ = self.variables.get("CONFIG_PATH", ("", ""))
+        if path is not None or named:
+            return self.resolve(str(path or named), self.cwd)
+        there = [name for name in ("config.json", "config.yaml", "config.yml") if (self.cwd / name).is_file()]
+        if len(there) > 1:
+            self.warnings.append(f"{there[0]} is used, {' and '.join(there[1:])} is not")
+        return self.cwd / there[0] if there else None
+
+    def read(self, source: Path) -> None:
+        inside = source.is_relative_to(self.cwd)
+        self.file_name = str(source.relative_to(self.cwd) if inside else source)
+        self.folder = source.parent
+        for key, value in read_file(source, self.file_name).items():
+            if key in ConfigFile.model_fields:
+                self.put((key,), {} if value is None else value, self.file_name)
+            elif key != "$schema":
+                self.problem((key,), unknown_key(ConfigFile, key), self.file_name)
+
+    def apply_environment(self) -> None:
+        for name, key in _VARIABLES.items():
+            value, origin = self.variables.get(name, ("", ""))
+            if value:
+                field = single_value(key)  # None for API_KEY: one key of a list
+                self.put(key, [value] if field is None else _from_text(field, value), origin)
+        for name, (value, origin) in self.variables.items():
+            if not name.startswith(_PREFIX):
+                continue
+            path: tuple[str, ...] = tuple(name.removeprefix(_PREFIX).lower().split("__"))
+            field = None if path[0] == "models" else single_value(path)
+            section = section_at(path[:-1])
+            if field is not None:
+                self.put(path, _from_text(field, value), origin)
+            elif path[0] == "models" or (section and path[-1] in section.model_fields):
+                self.problem((), "a variable can set a single value only; write this into a file", origin)
+            else:
+                self.problem((), unknown_key(section, path[-1]), origin)
+
+    def add_discovered(self, folders: Sequence[Path]) -> None:
+        models = self.values.setdefault("models", {})
+        if not isinstance(models, dict):
+            return
+        base = self.models_folder()
+        named = {
+            self.resolve(entry["model_path"], base)
+            for entry in models.values()
+            if isinstance(entry, dict) and isinstance(entry.get("model_path"), str)
+        }
+        for folder in (self.resolve(str(folder), self.cwd) for folder in folders):
+            try:
+                discovery = hub.discover(folder)
+            except OSError as error:
+                self.problem((), f"{folder}: {error.strerror or error}", "--models-dir")
+                continue
+            self.warnings += [
+                f"{skipped.path} is not served: it {skipped.reason}" for skipped in discovery.skipped
+            ]
+            for found in discovery.models:
+                path = ("models", found.alias)
+                if found.path in named:
+                    continue
+                if found.alias not in models:
+                    projector = found.projector.path if found.projector else None
+                    mmproj = {"mmproj": str(projector)} if projector else {}
+                    self.put(path, {"model_path": str(found.path), **mmproj}, "--models-dir")
+                elif self.origin_of((*path, "model_path")) == "--models-dir":
+                    first = models[found.alias]["model_path"]
+                    self.warnings.append(f"{found.path} is not served: {first} has the same name")
+
+    # --- values, origins, problems ------------------------------------------------------------------------
+
+    def put(self, path: KeyPath, value: Any, origin: str) -> None:
+        *parents, key = path
+        at: Any = self.values
+        for parent in parents:
+            at = at.setdefault(parent, {})
+            if not isinstance(at, dict):
+                return  # reported when the section is checked
+        at[key] = value
+        for known in [known for known in self.origins if known[: len(path)] == path]:
+            del self.origins[known]
+        self._mark(path, value, origin)
+
+    def _mark(self, path: KeyPath, value: Any, origin: str) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                self._mark((*path, key), item, origin)
+        else:
+            self.origins[path] = origin
+
+    def origin_of(self, path: KeyPath) -> str:
+        """Of the value itself, or of the list that it is in."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.origins:
+                return self.origins[path[:length]]
+        return _DEFAULT
+
+    def problem(self, path: KeyPath, message: str, source: str | None = None) -> None:
+        if source is None:
+            origin = self.origin_of(path)
+            source = self.file_name if origin == _DEFAULT else origin
+        self.problems.append(Problem(dotted(path), message, source))
+
+    def warn(self, path: KeyPath, message: str) -> None:
+        self.warnings.append(str(Problem(dotted(path), message, self.origin_of(path))))
+
+    def resolve(self, text: str, base: Path) -> Path:
+        """Absolute, without `..`, symbolic links left as they are."""
+        if text == "~" or text.startswith("~/"):
+            text = self.home + text[1:]
+        return Path(os.path.normpath(base / text))
+
+    def base_of(self, path: KeyPath) -> Path:
+        """Where a relative path starts: in the folder of its file, else in the working directory."""
+        return self.folder if self.origin_of(path) == self.file_name else self.cwd
+
+    def models_folder(self) -> Path:
+        path = ("system", "base_models_path")
+        system = self.values.get("system")
+        text = system.get(path[1]) if isinstance(system, dict) else None
+        return self.resolve(text, self.base_of(path)) if text and isinstance(text, str) else self.folder
+
+    # --- checks -------------------------------------------------------------------------------------------
+
+    def build(self) -> Config:
+        api = self.section(Api, ("api",)) or Api()
+        system = self.system()
+        scheduling = self.section(Scheduling, ("scheduling",)) or Scheduling()
+        patience = scheduling.patience_sec
+        if not patience.high <= patience.normal <= patience.low:
+            self.problem(("scheduling", "patience_sec"), "high must not exceed normal, nor normal low")
+        entries = self.values.get("models", {})
+        if not isinstance(entries, dict):
+            self.problem(("models",), "should be aliases, each with its model_path and flags")
+            entries = {}
+        models = {alias: self.model(alias, system) for alias in entries}
+        for index, alias in enumerate(system.preload_models):
+            path = ("system", "preload_models", index)
+            if alias == "*" and len(system.preload_models) > 1:
+                self.problem(path, '"*" means all models and stands alone')
+            elif alias != "*" and alias not in entries:
+                self.problem(path, f"there is no model {alias!r}" + did_you_mean(alias, entries))
+        exposed = api.host not in ("localhost", "::1") and not api.host.startswith("127.")
+        if exposed and not api.api_keys and not api.inference_keys:
+            message = f"{api.host} is open to the network and no API key is set: anybody there may use the router"
+            self.warn(("api", "host"), message)
+        return Config(api, system, scheduling, {alias: model for alias, model in models.items() if model})
+
+    def section(self, kind: type[_S], path: KeyPath, **stand_in: Any) -> _S | None:
+        """Validate the values at `path`. Where some are wrong, go on without them, to find what else is."""
+        values: Any = self.values
+        for part in path:
+            values = values.get(part, {})
+        try:
+            return kind.model_validate(values)
+        except ValidationError as error:
+            errors = error.errors(include_url=False)
+        wrong: set[str | int] = set()
+        for each in errors:
+            where = (*path, *each["loc"])
+            self.problem(where, explain(each, where))
+            wrong.update(each["loc"][:1])
+        if not isinstance(values, dict) or not wrong:
+            return None
+        return kind.model_validate({**stand_in, **{key: values[key] for key in values if key not in wrong}})
+
+    def system(self) -> System:
+        system = self.section(System, ("system",)) or System()
+        if system.queue_processor_idle_sec is not None:
+            self.warn(("system", "queue_processor_idle_sec"), "is obsolete and ignored: nothing polls the queue")
+        changes: dict[str, Any] = {}
+        if system.parallel_requests is not None:
+            path = ("system", "parallel_requests")
+            self.warn(path, "is the older name of default_parallel")
+            if "default_parallel" not in system.model_fields_set:
+                changes["default_parallel"] = system.parallel_requests
+                self.origins["system", "default_parallel"] = self.origin_of(path)
+        path = ("system", "llama_server_path")
+        if system.llama_server_path and os.sep in system.llama_server_path:
+            binary = self.resolve(system.llama_server_path, self.base_of(path))
+            changes["llama_server_path"] = str(binary)
+            if self.check_files and not binary.is_file():
+                self.problem(path, f"there is no file {binary}")
+            elif self.check_files and not os.access(binary, os.X_OK):
+                self.problem(path, f"{binary} is not executable")
+        changes["base_models_path"] = str(self.models_folder())
+        return system.model_copy(update=changes)
+
+    def model(self, alias: str, system: System) -> ModelConfig | None:
+        path = ("models", alias)
+        if not alias.isprintable() or not alias or any(map(str.isspace, alias)):
+            self.problem(path, "an alias is one or more printable characters without spaces")
+        entry = self.section(ModelEntry, path, model_path=_UNKNOWN_PATH)
+        if entry is None:
+            return None
+        folder = Path(system.base_models_path)
+        model_path = self.resolve(entry.model_path, folder)
+        if entry.model_path != _UNKNOWN_PATH:
+            for part in self.parts((*path, "model_path"), model_path):
+                self.check_file((*path, "model_path"), part)
+        mmproj = self.resolve(entry.mmproj, folder) if entry.mmproj else None
+        if mmproj is not None:
+            self.check_file((*path, "mmproj"), mmproj)
+        flags, slots = self.final_flags(path, entry, system, mmproj)
+        return ModelConfig(
+            alias=alias,
+            model_path=model_path,
+            flags=flags,
+            slots=slots,
+            env=entry.env,
+            pinned=entry.pinned,
+            idle_timeout_sec=math.inf if entry.idle_timeout_sec == 0 else entry.idle_timeout_sec,
+            footprint_mb=entry.footprint_mb,
+            priority=entry.priority or "normal",
+            description=entry.description,
+        )
+
+    def parts(self, path: KeyPath, file: Path) -> list[Path]:
+        """The files of a model: one, unless it is split."""
+        split = SPLIT_NAME.fullmatch(file.name)
+        if split is None:
+            return [file]
+        first, count = f"{split['stem']}-00001-of-{split['parts']}.gguf", int(split["parts"])
+        if int(split["part"]) != 1:
+            self.problem(path, f"{file.name} is one part of a split model; name the first one, {first}")
+            return []
+        return [
+            file.with_name(f"{split['stem']}-{part:05}-of-{split['parts']}.gguf") for part in range(1, count + 1)
+        ]
+
+    def check_file(self, path: KeyPath, file: Path) -> None:
+        if not self.check_files:
+            return
+        if file.is_dir():
+            self.problem(path, f"{file} is a folder; name the GGUF file in it")
+        elif not file.parent.is_dir():
+            self.problem(path, f"there is no file {file}: not even its folder")
+        elif not file.is_file():
+            beside = [each.name for each in file.parent.glob("*.gguf")]
+            self.problem(path, f"there is no file {file}" + did_you_mean(file.name, beside))
+        elif not os.access(file, os.R_OK):
+            self.problem(path, f"{file} cannot be read: permission denied")
+
+    def final_flags(
+        self, path: KeyPath, entry: ModelEntry, system: System, mmproj: Path | None
+    ) -> tuple[tuple[str, ...], int]:
+        """The entry's own flags, then those that other keys stand for; and the slots that they make."""
+        where = (*path, "flags")
+        for variable in sorted(OWNED_VARIABLES.intersection(entry.env)):
+            self.problem((*path, "env", variable), "cannot be set: the router sets it itself")
+        slots = 0
+        try:
+            own = parse(entry.flags)
+            named = {flag.name: flag.spelling for flag in (*from_environment(entry.env), *own)}
+            if "parallel" in named:
+                slots = Flags(entry.flags, entry.env).slots
+        except FlagError as error:
+            by_variable = error.index < 0
+            self.problem((*path, "env") if by_variable else (*where, error.index), error.message)
+            own, named = parse(entry.flags if by_variable else entry.flags[: error.index]), {}
+        for flag in own:
+            if flag.name in OWNED:
+                self.problem((*where, flag.index), f"{flag.spelling} cannot be set: {OWNED[flag.name]}")
+        flags = argv(own)
+        origins = [self.origin_of(where)] if flags else []
+        for key, name, *value in _derived_flags(path, entry, system, mmproj):
+            rival = next((named[other] for other in _SAME.get(name, (name,)) if other in named), None)
+            own_key = key[: len(path)] == path
+            if rival is None:
+                named[name] = f"--{name}"
+                flags += [f"--{name}", *value]
+                origins.append(f"--{name} from {dotted(key[len(path) :] if own_key else key)}")
+                if name == "parallel":
+                    slots = int(value[0])
+            elif name == "mmproj":
+                self.problem(key, f"is given a second time by {rival}")
+            elif own_key and key in self.origins:
+                self.warn(key, f"does not count beside {rival}")
+        self.origins[where] = ", ".join(origins)
+        return tuple(flags), slots
+
+
+def _derived_flags(
+    path: KeyPath, entry: ModelEntry, system: System, mmproj: Path | None
+) -> Iterator[tuple[KeyPath, str] | tuple[KeyPath, str, str]]:
+    """Flags that other keys stand for: the key, the flag's name, its value. Of one name the first counts."""
+    if mmproj is not None:
+        yield (*path, "mmproj"), "mmproj", str(mmproj)
+    if entry.params is not None:
+        for param, name in _PARAMS.items():
+            value = getattr(entry.params, param)
+            if value is True:
+                yield (*path, "params", param), name
+            elif value is not None and value is not False:
+                yield (*path, "params", param), name, str(value)
+    if system.cpu_threads is not None:
+        yield ("system", "cpu_threads"), "threads", str(system.cpu_threads)
+    if system.use_mmap is False:
+        yield ("system", "use_mmap"), "load-mode", "none"
+    if system.flash_attention is not None:
+        yield ("system", "flash_attention"), "flash-attn", system.flash_attention
+    yield ("system", "default_parallel"), "parallel", str(system.default_parallel)
+
+
+_PARAMS = {
+    "n_gpu_layers": "n-gpu-layers",
+    "n_ctx": "ctx-size",
+    "batch_override": "batch-size",
+    "n_batch": "batch-size",
+    "parallel_override": "parallel",
+    "rope_freq_base": "rope-freq-base",
+    "type_k": "cache-type-k",
+    "type_v": "cache-type-v",
+    "chat_template": "chat-template",
+    "embedding": "embedding",
+}
+_SAME = {"load-mode": ("load-mode", "mmap", "mlock", "direct-io")}
+"""Flags that say the same thing: older engines know `--no-mmap`, newer ones `--load-mode`."""
+
+
+def _from_text(field: FieldInfo, text: str) -> Any:
+    """The text of a variable as the type of its key; text that does not fit is reported with all the rest."""
+    annotation: Any = field.annotation
+    try:
+        return TypeAdapter[Any](annotation).validate_python(text)
+    except ValidationError:
+        return text

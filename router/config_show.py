@@ -1,0 +1,65 @@
+"""The resolved configuration as text, a line for each key with its origin. Secrets are not shown."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import SecretStr
+
+from router.config import Config, Section
+from router.config_errors import KeyPath, dotted
+from router.flags import argv, parse
+
+_SECRET_NAME = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
+
+
+def render(config: Config, origins: Mapping[str, str]) -> list[str]:
+    lines = ((dotted(path), text) for path, text in leaves(config))
+    return [f"{key} = {text}   ({origins[key]})" for key, text in lines]
+
+
+def leaves(config: Config) -> Iterator[tuple[KeyPath, str]]:
+    """Every key of the configuration with its value as text."""
+    for name, section in (("api", config.api), ("system", config.system), ("scheduling", config.scheduling)):
+        yield from _section_leaves((name,), section)
+    for alias, model in config.models.items():
+        for field in fields(model):
+            path, value = ("models", alias, field.name), getattr(model, field.name)
+            if field.name == "env":
+                for name, text in value.items():
+                    yield (*path, name), "(not shown)" if _SECRET_NAME.search(name) else _text(text)
+            elif field.name == "flags":
+                yield path, _command_line(value)
+            elif field.name not in ("alias", "slots"):
+                yield path, _text(value)
+
+
+def _section_leaves(path: KeyPath, section: Section) -> Iterator[tuple[KeyPath, str]]:
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            yield from _section_leaves((*path, name), value)
+        elif value is not None or not field.json_schema_extra:  # the older keys only if they are used
+            yield (*path, name), _text(value)
+
+
+def _command_line(flags: Sequence[str]) -> str:
+    shown = [replace(flag, values=("(not-shown)",)) if flag.name == "hf-token" else flag for flag in parse(flags)]
+    return shlex.join(argv(shown))
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple) and any(isinstance(item, SecretStr) for item in value):
+        return f"({len(value)} not shown)"
+    if isinstance(value, float):
+        return "never" if math.isinf(value) else str(value).removesuffix(".0")
+    if isinstance(value, Path) or (isinstance(value, str) and value):
+        return str(value)
+    return json.dumps(value, ensure_ascii=False)
