@@ -1,0 +1,283 @@
+"""What the scheduler is told (events), what it answers (effects), and what it goes by (policy, models).
+
+All immutable. Times are seconds on one monotonic clock, memory is MiB. Nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from router.queue import Priority
+
+Placement = Mapping[str, int]
+"""Where a model may live and what it takes there: device name -> MiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class ByPriority:
+    """One figure per priority class."""
+
+    high: float
+    normal: float
+    low: float
+
+    def __getitem__(self, priority: Priority) -> float:
+        if priority is Priority.HIGH:
+            return self.high
+        return self.normal if priority is Priority.NORMAL else self.low
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The constants of the policy. `residency_factor`, `max_wait_sec` and `wait_factor` are the trade
+    between throughput and waiting: at most 1/(1 + residency_factor) of the time goes to swapping."""
+
+    patience_sec: ByPriority = ByPriority(0, 15, 120)
+    max_wait_sec: ByPriority = ByPriority(0, 30, 300)
+    wait_factor: ByPriority = ByPriority(0, 4, 20)
+    residency_factor: float = 4
+    max_linger_sec: float = 30
+    max_concurrent_models: int = 3
+    max_queue_size_per_model: int = 500
+    queue_timeout_sec: float = 300
+    idle_timeout_sec: float | None = 300
+    keep_warm_models: int = 2
+    max_drain_sec: float | None = None
+    model_load_max_retries: int = 2
+    model_load_cooldown_sec: float = 300
+    max_request_retries: int = 1
+    backoff_sec: float = 1
+    abandoned_load_grace_sec: float = 5
+    inspection_valid_sec: float = 10
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What the scheduler must know of a model. A change of `revision` means: another engine is needed."""
+
+    alias: str
+    slots: int = 1
+    pinned: bool = False
+    idle_timeout_sec: float | None = None
+    """None: the policy's; `math.inf`: never unloaded for being idle."""
+    expected_load_sec: float = 5
+    """First guess; measured load times replace it."""
+    revision: Hashable = None
+
+
+class Refusal(str, Enum):
+    """Why a request is not served."""
+
+    QUEUE_FULL = "queue_full"
+    QUEUE_TIMEOUT = "queue_timeout"
+    MODEL_NOT_FOUND = "model_not_found"
+    MODEL_FAILED = "model_failed"
+    INSUFFICIENT_MEMORY = "insufficient_memory"
+    SHUTTING_DOWN = "shutting_down"
+
+
+class StopCause(str, Enum):
+    """Why an engine is stopped by us."""
+
+    IDLE = "idle"
+    EVICTED = "evicted"
+    DRAINED = "drained"
+    MANUAL = "manual"
+    RELOAD = "reload"
+    ABANDONED = "abandoned"
+    SHUTDOWN = "shutdown"
+
+
+# --- events ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Configured:
+    """The configuration is (now) this: models that are missing go, changed ones drain and come back."""
+
+    at: float
+    models: Mapping[str, ModelSpec]
+    policy: Policy
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryChanged:
+    """What our engines together may use of each device from now on."""
+
+    at: float
+    budgets: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    at: float
+    request_id: str
+    alias: str
+    priority: Priority = Priority.NORMAL
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The request is over wherever it was: answered, failed, or given up by its client."""
+
+    at: float
+    request_id: str
+    served: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Requeue:
+    """The engine of a granted request broke before the first byte of its answer."""
+
+    at: float
+    request_id: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    """The answer to `Inspect`: where the model could be placed, best first, or what is wrong with it."""
+
+    at: float
+    alias: str
+    placements: tuple[Placement, ...] = ()
+    problem: str | None = None
+    need: str = ""
+    """The footprint in words, with its source, for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReady:
+    at: float
+    engine_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineAlive:
+    """The answer to `Probe` when the engine is well; when it is not, `EngineExited` comes instead."""
+
+    at: float
+    engine_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineExited:
+    """The process is gone and its memory is back."""
+
+    at: float
+    engine_id: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Asked for by hand (`evict=True`) or preload, which never costs another model its place."""
+
+    at: float
+    alias: str
+    evict: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Eject:
+    at: float
+    alias: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reset:
+    """Forget the failures of a model."""
+
+    at: float
+    alias: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShutDown:
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """`Scheduler.wake_at` has come."""
+
+    at: float
+
+
+Event = (
+    Configured
+    | MemoryChanged
+    | Submit
+    | Finished
+    | Requeue
+    | Inspected
+    | EngineReady
+    | EngineAlive
+    | EngineExited
+    | Load
+    | Eject
+    | Reset
+    | ShutDown
+    | Tick
+)
+
+
+# --- effects --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """The request has a slot of the engine: send it."""
+
+    request_id: str
+    engine_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    request_id: str
+    refusal: Refusal
+    reason: str
+    retry_after_sec: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Inspect:
+    """Look before anything is stopped for this model: is its file there and sound, and what does it take?"""
+
+    alias: str
+
+
+@dataclass(frozen=True, slots=True)
+class StartEngine:
+    engine_id: int
+    alias: str
+    placement: Placement
+
+
+@dataclass(frozen=True, slots=True)
+class StopEngine:
+    engine_id: int
+    cause: StopCause
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A request broke on this engine: find out whether it still lives. It admits nobody until then."""
+
+    engine_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """A model's state changed; `state` is one of off, loading, ready, draining, stopping, failed."""
+
+    alias: str
+    state: str
+    reason: str
+    engine_id: int | None = None
+
+
+Effect = Grant | Reject | Inspect | StartEngine | StopEngine | Probe | Transition

@@ -1,0 +1,216 @@
+"""What the scheduler knows: models with their waiting lines, engines with their place in memory.
+
+The entities, what they learn from what happens to them, and the arithmetic on placements. When any of it
+happens is for the scheduler to say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from router.messages import Inspected, ModelSpec, Placement, Policy, StopCause
+from router.queue import Priority, PriorityQueue
+
+ENGINES = "engines"
+"""The resource that `max_concurrent_models` limits: every placement takes one of it."""
+
+
+class EngineState(str, Enum):
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPING = "stopping"
+
+
+class Returns:
+    """How soon a model is wanted again after it fell idle: its last sixteen gaps, in seconds."""
+
+    __slots__ = ("_answers", "_gaps")
+
+    def __init__(self) -> None:
+        self._gaps: deque[float] = deque(maxlen=16)
+        self._answers: dict[tuple[float, float], float] = {}
+
+    def add(self, gap_sec: float) -> None:
+        self._gaps.append(gap_sec)
+        self._answers.clear()
+
+    def linger_sec(self, worth_sec: float, cap_sec: float) -> float:
+        """How long it pays to keep an idle engine while another model waits for its memory.
+
+        As in anticipatory disk scheduling (Iyer and Druschel, SOSP 2001): waiting L seconds costs
+        `mean(min(gap, L))` of idleness, and with the chance that the next request comes within L it serves
+        one for which the engine would have to come back. `worth_sec` is what such a request is worth: the
+        time in which a swap would serve one of those who wait. The L that gains most over the gaps seen
+        wins; 0 when none gains.
+        """
+        question = (worth_sec, cap_sec)
+        if question not in self._answers:
+            self._answers[question] = self._best_linger_sec(worth_sec, cap_sec)
+        return self._answers[question]
+
+    def _best_linger_sec(self, worth_sec: float, cap_sec: float) -> float:
+        if not self._gaps:
+            return min(cap_sec, 0.5, 0.1 * worth_sec)
+        gaps = sorted(self._gaps)
+        best_gain, best = 0.0, 0.0
+        within, waited = 0, 0.0
+        for gap in gaps:
+            length = min(1.5 * gap + 0.01, cap_sec)  # half as much again: gaps jitter
+            while within < len(gaps) and gaps[within] <= length:
+                waited += gaps[within]
+                within += 1
+            idle = (waited + (len(gaps) - within) * length) / len(gaps)
+            gain = within / len(gaps) * worth_sec - idle
+            if gain > best_gain:
+                best_gain, best = gain, length
+        return best
+
+
+@dataclass(slots=True, eq=False)
+class Engine:
+    """One llama-server process from the decision to start it until its memory is back."""
+
+    id: int
+    spec: ModelSpec
+    placement: Placement
+    started_sec: float
+    state: EngineState = EngineState.LOADING
+    ready_sec: float = 0.0
+    idle_since_sec: float | None = None
+    """None while anything is in flight."""
+    nobody_waits_since_sec: float | None = None
+    in_flight: dict[str, Priority] = field(default_factory=dict)
+    draining_since_sec: float = 0.0
+    cause: StopCause | None = None
+    suspect: bool = False
+    """A request broke on it, and whether it still lives is not known yet."""
+    served: int = 0
+
+    @property
+    def alias(self) -> str:
+        return self.spec.alias
+
+    @property
+    def admits(self) -> bool:
+        return self.state is EngineState.READY and not self.suspect and len(self.in_flight) < self.spec.slots
+
+
+@dataclass(slots=True, eq=False)
+class Model:
+    """What is known of one alias: its waiting line, its engine, and how both have behaved."""
+
+    spec: ModelSpec
+    load_sec: float
+    queue: PriorityQueue = field(default_factory=PriorityQueue)
+    engine: Engine | None = None
+    retired: bool = False
+    """Gone from the configuration; forgotten once its engine is."""
+    wanted_since_sec: float | None = None
+    """A load was asked for by hand or preload."""
+    may_evict: bool = False
+    """That load may cost another model its place."""
+    inspecting_since_sec: float | None = None
+    inspected: Inspected | None = None
+    attempts: int = 0
+    """Loads and crashes that failed in a row."""
+    retry_at_sec: float = 0.0
+    failed_until_sec: float = 0.0
+    last_error: str | None = None
+    why_waiting: str = ""
+    returns: Returns = field(default_factory=Returns)
+    last_used_sec: float = -math.inf
+    mean_gap_sec: float = 3600.0
+    mean_service_sec: float = 1.0
+    loads: int = 0
+
+    @property
+    def urgent(self) -> bool:
+        """Somebody waits with high priority."""
+        return self.queue.count(Priority.HIGH) > 0
+
+    @property
+    def wants_engine(self) -> bool:
+        return self.engine is None and (self.wanted_since_sec is not None or len(self.queue) > 0)
+
+    def arrival(self, now: float) -> None:
+        """A request comes; if nothing was in flight or waiting, it ends a gap."""
+        idle_since_sec = self.last_used_sec if self.engine is None else self.engine.idle_since_sec
+        if idle_since_sec is None or self.queue or math.isinf(idle_since_sec):
+            self.mean_gap_sec *= 0.8
+        else:
+            self.returns.add(now - idle_since_sec)
+            self.mean_gap_sec += 0.2 * (now - idle_since_sec - self.mean_gap_sec)
+
+    def loaded(self, took_sec: float) -> None:
+        self.load_sec = took_sec if self.loads == 0 else self.load_sec + 0.3 * (took_sec - self.load_sec)
+        self.loads += 1
+
+    def served(self, took_sec: float) -> None:
+        self.mean_service_sec += 0.2 * (took_sec - self.mean_service_sec)
+
+    def forget_failures(self) -> None:
+        self.attempts = 0
+        self.failed_until_sec = self.retry_at_sec = 0.0
+        self.last_error = self.inspected = None
+
+    def forget_wish(self) -> None:
+        """No load is asked for any more."""
+        self.wanted_since_sec = None
+        self.may_evict = False
+
+    def idle_timeout_sec(self, policy: Policy) -> float:
+        if self.spec.pinned:
+            return math.inf
+        timeout = self.spec.idle_timeout_sec
+        if timeout is None:
+            timeout = policy.idle_timeout_sec
+        return math.inf if timeout is None else timeout
+
+    def expected_wait_sec(self) -> float:
+        """Until a request that comes now would be served, from measured service and load times."""
+        rounds = (len(self.queue) + 1) / self.spec.slots
+        loading = 0.0 if self.engine is not None and self.engine.ready_sec else self.load_sec
+        return rounds * self.mean_service_sec + loading
+
+
+@dataclass(slots=True, eq=False)
+class Swap:
+    """Room that is being made. It is recorded before anybody is asked to leave, so nobody else takes it."""
+
+    placement: Placement
+    victims: frozenset[Engine]
+
+
+def total(placements: Iterable[Placement]) -> dict[str, int]:
+    """Sum of placements per resource."""
+    amounts: dict[str, int] = {}
+    for placement in placements:
+        for resource, amount in placement.items():
+            amounts[resource] = amounts.get(resource, 0) + amount
+    return amounts
+
+
+def shortage(need: Mapping[str, int], free: Mapping[str, int]) -> dict[str, int]:
+    """What is missing, per resource; empty when `need` fits."""
+    return {name: amount - free.get(name, 0) for name, amount in need.items() if amount > free.get(name, 0)}
+
+
+def take(free: dict[str, int], placement: Placement) -> None:
+    for resource, amount in placement.items():
+        free[resource] = free.get(resource, 0) - amount
+
+
+def claim(need: Placement, victims: Iterable[Engine]) -> dict[str, int]:
+    """What a swap takes beyond what its victims give back when they go."""
+    return shortage(need, total(victim.placement for victim in victims))
+
+
+def amounts(placement: Placement) -> str:
+    """For people: `5000 MiB on gpu0 and 300 MiB on host`."""
+    memory = [f"{amount} MiB on {name}" for name, amount in sorted(placement.items()) if name != ENGINES]
+    return " and ".join(memory) or "nothing"

@@ -1,0 +1,615 @@
+"""The heart: one state, changed by events, that says who is served next and which engines live.
+
+Pure. No clock, no I/O, no asyncio: `step(event)` takes what happened, with its time in seconds on any
+monotonic clock, and returns the effects that somebody else carries out. Same events, same effects.
+
+Who gives way to whom is decided in `placement`, the books of engines and memory are kept in `fleet`. This
+module keeps these promises: every request gets exactly one outcome, an engine never has more in flight than
+slots, a draining engine admits nobody, room that is being made for one model is taken by no other, and no
+ready engine idles while its own queue is not empty.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from router.fleet import Fleet
+from router.messages import (
+    Configured,
+    Effect,
+    Eject,
+    EngineAlive,
+    EngineExited,
+    EngineReady,
+    Event,
+    Finished,
+    Grant,
+    Inspect,
+    Inspected,
+    Load,
+    MemoryChanged,
+    ModelSpec,
+    Placement,
+    Policy,
+    Probe,
+    Refusal,
+    Reject,
+    Requeue,
+    Reset,
+    ShutDown,
+    StopCause,
+    Submit,
+    Tick,
+    Transition,
+)
+from router.placement import Fits, MakeRoom, NeverFits, Room, Wait, decide
+from router.queue import Priority, Request
+from router.residency import ENGINES, Engine, EngineState, Model, Swap, claim, shortage, take
+
+INSPECTION_PATIENCE_SEC = 1.0
+
+
+class Scheduler:
+    """State of the policy. `models`, `engines` and `budgets` may be read between steps, not written."""
+
+    def __init__(self) -> None:
+        self.policy = Policy()
+        self.models: dict[str, Model] = {}
+        self.wake_at: float = math.inf
+        """When the next `Tick` is due; may be too early, never too late."""
+        self.shutting_down = False
+        self._fleet = Fleet()
+        self.engines: Mapping[int, Engine] = self._fleet.engines
+        self._requests: dict[str, Request] = {}
+        self._waiting: dict[str, Model] = {}
+        self._warm: set[Engine] = set()
+        self._now = 0.0
+        self._seq = 0
+        self._effects: list[Effect] = []
+
+    def step(self, event: Event) -> list[Effect]:
+        """Take one event, return what must be done about it, in this order."""
+        self._now = max(self._now, event.at)
+        effects: list[Effect] = []
+        self._effects = self._fleet.effects = effects
+        room_may_change = True
+        match event:
+            case Submit():
+                room_may_change = self._submit(event)
+            case Finished():
+                room_may_change = self._finish(event)
+            case Requeue():
+                self._requeue(event)
+            case Inspected():
+                self._inspected(event)
+            case EngineReady():
+                self._ready(event)
+            case EngineAlive():
+                self._alive(event)
+            case EngineExited():
+                self._exited(event)
+            case Tick():
+                self._tick()
+            case Load():
+                self._load(event)
+            case Eject():
+                self._eject(event)
+            case Reset():
+                self._reset(event)
+            case MemoryChanged():
+                self._fleet.budgets = {**event.budgets, ENGINES: self.policy.max_concurrent_models}
+            case Configured():
+                self._configure(event)
+            case ShutDown():
+                self._shut_down()
+        if room_may_change and self.budgets and (self._waiting or self._fleet.swaps):
+            self._place_all()
+        return effects
+
+    # --- reading ----------------------------------------------------------------------------------------
+
+    @property
+    def budgets(self) -> Mapping[str, int]:
+        """What our engines may use together, per resource; empty until `MemoryChanged` has told."""
+        return self._fleet.budgets
+
+    def state(self, alias: str) -> str:
+        """One of off, loading, ready, draining, stopping, failed."""
+        model = self.models[alias]
+        if model.engine is not None:
+            return model.engine.state.value
+        return "failed" if model.failed_until_sec > self._now else "off"
+
+    def free(self) -> dict[str, int]:
+        """What is neither used, nor reserved for an engine that loads, nor promised to a swap."""
+        return self._fleet.free()
+
+    def expected_wait_sec(self, model: Model) -> float:
+        """Until a request that comes now would be served, from measured service and load times."""
+        return model.expected_wait_sec()
+
+    # --- requests ---------------------------------------------------------------------------------------
+
+    def _submit(self, event: Submit) -> bool:
+        model = self.models.get(event.alias)
+        if self.shutting_down:
+            self._reject(event.request_id, Refusal.SHUTTING_DOWN, "the router is shutting down", 5)
+            return False
+        if model is None or model.retired:
+            self._reject(event.request_id, Refusal.MODEL_NOT_FOUND, f"no model is called {event.alias!r}")
+            return False
+        if model.failed_until_sec > event.at:
+            self._reject_failed(event.request_id, model)
+            return False
+        model.arrival(event.at)
+        self._seq += 1
+        deadline_sec = event.at + self.policy.patience_sec[event.priority]
+        request = Request(event.request_id, event.alias, event.priority, event.at, deadline_sec, self._seq)
+        engine = model.engine
+        if engine is not None and not model.queue and engine.admits:
+            self._requests[request.id] = request
+            self._grant(request, engine)
+            return False
+        if len(model.queue) >= self.policy.max_queue_size_per_model:
+            reason = f"{len(model.queue)} requests wait for {event.alias!r} already"
+            retry_after_sec = max(1.0, model.expected_wait_sec())
+            self._reject(event.request_id, Refusal.QUEUE_FULL, reason, retry_after_sec)
+            return False
+        self._requests[request.id] = request
+        self._enqueue(request, model)
+        return engine is None
+
+    def _enqueue(self, request: Request, model: Model) -> None:
+        request.queued_sec = self._now
+        model.queue.push(request)
+        if model.engine is None:
+            self._waiting[request.alias] = model
+        else:
+            model.engine.nobody_waits_since_sec = None
+        self._wake(self._now + self.policy.queue_timeout_sec)
+
+    def _grant(self, request: Request, engine: Engine) -> None:
+        request.granted_sec = self._now
+        request.engine_id = engine.id
+        engine.in_flight[request.id] = request.priority
+        engine.idle_since_sec = None
+        self._effects.append(Grant(request.id, engine.id))
+        self._used(engine)
+
+    def _admit(self, model: Model) -> None:
+        engine = model.engine
+        while engine is not None and model.queue and engine.admits:
+            self._grant(model.queue.pop(), engine)
+
+    def _finish(self, event: Finished) -> bool:
+        request = self._requests.pop(event.request_id, None)
+        model = self.models.get(request.alias) if request is not None else None
+        if request is None or model is None:
+            return False
+        if request.granted_sec is None or request.engine_id is None:
+            model.queue.remove(request)
+            self._left_queue(model)
+            return True
+        engine = self.engines.get(request.engine_id)
+        if event.served:
+            model.served(self._now - request.granted_sec)
+        if engine is None:
+            return False
+        if event.served:
+            engine.served += 1
+            model.attempts = 0
+        self._release(request, model, engine)
+        # A high request may send an engine away sooner that has only low ones left.
+        return not engine.in_flight or request.priority is not Priority.LOW
+
+    def _release(self, request: Request, model: Model, engine: Engine) -> None:
+        del engine.in_flight[request.id]
+        model.last_used_sec = self._now
+        self._admit(model)
+        if not engine.in_flight:
+            engine.idle_since_sec = self._now
+            if engine.state is EngineState.DRAINING:
+                self._fleet.stop(engine, engine.cause or StopCause.DRAINED)
+            else:
+                self._wake(self._now + model.idle_timeout_sec(self.policy))
+
+    def _left_queue(self, model: Model) -> None:
+        """A waiting request is gone; so may be the reason to load."""
+        if model.queue or model.wanted_since_sec is not None:
+            return
+        self._waiting.pop(model.spec.alias, None)
+        engine = model.engine
+        if engine is not None and engine.state is EngineState.LOADING:
+            engine.nobody_waits_since_sec = self._now
+            self._wake(self._now + self.policy.abandoned_load_grace_sec)
+
+    def _requeue(self, event: Requeue) -> None:
+        request = self._requests.get(event.request_id)
+        if request is None or request.engine_id is None:
+            return
+        model = self.models.get(request.alias)
+        engine = self.engines.get(request.engine_id)
+        request.engine_id = request.granted_sec = None
+        if engine is not None and model is not None:
+            if engine.state in (EngineState.READY, EngineState.DRAINING) and not engine.suspect:
+                engine.suspect = True
+                self._effects.append(Probe(engine.id))
+            self._release(request, model, engine)
+        if model is None or model.retired:
+            self._reject_removed(request)
+        elif self.shutting_down:
+            self._reject(request.id, Refusal.SHUTTING_DOWN, "the router is shutting down", 5)
+        elif request.retries >= self.policy.max_request_retries:
+            reason = f"the engine of {request.alias!r} broke {request.retries + 1} times: {event.reason}"
+            self._reject(request.id, Refusal.MODEL_FAILED, reason, 1)
+        elif model.failed_until_sec > self._now:
+            self._reject_failed(request.id, model)
+        else:
+            request.retries += 1
+            self._enqueue(request, model)
+            self._admit(model)
+
+    def _reject(
+        self, request_id: str, refusal: Refusal, reason: str, retry_after_sec: float | None = None
+    ) -> None:
+        self._requests.pop(request_id, None)
+        self._effects.append(Reject(request_id, refusal, reason, retry_after_sec))
+
+    def _reject_failed(self, request_id: str, model: Model) -> None:
+        reason = model.last_error or f"{model.spec.alias!r} failed"
+        self._reject(request_id, Refusal.MODEL_FAILED, reason, model.failed_until_sec - self._now)
+
+    def _reject_removed(self, request: Request) -> None:
+        reason = f"{request.alias!r} was removed from the configuration"
+        self._reject(request.id, Refusal.MODEL_NOT_FOUND, reason)
+
+    def _reject_waiting(
+        self, model: Model, refusal: Refusal, reason: str, retry_after_sec: float | None = None
+    ) -> None:
+        while model.queue:
+            self._reject(model.queue.pop().id, refusal, reason, retry_after_sec)
+        model.forget_wish()
+        self._left_queue(model)
+
+    # --- engines ----------------------------------------------------------------------------------------
+
+    def _ready(self, event: EngineReady) -> None:
+        engine = self.engines.get(event.engine_id)
+        if engine is None or engine.state is not EngineState.LOADING:
+            return
+        model = self.models[engine.alias]
+        took_sec = self._now - engine.started_sec
+        model.loaded(took_sec)
+        model.forget_wish()
+        engine.ready_sec = engine.idle_since_sec = model.last_used_sec = self._now
+        engine.nobody_waits_since_sec = None
+        self._fleet.enter(engine, EngineState.READY, f"loaded in {took_sec:.1f} s")
+        self._serve(model, engine)
+
+    def _serve(self, model: Model, engine: Engine) -> None:
+        """The engine is ready (again)."""
+        self._used(engine)
+        self._admit(model)
+        if engine.idle_since_sec is not None:
+            self._wake(engine.idle_since_sec + model.idle_timeout_sec(self.policy))
+
+    def _alive(self, event: EngineAlive) -> None:
+        engine = self.engines.get(event.engine_id)
+        if engine is not None and engine.suspect:
+            engine.suspect = False
+            if engine.state is EngineState.READY:
+                self._serve(self.models[engine.alias], engine)
+
+    def _exited(self, event: EngineExited) -> None:
+        engine = self._fleet.engines.pop(event.engine_id, None)
+        if engine is None:
+            return
+        model = self.models[engine.alias]
+        model.engine = None
+        if engine.state is EngineState.STOPPING:
+            self._off(model, engine.cause.value if engine.cause else event.reason)
+        else:
+            self._engine_failed(model, engine, event.reason)
+        if model.retired:
+            del self.models[engine.alias]
+        elif model.wants_engine:
+            self._waiting[engine.alias] = model
+
+    def _engine_failed(self, model: Model, engine: Engine, reason: str) -> None:
+        what = "did not load" if engine.state is EngineState.LOADING else "crashed"
+        model.attempts += 1
+        model.last_error = f"{engine.alias!r} {what}: {reason}"
+        if model.attempts > self.policy.model_load_max_retries:
+            self._fail(model, self.policy.model_load_cooldown_sec)
+            return
+        # An engine that has served deserves to be back at once; one that has not may never work.
+        delay = 0.0 if engine.served else self.policy.backoff_sec * 2.0 ** (model.attempts - 1)
+        model.retry_at_sec = self._now + delay
+        self._off(model, model.last_error)
+
+    def _fail(self, model: Model, cooldown_sec: float) -> None:
+        model.attempts = 0
+        model.failed_until_sec = self._now + cooldown_sec
+        self._wake(model.failed_until_sec)
+        reason = model.last_error or "failed"
+        self._effects.append(Transition(model.spec.alias, "failed", reason))
+        self._reject_waiting(model, Refusal.MODEL_FAILED, reason, cooldown_sec)
+
+    def _off(self, model: Model, reason: str) -> None:
+        self._effects.append(Transition(model.spec.alias, "off", reason))
+
+    def _drain(self, engine: Engine, cause: StopCause, reason: str) -> None:
+        self._fleet.drain(engine, cause, reason, self._now)
+        if self.policy.max_drain_sec is not None:
+            self._wake(self._now + self.policy.max_drain_sec)
+
+    # --- placement: carrying out the policy -------------------------------------------------------------
+
+    def _place_all(self) -> None:
+        self._settle_swaps()
+        free = self._fleet.free()
+        taken = {victim for swap in self._fleet.swaps.values() for victim in swap.victims}
+        for model in sorted(self._waiting.values(), key=self._order):
+            if model.spec.alias in self._fleet.swaps:
+                continue
+            if model.retry_at_sec > self._now:
+                model.why_waiting = f"its next try is in {model.retry_at_sec - self._now:.0f} s"
+                self._wake(model.retry_at_sec)
+                continue
+            self._place(model, free, taken)
+            if model.inspecting_since_sec is not None:
+                # Nobody overtakes it for want of a look, unless its disk keeps us waiting.
+                patience_ends = model.inspecting_since_sec + INSPECTION_PATIENCE_SEC
+                if patience_ends > self._now:
+                    self._wake(patience_ends)
+                    return
+
+    def _settle_swaps(self) -> None:
+        """Start those whose room is there; give up those that nobody wants or that can't succeed any more."""
+        for alias, swap in list(self._fleet.swaps.items()):
+            model = self.models[alias]
+            if not model.wants_engine:
+                self._end_swap(alias)
+                continue
+            del self._fleet.swaps[alias]  # its own claim must not stand in its way
+            there = not shortage(swap.placement, self._fleet.free())
+            will_be = not shortage(swap.placement, self._fleet.obtainable_by(swap))
+            self._fleet.swaps[alias] = swap
+            if there:
+                self._start(model, swap.placement)
+            if there or not will_be:  # the budget may have shrunk
+                self._end_swap(alias)
+
+    def _end_swap(self, alias: str) -> None:
+        for engine in self._fleet.end_swap(alias):
+            model = self.models[engine.alias]
+            model.forget_wish()
+            self._serve(model, engine)
+
+    def _order(self, model: Model) -> tuple[float, int]:
+        head = model.queue.head()
+        if head is not None:
+            return head.deadline_sec, head.seq
+        wanted = model.wanted_since_sec if model.wanted_since_sec is not None else self._now
+        return wanted + self.policy.patience_sec[Priority.NORMAL], 0
+
+    def _place(self, model: Model, free: dict[str, int], taken: set[Engine]) -> None:
+        """Carry out the policy's verdict on a candidate; `free` and `taken` remember what is kept for it."""
+        inspected = model.inspected
+        if inspected is None:
+            self._inspect(model)
+            return
+        room = Room(self._now, self.policy, self.models, self.engines.values(), self.budgets, free, taken)
+        verdict = decide(model, inspected, room)
+        if isinstance(verdict, Wait | MakeRoom) and not model.queue and not model.may_evict:
+            model.forget_wish()
+            self._waiting.pop(model.spec.alias)
+            self._off(model, f"not preloaded: {verdict.reason}")
+            return
+        if not isinstance(verdict, Wait) and self._now - inspected.at > self.policy.inspection_valid_sec:
+            self._inspect(model)  # look again before anybody goes
+            return
+        match verdict:
+            case Fits(placement):
+                self._start(model, placement)
+                take(free, placement)
+            case MakeRoom(placement, victims):
+                self._swap(model, Swap(placement, victims))
+                take(free, claim(placement, victims))
+                taken |= victims
+            case Wait(again_at, reason, reserve, hold):
+                model.why_waiting = reason
+                for at in again_at:
+                    self._wake(at)
+                take(free, reserve)
+                taken |= hold
+            case NeverFits(reason):
+                model.last_error = reason
+                model.inspected = None
+                self._off(model, reason)
+                self._reject_waiting(model, Refusal.INSUFFICIENT_MEMORY, reason)
+
+    def _start(self, model: Model, placement: Placement) -> None:
+        self._fleet.start(model, placement, self._now)
+        self._waiting.pop(model.spec.alias)
+        model.inspected = None
+        model.why_waiting = "it is loading"
+
+    def _swap(self, model: Model, swap: Swap) -> None:
+        names = ", ".join(sorted(victim.alias for victim in swap.victims))
+        model.why_waiting = f"room is being made for it by {names}"
+        self._fleet.swap(model.spec.alias, swap, self._now)
+        if self.policy.max_drain_sec is not None:
+            self._wake(self._now + self.policy.max_drain_sec)
+
+    def _inspect(self, model: Model) -> None:
+        if model.inspecting_since_sec is None:
+            model.inspecting_since_sec = self._now
+            model.why_waiting = "its file is being looked at"
+            self._effects.append(Inspect(model.spec.alias))
+
+    def _inspected(self, event: Inspected) -> None:
+        model = self.models.get(event.alias)
+        if model is None:
+            return
+        model.inspecting_since_sec = None
+        model.inspected = None
+        if event.problem is None:
+            places = tuple({**place, ENGINES: 1} for place in event.placements)
+            model.inspected = Inspected(self._now, event.alias, places, None, event.need)
+        elif model.wants_engine:
+            model.last_error = event.problem
+            self._fail(model, self.policy.inspection_valid_sec)
+
+    # --- time -------------------------------------------------------------------------------------------
+
+    def _wake(self, at: float) -> None:
+        if at < self.wake_at:
+            self.wake_at = at
+
+    def _tick(self) -> None:
+        """Do what is due, and find out anew when the next thing is."""
+        self.wake_at = math.inf
+        for model in self.models.values():
+            self._expire_waiting(model)
+            if model.failed_until_sec > self._now:
+                self._wake(model.failed_until_sec)
+            elif model.failed_until_sec:
+                model.failed_until_sec = 0.0
+                self._off(model, "may be tried again")
+        self._warm = self._kept_warm()
+        for engine in list(self.engines.values()):
+            since_sec, limit_sec, cause = self._time_limit(engine)
+            if since_sec is not None:
+                if since_sec + limit_sec <= self._now:
+                    self._fleet.stop(engine, cause)
+                else:
+                    self._wake(since_sec + limit_sec)
+
+    def _expire_waiting(self, model: Model) -> None:
+        while (request := model.queue.longest_here()) is not None:
+            expiry = request.queued_sec + self.policy.queue_timeout_sec
+            if expiry > self._now:
+                self._wake(expiry)
+                return
+            reason = f"waited {self._now - request.arrival_sec:.0f} s for {request.alias!r}"
+            if model.engine is None or model.engine.state is not EngineState.READY:
+                reason += f": {model.why_waiting}"
+            model.queue.remove(request)
+            self._reject(request.id, Refusal.QUEUE_TIMEOUT, reason, model.expected_wait_sec())
+            self._left_queue(model)
+
+    def _time_limit(self, engine: Engine) -> tuple[float | None, float, StopCause]:
+        """Since when the engine has been in a state that must not last, how long it may, and why it ends."""
+        model = self.models[engine.alias]
+        match engine.state:
+            case EngineState.LOADING:
+                grace_sec = self.policy.abandoned_load_grace_sec
+                return engine.nobody_waits_since_sec, grace_sec, StopCause.ABANDONED
+            case EngineState.DRAINING if self.policy.max_drain_sec is not None:
+                cause = engine.cause or StopCause.DRAINED
+                return engine.draining_since_sec, self.policy.max_drain_sec, cause
+            case EngineState.READY if engine not in self._warm and not engine.suspect:
+                return engine.idle_since_sec, model.idle_timeout_sec(self.policy), StopCause.IDLE
+        return None, math.inf, StopCause.IDLE
+
+    def _kept_warm(self) -> set[Engine]:
+        """The most recently used engines, which the global idle timeout (not a model's own) spares."""
+        ready = [engine for engine in self.engines.values() if engine.state is EngineState.READY]
+        ready.sort(
+            key=lambda engine: (engine.idle_since_sec is None, self.models[engine.alias].last_used_sec),
+            reverse=True,
+        )
+        warm = ready[: self.policy.keep_warm_models]
+        return {engine for engine in warm if self.models[engine.alias].spec.idle_timeout_sec is None}
+
+    def _used(self, engine: Engine) -> None:
+        """It is the most recently used now; another may have to go that was kept warm in its place."""
+        if self._warm and engine not in self._warm:
+            self._wake(self._now)
+
+    # --- operators --------------------------------------------------------------------------------------
+
+    def _load(self, event: Load) -> None:
+        model = self.models.get(event.alias)
+        if model is None or model.retired or self.shutting_down:
+            return
+        engine = model.engine
+        if model.failed_until_sec > self._now or (engine is not None and engine.state is EngineState.READY):
+            return
+        model.wanted_since_sec = self._now
+        model.may_evict = model.may_evict or event.evict
+        if engine is None:
+            self._waiting[event.alias] = model
+        else:
+            engine.nobody_waits_since_sec = None
+
+    def _eject(self, event: Eject) -> None:
+        model = self.models.get(event.alias)
+        if model is None:
+            return
+        model.forget_wish()
+        self._left_queue(model)
+        if model.engine is not None:
+            self._drain(model.engine, StopCause.MANUAL, "ejected by hand")
+
+    def _reset(self, event: Reset) -> None:
+        model = self.models.get(event.alias)
+        if model is not None:
+            self._forgive(model, "reset")
+
+    def _forgive(self, model: Model, reason: str) -> None:
+        if model.failed_until_sec:
+            self._off(model, reason)
+        model.forget_failures()
+
+    def _configure(self, event: Configured) -> None:
+        self.policy = event.policy
+        if self.budgets:
+            self._fleet.budgets[ENGINES] = event.policy.max_concurrent_models
+        for alias, model in list(self.models.items()):
+            if alias not in event.models and not model.retired:
+                self._retire(model)
+        for alias, spec in event.models.items():
+            known = self.models.get(alias)
+            if known is None:
+                self.models[alias] = Model(spec, spec.expected_load_sec)
+            else:
+                self._reconfigure(known, spec)
+        self._wake(self._now)  # timeouts may be shorter now
+
+    def _reconfigure(self, model: Model, spec: ModelSpec) -> None:
+        changed = (model.spec.revision, model.spec.slots) != (spec.revision, spec.slots)
+        model.spec = spec
+        if changed or model.retired:
+            model.retired = False
+            self._forgive(model, "its configuration changed")
+            if spec.alias in self._fleet.swaps:
+                self._end_swap(spec.alias)  # it may need more now, or less
+            if model.engine is not None:
+                self._drain(model.engine, StopCause.RELOAD, "its configuration changed")
+        elif model.engine is not None:
+            model.engine.spec = spec
+
+    def _retire(self, model: Model) -> None:
+        model.retired = True
+        model.forget_wish()
+        while model.queue:
+            self._reject_removed(model.queue.pop())
+        self._left_queue(model)
+        if model.engine is not None:
+            self._drain(model.engine, StopCause.RELOAD, "removed from the configuration")
+            return
+        if model.spec.alias in self._fleet.swaps:
+            self._end_swap(model.spec.alias)
+        del self.models[model.spec.alias]
+
+    def _shut_down(self) -> None:
+        self.shutting_down = True
+        for model in self.models.values():
+            self._reject_waiting(model, Refusal.SHUTTING_DOWN, "the router is shutting down", 5)
+        for alias in list(self._fleet.swaps):
+            self._end_swap(alias)
+        for engine in list(self.engines.values()):
+            self._drain(engine, StopCause.SHUTDOWN, "the router is shutting down")
