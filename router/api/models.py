@@ -1,0 +1,195 @@
+"""Managing models: load, eject, reset, their state once and as a stream, and the reload of the configuration."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator
+from datetime import datetime, timezone
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.responses import JSONResponse
+
+from router.api.errors import ApiError
+from router.api.openai import known_model
+from router.config_errors import ConfigError
+from router.dispatcher import Dispatcher
+from router.events import Missed, ModelChanged, ServerChanged
+
+router = APIRouter(tags=["management"])
+
+_STATES = ("off", "loading", "ready", "draining", "stopping", "failed")
+_KEEP_ALIVE_SEC = 30
+
+
+class ModelName(BaseModel):
+    model: str = Field(description="An alias.")
+
+
+@router.post("/v1/models/load")
+async def load_model(body: ModelName, request: Request) -> dict[str, Any]:
+    """Load a model now, making room if need be; answers when it is ready."""
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    known_model(dispatcher, body.model)
+    if dispatcher.status == "shutting_down":
+        raise ApiError(503, "shutting_down", "The router is shutting down.", retry_after_sec=5)
+    state = await dispatcher.load(body.model)
+    if state != "ready":
+        model = dispatcher.scheduler.models.get(body.model)
+        reason = (model.last_error if model else None) or f"it is {state}"
+        raise ApiError(503, "model_failed", f"{body.model!r} was not loaded: {reason}", "model")
+    return {"status": "success", "model": body.model, "message": f"{body.model} is ready"}
+
+
+@router.post("/v1/models/eject")
+async def eject_model(body: ModelName, request: Request) -> JSONResponse:
+    """Unload a model once its requests in flight are answered."""
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    known_model(dispatcher, body.model)
+    if dispatcher.scheduler.models[body.model].engine is None:
+        answer = {"status": "not_found", "model_ejected": None, "message": f"{body.model} is not loaded"}
+        return JSONResponse(answer, 404)
+    await dispatcher.eject(body.model)
+    return JSONResponse(
+        {"status": "success", "model_ejected": body.model, "message": f"{body.model} was unloaded"}
+    )
+
+
+@router.post("/v1/models/{alias:path}/reset")
+async def reset_model(alias: str, request: Request) -> dict[str, Any]:
+    """Forget the failures of a model, so that it may be tried again at once."""
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    known_model(dispatcher, alias)
+    previous = dispatcher.scheduler.models[alias].last_error
+    dispatcher.reset(alias)
+    return {"status": "success", "model": alias, "message": "may be loaded again", "previous_error": previous}
+
+
+@router.get("/v1/models/failed")
+async def failed_models(request: Request) -> dict[str, Any]:
+    """Models in their cooldown after failed loads or crashes."""
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    scheduler = dispatcher.scheduler
+    return {
+        "failed_models": [
+            {"model": alias, "attempts": model.attempts, "error": model.last_error}
+            for alias, model in scheduler.models.items()
+            if scheduler.state(alias) == "failed"
+        ]
+    }
+
+
+@router.get("/v1/models/status")
+@router.get("/status")
+async def all_status(request: Request) -> dict[str, Any]:
+    """Every model's state."""
+    return full_status(request.app.state.dispatcher)
+
+
+@router.get("/v1/models/status/stream")
+async def status_stream(request: Request) -> EventSourceResponse:
+    """SSE: `full_status` first, then `model_update` and `server_update` as things change."""
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    return EventSourceResponse(_status_events(dispatcher), ping=_KEEP_ALIVE_SEC, ping_message_factory=_heartbeat)
+
+
+@router.get("/v1/models/{alias:path}/status")
+@router.get("/status/{alias:path}")
+async def model_status(alias: str, request: Request) -> dict[str, Any]:
+    """One model's state."""
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    known_model(dispatcher, alias)
+    return {"model": alias, **_status(dispatcher, alias)}
+
+
+@router.post("/v1/config/reload")
+async def reload_config(request: Request) -> dict[str, Any]:
+    """Apply the configuration file as it is now; a broken one changes nothing."""
+    try:
+        changes: dict[str, Any] = await request.app.state.reload()
+        return changes
+    except ConfigError as error:
+        problems = str(error)
+        raise ApiError(400, "invalid_config", f"Nothing was changed. {problems}") from None
+
+
+def full_status(dispatcher: Dispatcher) -> dict[str, Any]:
+    models = {alias: _status(dispatcher, alias) for alias in dispatcher.config.models}
+    by_status = {state: sum(m["status"] == state for m in models.values()) for state in _STATES}
+    return {
+        "server": {"status": dispatcher.status, "started_at": _iso(dispatcher.started_at)},
+        "models": models,
+        "summary": {"total": len(models), "by_status": by_status, **by_status},
+    }
+
+
+def _status(dispatcher: Dispatcher, alias: str) -> dict[str, Any]:
+    scheduler = dispatcher.scheduler
+    model = scheduler.models[alias]
+    engine = model.engine
+    running = dispatcher.running.get(engine.id) if engine is not None else None
+    state = scheduler.state(alias)
+    progress = running.process.load_progress if running is not None else None
+    return {
+        "alias": alias,
+        "status": state,
+        "port": running.process.port if running is not None else None,
+        "pid": running.process.pid if running is not None else None,
+        "started_at": _wall(engine.started_sec) if engine is not None else None,
+        "last_used_at": _wall(model.last_used_sec),
+        "load_progress": 100 if state in ("ready", "draining") else round(100 * (progress or 0)),
+        "load_sec": round(model.load_sec, 3) if model.loads else None,
+        "error_message": model.last_error,
+        "vram_used_mb": _memory_mib(dispatcher, alias),
+        "slots": model.spec.slots,
+        "in_flight": len(engine.in_flight) if engine is not None else 0,
+        "waiting": len(model.queue),
+        "why_waiting": model.why_waiting if model.queue and state != "ready" else None,
+        "pinned": model.spec.pinned,
+        "updated_at": _iso(time.time()),
+    }
+
+
+def _memory_mib(dispatcher: Dispatcher, alias: str) -> int:
+    engine = dispatcher.scheduler.models[alias].engine
+    return engine.placement.get(dispatcher.device.name, 0) if engine is not None else 0
+
+
+async def _status_events(dispatcher: Dispatcher) -> AsyncIterator[ServerSentEvent]:
+    with dispatcher.events.subscribe() as happenings:
+        yield _event("full_status", full_status(dispatcher))
+        async for happening in happenings:
+            match happening:
+                case ModelChanged(alias) if alias in dispatcher.scheduler.models:
+                    update = {**_status(dispatcher, alias), "status": happening.state, "reason": happening.reason}
+                    yield _event("model_update", update)
+                case ServerChanged(status, at):
+                    yield _event("server_update", {"status": status, "at": _iso(at)})
+                    if status == "shutting_down":
+                        return
+                case Missed():
+                    yield _event("full_status", full_status(dispatcher))
+                case _:
+                    pass
+
+
+def _event(name: str, data: dict[str, Any]) -> ServerSentEvent:
+    return ServerSentEvent(json.dumps(data), event=name)
+
+
+def _heartbeat() -> ServerSentEvent:
+    return _event("heartbeat", {"timestamp": _iso(time.time())})
+
+
+def _iso(at: float) -> str:
+    return datetime.fromtimestamp(at, timezone.utc).isoformat(timespec="milliseconds")
+
+
+def _wall(monotonic_sec: float) -> str | None:
+    """A moment on the scheduler's clock as people's time; None when it never came."""
+    if monotonic_sec == float("-inf"):
+        return None
+    return _iso(time.time() - (time.monotonic() - monotonic_sec))

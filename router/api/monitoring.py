@@ -1,0 +1,68 @@
+"""How the router is doing: health, readiness, queues."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse
+
+from router.dispatcher import Dispatcher
+from router.queue import Priority
+
+router = APIRouter(tags=["monitoring"])
+
+
+@router.get("/health")
+async def health(request: Request) -> JSONResponse:
+    """Whether the router works. A machine without a GPU is healthy."""
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    working = dispatcher.status != "shutting_down"
+    answer = {
+        "status": "ok" if working else "degraded",
+        "checks": {
+            "gpu": {"available": dispatcher.device.name == "gpu"},
+            "manager": {"status": dispatcher.status, "active_models": len(dispatcher.scheduler.engines)},
+            "http_client": {"status": "ok"},
+        },
+    }
+    return JSONResponse(answer, 200 if working else 503)
+
+
+@router.get("/live")
+async def live() -> dict[str, str]:
+    """The process answers."""
+    return {"status": "ok"}
+
+
+@router.get("/ready")
+async def ready(request: Request) -> JSONResponse:
+    """Whether requests are taken: 503 before the start is complete and from the begin of the shutdown on."""
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    return JSONResponse({"status": dispatcher.status}, 200 if dispatcher.status == "ready" else 503)
+
+
+@router.get("/v1/queue/stats")
+async def queue_stats(request: Request) -> dict[str, Any]:
+    """Who waits and who is served, per model."""
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    per_model: dict[str, dict[str, Any]] = {}
+    for alias, model in dispatcher.scheduler.models.items():
+        counts = dispatcher.counts[alias]
+        in_flight = list(model.engine.in_flight) if model.engine is not None else []
+        per_model[alias] = {
+            "queue_length": len(model.queue),
+            "by_priority": {p.name.lower(): model.queue.count(p) for p in Priority},
+            "total_requests": counts.submitted,
+            "total_processed": counts.served,
+            "total_rejected": counts.rejected,
+            "current_processing": len(in_flight),
+            "processing": in_flight,
+        }
+    summary = {
+        "total_queued": sum(stats["queue_length"] for stats in per_model.values()),
+        "total_processing": sum(stats["current_processing"] for stats in per_model.values()),
+        "total_processed": sum(stats["total_processed"] for stats in per_model.values()),
+        "total_rejected": sum(stats["total_rejected"] for stats in per_model.values()),
+    }
+    return {"summary": summary, "per_model": per_model}

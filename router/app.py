@@ -1,0 +1,103 @@
+"""The ASGI application: the data plane raw and first, everything else through FastAPI."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+
+from router import __version__
+from router.api import models, monitoring, openai
+from router.api.auth import OPEN_PATHS, Keyring
+from router.api.errors import ApiError
+from router.dispatcher import Dispatcher
+from router.proxy import ROUTES, Proxy, Receive, Scope, Send
+
+Reload = Callable[[], Awaitable[dict[str, Any]]]
+ASGI = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+def create_app(dispatcher: Dispatcher, keyring: Keyring, reload: Reload) -> ASGI:
+    """Wire it up. The dispatcher is started and stopped by whoever runs the server."""
+    proxy = Proxy(dispatcher, keyring)
+    pages = _pages(dispatcher, keyring, reload)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in ROUTES:
+            await proxy(scope, receive, send)
+        else:
+            await pages(scope, receive, send)
+
+    for_browsers = CORSMiddleware(
+        app,
+        allow_origins=list(dispatcher.config.api.cors_origins),
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=["X-Request-Id", "X-Model-Alias", "X-Queue-Ms", "X-Load-Ms", "Retry-After"],
+    )
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = scope.get("headers", ())
+        if any(name == b"origin" for name, _ in headers):
+            await for_browsers(scope, receive, send)
+        else:
+            await app(scope, receive, send)
+
+    return application
+
+
+def _pages(dispatcher: Dispatcher, keyring: Keyring, reload: Reload) -> FastAPI:
+    app = FastAPI(title="llama-router", version=__version__, openapi_url="/openapi.json")
+    app.state.dispatcher = dispatcher
+    app.state.reload = reload
+    app.include_router(models.router)
+    app.include_router(openai.router)
+    app.include_router(monitoring.router)
+
+    @app.middleware("http")
+    async def authorize(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        if request.url.path not in OPEN_PATHS:
+            manages = request.method != "GET"
+            try:
+                keyring.check(request.headers.raw, manages=manages)
+            except ApiError as error:
+                return _answer(request, error)
+        return await call_next(request)
+
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError) -> Response:
+        return _answer(request, error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        message = f"{where}: {first['msg']}" if where else first["msg"]
+        return _answer(request, ApiError(400, "invalid_request", message, where or None))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        path = request.url.path
+        if path in ROUTES:
+            return _answer(request, ApiError(405, "method_not_allowed", f"{path} takes POST only."))
+        if error.status_code == 404:
+            return _answer(request, ApiError(404, "route_not_found", f"There is no {request.method} {path}."))
+        return _answer(request, ApiError(error.status_code, "http_error", str(error.detail)))
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, _: Exception) -> Response:  # uvicorn logs the traceback
+        return _answer(request, ApiError(500, "internal_error", "The router made a mistake; see its log."))
+
+    return app
+
+
+def _answer(request: Request, error: ApiError) -> Response:
+    response = Response(error.body(request.url.path), error.status)
+    for name, value in error.headers():
+        response.headers[name.decode()] = value.decode()
+    return response

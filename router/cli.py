@@ -1,0 +1,99 @@
+"""The command line: `llama-router [serve]`, `check`, `schema`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from router import __version__
+from router.config import schema
+from router.config_errors import ConfigError
+from router.config_load import Loaded, load
+from router.config_show import render
+from router.demo import MODEL_PATH
+from router.launcher import NoEngine
+from router.serve import CannotServe, serve
+
+_DEMO = "built in, nothing is configured"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. Exit codes: 0 ended in order, 1 cannot serve, 2 wrong configuration or command line."""
+    options = _parser().parse_args(_with_command(sys.argv[1:] if arguments is None else list(arguments)))
+    try:
+        options.run(options)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except (CannotServe, NoEngine) as error:
+        print(f"llama-router: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _with_command(arguments: list[str]) -> list[str]:
+    """`serve` is the default command."""
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help", "--version")):
+        return ["serve", *arguments]
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llama-router",
+        description="One OpenAI-compatible endpoint in front of any number of GGUF models.",
+    )
+    parser.add_argument("--version", action="version", version=f"llama-router {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    source = argparse.ArgumentParser(add_help=False)
+    source.add_argument("--config", type=Path, metavar="FILE", help="configuration, JSON or YAML")
+    source.add_argument(
+        "--models-dir",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="serve every GGUF in this folder under its file name; may be repeated",
+    )
+    source.add_argument("--host", help="address to listen on (api.host)")
+    source.add_argument("--port", type=int, help="port to listen on (api.port)")
+
+    run = commands.add_parser("serve", parents=[source], help="serve models (the default command)")
+    run.set_defaults(run=lambda options: serve(partial(_load, options)))
+
+    check = commands.add_parser("check", parents=[source], help="validate the configuration and show it")
+    check.set_defaults(run=_check)
+
+    show = commands.add_parser("schema", help="print the JSON Schema of the configuration")
+    show.set_defaults(run=lambda options: print(json.dumps(schema(), indent=2)))
+    return parser
+
+
+def _load(options: argparse.Namespace) -> Loaded:
+    """The configuration that the command line asks for; without any, the demo."""
+    overrides: dict[str, tuple[str, Any]] = {}
+    if options.host is not None:
+        overrides["api.host"] = ("--host", options.host)
+    if options.port is not None:
+        overrides["api.port"] = ("--port", options.port)
+    read = partial(load, options.config, environ=os.environ, cwd=Path.cwd(), models_dirs=options.models_dir)
+    loaded = read(overrides=overrides)
+    if loaded.source is not None or options.models_dir:
+        return loaded
+    demo: dict[str, Any] = {"model_path": str(MODEL_PATH), "description": "A tiny model to try the router with."}
+    overrides["models.demo"] = (_DEMO, {**demo, "flags": ["-np", "2"]})
+    overrides["models.demo-embed"] = (_DEMO, {**demo, "flags": ["--embedding", "--pooling", "mean"]})
+    return read(overrides=overrides)
+
+
+def _check(options: argparse.Namespace) -> None:
+    loaded = _load(options)
+    print("\n".join(render(loaded.config, loaded.origins)))
+    for warning in loaded.warnings:
+        print(f"warning: {warning}", file=sys.stderr)

@@ -1,0 +1,470 @@
+"""The one writer of the scheduler: turns the world into events, and carries its effects out.
+
+Everything here runs on one event loop and nothing in `_post` waits: spawning, stopping, probing and looking at
+files happen in tasks of their own, whose results come back as events. So no lock is needed, and a slow load or
+stop of one model never delays a request to another. A request that meets a ready engine with a free slot is
+granted within the call that submits it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import defaultdict, deque
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from router.config import Config, MaxWait, ModelConfig, Patience, WaitFactor
+from router.engine import Binary, EngineFailed, EngineOrder, EngineProcess, LogRing
+from router.events import Events, ModelChanged, ServerChanged
+from router.flags import argv, parse
+from router.launcher import Launcher
+from router.memory import Device, Unusable, budget_mib, inspect
+from router.messages import (
+    ByPriority,
+    Configured,
+    Effect,
+    Eject,
+    EngineAlive,
+    EngineExited,
+    EngineReady,
+    Event,
+    Finished,
+    Grant,
+    Inspect,
+    Inspected,
+    Load,
+    MemoryChanged,
+    ModelSpec,
+    Policy,
+    Probe,
+    Reject,
+    Requeue,
+    Reset,
+    ShutDown,
+    StartEngine,
+    StopEngine,
+    Submit,
+    Tick,
+    Transition,
+)
+from router.queue import Priority
+from router.scheduler import Scheduler
+from router.upstream import EnginePool
+
+_log = logging.getLogger("router")
+
+_INSPECTION_LIMIT_SEC = 30
+_PROBE_LIMIT_SEC = 3
+
+
+@dataclass(slots=True, eq=False)
+class RunningEngine:
+    """An engine's process with the connections to it."""
+
+    id: int
+    alias: str
+    process: EngineProcess
+    pool: EnginePool
+    started_sec: float
+    ready_sec: float | None = None
+
+
+class Ticket:
+    """A request's place: in the queue, then with `engine`, or turned away with `rejection`."""
+
+    __slots__ = ("_turn", "alias", "arrival_sec", "engine", "granted_sec", "id", "priority", "rejection")
+
+    def __init__(self, request_id: str, alias: str, priority: Priority, now: float) -> None:
+        self.id = request_id
+        self.alias = alias
+        self.priority = priority
+        self.arrival_sec = now
+        self.granted_sec = now
+        self.engine: RunningEngine | None = None
+        self.rejection: Reject | None = None
+        self._turn: asyncio.Event | None = None
+
+    @property
+    def decided(self) -> bool:
+        return self.engine is not None or self.rejection is not None
+
+    async def decision(self) -> None:
+        """Until it is granted or rejected."""
+        while not self.decided:
+            self._turn = asyncio.Event()
+            await self._turn.wait()
+
+    def decide(self, now: float, engine: RunningEngine | None, rejection: Reject | None) -> None:
+        self.granted_sec = now
+        self.engine = engine
+        self.rejection = rejection
+        if self._turn is not None:
+            self._turn.set()
+
+    @property
+    def queue_sec(self) -> float:
+        return self.granted_sec - self.arrival_sec
+
+    @property
+    def load_sec(self) -> float:
+        """The part of the wait in which the model was loading."""
+        if self.engine is None or self.engine.ready_sec is None:
+            return 0.0
+        return max(0.0, self.engine.ready_sec - max(self.arrival_sec, self.engine.started_sec))
+
+
+@dataclass(slots=True)
+class Counts:
+    """Requests to one alias since the start."""
+
+    submitted: int = 0
+    served: int = 0
+    rejected: int = 0
+
+
+class Dispatcher:
+    """Owns the scheduler, the engines and everybody who waits. Create and use it on one event loop."""
+
+    def __init__(self, config: Config, launcher: Launcher, binary: Binary, device: Device, events: Events) -> None:
+        self.config = config
+        self.events = events
+        self.device = device
+        self.binary = binary
+        self.scheduler = Scheduler()
+        self.logs: dict[str, LogRing] = {}
+        self.running: dict[int, RunningEngine] = {}
+        self.status = "initializing"
+        self.started_at = time.time()
+        self.counts: dict[str, Counts] = defaultdict(Counts)
+        self._launcher = launcher
+        self._tickets: dict[str, Ticket] = {}
+        self._pending: deque[Event] = deque()
+        self._posting = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = math.inf
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stopping: set[int] = set()
+        self._preloading: set[str] = set()
+        self._changes: dict[str, list[asyncio.Future[None]]] = {}
+        self._preload: asyncio.Task[None] | None = None
+
+    # --- life -------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Take up work: know the models, begin to preload."""
+        self._configure()
+        self.status = "ready"
+        self.events.publish(ServerChanged(self.status, time.time()))
+        if self._to_preload():
+            self._preload = self._spawn(self._preload_models(), "preload")
+
+    async def shut_down(self) -> None:
+        """Refuse what waits, let what is in flight finish within the grace time, stop every engine."""
+        self.status = "shutting_down"
+        self.events.publish(ServerChanged(self.status, time.time()))
+        if self._preload is not None:
+            self._preload.cancel()
+        self._post(ShutDown(time.monotonic()))
+        deadline = time.monotonic() + self.config.system.shutdown_grace_sec
+        while self.scheduler.engines and (left := deadline - time.monotonic()) > 0:
+            await self._next_change(None, left)
+        for engine_id in list(self.scheduler.engines):
+            self._stop(engine_id)
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def kill_engines(self) -> None:
+        """Without any grace: the last resort of an impatient operator."""
+        for running in self.running.values():
+            running.process.kill()
+
+    def apply(self, config: Config) -> None:
+        """Go by a new configuration. Engines whose entry did not change are not touched."""
+        self.config = config
+        self._configure()
+
+    # --- requests ---------------------------------------------------------------------------------------
+
+    def submit(self, request_id: str, alias: str, priority: Priority) -> Ticket:
+        """Ask for a slot. Every ticket must come back through `finish`, also a cancelled one."""
+        now = time.monotonic()
+        ticket = Ticket(request_id, alias, priority, now)
+        self._tickets[request_id] = ticket
+        self.counts[alias].submitted += 1
+        self._post(Submit(now, request_id, alias, priority))
+        return ticket
+
+    def finish(self, ticket: Ticket, *, served: bool) -> None:
+        """The request is over: answered, failed, or given up by its client, wherever it is."""
+        if self._tickets.pop(ticket.id, None) is not None:
+            self.counts[ticket.alias].served += served
+            self._post(Finished(time.monotonic(), ticket.id, served))
+
+    def requeue(self, ticket: Ticket, reason: str) -> None:
+        """Its engine broke before the first byte of an answer: back to the head of its queue."""
+        ticket.engine = None
+        self._post(Requeue(time.monotonic(), ticket.id, reason))
+
+    def is_taken(self, request_id: str) -> bool:
+        return request_id in self._tickets
+
+    def position(self, ticket: Ticket) -> int | None:
+        """1 for the request that is served next; None when it does not wait."""
+        model = self.scheduler.models.get(ticket.alias)
+        if model is None:
+            return None
+        ids = (request.id for request in model.queue)
+        return next((index for index, waiting in enumerate(ids, 1) if waiting == ticket.id), None)
+
+    # --- operators --------------------------------------------------------------------------------------
+
+    async def load(self, alias: str) -> str:
+        """Load a model by hand; returns its state once it is ready, failed, or given up."""
+        self._post(Load(time.monotonic(), alias))
+        return await self._until_settled(alias)
+
+    async def eject(self, alias: str) -> None:
+        """Let it finish what is in flight, then unload it. Returns when that engine is gone."""
+        engine = self.scheduler.models[alias].engine
+        self._post(Eject(time.monotonic(), alias))
+        while engine is not None and engine.id in self.scheduler.engines:
+            await self._next_change(alias)
+
+    def reset(self, alias: str) -> None:
+        self._post(Reset(time.monotonic(), alias))
+
+    async def _until_settled(self, alias: str) -> str:
+        while True:
+            model = self.scheduler.models.get(alias)
+            if model is None:
+                return "off"
+            state = self.scheduler.state(alias)
+            if state in ("ready", "failed") or (model.engine is None and model.wanted_since_sec is None):
+                return state
+            await self._next_change(alias)
+
+    async def _next_change(self, alias: str | None, timeout_sec: float | None = None) -> None:
+        """Until the state of a model (None: of any) changes."""
+        changed = asyncio.get_running_loop().create_future()
+        waiters = self._changes.setdefault(alias or "", [])
+        waiters.append(changed)
+        await asyncio.wait({changed}, timeout=timeout_sec)
+
+    # --- the loop ---------------------------------------------------------------------------------------
+
+    def _post(self, event: Event) -> None:
+        """One event at a time, also when carrying out an effect brings the next."""
+        self._pending.append(event)
+        if self._posting:
+            return
+        self._posting = True
+        try:
+            while self._pending:
+                for effect in self.scheduler.step(self._pending.popleft()):
+                    self._carry_out(effect)
+        finally:
+            self._posting = False
+        if self.scheduler.wake_at < self._timer_at:
+            self._set_timer()
+
+    def _carry_out(self, effect: Effect) -> None:
+        match effect:
+            case Grant(request_id, engine_id):
+                ticket = self._tickets.get(request_id)
+                if ticket is None:
+                    self._pending.append(Finished(time.monotonic(), request_id, served=False))
+                else:
+                    ticket.decide(time.monotonic(), self.running[engine_id], None)
+            case Reject(request_id):
+                ticket = self._tickets.get(request_id)
+                if ticket is not None:
+                    self.counts[ticket.alias].rejected += 1
+                    ticket.decide(time.monotonic(), None, effect)
+            case Inspect(alias):
+                self._spawn(self._inspect(self.config.models[alias]), f"inspection of {alias}")
+            case StartEngine(engine_id, alias):
+                self._spawn(self._live(engine_id, self.config.models[alias]), f"engine {engine_id} of {alias}")
+            case StopEngine(engine_id):
+                self._stop(engine_id)
+            case Probe(engine_id):
+                self._spawn(self._probe(engine_id), f"probe of engine {engine_id}")
+            case Transition(alias, state, reason):
+                _log.info("model %s: %s (%s)", alias, state, reason)
+                self.events.publish(ModelChanged(alias, state, reason, time.time()))
+                for waiter in (*self._changes.pop(alias, ()), *self._changes.pop("", ())):
+                    if not waiter.done():
+                        waiter.set_result(None)
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = self.scheduler.wake_at
+        delay = max(0.0, self._timer_at - time.monotonic())
+        self._timer = asyncio.get_running_loop().call_later(delay, self._tick)
+
+    def _tick(self) -> None:
+        self._timer_at = math.inf
+        self._post(Tick(time.monotonic()))
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("%s broke: %s", task.get_name(), error, exc_info=error)
+
+    # --- the world --------------------------------------------------------------------------------------
+
+    async def _inspect(self, model: ModelConfig) -> None:
+        look = asyncio.to_thread(inspect, model, self.config.system, self.device)
+        try:
+            found = await asyncio.wait_for(look, _INSPECTION_LIMIT_SEC)
+        except Unusable as unusable:
+            answer = Inspected(time.monotonic(), model.alias, problem=str(unusable))
+        except asyncio.TimeoutError:
+            problem = f"{model.model_path} could not be read within {_INSPECTION_LIMIT_SEC} s"
+            answer = Inspected(time.monotonic(), model.alias, problem=problem)
+        else:
+            answer = Inspected(time.monotonic(), model.alias, found.placements, None, found.need)
+        self._post(answer)
+
+    async def _live(self, engine_id: int, model: ModelConfig) -> None:
+        """An engine from its start to its end. Whatever happens, its exit is reported."""
+        reason = "the router failed to watch it"
+        running: RunningEngine | None = None
+        try:
+            started = time.monotonic()
+            process = await self._launcher.launch(self._order(model), self.log_of(model.alias))
+            pool = EnginePool(process.port, process.key, self.config.system.http_max_keepalive)
+            running = self.running[engine_id] = RunningEngine(engine_id, model.alias, process, pool, started)
+            if engine_id in self._stopping:
+                await process.stop()
+            await process.ready()
+            running.ready_sec = time.monotonic()
+            self._post(EngineReady(running.ready_sec, engine_id))
+            reason = await process.exited
+        except EngineFailed as failed:
+            reason = str(failed)
+            if running is not None:
+                await running.process.stop()
+        finally:
+            self._stopping.discard(engine_id)
+            if running is not None:
+                running.pool.close_idle()
+                del self.running[engine_id]
+            self._post(EngineExited(time.monotonic(), engine_id, reason))
+
+    def _stop(self, engine_id: int) -> None:
+        """Have an engine stopped; one that is just being spawned stops as soon as it is."""
+        if engine_id in self._stopping:
+            return
+        self._stopping.add(engine_id)
+        running = self.running.get(engine_id)
+        if running is not None:
+            running.pool.close_idle()
+            self._spawn(running.process.stop(), f"stop of {running.alias}")
+
+    async def _probe(self, engine_id: int) -> None:
+        running = self.running.get(engine_id)
+        if running is None:
+            return
+        if await running.process.healthy(_PROBE_LIMIT_SEC):
+            self._post(EngineAlive(time.monotonic(), engine_id))
+        else:
+            running.process.kill()
+
+    def _order(self, model: ModelConfig) -> EngineOrder:
+        system = self.config.system
+        limit = system.timeout_warmup_sec if model.alias in self._preloading else system.wait_ready_sec
+        return EngineOrder(
+            alias=model.alias,
+            argv=(
+                *self.binary.argv,
+                "-m",
+                str(model.model_path),
+                "--alias",
+                model.alias,
+                *argv(parse(model.flags)),
+            ),
+            env=model.env,
+            load_stall_sec=system.load_stall_sec,
+            load_limit_sec=limit,
+            stop_grace_sec=system.stop_grace_sec,
+        )
+
+    def log_of(self, alias: str) -> LogRing:
+        if alias not in self.logs:
+            self.logs[alias] = LogRing(self.config.system.log_ring_lines)
+        return self.logs[alias]
+
+    # --- configuration ----------------------------------------------------------------------------------
+
+    def _configure(self) -> None:
+        now = time.monotonic()
+        self._post(MemoryChanged(now, {self.device.name: budget_mib(self.device, self.config.system)}))
+        self._post(Configured(now, self._specs(), _policy(self.config)))
+
+    def _specs(self) -> Mapping[str, ModelSpec]:
+        connections = self.config.system.http_max_connections
+        return {
+            alias: ModelSpec(
+                alias,
+                slots=min(model.slots, connections),
+                pinned=model.pinned,
+                idle_timeout_sec=model.idle_timeout_sec,
+                revision=model.revision,
+            )
+            for alias, model in self.config.models.items()
+        }
+
+    def _to_preload(self) -> list[str]:
+        names = self.config.system.preload_models
+        return list(self.config.models) if "*" in names else list(names)
+
+    async def _preload_models(self) -> None:
+        for index, alias in enumerate(self._to_preload()):
+            if index:
+                await asyncio.sleep(self.config.system.preload_delay_sec)
+            if alias not in self.config.models:
+                continue
+            self._preloading.add(alias)
+            try:
+                self._post(Load(time.monotonic(), alias, evict=False))
+                await self._until_settled(alias)
+            finally:
+                self._preloading.discard(alias)
+
+
+def _policy(config: Config) -> Policy:
+    system, scheduling = config.system, config.scheduling
+    unload = system.enable_idle_timeout and system.idle_timeout_sec > 0
+    return Policy(
+        patience_sec=_by_priority(scheduling.patience_sec),
+        max_wait_sec=_by_priority(scheduling.max_wait_sec),
+        wait_factor=_by_priority(scheduling.wait_factor),
+        residency_factor=scheduling.residency_factor,
+        max_linger_sec=scheduling.max_linger_sec,
+        max_concurrent_models=system.max_concurrent_models,
+        max_queue_size_per_model=system.max_queue_size_per_model,
+        queue_timeout_sec=system.queue_timeout_sec,
+        idle_timeout_sec=system.idle_timeout_sec if unload else None,
+        keep_warm_models=system.keep_warm_models,
+        max_drain_sec=system.max_drain_sec,
+        model_load_max_retries=system.model_load_max_retries,
+        model_load_cooldown_sec=system.model_load_cooldown_sec,
+        max_request_retries=system.max_request_retries,
+    )
+
+
+def _by_priority(figures: Patience | MaxWait | WaitFactor) -> ByPriority:
+    return ByPriority(figures.high, figures.normal, figures.low)

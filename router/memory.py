@@ -1,0 +1,129 @@
+"""How much memory there is for engines, and how much a model takes of it, in MiB.
+
+A footprint comes from the configuration (`footprint_mb`) or is estimated as file size × `vram_multiplier`.
+All GPUs that may be used count as one device, because llama.cpp spreads a model over those it sees.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from router import gguf
+from router.config import ModelConfig, System
+from router.messages import Placement
+
+_MIB = 1 << 20
+_SHARE_OF_RAM = 0.8
+
+
+class Unusable(Exception):
+    """The model cannot be loaded; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where engines live: `gpu` (all that may be used, together) or `host`."""
+
+    name: str
+    total_mib: int
+    free_mib: int
+
+    def __str__(self) -> str:
+        where = "GPU memory" if self.name == "gpu" else "RAM"
+        return f"{self.free_mib} of {self.total_mib} MiB {where} free"
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a look at a model's file says before anything is stopped or started for it."""
+
+    placements: tuple[Placement, ...]
+    need: str
+
+
+def find_device(system: System, *, engine_uses_gpus: bool) -> Device:
+    """GPU memory if NVML answers and the engine can use it, else RAM."""
+    if engine_uses_gpus and system.gpu_devices:
+        gpu = _nvidia(system.gpu_devices)
+        if gpu is not None:
+            return gpu
+    total, available = host_memory()
+    return Device("host", total, available)
+
+
+def budget_mib(device: Device, system: System) -> int:
+    """What engines may take together: configured, or what is free now less the reserve.
+
+    Of RAM a fifth stays for the page cache and everybody else.
+    """
+    if system.memory_budget_mb is not None:
+        return system.memory_budget_mb
+    free = device.free_mib if device.name == "gpu" else int(device.free_mib * _SHARE_OF_RAM)
+    return max(0, free - system.vram_reserve_mb)
+
+
+def host_memory() -> tuple[int, int]:
+    """Total and available RAM in MiB; a cgroup's limit counts (cgroup v2 memory.max, v1 limit_in_bytes)."""
+    memory = psutil.virtual_memory()
+    total, available = memory.total, memory.available
+    for limit_file, usage_file in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # absent, or "max"
+            limit = int(Path("/sys/fs/cgroup", limit_file).read_text())
+            usage = int(Path("/sys/fs/cgroup", usage_file).read_text())
+            if limit < total:
+                total, available = limit, min(available, max(0, limit - usage))
+    return total // _MIB, available // _MIB
+
+
+def inspect(model: ModelConfig, system: System, device: Device) -> Inspection:
+    """Read the header and size the model. Blocking: call it in a thread. Raises Unusable."""
+    try:
+        header = gguf.read(model.model_path)
+        size = header.file_bytes
+    except gguf.UnsupportedGGUF:  # newer than we are; the engine may know it
+        size = model.model_path.stat().st_size
+    except gguf.GGUFError as error:
+        raise Unusable(str(error)) from error
+    except OSError as error:
+        raise Unusable(f"{model.model_path} cannot be read: {error.strerror or error}") from error
+    now = find_device(system, engine_uses_gpus=device.name == "gpu")
+    if now.free_mib < system.min_vram_required and now.name == device.name == "host":
+        raise Unusable(f"only {now}; min_vram_required is {system.min_vram_required}")
+    if model.footprint_mb is not None:
+        return Inspection(({device.name: model.footprint_mb},), f"{model.footprint_mb} MiB (footprint_mb)")
+    footprint = max(1, round(size * system.vram_multiplier / _MIB))
+    need = f"about {footprint} MiB (file size × {system.vram_multiplier:g})"
+    return Inspection(({device.name: footprint},), need)
+
+
+def _nvidia(indices: Sequence[int]) -> Device | None:
+    """The listed GPUs through NVML, which makes no CUDA context; None without a driver or such GPUs."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        known = range(pynvml.nvmlDeviceGetCount())
+        figures = [
+            pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(index))
+            for index in indices
+            if index in known
+        ]
+        if not figures:
+            return None
+        return Device("gpu", sum(f.total for f in figures) // _MIB, sum(f.free for f in figures) // _MIB)
+    except pynvml.NVMLError:
+        return None
+    finally:
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()

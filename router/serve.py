@@ -1,0 +1,227 @@
+"""`llama-router serve`: from a configuration to a listening router, and from a signal to its orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Generator
+from functools import partial
+from typing import Any
+
+import uvicorn
+
+from router import logs
+from router.api.auth import Keyring
+from router.app import create_app
+from router.config import Api, Config, System
+from router.config_errors import ConfigError
+from router.config_load import Loaded
+from router.dispatcher import Dispatcher
+from router.engine import Binary
+from router.events import Events
+from router.launcher import LocalLauncher, find_binary
+from router.memory import Device, find_device
+
+_log = logging.getLogger("router")
+
+_BACKLOG = 2048
+_KEEP_ALIVE_SEC = 75
+
+_NEEDS_RESTART = {
+    "api": ("host", "port", "cors_origins"),
+    "system": ("llama_server_path", "base_port", "gpu_devices", "log_ring_lines", "debug", "structured_logs"),
+}
+
+
+class CannotServe(Exception):
+    """The router can't start. The message is one clear sentence."""
+
+
+class _Server(uvicorn.Server):
+    """Signals are ours: requests are answered, by 503, until those in flight are done."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def serve(load: Callable[[], Loaded]) -> None:
+    """Serve until a signal. `load` gives the configuration, now and at every reload. Raises CannotServe."""
+    loaded = load()
+    config = loaded.config
+    logs.set_up(debug=config.system.debug, structured=config.system.structured_logs)
+    if not config.models:
+        raise CannotServe(
+            "There are no models to serve: name some under `models` in the configuration, "
+            "or give a folder of GGUF files with --models-dir."
+        )
+    binary = find_binary(config.system.llama_server_path)
+    device = find_device(config.system, engine_uses_gpus=binary.kind != "embedded")
+    listener = _listen(config.api)
+    with contextlib.closing(listener):
+        runner = _event_loop()
+        try:
+            runner.run_until_complete(_Service(loaded, load, binary, device, listener).run())
+        finally:
+            runner.close()
+
+
+def _event_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:  # where there is none for the platform
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+def _listen(api: Api) -> socket.socket:
+    family = socket.AF_INET6 if ":" in api.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((api.host, api.port))
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise CannotServe(
+                f"Port {api.port} on {api.host} is in use, perhaps by another llama-router; "
+                "choose another with --port."
+            ) from error
+        raise CannotServe(f"Cannot listen on {api.host}:{api.port}: {error.strerror}.") from error
+    return listener
+
+
+class _Service:
+    def __init__(
+        self,
+        loaded: Loaded,
+        load: Callable[[], Loaded],
+        binary: Binary,
+        device: Device,
+        listener: socket.socket,
+    ) -> None:
+        config = loaded.config
+        self._loaded = loaded
+        self._load = load
+        self._listener = listener
+        self._stop = asyncio.Event()
+        self._dispatcher = Dispatcher(config, LocalLauncher(config.system.base_port), binary, device, Events())
+        self._keyring = Keyring(config.api)
+        self._reloading = asyncio.Lock()
+        self._reloads: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        app = create_app(self._dispatcher, self._keyring, self.reload)
+        server = _Server(
+            uvicorn.Config(
+                app,
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=_KEEP_ALIVE_SEC,
+                timeout_graceful_shutdown=2,
+            )
+        )
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._terminate)
+        loop.add_signal_handler(signal.SIGHUP, self._hang_up)
+        self._dispatcher.start()
+        serving = asyncio.create_task(server.serve([self._listener]))
+        self._announce()
+        stopping = asyncio.create_task(self._stop.wait())
+        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        try:
+            await self._dispatcher.shut_down()
+        finally:
+            server.should_exit = True
+            await serving
+        _log.info("stopped")
+
+    async def reload(self) -> dict[str, Any]:
+        """Read the configuration again and go by it. Raises ConfigError and then changes nothing."""
+        async with self._reloading:
+            loaded = await asyncio.to_thread(self._load)
+            before, after = self._loaded.config, loaded.config
+            self._dispatcher.apply(after)
+            self._keyring.set(after.api)
+            self._loaded = loaded
+        changes = {
+            "added": sorted(after.models.keys() - before.models.keys()),
+            "removed": sorted(before.models.keys() - after.models.keys()),
+            "changed": sorted(
+                alias
+                for alias in before.models.keys() & after.models.keys()
+                if before.models[alias] != after.models[alias]
+            ),
+            "needs_restart": _needs_restart(before, after),
+        }
+        _log.info("configuration reloaded: %s", changes)
+        return {"status": "success", **changes, "warnings": list(loaded.warnings)}
+
+    def _terminate(self) -> None:
+        if self._stop.is_set():
+            _log.warning("second signal: not waiting any longer")
+            self._dispatcher.kill_engines()
+            os._exit(1)
+        grace = self._loaded.config.system.shutdown_grace_sec
+        _log.info("shutting down; requests in flight have %g s (a second signal cuts that short)", grace)
+        self._stop.set()
+
+    def _hang_up(self) -> None:
+        task = asyncio.create_task(self._reload_logged())
+        self._reloads.add(task)
+        task.add_done_callback(self._reloads.discard)
+
+    async def _reload_logged(self) -> None:
+        try:
+            await self.reload()
+        except ConfigError as error:
+            _log.error("configuration not reloaded, nothing was changed:\n%s", error)
+
+    def _announce(self) -> None:
+        config, dispatcher = self._loaded.config, self._dispatcher
+        host, port = self._listener.getsockname()[:2]
+        shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host  # noqa: S104
+        url = f"http://{shown}:{port}"
+        aliases = list(config.models)
+        names = ", ".join(aliases[:8]) + (f" and {len(aliases) - 8} more" if len(aliases) > 8 else "")
+        say = partial(print, file=sys.stderr, flush=True)
+        say(f"llama-router listens on {url}")
+        say(f"  engine  {dispatcher.binary.kind} ({dispatcher.binary.origin})")
+        say(f"  memory  {dispatcher.device}")
+        say(f"  models  {names}")
+        authorization = ""
+        if self._keyring.required:
+            authorization = " -H 'Authorization: Bearer YOUR_KEY'"
+        elif host not in ("127.0.0.1", "::1", "localhost"):
+            say(f"  WARNING everybody who reaches {host}:{port} can use and manage this router: set API_KEY")
+        for warning in self._loaded.warnings:
+            say(f"  WARNING {warning}")
+        body = f'{{"model": "{aliases[0]}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+        say(f"Try:\n  curl {url}/v1/chat/completions{authorization} -d '{body}'")
+
+
+def _needs_restart(before: Config, after: Config) -> list[str]:
+    sections: tuple[tuple[str, Api | System, Api | System], ...] = (
+        ("api", before.api, after.api),
+        ("system", before.system, after.system),
+    )
+    return [
+        f"{name}.{key}"
+        for name, old, new in sections
+        for key in _NEEDS_RESTART[name]
+        if getattr(old, key) != getattr(new, key)
+    ]

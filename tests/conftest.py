@@ -1,0 +1,158 @@
+"""A real router in a process of its own, on real engines, and what tests need to talk to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import psutil
+import pytest
+from tiny_models import write_llama
+
+ROOT = Path(__file__).parent.parent
+FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
+_LISTENS = re.compile(r"listens on (http://\S+)")
+
+
+class Router:
+    """`python run.py …` as its user starts it."""
+
+    def __init__(self, arguments: list[str], cwd: Path, environ: dict[str, str]) -> None:
+        self.output: list[str] = []
+        self.url = ""
+        self._listening = threading.Event()
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "run.py"), *arguments],
+            cwd=cwd,
+            env=environ,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self._listening.wait(60)
+        assert self.url, "".join(self.output)
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.output.append(line)
+            if found := _LISTENS.search(line):
+                self.url = found[1]
+                self._listening.set()
+        self._listening.set()
+
+    def chat(self, model: str, *, content: str = "hi", max_tokens: int = 1, **more: Any) -> httpx.Response:
+        headers = more.pop("headers", None)
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": max_tokens,
+            **more,
+        }
+        return self.http.post("/v1/chat/completions", json=body, headers=headers)
+
+    def status(self, alias: str) -> dict[str, Any]:
+        answer: dict[str, Any] = self.http.get(f"/v1/models/{alias}/status").json()
+        return answer
+
+    def until(self, alias: str, state: str, timeout_sec: float = 20) -> dict[str, Any]:
+        """Wait on the event stream, not on the clock, until a model is in a state; returns its status."""
+        with self.http.stream("GET", "/v1/models/status/stream", timeout=timeout_sec) as stream:
+            for line in stream.iter_lines():
+                if line.startswith("data:"):
+                    data = json.loads(line[5:])
+                    known = data.get("models", {}).get(alias) if "models" in data else data
+                    if known and known.get("alias") == alias and known["status"] == state:
+                        return known
+        raise AssertionError(f"the stream ended before {alias} was {state}")
+
+    @property
+    def engines(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children()
+
+    def stop(self, number: int = signal.SIGTERM, timeout_sec: float = 30) -> int:
+        self.process.send_signal(number)
+        code = self.process.wait(timeout_sec)
+        self._reader.join(5)
+        return code
+
+    @property
+    def log(self) -> str:
+        return "".join(self.output)
+
+
+Start = Callable[..., Router]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start routers: `start(config)` or `start(arguments=[…])`. Whatever is left over at the end is killed."""
+    routers: list[Router] = []
+
+    def start_router(
+        config: dict[str, Any] | None = None, *, arguments: list[str] | None = None, **environ: str
+    ) -> Router:
+        arguments = list(arguments or [])
+        if config is not None:
+            path = tmp_path / "config.json"
+            path.write_text(json.dumps(config))
+            arguments += ["--config", str(path)]
+        if "--port" not in arguments:
+            arguments += ["--port", "0"]
+        # The tests' own engine, whatever else the machine has.
+        path_without_engines = os.pathsep.join(["/usr/bin", "/bin"])
+        clean = {"PATH": path_without_engines, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), **environ}
+        router = Router(arguments, tmp_path, clean)
+        routers.append(router)
+        return router
+
+    yield start_router
+    for router in routers:
+        engines = router.engines if router.process.poll() is None else []
+        router.process.kill()
+        router.process.wait()
+        for engine in engines:
+            if engine.is_running():
+                engine.kill()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that is up in milliseconds and answers nonsense."""
+    return write_llama(tmp_path_factory.mktemp("models") / "tiny.gguf")
+
+
+def models(path: Path, *aliases: str, **entry: Any) -> dict[str, Any]:
+    """The same file under several aliases."""
+    flags = entry.pop("flags", ["-c", "1024", "-t", "1", "--ignore-eos"])
+    return {alias: {"model_path": str(path), "flags": flags, **entry} for alias in aliases}
+
+
+def fake(tmp_path: Path, **behaviour: str) -> str:
+    """Path of an engine that can do what a real one can't on demand; see `fake_engine.py`."""
+    script = tmp_path / "fake-llama-server"
+    settings = " ".join(f"FAKE_{name.upper()}='{value}'" for name, value in behaviour.items())
+    script.write_text(f'#!/bin/sh\nexec env {settings} {sys.executable} {FAKE_ENGINE} "$@"\n')
+    script.chmod(0o755)
+    return str(script)
+
+
+def eventually(condition: Callable[[], bool], timeout_sec: float = 10) -> None:
+    """For what no event announces, such as a process that is gone."""
+    deadline = time.monotonic() + timeout_sec
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)

@@ -1,0 +1,107 @@
+"""A llama-server that misbehaves on demand: a real process, real HTTP, told what to do by its environment.
+
+FAKE_READY        push (default): says it is ready on its pipe; poll: serves /v1/models only; never: hangs
+FAKE_LOAD_SEC     how long loading takes
+FAKE_ANSWER_SEC   how long an answer takes
+FAKE_DIE          before: exits when a request comes; after: exits in the middle of the answer;
+                  once FILE: as `before`, but only while FILE does not exist (it makes it)
+FAKE_CHUNKS       number of events in a stream
+FAKE_IDLE_CLOSE   1: closes a kept-alive connection right after its answer, as llama-server may at any time
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+
+SETTINGS = {name[5:].lower(): value for name, value in os.environ.items() if name.startswith("FAKE_")}
+KEY = os.environ["LLAMA_API_KEY"]
+
+
+def setting(name: str, default: str = "") -> str:
+    return SETTINGS.get(name, default)
+
+
+def maybe_die(moment: str) -> None:
+    die = setting("die")
+    if die.startswith("once ") and moment == "before":
+        witness = Path(die[5:])
+        if not witness.exists():
+            witness.touch()
+            os._exit(3)
+    if die == moment:
+        os._exit(3)
+
+
+async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    try:
+        while line := await reader.readline():
+            method, _path, _ = line.decode().split()
+            headers = {}
+            while (line := await reader.readline()).strip():
+                name, _, value = line.decode().partition(":")
+                headers[name.lower()] = value.strip()
+            body = await reader.readexactly(int(headers.get("content-length", 0)))
+            if headers.get("authorization") != f"Bearer {KEY}":
+                await answer(writer, 401, b"{}")
+            elif method == "GET":
+                await answer(writer, 200, b"{}")
+            else:
+                maybe_die("before")
+                await asyncio.sleep(float(setting("answer_sec", "0")))
+                await complete(writer, json.loads(body))
+                if setting("idle_close"):
+                    break
+    except (OSError, asyncio.IncompleteReadError):
+        pass
+    finally:
+        writer.close()
+
+
+async def answer(writer: asyncio.StreamWriter, status: int, body: bytes) -> None:
+    writer.write(b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\n" % status)
+    writer.write(b"content-length: %d\r\n\r\n" % len(body) + body)
+    await writer.drain()
+
+
+async def complete(writer: asyncio.StreamWriter, request: dict[str, object]) -> None:
+    if not request.get("stream"):
+        body = json.dumps({"pid": os.getpid(), "choices": [{"message": {"content": "ok"}}]}).encode()
+        if setting("die") == "after":
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body) + body[:5])
+            await writer.drain()
+            os._exit(3)
+        await answer(writer, 200, body)
+        return
+    writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+    count = int(setting("chunks", "3"))
+    for number in range(count):
+        event = b'data: {"choices":[{"delta":{"content":"%d"}}]}\n\n' % number
+        writer.write(b"%x\r\n%b\r\n" % (len(event), event))
+        await writer.drain()
+        if number == count // 2:
+            maybe_die("after")
+        await asyncio.sleep(float(setting("chunk_sec", "0")))
+    event = b"data: [DONE]\n\n"
+    writer.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event))
+    await writer.drain()
+
+
+async def main() -> None:
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+    print("fake engine: loading", file=sys.stderr, flush=True)
+    await asyncio.sleep(float(setting("load_sec", "0")))
+    if setting("ready") == "never":
+        await asyncio.sleep(3600)
+    port = int(sys.argv[sys.argv.index("--port") + 1])
+    server = await asyncio.start_server(serve, "127.0.0.1", port)
+    if setting("ready", "push") == "push":
+        print('cmd_child_to_router:state:{"state":"ready","payload":{}}', flush=True)
+    await server.serve_forever()
+
+
+asyncio.run(main())

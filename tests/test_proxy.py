@@ -1,0 +1,181 @@
+"""What the data path does with junk, with waiting, and with limits."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Router, Start, fake, models
+
+
+@pytest.fixture
+def router(start: Start, tiny: Path) -> Router:
+    return start({"api": {"max_body_mb": 1}, "models": models(tiny, "a", "b")})
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (b"", 400, "invalid_json"),
+        (b"{", 400, "invalid_json"),
+        (b"[1]", 400, "invalid_json"),
+        (b"\xff\xfe", 400, "invalid_json"),
+        (b"{}", 400, "model_required"),
+        (b'{"model": null}', 400, "model_required"),
+        (b'{"model": 7}', 400, "invalid_model"),
+        (b'{"model": "c"}', 404, "model_not_found"),
+        (b'{"model": "' + b"x" * (1 << 20) + b'"}', 413, "body_too_large"),
+    ],
+    ids=["empty", "cut off", "list", "not utf-8", "no model", "null", "number", "unknown", "too large"],
+)
+def test_junk_is_answered_in_openais_envelope(router: Router, body: bytes, status: int, code: str) -> None:
+    answer = router.http.post("/v1/chat/completions", content=body)
+    assert answer.status_code == status
+    assert answer.json()["error"]["code"] == code
+    assert answer.headers["x-request-id"]
+
+
+def test_a_body_without_a_length_is_limited_too(router: Router) -> None:
+    def endless() -> Any:
+        for _ in range(64):
+            yield b" " * 65536
+
+    assert router.http.post("/v1/chat/completions", content=endless()).status_code == 413
+
+
+def test_anthropics_routes_have_their_own_envelope(router: Router) -> None:
+    answer = router.http.post("/v1/messages", json={"model": "c"})
+    assert answer.status_code == 404
+    assert answer.json()["type"] == "error"
+    assert answer.json()["error"]["type"] == "not_found_error"
+    good = {"model": "a", "max_tokens": 2, "messages": [{"role": "user", "content": "hi"}]}
+    assert router.http.post("/v1/messages", json=good).json()["usage"]["output_tokens"] == 2
+
+
+def test_routes_that_do_not_exist_say_so(router: Router) -> None:
+    assert router.http.get("/v1/chat/completions").json()["error"]["code"] == "method_not_allowed"
+    missing = router.http.get("/v1/nonsense")
+    assert missing.status_code == 404
+    assert missing.json()["error"]["code"] == "route_not_found"
+
+
+def test_other_routes_of_the_engine_are_reached(router: Router) -> None:
+    tokens = router.http.post("/tokenize", json={"model": "a", "content": "ab"}).json()["tokens"]
+    text = router.http.post("/detokenize", json={"model": "a", "tokens": tokens}).json()["content"]
+    assert text.endswith("ab")
+    prompt = router.http.post(
+        "/apply-template", json={"model": "a", "messages": [{"role": "user", "content": "x"}]}
+    )
+    assert "x" in prompt.json()["prompt"]
+    assert router.http.post("/completion", json={"model": "a", "prompt": "a", "n_predict": 1}).status_code == 200
+
+
+def test_a_multipart_body_is_routed_by_its_model_field(router: Router) -> None:
+    files = {"file": ("a.wav", b"RIFF" + b"\0" * 100_000)}
+    good = router.http.post("/v1/audio/transcriptions", data={"model": "a"}, files=files)
+    assert good.headers["x-model-alias"] == "a"  # whatever the engine says of the audio, it was asked
+    bad = router.http.post("/v1/audio/transcriptions", data={"model": "zzz"}, files=files)
+    assert bad.json()["error"]["code"] == "model_not_found"
+    torn = {"content-type": "multipart/form-data; boundary=x"}
+    answer = router.http.post("/v1/audio/transcriptions", content=b"--x\r\nnothing", headers=torn)
+    assert answer.json()["error"]["code"] == "invalid_multipart"
+
+
+def test_an_answer_of_the_engine_comes_as_it_is(router: Router) -> None:
+    answer = router.chat("a", max_tokens=1, temperature="hot")
+    assert answer.status_code == 400
+    assert "error" in answer.json()
+    assert "access-control-allow-origin" not in answer.headers
+
+
+def test_keys(start: Start, tiny: Path) -> None:
+    api = {"api_keys": ["full"], "inference_keys": ["infer"]}
+    router = start({"api": api, "models": models(tiny, "a")})
+
+    def statuses(path: str, method: str = "GET", body: Any = None) -> list[int]:
+        headers: list[dict[str, str]] = [
+            {},
+            {"authorization": "Bearer wrong"},
+            {"authorization": "Bearer infer"},
+            {"authorization": "Bearer full"},
+        ]
+        return [router.http.request(method, path, headers=h, json=body).status_code for h in headers]
+
+    assert statuses("/health") == [200, 200, 200, 200]
+    assert statuses("/v1/models") == [401, 401, 200, 200]
+    assert statuses("/v1/models/a/reset", "POST") == [401, 401, 403, 200]
+    chat = {"model": "a", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+    assert statuses("/v1/chat/completions", "POST", chat) == [401, 401, 200, 200]
+    assert router.http.get("/v1/models", headers={"x-api-key": "infer"}).status_code == 200
+    assert "full" not in router.log
+
+
+def test_a_page_of_an_allowed_origin_may_call(start: Start, tiny: Path) -> None:
+    router = start({"api": {"cors_origins": ["http://my.page"]}, "models": models(tiny, "a")})
+    preflight = {"origin": "http://my.page", "access-control-request-method": "POST"}
+    answer = router.http.options("/v1/chat/completions", headers=preflight)
+    assert answer.headers["access-control-allow-origin"] == "http://my.page"
+    preflight["origin"] = "http://evil.page"
+    answer = router.http.options("/v1/chat/completions", headers=preflight)
+    assert "access-control-allow-origin" not in answer.headers
+
+
+def test_a_stream_that_waits_gets_heartbeats_with_the_reason(start: Start, tiny: Path, tmp_path: Path) -> None:
+    engine = fake(tmp_path, load_sec="1")
+    config = {"api": {"heartbeat_sec": 0.2}, "system": {"llama_server_path": engine}, "models": models(tiny, "a")}
+    lines = start(config).chat("a", stream=True).text.splitlines()
+    beats = [line for line in lines if line.startswith(":")]
+    assert len(beats) >= 2
+    assert "position 1" in beats[0]
+    assert "loading" in beats[0]
+    assert lines[-2:] == ["data: [DONE]", ""]
+    assert sum("delta" in line for line in lines) == 3
+
+
+def test_a_stream_that_waited_in_vain_ends_with_an_error_event(start: Start, tiny: Path, tmp_path: Path) -> None:
+    system = {"llama_server_path": fake(tmp_path, ready="never"), "queue_timeout_sec": 0.8}
+    router = start({"api": {"heartbeat_sec": 0.2}, "system": system, "models": models(tiny, "a")})
+    events = [line[6:] for line in router.chat("a", stream=True).text.splitlines() if line.startswith("data: ")]
+    assert json.loads(events[0])["error"]["code"] == "queue_timeout"
+    assert events[1] == "[DONE]"
+    plain = router.chat("a")
+    assert plain.status_code == 504
+    assert "loading" in plain.json()["error"]["message"]
+
+
+def test_a_full_queue_refuses_with_an_honest_time(start: Start, tiny: Path, tmp_path: Path) -> None:
+    system = {"llama_server_path": fake(tmp_path, ready="never"), "max_queue_size_per_model": 2}
+    router = start({"system": system, "models": models(tiny, "a")})
+    body = json.dumps({"model": "a", "messages": []}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+    address = router.url.removeprefix("http://").split(":")
+    waiting = [socket.create_connection((address[0], int(address[1]))) for _ in range(2)]
+    for connection in waiting:
+        connection.sendall(head + body)
+    while router.http.get("/v1/queue/stats").json()["summary"]["total_queued"] < 2:
+        pass
+    refused = router.chat("a")
+    assert refused.status_code == 429
+    assert refused.json()["error"]["code"] == "queue_full"
+    assert int(refused.headers["retry-after"]) >= 1
+    for connection in waiting:  # clients that leave free their places
+        connection.close()
+    while router.http.get("/v1/queue/stats").json()["summary"]["total_queued"] > 0:
+        pass
+
+
+def test_an_engine_that_says_nothing_is_given_up(start: Start, tiny: Path, tmp_path: Path) -> None:
+    system = {"llama_server_path": fake(tmp_path, answer_sec="60"), "request_timeout_sec": 0.5}
+    answer = start({"system": system, "models": models(tiny, "a")}).chat("a")
+    assert answer.status_code == 504
+    assert answer.json()["error"]["code"] == "request_timeout"
+
+
+def test_a_slow_stream_is_not_given_up_while_it_moves(start: Start, tiny: Path, tmp_path: Path) -> None:
+    engine = fake(tmp_path, chunks="8", chunk_sec="0.2")
+    system = {"llama_server_path": engine, "request_timeout_sec": 0.8}
+    text = start({"system": system, "models": models(tiny, "a")}).chat("a", stream=True).text
+    assert text.endswith("data: [DONE]\n\n")

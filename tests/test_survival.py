@@ -1,0 +1,157 @@
+"""Engines die, hang, lie and close connections; requests are answered all the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from conftest import Start, eventually, fake, models
+
+
+def test_an_engine_killed_between_requests_is_replaced_at_the_next(start: Start, tiny: Path) -> None:
+    router = start({"models": models(tiny, "a")})
+    router.chat("a")
+    first = router.status("a")["pid"]
+    os.kill(first, signal.SIGKILL)
+    answer = router.chat("a")
+    assert answer.status_code == 200
+    assert router.status("a")["pid"] != first
+
+
+def test_a_request_survives_the_death_of_its_engine(start: Start, tiny: Path, tmp_path: Path) -> None:
+    engine = fake(tmp_path, die=f"once {tmp_path / 'died'}")
+    router = start({"system": {"llama_server_path": engine}, "models": models(tiny, "a")})
+    assert router.chat("a").status_code == 200
+    assert (tmp_path / "died").exists()
+
+
+def test_a_request_that_kills_every_engine_is_answered_in_the_end(
+    start: Start, tiny: Path, tmp_path: Path
+) -> None:
+    router = start({"system": {"llama_server_path": fake(tmp_path, die="before")}, "models": models(tiny, "a")})
+    answer = router.chat("a")
+    assert answer.status_code == 503
+    assert "broke 2 times" in answer.json()["error"]["message"]
+    assert answer.headers["retry-after"]
+
+
+def test_an_answer_that_breaks_off_unseen_is_tried_again(start: Start, tiny: Path, tmp_path: Path) -> None:
+    router = start({"system": {"llama_server_path": fake(tmp_path, die="after")}, "models": models(tiny, "a")})
+    answer = router.chat("a")  # half a document never reaches the client
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "model_failed"
+
+
+def test_a_stream_that_breaks_off_ends_with_an_error_event(start: Start, tiny: Path, tmp_path: Path) -> None:
+    router = start({"system": {"llama_server_path": fake(tmp_path, die="after")}, "models": models(tiny, "a")})
+    events = [line[6:] for line in router.chat("a", stream=True).text.splitlines() if line.startswith("data: ")]
+    assert "delta" in events[0]
+    assert json.loads(events[-2])["error"]["code"] == "engine_lost"
+    assert events[-1] == "[DONE]"
+
+
+def test_connections_that_the_engine_closes_lose_no_request(start: Start, tiny: Path, tmp_path: Path) -> None:
+    engine = fake(tmp_path, idle_close="1")
+    router = start({"system": {"llama_server_path": engine}, "models": models(tiny, "a")})
+    assert [router.chat("a").status_code for _ in range(100)] == [200] * 100
+
+
+def test_a_build_that_pushes_nothing_is_polled(start: Start, tiny: Path, tmp_path: Path) -> None:
+    engine = fake(tmp_path, ready="poll", load_sec="0.2")
+    router = start({"system": {"llama_server_path": engine}, "models": models(tiny, "a")})
+    assert router.chat("a").status_code == 200
+
+
+class Stranger(BaseHTTPRequestHandler):
+    """Says yes to everything."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("content-length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_stranger_on_the_port_is_never_served(start: Start, tiny: Path, tmp_path: Path) -> None:
+    stranger = ThreadingHTTPServer(("127.0.0.1", 0), Stranger)
+    threading.Thread(target=stranger.serve_forever, daemon=True).start()
+    port = stranger.server_address[1]
+    config = {"system": {"base_port": port}, "models": models(tiny, "a")}
+    router = start(config)
+    assert router.chat("a").json()["usage"]["completion_tokens"] == 1
+    assert router.status("a")["port"] > port
+    stranger.shutdown()
+
+
+def test_a_load_that_stands_still_fails_with_its_last_words(start: Start, tiny: Path, tmp_path: Path) -> None:
+    system = {
+        "llama_server_path": fake(tmp_path, ready="never"),
+        "load_stall_sec": 0.5,
+        "model_load_max_retries": 0,
+    }
+    router = start({"system": system, "models": models(tiny, "a")})
+    answer = router.chat("a")
+    assert answer.status_code == 503
+    assert "stood still" in answer.json()["error"]["message"]
+    assert "fake engine: loading" in answer.json()["error"]["message"]
+    assert router.http.get("/v1/models/failed").json()["failed_models"][0]["model"] == "a"
+    assert router.engines == []
+    again = router.chat("a")
+    assert again.status_code == 503  # at once: it is in its cooldown
+    assert int(again.headers["retry-after"]) > 200
+    assert router.http.post("/v1/models/a/reset").json()["previous_error"]
+    assert router.status("a")["status"] == "off"
+
+
+def test_a_broken_file_costs_the_good_model_nothing(start: Start, tiny: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(tiny.read_bytes()[:200_000])
+    config = {"system": {"max_concurrent_models": 1}, "models": {**models(tiny, "good"), **models(broken, "bad")}}
+    router = start(config)
+    router.chat("good")
+    pid = router.status("good")["pid"]
+    for _ in range(5):
+        answer = router.chat("bad")
+        assert answer.status_code == 503
+        assert "broken.gguf" in answer.json()["error"]["message"]
+        assert router.chat("good").status_code == 200
+    assert router.status("good")["pid"] == pid
+
+
+def test_streams_in_flight_finish_before_the_router_goes(start: Start, tiny: Path, tmp_path: Path) -> None:
+    engine = fake(tmp_path, chunks="10", chunk_sec="0.1")
+    router = start({"system": {"llama_server_path": engine}, "models": models(tiny, "a")})
+    body = {"model": "a", "messages": [], "stream": True}
+    with router.http.stream("POST", "/v1/chat/completions", json=body) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        router.process.send_signal(signal.SIGTERM)
+        eventually(lambda: router.http.get("/ready").status_code == 503)
+        refused = router.chat("a")
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"]
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    assert router.process.wait(20) == 0
+
+
+def test_a_second_router_on_the_port_leaves_the_first_alone(start: Start, tiny: Path, tmp_path: Path) -> None:
+    router = start({"models": models(tiny, "a")})
+    port = int(router.url.rsplit(":", 1)[1])
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) == 0
+    router.chat("a")
+    with pytest.raises(AssertionError, match="in use"):
+        start(arguments=["--port", str(port)])
+    assert router.chat("a").status_code == 200
