@@ -16,6 +16,7 @@ from router.api import models, monitoring, openai
 from router.api.auth import OPEN_PATHS, Keyring
 from router.api.errors import ApiError
 from router.dispatcher import Dispatcher
+from router.metrics import Metrics
 from router.proxy import ROUTES, Proxy, Receive, Scope, Send
 
 Reload = Callable[[], Awaitable[dict[str, Any]]]
@@ -55,6 +56,7 @@ def _pages(dispatcher: Dispatcher, keyring: Keyring, reload: Reload) -> FastAPI:
     app = FastAPI(title="llama-router", version=__version__, openapi_url="/openapi.json")
     app.state.dispatcher = dispatcher
     app.state.reload = reload
+    app.state.metrics = Metrics(dispatcher)
     app.include_router(models.router)
     app.include_router(openai.router)
     app.include_router(monitoring.router)

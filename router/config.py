@@ -159,10 +159,13 @@ class System(Section):
         le=65535,
         description="Engines get ports on 127.0.0.1 from here on; ports in use are skipped.",
     )
-    wait_ready_sec: PositiveSeconds = Field(
-        default=120, description="A load that somebody waits for fails after this."
+    wait_ready_sec: PositiveSeconds | None = Field(
+        default=None,
+        description="Longest load that somebody waits for; null: as long as it makes progress (load_stall_sec).",
     )
-    timeout_warmup_sec: PositiveSeconds = Field(default=180, description="A preload fails after this.")
+    timeout_warmup_sec: PositiveSeconds | None = Field(
+        default=None, description="Longest preload; null: as long as it makes progress (load_stall_sec)."
+    )
     load_stall_sec: PositiveSeconds = Field(
         default=60, description="A load without any progress for this long fails."
     )

@@ -326,7 +326,9 @@ class Dispatcher:
     # --- the world --------------------------------------------------------------------------------------
 
     async def _inspect(self, model: ModelConfig) -> None:
-        look = asyncio.to_thread(inspect, model, self.config.system, self.device)
+        engines = self.scheduler.engines.values()
+        held_mib = sum(engine.placement.get(self.device.name, 0) for engine in engines)
+        look = asyncio.to_thread(inspect, model, self.config.system, self.device, held_mib)
         try:
             found = await asyncio.wait_for(look, _INSPECTION_LIMIT_SEC)
         except Unusable as unusable:
@@ -396,11 +398,18 @@ class Dispatcher:
                 model.alias,
                 *argv(parse(model.flags)),
             ),
-            env=model.env,
+            env={**self._visible_gpus(), **model.env},
             load_stall_sec=system.load_stall_sec,
             load_limit_sec=limit,
             stop_grace_sec=system.stop_grace_sec,
         )
+
+    def _visible_gpus(self) -> dict[str, str]:
+        """NVML counts GPUs by their place on the bus; CUDA has to be told to do the same."""
+        if self.device.name != "gpu":
+            return {}
+        devices = ",".join(map(str, self.config.system.gpu_devices))
+        return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": devices}
 
     def log_of(self, alias: str) -> LogRing:
         if alias not in self.logs:

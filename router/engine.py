@@ -197,11 +197,12 @@ class EngineProcess:
                     stdin.close()
             signal_group(self.pid, signal.SIGTERM)
             await asyncio.wait({self.exited}, timeout=self.order.stop_grace_sec)
-        signal_group(self.pid, signal.SIGKILL)
+        self.kill()
         await self.exited
 
     def kill(self) -> None:
-        signal_group(self.pid, signal.SIGKILL)
+        if self.alive:  # once it is reaped, its number may be somebody else's
+            signal_group(self.pid, signal.SIGKILL)
 
     async def _wait(self) -> str:
         code = await self._process.wait()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -84,15 +84,22 @@ class Subscription:
 
 
 class Events:
-    """The bus. Publishing costs nothing while nobody listens."""
+    """The bus."""
 
     def __init__(self, capacity: int = 1000) -> None:
         self._capacity = capacity
+        self._listeners: list[Callable[[Happening], None]] = []
         self._subscriptions: set[Subscription] = set()
 
     def publish(self, happening: Happening) -> None:
+        for listener in self._listeners:
+            listener(happening)
         for subscription in self._subscriptions:
             subscription.put(happening)
+
+    def listen(self, listener: Callable[[Happening], None]) -> None:
+        """Have it called with every event, at once, in the router's own time: for what must not miss any."""
+        self._listeners.append(listener)
 
     @contextmanager
     def subscribe(self) -> Iterator[Subscription]:

@@ -83,8 +83,11 @@ def host_memory() -> tuple[int, int]:
     return total // _MIB, available // _MIB
 
 
-def inspect(model: ModelConfig, system: System, device: Device) -> Inspection:
-    """Read the header and size the model. Blocking: call it in a thread. Raises Unusable."""
+def inspect(model: ModelConfig, system: System, device: Device, held_mib: int) -> Inspection:
+    """Read the header and size the model. Blocking: call it in a thread. Raises Unusable.
+
+    `held_mib` is what our engines hold of the device, and would give back.
+    """
     try:
         header = gguf.read(model.model_path)
         size = header.file_bytes
@@ -95,8 +98,8 @@ def inspect(model: ModelConfig, system: System, device: Device) -> Inspection:
     except OSError as error:
         raise Unusable(f"{model.model_path} cannot be read: {error.strerror or error}") from error
     now = find_device(system, engine_uses_gpus=device.name == "gpu")
-    if now.free_mib < system.min_vram_required and now.name == device.name == "host":
-        raise Unusable(f"only {now}; min_vram_required is {system.min_vram_required}")
+    if now.free_mib + held_mib < system.min_vram_required:
+        raise Unusable(f"only {now}; min_vram_required is {system.min_vram_required} MiB")
     if model.footprint_mb is not None:
         return Inspection(({device.name: model.footprint_mb},), f"{model.footprint_mb} MiB (footprint_mb)")
     footprint = max(1, round(size * system.vram_multiplier / _MIB))

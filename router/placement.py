@@ -71,6 +71,7 @@ class NeverFits:
     reason: str
 
 
+Bounds = list[tuple[float, float, float]]
 Verdict = Fits | MakeRoom | Wait | NeverFits
 
 
@@ -86,7 +87,8 @@ def decide(candidate: Model, inspected: Inspected, room: Room) -> Verdict:
 
     reason = f"needs {inspected.need}, {amounts(room.free)} free"
     movable = [engine for engine in room.engines if not _stays(engine) and engine not in room.taken]
-    goes_at = {engine: _goes_at(candidate, engine, room) for engine in movable}
+    bounds = _bounds(candidate, room.policy)
+    goes_at = {engine: _goes_at(candidate, bounds, engine, room) for engine in movable}
     due = [engine for engine in movable if goes_at[engine] <= room.now]
     idle = [engine for engine in due if _is_idle(engine, room)]
     for pool in (idle, due):  # rules 2 and 3
@@ -111,7 +113,9 @@ def decide(candidate: Model, inspected: Inspected, room: Room) -> Verdict:
         return Wait(again_at, f"no room until others have theirs: {reason}", {}, frozenset())
     _, index, leaving = min(plans, key=lambda plan: plan[:2])
     names = ", ".join(sorted(engine.alias for engine in leaving))
-    overdue = all(_due_at(candidate, engine, room) <= room.now for engine in leaving)
+    overdue = all(
+        _due_at(bounds, candidate.load_sec + room.models[engine.alias].load_sec) <= room.now for engine in leaving
+    )
     return Wait(
         again_at,
         f"no room until {names} can go: {reason}",
@@ -155,17 +159,17 @@ def _sufficient(short: Mapping[str, int], preferred: Iterable[Engine]) -> list[E
     return chosen
 
 
-def _goes_at(candidate: Model, engine: Engine, room: Room) -> float:
+def _goes_at(candidate: Model, bounds: Bounds, engine: Engine, room: Room) -> float:
     """When an engine may be asked to leave for the candidate, or be counted on if it leaves anyway."""
     if engine.state is EngineState.LOADING:
         return math.inf
     if engine.state is EngineState.STOPPING:
         return room.now
-    due_at = _due_at(candidate, engine, room)
-    if engine.state is EngineState.DRAINING:
-        return due_at
     model = room.models[engine.alias]
     swap_sec = candidate.load_sec + model.load_sec
+    due_at = _due_at(bounds, swap_sec)
+    if engine.state is EngineState.DRAINING:
+        return due_at
     factor = room.policy.residency_factor
     if candidate.urgent and _only_low(engine, model):
         factor = min(1.0, factor)
@@ -177,16 +181,8 @@ def _goes_at(candidate: Model, engine: Engine, room: Room) -> float:
     return min(by_turn, engine.idle_since_sec + linger_sec)
 
 
-def _only_low(engine: Engine, model: Model) -> bool:
-    """Nobody on it or in line for it has more than low priority."""
-    return len(model.queue) == model.queue.count(Priority.LOW) and all(
-        priority is Priority.LOW for priority in engine.in_flight.values()
-    )
-
-
-def _due_at(candidate: Model, engine: Engine, room: Room) -> float:
-    """When the candidate has waited for its bound: the earliest of its classes' oldest requests."""
-    swap_sec = candidate.load_sec + room.models[engine.alias].load_sec
+def _bounds(candidate: Model, policy: Policy) -> Bounds:
+    """Of each class that waits: when its oldest came, and how long it may wait: in seconds, and in swaps."""
     arrivals = [
         (priority, oldest.arrival_sec)
         for priority in Priority
@@ -194,10 +190,20 @@ def _due_at(candidate: Model, engine: Engine, room: Room) -> float:
     ]
     if candidate.wanted_since_sec is not None:
         arrivals.append((Priority.NORMAL, candidate.wanted_since_sec))
-    policy = room.policy
-    return min(
-        arrival + min(policy.max_wait_sec[priority], policy.wait_factor[priority] * swap_sec)
-        for priority, arrival in arrivals
+    return [
+        (arrival, policy.max_wait_sec[priority], policy.wait_factor[priority]) for priority, arrival in arrivals
+    ]
+
+
+def _due_at(bounds: Bounds, swap_sec: float) -> float:
+    """When the candidate has waited for its bound."""
+    return min(arrival + min(longest_sec, factor * swap_sec) for arrival, longest_sec, factor in bounds)
+
+
+def _only_low(engine: Engine, model: Model) -> bool:
+    """Nobody on it or in line for it has more than low priority."""
+    return len(model.queue) == model.queue.count(Priority.LOW) and all(
+        priority is Priority.LOW for priority in engine.in_flight.values()
     )
 
 

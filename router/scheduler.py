@@ -347,7 +347,15 @@ class Scheduler:
     # --- placement: carrying out the policy -------------------------------------------------------------
 
     def _place_all(self) -> None:
-        self._settle_swaps()
+        """Until nothing changes: what one candidate gets may matter to another that was asked before it."""
+        while True:
+            before = len(self._effects), len(self._fleet.swaps)
+            self._settle_swaps()
+            self._place_each()
+            if before == (len(self._effects), len(self._fleet.swaps)):
+                return
+
+    def _place_each(self) -> None:
         free = self._fleet.free()
         taken = {victim for swap in self._fleet.swaps.values() for victim in swap.victims}
         for model in sorted(self._waiting.values(), key=self._order):

@@ -76,8 +76,8 @@ def test_the_names_and_defaults_of_earlier_routers_are_kept() -> None:
         "vram_multiplier": 1.1,
         "min_vram_required": 500,
         "keep_warm_models": 2,
-        "timeout_warmup_sec": 180,
-        "wait_ready_sec": 120,
+        "timeout_warmup_sec": None,  # a big model may take its time: only standing still is a failure
+        "wait_ready_sec": None,
         "http_max_keepalive": 100,
         "http_max_connections": 200,
         "model_load_max_retries": 2,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import JSONResponse, Response
 
 from router.dispatcher import Dispatcher
 from router.queue import Priority
@@ -40,6 +41,12 @@ async def ready(request: Request) -> JSONResponse:
     """Whether requests are taken: 503 before the start is complete and from the begin of the shutdown on."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     return JSONResponse({"status": dispatcher.status}, 200 if dispatcher.status == "ready" else 503)
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Prometheus text format."""
+    return Response(request.app.state.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/v1/queue/stats")
