@@ -11,9 +11,10 @@ the answer is built into objects. What it promises:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import difflib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from random import getrandbits
 from typing import Any
 from urllib.parse import quote
@@ -167,6 +168,10 @@ class _Exchange:
         self._task = task
 
     async def run(self) -> None:
+        with contextlib.suppress(OSError):  # uvicorn's way to say that the client is gone
+            await self._run()
+
+    async def _run(self) -> None:
         try:
             self._request_id = self._identify()
             self._keyring.check(self._scope["headers"], manages=False)
@@ -194,12 +199,9 @@ class _Exchange:
                 reason = f"The engine sent nothing for {limit:g} s (request_timeout_sec)."
                 outcome = "request_timeout"
                 await self._answer_error(ApiError(504, outcome, reason))
-        except OSError:  # uvicorn's send: the client is gone
-            pass
         finally:
             watcher.cancel()
-            if self._timer is not None:
-                self._timer.cancel()
+            self._stop_watching()
             self._drop_connection()
             self._dispatcher.finish(ticket, served=outcome == "served")
             self._publish(ticket, outcome)
@@ -286,6 +288,7 @@ class _Exchange:
                 return await self._relay(ticket)
             except EngineLost as lost:
                 self._drop_connection()
+                self._stop_watching()
                 if self._status:  # some of the engine's answer has reached the client
                     raise ApiError(502, "engine_lost", f"The engine broke off: {lost}.") from lost
                 self._dispatcher.requeue(ticket, str(lost))
@@ -319,7 +322,7 @@ class _Exchange:
         engine = ticket.engine
         assert engine is not None
         self._watch_progress()
-        target = quote(self._path).encode()
+        target = self._path.encode()  # one of ROUTES: nothing to quote
         if query := self._scope["query_string"]:
             target += b"?" + query
         headers = [header for header in self._scope["headers"] if header[0] in _FORWARDED]
@@ -331,42 +334,45 @@ class _Exchange:
         answer = [header for header in head.headers if _is_relayed(header[0])]
         answer.extend(self._own_headers(ticket))
         if head.content_length is not None and head.content_length <= _BUFFERED_ANSWER:
-            parts = [part async for part in self._chunks(connection)]
-            self._release_connection()
+            body = await self._collect(connection)
             self._status = head.status
             await self._start(head.status, answer)
-            await self._send_part(b"".join(parts), last=True)
+            await self._send_part(body, last=True)
         else:
             self._status = head.status
             await self._start(head.status, answer)
-            async for part in self._chunks(connection):
-                await self._send_part(part)
-            self._release_connection()
-            await self._send_part(b"", last=True)
+            await self._pass_on(connection)
         return "served" if head.status < 500 else "engine_error"
 
     async def _continue_stream(self, connection: Connection, head: Head) -> str:
         """The client has seen heartbeats already: whatever the engine answers must be events."""
         if head.status == 200 and head.streams:
             self._status = 200
-            async for part in self._chunks(connection):
-                await self._send_part(part)
-            self._release_connection()
-            await self._send_part(b"", last=True)
+            await self._pass_on(connection)
             return "served"
-        body = b"".join([part async for part in self._chunks(connection)])
-        self._release_connection()
-        await self._send_part(b"data: %b\n\ndata: [DONE]\n\n" % body.replace(b"\n", b" "), last=True)
+        error = (await self._collect(connection)).replace(b"\n", b" ")
+        await self._send_part(b"data: %b\n\ndata: [DONE]\n\n" % error, last=True)
         return "served" if head.status < 500 else "engine_error"
 
-    async def _chunks(self, connection: Connection) -> AsyncIterator[bytes]:
-        loop = asyncio.get_running_loop()
+    async def _pass_on(self, connection: Connection) -> None:
+        """The rest of the answer to the client, as it comes."""
+        clock = asyncio.get_running_loop().time
+        send = self._send
         while (part := await connection.chunk()) is not None:
-            self._progress = loop.time()
             self._awaits_engine = False
-            yield part
-            self._progress = loop.time()
+            await send({"type": "http.response.body", "body": part, "more_body": True})
             self._awaits_engine = True
+            self._progress = clock()
+        self._release_connection()
+        await self._send_part(b"", last=True)
+
+    async def _collect(self, connection: Connection) -> bytes:
+        """The rest of the answer, whole."""
+        parts = []
+        while (part := await connection.chunk()) is not None:
+            parts.append(part)
+        self._release_connection()
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _own_headers(self, ticket: Ticket) -> Headers:
         headers = [
@@ -387,8 +393,11 @@ class _Exchange:
 
     async def _answer_error(self, error: ApiError) -> None:
         if self._started:
-            await self._send_part(error.event(self._path) if self._streams else b"", last=True)
+            if self._streams:
+                await self._send_part(error.event(self._path), last=True)
+            # Else it stays unfinished, and the server closes the connection: half a document must not look whole.
             return
+        self._status = error.status
         headers = error.headers()
         if self._request_id:
             headers.append((b"x-request-id", self._request_id.encode()))
@@ -411,6 +420,11 @@ class _Exchange:
         if self._timer is None:
             limit = self._dispatcher.config.system.request_timeout_sec
             self._timer = loop.call_later(limit, self._check_progress, limit)
+
+    def _stop_watching(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _check_progress(self, limit: float) -> None:
         loop = asyncio.get_running_loop()

@@ -1,0 +1,960 @@
+"""What the scheduler does, told as stories. `Machine` is the world around it: clocks, files, processes."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+import pytest
+
+from router.messages import (
+    ByPriority,
+    Configured,
+    Effect,
+    Eject,
+    EngineAlive,
+    EngineExited,
+    EngineReady,
+    Event,
+    Finished,
+    Grant,
+    Inspect,
+    Inspected,
+    Load,
+    MemoryChanged,
+    ModelSpec,
+    Policy,
+    Probe,
+    Refusal,
+    Reject,
+    Requeue,
+    Reset,
+    ShutDown,
+    StartEngine,
+    StopCause,
+    StopEngine,
+    Submit,
+    Tick,
+    Transition,
+)
+from router.queue import Priority
+from router.scheduler import Scheduler
+
+HIGH, NORMAL, LOW = Priority
+GPU = {"gpu0": 10}
+BIG = ({"gpu0": 6},)
+"""Two of them do not fit on the GPU together."""
+SMALL = ({"gpu0": 5},)
+"""Two of them do, three do not."""
+
+
+class Machine:
+    """Engines load in `load_sec` and stop in `stop_sec` (None: when the story says so); files are sound
+    unless named in `broken`; requests take `service_sec` (None: until the story ends them)."""
+
+    def __init__(
+        self,
+        *models: str | ModelSpec,
+        places: Mapping[str, tuple[dict[str, int], ...]] | None = None,
+        budgets: Mapping[str, int] | None = GPU,
+        policy: Policy = Policy(),  # noqa: B008 (immutable)
+        load_sec: float | None = 8.0,
+        stop_sec: float | None = 0.0,
+        service_sec: float | None = None,
+    ) -> None:
+        specs = [ModelSpec(each) if isinstance(each, str) else each for each in models]
+        self.specs = {spec.alias: spec for spec in specs}
+        self.places = places or {}
+        self.policy = policy
+        self.load_sec, self.stop_sec, self.service_sec = load_sec, stop_sec, service_sec
+        self.broken: dict[str, str] = {}
+        self.blind: set[str] = set()
+        """Models whose files take for ever to look at."""
+        self.scheduler = Scheduler()
+        self.now = 0.0
+        self.later: list[tuple[float, int, Callable[[], Event]]] = []
+        self.seq = itertools.count(1)
+        self.effects: list[Effect] = []
+        self.granted: dict[str, int] = {}
+        self.granted_sec: dict[str, float] = {}
+        self.rejected: dict[str, Reject] = {}
+        self.tell(Configured(0.0, self.specs, policy))
+        if budgets is not None:
+            self.tell(MemoryChanged(0.0, budgets))
+
+    def tell(self, event: Event) -> list[Effect]:
+        effects = self.scheduler.step(event)
+        self.effects += effects
+        for effect in effects:
+            self.carry_out(effect)
+        return effects
+
+    def carry_out(self, effect: Effect) -> None:
+        match effect:
+            case Grant(request_id, engine_id):
+                self.granted[request_id] = engine_id
+                self.granted_sec[request_id] = self.now
+                if self.service_sec is not None:
+                    self.after(self.service_sec, lambda: Finished(self.now, request_id))
+            case Reject(request_id):
+                self.rejected[request_id] = effect
+            case Inspect(alias) if alias not in self.blind:
+                self.after(0.0, lambda: self.look(alias))
+            case StartEngine(engine_id) if self.load_sec is not None:
+                self.after(self.load_sec, lambda: EngineReady(self.now, engine_id))
+            case StopEngine(engine_id) if self.stop_sec is not None:
+                self.after(self.stop_sec, lambda: EngineExited(self.now, engine_id, "stopped"))
+
+    def look(self, alias: str) -> Inspected:
+        if alias in self.broken:
+            return Inspected(self.now, alias, (), self.broken[alias])
+        return Inspected(self.now, alias, self.places.get(alias, BIG), None, "6 MiB (its file)")
+
+    def after(self, seconds: float, event: Callable[[], Event]) -> None:
+        heapq.heappush(self.later, (self.now + seconds, next(self.seq), event))
+        if seconds == 0:
+            self.wait(0)
+
+    def wait(self, seconds: float) -> None:
+        until = self.now + seconds
+        while (at := min(self.scheduler.wake_at, self.later[0][0] if self.later else math.inf)) <= until:
+            self.now = max(self.now, at)
+            if self.later and self.later[0][0] <= at:
+                self.tell(heapq.heappop(self.later)[2]())
+            else:
+                self.tell(Tick(self.now))
+        self.now = until
+
+    def ask(self, alias: str, priority: Priority = NORMAL) -> str:
+        request_id = f"{alias}{next(self.seq)}"
+        self.tell(Submit(self.now, request_id, alias, priority))
+        return request_id
+
+    def finish(self, *request_ids: str) -> None:
+        for request_id in request_ids:
+            self.tell(Finished(self.now, request_id))
+
+    def served(self, alias: str, priority: Priority = NORMAL) -> str:
+        """Ask and wait until the model has loaded."""
+        request_id = self.ask(alias, priority)
+        self.wait(self.load_sec or 0.0)
+        assert request_id in self.granted
+        return request_id
+
+    def engine(self, alias: str) -> int:
+        engine = self.scheduler.models[alias].engine
+        assert engine is not None, f"{alias} has no engine"
+        return engine.id
+
+    def states(self, aliases: Iterable[str] | None = None) -> str:
+        return " ".join(self.scheduler.state(alias) for alias in aliases or self.specs)
+
+    def loads(self) -> int:
+        return sum(isinstance(effect, StartEngine) for effect in self.effects)
+
+    def stops(self, alias: str) -> list[str]:
+        """Why engines of the model were stopped so far."""
+        return [
+            effect.reason
+            for effect in self.effects
+            if isinstance(effect, Transition) and (effect.alias, effect.state) == (alias, "stopping")
+        ]
+
+    def configure(self, *models: str | ModelSpec, policy: Policy | None = None) -> None:
+        specs = [ModelSpec(each) if isinstance(each, str) else each for each in models]
+        self.specs = {spec.alias: spec for spec in specs}
+        self.policy = policy or self.policy
+        self.tell(Configured(self.now, self.specs, self.policy))
+
+
+# --- the ordinary day -----------------------------------------------------------------------------------
+
+
+def test_a_request_loads_its_model_and_the_next_finds_it_ready() -> None:
+    machine = Machine("a")
+    first = machine.ask("a")
+    assert machine.states() == "loading"
+    machine.wait(8.0)
+    assert machine.granted_sec[first] == 8.0
+    machine.finish(first)
+    second = machine.ask("a")
+    assert second in machine.granted
+    assert machine.loads() == 1
+
+
+def test_never_more_in_flight_than_slots() -> None:
+    machine = Machine(ModelSpec("a", slots=2))
+    first, second, third = (machine.ask("a") for _ in range(3))
+    machine.wait(8.0)
+    assert list(machine.granted) == [first, second]
+    machine.finish(first)
+    assert third in machine.granted
+
+
+def test_high_requests_overtake_in_the_line() -> None:
+    machine = Machine("a")
+    low, normal, high = machine.ask("a", LOW), machine.ask("a", NORMAL), machine.ask("a", HIGH)
+    machine.wait(8.0)
+    machine.finish(high)
+    machine.finish(normal)
+    assert list(machine.granted) == [high, normal, low]
+
+
+def test_models_that_fit_together_stay_together() -> None:
+    machine = Machine("a", "b", places={"a": SMALL, "b": SMALL})
+    machine.ask("a")
+    machine.ask("b")
+    machine.wait(8.0)
+    assert machine.states() == "ready ready"
+
+
+def test_an_idle_model_makes_room_at_once() -> None:
+    machine = Machine("a", "b")
+    machine.finish(machine.served("a"))
+    machine.wait(60)
+    machine.ask("b")
+    assert machine.states() == "off loading"
+    assert machine.stops("a") == ["evicted"]
+
+
+def test_the_least_valuable_idle_model_goes() -> None:
+    machine = Machine("a", "b", "c", places=dict.fromkeys("abc", SMALL))
+    machine.finish(machine.served("b"))
+    machine.wait(30)
+    machine.finish(machine.served("a"))
+    machine.wait(30)
+    machine.ask("c")
+    assert machine.states() == "ready off loading"
+
+
+def test_no_more_engines_go_than_must() -> None:
+    places = {"a": ({"gpu0": 2},), "b": ({"gpu0": 5},), "c": ({"gpu0": 3},), "d": ({"gpu0": 5},)}
+    machine = Machine(*"abcd", places=places, policy=Policy(max_concurrent_models=4))
+    for alias in "abc":
+        machine.finish(machine.served(alias))
+        machine.wait(30)
+    machine.ask("d")
+    assert machine.states() == "ready off ready loading"  # a has been idle longest, but would not do
+
+
+def test_engines_on_another_device_are_left_alone() -> None:
+    places = {"a": ({"gpu0": 6},), "b": ({"gpu1": 6},), "c": ({"gpu1": 6},)}
+    machine = Machine(*"abc", places=places, budgets={"gpu0": 10, "gpu1": 10})
+    for alias in "ab":
+        machine.finish(machine.served(alias))
+        machine.wait(30)
+    machine.ask("c")
+    assert machine.states() == "ready off loading"
+
+
+def test_devices_load_in_parallel() -> None:
+    places = {"a": ({"gpu0": 6},), "b": ({"gpu1": 6},)}
+    machine = Machine("a", "b", places=places, budgets={"gpu0": 10, "gpu1": 10})
+    machine.ask("a")
+    machine.ask("b")
+    assert machine.states() == "loading loading"
+
+
+def test_the_second_best_place_will_do_when_it_is_free() -> None:
+    places = {"a": ({"gpu0": 6},), "b": ({"gpu0": 6}, {"host": 6})}
+    machine = Machine("a", "b", places=places, budgets={"gpu0": 10, "host": 8})
+    machine.served("a")
+    machine.ask("b")
+    assert machine.states() == "ready loading"
+    assert machine.scheduler.free() == {"gpu0": 4, "host": 2, "engines": 1}
+
+
+def test_max_concurrent_models_is_a_limit_like_memory() -> None:
+    tiny = ({"gpu0": 1},)
+    machine = Machine(*"ab", places={"a": tiny, "b": tiny}, policy=Policy(max_concurrent_models=1))
+    machine.finish(machine.served("a"))
+    machine.wait(30)
+    machine.ask("b")
+    assert machine.states() == "off loading"
+
+
+# --- fairness -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gap_sec", [0.0, 0.5, 1.0])
+def test_trace_costs_three_loads(gap_sec: float) -> None:
+    machine = Machine(*"ABC", service_sec=1.0)
+    for alias in "ABAACABC":
+        machine.ask(alias)
+        machine.wait(gap_sec)
+    machine.wait(60)
+    assert machine.loads() == 3
+    assert len(machine.granted) == 8
+
+
+def keep_busy(machine: Machine, alias: str, clients: int, seconds: float, priority: Priority = NORMAL) -> None:
+    """Clients without think time, each with a new request as soon as the last is answered."""
+    until = machine.now + seconds
+    mine = [machine.ask(alias, priority) for _ in range(clients)]
+    while machine.now < until:
+        machine.wait(0.5)
+        for number, request_id in enumerate(mine):
+            if machine.now - machine.granted_sec.get(request_id, math.inf) >= 1.0:
+                machine.finish(request_id)
+                mine[number] = machine.ask(alias, priority)
+
+
+def test_cold_model_gets_its_turn_under_endless_load() -> None:
+    machine = Machine(ModelSpec("a", slots=2), "b", service_sec=None)
+    machine.finish(machine.served("a"))
+    cold = machine.ask("b")
+    keep_busy(machine, "a", clients=6, seconds=120)
+    # 30 s bound, or four swaps of 8 + 5 s after a loaded; then a's last request, and b's load
+    assert machine.granted_sec[cold] <= 8 + 4 * (8 + 5) + 1.5 + 8
+    assert not machine.rejected
+
+
+def test_a_cheap_swap_is_due_sooner_than_a_dear_one() -> None:
+    waits = []
+    for load_sec in (0.2, 8.0):
+        machine = Machine(*(ModelSpec(alias, expected_load_sec=load_sec) for alias in "ab"), load_sec=load_sec)
+        busy = machine.served("a")
+        machine.ask("b")
+        asked = machine.now
+        while machine.states() == "ready off":
+            machine.wait(0.05)
+        waits.append(machine.now - asked)
+        machine.finish(busy)
+        assert machine.states() == "off loading"
+    assert waits == pytest.approx([4 * 0.4, 4 * 16], abs=0.1)
+
+
+@pytest.mark.parametrize(("running", "drains_after_sec"), [(LOW, 1 * 13), (NORMAL, 4 * 13), (HIGH, 4 * 13)])
+def test_high_request_does_not_wait_for_the_full_quantum_of_low_ones(
+    running: Priority, drains_after_sec: float
+) -> None:
+    machine = Machine("a", "b")
+    machine.served("a", running)
+    machine.ask("b", HIGH)
+    machine.wait(drains_after_sec - 0.01)
+    assert machine.states() == "ready off"
+    machine.wait(0.02)
+    assert machine.states() == "draining off"
+
+
+def test_draining_engine_admits_nobody_and_its_own_model_queues_again() -> None:
+    machine = Machine(ModelSpec("a", slots=2), "b")
+    busy = machine.served("a")
+    machine.ask("b")
+    machine.wait(60)
+    assert machine.states() == "draining off"
+    late = machine.ask("a")
+    assert late not in machine.granted
+    machine.finish(busy)
+    assert machine.states() == "off loading"
+    machine.wait(300 - 60)
+    assert machine.rejected.keys() <= {late}
+
+
+def test_room_made_for_one_model_is_not_snatched_by_the_victims_own_queue() -> None:
+    machine = Machine("a", "b", stop_sec=2.0)
+    busy = machine.served("a")
+    for _ in range(3):
+        machine.ask("a", HIGH)  # earlier in every order than b's request
+    waiting = machine.ask("b")
+    machine.wait(60)
+    assert machine.states() == "draining off"
+    machine.finish(busy)
+    machine.wait(1.0)
+    assert machine.states() == "stopping off"
+    machine.wait(1.0)
+    assert machine.states() == "off loading"
+    machine.wait(8.0)
+    assert waiting in machine.granted
+
+
+def test_room_made_for_one_model_is_not_taken_by_a_third() -> None:
+    places = {"a": ({"gpu0": 6},), "b": ({"gpu0": 10},), "c": ({"gpu0": 4},)}
+    machine = Machine(*"abc", places=places)
+    machine.served("a")
+    machine.ask("b")
+    machine.wait(60)
+    machine.ask("c", HIGH)  # would fit beside a, but that is where b will be
+    assert machine.states() == "draining off off"
+
+
+def test_engine_serves_on_when_the_one_it_drains_for_goes_away() -> None:
+    machine = Machine(ModelSpec("a", slots=2), "b")
+    machine.served("a")
+    impatient = machine.ask("b")
+    machine.wait(60)
+    late = machine.ask("a")
+    assert machine.states() == "draining off"
+    machine.tell(Finished(machine.now, impatient, served=False))
+    assert machine.states() == "ready off"
+    assert late in machine.granted
+
+
+def test_engine_serves_on_when_room_turns_up_elsewhere() -> None:
+    machine = Machine("a", "b")
+    machine.served("a")
+    machine.ask("b")
+    machine.wait(60)
+    machine.tell(MemoryChanged(machine.now, {"gpu0": 20}))
+    assert machine.states() == "ready loading"
+
+
+def test_small_models_do_not_keep_a_big_one_out_by_taking_turns() -> None:
+    places = {**dict.fromkeys("abcd", SMALL), "big": ({"gpu0": 10},)}
+    machine = Machine(*"abcd", "big", places=places, load_sec=2.0, service_sec=9.0)
+    machine.ask("a")
+    machine.wait(5)
+    machine.ask("b")
+    big = machine.ask("big")
+    asked = machine.now
+    for alias in itertools.islice(itertools.cycle("cdab"), 60):
+        machine.ask(alias)  # the halves fall idle by turns, never both at once
+        machine.wait(5.5)
+    # its bound, a quantum of 4 x (2 + 5) s, 9 s to drain, 2 s to load
+    assert machine.granted_sec[big] - asked <= 30 + 28 + 9 + 2
+
+
+def test_max_drain_ends_what_does_not_end_by_itself() -> None:
+    machine = Machine("a", "b", policy=Policy(max_drain_sec=20))
+    endless = machine.served("a")
+    machine.ask("b")
+    machine.wait(4 * 13 + 1)
+    assert machine.states() == "draining off"
+    machine.wait(20)
+    assert machine.states() == "off loading"
+    machine.tell(Requeue(machine.now, endless, "its engine was stopped"))
+    assert endless not in machine.rejected
+
+
+# --- anticipation ---------------------------------------------------------------------------------------
+
+
+def test_clients_without_think_time_do_not_make_models_thrash() -> None:
+    machine = Machine(*"abc", load_sec=10.0)
+    mine = {alias: machine.ask(alias) for alias in "abc"}
+    served = 0
+    while machine.now < 600:
+        machine.wait(0.5)
+        for alias, request_id in mine.items():
+            if machine.now - machine.granted_sec.get(request_id, math.inf) >= 1.0:
+                machine.finish(request_id)
+                served += 1
+                mine[alias] = machine.ask(alias)
+    assert machine.loads() <= 9
+    assert served >= 450
+
+
+def test_an_engine_lingers_for_the_pause_its_client_usually_makes() -> None:
+    machine = Machine("a", "b")
+    for _ in range(5):
+        machine.finish(machine.served("a"))
+        machine.wait(2.0)
+    request_id = machine.served("a")
+    machine.ask("b")
+    machine.finish(request_id)
+    machine.wait(1.9)
+    again = machine.ask("a")
+    assert again in machine.granted
+    machine.finish(again)
+    machine.wait(4.0)  # twice the usual: nobody comes
+    assert machine.states() == "off loading"
+
+
+def test_an_engine_does_not_linger_for_a_client_that_comes_once_an_hour() -> None:
+    machine = Machine("a", "b", policy=Policy(idle_timeout_sec=None))
+    for _ in range(3):
+        machine.finish(machine.served("a"))
+        machine.wait(3600)
+    request_id = machine.served("a")
+    machine.ask("b")
+    machine.finish(request_id)
+    assert machine.states() == "off loading"
+
+
+def test_the_more_wait_the_less_an_engine_lingers() -> None:
+    machine = Machine("a", "b")
+    for _ in range(5):
+        machine.finish(machine.served("a"))
+        machine.wait(2.0)
+    request_id = machine.served("a")
+    for _ in range(6):
+        machine.ask("b")
+    machine.finish(request_id)
+    assert machine.states() == "off loading"
+
+
+# --- look before you evict ------------------------------------------------------------------------------
+
+
+def test_broken_model_costs_nobody_a_place() -> None:
+    machine = Machine("good", "bad")
+    machine.finish(machine.served("good"))
+    machine.broken["bad"] = "bad.gguf: not a GGUF file"
+    for _ in range(60):
+        bad = machine.ask("bad")
+        assert machine.rejected[bad].refusal is Refusal.MODEL_FAILED
+        assert "not a GGUF file" in machine.rejected[bad].reason
+        machine.finish(machine.ask("good"))
+        machine.wait(1.0)
+    assert machine.loads() == 1
+
+
+def test_a_file_that_vanished_while_its_model_waited_costs_nobody_a_place() -> None:
+    machine = Machine("a", "b")
+    machine.served("a")
+    waiting = machine.ask("b")
+    machine.broken["b"] = "b.gguf: no such file"
+    machine.wait(60)
+    assert machine.states() == "ready failed"
+    assert "no such file" in machine.rejected[waiting].reason
+
+
+def test_slow_disk_of_one_model_does_not_hold_up_the_others() -> None:
+    machine = Machine("slow", "b")
+    machine.blind.add("slow")
+    machine.ask("slow", HIGH)
+    machine.ask("b")
+    assert machine.states() == "off off"  # a second of courtesy
+    machine.wait(1.0)
+    assert machine.states() == "off loading"
+
+
+def test_a_model_that_can_never_fit_is_refused_at_once_with_the_figures() -> None:
+    machine = Machine("small", "huge", places={"huge": ({"gpu0": 11},)})
+    machine.served("small")
+    huge = machine.ask("huge")
+    refusal = machine.rejected[huge]
+    assert refusal.refusal is Refusal.INSUFFICIENT_MEMORY
+    assert "10 MiB on gpu0" in refusal.reason
+    assert machine.states() == "ready off"
+
+
+def test_pinned_model_makes_room_for_nobody() -> None:
+    machine = Machine(ModelSpec("a", pinned=True), "b")
+    machine.finish(machine.served("a"))
+    machine.wait(3600)
+    refused = machine.ask("b")
+    assert machine.rejected[refused].refusal is Refusal.INSUFFICIENT_MEMORY
+    assert "a (pinned)" in machine.rejected[refused].reason
+    assert machine.states() == "ready off"
+
+
+def test_pinned_model_that_was_ejected_is_in_nobodys_way() -> None:
+    machine = Machine(ModelSpec("a", pinned=True), "b", stop_sec=3.0)
+    machine.finish(machine.served("a"))
+    machine.tell(Eject(machine.now, "a"))
+    machine.ask("b")
+    machine.wait(3.0)
+    assert machine.states() == "off loading"
+
+
+def test_memory_that_is_about_to_come_back_spares_a_second_victim() -> None:
+    machine = Machine(*"abc", places=dict.fromkeys("abc", SMALL), stop_sec=3.0)
+    for alias in "ab":
+        machine.finish(machine.served(alias))
+        machine.wait(30)
+    machine.tell(Eject(machine.now, "a"))
+    machine.ask("c")
+    machine.wait(3.0)
+    assert machine.states() == "off ready loading"
+
+
+def test_requests_wait_until_memory_is_known() -> None:
+    machine = Machine("a", budgets=None)
+    machine.ask("a")
+    assert machine.states() == "off"
+    machine.tell(MemoryChanged(machine.now, GPU))
+    assert machine.states() == "loading"
+
+
+def test_a_swap_is_given_up_when_memory_shrinks_below_its_need() -> None:
+    machine = Machine("a", "b")
+    machine.served("a")
+    hopeless = machine.ask("b")
+    machine.wait(60)
+    assert machine.states() == "draining off"
+    machine.tell(MemoryChanged(machine.now, {"gpu0": 5}))
+    assert machine.states() == "ready off"
+    assert machine.rejected[hopeless].refusal is Refusal.INSUFFICIENT_MEMORY
+
+
+# --- failures -------------------------------------------------------------------------------------------
+
+
+def test_failed_load_is_tried_again_after_a_pause_that_doubles() -> None:
+    machine = Machine("a", load_sec=None)
+    request_id = machine.ask("a")
+    starts = []
+    for _ in range(3):
+        starts.append(machine.now)
+        machine.tell(EngineExited(machine.now, machine.engine("a"), "out of memory"))
+        while not machine.rejected and machine.states() != "loading":
+            machine.wait(0.25)
+    assert starts == [0.0, 1.0, 3.0]
+    rejected = machine.rejected[request_id]
+    assert rejected.refusal is Refusal.MODEL_FAILED
+    assert "out of memory" in rejected.reason
+    assert rejected.retry_after_sec == 300
+    assert machine.states() == "failed"
+
+
+def failed_machine() -> Machine:
+    machine = Machine("a", load_sec=None, policy=Policy(model_load_max_retries=0))
+    machine.ask("a")
+    machine.tell(EngineExited(0.0, machine.engine("a"), "out of memory"))
+    assert machine.states() == "failed"
+    return machine
+
+
+def test_failed_model_refuses_until_its_cooldown_is_over() -> None:
+    machine = failed_machine()
+    machine.wait(100)
+    assert machine.rejected[machine.ask("a")].retry_after_sec == 200
+    machine.wait(200)
+    assert machine.states() == "off"
+    machine.ask("a")
+    assert machine.states() == "loading"
+
+
+def test_reset_ends_the_cooldown() -> None:
+    machine = failed_machine()
+    machine.tell(Reset(machine.now, "a"))
+    machine.ask("a")
+    assert machine.states() == "loading"
+
+
+def test_a_changed_entry_ends_the_cooldown() -> None:
+    machine = failed_machine()
+    machine.configure(ModelSpec("a", revision="fewer layers"))
+    assert machine.states() == "off"
+
+
+def test_crash_sends_the_request_back_to_the_head_of_its_line_once() -> None:
+    machine = Machine("a")
+    first = machine.served("a")
+    second = machine.ask("a")
+    machine.tell(EngineExited(machine.now, machine.engine("a"), "signal 9"))
+    machine.tell(Requeue(machine.now, first, "connection reset"))
+    assert machine.states() == "off"  # it has never served: a second's pause
+    machine.wait(1.0 + 8.0)
+    assert first in machine.granted
+    assert second not in machine.granted
+    machine.tell(EngineExited(machine.now, machine.engine("a"), "signal 9"))
+    machine.tell(Requeue(machine.now, first, "connection reset"))
+    assert machine.rejected[first].refusal is Refusal.MODEL_FAILED
+    assert "2 times" in machine.rejected[first].reason
+    assert second not in machine.rejected
+
+
+def test_engine_that_has_served_is_back_at_once_after_a_crash() -> None:
+    machine = Machine("a")
+    machine.finish(machine.served("a"))
+    busy = machine.ask("a")
+    machine.tell(EngineExited(machine.now, machine.engine("a"), "signal 9"))
+    machine.tell(Requeue(machine.now, busy, "connection reset"))
+    assert machine.states() == "loading"
+
+
+def test_suspect_engine_admits_nobody_until_it_has_answered() -> None:
+    machine = Machine(ModelSpec("a", slots=2))
+    broken = machine.served("a")
+    effects = machine.tell(Requeue(machine.now, broken, "connection reset"))
+    assert Probe(machine.engine("a")) in effects
+    other = machine.ask("a")
+    assert other not in machine.granted
+    machine.tell(EngineAlive(machine.now, machine.engine("a")))
+    assert machine.granted_sec[other] == machine.now
+
+
+def test_one_probe_for_all_requests_that_broke_together() -> None:
+    machine = Machine(ModelSpec("a", slots=2))
+    first, second = machine.ask("a"), machine.ask("a")
+    machine.wait(8.0)
+    machine.tell(Requeue(machine.now, first, "connection reset"))
+    machine.tell(Requeue(machine.now, second, "connection reset"))
+    assert sum(isinstance(effect, Probe) for effect in machine.effects) == 1
+    assert [each.id for each in machine.scheduler.models["a"].queue] == [first, second]
+
+
+def test_slow_stop_of_one_model_does_not_delay_another() -> None:
+    machine = Machine(*"abc", places=dict.fromkeys("abc", SMALL), stop_sec=None)
+    machine.finish(machine.served("a"))
+    machine.wait(30)
+    machine.finish(machine.served("b"))
+    machine.wait(1)
+    machine.ask("c")
+    assert machine.states() == "stopping ready off"
+    assert machine.ask("b") in machine.granted
+
+
+# --- nobody waits any more ------------------------------------------------------------------------------
+
+
+def test_load_that_nobody_waits_for_is_abandoned_after_a_grace_time() -> None:
+    machine = Machine("a", load_sec=60)
+    impatient = machine.ask("a")
+    machine.wait(1)
+    machine.tell(Finished(machine.now, impatient, served=False))
+    machine.wait(4.9)
+    assert machine.states() == "loading"
+    machine.wait(0.2)
+    assert machine.stops("a") == ["abandoned"]
+
+
+def test_load_goes_on_when_somebody_else_comes_in_time() -> None:
+    machine = Machine("a", load_sec=60)
+    impatient = machine.ask("a")
+    machine.tell(Finished(machine.now, impatient, served=False))
+    machine.wait(4)
+    patient = machine.ask("a")
+    machine.wait(56)
+    assert patient in machine.granted
+
+
+def test_load_by_hand_is_not_abandoned() -> None:
+    machine = Machine("a", load_sec=60)
+    machine.tell(Load(machine.now, "a"))
+    impatient = machine.ask("a")
+    machine.tell(Finished(machine.now, impatient, served=False))
+    machine.wait(60)
+    assert machine.states() == "ready"
+
+
+def test_full_queue_refuses_with_the_time_to_come_back() -> None:
+    machine = Machine("a", policy=Policy(max_queue_size_per_model=2))
+    machine.served("a")  # in flight; bounds count who waits, also while the model is ready
+    machine.ask("a")
+    machine.ask("a")
+    refused = machine.rejected[machine.ask("a")]
+    assert refused.refusal is Refusal.QUEUE_FULL
+    assert refused.retry_after_sec == pytest.approx(3.0)  # three rounds of a second
+
+
+def test_queue_timeout_says_what_the_request_waited_for() -> None:
+    machine = Machine("a", "b", policy=Policy(queue_timeout_sec=20))
+    machine.served("a")
+    waiting = machine.ask("b")
+    machine.wait(19.9)
+    assert waiting not in machine.rejected
+    machine.wait(0.2)
+    refused = machine.rejected[waiting]
+    assert refused.refusal is Refusal.QUEUE_TIMEOUT
+    assert "waited 20 s for 'b': no room until a can go" in refused.reason
+    assert not machine.scheduler._waiting
+
+
+def test_expected_wait_follows_what_was_measured() -> None:
+    machine = Machine("a", load_sec=10.0)
+    model = machine.scheduler.models["a"]
+    assert machine.scheduler.expected_wait_sec(model) == 5 + 1  # first guesses
+    request_id = machine.served("a")
+    machine.wait(6)
+    machine.finish(request_id)
+    assert machine.scheduler.expected_wait_sec(model) == 1 + 0.2 * (6 - 1)
+    machine.tell(Eject(machine.now, "a"))
+    assert machine.scheduler.expected_wait_sec(model) == 10 + 2
+
+
+# --- idle models ----------------------------------------------------------------------------------------
+
+
+def test_idle_models_go_except_the_most_recently_used() -> None:
+    tiny = ({"gpu0": 1},)
+    policy = Policy(idle_timeout_sec=60, keep_warm_models=2)
+    machine = Machine(*"abc", places=dict.fromkeys("abc", tiny), policy=policy)
+    for alias in "abc":
+        machine.finish(machine.served(alias))
+    machine.wait(3600)
+    assert machine.states() == "off ready ready"
+    assert machine.stops("a") == ["idle"]
+
+
+def test_a_warm_model_goes_when_another_takes_its_place() -> None:
+    tiny = ({"gpu0": 1},)
+    policy = Policy(idle_timeout_sec=60, keep_warm_models=1)
+    machine = Machine(*"ab", places=dict.fromkeys("ab", tiny), policy=policy)
+    machine.finish(machine.served("a"))
+    machine.wait(3600)
+    machine.served("b")
+    assert machine.states() == "stopping ready" or machine.states() == "off ready"
+
+
+def test_a_models_own_idle_timeout_counts_even_when_it_is_warm() -> None:
+    machine = Machine(ModelSpec("a", idle_timeout_sec=5), policy=Policy(keep_warm_models=2))
+    machine.finish(machine.served("a"))
+    machine.wait(5.1)
+    assert machine.states() == "off"
+
+
+def test_a_busy_model_is_not_idle_however_long_it_takes() -> None:
+    machine = Machine("a", policy=Policy(idle_timeout_sec=60, keep_warm_models=0, queue_timeout_sec=9999))
+    request_id = machine.served("a")
+    machine.wait(3600)
+    assert machine.states() == "ready"
+    machine.finish(request_id)
+    machine.wait(60)
+    assert machine.states() == "off"
+
+
+# --- operators ------------------------------------------------------------------------------------------
+
+
+def test_load_by_hand_may_cost_another_model_its_place() -> None:
+    machine = Machine("a", "b")
+    machine.finish(machine.served("a"))
+    machine.wait(60)
+    machine.tell(Load(machine.now, "b"))
+    assert machine.states() == "off loading"
+
+
+def test_preload_never_evicts() -> None:
+    machine = Machine("a", "b")
+    machine.tell(Load(machine.now, "a", evict=False))
+    machine.tell(Load(machine.now, "b", evict=False))
+    machine.wait(60)
+    assert machine.states() == "ready off"
+    assert "not preloaded" in next(
+        effect.reason for effect in machine.effects if isinstance(effect, Transition) and effect.alias == "b"
+    )
+
+
+def test_a_load_asked_for_while_the_engine_drained_is_done_with_when_it_stays() -> None:
+    machine = Machine("a", "b")
+    busy = machine.served("a")
+    impatient = machine.ask("b")
+    machine.wait(60)
+    machine.tell(Load(machine.now, "a"))
+    machine.tell(Finished(machine.now, impatient, served=False))
+    machine.finish(busy)
+    machine.tell(Eject(machine.now, "a"))
+    machine.wait(60)
+    assert machine.states() == "off off"
+
+
+def test_eject_lets_what_is_in_flight_finish() -> None:
+    machine = Machine("a")
+    busy = machine.served("a")
+    machine.tell(Eject(machine.now, "a"))
+    assert machine.states() == "draining"
+    machine.finish(busy)
+    assert machine.states() == "off"
+    assert machine.stops("a") == ["manual"]
+
+
+def test_eject_with_a_queue_loads_again() -> None:
+    machine = Machine("a")
+    busy = machine.served("a")
+    waiting = machine.ask("a")
+    machine.tell(Eject(machine.now, "a"))
+    machine.finish(busy)
+    machine.wait(8.0)
+    assert waiting in machine.granted
+
+
+def test_reload_leaves_unchanged_models_alone_and_drains_changed_ones() -> None:
+    machine = Machine(*"ab", places=dict.fromkeys("ab", SMALL))
+    machine.served("a")
+    busy = machine.served("b")
+    waiting = machine.ask("b")
+    machine.configure("a", ModelSpec("b", revision="other flags"))
+    assert machine.states() == "ready draining"
+    machine.finish(busy)
+    assert machine.states() == "ready loading"
+    machine.wait(8.0)
+    assert waiting in machine.granted
+    assert not machine.rejected
+
+
+def test_reload_that_adds_and_removes_models() -> None:
+    machine = Machine("a")
+    busy = machine.served("a")
+    waiting = machine.ask("a")
+    machine.configure("b")
+    assert machine.rejected[waiting].refusal is Refusal.MODEL_NOT_FOUND
+    assert machine.rejected[machine.ask("a")].refusal is Refusal.MODEL_NOT_FOUND
+    machine.finish(busy)
+    assert list(machine.scheduler.models) == ["b"]
+    machine.ask("b")
+    assert machine.states() == "loading"
+
+
+def test_removed_model_that_comes_back_while_it_drains_is_served_again() -> None:
+    machine = Machine("a")
+    busy = machine.served("a")
+    machine.configure()
+    machine.configure("a")
+    again = machine.ask("a")
+    machine.finish(busy)
+    machine.wait(8.0)
+    assert again in machine.granted
+
+
+def test_reload_of_a_model_room_is_made_for_looks_at_it_afresh() -> None:
+    machine = Machine("a", "b")
+    machine.served("a")
+    machine.ask("b")
+    machine.wait(60)
+    assert machine.states() == "draining off"
+    machine.places = {"b": ({"gpu0": 4},)}
+    machine.configure("a", ModelSpec("b", revision="smaller context"))
+    assert machine.states() == "ready loading"
+
+
+def test_shorter_idle_timeout_takes_effect_at_once() -> None:
+    policy = Policy(keep_warm_models=0)
+    machine = Machine("a", policy=policy)
+    machine.finish(machine.served("a"))
+    machine.wait(100)
+    machine.configure("a", policy=replace(policy, idle_timeout_sec=60))
+    machine.wait(0)
+    assert machine.states() == "off"
+
+
+def test_shutdown_answers_who_waits_and_lets_the_rest_finish() -> None:
+    machine = Machine("a")
+    busy = machine.served("a")
+    waiting = machine.ask("a")
+    machine.tell(ShutDown(machine.now))
+    assert machine.rejected[waiting].refusal is Refusal.SHUTTING_DOWN
+    assert machine.rejected[machine.ask("a")].refusal is Refusal.SHUTTING_DOWN
+    assert machine.states() == "draining"
+    machine.finish(busy)
+    assert not machine.scheduler.engines
+    assert machine.stops("a") == ["shutdown"]
+
+
+def test_shutdown_during_a_swap_lets_nobody_in_through_the_back_door() -> None:
+    machine = Machine(ModelSpec("a", slots=2), "b")
+    machine.served("a")
+    machine.ask("b")
+    machine.wait(60)
+    late = machine.ask("a")
+    machine.tell(ShutDown(machine.now))
+    assert machine.rejected[late].refusal is Refusal.SHUTTING_DOWN
+    assert machine.stops("a") == []
+
+
+def test_unknown_model_is_not_found() -> None:
+    machine = Machine("a")
+    assert machine.rejected[machine.ask("z")].refusal is Refusal.MODEL_NOT_FOUND
+
+
+def test_bounds_of_waiting_are_policy() -> None:
+    patient = Policy(max_wait_sec=ByPriority(0, 200, 300), wait_factor=ByPriority(0, 100, 100))
+    machine = Machine("a", "b", policy=patient)
+    machine.served("a")
+    machine.ask("b")
+    machine.wait(199)
+    assert machine.states() == "ready off"
+    machine.wait(2)
+    assert machine.states() == "draining off"
+
+
+def test_stops_are_told_with_their_cause() -> None:
+    machine = Machine("a")
+    machine.finish(machine.served("a"))
+    effects = machine.tell(Eject(machine.now, "a"))
+    assert StopEngine(1, StopCause.MANUAL) in effects

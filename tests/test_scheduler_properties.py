@@ -1,0 +1,610 @@
+"""The scheduler's promises, held against worlds that do everything at the worst moment.
+
+`World` plays all that is outside the scheduler: clients, files, processes, memory, the clock. It believes
+only what effects tell it, keeps its own books from them, and checks every promise after every event.
+Hypothesis drives it rule by rule (small failures), a seeded generator drives it in bulk (rare ones).
+
+`SCHEDULER_EVENTS=3000000 python -m pytest tests/test_scheduler_properties.py` looks longer, and with
+`SCHEDULER_SEED=7` elsewhere.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import os
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+
+from router.messages import (
+    ByPriority,
+    Configured,
+    Effect,
+    Eject,
+    EngineAlive,
+    EngineExited,
+    EngineReady,
+    Event,
+    Finished,
+    Grant,
+    Inspect,
+    Inspected,
+    Load,
+    MemoryChanged,
+    ModelSpec,
+    Placement,
+    Policy,
+    Probe,
+    Refusal,
+    Reject,
+    Requeue,
+    Reset,
+    ShutDown,
+    StartEngine,
+    StopCause,
+    StopEngine,
+    Submit,
+    Tick,
+    Transition,
+)
+from router.queue import Priority
+from router.residency import EngineState
+from router.scheduler import Scheduler
+
+EVENTS = int(os.environ.get("SCHEDULER_EVENTS", "200000"))
+SEED = int(os.environ.get("SCHEDULER_SEED", "1"))
+
+MAY_FOLLOW = {
+    "off": {"loading", "failed", "off"},
+    "loading": {"ready", "stopping", "off", "failed"},
+    "ready": {"draining", "stopping", "off", "failed"},
+    "draining": {"ready", "stopping", "off", "failed"},
+    "stopping": {"off"},
+    "failed": {"off", "failed"},
+}
+
+
+@dataclass
+class Process:
+    """What the world knows of an engine it was told to start."""
+
+    alias: str
+    slots: int
+    pinned: bool
+    placement: Placement
+    state: str = "loading"
+    in_flight: set[str] = field(default_factory=set)
+    suspect: bool = False
+    stop_asked: bool = False
+    hangs: bool = False
+    """It is told to stop and does not, until the world has had enough."""
+
+
+class World:
+    def __init__(self, rng: random.Random, *, keep_events: bool = False) -> None:
+        self.rng = rng
+        self.scheduler = Scheduler()
+        self.now = rng.uniform(0, 1000)
+        self.devices = rng.choice((("host",), ("gpu0", "host"), ("gpu0", "gpu1", "host")))
+        self.budgets = {name: rng.choice((6, 10, 16)) for name in self.devices}
+        self.policy = self.random_policy()
+        self.aliases = [f"m{number}" for number in range(rng.randint(2, 7))]
+        self.files = {alias: self.random_placements() for alias in self.aliases}
+        self.specs = {alias: self.random_spec(alias) for alias in self.aliases}
+        self.processes: dict[int, Process] = {}
+        self.waiting: dict[str, str] = {}
+        self.granted: dict[str, int] = {}
+        self.lost: dict[str, str] = {}
+        """Granted requests whose engine is gone; the proxy has yet to notice."""
+        self.outcomes: dict[str, str] = {}
+        self.looking: set[str] = set()
+        self.states: dict[str, str] = {}
+        self.probes: set[int] = set()
+        self.submitted = 0
+        self.events = 0
+        self.seen: Counter[str] = Counter()
+        self.history: list[tuple[Event, list[Effect]]] | None = [] if keep_events else None
+        self.down = False
+        self.feed(Configured(self.now, dict(self.specs), self.policy))
+        self.feed(MemoryChanged(self.now, dict(self.budgets)))
+
+    # --- what the world is made of ----------------------------------------------------------------------
+
+    def random_policy(self) -> Policy:
+        rng = self.rng
+        return Policy(
+            max_wait_sec=rng.choice((ByPriority(0, 30, 300), ByPriority(0, 2, 5), ByPriority(0, 0, 0))),
+            residency_factor=rng.choice((0, 1, 4)),
+            max_linger_sec=rng.choice((0, 30)),
+            max_concurrent_models=rng.choice((1, 2, 3, 8)),
+            max_queue_size_per_model=rng.choice((0, 3, 20)),
+            queue_timeout_sec=rng.choice((10, 300)),
+            idle_timeout_sec=rng.choice((None, 5, 60)),
+            keep_warm_models=rng.choice((0, 1, 2)),
+            max_drain_sec=rng.choice((None, None, 10)),
+            model_load_max_retries=rng.choice((0, 2)),
+            model_load_cooldown_sec=rng.choice((5, 300)),
+        )
+
+    def random_placements(self) -> tuple[Placement, ...]:
+        def one() -> Placement:
+            names = self.rng.sample(self.devices, self.rng.randint(1, len(self.devices)))
+            return {name: self.rng.choice((0, 1, 3, 5, 6, 9)) for name in names}
+
+        return tuple(one() for _ in range(self.rng.choice((1, 1, 1, 2))))
+
+    def random_spec(self, alias: str) -> ModelSpec:
+        return ModelSpec(
+            alias,
+            slots=self.rng.choice((1, 1, 2, 4)),
+            pinned=self.rng.random() < 0.1,
+            idle_timeout_sec=self.rng.choice((None, None, 3, math.inf)),
+            expected_load_sec=self.rng.choice((0.1, 2, 10)),
+            revision=self.rng.random(),
+        )
+
+    # --- telling the scheduler --------------------------------------------------------------------------
+
+    def pass_time(self, seconds: float) -> None:
+        """Let the clock run, with a `Tick` whenever one is due, and an early one that must do nothing."""
+        until = self.now + seconds
+        while self.scheduler.wake_at <= until:
+            self.now = max(self.now, self.scheduler.wake_at)
+            self.feed(Tick(self.now))
+        if self.rng.random() < 0.3:
+            self.now = self.rng.uniform(self.now, until)
+            effects = self.feed(Tick(self.now))
+            assert not effects, f"wake_at came too late for {effects}"
+            if self.scheduler.wake_at <= until:
+                self.pass_time(until - self.now)
+        self.now = max(self.now, until)
+
+    def feed(self, event: Event) -> list[Effect]:
+        effects = self.scheduler.step(event)
+        self.events += 1
+        if self.history is not None:
+            self.history.append((event, effects))
+        for effect in effects:
+            self.carry_out(effect)
+        self.check()
+        for _ in range(20):
+            if self.scheduler.wake_at > self.now:
+                break
+            self.events += 1
+            more = self.scheduler.step(Tick(self.now))
+            if self.history is not None:
+                self.history.append((Tick(self.now), more))
+            for effect in more:
+                self.carry_out(effect)
+            self.check()
+        else:
+            raise AssertionError("the scheduler wants to be woken again and again at the same time")
+        return effects
+
+    def submit(self, alias: str, priority: Priority) -> None:
+        self.submitted += 1
+        request_id = f"r{self.submitted}"
+        self.waiting[request_id] = alias
+        self.feed(Submit(self.now, request_id, alias, priority))
+
+    def cancel(self, request_id: str) -> None:
+        del self.waiting[request_id]
+        self.outcomes[request_id] = "cancelled"
+        self.feed(Finished(self.now, request_id, served=False))
+
+    def finish(self, request_id: str, served: bool) -> None:
+        engine_id = self.granted.pop(request_id)
+        if engine_id in self.processes:
+            self.processes[engine_id].in_flight.remove(request_id)
+        self.outcomes[request_id] = "served" if served else "failed"
+        self.feed(Finished(self.now, request_id, served))
+
+    def break_request(self, request_id: str) -> None:
+        """No byte of the answer has come, and the connection is gone."""
+        engine_id = self.granted.pop(request_id)
+        process = self.processes.get(engine_id)
+        alias = self.lost.pop(request_id) if process is None else process.alias
+        if process is not None:
+            process.in_flight.remove(request_id)
+            if process.state in ("ready", "draining"):
+                process.suspect = True
+        self.waiting[request_id] = alias
+        self.feed(Requeue(self.now, request_id, "connection reset"))
+
+    def exit(self, engine_id: int, reason: str) -> None:
+        process = self.processes.pop(engine_id)
+        for request_id in process.in_flight:
+            self.lost[request_id] = process.alias
+        self.probes.discard(engine_id)
+        self.feed(EngineExited(self.now, engine_id, reason))
+
+    def ready(self, engine_id: int) -> None:
+        self.feed(EngineReady(self.now, engine_id))
+
+    def answer_probe(self, engine_id: int) -> None:
+        self.probes.discard(engine_id)
+        self.processes[engine_id].suspect = False
+        self.feed(EngineAlive(self.now, engine_id))
+
+    def look(self, alias: str, problem: str | None = None) -> None:
+        self.looking.discard(alias)
+        places = () if problem else self.files[alias]
+        self.feed(Inspected(self.now, alias, places, problem, "its size"))
+
+    # --- believing the scheduler ------------------------------------------------------------------------
+
+    def carry_out(self, effect: Effect) -> None:
+        self.seen[type(effect).__name__] += 1
+        match effect:
+            case Grant(request_id, engine_id):
+                process = self.processes[engine_id]
+                assert self.waiting.pop(request_id) == process.alias
+                assert process.state == "ready", f"granted on an engine that is {process.state}"
+                assert not process.suspect, "granted on an engine that may be dead"
+                process.in_flight.add(request_id)
+                assert len(process.in_flight) <= process.slots
+                assert request_id not in self.outcomes
+                self.granted[request_id] = engine_id
+            case Reject(request_id, refusal, reason):
+                del self.waiting[request_id]
+                assert request_id not in self.outcomes
+                assert reason
+                self.outcomes[request_id] = refusal.value
+                self.seen[refusal.value] += 1
+            case Inspect(alias):
+                assert alias not in self.looking, "asked to look while looking"
+                self.looking.add(alias)
+            case StartEngine(engine_id, alias, placement):
+                self.start(engine_id, alias, placement)
+            case StopEngine(engine_id, cause):
+                process = self.processes[engine_id]
+                assert not process.stop_asked, "stopped twice"
+                process.stop_asked = True
+                self.seen[cause.value] += 1
+                if cause in (StopCause.IDLE, StopCause.EVICTED) or self.policy.max_drain_sec is None:
+                    assert not process.in_flight, "stopped with requests in flight"
+                if cause in (StopCause.IDLE, StopCause.EVICTED, StopCause.DRAINED):
+                    assert not process.pinned, f"a pinned engine went: {cause}"
+                if cause is StopCause.IDLE:
+                    assert process.alias not in self.waiting.values()
+            case Probe(engine_id):
+                assert self.processes[engine_id].suspect
+                self.probes.add(engine_id)
+            case Transition(alias, state, reason, engine_id):
+                assert state in MAY_FOLLOW[self.states.get(alias, "off")], (self.states.get(alias), state)
+                assert reason
+                self.states[alias] = state
+                if engine_id is not None:
+                    assert self.processes[engine_id].alias == alias
+                    self.processes[engine_id].state = state
+
+    def start(self, engine_id: int, alias: str, placement: Placement) -> None:
+        assert not self.down, "started while shutting down"
+        assert all(process.alias != alias for process in self.processes.values()), "two engines of one model"
+        assert placement in [dict(place) for place in self.files[alias]], "started where nobody proposed"
+        spec = self.specs[alias]
+        self.processes[engine_id] = Process(alias, spec.slots, spec.pinned, placement)
+        for name in placement:
+            used = sum(process.placement.get(name, 0) for process in self.processes.values())
+            assert placement[name] == 0 or used <= self.budgets[name], f"more in use on {name} than there is"
+        assert len(self.processes) <= self.policy.max_concurrent_models
+
+    def check(self) -> None:
+        scheduler = self.scheduler
+        for alias in self.states.keys() - scheduler.models.keys():
+            del self.states[alias]  # removed from the configuration, and nothing of it is left
+            self.looking.discard(alias)
+        waiting = Counter(self.waiting.values())
+        for alias, model in scheduler.models.items():
+            engine = model.engine
+            assert len(model.queue) == waiting.pop(alias, 0), "a request is in no line, or in two"
+            if engine is not None:
+                assert set(engine.in_flight) == self.processes[engine.id].in_flight
+                assert engine.state.value == self.processes[engine.id].state
+                if engine.admits:
+                    assert not model.queue, "a ready engine idles while its own queue is not empty"
+            assert scheduler.state(alias) == self.states.get(alias, "off")
+            assert (alias in scheduler._waiting) == model.wants_engine
+        assert not waiting, "somebody waits for a model that is gone"
+        assert scheduler.engines.keys() == self.processes.keys()
+        assert len(scheduler._requests) == len(self.waiting) + len(self.granted)
+        for alias, swap in scheduler._fleet.swaps.items():
+            assert alias in scheduler._waiting
+            for victim in swap.victims:
+                assert (
+                    victim.state in (EngineState.DRAINING, EngineState.STOPPING) or victim.id not in self.processes
+                )
+
+    # --- the end ----------------------------------------------------------------------------------------
+
+    def come_to_rest(self) -> None:
+        """Nobody comes any more, and everything works: then everybody gets an answer."""
+        self.now = max(self.now, self.scheduler._now)
+        for process in self.processes.values():
+            process.hangs = False
+        for _ in range(10_000):
+            self.answer_everything()
+            if not self.waiting and not self.granted:
+                break
+            self.pass_time(min(60.0, max(0.0, self.scheduler.wake_at - self.now) + 0.01))
+        assert not self.waiting
+        assert not self.granted
+        assert len(self.outcomes) == self.submitted
+        if not self.down:
+            self.shut_down()
+        for _ in range(100):
+            self.answer_everything()
+        scheduler = self.scheduler
+        assert not self.processes
+        assert not scheduler.engines
+        assert not scheduler._requests
+        assert not scheduler._waiting
+        assert not scheduler._fleet.swaps
+        assert scheduler.free() == scheduler.budgets
+
+    def answer_everything(self) -> None:
+        for alias in sorted(self.looking):
+            self.look(alias)
+        for engine_id in sorted(self.probes):
+            self.answer_probe(engine_id)
+        for request_id in list(self.granted):
+            if request_id in self.lost:
+                self.break_request(request_id)
+            else:
+                self.finish(request_id, served=True)
+        for engine_id, process in sorted(self.processes.items()):
+            if process.stop_asked:
+                self.exit(engine_id, "as asked")
+            elif process.state == "loading":
+                self.ready(engine_id)
+
+    # --- one thing that happens -------------------------------------------------------------------------
+
+    def something_happens(self) -> None:
+        rng = self.rng
+        if rng.random() < 0.5:
+            self.pass_time(rng.choice((0.0, 0.01, 0.3, 2.0, 20.0)) * rng.random())
+        rng.choices(self.ACTIONS, self.WEIGHTS)[0](self)
+
+    def some_submit(self) -> None:
+        alias = self.rng.choice(self.aliases)
+        if alias not in self.specs and self.rng.random() < 0.9:
+            return
+        self.submit(alias, self.rng.choice(tuple(Priority)))
+
+    def some_finish(self) -> None:
+        here = [request_id for request_id in self.granted if request_id not in self.lost]
+        if here:
+            self.finish(self.rng.choice(here), served=self.rng.random() < 0.9)
+
+    def some_cancel(self) -> None:
+        if self.waiting:
+            self.cancel(self.rng.choice(list(self.waiting)))
+
+    def some_break(self) -> None:
+        if self.granted:
+            self.break_request(self.rng.choice(list(self.granted)))
+
+    def lost_noticed(self) -> None:
+        for request_id in list(self.lost):
+            if self.rng.random() < 0.7:
+                self.break_request(request_id)
+            else:
+                del self.lost[request_id]
+                self.finish(request_id, served=False)
+
+    def some_look(self) -> None:
+        if self.looking:
+            problem = "not a GGUF file" if self.rng.random() < 0.1 else None
+            self.look(self.rng.choice(sorted(self.looking)), problem)
+
+    def some_load_ends(self) -> None:
+        loading = [number for number, process in self.processes.items() if process.state == "loading"]
+        if loading:
+            engine_id = self.rng.choice(loading)
+            if self.rng.random() < 0.8:
+                self.ready(engine_id)
+            else:
+                self.exit(engine_id, "out of memory")
+
+    def some_stop_ends(self) -> None:
+        for engine_id, process in list(self.processes.items()):
+            if process.stop_asked and not process.hangs:
+                process.hangs = self.rng.random() < 0.05
+                if not process.hangs:
+                    self.exit(engine_id, "as asked")
+                return
+
+    def some_crash(self) -> None:
+        if self.processes:
+            self.exit(self.rng.choice(list(self.processes)), "signal 11")
+
+    def some_probe_answer(self) -> None:
+        if self.probes:
+            engine_id = self.rng.choice(sorted(self.probes))
+            if self.rng.random() < 0.5:
+                self.answer_probe(engine_id)
+            else:
+                self.exit(engine_id, "it was dead")
+
+    def shut_down(self) -> None:
+        self.down = True
+        self.feed(ShutDown(self.now))
+
+    def some_order(self) -> None:
+        alias = self.rng.choice(self.aliases)
+        order = self.rng.choice((Load, Eject, Reset, None))
+        if order is None:
+            self.feed(Load(self.now, alias, evict=False))
+        else:
+            self.feed(order(self.now, alias))
+
+    def memory_changes(self) -> None:
+        self.budgets = {name: max(0, mib + self.rng.choice((-6, -2, 2, 6))) for name, mib in self.budgets.items()}
+        self.feed(MemoryChanged(self.now, dict(self.budgets)))
+
+    def configuration_changes(self) -> None:
+        alias = self.rng.choice(self.aliases)
+        match self.rng.randrange(4):
+            case 0:
+                self.specs.pop(alias, None)
+            case 1:
+                self.specs[alias] = self.random_spec(alias)
+                self.files[alias] = self.random_placements()
+            case 2 if alias in self.specs:
+                self.specs[alias] = replace(self.specs[alias], idle_timeout_sec=1.0)
+            case 3:
+                self.policy = self.random_policy()
+        self.feed(Configured(self.now, dict(self.specs), self.policy))
+
+    ACTIONS = (
+        some_submit,
+        some_finish,
+        some_look,
+        some_load_ends,
+        some_stop_ends,
+        some_cancel,
+        some_break,
+        lost_noticed,
+        some_probe_answer,
+        some_order,
+        some_crash,
+        memory_changes,
+        configuration_changes,
+    )
+    WEIGHTS = (300, 250, 120, 90, 90, 20, 10, 60, 20, 12, 4, 2, 3)
+
+
+def replayed(history: list[tuple[Event, list[Effect]]]) -> bool:
+    scheduler = Scheduler()
+    return all(scheduler.step(event) == effects for event, effects in history)
+
+
+def test_promises_hold_in_worlds_that_do_everything_at_the_worst_moment() -> None:
+    rng = random.Random(SEED)
+    events, seen = 0, Counter[str]()
+    while events < EVENTS:
+        seed = rng.getrandbits(32)
+        world = World(random.Random(seed), keep_events=seed % 8 == 0)
+        try:
+            for _ in range(rng.choice((50, 300, 1500))):
+                world.something_happens()
+            if rng.random() < 0.2:
+                world.shut_down()
+                for _ in range(50):
+                    world.something_happens()
+            world.come_to_rest()
+        except Exception as error:
+            raise AssertionError(f"world {seed} after {world.events} events: {error!r}") from error
+        if world.history is not None:
+            assert replayed(world.history), f"world {seed}: same events, other effects"
+        events += world.events
+        seen += world.seen
+
+    never_happened = {
+        *(effect.__name__ for effect in (Grant, Inspect, Probe, Reject, StartEngine, StopEngine, Transition)),
+        *(refusal.value for refusal in Refusal),
+        *(cause.value for cause in StopCause),
+    } - set(seen)
+    assert not never_happened
+
+
+LOAD_SEC, STOP_SEC, SERVICE_SEC, CLIENTS = 2.0, 0.2, 1.5, 6
+IMPATIENT = Policy(
+    patience_sec=ByPriority(0, 2, 4),
+    max_wait_sec=ByPriority(0, 4, 8),
+    residency_factor=1,
+    max_concurrent_models=8,
+    queue_timeout_sec=math.inf,
+)
+TURN_SEC = 8 + 1 * 2 * LOAD_SEC + SERVICE_SEC + STOP_SEC + LOAD_SEC
+"""Of a candidate: its bound, the quantum of those in its place, their last request, their stop, its load."""
+LONGEST_WAIT_SEC = 4 + CLIENTS * (TURN_SEC + SERVICE_SEC)
+"""Until nobody who comes is ahead any more, then a turn for each who still is, and its own."""
+
+
+def longest_wait(rng: random.Random, seconds: float) -> float:
+    """The longest wait of clients without think time, each of whom may want any model at any priority."""
+    devices = ("gpu0", "host")[: rng.randint(1, 2)]
+    files = [{name: rng.choice((2, 3, 5, 9)) for name in devices} for _ in range(rng.randint(2, 6))]
+    scheduler = Scheduler()
+    specs = {f"m{number}": ModelSpec(f"m{number}", expected_load_sec=LOAD_SEC) for number in range(len(files))}
+    scheduler.step(Configured(0.0, specs, IMPATIENT))
+    scheduler.step(MemoryChanged(0.0, dict.fromkeys(devices, 10)))
+    now, longest, count = 0.0, 0.0, itertools.count()
+    arrived: dict[str, float] = {}
+    later: list[tuple[float, int, Event | None]] = []
+    """None: a client asks."""
+
+    def at(when: float, event: Event | None) -> None:
+        heapq.heappush(later, (when, next(count), event))
+
+    for _ in range(CLIENTS):
+        at(rng.random(), None)
+    while now < seconds:
+        if not later or scheduler.wake_at <= later[0][0]:
+            now = max(now, scheduler.wake_at)
+            event: Event | None = Tick(now)
+        else:
+            now, _, event = heapq.heappop(later)
+        if event is None:
+            event = Submit(now, f"r{next(count)}", rng.choice(tuple(specs)), rng.choice(tuple(Priority)))
+            arrived[event.request_id] = now
+        for effect in scheduler.step(event):
+            match effect:
+                case Grant(request_id):
+                    longest = max(longest, now - arrived.pop(request_id))
+                    done = now + SERVICE_SEC * rng.random()
+                    at(done, Finished(done, request_id))
+                    at(done, None)
+                case Inspect(alias):
+                    at(now, Inspected(now, alias, (files[int(alias[1:])],)))
+                case StartEngine(engine_id):
+                    at(now + LOAD_SEC, EngineReady(now + LOAD_SEC, engine_id))
+                case StopEngine(engine_id):
+                    at(now + STOP_SEC, EngineExited(now + STOP_SEC, engine_id, "stopped"))
+    return max([longest, *(now - when for when in arrived.values())])
+
+
+@pytest.mark.parametrize("seed", range(SEED, SEED + 12))
+def test_every_wait_is_bounded_whatever_the_others_do(seed: int) -> None:
+    assert longest_wait(random.Random(seed), seconds=400) <= LONGEST_WAIT_SEC
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """The same worlds, steered by hypothesis, so that what it finds is short."""
+
+    @initialize(seed=st.integers(0, 2**16))
+    def begin(self, seed: int) -> None:
+        self.world = World(random.Random(seed))
+
+    @rule(seconds=st.sampled_from((0.0, 0.01, 0.5, 3.0, 31.0, 301.0)))
+    def time_passes(self, seconds: float) -> None:
+        self.world.pass_time(seconds)
+
+    @rule(number=st.integers(0, 6), priority=st.sampled_from(Priority))
+    def request(self, number: int, priority: Priority) -> None:
+        aliases = self.world.aliases
+        self.world.submit(aliases[number % len(aliases)], priority)
+
+    @rule(action=st.sampled_from(World.ACTIONS))
+    def other(self, action: Callable[[World], None]) -> None:
+        action(self.world)
+
+    def teardown(self) -> None:
+        if hasattr(self, "world"):
+            self.world.come_to_rest()
+
+
+SchedulerMachine.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=60, deadline=None, derandomize=True, database=None
+)
+TestSchedulerMachine = SchedulerMachine.TestCase
