@@ -488,6 +488,7 @@ def replayed(history: list[tuple[Event, list[Effect]]]) -> bool:
     return all(scheduler.step(event) == effects for event, effects in history)
 
 
+@pytest.mark.timeout(120 + EVENTS / 500)
 def test_promises_hold_in_worlds_that_do_everything_at_the_worst_moment() -> None:
     rng = random.Random(SEED)
     events, seen = 0, Counter[str]()
