@@ -38,6 +38,7 @@ class Metrics:
         self._registry.register(_Gauges(dispatcher))
         self._dispatcher = dispatcher
         self._loading: set[str] = set()
+        self._found: dict[tuple[str, str, str], tuple[Counter, Histogram, Histogram]] = {}
         dispatcher.events.listen(self._note)
 
     def exposition(self) -> bytes:
@@ -51,10 +52,11 @@ class Metrics:
 
     def _note(self, happening: Happening) -> None:
         match happening:
-            case RequestDone(alias=alias, route=route, outcome=outcome):
-                self._requests.labels(alias, outcome, route).inc()
-                self._duration.labels(alias, route).observe(happening.total_sec)
-                self._queue_wait.labels(alias).observe(happening.queue_sec)
+            case RequestDone():
+                requests, duration, queue_wait = self._of(happening.alias, happening.outcome, happening.route)
+                requests.inc()
+                duration.observe(happening.total_sec)
+                queue_wait.observe(happening.queue_sec)
             case ModelChanged(alias, state, reason):
                 was_loading = alias in self._loading
                 self._loading.discard(alias)
@@ -66,6 +68,17 @@ class Metrics:
                     self._ejects.labels(alias, reason).inc()
             case _:
                 pass
+
+    def _of(self, alias: str, outcome: str, route: str) -> tuple[Counter, Histogram, Histogram]:
+        """Finding a metric by its labels costs more than counting."""
+        key = (alias, outcome, route)
+        if key not in self._found:
+            self._found[key] = (
+                self._requests.labels(alias, outcome, route),
+                self._duration.labels(alias, route),
+                self._queue_wait.labels(alias),
+            )
+        return self._found[key]
 
     def _note_load(self, alias: str) -> None:
         engine = self._dispatcher.scheduler.models[alias].engine

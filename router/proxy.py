@@ -15,6 +15,7 @@ import contextlib
 import difflib
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from functools import lru_cache
 from random import getrandbits
 from typing import Any
 from urllib.parse import quote
@@ -183,7 +184,7 @@ class _Exchange:
         except _ClientGone:
             return
         ticket = self._dispatcher.submit(self._request_id, self._alias, priority)
-        watcher = asyncio.create_task(self._watch_client())
+        watch = _ClientWatch(self._receive, self._client_left)
         outcome = "cancelled"
         try:
             outcome = await self._serve(ticket)
@@ -200,7 +201,7 @@ class _Exchange:
                 outcome = "request_timeout"
                 await self._answer_error(ApiError(504, outcome, reason))
         finally:
-            watcher.cancel()
+            watch.close()
             self._stop_watching()
             self._drop_connection()
             self._dispatcher.finish(ticket, served=outcome == "served")
@@ -375,10 +376,7 @@ class _Exchange:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _own_headers(self, ticket: Ticket) -> Headers:
-        headers = [
-            (b"x-request-id", self._request_id.encode()),
-            (b"x-model-alias", quote(self._alias, safe="/:@ ").encode()),
-        ]
+        headers = [(b"x-request-id", self._request_id.encode()), _alias_header(self._alias)]
         if ticket.engine is not None:
             headers.append((b"x-queue-ms", b"%d" % round(ticket.queue_sec * 1000)))
             headers.append((b"x-load-ms", b"%d" % round(ticket.load_sec * 1000)))
@@ -406,9 +404,7 @@ class _Exchange:
 
     # --- what can go wrong ------------------------------------------------------------------------------
 
-    async def _watch_client(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+    def _client_left(self) -> None:
         self._gone = True
         self._task.cancel()
 
@@ -463,6 +459,52 @@ class _Exchange:
 
 class _ClientGone(Exception):
     """It left before its request was whole."""
+
+
+class _ClientWatch:
+    """Calls `left` as soon as the client is gone, which `receive` waits for.
+
+    A task to wait in would cost more than all the scheduling of a request. So the coroutine is stepped by hand,
+    as a task would: it runs up to the future that it waits for, and on when that is done.
+    """
+
+    __slots__ = ("_left", "_receive", "_waiting")
+
+    def __init__(self, receive: Receive, left: Callable[[], None]) -> None:
+        self._receive = receive
+        self._left = left
+        self._waiting: Any = None
+        self._step(None)
+
+    def close(self) -> None:
+        if self._waiting is not None:
+            self._waiting.close()
+            self._waiting = None
+
+    def _step(self, _: object) -> None:
+        while True:
+            if self._waiting is None:
+                self._waiting = self._receive()
+            try:
+                future = self._waiting.send(None)
+            except StopIteration as received:
+                self._waiting = None
+                if received.value["type"] == "http.disconnect":
+                    self._left()
+                    return
+            else:
+                future._asyncio_future_blocking = False  # what a task does to say: I am waiting
+                future.add_done_callback(self._resume)
+                return
+
+    def _resume(self, future: object) -> None:
+        if self._waiting is not None:
+            self._step(future)
+
+
+@lru_cache(maxsize=1024)
+def _alias_header(alias: str) -> tuple[bytes, bytes]:
+    return b"x-model-alias", quote(alias, safe="/:@ ").encode()
 
 
 def _is_relayed(name: bytes) -> bool:

@@ -1,16 +1,16 @@
-"""The waiting line of one model, in order of virtual deadlines.
+"""The waiting line of one model: a heap by virtual deadline.
 
 A request's *virtual deadline* is `arrival + patience[priority]`, fixed when it arrives. So high goes before
 normal before low, each class is first-in-first-out, and nobody starves: a low request overtakes a high one
-that came `patience[low] - patience[high]` seconds after it. Within a class the order of arrival is the order
-of deadlines; a line per class, of which the earliest head is served, is therefore all the sorting it takes,
-and nothing has to age. Every operation costs the same however many wait.
+that came `patience[low] - patience[high]` seconds after it. The key never changes, so the heap is never
+re-sorted and nothing has to age.
 
 This module orders; it does not decide who is served, and it does not know what time it is.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,11 +44,14 @@ class Request:
 
 
 class PriorityQueue:
-    """Requests that wait for one model."""
+    """Requests that wait for one model. `push`, `pop` and `remove` cost O(log n), amortised."""
 
-    __slots__ = ("_lines",)
+    __slots__ = ("_heap", "_lines", "_pushes")
 
     def __init__(self) -> None:
+        # Who leaves early stays in the heap until he comes to its top; only the lines say who is here.
+        self._heap: list[tuple[float, int, int, Request]] = []
+        self._pushes = 0
         self._lines: dict[Priority, OrderedDict[str, Request]] = {priority: OrderedDict() for priority in Priority}
 
     def __len__(self) -> int:
@@ -67,28 +70,36 @@ class PriorityQueue:
         if request.retries:
             for later in [other.id for other in line.values() if other.seq > request.seq]:
                 line.move_to_end(later)
+        self._pushes += 1
+        heapq.heappush(self._heap, (request.deadline_sec, request.seq, self._pushes, request))
 
     def head(self) -> Request | None:
         """The request to be served next."""
-        first: Request | None = None
-        for line in self._lines.values():
-            if line:
-                request = next(iter(line.values()))
-                if first is None or (request.deadline_sec, request.seq) < (first.deadline_sec, first.seq):
-                    first = request
-        return first
+        while self._heap:
+            request = self._heap[0][3]
+            if self._waits(request):
+                return request
+            heapq.heappop(self._heap)
+        return None
 
     def pop(self) -> Request:
         """Take the request to be served next; IndexError when nobody waits."""
         request = self.head()
         if request is None:
             raise IndexError("pop from an empty queue")
+        heapq.heappop(self._heap)
         del self._lines[request.priority][request.id]
         return request
 
     def remove(self, request: Request) -> None:
         """Take a request out wherever it stands; KeyError when it does not wait here."""
         del self._lines[request.priority][request.id]
+        if len(self._heap) > 2 * len(self) + 16:
+            self._heap = [entry for entry in self._heap if self._waits(entry[3])]
+            heapq.heapify(self._heap)
+
+    def _waits(self, request: Request) -> bool:
+        return self._lines[request.priority].get(request.id) is request
 
     def count(self, priority: Priority) -> int:
         return len(self._lines[priority])

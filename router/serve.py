@@ -25,6 +25,7 @@ from router.config_load import Loaded
 from router.dispatcher import Dispatcher
 from router.engine import Binary
 from router.events import Events
+from router.http_server import HttpProtocol
 from router.launcher import LocalLauncher, find_binary
 from router.memory import Device, find_device
 
@@ -122,7 +123,7 @@ class _Service:
         server = _Server(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=HttpProtocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,
