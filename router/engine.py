@@ -33,6 +33,7 @@ _POLL_SEC = 0.01
 _SILENCE_CHECK_SEC = 1.0
 _DRAIN_SEC = (0.02, 1.0)
 _LONGEST_LINE = 16 * 1024
+_LONGEST_MESSAGE = 1 << 20
 
 
 class EngineFailed(Exception):
@@ -64,36 +65,35 @@ class EngineOrder:
 
 
 class LogRing:
-    """The last lines of an engine's output, whatever it writes."""
+    """The last lines of an engine's output, whatever it writes. Taken raw: most are never looked at."""
 
     def __init__(self, lines: int) -> None:
-        self._lines: deque[str] = deque(maxlen=lines)
+        self._lines: deque[bytes] = deque(maxlen=lines)
         self._rest = b""
         self.total = 0
         """Lines ever written; tells a reader what it has missed."""
 
-    def feed(self, chunk: bytes) -> list[bytes]:
-        """Take raw output; returns the complete lines in it that are not log lines but state messages."""
+    def feed(self, chunk: bytes) -> None:
         *lines, rest = (self._rest + chunk).split(b"\n")
         if len(rest) > _LONGEST_LINE:
             lines.append(rest)
             rest = b""
         self._rest = rest
-        messages = []
-        for line in lines:
-            if line.startswith(_STATE_PREFIX):
-                messages.append(line[len(_STATE_PREFIX) :])
-            elif line.strip():
-                self._lines.append(line.decode("utf-8", "replace").rstrip()[:_LONGEST_LINE])
-                self.total += 1
-        return messages
+        self._lines.extend(lines)
+        self.total += len(lines)
+
+    def since(self, total: int) -> list[str]:
+        """What was written after `total` lines, as far as it is still here."""
+        return self.tail(self.total - total)
 
     def tail(self, count: int) -> list[str]:
-        return list(self._lines)[-count:] if count > 0 else []
+        """The last lines, oldest first."""
+        lines = list(self._lines)[-count:] if count > 0 else []
+        return [line[:_LONGEST_LINE].decode("utf-8", "replace").rstrip() for line in lines]
 
     def complaints(self, count: int = 3) -> str:
         """The lines that tell best what went wrong: the last ones that speak of an error, else the last."""
-        tail = self.tail(60)
+        tail = [line for line in self.tail(60) if line.strip()]
         wrong = [line for line in tail if any(word in line.lower() for word in ("error", "fail", "unable"))]
         return " | ".join((wrong or tail)[-count:])
 
@@ -151,6 +151,7 @@ class EngineProcess:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=stderr_of_child,
+                limit=_LONGEST_MESSAGE,
                 start_new_session=True,
                 preexec_fn=tie_to_parent(),  # it only makes system calls
             )
@@ -221,10 +222,15 @@ class EngineProcess:
         """Standard output: state messages in child mode, log lines in builds that do not know it."""
         stream = self._process.stdout
         assert stream is not None
-        while chunk := await stream.read(65536):
-            self._last_sign = time.monotonic()
-            for message in self.log.feed(chunk):
-                self._take_message(message)
+        with contextlib.suppress(ValueError):  # a line beyond all bounds; nothing after it can be trusted
+            while line := await stream.readline():
+                self._last_sign = time.monotonic()
+                if line.startswith(_STATE_PREFIX):
+                    self._take_message(line[len(_STATE_PREFIX) :])
+                else:
+                    self.log.feed(line)
+        while await stream.read(65536):
+            pass  # it must never block on us
 
     def _drain(self) -> None:
         """Take what the engine has logged since the last look.

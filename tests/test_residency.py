@@ -175,3 +175,17 @@ def test_a_broken_file_changes_nothing_and_says_why(start: Start, tiny: Path, tm
     router.process.send_signal(signal.SIGHUP)
     eventually(lambda: "nothing was changed" in router.log)
     assert router.chat("a").status_code == 200
+
+
+def test_what_an_engine_says_can_be_read(start: Start, tiny: Path, tmp_path: Path) -> None:
+    router = start({"api": {"api_keys": ["full"], "inference_keys": ["infer"]}, "models": models(tiny, "a/b")})
+    full, infer = {"authorization": "Bearer full"}, {"authorization": "Bearer infer"}
+    router.chat("a/b", headers=full)
+    eventually(lambda: "llama" in router.http.get("/v1/logs/a/b", headers=full).text)
+    assert len(router.http.get("/v1/logs/a/b?lines=3", headers=full).text.splitlines()) == 3
+    assert router.http.get("/v1/logs/a/b", headers=infer).status_code == 403
+    assert router.http.get("/v1/logs/../a", headers=full).status_code == 404
+    with router.http.stream("GET", "/v1/logs/a/b/stream", headers=full) as stream:
+        router.http.post("/v1/models/eject", json={"model": "a/b"}, headers=full)
+        router.chat("a/b", headers=full)
+        assert next(line for line in stream.iter_lines() if line.startswith("data:"))

@@ -1,17 +1,24 @@
-"""How the router is doing: health, readiness, queues."""
+"""How the router is doing: health, readiness, metrics, queues, and what the engines say."""
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.responses import JSONResponse, Response
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from router.api.openai import known_model
 from router.dispatcher import Dispatcher
+from router.engine import LogRing
 from router.queue import Priority
 
 router = APIRouter(tags=["monitoring"])
+
+_LOG_LOOK_SEC = 0.25
 
 
 @router.get("/health")
@@ -47,6 +54,31 @@ async def ready(request: Request) -> JSONResponse:
 async def metrics(request: Request) -> Response:
     """Prometheus text format."""
     return Response(request.app.state.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/v1/logs/{alias:path}/stream")
+async def log_stream(alias: str, request: Request) -> EventSourceResponse:
+    """SSE: what a model's engines say from now on, a line an event."""
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    known_model(dispatcher, alias)
+    return EventSourceResponse(_follow(dispatcher.log_of(alias)))
+
+
+async def _follow(log: LogRing) -> AsyncIterator[ServerSentEvent]:
+    seen = log.total
+    while True:
+        lines, seen = log.since(seen), log.total
+        for line in lines:
+            yield ServerSentEvent(line, event="log")
+        await asyncio.sleep(_LOG_LOOK_SEC)
+
+
+@router.get("/v1/logs/{alias:path}")
+async def logs(alias: str, request: Request, lines: Annotated[int, Query(ge=1)] = 200) -> PlainTextResponse:
+    """The last lines that a model's engines said, also after they are gone."""
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    known_model(dispatcher, alias)
+    return PlainTextResponse("".join(f"{line}\n" for line in dispatcher.log_of(alias).tail(lines)))
 
 
 @router.get("/v1/queue/stats")
