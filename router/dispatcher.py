@@ -287,7 +287,7 @@ class Dispatcher:
                     self.counts[ticket.alias].rejected += 1
                     ticket.decide(time.monotonic(), None, effect)
             case Inspect(alias):
-                self._spawn(self._inspect(self.config.models[alias]), f"inspection of {alias}")
+                self._spawn(self._inspect(alias), f"inspection of {alias}")
             case StartEngine(engine_id, alias):
                 self._spawn(self._live(engine_id, self.config.models[alias]), f"engine {engine_id} of {alias}")
             case StopEngine(engine_id):
@@ -325,20 +325,29 @@ class Dispatcher:
 
     # --- the world --------------------------------------------------------------------------------------
 
-    async def _inspect(self, model: ModelConfig) -> None:
+    async def _inspect(self, alias: str) -> None:
+        """Answer the scheduler's question; when the configuration changes meanwhile, look again."""
+        answer: Inspected | None = None
+        model: ModelConfig | None = None
+        while model != self.config.models.get(alias):
+            model = self.config.models.get(alias)
+            answer = await self._look_at(model) if model is not None else None
+        if answer is not None:
+            self._post(answer)
+
+    async def _look_at(self, model: ModelConfig) -> Inspected:
         engines = self.scheduler.engines.values()
         held_mib = sum(engine.placement.get(self.device.name, 0) for engine in engines)
         look = asyncio.to_thread(inspect, model, self.config.system, self.device, held_mib)
         try:
             found = await asyncio.wait_for(look, _INSPECTION_LIMIT_SEC)
         except Unusable as unusable:
-            answer = Inspected(time.monotonic(), model.alias, problem=str(unusable))
+            problem = str(unusable)
         except asyncio.TimeoutError:
             problem = f"{model.model_path} could not be read within {_INSPECTION_LIMIT_SEC} s"
-            answer = Inspected(time.monotonic(), model.alias, problem=problem)
         else:
-            answer = Inspected(time.monotonic(), model.alias, found.placements, None, found.need)
-        self._post(answer)
+            return Inspected(time.monotonic(), model.alias, found.placements, None, found.need)
+        return Inspected(time.monotonic(), model.alias, problem=problem)
 
     async def _live(self, engine_id: int, model: ModelConfig) -> None:
         """An engine from its start to its end. Whatever happens, its exit is reported."""
