@@ -175,6 +175,13 @@ class System(Section):
     model_load_cooldown_sec: Seconds = Field(
         default=300, description="A failed model is tried again after this long, or after a reset."
     )
+    health_check_interval_sec: PositiveSeconds = Field(
+        default=30,
+        description="Pause between two looks at a ready engine; three without an answer, and it is killed.",
+    )
+    stall_timeout_sec: PositiveSeconds = Field(
+        default=60, description="An engine that has requests and sends nothing for this long is looked at at once."
+    )
     stop_grace_sec: Seconds = Field(default=10, description="From SIGTERM to SIGKILL for an engine.")
     shutdown_grace_sec: Seconds = Field(default=30, description="For requests in flight at shutdown.")
     max_drain_sec: PositiveSeconds | None = Field(

@@ -71,6 +71,21 @@ class RunningEngine:
     pool: EnginePool
     started_sec: float
     ready_sec: float | None = None
+    probed_sec: float | None = None
+    probe_latency_sec: float | None = None
+    failed_probes: int = 0
+    """In a row."""
+
+
+@dataclass(frozen=True, slots=True)
+class LastExit:
+    """How the last engine of a model ended."""
+
+    reason: str
+    at: float
+    """Seconds since the epoch."""
+    wanted: bool
+    """We had asked it to go."""
 
 
 class Ticket:
@@ -140,6 +155,8 @@ class Dispatcher:
         self.status = "initializing"
         self.started_at = time.time()
         self.counts: dict[str, Counts] = defaultdict(Counts)
+        self.exits: dict[str, LastExit] = {}
+        self.crashes: dict[str, int] = defaultdict(int)
         self._launcher = launcher
         self._tickets: dict[str, Ticket] = {}
         self._pending: deque[Event] = deque()
@@ -369,6 +386,9 @@ class Dispatcher:
             if running is not None:
                 await running.process.stop()
         finally:
+            wanted = engine_id in self._stopping
+            self.exits[model.alias] = LastExit(reason, time.time(), wanted)
+            self.crashes[model.alias] += not wanted
             self._stopping.discard(engine_id)
             if running is not None:
                 running.pool.close_idle()

@@ -25,6 +25,7 @@ from router.config_load import Loaded
 from router.dispatcher import Dispatcher
 from router.engine import Binary
 from router.events import Events
+from router.health import HealthMonitor
 from router.http_server import HttpProtocol
 from router.launcher import LocalLauncher, find_binary
 from router.memory import Device, find_device
@@ -139,6 +140,7 @@ class _Service:
             loop.add_signal_handler(number, self._terminate)
         loop.add_signal_handler(signal.SIGHUP, self._hang_up)
         self._dispatcher.start()
+        health = asyncio.create_task(HealthMonitor(self._dispatcher).run())
         serving = asyncio.create_task(server.serve([self._listener]))
         self._announce()
         stopping = asyncio.create_task(self._stop.wait())
@@ -147,6 +149,7 @@ class _Service:
         try:
             await self._dispatcher.shut_down()
         finally:
+            health.cancel()
             server.should_exit = True
             await serving
         _log.info("stopped")

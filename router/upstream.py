@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import math
 import re
+import time
 from collections import deque
 from dataclasses import dataclass
 from typing import cast
@@ -93,6 +94,7 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._answered = True
+        self._pool.last_sign_sec = time.monotonic()
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
@@ -232,6 +234,8 @@ class EnginePool:
 
     def __init__(self, port: int, key: str, max_idle: int) -> None:
         self.port = port
+        self.last_sign_sec = 0.0
+        """When the engine last sent a byte, or was last sent a request (monotonic)."""
         self.resends = 0
         """Requests written to a connection that turned out to be dead."""
         self._authorization = f"authorization: Bearer {key}\r\n".encode()
@@ -256,6 +260,7 @@ class EnginePool:
             connection = await self._connection()
             try:
                 connection.send(head, body)
+                self.last_sign_sec = time.monotonic()
                 return connection, await connection.head()
             except EngineLost as lost:
                 connection.close()

@@ -155,3 +155,17 @@ def test_a_second_router_on_the_port_leaves_the_first_alone(start: Start, tiny: 
     with pytest.raises(AssertionError, match="in use"):
         start(arguments=["--port", str(port)])
     assert router.chat("a").status_code == 200
+
+
+def test_an_engine_that_hangs_is_replaced_and_its_requests_are_served(start: Start, tiny: Path) -> None:
+    system = {"health_check_interval_sec": 60, "stall_timeout_sec": 0.5}
+    router = start({"system": system, "models": models(tiny, "a")})
+    router.chat("a")
+    hung = router.status("a")["pid"]
+    os.kill(hung, signal.SIGSTOP)
+    assert router.chat("a").status_code == 200
+    assert router.status("a")["pid"] != hung
+    health = router.http.get("/v1/health/models").json()["models"]["a"]
+    assert health["healthy"]
+    assert health["crashes"] == 1
+    assert "SIGKILL" in health["last_exit"]["reason"]

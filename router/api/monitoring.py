@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -79,6 +80,31 @@ async def logs(alias: str, request: Request, lines: Annotated[int, Query(ge=1)] 
     dispatcher: Dispatcher = request.app.state.dispatcher
     known_model(dispatcher, alias)
     return PlainTextResponse("".join(f"{line}\n" for line in dispatcher.log_of(alias).tail(lines)))
+
+
+@router.get("/v1/health/models")
+async def model_health(request: Request) -> dict[str, Any]:
+    """Each model's engine: how long it is up, whether it answers, how the last one ended."""
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    now = time.monotonic()
+    health: dict[str, Any] = {}
+    for alias, model in dispatcher.scheduler.models.items():
+        running = dispatcher.running.get(model.engine.id) if model.engine is not None else None
+        ended = dispatcher.exits.get(alias)
+        if running is None and ended is None:
+            continue
+        ready_sec = running.ready_sec if running is not None else None
+        latency_sec = running.probe_latency_sec if running is not None else None
+        health[alias] = {
+            "status": dispatcher.scheduler.state(alias),
+            "healthy": running is not None and ready_sec is not None and running.failed_probes == 0,
+            "uptime_sec": round(now - ready_sec, 1) if ready_sec is not None else None,
+            "last_probe_ms": round(latency_sec * 1000, 1) if latency_sec is not None else None,
+            "failed_probes": running.failed_probes if running is not None else 0,
+            "crashes": dispatcher.crashes[alias],
+            "last_exit": {"reason": ended.reason, "at": ended.at, "wanted": ended.wanted} if ended else None,
+        }
+    return {"models": health}
 
 
 @router.get("/v1/queue/stats")

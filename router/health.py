@@ -1,0 +1,79 @@
+"""The health monitor: finds engines that live but do not answer, and ends them.
+
+An exit needs no monitor; the engine's process is watched for that. This looks at every ready engine now and then,
+and at once at one that has requests in flight and has been silent for long. Three probes without an answer, and
+it is killed: then it is a crash like any other, and what waited for it is served by the next engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from router.dispatcher import Dispatcher, RunningEngine
+
+_log = logging.getLogger("router")
+
+_PROBES = 3
+_PROBE_LIMIT_SEC = 3
+_LOOK_SEC = 1
+
+
+class HealthMonitor:
+    """Probes the engines of a dispatcher for as long as `run` runs."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+        self._probing: dict[int, asyncio.Task[None]] = {}
+
+    async def run(self) -> None:
+        try:
+            while True:
+                await asyncio.sleep(_LOOK_SEC)
+                for running in list(self._dispatcher.running.values()):
+                    if running.id not in self._probing and self._is_due(running):
+                        self._start_probe(running)
+        finally:
+            for task in self._probing.values():
+                task.cancel()
+
+    def _is_due(self, running: RunningEngine) -> bool:
+        if running.ready_sec is None:
+            return False
+        now = time.monotonic()
+        system = self._dispatcher.config.system
+        probed_sec = running.probed_sec or running.ready_sec
+        if running.failed_probes or now - probed_sec >= system.health_check_interval_sec:
+            return True
+        engine = self._dispatcher.scheduler.engines.get(running.id)
+        busy = engine is not None and bool(engine.in_flight)
+        silent_sec = now - max(probed_sec, running.pool.last_sign_sec)
+        return busy and silent_sec >= system.stall_timeout_sec
+
+    def _start_probe(self, running: RunningEngine) -> None:
+        task = asyncio.create_task(self._probe(running), name=f"probe of {running.alias}")
+        self._probing[running.id] = task
+        task.add_done_callback(lambda _: self._probing.pop(running.id, None))
+
+    async def _probe(self, running: RunningEngine) -> None:
+        began = time.monotonic()
+        healthy = await running.process.healthy(_PROBE_LIMIT_SEC)
+        running.probed_sec = time.monotonic()
+        running.probe_latency_sec = running.probed_sec - began
+        if healthy:
+            running.failed_probes = 0
+            return
+        running.failed_probes += 1
+        if not running.process.alive:
+            return
+        _log.warning(
+            "model %s: no answer to probe %d of %d within %g s",
+            running.alias,
+            running.failed_probes,
+            _PROBES,
+            _PROBE_LIMIT_SEC,
+        )
+        if running.failed_probes >= _PROBES:
+            _log.error("model %s: its engine (pid %d) hangs and is killed", running.alias, running.process.pid)
+            running.process.kill()
