@@ -15,11 +15,18 @@ from router import __version__
 from router.api import models, monitoring, openai
 from router.api.auth import OPEN_PATHS, Keyring
 from router.api.errors import ApiError
+from router.config import Api
 from router.dispatcher import Dispatcher
 from router.metrics import Metrics
 from router.proxy import ROUTES, Proxy, Receive, Scope, Send
 
 Reload = Callable[[], Awaitable[dict[str, Any]]]
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_UNKNOWN_HOST = (
+    "This router listens for this machine only, and does not know the name in your Host header. "
+    "Add it to api.allowed_hosts if it is yours."
+)
+
 ASGI = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
@@ -42,14 +49,36 @@ def create_app(dispatcher: Dispatcher, keyring: Keyring, reload: Reload) -> ASGI
         expose_headers=["X-Request-Id", "X-Model-Alias", "X-Queue-Ms", "X-Load-Ms", "Retry-After"],
     )
 
+    hosts = _answered_hosts(dispatcher.config.api)
+
     async def application(scope: Scope, receive: Receive, send: Send) -> None:
-        headers = scope.get("headers", ())
-        if any(name == b"origin" for name, _ in headers):
+        headers = dict(scope.get("headers", ()))
+        if hosts and _without_port(headers.get(b"host", b"localhost")) not in hosts:
+            answer = _answer(scope["path"], ApiError(403, "unknown_host", _UNKNOWN_HOST))
+            await answer(scope, receive, send)
+        elif b"origin" in headers:
             await for_browsers(scope, receive, send)
         else:
             await app(scope, receive, send)
 
     return application
+
+
+def _answered_hosts(api: Api) -> frozenset[bytes]:
+    """On a loopback address: the names that mean it. Else nobody can tell, and the set is empty.
+
+    A page that has pointed its own name at 127.0.0.1 (DNS rebinding) shares its origin with what listens there,
+    so that no rule of the browser keeps it out; but its name is in the Host header.
+    """
+    if api.host not in _LOOPBACK:
+        return frozenset()
+    return frozenset(name.lower().encode() for name in (*_LOOPBACK, *api.allowed_hosts))
+
+
+def _without_port(host: bytes) -> bytes:
+    if host.startswith(b"["):
+        return host[1:].partition(b"]")[0]
+    return host.partition(b":")[0].lower()
 
 
 def _pages(dispatcher: Dispatcher, keyring: Keyring, reload: Reload) -> FastAPI:
@@ -69,38 +98,42 @@ def _pages(dispatcher: Dispatcher, keyring: Keyring, reload: Reload) -> FastAPI:
             try:
                 keyring.check(request.headers.raw, manages=manages)
             except ApiError as error:
-                return _answer(request, error)
+                return _answer(request.url.path, error)
         return await call_next(request)
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
-        return _answer(request, error)
+        return _answer(request.url.path, error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         message = f"{where}: {first['msg']}" if where else first["msg"]
-        return _answer(request, ApiError(400, "invalid_request", message, where or None))
+        return _answer(request.url.path, ApiError(400, "invalid_request", message, where or None))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         path = request.url.path
         if path in ROUTES:
-            return _answer(request, ApiError(405, "method_not_allowed", f"{path} takes POST only."))
+            return _answer(path, ApiError(405, "method_not_allowed", f"{path} takes POST only."))
         if error.status_code == 404:
-            return _answer(request, ApiError(404, "route_not_found", f"There is no {request.method} {path}."))
-        return _answer(request, ApiError(error.status_code, "http_error", str(error.detail)))
+            return _answer(
+                request.url.path, ApiError(404, "route_not_found", f"There is no {request.method} {path}.")
+            )
+        return _answer(request.url.path, ApiError(error.status_code, "http_error", str(error.detail)))
 
     @app.exception_handler(Exception)
     async def broken(request: Request, _: Exception) -> Response:  # uvicorn logs the traceback
-        return _answer(request, ApiError(500, "internal_error", "The router made a mistake; see its log."))
+        return _answer(
+            request.url.path, ApiError(500, "internal_error", "The router made a mistake; see its log.")
+        )
 
     return app
 
 
-def _answer(request: Request, error: ApiError) -> Response:
-    response = Response(error.body(request.url.path), error.status)
+def _answer(path: str, error: ApiError) -> Response:
+    response = Response(error.body(path), error.status)
     for name, value in error.headers():
         response.headers[name.decode()] = value.decode()
     return response

@@ -91,6 +91,11 @@ class Api(Section):
     inference_keys: Keys = Field(
         default=(), description="Keys for the inference routes only: nothing can be managed with them."
     )
+    allowed_hosts: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        default=(),
+        description="Further names in the Host header that a router on a loopback address answers to, such as a "
+        "reverse proxy's. Others may be a web page that has pointed its name at this machine.",
+    )
     max_body_mb: PositiveCount = Field(
         default=100, description="Largest request body in MiB; more is answered by 413."
     )

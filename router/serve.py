@@ -36,7 +36,7 @@ _BACKLOG = 2048
 _KEEP_ALIVE_SEC = 75
 
 _NEEDS_RESTART = {
-    "api": ("host", "port", "cors_origins"),
+    "api": ("host", "port", "cors_origins", "allowed_hosts"),
     "system": ("llama_server_path", "base_port", "gpu_devices", "log_ring_lines", "debug", "structured_logs"),
 }
 

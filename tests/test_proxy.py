@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Router, Start, fake, models
+from conftest import Router, Start, eventually, fake, models
 
 
 @pytest.fixture
@@ -123,6 +123,16 @@ def test_a_page_of_an_allowed_origin_may_call(start: Start, tiny: Path) -> None:
     assert "access-control-allow-origin" not in answer.headers
 
 
+def test_a_page_that_points_its_name_at_us_is_turned_away(start: Start, tiny: Path) -> None:
+    router = start({"api": {"allowed_hosts": ["my.proxy"]}, "models": models(tiny, "a")})
+    for path in ("/v1/models", "/health"):
+        assert router.http.get(path, headers={"host": "evil.page:8000"}).json()["error"]["code"] == "unknown_host"
+        for known in ("localhost:8000", "127.0.0.1", "[::1]:8000", "My.Proxy"):
+            assert router.http.get(path, headers={"host": known}).status_code == 200
+    chat = {"model": "a", "messages": []}
+    assert router.http.post("/v1/chat/completions", json=chat, headers={"host": "evil.page"}).status_code == 403
+
+
 def test_a_stream_that_waits_gets_heartbeats_with_the_reason(start: Start, tiny: Path, tmp_path: Path) -> None:
     engine = fake(tmp_path, load_sec="1")
     config = {"api": {"heartbeat_sec": 0.2}, "system": {"llama_server_path": engine}, "models": models(tiny, "a")}
@@ -155,16 +165,14 @@ def test_a_full_queue_refuses_with_an_honest_time(start: Start, tiny: Path, tmp_
     waiting = [socket.create_connection((address[0], int(address[1]))) for _ in range(2)]
     for connection in waiting:
         connection.sendall(head + body)
-    while router.http.get("/v1/queue/stats").json()["summary"]["total_queued"] < 2:
-        pass
+    eventually(lambda: router.http.get("/v1/queue/stats").json()["summary"]["total_queued"] == 2)
     refused = router.chat("a")
     assert refused.status_code == 429
     assert refused.json()["error"]["code"] == "queue_full"
     assert int(refused.headers["retry-after"]) >= 1
     for connection in waiting:  # clients that leave free their places
         connection.close()
-    while router.http.get("/v1/queue/stats").json()["summary"]["total_queued"] > 0:
-        pass
+    eventually(lambda: router.http.get("/v1/queue/stats").json()["summary"]["total_queued"] == 0)
 
 
 def test_an_engine_that_says_nothing_is_given_up(start: Start, tiny: Path, tmp_path: Path) -> None:
