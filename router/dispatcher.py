@@ -363,7 +363,9 @@ class Dispatcher:
         except asyncio.TimeoutError:
             problem = f"{model.model_path} could not be read within {_INSPECTION_LIMIT_SEC} s"
         else:
-            return Inspected(time.monotonic(), model.alias, found.placements, None, found.need)
+            return Inspected(
+                time.monotonic(), model.alias, found.placements, None, found.need, found.expected_load_sec
+            )
         return Inspected(time.monotonic(), model.alias, problem=problem)
 
     async def _live(self, engine_id: int, model: ModelConfig) -> None:

@@ -16,6 +16,7 @@ import os
 import secrets
 import signal
 import socket
+import subprocess
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ import msgspec
 import psutil
 
 from router.flags import OWNED_VARIABLES
-from router.platforms import PIPE_BYTES, log_pipe, signal_group, tie_to_parent
+from router.platforms import PIPE_BYTES, exit_code, log_pipe, signal_group, spawn
 
 _STATE_PREFIX = b"cmd_child_to_router:state:"
 _EXIT_COMMAND = b"cmd_router_to_child:exit\n"
@@ -110,7 +111,7 @@ class EngineProcess:
         self,
         order: EngineOrder,
         port: int,
-        process: asyncio.subprocess.Process,
+        process: subprocess.Popen[bytes],
         key: str,
         log: LogRing,
         stderr: int,
@@ -125,9 +126,9 @@ class EngineProcess:
         self._process = process
         self._said_ready = asyncio.Event()
         self._last_sign = self.started
+        self._loop = asyncio.get_running_loop()
         self._messages = asyncio.create_task(self._read_messages(), name=f"messages of {order.alias}")
         self._stderr = stderr
-        self._loop = asyncio.get_running_loop()
         self._drain_timer = self._loop.call_later(_DRAIN_SEC[0], self._drain)
         self._drain_sec = _DRAIN_SEC[0]
         self.exited: asyncio.Task[str] = asyncio.create_task(self._wait(), name=f"exit of {order.alias}")
@@ -145,16 +146,7 @@ class EngineProcess:
         }
         stderr, stderr_of_child = log_pipe()
         try:
-            process = await asyncio.create_subprocess_exec(
-                *argv,
-                env=env,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=stderr_of_child,
-                limit=_LONGEST_MESSAGE,
-                start_new_session=True,
-                preexec_fn=tie_to_parent(),  # it only makes system calls
-            )
+            process = spawn(argv, env, stderr_of_child)
         except (OSError, ValueError) as error:
             os.close(stderr)
             raise EngineFailed(f"{order.argv[0]} cannot be run: {error}") from error
@@ -190,12 +182,10 @@ class EngineProcess:
     async def stop(self) -> None:
         """Ask it to go, make it go after the grace time. Returns when it and all it started are gone."""
         if self.alive:
-            stdin = self._process.stdin
-            if stdin is not None:
+            assert self._process.stdin is not None
+            with contextlib.suppress(OSError):
                 # A build that speaks the child protocol ignores SIGTERM while it reads its input.
-                with contextlib.suppress(OSError, RuntimeError):
-                    stdin.write(_EXIT_COMMAND)
-                    stdin.close()
+                self._process.stdin.write(_EXIT_COMMAND)
             signal_group(self.pid, signal.SIGTERM)
             await asyncio.wait({self.exited}, timeout=self.order.stop_grace_sec)
         self.kill()
@@ -206,12 +196,12 @@ class EngineProcess:
             signal_group(self.pid, signal.SIGKILL)
 
     async def _wait(self) -> str:
-        code = await self._process.wait()
+        code = await exit_code(self._process)
         signal_group(self.pid, signal.SIGKILL)  # whatever it started must not outlive it
         await asyncio.wait({self._messages}, timeout=0.5)  # a grandchild may hold the pipe open
         self._messages.cancel()
-        if self._process.stdin is not None:
-            self._process.stdin.close()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
         self._drain_timer.cancel()
         self._drain()  # what it said last is the reason
         self._drain_timer.cancel()
@@ -220,17 +210,22 @@ class EngineProcess:
 
     async def _read_messages(self) -> None:
         """Standard output: state messages in child mode, log lines in builds that do not know it."""
-        stream = self._process.stdout
-        assert stream is not None
-        with contextlib.suppress(ValueError):  # a line beyond all bounds; nothing after it can be trusted
-            while line := await stream.readline():
-                self._last_sign = time.monotonic()
-                if line.startswith(_STATE_PREFIX):
-                    self._take_message(line[len(_STATE_PREFIX) :])
-                else:
-                    self.log.feed(line)
-        while await stream.read(65536):
-            pass  # it must never block on us
+        stream = asyncio.StreamReader(limit=_LONGEST_MESSAGE)
+        transport, _ = await self._loop.connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(stream), self._process.stdout
+        )
+        try:
+            with contextlib.suppress(ValueError):  # a line beyond all bounds; nothing after it can be trusted
+                while line := await stream.readline():
+                    self._last_sign = time.monotonic()
+                    if line.startswith(_STATE_PREFIX):
+                        self._take_message(line[len(_STATE_PREFIX) :])
+                    else:
+                        self.log.feed(line)
+            while await stream.read(65536):
+                pass  # it must never block on us
+        finally:
+            transport.close()
 
     def _drain(self) -> None:
         """Take what the engine has logged since the last look.

@@ -20,6 +20,10 @@ from router.messages import Placement
 _MIB = 1 << 20
 _SHARE_OF_RAM = 0.8
 
+# A first guess, from a fast disk; what is measured replaces it.
+_START_SEC = 0.1
+_LOAD_BYTES_PER_SEC = 1 << 30
+
 
 class Unusable(Exception):
     """The model cannot be loaded; the message says why."""
@@ -44,6 +48,7 @@ class Inspection:
 
     placements: tuple[Placement, ...]
     need: str
+    expected_load_sec: float
 
 
 def find_device(system: System, *, engine_uses_gpus: bool) -> Device:
@@ -101,10 +106,15 @@ def inspect(model: ModelConfig, system: System, device: Device, held_mib: int) -
     if now.free_mib + held_mib < system.min_vram_required:
         raise Unusable(f"only {now}; min_vram_required is {system.min_vram_required} MiB")
     if model.footprint_mb is not None:
-        return Inspection(({device.name: model.footprint_mb},), f"{model.footprint_mb} MiB (footprint_mb)")
-    footprint = max(1, round(size * system.vram_multiplier / _MIB))
-    need = f"about {footprint} MiB (file size × {system.vram_multiplier:g})"
-    return Inspection(({device.name: footprint},), need)
+        footprint, source = model.footprint_mb, "footprint_mb"
+    else:
+        footprint = max(1, round(size * system.vram_multiplier / _MIB))
+        source = f"file size × {system.vram_multiplier:g}"
+    return Inspection(
+        placements=({device.name: footprint},),
+        need=f"{footprint} MiB ({source})",
+        expected_load_sec=_START_SEC + size / _LOAD_BYTES_PER_SEC,
+    )
 
 
 def _nvidia(indices: Sequence[int]) -> Device | None:

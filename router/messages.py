@@ -146,6 +146,8 @@ class Inspected:
     problem: str | None = None
     need: str = ""
     """The footprint in words, with its source, for people."""
+    expected_load_sec: float | None = None
+    """A guess from its size, for a model that was never loaded."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import fcntl
 import os
+import shutil
 import signal
+import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping, Sequence
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PIPE_BYTES = 1 << 20
@@ -25,12 +29,27 @@ def log_pipe() -> tuple[int, int]:
     return reading, writing
 
 
-def tie_to_parent() -> Callable[[], None] | None:
-    """What a child runs between fork and exec so that it dies with us, or None where the system can't.
+def spawn(argv: Sequence[str], env: Mapping[str, str], stderr: int) -> subprocess.Popen[bytes]:
+    """Start a child in a session of its own, with pipes for input and output, that dies with us. Raises OSError.
 
-    Linux: the kernel sends SIGKILL when the thread that forked ends; we fork on the main thread only. Elsewhere
-    the engine notices the end of its standard input.
+    Linux has a signal for the death of a parent (strictly: of the thread that started the child, so call this on
+    the main thread). `setpriv` asks for it, because a function to run after the fork would cost a fork of all our
+    memory, where otherwise a vfork does. Elsewhere an engine notices the end of its standard input.
     """
+    setpriv = shutil.which("setpriv") if sys.platform == "linux" else None
+    return subprocess.Popen(  # noqa: S603 - what is configured is trusted
+        [setpriv, "--pdeathsig", "KILL", "--", *argv] if setpriv else argv,
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        bufsize=0,
+        start_new_session=True,
+        preexec_fn=None if setpriv else _tie_to_parent(),
+    )
+
+
+def _tie_to_parent() -> Callable[[], None] | None:
     if sys.platform != "linux":
         return None
     # Loaded here, before the fork: the child must not allocate, import or take locks.
@@ -43,6 +62,24 @@ def tie_to_parent() -> Callable[[], None] | None:
             os._exit(1)
 
     return die_with_parent
+
+
+async def exit_code(process: subprocess.Popen[bytes]) -> int:
+    """Until a child is gone, at once: a thread of its own waits for it, which works everywhere."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[int] = loop.create_future()
+
+    def tell(code: int) -> None:
+        if not ended.done():
+            ended.set_result(code)
+
+    def wait() -> None:
+        code = process.wait()
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody asks any more
+            loop.call_soon_threadsafe(tell, code)
+
+    threading.Thread(target=wait, name=f"exit of {process.pid}", daemon=True).start()
+    return await ended
 
 
 def signal_group(pid: int, number: int) -> None:

@@ -466,6 +466,8 @@ class Scheduler:
         if event.problem is None:
             places = tuple({**place, ENGINES: 1} for place in event.placements)
             model.inspected = Inspected(self._now, event.alias, places, None, event.need)
+            if event.expected_load_sec is not None and not model.loads:
+                model.load_sec = event.expected_load_sec
         elif model.wants_engine:
             model.last_error = event.problem
             self._fail(model, self.policy.inspection_valid_sec)
