@@ -1,0 +1,262 @@
+"""What does a router cost per request? Us, the engine without a router, and others, on the same load.
+
+    python benchmarks/overhead.py [--rounds 5] [--seconds 4] [--connections 16]
+
+Two loads: chats of one token, where the router's cost per request shows, and streams of 200 tokens, where its
+cost per event shows. Each round loads every path in turn, in rotating order, so that what else the machine does
+hits all alike; ratios are taken within a round, and their minimum and median are printed. The model is tiny, so
+a token costs the engine next to nothing: no real model lets a router weigh more.
+
+CPU is that of the routing process alone (user + system), without its engines and without the load generator.
+
+The paths: `direct` is an engine by hand; `llama-router` is us; `llama-server router mode` is the peer; `fastapi +
+httpx2` is the proxy that one writes in an afternoon. `llama-router alone` stands in front of an engine that
+answers from memory: what the router could do if engines cost nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import uvicorn
+import uvloop
+from fastapi import FastAPI, Request
+from peers import (
+    Goals,
+    Load,
+    Server,
+    chat_body,
+    closed_loop,
+    engine,
+    engine_or_embedded,
+    free_port,
+    generator,
+    llama_server_router,
+    model_file,
+    print_table,
+    router,
+)
+from starlette.responses import StreamingResponse
+
+from router.engine import Binary
+
+TOKENS = 200
+FLAGS = {"parallel": "16", "ctx-size": "8192", "threads": "1"}
+OURS, PEER, PROXY, ALONE = "llama-router", "llama-server router mode", "fastapi + httpx2", "llama-router alone"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One path in one round."""
+
+    load: Load
+    user_us: float
+    system_us: float
+
+    @property
+    def cpu_us(self) -> float:
+        """Per request."""
+        return self.user_us + self.system_us
+
+
+def measure(server: Server, body: dict[str, Any], connections: int, seconds: float) -> Sample:
+    before = server.cpu()
+    load = closed_loop(server, body, connections, seconds)
+    spent = server.cpu() - before  # of a server that still lives
+    requests = max(1, load.requests)
+    return Sample(load, spent.user / requests * 1e6, spent.system / requests * 1e6)
+
+
+# --- two servers of our own -----------------------------------------------------------------------------
+
+
+def serve_proxy(port: int, upstream: int, key: str) -> None:
+    """A minimal proxy as FastAPI's and httpx's documentation write it."""
+    app = FastAPI()
+    client = httpx2.AsyncClient(
+        base_url=f"http://127.0.0.1:{upstream}", headers={"Authorization": f"Bearer {key}"}, timeout=120
+    )
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> StreamingResponse:
+        document = await request.json()
+        sent = client.build_request("POST", request.url.path, json=document)
+        answer = await client.send(sent, stream=True)
+
+        async def relay() -> AsyncIterator[bytes]:
+            async for chunk in answer.aiter_raw():
+                yield chunk
+            await answer.aclose()
+
+        return StreamingResponse(relay(), answer.status_code, media_type=answer.headers["content-type"])
+
+    uvicorn.run(app, port=port, log_level="critical", access_log=False)
+
+
+class InstantEngine(asyncio.Protocol):
+    """Answers from memory; streams an event every 4 ms."""
+
+    BODY = b'{"choices": [{"index": 0, "message": {"role": "assistant", "content": "x"}}]}' * 6
+    ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (
+        len(BODY),
+        BODY,
+    )
+    HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    EVENT = (
+        b'data: {"choices": [{"index": 0, "delta": {"content": "x"}}], "object": "chat.completion.chunk"}\n\n' * 2
+    )
+    CHUNK = b"%x\r\n%b\r\n" % (len(EVENT), EVENT)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.write: Callable[[bytes], None] = transport.write  # type: ignore[attr-defined]
+        self.seen = b""
+
+    def data_received(self, data: bytes) -> None:
+        self.seen += data
+        head, found, body = self.seen.partition(b"\r\n\r\n")
+        if not found or len(body) < int(head.lower().rpartition(b"content-length:")[2].split(b"\r")[0]):
+            return
+        self.seen = b""
+        if b'"stream": true' in body:
+            self.write(self.HEAD)
+            self.tick(TOKENS)
+        else:
+            self.write(self.ANSWER)
+
+    def tick(self, left: int) -> None:
+        if left:
+            self.write(self.CHUNK)
+            asyncio.get_running_loop().call_later(0.004, self.tick, left - 1)
+        else:
+            self.write(b"0\r\n\r\n")
+
+
+async def serve_instantly(port: int) -> None:
+    server = await asyncio.get_running_loop().create_server(InstantEngine, "127.0.0.1", port)
+    # What llama-server says to a router that started it.
+    print('cmd_child_to_router:state:{"state":"ready","payload":{}}', flush=True)
+    await server.serve_forever()
+
+
+def own_server(arguments: list[str]) -> None:
+    """This file as one of the two; the arguments are those of an engine."""
+    if arguments[0] == "proxy":
+        serve_proxy(int(arguments[1]), int(arguments[2]), arguments[3])
+    else:
+        uvloop.run(serve_instantly(int(arguments[arguments.index("--port") + 1])))
+
+
+# --- the comparison -------------------------------------------------------------------------------------
+
+
+def start_paths(stack: ExitStack, folder: Path) -> dict[str, Server]:
+    model = model_file("overhead")
+    binary = engine_or_embedded()
+    direct = stack.enter_context(engine(binary, model, FLAGS))
+    paths: dict[str, Server] = {"direct": direct}
+    paths[OURS] = router({"m": model}, FLAGS, binary, folder=folder)
+    if binary.kind == "llama-server":
+        paths[PEER] = llama_server_router({"m": model}, FLAGS, binary, folder=folder)
+    port = free_port()
+    key = direct.headers["Authorization"].removeprefix("Bearer ")
+    paths[PROXY] = Server(PROXY, [sys.executable, __file__, "proxy", str(port), str(direct.port), key], port)
+    instant = Binary((sys.executable, __file__, "instant"), "llama-server", "this benchmark")
+    paths[ALONE] = router({"m": model}, FLAGS, instant, folder=folder)
+    for server in paths.values():
+        if server is not direct:
+            stack.enter_context(server)
+        if server.chat("m").status != 200:
+            raise SystemExit(f"{server.name} does not answer:\n{server.log[-2000:]}")
+    return paths
+
+
+def spread(values: list[float]) -> str:
+    return f"{min(values):.3f} / {statistics.median(values):.3f}"
+
+
+def report(title: str, samples: dict[str, list[Sample]], events: int) -> None:
+    print(f"\n{title}: median over {len(samples['direct'])} rounds; ratios are minimum / median")
+    rows = []
+    for path, rounds in samples.items():
+        row = [path, f"{statistics.median(sample.load.rate for sample in rounds):,.0f}"]
+        if path in ("direct", ALONE):
+            row.append("")
+        else:
+            row.append(spread([a.load.rate / b.load.rate for a, b in zip(rounds, samples["direct"], strict=True)]))
+        if path == "direct":
+            row += [""] * (4 if events > 1 else 3)
+        else:
+            row.append(f"{statistics.median(sample.cpu_us for sample in rounds):,.0f}")
+            user, system = (
+                statistics.median(getattr(s, name) for s in rounds) for name in ("user_us", "system_us")
+            )
+            row.append(f"{user:,.0f} + {system:,.0f}")
+            if events > 1:
+                row.append(f"{statistics.median(sample.cpu_us for sample in rounds) / events:.1f}")
+            row.append(spread([a.cpu_us / b.cpu_us for a, b in zip(rounds, samples[OURS], strict=True)]))
+        rows.append(row)
+    per_event = ["CPU µs/event"] if events > 1 else []
+    titles = ["path", "requests/s", "of direct", "CPU µs/request", "user + system", *per_event, "CPU to ours"]
+    print_table(titles, rows)
+    for path, rounds in samples.items():
+        for sample in rounds:
+            if sample.load.trouble:
+                print(f"{path}: {sample.load.trouble}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=4, help="of load per path and round (4)")
+    parser.add_argument("--connections", type=int, default=16)
+    args = parser.parse_args()
+
+    goals = Goals()
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        paths = start_paths(stack, folder)
+        print(f"{args.connections} connections, load from {generator()}")
+        bodies = {
+            "1-token chats": chat_body("m"),
+            f"{TOKENS}-token streams": chat_body("m", tokens=TOKENS, stream=True),
+        }
+        for title, body in bodies.items():
+            samples: dict[str, list[Sample]] = defaultdict(list)
+            names = list(paths)
+            for server in paths.values():
+                measure(server, body, args.connections, 1)  # warm
+            for turn in range(args.rounds):
+                for name in (*names[turn % len(names) :], *names[: turn % len(names)]):
+                    samples[name].append(measure(paths[name], body, args.connections, args.seconds))
+            events = paths[OURS].call("POST", "/v1/chat/completions", body).content.count(b"data: ") or 1
+            report(title, {name: samples[name] for name in names}, events)
+            ours = samples[OURS]
+            cpu_us = statistics.median(sample.cpu_us for sample in ours)
+            if events == 1:
+                ratios = [a.load.rate / b.load.rate for a, b in zip(ours, samples["direct"], strict=True)]
+                goals.at_least(f"{title}: throughput of direct (median)", statistics.median(ratios), 0.95)
+            goals.at_most(f"{title}: CPU per request (median)", cpu_us, 100 if events == 1 else 2500, " µs")
+            goals.at_most(f"{title}: requests that failed", sum(bool(s.load.trouble) for s in ours), 0)
+    return goals.judge()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] in (["proxy"], ["instant"]):
+        own_server(sys.argv[1:])
+    else:
+        sys.exit(main())
