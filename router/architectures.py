@@ -13,11 +13,11 @@ That is what llama.cpp does by default, and more rather than less than what the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from router.ggml import EMBEDDING_ARCHITECTURES
-from router.gguf import GGUF, ArrayStub
+from router.gguf import GGUF
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +35,10 @@ class Layer:
 @dataclass(frozen=True, slots=True)
 class Layout:
     layers: tuple[Layer, ...]
-    window: int
-    causal: bool
     trunk: int
-    """How many of the layers are the model itself; the rest predict further tokens (MTP)."""
+    """How many of the layers are the model itself; those after them predict further tokens (MTP)."""
+    window: int
+    """Tokens that a windowed layer sees."""
 
 
 class _Window(NamedTuple):
@@ -70,16 +70,16 @@ _WINDOWS: Mapping[str, _Window] = {
     "smallthinker": _Window(4, dense_first=True),
 }
 
-# These read which layers have a window from the file, layer by layer (`ml.get_arr(…SLIDING_WINDOW_PATTERN`).
+# These must say in the file which layers have a window (`ml.get_arr(LLM_KV_ATTENTION_SLIDING_WINDOW_PATTERN, …)`).
 _WINDOWS_LISTED = frozenset(
     {"dots3note", "gemma4", "gemma4-assistant", "granite_swa", "maple", "mimo2", "spark2_5", "step35"}
 )
 
-# Whatever the file says, the window is this (src/models/llama4.cpp, smallthinker.cpp).
+# Whatever window the file names, these take their own (src/models/llama4.cpp, smallthinker.cpp).
 _FIXED_WINDOWS = {"llama4": 8192, "smallthinker": 4096}
 
-# `case … res = nullptr` in create_memory: they read everything at once.
-_NO_CACHE = EMBEDDING_ARCHITECTURES - {"llama-embed", "t5encoder"} | {
+# `res = nullptr` in create_memory: they read everything at once.
+_NO_CACHE = (EMBEDDING_ARCHITECTURES - {"llama-embed", "t5encoder"}) | {
     "clef",
     "dream",
     "llada",
@@ -89,9 +89,9 @@ _NO_CACHE = EMBEDDING_ARCHITECTURES - {"llama-embed", "t5encoder"} | {
 }
 
 # `llm_arch_is_recurrent` in src/llama-arch.cpp.
-_RECURRENT = frozenset({"mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7"})
+_RECURRENT = frozenset({"arwkv7", "mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7"})
 
-# `llm_arch_is_hybrid`: a layer without KV heads is recurrent …
+# `llm_arch_is_hybrid`: recurrent are the layers without KV heads (and, in Nemotron-H, without feed-forward) …
 _RECURRENT_WITHOUT_HEADS = frozenset(
     {
         "bailingmoe3",
@@ -107,30 +107,134 @@ _RECURRENT_WITHOUT_HEADS = frozenset(
         "plamo2",
     }
 )
-# … or every layer is but each n-th.
+# … or all but every n-th.
 _FULL_ATTENTION_INTERVALS = {"minimax-01": 8, "qwen35": 4, "qwen35moe": 4, "qwen3next": 4, "qwen4exp": 4}
 
-# Their attention layers keep K of an indexer, too (llama-kv-cache-dsa.cpp, -msa.cpp, llama-memory-hybrid-idx.cpp).
-_INDEXED = frozenset(
-    {"deepseek32", "dots3note", "glm-dsa", "glm5-next", "hy_v4", "minimax-m3", "qwen4exp"}
-)
+# Sparse attention: an indexer picks the cells worth attending to, by K of its own
+# (llama-kv-cache-dsa.cpp, llama-kv-cache-msa.cpp, llama-memory-hybrid-idx.cpp).
+_INDEXED = frozenset({"deepseek32", "dots3note", "glm-dsa", "glm5-next", "hy_v4", "minimax-m3", "qwen4exp"})
 
 
 def layout(header: GGUF) -> Layout:
     """What every layer of the model keeps."""
     count = header.block_count or 0
-    trunk = max(0, count - _integer(header, "nextn_predict_layers"))
-    caches, causal = _caches(header, count, trunk)
-    recurrent = _recurrent(header, count, trunk)
-    state = _state(header)
-    window, windowed = _windows(header, trunk, recurrent)
+    trunk = (count - integer(header, "nextn_predict_layers")) or count
+    if header.architecture in _NO_CACHE:
+        return Layout((Layer(),) * count, trunk, 0)
+
+    heads = per_layer(header, "attention.head_count", count)
+    heads_kv = per_layer(header, "attention.head_count_kv", count, heads)
+    recurrent = _recurrent(header, count, trunk, heads_kv)
+    window, windowed = _windows(header, count, trunk, recurrent)
+    cached = _layers_with_cache(header, count)
+    state = _state(header, heads)
+    indexer = integer(header, "attention.indexer.key_length") if header.architecture in _INDEXED else 0
+    mla = bool(integer(header, "attention.key_length_mla") and integer(header, "attention.value_length_mla"))
     layers = []
-    for index, cache in enumerate(caches):
-        if recurrent[index]:
-            both = header.architecture == "falcon-h1"
-            layers.append(replace(cache, state=state) if both else Layer(state=state))
-        else:
-            layers.append(replace(cache, windowed=windowed[index]))
-    if window and header.architecture not in ("gemma2",):
-        layers = [_resized_for_window(header, layer) for layer in layers]
-    return Layout(tuple(layers), window, causal, trunk)
+    for index in range(count):
+        attends = index < cached and (not recurrent[index] or header.architecture == "falcon-h1")
+        k, v = _head_sizes(header, heads, windowed=windowed[index]) if attends else (0, 0)
+        layers.append(
+            Layer(
+                k=k * heads_kv[index],
+                v=0 if mla else v * heads_kv[index],
+                indexer=indexer if attends else 0,
+                state=state if recurrent[index] else 0,
+                windowed=windowed[index],
+            )
+        )
+    return Layout(tuple(layers), trunk, window)
+
+
+def integer(header: GGUF, key: str, default: int = 0) -> int:
+    value = header.hyperparameter(key)
+    return value if isinstance(value, int) and not isinstance(value, bool) else default
+
+
+def per_layer(header: GGUF, key: str, count: int, default: tuple[int, ...] | None = None) -> tuple[int, ...]:
+    """A hyperparameter that is one number for all layers or a number for each."""
+    value = header.hyperparameter(key)
+    if isinstance(value, tuple):
+        return tuple(int(number) for number in (*value, *(0,) * count)[:count])
+    if isinstance(value, int):
+        return (int(value),) * count
+    return default or (0,) * count
+
+
+def _head_sizes(header: GGUF, heads: tuple[int, ...], *, windowed: bool) -> tuple[int, int]:
+    """Elements of one head's K and V (llama-model.cpp, "non-transformer models do not have attention heads")."""
+    if not any(heads[:1]) and header.architecture != "plamo2":
+        return 0, 0
+    usual = (header.embedding_length or 0) // heads[0] if heads[0] else 0
+    k = integer(header, "attention.key_length", usual)
+    v = integer(header, "attention.value_length", usual)
+    if windowed:
+        k = integer(header, "attention.key_length_swa", k)
+        v = integer(header, "attention.value_length_swa", v)
+    return k, v
+
+
+def _layers_with_cache(header: GGUF, count: int) -> int:
+    """The layers after these use the cache of an earlier one (`n_layer_kv_from_start`)."""
+    if header.architecture == "gemma3n":
+        return 20
+    if header.architecture == "gemma4":
+        return count - integer(header, "attention.shared_kv_layers")
+    return count
+
+
+def _recurrent(header: GGUF, count: int, trunk: int, heads_kv: tuple[int, ...]) -> tuple[bool, ...]:
+    architecture = header.architecture
+    if architecture in _RECURRENT or architecture == "falcon-h1":  # whose layers are recurrent and attend, both
+        return (True,) * count
+    if architecture in _RECURRENT_WITHOUT_HEADS:
+        feed_forward = per_layer(header, "feed_forward_length", count)
+        apart = architecture.startswith("nemotron_h")
+        return tuple(
+            index < trunk and not heads_kv[index] and not (apart and feed_forward[index]) for index in range(count)
+        )
+    if architecture in _FULL_ATTENTION_INTERVALS:
+        if header.hyperparameter("attention.recurrent_layers") is not None:
+            return tuple(map(bool, per_layer(header, "attention.recurrent_layers", count)))
+        every = integer(header, "full_attention_interval", _FULL_ATTENTION_INTERVALS[architecture]) or 1
+        return tuple(index < trunk and (index + 1) % every != 0 for index in range(count))
+    return (False,) * count
+
+
+def _windows(header: GGUF, count: int, trunk: int, recurrent: tuple[bool, ...]) -> tuple[int, tuple[bool, ...]]:
+    """The window, and which layers have it (`llama_model_base::load_swa_pattern`, `set_swa_pattern`)."""
+    architecture = header.architecture
+    none = 0, (False,) * count
+    rule = _WINDOWS.get(architecture)
+    window = integer(header, "attention.sliding_window", rule.tokens if rule else 0)
+    if not window or (architecture == "exaone4" and trunk != 64):
+        return none
+    window = _FIXED_WINDOWS.get(architecture, window)
+    if architecture == "lfm2":
+        return window, tuple(not here for here in recurrent)
+    pattern = header.hyperparameter("attention.sliding_window_pattern")
+    if isinstance(pattern, tuple) and (rule or architecture in _WINDOWS_LISTED):
+        return window, tuple(map(bool, per_layer(header, "attention.sliding_window_pattern", count)))
+    if rule is None:
+        return none
+    period = integer(header, "attention.sliding_window_pattern", rule.period)
+    dense = 0 if rule.dense_first else period - 1
+    return window, tuple(index < trunk and (period == 0 or index % period != dense) for index in range(count))
+
+
+def _state(header: GGUF, heads: tuple[int, ...]) -> int:
+    """f32 elements that a recurrent layer keeps per sequence (`n_embd_r` + `n_embd_s` in llama-hparams.cpp)."""
+    width = header.embedding_length or 0
+    convolution = integer(header, "ssm.conv_kernel")
+    inner, state = integer(header, "ssm.inner_size"), integer(header, "ssm.state_size")
+    head_count = heads[0] if heads else 0
+    if wkv := integer(header, "wkv.head_size"):
+        return width * (integer(header, "token_shift_count", 2) + wkv)
+    if shortconv := integer(header, "shortconv.l_cache"):
+        return width * (shortconv - 1)
+    if delta := integer(header, "kda.head_dim"):
+        return head_count * delta * (3 * ((convolution or 4) - 1) + delta)
+    if header.architecture == "minimax-01":
+        return head_count * integer(header, "attention.key_length") ** 2
+    channels = inner + 2 * integer(header, "ssm.group_count") * state
+    return max(0, convolution - 1) * channels + state * inner

@@ -160,7 +160,7 @@ def test_a_full_queue_refuses_with_an_honest_time(start: Start, tiny: Path, tmp_
     system = {"llama_server_path": fake(tmp_path, ready="never"), "max_queue_size_per_model": 2}
     router = start({"system": system, "models": models(tiny, "a")})
     body = json.dumps({"model": "a", "messages": []}).encode()
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body)
     address = router.url.removeprefix("http://").split(":")
     waiting = [socket.create_connection((address[0], int(address[1]))) for _ in range(2)]
     for connection in waiting:

@@ -2,10 +2,14 @@
 
 `write_llama` and `write_embedding` use the `gguf` package, so that what they write is right by an independent
 hand; `gguf_bytes` packs whatever it is told, right or wrong. The weights are random: so are the answers.
+`Blueprint` makes headers of models of any size, for what only reads headers.
 """
 
 from __future__ import annotations
 
+import math
+import os
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -281,3 +285,62 @@ def gguf_bytes(
         header += struct.pack(f"{order}IQ", tensor.type, place if tensor.offset is None else tensor.offset)
     header += bytes(-len(header) % alignment)
     return header + bytes(sum(padded)) if data else header
+
+
+QUANTIZED_TYPES: Mapping[str, tuple[int, int, int]] = {
+    # name: number, elements and bytes of a block
+    "F32": (0, 1, 4), "F16": (1, 1, 2), "Q4_0": (2, 32, 18), "Q8_0": (8, 32, 34), "Q4_K": (12, 256, 144),
+    "Q6_K": (14, 256, 210), "MXFP4": (39, 32, 17),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """A model of any architecture and size without its weights: what its header says, and nothing behind it.
+
+    `hyperparameters` go without their `{architecture}.`; `shapes` have the contiguous dimension first.
+    """
+
+    architecture: str
+    hyperparameters: Mapping[str, Any]
+    shapes: Shapes
+    quantization: str = "Q4_K"
+    token_embedding: str = "Q6_K"
+
+    def header(self) -> bytes:
+        metadata: list[tuple[str | bytes, str, Any]] = [
+            ("general.architecture", "str", self.architecture),
+            ("tokenizer.ggml.model", "str", "no_vocab"),
+        ]
+        for key, value in self.hyperparameters.items():
+            metadata.append((f"{self.architecture}.{key}", _value_type(value), value))
+        return gguf_bytes(metadata, self._tensors(), data=False)
+
+    def file_bytes(self) -> int:
+        return len(self.header()) + sum(tensor.nbytes + -tensor.nbytes % 32 for tensor in self._tensors())
+
+    def write(self, path: Path) -> Path:
+        """As a file of full size with a hole where the weights would be: it takes no room on most disks."""
+        path.write_bytes(self.header())
+        os.truncate(path, self.file_bytes())
+        return path
+
+    def _tensors(self) -> list[RawTensor]:
+        tensors = []
+        for name, shape in self.shapes.items():
+            number, block, block_bytes = QUANTIZED_TYPES[self._type(name, shape)]
+            tensors.append(RawTensor(name, shape, number, math.prod(shape) // block * block_bytes))
+        return tensors
+
+    def _type(self, name: str, shape: Sequence[int]) -> str:
+        """Biases, norms and what state spaces and routers are made of stay f32, as in published models."""
+        if len(shape) == 1 or re.search(r"bias$|ffn_gate_inp|conv|ssm_[ad]$|ssm_norm", name):
+            return "F32"
+        wanted = self.token_embedding if name in ("token_embd.weight", "output.weight") else self.quantization
+        return next(kind for kind in (wanted, "Q8_0", "F16") if shape[0] % QUANTIZED_TYPES[kind][1] == 0)
+
+
+def _value_type(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"[{_value_type(value[0])}]"
+    return {bool: "bool", int: "u32", float: "f32", str: "str"}[type(value)]
