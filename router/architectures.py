@@ -146,6 +146,20 @@ def layout(header: GGUF) -> Layout:
     return Layout(tuple(layers), trunk, window)
 
 
+def widest_product(header: GGUF, count: int) -> int:
+    """f32 elements per token that the widest layer needs at once, by a rule fitted to what the engine prints."""
+    heads = max(per_layer(header, "attention.head_count", count), default=0)
+    experts = max(per_layer(header, "expert_used_count", count), default=0)
+    latent = integer(header, "attention.key_length_mla")
+    return max(
+        3 * max(per_layer(header, "feed_forward_length", count), default=0),
+        3 * max(per_layer(header, "expert_feed_forward_length", count), default=0) * experts,
+        5 * integer(header, "ssm.inner_size")
+        + 6 * integer(header, "ssm.group_count") * integer(header, "ssm.state_size"),
+        heads * (2 * integer(header, "attention.key_length") + latent) if latent else 0,
+    )
+
+
 def integer(header: GGUF, key: str, default: int = 0) -> int:
     value = header.hyperparameter(key)
     return value if isinstance(value, int) and not isinstance(value, bool) else default
