@@ -50,6 +50,9 @@ class _Window(NamedTuple):
     """The window if the file names none; 0: then there are no windows."""
 
 
+# src/llama-hparams.h; what claims more is not loaded.
+_MAX_LAYERS = 512
+
 # `load_swa_pattern(ml, period, dense_first)` in src/models/*.cpp.
 _WINDOWS: Mapping[str, _Window] = {
     "afmoe": _Window(4),
@@ -110,6 +113,22 @@ _RECURRENT_WITHOUT_HEADS = frozenset(
 # … or all but every n-th.
 _FULL_ATTENTION_INTERVALS = {"minimax-01": 8, "qwen35": 4, "qwen35moe": 4, "qwen3next": 4, "qwen4exp": 4}
 
+# `llm_arch_supports_rs_rollback`: they keep past states to return to when a guess is refused.
+KEEPS_PAST_STATES = frozenset(
+    {
+        "bailingmoe3",
+        "glm5-next",
+        "kimi-k3",
+        "lfm2",
+        "lfm2moe",
+        "nemotron_h",
+        "nemotron_h_moe",
+        "qwen35",
+        "qwen35moe",
+        "qwen4exp",
+    }
+)
+
 # Sparse attention: an indexer picks the cells worth attending to, by K of its own
 # (llama-kv-cache-dsa.cpp, llama-kv-cache-msa.cpp, llama-memory-hybrid-idx.cpp).
 _INDEXED = frozenset({"deepseek32", "dots3note", "glm-dsa", "glm5-next", "hy_v4", "minimax-m3", "qwen4exp"})
@@ -117,8 +136,8 @@ _INDEXED = frozenset({"deepseek32", "dots3note", "glm-dsa", "glm5-next", "hy_v4"
 
 def layout(header: GGUF) -> Layout:
     """What every layer of the model keeps."""
-    count = header.block_count or 0
-    trunk = (count - integer(header, "nextn_predict_layers")) or count
+    count = min(integer(header, "block_count"), _MAX_LAYERS)
+    trunk = max(0, count - integer(header, "nextn_predict_layers")) or count
     if header.architecture in _NO_CACHE:
         return Layout((Layer(),) * count, trunk, 0)
 
@@ -161,17 +180,19 @@ def widest_product(header: GGUF, count: int) -> int:
 
 
 def integer(header: GGUF, key: str, default: int = 0) -> int:
+    """A hyperparameter that counts something; a file that says anything else does not say it."""
     value = header.hyperparameter(key)
-    return value if isinstance(value, int) and not isinstance(value, bool) else default
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else default
 
 
 def per_layer(header: GGUF, key: str, count: int, default: tuple[int, ...] | None = None) -> tuple[int, ...]:
     """A hyperparameter that is one number for all layers or a number for each."""
     value = header.hyperparameter(key)
     if isinstance(value, tuple):
-        return tuple(int(number) for number in (*value, *(0,) * count)[:count])
+        numbers = (int(number) if isinstance(number, int) else 0 for number in value[:count])
+        return tuple(max(0, number) for number in (*numbers, *(0,) * (count - len(value))))
     if isinstance(value, int):
-        return (int(value),) * count
+        return (max(0, value),) * count
     return default or (0,) * count
 
 

@@ -1,4 +1,4 @@
-"""The command line: `llama-router [serve]`, `check`, `schema`."""
+"""The command line: `llama-router [serve]`, `check`, `estimate`, `schema`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from router import __version__
+from router import __version__, estimate
 from router.config import schema
 from router.config_errors import ConfigError
 from router.config_load import Loaded, load
@@ -69,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", parents=[source], help="validate the configuration and show it")
     check.set_defaults(run=_check)
+
+    estimate.add_parser(commands)
 
     show = commands.add_parser("schema", help="print the JSON Schema of the configuration")
     show.set_defaults(run=lambda options: print(json.dumps(schema(), indent=2)))

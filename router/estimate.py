@@ -1,0 +1,237 @@
+"""`llama-router estimate MODEL.gguf [flags…]`: what a model would take, before it is configured or downloaded.
+
+MODEL is a file, an http(s) URL, or `hf.co/USER/REPO/FILE.gguf`; of the latter two only the header is fetched.
+FLAGS are llama-server's. A file is given to the installed engine's own tool to judge, if there is one; the rest
+goes by formula.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.client
+import os
+import re
+import sys
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+
+from router import __version__, fit_params, footprint, gguf
+from router.flags import FlagError, Flags
+from router.footprint import HOST, Footprint, Share
+from router.gguf import GGUF, GGUFError, TruncatedGGUF
+from router.launcher import NoEngine, find_binary
+from router.memory import host_memory
+
+FIRST_BYTES = 8 << 20
+"""Enough for the header of nearly every model: a vocabulary of 150,000 tokens and its merges take 6 MB."""
+MOST_BYTES = 256 << 20
+TIMEOUT_SEC = 30.0
+
+_HUB_HOSTS = ("hf.co", "huggingface.co")
+_REFUSALS = {
+    401: "it asks for a token: set HF_TOKEN",
+    403: "access is denied: check HF_TOKEN, and the model's licence on its page",
+    404: "there is no such file",
+}
+_PART_NUMBER = re.compile(r"-00001-of-(\d{5})\.gguf$", re.IGNORECASE)
+
+
+class CannotEstimate(Exception):
+    """The model can't be read; the message says why and what to do."""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "estimate",
+        help="say how much memory a model would take, before it is downloaded",
+        usage="llama-router estimate MODEL [flags of llama-server]",
+        description="How much memory a model takes on each device, and the largest context that fits.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a file, an http(s) URL, or hf.co/USER/REPO/FILE.gguf")
+    parser.add_argument("flags", metavar="FLAGS", nargs=argparse.REMAINDER, help="as llama-server takes them")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints the table. Exits with 1 if the model can't be read, with 2 if a flag makes no sense."""
+    try:
+        flags = Flags(options.flags, os.environ)
+        header = read(options.model, os.environ)
+        if header.kind != "model":
+            raise CannotEstimate(f"{options.model} is not a model but an {header.kind} file")
+        projector, draft = (
+            read(flag.text, os.environ) if (flag := flags.last(name)) else None
+            for name in ("mmproj", "spec-draft-model")
+        )
+        print("\n".join(report(header, flags, projector=projector, draft=draft)))
+    except FlagError as error:
+        print(f"llama-router: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (CannotEstimate, GGUFError) as error:
+        print(f"llama-router: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def report(
+    header: GGUF, flags: Flags, *, projector: GGUF | None = None, draft: GGUF | None = None
+) -> Iterable[str]:
+    """The lines to print."""
+    free = _free_mib()
+    need = _from_engine(header, flags, projector, draft)
+    if need is None:
+        gpus = len(free) - 1
+        need = footprint.estimate(header, flags, projector=projector, draft=draft, gpus=gpus)
+    free = {device: free.get(device, 0) for device in need.devices}
+
+    size = header.file_bytes / footprint.MIB
+    trained = f", trained for {header.context_length} tokens" if header.context_length else ""
+    yield f"{header.name or header.architecture} ({header.quantization}, {size:.0f} MiB on disk{trained})"
+    yield ""
+    yield from _table(need, free)
+    yield ""
+    yield f"context: {need.context} tokens, all slots together; from {need.provenance}"
+    short = {name: mib - free[name] for name, mib in need.mib().items() if mib > free[name]}
+    if short:
+        yield "does not fit now: " + ", ".join(f"{name} lacks {mib} MiB" for name, mib in short.items())
+    largest = footprint.largest_context(header, flags, free, projector=projector, draft=draft)
+    if largest:
+        yield f"largest context that fits now: -c {largest}"
+    else:
+        advice = "fewer layers on the GPU (-ngl)" if len(need.devices) > 1 else "a smaller quantization"
+        yield f"no context is small enough to fit now: try {advice}"
+    if need.host_cache_mib != 0:
+        limit = "without limit" if need.host_cache_mib is None else f"up to {need.host_cache_mib} MiB"
+        yield f"besides, the engine may keep past prompts in RAM, {limit} (--cache-ram)"
+
+
+def read(model: str, environ: Mapping[str, str]) -> GGUF:
+    """The header of a model that is a file, a URL or a file on the Hugging Face hub."""
+    url = resolve(model, environ)
+    if url is None:
+        try:
+            return gguf.read(Path(model))
+        except FileNotFoundError:
+            raise CannotEstimate(f"there is no file {model}") from None
+        except OSError as error:
+            raise CannotEstimate(f"{model} cannot be read: {error.strerror or error}") from None
+
+    token = environ.get("HF_TOKEN") if _is_hub(url, environ) else None
+    first = _fetch(url, token)
+    number = first.part_count
+    if number <= 1:
+        return first
+    named = _PART_NUMBER.search(urllib.parse.urlsplit(url).path)
+    if named is None or int(named[1]) != number:
+        raise CannotEstimate(f"{url} is one of {number} parts: give the first, …-00001-of-{number:05d}.gguf")
+    others = (url.replace(f"-00001-of-{named[1]}", f"-{part:05d}-of-{named[1]}") for part in range(2, number + 1))
+    parts = [first, *(_fetch(other, token) for other in others)]
+    return replace(
+        first,
+        tensors=tuple(tensor for part in parts for tensor in part.tensors),
+        file_bytes=sum(part.file_bytes for part in parts),
+    )
+
+
+def resolve(model: str, environ: Mapping[str, str]) -> str | None:
+    """The URL to fetch; None for a file."""
+    endpoint = environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    scheme, _, rest = model.rpartition("://")
+    if scheme not in ("", "http", "https"):
+        raise CannotEstimate(f"{model}: {scheme} is not a protocol that is spoken here; give an http(s) URL")
+    host, *path = rest.split("/")
+    if host.lower() in _HUB_HOSTS and (scheme or not Path(model).exists()):
+        if len(path) > 4 and path[2] in ("blob", "resolve", "raw"):  # as copied from the browser
+            path = [*path[:2], "resolve", *path[3:]]
+        elif len(path) >= 3:
+            path = [*path[:2], "resolve", "main", *path[2:]]
+        if len(path) < 5 or not path[-1].partition("?")[0].lower().endswith(".gguf"):
+            raise CannotEstimate(f"{model} names no file: give hf.co/USER/REPO/FILE.gguf")
+        return f"{endpoint.rstrip('/')}/{'/'.join(path)}"
+    return model if scheme else None
+
+
+def _is_hub(url: str, environ: Mapping[str, str]) -> bool:
+    hubs = {"huggingface.co", urllib.parse.urlsplit(environ.get("HF_ENDPOINT", "")).netloc}
+    return urllib.parse.urlsplit(url).netloc in hubs
+
+
+def _fetch(url: str, token: str | None) -> GGUF:
+    """The header of one remote file: a single request, unless the header is uncommonly long."""
+    buffer = b""
+    wanted = FIRST_BYTES
+    while True:
+        more, size = _fetch_range(url, len(buffer), wanted, token)
+        buffer += more
+        try:
+            return gguf.parse(buffer, file_bytes=size, source=url)
+        except TruncatedGGUF:
+            if len(buffer) >= min(size, MOST_BYTES) or not more:
+                raise
+        wanted = 2 * len(buffer)
+
+
+def _fetch_range(url: str, start: int, end: int, token: str | None) -> tuple[bytes, int]:
+    """Bytes `start` to `end`, or as far as there are any, and the size of the whole file."""
+    headers = {"Range": f"bytes={start}-{end - 1}", "User-Agent": f"llama-router/{__version__}"}
+    request = urllib.request.Request(url, headers=headers)  # noqa: S310
+    if token:  # for the hub, not for the storage that it redirects to
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_SEC) as answer:  # noqa: S310
+            if answer.status == 206:
+                _, _, size = answer.headers.get("Content-Range", "").rpartition("/")
+                body = answer.read(end - start)
+            else:  # it sends the whole file; what is not read is not sent for long
+                size = answer.headers.get("Content-Length", "")
+                body = answer.read(end)[start:]
+    except urllib.error.HTTPError as error:
+        reason = _REFUSALS.get(error.code, f"HTTP {error.code} {error.reason}")
+        raise CannotEstimate(f"{url}: {reason}") from None
+    except urllib.error.URLError as error:
+        raise CannotEstimate(f"{url} cannot be reached: {error.reason}") from None
+    except (
+        OSError,
+        ValueError,
+        http.client.HTTPException,
+    ) as error:  # a connection that breaks, a URL that is none
+        raise CannotEstimate(f"{url} cannot be read: {error}") from None
+    if not size.isdecimal():
+        raise CannotEstimate(f"{url}: the server does not say how large the file is")
+    return body, int(size)
+
+
+def _from_engine(header: GGUF, flags: Flags, projector: GGUF | None, draft: GGUF | None) -> Footprint | None:
+    with contextlib.suppress(NoEngine):
+        tool = fit_params.beside(Path(find_binary(os.environ.get("LLAMA_SERVER_PATH")).argv[0]))
+        if tool is not None and header.path is not None:
+            return tool.footprint(header, flags, projector=projector, draft=draft)
+    return None
+
+
+def _free_mib() -> dict[str, int]:
+    """What is free now on every GPU that NVML knows, and of RAM."""
+    import pynvml
+
+    free: dict[str, int] = {}
+    with contextlib.suppress(pynvml.NVMLError):  # no driver
+        pynvml.nvmlInit()
+        for number in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(number)
+            free[f"gpu{number}"] = pynvml.nvmlDeviceGetMemoryInfo(handle).free // footprint.MIB
+    return {**free, HOST: host_memory()[1]}
+
+
+def _table(need: Footprint, free: Mapping[str, int]) -> Iterable[str]:
+    whole = sum(need.devices.values(), Share())
+    columns = [part.name for part in fields(Share) if getattr(whole, part.name)] + ["total"]
+    rows = {**need.devices, "together": whole} if len(need.devices) > 1 else need.devices
+    yield "MiB     " + "".join(f"{'KV' if name == 'kv' else name:>12}" for name in (*columns, "free now"))
+    for device, share in rows.items():
+        figures = [f"{getattr(share, name):>12,.0f}" for name in columns]
+        figures.append(f"{free[device]:>12,}" if device in free else "")
+        yield f"{device:<8}" + "".join(figures)

@@ -1,0 +1,388 @@
+"""How much memory a model will take, from its header and its flags alone: llama.cpp's own sums, done in advance.
+
+Weights, KV cache and recurrent state follow llama.cpp's source to the byte (build 11434; each function names the
+place). The compute buffer and a projector's working memory are rules found by measuring: only the engine's graph
+code knows them. Not included: what a CUDA context takes (0.3 to 0.5 GiB per process and GPU; keep a reserve),
+copies that the CPU backend makes of tied embeddings to repack them, and what `--fit`, on by default, takes off
+at start when less is free than the flags ask for.
+
+Pure functions, no I/O.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from itertools import accumulate
+
+from router.architectures import KEEPS_PAST_STATES, Layout, integer, layout, per_layer, widest_product
+from router.flags import Flag, Flags
+from router.ggml import TENSOR_TYPES
+from router.gguf import GGUF
+
+MIB = 1 << 20
+HOST = "host"
+
+# llama-server's defaults: common/common.h.
+_BATCH, _MICRO_BATCH, _CACHE_RAM_MIB, _DRAFT_TOKENS = 2048, 512, 8192, 3
+_PADDING = 256
+
+_BYTES_PER_ELEMENT = {kind.name.lower(): kind.block_bytes / kind.block for kind in TENSOR_TYPES.values()}
+_LAYER_OF = re.compile(r"blk\.(\d+)\.")
+# `LLM_TENSOR_LAYER_INPUT` in src/llama-arch.cpp: they stay on the host.
+_INPUTS = frozenset({"token_embd", "position_embd", "token_types", "token_embd_norm", "per_layer_token_embd"})
+# `LLM_FFN_EXPS_REGEX` and `LLM_FFN_DENSE_REGEX` in common/common.h.
+_EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
+_DENSE = r"\.ffn_(up|down|gate)\."
+_SPECULATES_WITH_STATES = frozenset({"draft-mtp", "draft-eagle3", "draft-dflash", "draft-dspark"})
+# When a projector does not say how large its pictures are.
+_PROJECTOR_WORK_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a model takes of one device, in MiB. A draft model's part is in each figure."""
+
+    weights: float = 0.0
+    kv: float = 0.0
+    recurrent: float = 0.0
+    compute: float = 0.0
+    projector: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.kv + self.recurrent + self.compute + self.projector
+
+    def __add__(self, other: Share) -> Share:
+        return Share(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(Share)))
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What a model takes of each device: `gpu0`, `gpu1`, … and `host`."""
+
+    devices: Mapping[str, Share]
+    provenance: str
+    """Where the figures come from, in one line."""
+    context: int
+    """Cells of the KV cache, all slots together."""
+    host_cache_mib: int | None = 0
+    """What the engine's cache of past prompts may grow to on the host, beyond the above; None: unlimited."""
+
+    def mib(self) -> dict[str, int]:
+        """Whole MiB per device, rounded up, without the devices of which it takes nothing."""
+        return {name: math.ceil(share.total) for name, share in self.devices.items() if share.total > 0}
+
+
+def estimate(
+    header: GGUF, flags: Flags, *, projector: GGUF | None = None, draft: GGUF | None = None, gpus: int = 1
+) -> Footprint:
+    """The footprint by formula. Raises `FlagError` if a flag that matters has an impossible value."""
+    asked = _count(flags, "ctx-size", 0)
+    return _estimate(_parts(header, flags, draft, gpus), _cells(header, flags, asked), projector)
+
+
+def largest_context(
+    header: GGUF,
+    flags: Flags,
+    free_mib: Mapping[str, int],
+    *,
+    projector: GGUF | None = None,
+    draft: GGUF | None = None,
+) -> int:
+    """The largest `-c`, up to what the model was trained for, with which it fits; 0 if with none.
+
+    `free_mib` is by device, as in `Footprint.devices`; the GPUs it names are the ones to use.
+    """
+    gpus = sum(name.startswith("gpu") for name in free_mib)
+    parts = _parts(header, flags, draft, gpus)
+
+    def fits(steps: int) -> bool:
+        need = _estimate(parts, _cells(header, flags, steps * _PADDING), projector).mib()
+        return all(mib <= free_mib.get(device, 0) for device, mib in need.items())
+
+    steps = -(-integer(header, "context_length") // _PADDING) * (1 if flags.kv_unified else flags.slots)
+    low, high = 0, steps
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low * _PADDING
+
+
+@dataclass(frozen=True, slots=True)
+class _Cells:
+    """`llama_context::llama_context` in src/llama-context.cpp: how the KV cache is cut."""
+
+    per_stream: int
+    streams: int
+    slots: int
+    micro_batch: int
+    outputs: int
+
+    def of_window(self, window: int, *, whole: bool) -> int:
+        """`llama_kv_cache_iswa::llama_kv_cache_iswa` in src/llama-kv-cache-iswa.cpp."""
+        if whole:
+            return self.per_stream
+        sharing = self.slots if self.streams == 1 else 1
+        return _pad(min(self.per_stream, window * sharing + self.micro_batch))
+
+
+def _cells(header: GGUF, flags: Flags, asked: int) -> _Cells:
+    slots = flags.slots
+    context = asked or slots * _count(flags, "kv-unified-per-slot", 0) or integer(header, "context_length")
+    context = context or _PADDING
+    batch, micro = _count(flags, "batch-size", _BATCH), _count(flags, "ubatch-size", _MICRO_BATCH)
+    embeds = flags.switch("embedding", False) or flags.switch("rerank", False)
+    if header.hyperparameter("attention.causal") is not False:
+        batch = min(context, batch)
+    micro = min(batch, micro or batch)
+    streams = 1 if flags.kv_unified else slots
+    per_stream = _pad(context) if streams == 1 else _pad(_pad(context) // streams)
+    return _Cells(per_stream, streams, slots, micro, micro if embeds else slots)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A model in the engine: the one asked for, or its draft."""
+
+    header: GGUF
+    layout: Layout
+    weights: Mapping[str, int]
+    device_of: Callable[[int], str]
+    """Where a layer's weights, cache and state live; the one past the last is the output."""
+    cache_on: Callable[[int], str]
+    k_bytes: float
+    v_bytes: float
+    flags: Flags
+
+    @property
+    def flash_attention(self) -> bool:
+        """`auto` is on wherever the backend can: on CPUs and current GPUs."""
+        return self.flags.text("flash-attn", "auto") not in ("off", "0", "false", "disabled")
+
+    @property
+    def _past_states(self) -> int:
+        """Per slot (`need_n_rs_seq` in common/common.h)."""
+        speculates = _SPECULATES_WITH_STATES & set(self.flags.text("spec-type", "").split(","))
+        keeps = bool(speculates) and self.header.architecture in KEEPS_PAST_STATES
+        return _count(self.flags, "spec-draft-n-max", _DRAFT_TOKENS) if keeps else 0
+
+    def cache(self, cells: _Cells) -> dict[str, Share]:
+        """`llama_kv_cache::llama_kv_cache` in src/llama-kv-cache.cpp, `llama_memory_recurrent` in its file."""
+        window_cells = cells.of_window(self.layout.window, whole=self.flags.switch("swa-full", False))
+        layers = self.layout.layers[: None if _predicts_tokens(self.flags) else self.layout.trunk]
+        widest_v = max((layer.v for layer in layers), default=0)
+        states = cells.slots * (1 + self._past_states)
+        shares: dict[str, Share] = {}
+        for index, layer in enumerate(layers):
+            count = (window_cells if layer.windowed else cells.per_stream) * cells.streams
+            v = layer.v if self.flash_attention or not layer.v else widest_v
+            kv = count * ((layer.k + layer.indexer) * self.k_bytes + v * self.v_bytes)
+            device = self.cache_on(index)
+            share = Share(kv=kv / MIB, recurrent=layer.state * 4 * states / MIB)
+            shares[device] = shares.get(device, Share()) + share
+        return shares
+
+    def compute(self, cells: _Cells) -> dict[str, Share]:
+        """The buffer for intermediate results, by a rule that was fitted to what the engine prints.
+
+        Per token of a micro-batch: five rows as wide as the embedding, and the widest thing that a layer computes
+        or, for the few tokens that are answered, the logits; per kind of cache, a mask. For most models it meets
+        the CPU backend to the MiB; other backends differ.
+        """
+        width = self.header.embedding_length or 0
+        vocabulary = next((t.shape[-1] for t in self.header.tensors if t.name == "token_embd.weight"), 0)
+        layers = self.layout.layers
+        windowed = cells.of_window(self.layout.window, whole=self.flags.switch("swa-full", False))
+        masks = [cells.per_stream] if any(layer.k and not layer.windowed for layer in layers) else []
+        masks += [windowed] if any(layer.windowed for layer in layers) else []
+        inner, mask_bytes = widest_product(self.header, len(layers)), 2
+        if not self.flash_attention and masks:
+            heads = max(per_layer(self.header, "attention.head_count", len(layers)), default=0)
+            inner, mask_bytes = max(inner, 3 * width) + heads * max(masks), 4
+
+        floats = 5 * width * cells.micro_batch + max(inner * cells.micro_batch, vocabulary * cells.outputs)
+        masked = mask_bytes * sum(masks) * cells.micro_batch
+        inputs = Share(compute=(4 * width * cells.micro_batch + masked) / MIB)
+        used = {self.device_of(index) for index in range(len(layers) + 1)}
+        return {HOST: inputs} | dict.fromkeys(used, Share(compute=(4 * floats + masked) / MIB))
+
+
+def _parts(header: GGUF, flags: Flags, draft: GGUF | None, gpus: int) -> list[_Part]:
+    parts = [_part(header, flags, gpus, draft=False)]
+    if draft is not None:
+        parts.append(_part(draft, flags, gpus, draft=True))
+    return parts
+
+
+def _part(header: GGUF, flags: Flags, gpus: int, *, draft: bool) -> _Part:
+    kinds = ("spec-draft-type-k", "spec-draft-type-v") if draft else ("cache-type-k", "cache-type-v")
+    k_bytes, v_bytes = (_cache_type(flags, kind) for kind in kinds)
+    plan = layout(header)
+    device_of = _placement(len(plan.layers), flags, _usable_gpus(flags, gpus, draft=draft), draft=draft)
+    offloads = flags.switch("kv-offload", True)
+    return _Part(
+        header=header,
+        layout=plan,
+        weights=_weights(header, plan, flags, device_of, draft=draft),
+        device_of=device_of,
+        cache_on=device_of if offloads else lambda _: HOST,
+        k_bytes=k_bytes,
+        v_bytes=v_bytes,
+        flags=flags,
+    )
+
+
+def _estimate(parts: Iterable[_Part], cells: _Cells, projector: GGUF | None) -> Footprint:
+    devices: dict[str, Share] = {}
+
+    def add(shares: Mapping[str, Share]) -> None:
+        for device, share in shares.items():
+            devices[device] = devices.get(device, Share()) + share
+
+    flags = None
+    for part in parts:
+        flags = flags or part.flags
+        add({device: Share(weights=nbytes / MIB) for device, nbytes in part.weights.items()})
+        add(part.cache(cells))
+        add(part.compute(cells))
+    assert flags is not None
+    gpus = sorted((name for name in devices if name != HOST), key=lambda name: int(name[3:]))
+    if projector is not None:
+        offloads = gpus and flags.switch("mmproj-offload", True)
+        add({gpus[0] if offloads else HOST: Share(projector=_projector_bytes(projector) / MIB)})
+    cache_ram = flags.integer("cache-ram", _CACHE_RAM_MIB)
+    return Footprint(
+        devices={name: devices[name] for name in (*gpus, HOST)},
+        provenance="llama.cpp's formulas applied to the file's header",
+        context=cells.per_stream * cells.streams,
+        host_cache_mib=None if cache_ram < 0 else cache_ram,
+    )
+
+
+def _weights(
+    header: GGUF, plan: Layout, flags: Flags, device_of: Callable[[int], str], *, draft: bool
+) -> dict[str, int]:
+    """Bytes per device (`llama_model_loader::create_tensor` in src/llama-model-loader.cpp)."""
+    overridden = _overrides(flags, draft=draft)
+    output = len(plan.layers)
+    skipped = range(0) if _predicts_tokens(flags) else range(plan.trunk, output)
+    nbytes = {HOST: 0}
+    for tensor in header.tensors:
+        match = _LAYER_OF.match(tensor.name)
+        if match is not None:
+            if int(match[1]) in skipped:
+                continue
+            device = device_of(int(match[1]))
+        else:
+            device = HOST if tensor.name.partition(".")[0] in _INPUTS else device_of(output)
+        device = next((where for pattern, where in overridden if pattern.search(tensor.name)), device)
+        nbytes[device] = nbytes.get(device, 0) + tensor.nbytes
+
+    # Tied embeddings are an input and an output: a GPU that has the output gets a copy (`TENSOR_DUPLICATED`).
+    sizes = {tensor.name: tensor.nbytes for tensor in header.tensors}
+    if (
+        device_of(output) != HOST
+        and "output.weight" not in sizes
+        and any(layer.k or layer.state for layer in plan.layers)
+    ):
+        nbytes[device_of(output)] = nbytes.get(device_of(output), 0) + sizes.get("token_embd.weight", 0)
+    return nbytes
+
+
+def _placement(layers: int, flags: Flags, gpus: int, *, draft: bool) -> Callable[[int], str]:
+    """The device of each layer (`get_layer_buft_list` in src/llama-model.cpp).
+
+    Without `--tensor-split`, llama.cpp divides by free memory, which is not known here: GPUs count as equal.
+    """
+    flag = flags.last("spec-draft-ngl" if draft else "n-gpu-layers")
+    everything = layers + 1
+    wanted = -1 if flag is None or flag.text in ("auto", "all") else flag.integer()
+    on_gpu = min(wanted, everything) if wanted >= 0 else everything
+    first = everything - on_gpu
+    main = flags.integer("main-gpu", 0)
+    if gpus == 0 or on_gpu == 0:
+        return lambda _: HOST
+    if flags.text("split-mode", "layer") == "none":
+        return lambda layer: HOST if layer < first else f"gpu{main}"
+    split = flags.last("tensor-split")
+    parts = list(split.numbers() if split else ())[:gpus]
+    parts += [0.0] * (gpus - len(parts))
+    if min(parts) < 0 or not any(parts):
+        parts = [1.0] * gpus
+    ends = [end / sum(parts) for end in accumulate(parts)]
+    return lambda layer: HOST if layer < first else f"gpu{bisect_right(ends[:-1], (layer - first) / on_gpu)}"
+
+
+def _usable_gpus(flags: Flags, gpus: int, *, draft: bool) -> int:
+    flag = (flags.last("spec-draft-device") if draft else None) or flags.last("device")
+    if flag is None:
+        return gpus
+    return 0 if flag.text == "none" else min(gpus, len(flag.text.split(",")))
+
+
+def _overrides(flags: Flags, *, draft: bool) -> list[tuple[re.Pattern[str], str]]:
+    """Tensors that are kept elsewhere than their layer; the first pattern that matches counts (common/arg.cpp)."""
+    prefix = "spec-draft-" if draft else ""
+    found = []
+    for flag in flags.given:
+        if flag.name == f"{prefix}cpu-moe":
+            found.append((_pattern(flag, _EXPERTS), HOST))
+        elif flag.name in (f"{prefix}n-cpu-moe", f"{prefix}n-cpu-ffn"):
+            blocks = "|".join(map(str, range(min(flag.integer(low=0), 999))))
+            if blocks:
+                rest = _EXPERTS if flag.name.endswith("moe") else _DENSE
+                found.append((_pattern(flag, rf"blk\.({blocks}){rest}"), HOST))
+        elif flag.name == f"{prefix}override-tensor":
+            for item in flag.text.split(","):
+                pattern, _, buffer = item.rpartition("=")
+                number = re.fullmatch(r"[A-Za-z]+(\d+)", buffer)
+                found.append((_pattern(flag, pattern), f"gpu{number[1]}" if number else HOST))
+    return found
+
+
+def _pattern(flag: Flag, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise flag.error(f"has a pattern that is not a regular expression: {pattern!r} ({error})") from None
+
+
+def _cache_type(flags: Flags, name: str) -> float:
+    """Bytes per element, block scales included."""
+    flag = flags.last(name)
+    kind = "f16" if flag is None else flag.text.lower()
+    if kind not in _BYTES_PER_ELEMENT:
+        assert flag is not None
+        raise flag.error(f"takes a type like f16, q8_0 or q4_0, not {flag.text!r}")
+    return _BYTES_PER_ELEMENT[kind]
+
+
+def _count(flags: Flags, name: str, default: int) -> int:
+    flag = flags.last(name)
+    return default if flag is None else flag.integer(low=0)
+
+
+def _predicts_tokens(flags: Flags) -> bool:
+    """Whether the layers that predict further tokens are loaded (`load_mtp` in common/common.cpp)."""
+    return "draft-mtp" in flags.text("spec-type", "").split(",")
+
+
+def _projector_bytes(projector: GGUF) -> int:
+    """The tensors, and what encoding the largest picture takes: scores of all heads, activations of a layer."""
+    tensors = sum(tensor.nbytes for tensor in projector.tensors)
+    size, patch, width, feed_forward, heads = (
+        integer(projector, f"vision.{key}")
+        for key in ("image_size", "patch_size", "embedding_length", "feed_forward_length", "attention.head_count")
+    )
+    if not size or not patch:
+        return tensors + _PROJECTOR_WORK_BYTES
+    patches = (size // patch) ** 2
+    return tensors + 4 * patches * (heads * patches + 3 * feed_forward + 5 * width)
+
+
+def _pad(cells: int) -> int:
+    return -(-cells // _PADDING) * _PADDING

@@ -1,0 +1,252 @@
+"""`llama-router estimate`: a table for a file, and for one that is elsewhere, from its first bytes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+from tiny_models import Blueprint, write_llama, write_projector
+
+from benchmarks.footprints import MODELS
+from router import estimate, gguf
+
+GRANITE = MODELS["granite-4-tiny"]
+FAR = "http://127.0.0.1:9"  # the discard port: nobody listens
+
+
+class Web:
+    """A web server with files that say how long they are; only what they begin with is there."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, tuple[bytes, int]] = {}
+        self.redirects: dict[str, str] = {}
+        self.refused: dict[str, int] = {}
+        self.honours_ranges = True
+        self.asked: list[tuple[str, str, str]] = []
+        web = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                web.answer(self)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def publish(self, path: str, model: Blueprint) -> None:
+        self.files[path] = model.header(), model.file_bytes()
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        path = request.path.removesuffix("?download=true")
+        self.asked.append((request.path, request.headers["Range"], request.headers.get("Authorization", "")))
+        if path in self.redirects:
+            request.send_response(302)
+            request.send_header("Location", self.redirects[path])
+            request.end_headers()
+            return
+        if path not in self.files:
+            request.send_error(self.refused.get(path, 404))
+            return
+        head, size = self.files[path]
+        first, last = map(int, request.headers["Range"].removeprefix("bytes=").split("-"))
+        if self.honours_ranges:
+            body = head[first : last + 1]
+            body += bytes(min(last + 1, size) - first - len(body))
+            request.send_response(206)
+            request.send_header("Content-Range", f"bytes {first}-{first + len(body) - 1}/{size}")
+            request.send_header("Content-Length", str(len(body)))
+        else:
+            body = head
+            request.send_response(200)
+            request.send_header("Content-Length", str(size))
+        request.end_headers()
+        request.wfile.write(body)
+
+
+@pytest.fixture
+def web() -> Iterator[Web]:
+    web = Web()
+    yield web
+    web.server.shutdown()
+    web.server.server_close()
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """The command on a machine with 8 GB of free RAM and no GPU, whose engine is not asked."""
+    monkeypatch.setattr(estimate, "_free_mib", lambda: {"host": 8000})
+    monkeypatch.setattr(estimate, "_from_engine", lambda *_: None)
+    parser = argparse.ArgumentParser()
+    estimate.add_parser(parser.add_subparsers())
+
+    def run(*arguments: str) -> None:
+        options = parser.parse_args(["estimate", *arguments])
+        options.run(options)
+
+    return run
+
+
+def test_a_table_for_a_file(
+    tmp_path: Path, command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = MODELS["qwen3-8b"].write(tmp_path / "qwen3-8b.gguf")
+
+    command(str(path), "-c", "16384", "-ctk", "q8_0", "-ctv=q8_0", "--jinja")
+
+    printed = capsys.readouterr().out
+    assert "qwen3 (Q4_K, 4701 MiB on disk, trained for 40960 tokens)" in printed
+    assert [line.split() for line in printed.splitlines()[2:4]] == [
+        ["MiB", "weights", "KV", "compute", "total", "free", "now"],
+        ["host", "4,701", "1,224", "128", "6,053", "8,000"],
+    ]
+    assert "context: 16384 tokens, all slots together; from llama.cpp's formulas" in printed
+    assert "largest context that fits now: -c 40960" in printed
+    assert "up to 8192 MiB (--cache-ram)" in printed
+
+
+def test_what_is_lacking_is_said(
+    tmp_path: Path, command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = MODELS["qwen3-32b"].write(tmp_path / "qwen3-32b.gguf")
+
+    command(str(path), "-c", "4096", "-cram", "0")
+
+    printed = capsys.readouterr().out
+    assert "does not fit now: host lacks 11" in printed
+    assert "no context is small enough to fit now" in printed
+    assert "--cache-ram" not in printed
+
+
+def test_a_projector_among_the_flags_is_counted(
+    tmp_path: Path, command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = MODELS["gemma-3-1b"].write(tmp_path / "gemma.gguf")
+    projector = write_projector(tmp_path / "mmproj.gguf")
+
+    command(str(model), "-c", "4096", "--mmproj", str(projector))
+
+    assert "projector" in capsys.readouterr().out
+
+
+def test_one_request_is_enough_for_a_model_that_is_elsewhere(web: Web) -> None:
+    web.publish("/models/granite.gguf", GRANITE)
+
+    header = estimate.read(f"{web.url}/models/granite.gguf", {})
+
+    assert header == gguf.parse(GRANITE.header(), file_bytes=GRANITE.file_bytes())
+    assert web.asked == [("/models/granite.gguf", "bytes=0-8388607", "")]
+
+
+def test_a_header_that_goes_on_is_fetched_on(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "FIRST_BYTES", 10_000)
+    web.publish("/granite.gguf", GRANITE)
+
+    assert estimate.read(f"{web.url}/granite.gguf", {}).block_count == 40
+    assert [asked[1] for asked in web.asked] == [
+        "bytes=0-9999",
+        "bytes=10000-19999",
+        "bytes=20000-39999",
+        "bytes=40000-79999",
+    ]
+
+
+def test_a_server_may_send_the_whole_file(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "FIRST_BYTES", 10_000)
+    web.honours_ranges = False
+    path = write_llama(tmp_path / "tiny.gguf")
+    web.files["/tiny.gguf"] = path.read_bytes(), path.stat().st_size
+
+    assert estimate.read(f"{web.url}/tiny.gguf", {}).tensors == gguf.read(path).tensors
+
+
+def test_all_parts_of_a_split_model_count(web: Web, tmp_path: Path) -> None:
+    first = write_llama(tmp_path / "split.gguf", parts=3)
+    for path in sorted(tmp_path.iterdir()):
+        web.files[f"/{path.name}"] = path.read_bytes(), path.stat().st_size
+
+    header = estimate.read(f"{web.url}/{first.name}?download=true", {})
+    there = gguf.read(first)
+
+    assert [asked[0] for asked in web.asked] == [f"/{path.name}?download=true" for path in there.files]
+    assert sum(tensor.nbytes for tensor in header.tensors) == sum(tensor.nbytes for tensor in there.tensors)
+    assert header.file_bytes == there.file_bytes
+
+
+def test_the_hub_gets_the_token_and_its_storage_does_not(web: Web) -> None:
+    storage = Web()
+    storage.publish("/blob", GRANITE)
+    web.redirects["/ibm/granite-GGUF/resolve/main/q4/granite.gguf"] = f"{storage.url}/blob"
+
+    estimate.read("hf.co/ibm/granite-GGUF/q4/granite.gguf", {"HF_ENDPOINT": web.url, "HF_TOKEN": "secret"})
+
+    assert [asked[2] for asked in web.asked] == ["Bearer secret"]
+    assert [asked[1:] for asked in storage.asked] == [("bytes=0-8388607", "")]
+    storage.server.shutdown()
+    storage.server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("model", "url"),
+    [
+        ("hf.co/ibm/granite/a.gguf", "https://huggingface.co/ibm/granite/resolve/main/a.gguf"),
+        ("https://hf.co/ibm/granite/q4/a.gguf", "https://huggingface.co/ibm/granite/resolve/main/q4/a.gguf"),
+        (
+            "https://huggingface.co/ibm/granite/blob/v2/a.gguf",
+            "https://huggingface.co/ibm/granite/resolve/v2/a.gguf",
+        ),
+        ("https://example.com/a.gguf", "https://example.com/a.gguf"),
+        ("models/a.gguf", None),
+    ],
+)
+def test_what_a_model_is_called_says_where_it_is(model: str, url: str | None) -> None:
+    assert estimate.resolve(model, {}) == url
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "reason"),
+    [
+        (["/nowhere/a.gguf"], 1, "there is no file /nowhere/a.gguf"),
+        (["hf.co/ibm/granite"], 1, "give hf.co/USER/REPO/FILE.gguf"),
+        (["ftp://example.com/a.gguf"], 1, "ftp is not a protocol that is spoken here"),
+        ([f"{FAR}/a.gguf"], 1, "cannot be reached"),
+        (["TINY", "-c", "lots"], 2, "-c takes a whole number"),
+        (["TINY", "4096"], 2, "neither a flag nor the value of one"),
+        (["PROJECTOR"], 1, "is not a model but an mmproj file"),
+    ],
+)
+def test_a_mistake_is_explained(
+    tmp_path: Path,
+    command: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    reason: str,
+) -> None:
+    places = {
+        "TINY": str(write_llama(tmp_path / "tiny.gguf")),
+        "PROJECTOR": str(write_projector(tmp_path / "mmproj.gguf")),
+    }
+
+    with pytest.raises(SystemExit) as exit_:
+        command(*(places.get(word, word) for word in arguments))
+
+    assert exit_.value.code == code
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [(401, "set HF_TOKEN"), (403, "check HF_TOKEN"), (404, "no such file"), (503, "HTTP 503")],
+)
+def test_a_refusal_is_explained(web: Web, status: int, reason: str) -> None:
+    web.refused["/a.gguf"] = status
+
+    with pytest.raises(estimate.CannotEstimate, match=reason):
+        estimate.read(f"{web.url}/a.gguf", {})
