@@ -92,41 +92,43 @@ def _pages(dispatcher: Dispatcher, keyring: Keyring, reload: Reload) -> FastAPI:
 
     @app.middleware("http")
     async def authorize(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        if request.url.path not in OPEN_PATHS:
+        if request.scope["path"] not in OPEN_PATHS:
             # What an engine logs is for those who run it.
-            manages = request.method != "GET" or request.url.path.startswith("/v1/logs/")
+            manages = request.method != "GET" or request.scope["path"].startswith("/v1/logs/")
             try:
                 keyring.check(request.headers.raw, manages=manages)
             except ApiError as error:
-                return _answer(request.url.path, error)
+                return _answer(request.scope["path"], error)
         return await call_next(request)
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
-        return _answer(request.url.path, error)
+        return _answer(request.scope["path"], error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        where = ".".join(str(part) for part in first["loc"] if part != "body" and not isinstance(part, int))
         message = f"{where}: {first['msg']}" if where else first["msg"]
-        return _answer(request.url.path, ApiError(400, "invalid_request", message, where or None))
+        if first["type"] == "model_attributes_type":
+            message = "The body must be a JSON object, sent with Content-Type: application/json"
+        return _answer(request.scope["path"], ApiError(400, "invalid_request", f"{message}.", where or None))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        path = request.url.path
+        path = request.scope["path"]
         if path in ROUTES:
             return _answer(path, ApiError(405, "method_not_allowed", f"{path} takes POST only."))
         if error.status_code == 404:
             return _answer(
-                request.url.path, ApiError(404, "route_not_found", f"There is no {request.method} {path}.")
+                request.scope["path"], ApiError(404, "route_not_found", f"There is no {request.method} {path}.")
             )
-        return _answer(request.url.path, ApiError(error.status_code, "http_error", str(error.detail)))
+        return _answer(request.scope["path"], ApiError(error.status_code, "http_error", str(error.detail)))
 
     @app.exception_handler(Exception)
     async def broken(request: Request, _: Exception) -> Response:  # uvicorn logs the traceback
         return _answer(
-            request.url.path, ApiError(500, "internal_error", "The router made a mistake; see its log.")
+            request.scope["path"], ApiError(500, "internal_error", "The router made a mistake; see its log.")
         )
 
     return app

@@ -46,7 +46,9 @@ def _with_command(arguments: list[str]) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llama-router",
+        usage="llama-router [COMMAND] [--config FILE] [--models-dir DIR] [--host HOST] [--port PORT]",
         description="One OpenAI-compatible endpoint in front of any number of GGUF models.",
+        epilog="Without a command it serves. `llama-router COMMAND --help` tells what a command takes.",
     )
     parser.add_argument("--version", action="version", version=f"llama-router {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

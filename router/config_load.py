@@ -184,9 +184,7 @@ class _Draft:
             except OSError as error:
                 self.problem((), f"{folder}: {error.strerror or error}", "--models-dir")
                 continue
-            self.warnings += [
-                f"{skipped.path} is not served: it {skipped.reason}" for skipped in discovery.skipped
-            ]
+            self.warnings += [f"{skipped.path} is not served: {skipped.reason}" for skipped in discovery.skipped]
             for found in discovery.models:
                 path = ("models", found.alias)
                 if found.path in named:

@@ -234,10 +234,7 @@ class Dispatcher:
     def position(self, ticket: Ticket) -> int | None:
         """1 for the request that is served next; None when it does not wait."""
         model = self.scheduler.models.get(ticket.alias)
-        if model is None:
-            return None
-        ids = (request.id for request in model.queue)
-        return next((index for index, waiting in enumerate(ids, 1) if waiting == ticket.id), None)
+        return model.queue.position(ticket.id) if model is not None else None
 
     # --- operators --------------------------------------------------------------------------------------
 
@@ -362,6 +359,9 @@ class Dispatcher:
             problem = str(unusable)
         except asyncio.TimeoutError:
             problem = f"{model.model_path} could not be read within {_INSPECTION_LIMIT_SEC} s"
+        except Exception as error:  # whatever it is, the model must not wait for ever
+            _log.exception("looking at %s failed", model.model_path)
+            problem = f"{model.model_path} cannot be looked at: {error!r}"
         else:
             return Inspected(
                 time.monotonic(), model.alias, found.placements, None, found.need, found.expected_load_sec
@@ -414,7 +414,7 @@ class Dispatcher:
         if await running.process.healthy(_PROBE_LIMIT_SEC):
             self._post(EngineAlive(time.monotonic(), engine_id))
         else:
-            running.process.kill()
+            running.process.kill("it broke a request off and does not answer")
 
     def _order(self, model: ModelConfig) -> EngineOrder:
         system = self.config.system
@@ -437,6 +437,8 @@ class Dispatcher:
 
     def _visible_gpus(self) -> dict[str, str]:
         """NVML counts GPUs by their place on the bus; CUDA has to be told to do the same."""
+        if not self.config.system.gpu_devices:
+            return {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
         if self.device.name != "gpu":
             return {}
         devices = ",".join(map(str, self.config.system.gpu_devices))
@@ -451,8 +453,8 @@ class Dispatcher:
 
     def _configure(self) -> None:
         now = time.monotonic()
-        self._post(MemoryChanged(now, {self.device.name: budget_mib(self.device, self.config.system)}))
         self._post(Configured(now, self._specs(), _policy(self.config)))
+        self._post(MemoryChanged(now, {self.device.name: budget_mib(self.device, self.config.system)}))
 
     def _specs(self) -> Mapping[str, ModelSpec]:
         connections = self.config.system.http_max_connections

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import secrets
 import signal
@@ -32,7 +33,9 @@ _STATE_PREFIX = b"cmd_child_to_router:state:"
 _EXIT_COMMAND = b"cmd_router_to_child:exit\n"
 _POLL_SEC = 0.01
 _SILENCE_CHECK_SEC = 1.0
+_READS_AT_ONCE = 4
 _DRAIN_SEC = (0.02, 1.0)
+_CANNOT_ASK = -1  # we are short of file descriptors, which says nothing of the engine
 _LONGEST_LINE = 16 * 1024
 _LONGEST_MESSAGE = 1 << 20
 
@@ -124,6 +127,7 @@ class EngineProcess:
         self.load_progress: float | None = None
         """0 to 1 where the engine tells, while it loads."""
         self._process = process
+        self._killed_because = ""
         self._said_ready = asyncio.Event()
         self._last_sign = self.started
         self._loop = asyncio.get_running_loop()
@@ -188,11 +192,13 @@ class EngineProcess:
                 self._process.stdin.write(_EXIT_COMMAND)
             signal_group(self.pid, signal.SIGTERM)
             await asyncio.wait({self.exited}, timeout=self.order.stop_grace_sec)
-        self.kill()
+        self.kill(f"killed after {self.order.stop_grace_sec:g} s of grace")
         await self.exited
 
-    def kill(self) -> None:
+    def kill(self, reason: str = "") -> None:
+        """At once; `reason` is what will be said of its end."""
         if self.alive:  # once it is reaped, its number may be somebody else's
+            self._killed_because = self._killed_because or reason
             signal_group(self.pid, signal.SIGKILL)
 
     async def _wait(self) -> str:
@@ -206,7 +212,7 @@ class EngineProcess:
         self._drain()  # what it said last is the reason
         self._drain_timer.cancel()
         os.close(self._stderr)
-        return _describe_exit(code, self.log)
+        return self._killed_because or _describe_exit(code, self.log)
 
     async def _read_messages(self) -> None:
         """Standard output: state messages in child mode, log lines in builds that do not know it."""
@@ -234,7 +240,7 @@ class EngineProcess:
         pipe is looked into now and then: soon again when there was much, seldom when there was nothing.
         """
         size = 0
-        while True:
+        for _ in range(_READS_AT_ONCE):  # one that writes without end must not keep us from all else
             try:
                 chunk = os.read(self._stderr, 1 << 18)
             except BlockingIOError:
@@ -272,15 +278,16 @@ class EngineProcess:
     async def healthy(self, timeout_sec: float) -> bool:
         """Whether it is alive and answers with our key in time."""
         try:
-            return self.alive and await asyncio.wait_for(self._status("/v1/models", self.key), timeout_sec) == 200
+            status = await asyncio.wait_for(self._status("/v1/models", self.key), timeout_sec)
+            return self.alive and status in (200, _CANNOT_ASK)
         except asyncio.TimeoutError:
             return False
 
     async def _status(self, path: str, key: str) -> int | None:
         try:
             reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        except OSError:
-            return None
+        except OSError as error:
+            return _CANNOT_ASK if error.errno in (errno.EMFILE, errno.ENFILE) else None
         try:
             authorization = f"Authorization: Bearer {key}\r\n" if key else ""
             writer.write(

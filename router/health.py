@@ -12,6 +12,7 @@ import logging
 import time
 
 from router.dispatcher import Dispatcher, RunningEngine
+from router.residency import EngineState
 
 _log = logging.getLogger("router")
 
@@ -39,17 +40,16 @@ class HealthMonitor:
                 task.cancel()
 
     def _is_due(self, running: RunningEngine) -> bool:
-        if running.ready_sec is None:
+        engine = self._dispatcher.scheduler.engines.get(running.id)
+        if running.ready_sec is None or engine is None or engine.state is EngineState.STOPPING:
             return False
         now = time.monotonic()
         system = self._dispatcher.config.system
         probed_sec = running.probed_sec or running.ready_sec
         if running.failed_probes or now - probed_sec >= system.health_check_interval_sec:
             return True
-        engine = self._dispatcher.scheduler.engines.get(running.id)
-        busy = engine is not None and bool(engine.in_flight)
         silent_sec = now - max(probed_sec, running.pool.last_sign_sec)
-        return busy and silent_sec >= system.stall_timeout_sec
+        return bool(engine.in_flight) and silent_sec >= system.stall_timeout_sec
 
     def _start_probe(self, running: RunningEngine) -> None:
         task = asyncio.create_task(self._probe(running), name=f"probe of {running.alias}")
@@ -76,4 +76,4 @@ class HealthMonitor:
         )
         if running.failed_probes >= _PROBES:
             _log.error("model %s: its engine (pid %d) hangs and is killed", running.alias, running.process.pid)
-            running.process.kill()
+            running.process.kill(f"it hung: {_PROBES} probes without an answer")

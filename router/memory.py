@@ -76,13 +76,21 @@ def host_memory() -> tuple[int, int]:
     """Total and available RAM in MiB; a cgroup's limit counts (cgroup v2 memory.max, v1 limit_in_bytes)."""
     memory = psutil.virtual_memory()
     total, available = memory.total, memory.available
-    for limit_file, usage_file in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for folder, limit_name, usage_name, cache_names in (
+        ("", "memory.max", "memory.current", ("inactive_file", "active_file")),
+        (
+            "memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            ("total_inactive_file", "total_active_file"),
+        ),
     ):
+        group = Path("/sys/fs/cgroup", folder)
         with contextlib.suppress(OSError, ValueError):  # absent, or "max"
-            limit = int(Path("/sys/fs/cgroup", limit_file).read_text())
-            usage = int(Path("/sys/fs/cgroup", usage_file).read_text())
+            limit = int((group / limit_name).read_text())
+            usage = int((group / usage_name).read_text())
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            usage -= sum(int(stat.get(name, 0)) for name in cache_names)  # the kernel takes that back at need
             if limit < total:
                 total, available = limit, min(available, max(0, limit - usage))
     return total // _MIB, available // _MIB

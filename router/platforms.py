@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -80,6 +81,15 @@ async def exit_code(process: subprocess.Popen[bytes]) -> int:
 
     threading.Thread(target=wait, name=f"exit of {process.pid}", daemon=True).start()
     return await ended
+
+
+def allow_many_files() -> int:
+    """Raise the limit of open files as far as we may; returns it. Each client and each engine takes some."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # macOS: the hard limit may be more than is allowed
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return soft
 
 
 def signal_group(pid: int, number: int) -> None:

@@ -23,7 +23,7 @@ from urllib.parse import quote
 import msgspec
 
 from router.api.auth import Keyring
-from router.api.errors import ApiError, refused
+from router.api.errors import ApiError, error_event, refused
 from router.dispatcher import Dispatcher, Ticket
 from router.events import RequestDone
 from router.messages import Refusal
@@ -96,6 +96,8 @@ _PRIORITIES = {
 }
 _BUFFERED_ANSWER = 4 << 20
 """Answers up to this size are read whole before the client sees any of it, so that they can be tried again."""
+
+_LONGEST_NAME = 256
 
 
 class _Envelope(msgspec.Struct):
@@ -183,6 +185,8 @@ class _Exchange:
             return
         except _ClientGone:
             return
+        if self._dispatcher.is_taken(self._request_id):  # by one that came while the body was read
+            self._request_id = _new_id()
         ticket = self._dispatcher.submit(self._request_id, self._alias, priority)
         watch = _ClientWatch(self._receive, self._client_left)
         outcome = "cancelled"
@@ -215,7 +219,7 @@ class _Exchange:
             request_id = given.decode("ascii")
             if not self._dispatcher.is_taken(request_id):
                 return request_id
-        return f"{getrandbits(96):024x}"
+        return _new_id()
 
     async def _read_body(self) -> bytes:
         if self._headers.get(b"content-encoding", b"identity") != b"identity":
@@ -252,9 +256,11 @@ class _Exchange:
         else:
             try:
                 envelope = _decode(self._body)
-            except msgspec.MsgspecError as error:
-                what = "is empty" if not self._body else f"is not a JSON object: {error}"
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                what = f"is not a JSON object: {error}" if self._body else "is empty"
                 raise ApiError(400, "invalid_json", f"The body {what}.") from None
+            except RecursionError:
+                raise ApiError(400, "invalid_json", "The body is nested too deeply.") from None
             model = envelope.model
             self._streams = envelope.stream is True
         models = self._dispatcher.config.models
@@ -305,6 +311,8 @@ class _Exchange:
                         await self._heartbeat(ticket)
             else:
                 await ticket.decision()
+        if self._gone:  # Python before 3.12 loses a cancellation that comes together with what is waited for
+            raise asyncio.CancelledError
         if ticket.rejection is not None:
             rejection = ticket.rejection
             raise refused(rejection.refusal, rejection.reason, rejection.retry_after_sec)
@@ -351,8 +359,8 @@ class _Exchange:
             self._status = 200
             await self._pass_on(connection)
             return "served"
-        error = (await self._collect(connection)).replace(b"\n", b" ")
-        await self._send_part(b"data: %b\n\ndata: [DONE]\n\n" % error, last=True)
+        body = (await self._collect(connection)).replace(b"\n", b" ")
+        await self._send_part(error_event(body, self._path), last=True)
         return "served" if head.status < 500 else "engine_error"
 
     async def _pass_on(self, connection: Connection) -> None:
@@ -457,6 +465,10 @@ class _Exchange:
         )
 
 
+def _new_id() -> str:
+    return f"{getrandbits(96):024x}"
+
+
 class _ClientGone(Exception):
     """It left before its request was whole."""
 
@@ -513,6 +525,8 @@ def _is_relayed(name: bytes) -> bool:
 
 def unknown_model(name: str, aliases: list[str]) -> str:
     """What to say to somebody who asks for a model that is not there."""
+    if len(name) > _LONGEST_NAME:
+        return f"There is no model of {len(name)} characters. There are: {_some_of(aliases)}."
     close = difflib.get_close_matches(name, aliases, n=3)
     if close:
         return f"There is no model {name!r}. Did you mean {_some_of(close)}?"

@@ -116,6 +116,8 @@ class Model:
     """That load may cost another model its place."""
     inspecting_since_sec: float | None = None
     inspected: Inspected | None = None
+    too_big: bool = False
+    """The last time it was wanted, it could never have fitted."""
     attempts: int = 0
     """Loads and crashes that failed in a row."""
     retry_at_sec: float = 0.0

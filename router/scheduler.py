@@ -434,11 +434,13 @@ class Scheduler:
                 taken |= hold
             case NeverFits(reason):
                 model.last_error = reason
+                model.too_big = True
                 model.inspected = None
                 self._off(model, reason)
                 self._reject_waiting(model, Refusal.INSUFFICIENT_MEMORY, reason)
 
     def _start(self, model: Model, placement: Placement) -> None:
+        model.too_big = False
         self._fleet.start(model, placement, self._now)
         self._waiting.pop(model.spec.alias)
         model.inspected = None

@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Coroutine, Generator
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from router.health import HealthMonitor
 from router.http_server import HttpProtocol
 from router.launcher import LocalLauncher, find_binary
 from router.memory import Device, find_device
+from router.platforms import allow_many_files
 
 _log = logging.getLogger("router")
 
@@ -37,7 +38,16 @@ _KEEP_ALIVE_SEC = 75
 
 _NEEDS_RESTART = {
     "api": ("host", "port", "cors_origins", "allowed_hosts"),
-    "system": ("llama_server_path", "base_port", "gpu_devices", "log_ring_lines", "debug", "structured_logs"),
+    "system": (
+        "llama_server_path",
+        "base_port",
+        "gpu_devices",
+        "preload_models",
+        "preload_delay_sec",
+        "log_ring_lines",
+        "debug",
+        "structured_logs",
+    ),
 }
 
 
@@ -66,20 +76,18 @@ def serve(load: Callable[[], Loaded]) -> None:
     binary = find_binary(config.system.llama_server_path)
     device = find_device(config.system, engine_uses_gpus=binary.kind != "embedded")
     listener = _listen(config.api)
+    allow_many_files()
     with contextlib.closing(listener):
-        runner = _event_loop()
-        try:
-            runner.run_until_complete(_Service(loaded, load, binary, device, listener).run())
-        finally:
-            runner.close()
+        _run(_Service(loaded, load, binary, device, listener).run())
 
 
-def _event_loop() -> asyncio.AbstractEventLoop:
+def _run(service: Coroutine[Any, Any, None]) -> None:
     try:
         import uvloop
     except ImportError:  # where there is none for the platform
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
+        asyncio.run(service)
+    else:
+        uvloop.run(service)
 
 
 def _listen(api: Api) -> socket.socket:

@@ -104,7 +104,6 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        self._pool.forget(self)
         if not self._complete:
             if self._head is not None and self._ends_with_connection():
                 self._complete = True
@@ -241,7 +240,6 @@ class EnginePool:
         self._authorization = f"authorization: Bearer {key}\r\n".encode()
         self._max_idle = max_idle
         self._idle: deque[Connection] = deque()
-        self._open: set[Connection] = set()
         self._closed = False
 
     async def request(
@@ -283,7 +281,6 @@ class EnginePool:
             _, connection = await loop.create_connection(lambda: Connection(self), "127.0.0.1", self.port)
         except OSError as error:
             raise EngineLost(f"cannot connect to the engine: {error}", answered=False) from error
-        self._open.add(connection)
         return connection
 
     def give_back(self, connection: Connection) -> None:
@@ -291,9 +288,6 @@ class EnginePool:
             connection.close()
         else:
             self._idle.append(connection)
-
-    def forget(self, connection: Connection) -> None:
-        self._open.discard(connection)
 
     def close_idle(self) -> None:
         """Its engine is going: keep nothing, let what is in flight finish."""

@@ -68,9 +68,13 @@ class ApiError(Exception):
 
     def event(self, path: str) -> bytes:
         """The same inside a stream that has begun: one event, then the end that the route's clients expect."""
-        if is_anthropic(path):
-            return b"event: error\ndata: %b\n\n" % self.body(path)
-        return b"data: %b\n\ndata: [DONE]\n\n" % self.body(path)
+        return error_event(self.body(path), path)
+
+
+def error_event(body: bytes, path: str) -> bytes:
+    if is_anthropic(path):
+        return b"event: error\ndata: %b\n\n" % body
+    return b"data: %b\n\ndata: [DONE]\n\n" % body
 
 
 def is_anthropic(path: str) -> bool:

@@ -13,11 +13,12 @@ from pydantic import BaseModel, Field
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.responses import JSONResponse
 
-from router.api.errors import ApiError
+from router.api.errors import ApiError, refused
 from router.api.openai import known_model
 from router.config_errors import ConfigError
 from router.dispatcher import Dispatcher
 from router.events import Missed, ModelChanged, ServerChanged
+from router.messages import Refusal
 
 router = APIRouter(tags=["management"])
 
@@ -40,7 +41,9 @@ async def load_model(body: ModelName, request: Request) -> dict[str, Any]:
     if state != "ready":
         model = dispatcher.scheduler.models.get(body.model)
         reason = (model.last_error if model else None) or f"it is {state}"
-        raise ApiError(503, "model_failed", f"{body.model!r} was not loaded: {reason}", "model")
+        if model is not None and model.too_big:
+            raise refused(Refusal.INSUFFICIENT_MEMORY, reason, None)
+        raise refused(Refusal.MODEL_FAILED, f"{body.model!r} was not loaded: {reason}", 1)
     return {"status": "success", "model": body.model, "message": f"{body.model} is ready"}
 
 

@@ -62,12 +62,12 @@ async def log_stream(alias: str, request: Request) -> EventSourceResponse:
     """SSE: what a model's engines say from now on, a line an event."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     known_model(dispatcher, alias)
-    return EventSourceResponse(_follow(dispatcher.log_of(alias)))
+    return EventSourceResponse(_follow(dispatcher, dispatcher.log_of(alias)))
 
 
-async def _follow(log: LogRing) -> AsyncIterator[ServerSentEvent]:
+async def _follow(dispatcher: Dispatcher, log: LogRing) -> AsyncIterator[ServerSentEvent]:
     seen = log.total
-    while True:
+    while dispatcher.status != "shutting_down":
         lines, seen = log.since(seen), log.total
         for line in lines:
             yield ServerSentEvent(line, event="log")

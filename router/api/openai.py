@@ -60,9 +60,10 @@ def _card(model: ModelConfig) -> dict[str, Any]:
         stat = model.model_path.stat()
         card["created"] = int(stat.st_mtime)
         header = _header(model.model_path, stat.st_mtime_ns, stat.st_size)
+        flags = Flags(model.flags)
+        capabilities = _capabilities(flags, header)
     except (OSError, gguf.GGUFError):
         return card
-    flags = Flags(model.flags)
     context = flags.integer("ctx-size", 0) or header.context_length
     if context and not flags.kv_unified:
         context //= flags.slots
@@ -74,7 +75,7 @@ def _card(model: ModelConfig) -> dict[str, Any]:
         "parameters": header.parameter_count,
         "quantization": header.quantization,
         "architecture": header.architecture,
-        "capabilities": _capabilities(flags, header),
+        "capabilities": capabilities,
     }
 
 
