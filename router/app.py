@@ -18,7 +18,7 @@ from router.api.errors import ApiError
 from router.config import Api
 from router.dispatcher import Dispatcher
 from router.metrics import Metrics
-from router.proxy import ROUTES, Proxy, Receive, Scope, Send
+from router.proxy import ROUTES, Message, Proxy, Receive, Scope, Send
 
 Reload = Callable[[], Awaitable[dict[str, Any]]]
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -26,6 +26,8 @@ _UNKNOWN_HOST = (
     "This router listens for this machine only, and does not know the name in your Host header. "
     "Add it to api.allowed_hosts if it is yours."
 )
+
+_LARGEST_PAGE_BODY = 1 << 20
 
 ASGI = Callable[[Scope, Receive, Send], Awaitable[None]]
 
@@ -39,7 +41,7 @@ def create_app(dispatcher: Dispatcher, keyring: Keyring, reload: Reload) -> ASGI
         if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in ROUTES:
             await proxy(scope, receive, send)
         else:
-            await pages(scope, receive, send)
+            await pages(scope, _bounded(receive), send)
 
     for_browsers = CORSMiddleware(
         app,
@@ -79,6 +81,21 @@ def _without_port(host: bytes) -> bytes:
     if host.startswith(b"["):
         return host[1:].partition(b"]")[0]
     return host.partition(b":")[0].lower()
+
+
+def _bounded(receive: Receive) -> Receive:
+    """Requests to manage are a line or two; a body without end must not fill the memory."""
+    size = 0
+
+    async def receive_some() -> Message:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        if size > _LARGEST_PAGE_BODY:
+            raise HTTPException(413, "The body is too large.")
+        return message
+
+    return receive_some
 
 
 def _pages(dispatcher: Dispatcher, keyring: Keyring, reload: Reload) -> FastAPI:

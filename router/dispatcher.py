@@ -59,6 +59,7 @@ _log = logging.getLogger("router")
 
 _INSPECTION_LIMIT_SEC = 30
 _PROBE_LIMIT_SEC = 3
+_POSITIONS_VALID_SEC = 1
 
 
 @dataclass(slots=True, eq=False)
@@ -159,6 +160,7 @@ class Dispatcher:
         self.crashes: dict[str, int] = defaultdict(int)
         self._launcher = launcher
         self._tickets: dict[str, Ticket] = {}
+        self._positions: dict[str, tuple[float, dict[str, int]]] = {}
         self._pending: deque[Event] = deque()
         self._posting = False
         self._timer: asyncio.TimerHandle | None = None
@@ -232,9 +234,15 @@ class Dispatcher:
         return request_id in self._tickets
 
     def position(self, ticket: Ticket) -> int | None:
-        """1 for the request that is served next; None when it does not wait."""
-        model = self.scheduler.models.get(ticket.alias)
-        return model.queue.position(ticket.id) if model is not None else None
+        """1 for the request that is served next; None when it does not wait. At most a second old."""
+        now = time.monotonic()
+        counted_sec, positions = self._positions.get(ticket.alias, (-math.inf, {}))
+        if now - counted_sec > _POSITIONS_VALID_SEC or ticket.id not in positions:
+            model = self.scheduler.models.get(ticket.alias)
+            waiting = model.queue if model is not None else ()
+            positions = {request.id: index for index, request in enumerate(waiting, 1)}
+            self._positions[ticket.alias] = now, positions
+        return positions.get(ticket.id)
 
     # --- operators --------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ import msgspec
 import psutil
 
 from router.flags import OWNED_VARIABLES
-from router.platforms import PIPE_BYTES, exit_code, log_pipe, signal_group, spawn
+from router.platforms import PIPE_BYTES, exit_code, is_foreign, log_pipe, signal_group, spawn
 
 _STATE_PREFIX = b"cmd_child_to_router:state:"
 _EXIT_COMMAND = b"cmd_router_to_child:exit\n"
@@ -212,6 +212,8 @@ class EngineProcess:
         self._drain()  # what it said last is the reason
         self._drain_timer.cancel()
         os.close(self._stderr)
+        if code in (126, 127) and is_foreign(self.order.argv[0]):  # a shell has tried to make sense of it
+            return f"{self.order.argv[0]} cannot be run: Exec format error (it is built for another processor)"
         return self._killed_because or _describe_exit(code, self.log)
 
     async def _read_messages(self) -> None:

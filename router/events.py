@@ -61,7 +61,8 @@ Happening = ModelChanged | ServerChanged | RequestDone | Missed
 class Subscription:
     """Iterate over it to get the events from now on."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, kinds: tuple[type, ...]) -> None:
+        self.kinds = kinds
         self._buffer: deque[Happening] = deque(maxlen=capacity)
         self._missed = 0
         self._arrived = asyncio.Event()
@@ -95,15 +96,17 @@ class Events:
         for listener in self._listeners:
             listener(happening)
         for subscription in self._subscriptions:
-            subscription.put(happening)
+            if isinstance(happening, subscription.kinds):
+                subscription.put(happening)
 
     def listen(self, listener: Callable[[Happening], None]) -> None:
         """Have it called with every event, at once, in the router's own time: for what must not miss any."""
         self._listeners.append(listener)
 
     @contextmanager
-    def subscribe(self) -> Iterator[Subscription]:
-        subscription = Subscription(self._capacity)
+    def subscribe(self, *kinds: type) -> Iterator[Subscription]:
+        """Events of these kinds; nobody is woken up for any other."""
+        subscription = Subscription(self._capacity, kinds)
         self._subscriptions.add(subscription)
         try:
             yield subscription

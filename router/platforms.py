@@ -50,6 +50,16 @@ def spawn(argv: Sequence[str], env: Mapping[str, str], stderr: int) -> subproces
     )
 
 
+def is_foreign(program: str) -> bool:
+    """Whether an ELF program is built for another kind of processor than this interpreter."""
+    try:
+        with open(program, "rb") as theirs, open(sys.executable, "rb") as ours:
+            heads = theirs.read(20), ours.read(20)
+    except OSError:
+        return False
+    return all(head[:4] == b"\x7fELF" for head in heads) and heads[0][18:] != heads[1][18:]
+
+
 def _tie_to_parent() -> Callable[[], None] | None:
     if sys.platform != "linux":
         return None

@@ -348,30 +348,33 @@ class _Exchange:
             await self._start(head.status, answer)
             await self._send_part(body, last=True)
         else:
+            first = await connection.chunk()  # until then nothing has reached the client: it can be tried again
             self._status = head.status
             await self._start(head.status, answer)
-            await self._pass_on(connection)
+            await self._pass_on(connection, first)
         return "served" if head.status < 500 else "engine_error"
 
     async def _continue_stream(self, connection: Connection, head: Head) -> str:
         """The client has seen heartbeats already: whatever the engine answers must be events."""
         if head.status == 200 and head.streams:
+            first = await connection.chunk()
             self._status = 200
-            await self._pass_on(connection)
+            await self._pass_on(connection, first)
             return "served"
         body = (await self._collect(connection)).replace(b"\n", b" ")
         await self._send_part(error_event(body, self._path), last=True)
         return "served" if head.status < 500 else "engine_error"
 
-    async def _pass_on(self, connection: Connection) -> None:
-        """The rest of the answer to the client, as it comes."""
+    async def _pass_on(self, connection: Connection, part: bytes | None) -> None:
+        """The answer from `part` on to the client, as it comes."""
         clock = asyncio.get_running_loop().time
         send = self._send
-        while (part := await connection.chunk()) is not None:
+        while part is not None:
             self._awaits_engine = False
             await send({"type": "http.response.body", "body": part, "more_body": True})
             self._awaits_engine = True
             self._progress = clock()
+            part = await connection.chunk()
         self._release_connection()
         await self._send_part(b"", last=True)
 

@@ -101,15 +101,6 @@ class PriorityQueue:
     def _waits(self, request: Request) -> bool:
         return self._lines[request.priority].get(request.id) is request
 
-    def position(self, request_id: str) -> int | None:
-        """1 for the head; None for a request that does not wait here."""
-        for line in self._lines.values():
-            if (request := line.get(request_id)) is not None:
-                key = (request.deadline_sec, request.seq)
-                everybody = (other for others in self._lines.values() for other in others.values())
-                return 1 + sum((other.deadline_sec, other.seq) < key for other in everybody)
-        return None
-
     def count(self, priority: Priority) -> int:
         return len(self._lines[priority])
 

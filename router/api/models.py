@@ -162,7 +162,7 @@ def _memory_mib(dispatcher: Dispatcher, alias: str) -> int:
 
 
 async def _status_events(dispatcher: Dispatcher) -> AsyncIterator[ServerSentEvent]:
-    with dispatcher.events.subscribe() as happenings:
+    with dispatcher.events.subscribe(ModelChanged, ServerChanged) as happenings:
         yield _event("full_status", full_status(dispatcher))
         async for happening in happenings:
             match happening:

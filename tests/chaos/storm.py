@@ -1,0 +1,155 @@
+"""What the chaos tests share: how much of it, many clients at once, and a look into the router's bookkeeping.
+
+Every test has a version that CI can afford; `CHAOS=long` in the environment runs the whole storm.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import psutil
+from conftest import ROOT, Router, eventually
+
+LONG = os.environ.get("CHAOS") == "long"
+OBSERVER = Path(__file__).parent / "observer"
+
+
+def scale(ci: int, long: int) -> int:
+    return long if LONG else ci
+
+
+def observed(folder: Path) -> dict[str, str]:
+    """Environment of a router that can be looked into with `books`."""
+    return {"PYTHONPATH": f"{OBSERVER}{os.pathsep}{ROOT}", "OBSERVATION": str(folder / "observation.json")}
+
+
+def books(router: Router, folder: Path) -> dict[str, int]:
+    """What the router holds on to now: descriptors, engines, tasks, and its objects per request and connection."""
+    observation = folder / "observation.json"
+    observation.unlink(missing_ok=True)
+    router.process.send_signal(signal.SIGUSR1)
+    eventually(observation.exists)
+    counts: dict[str, int] = json.loads(observation.read_text())
+    process = psutil.Process(router.process.pid)
+    return {**counts, "descriptors": process.num_fds(), "processes": len(process.children(recursive=True))}
+
+
+def settle(router: Router, folder: Path, before: dict[str, int]) -> None:
+    """Wait until the router holds no more than before the storm, or say what it still does.
+
+    A leak grows with the storm. One or two objects more are only a variable that still names the last one.
+    """
+
+    def left() -> dict[str, tuple[int, int]]:
+        now = books(router, folder)
+        spare = {name: 0 if name in ("descriptors", "processes", "tasks") else 2 for name in now}
+        return {name: (before[name], now[name]) for name in now if now[name] > before[name] + spare[name]}
+
+    try:
+        eventually(lambda: not left(), timeout_sec=15)
+    except AssertionError:
+        raise AssertionError(f"left behind (before, after): {left()}") from None
+
+
+def processes_about(folder: Path) -> list[psutil.Process]:
+    """Every live process on this machine whose command line names the test's folder."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        dead = process.info["status"] == psutil.STATUS_ZOMBIE
+        if not dead and any(str(folder) in word for word in process.info["cmdline"] or ()):
+            found.append(process)
+    return found
+
+
+def eject_all(router: Router, *aliases: str) -> None:
+    for alias in aliases:
+        router.http.post("/v1/models/eject", json={"model": alias})
+    eventually(lambda: router.engines == [])
+
+
+@dataclass
+class Crowd:
+    """Clients in threads, each asking again and again, and what became of what they asked."""
+
+    router: Router
+    aliases: tuple[str, ...]
+    max_tokens: tuple[int, int] = (1, 24)
+    outcomes: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+    over: threading.Event = field(default_factory=threading.Event)
+    threads: list[threading.Thread] = field(default_factory=list)
+
+    def start(self, clients: int, ask: Callable[[httpx.Client, random.Random], str]) -> None:
+        for number in range(clients):
+            thread = threading.Thread(target=self._live, args=(number, ask), daemon=True)
+            self.threads.append(thread)
+            thread.start()
+
+    def finish(self, timeout_sec: float = 60) -> None:
+        """Let everybody get the answer to the last question. Raises if somebody hangs."""
+        self.over.set()
+        for thread in self.threads:
+            thread.join(timeout_sec)
+        assert not any(thread.is_alive() for thread in self.threads), "a client hangs"
+
+    @property
+    def answered(self) -> int:
+        return sum(self.outcomes.values())
+
+    def _live(self, number: int, ask: Callable[[httpx.Client, random.Random], str]) -> None:
+        chance = random.Random(number)
+        with httpx.Client(base_url=self.router.url, timeout=60) as http:
+            while not self.over.is_set():
+                try:
+                    outcome = ask(http, chance)
+                except Exception as error:
+                    outcome = f"{type(error).__name__}: {error}"
+                    self.failures.append(outcome)
+                self.outcomes[outcome] += 1
+
+    def body(self, chance: random.Random, **more: Any) -> dict[str, Any]:
+        content = "".join(chance.choices("abcdefgh ", k=chance.randrange(1, 60)))
+        messages = [{"role": "user", "content": content}]
+        tokens = chance.randint(*self.max_tokens)
+        return {"model": chance.choice(self.aliases), "messages": messages, "max_tokens": tokens, **more}
+
+    def ask_plainly(self, http: httpx.Client, chance: random.Random) -> str:
+        body = self.body(chance)
+        answer = http.post("/v1/chat/completions", json=body)
+        if answer.status_code != 200:
+            self.failures.append(f"{answer.status_code}: {answer.text}")
+        elif answer.json()["usage"]["completion_tokens"] != body["max_tokens"]:
+            self.failures.append(f"asked for {body['max_tokens']} tokens: {answer.text}")
+        return f"plain {answer.status_code}"
+
+    def ask_for_a_stream(self, http: httpx.Client, chance: random.Random) -> str:
+        body = self.body(chance, stream=True)
+        body["max_tokens"] *= 8
+        answer = http.post("/v1/chat/completions", json=body)
+        if answer.status_code != 200:
+            self.failures.append(f"{answer.status_code}: {answer.text}")
+            return f"stream {answer.status_code}"
+        return f"stream {self._end_of(answer.text)}"
+
+    def _end_of(self, text: str) -> str:
+        """complete or broken off; anything else is a failure."""
+        *events, last, rest = text.split("\n\n")
+        if last != "data: [DONE]" or rest:
+            self.failures.append(f"a stream that does not end: {text[-200:]!r}")
+            return "torn"
+        documents = [json.loads(event[6:]) for event in events if event.startswith("data: ")]
+        if "error" not in documents[-1]:
+            return "complete"
+        if documents[-1]["error"]["code"] != "engine_lost" or len(documents) == 1:
+            self.failures.append(f"a stream that failed before it began: {text[-200:]!r}")
+        return "broken off"

@@ -1,0 +1,116 @@
+"""Every third client goes away at a random point; slots and queues end at zero, and the others notice nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+from pathlib import Path
+
+import httpx2 as httpx
+import psutil
+import pytest
+from conftest import Router, Start, eventually, models
+from storm import LONG, books, eject_all, observed, scale, settle
+
+ALIASES = ("a", "b")
+
+
+@pytest.mark.timeout(900 if LONG else 120)
+def test_every_third_client_leaves_at_a_random_point(start: Start, tiny: Path, tmp_path: Path) -> None:
+    flags = ["-c", "2048", "-np", "2", "-t", "1", "--ignore-eos"]
+    config = {
+        "api": {"heartbeat_sec": 0.05},
+        "system": {"max_queue_size_per_model": 1000},
+        "models": models(tiny, *ALIASES, flags=flags),
+    }
+    router = start(config, **observed(tmp_path))
+    for alias in ALIASES:
+        assert router.chat(alias).status_code == 200
+    eject_all(router, *ALIASES)
+    router.http.close()
+    router.http = httpx.Client(base_url=router.url, timeout=60, headers={"connection": "close"})
+    eventually(lambda: books(router, tmp_path)["HttpProtocol"] == 0)
+    before = books(router, tmp_path)
+
+    seed = random.randrange(1 << 32)
+    wrong = asyncio.run(everybody(router, random.Random(seed), scale(300, 2000)))
+    assert wrong == [], seed
+
+    eventually(lambda: not any(occupied(router, alias) for alias in ALIASES))
+    summary = router.http.get("/v1/queue/stats").json()["summary"]
+    assert summary["total_queued"] == summary["total_processing"] == 0
+    eject_all(router, *ALIASES)
+    settle(router, tmp_path, before)
+    assert "Traceback" not in router.log
+
+
+def occupied(router: Router, alias: str) -> list[int]:
+    """Slots in which the engine itself says that it works."""
+    status = router.status(alias)
+    if status["pid"] is None:
+        return []
+    key = psutil.Process(status["pid"]).environ()["LLAMA_API_KEY"]
+    slots = httpx.get(f"http://127.0.0.1:{status['port']}/slots", headers={"authorization": f"Bearer {key}"})
+    return [slot["id"] for slot in slots.json() if slot["is_processing"]]
+
+
+async def everybody(router: Router, chance: random.Random, clients: int) -> list[str]:
+    places = asyncio.Semaphore(48)
+    wrong: list[str] = []
+
+    async def one(number: int) -> None:
+        async with places:
+            problem = await visit(router, random.Random(chance.random()), leaves=number % 3 == 0)
+            if problem:
+                wrong.append(f"client {number}: {problem}")
+
+    await asyncio.gather(*(one(number) for number in range(clients)))
+    return wrong
+
+
+async def visit(router: Router, chance: random.Random, *, leaves: bool) -> str | None:
+    """One client's life; what is wrong with its answer, if it stayed for it."""
+    streams = chance.random() < 0.5
+    tokens = chance.randrange(1, 40)
+    body = json.dumps(
+        {
+            "model": chance.choice(ALIASES),
+            "messages": [{"role": "user", "content": "x" * chance.randrange(1, 200)}],
+            "max_tokens": tokens,
+            "stream": streams,
+            "stream_options": {"include_usage": True},
+        }
+    ).encode()
+    head = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
+    )
+    request = head % len(body) + body
+    host, _, port = router.url.removeprefix("http://").partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        if leaves and chance.random() < 0.3:
+            writer.write(request[: chance.randrange(len(request))])
+            await writer.drain()
+            return None
+        writer.write(request)
+        if leaves:
+            patience = chance.choice((0, 0.001, 0.01, 0.05, 0.2, 0.5))
+            with contextlib.suppress(asyncio.TimeoutError, asyncio.IncompleteReadError, ConnectionError):
+                await asyncio.wait_for(reader.readexactly(chance.randrange(1, 3000)), patience)
+            return None
+        answer = await asyncio.wait_for(reader.read(), 60)
+    except asyncio.TimeoutError:
+        return "it hangs"
+    finally:
+        if leaves and chance.random() < 0.5:
+            writer.transport.abort()
+        writer.close()
+    if not answer.startswith(b"HTTP/1.1 200 "):
+        return answer.decode("latin-1")
+    if b'"completion_tokens":%d,' % tokens not in answer and b'"completion_tokens":%d}' % tokens not in answer:
+        return f"asked for {tokens} tokens: {answer[-300:]!r}"
+    if streams and b"data: [DONE]\n\n" not in answer:
+        return f"no end: {answer[-300:]!r}"
+    return None

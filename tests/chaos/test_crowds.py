@@ -1,0 +1,136 @@
+"""Many of everything: models, requests that wait, subscribers. Memory and answering times must stay bounded."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import Router, Start, eventually, fake, models
+from storm import LONG, scale
+
+WAITING = scale(2000, 10_000)
+SUBSCRIBERS = scale(200, 1000)
+
+
+def memory_mib(router: Router) -> float:
+    return float(psutil.Process(router.process.pid).memory_info().rss) / 2**20
+
+
+def cpu_sec(router: Router) -> float:
+    times = psutil.Process(router.process.pid).cpu_times()
+    return float(times.user + times.system)
+
+
+@contextmanager
+def many_connections(router: Router, count: int, request: bytes) -> Iterator[list[socket.socket]]:
+    host, _, port = router.url.removeprefix("http://").partition(":")
+    with ExitStack() as open_ones:
+        clients = []
+        for _ in range(count):
+            client = open_ones.enter_context(socket.create_connection((host, int(port)), timeout=30))
+            client.sendall(request)
+            clients.append(client)
+        yield clients
+
+
+@pytest.fixture(autouse=True)
+def descriptors() -> None:
+    """For the clients here, and for the router, which inherits it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = max(WAITING, SUBSCRIBERS) + 500
+    if soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            pytest.skip(f"needs {needed} file descriptors, and {hard} are allowed")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def test_two_hundred_models(start: Start, tiny: Path, tmp_path: Path) -> None:
+    one = start({"models": models(tiny, "a")})
+    memory_of_one = memory_mib(one)
+    entries = {}
+    for number in range(200):
+        path = Path(shutil.copy(tiny, tmp_path / f"model-{number}.gguf"))
+        entries |= models(path, f"family/model-{number}:q4")
+    began = time.monotonic()
+    router = start({"models": entries})
+    assert time.monotonic() - began < 5
+    for path in ("/v1/models", "/v1/models/status", "/v1/queue/stats", "/metrics"):
+        began = time.monotonic()
+        answer = router.http.get(path)
+        assert answer.status_code == 200
+        assert time.monotonic() - began < 2, path
+        assert "model-199" in answer.text or path == "/metrics"
+    assert router.chat("family/model-150:q4").status_code == 200
+    assert router.chat("family/model-1500").status_code == 404
+    assert memory_mib(router) - memory_of_one < 40
+
+
+@pytest.mark.timeout(900 if LONG else 120)
+@pytest.mark.parametrize("streams", [False, True], ids=["plain", "streams"])
+def test_thousands_wait_for_a_model_that_does_not_come(
+    start: Start, tiny: Path, tmp_path: Path, streams: bool
+) -> None:
+    system = {"llama_server_path": fake(tmp_path, ready="never"), "max_queue_size_per_model": WAITING}
+    beat_sec = scale(2, 10)
+    router = start({"api": {"heartbeat_sec": beat_sec}, "system": system, "models": models(tiny, "a", "b")})
+    before = memory_mib(router), psutil.Process(router.process.pid).num_fds()
+    body = json.dumps({"model": "a", "messages": [], "stream": streams, "x": "y" * 1000}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body)
+    with many_connections(router, WAITING, head + body) as clients:
+        eventually(lambda: queued(router) == WAITING, timeout_sec=60)
+        if streams:
+            for client in clients:
+                assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
+            busy, began = cpu_sec(router), time.monotonic()
+            while time.monotonic() - began < 2 * beat_sec:
+                assert b": position " in clients[0].recv(4096)
+            assert (cpu_sec(router) - busy) / (time.monotonic() - began) < 0.4  # time is left for everybody else
+        assert router.chat("a").status_code == 429
+        began = time.monotonic()
+        assert router.http.get("/live").status_code == 200
+        assert time.monotonic() - began < 0.5
+        assert (memory_mib(router) - before[0]) / WAITING < 0.04  # 40 KiB each
+    eventually(lambda: queued(router) == 0, timeout_sec=30)
+    eventually(lambda: psutil.Process(router.process.pid).num_fds() <= before[1] + 5, timeout_sec=30)
+
+
+def queued(router: Router) -> int:
+    return int(router.http.get("/v1/queue/stats").json()["summary"]["total_queued"])
+
+
+@pytest.mark.timeout(900 if LONG else 120)
+def test_subscribers_that_do_not_read_cost_the_others_nothing(start: Start, tiny: Path, tmp_path: Path) -> None:
+    system = {"llama_server_path": fake(tmp_path), "preload_models": ["a"]}
+    router = start({"system": system, "models": models(tiny, "a", "b")})
+    router.chat("a")
+    before = memory_mib(router), psutil.Process(router.process.pid).num_fds()
+    alone = cpu_of_requests(router)
+    subscribe = b"GET /v1/models/status/stream HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    with many_connections(router, SUBSCRIBERS, subscribe) as clients:
+        for client in clients:
+            received = b""
+            while b"full_status" not in received:
+                received += client.recv(65536)
+        crowded = cpu_of_requests(router)
+        for _ in range(scale(20, 200)):  # news for everybody, read by nobody
+            router.http.post("/v1/models/eject", json={"model": "a"})
+            assert router.chat("a").status_code == 200
+        assert (memory_mib(router) - before[0]) / SUBSCRIBERS < 0.2
+    assert crowded < 2 * alone + 0.1  # who asks for a chat is no news to them
+    eventually(lambda: psutil.Process(router.process.pid).num_fds() <= before[1] + 2, timeout_sec=30)
+
+
+def cpu_of_requests(router: Router, count: int = 300) -> float:
+    """Seconds of the router's time."""
+    before = cpu_sec(router)
+    for _ in range(count):
+        assert router.chat("a").status_code == 200
+    return cpu_sec(router) - before
