@@ -58,7 +58,6 @@ from router.upstream import EnginePool
 _log = logging.getLogger("router")
 
 _INSPECTION_LIMIT_SEC = 30
-_PROBE_LIMIT_SEC = 3
 _POSITIONS_VALID_SEC = 1
 
 
@@ -419,7 +418,7 @@ class Dispatcher:
         running = self.running.get(engine_id)
         if running is None:
             return
-        if await running.process.healthy(_PROBE_LIMIT_SEC):
+        if await running.process.healthy():
             self._post(EngineAlive(time.monotonic(), engine_id))
         else:
             running.process.kill("it broke a request off and does not answer")

@@ -31,6 +31,8 @@ from router.platforms import PIPE_BYTES, exit_code, is_foreign, log_pipe, signal
 
 _STATE_PREFIX = b"cmd_child_to_router:state:"
 _EXIT_COMMAND = b"cmd_router_to_child:exit\n"
+PROBE_LIMIT_SEC = 3
+
 _POLL_SEC = 0.01
 _SILENCE_CHECK_SEC = 1.0
 _READS_AT_ONCE = 4
@@ -277,10 +279,10 @@ class EngineProcess:
             if await self._status("/v1/models", "") == 401 and await self._status("/v1/models", self.key) == 200:
                 return
 
-    async def healthy(self, timeout_sec: float) -> bool:
+    async def healthy(self) -> bool:
         """Whether it is alive and answers with our key in time."""
         try:
-            status = await asyncio.wait_for(self._status("/v1/models", self.key), timeout_sec)
+            status = await asyncio.wait_for(self._status("/v1/models", self.key), PROBE_LIMIT_SEC)
             return self.alive and status in (200, _CANNOT_ASK)
         except asyncio.TimeoutError:
             return False

@@ -12,12 +12,12 @@ import logging
 import time
 
 from router.dispatcher import Dispatcher, RunningEngine
+from router.engine import PROBE_LIMIT_SEC
 from router.residency import EngineState
 
 _log = logging.getLogger("router")
 
 _PROBES = 3
-_PROBE_LIMIT_SEC = 3
 _LOOK_SEC = 1
 
 
@@ -58,7 +58,7 @@ class HealthMonitor:
 
     async def _probe(self, running: RunningEngine) -> None:
         began = time.monotonic()
-        healthy = await running.process.healthy(_PROBE_LIMIT_SEC)
+        healthy = await running.process.healthy()
         running.probed_sec = time.monotonic()
         running.probe_latency_sec = running.probed_sec - began
         if healthy:
@@ -72,7 +72,7 @@ class HealthMonitor:
             running.alias,
             running.failed_probes,
             _PROBES,
-            _PROBE_LIMIT_SEC,
+            PROBE_LIMIT_SEC,
         )
         if running.failed_probes >= _PROBES:
             _log.error("model %s: its engine (pid %d) hangs and is killed", running.alias, running.process.pid)

@@ -186,11 +186,6 @@ class Connection(asyncio.Protocol):
             self._transport.resume_reading()
         return data
 
-    @property
-    def complete(self) -> bool:
-        """The whole answer has come (though not all of it may have been taken)."""
-        return self._complete
-
     def release(self) -> None:
         """Back to the pool when the answer was read to its end, closed otherwise."""
         if self._complete and self._may_stay and not self._chunks and self.is_open:
@@ -235,8 +230,6 @@ class EnginePool:
         self.port = port
         self.last_sign_sec = 0.0
         """When the engine last sent a byte, or was last sent a request (monotonic)."""
-        self.resends = 0
-        """Requests written to a connection that turned out to be dead."""
         self._authorization = f"authorization: Bearer {key}\r\n".encode()
         self._max_idle = max_idle
         self._idle: deque[Connection] = deque()
@@ -264,7 +257,6 @@ class EnginePool:
                 connection.close()
                 if lost.answered or not connection.reused:
                     raise
-                self.resends += 1
             except BaseException:
                 connection.close()
                 raise
