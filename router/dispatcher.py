@@ -91,7 +91,17 @@ class LastExit:
 class Ticket:
     """A request's place: in the queue, then with `engine`, or turned away with `rejection`."""
 
-    __slots__ = ("_turn", "alias", "arrival_sec", "engine", "granted_sec", "id", "priority", "rejection")
+    __slots__ = (
+        "_turn",
+        "alias",
+        "arrival_sec",
+        "engine",
+        "granted_sec",
+        "id",
+        "priority",
+        "rejection",
+        "retries",
+    )
 
     def __init__(self, request_id: str, alias: str, priority: Priority, now: float) -> None:
         self.id = request_id
@@ -101,6 +111,8 @@ class Ticket:
         self.granted_sec = now
         self.engine: RunningEngine | None = None
         self.rejection: Reject | None = None
+        self.retries = 0
+        """How often its engine broke and it was sent back to the queue."""
         self._turn: asyncio.Event | None = None
 
     @property
@@ -227,6 +239,7 @@ class Dispatcher:
     def requeue(self, ticket: Ticket, reason: str) -> None:
         """Its engine broke before the first byte of an answer: back to the head of its queue."""
         ticket.engine = None
+        ticket.retries += 1
         self._post(Requeue(time.monotonic(), ticket.id, reason))
 
     def is_taken(self, request_id: str) -> bool:

@@ -12,6 +12,10 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import msgspec
+
+from router.meter import NO_USAGE, Usage
+
 
 @dataclass(frozen=True, slots=True)
 class ModelChanged:
@@ -32,12 +36,15 @@ class ServerChanged:
     at: float
 
 
-@dataclass(frozen=True, slots=True)
-class RequestDone:
-    """A request to a model got its outcome."""
+class RequestDone(msgspec.Struct, frozen=True):
+    """A request on the data plane is over. Published exactly once for each, after its last byte.
+
+    There is one per request: a struct is as immutable as a dataclass, and made in a fifth of the time.
+    """
 
     request_id: str
     alias: str
+    """Empty when the request named no model that is configured, so that no client makes up aliases."""
     route: str
     priority: str
     outcome: str
@@ -46,6 +53,30 @@ class RequestDone:
     queue_sec: float
     load_sec: float
     total_sec: float
+    """From the moment that the whole request was there to the last byte of the answer."""
+    at: float = 0.0
+    """When it ended; seconds since the epoch."""
+    ttft_sec: float | None = None
+    """From there to the first byte of the engine's answer to the client; None when there was none."""
+    streamed: bool = False
+    """The client had asked for a stream."""
+    request_bytes: int = 0
+    answer_bytes: int = 0
+    """Of the engine's answer."""
+    retries: int = 0
+    """How often it went back to its queue because its engine broke."""
+    resends: int = 0
+    """How often it was sent again because an idle connection had just been closed."""
+    reason: str = ""
+    """What the client was told when it was not served."""
+    usage: Usage = NO_USAGE
+    trace: str = ""
+    """The client's `traceparent` (W3C Trace Context)."""
+
+    @property
+    def stream_sec(self) -> float:
+        """From the first byte of the answer to its last."""
+        return 0.0 if self.ttft_sec is None else self.total_sec - self.ttft_sec
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,8 @@ the answer is built into objects. What it promises:
 - A client that goes away frees its place at once: in the queue, or in the engine by closing the connection.
 - A request whose engine died before anything reached the client goes back to the head of its queue.
 - A stream that has begun ends with an error event, never with silence or a torn chunk.
+- Every request ends in exactly one `RequestDone`, whatever happens to it. For that, all of an engine's answer goes
+  through `AnswerMeter.note`, right before it is sent; the meter is read once, when all is over.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from router.api.errors import ApiError, error_event, refused
 from router.dispatcher import Dispatcher, Ticket
 from router.events import RequestDone
 from router.messages import Refusal
+from router.meter import NO_USAGE, AnswerMeter
 from router.queue import Priority
 from router.upstream import Connection, EngineLost, Head
 
@@ -131,10 +134,13 @@ class _Exchange:
         "_gone",
         "_headers",
         "_keyring",
+        "_meter",
         "_path",
         "_progress",
+        "_reason",
         "_receive",
         "_request_id",
+        "_resends",
         "_scope",
         "_send",
         "_started",
@@ -157,6 +163,10 @@ class _Exchange:
         self._alias = ""
         self._body = b""
         self._streams = False
+        self._meter = AnswerMeter()
+        self._resends = 0
+        self._reason = ""
+        """What the client was told when it was not served."""
         self._started = False
         """The client has got a head."""
         self._status = 0
@@ -181,9 +191,13 @@ class _Exchange:
             self._body = await self._read_body()
             priority = self._route()
         except ApiError as error:
-            await self._answer_error(error)
+            try:
+                await self._answer_error(error)
+            finally:
+                self._publish(None, error.code)
             return
         except _ClientGone:
+            self._publish(None, "cancelled")
             return
         if self._dispatcher.is_taken(self._request_id):  # by one that came while the body was read
             self._request_id = _new_id()
@@ -336,7 +350,7 @@ class _Exchange:
             target += b"?" + query
         headers = [header for header in self._scope["headers"] if header[0] in _FORWARDED]
         headers.append((b"x-request-id", self._request_id.encode()))
-        connection, head = await engine.pool.request("POST", target, headers, self._body)
+        connection, head = await engine.pool.request("POST", target, headers, self._body, self._note_resend)
         self._connection = connection
         if self._started:
             return await self._continue_stream(connection, head)
@@ -346,6 +360,7 @@ class _Exchange:
             body = await self._collect(connection)
             self._status = head.status
             await self._start(head.status, answer)
+            self._meter.note(body)
             await self._send_part(body, last=True)
         else:
             first = await connection.chunk()  # until then nothing has reached the client: it can be tried again
@@ -369,8 +384,10 @@ class _Exchange:
         """The answer from `part` on to the client, as it comes."""
         clock = asyncio.get_running_loop().time
         send = self._send
+        note = self._meter.note
         while part is not None:
             self._awaits_engine = False
+            note(part)
             await send({"type": "http.response.body", "body": part, "more_body": True})
             self._awaits_engine = True
             self._progress = clock()
@@ -401,6 +418,7 @@ class _Exchange:
         await self._send({"type": "http.response.body", "body": part, "more_body": not last})
 
     async def _answer_error(self, error: ApiError) -> None:
+        self._reason = error.message
         if self._started:
             if self._streams:
                 await self._send_part(error.event(self._path), last=True)
@@ -452,18 +470,35 @@ class _Exchange:
             self._connection.close()
             self._connection = None
 
-    def _publish(self, ticket: Ticket, outcome: str) -> None:
+    def _note_resend(self) -> None:
+        self._resends += 1
+
+    def _publish(self, ticket: Ticket | None, outcome: str) -> None:
+        """Once, at the very end. Without a ticket: the request was turned away before it asked for a slot."""
+        meter = self._meter
+        now = time.monotonic()
+        arrival_sec = now if ticket is None else ticket.arrival_sec
         self._dispatcher.events.publish(
             RequestDone(
                 request_id=self._request_id,
                 alias=self._alias,
                 route=self._path,
-                priority=ticket.priority.name.lower(),
+                priority=(Priority.NORMAL if ticket is None else ticket.priority).name.lower(),
                 outcome=outcome,
                 status=self._status,
-                queue_sec=ticket.queue_sec,
-                load_sec=ticket.load_sec,
-                total_sec=time.monotonic() - ticket.arrival_sec,
+                queue_sec=ticket.queue_sec if ticket is not None and ticket.decided else now - arrival_sec,
+                load_sec=0.0 if ticket is None else ticket.load_sec,
+                total_sec=now - arrival_sec,
+                at=time.time(),
+                ttft_sec=None if meter.first_sec is None else meter.first_sec - arrival_sec,
+                streamed=self._streams,
+                request_bytes=len(self._body),
+                answer_bytes=meter.size,
+                retries=0 if ticket is None else ticket.retries,
+                resends=self._resends,
+                reason=self._reason,
+                usage=meter.usage() if meter.size else NO_USAGE,
+                trace=self._headers.get(b"traceparent", b"").decode("latin-1"),
             )
         )
 

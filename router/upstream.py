@@ -15,6 +15,7 @@ import math
 import re
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -236,11 +237,17 @@ class EnginePool:
         self._closed = False
 
     async def request(
-        self, method: str, target: bytes, headers: list[tuple[bytes, bytes]], body: bytes
+        self,
+        method: str,
+        target: bytes,
+        headers: list[tuple[bytes, bytes]],
+        body: bytes,
+        resent: Callable[[], None],
     ) -> tuple[Connection, Head]:
         """Send and wait for the head of the answer. Raises EngineLost; cancelling closes the connection.
 
-        `headers` are sent as they are; Host, Content-Length and the engine's key are added.
+        `headers` are sent as they are; Host, Content-Length and the engine's key are added. `resent` is called
+        each time that the request is about to be sent again.
         """
         lines = [b"%b %b HTTP/1.1\r\nhost: 127.0.0.1:%d\r\n" % (method.encode(), target, self.port)]
         lines.append(self._authorization)
@@ -257,6 +264,7 @@ class EnginePool:
                 connection.close()
                 if lost.answered or not connection.reused:
                     raise
+                resent()
             except BaseException:
                 connection.close()
                 raise

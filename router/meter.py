@@ -1,0 +1,121 @@
+"""What can be learnt of an answer while it passes: its first byte, its size, and what it says of its tokens.
+
+Per chunk this keeps a reference and adds a number, nothing more; no chunk is looked into on its way. When all has
+passed, `usage` finds the engine's own figures in the first bytes and the last 4 KiB. Where llama-server puts them
+(tools/server/server-task.cpp, build 11434; the embedded engine is the same code):
+
+- chats, completions and `/completion`, whole or as a stream: `timings` at the very end, also when the client has
+  not asked for `usage`; `[DONE]` may follow.
+- `/v1/responses`: `usage`, and in a stream `timings`, at the end.
+- `/v1/messages`: `usage` at the end; in a stream the prompt's part of it in the first event.
+- embeddings and reranking: `usage` at the beginning, before the vectors.
+
+Nothing that a model or a client wrote can pass for them: inside a JSON string a quote has a backslash before it.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import deque
+
+import msgspec
+
+_TAIL_BYTES = 4096
+_TAIL_PARTS = 4
+"""The figures, `[DONE]`, and two more in case that the network has torn them."""
+_FIGURES_BYTES = 512
+_FIGURE = re.compile(
+    rb'"(prompt_tokens|completion_tokens|cached_tokens|input_tokens|output_tokens|cache_read_input_tokens)"'
+    rb": ?(\d{1,12})\b"
+)
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """What an engine says of one answer. 0 where it says nothing: no figure is a guess."""
+
+    prompt_tokens: int = 0
+    """All of the prompt, with what was in the cache."""
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    prefill_sec: float = 0.0
+    """The engine's own time for the part of the prompt that was not cached."""
+    decode_sec: float = 0.0
+    """The engine's own time for the tokens after the first."""
+
+
+NO_USAGE = Usage()
+
+
+class _Timings(msgspec.Struct):
+    cache_n: int = 0
+    prompt_n: int = 0
+    prompt_ms: float = 0.0
+    predicted_n: int = 0
+    predicted_ms: float = 0.0
+
+
+_decode_timings = msgspec.json.Decoder(_Timings).decode
+
+
+class AnswerMeter:
+    """Every part of an answer's body that is sent to the client goes through `note`, in order.
+
+    Not the router's own bytes: heartbeats and errors are no answer.
+    """
+
+    __slots__ = ("_first", "_tail", "first_sec", "size")
+
+    def __init__(self) -> None:
+        self.first_sec: float | None = None
+        """When the first of it was sent (monotonic)."""
+        self.size = 0
+        """Bytes."""
+        self._first = b""
+        self._tail: deque[bytes] = deque(maxlen=_TAIL_PARTS)
+
+    def note(self, part: bytes) -> None:
+        if self.first_sec is None:
+            self.first_sec = time.monotonic()
+            self._first = part
+        self.size += len(part)
+        self._tail.append(part)
+
+    def usage(self) -> Usage:
+        """What the answer says of itself. Call it once, when all of it has passed."""
+        tail = b"".join(self._tail)[-_TAIL_BYTES:] if len(self._tail) > 1 else self._first[-_TAIL_BYTES:]
+        return _of_timings(tail) or _of_usage(self._first[:_TAIL_BYTES], tail)
+
+
+def _of_timings(tail: bytes) -> Usage | None:
+    begin = tail.rfind(b'"timings":')
+    if begin < 0:
+        return None
+    try:
+        timings = _decode_timings(tail[begin + 10 : tail.find(b"}", begin) + 1])
+    except msgspec.MsgspecError:
+        return None
+    return Usage(
+        timings.prompt_n + timings.cache_n,
+        timings.cache_n,
+        timings.predicted_n,
+        timings.prompt_ms / 1000,
+        timings.predicted_ms / 1000,
+    )
+
+
+def _of_usage(head: bytes, tail: bytes) -> Usage:
+    """Of a stream whose beginning tells of the prompt, and whose end of the answer, each has its part."""
+    figures = {**_figures(head, head.find(b'"usage":')), **_figures(tail, tail.rfind(b'"usage":'))}
+    cached = figures.get(b"cached_tokens", 0)
+    prompt = figures.get(b"prompt_tokens", 0) or figures.get(b"input_tokens", 0)
+    if b"cache_read_input_tokens" in figures:  # Anthropic counts what was cached apart
+        cached = figures[b"cache_read_input_tokens"]
+        prompt += cached
+    return Usage(prompt, cached, figures.get(b"completion_tokens", 0) or figures.get(b"output_tokens", 0))
+
+
+def _figures(text: bytes, begin: int) -> dict[bytes, int]:
+    if begin < 0:
+        return {}
+    return {name: int(figure) for name, figure in _FIGURE.findall(text, begin, begin + _FIGURES_BYTES)}
