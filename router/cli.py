@@ -1,4 +1,4 @@
-"""The command line: `llama-router [serve]`, `check`, `estimate`, `schema`."""
+"""The command line: `llama-router [serve]`, `check`, `estimate`, `schema`, and `ps`, `logs`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from router import __version__, estimate
+from router import __version__, estimate, terminal
+from router.client import CannotAsk
 from router.config import schema
 from router.config_errors import ConfigError
 from router.config_load import Loaded, load
@@ -24,16 +25,23 @@ _DEMO = "built in, nothing is configured"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 ended in order, 1 cannot serve, 2 wrong configuration or command line."""
+    """Entry point.
+
+    Exit codes: 0 ended in order, 1 cannot serve or ask, 2 wrong configuration or command line, 130 interrupted.
+    """
     options = _parser().parse_args(_with_command(sys.argv[1:] if arguments is None else list(arguments)))
     try:
         options.run(options)
     except ConfigError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    except (CannotServe, NoEngine) as error:
+    except (CannotServe, CannotAsk, NoEngine) as error:
         print(f"llama-router: {error}", file=sys.stderr)
         sys.exit(1)
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _with_command(arguments: list[str]) -> list[str]:
@@ -72,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", parents=[source], help="validate the configuration and show it")
     check.set_defaults(run=_check)
 
+    terminal.add_parsers(commands)
     estimate.add_parser(commands)
 
     show = commands.add_parser("schema", help="print the JSON Schema of the configuration")

@@ -121,6 +121,15 @@ class Scheduler:
             return model.engine.state.value
         return "failed" if model.failed_until_sec > self._now else "off"
 
+    def unload_at_sec(self, alias: str) -> float | None:
+        """When its idle engine goes if nobody asks for it any more; None when it does not go for that."""
+        model = self.models[alias]
+        engine = model.engine
+        if engine is None or engine.idle_since_sec is None or engine.state is not EngineState.READY:
+            return None
+        limit_sec = math.inf if engine in self._kept_warm() else model.idle_timeout_sec(self.policy)
+        return None if math.isinf(limit_sec) else engine.idle_since_sec + limit_sec
+
     def free(self) -> dict[str, int]:
         """What is neither used, nor reserved for an engine that loads, nor promised to a swap."""
         return self._fleet.free()

@@ -136,6 +136,7 @@ def _status(dispatcher: Dispatcher, alias: str) -> dict[str, Any]:
     running = dispatcher.running.get(engine.id) if engine is not None else None
     state = scheduler.state(alias)
     progress = running.process.load_progress if running is not None else None
+    unload_at_sec = scheduler.unload_at_sec(alias)
     return {
         "alias": alias,
         "status": state,
@@ -143,6 +144,7 @@ def _status(dispatcher: Dispatcher, alias: str) -> dict[str, Any]:
         "pid": running.process.pid if running is not None else None,
         "started_at": _wall(engine.started_sec) if engine is not None else None,
         "last_used_at": _wall(model.last_used_sec),
+        "unload_at": _wall(unload_at_sec) if unload_at_sec is not None else None,
         "load_progress": 100 if state in ("ready", "draining") else round(100 * (progress or 0)),
         "load_sec": round(model.load_sec, 3) if model.loads else None,
         "error_message": model.last_error,

@@ -58,18 +58,18 @@ async def metrics(request: Request) -> Response:
 
 
 @router.get("/v1/logs/{alias:path}/stream")
-async def log_stream(alias: str, request: Request) -> EventSourceResponse:
-    """SSE: what a model's engines say from now on, a line an event."""
+async def log_stream(alias: str, request: Request, lines: Annotated[int, Query(ge=0)] = 0) -> EventSourceResponse:
+    """SSE: the last lines that a model's engines said, and what they say from now on, a line an event."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     known_model(dispatcher, alias)
-    return EventSourceResponse(_follow(dispatcher, dispatcher.log_of(alias)))
+    return EventSourceResponse(_follow(dispatcher, dispatcher.log_of(alias), lines))
 
 
-async def _follow(dispatcher: Dispatcher, log: LogRing) -> AsyncIterator[ServerSentEvent]:
-    seen = log.total
+async def _follow(dispatcher: Dispatcher, log: LogRing, lines: int) -> AsyncIterator[ServerSentEvent]:
+    seen = log.total - lines
     while dispatcher.status != "shutting_down":
-        lines, seen = log.since(seen), log.total
-        for line in lines:
+        news, seen = log.since(seen), log.total
+        for line in news:
             yield ServerSentEvent(line, event="log")
         await asyncio.sleep(_LOG_LOOK_SEC)
 

@@ -1,0 +1,199 @@
+"""What an operator sees who looks at a running router from a shell."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Start, eventually, fake, models
+
+from router.cli import main
+
+KEY = "sesame-open"
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "run.py"), *arguments]
+
+
+def ask(*arguments: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    clean = {"PATH": "/usr/bin:/bin", "HOME": str(cwd), "PYTHONPATH": str(ROOT), **environ}
+    return subprocess.run(command(*arguments), cwd=cwd, env=clean, capture_output=True, text=True, timeout=30)
+
+
+def rows(printed: str) -> dict[str, dict[str, str]]:
+    """A printed table by the first column."""
+    head, *lines = [line.split() for line in printed.replace("UNLOADS IN", "UNLOADS").splitlines()]
+    return {line[0]: dict(zip(head, line, strict=True)) for line in lines}
+
+
+def test_ps_tells_what_runs_where_and_for_how_long_it_stays(start: Start, tiny: Path, tmp_path: Path) -> None:
+    entries = {
+        **models(tiny, "idle", "never-used"),
+        **models(tiny, "own-timeout", idle_timeout_sec=7200),
+        **models(tiny, "pin", pinned=True),
+    }
+    system = {"max_concurrent_models": 4, "keep_warm_models": 0, "idle_timeout_sec": 600}
+    router = start({"system": system, "models": entries})
+    for alias in ("idle", "own-timeout", "pin"):
+        assert router.chat(alias).status_code == 200
+
+    asked = ask("ps", "--url", router.url, cwd=tmp_path)
+    assert asked.returncode == 0, asked.stderr
+    table = rows(asked.stdout)
+    assert table["idle"]["STATE"] == "ready"
+    assert {int(row["PID"]) for row in table.values() if row["PID"] != "-"} == {e.pid for e in router.engines}
+    assert table["idle"]["PORT"] == str(router.status("idle")["port"])
+    assert table["idle"]["SLOTS"] == "0/1"
+    assert table["idle"]["UNLOADS"].startswith(("9m5", "10m00"))
+    assert table["own-timeout"]["UNLOADS"].startswith(("1h59", "2h00"))
+    assert table["pin"]["UNLOADS"] == "pinned"
+    assert [table["never-used"][name] for name in ("STATE", "PID", "MEMORY", "UP")] == ["off", "-", "-", "-"]
+
+    document = json.loads(ask("ps", "--json", "--url", router.url, cwd=tmp_path).stdout)
+    assert document["models"]["idle"]["status"] == "ready"
+
+
+def test_the_last_used_models_are_kept_and_ps_says_so(start: Start, tiny: Path, tmp_path: Path) -> None:
+    router = start({"system": {"keep_warm_models": 1}, "models": models(tiny, "first", "last")})
+    router.chat("first")
+    router.chat("last")
+    table = rows(ask("ps", cwd=tmp_path, LLAMA_ROUTER_URL=router.url).stdout)
+    assert table["first"]["UNLOADS"].startswith(("4m5", "5m00"))
+    assert table["last"]["UNLOADS"] == "kept"
+
+
+def test_logs_show_the_last_lines_of_an_engine(start: Start, tiny: Path, tmp_path: Path) -> None:
+    router = start({"models": models(tiny, "org/model:q4")})
+    router.chat("org/model:q4")
+    everything = ask("logs", "org/model:q4", "--url", router.url, cwd=tmp_path).stdout.splitlines()
+    two = ask("logs", "org/model:q4", "-n", "2", "--url", router.url, cwd=tmp_path).stdout.splitlines()
+    assert len(everything) > 2
+    assert two == everything[-2:]
+
+
+@contextmanager
+def following(cwd: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+    clean = {"PATH": "/usr/bin:/bin", "HOME": str(cwd), "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command(*arguments), cwd=cwd, env=clean, stdout=-1, stderr=-1, text=True)
+    lines: list[str] = []
+    assert process.stdout is not None
+    threading.Thread(target=lines.extend, args=(process.stdout,), daemon=True).start()
+    try:
+        yield process, lines
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_logs_can_be_followed_across_engines_and_until_the_router_ends(
+    start: Start, tiny: Path, tmp_path: Path
+) -> None:
+    system = {"llama_server_path": fake(tmp_path)}
+    router = start({"system": system, "models": models(tiny, "a")})
+    router.chat("a")
+    with following(tmp_path, "logs", "-f", "a", "--url", router.url) as (process, lines):
+        eventually(lambda: lines.count("fake engine: loading\n") == 1)
+        router.http.post("/v1/models/eject", json={"model": "a"})
+        router.chat("a")
+        eventually(lambda: lines.count("fake engine: loading\n") == 2)
+        router.stop()
+        assert process.wait(10) == 1
+        assert process.stderr is not None
+        assert process.stderr.read() == f"llama-router: The router at {router.url} has ended the stream.\n"
+
+
+def test_ctrl_c_ends_following_without_a_traceback(start: Start, tiny: Path, tmp_path: Path) -> None:
+    router = start({"models": models(tiny, "a")})
+    router.chat("a")
+    with following(tmp_path, "logs", "-f", "a", "--url", router.url) as (process, lines):
+        eventually(lambda: bool(lines))
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly(start: Start, tiny: Path, tmp_path: Path) -> None:
+    router = start({"models": models(tiny, "a")})
+    router.chat("a")
+    reading, writing = os.pipe()
+    os.close(reading)
+    clean = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    wanted = command("logs", "-f", "a", "--url", router.url)
+    ended = subprocess.run(wanted, env=clean, stdout=writing, stderr=-1, text=True, timeout=30)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_a_model_that_is_not_there_is_one_clear_sentence(start: Start, tiny: Path, tmp_path: Path) -> None:
+    router = start({"models": models(tiny, "gemma")})
+    asked = ask("logs", "gema", "--url", router.url, cwd=tmp_path)
+    assert asked.returncode == 1
+    assert asked.stderr.count("\n") == 1
+    assert "'gema'" in asked.stderr
+    assert "'gemma'" in asked.stderr
+
+
+def test_without_a_url_it_asks_the_configured_router_with_its_key(
+    start: Start, tiny: Path, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+    config = {"api": {"host": "0.0.0.0", "port": port, "api_keys": [KEY]}, "models": models(tiny, "a")}
+    router = start(config, arguments=["--port", str(port)])
+    assert rows(ask("ps", "--config", str(tmp_path / "config.json"), cwd=Path("/")).stdout)["a"]["STATE"] == "off"
+
+    loopback = f"http://127.0.0.1:{port}"
+    refused = ask("ps", "--url", loopback, cwd=tmp_path)  # a key of the configuration goes to no other address
+    assert refused.returncode == 1
+    assert refused.stderr == (
+        f"llama-router: The router at {loopback} asks for an API key that is valid: set LLAMA_ROUTER_API_KEY.\n"
+    )
+    assert ask("ps", "--url", loopback, cwd=tmp_path, LLAMA_ROUTER_API_KEY=KEY).returncode == 0
+    assert router.process.poll() is None
+
+
+def test_an_inference_key_is_told_that_it_may_not_read_logs(start: Start, tiny: Path, tmp_path: Path) -> None:
+    router = start({"api": {"api_keys": [KEY], "inference_keys": ["guest"]}, "models": models(tiny, "a")})
+    asked = ask("logs", "a", "--url", router.url, cwd=tmp_path, LLAMA_ROUTER_API_KEY="guest")
+    assert asked.returncode == 1
+    assert "inference only" in asked.stderr
+    assert "api.api_keys" in asked.stderr
+
+
+def test_nobody_there_and_somebody_else_there_are_told_apart(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        url = f"http://127.0.0.1:{port}"
+
+        def answer() -> None:
+            connection, _ = holder.accept()
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello")
+            connection.close()
+
+        threading.Thread(target=answer, daemon=True).start()
+        stranger = ask("ps", "--url", url, cwd=tmp_path)
+    nobody = ask("ps", "--url", url, cwd=tmp_path)
+    assert (stranger.returncode, nobody.returncode) == (1, 1)
+    assert stranger.stderr == f"llama-router: What answers at {url} is not a llama-router.\n"
+    assert nobody.stderr == f"llama-router: No router can be reached at {url}: Connection refused.\n"
+
+
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000", "ftp://127.0.0.1", "http://", "http://host:port", "http://[::1"]
+)
+def test_a_url_that_is_none_is_named(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        main(["ps", "--url", url])
+    assert repr(url) in capsys.readouterr().err
