@@ -1,0 +1,202 @@
+"""The memory that engines may live in: the GPUs that are ours to use, and RAM.
+
+Reads what is there now; what of it is reserved, and for whom, is the ledger's business. Of a machine with NVIDIA's
+and AMD's GPUs, NVIDIA's are used. GPUs without memory of their own (Apple's, a processor's graphics) are not
+devices: what they use is RAM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from router import host
+from router.amd import Amd
+from router.host import ProcessMemory
+from router.nvidia import Nvidia
+from router.readings import Device, Watch
+
+HOST = "host"
+DEADLINE_SEC = 2.0
+"""For a reading; NVML takes a few ms, and up to a second the first time."""
+
+_log = logging.getLogger("router")
+
+
+@dataclass(frozen=True, slots=True)
+class Readings:
+    """The devices by name, `host` last, as they were `age_sec` ago (the oldest of them)."""
+
+    devices: Mapping[str, Device]
+    age_sec: float
+
+    @property
+    def gpus(self) -> tuple[Device, ...]:
+        return tuple(device for device in self.devices.values() if device.kind != "host")
+
+    @property
+    def host(self) -> Device:
+        return self.devices[HOST]
+
+
+class Devices:
+    """`gpu_devices`: numbers of the GPUs that may be used, None for all that have memory of their own.
+
+    As in any CUDA or ROCm program, GPUs that `environ` hides (CUDA_VISIBLE_DEVICES and the like) are not there.
+    `root` is where `/proc` and `/sys` are.
+    """
+
+    def __init__(
+        self,
+        gpu_devices: Sequence[int] | None = None,
+        environ: Mapping[str, str] = os.environ,
+        root: Path = Path("/"),
+    ) -> None:
+        self._wanted = gpu_devices
+        self._environ = environ
+        self._root = root
+        self._nvidia = Nvidia()
+        self._amd = Amd(gpu_devices or (), root)
+        self._seen: dict[str, Device] = {}
+        self._present: set[str] = set()
+        self._left_out: list[str] = []
+        self._pids: tuple[int, ...] = ()
+        self._gpus = Watch[Sequence[Device]](self._take_gpus, (), "GPU driver")
+        self._host = Watch[Sequence[Device]](
+            self._take_host, (Device(HOST, "host", "", "", 0, 0),), "reading of RAM"
+        )
+        self._processes = Watch[Mapping[int, ProcessMemory]](self._take_processes, {}, "reading of engines' RAM")
+
+    async def read(self, deadline_sec: float = DEADLINE_SEC) -> Readings:
+        """What is there now, or was when it could last be asked. Never raises."""
+        await asyncio.gather(*(watch.read(deadline_sec) for watch in self._watches))
+        return self.last
+
+    def read_blocking(self, deadline_sec: float = DEADLINE_SEC) -> Readings:
+        """As `read`, for where there is no event loop."""
+        for watch in self._watches:
+            watch.read_blocking(deadline_sec)
+        return self.last
+
+    @property
+    def last(self) -> Readings:
+        """The last readings, without asking again."""
+        devices = {device.name: device for device in (*self._gpus.last, *self._host.last)}
+        oldest_sec = min(-math.inf if w.taken_sec is None else w.taken_sec for w in self._watches)
+        return Readings(devices, time.monotonic() - oldest_sec)
+
+    async def held_by(
+        self, pids: Iterable[int], deadline_sec: float = DEADLINE_SEC
+    ) -> Mapping[int, ProcessMemory]:
+        """RAM of processes with their descendants; those of which nothing is known yet are missing."""
+        self._pids = tuple(pids)
+        return await self._processes.read(deadline_sec)
+
+    def environment(self, chosen: Iterable[Device]) -> dict[str, str]:
+        """Variables with which an engine sees the chosen GPUs, in this order, and no others; none for RAM alone.
+
+        Builds for Vulkan count GPUs in an order that nobody else knows: they can be kept off the GPUs, but not be
+        shown some of them (GGML_VK_VISIBLE_DEVICES).
+        """
+        gpus = [device for device in chosen if device.kind != "host"]
+        if not gpus:
+            if self._uses_no_gpus or self._seen:
+                return {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "-1", "GGML_VK_VISIBLE_DEVICES": ""}
+            return {}  # what uses GPUs we don't know of shall go on doing so
+        if gpus[0].kind == "cuda":
+            return {
+                "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+                "CUDA_VISIBLE_DEVICES": ",".join(gpu.uuid for gpu in gpus),
+            }
+        return {
+            "ROCR_VISIBLE_DEVICES": ",".join(str(gpu.number) for gpu in gpus),
+            "HIP_VISIBLE_DEVICES": ",".join(str(place) for place in range(len(gpus))),  # of those
+        }
+
+    @property
+    def _uses_no_gpus(self) -> bool:
+        return self._wanted is not None and not self._wanted
+
+    @property
+    def _watches(self) -> tuple[Watch[Sequence[Device]], ...]:
+        return (self._host,) if self._uses_no_gpus else (self._gpus, self._host)
+
+    def _take_host(self) -> Sequence[Device]:
+        return (host.device(self._root),)
+
+    def _take_processes(self) -> Mapping[int, ProcessMemory]:
+        return host.process_memory(self._pids)
+
+    def _take_gpus(self) -> Sequence[Device]:
+        found, left_out = self._nvidia.read()
+        if found or any(device.kind == "cuda" for device in self._seen.values()):
+            ours = self._visible_to_cuda(found)
+        else:
+            found, amd_left_out = self._amd.read(host.child_pids())
+            left_out += amd_left_out
+            ours = self._visible_to_rocm(found)
+        if self._wanted is not None:
+            ours = [device for device in ours if device.number in self._wanted]
+        if found and not ours and not self._seen:
+            left_out.append(
+                f"none of {', '.join(device.name for device in found)} may be used: "
+                "gpu_devices and the environment (CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES) name others"
+            )
+        self._tell(ours, left_out)
+        return ours
+
+    def _visible_to_cuda(self, found: list[Device]) -> list[Device]:
+        spelled = self._environ.get("CUDA_VISIBLE_DEVICES")
+        by_number: dict[int, list[Device]] = {}
+        for device in found:
+            assert device.number is not None
+            by_number.setdefault(device.number, []).append(device)
+        return _visible(by_number, spelled)
+
+    def _visible_to_rocm(self, found: list[Device]) -> list[Device]:
+        environ = self._environ
+        shown = _visible({n: [device] for n, device in enumerate(found)}, environ.get("ROCR_VISIBLE_DEVICES"))
+        spelled = environ.get("HIP_VISIBLE_DEVICES", environ.get("CUDA_VISIBLE_DEVICES"))
+        return _visible({n: [device] for n, device in enumerate(shown)}, spelled)
+
+    def _tell(self, ours: Sequence[Device], left_out: list[str]) -> None:
+        """One line for each GPU that goes or comes back, and for each that can't be used."""
+        news = [reason for reason in left_out if reason not in self._left_out]
+        self._left_out = left_out
+        present = {device.name for device in ours}
+        for reason in news:
+            _log.log(logging.WARNING if self._seen else logging.INFO, "%s", reason)
+        for name, device in self._seen.items():
+            if name in self._present - present and not news:
+                _log.warning("%s (%s) is gone", name, device.label)
+            elif name in present - self._present:
+                _log.warning("%s (%s) is back", name, device.label)
+        self._present = present
+        self._seen.update((device.name, device) for device in ours)
+
+
+def _visible(by_number: Mapping[int, Sequence[Device]], spelled: str | None) -> list[Device]:
+    """What CUDA_VISIBLE_DEVICES and its kin leave: numbers or beginnings of UUIDs, up to the first that is wrong.
+
+    Numbers are taken as the driver's, which is CUDA_DEVICE_ORDER=PCI_BUS_ID.
+    """
+    everything = [device for devices in by_number.values() for device in devices]
+    if spelled is None:
+        return everything
+    shown: list[Device] = []
+    for token in spelled.split(","):
+        word = token.strip()
+        if word.isdecimal():
+            found = list(by_number.get(int(word), ()))
+        else:
+            found = [device for device in everything if word and device.uuid.startswith(word)]
+        if not found:
+            break
+        shown += [device for device in found if device not in shown]
+    return shown

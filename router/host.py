@@ -1,0 +1,131 @@
+"""RAM: what the machine, or the cgroup that we are in, has of it, and what processes hold."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import psutil
+
+from router.readings import Device
+
+_MIB = 1 << 20
+_ROOT = Path("/")
+
+# The limit files of cgroup v2 and v1, their usage file, and what of memory.stat is page cache.
+_Files = tuple[tuple[str, ...], str, tuple[str, ...]]
+_V2: _Files = ("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file")
+_V1: _Files = ("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessMemory:
+    """What a process and all that it started hold of RAM; what they share among each other counts once."""
+
+    anonymous_mib: int
+    """Gone only with the process."""
+    file_mib: int
+    """Mapped files, such as weights: the kernel can drop these pages and read them again."""
+
+
+def device(root: Path = _ROOT) -> Device:
+    """RAM as a device. Page cache counts as free. `root` is where `/proc` and `/sys` are."""
+    total, available = memory(root)
+    return Device("host", "host", platform.machine(), "", total, available)
+
+
+def memory(root: Path = _ROOT) -> tuple[int, int]:
+    """Total and available RAM in MiB: the machine's, or the least that one of our cgroups leaves us."""
+    machine = psutil.virtual_memory()
+    total, available = machine.total, machine.available
+    for group, (limits, usage_name, caches) in _cgroups(root):
+        limit = min((bound for name in limits if (bound := _number(group / name)) is not None), default=None)
+        usage = _number(group / usage_name)
+        if limit is None or usage is None or limit >= machine.total:
+            continue
+        stat = _fields(group / "memory.stat")
+        usage -= sum(stat.get(name, 0) for name in caches)  # the kernel takes that back at need
+        total, available = min(total, limit), min(available, max(0, limit - usage))
+    return total // _MIB, available // _MIB
+
+
+def process_memory(pids: Iterable[int], proc: Path = Path("/proc")) -> dict[int, ProcessMemory]:
+    """For each of `pids` that lives and may be looked at, what it and its descendants hold.
+
+    Blocking, and long for large mappings: the kernel walks their page tables.
+    """
+    found: dict[int, ProcessMemory] = {}
+    for pid in pids:
+        with contextlib.suppress(psutil.Error, OSError):
+            family = [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+            shares = [share for member in family if (share := _held(member, proc)) is not None]
+            if shares:
+                anonymous, mapped = (sum(parts) for parts in zip(*shares, strict=True))
+                found[pid] = ProcessMemory(-(-anonymous // _MIB), -(-mapped // _MIB))
+    return found
+
+
+def _held(pid: int, proc: Path) -> tuple[int, int] | None:
+    """Anonymous and file-backed bytes; None if the process is gone or not ours to look at."""
+    if sys.platform != "linux":
+        with contextlib.suppress(psutil.Error):
+            figures = psutil.Process(pid).memory_full_info()
+            return figures.uss, max(0, figures.rss - figures.uss)
+        return None
+    # A page that n processes share counts 1/n in each: the parts of a family add up.
+    rollup = _fields(proc / str(pid) / "smaps_rollup")
+    if "Pss_Anon" in rollup:
+        return rollup["Pss_Anon"] + rollup.get("Pss_Shmem", 0), rollup.get("Pss_File", 0)
+    status = _fields(proc / str(pid) / "status")  # older kernels, and processes of others
+    if "RssAnon" in status:
+        return status["RssAnon"] + status.get("RssShmem", 0), status.get("RssFile", 0)
+    return None
+
+
+def _cgroups(root: Path) -> Iterator[tuple[Path, _Files]]:
+    """Every cgroup that we are in and whose folder we can see, from our own up to the root."""
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, own = line.split(":", 2)
+            if not controllers:
+                mount, kind = root / "sys/fs/cgroup", _V2
+            elif "memory" in controllers.split(","):
+                mount, kind = root / "sys/fs/cgroup/memory", _V1
+            else:
+                continue
+            # In a container the path may be one of outside; then the mount itself is our group.
+            path = PurePosixPath(own.lstrip("/"))
+            for folder in (path, *path.parents):
+                if ".." not in folder.parts and (mount / folder).is_dir():
+                    yield mount / folder, kind
+
+
+def _number(path: Path) -> int | None:
+    with contextlib.suppress(OSError, ValueError):  # absent, or "max"
+        return int(path.read_text())
+    return None
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """Lines such as `anon 4096` or `Rss:  4 kB`, in bytes."""
+    fields: dict[str, int] = {}
+    with contextlib.suppress(OSError):
+        for line in path.read_bytes().decode(errors="replace").splitlines():
+            words = line.split()
+            if len(words) >= 2 and words[1].isdecimal():
+                scale = 1024 if words[2:] == ["kB"] else 1
+                fields[words[0].rstrip(":")] = int(words[1]) * scale
+    return fields
+
+
+def child_pids() -> list[int]:
+    """Everything that this process has started, engines and what they started."""
+    try:
+        return [child.pid for child in psutil.Process(os.getpid()).children(recursive=True)]
+    except psutil.Error:
+        return []
