@@ -137,6 +137,9 @@ class System(Section):
     max_queue_size_per_model: PositiveCount = Field(
         default=500, description="Requests that may wait for one model; more are refused with 429."
     )
+    max_queue_size_total: PositiveCount = Field(
+        default=10_000, description="Requests that may wait for all models together; more are refused with 429."
+    )
     max_request_retries: Count = Field(
         default=1,
         description="How often a request goes back to its queue when its engine dies before the first byte.",
@@ -177,6 +180,12 @@ class System(Section):
     model_load_max_retries: Count = Field(
         default=2, description="Further tries after a failed load, then the model failed."
     )
+    model_max_crashes: PositiveCount = Field(
+        default=5,
+        description="A model whose engine dies this often within model_crash_window_sec failed, even if it "
+        "serves requests in between.",
+    )
+    model_crash_window_sec: PositiveSeconds = Field(default=300, description="See model_max_crashes.")
     model_load_cooldown_sec: Seconds = Field(
         default=300, description="A failed model is tried again after this long, or after a reset."
     )

@@ -41,14 +41,18 @@ class Policy:
     max_linger_sec: float = 30
     max_concurrent_models: int = 3
     max_queue_size_per_model: int = 500
+    max_queue_size_total: int = 10_000
     queue_timeout_sec: float = 300
     idle_timeout_sec: float | None = 300
     keep_warm_models: int = 2
     max_drain_sec: float | None = None
     model_load_max_retries: int = 2
+    model_max_crashes: int = 5
+    model_crash_window_sec: float = 300
     model_load_cooldown_sec: float = 300
     max_request_retries: int = 1
     backoff_sec: float = 1
+    max_backoff_sec: float = 60
     abandoned_load_grace_sec: float = 5
     inspection_valid_sec: float = 10
 

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import takewhile
 
 
 class Priority(IntEnum):
@@ -103,6 +104,13 @@ class PriorityQueue:
 
     def count(self, priority: Priority) -> int:
         return len(self._lines[priority])
+
+    def count_before(self, priority: Priority, deadline_sec: float, whole_class: bool) -> int:
+        """How many of a class come before a deadline; `whole_class` when it is known that all do."""
+        line = self._lines[priority]
+        if whole_class:
+            return len(line)
+        return sum(1 for _ in takewhile(lambda request: request.deadline_sec <= deadline_sec, line.values()))
 
     def oldest(self, priority: Priority) -> Request | None:
         """The request of a class that arrived first."""

@@ -15,6 +15,8 @@ from enum import Enum
 from router.messages import Inspected, ModelSpec, Placement, Policy, StopCause
 from router.queue import Priority, PriorityQueue
 
+_RUSH_MEMORY_SEC = 600
+
 ENGINES = "engines"
 """The resource that `max_concurrent_models` limits: every placement takes one of it."""
 
@@ -100,6 +102,23 @@ class Engine:
         return self.state is EngineState.READY and not self.suspect and len(self.in_flight) < self.spec.slots
 
 
+@dataclass(slots=True)
+class Rush:
+    """Who came and who was served since people began to queue for a model."""
+
+    since_sec: float = 0.0
+    served: float = 0.0
+    joined: dict[Priority, float] = field(default_factory=lambda: dict.fromkeys(Priority, 0.0))
+
+    def serve(self, now: float) -> None:
+        self.served += 1
+        if now - self.since_sec > _RUSH_MEMORY_SEC:  # what was an hour ago says little of now
+            self.since_sec = now - (now - self.since_sec) / 2
+            self.served /= 2
+            for priority in self.joined:
+                self.joined[priority] /= 2
+
+
 @dataclass(slots=True, eq=False)
 class Model:
     """What is known of one alias: its waiting line, its engine, and how both have behaved."""
@@ -120,15 +139,21 @@ class Model:
     """The last time it was wanted, it could never have fitted."""
     attempts: int = 0
     """Loads and crashes that failed in a row."""
+    crashes_sec: deque[float] = field(default_factory=deque)
+    """When its engines died without being asked to, within the window that the policy looks at."""
     retry_at_sec: float = 0.0
     failed_until_sec: float = 0.0
     last_error: str | None = None
     why_waiting: str = ""
+    room_at_sec: float = 0.0
+    """When the policy will look again whether it gets room; past when it has it."""
+    rush: Rush = field(default_factory=Rush)
     returns: Returns = field(default_factory=Returns)
     last_used_sec: float = -math.inf
     mean_gap_sec: float = 3600.0
     mean_service_sec: float = 1.0
     loads: int = 0
+    services: int = 0
 
     @property
     def urgent(self) -> bool:
@@ -152,11 +177,21 @@ class Model:
         self.load_sec = took_sec if self.loads == 0 else self.load_sec + 0.3 * (took_sec - self.load_sec)
         self.loads += 1
 
-    def served(self, took_sec: float) -> None:
-        self.mean_service_sec += 0.2 * (took_sec - self.mean_service_sec)
+    def served(self, took_sec: float, now: float) -> None:
+        self.services += 1
+        self.mean_service_sec += max(0.1, 1 / self.services) * (took_sec - self.mean_service_sec)
+        self.rush.serve(now)
+
+    def crashed(self, now: float, window_sec: float) -> int:
+        """One more; returns how many that makes within the window."""
+        self.crashes_sec.append(now)
+        while now - self.crashes_sec[0] > window_sec:
+            self.crashes_sec.popleft()
+        return len(self.crashes_sec)
 
     def forget_failures(self) -> None:
         self.attempts = 0
+        self.crashes_sec.clear()
         self.failed_until_sec = self.retry_at_sec = 0.0
         self.last_error = self.inspected = None
 
@@ -172,12 +207,6 @@ class Model:
         if timeout is None:
             timeout = policy.idle_timeout_sec
         return math.inf if timeout is None else timeout
-
-    def expected_wait_sec(self) -> float:
-        """Until a request that comes now would be served, from measured service and load times."""
-        rounds = (len(self.queue) + 1) / self.spec.slots
-        loading = 0.0 if self.engine is not None and self.engine.ready_sec else self.load_sec
-        return rounds * self.mean_service_sec + loading
 
 
 @dataclass(slots=True, eq=False)

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from zlib import crc32
 
+from router.expectation import expected_wait_sec
 from router.fleet import Fleet
 from router.messages import (
     Configured,
@@ -45,7 +47,7 @@ from router.messages import (
 )
 from router.placement import Fits, MakeRoom, NeverFits, Room, Wait, decide
 from router.queue import Priority, Request
-from router.residency import ENGINES, Engine, EngineState, Model, Swap, claim, shortage, take
+from router.residency import ENGINES, Engine, EngineState, Model, Rush, Swap, claim, shortage, take
 
 INSPECTION_PATIENCE_SEC = 1.0
 
@@ -134,9 +136,13 @@ class Scheduler:
         """What is neither used, nor reserved for an engine that loads, nor promised to a swap."""
         return self._fleet.free()
 
-    def expected_wait_sec(self, model: Model) -> float:
-        """Until a request that comes now would be served, from measured service and load times."""
-        return model.expected_wait_sec()
+    def expected_wait_sec(self, model: Model, priority: Priority = Priority.NORMAL) -> float:
+        """Until a request that comes now would be given a slot, from measured service and load times."""
+        return expected_wait_sec(model, priority, self.policy, self._now)
+
+    def waiting(self) -> int:
+        """How many requests wait, for all models together."""
+        return len(self._requests) - sum(len(engine.in_flight) for engine in self.engines.values())
 
     # --- requests ---------------------------------------------------------------------------------------
 
@@ -160,17 +166,30 @@ class Scheduler:
             self._requests[request.id] = request
             self._grant(request, engine)
             return False
-        if len(model.queue) >= self.policy.max_queue_size_per_model:
-            reason = f"{len(model.queue)} requests wait for {event.alias!r} already"
-            retry_after_sec = max(1.0, model.expected_wait_sec())
-            self._reject(event.request_id, Refusal.QUEUE_FULL, reason, retry_after_sec)
+        if full := self._queue_full(model):
+            self._reject(event.request_id, Refusal.QUEUE_FULL, full, self._come_back_sec(model, event.priority))
             return False
         self._requests[request.id] = request
         self._enqueue(request, model)
         return engine is None
 
+    def _queue_full(self, model: Model) -> str | None:
+        """Why nobody may join the line; None when there is room."""
+        if len(model.queue) >= self.policy.max_queue_size_per_model:
+            return f"{len(model.queue)} requests wait for {model.spec.alias!r} already"
+        waiting = self.waiting()
+        if waiting >= self.policy.max_queue_size_total:
+            return f"{waiting} requests wait already, {len(model.queue)} of them for {model.spec.alias!r}"
+        return None
+
+    def _come_back_sec(self, model: Model, priority: Priority) -> float:
+        return max(1.0, self.expected_wait_sec(model, priority))
+
     def _enqueue(self, request: Request, model: Model) -> None:
         request.queued_sec = self._now
+        if not model.queue:
+            model.rush = Rush(self._now)
+        model.rush.joined[request.priority] += 1
         model.queue.push(request)
         if model.engine is None:
             self._waiting[request.alias] = model
@@ -202,7 +221,7 @@ class Scheduler:
             return True
         engine = self.engines.get(request.engine_id)
         if event.served:
-            model.served(self._now - request.granted_sec)
+            model.served(self._now - request.granted_sec, self._now)
         if engine is None:
             return False
         if event.served:
@@ -251,7 +270,7 @@ class Scheduler:
             self._reject(request.id, Refusal.SHUTTING_DOWN, "the router is shutting down", 5)
         elif request.retries >= self.policy.max_request_retries:
             reason = f"the engine of {request.alias!r} broke {request.retries + 1} times: {event.reason}"
-            self._reject(request.id, Refusal.MODEL_FAILED, reason, 1)
+            self._reject(request.id, Refusal.MODEL_FAILED, reason, self._come_back_sec(model, request.priority))
         elif model.failed_until_sec > self._now:
             self._reject_failed(request.id, model)
         else:
@@ -326,19 +345,37 @@ class Scheduler:
             self._waiting[engine.alias] = model
 
     def _engine_failed(self, model: Model, engine: Engine, reason: str) -> None:
-        what = "did not load" if engine.state is EngineState.LOADING else "crashed"
-        model.attempts += 1
-        model.last_error = f"{engine.alias!r} {what}: {reason}"
-        if model.attempts > self.policy.model_load_max_retries:
-            self._fail(model, self.policy.model_load_cooldown_sec)
-            return
-        # An engine that has served deserves to be back at once; one that has not may never work.
-        delay = 0.0 if engine.served else self.policy.backoff_sec * 2.0 ** (model.attempts - 1)
-        model.retry_at_sec = self._now + delay
-        self._off(model, model.last_error)
+        """It ended unasked: another one after a pause, or none for long when it happens too often.
+
+        Two ways to be hopeless: never to serve anybody, and to serve somebody now and then and die again.
+        """
+        policy = self.policy
+        loading = engine.state is EngineState.LOADING
+        crashes = 0 if loading else model.crashed(self._now, policy.model_crash_window_sec)
+        model.attempts += not engine.served
+        model.last_error = f"{engine.alias!r} {'did not load' if loading else 'crashed'}: {reason}"
+        if model.attempts > policy.model_load_max_retries:
+            self._fail(model, policy.model_load_cooldown_sec)
+        elif crashes >= policy.model_max_crashes:
+            often = f"crashed {crashes} times in {self._now - model.crashes_sec[0]:.0f} s"
+            model.last_error = f"{engine.alias!r} {often}, the last time: {reason}"
+            self._fail(model, policy.model_load_cooldown_sec)
+        else:
+            # An engine that has served deserves to be back at once, the first time.
+            tries = max(model.attempts, crashes - 1)
+            model.retry_at_sec = self._now + self._backoff_sec(tries, engine)
+            self._off(model, model.last_error)
+
+    def _backoff_sec(self, tries: int, engine: Engine) -> float:
+        """Doubles with every try, and up to half as much again: who failed together does not return together."""
+        if not tries:
+            return 0.0
+        jitter = crc32(f"{engine.alias} {engine.id}".encode()) / 2**33
+        return min(self.policy.max_backoff_sec, self.policy.backoff_sec * 2.0 ** min(tries - 1, 32)) * (1 + jitter)
 
     def _fail(self, model: Model, cooldown_sec: float) -> None:
         model.attempts = 0
+        model.crashes_sec.clear()
         model.failed_until_sec = self._now + cooldown_sec
         self._wake(model.failed_until_sec)
         reason = model.last_error or "failed"
@@ -437,6 +474,7 @@ class Scheduler:
                 taken |= victims
             case Wait(again_at, reason, reserve, hold):
                 model.why_waiting = reason
+                model.room_at_sec = min(again_at, default=self._now)
                 for at in again_at:
                     self._wake(at)
                 take(free, reserve)
@@ -518,7 +556,7 @@ class Scheduler:
             if model.engine is None or model.engine.state is not EngineState.READY:
                 reason += f": {model.why_waiting}"
             model.queue.remove(request)
-            self._reject(request.id, Refusal.QUEUE_TIMEOUT, reason, model.expected_wait_sec())
+            self._reject(request.id, Refusal.QUEUE_TIMEOUT, reason, self._come_back_sec(model, request.priority))
             self._left_queue(model)
 
     def _time_limit(self, engine: Engine) -> tuple[float | None, float, StopCause]:

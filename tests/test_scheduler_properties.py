@@ -126,11 +126,13 @@ class World:
             max_linger_sec=rng.choice((0, 30)),
             max_concurrent_models=rng.choice((1, 2, 3, 8)),
             max_queue_size_per_model=rng.choice((0, 3, 20)),
+            max_queue_size_total=rng.choice((5, 10_000)),
             queue_timeout_sec=rng.choice((10, 300)),
             idle_timeout_sec=rng.choice((None, 5, 60)),
             keep_warm_models=rng.choice((0, 1, 2)),
             max_drain_sec=rng.choice((None, None, 10)),
             model_load_max_retries=rng.choice((0, 2)),
+            model_max_crashes=rng.choice((1, 3)),
             model_load_cooldown_sec=rng.choice((5, 300)),
         )
 

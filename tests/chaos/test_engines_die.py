@@ -22,6 +22,7 @@ def test_kill_9_of_random_engines(start: Start, tiny: Path, tmp_path: Path) -> N
         # these bounds out of reach the promise is absolute: no plain request fails, and no stream before it began.
         "max_request_retries": kills,
         "model_load_max_retries": kills,
+        "model_crash_window_sec": 0.001,
         "preload_models": ["*"],
         "preload_delay_sec": 0,
     }
