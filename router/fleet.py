@@ -6,6 +6,8 @@ and whose turn it is are decided elsewhere; requests are not known here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from router.messages import Effect, Placement, StartEngine, StopCause, StopEngine, Transition
 from router.residency import ENGINES, Engine, EngineState, Model, Swap, amounts, claim, take, total
 
@@ -16,9 +18,14 @@ class Fleet:
     def __init__(self) -> None:
         self.engines: dict[int, Engine] = {}
         self.budgets: dict[str, int] = {}
+        self.capacity: dict[str, int] = {}
         self.swaps: dict[str, Swap] = {}
         self.effects: list[Effect] = []
         self._last_id = 0
+
+    def set_budgets(self, budgets: Mapping[str, int], capacity: Mapping[str, int], engines: int) -> None:
+        self.budgets = {**budgets, ENGINES: engines}
+        self.capacity = {**budgets, **capacity, ENGINES: engines}
 
     def free(self) -> dict[str, int]:
         """What is neither used, nor reserved for an engine that loads, nor promised to a swap."""

@@ -6,7 +6,7 @@ All immutable. Times are seconds on one monotonic clock, memory is MiB. Nothing 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from router.queue import Priority
@@ -55,6 +55,8 @@ class Policy:
     max_backoff_sec: float = 60
     abandoned_load_grace_sec: float = 5
     inspection_valid_sec: float = 10
+    others_patience_sec: float = 10
+    """How long a model waits for memory that others than our engines hold, before it is refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,8 @@ class MemoryChanged:
 
     at: float
     budgets: Mapping[str, int]
+    capacity: Mapping[str, int] = field(default_factory=dict)
+    """What they might use if nobody else used anything; for devices that are missing, the budget."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +156,23 @@ class Inspected:
     """The footprint in words, with its source, for people."""
     expected_load_sec: float | None = None
     """A guess from its size, for a model that was never loaded."""
+    advice: str = ""
+    """What would fit, when it does not."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineReady:
     at: float
     engine_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineMeasured:
+    """What an engine really takes: it is booked with that from now on."""
+
+    at: float
+    engine_id: int
+    placement: Placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +190,8 @@ class EngineExited:
     at: float
     engine_id: int
     reason: str
+    out_of_memory: bool = False
+    """That is what ended it. The next inspection will tell of a larger footprint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +237,7 @@ Event = (
     | Requeue
     | Inspected
     | EngineReady
+    | EngineMeasured
     | EngineAlive
     | EngineExited
     | Load

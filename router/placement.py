@@ -38,6 +38,8 @@ class Room:
     models: Mapping[str, Model]
     engines: Collection[Engine]
     budgets: Mapping[str, int]
+    capacity: Mapping[str, int]
+    """The budgets as they would be if nobody else used any memory."""
     free: Mapping[str, int]
     taken: Collection[Engine]
     """Engines that make room for others already, or are held for them."""
@@ -69,6 +71,8 @@ class Wait:
 @dataclass(frozen=True, slots=True)
 class NeverFits:
     reason: str
+    others_hold_it: bool
+    """It would fit if others than our engines gave their memory back."""
 
 
 Bounds = list[tuple[float, float, float]]
@@ -76,10 +80,10 @@ Verdict = Fits | MakeRoom | Wait | NeverFits
 
 
 def decide(candidate: Model, inspected: Inspected, room: Room) -> Verdict:
-    obtainable = _obtainable(room)
-    placements = [place for place in inspected.placements if not shortage(place, obtainable)]
+    placements = _possible(inspected.placements, room, room.budgets)
     if not placements:
-        return NeverFits(_why_never(candidate, inspected, room))
+        others_hold_it = bool(_possible(inspected.placements, room, room.capacity))
+        return NeverFits(_why_never(candidate, inspected, room), others_hold_it)
 
     for placement in placements:  # rule 1
         if not shortage(placement, room.free):
@@ -228,15 +232,19 @@ def _eviction_cost(engine: Engine, room: Room) -> float:
     return model.load_sec / max(model.mean_gap_sec, unused_sec, 0.1)
 
 
-def _obtainable(room: Room) -> dict[str, int]:
-    """What a candidate could get if everybody left who can be made to."""
+def _possible(placements: Iterable[Placement], room: Room, budgets: Mapping[str, int]) -> list[Placement]:
+    """Those that fit if everybody leaves who can be made to."""
     pinned = total(engine.placement for engine in room.engines if _stays(engine))
-    return {resource: budget - pinned.get(resource, 0) for resource, budget in room.budgets.items()}
+    obtainable = {resource: budget - pinned.get(resource, 0) for resource, budget in budgets.items()}
+    return [place for place in placements if not shortage(place, obtainable)]
 
 
 def _why_never(candidate: Model, inspected: Inspected, room: Room) -> str:
     reason = f"{candidate.spec.alias!r} needs {inspected.need}; the budget is {amounts(room.budgets)}"
+    held = {name: room.capacity[name] - mib for name, mib in room.budgets.items() if room.capacity[name] > mib}
+    if held:
+        reason += f", {amounts(room.free)} of it free; other programs hold {amounts(held)}"
     pinned = sorted(engine.alias for engine in room.engines if _stays(engine))
     if pinned:
         reason += f" in {room.budgets[ENGINES]} engines, of which {', '.join(pinned)} (pinned) keep theirs"
-    return reason
+    return f"{reason}; {inspected.advice}" if inspected.advice else reason

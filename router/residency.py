@@ -137,6 +137,10 @@ class Model:
     inspected: Inspected | None = None
     too_big: bool = False
     """The last time it was wanted, it could never have fitted."""
+    cramped_since_sec: float | None = None
+    """It would fit, if others than our engines gave their memory back."""
+    ran_out: bool = False
+    """Its last load ran out of memory."""
     attempts: int = 0
     """Loads and crashes that failed in a row."""
     crashes_sec: deque[float] = field(default_factory=deque)
@@ -192,6 +196,7 @@ class Model:
     def forget_failures(self) -> None:
         self.attempts = 0
         self.crashes_sec.clear()
+        self.ran_out = False
         self.failed_until_sec = self.retry_at_sec = 0.0
         self.last_error = self.inspected = None
 

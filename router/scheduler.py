@@ -23,6 +23,7 @@ from router.messages import (
     Eject,
     EngineAlive,
     EngineExited,
+    EngineMeasured,
     EngineReady,
     Event,
     Finished,
@@ -87,6 +88,8 @@ class Scheduler:
                 self._inspected(event)
             case EngineReady():
                 self._ready(event)
+            case EngineMeasured():
+                room_may_change = self._measured(event)
             case EngineAlive():
                 self._alive(event)
             case EngineExited():
@@ -100,7 +103,7 @@ class Scheduler:
             case Reset():
                 self._reset(event)
             case MemoryChanged():
-                self._fleet.budgets = {**event.budgets, ENGINES: self.policy.max_concurrent_models}
+                self._fleet.set_budgets(event.budgets, event.capacity, self.policy.max_concurrent_models)
             case Configured():
                 self._configure(event)
             case ShutDown():
@@ -247,6 +250,7 @@ class Scheduler:
         if model.queue or model.wanted_since_sec is not None:
             return
         self._waiting.pop(model.spec.alias, None)
+        model.cramped_since_sec = None
         engine = model.engine
         if engine is not None and engine.state is EngineState.LOADING:
             engine.nobody_waits_since_sec = self._now
@@ -310,6 +314,7 @@ class Scheduler:
         took_sec = self._now - engine.started_sec
         model.loaded(took_sec)
         model.forget_wish()
+        model.ran_out = False
         engine.ready_sec = engine.idle_since_sec = model.last_used_sec = self._now
         engine.nobody_waits_since_sec = None
         self._fleet.enter(engine, EngineState.READY, f"loaded in {took_sec:.1f} s")
@@ -321,6 +326,13 @@ class Scheduler:
         self._admit(model)
         if engine.idle_since_sec is not None:
             self._wake(engine.idle_since_sec + model.idle_timeout_sec(self.policy))
+
+    def _measured(self, event: EngineMeasured) -> bool:
+        engine = self.engines.get(event.engine_id)
+        if engine is None or engine.state is EngineState.STOPPING:
+            return False
+        engine.placement = {**event.placement, ENGINES: 1}
+        return True
 
     def _alive(self, event: EngineAlive) -> None:
         engine = self.engines.get(event.engine_id)
@@ -338,13 +350,13 @@ class Scheduler:
         if engine.state is EngineState.STOPPING:
             self._off(model, engine.cause.value if engine.cause else event.reason)
         else:
-            self._engine_failed(model, engine, event.reason)
+            self._engine_failed(model, engine, event)
         if model.retired:
             del self.models[engine.alias]
         elif model.wants_engine:
             self._waiting[engine.alias] = model
 
-    def _engine_failed(self, model: Model, engine: Engine, reason: str) -> None:
+    def _engine_failed(self, model: Model, engine: Engine, event: EngineExited) -> None:
         """It ended unasked: another one after a pause, or none for long when it happens too often.
 
         Two ways to be hopeless: never to serve anybody, and to serve somebody now and then and die again.
@@ -353,12 +365,15 @@ class Scheduler:
         loading = engine.state is EngineState.LOADING
         crashes = 0 if loading else model.crashed(self._now, policy.model_crash_window_sec)
         model.attempts += not engine.served
-        model.last_error = f"{engine.alias!r} {'did not load' if loading else 'crashed'}: {reason}"
-        if model.attempts > policy.model_load_max_retries:
+        model.last_error = f"{engine.alias!r} {'did not load' if loading else 'crashed'}: {event.reason}"
+        if loading and event.out_of_memory and not model.ran_out:
+            model.ran_out = True  # it needs more than was thought, and gets one try with that
+            self._off(model, model.last_error)
+        elif model.attempts > policy.model_load_max_retries or (loading and event.out_of_memory):
             self._fail(model, policy.model_load_cooldown_sec)
         elif crashes >= policy.model_max_crashes:
             often = f"crashed {crashes} times in {self._now - model.crashes_sec[0]:.0f} s"
-            model.last_error = f"{engine.alias!r} {often}, the last time: {reason}"
+            model.last_error = f"{engine.alias!r} {often}, the last time: {event.reason}"
             self._fail(model, policy.model_load_cooldown_sec)
         else:
             # An engine that has served deserves to be back at once, the first time.
@@ -376,6 +391,7 @@ class Scheduler:
     def _fail(self, model: Model, cooldown_sec: float) -> None:
         model.attempts = 0
         model.crashes_sec.clear()
+        model.ran_out = False
         model.failed_until_sec = self._now + cooldown_sec
         self._wake(model.failed_until_sec)
         reason = model.last_error or "failed"
@@ -454,8 +470,13 @@ class Scheduler:
         if inspected is None:
             self._inspect(model)
             return
-        room = Room(self._now, self.policy, self.models, self.engines.values(), self.budgets, free, taken)
+        fleet = self._fleet
+        room = Room(
+            self._now, self.policy, self.models, self.engines.values(), fleet.budgets, fleet.capacity, free, taken
+        )
         verdict = decide(model, inspected, room)
+        if not isinstance(verdict, NeverFits):
+            model.cramped_since_sec = None
         if isinstance(verdict, Wait | MakeRoom) and not model.queue and not model.may_evict:
             model.forget_wish()
             self._waiting.pop(model.spec.alias)
@@ -479,12 +500,26 @@ class Scheduler:
                     self._wake(at)
                 take(free, reserve)
                 taken |= hold
-            case NeverFits(reason):
+            case NeverFits(reason, others_hold_it):
+                if others_hold_it and self._may_get_back(model):
+                    model.why_waiting = reason
+                    return
                 model.last_error = reason
                 model.too_big = True
-                model.inspected = None
+                model.inspected = model.cramped_since_sec = None
                 self._off(model, reason)
                 self._reject_waiting(model, Refusal.INSUFFICIENT_MEMORY, reason)
+
+    def _may_get_back(self, model: Model) -> bool:
+        """Whether it is worth waiting for memory that others than our engines hold: once, and not for long."""
+        if model.too_big:
+            return False
+        if model.cramped_since_sec is None:
+            model.cramped_since_sec = self._now
+        until = model.cramped_since_sec + self.policy.others_patience_sec
+        if until > self._now:
+            self._wake(until)
+        return until > self._now
 
     def _start(self, model: Model, placement: Placement) -> None:
         model.too_big = False
@@ -514,7 +549,7 @@ class Scheduler:
         model.inspected = None
         if event.problem is None:
             places = tuple({**place, ENGINES: 1} for place in event.placements)
-            model.inspected = Inspected(self._now, event.alias, places, None, event.need)
+            model.inspected = Inspected(self._now, event.alias, places, None, event.need, advice=event.advice)
             if event.expected_load_sec is not None and not model.loads:
                 model.load_sec = event.expected_load_sec
         elif model.wants_engine:
@@ -626,7 +661,7 @@ class Scheduler:
     def _configure(self, event: Configured) -> None:
         self.policy = event.policy
         if self.budgets:
-            self._fleet.budgets[ENGINES] = event.policy.max_concurrent_models
+            self._fleet.set_budgets(self.budgets, self._fleet.capacity, event.policy.max_concurrent_models)
         for alias, model in list(self.models.items()):
             if alias not in event.models and not model.retired:
                 self._retire(model)

@@ -18,6 +18,7 @@ from router.messages import (
     Eject,
     EngineAlive,
     EngineExited,
+    EngineMeasured,
     EngineReady,
     Event,
     Finished,
@@ -569,6 +570,65 @@ def test_requests_wait_until_memory_is_known() -> None:
     assert machine.states() == "off"
     machine.tell(MemoryChanged(machine.now, GPU))
     assert machine.states() == "loading"
+
+
+def test_memory_that_another_program_holds_is_waited_for_a_moment() -> None:
+    machine = Machine("a")
+    machine.tell(MemoryChanged(machine.now, {"gpu0": 3}, {"gpu0": 10}))
+    patient = machine.ask("a")
+    machine.wait(5)
+    assert patient not in machine.rejected
+    machine.tell(MemoryChanged(machine.now, GPU, {"gpu0": 10}))
+    assert machine.states() == "loading"
+
+
+def test_memory_that_another_program_keeps_is_not_waited_for_twice() -> None:
+    machine = Machine("a")
+    machine.tell(MemoryChanged(machine.now, {"gpu0": 3}, {"gpu0": 10}))
+    first = machine.ask("a")
+    machine.wait(11)
+    refusal = machine.rejected[first]
+    assert refusal.refusal is Refusal.INSUFFICIENT_MEMORY
+    assert "other programs hold 7 MiB on gpu0" in refusal.reason
+    assert machine.ask("a") in machine.rejected
+    machine.tell(MemoryChanged(machine.now, GPU, {"gpu0": 10}))
+    machine.ask("a")
+    assert machine.states() == "loading"
+
+
+def test_an_engine_that_takes_less_than_was_thought_leaves_room_for_another() -> None:
+    machine = Machine("a", "b")
+    machine.served("a")
+    machine.ask("b")
+    assert machine.states() == "ready off"
+    machine.tell(EngineMeasured(machine.now, machine.engine("a"), {"gpu0": 4}))
+    assert machine.states() == "ready loading"
+
+
+def test_an_engine_that_takes_more_than_was_thought_is_booked_with_it() -> None:
+    machine = Machine("a", "b", places={"a": SMALL, "b": SMALL})
+    machine.finish(machine.served("a"))
+    machine.tell(EngineMeasured(machine.now, machine.engine("a"), {"gpu0": 6}))
+    machine.wait(60)
+    machine.ask("b")
+    assert machine.states() == "off loading"
+
+
+def test_load_that_ran_out_of_memory_is_tried_once_more_with_room_for_what_it_wanted() -> None:
+    machine = Machine("a", "b", places={"a": SMALL, "b": ({"gpu0": 5},)}, load_sec=None)
+    request = machine.ask("b")
+    machine.tell(EngineReady(machine.now, machine.engine("b")))
+    machine.finish(request)
+    machine.wait(60)
+    unlucky = machine.ask("a")
+    assert machine.states() == "loading ready"
+    machine.places = {"a": BIG}  # what the next look will find
+    machine.tell(EngineExited(machine.now, machine.engine("a"), "cudaMalloc failed", out_of_memory=True))
+    assert machine.states() == "loading off"
+    assert unlucky not in machine.rejected
+    machine.tell(EngineExited(machine.now, machine.engine("a"), "try -c 512", out_of_memory=True))
+    assert machine.states() == "failed off"
+    assert "try -c 512" in machine.rejected[unlucky].reason
 
 
 def test_a_swap_is_given_up_when_memory_shrinks_below_its_need() -> None:

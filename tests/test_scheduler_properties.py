@@ -31,6 +31,7 @@ from router.messages import (
     Eject,
     EngineAlive,
     EngineExited,
+    EngineMeasured,
     EngineReady,
     Event,
     Finished,
@@ -94,7 +95,9 @@ class World:
         self.scheduler = Scheduler()
         self.now = rng.uniform(0, 1000)
         self.devices = rng.choice((("host",), ("gpu0", "host"), ("gpu0", "gpu1", "host")))
-        self.budgets = {name: rng.choice((6, 10, 16)) for name in self.devices}
+        self.capacity = {name: rng.choice((6, 10, 16)) for name in self.devices}
+        self.others = dict.fromkeys(self.devices, 0)
+        """What other programs hold."""
         self.policy = self.random_policy()
         self.aliases = [f"m{number}" for number in range(rng.randint(2, 7))]
         self.files = {alias: self.random_placements() for alias in self.aliases}
@@ -114,7 +117,7 @@ class World:
         self.history: list[tuple[Event, list[Effect]]] | None = [] if keep_events else None
         self.down = False
         self.feed(Configured(self.now, dict(self.specs), self.policy))
-        self.feed(MemoryChanged(self.now, dict(self.budgets)))
+        self.tell_of_memory()
 
     # --- what the world is made of ----------------------------------------------------------------------
 
@@ -221,12 +224,19 @@ class World:
         self.waiting[request_id] = alias
         self.feed(Requeue(self.now, request_id, "connection reset"))
 
-    def exit(self, engine_id: int, reason: str) -> None:
+    @property
+    def budgets(self) -> dict[str, int]:
+        return {name: max(0, mib - self.others[name]) for name, mib in self.capacity.items()}
+
+    def tell_of_memory(self) -> None:
+        self.feed(MemoryChanged(self.now, self.budgets, dict(self.capacity)))
+
+    def exit(self, engine_id: int, reason: str, out_of_memory: bool = False) -> None:
         process = self.processes.pop(engine_id)
         for request_id in process.in_flight:
             self.lost[request_id] = process.alias
         self.probes.discard(engine_id)
-        self.feed(EngineExited(self.now, engine_id, reason))
+        self.feed(EngineExited(self.now, engine_id, reason, out_of_memory))
 
     def ready(self, engine_id: int) -> None:
         self.feed(EngineReady(self.now, engine_id))
@@ -332,6 +342,8 @@ class World:
         self.now = max(self.now, self.scheduler._now)
         for process in self.processes.values():
             process.hangs = False
+        self.others = dict.fromkeys(self.devices, 0)
+        self.tell_of_memory()
         for _ in range(10_000):
             self.answer_everything()
             if not self.waiting and not self.granted:
@@ -351,6 +363,7 @@ class World:
         assert not scheduler._waiting
         assert not scheduler._fleet.swaps
         assert scheduler.free() == scheduler.budgets
+        assert scheduler.budgets.items() >= self.budgets.items()
 
     def answer_everything(self) -> None:
         for alias in sorted(self.looking):
@@ -415,7 +428,7 @@ class World:
             if self.rng.random() < 0.8:
                 self.ready(engine_id)
             else:
-                self.exit(engine_id, "out of memory")
+                self.exit(engine_id, "it failed", out_of_memory=self.rng.random() < 0.5)
 
     def some_stop_ends(self) -> None:
         for engine_id, process in list(self.processes.items()):
@@ -450,8 +463,21 @@ class World:
             self.feed(order(self.now, alias))
 
     def memory_changes(self) -> None:
-        self.budgets = {name: max(0, mib + self.rng.choice((-6, -2, 2, 6))) for name, mib in self.budgets.items()}
-        self.feed(MemoryChanged(self.now, dict(self.budgets)))
+        """Another program takes memory or gives it back; now and then the configuration gives more or less."""
+        name = self.rng.choice(self.devices)
+        if self.rng.random() < 0.2:
+            self.capacity[name] = self.rng.choice((4, 6, 10, 16))
+        self.others[name] = self.rng.choice((0, 0, 0, 2, 5, 12))
+        self.tell_of_memory()
+
+    def some_measurement(self) -> None:
+        """Engines take more or less than was thought."""
+        if self.processes:
+            engine_id, process = self.rng.choice(sorted(self.processes.items()))
+            measured = {name: max(0, mib + self.rng.choice((-1, 0, 1))) for name, mib in process.placement.items()}
+            if not process.stop_asked:
+                process.placement = measured
+            self.feed(EngineMeasured(self.now, engine_id, measured))
 
     def configuration_changes(self) -> None:
         alias = self.rng.choice(self.aliases)
@@ -479,10 +505,11 @@ class World:
         some_probe_answer,
         some_order,
         some_crash,
+        some_measurement,
         memory_changes,
         configuration_changes,
     )
-    WEIGHTS = (300, 250, 120, 90, 90, 20, 10, 60, 20, 12, 4, 2, 3)
+    WEIGHTS = (300, 250, 120, 90, 90, 20, 10, 60, 20, 12, 4, 12, 6, 3)
 
 
 def replayed(history: list[tuple[Event, list[Effect]]]) -> bool:
