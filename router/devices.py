@@ -162,7 +162,8 @@ class Devices:
     def _visible_to_rocm(self, found: list[Device]) -> list[Device]:
         environ = self._environ
         shown = _visible({n: [device] for n, device in enumerate(found)}, environ.get("ROCR_VISIBLE_DEVICES"))
-        spelled = environ.get("HIP_VISIBLE_DEVICES", environ.get("CUDA_VISIBLE_DEVICES"))
+        # HIP takes an empty variable for none, and then CUDA's, likewise.
+        spelled = environ.get("HIP_VISIBLE_DEVICES") or environ.get("CUDA_VISIBLE_DEVICES") or None
         return _visible({n: [device] for n, device in enumerate(shown)}, spelled)
 
     def _tell(self, ours: Sequence[Device], left_out: list[str]) -> None:

@@ -89,8 +89,8 @@ def _held(pid: int, proc: Path) -> tuple[int, int] | None:
 
 def _cgroups(root: Path) -> Iterator[tuple[Path, _Files]]:
     """Every cgroup that we are in and whose folder we can see, from our own up to the root."""
-    with contextlib.suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
+    with contextlib.suppress(OSError, ValueError):  # no such file, or not what it should be
+        for line in os.fsdecode((root / "proc/self/cgroup").read_bytes()).splitlines():
             _, controllers, own = line.split(":", 2)
             if not controllers:
                 mount, kind = root / "sys/fs/cgroup", _V2

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import played_nvml
 import psutil
 import pytest
 from tiny_models import write_llama
@@ -133,6 +134,17 @@ def start(tmp_path: Path) -> Iterator[Start]:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that is up in milliseconds and answers nonsense."""
     return write_llama(tmp_path_factory.mktemp("models") / "tiny.gguf")
+
+
+@pytest.fixture(scope="session")
+def nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return played_nvml.build(tmp_path_factory.mktemp("nvml"))
+
+
+@pytest.fixture
+def gpus(nvml_library: Path, tmp_path: Path) -> played_nvml.PlayedGpus:
+    """A machine with GPUs, for processes that get its `environ`; see `played_nvml.py`."""
+    return played_nvml.PlayedGpus(nvml_library, tmp_path)
 
 
 def models(path: Path, *aliases: str, **entry: Any) -> dict[str, Any]:

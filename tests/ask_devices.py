@@ -1,0 +1,37 @@
+"""A process that reads devices: a line of JSON in (see `Asker` in test_devices.py), a line of JSON out."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+import sys
+import threading
+from pathlib import Path
+
+from router.devices import Devices
+
+
+async def main() -> None:
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    options = json.loads(sys.argv[1])
+    devices = Devices(options["gpu_devices"], root=Path(options["root"]))
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if "pids" in asked:
+            held = await devices.held_by(asked["pids"], asked["deadline_sec"])
+            answer: object = {pid: dataclasses.asdict(memory) for pid, memory in held.items()}
+        else:
+            readings = await devices.read(asked["deadline_sec"])
+            answer = {
+                "devices": {name: dataclasses.asdict(device) for name, device in readings.devices.items()},
+                "age_sec": readings.age_sec,
+                "threads": threading.active_count(),
+                "environments": {name: devices.environment([device]) for name, device in readings.devices.items()},
+                "environment_of_all": devices.environment(readings.devices.values()),
+            }
+        print(json.dumps(answer), flush=True)
+
+
+asyncio.run(main())
