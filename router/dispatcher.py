@@ -19,7 +19,7 @@ from typing import Any
 
 from router.config import Config, MaxWait, ModelConfig, Patience, WaitFactor
 from router.engine import Binary, EngineFailed, EngineOrder, EngineProcess, LogRing
-from router.events import Events, ModelChanged, ServerChanged
+from router.events import EngineEnded, Events, ModelChanged, ServerChanged
 from router.flags import argv, parse
 from router.launcher import Launcher
 from router.memory import Device, Unusable, budget_mib, inspect
@@ -46,6 +46,7 @@ from router.messages import (
     Reset,
     ShutDown,
     StartEngine,
+    StopCause,
     StopEngine,
     Submit,
     Tick,
@@ -411,11 +412,22 @@ class Dispatcher:
             wanted = engine_id in self._stopping
             self.exits[model.alias] = LastExit(reason, time.time(), wanted)
             self.crashes[model.alias] += not wanted
+            cause = self._cause_of_end(engine_id, running, wanted=wanted)
+            self.events.publish(EngineEnded(model.alias, cause, wanted, reason, time.time()))
             self._stopping.discard(engine_id)
             if running is not None:
                 running.pool.close_idle()
                 del self.running[engine_id]
             self._post(EngineExited(time.monotonic(), engine_id, reason))
+
+    def _cause_of_end(self, engine_id: int, running: RunningEngine | None, *, wanted: bool) -> str:
+        engine = self.scheduler.engines.get(engine_id)
+        if wanted:
+            cause = engine.cause if engine is not None else None
+            return (cause or StopCause.SHUTDOWN).value
+        if running is None or running.ready_sec is None:
+            return "load_failed"
+        return "hung" if running.process.was_killed else "crashed"
 
     def _stop(self, engine_id: int) -> None:
         """Have an engine stopped; one that is just being spawned stops as soon as it is."""

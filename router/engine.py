@@ -129,6 +129,8 @@ class EngineProcess:
         self.load_progress: float | None = None
         """0 to 1 where the engine tells, while it loads."""
         self._process = process
+        self.was_killed = False
+        """It ended because `kill` was called."""
         self._killed_because = ""
         self._said_ready = asyncio.Event()
         self._last_sign = self.started
@@ -216,7 +218,8 @@ class EngineProcess:
         os.close(self._stderr)
         if code in (126, 127) and is_foreign(self.order.argv[0]):  # a shell has tried to make sense of it
             return f"{self.order.argv[0]} cannot be run: Exec format error (it is built for another processor)"
-        return self._killed_because or _describe_exit(code, self.log)
+        self.was_killed = bool(self._killed_because) and code == -signal.SIGKILL  # else it was gone before
+        return self._killed_because if self.was_killed else _describe_exit(code, self.log)
 
     async def _read_messages(self) -> None:
         """Standard output: state messages in child mode, log lines in builds that do not know it."""

@@ -29,6 +29,19 @@ class ModelChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineEnded:
+    """An engine's process is gone."""
+
+    alias: str
+    cause: str
+    """Why it was stopped (a `StopCause`); or `crashed`, `hung`, `load_failed`, which nobody wanted."""
+    wanted: bool
+    reason: str
+    """For people: its exit and its last words."""
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
 class ServerChanged:
     """initializing, ready or shutting_down."""
 
@@ -47,6 +60,7 @@ class RequestDone(msgspec.Struct, frozen=True):
     """Empty when the request named no model that is configured, so that no client makes up aliases."""
     route: str
     priority: str
+    """Empty when the request was turned away before it asked for a slot."""
     outcome: str
     """served, cancelled, engine_lost, or the code of the error that was answered"""
     status: int
@@ -86,7 +100,7 @@ class Missed:
     count: int
 
 
-Happening = ModelChanged | ServerChanged | RequestDone | Missed
+Happening = ModelChanged | EngineEnded | ServerChanged | RequestDone | Missed
 
 
 class Subscription:

@@ -1,119 +1,449 @@
-"""Prometheus: counters and histograms fed by events, gauges read from the scheduler when scraped.
+"""Prometheus: what is counted when it happens, and what is read from the scheduler when it is asked for.
 
-Aliases come from the configuration only, so that no client can make labels.
+Aliases, routes, priorities and outcomes are the router's own words, so that no client can make labels; a request
+that named no configured model has `model=""`. `monitoring/README.md` lists every metric.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+import psutil
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.exposition import choose_encoder
 
-from router.dispatcher import Dispatcher
-from router.events import Happening, ModelChanged, RequestDone
+from router import __version__
+from router.dispatcher import Dispatcher, RunningEngine
+from router.events import EngineEnded, Happening, ModelChanged, RequestDone
+from router.exposition import Counter, Family, Gauges, Histogram, exposition, label_text
+from router.messages import Refusal
 from router.queue import Priority
+from router.residency import Engine, Model
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_LAG_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_LAG_LOOK_SEC = 1.0
 _STATUS = {"off": 0, "loading": 1, "ready": 2, "draining": 2, "stopping": 0, "failed": 3}
+_REFUSALS = frozenset(refusal.value for refusal in Refusal)
+_TIMEOUTS = frozenset({Refusal.QUEUE_TIMEOUT.value, "request_timeout"})
+_MIB = 1 << 20
 
 
 class Metrics:
-    """Everything under `/metrics`."""
+    """Everything under `/metrics`. Create it on the router's event loop."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
-        self._registry = CollectorRegistry()
-        self._requests = self._counter(
-            "router_requests_total", "Requests by outcome", "model", "status", "endpoint"
-        )
-        self._duration = self._histogram(
-            "router_request_duration_seconds", "From arrival to end", "model", "endpoint"
-        )
-        self._queue_wait = self._histogram("router_queue_wait_seconds", "From arrival to a slot", "model")
-        self._load = self._histogram("router_model_load_duration_seconds", "From start to ready", "model")
-        self._loads = self._counter("router_model_loads_total", "Engines that became ready", "model")
-        self._ejects = self._counter("router_model_ejects_total", "Engines stopped, by cause", "model", "cause")
-        self._registry.register(_Gauges(dispatcher))
         self._dispatcher = dispatcher
-        self._loading: set[str] = set()
-        self._found: dict[tuple[str, str, str], tuple[Counter, Histogram, Histogram]] = {}
+        self._requests = _Requests()
+        self._engines = _Engines(dispatcher)
+        self._lag = Histogram(
+            "router_event_loop_lag_seconds", "How late the event loop came to a timer", bounds=_LAG_SECONDS
+        )
+        self._process = CollectorRegistry()
+        ProcessCollector(registry=self._process)
+        psutil.cpu_percent()  # it tells of the time since the last call
+        self._loop = asyncio.get_running_loop()
+        self._look_at_lag(self._loop.time())
         dispatcher.events.listen(self._note)
 
-    def exposition(self) -> bytes:
-        return generate_latest(self._registry)
-
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(name, text, labels, registry=self._registry)
-
-    def _histogram(self, name: str, text: str, *labels: str) -> Histogram:
-        return Histogram(name, text, labels, buckets=_SECONDS, registry=self._registry)
+    def exposition(self, accept: str = "") -> tuple[bytes, str]:
+        """The text and its content type: OpenMetrics for those who ask for it."""
+        encode, content_type = choose_encoder(accept)
+        families: list[Family] = [*self._requests.families, *self._engines.families, self._lag]
+        self._engines.know(self._dispatcher.scheduler.models)
+        self._requests.know(self._dispatcher.scheduler.models)
+        families.extend(_gauges(self._dispatcher))
+        ours = exposition(families, openmetrics=content_type.startswith("application/openmetrics-text"))
+        return ours.encode() + encode(self._process), content_type
 
     def _note(self, happening: Happening) -> None:
         match happening:
             case RequestDone():
-                requests, duration, queue_wait = self._of(happening.alias, happening.outcome, happening.route)
-                requests.inc()
-                duration.observe(happening.total_sec)
-                queue_wait.observe(happening.queue_sec)
-            case ModelChanged(alias, state, reason):
-                was_loading = alias in self._loading
-                self._loading.discard(alias)
-                if state == "loading":
-                    self._loading.add(alias)
-                elif state == "ready" and was_loading:
-                    self._note_load(alias)
-                elif state == "stopping":
-                    self._ejects.labels(alias, reason).inc()
+                self._requests.note(happening)
+            case ModelChanged() | EngineEnded():
+                self._engines.note(happening)
             case _:
                 pass
 
-    def _of(self, alias: str, outcome: str, route: str) -> tuple[Counter, Histogram, Histogram]:
-        """Finding a metric by its labels costs more than counting."""
-        key = (alias, outcome, route)
-        if key not in self._found:
-            self._found[key] = (
-                self._requests.labels(alias, outcome, route),
-                self._duration.labels(alias, route),
-                self._queue_wait.labels(alias),
-            )
-        return self._found[key]
+    def _look_at_lag(self, due: float) -> None:
+        now = self._loop.time()
+        self._lag.of().observe(max(0.0, now - due))
+        self._loop.call_at(now + _LAG_LOOK_SEC, self._look_at_lag, now + _LAG_LOOK_SEC)
+
+
+class _Requests:
+    """Counted when a request is over."""
+
+    def __init__(self) -> None:
+        self.requests = Counter(
+            "router_requests_total", "Requests, by outcome", "model", "endpoint", "priority", "status"
+        )
+        self.rejected = Counter("router_queue_rejected_total", "Requests refused a slot", "model")
+        self.timeouts = Counter("router_timeout_requests_total", "Requests given up for time", "model")
+        self.client_errors = Counter("router_request_4xx_total", "Requests answered by 4xx", "model")
+        self.server_errors = Counter("router_request_5xx_total", "Requests answered by 5xx", "model")
+        self.retries = Counter(
+            "router_retry_attempts_total", "Requests sent back to the queue, as their engine broke", "model"
+        )
+        self.retried = Counter("router_retry_success_total", "Requests served after a retry", "model")
+        self.resends = Counter(
+            "router_upstream_resends_total", "Requests sent again, as an idle connection was just closed", "model"
+        )
+        self.input_tokens = Counter("router_input_tokens_total", "Tokens of prompts", "model")
+        self.cached_tokens = Counter(
+            "router_cached_tokens_total", "Tokens of prompts that were in an engine's cache", "model"
+        )
+        self.output_tokens = Counter("router_output_tokens_total", "Tokens of answers", "model")
+        self.generated = Counter("router_tokens_generated_total", "Tokens of answers (older name)", "model")
+        self.prefill = Counter("router_prefill_seconds_total", "Engines' time for prompts", "model")
+        self.decode = Counter("router_decode_seconds_total", "Engines' time for answers", "model")
+        self.received = Counter("router_request_bytes_total", "Bytes of requests' bodies", "model")
+        self.sent = Counter("router_response_bytes_total", "Bytes of engines' answers", "model")
+        self.duration = Histogram(
+            "router_request_duration_seconds",
+            "From the whole request to the end of its answer",
+            "model",
+            "endpoint",
+            bounds=_SECONDS,
+        )
+        self.queue_wait = Histogram(
+            "router_queue_wait_seconds",
+            "From the whole request to a slot, or to the end of the wait",
+            "model",
+            "priority",
+            bounds=_SECONDS,
+        )
+        self.first_token = Histogram(
+            "router_time_to_first_token_seconds",
+            "From the whole request to the first byte of a streamed answer",
+            "model",
+            "priority",
+            bounds=_SECONDS,
+        )
+        self.per_token = Histogram(
+            "router_time_per_output_token_seconds",
+            "Engine's time per token after the first",
+            "model",
+            bounds=_TOKEN_SECONDS,
+        )
+        self._per_model = (
+            self.rejected,
+            self.timeouts,
+            self.client_errors,
+            self.server_errors,
+            self.retries,
+            self.retried,
+            self.resends,
+            self.input_tokens,
+            self.cached_tokens,
+            self.output_tokens,
+            self.generated,
+            self.prefill,
+            self.decode,
+            self.received,
+            self.sent,
+        )
+        self.families: tuple[Family, ...] = (
+            self.requests,
+            *self._per_model,
+            self.duration,
+            self.queue_wait,
+            self.first_token,
+            self.per_token,
+        )
+        self._found: dict[tuple[str, str, str, str], _Cells] = {}
+
+    def know(self, aliases: Iterable[str]) -> None:
+        """Counters begin at 0, so that a rate sees the first count."""
+        for alias in aliases:
+            for counter in self._per_model:
+                counter.of(alias)
+
+    def note(self, done: RequestDone) -> None:
+        key = (done.alias, done.route, done.priority, done.outcome)
+        cells = self._found.get(key)
+        if cells is None:
+            cells = self._found[key] = _Cells(self, done)
+        cells.note(done)
+
+
+class _Cells:
+    """Of requests that have all labels in common. Finding a series costs more than counting."""
+
+    def __init__(self, series: _Requests, done: RequestDone) -> None:
+        alias, priority = done.alias, done.priority
+        self._always = [series.requests.of(alias, done.route, priority, done.outcome)]
+        self._client_errors = series.client_errors.of(alias)
+        self._server_errors = series.server_errors.of(alias)
+        self._had_ticket = bool(priority)
+        if not priority:
+            return
+        if done.outcome in _REFUSALS:
+            self._always.append(series.rejected.of(alias))
+        if done.outcome in _TIMEOUTS:
+            self._always.append(series.timeouts.of(alias))
+        self._duration = series.duration.of(alias, done.route)
+        self._queue_wait = series.queue_wait.of(alias, priority)
+        self._first_token = series.first_token.of(alias, priority)
+        self._per_token = series.per_token.of(alias)
+        self._retries = series.retries.of(alias)
+        self._retried = series.retried.of(alias)
+        self._resends = series.resends.of(alias)
+        self._input = series.input_tokens.of(alias)
+        self._cached = series.cached_tokens.of(alias)
+        self._output = series.output_tokens.of(alias)
+        self._generated = series.generated.of(alias)
+        self._prefill = series.prefill.of(alias)
+        self._decode = series.decode.of(alias)
+        self._received = series.received.of(alias)
+        self._sent = series.sent.of(alias)
+
+    def note(self, done: RequestDone) -> None:
+        for counter in self._always:
+            counter.value += 1
+        if done.status >= 400:
+            (self._client_errors if done.status < 500 else self._server_errors).value += 1
+        if self._had_ticket:
+            self._note_service(done)
+
+    def _note_service(self, done: RequestDone) -> None:
+        self._duration.observe(done.total_sec)
+        self._queue_wait.observe(done.queue_sec)
+        self._received.value += done.request_bytes
+        if done.retries:
+            self._retries.value += done.retries
+            self._retried.value += done.outcome == "served"
+        self._resends.value += done.resends
+        if done.ttft_sec is not None:
+            self._sent.value += done.answer_bytes
+            if done.streamed:
+                self._first_token.observe(done.ttft_sec)
+            self._note_usage(done)
+
+    def _note_usage(self, done: RequestDone) -> None:
+        usage = done.usage
+        self._input.value += usage.prompt_tokens
+        self._cached.value += usage.cached_tokens
+        self._output.value += usage.output_tokens
+        self._generated.value += usage.output_tokens
+        self._prefill.value += usage.prefill_sec
+        if usage.decode_sec and usage.output_tokens > 1:
+            self._decode.value += usage.decode_sec
+            self._per_token.observe(usage.decode_sec / (usage.output_tokens - 1))
+
+
+class _Engines:
+    """Counted when an engine becomes ready, is stopped, or ends."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+        self._loading: set[str] = set()
+        self._broken: set[str] = set()
+        self.load = Histogram(
+            "router_model_load_duration_seconds", "From start to ready", "model", bounds=_SECONDS
+        )
+        self.loads = Counter("router_model_loads_total", "Engines that became ready", "model")
+        self.restarts = Counter(
+            "router_engine_restarts_total", "Engines that became ready after one that broke", "model"
+        )
+        self.ejects = Counter("router_model_ejects_total", "Engines stopped by the router", "model", "cause")
+        self.exits = Counter(
+            "router_engine_exits_total",
+            "Engines that ended: the cause why they were stopped, or crashed, hung, load_failed",
+            "model",
+            "reason",
+        )
+        self.families: tuple[Family, ...] = (self.load, self.loads, self.restarts, self.ejects, self.exits)
+
+    def know(self, aliases: Iterable[str]) -> None:
+        for alias in aliases:
+            self.loads.of(alias)
+            self.restarts.of(alias)
+
+    def note(self, happening: ModelChanged | EngineEnded) -> None:
+        alias = happening.alias
+        if isinstance(happening, EngineEnded):
+            self.exits.of(alias, happening.cause).value += 1
+            (self._broken.discard if happening.wanted else self._broken.add)(alias)
+            return
+        was_loading = alias in self._loading
+        self._loading.discard(alias)
+        if happening.state == "loading":
+            self._loading.add(alias)
+        elif happening.state == "ready" and was_loading:
+            self._note_load(alias)
+        elif happening.state == "stopping":
+            self.ejects.of(alias, happening.reason).value += 1
 
     def _note_load(self, alias: str) -> None:
         engine = self._dispatcher.scheduler.models[alias].engine
         if engine is not None:
-            self._loads.labels(alias).inc()
-            self._load.labels(alias).observe(engine.ready_sec - engine.started_sec)
+            self.loads.of(alias).value += 1
+            self.load.of(alias).observe(engine.ready_sec - engine.started_sec)
+        if alias in self._broken:
+            self._broken.discard(alias)
+            self.restarts.of(alias).value += 1
 
 
-class _Gauges(Collector):
-    def __init__(self, dispatcher: Dispatcher) -> None:
-        self._dispatcher = dispatcher
+# --- read when asked for --------------------------------------------------------------------------------
 
-    def collect(self) -> Iterator[Metric]:
-        scheduler = self._dispatcher.scheduler
-        depth = GaugeMetricFamily("router_queue_depth", "Requests that wait", labels=["model"])
-        classes = GaugeMetricFamily(
-            "router_queue_by_priority", "Requests that wait, by priority", labels=["model", "priority"]
-        )
-        active = GaugeMetricFamily("router_active_requests", "Requests in flight", labels=["model"])
-        status = GaugeMetricFamily(
-            "router_model_status", "0 stopped, 1 loading, 2 ready, 3 error", labels=["model"]
-        )
-        slots = GaugeMetricFamily("router_model_slots_total", "Requests served at once", labels=["model"])
-        memory = GaugeMetricFamily("router_model_vram_bytes", "Memory reserved by placement", labels=["model"])
-        for alias, model in scheduler.models.items():
-            engine = model.engine
-            placement = engine.placement if engine is not None else {}
-            depth.add_metric([alias], len(model.queue))
-            for priority in Priority:
-                classes.add_metric([alias, priority.name.lower()], model.queue.count(priority))
-            active.add_metric([alias], len(engine.in_flight) if engine is not None else 0)
-            status.add_metric([alias], _STATUS[scheduler.state(alias)])
-            slots.add_metric([alias], model.spec.slots)
-            memory.add_metric([alias], placement.get(self._dispatcher.device.name, 0) << 20)
-        yield from (depth, classes, active, status, slots, memory)
-        yield GaugeMetricFamily("router_models_loaded_total", "Engines resident", value=len(scheduler.engines))
-        uptime = time.time() - self._dispatcher.started_at
-        yield GaugeMetricFamily("router_uptime_seconds", "Since the start", value=uptime)
+
+@dataclass(slots=True)
+class _Look:
+    """One model, now."""
+
+    model: Model
+    engine: Engine | None
+    running: RunningEngine | None
+    state: str
+    now: float
+
+    def resident_sec(self) -> float:
+        return self.now - self.engine.ready_sec if self.engine is not None and self.engine.ready_sec else 0
+
+    def silent_sec(self) -> float:
+        if self.engine is None or self.running is None or not self.engine.in_flight:
+            return 0
+        return max(0.0, self.now - self.running.pool.last_sign_sec)
+
+
+_PER_MODEL: tuple[tuple[str, str, Callable[[_Look], float]], ...] = (
+    ("router_queue_depth", "Requests that wait", lambda look: len(look.model.queue)),
+    (
+        "router_active_requests",
+        "Requests in flight",
+        lambda look: len(look.engine.in_flight) if look.engine is not None else 0,
+    ),
+    ("router_model_status", "0 stopped, 1 loading, 2 ready, 3 error", lambda look: _STATUS[look.state]),
+    (
+        "router_model_slots_total",
+        "Requests that its engine serves at once; 0 without one",
+        lambda look: look.model.spec.slots if look.engine is not None else 0,
+    ),
+    (
+        "router_model_slots_used",
+        "Slots that are taken",
+        lambda look: len(look.engine.in_flight) if look.engine is not None else 0,
+    ),
+    ("router_model_resident_seconds", "For how long its engine has been ready", _Look.resident_sec),
+    ("router_model_expected_load_seconds", "What loading it takes, learnt", lambda look: look.model.load_sec),
+    (
+        "router_model_failed_attempts",
+        "Loads and crashes that failed in a row",
+        lambda look: look.model.attempts,
+    ),
+    (
+        "router_engine_failed_probes",
+        "Probes in a row that its engine did not answer",
+        lambda look: look.running.failed_probes if look.running is not None else 0,
+    ),
+    (
+        "router_engine_silent_seconds",
+        "For how long an engine that has requests has sent nothing",
+        _Look.silent_sec,
+    ),
+)
+_STATES = ("off", "loading", "ready", "draining", "stopping", "failed")
+
+
+def _gauges(dispatcher: Dispatcher) -> Iterator[Family]:
+    yield from _model_gauges(dispatcher)
+    yield from _memory_gauges(dispatcher)
+    yield from _scheduler_gauges(dispatcher)
+    yield from _machine_gauges()
+    yield _single("router_models_loaded_total", "Engines resident", len(dispatcher.scheduler.engines))
+    yield _single("router_uptime_seconds", "Since the start", time.time() - dispatcher.started_at)
+    build = Gauges("router_build_info", "Version of the router, and what runs the models", "version", "engine")
+    build.set(1, __version__, dispatcher.binary.kind)
+    yield build
+
+
+def _model_gauges(dispatcher: Dispatcher) -> Iterator[Gauges]:
+    scheduler = dispatcher.scheduler
+    now = time.monotonic()
+    looks: list[tuple[str, _Look]] = []
+    states = Gauges("router_model_state", "1 for the state that a model is in", "model", "state")
+    depth = Gauges("router_queue_by_priority", "Requests that wait, by priority", "model", "priority")
+    oldest = Gauges("router_queue_oldest_wait_seconds", "Longest wait of those that wait", "model", "priority")
+    for alias, model in scheduler.models.items():
+        engine = model.engine
+        running = dispatcher.running.get(engine.id) if engine is not None else None
+        state = scheduler.state(alias)
+        label = label_text(("model",), (alias,))
+        looks.append((label, _Look(model, engine, running, state, now)))
+        for name in _STATES:
+            states.line(f'{label},state="{name}"', int(name == state))
+        for priority, priority_label in _PRIORITY_LABELS:
+            first = model.queue.oldest(priority)
+            depth.line(label + priority_label, model.queue.count(priority))
+            oldest.line(label + priority_label, now - first.arrival_sec if first is not None else 0)
+    yield from (states, depth, oldest)
+    for name, text, value in _PER_MODEL:
+        gauges = Gauges(name, text, "model")
+        for label, look in looks:
+            gauges.line(label, value(look))
+        yield gauges
+
+
+_PRIORITY_LABELS = tuple((priority, f',priority="{priority.name.lower()}"') for priority in Priority)
+
+
+def _memory_gauges(dispatcher: Dispatcher) -> Iterator[Gauges]:
+    device = dispatcher.device
+    engines = dispatcher.scheduler.engines.values()
+    reserved = {engine.alias: engine.placement.get(device.name, 0) * _MIB for engine in engines}
+    by_model = Gauges("router_model_vram_bytes", "Memory reserved for its engine", "model")
+    for alias in dispatcher.scheduler.models:
+        by_model.set(reserved.get(alias, 0), alias)
+    yield by_model
+    for name, text, amount in (
+        ("router_memory_total_bytes", "Memory of a device", device.total_mib * _MIB),
+        (
+            "router_memory_budget_bytes",
+            "What all engines together may use",
+            dispatcher.scheduler.budgets.get(device.name, 0) * _MIB,
+        ),
+        ("router_memory_reserved_bytes", "What is reserved for engines", sum(reserved.values())),
+    ):
+        gauges = Gauges(name, text, "device")
+        gauges.set(amount, device.name)
+        yield gauges
+
+
+def _scheduler_gauges(dispatcher: Dispatcher) -> Iterator[Gauges]:
+    policy = dispatcher.scheduler.policy
+    for name, text, figures in (
+        ("router_scheduler_patience_seconds", "By how much it may be overtaken", policy.patience_sec),
+        ("router_scheduler_max_wait_seconds", "Wait after which a busy model drains", policy.max_wait_sec),
+        ("router_scheduler_wait_factor", "The same in multiples of a swap's cost", policy.wait_factor),
+    ):
+        gauges = Gauges(name, text, "priority")
+        for priority in Priority:
+            gauges.set(figures[priority], priority.name.lower())
+        yield gauges
+    yield _single(
+        "router_scheduler_residency_factor",
+        "Quantum of a busy model, in multiples of a swap's cost",
+        policy.residency_factor,
+    )
+    yield _single("router_queue_limit", "Requests that may wait for one model", policy.max_queue_size_per_model)
+    yield _single("router_queue_timeout_seconds", "Longest wait in the queue", policy.queue_timeout_sec)
+    yield _single("router_models_limit", "Engines that may be resident", policy.max_concurrent_models)
+
+
+def _machine_gauges() -> Iterator[Gauges]:
+    memory = psutil.virtual_memory()
+    yield _single("router_system_cpu_percent", "Of all cores, since the last scrape", psutil.cpu_percent())
+    yield _single("router_system_ram_total_bytes", "Memory of the machine", memory.total)
+    yield _single("router_system_ram_used_bytes", "Memory that is not available", memory.total - memory.available)
+    yield _single("router_system_ram_percent", "The same as a share", memory.percent)
+
+
+def _single(name: str, text: str, value: float) -> Gauges:
+    gauges = Gauges(name, text)
+    gauges.set(value)
+    return gauges

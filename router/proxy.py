@@ -483,7 +483,7 @@ class _Exchange:
                 request_id=self._request_id,
                 alias=self._alias,
                 route=self._path,
-                priority=(Priority.NORMAL if ticket is None else ticket.priority).name.lower(),
+                priority="" if ticket is None else ticket.priority.name.lower(),
                 outcome=outcome,
                 status=self._status,
                 queue_sec=ticket.queue_sec if ticket is not None and ticket.decided else now - arrival_sec,
