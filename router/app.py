@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -26,6 +27,9 @@ _UNKNOWN_HOST = (
     "This router listens for this machine only, and does not know the name in your Host header. "
     "Add it to api.allowed_hosts if it is yours."
 )
+
+_OPERATORS_PAGES = ("/v1/logs/", "/v1/health/models")
+"""They quote what engines say."""
 
 _LARGEST_PAGE_BODY = 1 << 20
 
@@ -99,19 +103,22 @@ def _bounded(receive: Receive) -> Receive:
 
 
 def _pages(dispatcher: Dispatcher, keyring: Keyring, reload: Reload) -> FastAPI:
-    app = FastAPI(title="llama-router", version=__version__, openapi_url="/openapi.json")
+    app = FastAPI(
+        title="llama-router", version=__version__, openapi_url="/openapi.json", docs_url=None, redoc_url=None
+    )
     app.state.dispatcher = dispatcher
     app.state.reload = reload
     app.state.metrics = Metrics(dispatcher)
-    app.include_router(models.router)
-    app.include_router(openai.router)
-    app.include_router(monitoring.router)
+    for pages in (models.router, openai.router, monitoring.router):
+        for route in pages.routes:
+            if isinstance(route, APIRoute) and route.methods and "GET" in route.methods:
+                route.methods.add("HEAD")  # what monitors and load balancers like to ask with
+        app.include_router(pages)
 
     @app.middleware("http")
     async def authorize(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         if request.scope["path"] not in OPEN_PATHS:
-            # What an engine logs is for those who run it.
-            manages = request.method != "GET" or request.scope["path"].startswith("/v1/logs/")
+            manages = request.method not in ("GET", "HEAD") or request.scope["path"].startswith(_OPERATORS_PAGES)
             try:
                 keyring.check(request.headers.raw, manages=manages)
             except ApiError as error:
@@ -135,7 +142,13 @@ def _pages(dispatcher: Dispatcher, keyring: Keyring, reload: Reload) -> FastAPI:
     async def http_error(request: Request, error: HTTPException) -> Response:
         path = request.scope["path"]
         if path in ROUTES:
-            return _answer(path, ApiError(405, "method_not_allowed", f"{path} takes POST only."))
+            return _answer(
+                path, ApiError(405, "method_not_allowed", f"{path} takes POST only."), {"allow": "POST"}
+            )
+        if error.status_code == 405:
+            allowed = {name: value for name, value in (error.headers or {}).items() if name.lower() == "allow"}
+            message = f"{path} does not take {request.method}; see the Allow header."
+            return _answer(path, ApiError(405, "method_not_allowed", message), allowed)
         if error.status_code == 404:
             return _answer(
                 request.scope["path"], ApiError(404, "route_not_found", f"There is no {request.method} {path}.")
@@ -151,8 +164,9 @@ def _pages(dispatcher: Dispatcher, keyring: Keyring, reload: Reload) -> FastAPI:
     return app
 
 
-def _answer(path: str, error: ApiError) -> Response:
+def _answer(path: str, error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
     response = Response(error.body(path), error.status)
     for name, value in error.headers():
         response.headers[name.decode()] = value.decode()
+    response.headers.update(headers or {})
     return response

@@ -87,6 +87,10 @@ class LastExit:
     """Seconds since the epoch."""
     wanted: bool
     """We had asked it to go."""
+    code: int | None = None
+    """Negative: the signal that ended it; None when it could not even be started."""
+    out_of_memory: bool = False
+    log_tail: tuple[str, ...] = ()
 
 
 class Ticket:
@@ -170,6 +174,8 @@ class Dispatcher:
         self.counts: dict[str, Counts] = defaultdict(Counts)
         self.exits: dict[str, LastExit] = {}
         self.crashes: dict[str, int] = defaultdict(int)
+        self.restarts: dict[str, int] = defaultdict(int)
+        """Engines that were started because the one before had died."""
         self._launcher = launcher
         self._tickets: dict[str, Ticket] = {}
         self._positions: dict[str, tuple[float, dict[str, int]]] = {}
@@ -392,6 +398,8 @@ class Dispatcher:
     async def _live(self, engine_id: int, model: ModelConfig) -> None:
         """An engine from its start to its end. Whatever happens, its exit is reported."""
         reason = "the router failed to watch it"
+        before = self.exits.get(model.alias)
+        self.restarts[model.alias] += before is not None and not before.wanted
         running: RunningEngine | None = None
         try:
             started = time.monotonic()
@@ -410,7 +418,7 @@ class Dispatcher:
                 await running.process.stop()
         finally:
             wanted = engine_id in self._stopping
-            self.exits[model.alias] = LastExit(reason, time.time(), wanted)
+            self.exits[model.alias] = _exit_of(running, reason, wanted)
             self.crashes[model.alias] += not wanted
             cause = self._cause_of_end(engine_id, running, wanted=wanted)
             self.events.publish(EngineEnded(model.alias, cause, wanted, reason, time.time()))
@@ -517,6 +525,14 @@ class Dispatcher:
                 await self._until_settled(alias)
             finally:
                 self._preloading.discard(alias)
+
+
+def _exit_of(running: RunningEngine | None, reason: str, wanted: bool) -> LastExit:
+    if running is None:
+        return LastExit(reason, time.time(), wanted)
+    process = running.process
+    tail = tuple(process.last_words())
+    return LastExit(reason, time.time(), wanted, process.exit_code, process.out_of_memory, tail)
 
 
 def _policy(config: Config) -> Policy:

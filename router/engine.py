@@ -27,6 +27,7 @@ import msgspec
 import psutil
 
 from router.flags import OWNED_VARIABLES
+from router.host import oom_kills
 from router.platforms import PIPE_BYTES, exit_code, is_foreign, log_pipe, signal_group, spawn
 
 _STATE_PREFIX = b"cmd_child_to_router:state:"
@@ -97,9 +98,9 @@ class LogRing:
         lines = list(self._lines)[-count:] if count > 0 else []
         return [line[:_LONGEST_LINE].decode("utf-8", "replace").rstrip() for line in lines]
 
-    def complaints(self, count: int = 3) -> str:
-        """The lines that tell best what went wrong: the last ones that speak of an error, else the last."""
-        tail = [line for line in self.tail(60) if line.strip()]
+    def complaints(self, since: int = 0, count: int = 3) -> str:
+        """What tells best what went wrong after `since` lines: the last that speak of an error, else the last."""
+        tail = [line for line in self.since(since)[-60:] if line.strip()]
         wrong = [line for line in tail if any(word in line.lower() for word in ("error", "fail", "unable"))]
         return " | ".join((wrong or tail)[-count:])
 
@@ -131,6 +132,10 @@ class EngineProcess:
         self._process = process
         self.was_killed = False
         """It ended because `kill` was called."""
+        self._log_begin = log.total
+        self._oom_kills = oom_kills()
+        self.out_of_memory = False
+        """The kernel has killed it for want of memory."""
         self._killed_because = ""
         self._said_ready = asyncio.Event()
         self._last_sign = self.started
@@ -169,6 +174,15 @@ class EngineProcess:
     @property
     def alive(self) -> bool:
         return self._process.returncode is None
+
+    @property
+    def exit_code(self) -> int | None:
+        """Negative: the signal that ended it; None while it lives."""
+        return self._process.returncode
+
+    def last_words(self, lines: int = 10) -> list[str]:
+        """The end of what it has said itself; the ring also keeps what the engines before it said."""
+        return self.log.since(self._log_begin)[-lines:]
 
     async def ready(self) -> None:
         """Until the engine serves. Raises EngineFailed when it ended, hangs or takes too long."""
@@ -216,10 +230,28 @@ class EngineProcess:
         self._drain()  # what it said last is the reason
         self._drain_timer.cancel()
         os.close(self._stderr)
+        self.out_of_memory = (
+            code == -signal.SIGKILL and not self._killed_because and oom_kills() != self._oom_kills
+        )
         if code in (126, 127) and is_foreign(self.order.argv[0]):  # a shell has tried to make sense of it
             return f"{self.order.argv[0]} cannot be run: Exec format error (it is built for another processor)"
         self.was_killed = bool(self._killed_because) and code == -signal.SIGKILL  # else it was gone before
-        return self._killed_because if self.was_killed else _describe_exit(code, self.log)
+        return self._killed_because if self.was_killed else self._describe_exit(code)
+
+    def _complaints(self) -> str:
+        return f"its last words: {self.log.complaints(self._log_begin)}"
+
+    def _describe_exit(self, code: int) -> str:
+        if code >= 0:
+            reason = f"exited with code {code}"
+        elif self.out_of_memory:
+            reason = "killed by the kernel: the memory ran out"
+        else:
+            reason = f"killed by {signal_name(code)}"
+            if code == -signal.SIGKILL and self._oom_kills is None:
+                reason += " (out of memory?)"
+        said = self.log.complaints(self._log_begin)
+        return f"{reason}: {said}" if said and code not in (0, -signal.SIGTERM) else reason
 
     async def _read_messages(self) -> None:
         """Standard output: state messages in child mode, log lines in builds that do not know it."""
@@ -321,27 +353,17 @@ class EngineProcess:
                     resident = grown
                     self._last_sign = now
             if now - self._last_sign > order.load_stall_sec:
-                raise EngineFailed(
-                    f"loading stood still for {order.load_stall_sec:g} s; its last words: {self.log.complaints()}"
-                )
+                raise EngineFailed(f"loading stood still for {order.load_stall_sec:g} s; {self._complaints()}")
             if order.load_limit_sec is not None and now - self.started > order.load_limit_sec:
-                raise EngineFailed(
-                    f"not ready after {order.load_limit_sec:g} s; its last words: {self.log.complaints()}"
-                )
+                raise EngineFailed(f"not ready after {order.load_limit_sec:g} s; {self._complaints()}")
 
 
-def _describe_exit(code: int, log: LogRing) -> str:
-    if code < 0:
-        try:
-            name = signal.Signals(-code).name
-        except ValueError:
-            name = f"signal {-code}"
-        hint = " (out of memory?)" if -code == signal.SIGKILL else ""
-        reason = f"killed by {name}{hint}"
-    else:
-        reason = f"exited with code {code}"
-    said = log.complaints()
-    return f"{reason}: {said}" if said and code not in (0, -signal.SIGTERM) else reason
+def signal_name(code: int) -> str:
+    """Of an exit code below zero."""
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
 
 
 def port_is_free(port: int) -> bool:

@@ -123,6 +123,17 @@ def _fields(path: Path) -> dict[str, int]:
     return fields
 
 
+def oom_kills(root: Path = _ROOT) -> int | None:
+    """How many processes of our cgroup (where it does not say: of this machine) the kernel has killed for want
+    of memory so far; None where it does not count them."""
+    counted = (group / name for group, _ in _cgroups(root) for name in ("memory.events", "memory.oom_control"))
+    for path in (*counted, root / "proc/vmstat"):
+        kills = _fields(path).get("oom_kill")
+        if kills is not None:
+            return kills
+    return None
+
+
 def child_pids() -> list[int]:
     """Everything that this process has started, engines and what they started."""
     try:

@@ -88,8 +88,13 @@ _NOT_RELAYED = frozenset(
         b"connection",
         b"date",
         b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-connection",
         b"server",
+        b"te",
+        b"trailer",
         b"transfer-encoding",
+        b"upgrade",
         b"x-request-id",
     }
 )

@@ -6,6 +6,7 @@ FAKE_ANSWER_SEC   how long an answer takes
 FAKE_DIE          before: exits when a request comes; after: exits in the middle of the answer;
                   once FILE: as `before`, but only while FILE does not exist (it makes it)
 FAKE_CHUNKS       number of events in a stream
+FAKE_HEADERS      further headers of its answers, with | between them
 FAKE_IDLE_CLOSE   1: closes a kept-alive connection right after its answer, as llama-server may at any time
 """
 
@@ -64,6 +65,7 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 async def answer(writer: asyncio.StreamWriter, status: int, body: bytes) -> None:
     writer.write(b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\n" % status)
+    writer.writelines(b"%b\r\n" % line.encode() for line in setting("headers").split("|") if line)
     writer.write(b"content-length: %d\r\n\r\n" % len(body) + body)
     await writer.drain()
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import Start, eventually, fake, models
 
+from router.host import oom_kills
+
 
 def test_an_engine_killed_between_requests_is_replaced_at_the_next(start: Start, tiny: Path) -> None:
     router = start({"models": models(tiny, "a")})
@@ -167,5 +169,76 @@ def test_an_engine_that_hangs_is_replaced_and_its_requests_are_served(start: Sta
     assert router.status("a")["pid"] != hung
     health = router.http.get("/v1/health/models").json()["models"]["a"]
     assert health["healthy"]
-    assert health["crashes"] == 1
+    assert health["crashes"] == health["restarts"] == 1
+    assert health["last_probe_ms"] is None  # of this engine
     assert "it hung" in health["last_exit"]["reason"]
+
+
+def test_how_an_engine_ended_can_be_read(start: Start, tiny: Path) -> None:
+    router = start({"models": models(tiny, "a")})
+    router.chat("a")
+    os.kill(router.status("a")["pid"], signal.SIGSEGV)
+    router.until("a", "off")
+    health = router.http.get("/v1/health/models").json()["models"]["a"]
+    assert (health["status"], health["healthy"], health["uptime_sec"]) == ("off", False, None)
+    assert (health["crashes"], health["restarts"]) == (1, 0)  # nobody waits for it
+    ended = health["last_exit"]
+    assert (ended["code"], ended["signal"], ended["wanted"], ended["out_of_memory"]) == (
+        None,
+        "SIGSEGV",
+        False,
+        False,
+    )
+    assert ended["log_tail"]
+    assert "killed by SIGSEGV" in health["last_error"]
+
+
+def test_an_engine_answers_for_its_own_words_only(start: Start, tiny: Path, tmp_path: Path) -> None:
+    engine = tmp_path / "engine"
+    engine.write_text(f"#!/bin/sh\nmkdir '{tmp_path}/second' 2>&- && echo 'error: of the first' >&2\nexit 7\n")
+    engine.chmod(0o755)
+    system = {"llama_server_path": str(engine), "model_load_max_retries": 1}
+    router = start({"system": system, "models": models(tiny, "a")})
+    assert router.chat("a").json()["error"]["message"] == "'a' did not load: exited with code 7"
+    assert "error: of the first" in router.http.get("/v1/logs/a").text
+    assert router.http.get("/v1/health/models").json()["models"]["a"]["last_exit"]["log_tail"] == []
+
+
+def test_an_engine_that_serves_and_dies_ends_in_failed_until_a_reset(
+    start: Start, tiny: Path, tmp_path: Path
+) -> None:
+    system = {"llama_server_path": fake(tmp_path), "model_max_crashes": 3}
+    router = start({"system": system, "models": models(tiny, "a")})
+    for _ in range(3):
+        assert router.chat("a").status_code == 200
+        os.kill(router.status("a")["pid"], signal.SIGKILL)
+        eventually(lambda: router.engines == [])
+    refused = router.chat("a")
+    assert refused.status_code == 503
+    assert "crashed 3 times" in refused.json()["error"]["message"]
+    assert 200 < int(refused.headers["retry-after"]) <= 300
+    assert router.http.get("/v1/models/failed").json()["failed_models"][0]["model"] == "a"
+    router.http.post("/v1/models/a/reset")
+    assert router.chat("a").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("group", "counts"),
+    [
+        (
+            "0::/system.slice/router",
+            {"sys/fs/cgroup/system.slice/router/memory.events": "low 0\noom 1\noom_kill 3"},
+        ),
+        ("4:memory:/docker/1", {"sys/fs/cgroup/memory/memory.oom_control": "under_oom 0\noom_kill 3"}),
+        ("0::/", {"proc/vmstat": "nr_free_pages 1\noom_kill 3\n"}),
+    ],
+    ids=["cgroup v2", "cgroup v1", "no cgroup"],
+)
+def test_those_whom_the_kernel_killed_for_memory_are_counted(
+    tmp_path: Path, group: str, counts: dict[str, str]
+) -> None:
+    assert oom_kills(tmp_path) is None
+    for name, text in {"proc/self/cgroup": group, **counts}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert oom_kills(tmp_path) == 3

@@ -10,11 +10,12 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
-from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette import ServerSentEvent
 from starlette.responses import JSONResponse
 
 from router.api.errors import ApiError, refused
 from router.api.openai import known_model
+from router.api.streams import EventStream
 from router.config_errors import ConfigError
 from router.dispatcher import Dispatcher
 from router.events import Missed, ModelChanged, ServerChanged
@@ -93,10 +94,10 @@ async def all_status(request: Request) -> dict[str, Any]:
 
 
 @router.get("/v1/models/status/stream")
-async def status_stream(request: Request) -> EventSourceResponse:
+async def status_stream(request: Request) -> EventStream:
     """SSE: `full_status` first, then `model_update` and `server_update` as things change."""
     dispatcher: Dispatcher = request.app.state.dispatcher
-    return EventSourceResponse(_status_events(dispatcher), ping=_KEEP_ALIVE_SEC, ping_message_factory=_heartbeat)
+    return EventStream(_status_events(dispatcher), ping=_KEEP_ALIVE_SEC, ping_message_factory=_heartbeat)
 
 
 @router.get("/v1/models/{alias:path}/status")

@@ -8,12 +8,13 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
-from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette import ServerSentEvent
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from router.api.openai import known_model
-from router.dispatcher import Dispatcher
-from router.engine import LogRing
+from router.api.streams import EventStream
+from router.dispatcher import Dispatcher, LastExit
+from router.engine import LogRing, signal_name
 from router.queue import Priority
 
 router = APIRouter(tags=["monitoring"])
@@ -31,10 +32,17 @@ async def health(request: Request) -> JSONResponse:
         "checks": {
             "gpu": {"available": dispatcher.device.name == "gpu"},
             "manager": {"status": dispatcher.status, "active_models": len(dispatcher.scheduler.engines)},
-            "http_client": {"status": "ok"},
+            "http_client": _connections(dispatcher),
         },
     }
     return JSONResponse(answer, 200 if working else 503)
+
+
+def _connections(dispatcher: Dispatcher) -> dict[str, Any]:
+    """Ours to the engines: degraded while one that is ready does not answer. It is being replaced then."""
+    ready = [running for running in dispatcher.running.values() if running.ready_sec is not None]
+    silent = sorted(running.alias for running in ready if running.failed_probes)
+    return {"status": "degraded" if silent else "ok", "engines": len(ready), "not_answering": silent}
 
 
 @router.get("/live")
@@ -58,11 +66,11 @@ async def metrics(request: Request) -> Response:
 
 
 @router.get("/v1/logs/{alias:path}/stream")
-async def log_stream(alias: str, request: Request, lines: Annotated[int, Query(ge=0)] = 0) -> EventSourceResponse:
+async def log_stream(alias: str, request: Request, lines: Annotated[int, Query(ge=0)] = 0) -> EventStream:
     """SSE: the last lines that a model's engines said, and what they say from now on, a line an event."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     known_model(dispatcher, alias)
-    return EventSourceResponse(_follow(dispatcher, dispatcher.log_of(alias), lines))
+    return EventStream(_follow(dispatcher, dispatcher.log_of(alias), lines))
 
 
 async def _follow(dispatcher: Dispatcher, log: LogRing, lines: int) -> AsyncIterator[ServerSentEvent]:
@@ -102,9 +110,29 @@ async def model_health(request: Request) -> dict[str, Any]:
             "last_probe_ms": round(latency_sec * 1000, 1) if latency_sec is not None else None,
             "failed_probes": running.failed_probes if running is not None else 0,
             "crashes": dispatcher.crashes[alias],
-            "last_exit": {"reason": ended.reason, "at": ended.at, "wanted": ended.wanted} if ended else None,
+            "restarts": dispatcher.restarts[alias],
+            "last_error": model.last_error,
+            "retry_in_sec": _left(max(model.retry_at_sec, model.failed_until_sec) - now),
+            "last_exit": _exit(ended) if ended is not None else None,
         }
     return {"models": health}
+
+
+def _left(seconds: float) -> float | None:
+    return round(seconds, 1) if seconds > 0 else None
+
+
+def _exit(ended: LastExit) -> dict[str, Any]:
+    by_signal = ended.code is not None and ended.code < 0
+    return {
+        "reason": ended.reason,
+        "at": ended.at,
+        "wanted": ended.wanted,
+        "code": ended.code if not by_signal else None,
+        "signal": signal_name(ended.code) if ended.code is not None and by_signal else None,
+        "out_of_memory": ended.out_of_memory,
+        "log_tail": list(ended.log_tail),
+    }
 
 
 @router.get("/v1/queue/stats")

@@ -1,0 +1,167 @@
+"""Everything but the data plane: what its answers look like, and who may see them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import Router, Start, fake, models
+from sse_starlette import ServerSentEvent
+
+from router.api.streams import EventStream
+
+
+@pytest.fixture
+def router(start: Start, tiny: Path, tmp_path: Path) -> Router:
+    return start({"system": {"llama_server_path": fake(tmp_path)}, "models": models(tiny, "a", "family/b:q4")})
+
+
+PAGES = ("/health", "/ready", "/live", "/metrics", "/v1/models", "/v1/models/a", "/v1/models/status", "/status/a")
+PAGES += ("/v1/models/family/b:q4/status", "/v1/queue/stats", "/v1/health/models", "/v1/logs/a", "/openapi.json")
+
+
+def test_a_monitor_may_ask_with_head(router: Router) -> None:
+    router.chat("a")
+    for page in PAGES:
+        shown, asked = router.http.get(page), router.http.head(page)
+        assert (asked.status_code, asked.content) == (200, b""), page
+        assert asked.headers["content-type"] == shown.headers["content-type"]
+    stream = router.http.head("/v1/models/status/stream")
+    assert stream.headers["content-type"].startswith("text/event-stream")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("POST", "/health", {"GET", "HEAD"}),
+        ("DELETE", "/v1/models/a", {"GET", "HEAD"}),
+        ("PUT", "/v1/config/reload", {"POST"}),
+        ("GET", "/v1/chat/completions", {"POST"}),
+    ],
+)
+def test_a_wrong_method_is_told_the_right_ones(router: Router, method: str, path: str, allowed: set[str]) -> None:
+    answer = router.http.request(method, path)
+    assert answer.status_code == 405
+    assert set(answer.headers["allow"].split(", ")) == allowed
+    assert answer.json()["error"]["code"] == "method_not_allowed"
+
+
+def test_health_says_which_engines_do_not_answer(start: Start, tiny: Path) -> None:
+    system = {"health_check_interval_sec": 0.1, "stall_timeout_sec": 0.1}
+    router = start({"system": system, "models": models(tiny, "a")})
+    router.chat("a")
+    answer = router.http.get("/health").json()
+    assert answer["checks"]["http_client"] == {"status": "ok", "engines": 1, "not_answering": []}
+    assert answer["checks"]["manager"] == {"status": "ready", "active_models": 1}
+    engine = psutil.Process(router.status("a")["pid"])
+    engine.suspend()
+    while (answer := router.http.get("/health")).json()["checks"]["http_client"]["status"] == "ok":
+        assert answer.status_code == 200
+    assert answer.status_code == 200  # the router is well, and sees to it
+    assert answer.json()["checks"]["http_client"]["not_answering"] == ["a"]
+    engine.resume()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["..%2f..%2f..%2fetc%2fpasswd", "%2e%2e/%2e%2e/etc/passwd", "/etc/passwd", "a%00", "a/../../../config.json"],
+)
+def test_a_name_is_a_name_and_never_a_path(router: Router, name: str) -> None:
+    for page in (f"/v1/logs/{name}", f"/v1/models/{name}", f"/v1/models/{name}/status", f"/status/{name}"):
+        answer = router.http.get(page)
+        assert answer.status_code == 404, page
+        assert answer.json()["error"]["code"] in ("model_not_found", "route_not_found")
+    answer = router.http.post("/v1/models/load", json={"model": name})
+    assert answer.status_code == 404
+
+
+def test_who_may_only_infer_reads_no_engines_words(start: Start, tiny: Path, tmp_path: Path) -> None:
+    keys = {"api_keys": ["operator"], "inference_keys": ["client"]}
+    router = start(
+        {"api": keys, "system": {"llama_server_path": fake(tmp_path)}, "models": models(tiny, "a")},
+    )
+    client, operator = ({"authorization": f"Bearer {key}"} for key in ("client", "operator"))
+    assert router.chat("a", headers=client).status_code == 200
+    for page in ("/v1/logs/a", "/v1/logs/a/stream", "/v1/logs/none", "/v1/health/models"):
+        for method in ("GET", "HEAD"):
+            assert router.http.request(method, page, headers=client).status_code == 403, page
+    for page in ("/v1/models", "/v1/models/status", "/v1/queue/stats", "/metrics", "/openapi.json"):
+        assert router.http.get(page).status_code == router.http.head(page).status_code == 401, page
+        assert router.http.get(page, headers=client).status_code == 200, page
+    assert router.http.get("/v1/logs/a", headers=operator).status_code == 200
+    assert router.http.post("/v1/models/a/reset", headers=client).status_code == 403
+
+
+def test_the_key_of_an_engine_shows_nowhere(start: Start, tiny: Path, tmp_path: Path) -> None:
+    """But in its environment, which only its user can read."""
+    router = start({"models": {**models(tiny, "a"), **models(tiny, "broken", flags=["--no-such-flag"])}})
+    assert router.chat("a").status_code == 200
+    refused = router.chat("broken", headers={"authorization": "Bearer wrong"})
+    process = psutil.Process(router.status("a")["pid"])
+    key = process.environ()["LLAMA_API_KEY"]
+    assert len(key) == 48
+    commands = [word for each in psutil.process_iter(["cmdline"]) for word in each.info["cmdline"] or ()]
+    pages = [router.http.get(page).text for page in (*PAGES, "/v1/logs/broken")]
+    for text in (*commands, *pages, refused.text, router.log):
+        assert key not in text
+    assert (Path(f"/proc/{process.pid}/environ").stat().st_mode & 0o077) == 0
+
+
+def test_what_is_meant_for_one_connection_goes_no_further(start: Start, tiny: Path, tmp_path: Path) -> None:
+    hop = (
+        "Connection: keep-alive, x-engine",
+        "Keep-Alive: timeout=5",
+        "Proxy-Authenticate: Basic",
+        "TE: trailers",
+    )
+    hop += ("Trailer: x-sum", "Upgrade: h2c", "Access-Control-Allow-Origin: *", "X-Request-Id: of-the-engine")
+    engine = fake(tmp_path, headers="|".join((*hop, "X-Of-The-Model: stays")))
+    router = start({"system": {"llama_server_path": engine}, "models": models(tiny, "a")})
+    answer = router.chat("a")
+    assert answer.headers["x-of-the-model"] == "stays"
+    names = {"keep-alive", "proxy-authenticate", "te", "trailer", "upgrade", "access-control-allow-origin"}
+    assert not names & set(answer.headers)
+    assert answer.headers["x-request-id"] != "of-the-engine"
+
+
+def test_forwarded_headers_are_believed_by_nobody(router: Router) -> None:
+    lies = {
+        "x-forwarded-host": "localhost",
+        "forwarded": "host=localhost;for=127.0.0.1",
+        "x-forwarded-for": "127.0.0.1",
+    }
+    assert router.http.get("/live", headers={"host": "evil.example", **lies}).status_code == 403
+    assert router.http.get("/live", headers={"x-forwarded-host": "evil.example"}).status_code == 200
+
+
+def test_a_reader_who_does_not_read_is_let_go() -> None:
+    """Over a connection that takes one message and no more."""
+    ended: list[str] = []
+
+    async def events() -> AsyncIterator[ServerSentEvent]:
+        try:
+            while True:
+                yield ServerSentEvent("x")
+        finally:
+            ended.append("the stream")
+
+    async def serve() -> None:
+        begun = asyncio.Event()
+
+        async def send(message: Any) -> None:
+            if begun.is_set():
+                await asyncio.Event().wait()
+            begun.set()
+
+        async def receive() -> Any:
+            await asyncio.Event().wait()
+
+        stream = EventStream(events(), send_timeout=0.05)
+        await asyncio.wait_for(stream({"type": "http", "method": "GET", "path": "/"}, receive, send), 5)
+
+    asyncio.run(serve())
+    assert ended == ["the stream"]
