@@ -205,6 +205,14 @@ class System(Section):
     )
     http_max_connections: PositiveCount = Field(default=200, description="Connections to one engine.")
     http_max_keepalive: Count = Field(default=100, description="Idle connections kept open to one engine.")
+    state_dir: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder, made for its owner only, for what outlives the router: which engines run, and what "
+        "was measured. One router at a time works with it. null: llama-router/PORT in $XDG_STATE_HOME, else in "
+        "~/.local/state (macOS: ~/Library/Application Support), and none if the port is 0. The variable "
+        "LLAMA_ROUTER_STATE_DIR wins.",
+    )
     log_ring_lines: PositiveCount = Field(
         default=1000, description="Lines of an engine's output that are remembered."
     )

@@ -39,6 +39,7 @@ from router.gguf import SPLIT_NAME
 _VARIABLES: dict[str, KeyPath] = {
     "LLAMA_SERVER_PATH": ("system", "llama_server_path"),
     "BASE_MODELS_PATH": ("system", "base_models_path"),
+    "LLAMA_ROUTER_STATE_DIR": ("system", "state_dir"),
     "API_KEY": ("api", "api_keys"),
     "DEBUG": ("system", "debug"),
     "STRUCTURED_LOGS": ("system", "structured_logs"),
@@ -314,6 +315,8 @@ class _Draft:
             elif self.check_files and not os.access(binary, os.X_OK):
                 self.problem(path, f"{binary} is not executable")
         changes["base_models_path"] = str(self.models_folder())
+        if system.state_dir:
+            changes["state_dir"] = str(self.resolve(system.state_dir, self.base_of(("system", "state_dir"))))
         return system.model_copy(update=changes)
 
     def model(self, alias: str, system: System) -> ModelConfig | None:

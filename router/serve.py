@@ -11,9 +11,12 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Coroutine, Generator
+from datetime import datetime
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import psutil
 import uvicorn
 
 from router import logs
@@ -30,6 +33,7 @@ from router.http_server import HttpProtocol
 from router.launcher import LocalLauncher, find_binary
 from router.memory import Device, find_device
 from router.platforms import allow_many_files
+from router.state import State, StateHeld, default_path
 
 _log = logging.getLogger("router")
 
@@ -44,6 +48,7 @@ _NEEDS_RESTART = {
         "gpu_devices",
         "preload_models",
         "preload_delay_sec",
+        "state_dir",
         "log_ring_lines",
         "debug",
         "structured_logs",
@@ -74,10 +79,10 @@ def serve(load: Callable[[], Loaded]) -> None:
             "or give a folder of GGUF files with --models-dir."
         )
     binary = find_binary(config.system.llama_server_path)
-    device = find_device(config.system, engine_uses_gpus=binary.kind != "embedded")
-    listener = _listen(config.api)
     allow_many_files()
-    with contextlib.closing(listener):
+    listener = _listen(config)
+    with contextlib.closing(listener), contextlib.closing(_open_state(config, listener.getsockname()[1])):
+        device = find_device(config.system, engine_uses_gpus=binary.kind != "embedded")
         _run(_Service(loaded, load, binary, device, listener).run())
 
 
@@ -90,7 +95,8 @@ def _run(service: Coroutine[Any, Any, None]) -> None:
         uvloop.run(service)
 
 
-def _listen(api: Api) -> socket.socket:
+def _listen(config: Config) -> socket.socket:
+    api = config.api
     family = socket.AF_INET6 if ":" in api.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -100,12 +106,56 @@ def _listen(api: Api) -> socket.socket:
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
+            user = _user_of_port(config) or "perhaps another llama-router"
             raise CannotServe(
-                f"Port {api.port} on {api.host} is in use, perhaps by another llama-router; "
-                "choose another with --port."
+                f"Port {api.port} on {api.host} is in use: {user}. Choose another with --port."
             ) from error
         raise CannotServe(f"Cannot listen on {api.host}:{api.port}: {error.strerror}.") from error
     return listener
+
+
+def _user_of_port(config: Config) -> str | None:
+    """Who listens on our port, as far as we may know."""
+    port = config.api.port
+    path = _state_path(config.system, port)
+    holder = State.holder(path) if path is not None else None
+    if holder is not None and holder.port == port:
+        return str(holder)
+    with contextlib.suppress(psutil.Error, OSError):
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,) and connection.pid:
+                process = psutil.Process(connection.pid)
+                since = datetime.fromtimestamp(process.create_time()).astimezone().isoformat(" ", "seconds")
+                return f"{process.name()} with pid {process.pid}, which runs since {since}"
+    return None
+
+
+def _state_path(system: System, port: int) -> Path | None:
+    return Path(system.state_dir) if system.state_dir else default_path(port, os.environ)
+
+
+def _open_state(config: Config, port: int) -> State:
+    """The state directory. One that was asked for must be there; without the usual one, it serves all the same."""
+    system = config.system
+    path = _state_path(system, port)
+    if config.api.port == 0 and not system.state_dir:
+        return State()  # the next router will have another port, and would not find it
+    try:
+        if path is None:
+            raise FileNotFoundError(errno.ENOENT, "HOME is not set")
+        return State.open(path, port)
+    except StateHeld as held:
+        raise CannotServe(f"{held}. Stop that one, or give this one a state_dir of its own.") from held
+    except OSError as error:
+        reason = f"{path or 'state_dir'} cannot be used: {error.strerror or error}"
+        if system.state_dir:
+            raise CannotServe(f"system.state_dir: {reason}.") from error
+        _log.warning(
+            "%s. Nothing will be remembered: neither what is measured nor which engines run, should they outlive "
+            "a router that is killed. Set LLAMA_ROUTER_STATE_DIR to a folder that can be written.",
+            reason,
+        )
+        return State()
 
 
 class _Service:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -115,7 +116,9 @@ def start(tmp_path: Path) -> Iterator[Start]:
             arguments += ["--port", "0"]
         # The tests' own engine, whatever else the machine has.
         path_without_engines = os.pathsep.join(["/usr/bin", "/bin"])
-        clean = {"PATH": path_without_engines, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), **environ}
+        clean = {"PATH": path_without_engines, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+        clean["LLAMA_ROUTER_STATE_DIR"] = str(tmp_path / f"state-{len(routers)}")
+        clean |= environ
         router = Router(arguments, tmp_path, clean)
         routers.append(router)
         return router
@@ -168,3 +171,11 @@ def eventually(condition: Callable[[], bool], timeout_sec: float = 10) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.01)
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port that was free a moment ago, for what must know it beforehand."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
