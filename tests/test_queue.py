@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections import deque
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.queue import Priority, PriorityQueue, Request
@@ -79,6 +79,7 @@ def test_longest_here_looks_behind_those_that_came_back() -> None:
     assert longest is first
 
 
+@settings(deadline=None)  # a busy machine is no mistake
 @given(st.data())
 def test_order_is_that_of_virtual_deadlines_whatever_happens(data: st.DataObject) -> None:
     queue, expected, now, seq = PriorityQueue(), deque[Request](), 0.0, 0
