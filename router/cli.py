@@ -54,7 +54,8 @@ def _with_command(arguments: list[str]) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llama-router",
-        usage="llama-router [COMMAND] [--config FILE] [--models-dir DIR] [--host HOST] [--port PORT]",
+        usage="llama-router [COMMAND] [--config FILE] [--models-dir DIR] [--hf-cache] [--ollama-store] "
+        "[--host HOST] [--port PORT]",
         description="One OpenAI-compatible endpoint in front of any number of GGUF models.",
         epilog="Without a command it serves. `llama-router COMMAND --help` tells what a command takes.",
     )
@@ -70,6 +71,12 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="DIR",
         help="serve every GGUF in this folder under its file name; may be repeated",
+    )
+    source.add_argument(
+        "--hf-cache", action="store_true", help="serve the models in the Hugging Face cache (system.hf_cache)"
+    )
+    source.add_argument(
+        "--ollama-store", action="store_true", help="serve the models of Ollama (system.ollama_store)"
     )
     source.add_argument("--host", help="address to listen on (api.host)")
     source.add_argument("--port", type=int, help="port to listen on (api.port)")
@@ -95,9 +102,14 @@ def _load(options: argparse.Namespace) -> Loaded:
         overrides["api.host"] = ("--host", options.host)
     if options.port is not None:
         overrides["api.port"] = ("--port", options.port)
+    if options.hf_cache:
+        overrides["system.hf_cache"] = ("--hf-cache", True)
+    if options.ollama_store:
+        overrides["system.ollama_store"] = ("--ollama-store", True)
     read = partial(load, options.config, environ=os.environ, cwd=Path.cwd(), models_dirs=options.models_dir)
     loaded = read(overrides=overrides)
-    if loaded.source is not None or options.models_dir:
+    folders = options.models_dir or options.hf_cache or options.ollama_store
+    if loaded.source is not None or folders or loaded.config.models:
         return loaded
     demo: dict[str, Any] = {"model_path": str(MODEL_PATH), "description": "A tiny model to try the router with."}
     overrides["models.demo"] = (_DEMO, {**demo, "flags": ["-np", "2"]})

@@ -123,6 +123,21 @@ class System(Section):
     max_concurrent_models: int = Field(
         default=3, ge=1, description="Engines resident at once, whatever memory allows."
     )
+    models_dirs: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        default=(),
+        description="Folders whose GGUF files are served, each under its file's name; relative ones start from "
+        "the folder of the configuration file. --models-dir adds to them.",
+    )
+    hf_cache: bool = Field(
+        default=False,
+        description="Serve the models in the Hugging Face cache (HF_HUB_CACHE, HF_HOME) as USER/REPO:QUANT. "
+        "Pulled models are served in any case.",
+    )
+    ollama_store: bool = Field(
+        default=False,
+        description="Serve what Ollama has downloaded (OLLAMA_MODELS) under Ollama's names. Nothing in it is "
+        "changed.",
+    )
     preload_models: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         default=(), description='Aliases to load at start, in this order; ["*"] loads all while they fit.'
     )
@@ -385,6 +400,8 @@ class ModelConfig:
     footprint_mb: int | None = None
     priority: PriorityName = "normal"
     description: str = ""
+    source: str = field(default="", compare=False)
+    """Where it comes from: a file's name, `pulled`, `--models-dir` …"""
 
     @property
     def revision(self) -> Hashable:

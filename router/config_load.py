@@ -7,18 +7,21 @@ nothing and changes nothing, and it reports all problems at once. Every value's 
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from router import hub
+from router import hub, pulled, stores
 from router.config import Api, Config, ConfigFile, ModelConfig, ModelEntry, Scheduling, Section, System
 from router.config_errors import (
     ConfigError,
@@ -60,6 +63,12 @@ class Loaded:
     warnings: tuple[str, ...]
     source: Path | None
     """The configuration file; None if there is none."""
+    folders: tuple[Path, ...]
+    """Where models were looked for, beyond those that the configuration names."""
+    settling: bool
+    """A file there is still being written: look again after `hub.SETTLE_SEC`."""
+    look_again: Callable[[], Loaded]
+    """The same configuration with the files that are there now. Raises ConfigError."""
 
 
 def load(
@@ -77,7 +86,10 @@ def load(
     `config.yaml` in `cwd`, if there is one. `overrides` maps a key to the option that sets it and its value:
     `{"api.port": ("--port", 9000)}`; `models.ALIAS` takes a whole entry. Each GGUF file below `models_dirs`
     is served under its name, unless the configuration already serves it. Without `check_files`, models and
-    engine need not exist: for checking a configuration on another machine.
+    engine need not exist, and no models are looked for but in `models_dirs`: for reading the configuration of
+    another machine.
+
+    Blocks for up to `hub.SETTLE_SEC` when a file to be discovered has only just been written.
     """
     draft = _Draft(environ, cwd, check_files)
     source = draft.find_file(path)
@@ -87,12 +99,30 @@ def load(
     for key, (option, value) in (overrides or {}).items():
         parts = key.split(".", 1) if key.startswith("models.") else key.split(".")
         draft.put(tuple(parts), value, option)
-    draft.add_discovered(models_dirs)
+    loaded = _with_discovered(draft, models_dirs, source)
+    if loaded.settling:
+        time.sleep(hub.SETTLE_SEC)
+        loaded = _with_discovered(draft, models_dirs, source)
+    draft.check_files = False  # from now on a configured file that is missing is said to whoever asks for it
+    return loaded
+
+
+def _with_discovered(read: _Draft, models_dirs: Sequence[Path], source: Path | None) -> Loaded:
+    """Complete what was read with the models in folders and stores."""
+    draft = copy.deepcopy(read)
+    folders = draft.add_discovered(models_dirs)
     config = draft.build()
     if draft.problems:
         raise ConfigError(draft.problems)
-    origins = {dotted(path): draft.origin_of(path) for path, _ in leaves(config)}
-    return Loaded(config, origins, tuple(draft.warnings), source)
+    return Loaded(
+        config,
+        origins={dotted(path): draft.origin_of(path) for path, _ in leaves(config)},
+        warnings=tuple(draft.warnings),
+        source=source,
+        folders=tuple(folders),
+        settling=draft.settling,
+        look_again=lambda: _with_discovered(read, models_dirs, source),
+    )
 
 
 class _Draft:
@@ -101,10 +131,13 @@ class _Draft:
     def __init__(self, environ: Mapping[str, str], cwd: Path, check_files: bool) -> None:
         self.cwd = Path(os.path.abspath(cwd))
         self.check_files = check_files
+        self.is_for_here = check_files
         self.values: dict[str, Any] = {}
         self.origins: dict[KeyPath, str] = {}
         self.problems: list[Problem] = []
         self.warnings: list[str] = []
+        self.settling = False
+        self.environ = dict(environ)
         self.file_name = ""
         self.folder = self.cwd
         self.home = environ.get("HOME", "~")
@@ -169,34 +202,62 @@ class _Draft:
             else:
                 self.problem((), unknown_key(section, path[-1]), origin)
 
-    def add_discovered(self, folders: Sequence[Path]) -> None:
+    def add_discovered(self, models_dirs: Sequence[Path]) -> list[Path]:
+        """Models that nobody named. What the configuration names wins, then the place that comes first.
+
+        Returns where it looked.
+        """
         models = self.values.setdefault("models", {})
         if not isinstance(models, dict):
-            return
+            return []
         base = self.models_folder()
-        named = {
-            self.resolve(entry["model_path"], base)
+        served = {
+            os.path.realpath(self.resolve(entry["model_path"], base))
             for entry in models.values()
             if isinstance(entry, dict) and isinstance(entry.get("model_path"), str)
         }
-        for folder in (self.resolve(str(folder), self.cwd) for folder in folders):
+        folders: list[Path] = []
+        for origin, folder, look in self.places(models_dirs):
+            folders.append(folder)
             try:
-                discovery = hub.discover(folder)
+                discovery = look()
             except OSError as error:
-                self.problem((), f"{folder}: {error.strerror or error}", "--models-dir")
+                self.problem((), f"{folder}: {error.strerror or error}", origin)
                 continue
+            self.settling |= any(skipped.settling for skipped in discovery.skipped)
             self.warnings += [f"{skipped.path} is not served: {skipped.reason}" for skipped in discovery.skipped]
             for found in discovery.models:
-                path = ("models", found.alias)
-                if found.path in named:
+                if (place := os.path.realpath(found.path)) in served:
                     continue
-                if found.alias not in models:
-                    projector = found.projector.path if found.projector else None
-                    mmproj = {"mmproj": str(projector)} if projector else {}
-                    self.put(path, {"model_path": str(found.path), **mmproj}, "--models-dir")
-                elif self.origin_of((*path, "model_path")) == "--models-dir":
-                    first = models[found.alias]["model_path"]
+                if found.alias in models:
+                    taken = models[found.alias]
+                    first = taken.get("model_path") if isinstance(taken, dict) else None
                     self.warnings.append(f"{found.path} is not served: {first} has the same name")
+                    continue
+                served.add(place)
+                mmproj = {"mmproj": str(found.projector.path)} if found.projector else {}
+                self.put(("models", found.alias), {"model_path": str(found.path), **mmproj}, origin)
+        return folders
+
+    def places(self, models_dirs: Sequence[Path]) -> Iterator[tuple[str, Path, Callable[[], hub.Discovery]]]:
+        """Where models may be found: what the place is called, its folder, and how to look into it."""
+        system = self.values.get("system")
+        system = system if isinstance(system, dict) and self.is_for_here else {}
+        cache = pulled.cache_folder(self.environ) if self.is_for_here else None
+        if cache is not None:
+            yield "pulled", cache, partial(pulled.discover, cache)
+        key = ("system", "models_dirs")
+        named = system.get("models_dirs")
+        texts = named if isinstance(named, list) and all(isinstance(text, str) for text in named) else []
+        dirs = [("--models-dir", self.resolve(str(folder), self.cwd)) for folder in models_dirs]
+        dirs += [("models_dirs", self.resolve(text, self.base_of(key))) for text in texts]
+        for origin, folder in dirs:
+            yield origin, folder, partial(hub.discover, folder, settle_sec=hub.SETTLE_SEC)
+        if system.get("hf_cache") is True and cache is not None:
+            yield "hf_cache", cache, partial(stores.hugging_face, cache, settle_sec=hub.SETTLE_SEC)
+        store = stores.ollama_folder(self.environ)
+        if system.get("ollama_store") is True and store is not None:
+            yield "ollama_store", store, partial(stores.ollama, store, settle_sec=hub.SETTLE_SEC)
 
     # --- values, origins, problems ------------------------------------------------------------------------
 
@@ -346,6 +407,7 @@ class _Draft:
             footprint_mb=entry.footprint_mb,
             priority=entry.priority or "normal",
             description=entry.description,
+            source=self.origin_of((*path, "model_path")),
         )
 
     def parts(self, path: KeyPath, file: Path) -> list[Path]:

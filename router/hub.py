@@ -1,7 +1,8 @@
 """The models in a folder: which GGUF files there are, what to call them, and their projectors.
 
 A split model counts once, by its first part. A file that no engine could serve as a model is reported with
-the reason: it is never fatal and never left out in silence. Reads headers; loads and changes nothing.
+the reason: it is never fatal and never left out in silence; nor is one that is still being written. Reads
+headers; loads and changes nothing. Stores with a layout of their own are the business of `stores.py`.
 """
 
 from __future__ import annotations
@@ -9,23 +10,33 @@ from __future__ import annotations
 import os
 import re
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path, PurePath
+from typing import TypeVar
 
 from router import gguf
 from router.gguf import GGUF, GGUFError
 
+SETTLE_SEC = 1.0
+"""A file that changed within this time may still be written to: some programs reserve the whole size first."""
+
 # llama.cpp: `draft_prefixes` in common/preset.cpp and `gguf_filename_is_model` in common/download.cpp.
 DRAFT_PREFIXES = ("mtp-", "eagle3-", "dflash-", "dspark-")
 
-_QUANTIZATION = re.compile(r"[-._](?:ud-)?(?:i?q\d\w*|tq\d\w*|b?f16|f32|mxfp4\w*|nvfp4)$")
+_QUANTIZATION = re.compile(
+    r"[-._](?P<label>(?:ud-)?(?:i?q\d\w*|tq\d\w*|b?f16|f32|mxfp4\w*|nvfp4))$", re.IGNORECASE
+)
+_Path = TypeVar("_Path", bound=PurePath)
+_MOST_PARTS = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A model to serve as `alias`, with the projector that lets it see or hear."""
+    """A model to serve as `alias`, with the projector that lets it see or hear. Headers without tensors."""
 
     alias: str
     path: Path
@@ -43,6 +54,8 @@ class Skipped:
 
     path: Path
     reason: str
+    settling: bool = False
+    """It changed a moment ago: look again after SETTLE_SEC."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,33 +64,71 @@ class Discovery:
     skipped: tuple[Skipped, ...]
 
 
-def discover(root: Path) -> Discovery:
+def discover(root: Path, *, settle_sec: float = 0.0) -> Discovery:
     """Every model in `root` and the folders below it. OSError when `root` is no folder that can be read."""
     os.scandir(root).close()
-    skipped: list[Skipped] = []
-    pairs: list[tuple[Path, GGUF, GGUF | None]] = []
-    seen: dict[str, Path] = {}
-    for folder, names in _folders(root, skipped):
+    survey = Survey(settle_sec)
+    found = [each for _, paths in survey.folders(root) for each in survey.models(paths)]
+    aliases = _aliases([each.path.relative_to(root) for each in found])
+    return survey.discovery(replace(each, alias=alias) for alias, each in zip(aliases, found, strict=True))
+
+
+class Survey:
+    """A look at the files of one place, which remembers what was skipped."""
+
+    def __init__(self, settle_sec: float = 0.0) -> None:
+        self.skipped: list[Skipped] = []
+        self._settle_sec = settle_sec
+        self._seen: dict[str, Path] = {}
+
+    def folders(self, root: Path) -> Iterator[tuple[Path, list[Path]]]:
+        """Each folder with the GGUF files in it; of split ones the first part."""
+        for folder, names in _folders(root, self.skipped):
+            yield folder, list(_first_parts(folder, names, self.skipped))
+
+    def models(self, paths: Iterable[Path]) -> list[Found]:
+        """The models among files that belong together, each once, without alias and with its projector."""
         models: dict[Path, GGUF] = {}
         projectors: dict[Path, GGUF] = {}
-        for path in _first_parts(folder, names, skipped):
-            if (original := seen.setdefault(os.path.realpath(path), path)) != path:
-                skipped.append(Skipped(path, f"is the same file as {original}"))
-            elif isinstance(header := _read(path), Skipped):
-                skipped.append(header)
-            elif header.kind == "mmproj" or "mmproj" in path.name.lower():
-                projectors[path] = header
-            else:
-                models[path] = header
+        for path in paths:
+            if (original := self._seen.setdefault(os.path.realpath(path), path)) != path:
+                self.skipped.append(Skipped(path, f"is the same file as {original}"))
+            elif (header := self.read(path)) is not None:
+                (projectors if is_projector(path, header) else models)[path] = header
+        found: list[Found] = []
         unused = set(projectors)
+        sizes = {path: header.file_bytes for path, header in projectors.items()}
         for path, model in models.items():
-            chosen = _projector_of(path, list(models), projectors)
-            pairs.append((path, model, projectors[chosen] if chosen else None))
+            chosen = projector_of(path, list(models), sizes)
+            found.append(Found("", path, model, projectors[chosen] if chosen else None))
             unused.discard(chosen or path)
-        skipped += [Skipped(path, "is a projector that no model in its folder uses") for path in sorted(unused)]
-    aliases = _aliases([path.relative_to(root) for path, _, _ in pairs])
-    found = (Found(alias, *pair) for alias, pair in zip(aliases, pairs, strict=True))
-    return Discovery(tuple(found), tuple(skipped))
+        useless = "is a projector that no model in its folder uses"
+        self.skipped += [Skipped(path, useless) for path in sorted(unused)]
+        return found
+
+    def read(self, path: Path) -> GGUF | None:
+        """The header, without tensors, of a file to serve; None if it is skipped, with the reason in `skipped`."""
+        header = _read(path, self._settle_sec)
+        if isinstance(header, Skipped):
+            self.skipped.append(header)
+            return None
+        return header
+
+    def skip(self, path: Path, reason: str) -> None:
+        self.skipped.append(Skipped(path, reason))
+
+    def discovery(self, found: Iterable[Found]) -> Discovery:
+        return Discovery(tuple(found), tuple(self.skipped))
+
+
+def is_projector(path: Path, header: GGUF) -> bool:
+    return header.kind == "mmproj" or "mmproj" in path.name.lower()
+
+
+def quantization(path: PurePath) -> str | None:
+    """What a file's name says of its quantization, in capitals: `Q4_K_M`, `UD-Q4_K_XL`, `BF16`."""
+    found = _QUANTIZATION.search(stem(path))
+    return found["label"].upper() if found else None
 
 
 def _folders(root: Path, skipped: list[Skipped]) -> Iterator[tuple[Path, list[str]]]:
@@ -107,10 +158,14 @@ def _first_parts(folder: Path, names: Sequence[str], skipped: list[Skipped]) -> 
             skipped.append(Skipped(folder / name, f"its first part is missing: {first}"))
 
 
-def _read(path: Path) -> GGUF | Skipped:
+def _read(path: Path, settle_sec: float) -> GGUF | Skipped:
     try:
         str(path).encode()
-        header = gguf.read(path)
+        stamps = _stamps(path)
+        age_sec = time.time() - max((changed_ns for _, changed_ns in stamps), default=0) / 1e9
+        if 0 <= age_sec < settle_sec:
+            return Skipped(path, "is still being written", settling=True)
+        header = _header(path, stamps)
     except UnicodeEncodeError:
         return Skipped(path, "its name is not UTF-8: no request could ask for it")
     except GGUFError as error:
@@ -119,6 +174,33 @@ def _read(path: Path) -> GGUF | Skipped:
         return Skipped(path, error.strerror or str(error))
     reason = _not_served(path, header)
     return Skipped(path, reason) if reason else header
+
+
+@lru_cache(maxsize=4096)
+def _header(path: Path, _stamps: tuple[tuple[int, int], ...]) -> GGUF:
+    """Read again only when one of its files has changed. Tensors are not kept: they would take megabytes."""
+    header = gguf.read(path)
+    return replace(header, tensors=header.tensors[:1])
+
+
+def _stamps(path: Path) -> tuple[tuple[int, int], ...]:
+    """Size and time of the last change, of every part that is there."""
+    split = gguf.SPLIT_NAME.fullmatch(path.name)
+    names = [path.name]
+    if split is not None and int(split["parts"]) <= _MOST_PARTS:
+        parts = int(split["parts"])
+        names = [f"{split['stem']}-{part:05}-of-{split['parts']}.gguf" for part in range(1, parts + 1)]
+    stamps: list[tuple[int, int]] = []
+    for name in names:
+        try:
+            status = os.stat(path.with_name(name))
+        except FileNotFoundError:
+            if name == path.name:
+                raise
+            stamps.append((-1, 0))
+        else:
+            stamps.append((status.st_size, status.st_mtime_ns))
+    return tuple(stamps)
 
 
 def _not_served(path: Path, header: GGUF) -> str | None:
@@ -133,8 +215,9 @@ def _not_served(path: Path, header: GGUF) -> str | None:
     return None
 
 
-def _projector_of(model: Path, models: Sequence[Path], projectors: dict[Path, GGUF]) -> Path | None:
-    """The projector to run `model` with: one whose name begins the model's, the longest, then the smallest.
+def projector_of(model: _Path, models: Sequence[_Path], projectors: Mapping[_Path, int]) -> _Path | None:
+    """The projector (with its size) to run `model` with: one whose name begins the model's, the longest, then
+    the smallest.
 
     Projectors are often called just `mmproj-F16`: beside one model, in whatever quantizations,
     any will do.
@@ -142,23 +225,24 @@ def _projector_of(model: Path, models: Sequence[Path], projectors: dict[Path, GG
     words = _words(model)
     alone = len({_words(other) for other in models}) == 1
 
-    def fits(projector: Path) -> bool:
+    def fits(projector: _Path) -> bool:
         name = _words(projector)
         return alone or (name != () and words[: len(name)] == name)
 
-    def closeness(projector: Path) -> tuple[int, int, str]:
-        return len(_words(projector)), -projectors[projector].file_bytes, projector.name
+    def closeness(projector: _Path) -> tuple[int, int, str]:
+        return len(_words(projector)), -projectors[projector], projector.name
 
     return max(filter(fits, projectors), key=closeness, default=None)
 
 
-def _words(path: Path) -> tuple[str, ...]:
+def _words(path: PurePath) -> tuple[str, ...]:
     """What a file is called, less `mmproj` and the quantization."""
-    name = _QUANTIZATION.sub("", _stem(path).lower().replace("mmproj", ""))
+    name = _QUANTIZATION.sub("", stem(path).lower().replace("mmproj", ""))
     return tuple(word for word in re.split(r"[-._\s]+", name) if word)
 
 
-def _stem(path: Path) -> str:
+def stem(path: PurePath) -> str:
+    """The name of a file, or of the model that it is a part of, without its ending and without spaces."""
     split = gguf.SPLIT_NAME.fullmatch(path.name)
     return re.sub(r"\s+", "-", split["stem"] if split else path.stem)
 
@@ -167,9 +251,9 @@ def _aliases(paths: Sequence[Path]) -> list[str]:
     """The shortest name for each file that tells it from all others."""
     choices = [
         (
-            _stem(path),
-            path.with_name(_stem(path)).relative_to(path.parent.parent).as_posix(),
-            path.with_name(_stem(path)).as_posix(),
+            stem(path),
+            path.with_name(stem(path)).relative_to(path.parent.parent).as_posix(),
+            path.with_name(stem(path)).as_posix(),
             path.as_posix(),
         )
         for path in paths

@@ -34,6 +34,7 @@ from router.launcher import LocalLauncher, find_binary
 from router.memory import Device, find_device
 from router.platforms import allow_many_files
 from router.state import State, StateHeld, default_path
+from router.watch import watch
 
 _log = logging.getLogger("router")
 
@@ -176,6 +177,7 @@ class _Service:
         self._keyring = Keyring(config.api)
         self._reloading = asyncio.Lock()
         self._reloads: set[asyncio.Task[None]] = set()
+        self._look_failed = ""
 
     async def run(self) -> None:
         app = create_app(self._dispatcher, self._keyring, self.reload)
@@ -199,11 +201,13 @@ class _Service:
         loop.add_signal_handler(signal.SIGHUP, self._hang_up)
         self._dispatcher.start()
         health = asyncio.create_task(HealthMonitor(self._dispatcher).run())
+        watching = asyncio.create_task(watch(lambda: self._loaded.folders, self.look_again))
         serving = asyncio.create_task(server.serve([self._listener]))
         self._announce()
         stopping = asyncio.create_task(self._stop.wait())
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
+        watching.cancel()
         try:
             await self._dispatcher.shut_down()
         finally:
@@ -220,18 +224,34 @@ class _Service:
             self._dispatcher.apply(after)
             self._keyring.set(after.api)
             self._loaded = loaded
-        changes = {
-            "added": sorted(after.models.keys() - before.models.keys()),
-            "removed": sorted(before.models.keys() - after.models.keys()),
-            "changed": sorted(
-                alias
-                for alias in before.models.keys() & after.models.keys()
-                if before.models[alias] != after.models[alias]
-            ),
-            "needs_restart": _needs_restart(before, after),
-        }
+        changes = {**_changes(before, after), "needs_restart": _needs_restart(before, after)}
         _log.info("configuration reloaded: %s", changes)
         return {"status": "success", **changes, "warnings": list(loaded.warnings)}
+
+    async def look_again(self) -> bool:
+        """Go by the model files that are there now; nothing else of the configuration is read again.
+
+        Returns whether one of them is still being written.
+        """
+        async with self._reloading:
+            before = self._loaded
+            try:
+                loaded = await asyncio.to_thread(before.look_again)
+            except ConfigError as error:
+                if str(error) != self._look_failed:
+                    _log.error("the folders of models cannot be read, the models stay as they were:\n%s", error)
+                self._look_failed = str(error)
+                return False
+            self._look_failed = ""
+            self._loaded = loaded
+            changes = _changes(before.config, loaded.config)
+            if any(changes.values()):
+                self._dispatcher.apply(loaded.config)
+                _log.info("models have changed: %s", changes)
+        for warning in loaded.warnings:
+            if warning not in before.warnings:
+                _log.warning("%s", warning)
+        return loaded.settling
 
     def _terminate(self) -> None:
         if self._stop.is_set():
@@ -274,6 +294,19 @@ class _Service:
             say(f"  WARNING {warning}")
         body = f'{{"model": "{aliases[0]}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
         say(f"Try:\n  curl {url}/v1/chat/completions{authorization} -d '{body}'")
+
+
+def _changes(before: Config, after: Config) -> dict[str, list[str]]:
+    """Aliases, by what became of them."""
+    return {
+        "added": sorted(after.models.keys() - before.models.keys()),
+        "removed": sorted(before.models.keys() - after.models.keys()),
+        "changed": sorted(
+            alias
+            for alias in before.models.keys() & after.models.keys()
+            if before.models[alias] != after.models[alias]
+        ),
+    }
 
 
 def _needs_restart(before: Config, after: Config) -> list[str]:

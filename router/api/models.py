@@ -140,6 +140,7 @@ def _status(dispatcher: Dispatcher, alias: str) -> dict[str, Any]:
     unload_at_sec = scheduler.unload_at_sec(alias)
     return {
         "alias": alias,
+        "source": dispatcher.config.models[alias].source if alias in dispatcher.config.models else None,
         "status": state,
         "port": running.process.port if running is not None else None,
         "pid": running.process.pid if running is not None else None,

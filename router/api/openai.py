@@ -54,6 +54,7 @@ def status_of(dispatcher: Dispatcher, alias: str) -> str:
 
 def _card(model: ModelConfig) -> dict[str, Any]:
     card: dict[str, Any] = {"id": model.alias, "object": "model", "created": 0, "owned_by": "llama-router"}
+    card["source"] = model.source
     if model.description:
         card["description"] = model.description
     try:

@@ -1,0 +1,224 @@
+"""Which models were pulled, and which of the files in the Hugging Face cache are theirs.
+
+Pulled files lie in the cache that `huggingface_hub`, `llama-server -hf` and others share, in its layout:
+`models--USER--REPO/blobs/HASH`, and links to them in `snapshots/COMMIT/`. Beside them, in `llama-router.json`, is
+written down what was pulled, so that it moves with the cache, goes with the repository, and is seen by every
+router that uses it. A file that was there before is never removed with a model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import msgspec
+from filelock import FileLock
+
+from router.hub import Discovery, Found, Survey
+
+RECORD = "llama-router.json"
+_PREFIX = "models--"
+
+
+class PulledFile(msgspec.Struct, frozen=True):
+    """A file of a pulled model: its path in the repository, and the name of its blob."""
+
+    path: str
+    blob: str
+    size: int
+    ours: bool
+    """It came with this pull; else it was in the cache before."""
+
+
+class PulledModel(msgspec.Struct, frozen=True):
+    repo: str
+    revision: str
+    """The commit."""
+    model: str
+    """Path of the file to load, in the repository; of a split model the first part."""
+    mmproj: str | None
+    files: tuple[PulledFile, ...]
+    complete: bool
+    """All files are there, and their checksums were right."""
+
+
+class _Record(msgspec.Struct):
+    models: dict[str, PulledModel]
+    version: int = 1
+
+
+class NotPulled(Exception):
+    """No pulled model has that alias; the message names those there are."""
+
+
+def cache_folder(environ: Mapping[str, str]) -> Path | None:
+    """Where the Hugging Face cache is, by the library's own rules; None without a home."""
+    # huggingface_hub/constants.py and llama.cpp's common/hf-cache.cpp, in their order.
+    if named := environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE"):
+        place = named
+    elif home := environ.get("HF_HOME"):
+        place = os.path.join(home, "hub")
+    elif caches := environ.get("XDG_CACHE_HOME"):
+        place = os.path.join(caches, "huggingface", "hub")
+    elif environ.get("HOME"):
+        place = "~/.cache/huggingface/hub"
+    else:
+        return None
+    if place == "~" or place.startswith("~/"):
+        place = environ.get("HOME", "~") + place[1:]
+    return Path(os.path.abspath(os.path.expandvars(place)))
+
+
+def repository_folder(cache: Path, repo: str) -> Path:
+    return cache / (_PREFIX + repo.replace("/", "--"))
+
+
+def repository_name(folder: Path) -> str:
+    """`USER/REPO` of a repository's folder."""
+    return folder.name.removeprefix(_PREFIX).replace("--", "/", 1)
+
+
+def repositories(cache: Path) -> list[Path]:
+    """The folders of models in the cache; none if there is no cache."""
+    try:
+        return sorted(folder for folder in cache.iterdir() if folder.name.startswith(_PREFIX))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def snapshot_path(cache: Path, model: PulledModel, path: str) -> Path:
+    """Where a file of a pulled model is read from."""
+    return repository_folder(cache, model.repo) / "snapshots" / model.revision / path
+
+
+def read(cache: Path) -> dict[str, PulledModel]:
+    """All pulled models by alias, also those that were never completed. An unreadable record is an OSError."""
+    models: dict[str, PulledModel] = {}
+    for folder in repositories(cache):
+        models |= _read(folder).models
+    return models
+
+
+def discover(cache: Path) -> Discovery:
+    """The complete ones, to serve under the aliases that they were pulled as."""
+    survey = Survey()
+    found: list[Found] = []
+    for folder in repositories(cache):
+        try:
+            models = _read(folder).models
+        except OSError as error:
+            survey.skip(folder / RECORD, error.strerror or str(error))
+            continue
+        for alias, model in models.items():
+            if not model.complete:
+                continue
+            path = snapshot_path(cache, model, model.model)
+            header = survey.read(path)
+            projector = survey.read(snapshot_path(cache, model, model.mmproj)) if model.mmproj else None
+            if header is not None:
+                found.append(Found(alias, path, header, projector))
+    return survey.discovery(found)
+
+
+def write_down(cache: Path, alias: str, model: PulledModel) -> None:
+    """Add it, or put it in the place of what was pulled under that alias before, whose own files are removed."""
+    folder = repository_folder(cache, model.repo)
+    with _changing(folder):
+        record = _read(folder)
+        before = record.models.get(alias)
+        record.models[alias] = model
+        _write(folder, record)
+        if before is not None:
+            _remove_files(folder, before, record.models.values())
+
+
+def remove(cache: Path, alias: str) -> int:
+    """Forget a pulled model and remove the files that are only its own; how many bytes that freed.
+
+    Raises NotPulled.
+    """
+    models = read(cache)
+    if alias not in models:
+        known = ", ".join(sorted(models)) or "none"
+        raise NotPulled(f"no model was pulled as {alias!r}; pulled are: {known}")
+    folder = repository_folder(cache, models[alias].repo)
+    with _changing(folder):
+        record = _read(folder)
+        model = record.models.pop(alias, None)
+        if model is None:  # somebody else was quicker
+            return 0
+        _write(folder, record)
+        freed = _remove_files(folder, model, record.models.values())
+    if not record.models:
+        _remove_empty(folder)
+    return freed
+
+
+def _remove_files(folder: Path, model: PulledModel, others: Iterable[PulledModel]) -> int:
+    """Remove what is the model's own from its snapshot; blobs that no snapshot uses any more go, too."""
+    kept = {(other.revision, file.path) for other in others for file in other.files}
+    kept_blobs = {file.blob for other in others for file in other.files}
+    for file in model.files:
+        pointer = folder / "snapshots" / model.revision / file.path
+        if file.ours and (model.revision, file.path) not in kept:
+            with contextlib.suppress(FileNotFoundError):
+                pointer.unlink()
+            _remove_empty_above(pointer, folder / "snapshots")
+    used = {os.path.realpath(link) for link in (folder / "snapshots").rglob("*") if link.is_symlink()}
+    freed = 0
+    for file in model.files:
+        blob = folder / "blobs" / file.blob
+        partial = blob.with_name(f"{file.blob}.incomplete")
+        if not file.ours or file.blob in kept_blobs or os.path.realpath(blob) in used:
+            continue
+        for path in (blob, partial):
+            with contextlib.suppress(FileNotFoundError):
+                freed += path.stat().st_size
+                path.unlink()
+    return freed
+
+
+def _remove_empty_above(path: Path, top: Path) -> None:
+    for folder in path.parents:
+        if folder == top:
+            return
+        try:
+            folder.rmdir()
+        except OSError:  # not empty, or not there
+            return
+
+
+def _remove_empty(folder: Path) -> None:
+    """A repository of which nothing is left, unless somebody else keeps something in it."""
+    (folder / RECORD).unlink(missing_ok=True)
+    left = (path for name in ("blobs", "snapshots") for path in (folder / name).rglob("*"))
+    if not any(path.is_file() or path.is_symlink() for path in left):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _changing(folder: Path) -> Iterator[None]:
+    """Alone among all processes that use this cache."""
+    lock = folder.parent / ".locks" / folder.name / f"{RECORD}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):
+        yield
+
+
+def _read(folder: Path) -> _Record:
+    try:
+        return msgspec.json.decode((folder / RECORD).read_bytes(), type=_Record)
+    except FileNotFoundError:
+        return _Record({})
+    except msgspec.DecodeError as error:
+        raise OSError(f"{folder / RECORD} is damaged: {error}") from error
+
+
+def _write(folder: Path, record: _Record) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    fresh = folder / f"{RECORD}.new"
+    fresh.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2))
+    os.replace(fresh, folder / RECORD)
