@@ -1,0 +1,527 @@
+"""Writes the Grafana dashboards: `python tools/dashboards.py`, after every change here.
+
+Each panel says in its description when one looks at it. Names and fields are those of Grafana's own SDK, so that a
+dashboard cannot have an option that Grafana does not know. `tests/test_monitoring.py` runs every query on a real
+Prometheus.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from grafana_foundation_sdk.builders import common, dashboard, prometheus, stat, statetimeline, timeseries
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models import common as shapes
+from grafana_foundation_sdk.models import dashboard as models
+
+FOLDER = Path(__file__).parent.parent / "monitoring" / "grafana" / "dashboards"
+SOURCE = shapes.DataSourceRef(type_val="prometheus", uid="${datasource}")
+TAG = "llama-router"
+GREEN, YELLOW, ORANGE, RED, BLUE, GREY = "green", "yellow", "orange", "red", "blue", "#6e7077"
+STATES = {
+    "off": GREY,
+    "loading": YELLOW,
+    "ready": GREEN,
+    "draining": ORANGE,
+    "stopping": ORANGE,
+    "failed": RED,
+}
+HERE = 'instance=~"$instance"'
+MODEL = f'{HERE},model=~"$model"'
+
+Query = tuple[str, str]
+"""An expression and its legend."""
+
+
+def of(metric: str, *matchers: str) -> str:
+    """A metric of the chosen routers."""
+    return f"{metric}{{{','.join((HERE, *matchers))}}}"
+
+
+def of_model(metric: str, *matchers: str) -> str:
+    """A metric of the chosen models."""
+    return f"{metric}{{{','.join((MODEL, *matchers))}}}"
+
+
+def rate(series: str) -> str:
+    return f"rate({series}[$__rate_interval])"
+
+
+def quantile(share: float, buckets: str, *labels: str) -> str:
+    return f"histogram_quantile({share}, sum by ({', '.join(('le', *labels))}) ({rate(buckets)}))"
+
+
+def state_code(matchers: str) -> str:
+    """A number per state, for timelines: the position in STATES."""
+    parts = (f'{code} * router_model_state{{{matchers},state="{state}"}}' for code, state in enumerate(STATES))
+    return f"sum by (model) ({' or '.join(parts)})"
+
+
+def number(
+    title: str, why: str, query: str, *, unit: str = "short", warn: float | None = None, bad: float | None = None
+) -> stat.Panel:
+    """One figure, coloured from `warn` and `bad` on."""
+    steps = [(None, GREEN if warn is not None or bad is not None else BLUE), (warn, YELLOW), (bad, RED)]
+    panel = (
+        stat.Panel().title(title).description(why).datasource(SOURCE).unit(unit).no_value("–").height(4).span(3)
+    )
+    panel.with_target(prometheus.Dataquery().expr(query).ref_id("A").instant().datasource(SOURCE))
+    panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
+    panel.graph_mode(shapes.BigValueGraphMode.NONE)
+    return panel.thresholds(thresholds([steps[0], *(step for step in steps[1:] if step[0] is not None)]))
+
+
+def thresholds(steps: Sequence[tuple[float | None, str]]) -> dashboard.ThresholdsConfig:
+    return dashboard.ThresholdsConfig().steps([models.Threshold(value, color) for value, color in steps])
+
+
+def graph(
+    title: str,
+    why: str,
+    *queries: Query,
+    unit: str = "short",
+    stacked: bool = False,
+    bound: str = "",
+    width: int = 12,
+) -> timeseries.Panel:
+    """Lines over time. The series whose legend matches `bound` is a limit: a dashed red line, never stacked."""
+    panel = timeseries.Panel().title(title).description(why).datasource(SOURCE).unit(unit).min(0)
+    panel.height(8).span(width).line_width(1).fill_opacity(30 if stacked else 8)
+    panel.show_points(shapes.VisibilityMode.NEVER)
+    panel.tooltip(
+        common.VizTooltipOptions().mode(shapes.TooltipDisplayMode.MULTI).sort(shapes.SortOrder.DESCENDING)
+    )
+    legend = common.VizLegendOptions().display_mode(shapes.LegendDisplayMode.TABLE).show_legend(True)
+    panel.legend(legend.placement(shapes.LegendPlacement.RIGHT).calcs(["lastNotNull", "max"]))
+    if stacked:
+        panel.stacking(common.StackingConfig().mode(shapes.StackingMode.NORMAL))
+    for letter, (expression, name) in zip("ABCDEF", queries, strict=False):
+        target = prometheus.Dataquery().expr(expression).legend_format(name).ref_id(letter).range()
+        panel.with_target(target.datasource(SOURCE))
+    if bound:
+        dashed = {"fill": "dash", "dash": [8, 6]}
+        styles = {
+            "color": {"mode": "fixed", "fixedColor": RED},
+            "custom.lineStyle": dashed,
+            "custom.fillOpacity": 0,
+            "custom.stacking": {"mode": "none", "group": "bound"},
+        }
+        panel.override_by_regexp(bound, [models.DynamicConfigValue(name, value) for name, value in styles.items()])
+    return panel
+
+
+def timeline(title: str, why: str, query: str, width: int = 24) -> statetimeline.Panel:
+    """The states of models over time."""
+    panel = statetimeline.Panel().title(title).description(why).datasource(SOURCE).height(8).span(width)
+    panel.with_target(prometheus.Dataquery().expr(query).legend_format("{{model}}").ref_id("A").range())
+    panel.show_value(shapes.VisibilityMode.NEVER).merge_values(True).fill_opacity(80).line_width(0)
+    panel.color_scheme(dashboard.FieldColor().mode(models.FieldColorModeId.THRESHOLDS))
+    results = {
+        str(code): models.ValueMappingResult(text=state, color=color, index=code)
+        for code, (state, color) in enumerate(STATES.items())
+    }
+    panel.legend(common.VizLegendOptions().show_legend(True).placement(shapes.LegendPlacement.BOTTOM))
+    return panel.mappings([models.ValueMap(results)])
+
+
+def board(uid: str, title: str, why: str, *, by_model: bool = False) -> dashboard.Dashboard:
+    """An empty dashboard with its variables, and links to the others."""
+    new = dashboard.Dashboard(title).uid(uid).description(why).tags([TAG]).readonly()
+    new.time("now-1h", "now").refresh("10s").timezone("browser").tooltip(models.DashboardCursorSync.CROSSHAIR)
+    new.link(
+        dashboard.DashboardLink("llama-router")
+        .type(models.DashboardLinkType.DASHBOARDS)
+        .tags([TAG])
+        .include_vars(True)
+        .keep_time(True)
+    )
+    new.with_variable(dashboard.DatasourceVariable("datasource").label("Data source").type("prometheus"))
+    new.with_variable(variable("instance", "Router", "label_values(router_uptime_seconds, instance)"))
+    if by_model:
+        new.with_variable(variable("model", "Model", f"label_values(router_model_status{{{HERE}}}, model)"))
+    return new
+
+
+def variable(name: str, label: str, query: str) -> dashboard.QueryVariable:
+    new = dashboard.QueryVariable(name).label(label).datasource(SOURCE).query(query).multi(True).include_all(True)
+    new.current(models.VariableOption(text="All", value="$__all")).all_value(".+")
+    return new.refresh(models.VariableRefresh.ON_TIME_RANGE_CHANGED).sort(models.VariableSort.ALPHABETICAL_ASC)
+
+
+def overview() -> dashboard.Dashboard:
+    new = board("llama-router-overview", "llama-router: overview", "What is loaded, what waits, what fails.")
+    waits = of("router_queue_oldest_wait_seconds")
+    done = rate(of("router_requests_total"))
+    failed = of("router_model_state", 'state="failed"')
+    failures = rate(of("router_requests_total", 'status!~"served|cancelled"'))
+    new.with_row(dashboard.Row("Now"))
+    for panel in (
+        number(
+            "Up for",
+            "A short time here explains empty queues and cold models.",
+            f"min({of('router_uptime_seconds')})",
+            unit="s",
+        ),
+        number("Resident models", "How many engines run.", f"sum({of('router_models_loaded_total')})"),
+        number(
+            "Waiting",
+            "Requests without a slot. Look at *Scheduler* for the reason when this stays up.",
+            f"sum({of('router_queue_depth')})",
+            warn=10,
+            bad=100,
+        ),
+        number(
+            "Oldest wait",
+            "The request that has waited longest, of any priority.",
+            f"max({waits})",
+            unit="s",
+            warn=30,
+            bad=120,
+        ),
+        number("In flight", "Requests that engines are answering.", f"sum({of('router_active_requests')})"),
+        number(
+            "Failed models",
+            "Models in their cooldown after failed loads or crashes; `llama-router logs` says why.",
+            f"sum({failed})",
+            bad=1,
+        ),
+        number(
+            "Not served",
+            "Share of requests that were refused or failed, of those that ended lately.",
+            f"sum({failures}) / (sum({done}) > 0) or vector(0)",
+            unit="percentunit",
+            warn=0.01,
+            bad=0.05,
+        ),
+        number(
+            "Tokens/s",
+            "Tokens of answers a second, all models together.",
+            f"sum({rate(of('router_output_tokens_total'))})",
+        ),
+    ):
+        new.with_panel(panel)
+    new.with_row(dashboard.Row("Models and memory"))
+    new.with_panel(timeline("States", "Which models were there when, and which failed.", state_code(HERE), 12))
+    new.with_panel(
+        graph(
+            "Memory",
+            "How full the devices are, and with what. What is reserved by no model is free for "
+            "others until the budget is reached.",
+            (f"sum by (model) ({of('router_model_vram_bytes')}) > 0", "{{model}}"),
+            (of("router_memory_budget_bytes"), "budget {{device}}"),
+            (of("router_memory_total_bytes"), "total {{device}}"),
+            unit="bytes",
+            stacked=True,
+            bound="/^(budget|total)/",
+        )
+    )
+    new.with_row(dashboard.Row("Requests"))
+    for panel in (
+        graph(
+            "Requests by outcome",
+            "What became of them: everything but *served* and *cancelled* is an error that a "
+            "client saw, under its code.",
+            (f"sum by (status) ({done})", "{{status}}"),
+            unit="reqps",
+            stacked=True,
+        ),
+        graph(
+            "Waiting, by priority",
+            "Load beyond what the slots take. Only *low* waiting is as it should be.",
+            (f"sum by (priority) ({of('router_queue_by_priority')})", "{{priority}}"),
+            stacked=True,
+        ),
+        graph(
+            "Wait for a slot, by priority",
+            "What clients feel before their model begins; *high* should lie lowest.",
+            (quantile(0.5, of("router_queue_wait_seconds_bucket"), "priority"), "{{priority}} p50"),
+            (quantile(0.95, of("router_queue_wait_seconds_bucket"), "priority"), "{{priority}} p95"),
+            unit="s",
+        ),
+        graph(
+            "Time to the first token, by priority",
+            "Wait, load and prefill together, of streams.",
+            (quantile(0.5, of("router_time_to_first_token_seconds_bucket"), "priority"), "{{priority}} p50"),
+            (quantile(0.95, of("router_time_to_first_token_seconds_bucket"), "priority"), "{{priority}} p95"),
+            unit="s",
+        ),
+        graph(
+            "Duration",
+            "From the whole request to the end of its answer.",
+            *(
+                (quantile(share, of("router_request_duration_seconds_bucket")), f"p{share * 100:.0f}")
+                for share in (0.5, 0.95, 0.99)
+            ),
+            unit="s",
+        ),
+        graph(
+            "Tokens",
+            "Throughput of the machine: prompts read, found in a cache, and answers written.",
+            (f"sum({rate(of('router_output_tokens_total'))})", "answers"),
+            (f"sum({rate(of('router_input_tokens_total'))})", "prompts"),
+            (f"sum({rate(of('router_cached_tokens_total'))})", "prompts, from the cache"),
+        ),
+    ):
+        new.with_panel(panel)
+    new.with_row(dashboard.Row("Machine and router"))
+    for panel in (
+        graph(
+            "CPU",
+            "Whether the machine is what limits, and whether the router itself takes its share.",
+            (f"{of('router_system_cpu_percent')} / 100", "machine"),
+            (rate(of("process_cpu_seconds_total")), "router, in cores"),
+            unit="percentunit",
+            width=8,
+        ),
+        graph(
+            "RAM",
+            "Before the kernel kills an engine, this is full.",
+            (of("router_system_ram_used_bytes"), "used"),
+            (of("process_resident_memory_bytes"), "router"),
+            (of("router_system_ram_total_bytes"), "total"),
+            unit="bytes",
+            bound="/^total/",
+            width=8,
+        ),
+        graph(
+            "Lag of the event loop",
+            "How late the router comes to its work; every token is later by that much.",
+            (quantile(0.99, of("router_event_loop_lag_seconds_bucket")), "p99"),
+            unit="s",
+            width=8,
+        ),
+    ):
+        new.with_panel(panel)
+    return new
+
+
+def model() -> dashboard.Dashboard:
+    new = board("llama-router-model", "llama-router: model", "One model, or several side by side.", by_model=True)
+    cached = f"sum by (model) ({rate(of_model('router_cached_tokens_total'))})"
+    prompts = f"sum by (model) ({rate(of_model('router_input_tokens_total'))})"
+    reading = f"sum by (model) ({rate(of_model('router_prefill_seconds_total'))})"
+    new.with_row(dashboard.Row("State"))
+    for panel in (
+        timeline(
+            "State", "When it was there, and when it was not although somebody waited.", state_code(MODEL), 12
+        ),
+        graph(
+            "Slots",
+            "All slots taken and a queue beside it: more slots (`-np`) may help.",
+            (of_model("router_model_slots_used"), "{{model}} used"),
+            (of_model("router_model_slots_total"), "{{model}} slots"),
+            bound="/ slots$/",
+        ),
+        graph(
+            "Waiting",
+            "Its queue, by priority.",
+            (f"sum by (model, priority) ({of_model('router_queue_by_priority')})", "{{model}} {{priority}}"),
+            stacked=True,
+        ),
+        graph(
+            "Memory",
+            "What is reserved for it while it is resident.",
+            (of_model("router_model_vram_bytes"), "{{model}}"),
+            unit="bytes",
+        ),
+        graph(
+            "Seconds to load",
+            "What a cold start costs its first client; a rise means a slower disk or cache.",
+            (of_model("router_model_expected_load_seconds"), "{{model}} learnt"),
+            (quantile(0.95, of_model("router_model_load_duration_seconds_bucket"), "model"), "{{model}} p95"),
+            unit="s",
+        ),
+        graph(
+            "Engines that ended",
+            "Stopped by the router under its cause; *crashed*, *hung* and *load_failed* are not its wish.",
+            (
+                f"sum by (model, reason) (increase({of_model('router_engine_exits_total')}[$__rate_interval]))",
+                "{{model}} {{reason}}",
+            ),
+            stacked=True,
+        ),
+    ):
+        new.with_panel(panel)
+    new.with_row(dashboard.Row("Requests"))
+    for panel in (
+        graph(
+            "Requests by outcome",
+            "What became of requests to it.",
+            (f"sum by (model, status) ({rate(of_model('router_requests_total'))})", "{{model}} {{status}}"),
+            unit="reqps",
+            stacked=True,
+        ),
+        graph(
+            "Duration",
+            "From the whole request to the end of its answer, by route.",
+            (quantile(0.5, of_model("router_request_duration_seconds_bucket"), "endpoint"), "{{endpoint}} p50"),
+            (quantile(0.95, of_model("router_request_duration_seconds_bucket"), "endpoint"), "{{endpoint}} p95"),
+            unit="s",
+        ),
+        graph(
+            "Wait for a slot",
+            "What the queue costs its clients.",
+            (quantile(0.5, of_model("router_queue_wait_seconds_bucket"), "model"), "{{model}} p50"),
+            (quantile(0.95, of_model("router_queue_wait_seconds_bucket"), "model"), "{{model}} p95"),
+            unit="s",
+        ),
+        graph(
+            "Time to the first token",
+            "Wait, load and prefill together, of streams.",
+            (quantile(0.5, of_model("router_time_to_first_token_seconds_bucket"), "model"), "{{model}} p50"),
+            (quantile(0.95, of_model("router_time_to_first_token_seconds_bucket"), "model"), "{{model}} p95"),
+            unit="s",
+        ),
+    ):
+        new.with_panel(panel)
+    new.with_row(dashboard.Row("Tokens"))
+    for panel in (
+        graph(
+            "Tokens",
+            "How much it works.",
+            (f"sum by (model) ({rate(of_model('router_output_tokens_total'))})", "{{model}} answers"),
+            (prompts, "{{model}} prompts"),
+        ),
+        graph(
+            "Time per token",
+            "How fast one stream is; it rises when slots share the GPU.",
+            (quantile(0.5, of_model("router_time_per_output_token_seconds_bucket"), "model"), "{{model}} p50"),
+            (quantile(0.95, of_model("router_time_per_output_token_seconds_bucket"), "model"), "{{model}} p95"),
+            unit="s",
+        ),
+        graph(
+            "Prefill",
+            "Prompt tokens a second while it reads: what long prompts cost.",
+            (
+                f"({prompts} - {cached}) / ({reading} > 0)",
+                "{{model}}",
+            ),
+        ),
+        graph(
+            "Share of prompts in the cache",
+            "Whether prefixes are reused; low with agents means too few slots.",
+            (f"{cached} / ({prompts} > 0)", "{{model}}"),
+            unit="percentunit",
+        ),
+    ):
+        new.with_panel(panel)
+    return new
+
+
+def scheduler() -> dashboard.Dashboard:
+    why = "Why something waits: who is resident, what swaps cost, and whether waits keep their bounds."
+    new = board("llama-router-scheduler", "llama-router: scheduler", why)
+    oldest = f"max by (priority) ({of('router_queue_oldest_wait_seconds')})"
+    refusals = 'status=~"queue_full|queue_timeout|insufficient_memory|model_failed|shutting_down"'
+    broken = of("router_engine_exits_total", 'reason=~"crashed|hung|load_failed"')
+    new.with_row(dashboard.Row("Residency"))
+    new.with_panel(timeline("Residency", "Who had memory when, and who drained for whom.", state_code(HERE)))
+    for panel in (
+        graph(
+            "Loads",
+            "Swaps show as loads; many with short residence mean too little memory, or a "
+            "`residency_factor` that is too small.",
+            (f"sum by (model) (increase({of('router_model_loads_total')}[$__rate_interval]))", "{{model}}"),
+            stacked=True,
+        ),
+        graph(
+            "Stops, by cause",
+            "*idle* is tidying up, *evicted* and *drained* are swaps, *manual* was somebody.",
+            (f"sum by (cause) (increase({of('router_model_ejects_total')}[$__rate_interval]))", "{{cause}}"),
+            stacked=True,
+        ),
+        graph(
+            "Time spent loading",
+            "Seconds of loading a second. Above a half, memory is swapped more than used.",
+            (f"sum({rate(of('router_model_load_duration_seconds_sum'))})", "loading"),
+            unit="percentunit",
+        ),
+        graph(
+            "Residence",
+            "For how long the engines that are there have been ready.",
+            (f"{of('router_model_resident_seconds')} > 0", "{{model}}"),
+            unit="s",
+        ),
+    ):
+        new.with_panel(panel)
+    new.with_row(dashboard.Row("Waits"))
+    for panel in (
+        graph(
+            "Oldest wait against its bound",
+            "Beyond the bound, a busy model drains for the one that waits; what "
+            "comes on top is the drain and the load.",
+            (oldest, "{{priority}}"),
+            (f"max by (priority) ({of('router_scheduler_max_wait_seconds')})", "bound {{priority}}"),
+            unit="s",
+            bound="/^bound/",
+        ),
+        graph(
+            "Longest waits for a slot",
+            "The worst of a hundred, by priority, and the wait after which 504 is sent.",
+            (quantile(0.99, of("router_queue_wait_seconds_bucket"), "priority"), "{{priority}} p99"),
+            (f"max({of('router_queue_timeout_seconds')})", "bound"),
+            unit="s",
+            bound="/^bound/",
+        ),
+        graph(
+            "Fullest queue against its bound",
+            "At the bound, requests are refused with 429.",
+            (f"topk(5, {of('router_queue_depth')})", "{{model}}"),
+            (f"max({of('router_queue_limit')})", "bound"),
+            bound="/^bound/",
+        ),
+        graph(
+            "Refusals",
+            "Requests that got no slot, by code.",
+            (f"sum by (status) ({rate(of('router_requests_total', refusals))})", "{{status}}"),
+            unit="reqps",
+            stacked=True,
+        ),
+    ):
+        new.with_panel(panel)
+    new.with_row(dashboard.Row("Engines"))
+    for panel in (
+        graph(
+            "Engines that ended",
+            "What the router did not wish for: *crashed*, *hung*, *load_failed*.",
+            (f"sum by (model, reason) (increase({broken}[$__rate_interval]))", "{{model}} {{reason}}"),
+            stacked=True,
+            width=8,
+        ),
+        graph(
+            "Silence",
+            "For how long an engine with work has sent nothing; long prompts show here, hangs too.",
+            (f"{of('router_engine_silent_seconds')}", "{{model}}"),
+            unit="s",
+            width=8,
+        ),
+        graph(
+            "Second tries",
+            "Requests that survived the end of their engine, or of a connection to it.",
+            (f"sum(increase({of('router_retry_attempts_total')}[$__rate_interval]))", "queued again"),
+            (f"sum(increase({of('router_upstream_resends_total')}[$__rate_interval]))", "sent again"),
+            width=8,
+        ),
+    ):
+        new.with_panel(panel)
+    return new
+
+
+def rendered() -> dict[str, str]:
+    """File names and what belongs into them."""
+    boards = {"overview": overview(), "model": model(), "scheduler": scheduler()}
+    return {f"{name}.json": _json(new.build()) for name, new in boards.items()}
+
+
+def _json(new: models.Dashboard) -> str:
+    for number_, panel in enumerate(new.panels or (), 1):
+        panel.id_val = number_
+    return json.dumps(new, cls=JSONEncoder, indent=1, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name, text in rendered().items():
+        (FOLDER / name).write_text(text)
