@@ -162,9 +162,10 @@ class System(Section):
     default_parallel: PositiveCount = Field(
         default=1, description="Slots (requests served at once) of a model whose flags name no --parallel."
     )
-    gpu_devices: Annotated[tuple[Count, ...], Field(strict=False)] = Field(
-        default=(0,),
-        description="GPUs that may be used, by the driver's index; [] keeps every model on the CPU.",
+    gpu_devices: Annotated[tuple[Count, ...] | None, Field(strict=False)] = Field(
+        default=None,
+        description="GPUs that may be used, by the driver's index; null: all that the environment "
+        "(CUDA_VISIBLE_DEVICES and the like) does not hide; [] keeps every model on the CPU.",
     )
     memory_budget_mb: PositiveCount | None = Field(
         default=None, description="MiB that engines may use together; null means what the machine has."

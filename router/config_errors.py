@@ -109,5 +109,7 @@ def single_value(path: KeyPath) -> FieldInfo | None:
     """The field at `path` if it holds one value, not a list or keys of its own."""
     section = section_at(path[:-1])
     field = section.model_fields.get(str(path[-1])) if section else None
-    many = field is None or get_origin(field.annotation) is tuple or _nested_section(field.annotation)
-    return None if many else field
+    if field is None or _nested_section(field.annotation):
+        return None
+    kinds = (field.annotation, *get_args(field.annotation))
+    return None if any(get_origin(kind) is tuple for kind in kinds) else field

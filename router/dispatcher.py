@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from router.config import Config, MaxWait, ModelConfig, Patience, WaitFactor
+from router.devices import Devices
 from router.engine import Binary, EngineFailed, EngineOrder, EngineProcess, LogRing
 from router.events import EngineEnded, Events, ModelChanged, ServerChanged
 from router.flags import argv, parse
 from router.launcher import Launcher
-from router.memory import Device, Unusable, budget_mib, inspect
+from router.memory import Unusable, budget_mib, find_device, inspect
 from router.messages import (
     ByPriority,
     Configured,
@@ -161,10 +162,13 @@ class Counts:
 class Dispatcher:
     """Owns the scheduler, the engines and everybody who waits. Create and use it on one event loop."""
 
-    def __init__(self, config: Config, launcher: Launcher, binary: Binary, device: Device, events: Events) -> None:
+    def __init__(
+        self, config: Config, launcher: Launcher, binary: Binary, devices: Devices, events: Events
+    ) -> None:
         self.config = config
         self.events = events
-        self.device = device
+        self.devices = devices
+        self.device = find_device(devices.last)
         self.binary = binary
         self.scheduler = Scheduler()
         self.logs: dict[str, LogRing] = {}
@@ -379,7 +383,8 @@ class Dispatcher:
     async def _look_at(self, model: ModelConfig) -> Inspected:
         engines = self.scheduler.engines.values()
         held_mib = sum(engine.placement.get(self.device.name, 0) for engine in engines)
-        look = asyncio.to_thread(inspect, model, self.config.system, self.device, held_mib)
+        now = find_device(await self.devices.read())
+        look = asyncio.to_thread(inspect, model, self.config.system, now, held_mib)
         try:
             found = await asyncio.wait_for(look, _INSPECTION_LIMIT_SEC)
         except Unusable as unusable:
@@ -469,20 +474,11 @@ class Dispatcher:
                 model.alias,
                 *argv(parse(model.flags)),
             ),
-            env={**self._visible_gpus(), **model.env},
+            env={**self.devices.environment(self.devices.last.gpus), **model.env},
             load_stall_sec=system.load_stall_sec,
             load_limit_sec=limit,
             stop_grace_sec=system.stop_grace_sec,
         )
-
-    def _visible_gpus(self) -> dict[str, str]:
-        """NVML counts GPUs by their place on the bus; CUDA has to be told to do the same."""
-        if not self.config.system.gpu_devices:
-            return {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
-        if self.device.name != "gpu":
-            return {}
-        devices = ",".join(map(str, self.config.system.gpu_devices))
-        return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": devices}
 
     def log_of(self, alias: str) -> LogRing:
         if alias not in self.logs:

@@ -21,11 +21,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from router import __version__, fit_params, footprint, gguf
+from router.devices import Devices
 from router.flags import FlagError, Flags
 from router.footprint import HOST, Footprint, Share
 from router.gguf import GGUF, GGUFError, TruncatedGGUF
 from router.launcher import NoEngine, find_binary
-from router.memory import host_memory
 
 FIRST_BYTES = 8 << 20
 """Enough for the header of nearly every model: a vocabulary of 150,000 tokens and its merges take 6 MB."""
@@ -214,16 +214,10 @@ def _from_engine(header: GGUF, flags: Flags, projector: GGUF | None, draft: GGUF
 
 
 def _free_mib() -> dict[str, int]:
-    """What is free now on every GPU that NVML knows, and of RAM."""
-    import pynvml
-
-    free: dict[str, int] = {}
-    with contextlib.suppress(pynvml.NVMLError):  # no driver
-        pynvml.nvmlInit()
-        for number in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(number)
-            free[f"gpu{number}"] = pynvml.nvmlDeviceGetMemoryInfo(handle).free // footprint.MIB
-    return {**free, HOST: host_memory()[1]}
+    """What is free now on every GPU, as the engine counts them, and of RAM."""
+    readings = Devices().read_blocking()
+    free = {f"gpu{place}": gpu.free_mib for place, gpu in enumerate(readings.gpus)}
+    return {**free, HOST: readings.host.free_mib}
 
 
 def _table(need: Footprint, free: Mapping[str, int]) -> Iterable[str]:

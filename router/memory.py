@@ -6,15 +6,11 @@ All GPUs that may be used count as one device, because llama.cpp spreads a model
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-import psutil
 
 from router import gguf
 from router.config import ModelConfig, System
+from router.devices import Readings
 from router.messages import Placement
 
 _MIB = 1 << 20
@@ -51,14 +47,12 @@ class Inspection:
     expected_load_sec: float
 
 
-def find_device(system: System, *, engine_uses_gpus: bool) -> Device:
-    """GPU memory if NVML answers and the engine can use it, else RAM."""
-    if engine_uses_gpus and system.gpu_devices:
-        gpu = _nvidia(system.gpu_devices)
-        if gpu is not None:
-            return gpu
-    total, available = host_memory()
-    return Device("host", total, available)
+def find_device(readings: Readings) -> Device:
+    """GPU memory, all that may be used together, or RAM where there is none."""
+    gpus = readings.gpus
+    if gpus:
+        return Device("gpu", sum(gpu.total_mib for gpu in gpus), sum(gpu.free_mib for gpu in gpus))
+    return Device("host", readings.host.total_mib, readings.host.free_mib)
 
 
 def budget_mib(device: Device, system: System) -> int:
@@ -72,34 +66,10 @@ def budget_mib(device: Device, system: System) -> int:
     return max(0, free - system.vram_reserve_mb)
 
 
-def host_memory() -> tuple[int, int]:
-    """Total and available RAM in MiB; a cgroup's limit counts (cgroup v2 memory.max, v1 limit_in_bytes)."""
-    memory = psutil.virtual_memory()
-    total, available = memory.total, memory.available
-    for folder, limit_name, usage_name, cache_names in (
-        ("", "memory.max", "memory.current", ("inactive_file", "active_file")),
-        (
-            "memory",
-            "memory.limit_in_bytes",
-            "memory.usage_in_bytes",
-            ("total_inactive_file", "total_active_file"),
-        ),
-    ):
-        group = Path("/sys/fs/cgroup", folder)
-        with contextlib.suppress(OSError, ValueError):  # absent, or "max"
-            limit = int((group / limit_name).read_text())
-            usage = int((group / usage_name).read_text())
-            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            usage -= sum(int(stat.get(name, 0)) for name in cache_names)  # the kernel takes that back at need
-            if limit < total:
-                total, available = limit, min(available, max(0, limit - usage))
-    return total // _MIB, available // _MIB
-
-
 def inspect(model: ModelConfig, system: System, device: Device, held_mib: int) -> Inspection:
     """Read the header and size the model. Blocking: call it in a thread. Raises Unusable.
 
-    `held_mib` is what our engines hold of the device, and would give back.
+    `device` is as it is now; `held_mib` is what our engines hold of it, and would give back.
     """
     try:
         header = gguf.read(model.model_path)
@@ -110,9 +80,8 @@ def inspect(model: ModelConfig, system: System, device: Device, held_mib: int) -
         raise Unusable(str(error)) from error
     except OSError as error:
         raise Unusable(f"{model.model_path} cannot be read: {error.strerror or error}") from error
-    now = find_device(system, engine_uses_gpus=device.name == "gpu")
-    if now.free_mib + held_mib < system.min_vram_required:
-        raise Unusable(f"only {now}; min_vram_required is {system.min_vram_required} MiB")
+    if device.free_mib + held_mib < system.min_vram_required:
+        raise Unusable(f"only {device}; min_vram_required is {system.min_vram_required} MiB")
     if model.footprint_mb is not None:
         footprint, source = model.footprint_mb, "footprint_mb"
     else:
@@ -123,28 +92,3 @@ def inspect(model: ModelConfig, system: System, device: Device, held_mib: int) -
         need=f"{footprint} MiB ({source})",
         expected_load_sec=_START_SEC + size / _LOAD_BYTES_PER_SEC,
     )
-
-
-def _nvidia(indices: Sequence[int]) -> Device | None:
-    """The listed GPUs through NVML, which makes no CUDA context; None without a driver or such GPUs."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
-    try:
-        known = range(pynvml.nvmlDeviceGetCount())
-        figures = [
-            pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(index))
-            for index in indices
-            if index in known
-        ]
-        if not figures:
-            return None
-        return Device("gpu", sum(f.total for f in figures) // _MIB, sum(f.free for f in figures) // _MIB)
-    except pynvml.NVMLError:
-        return None
-    finally:
-        with contextlib.suppress(pynvml.NVMLError):
-            pynvml.nvmlShutdown()

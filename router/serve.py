@@ -25,13 +25,13 @@ from router.app import create_app
 from router.config import Api, Config, System
 from router.config_errors import ConfigError
 from router.config_load import Loaded
+from router.devices import Devices
 from router.dispatcher import Dispatcher
 from router.engine import Binary
 from router.events import Events
 from router.health import HealthMonitor
 from router.http_server import HttpProtocol
 from router.launcher import LocalLauncher, find_binary
-from router.memory import Device, find_device
 from router.platforms import allow_many_files
 from router.state import State, StateHeld, default_path
 from router.watch import watch
@@ -83,8 +83,9 @@ def serve(load: Callable[[], Loaded]) -> None:
     allow_many_files()
     listener = _listen(config)
     with contextlib.closing(listener), contextlib.closing(_open_state(config, listener.getsockname()[1])):
-        device = find_device(config.system, engine_uses_gpus=binary.kind != "embedded")
-        _run(_Service(loaded, load, binary, device, listener).run())
+        devices = Devices(config.system.gpu_devices if binary.kind != "embedded" else ())
+        devices.read_blocking()
+        _run(_Service(loaded, load, binary, devices, listener).run())
 
 
 def _run(service: Coroutine[Any, Any, None]) -> None:
@@ -165,7 +166,7 @@ class _Service:
         loaded: Loaded,
         load: Callable[[], Loaded],
         binary: Binary,
-        device: Device,
+        devices: Devices,
         listener: socket.socket,
     ) -> None:
         config = loaded.config
@@ -173,7 +174,7 @@ class _Service:
         self._load = load
         self._listener = listener
         self._stop = asyncio.Event()
-        self._dispatcher = Dispatcher(config, LocalLauncher(config.system.base_port), binary, device, Events())
+        self._dispatcher = Dispatcher(config, LocalLauncher(config.system.base_port), binary, devices, Events())
         self._keyring = Keyring(config.api)
         self._reloading = asyncio.Lock()
         self._reloads: set[asyncio.Task[None]] = set()

@@ -69,7 +69,7 @@ def test_the_names_and_defaults_of_earlier_routers_are_kept() -> None:
         "enable_idle_timeout": True,
         "idle_timeout_sec": 300,
         "request_timeout_sec": 120,
-        "gpu_devices": (0,),
+        "gpu_devices": None,
         "default_parallel": 1,
         "max_queue_size_per_model": 500,
         "queue_timeout_sec": 300,

@@ -1,0 +1,67 @@
+"""A router on a machine with GPUs: NVIDIA's library is played, engines are real and run on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Router, Start, eventually, models
+from played_nvml import DRIVER_NOT_LOADED, Fault, Gpu, PlayedGpus, llama_server
+
+Environ = dict[str, str]
+
+
+def environ_of_engine(router: Router) -> Environ:
+    (engine,) = router.engines
+    return engine.environ()
+
+
+@pytest.fixture
+def environ(gpus: PlayedGpus, tmp_path: Path) -> Environ:
+    return {**gpus.environ, "LLAMA_SERVER_PATH": llama_server(tmp_path)}
+
+
+def test_engines_are_shown_the_gpus_that_are_ours(
+    start: Start, tiny: Path, gpus: PlayedGpus, environ: Environ
+) -> None:
+    gpus.set(Gpu(total_mib=6000, used_mib=1000), Gpu(total_mib=4000), Gpu(total_mib=2000))
+    router = start({"system": {"gpu_devices": [0, 2]}, "models": models(tiny, "a")}, **environ)
+    assert router.chat("a").status_code == 200
+    seen = environ_of_engine(router)
+    assert seen["CUDA_VISIBLE_DEVICES"] == f"{gpus.gpus[0].uuid},{gpus.gpus[2].uuid}"
+    assert seen["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+
+
+def test_an_entry_may_choose_its_gpus_itself(start: Start, tiny: Path, gpus: PlayedGpus, environ: Environ) -> None:
+    gpus.set(Gpu(), Gpu())
+    own: dict[str, Any] = models(tiny, "a", env={"CUDA_VISIBLE_DEVICES": "1"})
+    router = start({"models": own}, **environ)
+    assert router.chat("a").status_code == 200
+    assert environ_of_engine(router)["CUDA_VISIBLE_DEVICES"] == "1"
+
+
+def test_no_gpu_is_touched_where_none_may_be_used(
+    start: Start, tiny: Path, gpus: PlayedGpus, environ: Environ
+) -> None:
+    gpus.set(Gpu())
+    router = start({"system": {"gpu_devices": []}, "models": models(tiny, "a")}, **environ)
+    assert router.chat("a").status_code == 200
+    assert environ_of_engine(router)["CUDA_VISIBLE_DEVICES"] == ""
+    assert "RAM free" in router.log
+
+
+@pytest.mark.parametrize("code", [None, DRIVER_NOT_LOADED], ids=["hangs", "is unloaded"])
+def test_requests_are_served_though_the_driver_breaks(
+    start: Start, tiny: Path, gpus: PlayedGpus, environ: Environ, code: int | None
+) -> None:
+    gpus.set(Gpu(), Gpu())
+    router = start({"models": models(tiny, "a", "b")}, **environ)
+    assert router.chat("a").status_code == 200
+    gpus.set(*gpus.gpus, faults=[Fault(code=code)])
+    assert router.chat("a").status_code == 200
+    router.http.post("/v1/models/eject", json={"model": "a"})
+    eventually(lambda: not router.engines)
+    gpus.set(*gpus.gpus)
+    assert router.chat("b").status_code == 200, "and all is well when it works again"
+    assert router.stop() == 0
