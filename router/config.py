@@ -99,6 +99,14 @@ class Api(Section):
     max_body_mb: PositiveCount = Field(
         default=100, description="Largest request body in MiB; more is answered by 413."
     )
+    max_bodies_mb: PositiveCount = Field(
+        default=1024, description="All request bodies together in MiB, until they are answered; then 503."
+    )
+    max_connections: PositiveCount = Field(
+        default=10_000,
+        description="Clients connected at once, or as many as the limit of open files leaves room for; then 503, "
+        "but for a few that look after the router.",
+    )
     heartbeat_sec: Seconds = Field(
         default=10,
         description="A stream that waits for its model gets an SSE comment this often, so that clients and "

@@ -26,6 +26,7 @@ import msgspec
 
 from router.api.auth import Keyring
 from router.api.errors import ApiError, error_event, refused
+from router.crowd import Bodies
 from router.dispatcher import Dispatcher, Ticket
 from router.events import RequestDone
 from router.messages import Refusal
@@ -122,6 +123,7 @@ class Proxy:
     def __init__(self, dispatcher: Dispatcher, keyring: Keyring) -> None:
         self.dispatcher = dispatcher
         self.keyring = keyring
+        self.bodies = Bodies()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await _Exchange(self, scope, receive, send).run()
@@ -133,11 +135,13 @@ class _Exchange:
     __slots__ = (
         "_alias",
         "_awaits_engine",
+        "_bodies",
         "_body",
         "_connection",
         "_dispatcher",
         "_gone",
         "_headers",
+        "_held",
         "_keyring",
         "_meter",
         "_path",
@@ -158,6 +162,8 @@ class _Exchange:
 
     def __init__(self, proxy: Proxy, scope: Scope, receive: Receive, send: Send) -> None:
         self._dispatcher = proxy.dispatcher
+        self._bodies = proxy.bodies
+        self._held = 0
         self._keyring = proxy.keyring
         self._scope = scope
         self._receive = receive
@@ -186,8 +192,11 @@ class _Exchange:
         self._task = task
 
     async def run(self) -> None:
-        with contextlib.suppress(OSError):  # uvicorn's way to say that the client is gone
-            await self._run()
+        try:
+            with contextlib.suppress(OSError):  # uvicorn's way to say that the client is gone
+                await self._run()
+        finally:
+            self._bodies.release(self._held)
 
     async def _run(self) -> None:
         try:
@@ -247,6 +256,9 @@ class _Exchange:
         declared = self._headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > limit:
             raise self._too_large()
+        most = self._dispatcher.config.api.max_bodies_mb << 20
+        if declared.isdigit():  # no use to begin
+            self._bodies.check(int(declared), most)
         parts: list[bytes] = []
         size = 0
         while True:
@@ -257,6 +269,8 @@ class _Exchange:
             size += len(part)
             if size > limit:
                 raise self._too_large()
+            self._bodies.hold(len(part), most)
+            self._held = size
             if not message.get("more_body", False):
                 return b"".join((*parts, part)) if parts else part
             parts.append(part)

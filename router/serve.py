@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Generator
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import uvicorn
@@ -25,6 +25,7 @@ from router.app import create_app
 from router.config import Api, Config, System
 from router.config_errors import ConfigError
 from router.config_load import Loaded
+from router.crowd import Door
 from router.devices import Devices
 from router.dispatcher import Dispatcher
 from router.engine import Binary
@@ -33,16 +34,19 @@ from router.health import HealthMonitor
 from router.http_server import HttpProtocol
 from router.launcher import LocalLauncher, find_binary
 from router.platforms import allow_many_files
+from router.proxy import ROUTES
 from router.state import State, StateHeld, default_path
 from router.watch import watch
 
 _log = logging.getLogger("router")
 
 _BACKLOG = 2048
+_OTHER_FILES = 512
+"""Open files that are not clients: connections to engines, their pipes, spare and refused connections."""
 _KEEP_ALIVE_SEC = 75
 
 _NEEDS_RESTART = {
-    "api": ("host", "port", "cors_origins", "allowed_hosts"),
+    "api": ("host", "port", "cors_origins", "allowed_hosts", "max_connections"),
     "system": (
         "llama_server_path",
         "base_port",
@@ -185,7 +189,7 @@ class _Service:
         server = _Server(
             uvicorn.Config(
                 app,
-                http=HttpProtocol,
+                http=cast(Any, Door(HttpProtocol, _most_clients(self._loaded.config.api), ROUTES)),
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -308,6 +312,10 @@ def _changes(before: Config, after: Config) -> dict[str, list[str]]:
             if before.models[alias] != after.models[alias]
         ),
     }
+
+
+def _most_clients(api: Api) -> int:
+    return min(api.max_connections, max(16, allow_many_files() - _OTHER_FILES))
 
 
 def _needs_restart(before: Config, after: Config) -> list[str]:

@@ -102,6 +102,68 @@ def test_thousands_wait_for_a_model_that_does_not_come(
     eventually(lambda: psutil.Process(router.process.pid).num_fds() <= before[1] + 5, timeout_sec=30)
 
 
+def test_a_full_house_keeps_a_door_for_its_keeper(start: Start, tiny: Path, tmp_path: Path) -> None:
+    most, spare = 50, 32
+    config = {"api": {"max_connections": most}, "system": {"llama_server_path": fake(tmp_path)}}
+    router = start({**config, "models": models(tiny, "a")})
+    assert router.chat("a").status_code == 200
+    router.http.close()
+    router.http = type(router.http)(base_url=router.url, timeout=10, headers={"connection": "close"})
+    before = psutil.Process(router.process.pid).num_fds()
+    with many_connections(router, most, b"GET") as guests:
+        refused = router.chat("a")
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "too_many_connections"
+        assert refused.headers["retry-after"]
+        assert router.http.get("/v1/models/status/stream").status_code == 503  # it would stay
+        assert router.http.get("/health").status_code == 200
+        assert router.http.get("/metrics").status_code == 200
+        assert router.http.post("/v1/models/eject", json={"model": "a"}).status_code == 200
+        with many_connections(router, spare, b"GET"):
+            refused = router.http.get("/health")
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "too_many_connections")
+            with many_connections(router, scale(500, 5000), b""):  # beyond all this, they are not even told
+                assert psutil.Process(router.process.pid).num_fds() - before < most + spare + 300
+        guests[0].sendall(b" /live HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        assert guests[0].recv(4096).startswith(b"HTTP/1.1 200 ")  # who was here before is served
+        guests[0].close()
+        eventually(lambda: router.chat("a").status_code == 200)
+    eventually(lambda: psutil.Process(router.process.pid).num_fds() <= before + 2, timeout_sec=30)
+    assert router.log.count("(api.max_connections)") <= 3
+    assert "Traceback" not in router.log
+
+
+def test_all_bodies_together_have_a_bound(start: Start, tiny: Path, tmp_path: Path) -> None:
+    """Many large uploads that stop just before their end."""
+    api = {"max_body_mb": 8, "max_bodies_mb": 32}
+    router = start({"api": api, "system": {"llama_server_path": fake(tmp_path)}, "models": models(tiny, "a")})
+    assert router.chat("a").status_code == 200
+    before = memory_mib(router)
+    size = 7 << 20
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % size
+    held, refused = 0, 0
+    with many_connections(router, 16, head) as clients:
+        for client in clients:
+            client.settimeout(0.3)
+            try:
+                client.sendall(b"x" * (size - 1))
+                answer = client.recv(4096)
+            except TimeoutError:
+                held += 1
+            except OSError:
+                refused += 1  # it hung up while we were still sending
+            else:
+                refused += 1
+                assert b"503" in answer
+                assert b"too_many_bodies" in answer
+        assert held == 4
+        assert refused == 12
+        assert memory_mib(router) - before < 64
+        assert router.chat("a").status_code == 200  # a small one finds room
+        assert router.chat("a", content="x" * (5 << 20)).status_code == 503
+    eventually(lambda: router.chat("a", content="x" * (5 << 20)).status_code == 200)
+
+
 def queued(router: Router) -> int:
     return int(router.http.get("/v1/queue/stats").json()["summary"]["total_queued"])
 
