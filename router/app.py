@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from router.config import Api
 from router.dispatcher import Dispatcher
 from router.metrics import Metrics
 from router.proxy import ROUTES, Message, Proxy, Receive, Scope, Send
+from router.telemetry import Telemetry
 
 Reload = Callable[[], Awaitable[dict[str, Any]]]
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -109,6 +111,8 @@ def _pages(dispatcher: Dispatcher, keyring: Keyring, reload: Reload) -> FastAPI:
     app.state.dispatcher = dispatcher
     app.state.reload = reload
     app.state.metrics = Metrics(dispatcher)
+    app.state.telemetry = Telemetry(time.monotonic)
+    dispatcher.events.listen(app.state.telemetry.note)
     for pages in (models.router, openai.router, monitoring.router):
         for route in pages.routes:
             if isinstance(route, APIRoute) and route.methods and "GET" in route.methods:

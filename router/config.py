@@ -245,6 +245,13 @@ class System(Section):
         default=None,
         description="Log lines as JSON; null means unless on a terminal. The variable STRUCTURED_LOGS wins.",
     )
+    access_log: bool = Field(default=True, description="A log line for every request that is over.")
+    log_dir: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder that also gets what engines say, a file per alias, turned over at 10 MiB; three "
+        "older ones are kept.",
+    )
 
     parallel_requests: PositiveCount | None = Field(
         default=None, description="Older name of default_parallel.", json_schema_extra={"deprecated": True}

@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,6 +172,8 @@ class Dispatcher:
         self.binary = binary
         self.scheduler = Scheduler()
         self.logs: dict[str, LogRing] = {}
+        self.engine_file: Callable[[str], Callable[[bytes], None] | None] = lambda alias: None
+        """Where what an alias's engines say is to go besides its ring."""
         self.running: dict[int, RunningEngine] = {}
         self.status = "initializing"
         self.started_at = time.time()
@@ -340,11 +342,17 @@ class Dispatcher:
             case Probe(engine_id):
                 self._spawn(self._probe(engine_id), f"probe of engine {engine_id}")
             case Transition(alias, state, reason):
-                _log.info("model %s: %s (%s)", alias, state, reason)
+                self._log_change(alias, state, reason)
                 self.events.publish(ModelChanged(alias, state, reason, time.time()))
                 for waiter in (*self._changes.pop(alias, ()), *self._changes.pop("", ())):
                     if not waiter.done():
                         waiter.set_result(None)
+
+    def _log_change(self, alias: str, state: str, reason: str) -> None:
+        model = self.scheduler.models.get(alias)
+        first = model.queue.head() if model is not None else None
+        fields = {"alias": alias, "state": state, "reason": reason, "request_id": first.id if first else None}
+        _log.info("model %s: %s (%s)", alias, state, reason, extra=fields)
 
     def _set_timer(self) -> None:
         if self._timer is not None:
@@ -482,7 +490,7 @@ class Dispatcher:
 
     def log_of(self, alias: str) -> LogRing:
         if alias not in self.logs:
-            self.logs[alias] = LogRing(self.config.system.log_ring_lines)
+            self.logs[alias] = LogRing(self.config.system.log_ring_lines, self.engine_file(alias))
         return self.logs[alias]
 
     # --- configuration ----------------------------------------------------------------------------------

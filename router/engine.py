@@ -20,7 +20,7 @@ import socket
 import subprocess
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -72,15 +72,21 @@ class EngineOrder:
 
 
 class LogRing:
-    """The last lines of an engine's output, whatever it writes. Taken raw: most are never looked at."""
+    """The last lines of an engine's output, whatever it writes. Taken raw: most are never looked at.
 
-    def __init__(self, lines: int) -> None:
+    `copy` gets all of it, too, as it comes.
+    """
+
+    def __init__(self, lines: int, copy: Callable[[bytes], None] | None = None) -> None:
+        self._copy = copy
         self._lines: deque[bytes] = deque(maxlen=lines)
         self._rest = b""
         self.total = 0
         """Lines ever written; tells a reader what it has missed."""
 
     def feed(self, chunk: bytes) -> None:
+        if self._copy is not None:
+            self._copy(chunk)
         *lines, rest = (self._rest + chunk).split(b"\n")
         if len(rest) > _LONGEST_LINE:
             lines.append(rest)

@@ -1,37 +1,278 @@
-"""Log lines: for people on a terminal, JSON otherwise. Never a prompt, never a key."""
+"""Log lines: for people on a terminal, JSON otherwise. Never a prompt, never a key.
+
+Standard `logging`, with a thread that formats and writes: whoever reads our standard error slowly, or a slow disk,
+delays no request. What does not fit into its queue is dropped, and the log says how much. A line of the log begins
+with its time; nothing that comes from outside can begin one.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import sys
+import time
+from collections.abc import Callable
 from datetime import datetime, timezone
+from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
+from pathlib import Path
+from queue import Full, Queue
+from urllib.parse import quote
+
+import msgspec
+
+from router.events import Events, Happening, RequestDone
+
+_FIELDS = ("alias", "state", "request_id", "reason")
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x0A), *range(0x0B, 0x20), *range(0x7F, 0xA0))} | {
+    0x2028: "\\u2028",
+    0x2029: "\\u2029",
+}
+_MOST_WAITING = 10_000
+_FLUSH_SEC = 0.2
+_CLOSE_SEC = 2.0
+_FILE_BYTES = 10 << 20
+_OLDER_FILES = 3
+
+
+class Logs:
+    """The log of this process, from `set_up` to `close`."""
+
+    def __init__(self, queue: Queue[logging.LogRecord], log_dir: Path | None) -> None:
+        self._queue = queue
+        self._log_dir = log_dir
+        self._done: list[RequestDone] = []
+
+    def log_requests(self, events: Events) -> None:
+        """A line for every request that is over."""
+        events.listen(self._note)
+
+    def engine_file(self, alias: str) -> Callable[[bytes], None] | None:
+        """Takes what an engine says to `LOG_DIR/ALIAS.log`; None without `log_dir`."""
+        if self._log_dir is None:
+            return None
+        path = self._log_dir / f"{quote(alias, safe=' @:+,')}.log"
+
+        def take(chunk: bytes) -> None:
+            self._put("engine", chunk=chunk, path=path)
+
+        return take
+
+    def flush(self) -> None:
+        """Hand the requests' lines to the thread that writes."""
+        if self._done:
+            done, self._done = self._done, []
+            self._put("router.access", done=done)
+
+    def close(self) -> None:
+        """Write what there is; but do not wait for ever for somebody who does not read."""
+        self.flush()
+        deadline = time.monotonic() + _CLOSE_SEC
+        while self._queue.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.005)
+
+    def _note(self, happening: Happening) -> None:
+        if isinstance(happening, RequestDone):
+            if not self._done:
+                asyncio.get_running_loop().call_later(_FLUSH_SEC, self.flush)
+            self._done.append(happening)
+
+    def _put(self, name: str, **fields: object) -> None:
+        record = logging.makeLogRecord({"name": name, "levelno": logging.INFO, "levelname": "INFO", **fields})
+        try:
+            self._queue.put_nowait(record)
+        except Full:
+            _lost.count += 1
+
+
+def set_up(*, debug: bool, structured: bool | None, log_dir: Path | None = None) -> Logs:
+    """The router's lines go to standard error; `structured` None means: JSON unless that is a terminal.
+
+    Raises OSError when `log_dir` cannot be made.
+    """
+    if log_dir is not None:
+        log_dir.mkdir(parents=True, exist_ok=True)
+    if structured is None:
+        structured = not sys.stderr.isatty()
+    stderr = logging.StreamHandler(sys.stderr)
+    stderr.setFormatter(_JsonFormatter() if structured else _TextFormatter())
+    stderr.addFilter(lambda record: record.name != "engine")
+    engines = _EngineFiles()
+    engines.addFilter(lambda record: record.name == "engine")
+    queue: Queue[logging.LogRecord] = Queue(_MOST_WAITING)
+    QueueListener(queue, stderr, engines).start()
+    root = logging.getLogger()
+    root.handlers[:] = [_Enqueue(queue)]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("router").setLevel(logging.DEBUG if debug else logging.INFO)
+    return Logs(queue, log_dir)
+
+
+class _Lost:
+    """Lines that were dropped since the log said so last."""
+
+    count = 0
+
+
+_lost = _Lost()
+
+
+class _Enqueue(QueueHandler):
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        """Its text now, as the arguments may change; everything else in the thread that writes."""
+        record.msg, record.args = record.getMessage(), None
+        if record.exc_info:
+            record.exc_text, record.exc_info = logging.Formatter().formatException(record.exc_info), None
+        return record
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            self.queue.put_nowait(record)
+        except Full:
+            _lost.count += 1
+
+
+class _EngineFiles(logging.Handler):
+    """What engines say, as they say it, in files that are turned over when they are full."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._files: dict[Path, RotatingFileHandler] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        path: Path = record.__dict__["path"]
+        try:
+            if path not in self._files:
+                file = RotatingFileHandler(path, maxBytes=_FILE_BYTES, backupCount=_OLDER_FILES, encoding="utf-8")
+                file.terminator = ""
+                self._files[path] = file
+            text: bytes = record.__dict__["chunk"]
+            self._files[path].handle(logging.makeLogRecord({"msg": text.decode("utf-8", "replace")}))
+        except OSError:
+            _lost.count += 1  # a full disk must not end the thread, nor fill standard error
+
+
+# --- lines ----------------------------------------------------------------------------------------------
 
 
 class _JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
+        if "done" in record.__dict__:
+            return "\n".join([_request_json(done) for done in record.__dict__["done"]])
+        line = {"time": _iso(record.created), "level": record.levelname.lower(), "message": record.getMessage()}
+        line.update({name: record.__dict__[name] for name in _FIELDS if record.__dict__.get(name) is not None})
+        if record.exc_text:
+            line["exception"] = record.exc_text
+        return json.dumps(line) + _lines_lost(_JSON_LOST)
 
 
-def set_up(*, debug: bool, structured: bool | None) -> None:
-    """Everything goes to standard error; `structured` None means: JSON unless that is a terminal."""
-    handler = logging.StreamHandler(sys.stderr)
-    if structured is None:
-        structured = not sys.stderr.isatty()
-    handler.setFormatter(
-        _JsonFormatter()
-        if structured
-        else logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
+class _TextFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        if "done" in record.__dict__:
+            return "\n".join([_request_text(done) for done in record.__dict__["done"]])
+        text = record.getMessage()
+        if record.exc_text:
+            text += f"\n{record.exc_text}"
+        return f"{_clock(record.created)} {record.levelname:<7} {_harmless(text)}" + _lines_lost(
+            "\n%d log lines lost"
+        )
+
+
+_JSON_LOST = '\n{"level": "warning", "message": "%d log lines lost: whoever reads them is too slow"}'
+
+
+def _lines_lost(text: str) -> str:
+    if not _lost.count:
+        return ""
+    count, _lost.count = _lost.count, 0
+    return text % count
+
+
+def _harmless(text: str) -> str:
+    """Control characters written out, further lines indented: they can't pass for lines of the log."""
+    if text.isprintable():
+        return text
+    return text.translate(_CONTROLS).replace("\n", "\n    ")
+
+
+class _RequestLine(msgspec.Struct, omit_defaults=True):
+    time: str
+    level: str
+    message: str
+    request_id: str
+    alias: str = ""
+    route: str = ""
+    priority: str = ""
+    outcome: str = ""
+    status: int = 0
+    queue_ms: float = 0
+    load_ms: float = 0
+    ttft_ms: float | None = None
+    total_ms: float = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    request_bytes: int = 0
+    answer_bytes: int = 0
+    retries: int = 0
+    resends: int = 0
+    reason: str = ""
+
+
+_encode = msgspec.json.Encoder().encode
+
+
+def _request_json(done: RequestDone) -> str:
+    usage = done.usage
+    line = _RequestLine(
+        _iso(done.at),
+        "info",
+        "request",
+        done.request_id,
+        done.alias,
+        done.route,
+        done.priority,
+        done.outcome,
+        done.status,
+        round(done.queue_sec * 1000, 1),
+        round(done.load_sec * 1000, 1),
+        None if done.ttft_sec is None else round(done.ttft_sec * 1000, 1),
+        round(done.total_sec * 1000, 1),
+        usage.prompt_tokens,
+        usage.cached_tokens,
+        usage.output_tokens,
+        done.request_bytes,
+        done.answer_bytes,
+        done.retries,
+        done.resends,
+        done.reason,
     )
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(logging.WARNING)
-    logging.getLogger("router").setLevel(logging.DEBUG if debug else logging.INFO)
+    text = _encode(line)
+    return text.decode() if text.isascii() else json.dumps(json.loads(text))
+
+
+def _request_text(done: RequestDone) -> str:
+    parts = [f"{_clock(done.at)} INFO    {done.alias or '-'}: {done.outcome} {done.status} {done.route}"]
+    if done.priority:
+        parts.append(f"{done.priority}, queue {done.queue_sec:.3f} s")
+    if done.load_sec:
+        parts.append(f"load {done.load_sec:.3f} s")
+    if done.ttft_sec is not None:
+        parts.append(f"first byte {done.ttft_sec:.3f} s")
+    parts.append(f"total {done.total_sec:.3f} s")
+    if done.usage.prompt_tokens:
+        parts.append(f"{done.usage.prompt_tokens} + {done.usage.output_tokens} tokens")
+    if done.retries:
+        parts.append(f"{done.retries} retries")
+    parts.append(f"id {done.request_id}")
+    if done.reason:
+        parts.append(done.reason)
+    return _harmless(", ".join(parts))
+
+
+def _iso(at: float) -> str:
+    return datetime.fromtimestamp(at, timezone.utc).isoformat(timespec="milliseconds")
+
+
+def _clock(at: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(at))

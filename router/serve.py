@@ -33,6 +33,7 @@ from router.events import Events
 from router.health import HealthMonitor
 from router.http_server import HttpProtocol
 from router.launcher import LocalLauncher, find_binary
+from router.logs import Logs
 from router.platforms import allow_many_files
 from router.proxy import ROUTES
 from router.state import State, StateHeld, default_path
@@ -57,6 +58,8 @@ _NEEDS_RESTART = {
         "log_ring_lines",
         "debug",
         "structured_logs",
+        "access_log",
+        "log_dir",
     ),
 }
 
@@ -76,8 +79,20 @@ class _Server(uvicorn.Server):
 def serve(load: Callable[[], Loaded]) -> None:
     """Serve until a signal. `load` gives the configuration, now and at every reload. Raises CannotServe."""
     loaded = load()
+    with contextlib.closing(_set_up_logs(loaded.config.system)) as log:
+        _serve(loaded, load, log)
+
+
+def _set_up_logs(system: System) -> Logs:
+    log_dir = Path(system.log_dir).expanduser() if system.log_dir is not None else None
+    try:
+        return logs.set_up(debug=system.debug, structured=system.structured_logs, log_dir=log_dir)
+    except OSError as error:
+        raise CannotServe(f"log_dir: {log_dir} cannot be made: {error.strerror}.") from error
+
+
+def _serve(loaded: Loaded, load: Callable[[], Loaded], log: Logs) -> None:
     config = loaded.config
-    logs.set_up(debug=config.system.debug, structured=config.system.structured_logs)
     if not config.models:
         raise CannotServe(
             "There are no models to serve: name some under `models` in the configuration, "
@@ -89,7 +104,7 @@ def serve(load: Callable[[], Loaded]) -> None:
     with contextlib.closing(listener), contextlib.closing(_open_state(config, listener.getsockname()[1])):
         devices = Devices(config.system.gpu_devices if binary.kind != "embedded" else ())
         devices.read_blocking()
-        _run(_Service(loaded, load, binary, devices, listener).run())
+        _run(_Service(loaded, load, binary, devices, listener, log).run())
 
 
 def _run(service: Coroutine[Any, Any, None]) -> None:
@@ -172,6 +187,7 @@ class _Service:
         binary: Binary,
         devices: Devices,
         listener: socket.socket,
+        log: Logs,
     ) -> None:
         config = loaded.config
         self._loaded = loaded
@@ -179,6 +195,10 @@ class _Service:
         self._listener = listener
         self._stop = asyncio.Event()
         self._dispatcher = Dispatcher(config, LocalLauncher(config.system.base_port), binary, devices, Events())
+        self._dispatcher.engine_file = log.engine_file
+        if config.system.access_log:
+            log.log_requests(self._dispatcher.events)
+        self._log = log
         self._keyring = Keyring(config.api)
         self._reloading = asyncio.Lock()
         self._reloads: set[asyncio.Task[None]] = set()
@@ -262,6 +282,7 @@ class _Service:
         if self._stop.is_set():
             _log.warning("second signal: not waiting any longer")
             self._dispatcher.kill_engines()
+            self._log.close()
             os._exit(1)
         grace = self._loaded.config.system.shutdown_grace_sec
         _log.info("shutting down; requests in flight have %g s (a second signal cuts that short)", grace)

@@ -65,6 +65,13 @@ async def metrics(request: Request) -> Response:
     return Response(text, headers={"content-type": content_type})
 
 
+@router.get("/v1/telemetry/summary")
+async def telemetry(request: Request) -> dict[str, Any]:
+    """How requests fared: since the start, and in the last one and five minutes."""
+    summary: dict[str, Any] = request.app.state.telemetry.summary()
+    return summary
+
+
 @router.get("/v1/logs/{alias:path}/stream")
 async def log_stream(alias: str, request: Request, lines: Annotated[int, Query(ge=0)] = 0) -> EventStream:
     """SSE: the last lines that a model's engines said, and what they say from now on, a line an event."""

@@ -1,0 +1,127 @@
+"""The log: complete, harmless, out of everybody's way, and silent about what is private."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx2 as httpx
+import pytest
+from conftest import ROOT, Start, eventually, fake, models
+
+from router import logs
+
+SECRET = "the launch code is 4711"
+KEY = "sk-very-secret"
+
+
+@pytest.mark.parametrize("structured", [True, False], ids=["json", "text"])
+def test_never_a_prompt_an_answer_or_a_key(start: Start, tiny: Path, tmp_path: Path, structured: bool) -> None:
+    config = {
+        "api": {"api_keys": [KEY]},
+        "system": {"structured_logs": structured, "debug": True, "log_dir": str(tmp_path / "logs")},
+        "models": models(tiny, "a"),
+    }
+    router = start(config)
+    headers = {"authorization": f"Bearer {KEY}", "x-request-id": "mine-1"}
+    answer = router.chat("a", content=SECRET, max_tokens=4, headers=headers)
+    assert answer.status_code == 200
+    router.chat("a", content=SECRET, stream=True, headers=headers)
+    router.chat("a", content=SECRET, temperature="hot", headers=headers)
+    router.http.post("/v1/chat/completions", content=f'{{"model": "a", "{SECRET}', headers=headers)
+    router.chat("a", content=SECRET, headers={"authorization": "Bearer sk-wrong-key"})
+    seen = [
+        router.http.get(path, headers=headers).text
+        for path in ("/metrics", "/v1/telemetry/summary", "/v1/queue/stats", "/v1/models/status")
+    ]
+    router.stop()
+    files = [path.read_text() for path in (tmp_path / "logs").iterdir()]
+    assert "mine-1" in router.log
+    assert "invalid_json" in router.log
+    for text in (router.log, *seen, *files):
+        for private in (SECRET, "4711", KEY, "sk-wrong-key", answer.json()["choices"][0]["message"]["content"]):
+            assert private not in text
+
+
+def test_a_line_for_every_request_and_every_change_of_state(start: Start, tiny: Path) -> None:
+    router = start({"system": {"structured_logs": True}, "models": models(tiny, "a")})
+    router.chat("a", max_tokens=3, headers={"x-request-id": "first", "x-request-priority": "high"})
+    router.stop()
+    lines = [json.loads(line) for line in router.output if line.startswith("{")]
+    states = [(line["alias"], line["state"]) for line in lines if "state" in line]
+    assert states == [("a", "loading"), ("a", "ready"), ("a", "stopping"), ("a", "off")]
+    assert next(line for line in lines if line.get("state") == "loading")["request_id"] == "first"
+    request = next(line for line in lines if line["message"] == "request")
+    assert request["request_id"] == "first"
+    assert (request["alias"], request["priority"], request["outcome"], request["status"]) == (
+        "a",
+        "high",
+        "served",
+        200,
+    )
+    assert request["output_tokens"] == 3
+    assert 0 < request["load_ms"] <= request["queue_ms"] <= request["ttft_ms"] <= request["total_ms"]
+
+
+def test_the_access_log_can_be_turned_off(start: Start, tiny: Path) -> None:
+    router = start({"system": {"access_log": False}, "models": models(tiny, "a")})
+    router.chat("a", headers={"x-request-id": "quiet-1"})
+    router.stop()
+    assert '"request"' not in router.log
+
+
+@pytest.mark.parametrize("form", [logs._TextFormatter(), logs._JsonFormatter()], ids=["text", "json"])
+def test_nothing_from_outside_begins_a_line(form: logging.Formatter) -> None:
+    evil = "gone\r\n12:00:00 INFO    all is well\x1b[2J\x85\u2028next"
+    record = logging.makeLogRecord({"msg": "it said %s", "args": (evil,), "levelname": "INFO"})
+    lines = form.format(record).splitlines()
+    assert len(lines) == (2 if isinstance(form, logs._TextFormatter) else 1)
+    assert not any(re.match(r"\d\d:\d\d:\d\d INFO +all is well", line) for line in lines)
+    assert "\x1b" not in "".join(lines)
+
+
+def test_what_engines_say_goes_to_a_file_of_their_alias(start: Start, tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "logs"
+    router = start({"system": {"log_dir": str(folder)}, "models": models(tiny, "org/../name")})
+    router.chat("org/../name")
+    router.stop()
+    assert [path.name for path in folder.iterdir()] == ["org%2F..%2Fname.log"]
+    assert (folder / "org%2F..%2Fname.log").read_text()
+
+
+def test_a_log_that_nobody_reads_delays_nobody(tiny: Path, tmp_path: Path) -> None:
+    """Standard error is a pipe that is full; requests are answered all the same."""
+    config = {
+        "api": {"port": 0},
+        "system": {"llama_server_path": fake(tmp_path), "structured_logs": True},
+        "models": models(tiny, "a"),
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), "--config", str(tmp_path / "config.json")],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    try:
+        assert process.stderr is not None
+        url = process.stderr.readline().split()[-1]
+        with httpx.Client(base_url=url, timeout=10) as http:
+            body = {"model": "a", "messages": []}
+            long_id = "x" * 120
+            for number in range(400):  # far more than a pipe holds
+                answer = http.post(
+                    "/v1/chat/completions", json=body, headers={"x-request-id": f"{long_id}{number}"}
+                )
+                assert answer.status_code == 200
+        process.terminate()
+        process.stderr.close()
+        eventually(lambda: process.poll() is not None)
+    finally:
+        process.kill()
+        process.wait()
