@@ -15,16 +15,21 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from router import host
 from router.amd import Amd
 from router.host import ProcessMemory
-from router.nvidia import Nvidia
 from router.readings import Device, Watch
+
+if TYPE_CHECKING:
+    from router.nvidia import Nvidia
 
 HOST = "host"
 DEADLINE_SEC = 2.0
-"""For a reading; NVML takes a few ms, and up to a second the first time."""
+"""For a reading; NVML takes a few ms."""
+FIRST_DEADLINE_SEC = 15.0
+"""For the first: a driver that is not kept loaded (persistence mode) takes seconds to wake its GPUs."""
 
 _log = logging.getLogger("router")
 
@@ -61,7 +66,7 @@ class Devices:
         self._wanted = gpu_devices
         self._environ = environ
         self._root = root
-        self._nvidia = Nvidia()
+        self._nvidia: Nvidia | None = None
         self._amd = Amd(gpu_devices or (), root)
         self._seen: dict[str, Device] = {}
         self._present: set[str] = set()
@@ -78,8 +83,8 @@ class Devices:
         await asyncio.gather(*(watch.read(deadline_sec) for watch in self._watches))
         return self.last
 
-    def read_blocking(self, deadline_sec: float = DEADLINE_SEC) -> Readings:
-        """As `read`, for where there is no event loop."""
+    def read_blocking(self, deadline_sec: float = FIRST_DEADLINE_SEC) -> Readings:
+        """As `read`, for the start, where there is no event loop yet."""
         for watch in self._watches:
             watch.read_blocking(deadline_sec)
         return self.last
@@ -134,6 +139,10 @@ class Devices:
         return host.process_memory(self._pids)
 
     def _take_gpus(self) -> Sequence[Device]:
+        if self._nvidia is None:
+            from router.nvidia import Nvidia  # 20 ms that nobody pays who wants no GPUs
+
+            self._nvidia = Nvidia()
         found, left_out = self._nvidia.read()
         if found or any(device.kind == "cuda" for device in self._seen.values()):
             ours = self._visible_to_cuda(found)

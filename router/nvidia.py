@@ -5,6 +5,7 @@ https://docs.nvidia.com/deploy/nvml-api/
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -39,7 +40,7 @@ class Nvidia:
 
     def __init__(self) -> None:
         self._is_open = False
-        self._reopened_sec = 0.0
+        self._reopened_sec = -math.inf
         self._numbers: dict[str, int] = {}
 
     def read(self) -> tuple[list[Device], list[str]]:
@@ -76,7 +77,7 @@ class Nvidia:
             except pynvml.NVMLError_Uninitialized:
                 raise
             except _Error as error:
-                is_troubled = not isinstance(error, _NOT_TOLD)
+                is_troubled = is_troubled or not isinstance(error, _NOT_TOLD)
                 left_out.append(f"GPU {index} is left out: {error}")
         if is_troubled and time.monotonic() - self._reopened_sec > _REOPEN_SEC:
             self._close()  # a GPU that fell off the bus is found again by a fresh start only

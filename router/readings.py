@@ -65,6 +65,7 @@ class Watch(Generic[T]):
         self._lock = threading.Lock()
         self._busy = False
         self._is_late = False
+        self._has_failed = False
         self._waiting: list[Callable[[], None]] = []
 
     async def read(self, deadline_sec: float) -> T:
@@ -112,8 +113,11 @@ class Watch(Generic[T]):
         try:
             self.last = self._take()
             self.taken_sec = began_sec
+            self._has_failed = False
         except Exception:
-            _log.exception("%s failed", self._name)
+            if not self._has_failed:
+                _log.exception("%s: failed, the last answer counts until it works again", self._name)
+            self._has_failed = True
         finally:
             self._done()
 
@@ -131,7 +135,7 @@ class Watch(Generic[T]):
         with self._lock:
             is_news, self._is_late = self._busy and not self._is_late, self._busy
         if is_news:
-            _log.warning("%s: no answer within %g s, the last one counts until there is", self._name, deadline_sec)
+            _log.warning("%s: nothing within %g s, the last answer counts until then", self._name, deadline_sec)
 
     def _forget(self, tell: Callable[[], None]) -> None:
         with self._lock, contextlib.suppress(ValueError):

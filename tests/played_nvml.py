@@ -102,7 +102,8 @@ class PlayedGpus:
             lines.append(("hang", *which) if fault.code is None else ("fault", *which, fault.code))
         self.gpus = gpus
         draft = self._world.with_suffix(".new")
-        draft.write_text("".join("\t".join(map(str, line)) + "\n" for line in lines))
+        text = "".join("\t".join(map(str, line)) + "\n" for line in lines)
+        draft.write_bytes(os.fsencode(text))
         draft.replace(self._world)
 
     def change(self, index: int, **figures: object) -> None:

@@ -276,6 +276,27 @@ def test_a_lost_gpu_disappears_and_comes_back_under_its_name(gpus: PlayedGpus, a
     ]
 
 
+def test_a_lost_gpu_is_looked_for_anew_whatever_ails_the_others(gpus: PlayedGpus, ask: Ask) -> None:
+    lost = Fault("nvmlDeviceGetUUID", gpu=0, code=GPU_IS_LOST)
+    forbidden = Fault("nvmlDeviceGetHandleByIndex_v2", gpu=1, code=NO_PERMISSION)
+    gpus.set(Gpu(), Gpu(), Gpu(), faults=[lost, forbidden, Fault("nvmlShutdown", code=NOT_SUPPORTED)])
+    asker = ask(gpus)
+    assert list(asker.gpus()) == ["gpu2"]
+    gpus.set(*gpus.gpus, faults=[Fault("nvmlInitWithFlags", code=DRIVER_NOT_LOADED)])
+    assert asker.gpus() == {}, "it was opened anew"
+
+
+def test_a_driver_that_talks_nonsense_is_complained_of_once(gpus: PlayedGpus, ask: Ask) -> None:
+    gpus.set(Gpu())
+    asker = ask(gpus)
+    assert list(asker.gpus()) == ["gpu0"]
+    gpus.change(0, name="\udcff\udcfe")
+    for _ in range(3):
+        assert list(asker.gpus()) == ["gpu0"], "as it was"
+    asker.leave()
+    assert sum("Traceback" in line for line in asker.log) == 1
+
+
 def test_a_gpu_that_the_driver_no_longer_lists_is_gone(gpus: PlayedGpus, ask: Ask) -> None:
     gpus.set(Gpu(), Gpu())
     asker = ask(gpus)
@@ -333,7 +354,7 @@ def test_a_driver_that_hangs_delays_nobody_and_piles_up_nothing(gpus: PlayedGpus
     asker.read(deadline_sec=0.05)
     asker.leave()  # a thread that hangs does not keep the process
     assert [line.strip() for line in asker.log][:2] == [
-        "GPU driver: no answer within 0.05 s, the last one counts until there is",
+        "GPU driver: nothing within 0.05 s, the last answer counts until then",
         "GPU driver: there is an answer again",
     ]
 
