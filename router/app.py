@@ -17,6 +17,7 @@ from router import __version__
 from router.api import models, monitoring, openai
 from router.api.auth import OPEN_PATHS, Keyring
 from router.api.errors import ApiError
+from router.api.openapi import describe
 from router.config import Api
 from router.dispatcher import Dispatcher
 from router.metrics import Metrics
@@ -108,6 +109,9 @@ def _pages(dispatcher: Dispatcher, keyring: Keyring, reload: Reload) -> FastAPI:
     app = FastAPI(
         title="llama-router", version=__version__, openapi_url="/openapi.json", docs_url=None, redoc_url=None
     )
+    app.openapi = lambda: describe(  # type: ignore[method-assign]
+        app, ROUTES, dispatcher.config.models, keys_required=keyring.required
+    )
     app.state.dispatcher = dispatcher
     app.state.reload = reload
     app.state.metrics = Metrics(dispatcher)
@@ -157,7 +161,8 @@ def _pages(dispatcher: Dispatcher, keyring: Keyring, reload: Reload) -> FastAPI:
             return _answer(
                 request.scope["path"], ApiError(404, "route_not_found", f"There is no {request.method} {path}.")
             )
-        return _answer(request.scope["path"], ApiError(error.status_code, "http_error", str(error.detail)))
+        code = "body_too_large" if error.status_code == 413 else "invalid_request"
+        return _answer(path, ApiError(error.status_code, code, str(error.detail)))
 
     @app.exception_handler(Exception)
     async def broken(request: Request, _: Exception) -> Response:  # uvicorn logs the traceback

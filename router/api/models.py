@@ -48,7 +48,7 @@ async def load_model(body: ModelName, request: Request) -> dict[str, Any]:
     return {"status": "success", "model": body.model, "message": f"{body.model} is ready"}
 
 
-@router.post("/v1/models/eject")
+@router.post("/v1/models/eject", responses={404: {"description": "It is unknown, or not loaded: `not_found`."}})
 async def eject_model(body: ModelName, request: Request) -> JSONResponse:
     """Unload a model once its requests in flight are answered."""
     dispatcher: Dispatcher = request.app.state.dispatcher

@@ -58,7 +58,7 @@ async def ready(request: Request) -> JSONResponse:
     return JSONResponse({"status": dispatcher.status}, 200 if dispatcher.status == "ready" else 503)
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Prometheus text format, or OpenMetrics for those who accept it."""
     text, content_type = request.app.state.metrics.exposition(request.headers.get("accept", ""))
@@ -89,7 +89,7 @@ async def _follow(dispatcher: Dispatcher, log: LogRing, lines: int) -> AsyncIter
         await asyncio.sleep(_LOG_LOOK_SEC)
 
 
-@router.get("/v1/logs/{alias:path}")
+@router.get("/v1/logs/{alias:path}", response_class=PlainTextResponse)
 async def logs(alias: str, request: Request, lines: Annotated[int, Query(ge=1)] = 200) -> PlainTextResponse:
     """The last lines that a model's engines said, also after they are gone."""
     dispatcher: Dispatcher = request.app.state.dispatcher

@@ -1,0 +1,169 @@
+"""`/openapi.json`: FastAPI's description of the pages, completed by what it cannot know.
+
+The data plane is not FastAPI's: its bodies are llama-server's business but for `model`, so that is all that is
+demanded of them here. Every answer that is an error has one of the statuses listed with its route, and a body in
+the envelope; anything else would be a mistake of the router.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from router.api.auth import OPEN_PATHS
+
+_ERRORS = {
+    400: "Something is wrong with the request; `message` says what.",
+    401: "An API key is needed, or the one given is not valid.",
+    403: "The API key may not do this, or the Host header names nobody here.",
+    404: "There is no such model, or no such route.",
+    413: "The body is too large.",
+    415: "The body is encoded.",
+    422: "The engine's: it cannot process this.",
+    429: "Too many requests wait.",
+    500: "The engine's own error.",
+    501: "The engine's: the model was not started for this.",
+    502: "The engine broke off.",
+    503: "The model failed, or the router is full or shutting down.",
+    504: "It took too long.",
+    507: "The model does not fit into memory.",
+}
+_DATA_PLANE = (401, 403, 404, 413, 415, 429, 502, 503, 504, 507)
+_ALSO_OF_ENGINES = (400, 422, 500, 501)
+"""An engine has its own way to say these, on some routes with an empty body."""
+_OF_ENGINES = "Passed on to the engine of `model`, byte for byte, and its answer back."
+_RETRY_AFTER = {"description": "Seconds after which it may be tried again.", "schema": {"type": "integer"}}
+
+
+def describe(
+    app: FastAPI, routes: Iterable[str], aliases: Iterable[str], *, keys_required: bool
+) -> dict[str, Any]:
+    """The OpenAPI document of now. `routes` are the paths of the data plane, `aliases` the models."""
+    document = get_openapi(title=app.title, version=app.version, summary=_SUMMARY, routes=app.routes)
+    components: dict[str, Any] = document.setdefault("components", {})
+    schemas: dict[str, Any] = components.setdefault("schemas", {})
+    for unused in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(unused, None)
+    schemas["Error"] = _ENVELOPE
+    schemas["ModelName"]["properties"]["model"] = _ALIAS
+    schemas["Alias"] = {"type": "string", "enum": list(aliases)}
+    components["securitySchemes"] = {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "x-api-key": {
+            "type": "apiKey",
+            "in": "header",
+            "name": "x-api-key",
+            "description": "As Anthropic's clients.",
+        },
+    }
+    keys: list[dict[str, list[str]]] = [{"bearer": []}, {"x-api-key": []}]
+    document["security"] = keys if keys_required else [*keys, {}]
+    for path, item in document["paths"].items():
+        item.pop("head", None)  # as GET, without a body
+        for method, operation in item.items():
+            _complete_page(path, method, operation)
+    for path in sorted(routes):
+        document["paths"][path] = {"post": _of_the_data_plane(path)}
+    return document
+
+
+def _complete_page(path: str, method: str, operation: dict[str, Any]) -> None:
+    for parameter in operation.get("parameters", ()):
+        if parameter["name"] == "alias":
+            parameter["schema"] = _ALIAS
+    answers = operation["responses"]
+    answers.pop("422", None)  # ours are 400
+    if path.endswith("/stream"):
+        answers["200"]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+    if path in OPEN_PATHS:
+        operation["security"] = []
+        answers["403"] = _error(403)
+        if path != "/live":
+            answers["503"] = {**answers["200"], "description": "Not now."}
+        return
+    expected = [400, 401, 403, 503]
+    if "{" in path or method == "post":
+        expected.append(404)
+    if method == "post":
+        expected += [413, 507]
+    for status in expected:
+        answers.setdefault(str(status), _error(status))
+
+
+def _of_the_data_plane(path: str) -> dict[str, Any]:
+    if path.endswith("/audio/transcriptions"):
+        fields = {"model": _ALIAS, "file": {"type": "string", "format": "binary"}}
+        form = {"type": "object", "required": ["model", "file"], "properties": fields}
+        content = {"multipart/form-data": {"schema": form}}
+    else:
+        properties = {"model": _ALIAS, "stream": {"type": "boolean"}}
+        content = {
+            "application/json": {"schema": {"type": "object", "required": ["model"], "properties": properties}}
+        }
+    return {
+        "tags": ["data plane"],
+        "summary": f"llama-server's {path}",
+        "description": _OF_ENGINES,
+        "operationId": "engine" + path.replace("/", "_").replace("-", "_"),
+        "parameters": [_PRIORITY, _REQUEST_ID],
+        "requestBody": {"required": True, "content": content},
+        "responses": {
+            "200": {
+                "description": "The engine's answer; with `stream`, as server-sent events.",
+                "headers": _ANSWER_HEADERS,
+                "content": {"application/json": {}, "text/event-stream": {}, "text/plain": {}},
+            },
+            **{str(status): _error(status) for status in _DATA_PLANE},
+            **{str(status): {"description": _ERRORS[status]} for status in _ALSO_OF_ENGINES},
+        },
+    }
+
+
+def _error(status: int) -> dict[str, Any]:
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    answer: dict[str, Any] = {"description": _ERRORS[status], "content": content}
+    if status in (429, 503):
+        answer["headers"] = {"Retry-After": _RETRY_AFTER}
+    return answer
+
+
+_SUMMARY = "One OpenAI-compatible endpoint in front of any number of GGUF models on one machine."
+_ALIAS = {"$ref": "#/components/schemas/Alias"}
+_PRIORITY = {
+    "name": "X-Request-Priority",
+    "in": "header",
+    "description": "Who goes first among those who wait.",
+    "schema": {"type": "string", "enum": ["high", "normal", "low", "1", "2", "3"]},
+}
+_REQUEST_ID = {
+    "name": "X-Request-Id",
+    "in": "header",
+    "description": "Yours, for the logs; up to 128 visible ASCII characters, else one is made up.",
+    "schema": {"type": "string"},
+}
+_ANSWER_HEADERS = {
+    "X-Request-Id": {"schema": {"type": "string"}},
+    "X-Model-Alias": {"schema": {"type": "string"}},
+    "X-Queue-Ms": {"description": "Wait for a slot, loading included.", "schema": {"type": "integer"}},
+    "X-Load-Ms": {"description": "The part of it in which the model was loading.", "schema": {"type": "integer"}},
+}
+_ENVELOPE = {
+    "type": "object",
+    "description": "OpenAI's envelope (on /v1/messages Anthropic's). `code` is stable, `message` is for people.",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "integer", "null"]},
+            },
+        }
+    },
+}
