@@ -1,4 +1,4 @@
-"""The command line: `llama-router [serve]`, `check`, `estimate`, `schema`, and `ps`, `logs`."""
+"""The command line: `llama-router [serve]`, `check`, `estimate`, `schema`, and `top`, `ps`, `logs`."""
 
 from __future__ import annotations
 

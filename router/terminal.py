@@ -1,4 +1,4 @@
-"""`llama-router ps` and `logs`: a look at a running router from a shell, here or on another machine.
+"""`llama-router top`, `ps` and `logs`: a look at a running router from a shell, here or on another machine.
 
 The router is the one at `--url` or `LLAMA_ROUTER_URL`, else the one that the configuration speaks of. Keys come
 from the environment or the configuration, never from the command line, which everybody on the machine can read.
@@ -39,6 +39,7 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         parser.set_defaults(run=run)
         return parser
 
+    add("top", _top, "watch a running router: models, memory, queues, decisions")
     add("ps", _ps, "show the models of a running router", as_json)
     logs = add("logs", _logs, "show what the engines of a model said")
     logs.add_argument("alias", metavar="ALIAS")
@@ -76,16 +77,23 @@ def _positive(text: str) -> int:
     return number
 
 
+def _top(options: argparse.Namespace) -> None:
+    from router import top  # rich takes its time to import
+
+    top.run(connect(options))
+
+
 def _ps(options: argparse.Namespace) -> None:
     status = connect(options).get("/v1/models/status")
     if options.json:
         print(json.dumps(status, indent=2))
         return
     head = ("MODEL", "STATE", "PID", "PORT", "MEMORY", "SLOTS", "QUEUE", "UP", "UNLOADS IN")
-    print_columns([head, *(_model_row(model) for model in status["models"].values())])
+    print_columns([head, *(model_row(model) for model in status["models"].values())])
 
 
-def _model_row(model: dict[str, Any]) -> tuple[str, ...]:
+def model_row(model: dict[str, Any]) -> tuple[str, ...]:
+    """One model of the status: alias, state, pid, port, memory, slots, queue, up, unloads in."""
     resident = model["started_at"] is not None
     return (
         model["alias"],

@@ -1,0 +1,225 @@
+"""What is on the screen of somebody who runs `llama-router top`, read back by a terminal emulator."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx2 as httpx
+import pyte
+import pytest
+from conftest import ROOT, Router, Start, eventually, fake, models
+from test_terminal import ask
+
+
+class Terminal:
+    """A terminal in which a command runs."""
+
+    def __init__(self, command: list[str], cwd: Path, columns: int = 80, lines: int = 24) -> None:
+        self.raw = b""
+        self._screen = pyte.Screen(columns, lines)
+        self._stream = pyte.ByteStream(self._screen)
+        self._lock = threading.Lock()
+        self.ours, self._theirs = pty.openpty()
+        self.resize(columns, lines)
+        environ = {"PATH": "/usr/bin:/bin", "HOME": str(cwd), "PYTHONPATH": str(ROOT), "TERM": "xterm-256color"}
+        self.process = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=environ,
+            stdin=self._theirs,
+            stdout=self._theirs,
+            stderr=self._theirs,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0) and None,
+        )
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):  # the terminal is closed
+            while chunk := os.read(self.ours, 65536):
+                with self._lock:
+                    self.raw += chunk
+                    self._stream.feed(chunk)
+
+    @property
+    def lines(self) -> list[str]:
+        with self._lock:
+            return [line.rstrip() for line in self._screen.display]
+
+    def until(self, *patterns: str, timeout_sec: float = 15) -> list[str]:
+        """Wait until the screen shows lines like these, in this order; returns the lines."""
+        wanted = re.compile(".*".join(patterns), re.DOTALL)
+        seen: list[str] = []
+
+        def shown() -> bool:
+            seen[:] = self.lines
+            return wanted.search("\n".join(seen)) is not None
+
+        try:
+            eventually(shown, timeout_sec)
+        except AssertionError:
+            raise AssertionError(f"{patterns} not on the screen:\n" + "\n".join(seen)) from None
+        return seen
+
+    def type(self, keys: bytes) -> None:
+        os.write(self.ours, keys)
+
+    def resize(self, columns: int, lines: int) -> None:
+        with self._lock:
+            self._screen.resize(lines, columns)
+        fcntl.ioctl(self._theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+
+    @property
+    def modes(self) -> list[object]:
+        return termios.tcgetattr(self._theirs)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._theirs)
+
+
+Open = Callable[..., Terminal]
+
+
+@pytest.fixture
+def top(tmp_path: Path) -> Iterator[Open]:
+    opened: list[Terminal] = []
+
+    def open_top(router: Router, columns: int = 80, lines: int = 24) -> Terminal:
+        command = [sys.executable, str(ROOT / "run.py"), "top", "--url", router.url]
+        opened.append(Terminal(command, tmp_path, columns, lines))
+        return opened[-1]
+
+    yield open_top
+    for terminal in opened:
+        terminal.close()
+
+
+def in_background(act: Callable[[], object]) -> None:
+    """For requests that end with the router, at the end of the test."""
+
+    def run() -> None:
+        with contextlib.suppress(httpx.TransportError):
+            act()
+
+    threading.Thread(target=run, daemon=True).start()
+
+
+def test_the_screen_tells_who_runs_who_waits_and_why(start: Start, tiny: Path, tmp_path: Path, top: Open) -> None:
+    engine = fake(tmp_path, answer_sec="60")
+    system = {"llama_server_path": engine, "max_concurrent_models": 1, "default_parallel": 1}
+    router = start({"system": system, "models": models(tiny, "busy", "cold", flags=[])})
+    in_background(lambda: router.chat("busy"))
+    router.until("busy", "ready")
+    in_background(lambda: router.chat("cold", headers={"X-Request-Priority": "low"}))
+    in_background(lambda: router.chat("busy", headers={"X-Request-Priority": "low"}))
+
+    lines = top(router).until(
+        r"llama-router ready, up \d\.\d?s +1 in flight, \d\.\d requests/s, \d tokens/s",
+        r"host [█·]+ \d+MiB of [\d.]+(GiB|MiB)",
+        r"MODEL +STATE +QUEUE +SLOTS +MEMORY +UP +UNLOADS IN",
+        r"busy +ready +1 +1/1 +\S+ +\S+ +busy",
+        r"cold +off +1 +0/\d +- +- +-",
+        r"WAITING  high 0  normal 0  low 2 \(oldest \d\.\ds\)",
+        r"cold: 1 low, \d\.\ds: .*busy",
+        r"DECISIONS",
+    )
+    assert len(lines) == 24
+    assert all(len(line) <= 80 for line in lines)
+
+
+def test_decisions_scroll_by_newest_first(start: Start, tiny: Path, tmp_path: Path, top: Open) -> None:
+    system = {"llama_server_path": fake(tmp_path), "max_concurrent_models": 1}
+    router = start({"system": system, "models": models(tiny, "first", "second")})
+    screen = top(router)
+    screen.until("first +off")
+    router.chat("first")
+    screen.until(r"\d\d:\d\d:\d\d first ready: loaded in", r"first loading: takes")
+    router.chat("second")
+    screen.until("second ready", "second loading", "first off: evicted", "first ready")
+
+
+def test_rates_are_those_of_the_last_seconds(start: Start, tiny: Path, top: Open) -> None:
+    router = start({"models": models(tiny, "a")})
+    router.chat("a")
+    screen = top(router)
+    screen.until("0.0 requests/s, 0 tokens/s")
+    for _ in range(20):
+        router.chat("a", max_tokens=8)
+    screen.until(r"[1-9][\d.]* requests/s, [1-9]\d* tokens/s")
+
+
+def test_it_survives_a_restart_of_the_router_and_says_so(start: Start, tiny: Path, top: Open) -> None:
+    first = start({"models": models(tiny, "a")})
+    screen = top(first)
+    screen.until("a +off")
+    first.stop()
+    screen.until("No answer for .*trying again. No router can be reached", "a +off", "router lost")
+    port = first.url.rpartition(":")[2]
+    second = start({"models": models(tiny, "a", "b")}, arguments=["--port", port])
+    screen.until("llama-router ready", "b +off", "router back: it was started again", "router lost")
+    second.chat("b")
+    screen.until("b +ready", "b ready: loaded in")
+
+
+def test_it_leaves_the_terminal_as_it_was(start: Start, tiny: Path, top: Open) -> None:
+    router = start({"models": models(tiny, "a")})
+    leaving: tuple[Callable[[Terminal], None], ...] = (
+        lambda screen: screen.type(b"q"),
+        lambda screen: screen.type(b"\x03"),  # Ctrl-C
+        lambda screen: screen.process.terminate(),
+    )
+    for leave in leaving:
+        screen = top(router)
+        before = screen.modes
+        screen.until("a +off")
+        assert screen.modes != before  # keys come at once and are not echoed
+        leave(screen)
+        assert screen.process.wait(10) == 0
+        assert screen.modes == before
+        eventually(lambda: screen.raw.rfind(b"\x1b[?1049l") > screen.raw.rfind(b"\x1b[?1049h"))  # noqa: B023
+        eventually(lambda: screen.raw.rfind(b"\x1b[?25h") > screen.raw.rfind(b"\x1b[?25l"))  # noqa: B023
+        assert b"Traceback" not in screen.raw
+
+
+def test_it_fits_every_size(start: Start, tiny: Path, top: Open) -> None:
+    router = start({"models": models(tiny, *(f"model-{number:02}" for number in range(30)))})
+    router.chat("model-29")
+    screen = top(router)
+    screen.until("MODEL", "model-29 +ready", "model-00", r"… and \d+ more", "WAITING", "DECISIONS")
+    screen.resize(140, 50)
+    screen.until("model-29 +ready", "model-28 +off", "WAITING", "DECISIONS")
+    screen.resize(40, 8)
+    lines = screen.until("llama-router", "MODEL", "model-29 +ready", "… and 28 more", "WAITING")
+    assert len(lines) == 8
+    assert screen.process.poll() is None
+
+
+def test_without_a_terminal_it_is_printed_once(start: Start, tiny: Path, tmp_path: Path) -> None:
+    router = start({"models": models(tiny, "a")})
+    printed = ask("top", "--url", router.url, cwd=tmp_path)
+    assert printed.returncode == 0
+    assert "\x1b" not in printed.stdout
+    assert printed.stdout.startswith("llama-router ready")
+
+
+def test_a_router_that_is_not_there_at_first_is_one_sentence(start: Start, tiny: Path, top: Open) -> None:
+    router = start({"models": models(tiny, "a")})
+    router.stop(signal.SIGKILL)
+    screen = top(router)
+    assert screen.process.wait(15) == 1
+    screen.until("llama-router: No router can be reached at http://127.0.0.1")
+    assert b"\x1b" not in screen.raw
