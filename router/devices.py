@@ -70,7 +70,7 @@ class Devices:
         self._amd = Amd(gpu_devices or (), root)
         self._seen: dict[str, Device] = {}
         self._present: set[str] = set()
-        self._left_out: list[str] = []
+        self._remarks: list[str] = []
         self._pids: tuple[int, ...] = ()
         self._gpus = Watch[Sequence[Device]](self._take_gpus, (), "GPU driver")
         self._host = Watch[Sequence[Device]](
@@ -143,25 +143,32 @@ class Devices:
             from router.nvidia import Nvidia  # 20 ms that nobody pays who wants no GPUs
 
             self._nvidia = Nvidia()
-        found, left_out = self._nvidia.read()
+        found, remarks = self._nvidia.read()
         if found or any(device.kind == "cuda" for device in self._seen.values()):
-            ours = self._visible_to_cuda(found)
+            ours = self._visible_to_cuda(found, remarks)
         else:
-            found, amd_left_out = self._amd.read(host.child_pids())
-            left_out += amd_left_out
+            found, more = self._amd.read(host.child_pids())
+            remarks += more
             ours = self._visible_to_rocm(found)
         if self._wanted is not None:
             ours = [device for device in ours if device.number in self._wanted]
         if found and not ours and not self._seen:
-            left_out.append(
+            remarks.append(
                 f"none of {', '.join(device.name for device in found)} may be used: "
                 "gpu_devices and the environment (CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES) name others"
             )
-        self._tell(ours, left_out)
+        self._tell(ours, remarks)
         return ours
 
-    def _visible_to_cuda(self, found: list[Device]) -> list[Device]:
+    def _visible_to_cuda(self, found: list[Device], remarks: list[str]) -> list[Device]:
         spelled = self._environ.get("CUDA_VISIBLE_DEVICES")
+        order = self._environ.get("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+        are_alike = len({device.label for device in found}) < 2
+        if not are_alike and order != "PCI_BUS_ID" and any(c.isdecimal() for c in (spelled or "").split(",")):
+            remarks.append(
+                f"CUDA_VISIBLE_DEVICES={spelled} is taken as nvidia-smi counts, where CUDA puts the fastest GPU "
+                "first: UUIDs, or CUDA_DEVICE_ORDER=PCI_BUS_ID, leave no doubt"
+            )
         by_number: dict[int, list[Device]] = {}
         for device in found:
             assert device.number is not None
@@ -175,15 +182,15 @@ class Devices:
         spelled = environ.get("HIP_VISIBLE_DEVICES") or environ.get("CUDA_VISIBLE_DEVICES") or None
         return _visible({n: [device] for n, device in enumerate(shown)}, spelled)
 
-    def _tell(self, ours: Sequence[Device], left_out: list[str]) -> None:
-        """One line for each GPU that goes or comes back, and for each that can't be used."""
-        news = [reason for reason in left_out if reason not in self._left_out]
-        self._left_out = left_out
+    def _tell(self, ours: Sequence[Device], remarks: list[str]) -> None:
+        """One line for each remark that is new, and for each GPU that goes or comes back."""
+        for remark in remarks:
+            if remark not in self._remarks:
+                _log.log(logging.WARNING if self._seen else logging.INFO, "%s", remark)
+        self._remarks = remarks
         present = {device.name for device in ours}
-        for reason in news:
-            _log.log(logging.WARNING if self._seen else logging.INFO, "%s", reason)
         for name, device in self._seen.items():
-            if name in self._present - present and not news:
+            if name in self._present - present:
                 _log.warning("%s (%s) is gone", name, device.label)
             elif name in present - self._present:
                 _log.warning("%s (%s) is back", name, device.label)

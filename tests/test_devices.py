@@ -36,6 +36,8 @@ from router.amd import Amd
 
 MIB = 1 << 20
 
+Environ = dict[str, str]
+
 
 class Asker:
     """A process of its own that reads devices, with NVIDIA's library played if `environ` says so."""
@@ -272,6 +274,7 @@ def test_a_lost_gpu_disappears_and_comes_back_under_its_name(gpus: PlayedGpus, a
     asker.leave()
     assert [line.strip() for line in asker.log] == [
         "GPU 0 is left out: GPU is lost",
+        "gpu0 (NVIDIA GeForce RTX 3090) is gone",
         "gpu0 (NVIDIA GeForce RTX 3090) is back",
     ]
 
@@ -330,6 +333,7 @@ def test_a_driver_that_is_unloaded_and_loaded_again(gpus: PlayedGpus, ask: Ask) 
     asker.leave()
     assert [line.strip() for line in asker.log] == [
         "NVIDIA's driver can't be asked: Driver Not Loaded",
+        "gpu0 (NVIDIA GeForce RTX 3090) is gone",
         "gpu0 (NVIDIA GeForce RTX 3090) is back",
     ]
 
@@ -428,6 +432,25 @@ def test_the_gpus_that_may_be_used(
     environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     found = ask(gpus, gpu_devices=gpu_devices, **environ).gpus()
     assert [gpu["number"] for gpu in found.values()] == ours
+
+
+@pytest.mark.parametrize(
+    ("environ", "is_doubtful"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "1"}, True),
+        ({"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, False),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-b"}, False),
+        ({}, False),
+    ],
+)
+def test_a_number_that_cuda_would_read_otherwise_is_pointed_out(
+    gpus: PlayedGpus, ask: Ask, environ: Environ, is_doubtful: bool
+) -> None:
+    gpus.set(Gpu(uuid="GPU-a"), Gpu(uuid="GPU-b", name="NVIDIA GeForce RTX 4090"))
+    asker = ask(gpus, **environ)
+    assert "gpu1" in asker.gpus()
+    asker.leave()
+    assert any("nvidia-smi counts" in line for line in asker.log) == is_doubtful
 
 
 def test_an_engine_sees_the_chosen_gpus_and_no_others(gpus: PlayedGpus, ask: Ask) -> None:
