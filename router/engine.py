@@ -30,6 +30,7 @@ from router.flags import OWNED_VARIABLES
 from router.host import oom_kills
 from router.platforms import PIPE_BYTES, exit_code, is_foreign, log_pipe, signal_group, spawn
 
+KEY_VARIABLE = "LLAMA_API_KEY"
 _STATE_PREFIX = b"cmd_child_to_router:state:"
 _EXIT_COMMAND = b"cmd_router_to_child:exit\n"
 PROBE_LIMIT_SEC = 3
@@ -160,7 +161,7 @@ class EngineProcess:
         env = {
             **{name: value for name, value in os.environ.items() if name not in OWNED_VARIABLES},
             **order.env,
-            "LLAMA_API_KEY": key,
+            KEY_VARIABLE: key,
             "LLAMA_SERVER_ROUTER_PORT": str(port),  # turns on the child protocol
         }
         stderr, stderr_of_child = log_pipe()
@@ -227,7 +228,6 @@ class EngineProcess:
 
     async def _wait(self) -> str:
         code = await exit_code(self._process)
-        signal_group(self.pid, signal.SIGKILL)  # whatever it started must not outlive it
         await asyncio.wait({self._messages}, timeout=0.5)  # a grandchild may hold the pipe open
         self._messages.cancel()
         assert self._process.stdin is not None

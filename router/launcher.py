@@ -15,6 +15,7 @@ from typing import Protocol
 
 from router import embedded
 from router.engine import Binary, EngineFailed, EngineOrder, EngineProcess, LogRing, port_is_free
+from router.leftovers import EngineRecord
 
 _LAST_PORT = 65535
 
@@ -30,8 +31,9 @@ class Launcher(Protocol):
 class LocalLauncher:
     """Engines as child processes on ports from `base_port` on; ports that are in use are skipped."""
 
-    def __init__(self, base_port: int) -> None:
+    def __init__(self, base_port: int, record: EngineRecord) -> None:
         self.base_port = base_port
+        self._record = record
         self._engines: dict[int, EngineProcess] = {}
 
     async def launch(self, order: EngineOrder, log: LogRing) -> EngineProcess:
@@ -48,6 +50,7 @@ class LocalLauncher:
             raise EngineFailed(f"no port is free from {self.base_port} on")
         engine = await EngineProcess.start(order, port, log)
         self._engines[port] = engine
+        self._record.add(engine)
         return engine
 
 

@@ -15,6 +15,8 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
+import psutil
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PIPE_BYTES = 1 << 20
 """What a `log_pipe` holds where the system lets us say so (else 64 KiB)."""
@@ -76,21 +78,50 @@ def _tie_to_parent() -> Callable[[], None] | None:
 
 
 async def exit_code(process: subprocess.Popen[bytes]) -> int:
-    """Until a child is gone, at once: a thread of its own waits for it, which works everywhere."""
-    loop = asyncio.get_running_loop()
-    ended: asyncio.Future[int] = loop.create_future()
+    """Until a child is gone, at once: a thread of its own waits for it, which works everywhere.
 
-    def tell(code: int) -> None:
-        if not ended.done():
-            ended.set_result(code)
+    What it has started is killed with it, and then only is it reaped: until then its number can be nobody else's.
+    Reaping is left to the loop, whose thread sends all other signals, too.
+    """
+    loop = asyncio.get_running_loop()
+    reaped: asyncio.Future[int] = loop.create_future()
+
+    def reap() -> None:
+        signal_group(process.pid, signal.SIGKILL)
+        code = process.wait()
+        if not reaped.done():
+            reaped.set_result(code)
 
     def wait() -> None:
-        code = process.wait()
+        if hasattr(os, "waitid"):
+            with contextlib.suppress(ChildProcessError):
+                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        else:  # macOS before Python 3.13
+            process.wait()
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody asks any more
-            loop.call_soon_threadsafe(tell, code)
+            loop.call_soon_threadsafe(reap)
 
     threading.Thread(target=wait, name=f"exit of {process.pid}", daemon=True).start()
-    return await ended
+    return await reaped
+
+
+def birth(pid: int) -> str | None:
+    """What tells a live process from all others that had or will have its number; None if there is none.
+
+    Not a time: Linux counts ticks since the boot, so that setting the clock changes nothing.
+    """
+    if sys.platform == "linux":
+        try:
+            with open(f"/proc/{pid}/stat", "rb") as stat, open("/proc/sys/kernel/random/boot_id") as boot:
+                fields = stat.read().rpartition(b")")[2].split()  # the name before it may contain anything
+                return None if fields[0] in b"ZX" else f"{boot.read().strip()} {int(fields[19])}"
+        except (OSError, IndexError):
+            return None
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else str(process.create_time())
+    except psutil.Error:
+        return None
 
 
 def allow_many_files() -> int:

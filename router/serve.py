@@ -33,6 +33,7 @@ from router.events import Events
 from router.health import HealthMonitor
 from router.http_server import HttpProtocol
 from router.launcher import LocalLauncher, find_binary
+from router.leftovers import EngineRecord
 from router.logs import Logs
 from router.platforms import allow_many_files
 from router.proxy import ROUTES
@@ -100,11 +101,14 @@ def _serve(loaded: Loaded, load: Callable[[], Loaded], log: Logs) -> None:
         )
     binary = find_binary(config.system.llama_server_path)
     allow_many_files()
-    listener = _listen(config)
-    with contextlib.closing(listener), contextlib.closing(_open_state(config, listener.getsockname()[1])):
+    with contextlib.ExitStack() as opened:
+        listener = opened.enter_context(contextlib.closing(_listen(config)))
+        state = opened.enter_context(contextlib.closing(_open_state(config, listener.getsockname()[1])))
+        record = EngineRecord(state)
+        record.end_leftovers()  # before anybody asks how much memory is free
         devices = Devices(config.system.gpu_devices if binary.kind != "embedded" else ())
         devices.read_blocking()
-        _run(_Service(loaded, load, binary, devices, listener, log).run())
+        _run(_Service(loaded, load, binary, devices, listener, record, log).run())
 
 
 def _run(service: Coroutine[Any, Any, None]) -> None:
@@ -187,6 +191,7 @@ class _Service:
         binary: Binary,
         devices: Devices,
         listener: socket.socket,
+        record: EngineRecord,
         log: Logs,
     ) -> None:
         config = loaded.config
@@ -194,7 +199,9 @@ class _Service:
         self._load = load
         self._listener = listener
         self._stop = asyncio.Event()
-        self._dispatcher = Dispatcher(config, LocalLauncher(config.system.base_port), binary, devices, Events())
+        self._record = record
+        launcher = LocalLauncher(config.system.base_port, record)
+        self._dispatcher = Dispatcher(config, launcher, binary, devices, Events())
         self._dispatcher.engine_file = log.engine_file
         if config.system.access_log:
             log.log_requests(self._dispatcher.events)
@@ -239,6 +246,7 @@ class _Service:
             health.cancel()
             server.should_exit = True
             await serving
+            await self._record.saved()
         _log.info("stopped")
 
     async def reload(self) -> dict[str, Any]:

@@ -7,14 +7,17 @@ FAKE_DIE          before: exits when a request comes; after: exits in the middle
                   once FILE: as `before`, but only while FILE does not exist (it makes it)
 FAKE_CHUNKS       number of events in a stream
 FAKE_HEADERS      further headers of its answers, with | between them
+FAKE_OUTLIVES     yes: does not die with its router; stubborn: nor by SIGTERM
 FAKE_IDLE_CLOSE   1: closes a kept-alive connection right after its answer, as llama-server may at any time
 """
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -94,7 +97,12 @@ async def complete(writer: asyncio.StreamWriter, request: dict[str, object]) -> 
 
 
 async def main() -> None:
-    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+    if setting("outlives"):
+        ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)  # PR_SET_PDEATHSIG: none
+    else:
+        threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+    if setting("outlives") == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     print("fake engine: loading", file=sys.stderr, flush=True)
     await asyncio.sleep(float(setting("load_sec", "0")))
     if setting("ready") == "never":

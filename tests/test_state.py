@@ -159,7 +159,7 @@ def test_a_home_that_takes_nothing_costs_only_the_memory(start: Start, tmp_path:
 def test_no_home_at_all_either(start: Start, free_port: int) -> None:
     router = start(arguments=["--port", str(free_port)], HOME="", LLAMA_ROUTER_STATE_DIR="")
     assert router.chat("demo").status_code == 200
-    assert "HOME is not set" in router.log
+    eventually(lambda: "HOME is not set" in router.log)
 
 
 def test_a_directory_that_was_asked_for_must_be_there(start: Start, tiny: Path, tmp_path: Path) -> None:
