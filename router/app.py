@@ -1,4 +1,4 @@
-"""The ASGI application: the data plane raw and first, everything else through FastAPI."""
+"""The ASGI application: everything but the data plane, which has no need of ASGI (see `exchange`)."""
 
 from __future__ import annotations
 
@@ -10,84 +10,46 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router import __version__
 from router.api import models, monitoring, openai
 from router.api.auth import OPEN_PATHS, Keyring
+from router.api.browsers import Browsers
 from router.api.errors import ApiError
 from router.api.openapi import describe
-from router.config import Api
 from router.dispatcher import Dispatcher
 from router.metrics import Metrics
-from router.proxy import ROUTES, Message, Proxy, Receive, Scope, Send
+from router.routing import ROUTES
 from router.telemetry import Telemetry
 
 Reload = Callable[[], Awaitable[dict[str, Any]]]
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_UNKNOWN_HOST = (
-    "This router listens for this machine only, and does not know the name in your Host header. "
-    "Add it to api.allowed_hosts if it is yours."
-)
-
 _OPERATORS_PAGES = ("/v1/logs/", "/v1/health/models")
 """They quote what engines say."""
 
 _LARGEST_PAGE_BODY = 1 << 20
 
-ASGI = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-
-def create_app(dispatcher: Dispatcher, keyring: Keyring, reload: Reload) -> ASGI:
+def create_app(dispatcher: Dispatcher, keyring: Keyring, browsers: Browsers, reload: Reload) -> ASGIApp:
     """Wire it up. The dispatcher is started and stopped by whoever runs the server."""
-    proxy = Proxy(dispatcher, keyring)
     pages = _pages(dispatcher, keyring, reload)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in ROUTES:
-            await proxy(scope, receive, send)
-        else:
-            await pages(scope, _bounded(receive), send)
+        await pages(scope, _bounded(receive), send)
 
-    for_browsers = CORSMiddleware(
-        app,
-        allow_origins=list(dispatcher.config.api.cors_origins),
-        allow_methods=["*"],
-        allow_headers=["*"],
-        expose_headers=["X-Request-Id", "X-Model-Alias", "X-Queue-Ms", "X-Load-Ms", "Retry-After"],
-    )
-
-    hosts = _answered_hosts(dispatcher.config.api)
+    for_browsers = browsers.cross_origin(app)
 
     async def application(scope: Scope, receive: Receive, send: Send) -> None:
-        headers = dict(scope.get("headers", ()))
-        if hosts and _without_port(headers.get(b"host", b"localhost")) not in hosts:
-            answer = _answer(scope["path"], ApiError(403, "unknown_host", _UNKNOWN_HOST))
-            await answer(scope, receive, send)
-        elif b"origin" in headers:
-            await for_browsers(scope, receive, send)
-        else:
-            await app(scope, receive, send)
+        headers = dict(scope["headers"])
+        try:
+            browsers.check_host(headers)
+        except ApiError as error:
+            await _answer(scope["path"], error)(scope, receive, send)
+            return
+        await (for_browsers if b"origin" in headers else app)(scope, receive, send)
 
     return application
-
-
-def _answered_hosts(api: Api) -> frozenset[bytes]:
-    """On a loopback address: the names that mean it. Else nobody can tell, and the set is empty.
-
-    A page that has pointed its own name at 127.0.0.1 (DNS rebinding) shares its origin with what listens there,
-    so that no rule of the browser keeps it out; but its name is in the Host header.
-    """
-    if api.host not in _LOOPBACK:
-        return frozenset()
-    return frozenset(name.lower().encode() for name in (*_LOOPBACK, *api.allowed_hosts))
-
-
-def _without_port(host: bytes) -> bytes:
-    if host.startswith(b"["):
-        return host[1:].partition(b"]")[0]
-    return host.partition(b":")[0].lower()
 
 
 def _bounded(receive: Receive) -> Receive:

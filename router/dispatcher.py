@@ -98,7 +98,7 @@ class Ticket:
     """A request's place: in the queue, then with `engine`, or turned away with `rejection`."""
 
     __slots__ = (
-        "_turn",
+        "_listener",
         "alias",
         "arrival_sec",
         "engine",
@@ -119,24 +119,23 @@ class Ticket:
         self.rejection: Reject | None = None
         self.retries = 0
         """How often its engine broke and it was sent back to the queue."""
-        self._turn: asyncio.Event | None = None
+        self._listener: Callable[[], None] | None = None
 
     @property
     def decided(self) -> bool:
         return self.engine is not None or self.rejection is not None
 
-    async def decision(self) -> None:
-        """Until it is granted or rejected."""
-        while not self.decided:
-            self._turn = asyncio.Event()
-            await self._turn.wait()
+    def when_decided(self, listener: Callable[[], None]) -> None:
+        """Have it called, once, soon after it is granted or rejected: in a turn of its own of the event loop."""
+        self._listener = listener
 
     def decide(self, now: float, engine: RunningEngine | None, rejection: Reject | None) -> None:
         self.granted_sec = now
         self.engine = engine
         self.rejection = rejection
-        if self._turn is not None:
-            self._turn.set()
+        if self._listener is not None:
+            asyncio.get_running_loop().call_soon(self._listener)
+            self._listener = None
 
     @property
     def queue_sec(self) -> float:

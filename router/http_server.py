@@ -1,171 +1,435 @@
-"""uvicorn's HTTP protocol with what it lacks: bounds on how long and how large a request's head may be, an end
-for clients that stop in the middle of one; and the head of an answer joined with what follows it.
+"""HTTP/1.1 to the clients: uvicorn's server, with a protocol of our own on its connections.
 
-uvicorn writes head and body one after the other. Each write is a system call that wakes up the other side; for a
-small answer it costs as much as all the scheduling of the request.
+The protocol reads requests, one after the other, and gives each its turn. Those of the data plane are answered
+by an `Exchange` without ASGI: a task, two queues of dictionaries and an event for every token cost more than all
+else that happens to it. Every other request is a page of the ASGI application, run by uvicorn's own cycle.
+
+It has what uvicorn's protocols lack: bounds on how long and how large a request's head may be, and on how many
+requests wait behind one; and an end for clients that stop in the middle.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any, cast
+import logging
+from collections import deque
+from typing import Any, Protocol, cast
+from urllib.parse import unquote
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+import uvicorn
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+from uvicorn.protocols.utils import get_local_addr, get_remote_addr
+from uvicorn.server import ServerState
+
+from router.answer import Answer
+from router.exchange import Exchange, Exchanges, Headers
+from router.routing import ROUTES
+
+_log = logging.getLogger("router.http")
 
 _LONGEST_HEAD = 64 * 1024
 _HEAD_SEC = 30.0
 _BODY_PAUSE_SEC = 60.0
 _LINGER_SEC = 30.0
+_LOOK_SEC = 10.0
 _MOST_PIPELINED = 16
 
+_PATHS = {path.encode(): path for path in ROUTES}
 
-class JoinedHead:
-    """A transport that keeps a head until the next write, or the end of the event loop's turn."""
+
+class Turn(Protocol):
+    """A request whose turn it is, from its head to the end of its answer."""
+
+    def begin(self) -> None:
+        """The connection is ready for its answer."""
+
+    def add_body(self, part: bytes) -> None: ...
+
+    def end_body(self) -> None: ...
+
+    def leave(self) -> None:
+        """The client is gone."""
+
+    def pause(self) -> None:
+        """The client reads too slowly: write no more until `resume`."""
+
+    def resume(self) -> None: ...
+
+    def hang_up(self) -> None:
+        """Close the connection after the answer."""
+
+
+class _Request:
+    """A request as it was read. Its body is here only as long as it waits for its turn."""
+
+    __slots__ = (
+        "headers",
+        "http_version",
+        "is_whole",
+        "keep_alive",
+        "method",
+        "parts",
+        "path",
+        "query",
+        "raw_path",
+    )
+
+    def __init__(self, parser: httptools.HttpRequestParser, url: bytes, headers: Headers) -> None:
+        """Raises _BadTarget."""
+        self.method = parser.get_method()
+        self.headers = headers
+        self.http_version = parser.get_http_version()
+        self.keep_alive = self.http_version != "1.0" and parser.should_keep_alive()
+        self.parts: list[bytes] = []
+        self.is_whole = False
+        self.raw_path, self.query = url, b""
+        path = _PATHS.get(url)
+        self.path = path if path is not None else self._split(url)
+
+    def _split(self, url: bytes) -> str:
+        try:
+            parsed = httptools.parse_url(url)
+        except httptools.HttpParserInvalidURLError as error:
+            raise _BadTarget from error
+        if parsed.path is None or not parsed.path.isascii():
+            raise _BadTarget
+        self.raw_path, self.query = parsed.path, parsed.query or b""
+        return unquote(self.raw_path.decode("ascii"))
+
+    @property
+    def is_for_data_plane(self) -> bool:
+        return self.path in ROUTES and self.method == b"POST"
+
+
+class _BadTarget(Exception):
+    """What is asked for is no path."""
+
+
+class HttpProtocol(asyncio.Protocol):
+    """One client's connection. uvicorn makes it, and ends it by `shutdown`."""
 
     def __init__(
-        self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, torn: Callable[[], bool]
+        self,
+        exchanges: Exchanges,
+        config: uvicorn.Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        """`torn` tells whether what was written is the beginning of an answer without its end."""
-        self._transport = transport
-        self._loop = loop
-        self._torn = torn
-        self._head = b""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def write(self, data: bytes) -> None:
-        if self._transport.is_closing():  # uvloop raises when the client is gone
-            return
-        if self._head:
-            head, self._head = self._head, b""
-            self._transport.write(head + data)
-        elif data.startswith(b"HTTP/1.1 "):
-            self._head = data
-            self._loop.call_soon(self._flush)
-        else:
-            self._transport.write(data)
-
-    def close(self) -> None:
-        """Once the rest is read; but nobody may hold the connection by not reading."""
-        self._flush()
-        if self._torn():
-            self._transport.abort()
-        elif not self._transport.is_closing():
-            self._transport.close()
-            if self._transport.get_write_buffer_size():
-                self._loop.call_later(_LINGER_SEC, self._transport.abort)
-
-    def _flush(self) -> None:
-        if self._head:
-            head, self._head = self._head, b""
-            if not self._transport.is_closing():
-                self._transport.write(head)
-
-
-class HttpProtocol(HttpToolsProtocol):
-    def __init__(self, *arguments: Any, **more: Any) -> None:
-        super().__init__(*arguments, **more)
+        self.config = config
+        self.server_state = server_state
+        self.app_state = app_state
+        self.loop = _loop or asyncio.get_running_loop()
+        self.transport: asyncio.Transport
+        self.flow: FlowControl
+        self._exchanges = exchanges
+        self._parser = self._new_parser()
+        self._url = b""
+        self._headers: Headers = []
+        self._turn: Turn | None = None
+        self._waiting: deque[_Request] = deque()
+        """Requests that were sent before the answer to the one before (pipelining)."""
         self._reading: str | None = "head"
         """The part of a request that is on its way; None between two requests."""
         self._head_size = 0
         self._since = self._last = self.loop.time()
+        self._answering = False
+        """Of the answer to the request whose turn it is, some is written."""
+        self._closing = False
         self._patience: asyncio.TimerHandle | None = None
-        self._unfinished: list[RequestResponseCycle] = []
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        joined = JoinedHead(transport, self.loop, self._is_torn)
-        super().connection_made(cast(asyncio.Transport, joined))
-        self._patience = self.loop.call_later(_HEAD_SEC, self._check_patience)
+    def _new_parser(self) -> httptools.HttpRequestParser:
+        parser = httptools.HttpRequestParser(self)
+        parser.set_dangerous_leniencies(lenient_data_after_close=True)  # it is never looked at
+        return parser
+
+    # --- asyncio.Protocol -------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is one only by its methods
+        self.flow = FlowControl(self.transport)
+        self.server_state.connections.add(cast(Any, self))
+        self._patience = self.loop.call_later(_LOOK_SEC, self._look)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for cycle in self._unfinished:  # uvicorn tells only the last of those that were pipelined
-            if not cycle.response_complete:
-                cycle.disconnected = True
-                cycle.message_event.set()
+        self.server_state.connections.discard(cast(Any, self))
+        self._waiting.clear()
         if self._patience is not None:
             self._patience.cancel()
-            self._patience = None
-        super().connection_lost(exc)
+        if self._turn is not None:
+            turn, self._turn = self._turn, None
+            turn.leave()
+        self.flow.resume_writing()  # whoever waits for that must learn that the client is gone
+
+    def eof_received(self) -> None:
+        pass
+
+    def pause_writing(self) -> None:
+        self.flow.pause_writing()
+        if self._turn is not None:
+            self._turn.pause()
+
+    def resume_writing(self) -> None:
+        self.flow.resume_writing()
+        if self._turn is not None:
+            self._turn.resume()
 
     def data_received(self, data: bytes) -> None:
-        self._unset_keepalive_if_required()
         self._last = self.loop.time()
         try:
-            self.parser.feed_data(data)
+            self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
             self._decline_upgrade(data[upgrade.args[0] :])
-        except httptools.HttpParserError:
-            self.logger.warning("Invalid HTTP request received.")
-            self.send_400_response("Invalid HTTP request received.")
-            return
-        if self._reading is None:
-            return
+        except httptools.HttpParserError as error:
+            cause = error.__context__  # what one of the methods below has raised
+            if cause is None or isinstance(cause, _BadTarget):
+                _log.warning("Invalid HTTP request received.")
+                self._refuse(b"400 Bad Request", b"Invalid HTTP request received.")
+            else:
+                _log.error("a request broke the router", exc_info=cause)
+                self._refuse(b"500 Internal Server Error", b"The router made a mistake; see its log.")
         if self._reading == "head":
             self._head_size += len(data)
             if self._head_size > _LONGEST_HEAD:
                 self._refuse(b"431 Request Header Fields Too Large")
-                return
-        if self._patience is None:
-            self._patience = self.loop.call_later(_HEAD_SEC, self._check_patience)
+
+    # --- httptools --------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
+        self._url = b""
+        self._headers = []
         self._reading = "head"
         self._head_size = 0
-        self._since = self.loop.time()
-        super().on_message_begin()
+        self._since = self._last
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
-        if self.parser.should_upgrade():
+        if self._parser.should_upgrade():
             return  # see _decline_upgrade
         self._reading = "body"
-        super().on_headers_complete()
-        self._unfinished = [cycle for cycle in self._unfinished if not cycle.response_complete]
-        self._unfinished.append(self.cycle)
-        if self.pipeline:
-            if len(self.pipeline) > _MOST_PIPELINED:
-                self.transport.abort()
-            self.flow.resume_reading()  # else nobody would notice that the client goes
+        request = _Request(self._parser, self._url, self._headers)
+        if self._turn is None:
+            self._begin(request)
+            return
+        self._waiting.append(request)
+        if len(self._waiting) > _MOST_PIPELINED:
+            self.transport.abort()
+
+    def on_body(self, body: bytes) -> None:
+        if self._waiting:
+            parts = self._waiting[-1].parts
+            parts.append(body)
+            if sum(map(len, parts)) > HIGH_WATER_LIMIT:
+                self.flow.pause_reading()
+        elif self._turn is not None:  # else it has its answer already
+            self._turn.add_body(body)
 
     def on_message_complete(self) -> None:
-        if self.parser.should_upgrade():
+        if self._parser.should_upgrade():
             return
         self._reading = None
-        super().on_message_complete()
+        if self._waiting:
+            self._waiting[-1].is_whole = True
+        elif self._turn is not None:
+            self._turn.end_body()
+
+    # --- turns ------------------------------------------------------------------------------------------
+
+    def _begin(self, request: _Request) -> Turn:
+        turn: Turn
+        if request.is_for_data_plane:
+            answer = Answer(self, keep_alive=request.keep_alive, http_1_0=request.http_version == "1.0")
+            turn = Exchange(self._exchanges, answer, request.path, request.query, request.headers)
+        else:
+            turn = _Page(self, request)
+        self._turn = turn
+        if self._closing:
+            turn.hang_up()
+        if self.flow.write_paused:
+            turn.pause()
+        turn.begin()
+        return turn
+
+    def answered(self, *, keep_alive: bool) -> None:
+        self._turn = None
+        self._answering = False
+        self._last = self.loop.time()
+        if not keep_alive:
+            self.close()
+        elif self._waiting and not self.transport.is_closing():
+            self._begin_next()
+
+    def _begin_next(self) -> None:
+        request = self._waiting.popleft()
+        self.flow.resume_reading()
+        turn = self._begin(request)
+        for part in request.parts:
+            turn.add_body(part)
+        if request.is_whole:
+            turn.end_body()
+
+    # --- answers ----------------------------------------------------------------------------------------
+
+    @property
+    def default_lines(self) -> bytes:
+        return b"".join([b"%b: %b\r\n" % header for header in self.server_state.default_headers])
+
+    def write(self, data: bytes) -> None:
+        self._answering = True
+        if not self.transport.is_closing():  # uvloop raises when the client is gone
+            self.transport.write(data)
+
+    def invite_body(self) -> None:
+        self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def abort(self) -> None:
+        self.transport.abort()
+
+    def close(self) -> None:
+        """Once the rest is read; but nobody may hold the connection by not reading."""
+        if not self.transport.is_closing():
+            self.transport.close()
+            if self.transport.get_write_buffer_size():
+                self.loop.call_later(_LINGER_SEC, self.transport.abort)
+
+    def shutdown(self) -> None:
+        """uvicorn is about to end: finish what was begun."""
+        self._closing = True
+        if self._turn is None:
+            self.close()
+        else:
+            self._turn.hang_up()
+
+    # --- what can go wrong ------------------------------------------------------------------------------
 
     def _decline_upgrade(self, rest: bytes) -> None:
         """Java's HttpClient asks for HTTP/2 this way. Whoever does not upgrade answers the request as it is."""
-        if self.parser.get_method() == b"CONNECT":
-            self.send_400_response("Invalid HTTP request received.")
+        if self._parser.get_method() == b"CONNECT":
+            self._refuse(b"400 Bad Request", b"Invalid HTTP request received.")
             return
-        head = [self.parser.get_method(), b" ", self.url, b" HTTP/1.1\r\n"]
-        for name, value in self.headers:
+        head = [self._parser.get_method(), b" ", self._url, b" HTTP/1.1\r\n"]
+        for name, value in self._headers:
             if name == b"connection":
                 value = b"close" if b"close" in value.lower() else b"keep-alive"
             if name != b"upgrade":
                 head.append(b"%b: %b\r\n" % (name, value))
-        self.parser = httptools.HttpRequestParser(self)
+        self._parser = self._new_parser()
         self.data_received(b"".join((*head, b"\r\n", rest)))
 
-    def _is_torn(self) -> bool:
-        return self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
-
-    def _check_patience(self) -> None:
-        self._patience = None
-        if self._reading is None or self.transport.is_closing():
+    def _look(self) -> None:
+        """Every few seconds: one timer for all limits, and none to set and cancel with every request."""
+        self._patience = self.loop.call_later(_LOOK_SEC, self._look)
+        if self.transport.is_closing() or self.flow.read_paused:  # then it is we who do not read
             return
-        now = self.loop.time()
-        left = self._since + _HEAD_SEC - now if self._reading == "head" else self._last + _BODY_PAUSE_SEC - now
-        if self.flow.read_paused:  # it is we who do not read
-            left = _BODY_PAUSE_SEC
-        if left > 0:
-            self._patience = self.loop.call_later(left, self._check_patience)
-        else:
+        idle_sec = self.loop.time() - self._last
+        if self._reading is None:
+            if self._turn is None and idle_sec > self.config.timeout_keep_alive:
+                self.close()
+        elif idle_sec > _BODY_PAUSE_SEC or (
+            self._reading == "head" and self.loop.time() - self._since > _HEAD_SEC
+        ):
             self._refuse(b"408 Request Timeout")
 
-    def _refuse(self, status: bytes) -> None:
-        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
-            self.transport.write(b"HTTP/1.1 %b\r\ncontent-length: 0\r\nconnection: close\r\n\r\n" % status)
-        self.transport.close()
+    def _refuse(self, status: bytes, text: bytes = b"") -> None:
+        if not self._answering:
+            head = b"HTTP/1.1 %b\r\ncontent-type: text/plain\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+            self.write(head % (status, len(text)) + text)
+            self.close()
+        else:
+            self.transport.abort()
+
+
+class _Page:
+    """A request for the ASGI application: a turn, and the transport of the cycle that uvicorn runs for it."""
+
+    def __init__(self, connection: HttpProtocol, request: _Request) -> None:
+        self._connection = connection
+        config, state = connection.config, connection.server_state
+        awaits_invitation = (b"expect", b"100-continue") in request.headers
+        scope = {
+            "type": "http",
+            "asgi": {"version": config.asgi_version, "spec_version": "2.3"},
+            "http_version": request.http_version,
+            "server": get_local_addr(connection.transport),
+            "client": get_remote_addr(connection.transport),
+            "scheme": "http",
+            "root_path": "",
+            "headers": request.headers,
+            "state": connection.app_state.copy(),
+            "method": request.method.decode("ascii"),
+            "path": request.path,
+            "raw_path": request.raw_path,
+            "query_string": request.query,
+        }
+        self._cycle = RequestResponseCycle(
+            scope=cast(Any, scope),
+            transport=cast(asyncio.Transport, self),
+            flow=connection.flow,
+            logger=_log,
+            access_logger=_log,
+            access_log=False,
+            default_headers=state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=awaits_invitation,
+            keep_alive=request.keep_alive,
+            on_response=self._answered,
+        )
+
+    # --- the turn ---------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        work = self._cycle.run_asgi(self._connection.config.loaded_app)
+        task = self._connection.loop.create_task(work)
+        tasks = self._connection.server_state.tasks
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    def add_body(self, part: bytes) -> None:
+        if self._cycle.response_complete:
+            return
+        self._cycle.body += part
+        if len(self._cycle.body) > HIGH_WATER_LIMIT:
+            self._connection.flow.pause_reading()  # until the application asks for more
+        self._cycle.message_event.set()
+
+    def end_body(self) -> None:
+        self._cycle.more_body = False
+        self._cycle.message_event.set()
+
+    def leave(self) -> None:
+        self._cycle.disconnected = True
+        self._cycle.message_event.set()
+
+    def pause(self) -> None:
+        """The cycle looks at the connection's flow."""
+
+    def resume(self) -> None:
+        """The same."""
+
+    def hang_up(self) -> None:
+        self._cycle.keep_alive = False
+
+    def _answered(self) -> None:
+        self._connection.flow.resume_reading()
+        self._connection.answered(keep_alive=self._cycle.keep_alive)
+
+    # --- the transport ----------------------------------------------------------------------------------
+
+    def write(self, data: bytes) -> None:
+        self._connection.write(data)
+
+    def is_closing(self) -> bool:
+        return self._connection.transport.is_closing()
+
+    def close(self) -> None:
+        if self._cycle.response_complete:
+            self._connection.close()
+        else:  # half an answer must not look whole
+            self._connection.abort()

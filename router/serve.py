@@ -21,6 +21,7 @@ import uvicorn
 
 from router import logs
 from router.api.auth import Keyring
+from router.api.browsers import Browsers
 from router.app import create_app
 from router.config import Api, Config, System
 from router.config_errors import ConfigError
@@ -30,13 +31,14 @@ from router.devices import Devices
 from router.dispatcher import Dispatcher
 from router.engine import Binary
 from router.events import Events
+from router.exchange import Exchanges
 from router.health import HealthMonitor
 from router.http_server import HttpProtocol
 from router.launcher import LocalLauncher, find_binary
 from router.leftovers import EngineRecord
 from router.logs import Logs
 from router.platforms import allow_many_files
-from router.proxy import ROUTES
+from router.routing import ROUTES
 from router.state import State, StateHeld, default_path
 from router.watch import watch
 
@@ -212,11 +214,13 @@ class _Service:
         self._look_failed = ""
 
     async def run(self) -> None:
-        app = create_app(self._dispatcher, self._keyring, self.reload)
+        browsers = Browsers(self._loaded.config.api)
+        app = create_app(self._dispatcher, self._keyring, browsers, self.reload)
+        protocol = partial(HttpProtocol, Exchanges(self._dispatcher, self._keyring, browsers))
         server = _Server(
             uvicorn.Config(
                 app,
-                http=cast(Any, Door(HttpProtocol, _most_clients(self._loaded.config.api), ROUTES)),
+                http=cast(Any, Door(protocol, _most_clients(self._loaded.config.api), ROUTES)),
                 ws="none",
                 lifespan="off",
                 log_config=None,

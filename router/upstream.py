@@ -1,11 +1,13 @@
 """HTTP/1.1 to the engines: one small pool of kept-alive connections each, nothing between the bytes and us.
 
 Made for what the data path does all day: a small request in one write, and an answer that is a small document
-or a stream of events. The body is relayed as it comes; the head is parsed by httptools.
+or a stream of events. Whoever sends a request is a `Receiver`: it is called with the bytes of the answer as they
+come, in the turn of the event loop that read them. A task or a future for each of them would cost more than all
+the rest.
 
 llama-server closes idle connections whenever it likes. A request that was written to a pooled connection and
 saw no byte of an answer is therefore sent again, on a fresh connection. When a fresh one fails, too, the engine
-is lost (`EngineLost`), and what to do about it is the caller's business.
+is lost, and what to do about it is the receiver's business.
 """
 
 from __future__ import annotations
@@ -15,23 +17,14 @@ import math
 import re
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import httptools
 
 _KEEP_ALIVE_MAX = re.compile(rb"max=(\d+)")
-_HIGH_WATER = 256 * 1024
-_LOW_WATER = 64 * 1024
-
-
-class EngineLost(Exception):
-    """The connection broke. `answered` tells whether a byte of the answer had come."""
-
-    def __init__(self, reason: str, *, answered: bool) -> None:
-        super().__init__(reason)
-        self.answered = answered
+_ONE_WRITE = 65536
+"""Head and body are joined up to this size; beyond it the copy costs more than a second buffer."""
 
 
 @dataclass(slots=True)
@@ -47,46 +40,90 @@ class Head:
     """Requests that the engine takes on one connection (`Keep-Alive: max=100`), before it closes it."""
 
 
+class Receiver(Protocol):
+    """Gets the answer to a request. After `last` or `lost` it hears no more."""
+
+    def connected(self, connection: Connection) -> None:
+        """The request is about to be written; it is taken back by closing the connection."""
+
+    def received(self, head: Head, part: bytes, last: bool) -> None:
+        """More of the body, or its end, or both; `head` is the same each time."""
+
+    def lost(self, reason: str) -> None:
+        """The engine cannot be reached, broke off, or does not speak HTTP."""
+
+
 class Connection(asyncio.Protocol):
-    """One connection, one request at a time: `send`, then `head`, then `chunk` until it returns None."""
+    """One connection to an engine, one request at a time."""
 
     __slots__ = (
         "_answered",
-        "_chunks",
         "_complete",
-        "_error",
         "_head",
         "_headers",
         "_may_stay",
         "_parser",
-        "_paused",
+        "_parts",
         "_pool",
-        "_size",
+        "_receiver",
+        "_request",
         "_transport",
         "_uses",
-        "_waiter",
-        "reused",
+        "last_byte_sec",
+        "on_body",
     )
 
     def __init__(self, pool: EnginePool) -> None:
         self._pool = pool
         self._transport: asyncio.Transport | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        self._error: str | None = None
-        self._paused = False
+        self._receiver: Receiver | None = None
+        self._request = (b"", b"")
         self._uses = 0
-        self._may_stay = False
-        self.reused = False
-        self._reset()
-
-    def _reset(self) -> None:
-        self._parser = httptools.HttpResponseParser(self)
-        self._chunks: deque[bytes] = deque()
-        self._size = 0
         self._headers: list[tuple[bytes, bytes]] = []
         self._head: Head | None = None
-        self._complete = False
+        self._parts: list[bytes] = []
         self._answered = False
+        self._complete = False
+        self._may_stay = False
+        self.last_byte_sec = 0.0
+        """When the engine last sent something here, or was sent a request (monotonic)."""
+        self.on_body = self._parts.append  # no frame of Python for a token
+        self._parser = httptools.HttpResponseParser(self)
+
+    # --- use --------------------------------------------------------------------------------------------
+
+    @property
+    def is_open(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
+    def send(self, head: bytes, body: bytes, receiver: Receiver) -> None:
+        assert self._transport is not None
+        self._receiver = receiver
+        self._request = (head, body)
+        self._uses += 1
+        self._pool.last_sign_sec = self.last_byte_sec = time.monotonic()
+        receiver.connected(self)
+        if not self.is_open:
+            return
+        if len(body) < _ONE_WRITE:
+            self._transport.write(head + body)
+        else:
+            self._transport.writelines((head, body))
+
+    def pause(self) -> None:
+        """Read no more until `resume`: the engine waits, and nothing piles up here."""
+        if self._transport is not None:
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        if self._transport is not None:
+            self._transport.resume_reading()
+
+    def close(self) -> None:
+        """At once, so that the engine notices and frees its slot."""
+        self._receiver = None
+        if self._transport is not None:
+            self._transport.abort()
 
     # --- asyncio.Protocol -------------------------------------------------------------------------------
 
@@ -94,25 +131,47 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one only by its methods
 
     def data_received(self, data: bytes) -> None:
+        self._pool.last_sign_sec = self.last_byte_sec = time.monotonic()
         self._answered = True
-        self._pool.last_sign_sec = time.monotonic()
+        receiver = self._receiver
+        if receiver is None:  # nobody has asked for anything
+            self.close()
+            return
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
-            self._fail(f"the engine does not speak HTTP: {error}")
             self.close()
-        self._wake()
+            receiver.lost(f"the engine does not speak HTTP: {error}")
+            return
+        head = self._head
+        if head is None:
+            return
+        parts = self._parts
+        part = parts[0] if len(parts) == 1 else b"".join(parts)
+        parts.clear()
+        if self._complete:
+            self._give_back()
+            receiver.received(head, part, True)
+        elif part:
+            receiver.received(head, part, False)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        if not self._complete:
-            if self._head is not None and self._ends_with_connection():
-                self._complete = True
-            else:
-                self._fail(str(exc) if exc else "the engine closed the connection")
-        self._wake()
+        receiver, self._receiver = self._receiver, None
+        if receiver is None:
+            return
+        if self._head is not None and _ends_with_connection(self._head):
+            receiver.received(self._head, b"", True)
+        elif self._uses > 1 and not self._answered:
+            self._pool.connect(*self._request, receiver)
+        else:
+            receiver.lost(str(exc) if exc else "the engine closed the connection")
 
     # --- httptools --------------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        if self._complete:
+            raise ValueError("more than was asked for")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._headers.append((name.lower(), value))
@@ -134,154 +193,68 @@ class Connection(asyncio.Protocol):
                 most = int(found[1])
         self._head = Head(status, self._headers, length, streams, most)
 
-    def on_body(self, body: bytes) -> None:
-        self._chunks.append(body)
-        self._size += len(body)
-        if self._size > _HIGH_WATER and not self._paused and self._transport is not None:
-            self._paused = True
-            self._transport.pause_reading()
-
     def on_message_complete(self) -> None:
         if self._head is not None:
             self._complete = True
-            self._uses += 1
             self._may_stay = self._parser.should_keep_alive() and self._uses < self._head.keep_alive_max
 
-    # --- use --------------------------------------------------------------------------------------------
-
-    @property
-    def is_open(self) -> bool:
-        return self._transport is not None and not self._transport.is_closing()
-
-    def send(self, head: bytes, body: bytes) -> None:
-        assert self._transport is not None
-        if len(body) < 65536:
-            self._transport.write(head + body)
-        else:
-            self._transport.writelines((head, body))
-
-    async def head(self) -> Head:
-        """Raises EngineLost."""
-        while self._head is None:
-            if self._error is not None:
-                raise EngineLost(self._error, answered=self._answered)
-            await self._wait()
-        return self._head
-
-    async def chunk(self) -> bytes | None:
-        """All of the body that has come since; None at its end. Raises EngineLost when it breaks off."""
-        while not self._chunks:
-            if self._complete:
-                return None
-            if self._error is not None:
-                raise EngineLost(self._error, answered=True)
-            await self._wait()
-        if len(self._chunks) == 1:
-            data = self._chunks.popleft()
-        else:
-            data = b"".join(self._chunks)
-            self._chunks.clear()
-        self._size = 0
-        if self._paused and self._transport is not None:
-            self._paused = False
-            self._transport.resume_reading()
-        return data
-
-    def release(self) -> None:
-        """Back to the pool when the answer was read to its end, closed otherwise."""
-        if self._complete and self._may_stay and not self._chunks and self.is_open:
-            self._reset()
-            self.reused = True
+    def _give_back(self) -> None:
+        self._receiver = None
+        self._request = (b"", b"")
+        self._head = None
+        self._headers = []
+        self._answered = self._complete = False
+        if self._may_stay and self.is_open:
             self._pool.give_back(self)
         else:
             self.close()
 
-    def close(self) -> None:
-        """At once, so that the engine notices and frees its slot."""
-        if self._transport is not None:
-            self._transport.abort()
 
-    def _ends_with_connection(self) -> bool:
-        assert self._head is not None
-        chunked = any(
-            name == b"transfer-encoding" and b"chunked" in value.lower() for name, value in self._head.headers
-        )
-        return self._head.content_length is None and not chunked
-
-    async def _wait(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def _fail(self, reason: str) -> None:
-        if self._error is None:
-            self._error = reason
+def _ends_with_connection(head: Head) -> bool:
+    chunked = any(name == b"transfer-encoding" and b"chunked" in value.lower() for name, value in head.headers)
+    return head.content_length is None and not chunked
 
 
 class EnginePool:
     """Connections to one engine. Not more idle ones than `max_idle`; the number in use is the slots' business."""
 
     def __init__(self, port: int, key: str, max_idle: int) -> None:
-        self.port = port
         self.last_sign_sec = 0.0
         """When the engine last sent a byte, or was last sent a request (monotonic)."""
-        self._authorization = f"authorization: Bearer {key}\r\n".encode()
+        self._port = port
+        self._lines = b" HTTP/1.1\r\nhost: 127.0.0.1:%d\r\nauthorization: Bearer %b\r\n" % (port, key.encode())
         self._max_idle = max_idle
         self._idle: deque[Connection] = deque()
+        self._connecting: set[asyncio.Task[None]] = set()
         self._closed = False
 
-    async def request(
-        self,
-        method: str,
-        target: bytes,
-        headers: list[tuple[bytes, bytes]],
-        body: bytes,
-        resent: Callable[[], None],
-    ) -> tuple[Connection, Head]:
-        """Send and wait for the head of the answer. Raises EngineLost; cancelling closes the connection.
-
-        `headers` are sent as they are; Host, Content-Length and the engine's key are added. `resent` is called
-        each time that the request is about to be sent again.
-        """
-        lines = [b"%b %b HTTP/1.1\r\nhost: 127.0.0.1:%d\r\n" % (method.encode(), target, self.port)]
-        lines.append(self._authorization)
-        lines.extend(b"%b: %b\r\n" % header for header in headers)
-        lines.append(b"content-length: %d\r\n\r\n" % len(body))
-        head = b"".join(lines)
-        while True:
-            connection = await self._connection()
-            try:
-                connection.send(head, body)
-                self.last_sign_sec = time.monotonic()
-                return connection, await connection.head()
-            except EngineLost as lost:
-                connection.close()
-                if lost.answered or not connection.reused:
-                    raise
-                resent()
-            except BaseException:
-                connection.close()
-                raise
-
-    async def _connection(self) -> Connection:
+    def post(self, target: bytes, lines: bytes, body: bytes, receiver: Receiver) -> None:
+        """Send a request. `lines` are headers, each with its end; Host, Content-Length and the key are added."""
+        head = b"POST %b%b%bcontent-length: %d\r\n\r\n" % (target, self._lines, lines, len(body))
         while self._idle:
             connection = self._idle.pop()  # the one used last is the likeliest to live
             if connection.is_open:
-                return connection
+                connection.send(head, body, receiver)
+                return
+        self.connect(head, body, receiver)
+
+    def connect(self, head: bytes, body: bytes, receiver: Receiver) -> None:
+        """Send a request on a fresh connection."""
+        task = asyncio.get_running_loop().create_task(self._connect(head, body, receiver))
+        self._connecting.add(task)
+        task.add_done_callback(self._connecting.discard)
+
+    async def _connect(self, head: bytes, body: bytes, receiver: Receiver) -> None:
         if self._closed:
-            raise EngineLost("the engine is stopped", answered=False)
+            receiver.lost("the engine is stopped")
+            return
         loop = asyncio.get_running_loop()
         try:
-            _, connection = await loop.create_connection(lambda: Connection(self), "127.0.0.1", self.port)
+            _, connection = await loop.create_connection(lambda: Connection(self), "127.0.0.1", self._port)
         except OSError as error:
-            raise EngineLost(f"cannot connect to the engine: {error}", answered=False) from error
-        return connection
+            receiver.lost(f"cannot connect to the engine: {error}")
+        else:
+            connection.send(head, body, receiver)
 
     def give_back(self, connection: Connection) -> None:
         if self._closed or len(self._idle) >= self._max_idle:

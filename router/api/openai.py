@@ -15,7 +15,7 @@ from router.config import ModelConfig
 from router.dispatcher import Dispatcher
 from router.flags import Flags
 from router.messages import Refusal
-from router.proxy import unknown_model
+from router.routing import unknown_model
 
 router = APIRouter(tags=["models"])
 

@@ -11,8 +11,8 @@ import signal
 from collections import Counter
 from pathlib import Path
 
-COUNTED = ("Ticket", "Request", "Connection", "EnginePool", "EngineProcess", "RunningEngine", "_Exchange")
-COUNTED += ("_ClientWatch", "HttpProtocol", "RequestResponseCycle", "Subscription")
+COUNTED = ("Ticket", "Request", "Connection", "EnginePool", "EngineProcess", "RunningEngine", "Exchange")
+COUNTED += ("Answer", "HttpProtocol", "RequestResponseCycle", "Subscription")
 
 
 def count(*_: object) -> None:

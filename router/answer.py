@@ -1,0 +1,91 @@
+"""The answer to one request of the data plane, as it goes over the client's connection.
+
+It knows HTTP's framing, and nothing of what it frames.
+"""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Protocol
+
+_STATUS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
+
+
+class Wire(Protocol):
+    """The connection that an answer is for."""
+
+    def write(self, data: bytes) -> None: ...
+
+    def answered(self, *, keep_alive: bool) -> None:
+        """The answer is whole: the next request's turn."""
+
+    def abort(self) -> None:
+        """Cut it, so that nobody takes what was sent for a whole answer."""
+
+    def invite_body(self) -> None:
+        """Have the client send its body, which waits for it (Expect: 100-continue)."""
+
+    @property
+    def default_lines(self) -> bytes:
+        """Headers of every answer, each with its end."""
+
+
+class Answer:
+    """Either `whole`, or `start` and then `write` until `last`."""
+
+    __slots__ = ("_chunked", "_head", "_http_1_0", "_wire", "has_length", "keep_alive", "started")
+
+    def __init__(self, wire: Wire, *, keep_alive: bool, http_1_0: bool) -> None:
+        self._wire = wire
+        self._http_1_0 = http_1_0
+        self._chunked = False
+        self._head = b""
+        self.keep_alive = keep_alive
+        self.started = False
+        """The client has got a head, or will with what is written next."""
+        self.has_length = False
+        """It was announced, so that nothing can be added."""
+
+    def invite_body(self) -> None:
+        self._wire.invite_body()
+
+    def whole(self, status: int, lines: bytes, body: bytes) -> None:
+        """`lines` are headers, each with its end; those for the framing are added."""
+        self.started = True
+        self._wire.write(b"%bcontent-length: %d\r\n\r\n%b" % (self._first_lines(status, lines), len(body), body))
+        self._wire.answered(keep_alive=self.keep_alive)
+
+    def start(self, status: int, lines: bytes, length: int | None = None) -> None:
+        """The head, which goes out together with the first part. None: the end is not known yet."""
+        self.started = True
+        self.has_length = length is not None
+        self._chunked = length is None and not self._http_1_0
+        if length is not None:
+            lines += b"content-length: %d\r\n" % length
+        elif self._chunked:
+            lines += b"transfer-encoding: chunked\r\n"
+        else:
+            self.keep_alive = False
+        self._head = self._first_lines(status, lines) + b"\r\n"
+
+    def write(self, part: bytes, last: bool) -> None:
+        if self._chunked:
+            if part:
+                part = b"%x\r\n%b\r\n" % (len(part), part)
+            if last:
+                part += b"0\r\n\r\n"
+        if self._head:
+            part = self._head + part
+            self._head = b""
+        if part:
+            self._wire.write(part)
+        if last:
+            self._wire.answered(keep_alive=self.keep_alive)
+
+    def abort(self) -> None:
+        self._wire.abort()
+
+    def _first_lines(self, status: int, lines: bytes) -> bytes:
+        first = _STATUS.get(status) or b"HTTP/1.1 %d \r\n" % status
+        closing = b"" if self.keep_alive else b"connection: close\r\n"
+        return b"%b%b%b%b" % (first, self._wire.default_lines, closing, lines)

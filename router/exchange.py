@@ -1,0 +1,479 @@
+"""One request of the data plane on its way through the router: admitted, routed, queued, sent, answered.
+
+There is no task and no coroutine here. A request is moved on by whatever happens to it, which calls a method:
+its client sends or leaves, it is granted a slot, its engine answers or breaks. What it promises:
+
+- A client that goes away frees its place at once: in the queue, or in the engine by closing the connection.
+- A request whose engine died before anything reached the client goes back to the head of its queue.
+- A stream that has begun ends with an error event, never with silence or a torn chunk.
+- Every request ends in exactly one `RequestDone`, whatever happens to it. For that, all of an engine's answer goes
+  through `AnswerMeter.note`, right before it is sent; the meter is read once, when all is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from functools import lru_cache
+from random import getrandbits
+from urllib.parse import quote
+
+from router.answer import Answer
+from router.api.auth import Keyring
+from router.api.browsers import Browsers
+from router.api.errors import ApiError, error_event, refused
+from router.crowd import Bodies
+from router.dispatcher import Dispatcher, Ticket
+from router.events import RequestDone
+from router.meter import NO_USAGE, AnswerMeter
+from router.routing import read_wish
+from router.upstream import Connection, Head
+
+Headers = list[tuple[bytes, bytes]]
+
+_FORWARDED = frozenset(
+    {
+        b"accept",
+        b"anthropic-beta",
+        b"anthropic-version",
+        b"content-type",
+        b"traceparent",
+        b"tracestate",
+        b"user-agent",
+        b"x-conversation-id",
+    }
+)
+_NOT_RELAYED = frozenset(
+    {
+        b"connection",
+        b"content-length",
+        b"date",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-connection",
+        b"server",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        b"x-request-id",
+    }
+)
+_BUFFERED_ANSWER = 4 << 20
+"""Answers up to this size are read whole before the client sees any of it, so that they can be tried again."""
+
+_EVENT_STREAM = b"content-type: text/event-stream\r\ncache-control: no-cache\r\n"
+
+
+class Exchanges:
+    """What all exchanges share, and those of them that are with an engine."""
+
+    def __init__(self, dispatcher: Dispatcher, keyring: Keyring, browsers: Browsers) -> None:
+        self.dispatcher = dispatcher
+        self.keyring = keyring
+        self.browsers = browsers
+        self.bodies = Bodies()
+        self._watched: set[Exchange] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def _limit_sec(self) -> float:
+        return self.dispatcher.config.system.request_timeout_sec
+
+    def watch(self, exchange: Exchange) -> None:
+        """One timer looks after all of them: one each would be set and cancelled with every request."""
+        self._watched.add(exchange)
+        if self._timer is None:
+            self._set_timer()
+
+    def unwatch(self, exchange: Exchange) -> None:
+        self._watched.discard(exchange)
+
+    def _set_timer(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(min(1.0, self._limit_sec / 4), self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        limit_sec = self._limit_sec
+        since_sec = time.monotonic() - limit_sec
+        for exchange in list(self._watched):
+            exchange.must_have_moved(since_sec, limit_sec)
+        if self._watched:
+            self._set_timer()
+
+
+class Exchange:
+    """A turn of a client's connection, and the receiver of an engine's answer."""
+
+    __slots__ = (
+        "_answer",
+        "_body",
+        "_connection",
+        "_dispatcher",
+        "_fields",
+        "_headers",
+        "_heartbeat",
+        "_is_over",
+        "_is_paused",
+        "_lines",
+        "_meter",
+        "_parts",
+        "_path",
+        "_query",
+        "_reason",
+        "_relays",
+        "_request_id",
+        "_resends",
+        "_shared",
+        "_size",
+        "_status",
+        "_streams",
+        "_ticket",
+    )
+
+    def __init__(self, shared: Exchanges, answer: Answer, path: str, query: bytes, headers: Headers) -> None:
+        self._shared = shared
+        self._dispatcher = shared.dispatcher
+        self._answer = answer
+        self._path = path
+        self._query = query
+        self._headers = headers
+        self._fields: Mapping[bytes, bytes] = dict(headers)
+        self._request_id = ""
+        self._lines = b""
+        """Headers of every answer."""
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._body = b""
+        self._streams = False
+        self._ticket: Ticket | None = None
+        self._connection: Connection | None = None
+        self._heartbeat: asyncio.TimerHandle | None = None
+        self._meter = AnswerMeter()
+        self._resends = 0
+        self._reason = ""
+        """What the client was told when it was not served."""
+        self._status = 0
+        self._relays = False
+        """Of what the engine says, some has reached the client, and the rest follows as it comes."""
+        self._is_paused = False
+        self._is_over = False
+
+    # --- the client -------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        self._request_id = self._identify()
+        self._lines = b"x-request-id: %b\r\n" % self._request_id.encode()
+        try:
+            self._admit()
+        except ApiError as error:
+            self._refuse(error)
+        else:
+            if self._fields.get(b"expect", b"").lower() == b"100-continue":
+                self._answer.invite_body()
+
+    def add_body(self, part: bytes) -> None:
+        if self._is_over:
+            return
+        api = self._dispatcher.config.api
+        try:
+            if self._size + len(part) > api.max_body_mb << 20:
+                raise self._too_large()
+            self._shared.bodies.hold(len(part), api.max_bodies_mb << 20)
+        except ApiError as error:
+            self._refuse(error)
+            return
+        self._parts.append(part)
+        self._size += len(part)
+
+    def end_body(self) -> None:
+        if self._is_over:
+            return
+        self._body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+        self._parts.clear()
+        try:
+            wish = read_wish(self._body, self._fields, self._dispatcher.config.models)
+        except ApiError as error:
+            self._refuse(error)
+            return
+        if self._dispatcher.is_taken(self._request_id):  # by one that came while the body was read
+            self._request_id = _new_id()
+            self._lines = b"x-request-id: %b\r\n" % self._request_id.encode()
+        self._streams = wish.streams
+        self._ticket = ticket = self._dispatcher.submit(self._request_id, wish.alias, wish.priority)
+        self._wait_for_slot(ticket)
+
+    def leave(self) -> None:
+        """The client is gone."""
+        if not self._is_over:
+            self._end("cancelled")
+
+    def pause(self) -> None:
+        """The client does not read as fast as the engine writes."""
+        self._is_paused = True
+        if self._connection is not None:
+            self._connection.pause()
+
+    def resume(self) -> None:
+        self._is_paused = False
+        if self._connection is not None:
+            self._connection.resume()
+
+    def hang_up(self) -> None:
+        """Close the connection after this answer."""
+        self._answer.keep_alive = False
+
+    def _identify(self) -> str:
+        given = self._fields.get(b"x-request-id", b"")
+        if 0 < len(given) <= 128 and all(0x21 <= byte <= 0x7E for byte in given):
+            request_id = given.decode("ascii")
+            if not self._dispatcher.is_taken(request_id):
+                return request_id
+        return _new_id()
+
+    def _admit(self) -> None:
+        """Raises ApiError, before the body is read."""
+        fields = self._fields
+        if (origin := fields.get(b"origin")) is not None:
+            self._lines += self._shared.browsers.origin_lines(origin)
+        self._shared.browsers.check_host(fields)
+        self._shared.keyring.check(self._headers, manages=False)
+        if fields.get(b"content-encoding", b"identity") != b"identity":
+            raise ApiError(415, "unsupported_encoding", "Send the body without Content-Encoding.")
+        declared = int(fields.get(b"content-length", b"0"))
+        api = self._dispatcher.config.api
+        if declared > api.max_body_mb << 20:
+            raise self._too_large()
+        self._shared.bodies.check(declared, api.max_bodies_mb << 20)  # no use to begin
+
+    def _too_large(self) -> ApiError:
+        limit = self._dispatcher.config.api.max_body_mb
+        return ApiError(413, "body_too_large", f"The body is larger than {limit} MiB (api.max_body_mb).")
+
+    # --- the queue --------------------------------------------------------------------------------------
+
+    def _wait_for_slot(self, ticket: Ticket) -> None:
+        if ticket.decided:
+            self._decided()
+            return
+        ticket.when_decided(self._decided)
+        if self._streams and self._heartbeat is None:
+            self._set_heartbeat()
+
+    def _decided(self) -> None:
+        ticket = self._ticket
+        if self._is_over or ticket is None:
+            return
+        self._stop_heartbeat()
+        if ticket.rejection is not None:
+            rejection = ticket.rejection
+            self._fail(refused(rejection.refusal, rejection.reason, rejection.retry_after_sec))
+            return
+        engine = ticket.engine
+        assert engine is not None
+        target = self._path.encode()  # one of ROUTES: nothing to quote
+        if self._query:
+            target += b"?" + self._query
+        lines = [b"%b: %b\r\n" % header for header in self._headers if header[0] in _FORWARDED]
+        lines.append(b"x-request-id: %b\r\n" % self._request_id.encode())
+        engine.pool.post(target, b"".join(lines), self._body, self)
+
+    def _set_heartbeat(self) -> None:
+        beat_sec = self._dispatcher.config.api.heartbeat_sec
+        if beat_sec > 0:
+            self._heartbeat = asyncio.get_running_loop().call_later(beat_sec, self._beat)
+
+    def _stop_heartbeat(self) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
+            self._heartbeat = None
+
+    def _beat(self) -> None:
+        """A stream that waits says so, lest clients and proxies give up."""
+        ticket = self._ticket
+        assert ticket is not None
+        if not self._answer.started:
+            self._answer.start(200, _EVENT_STREAM + self._lines_of(ticket))
+        if not self._is_paused:
+            model = self._dispatcher.scheduler.models.get(ticket.alias)
+            why = model.why_waiting if model is not None else ""
+            position = self._dispatcher.position(ticket) or 1
+            waited_sec = time.monotonic() - ticket.arrival_sec
+            beat = f": position {position}, waited {waited_sec:.0f} s: {why}\n\n"
+            self._answer.write(beat.encode(), last=False)
+        self._set_heartbeat()
+
+    # --- the engine -------------------------------------------------------------------------------------
+
+    def connected(self, connection: Connection) -> None:
+        if self._is_over:
+            connection.close()
+            return
+        if self._connection is not None:  # the one that it was sent on before was just being closed
+            self._resends += 1
+        self._connection = connection
+        self._shared.watch(self)
+        if self._is_paused:
+            connection.pause()
+
+    def received(self, head: Head, part: bytes, last: bool) -> None:
+        if last:
+            self._connection = None  # it is back in its pool
+        if self._relays:
+            if part:
+                self._meter.note(part)
+            if last:
+                self._end(_outcome(head))
+            self._answer.write(part, last)
+        elif self._is_read_whole(head):
+            self._parts.append(part)
+            if last:
+                self._answer_whole(head, b"".join(self._parts))
+        else:
+            self._start_relaying(head)
+            self.received(head, part, last)
+
+    def lost(self, reason: str) -> None:
+        if self._is_over or self._ticket is None:
+            return
+        self._connection = None
+        self._shared.unwatch(self)
+        if self._relays:
+            self._fail(ApiError(502, "engine_lost", f"The engine broke off: {reason}."))
+        else:
+            self._parts.clear()
+            self._dispatcher.requeue(self._ticket, reason)
+            self._wait_for_slot(self._ticket)
+
+    def must_have_moved(self, since_sec: float, limit_sec: float) -> None:
+        """Nobody may hold a slot without moving: neither an engine that hangs nor a client that does not read."""
+        if self._connection is None or self._connection.last_byte_sec > since_sec:
+            return
+        if self._is_paused:
+            self._end("cancelled")
+            self._answer.abort()
+        else:
+            reason = f"The engine sent nothing for {limit_sec:g} s (request_timeout_sec)."
+            self._fail(ApiError(504, "request_timeout", reason))
+
+    def _is_read_whole(self, head: Head) -> bool:
+        if self._answer.started:  # with heartbeats: nothing but events may follow
+            return head.status != 200 or not head.streams
+        return head.content_length is not None and head.content_length <= _BUFFERED_ANSWER
+
+    def _answer_whole(self, head: Head, body: bytes) -> None:
+        assert self._ticket is not None
+        self._status = head.status
+        if not self._answer.started:
+            self._meter.note(body)
+        self._end(_outcome(head))
+        if self._answer.started:
+            self._answer.write(error_event(body.replace(b"\n", b" "), self._path), last=True)
+        else:
+            self._answer.whole(head.status, _relayed(head) + self._lines_of(self._ticket), body)
+
+    def _start_relaying(self, head: Head) -> None:
+        assert self._ticket is not None
+        self._relays = True
+        self._status = head.status
+        if not self._answer.started:
+            lines = _relayed(head) + self._lines_of(self._ticket)
+            self._answer.start(head.status, lines, head.content_length)
+
+    def _lines_of(self, ticket: Ticket) -> bytes:
+        lines = b"%bx-model-alias: %b\r\n" % (self._lines, _quoted(ticket.alias))
+        if ticket.engine is None:
+            return lines
+        figures = (lines, round(ticket.queue_sec * 1000), round(ticket.load_sec * 1000))
+        return b"%bx-queue-ms: %d\r\nx-load-ms: %d\r\n" % figures
+
+    # --- the end ----------------------------------------------------------------------------------------
+
+    def _refuse(self, error: ApiError) -> None:
+        """An answer to a request that never was in any queue."""
+        self._status = error.status
+        self._reason = error.message
+        self._end(error.code)
+        self._parts.clear()
+        self._write_error(error)
+
+    def _fail(self, error: ApiError) -> None:
+        self._reason = error.message
+        if not self._answer.started:
+            self._status = error.status
+        self._end(error.code)
+        if not self._answer.started:
+            self._write_error(error)
+        elif self._streams and not self._answer.has_length:
+            self._answer.write(error.event(self._path), last=True)
+        else:
+            self._answer.abort()  # half a document must not look whole
+
+    def _write_error(self, error: ApiError) -> None:
+        lines = b"".join(b"%b: %b\r\n" % header for header in error.headers())
+        self._answer.whole(error.status, lines + self._lines, error.body(self._path))
+
+    def _end(self, outcome: str) -> None:
+        """Give back what it holds, and account for it. What is left to write may still be written."""
+        self._is_over = True
+        self._stop_heartbeat()
+        self._shared.unwatch(self)
+        self._shared.bodies.release(self._size)
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        if self._ticket is not None:
+            self._dispatcher.finish(self._ticket, served=outcome == "served")
+        self._publish(self._ticket, outcome)
+
+    def _publish(self, ticket: Ticket | None, outcome: str) -> None:
+        """Once. Without a ticket: the request was turned away before it asked for a slot."""
+        meter = self._meter
+        now = time.monotonic()
+        arrival_sec = now if ticket is None else ticket.arrival_sec
+        self._dispatcher.events.publish(
+            RequestDone(
+                request_id=self._request_id,
+                alias="" if ticket is None else ticket.alias,
+                route=self._path,
+                priority="" if ticket is None else ticket.priority.name.lower(),
+                outcome=outcome,
+                status=self._status,
+                queue_sec=ticket.queue_sec if ticket is not None and ticket.decided else now - arrival_sec,
+                load_sec=0.0 if ticket is None else ticket.load_sec,
+                total_sec=now - arrival_sec,
+                at=time.time(),
+                ttft_sec=None if meter.first_sec is None else meter.first_sec - arrival_sec,
+                streamed=self._streams,
+                request_bytes=len(self._body),
+                answer_bytes=meter.size,
+                retries=0 if ticket is None else ticket.retries,
+                resends=self._resends,
+                reason=self._reason,
+                usage=meter.usage() if meter.size else NO_USAGE,
+                trace=self._fields.get(b"traceparent", b"").decode("latin-1"),
+            )
+        )
+
+
+def _new_id() -> str:
+    return f"{getrandbits(96):024x}"
+
+
+def _outcome(head: Head) -> str:
+    return "served" if head.status < 500 else "engine_error"
+
+
+@lru_cache(maxsize=1024)
+def _quoted(alias: str) -> bytes:
+    return quote(alias, safe="/:@ ").encode()
+
+
+def _relayed(head: Head) -> bytes:
+    """The engine's headers that are the client's business, each with its end."""
+    return b"".join(
+        b"%b: %b\r\n" % header
+        for header in head.headers
+        if header[0] not in _NOT_RELAYED and not header[0].startswith(b"access-control-")
+    )

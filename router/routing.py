@@ -1,0 +1,155 @@
+"""What a request of the data plane asks for: the model, whether it wants a stream, and its priority.
+
+Only `model` and `stream` are picked out of a body, which is never built into objects.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+
+from router.api.errors import ApiError
+from router.config import ModelConfig
+from router.messages import Refusal
+from router.queue import Priority
+
+ROUTES = frozenset(
+    {
+        "/v1/chat/completions",
+        "/v1/chat/completions/input_tokens",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/responses/input_tokens",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/v1/embeddings",
+        "/v1/rerank",
+        "/v1/reranking",
+        "/v1/audio/transcriptions",
+        "/chat/completions",
+        "/chat/completions/input_tokens",
+        "/completions",
+        "/completion",
+        "/responses",
+        "/responses/input_tokens",
+        "/embeddings",
+        "/embedding",
+        "/rerank",
+        "/reranking",
+        "/audio/transcriptions",
+        "/infill",
+        "/tokenize",
+        "/detokenize",
+        "/apply-template",
+    }
+)
+"""Everything that llama-server answers for one model, and that names the model in its body. All POST."""
+
+_PRIORITIES = {
+    **{priority.name.lower().encode(): priority for priority in Priority},
+    **{str(priority.value).encode(): priority for priority in Priority},
+}
+_LONGEST_NAME = 256
+
+
+class Wish(NamedTuple):
+    """What a request asks for."""
+
+    alias: str
+    streams: bool
+    priority: Priority
+
+
+class _Envelope(msgspec.Struct):
+    model: Any = None
+    stream: Any = None
+
+
+_decode = msgspec.json.Decoder(_Envelope).decode
+
+
+def read_wish(body: bytes, headers: Mapping[bytes, bytes], models: Mapping[str, ModelConfig]) -> Wish:
+    """Raises ApiError for what is not to be understood, and for models that are not there."""
+    content_type = headers.get(b"content-type", b"")
+    if content_type.startswith(b"multipart/form-data"):
+        fields = _form_fields(body, content_type, (b"model", b"stream"))
+        model: object = fields.get(b"model")
+        streams = fields.get(b"stream", "").lower() in ("true", "1")
+    else:
+        envelope = _read_envelope(body)
+        model = envelope.model
+        streams = envelope.stream is True
+    if model is None:
+        raise ApiError(400, "model_required", f"Name a `model`: {_some_of(list(models))}.", "model")
+    if not isinstance(model, str):
+        raise ApiError(400, "invalid_model", f"`model` must be a string, not {type(model).__name__}.", "model")
+    known = models.get(model)
+    if known is None:
+        raise ApiError(404, Refusal.MODEL_NOT_FOUND.value, unknown_model(model, list(models)), "model")
+    wanted = headers.get(b"x-request-priority")
+    return Wish(model, streams, Priority[known.priority.upper()] if wanted is None else _priority(wanted))
+
+
+def unknown_model(name: str, aliases: list[str]) -> str:
+    """What to say to somebody who asks for a model that is not there."""
+    if len(name) > _LONGEST_NAME:
+        return f"There is no model of {len(name)} characters. There are: {_some_of(aliases)}."
+    close = difflib.get_close_matches(name, aliases, n=3)
+    if close:
+        return f"There is no model {name!r}. Did you mean {_some_of(close)}?"
+    return f"There is no model {name!r}. There are: {_some_of(aliases)}."
+
+
+def _some_of(aliases: list[str]) -> str:
+    shown = ", ".join(repr(alias) for alias in aliases[:10])
+    return f"{shown} and {len(aliases) - 10} more (GET /v1/models)" if len(aliases) > 10 else shown
+
+
+def _priority(wanted: bytes) -> Priority:
+    priority = _PRIORITIES.get(wanted.strip().lower())
+    if priority is None:
+        raise ApiError(
+            400,
+            "invalid_priority",
+            "X-Request-Priority must be high, normal or low (1, 2 or 3).",
+            "X-Request-Priority",
+        )
+    return priority
+
+
+def _read_envelope(body: bytes) -> _Envelope:
+    try:
+        return _decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        what = f"is not a JSON object: {error}" if body else "is empty"
+        raise ApiError(400, "invalid_json", f"The body {what}.") from None
+    except RecursionError:
+        raise ApiError(400, "invalid_json", "The body is nested too deeply.") from None
+
+
+def _form_fields(body: bytes, content_type: bytes, names: tuple[bytes, ...]) -> dict[bytes, str]:
+    """Short text fields of a multipart body (RFC 7578), found without copying its files."""
+    _, found, boundary = content_type.partition(b"boundary=")
+    boundary = boundary.split(b";")[0].strip().strip(b'"')
+    if not found or not boundary:
+        raise ApiError(400, "invalid_multipart", "The Content-Type names no multipart boundary.")
+    delimiter = b"--" + boundary
+    fields: dict[bytes, str] = {}
+    start = body.find(delimiter)
+    while start >= 0:
+        start += len(delimiter)
+        if body.startswith(b"--", start):
+            return fields
+        head_end = body.find(b"\r\n\r\n", start)
+        end = body.find(b"\r\n" + delimiter, start)
+        if head_end < 0 or end < head_end + 2:
+            break
+        head = body[start:head_end].lower()
+        for name in names:
+            if b'name="%b"' % name in head and b"filename=" not in head:
+                fields[name] = body[head_end + 4 : end].decode("utf-8", "replace").strip()
+        start = end + 2
+    raise ApiError(400, "invalid_multipart", "The multipart body is cut off or malformed.")
