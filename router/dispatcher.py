@@ -21,6 +21,7 @@ from router.config import Config, MaxWait, ModelConfig, Patience, WaitFactor
 from router.devices import Devices
 from router.engine import Binary, EngineFailed, EngineOrder, EngineProcess, LogRing
 from router.events import EngineEnded, Events, ModelChanged, ServerChanged
+from router.expectation import remaining_wait_sec
 from router.flags import argv, parse
 from router.launcher import Launcher
 from router.memory import Unusable, budget_mib, find_device, inspect
@@ -53,9 +54,11 @@ from router.messages import (
     Tick,
     Transition,
 )
-from router.queue import Priority
+from router.queue import Priority, Request
+from router.residency import Model
 from router.scheduler import Scheduler
 from router.upstream import EnginePool
+from router.waiting import why
 
 _log = logging.getLogger("router")
 
@@ -147,6 +150,21 @@ class Ticket:
         if self.engine is None or self.engine.ready_sec is None:
             return 0.0
         return max(0.0, self.engine.ready_sec - max(self.arrival_sec, self.engine.started_sec))
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A request in the queue, for people."""
+
+    id: str
+    alias: str
+    priority: Priority
+    position: int
+    """1: it is served next."""
+    waited_sec: float
+    expected_sec: float
+    """Until it gets a slot, as far as what was measured tells."""
+    why: str
 
 
 @dataclass(slots=True)
@@ -267,6 +285,35 @@ class Dispatcher:
             positions = {request.id: index for index, request in enumerate(waiting, 1)}
             self._positions[ticket.alias] = now, positions
         return positions.get(ticket.id)
+
+    def waits(self, alias: str) -> list[Waiting]:
+        """Everybody who waits for a model, in the order of service."""
+        model = self.scheduler.models.get(alias)
+        if model is None or not model.queue:
+            return []
+        now = time.monotonic()
+        reason = why(model, now)
+        return [self._wait(model, request, place, reason, now) for place, request in enumerate(model.queue, 1)]
+
+    def wait_of(self, ticket: Ticket) -> Waiting | None:
+        """How a request that waits is doing; None when it does not."""
+        model = self.scheduler.models.get(ticket.alias)
+        position = self.position(ticket)
+        if model is None or position is None:
+            return None
+        now = time.monotonic()
+        return self._wait(model, ticket, position, why(model, now), now)
+
+    def _wait(self, model: Model, waiting: Ticket | Request, position: int, reason: str, now: float) -> Waiting:
+        return Waiting(
+            id=waiting.id,
+            alias=waiting.alias,
+            priority=waiting.priority,
+            position=position,
+            waited_sec=now - waiting.arrival_sec,
+            expected_sec=remaining_wait_sec(model, position, waiting.priority, self.scheduler.policy, now),
+            why=reason if position == 1 else f"{position - 1} before it; {reason}",
+        )
 
     # --- operators --------------------------------------------------------------------------------------
 

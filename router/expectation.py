@@ -19,8 +19,16 @@ _ROUNDS = 8
 
 
 def expected_wait_sec(model: Model, priority: Priority, policy: Policy, now: float) -> float:
-    """Seconds from now until a request of this priority would be given a slot."""
-    ahead = _ahead(model, priority, policy, now)
+    """Seconds from now until a request of this priority that came now would be given a slot."""
+    return _wait_sec(model, _ahead(model, priority, policy, now), priority, policy, now)
+
+
+def remaining_wait_sec(model: Model, position: int, priority: Priority, policy: Policy, now: float) -> float:
+    """Seconds from now until the request that waits at this position (1: is next) is given a slot."""
+    return _wait_sec(model, position - 1, priority, policy, now)
+
+
+def _wait_sec(model: Model, ahead: int, priority: Priority, policy: Policy, now: float) -> float:
     rounds_sec = _rounds_sec(model, ahead, now)
     if not model.queue or model.rush.served < _RUSH_KNOWN:
         return rounds_sec

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 from router.messages import Inspected, Placement, Policy
 from router.queue import Priority
-from router.residency import ENGINES, Engine, EngineState, Model, amounts, claim, shortage, total
+from router.residency import ENGINES, Departure, Engine, EngineState, Hold, Model, amounts, claim, shortage, total
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,8 @@ class Wait:
     """What must be left of `free` for it by the candidates behind it."""
     hold: frozenset[Engine]
     """Engines that the candidates behind it may not send away."""
+    departures: tuple[Departure, ...] = ()
+    """What it waits for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,8 @@ def decide(candidate: Model, inspected: Inspected, room: Room) -> Verdict:
     reason = f"needs {inspected.need}, {amounts(room.free)} free"
     movable = [engine for engine in room.engines if not _stays(engine) and engine not in room.taken]
     bounds = _bounds(candidate, room.policy)
-    goes_at = {engine: _goes_at(candidate, bounds, engine, room) for engine in movable}
+    departures = {engine: _departure(candidate, bounds, engine, room) for engine in movable}
+    goes_at = {engine: departure.at for engine, departure in departures.items()}
     due = [engine for engine in movable if goes_at[engine] <= room.now]
     idle = [engine for engine in due if _is_idle(engine, room)]
     for pool in (idle, due):  # rules 2 and 3
@@ -125,6 +128,7 @@ def decide(candidate: Model, inspected: Inspected, room: Room) -> Verdict:
         f"no room until {names} can go: {reason}",
         reserve=claim(placements[index], leaving),
         hold=frozenset(leaving if overdue else ()),
+        departures=tuple(departures[engine] for engine in leaving),
     )
 
 
@@ -163,26 +167,27 @@ def _sufficient(short: Mapping[str, int], preferred: Iterable[Engine]) -> list[E
     return chosen
 
 
-def _goes_at(candidate: Model, bounds: Bounds, engine: Engine, room: Room) -> float:
+def _departure(candidate: Model, bounds: Bounds, engine: Engine, room: Room) -> Departure:
     """When an engine may be asked to leave for the candidate, or be counted on if it leaves anyway."""
     if engine.state is EngineState.LOADING:
-        return math.inf
+        return Departure(engine.alias, math.inf, Hold.LOADING)
     if engine.state is EngineState.STOPPING:
-        return room.now
+        return Departure(engine.alias, room.now, Hold.BOUND)
     model = room.models[engine.alias]
     swap_sec = candidate.load_sec + model.load_sec
     due_at = _due_at(bounds, swap_sec)
     if engine.state is EngineState.DRAINING:
-        return due_at
+        return Departure(engine.alias, due_at, Hold.BOUND)
     factor = room.policy.residency_factor
     if candidate.urgent and _only_low(engine, model):
         factor = min(1.0, factor)
-    by_turn = max(due_at, engine.ready_sec + factor * swap_sec)
+    turn_ends_at = engine.ready_sec + factor * swap_sec
+    by_turn = max(due_at, turn_ends_at)
     if engine.idle_since_sec is None or model.queue:
-        return by_turn
+        return Departure(engine.alias, by_turn, Hold.QUANTUM if turn_ends_at > due_at else Hold.BOUND)
     worth_sec = candidate.load_sec / max(1, len(candidate.queue))
     linger_sec = model.returns.linger_sec(worth_sec, room.policy.max_linger_sec)
-    return min(by_turn, engine.idle_since_sec + linger_sec)
+    return Departure(engine.alias, min(by_turn, engine.idle_since_sec + linger_sec), Hold.LINGER)
 
 
 def _bounds(candidate: Model, policy: Policy) -> Bounds:

@@ -102,6 +102,40 @@ class Engine:
         return self.state is EngineState.READY and not self.suspect and len(self.in_flight) < self.spec.slots
 
 
+class Hold(str, Enum):
+    """What keeps an engine from making room for a candidate."""
+
+    LOADING = "loading"
+    BOUND = "bound"
+    """Those who wait have not waited for their bound."""
+    QUANTUM = "quantum"
+    """It has not been resident for its own."""
+    LINGER = "linger"
+    """It fell idle a moment ago."""
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """When an engine may be asked to go, and what it has until then."""
+
+    alias: str
+    at: float
+    """Infinite: nobody can tell."""
+    hold: Hold
+
+
+@dataclass(frozen=True, slots=True)
+class Why:
+    """Why a model has no engine although somebody waits for it: words, and figures that move with time."""
+
+    words: str = ""
+    departures: tuple[Departure, ...] = ()
+    """All of them must be gone."""
+
+    def __str__(self) -> str:
+        return self.words
+
+
 @dataclass(slots=True)
 class Rush:
     """Who came and who was served since people began to queue for a model."""
@@ -148,7 +182,7 @@ class Model:
     retry_at_sec: float = 0.0
     failed_until_sec: float = 0.0
     last_error: str | None = None
-    why_waiting: str = ""
+    why_waiting: Why = Why()
     room_at_sec: float = 0.0
     """When the policy will look again whether it gets room; past when it has it."""
     rush: Rush = field(default_factory=Rush)

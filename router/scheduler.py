@@ -48,7 +48,8 @@ from router.messages import (
 )
 from router.placement import Fits, MakeRoom, NeverFits, Room, Wait, decide
 from router.queue import Priority, Request
-from router.residency import ENGINES, Engine, EngineState, Model, Rush, Swap, claim, shortage, take
+from router.residency import ENGINES, Engine, EngineState, Model, Rush, Swap, Why, claim, shortage, take
+from router.waiting import why
 
 INSPECTION_PATIENCE_SEC = 1.0
 
@@ -424,7 +425,7 @@ class Scheduler:
             if model.spec.alias in self._fleet.swaps:
                 continue
             if model.retry_at_sec > self._now:
-                model.why_waiting = f"its next try is in {model.retry_at_sec - self._now:.0f} s"
+                model.why_waiting = Why(f"its next try comes after a pause: {model.last_error}")
                 self._wake(model.retry_at_sec)
                 continue
             self._place(model, free, taken)
@@ -493,8 +494,8 @@ class Scheduler:
                 self._swap(model, Swap(placement, victims))
                 take(free, claim(placement, victims))
                 taken |= victims
-            case Wait(again_at, reason, reserve, hold):
-                model.why_waiting = reason
+            case Wait(again_at, reason, reserve, hold, departures):
+                model.why_waiting = Why(reason, departures)
                 model.room_at_sec = min(again_at, default=self._now)
                 for at in again_at:
                     self._wake(at)
@@ -502,7 +503,7 @@ class Scheduler:
                 taken |= hold
             case NeverFits(reason, others_hold_it):
                 if others_hold_it and self._may_get_back(model):
-                    model.why_waiting = reason
+                    model.why_waiting = Why(f"other programs hold the memory: {reason}")
                     return
                 model.last_error = reason
                 model.too_big = True
@@ -526,11 +527,11 @@ class Scheduler:
         self._fleet.start(model, placement, self._now)
         self._waiting.pop(model.spec.alias)
         model.inspected = None
-        model.why_waiting = "it is loading"
+        model.why_waiting = Why("it is loading")
 
     def _swap(self, model: Model, swap: Swap) -> None:
         names = ", ".join(sorted(victim.alias for victim in swap.victims))
-        model.why_waiting = f"room is being made for it by {names}"
+        model.why_waiting = Why(f"room is being made for it by {names}")
         self._fleet.swap(model.spec.alias, swap, self._now)
         if self.policy.max_drain_sec is not None:
             self._wake(self._now + self.policy.max_drain_sec)
@@ -538,7 +539,7 @@ class Scheduler:
     def _inspect(self, model: Model) -> None:
         if model.inspecting_since_sec is None:
             model.inspecting_since_sec = self._now
-            model.why_waiting = "its file is being looked at"
+            model.why_waiting = Why("its file is being looked at")
             self._effects.append(Inspect(model.spec.alias))
 
     def _inspected(self, event: Inspected) -> None:
@@ -589,7 +590,7 @@ class Scheduler:
                 return
             reason = f"waited {self._now - request.arrival_sec:.0f} s for {request.alias!r}"
             if model.engine is None or model.engine.state is not EngineState.READY:
-                reason += f": {model.why_waiting}"
+                reason += f": {why(model, self._now)}"
             model.queue.remove(request)
             self._reject(request.id, Refusal.QUEUE_TIMEOUT, reason, self._come_back_sec(model, request.priority))
             self._left_queue(model)

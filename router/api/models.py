@@ -20,6 +20,7 @@ from router.config_errors import ConfigError
 from router.dispatcher import Dispatcher
 from router.events import Missed, ModelChanged, ServerChanged
 from router.messages import Refusal
+from router.waiting import why
 
 router = APIRouter(tags=["management"])
 
@@ -154,7 +155,7 @@ def _status(dispatcher: Dispatcher, alias: str) -> dict[str, Any]:
         "slots": model.spec.slots,
         "in_flight": len(engine.in_flight) if engine is not None else 0,
         "waiting": len(model.queue),
-        "why_waiting": model.why_waiting if model.queue and state != "ready" else None,
+        "why_waiting": why(model, time.monotonic()) if model.queue else None,
         "pinned": model.spec.pinned,
         "updated_at": _iso(time.time()),
     }

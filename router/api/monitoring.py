@@ -13,13 +13,14 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from router.api.openai import known_model
 from router.api.streams import EventStream
-from router.dispatcher import Dispatcher, LastExit
+from router.dispatcher import Dispatcher, LastExit, Waiting
 from router.engine import LogRing, signal_name
 from router.queue import Priority
 
 router = APIRouter(tags=["monitoring"])
 
 _LOG_LOOK_SEC = 0.25
+_MOST_SHOWN = 100
 
 
 @router.get("/health")
@@ -144,7 +145,7 @@ def _exit(ended: LastExit) -> dict[str, Any]:
 
 @router.get("/v1/queue/stats")
 async def queue_stats(request: Request) -> dict[str, Any]:
-    """Who waits and who is served, per model."""
+    """Who waits and who is served, per model; of those who wait, the next hundred with what they wait for."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     per_model: dict[str, dict[str, Any]] = {}
     for alias, model in dispatcher.scheduler.models.items():
@@ -158,6 +159,7 @@ async def queue_stats(request: Request) -> dict[str, Any]:
             "total_rejected": counts.rejected,
             "current_processing": len(in_flight),
             "processing": in_flight,
+            "waiting": [_waiting(request) for request in dispatcher.waits(alias)[:_MOST_SHOWN]],
         }
     summary = {
         "total_queued": sum(stats["queue_length"] for stats in per_model.values()),
@@ -166,3 +168,15 @@ async def queue_stats(request: Request) -> dict[str, Any]:
         "total_rejected": sum(stats["total_rejected"] for stats in per_model.values()),
     }
     return {"summary": summary, "per_model": per_model}
+
+
+def _waiting(request: Waiting) -> dict[str, Any]:
+    return {
+        "id": request.id,
+        "alias": request.alias,
+        "priority": request.priority.name.lower(),
+        "position": request.position,
+        "waited_sec": round(request.waited_sec, 2),
+        "expected_wait_sec": round(request.expected_sec, 2),
+        "why": request.why,
+    }

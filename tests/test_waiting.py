@@ -1,0 +1,104 @@
+"""Why is my request waiting? The answer, in every situation, with figures that move as time does."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from conftest import Start, eventually, fake, models
+from test_scheduler import LOW, NORMAL, Machine
+
+from router.messages import Eject, EngineExited, Policy
+from router.waiting import why
+
+
+def reason(machine: Machine, alias: str) -> str:
+    return why(machine.scheduler.models[alias], machine.now)
+
+
+def test_while_it_loads_it_says_how_far_that_is() -> None:
+    machine = Machine("a", load_sec=8.0)
+    first = machine.ask("a")
+    assert reason(machine, "a") == "a is loading (0.0 of perhaps 5.0 s)"
+    machine.wait(9)
+    machine.finish(first)
+    machine.tell(Eject(machine.now, "a"))  # and wanted again: now it is known how long it takes
+    machine.ask("a")
+    machine.wait(4)
+    assert reason(machine, "a") == "a is loading (4.0 of ~8.0 s)"
+
+
+def test_while_another_has_its_turn_it_says_when_that_ends() -> None:
+    machine = Machine("a", "b")
+    machine.served("a")
+    machine.ask("b", NORMAL)
+    first = reason(machine, "b")
+    assert first.startswith("no room until a can go: needs ")
+    assert "free; a's quantum ends in 52 s" in first
+    machine.wait(10)
+    assert reason(machine, "b").endswith("a's quantum ends in 42 s")
+
+
+def test_patient_requests_wait_for_their_own_bound() -> None:
+    machine = Machine("a", "b")
+    machine.served("a")
+    machine.wait(60)
+    machine.ask("b", LOW)
+    assert "; a is asked to go in " in reason(machine, "b")
+
+
+def test_while_others_leave_it_names_them() -> None:
+    machine = Machine("a", "b", stop_sec=None)
+    machine.served("a")
+    machine.ask("b", NORMAL)
+    machine.wait(100)
+    assert reason(machine, "b") == "room is being made for it by a"
+    machine.ask("a")
+    assert reason(machine, "a") == "a leaves once the 1 in flight are done, then it is started again"
+
+
+def test_with_all_slots_taken_there_is_nothing_else_to_wait_for() -> None:
+    machine = Machine("a")
+    machine.served("a")
+    machine.ask("a")
+    assert reason(machine, "a") == "a answers one request at a time"
+
+
+def test_after_a_failure_it_says_what_failed_and_when_it_is_tried_again() -> None:
+    machine = Machine("a", load_sec=None, policy=Policy(backoff_sec=4))
+    machine.ask("a")
+    machine.tell(EngineExited(machine.now, 1, "no such file"))
+    text = reason(machine, "a")
+    assert "'a' did not load: no such file" in text
+    assert "(next try in " in text
+
+
+def test_everybody_who_waits_can_be_seen(start: Start, tiny: Path, tmp_path: Path) -> None:
+    system = {"llama_server_path": fake(tmp_path, ready="never"), "queue_timeout_sec": 60}
+    router = start({"system": system, "models": models(tiny, "a")})
+    body = b'{"model": "a", "messages": []}'
+    host, port = router.url.removeprefix("http://").split(":")
+    clients = []
+    for request_id, priority in (("one", "low"), ("two", "high")):
+        client = socket.create_connection((host, int(port)))
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nx-request-id: {request_id}\r\n"
+        client.sendall(f"{head}x-request-priority: {priority}\r\ncontent-length: {len(body)}\r\n\r\n".encode())
+        client.sendall(body)
+        clients.append(client)
+
+    def waiting() -> list[Mapping[str, Any]]:
+        queue: list[Mapping[str, Any]] = router.http.get("/v1/queue/stats").json()["per_model"]["a"]["waiting"]
+        return queue
+
+    eventually(lambda: len(waiting()) == 2 and "loading" in waiting()[0]["why"])
+    first, second = waiting()
+    assert (first["id"], first["priority"], first["position"]) == ("two", "high", 1)
+    assert (second["id"], second["priority"], second["position"]) == ("one", "low", 2)
+    assert first["why"].startswith("a is loading (")
+    assert second["why"].startswith("1 before it; a is loading (")
+    assert second["waited_sec"] >= 0
+    assert second["expected_wait_sec"] >= first["expected_wait_sec"]
+    for client in clients:
+        client.close()
