@@ -34,6 +34,9 @@ FIRST_DEADLINE_SEC = 15.0
 _log = logging.getLogger("router")
 
 
+_Held = tuple[frozenset[int], Mapping[int, ProcessMemory]]  # of which processes, and what
+
+
 @dataclass(frozen=True, slots=True)
 class Readings:
     """The devices by name, `host` last, as they were `age_sec` ago (the oldest of them)."""
@@ -71,12 +74,12 @@ class Devices:
         self._seen: dict[str, Device] = {}
         self._present: set[str] = set()
         self._remarks: list[str] = []
-        self._pids: tuple[int, ...] = ()
+        self._pids: frozenset[int] = frozenset()
         self._gpus = Watch[Sequence[Device]](self._take_gpus, (), "GPU driver")
         self._host = Watch[Sequence[Device]](
             self._take_host, (Device(HOST, "host", "", "", 0, 0),), "reading of RAM"
         )
-        self._processes = Watch[Mapping[int, ProcessMemory]](self._take_processes, {}, "reading of engines' RAM")
+        self._processes = Watch[_Held](self._take_processes, (frozenset(), {}), "reading of engines' RAM")
 
     async def read(self, deadline_sec: float = DEADLINE_SEC) -> Readings:
         """What is there now, or was when it could last be asked. Never raises."""
@@ -99,9 +102,14 @@ class Devices:
     async def held_by(
         self, pids: Iterable[int], deadline_sec: float = DEADLINE_SEC
     ) -> Mapping[int, ProcessMemory]:
-        """RAM of processes with their descendants; those of which nothing is known yet are missing."""
-        self._pids = tuple(pids)
-        return await self._processes.read(deadline_sec)
+        """RAM of processes with their descendants; those that are gone, or not known in time, are missing."""
+        wanted = frozenset(pids)
+        self._pids = wanted
+        asked, held = await self._processes.read(deadline_sec)
+        if not wanted <= asked:  # it had begun before, for others
+            self._pids |= wanted
+            _, held = await self._processes.read(deadline_sec)
+        return {pid: memory for pid, memory in held.items() if pid in wanted}
 
     def environment(self, chosen: Iterable[Device]) -> dict[str, str]:
         """Variables with which an engine sees the chosen GPUs, in this order, and no others; none for RAM alone.
@@ -135,8 +143,9 @@ class Devices:
     def _take_host(self) -> Sequence[Device]:
         return (host.device(self._root),)
 
-    def _take_processes(self) -> Mapping[int, ProcessMemory]:
-        return host.process_memory(self._pids)
+    def _take_processes(self) -> _Held:
+        pids = self._pids
+        return pids, host.process_memory(pids)
 
     def _take_gpus(self) -> Sequence[Device]:
         if self._nvidia is None:

@@ -31,6 +31,8 @@ class ProcessMemory:
     """Gone only with the process."""
     file_mib: int
     """Mapped files, such as weights: the kernel can drop these pages and read them again."""
+    family: tuple[int, ...] = ()
+    """The process and all that it started: an engine behind a wrapper holds GPU memory under another number."""
 
 
 def device(root: Path = _ROOT) -> Device:
@@ -66,7 +68,7 @@ def process_memory(pids: Iterable[int], proc: Path = Path("/proc")) -> dict[int,
             shares = [share for member in family if (share := _held(member, proc)) is not None]
             if shares:
                 anonymous, mapped = (sum(parts) for parts in zip(*shares, strict=True))
-                found[pid] = ProcessMemory(-(-anonymous // _MIB), -(-mapped // _MIB))
+                found[pid] = ProcessMemory(-(-anonymous // _MIB), -(-mapped // _MIB), tuple(family))
     return found
 
 

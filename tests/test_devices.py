@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import mmap
@@ -33,6 +34,7 @@ from played_nvml import (
 
 from router import host
 from router.amd import Amd
+from router.devices import Devices
 
 MIB = 1 << 20
 
@@ -716,9 +718,19 @@ def test_what_a_process_and_its_children_hold_of_ram(tmp_path: Path, ask: Ask) -
         held = ask().held_by(holder.pid, 4194303)
         assert list(held) == [str(holder.pid)], "nobody has the other number"
         assert 170 <= held[str(holder.pid)]["anonymous_mib"] <= 200
+        assert len(held[str(holder.pid)]["family"]) == 2
         assert 80 <= held[str(holder.pid)]["file_mib"] <= 110
     finally:
         holder.communicate(timeout=10)
+
+
+def test_who_asks_for_processes_meanwhile_is_answered_for_his_own() -> None:
+    async def ask_together() -> list[set[int]]:
+        devices = Devices(())
+        held = await asyncio.gather(*(devices.held_by([pid]) for pid in (os.getpid(), os.getppid(), os.getpid())))
+        return [set(answer) for answer in held]
+
+    assert asyncio.run(ask_together()) == [{os.getpid()}, {os.getppid()}, {os.getpid()}]
 
 
 def test_memory_that_the_machine_has_less_of_is_less_free(ask: Ask) -> None:
