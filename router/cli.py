@@ -1,4 +1,4 @@
-"""The command line: `llama-router [serve]`, `check`, `estimate`, `schema`, and `top`, `ps`, `logs`."""
+"""The command line: `llama-router [serve]`, `check`, `estimate`, `schema`, and `top`, `ps`, `queue`, `logs`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A running router, seen from another process or machine: what `top`, `ps` and `logs` ask it.
+"""A running router, seen from another process or machine: what `top`, `ps`, `queue` and `logs` ask it.
 
 `http.client` of the standard library is all it takes: one GET at a time, and a stream of server-sent events, read
 line by line. No proxy of the environment is used, and no redirect is followed, so that the key goes to the router

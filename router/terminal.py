@@ -1,4 +1,4 @@
-"""`llama-router top`, `ps` and `logs`: a look at a running router from a shell, here or on another machine.
+"""`llama-router top`, `ps`, `queue`, `logs`: a look at a running router from a shell, here or on another machine.
 
 The router is the one at `--url` or `LLAMA_ROUTER_URL`, else the one that the configuration speaks of. Keys come
 from the environment or the configuration, never from the command line, which everybody on the machine can read.
@@ -21,6 +21,7 @@ from router.config import Api
 from router.config_load import load
 
 URL_VARIABLE = "LLAMA_ROUTER_URL"
+_CONTROL = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "·")
 _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
 
 
@@ -41,6 +42,7 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
     add("top", _top, "watch a running router: models, memory, queues, decisions")
     add("ps", _ps, "show the models of a running router", as_json)
+    add("queue", _queue, "show who waits at a running router, how long, and for what", as_json)
     logs = add("logs", _logs, "show what the engines of a model said")
     logs.add_argument("alias", metavar="ALIAS")
     logs.add_argument("-f", "--follow", action="store_true", help="go on with what they say from now on")
@@ -125,15 +127,45 @@ def unload_text(model: dict[str, Any]) -> str:
     return "busy" if model["in_flight"] or model["waiting"] else "kept"
 
 
+def _queue(options: argparse.Namespace) -> None:
+    stats = connect(options).get("/v1/queue/stats")
+    if options.json:
+        print(json.dumps(stats, indent=2))
+        return
+    waiting = [request for model in stats["per_model"].values() for request in model["waiting"]]
+    if not waiting:
+        print(f"Nobody waits; {stats['summary']['total_processing']} in flight.")
+        return
+    waiting.sort(key=lambda request: -request["waited_sec"])
+    head = ("MODEL", "PRIORITY", "POSITION", "WAITED", "EXPECTED", "REQUEST", "WHY")
+    print_columns([head, *(_request_row(request) for request in waiting)])
+    if (more := stats["summary"]["total_queued"] - len(waiting)) > 0:
+        print(f"… and {more} more")
+
+
+def _request_row(request: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        request["alias"],
+        request["priority"],
+        str(request["position"]),
+        duration(request["waited_sec"]),
+        duration(request["expected_wait_sec"]),
+        request["id"],
+        request["why"],
+    )
+
+
 def _logs(options: argparse.Namespace) -> None:
     client = connect(options)
     path = f"/v1/logs/{quote(options.alias, safe='')}"
+    # What an engine says of a model file may hold sequences that a terminal would obey.
+    shown = printable if sys.stdout.isatty() else str
     if not options.follow:
-        sys.stdout.write(client.text(f"{path}?lines={options.lines}"))
+        sys.stdout.write(shown(client.text(f"{path}?lines={options.lines}")))
         return
     for event in client.events(f"{path}/stream?lines={options.lines}"):
         if event.name == "log":
-            print(event.text, flush=True)
+            print(shown(event.text), flush=True)
     raise CannotAsk(f"The router at {client.url} has ended the stream.")
 
 
@@ -142,7 +174,12 @@ def print_columns(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        print("  ".join([*cells, row[-1]]).rstrip())
+        print(printable("  ".join([*cells, row[-1]]).rstrip()))
+
+
+def printable(text: str) -> str:
+    """Without what a terminal takes as a command."""
+    return text.translate(_CONTROL)
 
 
 def seconds_between(earlier: str, later: str) -> float:

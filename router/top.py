@@ -29,7 +29,7 @@ from rich.table import Table
 from rich.text import Text
 
 from router.client import CannotAsk, Happened, RouterClient
-from router.terminal import duration, memory, model_row
+from router.terminal import duration, memory, model_row, printable
 
 _LOOK_SEC = 1.0
 _DRAW_SEC = 0.5
@@ -196,13 +196,15 @@ class Watch:
             time.sleep(_LOOK_SEC)
 
     def _note(self, event: Happened) -> None:
-        if event.name == "model_update":
-            change = event.json()
+        if event.name != "model_update":
+            return
+        change = event.json()
+        if change["status"] != "stopping":  # `off` follows, for the same reason
             self._decide(change["alias"], change["status"], change["reason"], change["updated_at"])
 
     def _decide(self, about: str, state: str, reason: str, at: str = "") -> None:
         moment = datetime.fromisoformat(at).astimezone() if at else datetime.now()
-        decision = Decision(f"{moment:%H:%M:%S}", about, state, reason)
+        decision = Decision(f"{moment:%H:%M:%S}", about, state, printable(reason))
         with self._lock:
             self.view = replace(self.view, decisions=(*self.view.decisions, decision)[-_DECISIONS:])
 
@@ -339,7 +341,8 @@ def _waiting_lines(
             f"{those.counts[priority]} {priority}" for priority in _PRIORITIES if those.counts[priority]
         )
         why = models.get(alias, {}).get("why_waiting") or "its slots are taken"
-        yield _line(f"  {alias}", f": {counts}, {duration(max(those.oldest_sec.values(), default=0))}: {why}")
+        oldest = duration(max(those.oldest_sec.values(), default=0))
+        yield _line(f"  {alias}: {counts}, {oldest}: {printable(why)}")
     if lines and shown < len(waiting):
         yield _line((f"  … and {len(waiting) - shown} more", "dim"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,9 +11,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+import httpx2 as httpx
 import pytest
 from conftest import ROOT, Start, eventually, fake, models
 
@@ -72,6 +73,35 @@ def test_the_last_used_models_are_kept_and_ps_says_so(start: Start, tiny: Path, 
     assert table["last"]["UNLOADS"] == "kept"
 
 
+def test_queue_tells_who_waits_how_long_and_for_what(start: Start, tiny: Path, tmp_path: Path) -> None:
+    engine = fake(tmp_path, answer_sec="60")
+    system = {"llama_server_path": engine, "max_concurrent_models": 1}
+    router = start({"system": system, "models": models(tiny, "busy", "cold", flags=[])})
+    assert ask("queue", "--url", router.url, cwd=tmp_path).stdout == "Nobody waits; 0 in flight.\n"
+
+    def post(model: str, request_id: str, priority: str) -> None:
+        headers = {"X-Request-Id": request_id, "X-Request-Priority": priority}
+        with contextlib.suppress(httpx.TransportError):  # the router ends before the answer
+            router.chat(model, headers=headers)
+
+    clients = [("busy", "served", "normal"), ("cold", "for-cold", "low"), ("busy", "behind-it", "low")]
+    for queued, client in enumerate(clients):
+        threading.Thread(target=post, args=client, daemon=True).start()
+        eventually(lambda: router.http.get("/v1/queue/stats").json()["summary"]["total_queued"] == queued)  # noqa: B023
+        router.until("busy", "ready")
+
+    printed = ask("queue", "--url", router.url, cwd=tmp_path).stdout.splitlines()
+    assert printed[0].split() == ["MODEL", "PRIORITY", "POSITION", "WAITED", "EXPECTED", "REQUEST", "WHY"]
+    cold, behind = (line.split(maxsplit=6) for line in printed[1:])
+    assert [cold[0], cold[1], cold[2], cold[5]] == ["cold", "low", "1", "for-cold"]
+    assert [behind[0], behind[1], behind[2], behind[5]] == ["busy", "low", "1", "behind-it"]
+    assert cold[3].endswith("s")
+    assert "busy" in cold[6]
+
+    document = json.loads(ask("queue", "--json", "--url", router.url, cwd=tmp_path).stdout)
+    assert document["summary"]["total_queued"] == 2
+
+
 def test_logs_show_the_last_lines_of_an_engine(start: Start, tiny: Path, tmp_path: Path) -> None:
     router = start({"models": models(tiny, "org/model:q4")})
     router.chat("org/model:q4")
@@ -81,7 +111,7 @@ def test_logs_show_the_last_lines_of_an_engine(start: Start, tiny: Path, tmp_pat
     assert two == everything[-2:]
 
 
-@contextmanager
+@contextlib.contextmanager
 def following(cwd: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
     clean = {"PATH": "/usr/bin:/bin", "HOME": str(cwd), "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command(*arguments), cwd=cwd, env=clean, stdout=-1, stderr=-1, text=True)

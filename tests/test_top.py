@@ -149,7 +149,7 @@ def test_decisions_scroll_by_newest_first(start: Start, tiny: Path, tmp_path: Pa
     router.chat("first")
     screen.until(r"\d\d:\d\d:\d\d first ready: loaded in", r"first loading: takes")
     router.chat("second")
-    screen.until("second ready", "second loading", "first off: evicted", "first ready")
+    screen.until("second ready", "second loading", "first off: evicted", "first ready", "first loading")
 
 
 def test_rates_are_those_of_the_last_seconds(start: Start, tiny: Path, top: Open) -> None:
@@ -193,6 +193,23 @@ def test_it_leaves_the_terminal_as_it_was(start: Start, tiny: Path, top: Open) -
         eventually(lambda: screen.raw.rfind(b"\x1b[?1049l") > screen.raw.rfind(b"\x1b[?1049h"))  # noqa: B023
         eventually(lambda: screen.raw.rfind(b"\x1b[?25h") > screen.raw.rfind(b"\x1b[?25l"))  # noqa: B023
         assert b"Traceback" not in screen.raw
+
+
+def test_what_an_engine_says_gives_no_commands_to_the_terminal(
+    start: Start, tiny: Path, tmp_path: Path, top: Open
+) -> None:
+    engine = tmp_path / "llama-server"
+    engine.write_text("#!/bin/sh\nprintf 'error: \\033[2Jgone\\007\\n' >&2\nexit 1\n")
+    engine.chmod(0o755)
+    system = {"llama_server_path": str(engine), "model_load_max_retries": 0}
+    router = start({"system": system, "models": models(tiny, "a", flags=[])})
+    screen = top(router)
+    screen.until("a +off")
+    router.chat("a")
+    screen.until(r"a +failed", r"a failed: .*error: ·\[2Jgone")
+    logs = Terminal([sys.executable, str(ROOT / "run.py"), "logs", "a", "--url", router.url], tmp_path)
+    logs.until(r"error: ·\[2Jgone·")
+    logs.close()
 
 
 def test_it_fits_every_size(start: Start, tiny: Path, top: Open) -> None:
