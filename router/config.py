@@ -218,7 +218,9 @@ class System(Section):
         description="Pause between two looks at a ready engine; three without an answer, and it is killed.",
     )
     stall_timeout_sec: PositiveSeconds = Field(
-        default=60, description="An engine that has requests and sends nothing for this long is looked at at once."
+        default=60,
+        description="An engine that has requests, sends nothing for this long and does not answer probes either "
+        "is killed and replaced. The probes take 12 seconds, also where this is less.",
     )
     stop_grace_sec: Seconds = Field(default=10, description="From SIGTERM to SIGKILL for an engine.")
     shutdown_grace_sec: Seconds = Field(default=30, description="For requests in flight at shutdown.")

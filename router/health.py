@@ -1,8 +1,9 @@
 """The health monitor: finds engines that live but do not answer, and ends them.
 
 An exit needs no monitor; the engine's process is watched for that. This looks at every ready engine now and then,
-and at once at one that has requests in flight and has been silent for long. Three probes without an answer, and
-it is killed: then it is a crash like any other, and what waited for it is served by the next engine.
+and sooner at one that has requests in flight and is silent: so much sooner that it is gone when it has been silent
+for `stall_timeout_sec`. Three probes without an answer, and it is killed: then it is a crash like any other, and
+what waited for it is served by the next engine.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ _log = logging.getLogger("router")
 
 _PROBES = 3
 _LOOK_SEC = 1
+_VERDICT_SEC = _PROBES * (PROBE_LIMIT_SEC + _LOOK_SEC)
+"""From the first look at an engine that hangs to its end."""
 
 
 class HealthMonitor:
@@ -49,7 +52,7 @@ class HealthMonitor:
         if running.failed_probes or now - probed_sec >= system.health_check_interval_sec:
             return True
         silent_sec = now - max(probed_sec, running.pool.last_sign_sec)
-        return bool(engine.in_flight) and silent_sec >= system.stall_timeout_sec
+        return bool(engine.in_flight) and silent_sec >= max(_LOOK_SEC, system.stall_timeout_sec - _VERDICT_SEC)
 
     def _start_probe(self, running: RunningEngine) -> None:
         task = asyncio.create_task(self._probe(running), name=f"probe of {running.alias}")

@@ -109,7 +109,27 @@ def assert_unharmed(router: Router) -> None:
 
 # --- one request must not look like two --------------------------------------------------------------------
 
+
+def chunked(body: bytes, coding: bytes = b"chunked") -> bytes:
+    return b"POST %b HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: %b\r\n\r\n%b" % (PATH, coding, body)
+
+
+CHUNK = b"%x\r\n%b\r\n" % (len(CHAT), CHAT)
 HIDDEN = post(b'{"model":"b"}', path=b"/completion")
+BAD_CHUNKS = {
+    "with 0x": b"0x" + CHUNK,
+    "with a sign": b"+" + CHUNK,
+    "after a space": b" " + CHUNK,
+    "before a space": CHUNK.replace(b"\r\n", b" \r\n", 1),
+    "before LF": CHUNK.replace(b"\r\n", b"\n", 1),
+    "with LF in its extension": CHUNK.replace(b"\r\n", b";a\n", 1),
+    "with CR in its extension": CHUNK.replace(b"\r\n", b";a\rb\r\n", 1),
+    "without an end": CHUNK[:-2] + b"0\r\n\r\n" + HIDDEN,
+    "that ends in LF": CHUNK[:-2] + b"\n0\r\n\r\n",
+    "that is longer": CHUNK[:-2] + b"XX0\r\n\r\n",
+    "that is the last, with LF": CHUNK + b"0\n\n",
+    "with a coding in the trailer": CHUNK + b"0\r\ntransfer-encoding: chunked\r\n\r\n",
+}
 AMBIGUOUS = {
     "two lengths": post(CHAT, b"content-length: 3"),
     "two lengths in one": post(CHAT, b"content-length: 3, 3"),
@@ -136,6 +156,18 @@ AMBIGUOUS = {
     + b"\r\n",
     "length in a trailer": post(b"", b"transfer-encoding: chunked").replace(b"content-length: 0", b"x: 0")
     + b"%x\r\n%b\r\n0\r\ncontent-length: 3\r\n\r\n" % (len(CHAT), CHAT),
+    **{f"chunk {name}": chunked(body) for name, body in BAD_CHUNKS.items()},
+    "chunked, quoted": chunked(CHUNK + b"0\r\n\r\n", b'"chunked"'),
+    "chunked after a vertical tab": chunked(CHUNK + b"0\r\n\r\n", b"\x0bchunked"),
+    "hexadecimal length": post(CHAT).replace(b"length: ", b"length: 0x"),
+    "length with an underscore": post(CHAT).replace(b"length: ", b"length: 1_"),
+    "no length": post(b"").replace(b"length: 0", b"length: "),
+    "the same length twice": post(CHAT, b"content-length: %d" % len(CHAT)),
+    "a header that continues the request line": post(CHAT).replace(b"\r\nhost", b"\r\n host"),
+    "NUL in a name": post(CHAT, b"x\0y: 1"),
+    "NUL in the path": post(CHAT, path=PATH + b"\0"),
+    "HTTP/1.2": post(CHAT).replace(b"HTTP/1.1", b"HTTP/1.2"),
+    "http": post(CHAT).replace(b"HTTP", b"http"),
     "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200),
     "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     "CONNECT": b"CONNECT localhost:22 HTTP/1.1\r\nhost: localhost\r\n\r\n",

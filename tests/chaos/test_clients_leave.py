@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import json
 import random
+import statistics
+import time
 from pathlib import Path
 
 import httpx2 as httpx
@@ -13,6 +15,7 @@ import psutil
 import pytest
 from conftest import Router, Start, eventually, models
 from storm import LONG, books, eject_all, observed, scale, settle
+from tiny_models import write_llama
 
 ALIASES = ("a", "b")
 
@@ -44,6 +47,33 @@ def test_every_third_client_leaves_at_a_random_point(start: Start, tiny: Path, t
     eject_all(router, *ALIASES)
     settle(router, tmp_path, before)
     assert "Traceback" not in router.log
+
+
+def test_a_slot_is_free_a_moment_after_its_client_left(start: Start, tmp_path: Path) -> None:
+    path = write_llama(tmp_path / "long.gguf", context_length=32768, n_embd=256)
+    router = start({"models": models(path, "a", flags=["-c", "32768", "-t", "1", "--ignore-eos"])})
+    router.chat("a")
+    status = router.status("a")
+    key = psutil.Process(status["pid"]).environ()["LLAMA_API_KEY"]
+    engine = httpx.Client(
+        base_url=f"http://127.0.0.1:{status['port']}", headers={"authorization": f"Bearer {key}"}, timeout=10
+    )
+
+    def works() -> bool:
+        return bool(engine.get("/slots").json()[0]["is_processing"])
+
+    body = {"model": "a", "messages": [{"role": "user", "content": "x"}], "max_tokens": 32000, "stream": True}
+    took_sec = []
+    for _ in range(7):
+        with router.http.stream("POST", "/v1/chat/completions", json=body) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            assert works()
+        left = time.monotonic()
+        while works():
+            pass
+        took_sec.append(time.monotonic() - left)
+    assert statistics.median(took_sec) < 0.1, took_sec
 
 
 def occupied(router: Router, alias: str) -> list[int]:
