@@ -14,26 +14,29 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router import __version__
-from router.api import models, monitoring, openai
+from router.api import models, monitoring, openai, pulls
 from router.api.auth import OPEN_PATHS, Keyring
 from router.api.browsers import Browsers
 from router.api.errors import ApiError
 from router.api.openapi import describe
 from router.dispatcher import Dispatcher
+from router.downloads import Downloads
 from router.metrics import Metrics
 from router.routing import ROUTES
 from router.telemetry import Telemetry
 
 Reload = Callable[[], Awaitable[dict[str, Any]]]
-_OPERATORS_PAGES = ("/v1/logs/", "/v1/health/models")
-"""They quote what engines say."""
+_OPERATORS_PAGES = ("/v1/logs/", "/v1/health/models", "/v1/models/pull")
+"""They quote what engines say, or tell of downloads."""
 
 _LARGEST_PAGE_BODY = 1 << 20
 
 
-def create_app(dispatcher: Dispatcher, keyring: Keyring, browsers: Browsers, reload: Reload) -> ASGIApp:
+def create_app(
+    dispatcher: Dispatcher, keyring: Keyring, browsers: Browsers, reload: Reload, downloads: Downloads
+) -> ASGIApp:
     """Wire it up. The dispatcher is started and stopped by whoever runs the server."""
-    pages = _pages(dispatcher, keyring, reload)
+    pages = _pages(dispatcher, keyring, reload, downloads)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await pages(scope, _bounded(receive), send)
@@ -67,7 +70,7 @@ def _bounded(receive: Receive) -> Receive:
     return receive_some
 
 
-def _pages(dispatcher: Dispatcher, keyring: Keyring, reload: Reload) -> FastAPI:
+def _pages(dispatcher: Dispatcher, keyring: Keyring, reload: Reload, downloads: Downloads) -> FastAPI:
     app = FastAPI(
         title="llama-router", version=__version__, openapi_url="/openapi.json", docs_url=None, redoc_url=None
     )
@@ -76,10 +79,11 @@ def _pages(dispatcher: Dispatcher, keyring: Keyring, reload: Reload) -> FastAPI:
     )
     app.state.dispatcher = dispatcher
     app.state.reload = reload
+    app.state.downloads = downloads
     app.state.metrics = Metrics(dispatcher)
     app.state.telemetry = Telemetry(time.monotonic)
     dispatcher.events.listen(app.state.telemetry.note)
-    for pages in (models.router, openai.router, monitoring.router):
+    for pages in (pulls.router, models.router, openai.router, monitoring.router):
         for route in pages.routes:
             if isinstance(route, APIRoute) and route.methods and "GET" in route.methods:
                 route.methods.add("HEAD")  # what monitors and load balancers like to ask with

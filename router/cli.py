@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from router import __version__, estimate, terminal
+from router import __version__, estimate, store_cli, terminal
 from router.client import CannotAsk
 from router.config import schema
 from router.config_errors import ConfigError
@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", parents=[source], help="validate the configuration and show it")
     check.set_defaults(run=_check)
 
+    store_cli.add_parsers(commands)
     terminal.add_parsers(commands)
     estimate.add_parser(commands)
 

@@ -227,16 +227,17 @@ class _Draft:
             self.settling |= any(skipped.settling for skipped in discovery.skipped)
             self.warnings += [f"{skipped.path} is not served: {skipped.reason}" for skipped in discovery.skipped]
             for found in discovery.models:
-                if (place := os.path.realpath(found.path)) in served:
+                # A pulled model has the alias that it was asked for, whatever else its file is called.
+                if origin != "pulled" and os.path.realpath(found.path) in served:
                     continue
                 if found.alias in models:
                     taken = models[found.alias]
                     first = taken.get("model_path") if isinstance(taken, dict) else None
                     self.warnings.append(f"{found.path} is not served: {first} has the same name")
                     continue
-                served.add(place)
                 mmproj = {"mmproj": str(found.projector.path)} if found.projector else {}
                 self.put(("models", found.alias), {"model_path": str(found.path), **mmproj}, origin)
+            served |= {os.path.realpath(found.path) for found in discovery.models}
         return folders
 
     def places(self, models_dirs: Sequence[Path]) -> Iterator[tuple[str, Path, Callable[[], hub.Discovery]]]:

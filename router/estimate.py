@@ -81,7 +81,7 @@ def report(
     header: GGUF, flags: Flags, *, projector: GGUF | None = None, draft: GGUF | None = None
 ) -> Iterable[str]:
     """The lines to print."""
-    free = _free_mib()
+    free = free_mib()
     need = _from_engine(header, flags, projector, draft)
     if need is None:
         gpus = len(free) - 1
@@ -213,7 +213,7 @@ def _from_engine(header: GGUF, flags: Flags, projector: GGUF | None, draft: GGUF
     return None
 
 
-def _free_mib() -> dict[str, int]:
+def free_mib() -> dict[str, int]:
     """What is free now on every GPU, as the engine counts them, and of RAM."""
     readings = Devices().read_blocking()
     free = {f"gpu{place}": gpu.free_mib for place, gpu in enumerate(readings.gpus)}

@@ -126,8 +126,8 @@ def is_projector(path: Path, header: GGUF) -> bool:
 
 
 def quantization(path: PurePath) -> str | None:
-    """What a file's name says of its quantization, in capitals: `Q4_K_M`, `UD-Q4_K_XL`, `BF16`."""
-    found = _QUANTIZATION.search(stem(path))
+    """What a file's name, or else its folder's, says of its quantization, in capitals: `Q4_K_M`, `UD-Q4_K_XL`."""
+    found = _QUANTIZATION.search(stem(path)) or _QUANTIZATION.search(f"-{path.parent.name}")
     return found["label"].upper() if found else None
 
 

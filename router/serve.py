@@ -29,6 +29,7 @@ from router.config_load import Loaded
 from router.crowd import Door
 from router.devices import Devices
 from router.dispatcher import Dispatcher
+from router.downloads import Downloads
 from router.engine import Binary
 from router.events import Events
 from router.exchange import Exchanges
@@ -214,8 +215,9 @@ class _Service:
         self._look_failed = ""
 
     async def run(self) -> None:
+        downloads = Downloads(self.look_again)
         browsers = Browsers(self._loaded.config.api)
-        app = create_app(self._dispatcher, self._keyring, browsers, self.reload)
+        app = create_app(self._dispatcher, self._keyring, browsers, self.reload, downloads)
         protocol = partial(HttpProtocol, Exchanges(self._dispatcher, self._keyring, browsers))
         server = _Server(
             uvicorn.Config(
@@ -245,6 +247,7 @@ class _Service:
         stopping.cancel()
         watching.cancel()
         try:
+            await downloads.shut_down()
             await self._dispatcher.shut_down()
         finally:
             health.cancel()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
 
@@ -59,7 +59,7 @@ def _snapshots(folder: Path) -> list[Path]:
     return sorted(snapshots, key=lambda path: path.name != main)
 
 
-def repository_aliases(repo: str, models: list[PurePath]) -> dict[PurePath, str]:
+def repository_aliases(repo: str, models: Sequence[PurePath]) -> dict[PurePath, str]:
     """What to call the models of a repository: `USER/REPO:QUANT`, or by the file where that is not enough."""
     labels = {model: quantization(model) for model in models}
     uses = Counter(labels.values())

@@ -131,11 +131,13 @@ def test_what_llama_cpp_cannot_load_from_ollama_is_reported(ollama: Path) -> Non
 def test_both_stores_are_served_when_asked_for_and_only_then(start: Start, tmp_path: Path, ollama: Path) -> None:
     cached(tmp_path / "hub", "org/m", COMMITS[0], "m-Q8_0.gguf")
     places = {"HF_HUB_CACHE": str(tmp_path / "hub"), "OLLAMA_MODELS": str(ollama)}
+    ollama_model(ollama, "registry.ollama.ai/library/copy/latest", ("model", "11"))
     router = start(arguments=["--hf-cache", "--ollama-store"], **places)
     cards = {card["id"]: card for card in router.http.get("/v1/models").json()["data"]}
     assert {alias: card["source"] for alias, card in cards.items()} == {
         "org/m:Q8_0": "hf_cache",
         "llama3.2:1b": "ollama_store",
+        "copy:latest": "ollama_store",
     }
     for alias in cards:
         assert router.chat(alias).status_code == 200

@@ -89,6 +89,8 @@ def _complete_page(path: str, method: str, operation: dict[str, Any]) -> None:
         expected.append(404)
     if method == "post":
         expected += [413, 507]
+    if (method, path) == ("post", "/v1/models/pull"):
+        expected.append(429)
     for status in expected:
         answers.setdefault(str(status), _error(status))
 

@@ -1,0 +1,122 @@
+"""Pulling models from the Hugging Face hub, how far that is, and removing them. For full keys only."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from datetime import datetime, timezone
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field
+from sse_starlette import ServerSentEvent
+from starlette.responses import JSONResponse, Response
+
+from router import pulled
+from router.api.errors import ApiError
+from router.api.streams import EventStream
+from router.downloads import MOST_AT_ONCE, Downloads, Pull, TooManyPulls
+from router.repository import BadReference
+
+router = APIRouter(tags=["management"])
+
+_KEEP_ALIVE_SEC = 30
+
+
+class PullRequest(BaseModel):
+    model: str = Field(description="hf.co/USER/REPO[:QUANT], or hf.co/USER/REPO/FILE.gguf.")
+    alias: str | None = Field(
+        default=None, pattern=r"^[^_\s]\S*$", description="Name to serve it under; null means USER/REPO:QUANT."
+    )
+    stream: bool = Field(default=False, description="Answer with its progress as server-sent events.")
+
+
+@router.post(
+    "/v1/models/pull",
+    status_code=202,
+    response_model=None,
+    responses={200: {"description": "With `stream`.", "content": {"text/event-stream": {}}}},
+)
+async def pull_model(body: PullRequest, request: Request) -> Response:
+    """Begin to pull a model, or join the pull that does so already; 202 with how far it is."""
+    downloads: Downloads = request.app.state.downloads
+    if request.app.state.dispatcher.status == "shutting_down":
+        raise ApiError(503, "shutting_down", "The router is shutting down.", retry_after_sec=5)
+    try:
+        pull = downloads.start(body.model, body.alias)
+    except BadReference as error:
+        raise ApiError(400, "invalid_reference", f"{error}.", "model") from None
+    except TooManyPulls:
+        message = f"{MOST_AT_ONCE} pulls are running already; wait for one, or cancel it."
+        raise ApiError(429, "too_many_pulls", message, retry_after_sec=30) from None
+    if body.stream:
+        return _stream(pull)
+    return JSONResponse(_shown(pull), 202, headers={"Location": f"/v1/models/pull/{pull.id}"})
+
+
+@router.get("/v1/models/pull")
+async def list_pulls(request: Request) -> dict[str, Any]:
+    """The pulls that run, and the last ones that are over."""
+    downloads: Downloads = request.app.state.downloads
+    return {"pulls": [_shown(pull) for pull in downloads.pulls.values()]}
+
+
+@router.get("/v1/models/pull/{pull_id}")
+async def show_pull(pull_id: str, request: Request) -> dict[str, Any]:
+    """How far a pull is."""
+    return _shown(_known(request, pull_id))
+
+
+@router.get("/v1/models/pull/{pull_id}/stream")
+async def follow_pull(pull_id: str, request: Request) -> EventStream:
+    """SSE: `progress` until a last `success`, `failed` or `cancelled`."""
+    return _stream(_known(request, pull_id))
+
+
+@router.delete("/v1/models/pull/{pull_id}")
+async def cancel_pull(pull_id: str, request: Request) -> dict[str, Any]:
+    """Cancel a pull; the next one goes on with what has arrived."""
+    downloads: Downloads = request.app.state.downloads
+    pull = _known(request, pull_id)
+    await downloads.cancel(pull)
+    return _shown(pull)
+
+
+@router.delete("/v1/models/pulled/{alias:path}")
+async def remove_pulled(alias: str, request: Request) -> dict[str, Any]:
+    """Remove a pulled model and the files that are only its own; its engine finishes what it is doing first."""
+    cache = pulled.cache_folder(os.environ)
+    try:
+        if cache is None:
+            raise pulled.NotPulled(f"No model was pulled as {alias!r}")
+        freed = await asyncio.to_thread(pulled.remove, cache, alias)
+    except pulled.NotPulled as error:
+        raise ApiError(404, "model_not_found", f"{error}.", "model") from None
+    except OSError as error:
+        raise ApiError(500, "disk_error", f"{alias!r} could not be removed: {error}.") from None
+    await request.app.state.downloads.look_again()
+    return {"status": "success", "model": alias, "freed_bytes": freed}
+
+
+def _known(request: Request, pull_id: str) -> Pull:
+    downloads: Downloads = request.app.state.downloads
+    if pull_id not in downloads.pulls:
+        raise ApiError(404, "pull_not_found", f"There is no pull {pull_id!r}; GET /v1/models/pull lists them.")
+    return downloads.pulls[pull_id]
+
+
+def _shown(pull: Pull) -> dict[str, Any]:
+    shown: dict[str, Any] = msgspec.to_builtins(pull.progress)
+    started_at = datetime.fromtimestamp(pull.started_at, timezone.utc).isoformat(timespec="milliseconds")
+    return {"id": pull.id, "started_at": started_at, **shown}
+
+
+def _stream(pull: Pull) -> EventStream:
+    async def events() -> AsyncIterator[ServerSentEvent]:
+        async for progress in pull.follow():
+            name = progress.status if pull.over and progress is pull.progress else "progress"
+            yield ServerSentEvent(msgspec.json.encode(_shown(pull)).decode(), event=name)
+
+    return EventStream(events(), ping=_KEEP_ALIVE_SEC)

@@ -1,0 +1,527 @@
+"""A model from the Hugging Face hub into the cache that other programs share.
+
+Talks to the hub through `huggingface_hub` (addresses, tokens, errors, the layout of the cache), but moves the
+bytes itself: the library begins anew after a cut, and does not compare checksums. Files arrive as
+`blobs/HASH.incomplete`, under the library's own locks; only what has the checksum that the hub promises gets its
+name, and only a model of which all is there is written down as pulled. All of this blocks: the router runs it in a
+process of its own (`downloads.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import queue
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import httpx2
+import huggingface_hub
+import msgspec
+from filelock import FileLock, Timeout
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+from router import __version__, estimate, footprint, gguf, pulled
+from router.flags import Flags
+from router.gguf import GGUFError
+from router.progress import FileProgress, MemoryNote, Problem, Progress
+from router.pulled import PulledFile, PulledModel
+from router.repository import BadReference, Choice, NoChoice, Reference, choose, is_plain, parse
+
+AT_ONCE = 4
+"""Files that are fetched at the same time."""
+_TELL_SEC = 0.25
+_RATE_SEC = 5.0
+_ANSWER_SEC = 30.0
+_PAUSES_SEC = (0.5, 1, 2, 4, 8, 16)
+"""Before another try; when none of them brought a byte, the pull fails."""
+_TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_HASH_BYTES = 1 << 20
+
+
+class PullFailed(Exception):
+    """The message says why, and what to do; the code is stable."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Cancelled(Exception):
+    """Somebody said stop. What has arrived is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Remote:
+    """A file on the hub."""
+
+    path: str
+    size: int
+    blob: str
+    """Its name in the cache: the SHA-256 of its content, or git's hash if it is no large file."""
+    is_large: bool
+
+    def digest(self) -> hashlib._Hash:
+        # git hashes a blob together with its kind and size.
+        return hashlib.sha256() if self.is_large else hashlib.sha1(b"blob %d\0" % self.size)  # noqa: S324
+
+
+def pull(
+    text: str,
+    say: Callable[[Progress], None],
+    *,
+    environ: Mapping[str, str],
+    alias: str | None = None,
+    stop: threading.Event | None = None,
+) -> Progress:
+    """Fetch a model and write down that it is there; `say` gets the progress a few times a second.
+
+    Returns the last progress: `success`, `failed` with the error, or `cancelled`. Of several processes that want
+    the same file one downloads it; the others wait and find it there.
+    """
+    progress = Progress(text, alias)
+    job: _Pull | None = None
+    try:
+        cache = pulled.cache_folder(environ)
+        if cache is None:
+            raise PullFailed("no_cache", "there is no home for the Hugging Face cache: set HF_HOME")
+        job = _Pull(parse(text, environ), progress, cache, environ, say, stop or threading.Event())
+        job.run(alias)
+    except Cancelled:
+        progress.status = "cancelled"
+    except (BadReference, NoChoice) as error:
+        code = "invalid_reference" if isinstance(error, BadReference) else "no_such_file"
+        progress.status, progress.error = "failed", Problem(code, str(error))
+    except PullFailed as error:
+        progress.status, progress.error = "failed", Problem(error.code, str(error))
+    except OSError as error:
+        progress.status, progress.error = "failed", _problem_of_disk(error)
+    progress.eta_sec = None
+    say(progress)
+    return progress
+
+
+def _problem_of_disk(error: OSError) -> Problem:
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno in _NO_ROOM:
+        message = f"{where}no room for more: {error.strerror}. What has arrived is kept: make room and pull again."
+        return Problem("disk_full", message)
+    return Problem("disk_error", f"{where}{error.strerror or error}")
+
+
+class _Pull:
+    """One pull, from a reference to a model that can be served."""
+
+    def __init__(
+        self,
+        reference: Reference,
+        progress: Progress,
+        cache: Path,
+        environ: Mapping[str, str],
+        say: Callable[[Progress], None],
+        stop: threading.Event,
+    ) -> None:
+        self.reference = reference
+        self.progress = progress
+        self.cache = cache
+        self.environ = environ
+        self.say = say
+        self.stop = stop
+        self.folder = pulled.repository_folder(cache, reference.repo)
+        self.endpoint = environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+
+    def run(self, alias: str | None) -> None:
+        self.say(self.progress)
+        commit, remote = self._listing()
+        choice = choose(self.reference, {path: file.size for path, file in remote.items()})
+        files = [remote[path] for path in choice.files]
+        alias = alias or choice.alias
+        progress = self.progress
+        progress.alias, progress.revision = alias, commit
+        progress.files = [FileProgress(file.path, file.size, self._arrived(commit, file)) for file in files]
+        progress.total_bytes = sum(file.size for file in files)
+        self._add_up()
+        model = self._planned(alias, commit, choice, files)
+        self._check_room()
+        self._estimate(commit, choice)
+        progress.status = "downloading"
+        self.say(progress)
+        if not self._is_pulled(alias, model):
+            if alias not in pulled.read(self.cache):
+                pulled.write_down(self.cache, alias, model)  # so that `rm` finds what was broken off
+            self._fetch_all(commit, files)
+            self._name_revision(commit)
+            pulled.write_down(self.cache, alias, msgspec.structs.replace(model, complete=True))
+        progress.status = "success"
+        progress.path = str(pulled.snapshot_path(self.cache, model, choice.model))
+
+    # --- what there is ------------------------------------------------------------------------------------
+
+    def _listing(self) -> tuple[str, dict[str, _Remote]]:
+        """The commit, and the files of the repository."""
+        api = huggingface_hub.HfApi(self.endpoint, library_name="llama-router", library_version=__version__)
+        reference = self.reference
+        for pause_sec in (*_PAUSES_SEC[:3], None):
+            with self._explained(last_try=pause_sec is None):
+                found = api.model_info(
+                    reference.repo, revision=reference.revision, files_metadata=True, timeout=_ANSWER_SEC
+                )
+                break
+            self._wait(pause_sec or 0)
+        commit = found.sha or ""
+        if not re.fullmatch(r"[0-9a-f]{40}", commit):
+            raise PullFailed("hub_error", f"{self.endpoint} does not say which commit {reference} is at")
+        remote: dict[str, _Remote] = {}
+        for sibling in found.siblings or []:
+            blob = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
+            size = sibling.lfs.size if sibling.lfs else sibling.size
+            if (
+                is_plain(sibling.rfilename)
+                and size is not None
+                and blob
+                and re.fullmatch(r"[0-9a-f]{40,64}", blob)
+            ):
+                remote[sibling.rfilename] = _Remote(sibling.rfilename, size, blob, sibling.lfs is not None)
+        return commit, remote
+
+    @contextlib.contextmanager
+    def _explained(self, *, last_try: bool) -> Iterator[None]:
+        """The hub's errors in words; what may pass by itself is left for another try."""
+        repo = self.reference.repo
+        try:
+            yield
+        except OfflineModeIsEnabled:
+            raise PullFailed("offline", "HF_HUB_OFFLINE is set: nothing is downloaded") from None
+        except GatedRepoError:
+            message = (
+                f"{repo} is gated: accept its terms on {self.endpoint}/{repo}, then set HF_TOKEN to your token"
+            )
+            raise PullFailed("gated", message) from None
+        except RepositoryNotFoundError:
+            message = f"there is no repository {repo} on {self.endpoint}, or it is private: then set HF_TOKEN"
+            raise PullFailed("not_found", message) from None
+        except RevisionNotFoundError:
+            raise PullFailed("not_found", f"{repo} has no revision {self.reference.revision}") from None
+        except RemoteEntryNotFoundError:
+            raise PullFailed("not_found", f"{repo} has lost a file while it was pulled: pull again") from None
+        except HfHubHTTPError as error:
+            status = error.response.status_code
+            if status in (401, 403):
+                message = f"{self.endpoint} denies access to {repo} (HTTP {status}): check HF_TOKEN"
+                raise PullFailed("access_denied", message) from None
+            if status not in _TRANSIENT or last_try:
+                raise PullFailed("hub_error", f"{self.endpoint} answers HTTP {status} for {repo}") from None
+        except (httpx2.TransportError, httpx2.InvalidURL) as error:
+            if last_try or isinstance(error, httpx2.InvalidURL):
+                reason = str(error) or type(error).__name__
+                raise PullFailed(
+                    "unreachable", f"{self.endpoint} cannot be reached, or broke off: {reason}"
+                ) from None
+
+    def _planned(self, alias: str, commit: str, choice: Choice, files: list[_Remote]) -> PulledModel:
+        known = pulled.read(self.cache)
+        taken = known.get(alias)
+        if taken is not None and (taken.repo, taken.model) != (self.reference.repo, choice.model):
+            name = f"{taken.repo}/{taken.model}"
+            message = f"{alias!r} is the alias of {name}: choose another one, or remove that model first"
+            raise PullFailed("alias_taken", message)
+        here = [model for model in known.values() if model.repo == self.reference.repo]
+        ours = {file.blob for model in here for file in model.files if file.ours}
+        return PulledModel(
+            self.reference.repo,
+            commit,
+            choice.model,
+            choice.mmproj,
+            tuple(
+                PulledFile(file.path, file.blob, file.size, file.blob in ours or not self._is_there(commit, file))
+                for file in files
+            ),
+            complete=False,
+        )
+
+    def _is_pulled(self, alias: str, model: PulledModel) -> bool:
+        there = all(self._pointer(model.revision, file.path).exists() for file in model.files)
+        return there and pulled.read(self.cache).get(alias) == msgspec.structs.replace(model, complete=True)
+
+    def _check_room(self) -> None:
+        needed = self.progress.total_bytes - self.progress.completed_bytes
+        place = next(folder for folder in (self.cache, *self.cache.parents) if folder.exists())
+        free = shutil.disk_usage(place).free
+        if needed > free:
+            message = (
+                f"{self.cache} has {free / 1e9:.1f} GB free, and the download needs {needed / 1e9:.1f} GB more"
+            )
+            raise PullFailed("disk_full", message)
+
+    def _estimate(self, commit: str, choice: Choice) -> None:
+        """Whether it will fit. It informs, and forbids nothing: so whatever is wrong here is only told."""
+        token = huggingface_hub.get_token()
+        environ = {**self.environ, **({"HF_TOKEN": token} if token else {})}
+
+        def header(path: str) -> gguf.GGUF:
+            local = self._pointer(commit, path)
+            if local.exists():
+                return gguf.read(local)
+            return estimate.read(f"https://huggingface.co/{self.reference.repo}/resolve/{commit}/{path}", environ)
+
+        try:
+            model = header(choice.model)
+            projector = header(choice.mmproj) if choice.mmproj else None
+            flags = Flags(("-np", "1"))
+            free = estimate.free_mib()
+            need = footprint.estimate(model, flags, projector=projector, gpus=len(free) - 1)
+            largest = footprint.largest_context(model, flags, free, projector=projector)
+        except (estimate.CannotEstimate, GGUFError, OSError) as error:
+            self.progress.memory_unknown = str(error)
+            return
+        needs = need.mib()
+        self.progress.memory = MemoryNote(
+            needs,
+            {device: free.get(device, 0) for device in needs},
+            need.context,
+            all(mib <= free.get(device, 0) for device, mib in needs.items()),
+            largest,
+        )
+
+    # --- fetching -----------------------------------------------------------------------------------------
+
+    def _fetch_all(self, commit: str, files: list[_Remote]) -> None:
+        waiting: queue.SimpleQueue[tuple[_Remote, FileProgress]] = queue.SimpleQueue()
+        for each in zip(files, self.progress.files, strict=True):
+            waiting.put(each)
+        errors: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                while not self.stop.is_set():
+                    file, progress = waiting.get_nowait()
+                    self._fetch(commit, file, progress)
+            except queue.Empty:
+                pass
+            except BaseException as error:
+                errors.append(error)
+                self.stop.set()
+
+        workers = [threading.Thread(target=work, daemon=True) for _ in range(min(AT_ONCE, len(files)))]
+        try:
+            for worker in workers:
+                worker.start()
+            rate = _Rate(self.progress.completed_bytes)
+            for worker in workers:
+                while worker.is_alive():
+                    worker.join(_TELL_SEC)
+                    self._add_up()
+                    rate.tell(self.progress)
+                    self.say(self.progress)
+        except BaseException:
+            self.stop.set()
+            raise
+        if errors:
+            raise next((error for error in errors if not isinstance(error, Cancelled)), errors[0])
+        if self.stop.is_set():
+            raise Cancelled
+
+    def _fetch(self, commit: str, file: _Remote, progress: FileProgress) -> None:
+        """Have one file in the cache, checked, under its name. Another process may be just about to."""
+        blob, pointer = self.folder / "blobs" / file.blob, self._pointer(commit, file.path)
+        lock = FileLock(self.cache / ".locks" / self.folder.name / f"{file.blob}.lock")
+        for path in (Path(lock.lock_file), blob, pointer):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                lock.acquire(timeout=_TELL_SEC)
+                break
+            except Timeout:
+                self._check_stop()
+                progress.completed_bytes = self._arrived(commit, file)
+        try:
+            if not self._is_there(commit, file):
+                self._download(commit, file, blob.with_name(f"{file.blob}.incomplete"), progress)
+                os.replace(blob.with_name(f"{file.blob}.incomplete"), blob)
+            if not pointer.exists():
+                pointer.unlink(missing_ok=True)
+                try:
+                    pointer.symlink_to(os.path.relpath(blob, pointer.parent))
+                except OSError:  # a file system without links: as the library does
+                    os.replace(blob, pointer)
+            progress.completed_bytes = file.size
+        finally:
+            lock.release()
+
+    def _download(self, commit: str, file: _Remote, partial: Path, progress: FileProgress) -> None:
+        """Into `partial`, until its checksum is right. What was left by a broken try may be wrong, too."""
+        resumes = partial.exists()
+        if self._complete(commit, file, partial, progress):
+            return
+        partial.unlink()
+        if resumes and self._complete(commit, file, partial, progress):
+            return
+        partial.unlink(missing_ok=True)
+        message = f"{file.path}: what arrived is not what the hub promises, and was thrown away. Pull again."
+        raise PullFailed("checksum_mismatch", message)
+
+    def _complete(self, commit: str, file: _Remote, partial: Path, progress: FileProgress) -> bool:
+        """Fetch what is missing of a file; whether its checksum is right then."""
+        with partial.open("a+b") as out:
+            arriving = _Arriving(file, out, progress)
+            arriving.take_up(self._check_stop)
+            tries = 0
+            while progress.completed_bytes < file.size:
+                before = progress.completed_bytes
+                with self._explained(last_try=tries == len(_PAUSES_SEC)):
+                    self._receive(commit, file, arriving)
+                out.flush()
+                if progress.completed_bytes < file.size:
+                    tries = 1 if progress.completed_bytes > before else tries + 1
+                    if tries > len(_PAUSES_SEC):
+                        raise PullFailed("unreachable", f"{self.endpoint} sends no more of {file.path}")
+                    self._wait(_PAUSES_SEC[tries - 1])
+            out.flush()
+            os.fsync(out.fileno())
+        return progress.completed_bytes == file.size and arriving.digest.hexdigest() == file.blob
+
+    def _receive(self, commit: str, file: _Remote, arriving: _Arriving) -> None:
+        """One request for the rest of a file."""
+        start = arriving.progress.completed_bytes
+        headers = build_hf_headers(library_name="llama-router", library_version=__version__)
+        headers["Accept-Encoding"] = "identity"
+        if start:
+            headers["Range"] = f"bytes={start}-"
+        url = huggingface_hub.hf_hub_url(self.reference.repo, file.path, revision=commit, endpoint=self.endpoint)
+        with get_session().stream("GET", url, headers=headers, timeout=_ANSWER_SEC) as response:
+            hf_raise_for_status(response)
+            if start and (response.status_code != 206 or _first_byte(response) != start):
+                arriving.begin_anew()
+            for chunk in response.iter_raw():
+                self._check_stop()
+                arriving.add(chunk)
+                if arriving.progress.completed_bytes > file.size:
+                    return
+
+    def _name_revision(self, commit: str) -> None:
+        """So that other programs find it without asking the hub."""
+        if self.reference.revision == commit:
+            return
+        ref = self.folder / "refs" / self.reference.revision
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        fresh = ref.with_name(f"{ref.name}.new")
+        fresh.write_text(commit)
+        os.replace(fresh, ref)
+
+    # --- small questions ----------------------------------------------------------------------------------
+
+    def _pointer(self, commit: str, path: str) -> Path:
+        return self.folder / "snapshots" / commit / path
+
+    def _is_there(self, commit: str, file: _Remote) -> bool:
+        places = (self.folder / "blobs" / file.blob, self._pointer(commit, file.path))
+        return any(_size(place) == file.size for place in places)
+
+    def _arrived(self, commit: str, file: _Remote) -> int:
+        if self._is_there(commit, file):
+            return file.size
+        return min(file.size, _size(self.folder / "blobs" / f"{file.blob}.incomplete") or 0)
+
+    def _add_up(self) -> None:
+        self.progress.completed_bytes = sum(file.completed_bytes for file in self.progress.files)
+
+    def _check_stop(self) -> None:
+        if self.stop.is_set():
+            raise Cancelled
+
+    def _wait(self, sec: float) -> None:
+        if self.stop.wait(sec):
+            raise Cancelled
+
+
+class _Arriving:
+    """A file as far as it is there, with the digest of that."""
+
+    def __init__(self, file: _Remote, out: IO[bytes], progress: FileProgress) -> None:
+        self.progress = progress
+        self.digest = file.digest()
+        self._file = file
+        self._out = out
+
+    def take_up(self, check_stop: Callable[[], None]) -> None:
+        """Read what an earlier try has left."""
+        self._out.seek(0)
+        self.progress.completed_bytes = 0
+        while chunk := self._out.read(_HASH_BYTES):
+            check_stop()
+            self.digest.update(chunk)
+            self.progress.completed_bytes += len(chunk)
+
+    def add(self, chunk: bytes) -> None:
+        self._out.write(chunk)
+        self.digest.update(chunk)
+        self.progress.completed_bytes += len(chunk)
+
+    def begin_anew(self) -> None:
+        """The server sends the whole file, whatever it was asked for."""
+        self._out.truncate(0)
+        self.digest = self._file.digest()
+        self.progress.completed_bytes = 0
+
+
+class _Rate:
+    """Bytes per second over the last seconds, and how long the rest takes at that."""
+
+    def __init__(self, completed_bytes: int) -> None:
+        self._points = [(time.monotonic(), completed_bytes)]
+
+    def tell(self, progress: Progress) -> None:
+        now = time.monotonic()
+        self._points.append((now, progress.completed_bytes))
+        while self._points[1][0] < now - _RATE_SEC:
+            del self._points[0]
+        (since, before), left = self._points[0], progress.total_bytes - progress.completed_bytes
+        progress.bytes_per_sec = max(0.0, (progress.completed_bytes - before) / max(now - since, 1e-3))
+        progress.eta_sec = round(left / progress.bytes_per_sec, 1) if progress.bytes_per_sec else None
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _first_byte(response: httpx2.Response) -> int | None:
+    found = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+    return int(found[1]) if found else None
+
+
+def child(text: str, alias: str | None = None) -> None:
+    """In a process of the router's: progress goes to standard output as JSON lines; its end of input ends us."""
+
+    def end_with_parent() -> None:
+        while os.read(sys.stdin.fileno(), 4096):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+    def say(progress: Progress) -> None:
+        sys.stdout.buffer.write(msgspec.json.encode(progress) + b"\n")
+        sys.stdout.buffer.flush()
+
+    pull(text, say, environ=os.environ, alias=alias)

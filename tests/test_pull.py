@@ -1,0 +1,445 @@
+"""Stories about pulling models: from a hub on this machine, by the command line and by a running router."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, Router, Start, eventually
+from fake_hub import Hub, serving
+from tiny_models import write_llama, write_projector
+
+from router import pulled
+from router.progress import Progress
+from router.pull import pull
+
+REPO = "org/tiny-GGUF"
+ALIAS = f"{REPO}:Q4_K_M"
+
+
+@pytest.fixture(scope="session")
+def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("content")
+    write_llama(folder / "tiny-Q4_K_M.gguf")
+    write_llama(folder / "tiny-Q8_0.gguf", seed=1)
+    write_projector(folder / "mmproj-F16.gguf")
+    first = write_llama(folder / "big.gguf", n_layer=4, parts=3, seed=2)
+    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    assert first.name in files
+    return {**files, "README.md": b"# A model card"}
+
+
+@pytest.fixture
+def hub(content: dict[str, bytes]) -> Iterator[Hub]:
+    plain = {name: content[name] for name in ("tiny-Q4_K_M.gguf", "tiny-Q8_0.gguf", "README.md")}
+    seeing = {**plain, "mmproj-F16.gguf": content["mmproj-F16.gguf"]}
+    split = {f"BF16/{name}": content[name] for name in content if name.startswith("big-")}
+    with serving(Hub({REPO: plain, "org/sees-GGUF": seeing, "org/split-GGUF": split})) as hub:
+        yield hub
+
+
+@pytest.fixture
+def environ(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    return {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "hf" / "hub"
+
+
+def fetch(reference: str, environ: dict[str, str], **more: Any) -> Progress:
+    return pull(reference, lambda _: None, environ=environ, **more)
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "run.py"), *arguments]
+
+
+def clean(environ: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    return {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), **environ}
+
+
+def run(*arguments: str, environ: dict[str, str], cwd: Path, **more: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), cwd=cwd, env=clean(environ, cwd), capture_output=True, text=True, timeout=60, **more
+    )
+
+
+def aliases(router: Router) -> set[str]:
+    return set(router.http.get("/status").json()["models"])
+
+
+def blobs(cache: Path) -> set[str]:
+    return {path.name for path in cache.glob("models--*/blobs/*")}
+
+
+# --- one download ---------------------------------------------------------------------------------------------
+
+
+def test_pull_a_model_and_talk_to_it_also_after_a_restart(
+    start: Start, hub: Hub, environ: dict[str, str], tmp_path: Path
+) -> None:
+    ended = run("pull", f"hf.co/{REPO}", environ=environ, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert "fits now" in ended.stdout
+    assert f"{ALIAS} is there" in ended.stdout
+    hub.asked.clear()
+    for _ in range(2):
+        router = start(**environ)
+        assert aliases(router) == {ALIAS}
+        assert router.status(ALIAS)["source"] == "pulled"
+        assert router.chat(ALIAS).status_code == 200
+        router.stop()
+    assert router.process.returncode == 0
+    assert hub.asked == []
+
+
+def test_other_programs_find_what_was_pulled(hub: Hub, environ: dict[str, str], cache: Path) -> None:
+    """By the library's own eyes: revision, file and blob are where it looks for them."""
+    import huggingface_hub
+
+    fetch(REPO, environ)
+    path = huggingface_hub.try_to_load_from_cache(REPO, "tiny-Q4_K_M.gguf", cache_dir=cache)
+    assert isinstance(path, str)
+    assert Path(path).read_bytes() == hub.repositories[REPO]["tiny-Q4_K_M.gguf"]
+    (repository,) = huggingface_hub.scan_cache_dir(cache).repos
+    assert (repository.repo_id, repository.nb_files) == (REPO, 1)
+    assert {ref for revision in repository.revisions for ref in revision.refs} == {"main"}
+
+
+@pytest.mark.parametrize("shares", [[0.3], [0.6], [0.9], [0.3, 0.6, 0.9]])
+def test_a_download_goes_on_where_it_was_cut(hub: Hub, environ: dict[str, str], shares: list[float]) -> None:
+    size = len(hub.repositories[REPO]["tiny-Q4_K_M.gguf"])
+    hub.cuts = list(shares)
+    assert fetch(REPO, environ).status == "success"
+    starts = [start for _, start in hub.fetched]
+    assert len(starts) == 1 + len(shares)
+    for start, share in zip(starts[1:], shares, strict=True):
+        assert share * size - 65536 <= start <= share * size + 65536
+    assert hub.sent_bytes <= size + 65536 * len(shares)
+
+
+def test_a_killed_download_is_never_served_and_goes_on_at_the_next_pull(
+    start: Start, hub: Hub, environ: dict[str, str], tmp_path: Path, cache: Path
+) -> None:
+    write_llama(tmp_path / "other.gguf")
+    router = start(arguments=["--hf-cache", "--models-dir", str(tmp_path)], **environ)
+    hub.hold_at = 0.6
+    process = subprocess.Popen(command("pull", REPO), env=clean(environ, tmp_path), stdout=subprocess.DEVNULL)
+    assert hub.held.wait(30)
+    (partial,) = cache.glob("models--*/blobs/*.incomplete")
+    eventually(lambda: partial.stat().st_size > 0)
+    process.kill()
+    process.wait()
+    arrived = partial.stat().st_size
+    hub.hold_at = None
+    assert aliases(router) == {"other"}
+    assert run("pull", REPO, environ=environ, cwd=tmp_path).returncode == 0
+    assert hub.fetched[-1] == ("tiny-Q4_K_M.gguf", arrived)
+    assert not partial.exists()
+    eventually(lambda: aliases(router) == {"other", ALIAS})
+
+
+def test_a_server_without_ranges_is_asked_for_the_whole_file(hub: Hub, environ: dict[str, str]) -> None:
+    hub.cuts, hub.ranges = [0.5], False
+    ended = fetch(REPO, environ)
+    assert (ended.status, ended.completed_bytes) == ("success", ended.total_bytes)
+
+
+def test_a_busy_hub_is_asked_again(hub: Hub, environ: dict[str, str]) -> None:
+    hub.busy = 2
+    assert fetch(REPO, environ).status == "success"
+
+
+def test_what_a_broken_download_left_is_not_trusted(hub: Hub, environ: dict[str, str], cache: Path) -> None:
+    fetch(REPO, environ)
+    (blob,) = cache.glob("models--*/blobs/*")
+    good = blob.read_bytes()
+    pulled.remove(cache, ALIAS)
+    blob.parent.mkdir(parents=True)
+    for wrong in (b"x" * 5000, good + b"more", good[:-1] + b"x"):
+        blob.with_name(f"{blob.name}.incomplete").write_bytes(wrong)
+        assert fetch(REPO, environ).status == "success"
+        assert blob.read_bytes() == good
+        pulled.remove(cache, ALIAS)
+        blob.parent.mkdir(parents=True)
+
+
+def test_a_wrong_checksum_is_said_and_nothing_of_it_is_kept(
+    hub: Hub, environ: dict[str, str], cache: Path
+) -> None:
+    hub.wrong.add("tiny-Q4_K_M.gguf")
+    ended = fetch(REPO, environ)
+    assert ended.error is not None
+    assert ended.error.code == "checksum_mismatch"
+    assert blobs(cache) == set()
+    assert pulled.discover(cache).models == ()
+    hub.wrong.clear()
+    assert fetch(REPO, environ).status == "success"
+
+
+def test_split_models_and_projectors_come_whole(hub: Hub, environ: dict[str, str], cache: Path) -> None:
+    assert fetch("org/split-GGUF", environ).alias == "org/split-GGUF:BF16"
+    assert fetch("org/sees-GGUF:Q8_0", environ).status == "success"
+    found = {each.alias: each for each in pulled.discover(cache).models}
+    assert len(found["org/split-GGUF:BF16"].model.files) == 3
+    assert found["org/sees-GGUF:Q8_0"].capabilities == ("completion", "vision")
+
+
+# --- what may be wrong ----------------------------------------------------------------------------------------
+
+
+def refusal(reference: str, environ: dict[str, str]) -> tuple[str, str]:
+    ended = fetch(reference, environ)
+    assert ended.status == "failed"
+    assert ended.error is not None
+    return ended.error.code, ended.error.message
+
+
+def test_a_gated_repository_needs_the_token_and_only_the_hub_gets_it(
+    hub: Hub, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.token = "hf_sesame"
+    code, message = refusal(REPO, environ)
+    assert (code, "HF_TOKEN" in message, f"{hub.url}/{REPO}" in message) == ("gated", True, True)
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    assert refusal(REPO, environ)[0] == "gated"
+    monkeypatch.setenv("HF_TOKEN", "hf_sesame")
+    assert fetch(REPO, environ).status == "success"
+    assert hub.leaked_tokens == []
+
+
+def test_what_is_not_there_is_said_with_what_is(hub: Hub, environ: dict[str, str]) -> None:
+    assert refusal("org/absent", environ)[0] == "not_found"
+    assert refusal(f"{REPO}:Q5_0", environ) == ("no_such_file", f"{REPO} has no Q5_0; it has Q4_K_M, Q8_0")
+    assert refusal("nonsense", environ)[0] == "invalid_reference"
+    assert refusal(REPO, {**environ, "HF_ENDPOINT": "http://127.0.0.1:9"})[0] == "unreachable"
+    assert refusal(REPO, {"HF_ENDPOINT": hub.url})[0] == "no_cache"
+
+
+def test_room_on_the_disk_is_looked_at_first(hub: Hub, environ: dict[str, str]) -> None:
+    hub.sizes["tiny-Q4_K_M.gguf"] = 1 << 60
+    code, message = refusal(REPO, environ)
+    assert code == "disk_full"
+    assert "needs 1152921504.6 GB more" in message
+    assert hub.fetched == []
+
+
+def test_a_disk_that_fills_up_keeps_what_has_arrived(
+    hub: Hub, environ: dict[str, str], tmp_path: Path, cache: Path
+) -> None:
+    limit = len(hub.repositories[REPO]["tiny-Q4_K_M.gguf"]) // 2
+
+    def small_files_only() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    ended = run("pull", REPO, environ=environ, cwd=tmp_path, preexec_fn=small_files_only)
+    assert ended.returncode == 1
+    assert "no room for more" in ended.stderr
+    assert pulled.discover(cache).models == ()
+    (partial,) = cache.glob("models--*/blobs/*.incomplete")
+    arrived = partial.stat().st_size
+    assert arrived > 0
+    assert run("pull", REPO, environ=environ, cwd=tmp_path).returncode == 0
+    assert hub.fetched[-1] == ("tiny-Q4_K_M.gguf", arrived)
+
+
+def test_an_alias_of_another_model_is_not_taken_over(hub: Hub, environ: dict[str, str]) -> None:
+    assert fetch(REPO, environ, alias="mine").alias == "mine"
+    ended = fetch(f"{REPO}:Q8_0", environ, alias="mine")
+    assert ended.error is not None
+    assert ended.error.code == "alias_taken"
+
+
+# --- away again -----------------------------------------------------------------------------------------------
+
+
+def test_rm_removes_exactly_what_the_pull_brought(
+    hub: Hub, environ: dict[str, str], cache: Path, tmp_path: Path
+) -> None:
+    for quant in ("Q4_K_M", "Q8_0"):
+        fetch(f"org/sees-GGUF:{quant}", environ)
+    assert len(blobs(cache)) == 3
+    assert run("rm", "org/sees-GGUF:Q4_K_M", environ=environ, cwd=tmp_path).returncode == 0
+    (left,) = pulled.discover(cache).models
+    assert (left.alias, left.capabilities) == ("org/sees-GGUF:Q8_0", ("completion", "vision"))
+    assert len(blobs(cache)) == 2
+    pulled.remove(cache, "org/sees-GGUF:Q8_0")
+    assert list(cache.glob("models--*")) == []
+    ended = run("rm", "org/sees-GGUF:Q8_0", environ=environ, cwd=tmp_path)
+    assert (ended.returncode, "pulled are: none" in ended.stderr) == (1, True)
+
+
+def test_rm_leaves_what_another_program_had_brought(hub: Hub, environ: dict[str, str], cache: Path) -> None:
+    fetch(REPO, environ)
+    (cache / f"models--{REPO.replace('/', '--')}" / pulled.RECORD).unlink()  # as if another program had done it
+    assert fetch(REPO, environ).status == "success"
+    before = blobs(cache)
+    pulled.remove(cache, ALIAS)
+    assert blobs(cache) == before
+
+
+def test_rm_clears_away_a_broken_download(hub: Hub, environ: dict[str, str], cache: Path) -> None:
+    hub.hold_at = 0.5
+    stop = threading.Event()
+    ended: list[Progress] = []
+    thread = threading.Thread(target=lambda: ended.append(fetch(REPO, environ, stop=stop)))
+    thread.start()
+    assert hub.held.wait(30)
+    stop.set()
+    hub.go_on.set()
+    thread.join()
+    assert ended[0].status == "cancelled"
+    assert len(blobs(cache)) == 1
+    pulled.remove(cache, ALIAS)
+    assert list(cache.glob("models--*")) == []
+
+
+def test_a_newer_revision_takes_the_place_of_the_old_one(
+    hub: Hub, content: dict[str, bytes], environ: dict[str, str], cache: Path
+) -> None:
+    fetch(REPO, environ)
+    (old,) = blobs(cache)
+    hub.repositories[REPO] = {"tiny-Q4_K_M.gguf": content["tiny-Q8_0.gguf"]}
+    assert fetch(REPO, environ).status == "success"
+    (new,) = blobs(cache)
+    assert new != old
+    assert [found.alias for found in pulled.discover(cache).models] == [ALIAS]
+
+
+# --- together -------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_share_one_download(hub: Hub, environ: dict[str, str], tmp_path: Path) -> None:
+    size = len(hub.repositories[REPO]["tiny-Q4_K_M.gguf"])
+    hub.hold_at = 0.5
+    pulls = [
+        subprocess.Popen(command("pull", "--json", REPO), env=clean(environ, tmp_path), stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    assert hub.held.wait(30)
+    eventually(lambda: sum(f"/api/models/{REPO}" in asked for asked in hub.asked) == 2, timeout_sec=30)
+    hub.go_on.set()
+    for process in pulls:
+        output, _ = process.communicate(timeout=30)
+        assert json.loads(output.splitlines()[-1])["status"] == "success"
+    assert (hub.fetched, hub.sent_bytes) == ([("tiny-Q4_K_M.gguf", 0)], size)
+
+
+def test_a_running_router_notices_what_the_command_line_pulls_and_removes(
+    start: Start, environ: dict[str, str], tmp_path: Path
+) -> None:
+    router = start(**environ)
+    assert run("pull", REPO, "--alias", "small", environ=environ, cwd=tmp_path).returncode == 0
+    eventually(lambda: "small" in aliases(router))
+    assert router.chat("small").status_code == 200
+    assert run("pull", REPO, environ=environ, cwd=tmp_path).returncode == 0
+    eventually(lambda: {"small", ALIAS} <= aliases(router))  # two names for one file
+    assert run("rm", "small", environ=environ, cwd=tmp_path).returncode == 0
+    eventually(lambda: "small" not in aliases(router))
+    assert router.chat("small").status_code == 404
+    assert router.chat(ALIAS).status_code == 200
+
+
+def events(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    name = ""
+    for line in lines:
+        if line.startswith("event:"):
+            name = line[6:].strip()
+        elif line.startswith("data:"):
+            yield name, json.loads(line[5:])
+
+
+def test_a_router_pulls_and_serves_at_once(start: Start, hub: Hub, environ: dict[str, str]) -> None:
+    router = start(**environ)
+    body = {"model": f"hf.co/{REPO}", "stream": True}
+    with router.http.stream("POST", "/v1/models/pull", json=body) as stream:
+        told = list(events(stream.iter_lines()))
+    assert [name for name, _ in told][-1] == "success"
+    assert told[-1][1]["memory"]["fits"] is True
+    assert told[-1][1]["completed_bytes"] == len(hub.repositories[REPO]["tiny-Q4_K_M.gguf"])
+    assert router.chat(ALIAS).status_code == 200
+    gone = router.http.delete(f"/v1/models/pulled/{ALIAS}").json()
+    assert gone["freed_bytes"] == told[-1][1]["total_bytes"]
+    assert router.chat(ALIAS).status_code == 404
+    assert router.http.delete(f"/v1/models/pulled/{ALIAS}").json()["error"]["code"] == "model_not_found"
+
+
+def test_a_slow_pull_is_shared_cancelled_and_taken_up_again(
+    start: Start, hub: Hub, environ: dict[str, str]
+) -> None:
+    router = start(**environ)
+    hub.hold_at = 0.5
+    first, second = (router.http.post("/v1/models/pull", json={"model": REPO}) for _ in range(2))
+    assert (first.status_code, second.status_code) == (202, 202)
+    pull_id = first.json()["id"]
+    assert second.json()["id"] == pull_id
+    assert first.headers["location"] == f"/v1/models/pull/{pull_id}"
+    assert hub.held.wait(30)
+    # Meanwhile the router does what it is for.
+    assert router.chat("demo").status_code == 200
+    assert router.chat(ALIAS).status_code == 404
+    assert router.http.get("/v1/models/pull").json()["pulls"][0]["status"] == "downloading"
+    with router.http.stream("GET", f"/v1/models/pull/{pull_id}/stream") as stream:
+        told = events(stream.iter_lines())
+        assert next(told)[0] == "progress"
+        cancelled = router.http.delete(f"/v1/models/pull/{pull_id}").json()
+        assert cancelled["status"] == "cancelled"
+        assert list(told)[-1][0] == "cancelled"
+    assert router.chat(ALIAS).status_code == 404
+    hub.go_on.set()
+    again = router.http.post("/v1/models/pull", json={"model": REPO}).json()
+    assert again["id"] != pull_id
+    eventually(lambda: router.http.get(f"/v1/models/pull/{again['id']}").json()["status"] == "success", 20)
+    assert hub.fetched[-1][1] > 0
+    assert router.chat(ALIAS).status_code == 200
+
+
+def test_a_failed_pull_says_why(start: Start, hub: Hub, environ: dict[str, str]) -> None:
+    router = start(**environ)
+    with router.http.stream("POST", "/v1/models/pull", json={"model": "org/absent", "stream": True}) as stream:
+        name, last = list(events(stream.iter_lines()))[-1]
+    assert (name, last["error"]["code"]) == ("failed", "not_found")
+    answer = router.http.post("/v1/models/pull", json={"model": "nonsense"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_reference")
+    assert router.http.get("/v1/models/pull/none").json()["error"]["code"] == "pull_not_found"
+
+
+def test_only_a_full_key_pulls_and_no_chat_ever_does(
+    start: Start, hub: Hub, environ: dict[str, str], tiny: Path
+) -> None:
+    api = {"api_keys": ["full"], "inference_keys": ["some"]}
+    router = start({"api": api, "models": {"a": {"model_path": str(tiny)}}}, **environ)
+    some, full = ({"Authorization": f"Bearer {key}"} for key in ("some", "full"))
+    assert router.http.post("/v1/models/pull", json={"model": REPO}, headers=some).status_code == 403
+    assert router.http.get("/v1/models/pull", headers=some).status_code == 403
+    assert router.http.get("/v1/models/pull", headers=full).status_code == 200
+    assert router.chat(f"hf.co/{REPO}", headers=full).status_code == 404
+    assert router.chat(ALIAS, headers=some).status_code == 404
+    assert hub.asked == []
+
+
+def test_a_router_that_stops_takes_its_pulls_along(
+    start: Start, hub: Hub, environ: dict[str, str], cache: Path
+) -> None:
+    router = start(**environ)
+    hub.hold_at = 0.5
+    router.http.post("/v1/models/pull", json={"model": REPO})
+    assert hub.held.wait(30)
+    pulls = router.engines
+    assert router.stop(signal.SIGTERM) == 0
+    assert pulls
+    assert not any(pull.is_running() for pull in pulls)
+    assert pulled.discover(cache).models == ()

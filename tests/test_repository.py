@@ -1,0 +1,104 @@
+"""Stories about what is taken of a repository: names and sizes in, files and an alias out."""
+
+from __future__ import annotations
+
+import pytest
+
+from router.repository import BadReference, Choice, NoChoice, Reference, choose, parse
+
+MIRROR = {"HF_ENDPOINT": "http://hub.example:8080"}
+
+
+@pytest.mark.parametrize(
+    ("text", "reference"),
+    [
+        ("hf.co/org/m-GGUF", Reference("org/m-GGUF")),
+        ("org/m-GGUF:Q8_0", Reference("org/m-GGUF", "Q8_0")),
+        ("https://huggingface.co/org/m-GGUF:q4_0", Reference("org/m-GGUF", "q4_0")),
+        ("https://huggingface.co/org/m-GGUF/", Reference("org/m-GGUF")),
+        ("hf.co/org/m/sub/m.gguf", Reference("org/m", file="sub/m.gguf")),
+        ("https://huggingface.co/org/m/blob/v2/m.gguf?x=1", Reference("org/m", file="m.gguf", revision="v2")),
+        ("https://huggingface.co/org/m/tree/v2", Reference("org/m", revision="v2")),
+        ("http://hub.example:8080/org/m", Reference("org/m")),
+    ],
+)
+def test_a_model_is_named_as_people_copy_it(text: str, reference: Reference) -> None:
+    assert parse(text, MIRROR) == reference
+    assert parse(str(reference), {}) == reference
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "llama3",
+        "https://example.com/org/m.gguf",
+        "org/../etc",
+        "org/m/../../x.gguf",
+        "org/m/readme.md",
+        "org/m/x.gguf:Q4_0",
+        "-rf/m",
+        "org/m--x",
+        "org/m:a b",
+    ],
+)
+def test_anything_else_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(BadReference, match=r"hf\.co|QUANT|quantization"):
+        parse(text, {})
+
+
+def chosen(*files: str, quant: str | None = None, file: str | None = None) -> Choice:
+    return choose(Reference("org/m", quant, file), dict.fromkeys(files, 1000))
+
+
+def test_without_a_quantization_it_is_q4_k_m_and_nothing_that_is_no_model_comes_along() -> None:
+    choice = chosen(
+        "m-Q2_K.gguf", "m-Q4_K_M.gguf", "m-Q8_0.gguf", "m-imatrix.gguf", "mtp-m-Q4_K_M.gguf", "README.md"
+    )
+    assert choice == Choice("org/m:Q4_K_M", "m-Q4_K_M.gguf", ("m-Q4_K_M.gguf",), None)
+
+
+def test_else_it_is_the_closest_in_a_fixed_order() -> None:
+    order = "Q4_K_M UD-Q4_K_M Q4_K_XL UD-Q4_K_XL Q4_K_L Q4_K_S IQ4_NL IQ4_XS Q4_1 Q4_0 MXFP4_MOE Q5_K_M Q5_0 Q6_K "
+    order += "Q8_0 Q3_K_M IQ3_XS Q2_K BF16 F16 F32 TQ1_0"
+    left = [f"m-{label}.gguf" for label in order.split()]
+    while left:
+        assert chosen(*sorted(left)).model == left[0]
+        left.pop(0)
+
+
+def test_a_quantization_is_taken_as_asked_for_or_not_at_all() -> None:
+    there = ("m-Q4_K_M.gguf", "m-UD-Q4_K_XL.gguf", "m-UD-Q2_K_XL.gguf", "m-Q2_K_XL.gguf")
+    assert chosen(*there, quant="q4_k_m").model == "m-Q4_K_M.gguf"
+    assert chosen(*there, quant="Q4_K_XL").model == "m-UD-Q4_K_XL.gguf"
+    assert chosen(*there, quant="Q2_K_XL").model == "m-Q2_K_XL.gguf"
+    with pytest.raises(NoChoice, match="no Q8_0; it has Q2_K_XL, Q4_K_M, UD-Q2_K_XL, UD-Q4_K_XL"):
+        chosen(*there, quant="Q8_0")
+
+
+def test_a_split_model_comes_whole_also_when_a_folder_names_its_quantization() -> None:
+    parts = tuple(f"BF16/m-{part:05}-of-00003.gguf" for part in (1, 2, 3))
+    choice = chosen(*parts, "m-Q8_0.gguf", quant="BF16")
+    assert (choice.alias, choice.model, choice.parts) == ("org/m:BF16", parts[0], parts)
+    with pytest.raises(NoChoice, match=r"00002-of-00003\.gguf is missing"):
+        chosen(parts[0], parts[2])
+
+
+def test_the_projector_comes_along_from_the_folder_or_above() -> None:
+    sizes = {"q8/m-Q8_0.gguf": 9, "mmproj-F32.gguf": 4, "mmproj-F16.gguf": 2, "other/mmproj-Q8_0.gguf": 1}
+    choice = choose(Reference("org/m"), sizes)
+    assert choice.mmproj == "mmproj-F16.gguf"
+    assert choice.files == ("q8/m-Q8_0.gguf", "mmproj-F16.gguf")
+
+
+def test_of_several_models_one_has_to_be_named() -> None:
+    with pytest.raises(NoChoice, match=r"several such models: name one, as in hf.co/org/m/one-Q8_0.gguf"):
+        chosen("one-Q8_0.gguf", "two-Q8_0.gguf")
+    assert chosen("one-Q8_0.gguf", "two-Q8_0.gguf", file="two-Q8_0.gguf").alias == "org/m/two-Q8_0"
+    with pytest.raises(NoChoice, match=r"it has one-Q8_0\.gguf"):
+        chosen("one-Q8_0.gguf", file="three.gguf")
+
+
+def test_a_repository_without_a_model_says_where_to_look() -> None:
+    with pytest.raises(NoChoice, match="-GGUF"):
+        chosen("model.safetensors", "mmproj.gguf")
