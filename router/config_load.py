@@ -230,6 +230,9 @@ class _Draft:
                 # A pulled model has the alias that it was asked for, whatever else its file is called.
                 if origin != "pulled" and os.path.realpath(found.path) in served:
                     continue
+                if not hub.is_alias(found.alias):
+                    self.warnings.append(f"{found.path} is not served: nothing can be called {found.alias!r}")
+                    continue
                 if found.alias in models:
                     taken = models[found.alias]
                     first = taken.get("model_path") if isinstance(taken, dict) else None
@@ -383,7 +386,7 @@ class _Draft:
 
     def model(self, alias: str, system: System) -> ModelConfig | None:
         path = ("models", alias)
-        if not alias.isprintable() or not alias or any(map(str.isspace, alias)):
+        if not hub.is_alias(alias):
             self.problem(path, "an alias is one or more printable characters without spaces")
         entry = self.section(ModelEntry, path, model_path=_UNKNOWN_PATH)
         if entry is None:

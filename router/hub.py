@@ -121,6 +121,11 @@ class Survey:
         return Discovery(tuple(found), tuple(self.skipped))
 
 
+def is_alias(text: str) -> bool:
+    """Whether a model can be called so."""
+    return bool(text) and text.isprintable() and not any(map(str.isspace, text))
+
+
 def is_projector(path: Path, header: GGUF) -> bool:
     return header.kind == "mmproj" or "mmproj" in path.name.lower()
 

@@ -19,6 +19,7 @@ import shutil
 import sys
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from router import __version__, estimate, footprint, gguf, pulled
 from router.flags import Flags
-from router.gguf import GGUFError
+from router.hub import is_alias
 from router.progress import FileProgress, MemoryNote, Problem, Progress
 from router.pulled import PulledFile, PulledModel
 from router.repository import BadReference, Choice, NoChoice, Reference, choose, is_plain, parse
@@ -98,13 +99,15 @@ def pull(
     the same file one downloads it; the others wait and find it there.
     """
     progress = Progress(text, alias)
-    job: _Pull | None = None
     try:
         cache = pulled.cache_folder(environ)
         if cache is None:
             raise PullFailed("no_cache", "there is no home for the Hugging Face cache: set HF_HOME")
-        job = _Pull(parse(text, environ), progress, cache, environ, say, stop or threading.Event())
-        job.run(alias)
+        if alias is not None and not is_alias(alias):
+            raise PullFailed(
+                "invalid_alias", f"{alias!r}: an alias is one or more printable characters without spaces"
+            )
+        _Pull(parse(text, environ), progress, cache, environ, say, stop or threading.Event()).run(alias)
     except Cancelled:
         progress.status = "cancelled"
     except (BadReference, NoChoice) as error:
@@ -181,9 +184,13 @@ class _Pull:
         reference = self.reference
         for pause_sec in (*_PAUSES_SEC[:3], None):
             with self._explained(last_try=pause_sec is None):
-                found = api.model_info(
-                    reference.repo, revision=reference.revision, files_metadata=True, timeout=_ANSWER_SEC
-                )
+                try:
+                    found = api.model_info(
+                        reference.repo, revision=reference.revision, files_metadata=True, timeout=_ANSWER_SEC
+                    )
+                except (ValueError, TypeError, KeyError):  # some other page
+                    message = f"{self.endpoint} does not answer as the Hugging Face hub does: check HF_ENDPOINT"
+                    raise PullFailed("hub_error", message) from None
                 break
             self._wait(pause_sec or 0)
         commit = found.sha or ""
@@ -229,7 +236,7 @@ class _Pull:
                 raise PullFailed("access_denied", message) from None
             if status not in _TRANSIENT or last_try:
                 raise PullFailed("hub_error", f"{self.endpoint} answers HTTP {status} for {repo}") from None
-        except (httpx2.TransportError, httpx2.InvalidURL) as error:
+        except (httpx2.RequestError, httpx2.InvalidURL) as error:
             if last_try or isinstance(error, httpx2.InvalidURL):
                 reason = str(error) or type(error).__name__
                 raise PullFailed(
@@ -280,7 +287,10 @@ class _Pull:
             local = self._pointer(commit, path)
             if local.exists():
                 return gguf.read(local)
-            return estimate.read(f"https://huggingface.co/{self.reference.repo}/resolve/{commit}/{path}", environ)
+            quoted = urllib.parse.quote(path)
+            return estimate.read(
+                f"https://huggingface.co/{self.reference.repo}/resolve/{commit}/{quoted}", environ
+            )
 
         try:
             model = header(choice.model)
@@ -289,7 +299,7 @@ class _Pull:
             free = estimate.free_mib()
             need = footprint.estimate(model, flags, projector=projector, gpus=len(free) - 1)
             largest = footprint.largest_context(model, flags, free, projector=projector)
-        except (estimate.CannotEstimate, GGUFError, OSError) as error:
+        except (estimate.CannotEstimate, ValueError, ArithmeticError, OSError) as error:
             self.progress.memory_unknown = str(error)
             return
         needs = need.mib()
@@ -356,7 +366,7 @@ class _Pull:
             if not self._is_there(commit, file):
                 self._download(commit, file, blob.with_name(f"{file.blob}.incomplete"), progress)
                 os.replace(blob.with_name(f"{file.blob}.incomplete"), blob)
-            if not pointer.exists():
+            if _size(pointer) != file.size:
                 pointer.unlink(missing_ok=True)
                 try:
                     pointer.symlink_to(os.path.relpath(blob, pointer.parent))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
@@ -30,20 +31,23 @@ async def watch(folders: Callable[[], Sequence[Path]], look: Callable[[], Awaita
     """
     while True:
         there = [folder for folder in folders() if folder.is_dir()]
-        await _look_until_settled(look)
-        if not there:
-            await asyncio.sleep(_ABSENT_SEC)
-            continue
         try:
-            await _watch_these(there, folders, look)
-        except OSError as error:  # the system's limit of watches; a folder that is gone again
-            _log.warning("changes in folders of models are noticed after a while only: %s", error)
+            await _look_until_settled(look)
+            if there:
+                await _watch_these(there, folders, look)
+            else:
+                await asyncio.sleep(_ABSENT_SEC)
+        except (
+            Exception
+        ) as error:  # the system's limit of watches, or a folder that is gone again, or a mistake of ours
+            _log.warning("changes in folders of models are noticed after a while only: %r", error)
             await asyncio.sleep(_UNTOLD_SEC)
 
 
 async def _watch_these(
     there: Sequence[Path], folders: Callable[[], Sequence[Path]], look: Callable[[], Awaitable[bool]]
 ) -> None:
+    """Until one of the folders goes, or another one is there."""
     from watchfiles import awatch  # here, because it takes 40 ms that the start need not wait for
 
     complete = len(there) == len(folders())
@@ -56,12 +60,13 @@ async def _watch_these(
         yield_on_timeout=True,
         ignore_permission_denied=True,
     )
+    looked_sec = time.monotonic()
     async for changed in changes:
-        now = [folder for folder in folders() if folder.is_dir()]
-        if now != there:
+        if there != [folder for folder in folders() if folder.is_dir()]:
             return
-        if changed or complete:
+        if changed or time.monotonic() - looked_sec >= _UNTOLD_SEC:
             await _look_until_settled(look)
+            looked_sec = time.monotonic()
 
 
 async def _look_until_settled(look: Callable[[], Awaitable[bool]]) -> None:

@@ -48,6 +48,8 @@ class Hub:
     """Files that are larger than they are, by the listing."""
     busy: int = 0
     """So many requests are answered by 503 first."""
+    page: bytes = b""
+    """The answer to everything, as of a portal between us and the hub."""
     url: str = ""
     content_url: str = ""
 
@@ -84,6 +86,9 @@ def serving(hub: Hub) -> Iterator[Hub]:
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path)
             hub.asked.append(f"{self.command} {path}")
+            if hub.page:
+                self.answer(200, hub.page)
+                return
             if hub.busy > 0:
                 hub.busy -= 1
                 self.answer(503, b"busy")

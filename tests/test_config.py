@@ -617,6 +617,14 @@ def test_of_two_files_of_one_name_in_two_folders_the_first_is_served(tmp_path: P
     assert result.warnings == (f"{tmp_path}/two/a.gguf is not served: {tmp_path}/one/a.gguf has the same name",)
 
 
+def test_a_file_whose_name_cannot_be_an_alias_is_reported_and_stops_nothing(tmp_path: Path) -> None:
+    for name in ("good", "bad\x07"):
+        write_llama(tmp_path / f"{name}.gguf")
+    result = loaded(tmp_path, models_dirs=[tmp_path])
+    assert list(result.config.models) == ["good"]
+    assert result.warnings == (f"{tmp_path}/bad\x07.gguf is not served: nothing can be called 'bad\\x07'",)
+
+
 def test_a_models_folder_that_is_not_there_is_reported(tmp_path: Path) -> None:
     (line,) = problems(tmp_path, models_dirs=[Path("absent")])
     assert line == f"--models-dir: {tmp_path}/absent: No such file or directory"

@@ -225,6 +225,11 @@ def test_what_is_not_there_is_said_with_what_is(hub: Hub, environ: dict[str, str
     assert refusal("org/absent", environ)[0] == "not_found"
     assert refusal(f"{REPO}:Q5_0", environ) == ("no_such_file", f"{REPO} has no Q5_0; it has Q4_K_M, Q8_0")
     assert refusal("nonsense", environ)[0] == "invalid_reference"
+    ended = fetch(REPO, environ, alias="two words")
+    assert ended.error is not None
+    assert ended.error.code == "invalid_alias"
+    hub.page = b"<html>Please log in to this network</html>"
+    assert refusal(REPO, environ)[0] == "hub_error"
     assert refusal(REPO, {**environ, "HF_ENDPOINT": "http://127.0.0.1:9"})[0] == "unreachable"
     assert refusal(REPO, {"HF_ENDPOINT": hub.url})[0] == "no_cache"
 
