@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 import psutil
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_ORPHANS_SEC = 2.0
 PIPE_BYTES = 1 << 20
 """What a `log_pipe` holds where the system lets us say so (else 64 KiB)."""
 
@@ -103,6 +104,24 @@ async def exit_code(process: subprocess.Popen[bytes]) -> int:
 
     threading.Thread(target=wait, name=f"exit of {process.pid}", daemon=True).start()
     return await reaped
+
+
+async def reap_orphans() -> None:
+    """For process 1, in a container: whoever loses its parent becomes its child, and must be reaped in the end.
+
+    Our own children are waited for and vanish at once, with their exit codes. What is still a zombie at the next
+    look is nobody's.
+    """
+    before: set[int] = set()
+    while True:
+        await asyncio.sleep(_ORPHANS_SEC)
+        zombies = {
+            child.pid for child in await asyncio.to_thread(psutil.Process().children) if not birth(child.pid)
+        }
+        for pid in zombies & before:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)  # noqa: ASYNC222 - it does not wait
+        before = zombies
 
 
 def birth(pid: int) -> str | None:

@@ -38,9 +38,10 @@ from router.http_server import HttpProtocol
 from router.launcher import LocalLauncher, find_binary
 from router.leftovers import EngineRecord
 from router.logs import Logs
-from router.platforms import allow_many_files
+from router.platforms import allow_many_files, reap_orphans
 from router.routing import ROUTES
 from router.state import State, StateHeld, default_path
+from router.systemd import Notifier
 from router.watch import watch
 
 _log = logging.getLogger("router")
@@ -49,6 +50,8 @@ _BACKLOG = 2048
 _OTHER_FILES = 512
 """Open files that are not clients: connections to engines, their pipes, spare and refused connections."""
 _KEEP_ALIVE_SEC = 75
+_LAST_WORDS_SEC = 10
+"""What the end may take beside the graces for requests and engines."""
 
 _NEEDS_RESTART = {
     "api": ("host", "port", "cors_origins", "allowed_hosts", "max_connections"),
@@ -74,6 +77,14 @@ class CannotServe(Exception):
 
 class _Server(uvicorn.Server):
     """Signals are ours: requests are answered, by 503, until those in flight are done."""
+
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -203,6 +214,7 @@ class _Service:
         self._listener = listener
         self._stop = asyncio.Event()
         self._record = record
+        self._notifier = Notifier(os.environ)
         launcher = LocalLauncher(config.system.base_port, record)
         self._dispatcher = Dispatcher(config, launcher, binary, devices, Events())
         self._dispatcher.engine_file = log.engine_file
@@ -231,7 +243,8 @@ class _Service:
                 proxy_headers=False,
                 timeout_keep_alive=_KEEP_ALIVE_SEC,
                 timeout_graceful_shutdown=2,
-            )
+            ),
+            self._on_ready,
         )
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -239,9 +252,10 @@ class _Service:
         loop.add_signal_handler(signal.SIGHUP, self._hang_up)
         self._dispatcher.start()
         health = asyncio.create_task(HealthMonitor(self._dispatcher).run())
+        telling = asyncio.create_task(self._notifier.keep_telling(self._status))
+        reaping = asyncio.create_task(reap_orphans()) if os.getpid() == 1 else None
         watching = asyncio.create_task(watch(lambda: self._loaded.folders, self.look_again))
         serving = asyncio.create_task(server.serve([self._listener]))
-        self._announce()
         stopping = asyncio.create_task(self._stop.wait())
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
@@ -250,7 +264,9 @@ class _Service:
             await downloads.shut_down()
             await self._dispatcher.shut_down()
         finally:
-            health.cancel()
+            for task in (health, telling, reaping):
+                if task is not None:
+                    task.cancel()
             server.should_exit = True
             await serving
             await self._record.saved()
@@ -299,9 +315,22 @@ class _Service:
             self._dispatcher.kill_engines()
             self._log.close()
             os._exit(1)
-        grace = self._loaded.config.system.shutdown_grace_sec
+        system = self._loaded.config.system
+        grace = system.shutdown_grace_sec
         _log.info("shutting down; requests in flight have %g s (a second signal cuts that short)", grace)
+        self._notifier.stopping(grace + system.stop_grace_sec + _LAST_WORDS_SEC)
         self._stop.set()
+
+    def _on_ready(self) -> None:
+        self._announce()
+        self._notifier.ready()
+
+    def _status(self) -> str:
+        """In a line, for `systemctl status`."""
+        models = self._dispatcher.scheduler.models
+        states = [self._dispatcher.scheduler.state(alias) for alias in models]
+        waiting = sum(len(model.queue) for model in models.values())
+        return f"{states.count('ready')} of {len(states)} models ready, {waiting} requests waiting"
 
     def _hang_up(self) -> None:
         task = asyncio.create_task(self._reload_logged())
@@ -309,10 +338,13 @@ class _Service:
         task.add_done_callback(self._reloads.discard)
 
     async def _reload_logged(self) -> None:
+        self._notifier.reloading()
         try:
             await self.reload()
         except ConfigError as error:
             _log.error("configuration not reloaded, nothing was changed:\n%s", error)
+        finally:
+            self._notifier.ready()
 
     def _announce(self) -> None:
         config, dispatcher = self._loaded.config, self._dispatcher

@@ -22,6 +22,8 @@ import pytest
 from tiny_models import write_llama
 
 ROOT = Path(__file__).parent.parent
+BASE_PORT = 10_000 + os.getpid() % 300 * 64
+"""Of the engines of this run, out of the way of others on the machine."""
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
 _LISTENS = re.compile(r"listens on (http://\S+)")
 
@@ -118,6 +120,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
         path_without_engines = os.pathsep.join(["/usr/bin", "/bin"])
         clean = {"PATH": path_without_engines, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
         clean["LLAMA_ROUTER_STATE_DIR"] = str(tmp_path / f"state-{len(routers)}")
+        if "base_port" not in (config or {}).get("system", {}):
+            clean["LLAMA_ROUTER__SYSTEM__BASE_PORT"] = str(BASE_PORT)
         clean |= environ
         router = Router(arguments, tmp_path, clean)
         routers.append(router)

@@ -1,0 +1,29 @@
+# The router beside llama.cpp's own server.
+#   docker build -t llama-router .                                                      for NVIDIA GPUs
+#   docker build -t llama-router --build-arg BASE=ghcr.io/ggml-org/llama.cpp:server .   for the CPU
+ARG BASE=ghcr.io/ggml-org/llama.cpp:server-cuda
+FROM ${BASE}
+
+# Ubuntu keeps no old versions that could be pinned
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends python3 python3-venv util-linux \
+    && rm -rf /var/lib/apt/lists/* \
+    && python3 -m venv /opt/llama-router
+
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE run.py ./
+COPY router router
+RUN /opt/llama-router/bin/pip install --no-cache-dir . && rm -rf /src/*
+
+WORKDIR /models
+ENV LLAMA_SERVER_PATH=/app/llama-server \
+    LLAMA_ROUTER__API__HOST=0.0.0.0 \
+    LLAMA_ROUTER_STATE_DIR=/var/lib/llama-router
+VOLUME /var/lib/llama-router
+EXPOSE 8000
+# The base image probes its own port
+HEALTHCHECK --start-period=10s CMD ["curl", "-fsS", "http://127.0.0.1:8000/ready"]
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["/opt/llama-router/bin/llama-router"]
+CMD ["--models-dir", "/models"]
