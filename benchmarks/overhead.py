@@ -146,8 +146,8 @@ class InstantEngine(asyncio.Protocol):
             self.write(b"0\r\n\r\n")
 
 
-async def serve_instantly(port: int) -> None:
-    server = await asyncio.get_running_loop().create_server(InstantEngine, "127.0.0.1", port)
+async def serve_instantly(port: int, protocol: type[InstantEngine] = InstantEngine) -> None:
+    server = await asyncio.get_running_loop().create_server(protocol, "127.0.0.1", port)
     # What llama-server says to a router that started it.
     print('cmd_child_to_router:state:{"state":"ready","payload":{}}', flush=True)
     await server.serve_forever()

@@ -235,7 +235,14 @@ class LlamaServerRouter(Server):
 
 
 def router(
-    models: Mapping[str, Path], flags: Flags, binary: Binary, *, resident: int = 1, folder: Path, **system: object
+    models: Mapping[str, Path],
+    flags: Flags,
+    binary: Binary,
+    *,
+    resident: int = 1,
+    folder: Path,
+    program: Sequence[str] = (str(ROOT / "run.py"),),
+    **system: object,
 ) -> Router:
     config = {
         "system": {
@@ -258,7 +265,7 @@ def router(
     port = free_port()
     return Router(
         "llama-router",
-        [sys.executable, str(ROOT / "run.py"), "--config", str(file), "--port", str(port)],
+        [sys.executable, *program, "--config", str(file), "--port", str(port)],
         port,
         environ={"LLAMA_SERVER_PATH": str(start)},
         spawn_lines=r"model (\S+): loading ",

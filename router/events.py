@@ -57,10 +57,10 @@ class RequestDone(msgspec.Struct, frozen=True):
 
     request_id: str
     alias: str
-    """Empty when the request named no model that is configured, so that no client makes up aliases."""
+    """A configured one; empty when the request was turned away before it asked for a slot."""
     route: str
     priority: str
-    """Empty when the request was turned away before it asked for a slot."""
+    """Empty likewise."""
     outcome: str
     """served, cancelled, engine_lost, or the code of the error that was answered"""
     status: int

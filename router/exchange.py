@@ -24,7 +24,7 @@ from router.api.auth import Keyring
 from router.api.browsers import Browsers
 from router.api.errors import ApiError, error_event, refused
 from router.crowd import Bodies
-from router.dispatcher import Dispatcher, Ticket
+from router.dispatcher import Dispatcher, Ticket, Waiting
 from router.events import RequestDone
 from router.meter import NO_USAGE, AnswerMeter
 from router.routing import read_wish
@@ -293,15 +293,12 @@ class Exchange:
         """A stream that waits says so, lest clients and proxies give up."""
         ticket = self._ticket
         assert ticket is not None
+        wait = self._dispatcher.wait_of(ticket)
         if not self._answer.started:
-            self._answer.start(200, _EVENT_STREAM + self._lines_of(ticket))
-        if not self._is_paused:
-            model = self._dispatcher.scheduler.models.get(ticket.alias)
-            why = model.why_waiting if model is not None else ""
-            position = self._dispatcher.position(ticket) or 1
-            waited_sec = time.monotonic() - ticket.arrival_sec
-            beat = f": position {position}, waited {waited_sec:.0f} s: {why}\n\n"
-            self._answer.write(beat.encode(), last=False)
+            self._answer.start(200, _EVENT_STREAM + self._lines_of(ticket) + _lines_of_wait(wait))
+        if wait is not None and not self._is_paused:
+            figures = f"position {wait.position}, waited {wait.waited_sec:.0f} s, ~{wait.expected_sec:.0f} s to go"
+            self._answer.write(f": {figures}: {_one_line(wait.why)}\n\n".encode(), last=False)
         self._set_heartbeat()
 
     # --- the engine -------------------------------------------------------------------------------------
@@ -459,6 +456,18 @@ class Exchange:
 
 def _new_id() -> str:
     return f"{getrandbits(96):024x}"
+
+
+def _lines_of_wait(wait: Waiting | None) -> bytes:
+    """How it was waiting when the first of its answer left."""
+    if wait is None:
+        return b""
+    figures = (wait.position, round(wait.expected_sec * 1000), _one_line(wait.why).encode("ascii", "replace"))
+    return b"x-queue-position: %d\r\nx-queue-expected-ms: %d\r\nx-queue-reason: %b\r\n" % figures
+
+
+def _one_line(text: str) -> str:
+    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
 
 
 def _outcome(head: Head) -> str:

@@ -9,7 +9,8 @@ OpenMetrics 1.0 (prometheus.io/docs/specs/om), which differ in how counters are 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 
 def label_text(names: Sequence[str], values: Sequence[str]) -> str:
@@ -31,52 +32,38 @@ def head(name: str, kind: str, text: str, *, openmetrics: bool) -> str:
 class CounterCell:
     """One counter: `cell.value += 1`."""
 
-    __slots__ = ("_name", "value")
+    __slots__ = ("name", "value")
 
     def __init__(self, name: str, labels: str) -> None:
-        self._name = f"{name}{{{labels}}}" if labels else name
+        self.name = f"{name}{{{labels}}}" if labels else name
         self.value: float = 0
-
-    def text(self) -> str:
-        return f"{self._name} {self.value}\n"
 
 
 class HistogramCell:
     """One histogram."""
 
-    __slots__ = ("_bounds", "_counts", "_names", "_sum", "_text")
+    __slots__ = ("_bounds", "_counts", "_sum", "_template", "_text")
 
     def __init__(self, name: str, labels: str, bounds: Sequence[float]) -> None:
         self._bounds = bounds
         self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
-        self._text = ""
-        comma = "," if labels else ""
+        self._text = b""
+        inner, whole = (f"{labels},", f"{{{labels}}}") if labels else ("", "")
         steps = [f"{float(bound)}" for bound in bounds]
-        self._names = [f'{name}_bucket{{{labels}{comma}le="{step}"}}' for step in (*steps, "+Inf")]
-        self._names += (
-            [f"{name}_count{{{labels}}}", f"{name}_sum{{{labels}}}"]
-            if labels
-            else [
-                f"{name}_count",
-                f"{name}_sum",
-            ]
-        )
+        lines = [f'{name}_bucket{{{inner}le="{step}"}}'.replace("%", "%%") + " %d\n" for step in (*steps, "+Inf")]
+        whole = whole.replace("%", "%%")
+        self._template = "".join([*lines, f"{name}_count{whole} %d\n", f"{name}_sum{whole} %r\n"]).encode()
 
     def observe(self, value: float) -> None:
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
-        self._text = ""
+        self._text = b""
 
-    def text(self) -> str:
+    def text(self) -> bytes:
         if not self._text:
-            total = 0
-            figures: list[float] = []
-            for count in self._counts:
-                total += count
-                figures.append(total)
-            figures += (total, self._sum)
-            self._text = "".join([f"{name} {figure}\n" for name, figure in zip(self._names, figures, strict=True)])
+            steps = list(accumulate(self._counts))
+            self._text = self._template % (*steps, steps[-1], self._sum)
         return self._text
 
 
@@ -98,8 +85,8 @@ class Counter:
             cell = self._cells[values] = CounterCell(self.name, label_text(self.labels, values))
         return cell
 
-    def text(self) -> Iterable[str]:
-        return (cell.text() for cell in self._cells.values())
+    def text(self) -> list[bytes]:
+        return ["".join([f"{cell.name} {cell.value}\n" for cell in self._cells.values()]).encode()]
 
 
 class Histogram:
@@ -121,12 +108,12 @@ class Histogram:
             cell = self._cells[values] = HistogramCell(self.name, label_text(self.labels, values), self._bounds)
         return cell
 
-    def text(self) -> Iterable[str]:
-        return (cell.text() for cell in self._cells.values())
+    def text(self) -> list[bytes]:
+        return [cell.text() for cell in self._cells.values()]
 
 
 class Gauges:
-    """A gauge per combination of labels, known anew at every scrape."""
+    """A gauge per combination of labels, made anew for every scrape."""
 
     kind = "gauge"
 
@@ -137,24 +124,25 @@ class Gauges:
         self._lines: list[str] = []
 
     def set(self, value: float, *values: str) -> None:
-        self.line(label_text(self.labels, values), value)
-
-    def line(self, labels: str, value: float) -> None:
-        """The same with the text of the labels at hand."""
+        labels = label_text(self.labels, values)
         self._lines.append(f"{self.name}{{{labels}}} {value}\n" if labels else f"{self.name} {value}\n")
 
-    def text(self) -> Iterator[str]:
-        lines, self._lines = self._lines, []
-        return iter(lines)
+    def lines(self, values: Iterable[tuple[str, float]]) -> None:
+        """Many at once, with the texts of their labels at hand."""
+        name = self.name
+        self._lines += [f"{name}{{{labels}}} {value}\n" for labels, value in values]
+
+    def text(self) -> list[bytes]:
+        return ["".join(self._lines).encode()]
 
 
 Family = Counter | Histogram | Gauges
 
 
-def exposition(families: Iterable[Family], *, openmetrics: bool) -> str:
-    """All of them as text; OpenMetrics still wants its `# EOF`."""
-    parts: list[str] = []
+def exposition(families: Iterable[Family], *, openmetrics: bool) -> list[bytes]:
+    """All of them, in pieces, as the whole is large: it is copied once. OpenMetrics still wants its `# EOF`."""
+    parts: list[bytes] = []
     for family in families:
-        parts.append(head(family.name, family.kind, family.help, openmetrics=openmetrics))
-        parts.extend(family.text())
-    return "".join(parts)
+        parts.append(head(family.name, family.kind, family.help, openmetrics=openmetrics).encode())
+        parts += family.text()
+    return parts

@@ -13,7 +13,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
+from functools import lru_cache
 from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
 from pathlib import Path
 from queue import Full, Queue
@@ -205,10 +205,10 @@ class _RequestLine(msgspec.Struct, omit_defaults=True):
     priority: str = ""
     outcome: str = ""
     status: int = 0
-    queue_ms: float = 0
-    load_ms: float = 0
-    ttft_ms: float | None = None
-    total_ms: float = 0
+    queue_sec: float = 0
+    load_sec: float = 0
+    ttft_sec: float | None = None
+    total_sec: float = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
@@ -234,10 +234,10 @@ def _request_json(done: RequestDone) -> str:
         done.priority,
         done.outcome,
         done.status,
-        round(done.queue_sec * 1000, 1),
-        round(done.load_sec * 1000, 1),
-        None if done.ttft_sec is None else round(done.ttft_sec * 1000, 1),
-        round(done.total_sec * 1000, 1),
+        round(done.queue_sec, 4),
+        round(done.load_sec, 4) if done.load_sec else 0,
+        None if done.ttft_sec is None else round(done.ttft_sec, 4),
+        round(done.total_sec, 4),
         usage.prompt_tokens,
         usage.cached_tokens,
         usage.output_tokens,
@@ -271,8 +271,19 @@ def _request_text(done: RequestDone) -> str:
 
 
 def _iso(at: float) -> str:
-    return datetime.fromtimestamp(at, timezone.utc).isoformat(timespec="milliseconds")
+    second, milliseconds = divmod(int(at * 1000), 1000)
+    return f"{_utc_second(second)}.{milliseconds:03d}Z"
+
+
+@lru_cache(maxsize=16)
+def _utc_second(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
 def _clock(at: float) -> str:
-    return time.strftime("%H:%M:%S", time.localtime(at))
+    return _local_second(int(at))
+
+
+@lru_cache(maxsize=16)
+def _local_second(second: int) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(second))

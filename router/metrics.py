@@ -57,8 +57,8 @@ class Metrics:
         self._engines.know(self._dispatcher.scheduler.models)
         self._requests.know(self._dispatcher.scheduler.models)
         families.extend(_gauges(self._dispatcher))
-        ours = exposition(families, openmetrics=content_type.startswith("application/openmetrics-text"))
-        return ours.encode() + encode(self._process), content_type
+        parts = exposition(families, openmetrics=content_type.startswith("application/openmetrics-text"))
+        return b"".join([*parts, encode(self._process)]), content_type
 
     def _note(self, happening: Happening) -> None:
         match happening:
@@ -156,12 +156,15 @@ class _Requests:
             self.per_token,
         )
         self._found: dict[tuple[str, str, str, str], _Cells] = {}
+        self._known: set[str] = set()
 
     def know(self, aliases: Iterable[str]) -> None:
         """Counters begin at 0, so that a rate sees the first count."""
         for alias in aliases:
-            for counter in self._per_model:
-                counter.of(alias)
+            if alias not in self._known:
+                self._known.add(alias)
+                for counter in self._per_model:
+                    counter.of(alias)
 
     def note(self, done: RequestDone) -> None:
         key = (done.alias, done.route, done.priority, done.outcome)
@@ -347,7 +350,6 @@ _PER_MODEL: tuple[tuple[str, str, Callable[[_Look], float]], ...] = (
         _Look.silent_sec,
     ),
 )
-_STATES = ("off", "loading", "ready", "draining", "stopping", "failed")
 
 
 def _gauges(dispatcher: Dispatcher) -> Iterator[Family]:
@@ -366,30 +368,38 @@ def _model_gauges(dispatcher: Dispatcher) -> Iterator[Gauges]:
     scheduler = dispatcher.scheduler
     now = time.monotonic()
     looks: list[tuple[str, _Look]] = []
-    states = Gauges("router_model_state", "1 for the state that a model is in", "model", "state")
-    depth = Gauges("router_queue_by_priority", "Requests that wait, by priority", "model", "priority")
-    oldest = Gauges("router_queue_oldest_wait_seconds", "Longest wait of those that wait", "model", "priority")
+    depths: list[tuple[str, float]] = []
+    oldest: list[tuple[str, float]] = []
     for alias, model in scheduler.models.items():
         engine = model.engine
         running = dispatcher.running.get(engine.id) if engine is not None else None
-        state = scheduler.state(alias)
         label = label_text(("model",), (alias,))
-        looks.append((label, _Look(model, engine, running, state, now)))
-        for name in _STATES:
-            states.line(f'{label},state="{name}"', int(name == state))
+        looks.append((label, _Look(model, engine, running, scheduler.state(alias), now)))
         for priority, priority_label in _PRIORITY_LABELS:
             first = model.queue.oldest(priority)
-            depth.line(label + priority_label, model.queue.count(priority))
-            oldest.line(label + priority_label, now - first.arrival_sec if first is not None else 0)
-    yield from (states, depth, oldest)
+            depths.append((label + priority_label, model.queue.count(priority)))
+            oldest.append((label + priority_label, now - first.arrival_sec if first is not None else 0))
+    states = Gauges("router_model_state", "1 for the state that a model is in", "model", "state")
+    states.lines(
+        (label + state_label, int(state == look.state)) for label, look in looks for state, state_label in _STATES
+    )
+    yield states
+    waiting = Gauges("router_queue_by_priority", "Requests that wait, by priority", "model", "priority")
+    waiting.lines(depths)
+    yield waiting
+    longest = Gauges("router_queue_oldest_wait_seconds", "Longest wait of those that wait", "model", "priority")
+    longest.lines(oldest)
+    yield longest
     for name, text, value in _PER_MODEL:
         gauges = Gauges(name, text, "model")
-        for label, look in looks:
-            gauges.line(label, value(look))
+        gauges.lines((label, value(look)) for label, look in looks)
         yield gauges
 
 
 _PRIORITY_LABELS = tuple((priority, f',priority="{priority.name.lower()}"') for priority in Priority)
+_STATES = tuple(
+    (state, f',state="{state}"') for state in ("off", "loading", "ready", "draining", "stopping", "failed")
+)
 
 
 def _memory_gauges(dispatcher: Dispatcher) -> Iterator[Gauges]:

@@ -11,6 +11,7 @@ import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from math import log
 from typing import Any
 
 from router.events import Happening, RequestDone
@@ -32,7 +33,7 @@ class Durations:
         self._steps: defaultdict[int, int] = defaultdict(int)
 
     def add(self, seconds: float) -> None:
-        self._steps[int(math.log(max(seconds, _SHORTEST_SEC) / _SHORTEST_SEC) * _SCALE)] += 1
+        self._steps[int(log(seconds / _SHORTEST_SEC) * _SCALE) if seconds > _SHORTEST_SEC else 0] += 1
 
     def take(self, other: Durations) -> None:
         for step, count in other._steps.items():
@@ -97,8 +98,10 @@ class _SinceStart:
         self.served += done.outcome == "served"
         self.tokens += done.usage.prompt_tokens + done.usage.output_tokens
         self.total_sec += done.total_sec
-        self.shortest_sec = min(self.shortest_sec, done.total_sec)
-        self.longest_sec = max(self.longest_sec, done.total_sec)
+        if done.total_sec < self.shortest_sec:
+            self.shortest_sec = done.total_sec
+        if done.total_sec > self.longest_sec:
+            self.longest_sec = done.total_sec
 
 
 _Slice = dict[tuple[str, str], Tally]

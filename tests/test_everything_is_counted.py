@@ -82,7 +82,7 @@ def test_everything_that_counts_agrees_to_the_last_request(router: Router) -> No
             request.result()
     script.turned_away(17, {"model": "nobody"}, "model_not_found", 404)
     script.turned_away(15, {"messages": []}, "model_required", 400)
-    script.turned_away(15, {"model": "real"}, "invalid_priority", 400, "real", **{"x-request-priority": "x"})
+    script.turned_away(15, {"model": "real"}, "invalid_priority", 400, **{"x-request-priority": "x"})
     assert script.expected.total() == 300
 
     eventually(lambda: sum(counted(router).values()) == 300)
@@ -143,13 +143,11 @@ class Script:
         eventually(lambda: self._in_flight(alias) == 0)
         self._account(alias, priority, count, "cancelled", 0)
 
-    def turned_away(
-        self, count: int, body: dict[str, Any], outcome: str, status: int, alias: str = "", **headers: str
-    ) -> None:
+    def turned_away(self, count: int, body: dict[str, Any], outcome: str, status: int, **headers: str) -> None:
         for _ in range(count):
             answer = self.router.http.post(CHAT, json=body, headers=headers)
             assert answer.status_code == status, answer.text
-        self._account(alias, "", count, outcome, status)
+        self._account("", "", count, outcome, status)
 
     def _account(self, alias: str, priority: str, count: int, outcome: str, status: int) -> None:
         with self._lock:

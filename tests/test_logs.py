@@ -65,7 +65,7 @@ def test_a_line_for_every_request_and_every_change_of_state(start: Start, tiny: 
         200,
     )
     assert request["output_tokens"] == 3
-    assert 0 < request["load_ms"] <= request["queue_ms"] <= request["ttft_ms"] <= request["total_ms"]
+    assert 0 < request["load_sec"] <= request["queue_sec"] <= request["ttft_sec"] <= request["total_sec"]
 
 
 def test_the_access_log_can_be_turned_off(start: Start, tiny: Path) -> None:

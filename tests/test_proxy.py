@@ -136,7 +136,11 @@ def test_a_page_that_points_its_name_at_us_is_turned_away(start: Start, tiny: Pa
 def test_a_stream_that_waits_gets_heartbeats_with_the_reason(start: Start, tiny: Path, tmp_path: Path) -> None:
     engine = fake(tmp_path, load_sec="1")
     config = {"api": {"heartbeat_sec": 0.2}, "system": {"llama_server_path": engine}, "models": models(tiny, "a")}
-    lines = start(config).chat("a", stream=True).text.splitlines()
+    answer = start(config).chat("a", stream=True)
+    assert answer.headers["x-queue-position"] == "1"
+    assert answer.headers["x-queue-reason"].startswith("a is loading (")
+    assert int(answer.headers["x-queue-expected-ms"]) >= 0
+    lines = answer.text.splitlines()
     beats = [line for line in lines if line.startswith(":")]
     assert len(beats) >= 2
     assert "position 1" in beats[0]

@@ -20,7 +20,16 @@ _UNKNOWN_HOST = (
 )
 
 
-_EXPOSED = ("X-Request-Id", "X-Model-Alias", "X-Queue-Ms", "X-Load-Ms", "Retry-After")
+_EXPOSED = (
+    "X-Request-Id",
+    "X-Model-Alias",
+    "X-Queue-Ms",
+    "X-Load-Ms",
+    "X-Queue-Position",
+    "X-Queue-Expected-Ms",
+    "X-Queue-Reason",
+    "Retry-After",
+)
 
 
 class Browsers:

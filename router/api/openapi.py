@@ -151,6 +151,12 @@ _ANSWER_HEADERS = {
     "X-Model-Alias": {"schema": {"type": "string"}},
     "X-Queue-Ms": {"description": "Wait for a slot, loading included.", "schema": {"type": "integer"}},
     "X-Load-Ms": {"description": "The part of it in which the model was loading.", "schema": {"type": "integer"}},
+    "X-Queue-Position": {
+        "description": "Of a stream that begins while it waits: its place in the queue then.",
+        "schema": {"type": "integer"},
+    },
+    "X-Queue-Expected-Ms": {"description": "Likewise: until it has a slot.", "schema": {"type": "integer"}},
+    "X-Queue-Reason": {"description": "Likewise: what it waits for.", "schema": {"type": "string"}},
 }
 _ENVELOPE = {
     "type": "object",
