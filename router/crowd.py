@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, cast
 
@@ -24,9 +26,12 @@ SPARE = 32
 """Connections for pages only."""
 _SPARE_SEC = 10.0
 _SPARE_MOST_SEC = 60.0
+_SPARE_BYTES = 2 << 20
+"""Of requests, on one of these: heads have no bound of their own there."""
 _TURNED_AWAY = 256
 _TURNED_AWAY_SEC = 2.0
 _COME_BACK_SEC = 5.0
+_TELL_AGAIN_SEC = 60.0
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -43,7 +48,7 @@ class Door:
         self._limit = limit
         self._routes = routes
         self._turned_away = 0
-        self._full = False
+        self._told_sec = -math.inf
 
     def __call__(
         self,
@@ -54,9 +59,8 @@ class Door:
     ) -> asyncio.Protocol:
         connections = len(server_state.connections)
         if connections < self._limit:
-            self._tell(full=False)
             return self._protocol(config=config, server_state=server_state, app_state=app_state, _loop=_loop)
-        self._tell(full=True)
+        self._tell()
         if connections < self._limit + SPARE:
             return _ForPages(self._pages, config, server_state, app_state, _loop)
         return _TurnedAway(self)
@@ -69,10 +73,11 @@ class Door:
     def leave(self) -> None:
         self._turned_away -= 1
 
-    def _tell(self, *, full: bool) -> None:
-        if full and not self._full:
+    def _tell(self) -> None:
+        now = time.monotonic()
+        if now - self._told_sec > _TELL_AGAIN_SEC:
+            self._told_sec = now
             _log.warning("%d clients are connected (api.max_connections): more are turned away", self._limit)
-        self._full = full
 
     async def _pages(self, app: ASGI, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
@@ -103,10 +108,18 @@ class _ForPages(HttpToolsProtocol):
             await pages(app, scope, receive, send)
 
         self.app = limited
+        self._received = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.loop.call_later(_SPARE_SEC, self._leave)
+
+    def data_received(self, data: bytes) -> None:
+        self._received += len(data)
+        if self._received > _SPARE_BYTES:
+            self.transport.abort()
+        else:
+            super().data_received(data)
 
     def _leave(self) -> None:
         """It may finish what it is at, but not for ever: others wait for the place."""

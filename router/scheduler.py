@@ -583,6 +583,7 @@ class Scheduler:
                     self._wake(since_sec + limit_sec)
 
     def _expire_waiting(self, model: Model) -> None:
+        come_back_sec: dict[Priority, float] = {}  # thousands may go at once
         while (request := model.queue.longest_here()) is not None:
             expiry = request.queued_sec + self.policy.queue_timeout_sec
             if expiry > self._now:
@@ -592,7 +593,9 @@ class Scheduler:
             if model.engine is None or model.engine.state is not EngineState.READY:
                 reason += f": {why(model, self._now)}"
             model.queue.remove(request)
-            self._reject(request.id, Refusal.QUEUE_TIMEOUT, reason, self._come_back_sec(model, request.priority))
+            if request.priority not in come_back_sec:
+                come_back_sec[request.priority] = self._come_back_sec(model, request.priority)
+            self._reject(request.id, Refusal.QUEUE_TIMEOUT, reason, come_back_sec[request.priority])
             self._left_queue(model)
 
     def _time_limit(self, engine: Engine) -> tuple[float | None, float, StopCause]:
