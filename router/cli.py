@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from router import __version__, estimate, store_cli, terminal
 from router.client import CannotAsk
@@ -19,7 +19,6 @@ from router.config_load import Loaded, load
 from router.config_show import render
 from router.demo import MODEL_PATH
 from router.launcher import NoEngine
-from router.serve import CannotServe, serve
 
 _DEMO = "built in, nothing is configured"
 
@@ -35,13 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ConfigError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    except (CannotServe, CannotAsk, NoEngine) as error:
-        print(f"llama-router: {error}", file=sys.stderr)
-        sys.exit(1)
+    except (CannotAsk, NoEngine) as error:
+        _give_up(error)
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _give_up(error: Exception) -> NoReturn:
+    print(f"llama-router: {error}", file=sys.stderr)
+    sys.exit(1)
 
 
 def _with_command(arguments: list[str]) -> list[str]:
@@ -82,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--port", type=int, help="port to listen on (api.port)")
 
     run = commands.add_parser("serve", parents=[source], help="serve models (the default command)")
-    run.set_defaults(run=lambda options: serve(partial(_load, options)))
+    run.set_defaults(run=_serve)
 
     check = commands.add_parser("check", parents=[source], help="validate the configuration and show it")
     check.set_defaults(run=_check)
@@ -94,6 +97,15 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("schema", help="print the JSON Schema of the configuration")
     show.set_defaults(run=lambda options: print(json.dumps(schema(), indent=2)))
     return parser
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from router.serve import CannotServe, serve  # half a second that `ps` need not wait
+
+    try:
+        serve(partial(_load, options))
+    except CannotServe as error:
+        _give_up(error)
 
 
 def _load(options: argparse.Namespace) -> Loaded:

@@ -31,6 +31,7 @@ _STATUS = {"off": 0, "loading": 1, "ready": 2, "draining": 2, "stopping": 0, "fa
 _REFUSALS = frozenset(refusal.value for refusal in Refusal)
 _TIMEOUTS = frozenset({Refusal.QUEUE_TIMEOUT.value, "request_timeout"})
 _MIB = 1 << 20
+_UNWANTED = ("crashed", "hung", "load_failed")
 
 
 class Metrics:
@@ -266,6 +267,8 @@ class _Engines:
         for alias in aliases:
             self.loads.of(alias)
             self.restarts.of(alias)
+            for cause in _UNWANTED:
+                self.exits.of(alias, cause)
 
     def note(self, happening: ModelChanged | EngineEnded) -> None:
         alias = happening.alias

@@ -42,7 +42,7 @@ _RANK = {"failed": 0, "loading": 1, "draining": 1, "stopping": 1, "ready": 1, "o
 _HEADING = "bold"
 _NARROW = 60
 _SERIES = re.compile(
-    r"^router_(memory_(?:total|reserved)_bytes|output_tokens_total|requests_total"
+    r"^router_(memory_(?:total|reserved|external)_bytes|output_tokens_total|requests_total"
     r"|queue_by_priority|queue_oldest_wait_seconds|active_requests|uptime_seconds)(?:\{(.*)\})? (\S+)$",
     re.MULTILINE,
 )
@@ -74,6 +74,7 @@ class Figures:
 
     reserved_mib: dict[str, float] = field(default_factory=dict)
     """By device."""
+    others_mib: dict[str, float] = field(default_factory=dict)
     total_mib: dict[str, float] = field(default_factory=dict)
     waiting: dict[str, Waiting] = field(default_factory=lambda: defaultdict(Waiting))
     """By alias."""
@@ -236,6 +237,8 @@ def read_figures(metrics: str) -> Figures:
                 figures.total_mib[labels["device"]] = value / (1 << 20)
             case "memory_reserved_bytes":
                 figures.reserved_mib[labels["device"]] = value / (1 << 20)
+            case "memory_external_bytes":
+                figures.others_mib[labels["device"]] = value / (1 << 20)
             case "uptime_seconds":
                 figures.uptime_sec = value
             case "output_tokens_total":
@@ -293,12 +296,13 @@ def _headline(view: View, width: int) -> Text:
 
 
 def _memory_bar(figures: Figures, device: str, width: int) -> Text:
-    total = figures.total_mib[device]
-    reserved = figures.reserved_mib.get(device, 0.0)
-    amounts = f" {memory(reserved)} of {memory(total)}"
+    total, ours = figures.total_mib[device], figures.reserved_mib.get(device, 0.0)
+    others = figures.others_mib.get(device, 0.0)
+    amounts = f" {memory(ours)} models + {memory(others)} others of {memory(total)}"
     room = max(10, width - len(device) - len(amounts) - 1)
-    full = min(room, round(room * reserved / total)) if total else 0
-    return _line(f"{device} ", ("█" * full, "cyan"), ("·" * (room - full), "dim"), amounts)
+    of_models, of_others = (round(room * mib / total) if total else 0 for mib in (ours, others))
+    free = max(0, room - of_models - of_others)
+    return _line(f"{device} ", ("█" * of_models, "cyan"), ("▒" * of_others, "blue"), ("·" * free, "dim"), amounts)
 
 
 def _models_table(models: Sequence[dict[str, Any]], lines: int, width: int) -> Table:

@@ -5,6 +5,7 @@ Without `prometheus` and `promtool` on the machine (Debian: `apt-get install pro
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -41,7 +42,7 @@ SILENT = {
     "LlamaRouterDown": "the router answers; tried at the end, when it is gone",
     "LlamaRouterWaitOverBound": "nothing waits a minute beyond its bound",
     "LlamaRouterWaitNearTimeout": "nothing waits for minutes",
-    "LlamaRouterMemoryPressure": "the machine has RAM left",
+    "LlamaRouterMemoryPressure": "the machine has memory left",
     "LlamaRouterThrashing": "models of this size load in no time",
     "LlamaRouterNoProgress": "requests end all the time",
 }
@@ -66,7 +67,7 @@ def alerts() -> dict[str, str]:
 
 
 def expressions() -> dict[str, str]:
-    """Every PromQL expression that we ship, by where it is, with its variables filled."""
+    """Every PromQL expression that we ship, with its variables filled, by where it is."""
     found: dict[str, str] = {}
     for dashboard in DASHBOARDS:
         board = json.loads(dashboard.read_text())
@@ -79,10 +80,14 @@ def expressions() -> dict[str, str]:
     for group in yaml.safe_load((RULES / "recording.yml").read_text())["groups"]:
         found |= {rule["record"]: rule["expr"] for rule in group["rules"]}
     found |= alerts()
-    values = {"$instance": ".+", "$model": ".+", "$__rate_interval": "20s"}
-    for (place, expression), (name, value) in itertools.product(list(found.items()), values.items()):
-        found[place] = (expression if name == "$instance" else found[place]).replace(name, value)
-    return found
+    return {place: filled(expression) for place, expression in found.items()}
+
+
+def filled(expression: str) -> str:
+    for variable, value in (("$instance", ".+"), ("$model", ".+"), ("$__rate_interval", "20s")):
+        expression = expression.replace(variable, value)
+    assert "$" not in expression, expression
+    return expression
 
 
 class Prometheus:
@@ -104,9 +109,8 @@ class Prometheus:
             command += [f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn"]
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10)
-        eventually(self._ready, timeout_sec=30)
 
-    def _ready(self) -> bool:
+    def is_ready(self) -> bool:
         assert self.process.poll() is None, self.log.read_text()
         try:
             return self.http.get("/-/ready").status_code == 200
@@ -175,7 +179,7 @@ class Load:
 
 
 class Crashes:
-    """Kills the engine of one model, when it has been ready for a while, so many times."""
+    """Kills the engine of one model while it works, so many times."""
 
     def __init__(self, router: Router, alias: str, times: int) -> None:
         self._router = router
@@ -188,7 +192,8 @@ class Crashes:
         ).json()
         if self._left and status["status"] == "ready" and status["in_flight"]:
             self._left -= 1
-            os.kill(status["pid"], signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has just gone by itself
+                os.kill(status["pid"], signal.SIGKILL)
 
 
 @pytest.fixture
@@ -211,6 +216,7 @@ def test_every_query_we_ship_returns_data_on_a_real_prometheus(
     router = start({"api": {"api_keys": [KEY]}, "system": system, "models": entries})
     server = Prometheus(tmp_path / "prometheus", router.url.removeprefix("http://"))
     prometheus.append(server)
+    eventually(server.is_ready, timeout_sec=30)
 
     assert promtool("check", "config", server.config).returncode == 0
 

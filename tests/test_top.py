@@ -129,7 +129,7 @@ def test_the_screen_tells_who_runs_who_waits_and_why(start: Start, tiny: Path, t
 
     lines = top(router).until(
         r"llama-router ready, up \d\.\d?s +1 in flight, \d\.\d requests/s, \d tokens/s",
-        r"host [█·]+ \d+MiB of [\d.]+(GiB|MiB)",
+        r"host [█▒·]+ \d+MiB models \+ [\d.]+[GM]iB others of [\d.]+[GM]iB",
         r"MODEL +STATE +QUEUE +SLOTS +MEMORY +UP +UNLOADS IN",
         r"busy +ready +1 +1/1 +\S+ +\S+ +busy",
         r"cold +off +1 +0/\d +- +- +-",

@@ -93,8 +93,13 @@ def graph(
     panel.tooltip(
         common.VizTooltipOptions().mode(shapes.TooltipDisplayMode.MULTI).sort(shapes.SortOrder.DESCENDING)
     )
-    legend = common.VizLegendOptions().display_mode(shapes.LegendDisplayMode.TABLE).show_legend(True)
-    panel.legend(legend.placement(shapes.LegendPlacement.RIGHT).calcs(["lastNotNull", "max"]))
+    legend = common.VizLegendOptions().show_legend(True)
+    if width >= 12:
+        legend.display_mode(shapes.LegendDisplayMode.TABLE).placement(shapes.LegendPlacement.RIGHT)
+        legend.calcs(["lastNotNull", "max"])
+    else:
+        legend.display_mode(shapes.LegendDisplayMode.LIST).placement(shapes.LegendPlacement.BOTTOM)
+    panel.legend(legend)
     if stacked:
         panel.stacking(common.StackingConfig().mode(shapes.StackingMode.NORMAL))
     for letter, (expression, name) in zip("ABCDEF", queries, strict=False):
