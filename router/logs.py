@@ -132,18 +132,34 @@ class _Enqueue(QueueHandler):
             _lost.count += 1
 
 
+class _EngineFile(RotatingFileHandler):
+    """When the disk is full, what is said is lost; that is told once."""
+
+    failing = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.failing:
+            reason = sys.exc_info()[1]
+            logging.getLogger("router").warning(
+                "%s cannot be written: %s. What the engine says until it can be is not kept there",
+                self.baseFilename,
+                getattr(reason, "strerror", None) or reason,
+            )
+        self.failing = True
+
+
 class _EngineFiles(logging.Handler):
     """What engines say, as they say it, in files that are turned over when they are full."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._files: dict[Path, RotatingFileHandler] = {}
+        self._files: dict[Path, _EngineFile] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
         path: Path = record.__dict__["path"]
         try:
             if path not in self._files:
-                file = RotatingFileHandler(path, maxBytes=_FILE_BYTES, backupCount=_OLDER_FILES, encoding="utf-8")
+                file = _EngineFile(path, maxBytes=_FILE_BYTES, backupCount=_OLDER_FILES, encoding="utf-8")
                 file.terminator = ""
                 self._files[path] = file
             text: bytes = record.__dict__["chunk"]

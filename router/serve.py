@@ -114,7 +114,6 @@ def _serve(loaded: Loaded, load: Callable[[], Loaded], log: Logs) -> None:
             "or give a folder of GGUF files with --models-dir."
         )
     binary = find_binary(config.system.llama_server_path)
-    allow_many_files()
     with contextlib.ExitStack() as opened:
         listener = opened.enter_context(contextlib.closing(_listen(config)))
         state = opened.enter_context(contextlib.closing(_open_state(config, listener.getsockname()[1])))
@@ -383,7 +382,19 @@ def _changes(before: Config, after: Config) -> dict[str, list[str]]:
 
 
 def _most_clients(api: Api) -> int:
-    return min(api.max_connections, max(16, allow_many_files() - _OTHER_FILES))
+    """As many as are wanted, or as open files allow, which is said then."""
+    files = allow_many_files()
+    most = min(api.max_connections, max(16, files - _OTHER_FILES))
+    if most < api.max_connections:
+        _log.warning(
+            "only %d clients may connect at once, not %d (api.max_connections): the limit of open files is %d "
+            "(ulimit -n; LimitNOFILE= in a unit file), and %d of them are needed for engines and logs",
+            most,
+            api.max_connections,
+            files,
+            _OTHER_FILES,
+        )
+    return most
 
 
 def _needs_restart(before: Config, after: Config) -> list[str]:

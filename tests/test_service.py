@@ -127,7 +127,7 @@ def test_as_process_1_it_reaps_orphans_and_knows_how_its_own_ended(tiny: Path, t
     script.chmod(0o755)
     config = {"system": {"llama_server_path": str(script)}, "models": models(tiny, "a")}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+    environ = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
     command = [*UNSHARE, sys.executable, str(ROOT / "run.py"), "--port", "0", "--config", "config.json"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd=tmp_path, env=environ, stderr=pipe, text=True) as outer:
@@ -161,7 +161,7 @@ def test_ctrl_c_in_a_terminal_reaches_no_engine_before_its_stream_has_ended(tiny
         json.dumps({"system": {"llama_server_path": engine}, "models": models(tiny, "a")})
     )
     ours, theirs = os.openpty()
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+    environ = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
     command = ["setsid", "--ctty", sys.executable, str(ROOT / "run.py"), "--port", "0", "--config", "config.json"]
     terminal = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
     with subprocess.Popen(command, cwd=tmp_path, env=environ, **terminal) as router:

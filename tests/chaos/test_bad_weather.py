@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
+import resource
 import shutil
 import socket
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
-from conftest import Router, Start, fake, models
+from conftest import ROOT, Router, Start, eventually, fake, models
 
 
 def remove(path: Path) -> None:
@@ -56,6 +61,28 @@ def test_an_engine_binary_that_can_no_longer_be_run(
     assert answer.status_code == 503
     assert words in answer.json()["error"]["message"]
     assert str(binary) in answer.json()["error"]["message"]
+    assert_only_b_suffers(router)
+
+
+def without_a_library(path: Path) -> None:
+    """A real program that needs a library which is not there."""
+    program = Path("/usr/bin/env").read_bytes()
+    assert program.count(b"\0libc.so.6\0") == 1
+    path.unlink()
+    path.write_bytes(program.replace(b"\0libc.so.6\0", b"\0libq.so.6\0"))
+    path.chmod(0o755)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="an ELF program")
+def test_an_engine_whose_libraries_are_gone(start: Start, tiny: Path, tmp_path: Path) -> None:
+    binary = Path(fake(tmp_path))
+    system = {"llama_server_path": str(binary), "model_load_max_retries": 0}
+    router = start({"system": system, "models": models(tiny, "a", "b")})
+    assert router.chat("a").status_code == 200
+    without_a_library(binary)
+    answer = router.chat("b")
+    assert answer.status_code == 503
+    assert "error while loading shared libraries: libq.so.6" in answer.json()["error"]["message"]
     assert_only_b_suffers(router)
 
 
@@ -121,3 +148,79 @@ def test_the_last_port_is_taken(start: Start, tiny: Path) -> None:
         assert answer.status_code == 503
         assert "no port is free from 65534 on" in answer.json()["error"]["message"]
         assert_only_b_suffers(router)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prlimit")
+def test_a_full_disk_costs_the_files_only(start: Start, tiny: Path, tmp_path: Path) -> None:
+    state, logs = tmp_path / "state", tmp_path / "logs"
+    system = {"llama_server_path": fake(tmp_path), "log_dir": str(logs)}
+    router = start({"system": system, "models": models(tiny, "a", "b")}, LLAMA_ROUTER_STATE_DIR=str(state))
+    assert router.chat("a").status_code == 200
+    before = eventually_recorded(state, 1)
+    unlimited = resource.prlimit(router.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(router.process.pid, resource.RLIMIT_FSIZE, (0, unlimited[1]))  # files can't grow any more
+    assert router.chat("b").status_code == 200
+    router.http.post("/v1/models/eject", json={"model": "a"})
+    assert router.chat("a").status_code == 200
+    eventually(lambda: "engines.json cannot be written: File too large. Without it, an engine" in router.log)
+    assert (state / "engines.json").read_bytes() == before  # the old content, not half of the new
+    resource.prlimit(router.process.pid, resource.RLIMIT_FSIZE, unlimited)
+    router.http.post("/v1/models/eject", json={"model": "b"})
+    eventually_recorded(state, 1)
+    assert router.log.count("engines.json cannot be written") == 1
+    assert router.log.count("a.log cannot be written: File too large") == 1
+    assert router.stop() == 0
+    assert "Traceback" not in router.log
+
+
+def eventually_recorded(state: Path, engines: int) -> bytes:
+    def recorded() -> bool:
+        path = state / "engines.json"
+        return path.exists() and len(json.loads(path.read_text())["engines"]) == engines
+
+    eventually(recorded)
+    return (state / "engines.json").read_bytes()
+
+
+def test_too_few_open_files_are_told_at_the_start(tmp_path: Path) -> None:
+    script = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (700, 700)); "
+    script += "sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", script, str(ROOT / "run.py"), "--port", "0"]
+    environ = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True) as router:
+        assert router.stderr is not None
+        for line in router.stderr:
+            if "only 188 clients may connect at once" in line:
+                assert "limit of open files is 700" in line
+                break
+        else:
+            raise AssertionError("it was not told")
+        router.terminate()
+        router.stderr.read()
+        assert router.wait(20) == 0
+
+
+FAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))), None)
+
+
+@pytest.mark.skipif(FAKETIME is None, reason="needs libfaketime")
+def test_a_clock_that_is_set_changes_nothing(start: Start, tiny: Path, tmp_path: Path) -> None:
+    clock = tmp_path / "clock"
+    clock.write_text("+0")
+    system = {"llama_server_path": fake(tmp_path), "idle_timeout_sec": 60, "keep_warm_models": 0}
+    environ = {"LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1"}
+    router = start({"system": system, "models": models(tiny, "a")}, **environ, FAKETIME_DONT_FAKE_MONOTONIC="1")
+    assert router.chat("a").status_code == 200
+    pid = router.status("a")["pid"]
+    for jump in ("+8h", "-8h"):
+        clock.write_text(jump)
+        shown = datetime.fromisoformat(router.status("a")["updated_at"])
+        assert 7 < abs((shown - datetime.now(timezone.utc)).total_seconds()) / 3600 < 9  # it sees the new time
+        assert router.chat("a").status_code == 200
+        assert router.status("a")["pid"] == pid
+    body = {"model": "a", "messages": [], "stream": True}
+    with router.http.stream("POST", "/v1/chat/completions", json=body) as stream:
+        clock.write_text("+900h")
+        assert [line for line in stream.iter_lines() if line][-1] == "data: [DONE]"
+    assert router.status("a")["pid"] == pid
+    assert router.stop() == 0
