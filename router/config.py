@@ -248,6 +248,11 @@ class System(Section):
         description="Log lines as JSON; null means unless on a terminal. The variable STRUCTURED_LOGS wins.",
     )
     access_log: bool = Field(default=True, description="A log line for every request that is over.")
+    tracing: bool = Field(
+        default=False,
+        description="OpenTelemetry spans of requests; needs the extra `otel`, and goes by OpenTelemetry's own "
+        "variables (OTEL_EXPORTER_OTLP_ENDPOINT, ...).",
+    )
     log_dir: str | None = Field(
         default=None,
         min_length=1,

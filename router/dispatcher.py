@@ -20,7 +20,7 @@ from typing import Any
 from router.config import Config, MaxWait, ModelConfig, Patience, WaitFactor
 from router.devices import Devices
 from router.engine import Binary, EngineFailed, EngineOrder, EngineProcess, LogRing
-from router.events import EngineEnded, Events, ModelChanged, ServerChanged
+from router.events import EngineEnded, Events, LoadMoved, ModelChanged, ServerChanged
 from router.expectation import remaining_wait_sec
 from router.flags import argv, parse
 from router.launcher import Launcher
@@ -467,6 +467,7 @@ class Dispatcher:
             running = self.running[engine_id] = RunningEngine(engine_id, model.alias, process, pool, started)
             if engine_id in self._stopping:
                 await process.stop()
+            process.when_load_moves = lambda: self.events.publish(LoadMoved(model.alias, time.time()))
             await process.ready()
             running.ready_sec = time.monotonic()
             self._post(EngineReady(running.ready_sec, engine_id))

@@ -136,6 +136,9 @@ class EngineProcess:
         self.started = time.monotonic()
         self.load_progress: float | None = None
         """0 to 1 where the engine tells, while it loads."""
+        self.load_stage: str | None = None
+        """What it loads, in llama-server's words: text_model, spec_model, mmproj_model."""
+        self.when_load_moves: Callable[[], None] = lambda: None
         self._process = process
         self.was_killed = False
         """It ended because `kill` was called."""
@@ -309,9 +312,11 @@ class EngineProcess:
             return
         if state.state == "ready":
             self._said_ready.set()
-        value = state.payload.get("value")
+        value, stage = state.payload.get("value"), state.payload.get("current")
         if isinstance(value, int | float):
             self.load_progress = float(value)
+            self.load_stage = stage if isinstance(stage, str) else None
+            self.when_load_moves()
 
     async def _poll_ready(self) -> None:
         """For builds that push nothing. Two answers identify our child: 401 without the key, 200 with it."""

@@ -42,6 +42,14 @@ class EngineEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadMoved:
+    """An engine that loads has told how far it is."""
+
+    alias: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
 class ServerChanged:
     """initializing, ready or shutting_down."""
 
@@ -100,22 +108,30 @@ class Missed:
     count: int
 
 
-Happening = ModelChanged | EngineEnded | ServerChanged | RequestDone | Missed
+Happening = ModelChanged | EngineEnded | LoadMoved | ServerChanged | RequestDone | Missed
+
+
+_KEPT = (ModelChanged, ServerChanged)
+"""What somebody who comes back may ask for again: few, and what they tell can't be read from anywhere else."""
 
 
 class Subscription:
-    """Iterate over it to get the events from now on."""
+    """Iterate over it to get the events from now on, or from where `resumes`."""
 
     def __init__(self, capacity: int, kinds: tuple[type, ...]) -> None:
         self.kinds = kinds
-        self._buffer: deque[Happening] = deque(maxlen=capacity)
+        self.last_id = 0
+        """Of the kept event that was yielded last."""
+        self.resumes = False
+        """What was missed comes first, and nothing of it is lost."""
+        self._buffer: deque[tuple[int, Happening]] = deque(maxlen=capacity)
         self._missed = 0
         self._arrived = asyncio.Event()
 
-    def put(self, happening: Happening) -> None:
+    def put(self, number: int, happening: Happening) -> None:
         if len(self._buffer) == self._buffer.maxlen:
             self._missed += 1
-        self._buffer.append(happening)
+        self._buffer.append((number, happening))
         self._arrived.set()
 
     async def __aiter__(self) -> AsyncIterator[Happening]:
@@ -126,7 +142,8 @@ class Subscription:
                 missed, self._missed = self._missed, 0
                 yield Missed(missed)
             while self._buffer:
-                yield self._buffer.popleft()
+                self.last_id, happening = self._buffer.popleft()
+                yield happening
 
 
 class Events:
@@ -136,22 +153,34 @@ class Events:
         self._capacity = capacity
         self._listeners: list[Callable[[Happening], None]] = []
         self._subscriptions: set[Subscription] = set()
+        self._last_id = 0
+        self._kept: deque[tuple[int, Happening]] = deque(maxlen=capacity)
 
     def publish(self, happening: Happening) -> None:
+        if isinstance(happening, _KEPT):
+            self._last_id += 1
+            self._kept.append((self._last_id, happening))
         for listener in self._listeners:
             listener(happening)
         for subscription in self._subscriptions:
             if isinstance(happening, subscription.kinds):
-                subscription.put(happening)
+                subscription.put(self._last_id, happening)
 
     def listen(self, listener: Callable[[Happening], None]) -> None:
         """Have it called with every event, at once, in the router's own time: for what must not miss any."""
         self._listeners.append(listener)
 
     @contextmanager
-    def subscribe(self, *kinds: type) -> Iterator[Subscription]:
-        """Events of these kinds; nobody is woken up for any other."""
+    def subscribe(self, *kinds: type, after: int | None = None) -> Iterator[Subscription]:
+        """Events of these kinds; nobody is woken up for any other. `after`: the last id that was seen."""
         subscription = Subscription(self._capacity, kinds)
+        subscription.last_id = self._last_id
+        first_kept = self._kept[0][0] if self._kept else 1
+        if after is not None and first_kept - 1 <= after <= self._last_id:
+            subscription.resumes = True
+            for number, happening in self._kept:
+                if number > after and isinstance(happening, kinds):
+                    subscription.put(number, happening)
         self._subscriptions.add(subscription)
         try:
             yield subscription

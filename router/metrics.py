@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -21,6 +21,7 @@ from router.events import EngineEnded, Happening, ModelChanged, RequestDone
 from router.exposition import Counter, Family, Gauges, Histogram, exposition, label_text
 from router.messages import Refusal
 from router.queue import Priority
+from router.readings import Device
 from router.residency import Engine, Model
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -359,6 +360,7 @@ def _gauges(dispatcher: Dispatcher) -> Iterator[Family]:
     yield from _model_gauges(dispatcher)
     yield from _memory_gauges(dispatcher)
     yield from _scheduler_gauges(dispatcher)
+    yield from _gpu_gauges(dispatcher.devices.last.gpus)
     yield from _machine_gauges()
     yield _single("router_models_loaded_total", "Engines resident", len(dispatcher.scheduler.engines))
     yield _single("router_uptime_seconds", "Since the start", time.time() - dispatcher.started_at)
@@ -446,6 +448,35 @@ def _scheduler_gauges(dispatcher: Dispatcher) -> Iterator[Gauges]:
     yield _single("router_queue_limit", "Requests that may wait for one model", policy.max_queue_size_per_model)
     yield _single("router_queue_timeout_seconds", "Longest wait in the queue", policy.queue_timeout_sec)
     yield _single("router_models_limit", "Engines that may be resident", policy.max_concurrent_models)
+
+
+def _gpu_gauges(gpus: Sequence[Device]) -> Iterator[Gauges]:
+    """As the drivers said last; without a line where they do not tell."""
+    for name, text, value in _PER_GPU:
+        gauges = Gauges(name, text, "gpu")
+        for gpu in gpus:
+            if (figure := value(gpu)) is not None:
+                gauges.set(figure, gpu.name)
+        yield gauges
+
+
+_PER_GPU: tuple[tuple[str, str, Callable[[Device], float | None]], ...] = (
+    ("router_gpu_vram_total_bytes", "Memory of a GPU", lambda gpu: gpu.total_mib * _MIB),
+    (
+        "router_gpu_vram_used_bytes",
+        "What everybody uses of it",
+        lambda gpu: (gpu.total_mib - gpu.free_mib) * _MIB,
+    ),
+    ("router_gpu_vram_free_bytes", "What nobody uses of it", lambda gpu: gpu.free_mib * _MIB),
+    (
+        "router_gpu_utilization_percent",
+        "Share of the time in which it worked",
+        lambda gpu: None if gpu.utilization is None else 100 * gpu.utilization,
+    ),
+    ("router_gpu_temperature_celsius", "Temperature", lambda gpu: gpu.temperature_c),
+    ("router_gpu_power_watts", "Power drawn", lambda gpu: gpu.power_w),
+    ("router_gpu_power_limit_watts", "Power that it may draw", lambda gpu: gpu.power_limit_w),
+)
 
 
 def _machine_gauges() -> Iterator[Gauges]:

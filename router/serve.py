@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Generator
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import psutil
 import uvicorn
@@ -44,6 +44,9 @@ from router.state import State, StateHeld, default_path
 from router.systemd import Notifier
 from router.watch import watch
 
+if TYPE_CHECKING:
+    from router.tracing import Tracing
+
 _log = logging.getLogger("router")
 
 _BACKLOG = 2048
@@ -67,6 +70,7 @@ _NEEDS_RESTART = {
         "structured_logs",
         "access_log",
         "log_dir",
+        "tracing",
     ),
 }
 
@@ -122,6 +126,14 @@ def _serve(loaded: Loaded, load: Callable[[], Loaded], log: Logs) -> None:
         devices = Devices(config.system.gpu_devices if binary.kind != "embedded" else ())
         devices.read_blocking()
         _run(_Service(loaded, load, binary, devices, listener, record, log).run())
+
+
+def _tracing() -> Tracing:
+    try:
+        from router.tracing import Tracing
+    except ImportError as error:
+        raise CannotServe("system.tracing needs OpenTelemetry: pip install 'llama-router[otel]'.") from error
+    return Tracing()
 
 
 def _run(service: Coroutine[Any, Any, None]) -> None:
@@ -220,6 +232,9 @@ class _Service:
         if config.system.access_log:
             log.log_requests(self._dispatcher.events)
         self._log = log
+        self._tracing = _tracing() if config.system.tracing else None
+        if self._tracing is not None:
+            self._dispatcher.events.listen(self._tracing.note)
         self._keyring = Keyring(config.api)
         self._reloading = asyncio.Lock()
         self._reloads: set[asyncio.Task[None]] = set()
@@ -269,6 +284,8 @@ class _Service:
             server.should_exit = True
             await serving
             await self._record.saved()
+            if self._tracing is not None:
+                self._tracing.close()
         _log.info("stopped")
 
     async def reload(self) -> dict[str, Any]:

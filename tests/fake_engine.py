@@ -2,6 +2,7 @@
 
 FAKE_READY        push (default): says it is ready on its pipe; poll: serves /v1/models only; never: hangs
 FAKE_LOAD_SEC     how long loading takes
+FAKE_PROGRESS     1: tells on its pipe how far it is, as llama-server does
 FAKE_ANSWER_SEC   how long an answer takes
 FAKE_DIE          before: exits when a request comes; after: exits in the middle of the answer;
                   once FILE: as `before`, but only while FILE does not exist (it makes it)
@@ -104,6 +105,10 @@ async def main() -> None:
     if setting("outlives") == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     print("fake engine: loading", file=sys.stderr, flush=True)
+    for share in (0.25, 0.5) if setting("progress") else ():
+        payload = {"stages": ["text_model"], "current": "text_model", "value": share}
+        print("cmd_child_to_router:state:" + json.dumps({"state": "loading", "payload": payload}), flush=True)
+        await asyncio.sleep(0.05)  # a message of its own
     await asyncio.sleep(float(setting("load_sec", "0")))
     if setting("ready") == "never":
         await asyncio.sleep(3600)

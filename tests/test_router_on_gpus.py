@@ -65,3 +65,19 @@ def test_requests_are_served_though_the_driver_breaks(
     gpus.set(*gpus.gpus)
     assert router.chat("b").status_code == 200, "and all is well when it works again"
     assert router.stop() == 0
+
+
+def test_how_the_gpus_are_is_in_the_metrics(start: Start, tiny: Path, gpus: PlayedGpus, environ: Environ) -> None:
+    gpus.set(Gpu(total_mib=6000, used_mib=1000, utilization=60, temperature=71, power=200), Gpu(total_mib=4000))
+    router = start({"models": models(tiny, "a")}, **environ)
+    gpus.set(Gpu(total_mib=6000, used_mib=2000, utilization=60, temperature=71, power=200), Gpu(total_mib=4000))
+    lines = router.http.get("/metrics").text.splitlines()
+    for line in (
+        f'router_gpu_vram_used_bytes{{gpu="gpu0"}} {2000 << 20}',
+        f'router_gpu_vram_total_bytes{{gpu="gpu1"}} {4000 << 20}',
+        'router_gpu_utilization_percent{gpu="gpu0"} 60.0',
+        'router_gpu_temperature_celsius{gpu="gpu0"} 71',
+        'router_gpu_power_watts{gpu="gpu0"} 200.0',
+        'router_gpu_power_limit_watts{gpu="gpu1"} 350.0',
+    ):
+        assert any(known.startswith(line.removesuffix(".0")) for known in lines), line

@@ -17,9 +17,10 @@ from router.api.errors import ApiError, refused
 from router.api.openai import known_model
 from router.api.streams import EventStream
 from router.config_errors import ConfigError
-from router.dispatcher import Dispatcher
-from router.events import Missed, ModelChanged, ServerChanged
+from router.dispatcher import Dispatcher, RunningEngine
+from router.events import LoadMoved, Missed, ModelChanged, ServerChanged
 from router.messages import Refusal
+from router.residency import Model
 from router.waiting import why
 
 router = APIRouter(tags=["management"])
@@ -96,9 +97,13 @@ async def all_status(request: Request) -> dict[str, Any]:
 
 @router.get("/v1/models/status/stream")
 async def status_stream(request: Request) -> EventStream:
-    """SSE: `full_status` first, then `model_update` and `server_update` as things change."""
+    """SSE: `full_status` first, then `model_update` and `server_update` as things change.
+
+    A client that comes back with `Last-Event-ID` gets what it missed instead, if that is still known.
+    """
     dispatcher: Dispatcher = request.app.state.dispatcher
-    return EventStream(_status_events(dispatcher), ping=_KEEP_ALIVE_SEC, ping_message_factory=_heartbeat)
+    seen = _seen(dispatcher, request.headers.get("last-event-id", ""))
+    return EventStream(_status_events(dispatcher, seen), ping=_KEEP_ALIVE_SEC, ping_message_factory=_heartbeat)
 
 
 @router.get("/v1/models/{alias:path}/status")
@@ -149,6 +154,7 @@ def _status(dispatcher: Dispatcher, alias: str) -> dict[str, Any]:
         "last_used_at": _wall(model.last_used_sec),
         "unload_at": _wall(unload_at_sec) if unload_at_sec is not None else None,
         "load_progress": 100 if state in ("ready", "draining") else round(100 * (progress or 0)),
+        "load": _load(model, running) if state == "loading" else None,
         "load_sec": round(model.load_sec, 3) if model.loads else None,
         "error_message": model.last_error,
         "vram_used_mb": _memory_mib(dispatcher, alias),
@@ -161,35 +167,62 @@ def _status(dispatcher: Dispatcher, alias: str) -> dict[str, Any]:
     }
 
 
+def _load(model: Model, running: RunningEngine | None) -> dict[str, Any]:
+    """How a load goes on: the engine's own words and share, where it tells; what it took before, or a guess."""
+    engine = model.engine
+    process = running.process if running is not None else None
+    return {
+        "stage": process.load_stage if process is not None else None,
+        "fraction": process.load_progress if process is not None else None,
+        "elapsed_sec": round(time.monotonic() - engine.started_sec, 2) if engine is not None else 0.0,
+        "expected_sec": round(model.load_sec, 2),
+    }
+
+
 def _memory_mib(dispatcher: Dispatcher, alias: str) -> int:
     engine = dispatcher.scheduler.models[alias].engine
     return engine.placement.get(dispatcher.device.name, 0) if engine is not None else 0
 
 
-async def _status_events(dispatcher: Dispatcher) -> AsyncIterator[ServerSentEvent]:
-    with dispatcher.events.subscribe(ModelChanged, ServerChanged) as happenings:
-        yield _event("full_status", full_status(dispatcher))
+async def _status_events(dispatcher: Dispatcher, seen: int | None) -> AsyncIterator[ServerSentEvent]:
+    kinds = (ModelChanged, LoadMoved, ServerChanged)
+    with dispatcher.events.subscribe(*kinds, after=seen) as happenings:
+
+        def event(name: str, data: dict[str, Any]) -> ServerSentEvent:
+            return ServerSentEvent(json.dumps(data), event=name, id=f"{_run(dispatcher)}-{happenings.last_id}")
+
+        if not happenings.resumes:
+            yield event("full_status", full_status(dispatcher))
         async for happening in happenings:
             match happening:
                 case ModelChanged(alias) if alias in dispatcher.scheduler.models:
                     update = {**_status(dispatcher, alias), "status": happening.state, "reason": happening.reason}
-                    yield _event("model_update", update)
+                    yield event("model_update", update)
+                case LoadMoved(alias) if alias in dispatcher.scheduler.models:
+                    yield event("model_update", _status(dispatcher, alias))
                 case ServerChanged(status, at):
-                    yield _event("server_update", {"status": status, "at": _iso(at)})
+                    yield event("server_update", {"status": status, "at": _iso(at)})
                     if status == "shutting_down":
                         return
                 case Missed():
-                    yield _event("full_status", full_status(dispatcher))
+                    yield event("full_status", full_status(dispatcher))
                 case _:
                     pass
 
 
-def _event(name: str, data: dict[str, Any]) -> ServerSentEvent:
-    return ServerSentEvent(json.dumps(data), event=name)
+def _run(dispatcher: Dispatcher) -> str:
+    """Tells the events of this run of the router from those of another."""
+    return f"{int(dispatcher.started_at * 1000):x}"
+
+
+def _seen(dispatcher: Dispatcher, last_event_id: str) -> int | None:
+    """The number of the last event that a client has seen; None when it was none of ours."""
+    run, _, number = last_event_id.partition("-")
+    return int(number) if run == _run(dispatcher) and number.isdecimal() and len(number) < 20 else None
 
 
 def _heartbeat() -> ServerSentEvent:
-    return _event("heartbeat", {"timestamp": _iso(time.time())})
+    return ServerSentEvent(json.dumps({"timestamp": _iso(time.time())}), event="heartbeat")
 
 
 def _iso(at: float) -> str:
