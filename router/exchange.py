@@ -295,6 +295,7 @@ class Exchange:
         assert ticket is not None
         wait = self._dispatcher.wait_of(ticket)
         if not self._answer.started:
+            self._status = 200
             self._answer.start(200, _EVENT_STREAM + self._lines_of(ticket) + _lines_of_wait(wait))
         if wait is not None and not self._is_paused:
             figures = f"position {wait.position}, waited {wait.waited_sec:.0f} s, ~{wait.expected_sec:.0f} s to go"
