@@ -114,6 +114,7 @@ class Exchange:
         "_fields",
         "_headers",
         "_heartbeat",
+        "_held",
         "_is_over",
         "_is_paused",
         "_lines",
@@ -122,11 +123,11 @@ class Exchange:
         "_path",
         "_query",
         "_reason",
+        "_received",
         "_relays",
         "_request_id",
         "_resends",
         "_shared",
-        "_size",
         "_status",
         "_streams",
         "_ticket",
@@ -143,8 +144,11 @@ class Exchange:
         self._request_id = ""
         self._lines = b""
         """Headers of every answer."""
+        self._received = bytearray()
+        self._held = 0
+        """Bytes of the body, as they count in the sum over all requests."""
         self._parts: list[bytes] = []
-        self._size = 0
+        """Of an answer that is read whole before any of it is sent."""
         self._body = b""
         self._streams = False
         self._ticket: Ticket | None = None
@@ -178,20 +182,20 @@ class Exchange:
             return
         api = self._dispatcher.config.api
         try:
-            if self._size + len(part) > api.max_body_mb << 20:
+            if len(self._received) + len(part) > api.max_body_mb << 20:
                 raise self._too_large()
             self._shared.bodies.hold(len(part), api.max_bodies_mb << 20)
+            self._held += len(part)
         except ApiError as error:
             self._refuse(error)
             return
-        self._parts.append(part)
-        self._size += len(part)
+        self._received += part  # not a list: a body in crumbs would take many times its size
 
     def end_body(self) -> None:
         if self._is_over:
             return
-        self._body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-        self._parts.clear()
+        self._body = bytes(self._received)
+        self._received.clear()
         try:
             wish = read_wish(self._body, self._fields, self._dispatcher.config.models)
         except ApiError as error:
@@ -277,6 +281,7 @@ class Exchange:
             target += b"?" + self._query
         lines = [b"%b: %b\r\n" % header for header in self._headers if header[0] in _FORWARDED]
         lines.append(b"x-request-id: %b\r\n" % self._request_id.encode())
+        self._shared.watch(self)
         engine.pool.post(target, b"".join(lines), self._body, self)
 
     def _set_heartbeat(self) -> None:
@@ -311,7 +316,6 @@ class Exchange:
         if self._connection is not None:  # the one that it was sent on before was just being closed
             self._resends += 1
         self._connection = connection
-        self._shared.watch(self)
         if self._is_paused:
             connection.pause()
 
@@ -346,7 +350,10 @@ class Exchange:
 
     def must_have_moved(self, since_sec: float, limit_sec: float) -> None:
         """Nobody may hold a slot without moving: neither an engine that hangs nor a client that does not read."""
-        if self._connection is None or self._connection.last_byte_sec > since_sec:
+        assert self._ticket is not None
+        connection = self._connection
+        moved_sec = self._ticket.granted_sec if connection is None else connection.last_byte_sec
+        if moved_sec > since_sec:
             return
         if self._is_paused:
             self._end("cancelled")
@@ -393,7 +400,7 @@ class Exchange:
         self._status = error.status
         self._reason = error.message
         self._end(error.code)
-        self._parts.clear()
+        self._received.clear()
         self._write_error(error)
 
     def _fail(self, error: ApiError) -> None:
@@ -417,7 +424,7 @@ class Exchange:
         self._is_over = True
         self._stop_heartbeat()
         self._shared.unwatch(self)
-        self._shared.bodies.release(self._size)
+        self._shared.bodies.release(self._held)
         if self._connection is not None:
             self._connection.close()
             self._connection = None

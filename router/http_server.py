@@ -65,12 +65,12 @@ class _Request:
     """A request as it was read. Its body is here only as long as it waits for its turn."""
 
     __slots__ = (
+        "body",
         "headers",
         "http_version",
         "is_whole",
         "keep_alive",
         "method",
-        "parts",
         "path",
         "query",
         "raw_path",
@@ -82,7 +82,7 @@ class _Request:
         self.headers = headers
         self.http_version = parser.get_http_version()
         self.keep_alive = self.http_version != "1.0" and parser.should_keep_alive()
-        self.parts: list[bytes] = []
+        self.body = bytearray()
         self.is_whole = False
         self.raw_path, self.query = url, b""
         path = _PATHS.get(url)
@@ -224,9 +224,9 @@ class HttpProtocol(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         if self._waiting:
-            parts = self._waiting[-1].parts
-            parts.append(body)
-            if sum(map(len, parts)) > HIGH_WATER_LIMIT:
+            waiting = self._waiting[-1]
+            waiting.body += body
+            if len(waiting.body) > HIGH_WATER_LIMIT:
                 self.flow.pause_reading()
         elif self._turn is not None:  # else it has its answer already
             self._turn.add_body(body)
@@ -270,8 +270,7 @@ class HttpProtocol(asyncio.Protocol):
         request = self._waiting.popleft()
         self.flow.resume_reading()
         turn = self._begin(request)
-        for part in request.parts:
-            turn.add_body(part)
+        turn.add_body(bytes(request.body))
         if request.is_whole:
             turn.end_body()
 

@@ -127,6 +127,16 @@ def test_a_client_that_reads_late_gets_all_of_it_and_then_the_next_answer(
     assert received.count(b'"delta"') == 2 * count
 
 
+def test_a_request_in_crumbs_behind_another_keeps_nobody_waiting(start: Start, tiny: Path, tmp_path: Path) -> None:
+    engine = fake(tmp_path, chunks="1000", chunk_sec="0.01")
+    router = start({"system": {"llama_server_path": engine}, "models": models(tiny, "a")})
+    head = post(b"", b"transfer-encoding: chunked").replace(b"content-length: 0\r\n", b"")
+    with connect(router) as client:
+        client.sendall(post(STREAM) + head + b"2\r\n  \r\n" * 60_000)
+        assert client.recv(1)
+        assert router.http.get("/live", timeout=3).status_code == 200
+
+
 def test_idle_connections_do_not_delay_the_end(router: Router) -> None:
     with connect(router) as client:
         client.sendall(post(CHAT))
