@@ -124,7 +124,8 @@ def test_the_status_stream_tells_the_story_of_a_load(start: Start, tiny: Path) -
                 name = line[6:].strip()
             elif line.startswith("data:"):
                 data = json.loads(line[5:])
-                events.append((name, data.get("status", "")))
+                if events[-1:] != [(name, data.get("status", ""))]:  # a load tells how far it is
+                    events.append((name, data.get("status", "")))
                 asked = asked or other.submit(router.chat, "a")
                 if data.get("status") == "ready":
                     break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,10 @@ def test_requests_are_served_though_the_driver_breaks(
 
 
 def test_how_the_gpus_are_is_in_the_metrics(start: Start, tiny: Path, gpus: PlayedGpus, environ: Environ) -> None:
-    gpus.set(Gpu(total_mib=6000, used_mib=1000, utilization=60, temperature=71, power=200), Gpu(total_mib=4000))
+    first = Gpu(total_mib=6000, used_mib=1000, utilization=60, temperature=71, power=200)
+    gpus.set(first, Gpu(total_mib=4000))
     router = start({"models": models(tiny, "a")}, **environ)
-    gpus.set(Gpu(total_mib=6000, used_mib=2000, utilization=60, temperature=71, power=200), Gpu(total_mib=4000))
+    gpus.set(replace(first, used_mib=2000), gpus.gpus[1])
     lines = router.http.get("/metrics").text.splitlines()
     for line in (
         f'router_gpu_vram_used_bytes{{gpu="gpu0"}} {2000 << 20}',
