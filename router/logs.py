@@ -82,7 +82,8 @@ class Logs:
         try:
             self._queue.put_nowait(record)
         except Full:
-            _lost.count += 1
+            done = fields.get("done")
+            _lost.count += len(done) if isinstance(done, list) else 1
 
 
 def set_up(*, debug: bool, structured: bool | None, log_dir: Path | None = None) -> Logs:
