@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router import __version__
-from router.api import models, monitoring, openai, pulls
+from router.api import memory, models, monitoring, openai, pulls
 from router.api.auth import OPEN_PATHS, Keyring
 from router.api.browsers import Browsers
 from router.api.errors import ApiError
@@ -83,7 +83,7 @@ def _pages(dispatcher: Dispatcher, keyring: Keyring, reload: Reload, downloads: 
     app.state.metrics = Metrics(dispatcher)
     app.state.telemetry = Telemetry(time.monotonic)
     dispatcher.events.listen(app.state.telemetry.note)
-    for pages in (pulls.router, models.router, openai.router, monitoring.router):
+    for pages in (pulls.router, models.router, openai.router, memory.router, monitoring.router):
         for route in pages.routes:
             if isinstance(route, APIRoute) and route.methods and "GET" in route.methods:
                 route.methods.add("HEAD")  # what monitors and load balancers like to ask with

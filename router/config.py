@@ -176,14 +176,20 @@ class System(Section):
         "(CUDA_VISIBLE_DEVICES and the like) does not hide; [] keeps every model on the CPU.",
     )
     memory_budget_mb: PositiveCount | None = Field(
-        default=None, description="MiB that engines may use together; null means what the machine has."
+        default=None,
+        description="MiB that engines may use together: of the GPUs, in the order of their numbers; without any, "
+        "of RAM. null means what the machine has. What other programs hold is not there either way.",
     )
     vram_reserve_mb: Count = Field(default=0, description="MiB per device that engines must leave free.")
     min_vram_required: Count = Field(
-        default=500, description="Nothing is loaded while less than this many MiB are free."
+        default=500,
+        description="Nothing is loaded on a device of which other programs leave less than this many MiB.",
     )
     vram_multiplier: float = Field(
-        default=1.1, gt=0, description="Memory estimate of last resort: size of the model's files times this."
+        default=1.1,
+        gt=0,
+        description="Memory estimate of last resort, for file formats newer than the router: size of the model's "
+        "files times this.",
     )
     base_port: int = Field(
         default=8085,
@@ -387,7 +393,9 @@ class ModelEntry(Section):
         default=None, description="Overrides system.idle_timeout_sec for this model; 0 means never."
     )
     footprint_mb: PositiveCount | None = Field(
-        default=None, description="Memory that this model needs in MiB, if you know better than the estimate."
+        default=None,
+        description="MiB that this model takes, if you know better: of its GPUs together; without any, of RAM. "
+        "Its flags are then left as they are.",
     )
     priority: PriorityName | None = Field(
         default=None, description="Priority of requests that name none; null means normal."

@@ -17,6 +17,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from router.accountant import Accountant
 from router.config import Config, MaxWait, ModelConfig, Patience, WaitFactor
 from router.devices import Devices
 from router.engine import Binary, EngineFailed, EngineOrder, EngineProcess, LogRing
@@ -24,7 +25,8 @@ from router.events import EngineEnded, Events, LoadMoved, ModelChanged, ServerCh
 from router.expectation import remaining_wait_sec
 from router.flags import argv, parse
 from router.launcher import Launcher
-from router.memory import Unusable, budget_mib, find_device, inspect
+from router.learning import Learned
+from router.memory import Account, Ledger
 from router.messages import (
     ByPriority,
     Configured,
@@ -32,6 +34,7 @@ from router.messages import (
     Eject,
     EngineAlive,
     EngineExited,
+    EngineLost,
     EngineReady,
     Event,
     Finished,
@@ -39,7 +42,6 @@ from router.messages import (
     Inspect,
     Inspected,
     Load,
-    MemoryChanged,
     ModelSpec,
     Policy,
     Probe,
@@ -62,8 +64,8 @@ from router.waiting import why
 
 _log = logging.getLogger("router")
 
-_INSPECTION_LIMIT_SEC = 30
 _POSITIONS_VALID_SEC = 1
+_LOG_OF_A_LOAD = 200
 
 
 @dataclass(slots=True, eq=False)
@@ -180,14 +182,20 @@ class Dispatcher:
     """Owns the scheduler, the engines and everybody who waits. Create and use it on one event loop."""
 
     def __init__(
-        self, config: Config, launcher: Launcher, binary: Binary, devices: Devices, events: Events
+        self,
+        config: Config,
+        launcher: Launcher,
+        binary: Binary,
+        devices: Devices,
+        learned: Learned,
+        events: Events,
     ) -> None:
         self.config = config
         self.events = events
-        self.devices = devices
-        self.device = find_device(devices.last)
         self.binary = binary
+        self.devices = devices
         self.scheduler = Scheduler()
+        self._accountant = Accountant(config.system, binary, devices, learned, self.scheduler, self._post)
         self.logs: dict[str, LogRing] = {}
         self.engine_file: Callable[[str], Callable[[bytes], None] | None] = lambda alias: None
         """Where what an alias's engines say is to go besides its ring."""
@@ -211,12 +219,19 @@ class Dispatcher:
         self._preloading: set[str] = set()
         self._changes: dict[str, list[asyncio.Future[None]]] = {}
         self._preload: asyncio.Task[None] | None = None
+        self._watch: asyncio.Task[None] | None = None
+
+    @property
+    def ledger(self) -> Ledger:
+        """Who holds what of each device."""
+        return self._accountant.ledger
 
     # --- life -------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Take up work: know the models, begin to preload."""
         self._configure()
+        self._watch = self._spawn(self._accountant.watch(), "watch of memory")
         self.status = "ready"
         self.events.publish(ServerChanged(self.status, time.time()))
         if self._to_preload():
@@ -226,8 +241,9 @@ class Dispatcher:
         """Refuse what waits, let what is in flight finish within the grace time, stop every engine."""
         self.status = "shutting_down"
         self.events.publish(ServerChanged(self.status, time.time()))
-        if self._preload is not None:
-            self._preload.cancel()
+        for task in (self._preload, self._watch):
+            if task is not None:
+                task.cancel()
         self._post(ShutDown(time.monotonic()))
         deadline = time.monotonic() + self.config.system.shutdown_grace_sec
         while self.scheduler.engines and (left := deadline - time.monotonic()) > 0:
@@ -265,6 +281,11 @@ class Dispatcher:
         if self._tickets.pop(ticket.id, None) is not None:
             self.counts[ticket.alias].served += served
             self._post(Finished(time.monotonic(), ticket.id, served))
+            if served and ticket.engine is not None:
+                account = self.ledger.accounts.get(ticket.engine.id)
+                if account is not None and not account.has_answered:
+                    account.has_answered = True
+                    self._spawn(self._accountant.answered(account), f"measuring of {ticket.alias}")
 
     def requeue(self, ticket: Ticket, reason: str) -> None:
         """Its engine broke before the first byte of an answer: back to the head of its queue."""
@@ -381,8 +402,10 @@ class Dispatcher:
                     ticket.decide(time.monotonic(), None, effect)
             case Inspect(alias):
                 self._spawn(self._inspect(alias), f"inspection of {alias}")
-            case StartEngine(engine_id, alias):
-                self._spawn(self._live(engine_id, self.config.models[alias]), f"engine {engine_id} of {alias}")
+            case StartEngine(engine_id, alias, placement):
+                account = self._accountant.open(engine_id, alias, placement)
+                life = self._live(account, self.config.models[alias])
+                self._spawn(life, f"engine {engine_id} of {alias}")
             case StopEngine(engine_id):
                 self._stop(engine_id)
             case Probe(engine_id):
@@ -430,53 +453,38 @@ class Dispatcher:
         model: ModelConfig | None = None
         while model != self.config.models.get(alias):
             model = self.config.models.get(alias)
-            answer = await self._look_at(model) if model is not None else None
+            system = self.config.system
+            answer = await self._accountant.inspect(model, system) if model is not None else None
         if answer is not None:
             self._post(answer)
 
-    async def _look_at(self, model: ModelConfig) -> Inspected:
-        engines = self.scheduler.engines.values()
-        held_mib = sum(engine.placement.get(self.device.name, 0) for engine in engines)
-        now = find_device(await self.devices.read())
-        look = asyncio.to_thread(inspect, model, self.config.system, now, held_mib)
-        try:
-            found = await asyncio.wait_for(look, _INSPECTION_LIMIT_SEC)
-        except Unusable as unusable:
-            problem = str(unusable)
-        except asyncio.TimeoutError:
-            problem = f"{model.model_path} could not be read within {_INSPECTION_LIMIT_SEC} s"
-        except Exception as error:  # whatever it is, the model must not wait for ever
-            _log.exception("looking at %s failed", model.model_path)
-            problem = f"{model.model_path} cannot be looked at: {error!r}"
-        else:
-            return Inspected(
-                time.monotonic(), model.alias, found.placements, None, found.need, found.expected_load_sec
-            )
-        return Inspected(time.monotonic(), model.alias, problem=problem)
-
-    async def _live(self, engine_id: int, model: ModelConfig) -> None:
+    async def _live(self, account: Account, model: ModelConfig) -> None:
         """An engine from its start to its end. Whatever happens, its exit is reported."""
+        engine_id = account.engine_id
         reason = "the router failed to watch it"
         before = self.exits.get(model.alias)
         self.restarts[model.alias] += before is not None and not before.wanted
         running: RunningEngine | None = None
         try:
             started = time.monotonic()
-            process = await self._launcher.launch(self._order(model), self.log_of(model.alias))
+            process = await self._launcher.launch(self._order(model, account), self.log_of(model.alias))
             pool = EnginePool(process.port, process.key, self.config.system.http_max_keepalive)
             running = self.running[engine_id] = RunningEngine(engine_id, model.alias, process, pool, started)
+            account.pid = process.pid
             if engine_id in self._stopping:
                 await process.stop()
             process.when_load_moves = lambda: self.events.publish(LoadMoved(model.alias, time.time()))
             await process.ready()
             running.ready_sec = time.monotonic()
             self._post(EngineReady(running.ready_sec, engine_id))
+            await self._accountant.ready(account)
             reason = await process.exited
         except EngineFailed as failed:
             reason = str(failed)
             if running is not None:
                 await running.process.stop()
         finally:
+            self._post(EngineLost(time.monotonic(), engine_id))
             wanted = engine_id in self._stopping
             self.exits[model.alias] = _exit_of(running, reason, wanted)
             self.crashes[model.alias] += not wanted
@@ -486,7 +494,22 @@ class Dispatcher:
             if running is not None:
                 running.pool.close_idle()
                 del self.running[engine_id]
-            self._post(EngineExited(time.monotonic(), engine_id, reason))
+            reason, out_of_memory = await self._look_for_memory(account, model, running, reason, wanted=wanted)
+            self._post(EngineExited(time.monotonic(), engine_id, reason, out_of_memory))
+
+    async def _look_for_memory(
+        self, account: Account, model: ModelConfig, running: RunningEngine | None, reason: str, *, wanted: bool
+    ) -> tuple[str, bool]:
+        """Why it really ended, and whether it was for want of memory. Returns when what it held is back."""
+        advice = None
+        try:
+            if running is not None and running.ready_sec is None and not wanted:
+                process = running.process
+                log = [*process.last_words(_LOG_OF_A_LOAD), *(["out of memory"] if process.out_of_memory else ())]
+                advice = await self._accountant.ran_out(account, model, self.config.system, log)
+        finally:
+            await self._accountant.close(account)
+        return (f"{reason}; {advice}" if advice else reason), advice is not None
 
     def _cause_of_end(self, engine_id: int, running: RunningEngine | None, *, wanted: bool) -> str:
         engine = self.scheduler.engines.get(engine_id)
@@ -516,7 +539,7 @@ class Dispatcher:
         else:
             running.process.kill("it broke a request off and does not answer")
 
-    def _order(self, model: ModelConfig) -> EngineOrder:
+    def _order(self, model: ModelConfig, account: Account) -> EngineOrder:
         system = self.config.system
         limit = system.timeout_warmup_sec if model.alias in self._preloading else system.wait_ready_sec
         return EngineOrder(
@@ -528,8 +551,9 @@ class Dispatcher:
                 "--alias",
                 model.alias,
                 *argv(parse(model.flags)),
+                *account.chosen.flags,
             ),
-            env={**self.devices.environment(self.devices.last.gpus), **model.env},
+            env={**self._accountant.environment(account), **model.env},
             load_stall_sec=system.load_stall_sec,
             load_limit_sec=limit,
             stop_grace_sec=system.stop_grace_sec,
@@ -543,9 +567,8 @@ class Dispatcher:
     # --- configuration ----------------------------------------------------------------------------------
 
     def _configure(self) -> None:
-        now = time.monotonic()
-        self._post(Configured(now, self._specs(), _policy(self.config)))
-        self._post(MemoryChanged(now, {self.device.name: budget_mib(self.device, self.config.system)}))
+        self._post(Configured(time.monotonic(), self._specs(), _policy(self.config)))
+        self._accountant.configure(self.config.system)
 
     def _specs(self) -> Mapping[str, ModelSpec]:
         connections = self.config.system.http_max_connections

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import http.client
+import math
 import os
 import re
 import sys
@@ -20,12 +21,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 
-from router import __version__, fit_params, footprint, gguf
+from router import __version__, footprint, gguf
+from router.config import System
 from router.devices import Devices
 from router.flags import FlagError, Flags
 from router.footprint import HOST, Footprint, Share
 from router.gguf import GGUF, GGUFError, TruncatedGGUF
 from router.launcher import NoEngine, find_binary
+from router.learning import Learned
+from router.memory import Ledger
+from router.placing import Alternative, Ground, alternatives
+from router.sizing import EngineKind, Files, Sizer
 
 FIRST_BYTES = 8 << 20
 """Enough for the header of nearly every model: a vocabulary of 150,000 tokens and its merges take 6 MB."""
@@ -80,29 +86,45 @@ def run(options: argparse.Namespace) -> None:
 def report(
     header: GGUF, flags: Flags, *, projector: GGUF | None = None, draft: GGUF | None = None
 ) -> Iterable[str]:
-    """The lines to print."""
-    free = free_mib()
-    need = _from_engine(header, flags, projector, draft)
-    if need is None:
-        gpus = len(free) - 1
-        need = footprint.estimate(header, flags, projector=projector, draft=draft, gpus=gpus)
-    free = {device: free.get(device, 0) for device in need.devices}
+    """The lines to print: how the router would place it, if nothing else ran."""
+    engine = _engine()
+    ground = _ground()
+    if engine is not None and not engine.uses_gpus:
+        ground = replace(ground, gpus=())
+    headers = [part for part in (header, projector, draft) if part is not None]
+    files = Files(
+        paths=tuple(path for part in headers if part.path is not None for path in part.files or (part.path,)),
+        nbytes=sum(part.file_bytes for part in headers),
+        model=header,
+        projector=projector,
+        draft=draft,
+    )
+    sizer = Sizer(files, flags, os.environ, engine, Learned())
+    best = alternatives(sizer, engine, ground)[0]
+    need = best.size.details
+    assert need is not None
+    free = {site.name: site.budget_mib for site in (*ground.gpus, ground.host)}
 
     size = header.file_bytes / footprint.MIB
     trained = f", trained for {header.context_length} tokens" if header.context_length else ""
     yield f"{header.name or header.architecture} ({header.quantization}, {size:.0f} MiB on disk{trained})"
     yield ""
-    yield from _table(need, free)
+    yield from _table(best, need, free)
     yield ""
     yield f"context: {need.context} tokens, all slots together; from {need.provenance}"
-    short = {name: mib - free[name] for name, mib in need.mib().items() if mib > free[name]}
+    if best.remark:
+        yield f"to make it fit: {best.remark}"
+    if best.flags:
+        yield f"flags that the router would add: {' '.join(best.flags)}"
+    short = {name: mib - free[name] for name, mib in best.placement.items() if mib > free[name]}
     if short:
         yield "does not fit now: " + ", ".join(f"{name} lacks {mib} MiB" for name, mib in short.items())
-    largest = footprint.largest_context(header, flags, free, projector=projector, draft=draft)
+    used = {HOST: free[HOST], **{f"gpu{place}": free[name] for place, name in enumerate(best.gpus)}}
+    largest = sizer.largest_context((), used)
     if largest:
         yield f"largest context that fits now: -c {largest}"
     else:
-        advice = "fewer layers on the GPU (-ngl)" if len(need.devices) > 1 else "a smaller quantization"
+        advice = "fewer layers on the GPU (-ngl)" if best.gpus else "a smaller quantization"
         yield f"no context is small enough to fit now: try {advice}"
     if need.host_cache_mib != 0:
         limit = "without limit" if need.host_cache_mib is None else f"up to {need.host_cache_mib} MiB"
@@ -205,11 +227,9 @@ def _fetch_range(url: str, start: int, end: int, token: str | None) -> tuple[byt
     return body, int(size)
 
 
-def _from_engine(header: GGUF, flags: Flags, projector: GGUF | None, draft: GGUF | None) -> Footprint | None:
+def _engine() -> EngineKind | None:
     with contextlib.suppress(NoEngine):
-        tool = fit_params.beside(Path(find_binary(os.environ.get("LLAMA_SERVER_PATH")).argv[0]))
-        if tool is not None and header.path is not None:
-            return tool.footprint(header, flags, projector=projector, draft=draft)
+        return EngineKind(find_binary(os.environ.get("LLAMA_SERVER_PATH")))
     return None
 
 
@@ -220,12 +240,26 @@ def free_mib() -> dict[str, int]:
     return {**free, HOST: readings.host.free_mib}
 
 
-def _table(need: Footprint, free: Mapping[str, int]) -> Iterable[str]:
-    whole = sum(need.devices.values(), Share())
-    columns = [part.name for part in fields(Share) if getattr(whole, part.name)] + ["total"]
-    rows = {**need.devices, "together": whole} if len(need.devices) > 1 else need.devices
-    yield "MiB     " + "".join(f"{'KV' if name == 'kv' else name:>12}" for name in (*columns, "free now"))
-    for device, share in rows.items():
+def _ground() -> Ground:
+    """The machine as it is now, as a router without engines and with every GPU would see it."""
+    devices = Devices()
+    ledger = Ledger(System())
+    ledger.observe(devices.read_blocking(), {})
+    return ledger.ground(ledger.budgets()[0], devices.environment)
+
+
+def _table(best: Alternative, need: Footprint, free: Mapping[str, int]) -> Iterable[str]:
+    shares = best.named(need.devices)
+    whole = sum(shares.values(), Share())
+    besides = {name: best.placement[name] - math.ceil(share.total) for name, share in shares.items()}
+    columns = [part.name for part in fields(Share) if getattr(whole, part.name)]
+    titles = ("KV" if name == "kv" else name for name in columns)
+    yield "MiB     " + "".join(f"{title:>12}" for title in (*titles, "besides", "total", "free now"))
+    for device, share in shares.items():
         figures = [f"{getattr(share, name):>12,.0f}" for name in columns]
-        figures.append(f"{free[device]:>12,}" if device in free else "")
+        figures += [f"{mib:>12,}" for mib in (besides[device], best.placement[device], free[device])]
         yield f"{device:<8}" + "".join(figures)
+    if len(shares) > 1:
+        figures = [f"{getattr(whole, name):>12,.0f}" for name in columns]
+        figures += [f"{sum(amounts.values()):>12,}" for amounts in (besides, best.placement)]
+        yield "together" + "".join(figures)

@@ -381,6 +381,11 @@ class Flag:
     def text(self) -> str:
         return self.values[-1]
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """As every llama-server reads it: no `=`."""
+        return (self.spelling, *self.values)
+
     def integer(self, low: int = -(2**31), high: int = 2**31 - 1) -> int:
         try:
             number = int(_plain(self.text))
@@ -469,7 +474,7 @@ def from_environment(environ: Mapping[str, str]) -> tuple[Flag, ...]:
 
 def argv(flags: Iterable[Flag]) -> list[str]:
     """The flags as every llama-server reads them: no `=`."""
-    return [word for flag in flags for word in (flag.spelling, *flag.values)]
+    return [word for flag in flags for word in flag.words]
 
 
 class Flags:

@@ -1,94 +1,264 @@
-"""How much memory there is for engines, and how much a model takes of it, in MiB.
+"""The ledger: what of each device our engines may use, what they are booked with, and what others hold.
 
-A footprint comes from the configuration (`footprint_mb`) or is estimated as file size × `vram_multiplier`.
-All GPUs that may be used count as one device, because llama.cpp spreads a model over those it sees.
+    budget = total - reserve - external         (of RAM, a fifth of what others leave stays theirs)
+    free   = budget - what our engines are booked with
+
+An engine that loads is booked with its estimate, one that has answered with what was measured. What others hold
+is what the device says is in use less what our engines are measured to hold. Where a driver does not tell which
+process holds what, an engine that is there is taken to hold what it is booked with, and while one comes or goes
+others are taken to hold what they did.
+
+Of RAM, the weights that an engine has mapped count as its own, though the kernel could drop them, while page cache
+of others counts as free.
+
+Bookkeeping only: it reads no device and decides nothing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from router import gguf
-from router.config import ModelConfig, System
-from router.devices import Readings
+from router.config import System
+from router.devices import HOST, Readings
+from router.host import ProcessMemory
 from router.messages import Placement
+from router.placing import Alternative, Ground, Site
+from router.readings import Device
 
-_MIB = 1 << 20
 _SHARE_OF_RAM = 0.8
+_NEWS_MIB = 32
+_NEWS_SHARE = 0.01
+_REST = 0.1
 
-# A first guess, from a fast disk; what is measured replaces it.
-_START_SEC = 0.1
-_LOAD_BYTES_PER_SEC = 1 << 30
 
+@dataclass(slots=True, eq=False)
+class Account:
+    """One engine's, from the decision to start it until its memory is back."""
 
-class Unusable(Exception):
-    """The model cannot be loaded; the message says why."""
+    engine_id: int
+    alias: str
+    chosen: Alternative
+    pid: int | None = None
+    is_settled: bool = False
+    """It neither loads nor goes: what it holds is what it is booked with."""
+    is_gone: bool = False
+    """Its process is, if not all of its memory."""
+    has_answered: bool = False
+    """It has everything that it takes late."""
+    holds: dict[str, int] = field(default_factory=dict)
+    """MiB now, of the devices that tell."""
+    measured: dict[str, int] = field(default_factory=dict)
+    """The most that it held."""
+
+    @property
+    def main_mib(self) -> int:
+        """What it is booked with where it computes: on its GPUs, or without any in RAM."""
+        booked = self.booked()
+        return sum(booked.get(name, 0) for name in self.chosen.gpus or (HOST,))
+
+    @property
+    def lesson(self) -> dict[str, int] | None:
+        """What is to be remembered for the next engine of its kind; None while not all is known."""
+        known = self.has_answered and set(self.chosen.placement) <= set(self.measured)
+        return self.booked() if known and not self.chosen.is_given else None
+
+    def booked(self) -> dict[str, int]:
+        """What the ledger counts it with."""
+        estimated = self.chosen.placement
+        if self.chosen.is_given:
+            return dict(estimated)
+        knows_parts = self.chosen.size.details is not None
+        booked = {}
+        for name in {**estimated, **self.measured}:
+            least = estimated.get(name, 0)
+            if name in self.measured and self.has_answered and (name != HOST or not knows_parts):
+                least = 0  # buffers in RAM that were not touched yet are still promised
+            booked[name] = max(least, self.measured.get(name, 0))
+        return booked
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
-    """Where engines live: `gpu` (all that may be used, together) or `host`."""
+class Line:
+    """One device, in MiB."""
 
-    name: str
-    total_mib: int
-    free_mib: int
+    device: Device
+    used_mib: int
+    external_mib: int
+    reserve_mib: int
+    """What engines must leave free."""
+    capacity_mib: int
+    """What they could use if nobody else used anything."""
+    budget_mib: int
+    """What they may use together."""
+    booked_mib: int
+    """By all of them."""
+    reserved_mib: int
+    """Of that, by those that still load."""
 
-    def __str__(self) -> str:
-        where = "GPU memory" if self.name == "gpu" else "RAM"
-        return f"{self.free_mib} of {self.total_mib} MiB {where} free"
-
-
-@dataclass(frozen=True, slots=True)
-class Inspection:
-    """What a look at a model's file says before anything is stopped or started for it."""
-
-    placements: tuple[Placement, ...]
-    need: str
-    expected_load_sec: float
-
-
-def find_device(readings: Readings) -> Device:
-    """GPU memory, all that may be used together, or RAM where there is none."""
-    gpus = readings.gpus
-    if gpus:
-        return Device("gpu", sum(gpu.total_mib for gpu in gpus), sum(gpu.free_mib for gpu in gpus))
-    return Device("host", readings.host.total_mib, readings.host.free_mib)
+    @property
+    def free_mib(self) -> int:
+        """What a further engine could have."""
+        return max(0, self.budget_mib - self.booked_mib)
 
 
-def budget_mib(device: Device, system: System) -> int:
-    """What engines may take together: configured, or what is free now less the reserve.
+class Ledger:
+    """`observe` what devices and processes say; `lines` is the one place to read from."""
 
-    Of RAM a fifth stays for the page cache and everybody else.
-    """
-    if system.memory_budget_mb is not None:
-        return system.memory_budget_mb
-    free = device.free_mib if device.name == "gpu" else int(device.free_mib * _SHARE_OF_RAM)
-    return max(0, free - system.vram_reserve_mb)
+    def __init__(self, system: System) -> None:
+        self.system = system
+        self.accounts: dict[int, Account] = {}
+        self.devices: Mapping[str, Device] = {}
+        self._external: dict[str, int] = {}
+        self._told: dict[str, int] = {}
+
+    def open(self, engine_id: int, alias: str, chosen: Alternative) -> Account:
+        account = self.accounts[engine_id] = Account(engine_id, alias, chosen)
+        return account
+
+    def close(self, engine_id: int) -> None:
+        self.accounts.pop(engine_id, None)
+
+    def account_of(self, alias: str) -> Account | None:
+        return next((account for account in self.accounts.values() if account.alias == alias), None)
+
+    @property
+    def pids(self) -> list[int]:
+        return [account.pid for account in self.accounts.values() if account.pid is not None]
+
+    def observe(self, readings: Readings, processes: Mapping[int, ProcessMemory]) -> None:
+        """Take in what was read."""
+        self.devices = readings.devices
+        for account in self.accounts.values():
+            account.holds = _held(account, readings.devices, processes)
+            for name, mib in account.holds.items():
+                account.measured[name] = max(mib, account.measured.get(name, 0))
+        for device in self.devices.values():
+            self._external[device.name] = self._others(device, processes)
+
+    @property
+    def external(self) -> Mapping[str, int]:
+        """MiB per device that others hold, or nobody has given back yet."""
+        return dict(self._external)
+
+    def memory_is_back(self, account: Account, before: Mapping[str, int]) -> bool:
+        """Whether nobody holds what an engine held that is gone; `before` is `external` as it was with it."""
+        booked = account.booked()
+        return all(
+            self._external.get(name, 0) <= before.get(name, 0) + max(_NEWS_MIB, _REST * booked.get(name, 0))
+            for name in account.chosen.gpus
+        )
+
+    # --- reading ----------------------------------------------------------------------------------------
+
+    def lines(self) -> list[Line]:
+        """Every device, GPUs first."""
+        cap = self.system.memory_budget_mb
+        has_gpus = any(device.kind != "host" for device in self.devices.values())
+        lines = []
+        for device in sorted(self.devices.values(), key=lambda device: device.kind == "host"):
+            external = self._external.get(device.name, 0)
+            capacity, budget = self._limits(device, 0), self._limits(device, external)
+            if cap is not None and (device.kind != "host" or not has_gpus):
+                capacity, budget = min(capacity, cap), min(budget, cap)
+                cap -= capacity
+            bookings = [
+                (account.booked().get(device.name, 0), account.is_settled) for account in self.accounts.values()
+            ]
+            lines.append(
+                Line(
+                    device,
+                    used_mib=device.total_mib - device.free_mib,
+                    external_mib=external,
+                    reserve_mib=self.system.vram_reserve_mb,
+                    capacity_mib=capacity,
+                    budget_mib=budget,
+                    booked_mib=sum(mib for mib, _ in bookings),
+                    reserved_mib=sum(mib for mib, is_settled in bookings if not is_settled),
+                )
+            )
+        return lines
+
+    def budgets(self) -> tuple[dict[str, int], dict[str, int]]:
+        """What our engines may use of each device, and what they could if nobody else used anything."""
+        lines = self.lines()
+        self._told = {line.device.name: line.budget_mib for line in lines}
+        return dict(self._told), {line.device.name: line.capacity_mib for line in lines}
+
+    @property
+    def has_news(self) -> bool:
+        """Whether the budgets differ noticeably from those that were told last."""
+        return is_news(self._told, {line.device.name: line.budget_mib for line in self.lines()})
+
+    def ground(
+        self, free_mib: Mapping[str, int], environment: Callable[[Iterable[Device]], Mapping[str, str]]
+    ) -> Ground:
+        """What placing goes by. `free_mib` is what of the budgets nobody was promised."""
+        sites = {
+            line.device.name: Site(
+                line.device.name,
+                budget_mib=line.budget_mib,
+                free_mib=free_mib.get(line.device.name, 0),
+                number=line.device.number,
+                divisible=not line.device.is_part,
+            )
+            for line in self.lines()
+        }
+        devices = self.devices
+
+        def shows(names: Sequence[str]) -> Mapping[str, str]:
+            return environment(devices[name] for name in names)
+
+        host = sites.pop(HOST)
+        return Ground(tuple(sites.values()), host, shows)
+
+    # --- sums -------------------------------------------------------------------------------------------
+
+    def _limits(self, device: Device, external_mib: int) -> int:
+        left = device.total_mib - external_mib
+        if left < self.system.min_vram_required:
+            return 0
+        if device.kind == "host":
+            left = int(left * _SHARE_OF_RAM)
+        return max(0, left - self.system.vram_reserve_mb)
+
+    def _others(self, device: Device, processes: Mapping[int, ProcessMemory]) -> int:
+        used = device.total_mib - device.free_mib
+        if device.kind == "host":
+            ours = sum(processes[pid].anonymous_mib for pid in self.pids if pid in processes)
+            return max(0, used - ours)
+        ours = 0
+        for account in self.accounts.values():
+            if device.name not in account.chosen.gpus or account.is_gone:
+                continue
+            if device.name in account.holds:
+                ours += account.holds[device.name]
+            elif account.is_settled:
+                ours += account.booked().get(device.name, 0)
+            else:
+                return min(used, self._external.get(device.name, 0))
+        return max(0, used - ours)
 
 
-def inspect(model: ModelConfig, system: System, device: Device, held_mib: int) -> Inspection:
-    """Read the header and size the model. Blocking: call it in a thread. Raises Unusable.
+def _held(
+    account: Account, devices: Mapping[str, Device], processes: Mapping[int, ProcessMemory]
+) -> dict[str, int]:
+    if account.pid is None:
+        return {}
+    held = {}
+    for name in account.chosen.gpus:
+        device = devices.get(name)
+        if device is not None and account.pid in (device.used_by or {}):
+            held[name] = (device.used_by or {})[account.pid]
+    memory = processes.get(account.pid)
+    if memory is not None:
+        held[HOST] = memory.anonymous_mib + memory.file_mib
+    return held
 
-    `device` is as it is now; `held_mib` is what our engines hold of it, and would give back.
-    """
-    try:
-        header = gguf.read(model.model_path)
-        size = header.file_bytes
-    except gguf.UnsupportedGGUF:  # newer than we are; the engine may know it
-        size = model.model_path.stat().st_size
-    except gguf.GGUFError as error:
-        raise Unusable(str(error)) from error
-    except OSError as error:
-        raise Unusable(f"{model.model_path} cannot be read: {error.strerror or error}") from error
-    if device.free_mib + held_mib < system.min_vram_required:
-        raise Unusable(f"only {device}; min_vram_required is {system.min_vram_required} MiB")
-    if model.footprint_mb is not None:
-        footprint, source = model.footprint_mb, "footprint_mb"
-    else:
-        footprint = max(1, round(size * system.vram_multiplier / _MIB))
-        source = f"file size × {system.vram_multiplier:g}"
-    return Inspection(
-        placements=({device.name: footprint},),
-        need=f"{footprint} MiB ({source})",
-        expected_load_sec=_START_SEC + size / _LOAD_BYTES_PER_SEC,
-    )
+
+def is_news(before: Placement, now: Placement) -> bool:
+    """Whether the difference matters."""
+    return any(
+        abs(now.get(name, 0) - before.get(name, 0)) > max(_NEWS_MIB, _NEWS_SHARE * before.get(name, 0))
+        for name in {**before, **now}
+    ) or bool(before) != bool(now)

@@ -184,6 +184,14 @@ class EngineAlive:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineLost:
+    """Its process is gone. Its memory may not be back yet: `EngineExited` follows when it is."""
+
+    at: float
+    engine_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineExited:
     """The process is gone and its memory is back."""
 
@@ -239,6 +247,7 @@ Event = (
     | EngineReady
     | EngineMeasured
     | EngineAlive
+    | EngineLost
     | EngineExited
     | Load
     | Eject

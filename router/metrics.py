@@ -408,24 +408,22 @@ _STATES = tuple(
 
 
 def _memory_gauges(dispatcher: Dispatcher) -> Iterator[Gauges]:
-    device = dispatcher.device
-    engines = dispatcher.scheduler.engines.values()
-    reserved = {engine.alias: engine.placement.get(device.name, 0) * _MIB for engine in engines}
-    by_model = Gauges("router_model_vram_bytes", "Memory reserved for its engine", "model")
+    ledger = dispatcher.ledger
+    booked = {account.alias: account.main_mib for account in ledger.accounts.values()}
+    by_model = Gauges("router_model_vram_bytes", "What its engine takes of GPUs; without any, of RAM", "model")
     for alias in dispatcher.scheduler.models:
-        by_model.set(reserved.get(alias, 0), alias)
+        by_model.set(booked.get(alias, 0) * _MIB, alias)
     yield by_model
-    for name, text, amount in (
-        ("router_memory_total_bytes", "Memory of a device", device.total_mib * _MIB),
-        (
-            "router_memory_budget_bytes",
-            "What all engines together may use",
-            dispatcher.scheduler.budgets.get(device.name, 0) * _MIB,
-        ),
-        ("router_memory_reserved_bytes", "What is reserved for engines", sum(reserved.values())),
+    lines = ledger.lines()
+    for name, text, amounts in (
+        ("router_memory_total_bytes", "Memory of a device", [line.device.total_mib for line in lines]),
+        ("router_memory_budget_bytes", "What all engines together may use", [line.budget_mib for line in lines]),
+        ("router_memory_reserved_bytes", "What engines are booked with", [line.booked_mib for line in lines]),
+        ("router_memory_external_bytes", "What others hold", [line.external_mib for line in lines]),
     ):
         gauges = Gauges(name, text, "device")
-        gauges.set(amount, device.name)
+        for line, mib in zip(lines, amounts, strict=True):
+            gauges.set(mib * _MIB, line.device.name)
         yield gauges
 
 

@@ -23,6 +23,7 @@ from router.messages import (
     Eject,
     EngineAlive,
     EngineExited,
+    EngineLost,
     EngineMeasured,
     EngineReady,
     Event,
@@ -93,6 +94,8 @@ class Scheduler:
                 room_may_change = self._measured(event)
             case EngineAlive():
                 self._alive(event)
+            case EngineLost():
+                room_may_change = self._lost(event)
             case EngineExited():
                 self._exited(event)
             case Tick():
@@ -104,7 +107,7 @@ class Scheduler:
             case Reset():
                 self._reset(event)
             case MemoryChanged():
-                self._fleet.set_budgets(event.budgets, event.capacity, self.policy.max_concurrent_models)
+                self._memory_changed(event)
             case Configured():
                 self._configure(event)
             case ShutDown():
@@ -342,6 +345,12 @@ class Scheduler:
             if engine.state is EngineState.READY:
                 self._serve(self.models[engine.alias], engine)
 
+    def _lost(self, event: EngineLost) -> bool:
+        engine = self.engines.get(event.engine_id)
+        if engine is not None:
+            engine.suspect = True
+        return False
+
     def _exited(self, event: EngineExited) -> None:
         engine = self._fleet.engines.pop(event.engine_id, None)
         if engine is None:
@@ -478,6 +487,9 @@ class Scheduler:
         verdict = decide(model, inspected, room)
         if not isinstance(verdict, NeverFits):
             model.cramped_since_sec = None
+        elif verdict.others_hold_it and self._may_get_back(model):
+            model.why_waiting = Why(f"other programs hold the memory: {verdict.reason}")
+            return
         if isinstance(verdict, Wait | MakeRoom) and not model.queue and not model.may_evict:
             model.forget_wish()
             self._waiting.pop(model.spec.alias)
@@ -501,15 +513,18 @@ class Scheduler:
                     self._wake(at)
                 take(free, reserve)
                 taken |= hold
-            case NeverFits(reason, others_hold_it):
-                if others_hold_it and self._may_get_back(model):
-                    model.why_waiting = Why(f"other programs hold the memory: {reason}")
-                    return
+            case NeverFits(reason):
                 model.last_error = reason
                 model.too_big = True
                 model.inspected = model.cramped_since_sec = None
                 self._off(model, reason)
                 self._reject_waiting(model, Refusal.INSUFFICIENT_MEMORY, reason)
+
+    def _memory_changed(self, event: MemoryChanged) -> None:
+        self._fleet.set_budgets(event.budgets, event.capacity, self.policy.max_concurrent_models)
+        for model in self._waiting.values():
+            if model.cramped_since_sec is not None:
+                model.inspected = None  # there may be other ways to place it now
 
     def _may_get_back(self, model: Model) -> bool:
         """Whether it is worth waiting for memory that others than our engines hold: once, and not for long."""

@@ -36,6 +36,7 @@ from router.exchange import Exchanges
 from router.health import HealthMonitor
 from router.http_server import HttpProtocol
 from router.launcher import LocalLauncher, find_binary
+from router.learning import Entry, Learned
 from router.leftovers import EngineRecord
 from router.logs import Logs
 from router.platforms import allow_many_files, reap_orphans
@@ -125,7 +126,8 @@ def _serve(loaded: Loaded, load: Callable[[], Loaded], log: Logs) -> None:
         record.end_leftovers()  # before anybody asks how much memory is free
         devices = Devices(config.system.gpu_devices if binary.kind != "embedded" else ())
         devices.read_blocking()
-        _run(_Service(loaded, load, binary, devices, listener, record, log).run())
+        store = state.file("footprints", list[Entry], "what engines were measured to take is forgotten at the end")
+        _run(_Service(loaded, load, binary, devices, Learned(store), listener, record, log).run())
 
 
 def _tracing() -> Tracing:
@@ -215,6 +217,7 @@ class _Service:
         load: Callable[[], Loaded],
         binary: Binary,
         devices: Devices,
+        learned: Learned,
         listener: socket.socket,
         record: EngineRecord,
         log: Logs,
@@ -227,7 +230,7 @@ class _Service:
         self._record = record
         self._notifier = Notifier(os.environ)
         launcher = LocalLauncher(config.system.base_port, record)
-        self._dispatcher = Dispatcher(config, launcher, binary, devices, Events())
+        self._dispatcher = Dispatcher(config, launcher, binary, devices, learned, Events())
         self._dispatcher.engine_file = log.engine_file
         if config.system.access_log:
             log.log_requests(self._dispatcher.events)
@@ -372,7 +375,7 @@ class _Service:
         say = partial(print, file=sys.stderr, flush=True)
         say(f"llama-router listens on {url}")
         say(f"  engine  {dispatcher.binary.kind} ({dispatcher.binary.origin})")
-        say(f"  memory  {dispatcher.device}")
+        say(f"  memory  {'; '.join(map(str, dispatcher.ledger.devices.values()))}")
         say(f"  models  {names}")
         authorization = ""
         if self._keyring.required:

@@ -13,6 +13,7 @@ from tiny_models import Blueprint, write_llama, write_projector
 
 from benchmarks.footprints import MODELS
 from router import estimate, gguf
+from router.placing import Ground, Site
 
 GRANITE = MODELS["granite-4-tiny"]
 FAR = "http://127.0.0.1:9"  # the discard port: nobody listens
@@ -81,8 +82,8 @@ def web() -> Iterator[Web]:
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """The command on a machine with 8 GB of free RAM and no GPU, whose engine is not asked."""
-    monkeypatch.setattr(estimate, "_free_mib", lambda: {"host": 8000})
-    monkeypatch.setattr(estimate, "_from_engine", lambda *_: None)
+    monkeypatch.setattr(estimate, "_ground", lambda: Ground((), Site("host", 8000, 8000)))
+    monkeypatch.setattr(estimate, "_engine", lambda: None)
     parser = argparse.ArgumentParser()
     estimate.add_parser(parser.add_subparsers())
 
@@ -103,8 +104,8 @@ def test_a_table_for_a_file(
     printed = capsys.readouterr().out
     assert "qwen3 (Q4_K, 4701 MiB on disk, trained for 40960 tokens)" in printed
     assert [line.split() for line in printed.splitlines()[2:4]] == [
-        ["MiB", "weights", "KV", "compute", "total", "free", "now"],
-        ["host", "4,701", "1,224", "128", "6,053", "8,000"],
+        ["MiB", "weights", "KV", "compute", "besides", "total", "free", "now"],
+        ["host", "4,701", "1,224", "128", "16", "6,069", "8,000"],
     ]
     assert "context: 16384 tokens, all slots together; from llama.cpp's formulas" in printed
     assert "largest context that fits now: -c 40960" in printed

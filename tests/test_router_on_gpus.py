@@ -23,14 +23,14 @@ def environ(gpus: PlayedGpus, tmp_path: Path) -> Environ:
     return {**gpus.environ, "LLAMA_SERVER_PATH": llama_server(tmp_path)}
 
 
-def test_engines_are_shown_the_gpus_that_are_ours(
+def test_engines_are_shown_a_gpu_that_is_ours_and_no_other(
     start: Start, tiny: Path, gpus: PlayedGpus, environ: Environ
 ) -> None:
     gpus.set(Gpu(total_mib=6000, used_mib=1000), Gpu(total_mib=4000), Gpu(total_mib=2000))
     router = start({"system": {"gpu_devices": [0, 2]}, "models": models(tiny, "a")}, **environ)
     assert router.chat("a").status_code == 200
     seen = environ_of_engine(router)
-    assert seen["CUDA_VISIBLE_DEVICES"] == f"{gpus.gpus[0].uuid},{gpus.gpus[2].uuid}"
+    assert seen["CUDA_VISIBLE_DEVICES"] == gpus.gpus[2].uuid, "where the least is left"
     assert seen["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
 
 

@@ -31,6 +31,7 @@ from router.messages import (
     Eject,
     EngineAlive,
     EngineExited,
+    EngineLost,
     EngineMeasured,
     EngineReady,
     Event,
@@ -111,6 +112,8 @@ class World:
         self.looking: set[str] = set()
         self.states: dict[str, str] = {}
         self.probes: set[int] = set()
+        self.gone: set[int] = set()
+        """Engines whose process is gone, but whose memory is not back yet."""
         self.submitted = 0
         self.events = 0
         self.seen: Counter[str] = Counter()
@@ -236,6 +239,7 @@ class World:
         for request_id in process.in_flight:
             self.lost[request_id] = process.alias
         self.probes.discard(engine_id)
+        self.gone.discard(engine_id)
         self.feed(EngineExited(self.now, engine_id, reason, out_of_memory))
 
     def ready(self, engine_id: int) -> None:
@@ -368,6 +372,7 @@ class World:
     def answer_everything(self) -> None:
         for alias in sorted(self.looking):
             self.look(alias)
+        self.some_memory_is_back()
         for engine_id in sorted(self.probes):
             self.answer_probe(engine_id)
         for request_id in list(self.granted):
@@ -440,7 +445,15 @@ class World:
 
     def some_crash(self) -> None:
         if self.processes:
-            self.exit(self.rng.choice(list(self.processes)), "signal 11")
+            engine_id = self.rng.choice(list(self.processes))
+            self.processes[engine_id].suspect = True
+            self.gone.add(engine_id)
+            self.probes.discard(engine_id)
+            self.feed(EngineLost(self.now, engine_id))
+
+    def some_memory_is_back(self) -> None:
+        for engine_id in sorted(self.gone):
+            self.exit(engine_id, "signal 11")
 
     def some_probe_answer(self) -> None:
         if self.probes:
@@ -505,11 +518,12 @@ class World:
         some_probe_answer,
         some_order,
         some_crash,
+        some_memory_is_back,
         some_measurement,
         memory_changes,
         configuration_changes,
     )
-    WEIGHTS = (300, 250, 120, 90, 90, 20, 10, 60, 20, 12, 4, 12, 6, 3)
+    WEIGHTS = (300, 250, 120, 90, 90, 20, 10, 60, 20, 12, 4, 30, 12, 6, 3)
 
 
 def replayed(history: list[tuple[Event, list[Effect]]]) -> bool:

@@ -19,6 +19,7 @@ from router.api.streams import EventStream
 from router.config_errors import ConfigError
 from router.dispatcher import Dispatcher, RunningEngine
 from router.events import LoadMoved, Missed, ModelChanged, ServerChanged
+from router.memory import Account
 from router.messages import Refusal
 from router.residency import Model
 from router.waiting import why
@@ -142,6 +143,7 @@ def _status(dispatcher: Dispatcher, alias: str) -> dict[str, Any]:
     engine = model.engine
     running = dispatcher.running.get(engine.id) if engine is not None else None
     state = scheduler.state(alias)
+    account = dispatcher.ledger.accounts.get(engine.id) if engine is not None else None
     progress = running.process.load_progress if running is not None else None
     unload_at_sec = scheduler.unload_at_sec(alias)
     return {
@@ -157,7 +159,8 @@ def _status(dispatcher: Dispatcher, alias: str) -> dict[str, Any]:
         "load": _load(model, running) if state == "loading" else None,
         "load_sec": round(model.load_sec, 3) if model.loads else None,
         "error_message": model.last_error,
-        "vram_used_mb": _memory_mib(dispatcher, alias),
+        "vram_used_mb": account.main_mib if account is not None else 0,
+        "memory": memory(account) if account is not None else None,
         "slots": model.spec.slots,
         "in_flight": len(engine.in_flight) if engine is not None else 0,
         "waiting": len(model.queue),
@@ -179,9 +182,19 @@ def _load(model: Model, running: RunningEngine | None) -> dict[str, Any]:
     }
 
 
-def _memory_mib(dispatcher: Dispatcher, alias: str) -> int:
-    engine = dispatcher.scheduler.models[alias].engine
-    return engine.placement.get(dispatcher.device.name, 0) if engine is not None else 0
+def memory(account: Account) -> dict[str, Any]:
+    """Where an engine is, what it takes there in MiB, and how that is known."""
+    chosen = account.chosen
+    return {
+        "source": chosen.size.source,
+        "gpus": list(chosen.gpus),
+        "estimated_mb": dict(chosen.placement),
+        "measured_mb": account.measured or None,
+        "booked_mb": account.booked(),
+        "context": chosen.context,
+        "added_flags": list(chosen.flags),
+        "remark": chosen.remark or None,
+    }
 
 
 async def _status_events(dispatcher: Dispatcher, seen: int | None) -> AsyncIterator[ServerSentEvent]:

@@ -39,7 +39,7 @@ async def health(request: Request) -> JSONResponse:
     answer = {
         "status": "ok" if working else "degraded",
         "checks": {
-            "gpu": {"available": dispatcher.device.name == "gpu"},
+            "gpu": {"available": any(device.kind != "host" for device in dispatcher.ledger.devices.values())},
             "manager": {"status": dispatcher.status, "active_models": len(dispatcher.scheduler.engines)},
             "http_client": _connections(dispatcher),
         },

@@ -1,0 +1,126 @@
+"""What engines really hold, beside what was estimated: on this machine's CPU, with models made for it.
+
+Each engine loads its model, reads a prompt longer than a batch and answers; then the memory of its processes is
+taken (PSS: pages that are shared count in parts). Estimated is what the router would book: llama.cpp's own tool
+where there is one, formulas, and what the process takes besides.
+
+    python benchmarks/live_footprints.py [--only WORD]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "tests")]
+
+# ruff: noqa: E402
+from tiny_models import write_llama
+
+from router.engine import Binary
+from router.flags import Flags
+from router.host import process_memory
+from router.launcher import NoEngine, find_binary
+from router.learning import Learned
+from router.sizing import EngineKind, Sizer, read_files
+
+FLAGS = (
+    ("-c", "4096", "-np", "1"),
+    ("-c", "16384", "-np", "1"),
+    ("-c", "16384", "-np", "4"),
+    ("-c", "16384", "-np", "4", "-kvu"),
+    ("-c", "8192", "-np", "1", "-ctk", "q8_0", "-ctv", "q8_0"),
+    ("-c", "8192", "-np", "1", "-ub", "1024"),
+    ("-c", "8192", "-np", "1", "-fa", "off"),
+)
+SIZES_MB = (300, 600)
+
+
+def engines() -> Iterator[Binary]:
+    from router import embedded
+
+    if version := embedded.available():
+        yield Binary(tuple(embedded.command()), "embedded", version)
+    try:
+        found = find_binary(None)
+    except NoEngine:
+        return
+    if found.kind == "llama-server":
+        yield found
+
+
+def estimated_mib(binary: Binary, model: Path, words: tuple[str, ...]) -> int:
+    flags = Flags(words)
+    sizer = Sizer(read_files(model, flags), flags, {}, EngineKind(binary), Learned())
+    size = sizer.parts((), 0, {})
+    assert size is not None
+    return size.mib["host"]
+
+
+def held_mib(binary: Binary, model: Path, words: tuple[str, ...]) -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [*binary.argv, "-m", str(model), "--port", str(port), "-t", "2", "--cache-ram", "0", *words]
+    engine = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        ask(f"http://127.0.0.1:{port}", "word " * 300)
+        memory = process_memory([engine.pid])[engine.pid]
+        return memory.anonymous_mib + memory.file_mib
+    finally:
+        engine.terminate()
+        engine.wait()
+
+
+def ask(url: str, prompt: str) -> None:
+    body = json.dumps({"prompt": prompt, "n_predict": 2}).encode()
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            request = urllib.request.Request(f"{url}/completion", body, {"Content-Type": "application/json"})
+            urllib.request.urlopen(request, timeout=120).read()
+            return
+        except urllib.error.HTTPError as error:
+            if error.code != 503:
+                raise
+        except urllib.error.URLError:
+            pass
+        if time.monotonic() > deadline:
+            raise TimeoutError(url)
+        time.sleep(0.1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="WORD", help="engines whose kind has this in it")
+    options = parser.parse_args()
+    errors = []
+    print(f"{'engine':<14}{'model':<10}{'flags':<48}{'estimated':>10}{'held':>8}{'error':>8}")
+    with tempfile.TemporaryDirectory() as folder:
+        for megabytes in SIZES_MB:
+            model = write_llama(
+                Path(folder, f"{megabytes}.gguf"), target_bytes=megabytes << 20, context_length=32768
+            )
+            for binary in engines():
+                if options.only not in binary.kind:
+                    continue
+                for flags in FLAGS:
+                    ours, theirs = estimated_mib(binary, model, flags), held_mib(binary, model, flags)
+                    errors.append(abs(ours - theirs) / theirs)
+                    shown = f"{binary.kind:<14}{f'{megabytes} MB':<10}{' '.join(flags):<48}"
+                    print(f"{shown}{ours:>10}{theirs:>8}{(ours - theirs) / theirs:>+8.1%}", flush=True)
+            model.unlink()
+    print(f"\n{len(errors)} engines: median error {statistics.median(errors):.1%}, largest {max(errors):.1%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Who holds what of the memory: per device and per model, as far as it is known, and how it is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from router.api.models import memory
+from router.api.openai import known_model
+from router.dispatcher import Dispatcher
+from router.memory import Account, Line
+
+router = APIRouter(tags=["monitoring"])
+
+_WARNING, _CRITICAL = 80, 95
+
+
+@router.get("/vram")
+async def vram(request: Request) -> dict[str, Any]:
+    """Every device and every loaded model. The figures at the top are of all GPUs; without any, of RAM."""
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    models = [_model(dispatcher, account) for account in dispatcher.ledger.accounts.values()]
+    return {
+        **_summary(dispatcher),
+        "models": models,
+        "devices": [_device(line) for line in dispatcher.ledger.lines()],
+    }
+
+
+@router.get("/vram/summary")
+async def vram_summary(request: Request) -> dict[str, Any]:
+    """The figures at the top of `/vram` alone."""
+    return _summary(request.app.state.dispatcher)
+
+
+@router.get("/vram/models/{alias:path}")
+async def vram_of_model(alias: str, request: Request) -> dict[str, Any]:
+    """What one model takes; nothing while it is not loaded."""
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    known_model(dispatcher, alias)
+    account = dispatcher.ledger.account_of(alias)
+    if account is None:
+        return {"model_alias": alias, "status": dispatcher.scheduler.state(alias), "vram_used_mb": 0}
+    return _model(dispatcher, account)
+
+
+def _summary(dispatcher: Dispatcher) -> dict[str, Any]:
+    ledger = dispatcher.ledger
+    lines = _main(ledger.lines())
+    total, used = sum(line.device.total_mib for line in lines), sum(line.used_mib for line in lines)
+    free = max((line.free_mib for line in lines), default=0)
+    allocated = sum(account.main_mib for account in ledger.accounts.values())
+    percentage = _percentage(used, total)
+    system = dispatcher.config.system
+    has_place = len(ledger.accounts) < system.max_concurrent_models
+    return {
+        "gpu_info": {
+            **_both("total", total),
+            **_both("used", used),
+            **_both("free", total - used),
+            "usage_percentage": percentage,
+            "baseline_used_mb": sum(line.external_mib for line in lines),
+        },
+        "tracked_models_count": len(dispatcher.scheduler.models),
+        "loaded_models_count": len(ledger.accounts),
+        **_both("total_allocated_by_models", allocated),
+        "can_load_more": has_place and free >= system.min_vram_required,
+        **_both("estimated_free_for_new_model", free),
+        "status": "critical" if percentage >= _CRITICAL else "warning" if percentage >= _WARNING else "healthy",
+    }
+
+
+def _main(lines: list[Line]) -> list[Line]:
+    """Where models compute."""
+    return [line for line in lines if line.device.kind != "host"] or lines
+
+
+def _device(line: Line) -> dict[str, Any]:
+    device = line.device
+    return {
+        "name": device.name,
+        "kind": device.kind,
+        "label": device.label,
+        "total_mb": device.total_mib,
+        "used_mb": line.used_mib,
+        "free_mb": device.free_mib,
+        "external_mb": line.external_mib,
+        "reserve_mb": line.reserve_mib,
+        "budget_mb": line.budget_mib,
+        "booked_mb": line.booked_mib,
+        "reserved_mb": line.reserved_mib,
+        "free_for_new_model_mb": line.free_mib,
+        "utilization": device.utilization,
+        "temperature_c": device.temperature_c,
+        "power_w": device.power_w,
+    }
+
+
+def _model(dispatcher: Dispatcher, account: Account) -> dict[str, Any]:
+    running = dispatcher.running.get(account.engine_id)
+    ready_sec = running.ready_sec if running is not None else None
+    total = sum(line.device.total_mib for line in _main(dispatcher.ledger.lines()))
+    return {
+        "model_alias": account.alias,
+        "port": running.process.port if running is not None else None,
+        "status": dispatcher.scheduler.state(account.alias),
+        **_both("vram_used", account.main_mib),
+        "average_usage_mb": account.main_mib,
+        "load_duration_sec": round(ready_sec - running.started_sec, 3) if running and ready_sec else None,
+        "vram_percentage": _percentage(account.main_mib, total),
+        **memory(account),
+    }
+
+
+def _both(name: str, mib: int) -> dict[str, Any]:
+    return {f"{name}_mb": mib, f"{name}_gb": round(mib / 1024, 2)}
+
+
+def _percentage(part: int, whole: int) -> float:
+    return round(100 * part / whole, 1) if whole else 0.0

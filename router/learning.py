@@ -1,0 +1,146 @@
+"""What engines were measured to take, remembered for the next load and the next start of the router.
+
+An entry belongs to a model's files, its flags, the engine's build and the number of GPUs: while none of these
+changes, what was measured counts. Other flags of the same files profit from its ratio to what was estimated.
+
+On the GPU a measurement is the truth: llama.cpp takes everything when it loads. Of RAM it may say too little, as
+buffers that no long prompt has come by yet were never touched, and as pages that two engines share count half in
+each. So there it can only raise an estimate that knows the buffers, never lower it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+HOST = "host"
+MOST_ENTRIES = 500
+
+_RAISED_BY = 1.1
+_MOST_RAISED = 2.0
+_RATIO_BOUNDS = (0.5, 2.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a measurement holds for."""
+
+    files: tuple[tuple[str, int, int], ...]
+    """Path, size and modification time (ns) of each file."""
+    build: str
+    """The engine."""
+    flags: tuple[str, ...]
+    gpus: int
+
+
+def files_of(*paths: Path) -> tuple[tuple[str, int, int], ...]:
+    """Raises OSError."""
+    return tuple((str(path), status.st_size, status.st_mtime_ns) for path in paths for status in (path.stat(),))
+
+
+class Entry(msgspec.Struct):
+    """MiB per device, with the GPUs counted as the engine does: `gpu0` is the first that it was shown."""
+
+    files: tuple[tuple[str, int, int], ...]
+    build: str
+    flags: tuple[str, ...]
+    gpus: int
+    estimated: dict[str, int]
+    measured: dict[str, int] = {}
+    raised: dict[str, int] = {}
+    """What it wants at least: it ran out of memory with less."""
+    at: float = 0.0
+    """Seconds since the epoch."""
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(self.files, self.build, self.flags, self.gpus)
+
+
+class Store(Protocol):
+    """Where entries survive the router."""
+
+    def read(self) -> list[Entry] | None: ...
+    def write(self, value: list[Entry]) -> None: ...
+
+
+class Learned:
+    """Entries, the latest last. Reading and writing the store block; `save` belongs in a thread."""
+
+    def __init__(self, store: Store | None = None) -> None:
+        self._store = store
+        known = (store.read() if store is not None else None) or []
+        self._entries: dict[Identity, Entry] = {entry.identity: entry for entry in known[-MOST_ENTRIES:]}
+
+    def measured(self, identity: Identity) -> Mapping[str, int] | None:
+        """What an engine of this kind was measured to take, per device; None if none ever was."""
+        entry = self._entries.get(identity)
+        return entry.measured if entry is not None and entry.measured else None
+
+    def raised(self, identity: Identity) -> Mapping[str, int]:
+        """What it wants at least since it ran out of memory."""
+        entry = self._entries.get(identity)
+        return entry.raised if entry is not None else {}
+
+    def ratio(self, identity: Identity) -> Mapping[str, float]:
+        """Measured to estimated, on `gpu` and `host`, of the same files with whatever flags; the latest counts."""
+        for entry in reversed(self._entries.values()):
+            if (entry.files, entry.build) == (identity.files, identity.build) and entry.measured:
+                return _ratio(entry)
+        return {}
+
+    def learn(self, identity: Identity, estimated: Mapping[str, int], measured: Mapping[str, int]) -> None:
+        """An engine is there and takes this. Of several measurements the largest counts."""
+        entry = self._entry(identity, estimated)
+        entry.raised = {}
+        for device, mib in measured.items():
+            entry.measured[device] = max(mib, entry.measured.get(device, 0))
+
+    def ran_out(self, identity: Identity, booked: Mapping[str, int], wanted: Mapping[str, int]) -> None:
+        """It did not get by with `booked`; `wanted` is what it asked for last, as far as it has said.
+
+        Raises by a tenth at least, where it was short, and to no more than twice what it was booked with.
+        """
+        entry = self._entry(identity, booked)
+        entry.measured = {}
+        for device, mib in booked.items():
+            if not wanted or device in wanted:
+                least = max(round(mib * _RAISED_BY), wanted.get(device, 0), mib + 1)
+                entry.raised[device] = min(least, round(max(mib, 1) * _MOST_RAISED))
+
+    def _entry(self, identity: Identity, estimated: Mapping[str, int]) -> Entry:
+        entry = self._entries.pop(identity, None)
+        if entry is None:
+            entry = Entry(identity.files, identity.build, identity.flags, identity.gpus, dict(estimated))
+        entry.at = time.time()
+        self._entries[identity] = entry
+        while len(self._entries) > MOST_ENTRIES:
+            del self._entries[next(iter(self._entries))]
+        return entry
+
+    def entries(self) -> list[Entry]:
+        """A copy that may be saved while more is learned."""
+        return [msgspec.structs.replace(entry) for entry in self._entries.values()]
+
+    def save(self, entries: list[Entry]) -> None:
+        if self._store is not None:
+            self._store.write(entries)
+
+
+def _ratio(entry: Entry) -> dict[str, float]:
+    low, high = _RATIO_BOUNDS
+    found = {}
+    for kind in ("gpu", HOST):
+        estimated, measured = (
+            sum(mib for device, mib in figures.items() if device.startswith(kind))
+            for figures in (entry.estimated, entry.measured)
+        )
+        if estimated and measured:
+            ratio = min(high, max(low, measured / estimated))
+            found[kind] = max(1.0, ratio) if kind == HOST else ratio
+    return found

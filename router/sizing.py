@@ -1,0 +1,262 @@
+"""What a model takes, from the best source there is, and which source that was.
+
+Best first: `footprint_mb` of its entry; what an engine of the same kind was measured to take; llama.cpp's own
+tool; formulas; the size of its files. Tool and formulas are corrected by what was measured with other flags.
+
+GPUs are counted as the engine counts them: `gpu0` is the first that it is shown. Which those are is up to
+`placing.py`. Reads files and asks the tool: blocking.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+from router import fit_params, footprint, gguf
+from router.engine import Binary
+from router.flags import Flags
+from router.footprint import HOST, Footprint, Share
+from router.gguf import GGUF
+from router.learning import Identity, Learned, files_of
+
+_MIB = 1 << 20
+
+DRIVER_MIB = 512
+"""What CUDA or ROCm takes of a GPU for a process beyond what llama.cpp asks for: 300 to 500 MiB."""
+PROCESS_MIB = 16
+"""What llama-server takes of RAM besides the model."""
+
+_log = logging.getLogger("router")
+
+
+class Unusable(Exception):
+    """The model cannot be loaded; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """All that an engine loads, with the headers of what is in a format that we know."""
+
+    paths: tuple[Path, ...]
+    nbytes: int
+    model: GGUF | None
+    projector: GGUF | None = None
+    draft: GGUF | None = None
+
+
+def read_files(path: Path, flags: Flags) -> Files:
+    """Raises Unusable for a broken file, OSError for one that can't be opened."""
+    paths: list[Path] = []
+    nbytes = 0
+    headers: list[GGUF | None] = []
+    for file in (path, *(_named(flags, name) for name in ("mmproj", "spec-draft-model"))):
+        header = None
+        if file is not None:
+            try:
+                header = gguf.read(file)
+            except gguf.UnsupportedGGUF:  # newer than we are; the engine may know it
+                paths.append(file)
+                nbytes += file.stat().st_size
+            except gguf.GGUFError as error:
+                raise Unusable(str(error)) from error
+            else:
+                paths += header.files or (file,)
+                nbytes += header.file_bytes
+        headers.append(header)
+    model, projector, draft = headers
+    return Files(tuple(paths), nbytes, model, projector, draft)
+
+
+def _named(flags: Flags, name: str) -> Path | None:
+    flag = flags.last(name)
+    return None if flag is None else Path(flag.text)
+
+
+class EngineKind:
+    """What must be known of the engine's build to size and place models for it."""
+
+    def __init__(self, binary: Binary) -> None:
+        self._program = Path(binary.argv[0])
+        self._origin = binary.origin
+        self._is_server = binary.kind == "llama-server"
+        self.uses_gpus = self._is_server
+        self.tool = fit_params.beside(self._program) if self._is_server else None
+
+    @property
+    def build(self) -> str:
+        """Changes when the engine is replaced. Raises OSError when it is gone."""
+        if not self._is_server:
+            return self._origin
+        status = self._program.stat()
+        return f"{self._program} {status.st_size} {status.st_mtime_ns}"
+
+    @property
+    def fits_by_itself(self) -> bool:
+        """Whether it has `--fit`, which changes what the flags leave open by what is free when it loads."""
+        return self.tool is not None or (self._is_server and "--fit" in _help(str(self._program), self.build))
+
+
+@lru_cache(maxsize=8)
+def _help(program: str, build: str) -> str:
+    try:
+        done = subprocess.run(  # noqa: S603
+            [program, "--help"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError) as error:
+        _log.warning("%s --help says nothing: %s", program, error)
+        return ""
+    return done.stdout
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """MiB per device, and where the figures come from."""
+
+    mib: Mapping[str, int]
+    source: str
+    estimated: Mapping[str, int]
+    """By the tool or the formulas, before anything measured was taken into account."""
+    identity: Identity | None = None
+    """By which a measurement of an engine with these flags can be remembered."""
+    details: Footprint | None = None
+
+
+class Sizer:
+    """One model: the same question, asked for other flags and GPUs. Its answers may raise FlagError or OSError."""
+
+    def __init__(
+        self,
+        files: Files,
+        flags: Flags,
+        environ: Mapping[str, str],
+        engine: EngineKind | None,
+        learned: Learned,
+        *,
+        given_mib: int | None = None,
+        multiplier: float = 1.1,
+    ) -> None:
+        self.files = files
+        self.flags = flags
+        self.given_mib = given_mib
+        self._environ = environ
+        self._engine = engine
+        self._learned = learned
+        self._multiplier = multiplier
+
+    @property
+    def knows_parts(self) -> bool:
+        """Whether it is known what goes where; else there is one figure for the whole."""
+        return self.given_mib is None and self.files.model is not None
+
+    def whole(self, rooms: Sequence[float]) -> Size:
+        """By one figure, divided among GPUs as `rooms` are, or on the host."""
+        if self.given_mib is not None:
+            mib, source = self.given_mib, "footprint_mb"
+        else:
+            mib = max(1, round(self.files.nbytes * self._multiplier / _MIB))
+            source = f"file size × {self._multiplier:g}"
+        total = sum(rooms)
+        figures: Mapping[str, int] = {HOST: mib}
+        if rooms:
+            figures = {f"gpu{place}": round(mib * room / total) for place, room in enumerate(rooms)}
+        if self.given_mib is not None:
+            return Size(figures, source, figures)
+        identity = self._identity((), len(rooms))
+        measured = self._learned.measured(identity)
+        if measured is not None:
+            return Size(measured, "measured", figures, identity)
+        figures, source = self._raised(figures, source, identity)
+        return Size(figures, source, figures, identity)
+
+    def parts(
+        self, added: tuple[str, ...], gpus: int, visible: Mapping[str, str], *, exact: bool = True
+    ) -> Size | None:
+        """With these further flags on so many GPUs; None if the engine has no use for GPUs.
+
+        `visible` are the variables that show the engine those GPUs. `exact=False` asks only the formulas.
+        """
+        flags = self.flags_with(added)
+        identity = self._identity(added, gpus) if exact else None
+        said = self._ask(flags, visible) if exact else None
+        if said is not None and gpus and set(said.devices) == {HOST}:
+            return None
+        taken = said or self.by_formula(flags, gpus)
+        taken = replace(taken, devices=_known(taken.devices, gpus))
+        figures = {name: mib + (PROCESS_MIB if name == HOST else DRIVER_MIB) for name, mib in taken.mib().items()}
+        source = "llama-fit-params" if said else "formulas"
+        measured = self._learned.measured(identity) if identity is not None else None
+        if measured is not None:
+            return Size(measured, "measured", figures, identity, taken)
+        factors = self.ratio(gpus)
+        # Never less than what llama.cpp asks for: only what comes on top of it varies.
+        asked = taken.mib()
+        corrected: Mapping[str, int] = {
+            name: max(asked[name], round(mib * factors[name])) for name, mib in figures.items()
+        }
+        if corrected != figures:
+            source += ", corrected as measured with other flags"
+        if identity is not None:
+            corrected, source = self._raised(corrected, source, identity)
+        return Size(corrected, source, figures, identity, taken)
+
+    def by_formula(self, flags: Flags, gpus: int) -> Footprint:
+        files = self.files
+        assert files.model is not None
+        return footprint.estimate(files.model, flags, projector=files.projector, draft=files.draft, gpus=gpus)
+
+    def largest_context(self, added: tuple[str, ...], free_mib: Mapping[str, int]) -> int:
+        """The largest `-c` with which it fits, by formula; 0 if with none."""
+        files = self.files
+        assert files.model is not None
+        factors = self.ratio(len(free_mib) - 1)
+        usable = {
+            name: int(mib / factors[name]) - (PROCESS_MIB if name == HOST else DRIVER_MIB)
+            for name, mib in free_mib.items()
+        }
+        return footprint.largest_context(
+            files.model, self.flags_with(added), usable, projector=files.projector, draft=files.draft
+        )
+
+    def flags_with(self, added: tuple[str, ...]) -> Flags:
+        own = (word for flag in self.flags.given if flag.index >= 0 for word in flag.words)
+        return Flags([*own, *added], self._environ)
+
+    def ratio(self, gpus: int) -> Mapping[str, float]:
+        """Measured to estimated, per device."""
+        known = self._learned.ratio(self._identity((), gpus))
+        return {HOST: known.get(HOST, 1.0), **{f"gpu{place}": known.get("gpu", 1.0) for place in range(gpus)}}
+
+    def _ask(self, flags: Flags, visible: Mapping[str, str]) -> Footprint | None:
+        files, tool = self.files, self._engine.tool if self._engine else None
+        if tool is None or files.model is None or files.model.path is None:
+            return None
+        environ = {**os.environ, **visible, **self._environ}
+        return tool.footprint(files.model, flags, projector=files.projector, draft=files.draft, environ=environ)
+
+    def _raised(
+        self, figures: Mapping[str, int], source: str, identity: Identity
+    ) -> tuple[Mapping[str, int], str]:
+        raised = self._learned.raised(identity)
+        if all(mib <= figures.get(name, 0) for name, mib in raised.items()):
+            return figures, source
+        more = {name: max(mib, raised.get(name, 0)) for name, mib in figures.items()}
+        return more, f"{source}, raised since it ran out of memory"
+
+    def _identity(self, added: tuple[str, ...], gpus: int) -> Identity:
+        own = tuple(word for flag in self.flags.given for word in flag.words)
+        build = self._engine.build if self._engine else ""
+        return Identity(files_of(*self.files.paths), build, (*own, *added), gpus)
+
+
+def _known(shares: Mapping[str, Share], gpus: int) -> dict[str, Share]:
+    """GPUs that we do not know, such as Apple's, have their memory from the host."""
+    known: dict[str, Share] = {}
+    for name, share in shares.items():
+        place = HOST if name == HOST or int(name[3:]) >= gpus else name
+        known[place] = known.get(place, Share()) + share
+    return known

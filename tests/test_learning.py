@@ -1,0 +1,104 @@
+"""What engines were measured to take: kept, bounded, and never in the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router.learning import MOST_ENTRIES, Entry, Identity, Learned
+from router.out_of_memory import ran_out
+from router.state import StateFile
+
+
+def identity(name: str = "a", *flags: str) -> Identity:
+    return Identity(((f"/models/{name}", 1000, 7),), "build", flags, 1)
+
+
+def store(folder: Path) -> StateFile[list[Entry]]:
+    return StateFile(folder / "footprints.json", list[Entry], "nothing is remembered")
+
+
+def test_what_was_measured_outlives_the_router(tmp_path: Path) -> None:
+    learned = Learned(store(tmp_path))
+    learned.learn(identity(), {"gpu0": 1000}, {"gpu0": 1100})
+    learned.save(learned.entries())
+    assert Learned(store(tmp_path)).measured(identity()) == {"gpu0": 1100}
+
+
+def test_other_files_builds_and_flags_are_others(tmp_path: Path) -> None:
+    learned = Learned()
+    learned.learn(identity(), {"gpu0": 1000}, {"gpu0": 1100})
+    assert learned.measured(identity("b")) is None
+    assert learned.measured(identity("a", "-c", "9")) is None
+    assert learned.ratio(identity("a", "-c", "9")) == {"gpu": 1.1}
+    assert learned.ratio(identity("b")) == {}
+
+
+def test_a_file_that_makes_no_sense_is_forgotten(tmp_path: Path) -> None:
+    for junk in (b"", b"{", b'[{"files": 3}]', b"\xff\xfe", b"null"):
+        (tmp_path / "footprints.json").write_bytes(junk)
+        learned = Learned(store(tmp_path))
+        assert learned.entries() == []
+        learned.learn(identity(), {"host": 1}, {"host": 2})
+        learned.save(learned.entries())
+        assert len(Learned(store(tmp_path)).entries()) == 1
+
+
+def test_the_oldest_are_forgotten(tmp_path: Path) -> None:
+    learned = Learned()
+    for number in range(MOST_ENTRIES + 10):
+        learned.learn(identity(str(number)), {"host": 1}, {"host": 2})
+        learned.learn(identity("0"), {"host": 1}, {"host": 2})
+    assert len(learned.entries()) == MOST_ENTRIES
+    assert learned.measured(identity("0"))
+    assert learned.measured(identity("5")) is None
+
+
+def test_ram_never_corrects_downwards() -> None:
+    learned = Learned()
+    learned.learn(identity(), {"gpu0": 1000, "host": 1000}, {"gpu0": 900, "host": 700})
+    assert learned.ratio(identity()) == {"gpu": 0.9, "host": 1.0}
+
+
+@given(
+    booked=st.dictionaries(st.sampled_from(("gpu0", "gpu1", "host")), st.integers(0, 10**6), min_size=1),
+    wanted=st.dictionaries(st.sampled_from(("gpu0", "gpu1", "host")), st.integers(0, 10**7)),
+)
+def test_running_out_raises_the_estimate_within_bounds(booked: dict[str, int], wanted: dict[str, int]) -> None:
+    learned = Learned()
+    learned.ran_out(identity(), booked, wanted)
+    raised = learned.raised(identity())
+    assert set(raised) == (set(booked) & set(wanted) if wanted else set(booked))
+    assert all(booked[name] < mib <= max(2 * booked[name], 2) for name, mib in raised.items())
+    assert all(mib >= min(wanted.get(name, 0), 2 * booked[name]) for name, mib in raised.items())
+
+
+def test_the_texts_of_llama_cpp_are_understood() -> None:
+    cuda = "alloc_buffer: allocating 4403.49 MiB on device 1: cudaMalloc failed: out of memory"
+    assert ran_out(["loading", cuda]) == {"gpu1": 4403}
+    compute = "ggml_gallocr_reserve_n_impl: failed to allocate CUDA0 buffer of size 321908736"
+    assert ran_out([compute, cuda]) == {"gpu0": 307, "gpu1": 4403}
+    assert (
+        ran_out(["ggml_backend_cpu_buffer_type_alloc_buffer: failed to allocate buffer of size 321908736"]) == {}
+    )
+    assert ran_out(["alloc_tensor_range: failed to allocate CPU buffer of size 321908736"]) == {"host": 307}
+    for line in (
+        "llama_model_load: error loading model: unable to allocate CUDA0 buffer",
+        "llama_init_from_model: failed to initialize the context: failed to allocate buffer for kv cache",
+        "llama_init_from_model: failed to initialize the context: failed to allocate compute pp buffers",
+        "graph_reserve: failed to allocate compute buffers",
+        "ggml_vulkan: Device memory allocation of size 2147483648 failed.",
+        "ggml_vulkan: vk::Device::allocateMemory: ErrorOutOfDeviceMemory",
+        "ggml_metal_buffer_init: error: failed to allocate buffer, size =  4096.00 MiB",
+        "terminate called after throwing an instance of 'std::bad_alloc'",
+        "common_fit_params: failed to fit params to free device memory: n_gpu_layers already set, abort",
+    ):
+        assert ran_out([line]) is not None, line
+
+
+def test_what_an_engine_gets_by_without_is_not_the_reason() -> None:
+    assert ran_out([]) is None
+    assert ran_out(["srv  load: failed to allocate 64.00 MiB of pinned memory: out of memory"]) is None
+    assert ran_out(["error: unknown model architecture: 'x'", "failed to load model"]) is None

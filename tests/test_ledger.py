@@ -1,0 +1,166 @@
+"""The books of memory: who holds what, by what devices and processes say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+
+from router.config import System
+from router.devices import Readings
+from router.host import ProcessMemory
+from router.memory import Account, Ledger, Line
+from router.placing import Alternative
+from router.readings import Device
+from router.sizing import Size
+
+
+def gpu(number: int, used_mib: int, total_mib: int = 10000, used_by: Mapping[int, int] | None = None) -> Device:
+    name = f"gpu{number}"
+    return Device(name, "cuda", "", name, total_mib, total_mib - used_mib, number, used_by=used_by)
+
+
+def ram(used_mib: int, total_mib: int = 10000) -> Device:
+    return Device("host", "host", "", "", total_mib, total_mib - used_mib)
+
+
+def readings(*devices: Device) -> Readings:
+    return Readings({device.name: device for device in (*devices, ram(1000, 32000))} | named(devices), 0.0)
+
+
+def named(devices: tuple[Device, ...]) -> dict[str, Device]:
+    return {device.name: device for device in devices}
+
+
+def book(ledger: Ledger, engine_id: int, gpus: tuple[str, ...] = (), given: bool = False, **mib: int) -> Account:
+    account = ledger.open(engine_id, f"m{engine_id}", Alternative(gpus, Size(mib, "", mib), mib, is_given=given))
+    account.pid = engine_id
+    return account
+
+
+def line(ledger: Ledger, name: str) -> Line:
+    return next(line for line in ledger.lines() if line.device.name == name)
+
+
+def settle(account: Account) -> None:
+    account.is_settled = account.has_answered = True
+
+
+def test_what_others_hold_of_a_gpu_is_not_ours_to_give() -> None:
+    ledger = Ledger(System(vram_reserve_mb=500))
+    ledger.observe(readings(gpu(0, used_mib=3000)), {})
+    gpu0 = line(ledger, "gpu0")
+    assert (gpu0.external_mib, gpu0.budget_mib, gpu0.capacity_mib) == (3000, 6500, 9500)
+
+
+def test_an_engine_is_booked_with_its_estimate_until_it_has_answered() -> None:
+    ledger = Ledger(System())
+    account = book(ledger, 1, ("gpu0",), gpu0=4000)
+    ledger.observe(readings(gpu(0, used_mib=1500, used_by={1: 500})), {})
+    gpu0 = line(ledger, "gpu0")
+    assert (gpu0.external_mib, gpu0.booked_mib, gpu0.reserved_mib, gpu0.free_mib) == (1000, 4000, 4000, 5000)
+    settle(account)
+    ledger.observe(readings(gpu(0, used_mib=4600, used_by={1: 3600})), {})
+    gpu0 = line(ledger, "gpu0")
+    assert (gpu0.external_mib, gpu0.booked_mib, gpu0.reserved_mib, gpu0.free_mib) == (1000, 3600, 0, 5400)
+
+
+def test_an_engine_that_takes_more_than_was_thought_is_booked_with_it_at_once() -> None:
+    ledger = Ledger(System())
+    account = book(ledger, 1, ("gpu0",), gpu0=4000)
+    ledger.observe(readings(gpu(0, used_mib=4500, used_by={1: 4500})), {})
+    assert account.booked() == {"gpu0": 4500}
+
+
+def test_a_figure_from_the_configuration_is_never_replaced() -> None:
+    ledger = Ledger(System())
+    account = book(ledger, 1, ("gpu0",), given=True, gpu0=4000)
+    settle(account)
+    ledger.observe(readings(gpu(0, used_mib=6000, used_by={1: 6000})), {})
+    assert account.booked() == {"gpu0": 4000}
+    assert account.measured["gpu0"] == 6000
+    assert account.lesson is None
+
+
+def test_where_the_driver_does_not_tell_who_holds_what_others_stay_while_one_of_ours_comes() -> None:
+    ledger = Ledger(System())
+    ledger.observe(readings(gpu(0, used_mib=1000)), {})
+    account = book(ledger, 1, ("gpu0",), gpu0=4000)
+    ledger.observe(readings(gpu(0, used_mib=3000)), {})
+    assert line(ledger, "gpu0").external_mib == 1000, "the 2000 are ours, most likely"
+    settle(account)
+    ledger.observe(readings(gpu(0, used_mib=5200)), {})
+    assert line(ledger, "gpu0").external_mib == 1200
+    ledger.close(1)
+    ledger.observe(readings(gpu(0, used_mib=1200)), {})
+    assert line(ledger, "gpu0").budget_mib == 8800
+
+
+def test_another_containers_process_ids_are_as_good_as_none() -> None:
+    ledger = Ledger(System())
+    settle(book(ledger, 1, ("gpu0",), gpu0=4000))
+    ledger.observe(readings(gpu(0, used_mib=5000, used_by={77001: 4000})), {})
+    assert line(ledger, "gpu0").external_mib == 1000
+
+
+def test_in_ram_mapped_weights_are_ours_though_the_kernel_calls_them_free() -> None:
+    ledger = Ledger(System())
+    account = book(ledger, 1, host=3000)
+    settle(account)
+    # 1000 by others, 500 by our engine's buffers; its 2400 of mapped weights are page cache.
+    ledger.observe(readings(ram(used_mib=1500)), {1: ProcessMemory(500, 2400)})
+    host = line(ledger, "host")
+    assert host.external_mib == 1000
+    assert host.budget_mib == int(0.8 * 9000)
+    assert host.booked_mib == 2900
+    assert account.lesson == {"host": 2900}
+
+
+def test_the_budget_of_all_gpus_together_is_given_to_the_first_ones() -> None:
+    ledger = Ledger(System(memory_budget_mb=14000))
+    ledger.observe(readings(gpu(0, 1000), gpu(1, 0), gpu(2, 0)), {})
+    assert [one.budget_mib for one in ledger.lines()] == [9000, 4000, 0, int(0.8 * 31000)]
+    on_ram = Ledger(System(memory_budget_mb=2000))
+    on_ram.observe(readings(ram(1000)), {})
+    assert line(on_ram, "host").budget_mib == 2000
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_memory_is_back_when_the_device_says_so(tells: bool) -> None:
+    ledger = Ledger(System())
+    account = book(ledger, 1, ("gpu0",), gpu0=4000)
+    settle(account)
+    ledger.observe(readings(gpu(0, used_mib=5000, used_by={1: 4000} if tells else None)), {})
+    before = ledger.external
+    account.is_gone = True
+    ledger.observe(readings(gpu(0, used_mib=5000, used_by={} if tells else None)), {})
+    assert not ledger.memory_is_back(account, before)
+    ledger.observe(readings(gpu(0, used_mib=4000, used_by={} if tells else None)), {})
+    assert not ledger.memory_is_back(account, before)
+    ledger.observe(readings(gpu(0, used_mib=1000, used_by={} if tells else None)), {})
+    assert ledger.memory_is_back(account, before)
+
+
+def test_a_few_mib_are_no_news() -> None:
+    ledger = Ledger(System())
+    ledger.observe(readings(gpu(0, used_mib=1000)), {})
+    ledger.budgets()
+    ledger.observe(readings(gpu(0, used_mib=1050)), {})
+    assert not ledger.has_news
+    ledger.observe(readings(gpu(0, used_mib=1200)), {})
+    assert ledger.has_news
+
+
+def test_a_gpu_that_is_gone_has_no_room() -> None:
+    ledger = Ledger(System())
+    ledger.observe(readings(gpu(0, 0), gpu(1, 0)), {})
+    ledger.budgets()
+    ledger.observe(readings(gpu(0, 0)), {})
+    assert ledger.has_news
+    assert "gpu1" not in ledger.budgets()[0]
+
+
+def test_a_device_with_less_than_the_least_takes_nobody() -> None:
+    ledger = Ledger(System(min_vram_required=500))
+    ledger.observe(readings(gpu(0, used_mib=9600)), {})
+    assert (line(ledger, "gpu0").budget_mib, line(ledger, "gpu0").capacity_mib) == (0, 10000)

@@ -1,0 +1,264 @@
+"""Where a model could live, on machines that are only described: headers are real, GPUs are figures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import gguf_bytes
+
+from benchmarks.footprints import MODELS
+from router.config import ModelConfig, System
+from router.engine import Binary
+from router.learning import Learned
+from router.placing import Alternative, Ground, Inspection, Site, advise, inspect
+from router.sizing import DRIVER_MIB, EngineKind
+
+SERVER = EngineKind(Binary((str(Path(__file__)),), "llama-server", "any file will do: it is never run"))
+EMBEDDED = EngineKind(Binary(("python",), "embedded", "xllamacpp"))
+QWEN_MIB = 4701
+"""Weights of qwen3-8b; KV of a token takes 0.14 MiB."""
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return MODELS["qwen3-8b"].write(tmp_path_factory.mktemp("qwen") / "qwen3-8b.gguf")
+
+
+def gpu(number: int, budget_mib: int, used_mib: int = 0, *, divisible: bool = True) -> Site:
+    free_mib = budget_mib - used_mib
+    return Site(f"gpu{number}", budget_mib, free_mib, number=number, divisible=divisible)
+
+
+def ground(*gpus: Site, host_mib: int = 64000) -> Ground:
+    return Ground(gpus, Site("host", host_mib, host_mib))
+
+
+def look(
+    path: Path,
+    where: Ground,
+    *flags: str,
+    engine: EngineKind = SERVER,
+    learned: Learned | None = None,
+    footprint_mb: int | None = None,
+    env: dict[str, str] | None = None,
+) -> Inspection:
+    model = ModelConfig("m", path, ("-np", "1", *flags), footprint_mb=footprint_mb, env=env or {})
+    return inspect(model, System(), engine, where, learned or Learned())
+
+
+def placed(found: Inspection) -> list[tuple[str, ...]]:
+    return [one.gpus for one in found.alternatives]
+
+
+def layers_of(one: Alternative) -> int:
+    return int(one.flags[one.flags.index("-ngl") + 1])
+
+
+def test_the_gpu_that_is_left_with_the_least_comes_first(qwen: Path) -> None:
+    found = look(qwen, ground(gpu(0, 24000), gpu(1, 8000), gpu(2, 16000)), "-c", "4096")
+    assert placed(found)[:3] == [("gpu1",), ("gpu2",), ("gpu0",)]
+
+
+def test_where_it_fits_now_comes_before_where_others_must_leave(qwen: Path) -> None:
+    found = look(qwen, ground(gpu(0, 24000), gpu(1, 8000, used_mib=7000)), "-c", "4096")
+    assert placed(found)[:2] == [("gpu0",), ("gpu1",)]
+
+
+def test_a_model_too_big_for_one_gpu_is_divided_by_what_they_have(qwen: Path) -> None:
+    where = ground(gpu(0, 2000), gpu(1, 6000), gpu(2, 4000))
+    first = look(qwen, where, "-c", "16384").alternatives[0]
+    assert first.gpus == ("gpu1", "gpu2")
+    assert where.holds(first.placement)
+    assert first.flags[:2] == ("--tensor-split", "60,40")
+    assert first.placement["gpu1"] > first.placement["gpu2"] > 0
+
+
+def test_a_model_larger_than_all_gpus_leaves_layers_on_the_host(qwen: Path) -> None:
+    where = ground(gpu(0, 2000), gpu(1, 2000))
+    first = look(qwen, where, "-c", "4096").alternatives[0]
+    assert first.gpus == ("gpu0", "gpu1")
+    assert where.holds(first.placement)
+    assert 10 < layers_of(first) < 37
+    assert first.remark == f"{layers_of(first)} of 37 layers on the GPU"
+    assert first.placement["host"] > 1000
+
+
+def test_the_number_of_layers_is_left_alone_where_the_flags_give_it(qwen: Path) -> None:
+    found = look(qwen, ground(gpu(0, 3000)), "-c", "4096", "-ngl", "99")
+    assert len(found.alternatives) == 1
+    assert "-ngl" not in found.alternatives[0].flags
+    assert "it would fit with -ngl" in found.advice
+
+
+def test_the_whole_context_where_it_fits(qwen: Path) -> None:
+    first = look(qwen, ground(gpu(0, 24000))).alternatives[0]
+    assert (first.context, first.remark) == (40960, "")
+    assert first.flags[-2:] == ("-c", "40960")
+
+
+def test_the_context_is_cut_to_what_the_gpu_has(qwen: Path) -> None:
+    where = ground(gpu(0, 8000))
+    first = look(qwen, where).alternatives[0]
+    assert first.context is not None
+    assert 8192 < first.context < 24576
+    assert where.holds(first.placement)
+    assert first.remark == f"context {first.context} of 40960"
+
+
+def test_a_second_gpu_is_better_than_a_context_that_is_cut(qwen: Path) -> None:
+    found = look(qwen, ground(gpu(0, 8000), gpu(1, 8000)))
+    assert found.alternatives[0].gpus == ("gpu0", "gpu1")
+    assert found.alternatives[0].context == 40960
+    assert found.alternatives[-1].gpus in (("gpu0",), ("gpu1",))
+
+
+def test_who_asks_for_the_whole_context_gets_it_or_nothing(qwen: Path) -> None:
+    where = ground(gpu(0, 8000))
+    (only,) = look(qwen, where, "-c", "0", "-ngl", "99").alternatives
+    assert only.context == 40960
+    assert not where.holds(only.placement)
+
+
+def test_on_the_host_the_context_is_settled_too(qwen: Path) -> None:
+    first = look(qwen, ground(host_mib=7000), engine=EMBEDDED).alternatives[0]
+    assert first.gpus == ()
+    assert first.context is not None
+    assert first.context < 16384
+    assert first.flags == ("-c", str(first.context))
+
+
+@pytest.mark.parametrize(
+    ("flags", "env", "gpus", "added"),
+    [
+        (("--device", "CUDA1"), {}, ("gpu1",), ("--device", "CUDA0")),
+        (("--device", "CUDA2,CUDA0"), {}, ("gpu2", "gpu0"), ("--device", "CUDA0,CUDA1")),
+        (("--split-mode", "none", "--main-gpu", "2"), {}, ("gpu2",), ("--main-gpu", "0")),
+        (("--tensor-split", "1,0,3"), {}, ("gpu0", "gpu1", "gpu2"), ()),
+        (("-ot", "exps=CUDA1"), {}, ("gpu0", "gpu1", "gpu2"), ()),
+        ((), {"CUDA_VISIBLE_DEVICES": "2,1"}, ("gpu2", "gpu1"), ()),
+        (("--device", "none"), {}, (), ()),
+        (("-ngl", "0"), {}, (), ()),
+    ],
+)
+def test_what_flags_and_variables_settle_stays(
+    qwen: Path, flags: tuple[str, ...], env: dict[str, str], gpus: tuple[str, ...], added: tuple[str, ...]
+) -> None:
+    found = look(qwen, ground(gpu(0, 24000), gpu(1, 24000), gpu(2, 24000)), "-c", "4096", *flags, env=env)
+    assert placed(found) == [gpus]
+    assert found.alternatives[0].flags[: len(added)] == added
+
+
+def test_of_a_gpu_that_its_flags_leave_out_it_takes_nothing(qwen: Path) -> None:
+    flags = ("-c", "4096", "--tensor-split", "1,0,3")
+    (only,) = look(qwen, ground(gpu(0, 24000), gpu(1, 24000), gpu(2, 24000)), *flags).alternatives
+    assert set(only.placement) == {"gpu0", "gpu2", "host"}
+
+
+def test_split_mode_none_keeps_it_on_one_gpu(qwen: Path) -> None:
+    found = look(qwen, ground(gpu(0, 8000), gpu(1, 8000)), "-c", "4096", "--split-mode", "none")
+    assert {len(gpus) for gpus in placed(found)} == {1}
+
+
+def test_parts_of_a_gpu_are_not_put_together(qwen: Path) -> None:
+    found = look(qwen, ground(gpu(0, 4000, divisible=False), gpu(1, 4000, divisible=False)), "-c", "4096")
+    assert {len(gpus) for gpus in placed(found)} == {1}
+
+
+def test_what_the_configuration_says_counts(qwen: Path) -> None:
+    first = look(qwen, ground(gpu(0, 8000)), footprint_mb=123).alternatives[0]
+    assert dict(first.placement) == {"gpu0": 123}
+    assert (first.size.source, first.is_given, first.flags) == ("footprint_mb", True, ())
+
+
+def test_a_format_that_nobody_knows_is_sized_by_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "new.gguf"
+    path.write_bytes(gguf_bytes(version=9) + bytes(100 << 20))
+    first = look(path, ground(gpu(0, 8000))).alternatives[0]
+    assert dict(first.placement) == {"gpu0": 110}
+    assert first.size.source == "file size × 1.1"
+
+
+def test_what_never_fits_is_told_with_what_would(qwen: Path) -> None:
+    found = look(qwen, ground(host_mib=6000), "-c", "32768", engine=EMBEDDED)
+    assert len(found.alternatives) == 1
+    assert found.advice.startswith("it would fit with -c ")
+    context = found.advice.split()[-1]
+    where = ground(host_mib=6000)
+    assert where.holds(look(qwen, where, "-c", context, engine=EMBEDDED).alternatives[0].placement)
+    assert look(qwen, ground(host_mib=3000), "-c", "4096", engine=EMBEDDED).advice.startswith("no context")
+
+
+def test_what_was_measured_counts_for_the_same_flags_and_corrects_others(qwen: Path) -> None:
+    learned = Learned()
+    where = ground(gpu(0, 24000))
+    first = look(qwen, where, "-c", "4096", learned=learned).alternatives[0]
+    assert first.identity is not None
+    estimated = first.size.estimated
+    learned.learn(first.identity, estimated, {"gpu0": round(1.2 * estimated["gpu0"]), "host": 400})
+
+    again = look(qwen, where, "-c", "4096", learned=learned).alternatives[0]
+    assert again.size.source == "measured"
+    assert dict(again.placement) == {"gpu0": round(1.2 * estimated["gpu0"]), "host": 400}
+    other = look(qwen, where, "-c", "8192", learned=learned).alternatives[0]
+    assert other.size.source == "formulas, corrected as measured with other flags"
+    assert other.placement["gpu0"] == pytest.approx(1.2 * other.size.estimated["gpu0"], abs=1)
+
+
+def test_a_correction_never_goes_below_what_llama_cpp_asks_for(qwen: Path) -> None:
+    learned = Learned()
+    where = ground(gpu(0, 24000))
+    first = look(qwen, where, "-c", "4096", learned=learned).alternatives[0]
+    assert first.identity is not None
+    learned.learn(first.identity, first.size.estimated, {"gpu0": 100, "host": 400})
+    other = look(qwen, where, "-c", "8192", learned=learned).alternatives[0]
+    assert other.placement["gpu0"] == other.size.estimated["gpu0"] - DRIVER_MIB
+
+
+def test_what_ran_out_of_memory_is_thought_larger_until_it_is_measured(qwen: Path) -> None:
+    learned = Learned()
+    where = ground(gpu(0, 24000))
+    first = look(qwen, where, "-c", "4096", learned=learned).alternatives[0]
+    assert first.identity is not None
+    learned.ran_out(first.identity, first.size.mib, {"gpu0": 300})
+    second = look(qwen, where, "-c", "4096", learned=learned).alternatives[0]
+    assert second.placement["gpu0"] == round(1.1 * first.placement["gpu0"])
+    assert second.placement["host"] == first.placement["host"]
+    assert "raised since it ran out of memory" in second.size.source
+    learned.learn(first.identity, first.size.estimated, dict(first.size.mib))
+    assert look(qwen, where, "-c", "4096", learned=learned).alternatives[0].placement == first.placement
+
+
+def test_the_advice_after_running_out_is_less_than_what_it_had(qwen: Path) -> None:
+    where = ground(gpu(0, 24000))
+    model = ModelConfig("m", qwen, ("-np", "1", "-c", "32768"))
+    first = inspect(model, System(), SERVER, where, Learned()).alternatives[0]
+    advice = advise(model, System(), SERVER, where, Learned(), first.placement)
+    assert advice.startswith("it would fit with -c ")
+    assert int(advice.split()[-1]) < 32768
+
+
+BUDGETS = st.lists(st.integers(600, 30000), min_size=0, max_size=4)
+CONTEXTS = st.sampled_from(((), ("-c", "4096"), ("-c", "32768"), ("-c", "0")))
+
+
+@given(budgets=BUDGETS, used=st.floats(0, 1), flags=CONTEXTS, host_mib=st.integers(600, 64000))
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+def test_what_is_proposed_fits_and_the_best_comes_first(
+    qwen: Path, budgets: list[int], used: float, flags: tuple[str, ...], host_mib: int
+) -> None:
+    gpus = [gpu(number, mib, int(used * mib)) for number, mib in enumerate(budgets)]
+    where = ground(*gpus, host_mib=host_mib)
+    found = look(qwen, where, *flags)
+    fitting = [where.holds(one.placement) for one in found.alternatives]
+    assert all(fitting) or (len(fitting) == 1 and not fitting[0] and found.advice)
+    assert len({tuple(sorted(one.placement.items())) for one in found.alternatives}) == len(found.alternatives)
+    for one in found.alternatives:
+        assert set(one.placement) <= {*one.gpus, "host"}
+        assert all(mib > 0 for mib in one.placement.values())
+        assert found.chosen(dict(one.placement)) is one
+    again = look(qwen, replace(where, gpus=tuple(gpus)), *flags)
+    assert [one.placement for one in again.alternatives] == [one.placement for one in found.alternatives]
