@@ -368,9 +368,11 @@ class Params(Section):
 class ModelEntry(Section):
     """One model: its file, and how its engine is started."""
 
-    model_path: str = Field(
+    model_path: str | None = Field(
+        default=None,
         min_length=1,
-        description="GGUF file, absolute or relative to base_models_path; of a split model the first part.",
+        description="GGUF file, absolute or relative to base_models_path; of a split model the first part. "
+        "Without it: the model that was pulled, or found in a folder or store, under this alias.",
     )
     flags: Annotated[tuple[Argument, ...], Field(strict=False)] = Field(
         default=(), description="llama-server arguments, passed on as they are."

@@ -51,7 +51,7 @@ _PREFIX = "LLAMA_ROUTER__"
 """`LLAMA_ROUTER__SYSTEM__BASE_PORT` sets `system.base_port`; so for every key that is not a list."""
 
 _DEFAULT = "default"
-_UNKNOWN_PATH = "?"  # for going on after a missing model_path
+_UNKNOWN_PATH = "?"  # for going on after a wrong model_path
 _S = TypeVar("_S", bound=Section)
 
 
@@ -99,18 +99,26 @@ def load(
     for key, (option, value) in (overrides or {}).items():
         parts = key.split(".", 1) if key.startswith("models.") else key.split(".")
         draft.put(tuple(parts), value, option)
-    loaded = _with_discovered(draft, models_dirs, source)
-    if loaded.settling:
+    complete = _with_discovered(draft, models_dirs)
+    if complete.settling:
         time.sleep(hub.SETTLE_SEC)
-        loaded = _with_discovered(draft, models_dirs, source)
+        complete = _with_discovered(draft, models_dirs)
     draft.check_files = False  # from now on a configured file that is missing is said to whoever asks for it
-    return loaded
+
+    def look_again() -> Loaded:
+        return _built(_with_discovered(draft, models_dirs), source, look_again)
+
+    return _built(complete, source, look_again)
 
 
-def _with_discovered(read: _Draft, models_dirs: Sequence[Path], source: Path | None) -> Loaded:
-    """Complete what was read with the models in folders and stores."""
+def _with_discovered(read: _Draft, models_dirs: Sequence[Path]) -> _Draft:
+    """What was read, completed with the models in folders and stores."""
     draft = copy.deepcopy(read)
-    folders = draft.add_discovered(models_dirs)
+    draft.add_discovered(models_dirs)
+    return draft
+
+
+def _built(draft: _Draft, source: Path | None, look_again: Callable[[], Loaded]) -> Loaded:
     config = draft.build()
     if draft.problems:
         raise ConfigError(draft.problems)
@@ -119,9 +127,9 @@ def _with_discovered(read: _Draft, models_dirs: Sequence[Path], source: Path | N
         origins={dotted(path): draft.origin_of(path) for path, _ in leaves(config)},
         warnings=tuple(draft.warnings),
         source=source,
-        folders=tuple(folders),
+        folders=tuple(draft.folders),
         settling=draft.settling,
-        look_again=lambda: _with_discovered(read, models_dirs, source),
+        look_again=look_again,
     )
 
 
@@ -137,6 +145,7 @@ class _Draft:
         self.problems: list[Problem] = []
         self.warnings: list[str] = []
         self.settling = False
+        self.folders: list[Path] = []
         self.environ = dict(environ)
         self.file_name = ""
         self.folder = self.cwd
@@ -202,23 +211,19 @@ class _Draft:
             else:
                 self.problem((), unknown_key(section, path[-1]), origin)
 
-    def add_discovered(self, models_dirs: Sequence[Path]) -> list[Path]:
-        """Models that nobody named. What the configuration names wins, then the place that comes first.
-
-        Returns where it looked.
-        """
+    def add_discovered(self, models_dirs: Sequence[Path]) -> None:
+        """Models that nobody named. What the configuration names wins, then the place that comes first."""
         models = self.values.setdefault("models", {})
         if not isinstance(models, dict):
-            return []
+            return
         base = self.models_folder()
         served = {
             os.path.realpath(self.resolve(entry["model_path"], base))
             for entry in models.values()
             if isinstance(entry, dict) and isinstance(entry.get("model_path"), str)
         }
-        folders: list[Path] = []
         for origin, folder, look in self.places(models_dirs):
-            folders.append(folder)
+            self.folders.append(folder)
             try:
                 discovery = look()
             except OSError as error:
@@ -233,15 +238,20 @@ class _Draft:
                 if not hub.is_alias(found.alias):
                     self.warnings.append(f"{found.path} is not served: nothing can be called {found.alias!r}")
                     continue
-                if found.alias in models:
-                    taken = models[found.alias]
-                    first = taken.get("model_path") if isinstance(taken, dict) else None
-                    self.warnings.append(f"{found.path} is not served: {first} has the same name")
+                files = {"model_path": str(found.path)}
+                if found.projector is not None:
+                    files["mmproj"] = str(found.projector.path)
+                entry = models.setdefault(found.alias, {})
+                if not isinstance(entry, dict):
                     continue
-                mmproj = {"mmproj": str(found.projector.path)} if found.projector else {}
-                self.put(("models", found.alias), {"model_path": str(found.path), **mmproj}, origin)
+                if first := entry.get("model_path"):
+                    if not isinstance(first, str) or self.resolve(first, base) != found.path:
+                        self.warnings.append(f"{found.path} is not served: {first} has the same name")
+                    continue
+                for key, file in files.items():
+                    if key not in entry:
+                        self.put(("models", found.alias, key), file, origin)
             served |= {os.path.realpath(found.path) for found in discovery.models}
-        return folders
 
     def places(self, models_dirs: Sequence[Path]) -> Iterator[tuple[str, Path, Callable[[], hub.Discovery]]]:
         """Where models may be found: what the place is called, its folder, and how to look into it."""
@@ -388,8 +398,17 @@ class _Draft:
         path = ("models", alias)
         if not hub.is_alias(alias):
             self.problem(path, "an alias is one or more printable characters without spaces")
+        given = self.values["models"][alias]
+        if isinstance(given, dict) and "model_path" not in given:
+            message = "is required, as no model was found that is called so"
+            if self.check_files:
+                self.problem((*path, "model_path"), message)
+            else:
+                self.warnings.append(str(Problem(dotted((*path, "model_path")), message, self.file_name)))
         entry = self.section(ModelEntry, path, model_path=_UNKNOWN_PATH)
         if entry is None:
+            return None
+        if entry.model_path is None:
             return None
         folder = Path(system.base_models_path)
         model_path = self.resolve(entry.model_path, folder)

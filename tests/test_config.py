@@ -310,7 +310,7 @@ def test_everything_that_is_wrong_is_reported_at_once_with_its_path(tmp_path: Pa
         "config.json: models.qwem.flags[4]: -np needs a value",
         f"config.json: models.qwem.flags[2]: --port cannot be set: {flags.OWNED['port']}",
         "config.json: models.x y: an alias is one or more printable characters without spaces",
-        "config.json: models.x y.model_path: is required",
+        "config.json: models.x y.model_path: is required, as no model was found that is called so",
         "config.json: models.x y.flags: should be a list",
         "config.json: models.x y.params.ctx: unknown key; did you mean n_ctx?",
         "config.json: models.z: should hold keys with values",
@@ -608,6 +608,23 @@ def test_what_the_configuration_serves_is_not_served_again(tmp_path: Path) -> No
     }
 
 
+def test_flags_for_a_model_that_was_found_need_no_path(tmp_path: Path) -> None:
+    write_llama(tmp_path / "a.gguf")
+    content = {"models": {"a": {"flags": ["-c", "512"]}}}
+    result = loaded(tmp_path, content, models_dirs=[tmp_path], check_files=True)
+    (model,) = result.config.models.values()
+    assert (model.model_path, model.flags[:2]) == (tmp_path / "a.gguf", ("-c", "512"))
+    assert model.source == "--models-dir"
+    assert result.warnings == ()
+    (tmp_path / "a.gguf").unlink()
+    missing = "models.a.model_path: is required, as no model was found that is called so"
+    later = result.look_again()
+    assert later.config.models == {}
+    assert later.warnings == (f"config.json: {missing}",)
+    (line,) = problems(tmp_path, content, models_dirs=[tmp_path], check_files=True)
+    assert line == f"config.json: {missing}"
+
+
 def test_of_two_files_of_one_name_in_two_folders_the_first_is_served(tmp_path: Path) -> None:
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
@@ -668,7 +685,7 @@ def test_the_examples_are_valid_by_the_schema(path: Path) -> None:
         {"api": {"prot": 1}},
         {"api": {"port": "1"}},
         {"models": {"a b": {"model_path": "x"}}},
-        {"models": {"a": {}}},
+        {"models": {"a": {"model_path": ""}}},
         {"system": {"max_concurrent_models": 0}},
     ],
 )
