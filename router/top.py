@@ -200,7 +200,8 @@ class Watch:
         if event.name != "model_update":
             return
         change = event.json()
-        if change["status"] != "stopping":  # `off` follows, for the same reason
+        # Progress of a load has no reason; after `stopping`, `off` follows for the same one.
+        if "reason" in change and change["status"] != "stopping":
             self._decide(change["alias"], change["status"], change["reason"], change["updated_at"])
 
     def _decide(self, about: str, state: str, reason: str, at: str = "") -> None:
