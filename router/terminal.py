@@ -35,7 +35,7 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
     def add(
         name: str, run: Callable[[argparse.Namespace], None], text: str, *more: argparse.ArgumentParser
-    ) -> Any:
+    ) -> argparse.ArgumentParser:
         parser = commands.add_parser(name, parents=[place, *more], help=text, description=text, epilog=key)
         parser.set_defaults(run=run)
         return parser

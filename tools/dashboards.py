@@ -53,6 +53,12 @@ def quantile(share: float, buckets: str, *labels: str) -> str:
     return f"histogram_quantile({share}, sum by ({', '.join(('le', *labels))}) ({rate(buckets)}))"
 
 
+def where_models_compute(metric: str) -> str:
+    """The sum over GPUs; without any, that of the RAM."""
+    gpus, ram = (of(metric, f'device{match}"host"') for match in ("!=", "="))
+    return f"sum({gpus}) or sum({ram})"
+
+
 def state_code(matchers: str) -> str:
     """A number per state, for timelines: the position in STATES."""
     parts = (f'{code} * router_model_state{{{matchers},state="{state}"}}' for code, state in enumerate(STATES))
@@ -157,6 +163,7 @@ def variable(name: str, label: str, query: str) -> dashboard.QueryVariable:
 
 def overview() -> dashboard.Dashboard:
     new = board("llama-router-overview", "llama-router: overview", "What is loaded, what waits, what fails.")
+    reserved, total = of("router_memory_reserved_bytes"), of("router_memory_total_bytes")
     waits = of("router_queue_oldest_wait_seconds")
     done = rate(of("router_requests_total"))
     failed = of("router_model_state", 'state="failed"')
@@ -208,20 +215,27 @@ def overview() -> dashboard.Dashboard:
     ):
         new.with_panel(panel)
     new.with_row(dashboard.Row("Models and memory"))
-    new.with_panel(timeline("States", "Which models were there when, and which failed.", state_code(HERE), 12))
-    new.with_panel(
+    for panel in (
+        timeline("States", "Which models were there when, and which failed.", state_code(HERE)),
         graph(
-            "Memory",
-            "How full the devices are, and with what. What is reserved by no model is free for "
-            "others until the budget is reached.",
+            "Memory of models",
+            "What fills the GPUs (without any: the RAM). What others hold counts against the budget, too.",
             (f"sum by (model) ({of('router_model_vram_bytes')}) > 0", "{{model}}"),
-            (of("router_memory_budget_bytes"), "budget {{device}}"),
-            (of("router_memory_total_bytes"), "total {{device}}"),
+            (where_models_compute("router_memory_external_bytes"), "others"),
+            (where_models_compute("router_memory_total_bytes"), "total"),
             unit="bytes",
             stacked=True,
-            bound="/^(budget|total)/",
-        )
-    )
+            bound="/^total$/",
+        ),
+        graph(
+            "Memory of devices",
+            "How full each device is; engines run out of memory where this reaches 100 %.",
+            (f"({reserved} + {of('router_memory_external_bytes')}) / {total}", "{{device}}"),
+            (f"{reserved} / {total}", "{{device}}, models"),
+            unit="percentunit",
+        ),
+    ):
+        new.with_panel(panel)
     new.with_row(dashboard.Row("Requests"))
     for panel in (
         graph(
