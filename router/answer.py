@@ -82,6 +82,10 @@ class Answer:
         if last:
             self._wire.answered(keep_alive=self.keep_alive)
 
+    def break_off(self, reason: bytes) -> None:
+        """End what was begun with this."""
+        self.write(reason, last=True)
+
     def abort(self) -> None:
         self._wire.abort()
 

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router import __version__
-from router.api import memory, models, monitoring, openai, pulls
+from router.api import memory, models, monitoring, ollama, openai, pulls
 from router.api.auth import OPEN_PATHS, Keyring
 from router.api.browsers import Browsers
 from router.api.errors import ApiError
@@ -22,13 +22,14 @@ from router.api.openapi import describe
 from router.dispatcher import Dispatcher
 from router.downloads import Downloads
 from router.metrics import Metrics
-from router.routing import ROUTES
+from router.routing import ROUTES, TRANSLATED_ROUTES
 from router.telemetry import Telemetry
 
 Reload = Callable[[], Awaitable[dict[str, Any]]]
 _OPERATORS_PAGES = ("/v1/logs/", "/v1/health/models", "/v1/models/pull")
 """They quote what engines say, or tell of downloads."""
 
+_READ_BY_POST = frozenset({"/api/show"})
 _LARGEST_PAGE_BODY = 1 << 20
 
 
@@ -75,7 +76,7 @@ def _pages(dispatcher: Dispatcher, keyring: Keyring, reload: Reload, downloads: 
         title="llama-router", version=__version__, openapi_url="/openapi.json", docs_url=None, redoc_url=None
     )
     app.openapi = lambda: describe(  # type: ignore[method-assign]
-        app, ROUTES, dispatcher.config.models, keys_required=keyring.required
+        app, ROUTES | TRANSLATED_ROUTES, dispatcher.config.models, keys_required=keyring.required
     )
     app.state.dispatcher = dispatcher
     app.state.reload = reload
@@ -83,7 +84,7 @@ def _pages(dispatcher: Dispatcher, keyring: Keyring, reload: Reload, downloads: 
     app.state.metrics = Metrics(dispatcher)
     app.state.telemetry = Telemetry(time.monotonic)
     dispatcher.events.listen(app.state.telemetry.note)
-    for pages in (pulls.router, models.router, openai.router, memory.router, monitoring.router):
+    for pages in (pulls.router, models.router, openai.router, ollama.router, memory.router, monitoring.router):
         for route in pages.routes:
             if isinstance(route, APIRoute) and route.methods and "GET" in route.methods:
                 route.methods.add("HEAD")  # what monitors and load balancers like to ask with
@@ -92,7 +93,9 @@ def _pages(dispatcher: Dispatcher, keyring: Keyring, reload: Reload, downloads: 
     @app.middleware("http")
     async def authorize(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         if request.scope["path"] not in OPEN_PATHS:
-            manages = request.method not in ("GET", "HEAD") or request.scope["path"].startswith(_OPERATORS_PAGES)
+            path = request.scope["path"]
+            reads = request.method in ("GET", "HEAD") or path in _READ_BY_POST
+            manages = not reads or path.startswith(_OPERATORS_PAGES)
             try:
                 keyring.check(request.headers.raw, manages=manages)
             except ApiError as error:
@@ -115,7 +118,7 @@ def _pages(dispatcher: Dispatcher, keyring: Keyring, reload: Reload, downloads: 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         path = request.scope["path"]
-        if path in ROUTES:
+        if path in ROUTES | TRANSLATED_ROUTES:
             return _answer(
                 path, ApiError(405, "method_not_allowed", f"{path} takes POST only."), {"allow": "POST"}
             )

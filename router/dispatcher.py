@@ -41,6 +41,7 @@ from router.messages import (
     Grant,
     Inspect,
     Inspected,
+    KeepAlive,
     Load,
     ModelSpec,
     Policy,
@@ -349,6 +350,10 @@ class Dispatcher:
         self._post(Eject(time.monotonic(), alias))
         while engine is not None and engine.id in self.scheduler.engines:
             await self._next_change(alias)
+
+    def keep_alive(self, alias: str, idle_sec: float) -> None:
+        """How long the engine of now is to stay when idle; 0: it goes as soon as nobody uses it."""
+        self._post(KeepAlive(time.monotonic(), alias, idle_sec))
 
     def reset(self, alias: str) -> None:
         self._post(Reset(time.monotonic(), alias))

@@ -27,7 +27,7 @@ from router.crowd import Bodies
 from router.dispatcher import Dispatcher, Ticket, Waiting
 from router.events import RequestDone
 from router.meter import NO_USAGE, AnswerMeter
-from router.routing import read_wish
+from router.routing import Wish, read_wish
 from router.upstream import Connection, Head
 
 Headers = list[tuple[bytes, bytes]]
@@ -130,6 +130,7 @@ class Exchange:
         "_shared",
         "_status",
         "_streams",
+        "_target",
         "_ticket",
     )
 
@@ -138,6 +139,7 @@ class Exchange:
         self._dispatcher = shared.dispatcher
         self._answer = answer
         self._path = path
+        self._target = path.encode()  # one of ROUTES: nothing to quote
         self._query = query
         self._headers = headers
         self._fields: Mapping[bytes, bytes] = dict(headers)
@@ -197,10 +199,17 @@ class Exchange:
         self._body = bytes(self._received)
         self._received.clear()
         try:
-            wish = read_wish(self._body, self._fields, self._dispatcher.config.models)
+            wish = self._read_wish()
         except ApiError as error:
             self._refuse(error)
-            return
+        else:
+            self._submit(wish)
+
+    def _read_wish(self) -> Wish:
+        """Raises ApiError."""
+        return read_wish(self._body, self._fields, self._dispatcher.config.models)
+
+    def _submit(self, wish: Wish) -> None:
         if self._dispatcher.is_taken(self._request_id):  # by one that came while the body was read
             self._request_id = _new_id()
             self._lines = b"x-request-id: %b\r\n" % self._request_id.encode()
@@ -276,7 +285,7 @@ class Exchange:
             return
         engine = ticket.engine
         assert engine is not None
-        target = self._path.encode()  # one of ROUTES: nothing to quote
+        target = self._target
         if self._query:
             target += b"?" + self._query
         lines = [b"%b: %b\r\n" % header for header in self._headers if header[0] in _FORWARDED]
@@ -411,7 +420,7 @@ class Exchange:
         if not self._answer.started:
             self._write_error(error)
         elif self._streams and not self._answer.has_length:
-            self._answer.write(error.event(self._path), last=True)
+            self._answer.break_off(error.event(self._path))
         else:
             self._answer.abort()  # half a document must not look whole
 

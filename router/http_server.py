@@ -25,7 +25,8 @@ from uvicorn.server import ServerState
 
 from router.answer import Answer
 from router.exchange import Exchange, Exchanges, Headers
-from router.routing import ROUTES
+from router.ollama_exchange import OllamaExchange
+from router.routing import ROUTES, TRANSLATED_ROUTES
 
 _log = logging.getLogger("router.http")
 
@@ -37,6 +38,11 @@ _LOOK_SEC = 10.0
 _MOST_PIPELINED = 16
 
 _PATHS = {path.encode(): path for path in ROUTES}
+_EXCHANGES: dict[str, type[Exchange]] = {
+    **dict.fromkeys(ROUTES, Exchange),
+    **dict.fromkeys(TRANSLATED_ROUTES, OllamaExchange),
+}
+"""The data plane; all else are pages."""
 
 
 class Turn(Protocol):
@@ -99,8 +105,8 @@ class _Request:
         return unquote(self.raw_path.decode("ascii"))
 
     @property
-    def is_for_data_plane(self) -> bool:
-        return self.path in ROUTES and self.method == b"POST"
+    def exchange(self) -> type[Exchange] | None:
+        return _EXCHANGES.get(self.path) if self.method == b"POST" else None
 
 
 class _BadTarget(Exception):
@@ -244,9 +250,10 @@ class HttpProtocol(asyncio.Protocol):
 
     def _begin(self, request: _Request) -> Turn:
         turn: Turn
-        if request.is_for_data_plane:
+        exchange = request.exchange
+        if exchange is not None:
             answer = Answer(self, keep_alive=request.keep_alive, http_1_0=request.http_version == "1.0")
-            turn = Exchange(self._exchanges, answer, request.path, request.query, request.headers)
+            turn = exchange(self._exchanges, answer, request.path, request.query, request.headers)
         else:
             turn = _Page(self, request)
         self._turn = turn

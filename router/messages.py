@@ -218,6 +218,16 @@ class Eject:
 
 
 @dataclass(frozen=True, slots=True)
+class KeepAlive:
+    """A client says how long a model's engine is to stay once it is idle, however long it lives."""
+
+    at: float
+    alias: str
+    idle_sec: float
+    """0: it goes as soon as nobody uses it; `math.inf`: it stays while nobody else needs the room."""
+
+
+@dataclass(frozen=True, slots=True)
 class Reset:
     """Forget the failures of a model."""
 
@@ -251,6 +261,7 @@ Event = (
     | EngineExited
     | Load
     | Eject
+    | KeepAlive
     | Reset
     | ShutDown
     | Tick

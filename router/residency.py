@@ -85,6 +85,8 @@ class Engine:
     ready_sec: float = 0.0
     idle_since_sec: float | None = None
     """None while anything is in flight."""
+    keep_alive_sec: float | None = None
+    """How long it stays when idle, if a client has said so: instead of what is configured, unless it is pinned."""
     nobody_waits_since_sec: float | None = None
     in_flight: dict[str, Priority] = field(default_factory=dict)
     draining_since_sec: float = 0.0
@@ -242,6 +244,8 @@ class Model:
     def idle_timeout_sec(self, policy: Policy) -> float:
         if self.spec.pinned:
             return math.inf
+        if self.engine is not None and self.engine.keep_alive_sec is not None:
+            return self.engine.keep_alive_sec
         timeout = self.spec.idle_timeout_sec
         if timeout is None:
             timeout = policy.idle_timeout_sec

@@ -48,6 +48,9 @@ ROUTES = frozenset(
 )
 """Everything that llama-server answers for one model, and that names the model in its body. All POST."""
 
+TRANSLATED_ROUTES = frozenset({"/api/chat", "/api/generate", "/api/embed", "/api/embeddings"})
+"""Ollama's. What they ask for is translated to a route of the engine's, and its answer back. All POST."""
+
 _PRIORITIES = {
     **{priority.name.lower().encode(): priority for priority in Priority},
     **{str(priority.value).encode(): priority for priority in Priority},
@@ -82,6 +85,13 @@ def read_wish(body: bytes, headers: Mapping[bytes, bytes], models: Mapping[str, 
         envelope = _read_envelope(body)
         model = envelope.model
         streams = envelope.stream is True
+    return wish_of(model, streams, headers, models)
+
+
+def wish_of(
+    model: object, streams: bool, headers: Mapping[bytes, bytes], models: Mapping[str, ModelConfig]
+) -> Wish:
+    """Raises ApiError for a model that is not there, and for a priority that is none."""
     if model is None:
         raise ApiError(400, "model_required", f"Name a `model`: {_some_of(list(models))}.", "model")
     if not isinstance(model, str):
@@ -97,10 +107,13 @@ def unknown_model(name: str, aliases: list[str]) -> str:
     """What to say to somebody who asks for a model that is not there."""
     if len(name) > _LONGEST_NAME:
         return f"There is no model of {len(name)} characters. There are: {_some_of(aliases)}."
+    return f"There is no model {name!r}. {suggestion(name, aliases)}"
+
+
+def suggestion(name: str, aliases: list[str]) -> str:
+    """What may have been meant instead."""
     close = difflib.get_close_matches(name, aliases, n=3)
-    if close:
-        return f"There is no model {name!r}. Did you mean {_some_of(close)}?"
-    return f"There is no model {name!r}. There are: {_some_of(aliases)}."
+    return f"Did you mean {_some_of(close)}?" if close else f"There are: {_some_of(aliases)}."
 
 
 def _some_of(aliases: list[str]) -> str:

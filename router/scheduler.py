@@ -31,6 +31,7 @@ from router.messages import (
     Grant,
     Inspect,
     Inspected,
+    KeepAlive,
     Load,
     MemoryChanged,
     ModelSpec,
@@ -104,6 +105,8 @@ class Scheduler:
                 self._load(event)
             case Eject():
                 self._eject(event)
+            case KeepAlive():
+                self._keep_alive(event)
             case Reset():
                 self._reset(event)
             case MemoryChanged():
@@ -628,14 +631,18 @@ class Scheduler:
         return None, math.inf, StopCause.IDLE
 
     def _kept_warm(self) -> set[Engine]:
-        """The most recently used engines, which the global idle timeout (not a model's own) spares."""
+        """The most recently used engines, which the global idle timeout (but no other) spares."""
         ready = [engine for engine in self.engines.values() if engine.state is EngineState.READY]
         ready.sort(
             key=lambda engine: (engine.idle_since_sec is None, self.models[engine.alias].last_used_sec),
             reverse=True,
         )
         warm = ready[: self.policy.keep_warm_models]
-        return {engine for engine in warm if self.models[engine.alias].spec.idle_timeout_sec is None}
+        return {
+            engine
+            for engine in warm
+            if engine.keep_alive_sec is None and self.models[engine.alias].spec.idle_timeout_sec is None
+        }
 
     def _used(self, engine: Engine) -> None:
         """It is the most recently used now; another may have to go that was kept warm in its place."""
@@ -666,6 +673,12 @@ class Scheduler:
         self._left_queue(model)
         if model.engine is not None:
             self._drain(model.engine, StopCause.MANUAL, "ejected by hand")
+
+    def _keep_alive(self, event: KeepAlive) -> None:
+        model = self.models.get(event.alias)
+        if model is not None and model.engine is not None:
+            model.engine.keep_alive_sec = event.idle_sec
+            self._wake(self._now)
 
     def _reset(self, event: Reset) -> None:
         model = self.models.get(event.alias)

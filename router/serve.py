@@ -40,7 +40,7 @@ from router.learning import Entry, Learned
 from router.leftovers import EngineRecord
 from router.logs import Logs
 from router.platforms import allow_many_files, reap_orphans
-from router.routing import ROUTES
+from router.routing import ROUTES, TRANSLATED_ROUTES
 from router.state import State, StateHeld, default_path
 from router.systemd import Notifier
 from router.watch import watch
@@ -248,10 +248,11 @@ class _Service:
         browsers = Browsers(self._loaded.config.api)
         app = create_app(self._dispatcher, self._keyring, browsers, self.reload, downloads)
         protocol = partial(HttpProtocol, Exchanges(self._dispatcher, self._keyring, browsers))
+        most_clients = _most_clients(self._loaded.config.api)
         server = _Server(
             uvicorn.Config(
                 app,
-                http=cast(Any, Door(protocol, _most_clients(self._loaded.config.api), ROUTES)),
+                http=cast(Any, Door(protocol, most_clients, ROUTES | TRANSLATED_ROUTES)),
                 ws="none",
                 lifespan="off",
                 log_config=None,

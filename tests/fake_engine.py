@@ -7,6 +7,9 @@ FAKE_ANSWER_SEC   how long an answer takes
 FAKE_DIE          before: exits when a request comes; after: exits in the middle of the answer;
                   once FILE: as `before`, but only while FILE does not exist (it makes it)
 FAKE_CHUNKS       number of events in a stream
+FAKE_EVENTS       file with what it streams instead: a JSON document a line, each an event
+FAKE_ANSWER       its answer, when no stream is asked for
+FAKE_NOTES        file to which it appends each request: its path, a space, its body
 FAKE_HEADERS      further headers of its answers, with | between them
 FAKE_OUTLIVES     yes: does not die with its router; stubborn: nor by SIGTERM
 FAKE_IDLE_CLOSE   1: closes a kept-alive connection right after its answer, as llama-server may at any time
@@ -42,10 +45,22 @@ def maybe_die(moment: str) -> None:
         os._exit(3)
 
 
+def note(path: str, body: bytes) -> None:
+    if setting("notes"):
+        with Path(setting("notes")).open("ab") as notes:
+            notes.write(b"%b %b\n" % (path.encode(), body))
+
+
+def events_to_play() -> list[bytes]:
+    if setting("events"):
+        return Path(setting("events")).read_bytes().splitlines()
+    return [b'{"choices":[{"delta":{"content":"%d"}}]}' % n for n in range(int(setting("chunks", "3")))]
+
+
 async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     try:
         while line := await reader.readline():
-            method, _path, _ = line.decode().split()
+            method, path, _ = line.decode().split()
             headers = {}
             while (line := await reader.readline()).strip():
                 name, _, value = line.decode().partition(":")
@@ -56,6 +71,7 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
             elif method == "GET":
                 await answer(writer, 200, b"{}")
             else:
+                note(path, body)
                 maybe_die("before")
                 await asyncio.sleep(float(setting("answer_sec", "0")))
                 await complete(writer, json.loads(body))
@@ -76,7 +92,8 @@ async def answer(writer: asyncio.StreamWriter, status: int, body: bytes) -> None
 
 async def complete(writer: asyncio.StreamWriter, request: dict[str, object]) -> None:
     if not request.get("stream"):
-        body = json.dumps({"pid": os.getpid(), "choices": [{"message": {"content": "ok"}}]}).encode()
+        played = json.dumps({"pid": os.getpid(), "choices": [{"message": {"content": "ok"}}]})
+        body = setting("answer", played).encode()
         if setting("die") == "after":
             writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body) + body[:5])
             await writer.drain()
@@ -84,12 +101,12 @@ async def complete(writer: asyncio.StreamWriter, request: dict[str, object]) -> 
         await answer(writer, 200, body)
         return
     writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
-    count = int(setting("chunks", "3"))
-    for number in range(count):
-        event = b'data: {"choices":[{"delta":{"content":"%d"}}]}\n\n' % number
+    events = events_to_play()
+    for number, document in enumerate(events):
+        event = b"data: %b\n\n" % document
         writer.write(b"%x\r\n%b\r\n" % (len(event), event))
         await writer.drain()
-        if number == count // 2:
+        if number == len(events) // 2:
             maybe_die("after")
         await asyncio.sleep(float(setting("chunk_sec", "0")))
     event = b"data: [DONE]\n\n"

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ollama
 import pytest
 from conftest import ROOT, Router, Start, eventually
 from fake_hub import Hub, serving
@@ -380,6 +381,29 @@ def test_a_router_pulls_and_serves_at_once(start: Start, hub: Hub, environ: dict
     assert gone["freed_bytes"] == told[-1][1]["total_bytes"]
     assert router.chat(ALIAS).status_code == 404
     assert router.http.delete(f"/v1/models/pulled/{ALIAS}").json()["error"]["code"] == "model_not_found"
+
+
+def test_ollamas_client_pulls_uses_and_deletes(start: Start, hub: Hub, environ: dict[str, str]) -> None:
+    router = start(**environ)
+    with ollama.Client(router.url, timeout=60) as client:
+        told = list(client.pull(f"hf.co/{REPO}", stream=True))
+        assert (told[0].status, told[-1].status) == ("pulling manifest", "success")
+        shown = [line for line in told if line.total]
+        assert {line.total for line in shown} == {len(hub.repositories[REPO]["tiny-Q4_K_M.gguf"])}
+        assert client.pull(f"hf.co/{REPO}").status == "success"
+        for name in (f"hf.co/{REPO}", f"hf.co/{ALIAS}", ALIAS):  # as it was pulled, and as it is listed
+            assert client.chat(name, [{"role": "user", "content": "hi"}], options={"num_predict": 1}).done
+        assert ALIAS in {model.model for model in client.list().models}
+        assert client.delete(f"hf.co/{ALIAS}").status == "success"
+        assert ALIAS not in {model.model for model in client.list().models}
+        with pytest.raises(ollama.ResponseError, match="org/absent"):
+            list(client.pull("hf.co/org/absent", stream=True))
+        with pytest.raises(ollama.ResponseError, match="org/absent") as absent:
+            client.pull("hf.co/org/absent")
+        assert absent.value.status_code == 500
+        with pytest.raises(ollama.ResponseError, match="USER/REPO") as unknown:
+            client.pull("llama3")
+        assert unknown.value.status_code == 400
 
 
 def test_a_slow_pull_is_shared_cancelled_and_taken_up_again(

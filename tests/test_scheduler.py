@@ -25,6 +25,7 @@ from router.messages import (
     Grant,
     Inspect,
     Inspected,
+    KeepAlive,
     Load,
     MemoryChanged,
     ModelSpec,
@@ -542,6 +543,32 @@ def test_pinned_model_makes_room_for_nobody() -> None:
     assert machine.rejected[refused].refusal is Refusal.INSUFFICIENT_MEMORY
     assert "a (pinned)" in machine.rejected[refused].reason
     assert machine.states() == "ready off"
+
+
+def test_what_a_client_says_counts_instead_of_the_timeout_until_the_engine_goes() -> None:
+    machine = Machine(ModelSpec("a", idle_timeout_sec=60), ModelSpec("b", pinned=True))
+    request = machine.served("a")
+    machine.tell(KeepAlive(machine.now, "a", math.inf))
+    machine.finish(request)
+    machine.wait(3600)
+    assert machine.states() == "ready off"
+    machine.tell(KeepAlive(machine.now, "a", 0.0))
+    machine.wait(0.1)
+    assert machine.states() == "off off"
+    machine.finish(machine.served("a"))
+    machine.wait(59)
+    assert machine.states() == "ready off"
+    machine.wait(2)
+    assert machine.states() == "off off"
+
+
+def test_pinned_model_stays_whatever_a_client_says() -> None:
+    machine = Machine(ModelSpec("a", pinned=True))
+    request = machine.served("a")
+    machine.tell(KeepAlive(machine.now, "a", 0.0))
+    machine.finish(request)
+    machine.wait(3600)
+    assert machine.states() == "ready"
 
 
 def test_pinned_model_that_was_ejected_is_in_nobodys_way() -> None:

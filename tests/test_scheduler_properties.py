@@ -39,6 +39,7 @@ from router.messages import (
     Grant,
     Inspect,
     Inspected,
+    KeepAlive,
     Load,
     MemoryChanged,
     ModelSpec,
@@ -469,9 +470,11 @@ class World:
 
     def some_order(self) -> None:
         alias = self.rng.choice(self.aliases)
-        order = self.rng.choice((Load, Eject, Reset, None))
+        order = self.rng.choice((Load, Eject, Reset, KeepAlive, None))
         if order is None:
             self.feed(Load(self.now, alias, evict=False))
+        elif order is KeepAlive:
+            self.feed(KeepAlive(self.now, alias, self.rng.choice((0.0, 5.0, math.inf))))
         else:
             self.feed(order(self.now, alias))
 

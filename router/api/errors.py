@@ -1,4 +1,6 @@
-"""Errors as clients expect them: OpenAI's envelope, Anthropic's on its routes, each with what to do about it."""
+"""Errors as clients expect them: OpenAI's envelope, Anthropic's and Ollama's on their routes, each with what to do
+about it.
+"""
 
 from __future__ import annotations
 
@@ -63,8 +65,13 @@ class ApiError(Exception):
         )
         return {"type": "error", "error": {"type": kind, "message": self.message}}
 
+    def ollama(self) -> dict[str, object]:
+        return {"error": self.message}
+
     def body(self, path: str) -> bytes:
-        return msgspec.json.encode(self.anthropic() if is_anthropic(path) else self.openai())
+        if is_anthropic(path):
+            return msgspec.json.encode(self.anthropic())
+        return msgspec.json.encode(self.ollama() if is_ollama(path) else self.openai())
 
     def event(self, path: str) -> bytes:
         """The same inside a stream that has begun: one event, then the end that the route's clients expect."""
@@ -74,11 +81,17 @@ class ApiError(Exception):
 def error_event(body: bytes, path: str) -> bytes:
     if is_anthropic(path):
         return b"event: error\ndata: %b\n\n" % body
+    if is_ollama(path):
+        return body + b"\n"
     return b"data: %b\n\ndata: [DONE]\n\n" % body
 
 
 def is_anthropic(path: str) -> bool:
     return path.startswith("/v1/messages")
+
+
+def is_ollama(path: str) -> bool:
+    return path.startswith("/api/")
 
 
 def refused(refusal: Refusal, reason: str, retry_after_sec: float | None) -> ApiError:

@@ -25,7 +25,7 @@ async def list_models(request: Request) -> dict[str, Any]:
     """Every alias, loaded or not."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     models = list(dispatcher.config.models.values())
-    cards = await asyncio.to_thread(lambda: [_card(model) for model in models])
+    cards = await asyncio.to_thread(lambda: [card_of(model) for model in models])
     for card in cards:
         card["status"] = status_of(dispatcher, card["id"])
     return {"object": "list", "data": cards}
@@ -36,7 +36,7 @@ async def show_model(alias: str, request: Request) -> dict[str, Any]:
     """One alias."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     model = known_model(dispatcher, alias)
-    card = await asyncio.to_thread(_card, model)
+    card = await asyncio.to_thread(card_of, model)
     return {**card, "status": status_of(dispatcher, alias)}
 
 
@@ -52,7 +52,8 @@ def status_of(dispatcher: Dispatcher, alias: str) -> str:
     return dispatcher.scheduler.state(alias) if alias in dispatcher.scheduler.models else "off"
 
 
-def _card(model: ModelConfig) -> dict[str, Any]:
+def card_of(model: ModelConfig) -> dict[str, Any]:
+    """What is known of a model without loading it. Reads its file's header, so it may block."""
     card: dict[str, Any] = {"id": model.alias, "object": "model", "created": 0, "owned_by": "llama-router"}
     card["source"] = model.source
     if model.description:
@@ -60,7 +61,7 @@ def _card(model: ModelConfig) -> dict[str, Any]:
     try:
         stat = model.model_path.stat()
         card["created"] = int(stat.st_mtime)
-        header = _header(model.model_path, stat.st_mtime_ns, stat.st_size)
+        header = header_of(model)
         flags = Flags(model.flags)
         capabilities = _capabilities(flags, header)
     except (OSError, gguf.GGUFError):
@@ -88,6 +89,12 @@ def _capabilities(flags: Flags, header: gguf.GGUF) -> list[str]:
         return ["embedding"]
     projector = flags.last("mmproj")
     return list(gguf.capabilities(header, gguf.read(Path(projector.text)) if projector else None))
+
+
+def header_of(model: ModelConfig) -> gguf.GGUF:
+    """Of its file. Raises OSError and GGUFError."""
+    stat = model.model_path.stat()
+    return _header(model.model_path, stat.st_mtime_ns, stat.st_size)
 
 
 @lru_cache(maxsize=1024)

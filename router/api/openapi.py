@@ -14,6 +14,8 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from router.api.auth import OPEN_PATHS
+from router.api.errors import is_ollama
+from router.routing import TRANSLATED_ROUTES
 
 _ERRORS = {
     400: "Something is wrong with the request; `message` says what.",
@@ -48,6 +50,7 @@ def describe(
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)
     schemas["Error"] = _ENVELOPE
+    schemas["OllamaError"] = _OLLAMAS_ENVELOPE
     schemas["ModelName"]["properties"]["model"] = _ALIAS
     schemas["Alias"] = {"type": "string", "enum": list(aliases)}
     components["securitySchemes"] = {
@@ -66,7 +69,8 @@ def describe(
         for method, operation in item.items():
             _complete_page(path, method, operation)
     for path in sorted(routes):
-        document["paths"][path] = {"post": _of_the_data_plane(path)}
+        described = _translated(path) if path in TRANSLATED_ROUTES else _of_the_data_plane(path)
+        document["paths"][path] = {"post": described}
     return document
 
 
@@ -80,7 +84,7 @@ def _complete_page(path: str, method: str, operation: dict[str, Any]) -> None:
         answers["200"]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
     if path in OPEN_PATHS:
         operation["security"] = []
-        answers["403"] = _error(403)
+        answers["403"] = _error(403, path)
         if path != "/live":
             answers["503"] = {**answers["200"], "description": "Not now."}
         return
@@ -92,7 +96,9 @@ def _complete_page(path: str, method: str, operation: dict[str, Any]) -> None:
     if (method, path) == ("post", "/v1/models/pull"):
         expected.append(429)
     for status in expected:
-        answers.setdefault(str(status), _error(status))
+        answers.setdefault(str(status), _error(status, path))
+    if is_ollama(path):
+        answers |= {status: _error(int(status), path) for status in answers if int(status) >= 400}
 
 
 def _of_the_data_plane(path: str) -> dict[str, Any]:
@@ -118,14 +124,33 @@ def _of_the_data_plane(path: str) -> dict[str, Any]:
                 "headers": _ANSWER_HEADERS,
                 "content": {"application/json": {}, "text/event-stream": {}, "text/plain": {}},
             },
-            **{str(status): _error(status) for status in _DATA_PLANE},
+            **{str(status): _error(status, path) for status in _DATA_PLANE},
             **{str(status): {"description": _ERRORS[status]} for status in _ALSO_OF_ENGINES},
         },
     }
 
 
-def _error(status: int) -> dict[str, Any]:
-    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+def _translated(path: str) -> dict[str, Any]:
+    properties = {"model": _ALIAS, "stream": {"type": "boolean"}}
+    schema = {"type": "object", "required": ["model"], "properties": properties}
+    kinds: dict[str, Any] = {"application/json": {}, "application/x-ndjson": {}}
+    return {
+        "tags": ["data plane"],
+        "summary": f"Ollama's {path}",
+        "description": "Translated for the engine of `model`, and its answer back.",
+        "operationId": "ollama" + path.replace("/", "_"),
+        "parameters": [_PRIORITY, _REQUEST_ID],
+        "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
+        "responses": {
+            "200": {"description": "The answer; lines of JSON if it is a stream.", "content": kinds},
+            **{str(status): _error(status, path) for status in (*_DATA_PLANE, *_ALSO_OF_ENGINES)},
+        },
+    }
+
+
+def _error(status: int, path: str) -> dict[str, Any]:
+    envelope = "OllamaError" if is_ollama(path) else "Error"
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{envelope}"}}}
     answer: dict[str, Any] = {"description": _ERRORS[status], "content": content}
     if status in (429, 503):
         answer["headers"] = {"Retry-After": _RETRY_AFTER}
@@ -175,3 +200,4 @@ _ENVELOPE = {
         }
     },
 }
+_OLLAMAS_ENVELOPE = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}

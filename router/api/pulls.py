@@ -41,19 +41,24 @@ class PullRequest(BaseModel):
 )
 async def pull_model(body: PullRequest, request: Request) -> Response:
     """Begin to pull a model, or join the pull that does so already; 202 with how far it is."""
+    pull = begin(request, body.model, body.alias)
+    if body.stream:
+        return _stream(pull)
+    return JSONResponse(_shown(pull), 202, headers={"Location": f"/v1/models/pull/{pull.id}"})
+
+
+def begin(request: Request, reference: str, alias: str | None) -> Pull:
+    """Raises ApiError."""
     downloads: Downloads = request.app.state.downloads
     if request.app.state.dispatcher.status == "shutting_down":
         raise ApiError(503, "shutting_down", "The router is shutting down.", retry_after_sec=5)
     try:
-        pull = downloads.start(body.model, body.alias)
+        return downloads.start(reference, alias)
     except BadReference as error:
         raise ApiError(400, "invalid_reference", f"{error}.", "model") from None
     except TooManyPulls:
         message = f"{MOST_AT_ONCE} pulls are running already; wait for one, or cancel it."
         raise ApiError(429, "too_many_pulls", message, retry_after_sec=30) from None
-    if body.stream:
-        return _stream(pull)
-    return JSONResponse(_shown(pull), 202, headers={"Location": f"/v1/models/pull/{pull.id}"})
 
 
 @router.get("/v1/models/pull")

@@ -1,0 +1,312 @@
+"""An engine's answer in Ollama's words: server-sent events to lines of JSON, and documents to documents.
+
+It sees every part of a stream on its way, so it does little with it: one event is read into a struct and written
+as one line. The engine's figures come with its last event; an event without news (a role, an empty text) gives no
+line. Tool calls arrive in pieces and leave whole, in a line of their own before the last one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from typing import Any
+
+import msgspec
+
+from router.ollama_requests import Asked
+
+_encode = msgspec.json.encode
+_NS = 1e9
+
+
+class _Token(msgspec.Struct):
+    token: str
+    logprob: float
+    top_logprobs: list[_Token] = []
+
+
+class _Logprobs(msgspec.Struct):
+    content: list[_Token] | None = None
+
+
+class _Function(msgspec.Struct):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class _ToolCall(msgspec.Struct):
+    function: _Function
+    index: int = 0
+    id: str | None = None
+
+
+class _Message(msgspec.Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[_ToolCall] | None = None
+
+
+class _Choice(msgspec.Struct):
+    delta: _Message | None = None
+    message: _Message | None = None
+    finish_reason: str | None = None
+    logprobs: _Logprobs | None = None
+
+
+class _Timings(msgspec.Struct):
+    cache_n: int = 0
+    prompt_n: int = 0
+    prompt_ms: float = 0.0
+    predicted_n: int = 0
+    predicted_ms: float = 0.0
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class _Embedding(msgspec.Struct):
+    embedding: msgspec.Raw
+    index: int = 0
+
+
+class _Part(msgspec.Struct):
+    """An event of a stream or a whole answer, of any of the engine's routes that we ask."""
+
+    choices: list[_Choice] = []
+    timings: _Timings | None = None
+    usage: _Usage | None = None
+    error: msgspec.Raw | None = None
+    # `/completion` and `/infill`
+    content: str | None = None
+    stop_type: str | None = None
+    completion_probabilities: list[_Token] | None = None
+    # `/v1/embeddings`
+    data: list[_Embedding] | None = None
+
+
+class _Error(msgspec.Struct):
+    error: msgspec.Raw
+
+
+class _Said(msgspec.Struct):
+    message: str = ""
+    n_ctx: int | None = None
+
+
+_decode = msgspec.json.Decoder(_Part).decode
+_decode_error = msgspec.json.Decoder(_Error).decode
+_decode_vector = msgspec.json.Decoder(list[float]).decode
+_decode_said = msgspec.json.Decoder(_Said).decode
+
+
+def flattened(body: bytes) -> bytes:
+    """An engine's error document (or the router's) as Ollama's, whose `error` is a text."""
+    try:
+        return _encode({"error": _message_of(_decode_error(body).error)})
+    except msgspec.MsgspecError:
+        return _encode({"error": body.decode("utf-8", "replace") or "the engine gives no reason"})
+
+
+def _message_of(error: msgspec.Raw) -> str:
+    if error and bytes(error).startswith(b'"'):
+        return str(msgspec.json.decode(error))
+    said = _decode_said(error)
+    if said.n_ctx is None:
+        return said.message
+    return f"{said.message} (here the context is set in the router's configuration, by -c, and not by num_ctx)"
+
+
+class NotUnderstood(Exception):
+    """The engine has answered something else than it does."""
+
+
+class Translation:
+    """The answer to one request."""
+
+    def __init__(self, asked: Asked, waited_sec: Callable[[], float]) -> None:
+        """`waited_sec`: how long the request waited for its model."""
+        self.streams = asked.streams
+        self._asked = asked
+        self._chats = asked.kind == "chat"
+        self._waited_sec = waited_sec
+        self._begun_sec = time.monotonic()
+        self._rest = b""
+        self._calls: dict[int, _ToolCall] = {}
+        self._reason = "stop"
+        self._timings: _Timings | None = None
+        self._usage: _Usage | None = None
+        self._failed = False
+
+    # --- streams ----------------------------------------------------------------------------------------
+
+    def lines(self, part: bytes) -> bytes:
+        """Of the next bytes of the engine's events."""
+        *events, self._rest = (self._rest + part).split(b"\n")
+        lines = b""
+        for event in events:
+            if event.startswith(b"data:") and not self._failed:
+                lines += self._line(event[5:].strip())
+        return lines
+
+    def last_lines(self) -> bytes:
+        if self._failed:
+            return b""
+        calls = self._tool_calls()
+        return (self._written(calls) if calls else b"") + self._written({}, done=True)
+
+    def _line(self, data: bytes) -> bytes:
+        if data == b"[DONE]":
+            return b""
+        try:
+            part = _decode(data)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            return self._fail(f"the engine's answer cannot be read: {error}")
+        if part.error is not None:
+            return self._fail(_message_of(part.error))
+        said = self._take_in(part)
+        return self._written(said) if said else b""
+
+    def _fail(self, message: str) -> bytes:
+        self._failed = True
+        return _encode({"error": message}) + b"\n"
+
+    # --- documents --------------------------------------------------------------------------------------
+
+    def document(self, body: bytes) -> bytes:
+        """Raises NotUnderstood."""
+        try:
+            part = _decode(body)
+            if part.data is not None:
+                return self._embedded(part.data, part.usage)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise NotUnderstood(f"the engine's answer cannot be read: {error}") from None
+        return self._written({**self._take_in(part), **self._tool_calls()}, done=True)
+
+    def loaded(self, reason: str) -> bytes:
+        """The answer to a request that asks nothing: `reason` is `load` or `unload`."""
+        model = self._asked.model
+        match self._asked.kind:
+            case "embed":
+                return _encode({"model": model, "embeddings": []})
+            case "embeddings":
+                return _encode({"embedding": []})
+        shown = {"model": model, "created_at": datetime.now(timezone.utc), **self._content({})}
+        return _encode({**shown, "done": True, "done_reason": reason}) + (b"\n" if self.streams else b"")
+
+    def _embedded(self, vectors: list[_Embedding], usage: _Usage | None) -> bytes:
+        raw = [vector.embedding for vector in sorted(vectors, key=lambda vector: vector.index)]
+        if (dimensions := self._asked.dimensions) is not None:
+            raw = [msgspec.Raw(_encode(_cut(_decode_vector(vector), dimensions))) for vector in raw]
+        if self._asked.kind == "embeddings":
+            return _encode({"embedding": raw[0] if raw else []})
+        return _encode(
+            {
+                "model": self._asked.model,
+                "embeddings": raw,
+                "total_duration": round((time.monotonic() - self._begun_sec) * _NS),
+                "load_duration": round(self._waited_sec() * _NS),
+                "prompt_eval_count": usage.prompt_tokens if usage is not None else 0,
+            }
+        )
+
+    # --- both -------------------------------------------------------------------------------------------
+
+    def _take_in(self, part: _Part) -> dict[str, Any]:
+        """What the part says that is to be passed on at once; what is for the end is kept."""
+        if part.timings is not None:
+            self._timings = part.timings
+        if part.usage is not None:
+            self._usage = part.usage
+        if not part.choices:
+            if part.stop_type == "limit":
+                self._reason = "length"
+            return self._said(part.content, None, part.completion_probabilities)
+        choice = part.choices[0]
+        if choice.finish_reason == "length":
+            self._reason = "length"
+        message = choice.delta or choice.message
+        if message is None:
+            return {}
+        for piece in message.tool_calls or ():
+            self._collect(piece)
+        tokens = choice.logprobs.content if choice.logprobs is not None else None
+        return self._said(message.content, message.reasoning_content, tokens)
+
+    def _said(self, text: str | None, thinking: str | None, tokens: list[_Token] | None) -> dict[str, Any]:
+        said: dict[str, Any] = {}
+        if text:
+            said["content"] = text
+        if thinking:
+            said["thinking"] = thinking
+        if tokens:
+            said["logprobs"] = [_shown(token, self._asked.most_alternatives) for token in tokens]
+        return said
+
+    def _collect(self, piece: _ToolCall) -> None:
+        call = self._calls.setdefault(piece.index, _ToolCall(_Function(), piece.index))
+        call.id = call.id or piece.id
+        call.function.name = call.function.name or piece.function.name
+        call.function.arguments = (call.function.arguments or "") + (piece.function.arguments or "")
+
+    def _tool_calls(self) -> dict[str, Any]:
+        """The calls that are whole; what was cut off in the middle is content, as with Ollama."""
+        whole: list[dict[str, Any]] = []
+        torn = ""
+        for call in self._calls.values():
+            text = call.function.arguments or "{}"
+            try:
+                arguments = msgspec.json.decode(text)
+            except msgspec.DecodeError:
+                torn += text
+                continue
+            function = {"index": call.index, "name": call.function.name or "", "arguments": arguments}
+            whole.append({"id": call.id or f"call_{call.index}", "function": function})
+        said: dict[str, Any] = {"content": torn} if torn else {}
+        return {**said, "tool_calls": whole} if whole else said
+
+    def _written(self, said: dict[str, Any], *, done: bool = False) -> bytes:
+        line = {
+            "model": self._asked.model,
+            "created_at": datetime.now(timezone.utc),
+            **self._content(said),
+            "done": done,
+        }
+        if done:
+            line |= self._figures()
+        return _encode(line) + (b"\n" if self.streams else b"")
+
+    def _content(self, said: dict[str, Any]) -> dict[str, Any]:
+        logprobs = {"logprobs": said.pop("logprobs")} if "logprobs" in said else {}
+        if self._chats:
+            return {"message": {"role": "assistant", "content": "", **said}, **logprobs}
+        return {"response": said.pop("content", ""), **said, **logprobs}
+
+    def _figures(self) -> dict[str, Any]:
+        timings, usage = self._timings or _Timings(), self._usage or _Usage()
+        return {
+            "done_reason": self._reason,
+            "total_duration": round((time.monotonic() - self._begun_sec) * _NS),
+            "load_duration": round(self._waited_sec() * _NS),
+            "prompt_eval_count": timings.cache_n + timings.prompt_n or usage.prompt_tokens,
+            "prompt_eval_duration": round(timings.prompt_ms * 1e6),
+            "eval_count": timings.predicted_n or usage.completion_tokens,
+            "eval_duration": round(timings.predicted_ms * 1e6),
+        }
+
+
+def _shown(token: _Token, alternatives: int) -> dict[str, Any]:
+    shown: dict[str, Any] = {"token": token.token, "logprob": token.logprob}
+    if alternatives:
+        shown["top_logprobs"] = [_shown(other, 0) for other in token.top_logprobs[:alternatives]]
+    return shown
+
+
+def _cut(vector: list[float], dimensions: int) -> list[float]:
+    """Its first components, again of length 1."""
+    cut = vector[:dimensions]
+    length = math.sqrt(sum(x * x for x in cut))
+    return [x / length for x in cut] if length else cut

@@ -1,0 +1,156 @@
+"""Ollama's requests on the data plane: translated once they are read, then exchanged like all others.
+
+The engine is asked in its own words, and its answer is metered as it comes; the translation stands between there
+and the client's connection. So queues, priorities, retries, cancellation and events are those of every request.
+"""
+
+from __future__ import annotations
+
+from router.answer import Answer
+from router.api.errors import ApiError
+from router.exchange import Exchange
+from router.ollama_answers import NotUnderstood, Translation, flattened
+from router.ollama_requests import Asked, alias_of, translate
+from router.routing import Wish, wish_of
+
+_DOCUMENT = b"content-type: application/json; charset=utf-8\r\n"
+_LINES = b"content-type: application/x-ndjson\r\n"
+
+
+class OllamaExchange(Exchange):
+    """An exchange whose client speaks another language than the engine."""
+
+    __slots__ = ("_asked", "_translation")
+
+    _asked: Asked
+    _translation: Translation
+
+    # --- the client -------------------------------------------------------------------------------------
+
+    def _read_wish(self) -> Wish:
+        asked = self._asked = translate(self._path, self._body)
+        models = self._dispatcher.config.models
+        wish = wish_of(alias_of(asked.model, models), asked.streams, self._fields, models)
+        self._translation = Translation(asked, self._waited_sec)
+        self._target = asked.target.encode()
+        self._query = b""
+        self._body = asked.body(wish.alias)
+        # What is sent as a form, as `curl -d` does, engines take 8 KiB of.
+        headers = [header for header in self._headers if header[0] != b"content-type"]
+        self._headers = [*headers, (b"content-type", b"application/json")]
+        return wish
+
+    def _submit(self, wish: Wish) -> None:
+        if self._asked.unloads:
+            self._unload(wish.alias)
+        else:
+            super()._submit(wish)
+
+    def _unload(self, alias: str) -> None:
+        """Once nobody uses it. There is nothing to wait for."""
+        try:
+            self._shared.keyring.check(self._headers, manages=True)
+        except ApiError as error:
+            self._refuse(error)
+            return
+        self._dispatcher.keep_alive(alias, 0.0)
+        self._answer_without_engine("unload")
+
+    def _answer_without_engine(self, reason: str) -> None:
+        self._status = 200
+        self._end("served")
+        lines = (_LINES if self._asked.streams else _DOCUMENT) + self._lines
+        self._answer.whole(200, lines, self._translation.loaded(reason))
+
+    # --- the queue --------------------------------------------------------------------------------------
+
+    def _decided(self) -> None:
+        ticket = self._ticket
+        if not self._is_over and ticket is not None and ticket.engine is not None:
+            self._heed_keep_alive(ticket.alias)
+            if not self._asked.target:
+                self._answer_without_engine("load")
+                return
+            self._answer = _TranslatedAnswer(self._answer, self._translation)
+        super()._decided()
+
+    def _heed_keep_alive(self, alias: str) -> None:
+        """Of those who may manage: how long a model stays is everybody's business."""
+        if self._asked.keep_alive_sec is None:
+            return
+        try:
+            self._shared.keyring.check(self._headers, manages=True)
+        except ApiError:
+            return
+        self._dispatcher.keep_alive(alias, self._asked.keep_alive_sec)
+
+    def _waited_sec(self) -> float:
+        return 0.0 if self._ticket is None else self._ticket.queue_sec
+
+    def _set_heartbeat(self) -> None:
+        """Lines of JSON have no comments: as with Ollama, nothing is heard until the answer begins."""
+
+    # --- the end ----------------------------------------------------------------------------------------
+
+    def _refuse(self, error: ApiError) -> None:
+        super()._refuse(_with_ollamas_status(error))
+
+    def _fail(self, error: ApiError) -> None:
+        super()._fail(_with_ollamas_status(error))
+
+
+class _TranslatedAnswer(Answer):
+    """Takes an engine's answer, and gives the client Ollama's."""
+
+    __slots__ = ("_lines", "_parts", "_status", "_translation")
+
+    def __init__(self, plain: Answer, translation: Translation) -> None:
+        """Instead of `plain`, of which nothing is written yet."""
+        super().__init__(plain._wire, keep_alive=plain.keep_alive, http_1_0=plain._http_1_0)
+        self._translation = translation
+        self._status = 200
+        self._lines = b""
+        self._parts: list[bytes] = []
+
+    def whole(self, status: int, lines: bytes, body: bytes) -> None:
+        if status == 200:
+            try:
+                body = self._translation.document(body)
+            except NotUnderstood as error:
+                status, body = 502, flattened(str(error).encode())
+        else:
+            body = flattened(body)
+        super().whole(status, _with_type(lines, _DOCUMENT), body)
+
+    def start(self, status: int, lines: bytes, length: int | None = None) -> None:
+        if status == 200 and self._translation.streams:
+            super().start(200, _with_type(lines, _LINES))
+        else:  # a document, which is translated once it is here
+            self._status, self._lines = status, lines
+
+    def write(self, part: bytes, last: bool) -> None:
+        if self.started:
+            part = self._translation.lines(part)
+            if last:
+                part += self._translation.last_lines()
+            super().write(part, last)
+        else:
+            self._parts.append(part)
+            if last:
+                self.whole(self._status, self._lines, b"".join(self._parts))
+
+    def break_off(self, reason: bytes) -> None:
+        super().write(reason, last=True)
+
+
+def _with_type(lines: bytes, content_type: bytes) -> bytes:
+    kept = [line for line in lines.splitlines(keepends=True) if not line.startswith(b"content-type:")]
+    return b"".join((content_type, *kept))
+
+
+def _with_ollamas_status(error: ApiError) -> ApiError:
+    """Its clients wait and come again at 503, where OpenAI's do at 429."""
+    if error.status != 429:
+        return error
+    message = f"server busy, please try again. {error.message}"
+    return ApiError(503, error.code, message, error.param, error.retry_after_sec)

@@ -1,0 +1,414 @@
+"""Requests in Ollama's words, in llama-server's: `/api/chat`, `/api/generate`, `/api/embed`, `/api/embeddings`.
+
+Pure functions. Only what the client has set is passed on, so that the model's own defaults hold for all else.
+What Ollama decides when it loads a model (`num_ctx`, `num_gpu`, …) is decided here by the configuration: such
+options are read over, and the engine refuses what does not fit its context instead of cutting it off.
+
+The surface is that of Ollama's api/types.go and docs/api.md; llama-server's that of build 11434.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from router.api.errors import ApiError
+from router.messages import Refusal
+from router.routing import suggestion
+
+Kind = Literal["chat", "generate", "raw", "embed", "embeddings"]
+
+
+class Asked(NamedTuple):
+    """One request, translated."""
+
+    kind: Kind
+    model: str
+    """As the client calls it."""
+    streams: bool
+    keep_alive_sec: float | None
+    """None: it does not say."""
+    target: str
+    """The engine's route; empty when there is nothing to ask it: the model is to be loaded, or to go."""
+    question: dict[str, Any]
+    """The engine's body, but for its `model`."""
+    dimensions: int | None = None
+    """What embeddings are cut to."""
+    most_alternatives: int = 0
+    """`top_logprobs`"""
+
+    @property
+    def unloads(self) -> bool:
+        return not self.target and self.keep_alive_sec == 0
+
+    def body(self, alias: str) -> bytes:
+        """For the engine."""
+        return msgspec.json.encode({"model": alias, **self.question}) if self.target else b""
+
+
+class _Common(msgspec.Struct):
+    model: str | None = None
+    name: str | None = None
+    """Older name of `model`."""
+    options: dict[str, Any] | None = None
+    keep_alive: float | str | None = None
+
+
+class _Generating(_Common):
+    stream: bool | None = None
+    format: Any = None
+    think: bool | str | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+
+class _Function(msgspec.Struct):
+    name: str
+    arguments: msgspec.Raw = msgspec.Raw(b"{}")
+
+
+class _Call(msgspec.Struct):
+    function: _Function
+    id: str | None = None
+
+
+class _Message(msgspec.Struct):
+    role: str
+    content: str | None = None
+    thinking: str | None = None
+    images: list[str] | None = None
+    tool_calls: list[_Call] | None = None
+    tool_name: str | None = None
+    tool_call_id: str | None = None
+
+
+class _Chat(_Generating):
+    messages: list[_Message] | None = None
+    tools: list[Any] | None = None
+
+
+class _Generate(_Generating):
+    prompt: str | None = None
+    suffix: str | None = None
+    system: str | None = None
+    template: str | None = None
+    context: list[int] | None = None
+    raw: bool | None = None
+    images: list[str] | None = None
+
+
+class _Embed(_Common):
+    input: str | list[str] | None = None
+    dimensions: int | None = None
+
+
+class _Embeddings(_Common):
+    prompt: str | None = None
+
+
+_chat = msgspec.json.Decoder(_Chat).decode
+_generate = msgspec.json.Decoder(_Generate).decode
+_embed = msgspec.json.Decoder(_Embed).decode
+_embeddings = msgspec.json.Decoder(_Embeddings).decode
+
+
+def translate(path: str, body: bytes) -> Asked:
+    """What a request asks for. Raises ApiError 400 for what is not to be understood."""
+    try:
+        if path == "/api/chat":
+            return _asked_chat(_chat(body))
+        if path == "/api/generate":
+            return _asked_generate(_generate(body))
+        if path == "/api/embed":
+            embed = _embed(body)
+            return _asked_embeddings(embed, "embed", embed.input, embed.dimensions)
+        legacy = _embeddings(body)
+        return _asked_embeddings(legacy, "embeddings", legacy.prompt or None)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ApiError(
+            400, "invalid_json", f"invalid request: {error}" if body else "missing request body"
+        ) from None
+
+
+def resolve(name: str, aliases: Iterable[str]) -> str:
+    """The alias that is meant by a name as Ollama has them; the name itself when it is none.
+
+    `NAME` and `NAME:latest` are the same; a model that was pulled as `hf.co/USER/REPO` is called without the host.
+    """
+    known = set(aliases)
+    host, slash, rest = name.partition("/")
+    local = rest if slash and host.lower() in ("hf.co", "huggingface.co") else name
+    for candidate in (name, name.removesuffix(":latest"), f"{name}:latest", local):
+        if candidate in known:
+            return candidate
+    quantized = [alias for alias in known if alias.lower().startswith(f"{local.lower().removesuffix(':latest')}:")]
+    return quantized[0] if local != name and len(quantized) == 1 else name
+
+
+def alias_of(name: str, aliases: Iterable[str]) -> str:
+    """Raises ApiError 404 in the words that Ollama's clients look for."""
+    known = list(aliases)
+    alias = resolve(name, known)
+    if alias not in known:
+        message = f"model {name[:256]!r} not found. {suggestion(name[:256], known)}"
+        raise ApiError(404, Refusal.MODEL_NOT_FOUND.value, message, "model")
+    return alias
+
+
+def listed_name(alias: str) -> str:
+    """How Ollama lists it: no name is without a tag."""
+    return alias if ":" in alias.rpartition("/")[2] else f"{alias}:latest"
+
+
+# --- chat and generate ----------------------------------------------------------------------------------
+
+
+def _asked_chat(asked: _Chat) -> Asked:
+    if not asked.messages:
+        return _to_load(asked, "chat")
+    question = {
+        "messages": [_message(message) for message in asked.messages],
+        **_thinking(asked.think),
+        **_response_format(asked.format),
+    }
+    if asked.tools:
+        question["tools"] = asked.tools
+    return _to_generate(asked, "chat", "/v1/chat/completions", question, _logprobs(asked))
+
+
+def _asked_generate(asked: _Generate) -> Asked:
+    for name in ("template", "context"):
+        if getattr(asked, name):
+            raise ApiError(400, "invalid_request", f"`{name}` is not supported: {_INSTEAD[name]}.", name)
+    if not asked.prompt and not asked.suffix and not asked.images:
+        return _to_load(asked, "generate")
+    prompt = asked.prompt or ""
+    most = asked.top_logprobs or 0
+    if asked.raw or asked.suffix:
+        if asked.images:
+            raise ApiError(400, "invalid_request", "`images` need a chat template: leave out `raw` and `suffix`.")
+        question = {"prompt": prompt, **_schema(asked.format)}
+        target = "/completion"
+        if asked.suffix:
+            target = "/infill"
+            question = {"input_prefix": prompt, "input_suffix": asked.suffix, "prompt": ""}
+        probabilities = {"n_probs": max(1, most)} if asked.logprobs else {}
+        return _to_generate(asked, "raw", target, question, probabilities)
+    messages = [] if not asked.system else [{"role": "system", "content": asked.system}]
+    messages.append(_message(_Message("user", prompt, images=asked.images)))
+    question = {"messages": messages, **_thinking(asked.think), **_response_format(asked.format)}
+    return _to_generate(asked, "generate", "/v1/chat/completions", question, _logprobs(asked))
+
+
+_INSTEAD = {
+    "template": "a model's chat template is set in the router's configuration (flags: --chat-template-file), or "
+    "send a prompt that is laid out already, with `raw`",
+    "context": "send the conversation to /api/chat",
+}
+
+
+def _to_generate(
+    asked: _Generating, kind: Kind, target: str, question: dict[str, Any], probabilities: dict[str, Any]
+) -> Asked:
+    streams = asked.stream is not False
+    question |= {**_options(asked.options), **probabilities, "stream": streams, "cache_prompt": True}
+    keep_alive_sec = duration_sec(asked.keep_alive)
+    most = asked.top_logprobs or 0
+    return Asked(kind, _name(asked), streams, keep_alive_sec, target, question, most_alternatives=most)
+
+
+def _to_load(asked: _Generating, kind: Kind) -> Asked:
+    keep_alive_sec = duration_sec(asked.keep_alive)
+    return Asked(kind, _name(asked), asked.stream is not False, keep_alive_sec, "", {})
+
+
+def _name(asked: _Common) -> str:
+    name = asked.model or asked.name
+    if not name:
+        raise ApiError(400, "model_required", "model is required", "model")
+    return name
+
+
+def _message(message: _Message) -> dict[str, Any]:
+    translated: dict[str, Any] = {"role": message.role, "content": message.content or ""}
+    if message.images:
+        text = [{"type": "text", "text": message.content}] if message.content else []
+        translated["content"] = [*text, *map(_medium, message.images)]
+    if message.thinking:
+        translated["reasoning_content"] = message.thinking
+    if message.tool_calls:
+        translated["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
+    if message.tool_name:
+        translated["name"] = message.tool_name
+    if message.tool_call_id:
+        translated["tool_call_id"] = message.tool_call_id
+    return translated
+
+
+def _tool_call(call: _Call) -> dict[str, Any]:
+    """Ollama has the arguments as an object, OpenAI as a text with that object in it."""
+    arguments = bytes(call.function.arguments)
+    text = msgspec.json.decode(arguments) if arguments.startswith(b'"') else arguments.decode()
+    translated = {"type": "function", "function": {"name": call.function.name, "arguments": text}}
+    return {**translated, "id": call.id} if call.id else translated
+
+
+_MAGIC = (
+    (b"\x89PNG", "image/png"),
+    (b"\xff\xd8\xff", "image/jpeg"),
+    (b"GIF8", "image/gif"),
+    (b"BM", "image/bmp"),
+    (b"ID3", "audio/mp3"),
+    (b"\xff\xfb", "audio/mp3"),
+    (b"fLaC", "audio/flac"),
+)
+
+
+def _medium(encoded: str) -> dict[str, Any]:
+    """A part of a message's content, from base64. What it is, its first bytes tell."""
+    if encoded.startswith("data:"):
+        return {"type": "image_url", "image_url": {"url": encoded}}
+    try:
+        head = base64.b64decode(encoded[:24])
+    except binascii.Error as error:
+        raise ApiError(400, "invalid_request", f"an image is not base64: {error}", "images") from None
+    if head.startswith(b"RIFF"):
+        kind = "audio/wav" if head[8:12] == b"WAVE" else "image/webp"
+    else:
+        kind = next((kind for magic, kind in _MAGIC if head.startswith(magic)), "image/png")
+    medium, _, subtype = kind.partition("/")
+    if medium == "audio":
+        return {"type": "input_audio", "input_audio": {"data": encoded, "format": subtype}}
+    return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{encoded}"}}
+
+
+def _thinking(think: bool | str | None) -> dict[str, Any]:
+    if think is None or think == "":
+        return {}
+    if isinstance(think, bool):
+        return {"chat_template_kwargs": {"enable_thinking": think}}
+    if think not in _EFFORTS:
+        raise ApiError(400, "invalid_request", f"`think` must be true, false or one of {', '.join(_EFFORTS)}.")
+    return {"chat_template_kwargs": {"enable_thinking": True, "reasoning_effort": think}}
+
+
+_EFFORTS = ("low", "medium", "high", "max")
+
+
+def _response_format(wanted: Any) -> dict[str, Any]:
+    if schema := _schema(wanted):
+        wrapped = {"name": "format", "schema": schema["json_schema"]}
+        return {"response_format": {"type": "json_schema", "json_schema": wrapped}}
+    return {}
+
+
+def _schema(wanted: Any) -> dict[str, Any]:
+    if wanted is None or wanted == "":
+        return {}
+    if wanted == "json":
+        return {"json_schema": {"type": "object"}}
+    if isinstance(wanted, dict):
+        return {"json_schema": wanted}
+    raise ApiError(400, "invalid_request", '`format` must be "json" or a JSON schema.', "format")
+
+
+def _logprobs(asked: _Generating) -> dict[str, Any]:
+    if not asked.logprobs:
+        return {}
+    return {"logprobs": True, "top_logprobs": max(1, asked.top_logprobs or 0)}  # with 0 it sends none at all
+
+
+# --- options --------------------------------------------------------------------------------------------
+
+_NUMBERS = {
+    name: name
+    for name in (
+        "temperature",
+        "top_p",
+        "min_p",
+        "typical_p",
+        "repeat_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "mirostat_tau",
+        "mirostat_eta",
+    )
+}
+_INTEGERS = {
+    "num_predict": "n_predict",
+    "num_keep": "n_keep",
+    **{name: name for name in ("top_k", "seed", "repeat_last_n", "mirostat")},
+}
+
+
+def _options(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Those that concern one answer; Ollama reads over what it does not know, too."""
+    translated: dict[str, Any] = {}
+    for name, value in (options or {}).items():
+        if value is None:
+            continue
+        if name in _NUMBERS:
+            translated[_NUMBERS[name]] = _number(name, value)
+        elif name in _INTEGERS:
+            translated[_INTEGERS[name]] = int(_number(name, value))
+        elif name == "stop":
+            translated["stop"] = _texts(value)
+    return translated
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ApiError(400, "invalid_request", f'option "{name}" must be a number', f"options.{name}")
+    return value
+
+
+def _texts(value: Any) -> list[str]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ApiError(400, "invalid_request", 'option "stop" must be an array of texts', "options.stop")
+    return texts
+
+
+# --- embeddings -----------------------------------------------------------------------------------------
+
+
+def _asked_embeddings(
+    asked: _Common, kind: Kind, texts: str | list[str] | None, dimensions: int | None = None
+) -> Asked:
+    keep_alive_sec = duration_sec(asked.keep_alive)
+    given = [texts] if isinstance(texts, str) else texts
+    target = "/v1/embeddings" if given else ""
+    question = {"input": given, "encoding_format": "float"} if given else {}
+    return Asked(kind, _name(asked), False, keep_alive_sec, target, question, dimensions)
+
+
+# --- keep_alive -----------------------------------------------------------------------------------------
+
+_UNITS_SEC = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_QUANTITY = r"(\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h)"
+_DURATION = re.compile(rf"(?P<sign>[+-]?)(?P<quantities>(?:{_QUANTITY})+|0)")
+_PLAIN_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
+
+
+def duration_sec(keep_alive: float | str | None) -> float | None:
+    """Seconds, of a number or of a duration as Go writes them (`1h30m`); `math.inf` when it is negative."""
+    if keep_alive is None or keep_alive == "":
+        return None
+    if isinstance(keep_alive, str):
+        if _PLAIN_NUMBER.fullmatch(keep_alive):
+            seconds = float(keep_alive)
+        elif found := _DURATION.fullmatch(keep_alive):
+            seconds = sum(float(n) * _UNITS_SEC[unit] for n, unit in re.findall(_QUANTITY, found["quantities"]))
+            seconds = -seconds if found["sign"] == "-" else seconds
+        else:
+            message = f'keep_alive: invalid duration {keep_alive[:40]!r}: use seconds, or a text such as "5m"'
+            raise ApiError(400, "invalid_request", message, "keep_alive")
+    else:
+        seconds = keep_alive
+    return math.inf if seconds < 0 else seconds

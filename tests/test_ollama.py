@@ -1,0 +1,134 @@
+"""The translation between Ollama's words and llama-server's, by itself."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from typing import Any
+
+import pytest
+
+from router.api.errors import ApiError
+from router.ollama_answers import Translation
+from router.ollama_requests import Asked, alias_of, duration_sec, listed_name, resolve, translate
+
+ALIASES = ["demo", "llama3:8b", "other/llama3:latest", "USER/Repo-GGUF:Q4_K_M"]
+ALIASES += ["two/of-them:Q4_0", "two/of-them:Q8_0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "alias"),
+    [
+        ("demo", "demo"),
+        ("demo:latest", "demo"),
+        ("demo:7b", None),
+        ("llama3", None),
+        ("llama3:8b", "llama3:8b"),
+        ("other/llama3", "other/llama3:latest"),
+        ("hf.co/USER/Repo-GGUF:Q4_K_M", "USER/Repo-GGUF:Q4_K_M"),
+        ("hf.co/user/repo-gguf", "USER/Repo-GGUF:Q4_K_M"),  # as it was pulled
+        ("huggingface.co/USER/Repo-GGUF:latest", "USER/Repo-GGUF:Q4_K_M"),
+        ("hf.co/two/of-them", None),
+        ("", None),
+    ],
+)
+def test_names(name: str, alias: str | None) -> None:
+    assert resolve(name, ALIASES) == (alias or name)
+    if alias is None:
+        with pytest.raises(ApiError, match="not found"):
+            alias_of(name, ALIASES)
+
+
+def test_what_is_listed_is_found_again() -> None:
+    assert [resolve(listed_name(alias), ALIASES) for alias in ALIASES] == ALIASES
+    assert all(":" in listed_name(alias) for alias in ALIASES)
+
+
+@pytest.mark.parametrize(
+    ("keep_alive", "seconds"),
+    [
+        (None, None),
+        ("", None),
+        (0, 0),
+        (90, 90),
+        (1.5, 1.5),
+        (-1, math.inf),
+        ("-1", math.inf),
+        ("0", 0),
+        ("300", 300),
+        ("5m", 300),
+        ("1h30m", 5400),
+        ("1.5h", 5400),
+        ("250ms", 0.25),
+        ("-1m", math.inf),
+        ("0s", 0),
+    ],
+)
+def test_durations(keep_alive: float | str | None, seconds: float | None) -> None:
+    assert duration_sec(keep_alive) == seconds
+
+
+@pytest.mark.parametrize("keep_alive", ["5 m", "m", "5x", "1h-5m", "for ever", "1" * 5000 + "x"])
+def test_what_is_no_duration(keep_alive: str) -> None:
+    with pytest.raises(ApiError, match="keep_alive"):
+        duration_sec(keep_alive)
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [
+        (b"\x89PNG\r\n\x1a\n", "data:image/png"),
+        (b"\xff\xd8\xff\xe0", "data:image/jpeg"),
+        (b"GIF89a", "data:image/gif"),
+        (b"RIFF\x10\0\0\0WEBP", "data:image/webp"),
+        (b"RIFF\x10\0\0\0WAVE", "wav"),
+    ],
+)
+def test_what_an_image_is_its_first_bytes_tell(head: bytes, kind: str) -> None:
+    encoded = base64.b64encode(head + bytes(30)).decode()
+    body = {"model": "m", "messages": [{"role": "user", "content": "what?", "images": [encoded]}]}
+    _, medium = translate("/api/chat", json.dumps(body).encode()).question["messages"][0]["content"]
+    if kind == "wav":
+        assert medium["input_audio"] == {"data": encoded, "format": "wav"}
+    else:
+        assert medium["image_url"]["url"] == f"{kind};base64,{encoded}"
+
+
+def asked(kind: Any = "chat", **more: Any) -> Asked:
+    return Asked(kind, "m", True, None, "/v1/chat/completions", {}, **more)
+
+
+def test_a_stream_may_come_in_any_pieces() -> None:
+    events = [
+        {"choices": [{"delta": {"content": "é", "role": "assistant"}}]},
+        {"choices": [{"delta": {"reasoning_content": "\n\ndata: "}}]},
+        {"choices": [{"delta": {}, "finish_reason": "stop"}]},
+        {"choices": [], "usage": {"prompt_tokens": 2, "completion_tokens": 1}, "timings": {"prompt_ms": 1.5}},
+    ]
+    stream = ": a comment\n\n" + "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+    for size in (1, 2, 7, 10_000):
+        translation = Translation(asked(), lambda: 2.0)
+        raw = stream.encode()
+        lines = b"".join(translation.lines(raw[at : at + size]) for at in range(0, len(raw), size))
+        *said, last = map(json.loads, (lines + translation.last_lines()).splitlines())
+        assert [line["message"] for line in said] == [
+            {"role": "assistant", "content": "é"},
+            {"role": "assistant", "content": "", "thinking": "\n\ndata: "},
+        ]
+        assert (last["done"], last["done_reason"], last["load_duration"]) == (True, "stop", 2_000_000_000)
+        assert (last["prompt_eval_count"], last["eval_count"], last["prompt_eval_duration"]) == (2, 1, 1_500_000)
+
+
+def test_a_completion_ends_by_its_limit() -> None:
+    translation = Translation(asked("raw"), lambda: 0.0)
+    said = json.loads(translation.lines(b'data: {"content": "a", "stop": false}\n\n'))
+    assert said["response"] == "a"
+    assert translation.lines(b'data: {"content": "", "stop": true, "stop_type": "limit"}\n\n') == b""
+    assert json.loads(translation.last_lines())["done_reason"] == "length"
+
+
+def test_what_cannot_be_read_ends_the_stream_with_an_error() -> None:
+    translation = Translation(asked(), lambda: 0.0)
+    lines = translation.lines(b'data: {"choices": [\n\ndata: {"choices": []}\n\n') + translation.last_lines()
+    assert set(json.loads(lines)) == {"error"}
