@@ -23,6 +23,7 @@ from router.answer import Answer
 from router.api.auth import Keyring
 from router.api.browsers import Browsers
 from router.api.errors import ApiError, error_event, refused
+from router.capability import refused_by_engine
 from router.crowd import Bodies
 from router.dispatcher import Dispatcher, Ticket, Waiting
 from router.events import RequestDone
@@ -378,6 +379,11 @@ class Exchange:
 
     def _answer_whole(self, head: Head, body: bytes) -> None:
         assert self._ticket is not None
+        if head.status >= 500:
+            refusal = refused_by_engine(body, self._ticket.alias, self._dispatcher.config.models)
+            if refusal is not None:
+                self._fail(refusal)
+                return
         self._status = head.status
         if not self._answer.started:
             self._meter.note(body)

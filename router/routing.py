@@ -93,7 +93,7 @@ def wish_of(
 ) -> Wish:
     """Raises ApiError for a model that is not there, and for a priority that is none."""
     if model is None:
-        raise ApiError(400, "model_required", f"Name a `model`: {_some_of(list(models))}.", "model")
+        raise ApiError(400, "model_required", f"Name a `model`: {some_of(list(models))}.", "model")
     if not isinstance(model, str):
         raise ApiError(400, "invalid_model", f"`model` must be a string, not {type(model).__name__}.", "model")
     known = models.get(model)
@@ -106,17 +106,18 @@ def wish_of(
 def unknown_model(name: str, aliases: list[str]) -> str:
     """What to say to somebody who asks for a model that is not there."""
     if len(name) > _LONGEST_NAME:
-        return f"There is no model of {len(name)} characters. There are: {_some_of(aliases)}."
+        return f"There is no model of {len(name)} characters. There are: {some_of(aliases)}."
     return f"There is no model {name!r}. {suggestion(name, aliases)}"
 
 
 def suggestion(name: str, aliases: list[str]) -> str:
     """What may have been meant instead."""
     close = difflib.get_close_matches(name, aliases, n=3)
-    return f"Did you mean {_some_of(close)}?" if close else f"There are: {_some_of(aliases)}."
+    return f"Did you mean {some_of(close)}?" if close else f"There are: {some_of(aliases)}."
 
 
-def _some_of(aliases: list[str]) -> str:
+def some_of(aliases: list[str]) -> str:
+    """For people: the first ten."""
     shown = ", ".join(repr(alias) for alias in aliases[:10])
     return f"{shown} and {len(aliases) - 10} more (GET /v1/models)" if len(aliases) > 10 else shown
 

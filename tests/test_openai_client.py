@@ -89,6 +89,24 @@ def test_errors_are_its_exceptions(client: openai.OpenAI) -> None:
     assert wrong.value.code == "invalid_priority"
 
 
+def test_what_a_model_was_not_started_for_is_refused_with_those_that_were(
+    client: openai.OpenAI, router: Router
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"--embedding.*Ask 'embed' instead") as refused:
+        client.embeddings.create(model=ALIAS, input="a")
+    assert refused.value.code == "not_supported"
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match=r"images \(--mmproj in its flags\). No model here is"):
+            client.chat.completions.create(
+                model=ALIAS, messages=[{"role": "user", "content": [image]}], stream=stream
+            )
+    answer = router.http.post("/v1/rerank", json={"model": "embed", "query": "a", "documents": ["b"]})
+    assert (answer.status_code, "--rerank" in answer.json()["error"]["message"]) == (400, True)
+    answer = router.http.post("/api/embed", json={"model": ALIAS, "input": "a"})
+    assert (answer.status_code, "Ask 'embed'" in answer.json()["error"]) == (400, True)
+
+
 def test_a_stream_that_is_broken_off_frees_its_slot(client: openai.OpenAI, router: Router) -> None:
     stream = client.chat.completions.create(model=ALIAS, messages=MESSAGES, max_tokens=3000, stream=True)
     next(iter(stream))
