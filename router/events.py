@@ -7,7 +7,7 @@ never delays the router. This carries news, not commands: nothing in the router 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,8 +118,7 @@ _KEPT = (ModelChanged, ServerChanged)
 class Subscription:
     """Iterate over it to get the events from now on, or from where `resumes`."""
 
-    def __init__(self, capacity: int, kinds: tuple[type, ...]) -> None:
-        self.kinds = kinds
+    def __init__(self, capacity: int) -> None:
         self.last_id = 0
         """Of the kept event that was yielded last."""
         self.resumes = False
@@ -152,7 +151,8 @@ class Events:
     def __init__(self, capacity: int = 1000) -> None:
         self._capacity = capacity
         self._listeners: list[Callable[[Happening], None]] = []
-        self._subscriptions: set[Subscription] = set()
+        self._subscribers: dict[type, set[Subscription]] = defaultdict(set)
+        """By kind: thousands who watch models cost the requests nothing."""
         self._last_id = 0
         self._kept: deque[tuple[int, Happening]] = deque(maxlen=capacity)
 
@@ -162,9 +162,8 @@ class Events:
             self._kept.append((self._last_id, happening))
         for listener in self._listeners:
             listener(happening)
-        for subscription in self._subscriptions:
-            if isinstance(happening, subscription.kinds):
-                subscription.put(self._last_id, happening)
+        for subscription in self._subscribers[type(happening)]:
+            subscription.put(self._last_id, happening)
 
     def listen(self, listener: Callable[[Happening], None]) -> None:
         """Have it called with every event, at once, in the router's own time: for what must not miss any."""
@@ -173,7 +172,7 @@ class Events:
     @contextmanager
     def subscribe(self, *kinds: type, after: int | None = None) -> Iterator[Subscription]:
         """Events of these kinds; nobody is woken up for any other. `after`: the last id that was seen."""
-        subscription = Subscription(self._capacity, kinds)
+        subscription = Subscription(self._capacity)
         subscription.last_id = self._last_id
         first_kept = self._kept[0][0] if self._kept else 1
         if after is not None and first_kept - 1 <= after <= self._last_id:
@@ -181,8 +180,10 @@ class Events:
             for number, happening in self._kept:
                 if number > after and isinstance(happening, kinds):
                     subscription.put(number, happening)
-        self._subscriptions.add(subscription)
+        for kind in kinds:
+            self._subscribers[kind].add(subscription)
         try:
             yield subscription
         finally:
-            self._subscriptions.discard(subscription)
+            for kind in kinds:
+                self._subscribers[kind].discard(subscription)
