@@ -76,7 +76,7 @@ def _pages(dispatcher: Dispatcher, keyring: Keyring, reload: Reload, downloads: 
         title="llama-router", version=__version__, openapi_url="/openapi.json", docs_url=None, redoc_url=None
     )
     app.openapi = lambda: describe(  # type: ignore[method-assign]
-        app, ROUTES | TRANSLATED_ROUTES, dispatcher.config.models, keys_required=keyring.required
+        app, ROUTES | TRANSLATED_ROUTES, dispatcher.config.names, keys_required=keyring.required
     )
     app.state.dispatcher = dispatcher
     app.state.reload = reload

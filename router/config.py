@@ -8,12 +8,21 @@ business of `config_load.py`; nothing here reads a file or the environment.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SecretStr,
+    WithJsonSchema,
+)
 from pydantic.json_schema import GenerateJsonSchema
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -405,6 +414,44 @@ class ModelEntry(Section):
     description: str = Field(default="", description="Shown in the list of models.")
 
 
+_Names = TypeVar("_Names", bound=Iterable[str])
+
+
+def _touchable(parameters: _Names) -> _Names:
+    for name in parameters:
+        if name in ("model", "stream", "messages"):
+            raise ValueError(f"{name!r} cannot be changed: clients and router go by it")
+    return parameters
+
+
+Parameters = Annotated[dict[str, JsonValue], AfterValidator(_touchable)]
+
+
+class AliasEntry(Section):
+    """A further name of a model, and what it changes in requests on their way to the engine that both share."""
+
+    uses: str = Field(min_length=1, description="The model, by its own alias.")
+    defaults: Parameters = Field(
+        default={}, description="Parameters of a request that its client has left out, or set to null."
+    )
+    forced: Parameters = Field(default={}, description="Parameters of every request, whatever its client says.")
+    removed: Annotated[tuple[str, ...], Field(strict=False), AfterValidator(_touchable)] = Field(
+        default=(), description="Parameters that the engine never sees."
+    )
+    system_prompt: str = Field(
+        default="",
+        description="Goes before the client's own system prompt, a blank line between. On routes without "
+        "messages (completions, embeddings, ...) it changes nothing.",
+    )
+    system_prompt_replaces: bool = Field(
+        default=False, description="Drop the client's own system prompts if there is a system_prompt."
+    )
+    priority: PriorityName | None = Field(
+        default=None, description="Priority of requests that name none; null means the model's."
+    )
+    description: str = Field(default="", description="Shown in the list of models; empty means the model's.")
+
+
 class ConfigFile(Section):
     """Configuration of llama-router."""
 
@@ -414,6 +461,11 @@ class ConfigFile(Section):
     models: dict[Alias, ModelEntry] = Field(
         default={},
         description="The models by their alias.",
+        json_schema_extra={"propertyNames": {"pattern": r"^\S+$"}},
+    )
+    aliases: dict[Alias, Annotated[str, Field(min_length=1)] | AliasEntry] = Field(
+        default={},
+        description="Further names of models: the model's alias, or what requests under that name are to change.",
         json_schema_extra={"propertyNames": {"pattern": r"^\S+$"}},
     )
 
@@ -443,11 +495,37 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class AliasConfig:
+    """A further name of a model, resolved; see `AliasEntry`."""
+
+    alias: str
+    uses: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    forced: Mapping[str, Any] = field(default_factory=dict)
+    removed: tuple[str, ...] = ()
+    system_prompt: str = ""
+    system_prompt_replaces: bool = False
+    priority: PriorityName | None = None
+    description: str = ""
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether a request's body is changed at all."""
+        return bool(self.defaults or self.forced or self.removed or self.system_prompt)
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     api: Api = field(default_factory=Api)
     system: System = field(default_factory=System)
     scheduling: Scheduling = field(default_factory=Scheduling)
     models: Mapping[str, ModelConfig] = field(default_factory=dict)
+    aliases: Mapping[str, AliasConfig] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """All that a client may ask for."""
+        return [*self.models, *self.aliases]
 
 
 class _Untitled(GenerateJsonSchema):

@@ -93,7 +93,7 @@ def _is_secret(path: KeyPath) -> bool:
 
 def section_at(path: KeyPath) -> type[Section] | None:
     here: type[Section] | None = ConfigFile
-    for part in path[:1] + path[2:] if path[:1] == ("models",) else path:
+    for part in path[:1] + path[2:] if path[:1] in (("models",), ("aliases",)) else path:
         field = here.model_fields.get(str(part)) if here else None
         here = _nested_section(field.annotation) if field else None
     return here

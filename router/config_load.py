@@ -22,7 +22,18 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from router import hub, pulled, stores
-from router.config import Api, Config, ConfigFile, ModelConfig, ModelEntry, Scheduling, Section, System
+from router.config import (
+    AliasConfig,
+    AliasEntry,
+    Api,
+    Config,
+    ConfigFile,
+    ModelConfig,
+    ModelEntry,
+    Scheduling,
+    Section,
+    System,
+)
 from router.config_errors import (
     ConfigError,
     KeyPath,
@@ -51,7 +62,7 @@ _PREFIX = "LLAMA_ROUTER__"
 """`LLAMA_ROUTER__SYSTEM__BASE_PORT` sets `system.base_port`; so for every key that is not a list."""
 
 _DEFAULT = "default"
-_UNKNOWN_PATH = "?"  # for going on after a wrong model_path
+_UNKNOWN = "?"  # for going on after a wrong model_path or uses
 _S = TypeVar("_S", bound=Section)
 
 
@@ -202,11 +213,12 @@ class _Draft:
             if not name.startswith(_PREFIX):
                 continue
             path: tuple[str, ...] = tuple(name.removeprefix(_PREFIX).lower().split("__"))
-            field = None if path[0] == "models" else single_value(path)
+            named = path[0] in ("models", "aliases")
+            field = None if named else single_value(path)
             section = section_at(path[:-1])
             if field is not None:
                 self.put(path, _from_text(field, value), origin)
-            elif path[0] == "models" or (section and path[-1] in section.model_fields):
+            elif named or (section and path[-1] in section.model_fields):
                 self.problem((), "a variable can set a single value only; write this into a file", origin)
             else:
                 self.problem((), unknown_key(section, path[-1]), origin)
@@ -216,6 +228,7 @@ class _Draft:
         models = self.values.setdefault("models", {})
         if not isinstance(models, dict):
             return
+        aliases = self.values.get("aliases")
         base = self.models_folder()
         served = {
             os.path.realpath(self.resolve(entry["model_path"], base))
@@ -237,6 +250,9 @@ class _Draft:
                     continue
                 if not hub.is_alias(found.alias):
                     self.warnings.append(f"{found.path} is not served: nothing can be called {found.alias!r}")
+                    continue
+                if isinstance(aliases, dict) and found.alias in aliases:
+                    self.warnings.append(f"{found.path} is not served: an alias has the same name")
                     continue
                 files = {"model_path": str(found.path)}
                 if found.projector is not None:
@@ -340,6 +356,7 @@ class _Draft:
             self.problem(("models",), "should be aliases, each with its model_path and flags")
             entries = {}
         models = {alias: self.model(alias, system) for alias in entries}
+        aliases = self.aliases(entries)
         for index, alias in enumerate(system.preload_models):
             path = ("system", "preload_models", index)
             if alias == "*" and len(system.preload_models) > 1:
@@ -350,7 +367,9 @@ class _Draft:
         if exposed and not api.api_keys and not api.inference_keys:
             message = f"{api.host} is open to the network and no API key is set: anybody there may use the router"
             self.warn(("api", "host"), message)
-        return Config(api, system, scheduling, {alias: model for alias, model in models.items() if model})
+        there = {alias: model for alias, model in models.items() if model}
+        usable = {name: alias for name, alias in aliases.items() if alias.uses in there}
+        return Config(api, system, scheduling, there, usable)
 
     def section(self, kind: type[_S], path: KeyPath, **stand_in: Any) -> _S | None:
         """Validate the values at `path`. Where some are wrong, go on without them, to find what else is."""
@@ -405,14 +424,14 @@ class _Draft:
                 self.problem((*path, "model_path"), message)
             else:
                 self.warnings.append(str(Problem(dotted((*path, "model_path")), message, self.file_name)))
-        entry = self.section(ModelEntry, path, model_path=_UNKNOWN_PATH)
+        entry = self.section(ModelEntry, path, model_path=_UNKNOWN)
         if entry is None:
             return None
         if entry.model_path is None:
             return None
         folder = Path(system.base_models_path)
         model_path = self.resolve(entry.model_path, folder)
-        if entry.model_path != _UNKNOWN_PATH:
+        if entry.model_path != _UNKNOWN:
             for part in self.parts((*path, "model_path"), model_path):
                 self.check_file((*path, "model_path"), part)
         mmproj = self.resolve(entry.mmproj, folder) if entry.mmproj else None
@@ -432,6 +451,40 @@ class _Draft:
             description=entry.description,
             source=self.origin_of((*path, "model_path")),
         )
+
+    def aliases(self, models: Mapping[str, Any]) -> dict[str, AliasConfig]:
+        entries = self.values.get("aliases", {})
+        if not isinstance(entries, dict):
+            self.problem(("aliases",), "should be names, each with the model that it stands for")
+            return {}
+        for name, entry in list(entries.items()):
+            if isinstance(entry, str):
+                self.put(("aliases", name), {"uses": entry}, self.origin_of(("aliases", name)))
+        aliases = {name: self.alias(name, models, entries) for name in entries}
+        return {name: alias for name, alias in aliases.items() if alias}
+
+    def alias(self, name: str, models: Mapping[str, Any], aliases: Mapping[str, Any]) -> AliasConfig | None:
+        path = ("aliases", name)
+        if not hub.is_alias(name):
+            self.problem(path, "an alias is one or more printable characters without spaces")
+        if name in models:
+            self.problem(path, "there is a model of this name")
+        entry = self.section(AliasEntry, path, uses=_UNKNOWN)
+        if entry is None:
+            return None
+        uses = (*path, "uses")
+        if entry.uses in aliases and entry.uses not in models:
+            self.problem(uses, f"{entry.uses!r} is an alias itself; name the model")
+        elif entry.uses not in (_UNKNOWN, *models):
+            message = f"there is no model {entry.uses!r}" + did_you_mean(entry.uses, models)
+            if self.check_files:
+                self.problem(uses, message)
+            else:  # on this machine, or any more
+                self.warn(uses, message)
+        named = [*entry.defaults, *entry.forced, *entry.removed]
+        for parameter in sorted({parameter for parameter in named if named.count(parameter) > 1}):
+            self.problem(path, f"{parameter!r} may stand in one of defaults, forced and removed, and once")
+        return AliasConfig(alias=name, **dict(entry))
 
     def parts(self, path: KeyPath, file: Path) -> list[Path]:
         """The files of a model: one, unless it is split."""

@@ -39,6 +39,19 @@ def leaves(config: Config) -> Iterator[tuple[KeyPath, str]]:
                 yield path, _command_line(value)
             elif field.name not in ("alias", "slots", "source"):
                 yield path, _text(value)
+    for name, named in config.aliases.items():
+        for field in fields(named):
+            value = getattr(named, field.name)
+            if field.name != "alias" and value:  # most are no more than a name
+                yield from _parameters(("aliases", name, field.name), value)
+
+
+def _parameters(path: KeyPath, value: Any) -> Iterator[tuple[KeyPath, str]]:
+    if isinstance(value, Mapping) and value:
+        for name, item in value.items():
+            yield from _parameters((*path, name), item)
+    else:
+        yield path, value if isinstance(value, str) and value.isprintable() else json.dumps(value)
 
 
 def _section_leaves(path: KeyPath, section: Section) -> Iterator[tuple[KeyPath, str]]:

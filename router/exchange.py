@@ -28,6 +28,7 @@ from router.crowd import Bodies
 from router.dispatcher import Dispatcher, Ticket, Waiting
 from router.events import RequestDone
 from router.meter import NO_USAGE, AnswerMeter
+from router.rewriting import rewritten
 from router.routing import Wish, read_wish
 from router.upstream import Connection, Head
 
@@ -201,6 +202,8 @@ class Exchange:
         self._received.clear()
         try:
             wish = self._read_wish()
+            if wish.asked_as is not None and self._body:
+                self._body = rewritten(self._body, self._target.decode(), wish.asked_as)
         except ApiError as error:
             self._refuse(error)
         else:
@@ -208,7 +211,7 @@ class Exchange:
 
     def _read_wish(self) -> Wish:
         """Raises ApiError."""
-        return read_wish(self._body, self._fields, self._dispatcher.config.models)
+        return read_wish(self._body, self._fields, self._dispatcher.config)
 
     def _submit(self, wish: Wish) -> None:
         if self._dispatcher.is_taken(self._request_id):  # by one that came while the body was read

@@ -29,8 +29,8 @@ class OllamaExchange(Exchange):
 
     def _read_wish(self) -> Wish:
         asked = self._asked = translate(self._path, self._body)
-        models = self._dispatcher.config.models
-        wish = wish_of(alias_of(asked.model, models), asked.streams, self._fields, models)
+        config = self._dispatcher.config
+        wish = wish_of(alias_of(asked.model, config.names), asked.streams, self._fields, config)
         self._translation = Translation(asked, self._waited_sec)
         self._target = asked.target.encode()
         self._query = b""

@@ -1,5 +1,6 @@
 """What a request of the data plane asks for: the model, whether it wants a stream, and its priority.
 
+Here names become models: all that comes later, the queues and the metrics too, knows models only.
 Only `model` and `stream` are picked out of a body, which is never built into objects.
 """
 
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from router.api.errors import ApiError
-from router.config import ModelConfig
+from router.config import AliasConfig, Config, ModelConfig
 from router.messages import Refusal
 from router.queue import Priority
 
@@ -62,8 +63,11 @@ class Wish(NamedTuple):
     """What a request asks for."""
 
     alias: str
+    """The model's own."""
     streams: bool
     priority: Priority
+    asked_as: AliasConfig | None = None
+    """The name that it was asked for by, if that changes the request."""
 
 
 class _Envelope(msgspec.Struct):
@@ -74,36 +78,47 @@ class _Envelope(msgspec.Struct):
 _decode = msgspec.json.Decoder(_Envelope).decode
 
 
-def read_wish(body: bytes, headers: Mapping[bytes, bytes], models: Mapping[str, ModelConfig]) -> Wish:
+def read_wish(body: bytes, headers: Mapping[bytes, bytes], config: Config) -> Wish:
     """Raises ApiError for what is not to be understood, and for models that are not there."""
     content_type = headers.get(b"content-type", b"")
     if content_type.startswith(b"multipart/form-data"):
         fields = _form_fields(body, content_type, (b"model", b"stream"))
         model: object = fields.get(b"model")
         streams = fields.get(b"stream", "").lower() in ("true", "1")
-    else:
-        envelope = _read_envelope(body)
-        model = envelope.model
-        streams = envelope.stream is True
-    return wish_of(model, streams, headers, models)
+        return wish_of(model, streams, headers, config)._replace(asked_as=None)  # forms are not rewritten
+    envelope = _read_envelope(body)
+    return wish_of(envelope.model, envelope.stream is True, headers, config)
 
 
-def wish_of(
-    model: object, streams: bool, headers: Mapping[bytes, bytes], models: Mapping[str, ModelConfig]
-) -> Wish:
+def wish_of(model: object, streams: bool, headers: Mapping[bytes, bytes], config: Config) -> Wish:
     """Raises ApiError for a model that is not there, and for a priority that is none."""
     if model is None:
-        raise ApiError(400, "model_required", f"Name a `model`: {some_of(list(models))}.", "model")
+        raise ApiError(400, "model_required", f"Name a `model`: {some_of(config.names)}.", "model")
     if not isinstance(model, str):
         raise ApiError(400, "invalid_model", f"`model` must be a string, not {type(model).__name__}.", "model")
-    known = models.get(model)
+    known = config.models.get(model)
+    asked_as = None
     if known is None:
-        raise ApiError(404, Refusal.MODEL_NOT_FOUND.value, unknown_model(model, list(models)), "model")
+        known = model_of(model, config)
+        asked_as = config.aliases[model]
     wanted = headers.get(b"x-request-priority")
-    return Wish(model, streams, Priority[known.priority.upper()] if wanted is None else _priority(wanted))
+    if wanted is not None:
+        priority = _priority(wanted)
+    else:
+        priority = Priority[((asked_as and asked_as.priority) or known.priority).upper()]
+    return Wish(known.alias, streams, priority, asked_as if asked_as is not None and asked_as.rewrites else None)
 
 
-def unknown_model(name: str, aliases: list[str]) -> str:
+def model_of(name: str, config: Config) -> ModelConfig:
+    """The model that a client means. Raises ApiError 404 naming what is there."""
+    alias = config.aliases.get(name)
+    model = config.models.get(name if alias is None else alias.uses)
+    if model is not None:
+        return model
+    raise ApiError(404, Refusal.MODEL_NOT_FOUND.value, _unknown_model(name, config.names), "model")
+
+
+def _unknown_model(name: str, aliases: list[str]) -> str:
     """What to say to somebody who asks for a model that is not there."""
     if len(name) > _LONGEST_NAME:
         return f"There is no model of {len(name)} characters. There are: {some_of(aliases)}."

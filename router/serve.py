@@ -391,14 +391,11 @@ class _Service:
 
 def _changes(before: Config, after: Config) -> dict[str, list[str]]:
     """Aliases, by what became of them."""
+    old, new = {**before.models, **before.aliases}, {**after.models, **after.aliases}
     return {
-        "added": sorted(after.models.keys() - before.models.keys()),
-        "removed": sorted(before.models.keys() - after.models.keys()),
-        "changed": sorted(
-            alias
-            for alias in before.models.keys() & after.models.keys()
-            if before.models[alias] != after.models[alias]
-        ),
+        "added": sorted(new.keys() - old.keys()),
+        "removed": sorted(old.keys() - new.keys()),
+        "changed": sorted(alias for alias in old.keys() & new.keys() if old[alias] != new[alias]),
     }
 
 

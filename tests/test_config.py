@@ -658,7 +658,7 @@ def test_the_schema_in_the_repository_is_that_of_the_code() -> None:
 def test_every_key_is_described_in_the_schema() -> None:
     sections = [config.schema(), *config.schema()["$defs"].values()]
     undescribed = [
-        name for each in sections for name, key in each["properties"].items() if not key.get("description")
+        name for each in sections for name, key in each.get("properties", {}).items() if not key.get("description")
     ]
     assert undescribed == []
 
@@ -797,3 +797,72 @@ def test_whatever_a_file_says_it_is_either_a_configuration_or_refused_in_words(
         refusals = ()
         assert len(render(result.config, result.origins)) == len(result.origins)
     assert all(refusal.source == "config.json" and refusal.message for refusal in refusals)
+
+
+# --- aliases --------------------------------------------------------------------------------------------------
+
+
+def test_an_alias_is_a_name_or_what_it_changes(tmp_path: Path) -> None:
+    write_llama(tmp_path / "m.gguf")
+    more = {"uses": "m", "defaults": {"temperature": 0.2, "stop": ["a"]}, "system_prompt": "Be\nkind."}
+    content = {"models": {"m": {"model_path": "m.gguf"}}, "aliases": {"plain": "m", "more": more}}
+    result = loaded(tmp_path, content, check_files=True)
+    assert result.config.names == ["m", "plain", "more"]
+    assert not result.config.aliases["plain"].rewrites
+    assert result.config.aliases["more"].rewrites
+    lines = [line for line in render(result.config, result.origins) if line.startswith("aliases.")]
+    assert lines == [
+        "aliases.plain.uses = m   (config.json)",
+        "aliases.more.uses = m   (config.json)",
+        "aliases.more.defaults.temperature = 0.2   (config.json)",
+        'aliases.more.defaults.stop = ["a"]   (config.json)',
+        'aliases.more.system_prompt = "Be\\nkind."   (config.json)',
+    ]
+
+
+def test_all_that_is_wrong_with_aliases_is_said_at_once(tmp_path: Path) -> None:
+    write_llama(tmp_path / "qwen.gguf")
+    aliases = {
+        "qwen": "qwen",
+        "typo": "qwem",
+        "chain": "typo",
+        "n": {"uses": "qwen", "defaults": {"model": "x"}, "forced": {"t": 1}, "removed": ["stream"]},
+        "twice": {"uses": "qwen", "defaults": {"t": 1}, "forced": {"t": 2}},
+        "bad": 7,
+        "short": {"use": "qwen"},
+    }
+    content = {"models": {"qwen": {"model_path": "qwen.gguf"}}, "aliases": aliases}
+    assert problems(tmp_path, content, check_files=True) == [
+        "config.json: aliases.qwen: there is a model of this name",
+        "config.json: aliases.typo.uses: there is no model 'qwem'; did you mean qwen?",
+        "config.json: aliases.chain.uses: 'typo' is an alias itself; name the model",
+        "config.json: aliases.n.defaults: 'model' cannot be changed: clients and router go by it",
+        "config.json: aliases.n.removed: 'stream' cannot be changed: clients and router go by it",
+        "config.json: aliases.twice: 't' may stand in one of defaults, forced and removed, and once",
+        "config.json: aliases.bad: should hold keys with values",
+        "config.json: aliases.short.uses: is required",
+        "config.json: aliases.short.use: unknown key; did you mean uses?",
+    ]
+
+
+def test_an_alias_wins_over_a_file_that_was_found(tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    write_llama(folder / "a.gguf")
+    write_llama(folder / "b.gguf")
+    result = loaded(tmp_path, {"aliases": {"a": "b"}}, models_dirs=[folder])
+    assert result.config.names == ["b", "a"]
+    assert result.warnings == (f"{folder / 'a.gguf'} is not served: an alias has the same name",)
+
+
+def test_a_model_that_goes_takes_no_alias_with_it(tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    write_llama(folder / "a.gguf")
+    first = loaded(tmp_path, {"aliases": {"x": "a"}}, models_dirs=[folder], check_files=True)
+    (folder / "a.gguf").rename(tmp_path / "away")
+    then = first.look_again()
+    assert then.config.names == []
+    assert "aliases.x.uses: there is no model 'a'" in then.warnings[0]
+    (tmp_path / "away").rename(folder / "a.gguf")
+    assert first.look_again().config.names == ["a", "x"]

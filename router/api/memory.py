@@ -7,9 +7,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from router.api.models import memory
-from router.api.openai import known_model
 from router.dispatcher import Dispatcher
 from router.memory import Account, Line
+from router.routing import model_of
 
 router = APIRouter(tags=["monitoring"])
 
@@ -38,7 +38,7 @@ async def vram_summary(request: Request) -> dict[str, Any]:
 async def vram_of_model(alias: str, request: Request) -> dict[str, Any]:
     """What one model takes; nothing while it is not loaded."""
     dispatcher: Dispatcher = request.app.state.dispatcher
-    known_model(dispatcher, alias)
+    alias = model_of(alias, dispatcher.config).alias
     account = dispatcher.ledger.account_of(alias)
     if account is None:
         return {"model_alias": alias, "status": dispatcher.scheduler.state(alias), "vram_used_mb": 0}

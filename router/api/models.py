@@ -14,7 +14,6 @@ from sse_starlette import ServerSentEvent
 from starlette.responses import JSONResponse
 
 from router.api.errors import ApiError, refused
-from router.api.openai import known_model
 from router.api.streams import EventStream
 from router.config_errors import ConfigError
 from router.dispatcher import Dispatcher, RunningEngine
@@ -22,6 +21,7 @@ from router.events import LoadMoved, Missed, ModelChanged, ServerChanged
 from router.memory import Account
 from router.messages import Refusal
 from router.residency import Model
+from router.routing import model_of
 from router.waiting import why
 
 router = APIRouter(tags=["management"])
@@ -38,38 +38,36 @@ class ModelName(BaseModel):
 async def load_model(body: ModelName, request: Request) -> dict[str, Any]:
     """Load a model now, making room if need be; answers when it is ready."""
     dispatcher: Dispatcher = request.app.state.dispatcher
-    known_model(dispatcher, body.model)
+    alias = model_of(body.model, dispatcher.config).alias
     if dispatcher.status == "shutting_down":
         raise ApiError(503, "shutting_down", "The router is shutting down.", retry_after_sec=5)
-    state = await dispatcher.load(body.model)
+    state = await dispatcher.load(alias)
     if state != "ready":
-        model = dispatcher.scheduler.models.get(body.model)
+        model = dispatcher.scheduler.models.get(alias)
         reason = (model.last_error if model else None) or f"it is {state}"
         if model is not None and model.too_big:
             raise refused(Refusal.INSUFFICIENT_MEMORY, reason, None)
-        raise refused(Refusal.MODEL_FAILED, f"{body.model!r} was not loaded: {reason}", 1)
-    return {"status": "success", "model": body.model, "message": f"{body.model} is ready"}
+        raise refused(Refusal.MODEL_FAILED, f"{alias!r} was not loaded: {reason}", 1)
+    return {"status": "success", "model": alias, "message": f"{alias} is ready"}
 
 
 @router.post("/v1/models/eject", responses={404: {"description": "It is unknown, or not loaded: `not_found`."}})
 async def eject_model(body: ModelName, request: Request) -> JSONResponse:
     """Unload a model once its requests in flight are answered."""
     dispatcher: Dispatcher = request.app.state.dispatcher
-    known_model(dispatcher, body.model)
-    if dispatcher.scheduler.models[body.model].engine is None:
-        answer = {"status": "not_found", "model_ejected": None, "message": f"{body.model} is not loaded"}
+    alias = model_of(body.model, dispatcher.config).alias
+    if dispatcher.scheduler.models[alias].engine is None:
+        answer = {"status": "not_found", "model_ejected": None, "message": f"{alias} is not loaded"}
         return JSONResponse(answer, 404)
-    await dispatcher.eject(body.model)
-    return JSONResponse(
-        {"status": "success", "model_ejected": body.model, "message": f"{body.model} was unloaded"}
-    )
+    await dispatcher.eject(alias)
+    return JSONResponse({"status": "success", "model_ejected": alias, "message": f"{alias} was unloaded"})
 
 
 @router.post("/v1/models/{alias:path}/reset")
 async def reset_model(alias: str, request: Request) -> dict[str, Any]:
     """Forget the failures of a model, so that it may be tried again at once."""
     dispatcher: Dispatcher = request.app.state.dispatcher
-    known_model(dispatcher, alias)
+    alias = model_of(alias, dispatcher.config).alias
     previous = dispatcher.scheduler.models[alias].last_error
     dispatcher.reset(alias)
     return {"status": "success", "model": alias, "message": "may be loaded again", "previous_error": previous}
@@ -112,7 +110,7 @@ async def status_stream(request: Request) -> EventStream:
 async def model_status(alias: str, request: Request) -> dict[str, Any]:
     """One model's state."""
     dispatcher: Dispatcher = request.app.state.dispatcher
-    known_model(dispatcher, alias)
+    alias = model_of(alias, dispatcher.config).alias
     return {"model": alias, **_status(dispatcher, alias)}
 
 

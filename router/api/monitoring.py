@@ -12,7 +12,6 @@ from fastapi import APIRouter, Query, Request
 from sse_starlette import ServerSentEvent
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from router.api.openai import known_model
 from router.api.streams import EventStream
 from router.dispatcher import Dispatcher, LastExit, Waiting
 from router.engine import LogRing, signal_name
@@ -21,6 +20,7 @@ from router.messages import Placement
 from router.queue import Priority
 from router.readings import Device
 from router.residency import ENGINES
+from router.routing import model_of
 
 router = APIRouter(tags=["monitoring"])
 
@@ -99,8 +99,8 @@ async def telemetry(request: Request) -> dict[str, Any]:
 async def log_stream(alias: str, request: Request, lines: Annotated[int, Query(ge=0)] = 0) -> EventStream:
     """SSE: the last lines that a model's engines said, and what they say from now on, a line an event."""
     dispatcher: Dispatcher = request.app.state.dispatcher
-    known_model(dispatcher, alias)
-    return EventStream(_follow(dispatcher, dispatcher.log_of(alias), lines))
+    model = model_of(alias, dispatcher.config)
+    return EventStream(_follow(dispatcher, dispatcher.log_of(model.alias), lines))
 
 
 async def _follow(dispatcher: Dispatcher, log: LogRing, lines: int) -> AsyncIterator[ServerSentEvent]:
@@ -116,8 +116,8 @@ async def _follow(dispatcher: Dispatcher, log: LogRing, lines: int) -> AsyncIter
 async def logs(alias: str, request: Request, lines: Annotated[int, Query(ge=1)] = 200) -> PlainTextResponse:
     """The last lines that a model's engines said, also after they are gone."""
     dispatcher: Dispatcher = request.app.state.dispatcher
-    known_model(dispatcher, alias)
-    return PlainTextResponse("".join(f"{line}\n" for line in dispatcher.log_of(alias).tail(lines)))
+    model = model_of(alias, dispatcher.config)
+    return PlainTextResponse("".join(f"{line}\n" for line in dispatcher.log_of(model.alias).tail(lines)))
 
 
 @router.get("/v1/health/models")

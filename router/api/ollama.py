@@ -10,6 +10,7 @@ import hashlib
 import math
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -28,6 +29,7 @@ from router.downloads import Pull
 from router.gguf import GGUF, ArrayStub, GGUFError
 from router.ollama_requests import alias_of, listed_name
 from router.progress import Progress
+from router.routing import model_of
 
 router = APIRouter(tags=["Ollama"])
 
@@ -74,7 +76,7 @@ async def version() -> dict[str, str]:
 async def tags(request: Request) -> dict[str, Any]:
     """Every alias, loaded or not."""
     dispatcher: Dispatcher = request.app.state.dispatcher
-    return {"models": await _listed(list(dispatcher.config.models.values()))}
+    return {"models": await _listed([_known(name, dispatcher) for name in dispatcher.config.names])}
 
 
 @router.get("/api/ps")
@@ -94,7 +96,7 @@ async def show(request: Request) -> dict[str, Any]:
     """One model: what its file says of it."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     asked = await _named(request)
-    model = dispatcher.config.models[alias_of(asked.model or "", dispatcher.config.models)]
+    model = _known(asked.model or "", dispatcher)
     try:
         return await asyncio.to_thread(_described, model)
     except (OSError, GGUFError) as error:
@@ -157,6 +159,12 @@ async def _named(request: Request) -> _Named:
 
 
 # --- models ---------------------------------------------------------------------------------------------
+
+
+def _known(name: str, dispatcher: Dispatcher) -> ModelConfig:
+    """A model under the name that it is asked for by. Raises ApiError 404."""
+    alias = alias_of(name, dispatcher.config.names)
+    return replace(model_of(alias, dispatcher.config), alias=alias)
 
 
 async def _listed(models: list[ModelConfig]) -> list[dict[str, Any]]:

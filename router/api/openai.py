@@ -10,12 +10,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from router import gguf
-from router.api.errors import ApiError
-from router.config import ModelConfig
+from router.config import AliasConfig, ModelConfig
 from router.dispatcher import Dispatcher
 from router.flags import Flags
-from router.messages import Refusal
-from router.routing import unknown_model
+from router.routing import model_of
 
 router = APIRouter(tags=["models"])
 
@@ -24,32 +22,34 @@ router = APIRouter(tags=["models"])
 async def list_models(request: Request) -> dict[str, Any]:
     """Every alias, loaded or not."""
     dispatcher: Dispatcher = request.app.state.dispatcher
-    models = list(dispatcher.config.models.values())
-    cards = await asyncio.to_thread(lambda: [card_of(model) for model in models])
-    for card in cards:
-        card["status"] = status_of(dispatcher, card["id"])
-    return {"object": "list", "data": cards}
+    config = dispatcher.config
+    models = list(config.models.values())
+    cards = {card["id"]: card for card in await asyncio.to_thread(lambda: [card_of(model) for model in models])}
+    for alias, card in cards.items():
+        card["status"] = status_of(dispatcher, alias)
+    further = [_named(cards[alias.uses], alias) for alias in config.aliases.values()]
+    return {"object": "list", "data": [*cards.values(), *further]}
 
 
 @router.get("/v1/models/{alias:path}")
 async def show_model(alias: str, request: Request) -> dict[str, Any]:
     """One alias."""
     dispatcher: Dispatcher = request.app.state.dispatcher
-    model = known_model(dispatcher, alias)
+    config = dispatcher.config
+    model = model_of(alias, config)
     card = await asyncio.to_thread(card_of, model)
-    return {**card, "status": status_of(dispatcher, alias)}
-
-
-def known_model(dispatcher: Dispatcher, alias: str) -> ModelConfig:
-    """Raises ApiError 404 naming what is there."""
-    models = dispatcher.config.models
-    if alias not in models:
-        raise ApiError(404, Refusal.MODEL_NOT_FOUND.value, unknown_model(alias, list(models)), "model")
-    return models[alias]
+    card["status"] = status_of(dispatcher, model.alias)
+    return _named(card, config.aliases[alias]) if alias in config.aliases else card
 
 
 def status_of(dispatcher: Dispatcher, alias: str) -> str:
     return dispatcher.scheduler.state(alias) if alias in dispatcher.scheduler.models else "off"
+
+
+def _named(card: dict[str, Any], alias: AliasConfig) -> dict[str, Any]:
+    """A model's card under another name."""
+    described = {"description": alias.description} if alias.description else {}
+    return {**card, "id": alias.alias, "uses": alias.uses, **described}
 
 
 def card_of(model: ModelConfig) -> dict[str, Any]:

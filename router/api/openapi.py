@@ -36,14 +36,14 @@ _ERRORS = {
 _DATA_PLANE = (401, 403, 404, 413, 415, 429, 502, 503, 504, 507)
 _ALSO_OF_ENGINES = (400, 422, 500, 501)
 """An engine has its own way to say these, on some routes with an empty body."""
-_OF_ENGINES = "Passed on to the engine of `model`, byte for byte, and its answer back."
+_OF_ENGINES = "Passed on to the engine of `model`, byte for byte unless its alias is configured to change it."
 _RETRY_AFTER = {"description": "Seconds after which it may be tried again.", "schema": {"type": "integer"}}
 
 
 def describe(
     app: FastAPI, routes: Iterable[str], aliases: Iterable[str], *, keys_required: bool
 ) -> dict[str, Any]:
-    """The OpenAPI document of now. `routes` are the paths of the data plane, `aliases` the models."""
+    """The OpenAPI document of now. `routes` are the paths of the data plane, `aliases` what models are called."""
     document = get_openapi(title=app.title, version=app.version, summary=_SUMMARY, routes=app.routes)
     components: dict[str, Any] = document.setdefault("components", {})
     schemas: dict[str, Any] = components.setdefault("schemas", {})

@@ -1,0 +1,254 @@
+"""Stories of aliases: further names of a model, and what they change in requests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from conftest import Router, Start, eventually, models
+
+from router.config import AliasConfig, Config, ModelConfig
+from router.queue import Priority
+from router.rewriting import rewritten
+from router.routing import read_wish
+
+ALIASES: dict[str, Any] = {
+    "gpt-4o-mini": "a",
+    "short": {"uses": "a", "defaults": {"max_tokens": 2}},
+    "shortest": {"uses": "a", "forced": {"max_tokens": 1}},
+    "one": {"uses": "a", "removed": ["temperature"], "priority": "low", "description": "One at a time"},
+    "pirate": {"uses": "a", "system_prompt": "You are a pirate."},
+    "only-pirate": {"uses": "a", "system_prompt": "You are a pirate.", "system_prompt_replaces": True},
+}
+
+
+@pytest.fixture
+def router(start: Start, tiny: Path) -> Router:
+    return start({"models": models(tiny, "a", description="A model"), "aliases": ALIASES})
+
+
+def tokens(router: Router, model: str, **more: Any) -> int:
+    body = {"model": model, "messages": [{"role": "user", "content": "hi"}], **more}
+    answer = router.http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    count: int = answer.json()["usage"]["completion_tokens"]
+    return count
+
+
+def prompt(router: Router, model: str, *messages: dict[str, Any]) -> str:
+    answer = router.http.post("/apply-template", json={"model": model, "messages": messages})
+    text: str = answer.json()["prompt"]
+    return text
+
+
+def test_all_names_of_a_model_share_its_engine(router: Router) -> None:
+    answers = [router.chat(name) for name in ("a", *ALIASES)]
+    assert [answer.status_code for answer in answers] == [200] * 7
+    assert {answer.headers["x-model-alias"] for answer in answers} == {"a"}
+    assert len(router.engines) == 1
+    assert 'model="a"' in router.http.get("/metrics").text
+    assert "gpt-4o-mini" not in router.http.get("/metrics").text
+
+
+def test_a_default_holds_until_the_client_says_otherwise(router: Router) -> None:
+    assert tokens(router, "short") == 2
+    assert tokens(router, "short", max_tokens=None) == 2
+    assert tokens(router, "short", max_tokens=3) == 3
+
+
+def test_what_is_forced_holds_whatever_the_client_says(router: Router) -> None:
+    assert tokens(router, "shortest", max_tokens=3) == 1
+    stream = router.chat("shortest", max_tokens=3, stream=True, stream_options={"include_usage": True})
+    assert '"completion_tokens":1' in stream.text
+
+
+def test_what_is_removed_never_reaches_the_engine(router: Router) -> None:
+    assert router.chat("short", temperature="hot").status_code == 400
+    assert router.chat("one", temperature="hot").status_code == 200
+
+
+def test_a_system_prompt_goes_before_the_clients_own(router: Router) -> None:
+    user = {"role": "user", "content": "hi"}
+    own = {"role": "system", "content": "Be kind."}
+    plain = prompt(router, "a", {"role": "system", "content": "You are a pirate."}, user)
+    assert prompt(router, "pirate", user) == plain
+    assert prompt(router, "only-pirate", own, user) == plain
+    both = prompt(router, "a", {"role": "system", "content": "You are a pirate.\n\nBe kind."}, user)
+    assert prompt(router, "pirate", own, user) == both
+
+
+def test_a_system_prompt_reaches_every_way_to_chat(router: Router) -> None:
+    def counted(path: str, model: str, **body: Any) -> int:
+        count: int = router.http.post(path, json={"model": model, **body}).json()["input_tokens"]
+        return count
+
+    turns = [{"role": "user", "content": "hi"}]
+    path = "/v1/messages/count_tokens"
+    assert counted(path, "a", messages=turns) < counted(path, "pirate", messages=turns)
+    said = counted(path, "a", messages=turns, system="You are a pirate.")
+    assert counted(path, "pirate", messages=turns) == said
+    path = "/v1/responses/input_tokens"
+    said = counted(path, "a", input="hi", instructions="You are a pirate.")
+    assert counted(path, "pirate", input="hi") == said
+    assert counted(path, "only-pirate", input="hi", instructions="Be kind.") == said
+
+
+def test_a_system_prompt_is_nothing_to_routes_without_messages(router: Router) -> None:
+    texts = [
+        router.http.post("/tokenize", json={"model": model, "content": "ab"}).json()["tokens"]
+        for model in ("a", "pirate")
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_aliases_are_listed_with_what_they_stand_for(router: Router) -> None:
+    router.chat("a")
+    cards = {card["id"]: card for card in router.http.get("/v1/models").json()["data"]}
+    assert list(cards) == ["a", *ALIASES]
+    assert "uses" not in cards["a"]
+    assert {cards[name]["uses"] for name in ALIASES} == {"a"}
+    assert {card["status"] for card in cards.values()} == {"ready"}
+    assert cards["one"]["description"] == "One at a time"
+    assert cards["pirate"]["description"] == "A model"
+    assert router.http.get("/v1/models/one").json() == cards["one"]
+    assert "pirate" in router.http.get("/openapi.json").json()["components"]["schemas"]["Alias"]["enum"]
+
+
+def test_an_alias_manages_the_model_it_stands_for(router: Router) -> None:
+    assert router.http.post("/v1/models/load", json={"model": "pirate"}).json()["model"] == "a"
+    assert router.http.get("/v1/models/pirate/status").json()["model"] == "a"
+    eventually(lambda: "loading model" in router.http.get("/v1/logs/pirate").text)
+    assert router.http.get("/vram/models/pirate").json()["model_alias"] == "a"
+    assert router.http.post("/v1/models/eject", json={"model": "short"}).json()["model_ejected"] == "a"
+
+
+def test_a_name_nobody_knows_is_answered_with_close_ones(router: Router) -> None:
+    answer = router.chat("gpt-4o-mimi")
+    assert answer.status_code == 404
+    assert "gpt-4o-mini" in answer.json()["error"]["message"]
+
+
+def test_a_form_is_routed_by_an_alias_and_not_rewritten(router: Router) -> None:
+    files = {"file": ("a.wav", b"RIFF" + b"\0" * 1000)}
+    answer = router.http.post("/v1/audio/transcriptions", data={"model": "shortest"}, files=files)
+    assert answer.headers["x-model-alias"] == "a"
+    assert answer.status_code != 404
+
+
+def test_ollamas_clients_know_aliases_too(router: Router) -> None:
+    listed = [model["name"] for model in router.http.get("/api/tags").json()["models"]]
+    assert listed == [f"{name}:latest" for name in ("a", *ALIASES)]
+    details = router.http.post("/api/show", json={"model": "pirate"}).json()["details"]
+    assert details == router.http.post("/api/show", json={"model": "a"}).json()["details"]
+
+    def counts(model: str, **more: Any) -> tuple[int, int]:
+        body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "stream": False, **more}
+        answer = router.http.post("/api/chat", json=body).json()
+        return answer["prompt_eval_count"], answer["eval_count"]
+
+    limit = {"options": {"num_predict": 3}}
+    prompt, _ = counts("a", **limit)
+    assert counts("shortest", **limit) == (prompt, 1)
+    assert counts("pirate:latest", **limit)[0] > prompt
+    assert router.http.post("/api/chat", json={"model": "short", "messages": []}).json()["done"]
+
+
+def test_a_changed_alias_restarts_nothing(router: Router, tmp_path: Path) -> None:
+    assert tokens(router, "shortest") == 1
+    engines = [engine.pid for engine in router.engines]
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["aliases"] = {"shortest": {"uses": "a", "forced": {"max_tokens": 4}}, "new": "a"}
+    path.write_text(json.dumps(config))
+    changes = router.http.post("/v1/config/reload").json()
+    assert changes["changed"] == ["shortest"]
+    assert changes["added"] == ["new"]
+    assert "gpt-4o-mini" in changes["removed"]
+    assert tokens(router, "shortest") == 4
+    assert router.chat("new").status_code == 200
+    assert router.chat("gpt-4o-mini").status_code == 404
+    assert [engine.pid for engine in router.engines] == engines
+
+
+# --- the body itself ------------------------------------------------------------------------------------------
+
+
+CONFIG = Config(
+    models={"a": ModelConfig("a", Path("a.gguf"), (), priority="high")},
+    aliases={
+        "plain": AliasConfig("plain", "a"),
+        "low": AliasConfig("low", "a", priority="low", removed=("seed",)),
+    },
+)
+
+
+def test_only_a_name_that_changes_something_touches_the_body() -> None:
+    for name in ("a", "plain"):
+        wish = read_wish(b'{"model": "%b"}' % name.encode(), {}, CONFIG)
+        assert wish == ("a", False, Priority.HIGH, None)
+    wish = read_wish(b'{"model": "low"}', {}, CONFIG)
+    assert (wish.alias, wish.priority, wish.asked_as) == ("a", Priority.LOW, CONFIG.aliases["low"])
+    assert read_wish(b'{"model": "low"}', {b"x-request-priority": b"1"}, CONFIG).priority is Priority.HIGH
+
+
+def change(body: Any, path: str = "/v1/chat/completions", **alias: Any) -> Any:
+    raw = body if isinstance(body, bytes) else msgspec.json.encode(body)
+    return msgspec.json.decode(rewritten(raw, path, AliasConfig("x", "a", **alias)))
+
+
+def test_what_is_not_changed_stays_as_its_bytes_are() -> None:
+    odd = b'{"model":"x","n":1.50e+01,"messages":[ {"content" : "\\u00e9"} ],"seed":1}'
+    kept = rewritten(odd, "/v1/chat/completions", AliasConfig("x", "a", removed=("seed",)))
+    assert kept == b'{"model":"x","n":1.50e+01,"messages":[ {"content" : "\\u00e9"} ]}'
+    prompted = rewritten(odd, "/v1/chat/completions", AliasConfig("x", "a", system_prompt="P"))
+    assert b'{"content" : "\\u00e9"}]' in prompted
+    assert b"1.50e+01" in prompted
+
+
+def test_a_key_given_twice_cannot_get_past_what_is_forced() -> None:
+    assert change(b'{"n": 5, "n": 6}', forced={"n": 1}) == {"n": 1}
+    assert change(b'{"n": 5, "\\u006e": 6}', removed=("n",)) == {}
+
+
+def test_a_length_cannot_get_past_what_is_forced_under_another_name() -> None:
+    asked = {"max_completion_tokens": 9, "n_predict": 9}
+    assert change(asked, forced={"max_tokens": 1}) == {"max_tokens": 1}
+    assert change(asked, removed=("max_tokens",)) == {}
+    assert change({"n_predict": 9}, defaults={"max_tokens": 1}) == {"n_predict": 9}
+
+
+def test_a_prompt_in_parts_gets_one_more_part() -> None:
+    parts = [{"type": "text", "text": "Be kind."}]
+    first = {"type": "text", "text": "P\n\n"}
+    body = {"messages": [{"role": "developer", "content": parts, "name": "n"}, {"role": "user"}]}
+    changed = change(body, system_prompt="P")
+    assert changed["messages"][0] == {"role": "developer", "content": [first, *parts], "name": "n"}
+    assert change({"system": parts}, "/v1/messages", system_prompt="P")["system"] == [first, *parts]
+
+
+def test_prompts_that_are_replaced_go_wherever_they_stand() -> None:
+    late = [{"role": "user"}, {"role": "system", "content": "x"}, {"role": "developer", "content": "y"}]
+    alias = {"system_prompt": "P", "system_prompt_replaces": True}
+    prompts = [{"role": "system", "content": "P"}, {"role": "user"}]
+    assert change({"messages": late}, **alias)["messages"] == prompts
+    assert change({"input": late}, "/v1/responses", **alias) == {"input": [{"role": "user"}], "instructions": "P"}
+
+
+@pytest.mark.parametrize("messages", ["text", 7, {"role": "system"}])
+def test_messages_of_another_shape_are_left_to_the_engine(messages: Any) -> None:
+    assert change({"messages": messages}, system_prompt="P") == {"messages": messages}
+    assert change({"messages": messages}, system_prompt="P", system_prompt_replaces=True) == {"messages": messages}
+
+
+@pytest.mark.parametrize("turn", [7, None, "system", [], {"role": ["system"]}])
+def test_turns_of_another_shape_are_left_to_the_engine(turn: Any) -> None:
+    prompt = {"role": "system", "content": "P"}
+    assert change({"messages": [turn]}, system_prompt="P") == {"messages": [prompt, turn]}
+
+
+def test_a_forced_system_field_is_a_systems_prompt_like_any() -> None:
+    changed = change({"system": "mine"}, "/v1/messages", forced={"system": "forced"}, system_prompt="P")
+    assert changed == {"system": "P\n\nforced"}
