@@ -38,7 +38,8 @@ class _Function(msgspec.Struct):
 
 class _ToolCall(msgspec.Struct):
     function: _Function
-    index: int = 0
+    index: int | None = None
+    """Only in a stream, where it tells which call a piece belongs to."""
     id: str | None = None
 
 
@@ -73,13 +74,16 @@ class _Embedding(msgspec.Struct):
     index: int = 0
 
 
+_NO_ERROR = msgspec.Raw(b"")
+
+
 class _Part(msgspec.Struct):
     """An event of a stream or a whole answer, of any of the engine's routes that we ask."""
 
     choices: list[_Choice] = []
     timings: _Timings | None = None
     usage: _Usage | None = None
-    error: msgspec.Raw | None = None
+    error: msgspec.Raw = _NO_ERROR
     # `/completion` and `/infill`
     content: str | None = None
     stop_type: str | None = None
@@ -112,9 +116,12 @@ def flattened(body: bytes) -> bytes:
 
 
 def _message_of(error: msgspec.Raw) -> str:
-    if error and bytes(error).startswith(b'"'):
+    if bytes(error).startswith(b'"'):
         return str(msgspec.json.decode(error))
-    said = _decode_said(error)
+    try:
+        said = _decode_said(error)
+    except msgspec.MsgspecError:
+        return bytes(error).decode("utf-8", "replace")
     if said.n_ctx is None:
         return said.message
     return f"{said.message} (here the context is set in the router's configuration, by -c, and not by num_ctx)"
@@ -165,7 +172,7 @@ class Translation:
             part = _decode(data)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             return self._fail(f"the engine's answer cannot be read: {error}")
-        if part.error is not None:
+        if part.error is not _NO_ERROR:
             return self._fail(_message_of(part.error))
         said = self._take_in(part)
         return self._written(said) if said else b""
@@ -184,7 +191,9 @@ class Translation:
                 return self._embedded(part.data, part.usage)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise NotUnderstood(f"the engine's answer cannot be read: {error}") from None
-        return self._written({**self._take_in(part), **self._tool_calls()}, done=True)
+        said, calls = self._take_in(part), self._tool_calls()
+        text = said.get("content", "") + calls.get("content", "")
+        return self._written({**said, **calls, "content": text}, done=True)
 
     def loaded(self, reason: str) -> bytes:
         """The answer to a request that asks nothing: `reason` is `load` or `unload`."""
@@ -199,7 +208,7 @@ class Translation:
 
     def _embedded(self, vectors: list[_Embedding], usage: _Usage | None) -> bytes:
         raw = [vector.embedding for vector in sorted(vectors, key=lambda vector: vector.index)]
-        if (dimensions := self._asked.dimensions) is not None:
+        if (dimensions := self._asked.dimensions or 0) > 0:
             raw = [msgspec.Raw(_encode(_cut(_decode_vector(vector), dimensions))) for vector in raw]
         if self._asked.kind == "embeddings":
             return _encode({"embedding": raw[0] if raw else []})
@@ -231,8 +240,8 @@ class Translation:
         message = choice.delta or choice.message
         if message is None:
             return {}
-        for piece in message.tool_calls or ():
-            self._collect(piece)
+        for number, piece in enumerate(message.tool_calls or ()):
+            self._collect(number if piece.index is None else piece.index, piece)
         tokens = choice.logprobs.content if choice.logprobs is not None else None
         return self._said(message.content, message.reasoning_content, tokens)
 
@@ -246,8 +255,8 @@ class Translation:
             said["logprobs"] = [_shown(token, self._asked.most_alternatives) for token in tokens]
         return said
 
-    def _collect(self, piece: _ToolCall) -> None:
-        call = self._calls.setdefault(piece.index, _ToolCall(_Function(), piece.index))
+    def _collect(self, index: int, piece: _ToolCall) -> None:
+        call = self._calls.setdefault(index, _ToolCall(_Function()))
         call.id = call.id or piece.id
         call.function.name = call.function.name or piece.function.name
         call.function.arguments = (call.function.arguments or "") + (piece.function.arguments or "")
@@ -256,15 +265,15 @@ class Translation:
         """The calls that are whole; what was cut off in the middle is content, as with Ollama."""
         whole: list[dict[str, Any]] = []
         torn = ""
-        for call in self._calls.values():
+        for index, call in self._calls.items():
             text = call.function.arguments or "{}"
             try:
                 arguments = msgspec.json.decode(text)
             except msgspec.DecodeError:
                 torn += text
                 continue
-            function = {"index": call.index, "name": call.function.name or "", "arguments": arguments}
-            whole.append({"id": call.id or f"call_{call.index}", "function": function})
+            function = {"index": index, "name": call.function.name or "", "arguments": arguments}
+            whole.append({"id": call.id or f"call_{index}", "function": function})
         said: dict[str, Any] = {"content": torn} if torn else {}
         return {**said, "tool_calls": whole} if whole else said
 

@@ -10,7 +10,6 @@ The surface is that of Ollama's api/types.go and docs/api.md; llama-server's tha
 from __future__ import annotations
 
 import base64
-import binascii
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -220,7 +219,13 @@ def _to_generate(
     question |= {**_options(asked.options), **probabilities, "stream": streams, "cache_prompt": True}
     keep_alive_sec = duration_sec(asked.keep_alive)
     most = asked.top_logprobs or 0
+    if not 0 <= most <= _MOST_ALTERNATIVES:
+        message = f"`top_logprobs` must be between 0 and {_MOST_ALTERNATIVES}."
+        raise ApiError(400, "invalid_request", message, "top_logprobs")
     return Asked(kind, _name(asked), streams, keep_alive_sec, target, question, most_alternatives=most)
+
+
+_MOST_ALTERNATIVES = 20
 
 
 def _to_load(asked: _Generating, kind: Kind) -> Asked:
@@ -275,8 +280,8 @@ def _medium(encoded: str) -> dict[str, Any]:
     if encoded.startswith("data:"):
         return {"type": "image_url", "image_url": {"url": encoded}}
     try:
-        head = base64.b64decode(encoded[:24])
-    except binascii.Error as error:
+        head = base64.b64decode(encoded[:24], validate=True)
+    except ValueError as error:
         raise ApiError(400, "invalid_request", f"an image is not base64: {error}", "images") from None
     if head.startswith(b"RIFF"):
         kind = "audio/wav" if head[8:12] == b"WAVE" else "image/webp"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from router.api.errors import ApiError
-from router.ollama_answers import Translation
+from router.ollama_answers import Translation, flattened
 from router.ollama_requests import Asked, alias_of, duration_sec, listed_name, resolve, translate
 
 ALIASES = ["demo", "llama3:8b", "other/llama3:latest", "USER/Repo-GGUF:Q4_K_M"]
@@ -87,8 +87,10 @@ def test_what_is_no_duration(keep_alive: str) -> None:
 )
 def test_what_an_image_is_its_first_bytes_tell(head: bytes, kind: str) -> None:
     encoded = base64.b64encode(head + bytes(30)).decode()
-    body = {"model": "m", "messages": [{"role": "user", "content": "what?", "images": [encoded]}]}
-    _, medium = translate("/api/chat", json.dumps(body).encode()).question["messages"][0]["content"]
+    message = {"role": "user", "content": "what?", "images": [encoded]}
+    body = json.dumps({"model": "m", "messages": [message]}).replace("/", "\\/")  # as some write it
+    asked = json.loads(translate("/api/chat", body.encode()).body("m"))
+    _, medium = asked["messages"][0]["content"]
     if kind == "wav":
         assert medium["input_audio"] == {"data": encoded, "format": "wav"}
     else:
@@ -132,3 +134,30 @@ def test_what_cannot_be_read_ends_the_stream_with_an_error() -> None:
     translation = Translation(asked(), lambda: 0.0)
     lines = translation.lines(b'data: {"choices": [\n\ndata: {"choices": []}\n\n') + translation.last_lines()
     assert set(json.loads(lines)) == {"error"}
+
+
+@pytest.mark.parametrize("image", [3, "a", "é" * 40, None])
+def test_what_is_no_image(image: object) -> None:
+    body = {"model": "m", "prompt": "what?", "images": [image]}
+    with pytest.raises(ApiError, match="image"):
+        translate("/api/generate", json.dumps(body, ensure_ascii=False).encode())
+
+
+def test_calls_of_a_whole_answer_are_as_many_as_there_are() -> None:
+    said = (("a", "{}"), ("b", '{"x": 1}'), ("c", "{"))
+    calls = [{"id": "", "type": "function", "function": {"name": name, "arguments": text}} for name, text in said]
+    message = {"role": "assistant", "content": "So: ", "tool_calls": calls}
+    translation = Translation(asked(), lambda: 0.0)
+    answer = json.loads(translation.document(json.dumps({"choices": [{"message": message}]}).encode()))
+    called = [
+        (call["function"]["name"], call["function"]["arguments"]) for call in answer["message"]["tool_calls"]
+    ]
+    assert called == [("a", {}), ("b", {"x": 1})]
+    assert answer["message"]["content"] == "So: {"
+
+
+def test_errors_of_any_shape_are_a_text() -> None:
+    for error, text in (({"message": "no"}, "no"), ("no", "no"), (3, "3"), (["no"], '["no"]')):
+        assert json.loads(flattened(json.dumps({"error": error}).encode())) == {"error": text}
+    assert json.loads(flattened(b"<html>")) == {"error": "<html>"}
+    assert json.loads(Translation(asked(), lambda: 0.0).lines(b'data: {"error": 3}\n')) == {"error": "3"}
