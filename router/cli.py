@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llama-router",
         usage="llama-router [COMMAND] [--config FILE] [--models-dir DIR] [--hf-cache] [--ollama-store] "
-        "[--host HOST] [--port PORT]",
+        "[--host HOST] [--port PORT] [--ollama-port PORT]",
         description="One OpenAI-compatible endpoint in front of any number of GGUF models.",
         epilog="Without a command it serves. `llama-router COMMAND --help` tells what a command takes.",
     )
@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     source.add_argument("--host", help="address to listen on (api.host)")
     source.add_argument("--port", type=int, help="port to listen on (api.port)")
+    source.add_argument("--ollama-port", type=int, help="a second one, for Ollama's clients (api.ollama_port)")
 
     run = commands.add_parser("serve", parents=[source], help="serve models (the default command)")
     run.set_defaults(run=_serve)
@@ -115,6 +116,8 @@ def _load(options: argparse.Namespace) -> Loaded:
         overrides["api.host"] = ("--host", options.host)
     if options.port is not None:
         overrides["api.port"] = ("--port", options.port)
+    if options.ollama_port is not None:
+        overrides["api.ollama_port"] = ("--ollama-port", options.ollama_port)
     if options.hf_cache:
         overrides["system.hf_cache"] = ("--hf-cache", True)
     if options.ollama_store:

@@ -87,6 +87,12 @@ class Api(Section):
         description="Address to listen on. 0.0.0.0 serves the whole network: set api_keys then.",
     )
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes any free port.")
+    ollama_port: int | None = Field(
+        default=None,
+        ge=1,
+        le=65535,
+        description="A second port to listen on, for clients that look for Ollama at 11434 and nowhere else.",
+    )
     cors_origins: Annotated[tuple[WebOrigin, ...], Field(strict=False)] = Field(
         default=("http://localhost:3000",),
         description="Origins whose pages may call the router from a browser: scheme://host[:port] without a "

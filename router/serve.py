@@ -58,7 +58,7 @@ _LAST_WORDS_SEC = 10
 """What the end may take beside the graces for requests and engines."""
 
 _NEEDS_RESTART = {
-    "api": ("host", "port", "cors_origins", "allowed_hosts", "max_connections"),
+    "api": ("host", "port", "ollama_port", "cors_origins", "allowed_hosts", "max_connections"),
     "system": (
         "llama_server_path",
         "base_port",
@@ -120,14 +120,16 @@ def _serve(loaded: Loaded, load: Callable[[], Loaded], log: Logs) -> None:
         )
     binary = find_binary(config.system.llama_server_path)
     with contextlib.ExitStack() as opened:
-        listener = opened.enter_context(contextlib.closing(_listen(config)))
-        state = opened.enter_context(contextlib.closing(_open_state(config, listener.getsockname()[1])))
+        api = config.api
+        ports = (api.port,) if api.ollama_port is None else (api.port, api.ollama_port)
+        listeners = [opened.enter_context(contextlib.closing(_listen(config, port))) for port in ports]
+        state = opened.enter_context(contextlib.closing(_open_state(config, listeners[0].getsockname()[1])))
         record = EngineRecord(state)
         record.end_leftovers()  # before anybody asks how much memory is free
         devices = Devices(config.system.gpu_devices if binary.kind != "embedded" else ())
         devices.read_blocking()
         store = state.file("footprints", list[Entry], "what engines were measured to take is forgotten at the end")
-        _run(_Service(loaded, load, binary, devices, Learned(store), listener, record, log).run())
+        _run(_Service(loaded, load, binary, devices, Learned(store), listeners, record, log).run())
 
 
 def _tracing() -> Tracing:
@@ -147,28 +149,26 @@ def _run(service: Coroutine[Any, Any, None]) -> None:
         uvloop.run(service)
 
 
-def _listen(config: Config) -> socket.socket:
-    api = config.api
-    family = socket.AF_INET6 if ":" in api.host else socket.AF_INET
+def _listen(config: Config, port: int) -> socket.socket:
+    host = config.api.host
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((api.host, api.port))
+        listener.bind((host, port))
         listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
-            user = _user_of_port(config) or "perhaps another llama-router"
-            raise CannotServe(
-                f"Port {api.port} on {api.host} is in use: {user}. Choose another with --port."
-            ) from error
-        raise CannotServe(f"Cannot listen on {api.host}:{api.port}: {error.strerror}.") from error
+            user = _user_of_port(config, port) or "perhaps another llama-router"
+            flag = "--port" if port == config.api.port else "--ollama-port"
+            raise CannotServe(f"Port {port} on {host} is in use: {user}. Choose another with {flag}.") from error
+        raise CannotServe(f"Cannot listen on {host}:{port}: {error.strerror}.") from error
     return listener
 
 
-def _user_of_port(config: Config) -> str | None:
-    """Who listens on our port, as far as we may know."""
-    port = config.api.port
+def _user_of_port(config: Config, port: int) -> str | None:
+    """Who listens on a port of ours, as far as we may know."""
     path = _state_path(config.system, port)
     holder = State.holder(path) if path is not None else None
     if holder is not None and holder.port == port:
@@ -218,14 +218,14 @@ class _Service:
         binary: Binary,
         devices: Devices,
         learned: Learned,
-        listener: socket.socket,
+        listeners: list[socket.socket],
         record: EngineRecord,
         log: Logs,
     ) -> None:
         config = loaded.config
         self._loaded = loaded
         self._load = load
-        self._listener = listener
+        self._listeners = listeners
         self._stop = asyncio.Event()
         self._record = record
         self._notifier = Notifier(os.environ)
@@ -273,7 +273,7 @@ class _Service:
         telling = asyncio.create_task(self._notifier.keep_telling(self._status))
         reaping = asyncio.create_task(reap_orphans()) if os.getpid() == 1 else None
         watching = asyncio.create_task(watch(lambda: self._loaded.folders, self.look_again))
-        serving = asyncio.create_task(server.serve([self._listener]))
+        serving = asyncio.create_task(server.serve(self._listeners))
         stopping = asyncio.create_task(self._stop.wait())
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
@@ -368,13 +368,15 @@ class _Service:
 
     def _announce(self) -> None:
         config, dispatcher = self._loaded.config, self._dispatcher
-        host, port = self._listener.getsockname()[:2]
+        host, port = self._listeners[0].getsockname()[:2]
         shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host  # noqa: S104
         url = f"http://{shown}:{port}"
         aliases = list(config.models)
         names = ", ".join(aliases[:8]) + (f" and {len(aliases) - 8} more" if len(aliases) > 8 else "")
         say = partial(print, file=sys.stderr, flush=True)
         say(f"llama-router listens on {url}")
+        if config.api.ollama_port is not None:
+            say(f"  Ollama  also on port {config.api.ollama_port}")
         say(f"  engine  {dispatcher.binary.kind} ({dispatcher.binary.origin})")
         say(f"  memory  {'; '.join(map(str, dispatcher.ledger.devices.values()))}")
         say(f"  models  {names}")

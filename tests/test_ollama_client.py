@@ -6,6 +6,8 @@ import base64
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -15,7 +17,7 @@ import httpx2 as httpx
 import ollama
 import psutil
 import pytest
-from conftest import Router, Start, eventually, fake, models
+from conftest import ROOT, Router, Start, eventually, fake, models
 from tiny_models import write_embedding
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -280,6 +282,19 @@ def test_keys_and_what_they_are_for(start: Start, tiny: Path) -> None:
         assert [model.model for model in client.ps().models] == ["tiny:latest"]
 
 
+def test_a_second_port_for_clients_that_know_one_only(start: Start, free_port: int, tiny: Path) -> None:
+    config = {"api": {"ollama_port": free_port}, "models": models(tiny, "tiny")}
+    router = start(config)
+    with ollama.Client(f"http://127.0.0.1:{free_port}", timeout=60) as client:
+        assert client.chat("tiny", CHAT, options={"num_predict": 1}).done
+    assert router.chat("tiny").headers["x-load-ms"] == "0"  # it is the same router
+    arguments = [sys.executable, str(ROOT / "run.py"), "--port", "0", "--ollama-port", str(free_port)]
+    second = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert second.returncode != 0
+    assert f"Port {free_port} on 127.0.0.1 is in use" in second.stderr
+    assert "--ollama-port" in second.stderr
+
+
 # --- what no small model does on demand ------------------------------------------------------------------
 
 
@@ -409,7 +424,8 @@ def test_an_error_within_a_stream_is_its_last_line(played: Played) -> None:
             first, last = map(json.loads, stream.iter_lines())
         assert stream.status_code == 200
         assert first["message"]["content"] == "Yes"
-        assert set(last) == {"error"}
+        assert list(last) == ["error"]
+        assert ("out of luck" if isinstance(broken, dict) else "cannot be read") in last["error"]
 
 
 # --- Open WebUI -------------------------------------------------------------------------------------------
