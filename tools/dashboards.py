@@ -284,6 +284,33 @@ def overview() -> dashboard.Dashboard:
         ),
     ):
         new.with_panel(panel)
+    new.with_row(dashboard.Row("GPUs"))
+    for panel in (
+        graph(
+            "GPU utilisation",
+            "Whether the GPUs are what limits. All of them idle while requests wait: look at *Scheduler*.",
+            (f"{of('router_gpu_utilization_percent')} / 100", "GPU {{gpu}}"),
+            unit="percentunit",
+            width=8,
+        ),
+        graph(
+            "GPU temperature",
+            "A hot GPU lowers its clock, and every answer takes longer.",
+            (of("router_gpu_temperature_celsius"), "GPU {{gpu}}"),
+            unit="celsius",
+            width=8,
+        ),
+        graph(
+            "GPU power",
+            "At its limit a GPU is as fast as it gets.",
+            (of("router_gpu_power_watts"), "GPU {{gpu}}"),
+            (of("router_gpu_power_limit_watts"), "GPU {{gpu}}, limit"),
+            unit="watt",
+            bound="/limit$/",
+            width=8,
+        ),
+    ):
+        new.with_panel(panel)
     new.with_row(dashboard.Row("Machine and router"))
     for panel in (
         graph(
