@@ -9,24 +9,31 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from router.config import ModelConfig, System
 from router.devices import Devices
-from router.engine import Binary
+from router.engine import Binary, EngineFailed
 from router.host import ProcessMemory
 from router.learning import Learned
 from router.memory import Account, Ledger, is_news
 from router.messages import EngineMeasured, Event, Inspected, MemoryChanged, Placement
 from router.out_of_memory import ran_out
-from router.placing import Ground, Inspection, advise, inspect
+from router.placing import Alternative, Ground, advise, inspect
+from router.placing import shown as variables
 from router.residency import ENGINES
 from router.scheduler import Scheduler
-from router.sizing import EngineKind, Unusable
+from router.sizing import EngineKind, Size, Unusable
 
 INSPECTION_LIMIT_SEC = 60
+_REMEMBERED = 4
 _LOOK_SEC = (2.0, 30.0)
 """Pause between two looks at the devices: while there are engines or somebody waits, and else."""
+_MAPPED_SEC = 30.0
+"""Pause between two looks at what of their files engines have mapped: the kernel walks through all of it."""
+_OLD_SEC = 30.0
 _BACK_SEC = 5.0
 _BACK_LOOK_SEC = 0.05
 
@@ -51,9 +58,11 @@ class Accountant:
         self._learned = learned
         self._scheduler = scheduler
         self._post = post
-        self._inspections: dict[str, Inspection] = {}
+        self._found: dict[str, deque[tuple[Alternative, ...]]] = {}
+        """Per alias what the last looks found, the latest first: room may be made for what an earlier one did."""
         self._saving = asyncio.Lock()
-        self._processes: Mapping[int, ProcessMemory] = {}
+        self._processes: dict[int, ProcessMemory] = {}
+        self._mapped_sec = 0.0
         self.ledger.observe(devices.last, {})
 
     def configure(self, system: System) -> None:
@@ -67,13 +76,15 @@ class Accountant:
         while True:
             busy = self._scheduler.engines or any(model.queue for model in self._scheduler.models.values())
             await asyncio.sleep(_LOOK_SEC[0] if busy else _LOOK_SEC[1])
-            await self.look()
+            await self.look(mapped=time.monotonic() - self._mapped_sec >= _MAPPED_SEC)
 
-    async def look(self) -> None:
-        """Read everything afresh, and tell what has changed."""
+    async def look(self, *, mapped: bool = False) -> bool:
+        """Read everything afresh, and tell what has changed. Whether the devices have answered.
+
+        What engines have mapped is only looked at if `mapped`, or when an engine was never looked at.
+        """
         readings = await self._devices.read()
-        pids = self.ledger.pids
-        self._processes = await self._devices.held_by(pids) if pids else {}
+        await self._read_processes(mapped)
         self.ledger.observe(readings, self._processes)
         for account in tuple(self.ledger.accounts.values()):
             engine = self._scheduler.engines.get(account.engine_id)
@@ -82,6 +93,24 @@ class Accountant:
                 self._post(EngineMeasured(time.monotonic(), account.engine_id, booked))
         if self.ledger.has_news:
             self._tell_budgets()
+        return not readings.is_stale
+
+    async def _read_processes(self, mapped: bool) -> None:
+        """Whoever cannot be read in time is taken to hold what it held last."""
+        pids = self.ledger.pids
+        held = await self._devices.held_by(pids, mapped=mapped) if pids else {}
+        known = {pid: memory for pid, memory in self._processes.items() if pid in self.ledger.pids}
+        if mapped:
+            self._mapped_sec = time.monotonic()
+            self._processes = {**known, **held}
+        else:
+            self._processes = {
+                **known,
+                **{
+                    pid: replace(memory, file_mib=known[pid].file_mib) if pid in known else memory
+                    for pid, memory in held.items()
+                },
+            }
 
     def _tell_budgets(self) -> None:
         budgets, capacity = self.ledger.budgets()
@@ -103,7 +132,7 @@ class Accountant:
             _log.exception("looking at %s failed", model.model_path)
             problem = f"{model.model_path} cannot be looked at: {error!r}"
         else:
-            self._inspections[model.alias] = found
+            self._found.setdefault(model.alias, deque(maxlen=_REMEMBERED)).appendleft(found.alternatives)
             return Inspected(
                 time.monotonic(),
                 model.alias,
@@ -121,26 +150,45 @@ class Accountant:
 
     def open(self, engine_id: int, alias: str, placement: Placement) -> Account:
         """An engine is about to start where the scheduler wants it."""
-        chosen = self._inspections[alias].chosen(placement)
+        looks = self._found.get(alias, ())
+        chosen = next((one for found in looks for one in found if one.placement == placement), None)
+        if chosen is None:
+            account = self.ledger.open(
+                engine_id, alias, Alternative((), Size(placement, "", placement), placement)
+            )
+            account.problem = "its memory was planned anew meanwhile"
+            return account
         if chosen.remark:
             _log.warning("model %s: %s, for want of memory", alias, chosen.remark)
         return self.ledger.open(engine_id, alias, chosen)
 
-    def environment(self, account: Account) -> Mapping[str, str]:
-        """What shows the engine the GPUs that were chosen for it, and no others."""
-        return self._devices.environment(
-            self.ledger.devices[name] for name in account.chosen.gpus if name in self.ledger.devices
+    def environment(self, account: Account, own: Mapping[str, str]) -> Mapping[str, str]:
+        """The variables that show the engine the GPUs that were chosen for it and no others, with `own` of its
+        entry. Raises EngineFailed if that cannot be."""
+        gpus = account.chosen.gpus
+        gone = [name for name in gpus if name not in self.ledger.devices]
+        problem = account.problem or (
+            f"{', '.join(gone)} {'is' if len(gone) == 1 else 'are'} gone" if gone else ""
         )
+        if problem:
+            raise EngineFailed(problem)
+        age_sec = self._devices.last.age_sec
+        if gpus and age_sec > _OLD_SEC:
+            _log.warning(
+                "model %s: starts on %s by what was free %.0f s ago, as the driver does not answer",
+                *(account.alias, ", ".join(gpus), age_sec),
+            )
+        return variables(self._devices.environment(self.ledger.devices[name] for name in gpus), own)
 
     async def ready(self, account: Account) -> None:
         account.is_settled = True
-        await self.look()
+        await self.look(mapped=True)
 
     async def answered(self, account: Account) -> None:
         """It has answered for the first time, and has all that it takes late: remember what that is."""
-        await self.look()
+        is_fresh = await self.look(mapped=True)
         chosen, lesson = account.chosen, account.lesson
-        if lesson is not None and chosen.size.identity is not None:
+        if lesson is not None and is_fresh and chosen.size.identity is not None:
             self._learned.learn(chosen.size.identity, chosen.size.estimated, chosen.as_counted(lesson))
             await self._save()
 
@@ -160,25 +208,31 @@ class Accountant:
         return await asyncio.to_thread(advise, model, system, self.kind, ground, self._learned, placement)
 
     async def close(self, account: Account) -> None:
-        """Its process is gone: until its memory is back, or for a few seconds; then the books are right again."""
+        """Its process is gone: until its memory is back, or for a few seconds; then the books are right again.
+
+        Nobody waits for it when the router ends, or while the driver does not say what is in use.
+        """
         account.is_gone = True
+        try:
+            await self._until_back(account)
+        finally:
+            self.ledger.close(account.engine_id)
+            self.ledger.observe(self._devices.last, self._processes)
+            self._tell_budgets()
+
+    async def _until_back(self, account: Account) -> None:
         before = self.ledger.external
         deadline = time.monotonic() + _BACK_SEC
-        await self.look()
-        while not self.ledger.memory_is_back(account, before):
+        while account.pid is not None and not self._scheduler.shutting_down and await self.look():
+            if self.ledger.memory_is_back(account, before):
+                return
             if time.monotonic() > deadline:
                 _log.warning(
                     "model %s: its engine is gone, but after %g s not all of its memory on %s is back",
-                    account.alias,
-                    _BACK_SEC,
-                    ", ".join(account.chosen.gpus),
+                    *(account.alias, _BACK_SEC, ", ".join(account.chosen.gpus)),
                 )
-                break
+                return
             await asyncio.sleep(_BACK_LOOK_SEC)
-            await self.look()
-        self.ledger.close(account.engine_id)
-        self.ledger.observe(self._devices.last, self._processes)
-        self._tell_budgets()
 
     async def _save(self) -> None:
         async with self._saving:

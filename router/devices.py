@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from router import host
 from router.amd import Amd
@@ -34,7 +34,7 @@ FIRST_DEADLINE_SEC = 15.0
 _log = logging.getLogger("router")
 
 
-_Held = tuple[frozenset[int], Mapping[int, ProcessMemory]]  # of which processes, and what
+_Held = tuple[frozenset[int], bool, Mapping[int, ProcessMemory]]  # of which processes, with mappings, and what
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,11 @@ class Readings:
 
     devices: Mapping[str, Device]
     age_sec: float
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether something hangs, and what it said before is all there is."""
+        return self.age_sec > DEADLINE_SEC
 
     @property
     def gpus(self) -> tuple[Device, ...]:
@@ -75,11 +80,12 @@ class Devices:
         self._present: set[str] = set()
         self._remarks: list[str] = []
         self._pids: frozenset[int] = frozenset()
+        self._mapped = False
         self._gpus = Watch[Sequence[Device]](self._take_gpus, (), "GPU driver")
         self._host = Watch[Sequence[Device]](
             self._take_host, (Device(HOST, "host", "", "", 0, 0),), "reading of RAM"
         )
-        self._processes = Watch[_Held](self._take_processes, (frozenset(), {}), "reading of engines' RAM")
+        self._processes = Watch[_Held](self._take_processes, (frozenset(), False, {}), "reading of engines' RAM")
 
     async def read(self, deadline_sec: float = DEADLINE_SEC) -> Readings:
         """What is there now, or was when it could last be asked. Never raises."""
@@ -100,15 +106,19 @@ class Devices:
         return Readings(devices, time.monotonic() - oldest_sec)
 
     async def held_by(
-        self, pids: Iterable[int], deadline_sec: float = DEADLINE_SEC
+        self, pids: Iterable[int], deadline_sec: float = DEADLINE_SEC, *, mapped: bool = True
     ) -> Mapping[int, ProcessMemory]:
-        """RAM of processes with their descendants; those that are gone, or not known in time, are missing."""
+        """RAM of processes with their descendants; those that are gone, or not known in time, are missing.
+
+        `mapped=False` spares the kernel the walk through large mappings: pages that are shared count whole.
+        """
         wanted = frozenset(pids)
-        self._pids = wanted
-        asked, held = await self._processes.read(deadline_sec)
-        if not wanted <= asked:  # it had begun before, for others
+        self._pids, self._mapped = wanted, mapped
+        asked, thorough, held = await self._processes.read(deadline_sec)
+        if not wanted <= asked or thorough < mapped:  # it had begun before, for others
             self._pids |= wanted
-            _, held = await self._processes.read(deadline_sec)
+            self._mapped |= mapped
+            _, _, held = await self._processes.read(deadline_sec)
         return {pid: memory for pid, memory in held.items() if pid in wanted}
 
     def environment(self, chosen: Iterable[Device]) -> dict[str, str]:
@@ -144,8 +154,8 @@ class Devices:
         return (host.device(self._root),)
 
     def _take_processes(self) -> _Held:
-        pids = self._pids
-        return pids, host.process_memory(pids)
+        pids, mapped = self._pids, self._mapped
+        return pids, mapped, host.process_memory(pids, mapped=mapped)
 
     def _take_gpus(self) -> Sequence[Device]:
         if self._nvidia is None:
@@ -182,14 +192,14 @@ class Devices:
         for device in found:
             assert device.number is not None
             by_number.setdefault(device.number, []).append(device)
-        return _visible(by_number, spelled)
+        return visible(by_number, spelled)
 
     def _visible_to_rocm(self, found: list[Device]) -> list[Device]:
         environ = self._environ
-        shown = _visible({n: [device] for n, device in enumerate(found)}, environ.get("ROCR_VISIBLE_DEVICES"))
+        shown = visible({n: [device] for n, device in enumerate(found)}, environ.get("ROCR_VISIBLE_DEVICES"))
         # HIP takes an empty variable for none, and then CUDA's, likewise.
         spelled = environ.get("HIP_VISIBLE_DEVICES") or environ.get("CUDA_VISIBLE_DEVICES") or None
-        return _visible({n: [device] for n, device in enumerate(shown)}, spelled)
+        return visible({n: [device] for n, device in enumerate(shown)}, spelled)
 
     def _tell(self, ours: Sequence[Device], remarks: list[str]) -> None:
         """One line for each remark that is new, and for each GPU that goes or comes back."""
@@ -207,7 +217,15 @@ class Devices:
         self._seen.update((device.name, device) for device in ours)
 
 
-def _visible(by_number: Mapping[int, Sequence[Device]], spelled: str | None) -> list[Device]:
+class HasUuid(Protocol):
+    @property
+    def uuid(self) -> str: ...
+
+
+G = TypeVar("G", bound=HasUuid)
+
+
+def visible(by_number: Mapping[int, Sequence[G]], spelled: str | None) -> list[G]:
     """What CUDA_VISIBLE_DEVICES and its kin leave: numbers or beginnings of UUIDs, up to the first that is wrong.
 
     Numbers are taken as the driver's, which is CUDA_DEVICE_ORDER=PCI_BUS_ID.
@@ -215,7 +233,7 @@ def _visible(by_number: Mapping[int, Sequence[Device]], spelled: str | None) -> 
     everything = [device for devices in by_number.values() for device in devices]
     if spelled is None:
         return everything
-    shown: list[Device] = []
+    shown: list[G] = []
     for token in spelled.split(","):
         word = token.strip()
         if word.isdecimal():

@@ -482,7 +482,7 @@ class Dispatcher:
             await process.ready()
             running.ready_sec = time.monotonic()
             self._post(EngineReady(running.ready_sec, engine_id))
-            await self._accountant.ready(account)
+            self._spawn(self._accountant.ready(account), f"measuring of {model.alias}")
             reason = await process.exited
         except EngineFailed as failed:
             reason = str(failed)
@@ -512,8 +512,9 @@ class Dispatcher:
                 process = running.process
                 log = [*process.last_words(_LOG_OF_A_LOAD), *(["out of memory"] if process.out_of_memory else ())]
                 advice = await self._accountant.ran_out(account, model, self.config.system, log)
-        finally:
-            await self._accountant.close(account)
+        except Exception:  # whatever it is, its end must be told
+            _log.exception("why the engine of %s ended could not be found out", model.alias)
+        await self._accountant.close(account)
         return (f"{reason}; {advice}" if advice else reason), advice is not None
 
     def _cause_of_end(self, engine_id: int, running: RunningEngine | None, *, wanted: bool) -> str:
@@ -558,7 +559,7 @@ class Dispatcher:
                 *argv(parse(model.flags)),
                 *account.chosen.flags,
             ),
-            env={**self._accountant.environment(account), **model.env},
+            env=self._accountant.environment(account, model.env),
             load_stall_sec=system.load_stall_sec,
             load_limit_sec=limit,
             stop_grace_sec=system.stop_grace_sec,

@@ -56,23 +56,26 @@ def memory(root: Path = _ROOT) -> tuple[int, int]:
     return total // _MIB, available // _MIB
 
 
-def process_memory(pids: Iterable[int], proc: Path = Path("/proc")) -> dict[int, ProcessMemory]:
+def process_memory(
+    pids: Iterable[int], proc: Path = Path("/proc"), *, mapped: bool = True
+) -> dict[int, ProcessMemory]:
     """For each of `pids` that lives and may be looked at, what it and its descendants hold.
 
-    Blocking, and long for large mappings: the kernel walks their page tables.
+    Blocking, and long for large mappings: the kernel walks their page tables. With `mapped=False` it only reads
+    counters, by which pages that processes share belong to each of them.
     """
     found: dict[int, ProcessMemory] = {}
     for pid in pids:
         with contextlib.suppress(psutil.Error, OSError):
             family = [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
-            shares = [share for member in family if (share := _held(member, proc)) is not None]
+            shares = [share for member in family if (share := _held(member, proc, mapped)) is not None]
             if shares:
                 anonymous, mapped = (sum(parts) for parts in zip(*shares, strict=True))
                 found[pid] = ProcessMemory(-(-anonymous // _MIB), -(-mapped // _MIB), tuple(family))
     return found
 
 
-def _held(pid: int, proc: Path) -> tuple[int, int] | None:
+def _held(pid: int, proc: Path, mapped: bool) -> tuple[int, int] | None:
     """Anonymous and file-backed bytes; None if the process is gone or not ours to look at."""
     if sys.platform != "linux":
         with contextlib.suppress(psutil.Error):
@@ -80,10 +83,10 @@ def _held(pid: int, proc: Path) -> tuple[int, int] | None:
             return figures.uss, max(0, figures.rss - figures.uss)
         return None
     # A page that n processes share counts 1/n in each: the parts of a family add up.
-    rollup = _fields(proc / str(pid) / "smaps_rollup")
+    rollup = _fields(proc / str(pid) / "smaps_rollup") if mapped else {}
     if "Pss_Anon" in rollup:
         return rollup["Pss_Anon"] + rollup.get("Pss_Shmem", 0), rollup.get("Pss_File", 0)
-    status = _fields(proc / str(pid) / "status")  # older kernels, and processes of others
+    status = _fields(proc / str(pid) / "status")  # also for older kernels, and processes of others
     if "RssAnon" in status:
         return status["RssAnon"] + status.get("RssShmem", 0), status.get("RssFile", 0)
     return None

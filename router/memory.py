@@ -8,6 +8,8 @@ is what the device says is in use less what our engines are measured to hold. Wh
 process holds what, an engine that is there is taken to hold what it is booked with, and while one comes or goes
 others are taken to hold what they did.
 
+While a driver hangs, the books of its GPUs stay as they were but for what is booked.
+
 Of RAM, the weights that an engine has mapped count as its own, though the kernel could drop them, while page cache
 of others counts as free.
 
@@ -40,6 +42,8 @@ class Account:
     alias: str
     chosen: Alternative
     pid: int | None = None
+    problem: str | None = None
+    """Why it cannot even be started."""
     is_settled: bool = False
     """It neither loads nor goes: what it holds is what it is booked with."""
     is_gone: bool = False
@@ -124,17 +128,23 @@ class Ledger:
 
     @property
     def pids(self) -> list[int]:
-        return [account.pid for account in self.accounts.values() if account.pid is not None]
+        """Of those that may still hold RAM."""
+        alive = (account for account in self.accounts.values() if not account.is_gone)
+        return [account.pid for account in alive if account.pid is not None]
 
     def observe(self, readings: Readings, processes: Mapping[int, ProcessMemory]) -> None:
-        """Take in what was read."""
+        """Take in what was read. `processes` is the latest of each that is known."""
         self.devices = readings.devices
         for account in self.accounts.values():
-            account.holds = _held(account, readings.devices, processes)
+            held = _held(account, readings.devices, processes)
+            if readings.is_stale:
+                held |= {name: mib for name, mib in account.holds.items() if name != HOST}
+            account.holds = held
             for name, mib in account.holds.items():
                 account.measured[name] = max(mib, account.measured.get(name, 0))
         for device in self.devices.values():
-            self._external[device.name] = self._others(device, processes)
+            if device.kind == "host" or not readings.is_stale or device.name not in self._external:
+                self._external[device.name] = self._others(device, processes)
 
     @property
     def external(self) -> Mapping[str, int]:
@@ -200,6 +210,7 @@ class Ledger:
                 budget_mib=line.budget_mib,
                 free_mib=free_mib.get(line.device.name, 0),
                 number=line.device.number,
+                uuid=line.device.uuid,
                 divisible=not line.device.is_part,
             )
             for line in self.lines()
@@ -225,8 +236,9 @@ class Ledger:
     def _others(self, device: Device, processes: Mapping[int, ProcessMemory]) -> int:
         used = device.total_mib - device.free_mib
         if device.kind == "host":
-            ours = sum(processes[pid].anonymous_mib for pid in self.pids if pid in processes)
-            return max(0, used - ours)
+            if any(pid not in processes for pid in self.pids):  # just started
+                return min(used, self._external.get(HOST, used))
+            return max(0, used - sum(processes[pid].anonymous_mib for pid in self.pids))
         ours = 0
         for account in self.accounts.values():
             if device.name not in account.chosen.gpus or account.is_gone:
@@ -243,14 +255,16 @@ class Ledger:
 def _held(
     account: Account, devices: Mapping[str, Device], processes: Mapping[int, ProcessMemory]
 ) -> dict[str, int]:
-    if account.pid is None:
+    if account.pid is None or account.is_gone:
         return {}
+    memory = processes.get(account.pid)
+    family = {account.pid, *(memory.family if memory is not None else ())}
     held = {}
     for name in account.chosen.gpus:
         device = devices.get(name)
-        if device is not None and account.pid in (device.used_by or {}):
-            held[name] = (device.used_by or {})[account.pid]
-    memory = processes.get(account.pid)
+        used_by = (device.used_by if device is not None else None) or {}
+        if not family.isdisjoint(used_by):
+            held[name] = sum(used_by.get(pid, 0) for pid in family)
     if memory is not None:
         held[HOST] = memory.anonymous_mib + memory.file_mib
     return held

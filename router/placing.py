@@ -18,6 +18,7 @@ from operator import attrgetter
 from typing import TypeVar
 
 from router.config import ModelConfig, System
+from router.devices import visible
 from router.flags import FlagError, Flags
 from router.footprint import HOST
 from router.learning import Identity, Learned
@@ -31,6 +32,7 @@ LEAST_CONTEXT = 4096
 _CONTEXT_STEP = 1024
 _COUNTS_GPUS = ("tensor-split", "spec-draft-device", "rpc")
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+_NO_GPU = ("", "-1", "none", "NoDevFiles")
 
 # A first guess, from a fast disk; what is measured replaces it.
 _START_SEC = 0.1
@@ -48,6 +50,7 @@ class Site:
     """What of that none of them is booked with."""
     number: int | None = None
     """The driver's, for a GPU."""
+    uuid: str = ""
     divisible: bool = True
     """Whether a model may have other parts of itself on other GPUs."""
 
@@ -114,8 +117,12 @@ class Inspection:
     advice: str = ""
     """What would fit, if none does."""
 
-    def chosen(self, placement: Placement) -> Alternative:
-        return next(one for one in self.alternatives if one.placement == placement)
+
+def shown(ours: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
+    """Variables of an engine: those of its entry win, and one that names GPUs leaves no say to its kin of ours."""
+    if any(name in own for name in _VISIBLE):
+        ours = {name: value for name, value in ours.items() if name not in _VISIBLE}
+    return {**ours, **own}
 
 
 def inspect(
@@ -248,7 +255,11 @@ class _Places:
     @property
     def _stays_on_host(self) -> bool:
         device, layers = self._flags.last("device"), self._flags.last("n-gpu-layers")
-        return (device is not None and device.text == "none") or (layers is not None and layers.text == "0")
+        return (
+            (device is not None and device.text == "none")
+            or (layers is not None and layers.text == "0")
+            or self._named_by_variables() == []
+        )
 
     def _own_group(self) -> _Group | None:
         """The GPUs of a model whose flags or variables name some, counted as they are there.
@@ -257,11 +268,8 @@ class _Places:
         """
         gpus = self._ground.gpus
         device, main = self._flags.last("device"), self._flags.last("main-gpu")
-        for name in _VISIBLE:
-            if name in self._own_env:
-                numbers = [int(word) for word in self._own_env[name].split(",") if word.strip().isdecimal()]
-                named = [site for number in numbers for site in gpus if site.number == number]
-                return _group(named or gpus)
+        if (named := self._named_by_variables()) is not None:
+            return _group(named)
         overrides = self._flags.last("override-tensor")
         if any(self._flags.last(name) for name in _COUNTS_GPUS) or (
             overrides is not None and re.search(r"=[A-Za-z]+\d", overrides.text)
@@ -277,6 +285,25 @@ class _Places:
         if main is not None and not self._may_divide and main.integer(low=0) < len(gpus):
             return _group([gpus[main.integer()]], ("--main-gpu", "0"))
         return _group(gpus) if main is not None else None
+
+    def _named_by_variables(self) -> list[Site] | None:
+        """The GPUs that variables of the entry show to the engine; None if they say nothing of that."""
+        for name in _VISIBLE:
+            spelled = self._own_env.get(name)
+            if spelled is None or (name == "HIP_VISIBLE_DEVICES" and not spelled):  # HIP takes "" for none given
+                continue
+            if spelled.split(",")[0].strip() in _NO_GPU:
+                return []
+            by_number: dict[int, list[Site]] = {}
+            for site in self._ground.gpus:
+                if site.number is not None:
+                    by_number.setdefault(site.number, []).append(site)
+            named = visible(by_number, spelled)
+            if not named:
+                ours = ", ".join(site.name for site in self._ground.gpus)
+                raise Unusable(f"{name}={spelled} in its env begins with none of the GPUs that there are ({ours})")
+            return named
+        return None
 
     @property
     def _may_divide(self) -> bool:
@@ -408,8 +435,8 @@ class _Places:
             added = (*group.added, *added, *self._as_placed)
         if context is not None:
             added = (*added, "-c", str(context))
-        visible = self._ground.environment([site.name for site in group.sites])
-        size = self._sizer.parts(added, len(group.sites), visible, exact=exact)
+        variables = shown(self._ground.environment([site.name for site in group.sites]), self._own_env)
+        size = self._sizer.parts(added, len(group.sites), variables, exact=exact)
         return None if size is None else self._alternative(group, size, added, context, remark)
 
     def _alternative(

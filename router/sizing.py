@@ -10,7 +10,6 @@ GPUs are counted as the engine counts them: `gpu0` is the first that it is shown
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -178,7 +177,8 @@ class Sizer:
     ) -> Size | None:
         """With these further flags on so many GPUs; None if the engine has no use for GPUs.
 
-        `visible` are the variables that show the engine those GPUs. `exact=False` asks only the formulas.
+        `visible` are the variables that show the engine those GPUs; they win over `environ`. `exact=False` asks
+        only the formulas.
         """
         flags = self.flags_with(added)
         identity = self._identity(added, gpus) if exact else None
@@ -235,7 +235,7 @@ class Sizer:
         files, tool = self.files, self._engine.tool if self._engine else None
         if tool is None or files.model is None or files.model.path is None:
             return None
-        environ = {**os.environ, **visible, **self._environ}
+        environ = {**self._environ, **visible}
         return tool.footprint(files.model, flags, projector=files.projector, draft=files.draft, environ=environ)
 
     def _raised(

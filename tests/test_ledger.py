@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -164,3 +165,35 @@ def test_a_device_with_less_than_the_least_takes_nobody() -> None:
     ledger = Ledger(System(min_vram_required=500))
     ledger.observe(readings(gpu(0, used_mib=9600)), {})
     assert (line(ledger, "gpu0").budget_mib, line(ledger, "gpu0").capacity_mib) == (0, 10000)
+
+
+def test_an_engine_that_has_just_started_does_not_make_others_look_larger() -> None:
+    ledger = Ledger(System())
+    ledger.observe(readings(ram(used_mib=1000)), {})
+    book(ledger, 1, host=3000)
+    ledger.observe(readings(ram(used_mib=3500)), {})
+    assert line(ledger, "host").external_mib == 1000, "it was not read yet"
+    ledger.observe(readings(ram(used_mib=4000)), {1: ProcessMemory(2900, 0)})
+    assert line(ledger, "host").external_mib == 1100
+
+
+def test_what_an_engine_behind_a_wrapper_holds_is_found_under_its_childs_number() -> None:
+    ledger = Ledger(System())
+    account = book(ledger, 1, ("gpu0",), gpu0=4000)
+    device = gpu(0, used_mib=4500, used_by={12: 3500, 99: 1000})
+    ledger.observe(readings(device), {1: ProcessMemory(10, 10, family=(1, 12))})
+    assert account.holds["gpu0"] == 3500
+    assert line(ledger, "gpu0").external_mib == 1000
+
+
+def test_while_a_driver_hangs_what_an_engine_held_that_is_gone_is_not_taken_for_others() -> None:
+    ledger = Ledger(System())
+    account = book(ledger, 1, ("gpu0",), gpu0=4000)
+    settle(account)
+    now = readings(gpu(0, used_mib=5000, used_by={1: 4000}))
+    ledger.observe(now, {})
+    account.is_gone = True
+    ledger.observe(replace(now, age_sec=7.0), {})
+    assert line(ledger, "gpu0").external_mib == 1000
+    ledger.close(1)
+    assert line(ledger, "gpu0").free_mib == 9000

@@ -15,7 +15,7 @@ from router.config import ModelConfig, System
 from router.engine import Binary
 from router.learning import Learned
 from router.placing import Alternative, Ground, Inspection, Site, advise, inspect
-from router.sizing import DRIVER_MIB, EngineKind
+from router.sizing import DRIVER_MIB, EngineKind, Unusable
 
 SERVER = EngineKind(Binary((str(Path(__file__)),), "llama-server", "any file will do: it is never run"))
 EMBEDDED = EngineKind(Binary(("python",), "embedded", "xllamacpp"))
@@ -259,6 +259,24 @@ def test_what_is_proposed_fits_and_the_best_comes_first(
     for one in found.alternatives:
         assert set(one.placement) <= {*one.gpus, "host"}
         assert all(mib > 0 for mib in one.placement.values())
-        assert found.chosen(dict(one.placement)) is one
     again = look(qwen, replace(where, gpus=tuple(gpus)), *flags)
     assert [one.placement for one in again.alternatives] == [one.placement for one in found.alternatives]
+
+
+@pytest.mark.parametrize("spelled", ["", "-1"])
+def test_an_entry_that_hides_all_gpus_runs_on_the_host(qwen: Path, spelled: str) -> None:
+    found = look(qwen, ground(gpu(0, 24000)), "-c", "4096", env={"CUDA_VISIBLE_DEVICES": spelled})
+    assert placed(found) == [()]
+    assert set(found.alternatives[0].placement) == {"host"}
+
+
+@pytest.mark.parametrize("spelled", ["GPU-bbbb-2", "GPU-b"])
+def test_an_entry_may_name_a_gpu_by_its_uuid_or_the_beginning_of_it(qwen: Path, spelled: str) -> None:
+    gpus = replace(gpu(0, 24000), uuid="GPU-aaaa-1"), replace(gpu(1, 24000), uuid="GPU-bbbb-2")
+    found = look(qwen, ground(*gpus), "-c", "4096", env={"CUDA_VISIBLE_DEVICES": spelled})
+    assert placed(found) == [("gpu1",)]
+
+
+def test_an_entry_that_names_a_gpu_that_is_not_there_is_told_so(qwen: Path) -> None:
+    with pytest.raises(Unusable, match=r"CUDA_VISIBLE_DEVICES=7 .* none of the GPUs that there are .gpu0."):
+        look(qwen, ground(gpu(0, 24000)), env={"CUDA_VISIBLE_DEVICES": "7"})
