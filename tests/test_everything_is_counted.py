@@ -205,7 +205,7 @@ class Script:
         assert {name: part["requests"] for name, part in window["by_priority"].items()} == self.by(1)
         assert window["output_tokens"] == self.tokens.total()
         stuck = window["by_model"]["stuck"]["queue_sec"]
-        assert stuck["p50"] == 0
+        assert stuck["p50"] < 0.1
         assert stuck["p99"] == pytest.approx(4, rel=0.1)
 
     def compare_with_the_queue(self) -> None:
