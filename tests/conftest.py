@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,9 @@ class Router:
 Start = Callable[..., Router]
 
 
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Start routers: `start(config)` or `start(arguments=[…])`. Whatever is left over at the end is killed."""
+@contextmanager
+def starting(tmp_path: Path) -> Iterator[Start]:
+    """For what outlives a test: what `start` gives, with the folder in which its routers are to live."""
     routers: list[Router] = []
 
     def start_router(
@@ -135,6 +136,13 @@ def start(tmp_path: Path) -> Iterator[Start]:
         for engine in engines:
             if engine.is_running():
                 engine.kill()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start routers: `start(config)` or `start(arguments=[…])`. Whatever is left over at the end is killed."""
+    with starting(tmp_path) as start_router:
+        yield start_router
 
 
 @pytest.fixture(scope="session")
