@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router import __version__
@@ -30,6 +31,7 @@ _OPERATORS_PAGES = ("/v1/logs/", "/v1/health/models", "/v1/models/pull")
 """They quote what engines say, or tell of downloads."""
 
 _READ_BY_POST = frozenset({"/api/show"})
+_PAGES = (pulls.router, models.router, openai.router, ollama.router, memory.router, monitoring.router)
 _LARGEST_PAGE_BODY = 1 << 20
 
 
@@ -84,7 +86,7 @@ def _pages(dispatcher: Dispatcher, keyring: Keyring, reload: Reload, downloads: 
     app.state.metrics = Metrics(dispatcher)
     app.state.telemetry = Telemetry(time.monotonic)
     dispatcher.events.listen(app.state.telemetry.note)
-    for pages in (pulls.router, models.router, openai.router, ollama.router, memory.router, monitoring.router):
+    for pages in _PAGES:
         for route in pages.routes:
             if isinstance(route, APIRoute) and route.methods and "GET" in route.methods:
                 route.methods.add("HEAD")  # what monitors and load balancers like to ask with
@@ -123,7 +125,8 @@ def _pages(dispatcher: Dispatcher, keyring: Keyring, reload: Reload, downloads: 
                 path, ApiError(405, "method_not_allowed", f"{path} takes POST only."), {"allow": "POST"}
             )
         if error.status_code == 405:
-            allowed = {name: value for name, value in (error.headers or {}).items() if name.lower() == "allow"}
+            methods = _methods_of(request)
+            allowed = {"allow": ", ".join(methods)} if methods else error.headers  # /openapi.json is FastAPI's own
             message = f"{path} does not take {request.method}; see the Allow header."
             return _answer(path, ApiError(405, "method_not_allowed", message), allowed)
         if error.status_code == 404:
@@ -140,6 +143,14 @@ def _pages(dispatcher: Dispatcher, keyring: Keyring, reload: Reload, downloads: 
         )
 
     return app
+
+
+def _methods_of(request: Request) -> list[str]:
+    """Of all routes that there are for its path."""
+    routes = (
+        route for pages in _PAGES for route in pages.routes if route.matches(request.scope)[0] is not Match.NONE
+    )
+    return sorted({method for route in routes for method in getattr(route, "methods", None) or ()})
 
 
 def _answer(path: str, error: ApiError, headers: Mapping[str, str] | None = None) -> Response:

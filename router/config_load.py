@@ -54,6 +54,8 @@ _VARIABLES: dict[str, KeyPath] = {
     "LLAMA_SERVER_PATH": ("system", "llama_server_path"),
     "BASE_MODELS_PATH": ("system", "base_models_path"),
     "LLAMA_ROUTER_STATE_DIR": ("system", "state_dir"),
+    "MAX_CACHE_MODELS": ("system", "max_concurrent_models"),
+    "MODEL_LOAD_COOLDOWN": ("system", "model_load_cooldown_sec"),
     "API_KEY": ("api", "api_keys"),
     "DEBUG": ("system", "debug"),
     "STRUCTURED_LOGS": ("system", "structured_logs"),

@@ -799,6 +799,12 @@ def test_whatever_a_file_says_it_is_either_a_configuration_or_refused_in_words(
     assert all(refusal.source == "config.json" and refusal.message for refusal in refusals)
 
 
+def test_older_names_of_variables_set_the_same_keys(tmp_path: Path) -> None:
+    system = loaded(tmp_path, environ={"MAX_CACHE_MODELS": "2", "MODEL_LOAD_COOLDOWN": "1.5"}).config.system
+    assert (system.max_concurrent_models, system.model_load_cooldown_sec) == (2, 1.5)
+    assert problems(tmp_path, environ={"MAX_CACHE_MODELS": "few"})[0].startswith("env MAX_CACHE_MODELS: ")
+
+
 # --- aliases --------------------------------------------------------------------------------------------------
 
 

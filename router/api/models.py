@@ -14,6 +14,7 @@ from sse_starlette import ServerSentEvent
 from starlette.responses import JSONResponse
 
 from router.api.errors import ApiError, refused
+from router.api.openai import show_model
 from router.api.streams import EventStream
 from router.config_errors import ConfigError
 from router.dispatcher import Dispatcher, RunningEngine
@@ -32,6 +33,12 @@ _KEEP_ALIVE_SEC = 30
 
 class ModelName(BaseModel):
     model: str = Field(description="An alias.")
+
+
+class ModelToLoad(ModelName):
+    device: str | None = Field(
+        default=None, description="Changes nothing: where a model computes is configured; the answer tells."
+    )
 
 
 @router.post("/v1/models/load")
@@ -61,6 +68,21 @@ async def eject_model(body: ModelName, request: Request) -> JSONResponse:
         return JSONResponse(answer, 404)
     await dispatcher.eject(alias)
     return JSONResponse({"status": "success", "model_ejected": alias, "message": f"{alias} was unloaded"})
+
+
+@router.post("/v1/models")
+async def load_and_show_model(body: ModelToLoad, request: Request) -> dict[str, Any]:
+    """Load a model now; answers with its entry in the list, and the devices that it takes memory of."""
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    await load_model(body, request)
+    account = dispatcher.ledger.account_of(model_of(body.model, dispatcher.config).alias)
+    return {**await show_model(body.model, request), "devices": sorted(account.booked()) if account else []}
+
+
+@router.delete("/v1/models/{alias:path}", responses={404: {"description": "It is unknown, or not loaded."}})
+async def unload_model(alias: str, request: Request) -> JSONResponse:
+    """As `/v1/models/eject`; the model's files stay."""
+    return await eject_model(ModelName(model=alias), request)
 
 
 @router.post("/v1/models/{alias:path}/reset")

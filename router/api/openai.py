@@ -19,6 +19,7 @@ router = APIRouter(tags=["models"])
 
 
 @router.get("/v1/models")
+@router.get("/models")
 async def list_models(request: Request) -> dict[str, Any]:
     """Every alias, loaded or not."""
     dispatcher: Dispatcher = request.app.state.dispatcher

@@ -51,7 +51,8 @@ def describe(
         schemas.pop(unused, None)
     schemas["Error"] = _ENVELOPE
     schemas["OllamaError"] = _OLLAMAS_ENVELOPE
-    schemas["ModelName"]["properties"]["model"] = _ALIAS
+    for named in ("ModelName", "ModelToLoad"):
+        schemas[named]["properties"]["model"] = _ALIAS
     schemas["Alias"] = {"type": "string", "enum": list(aliases)}
     components["securitySchemes"] = {
         "bearer": {"type": "http", "scheme": "bearer"},
