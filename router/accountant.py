@@ -96,21 +96,20 @@ class Accountant:
         return not readings.is_stale
 
     async def _read_processes(self, mapped: bool) -> None:
-        """Whoever cannot be read in time is taken to hold what it held last."""
+        """Whoever cannot be read in time is taken to hold what it held last.
+
+        A reading without `mapped` counts pages that engines share once for each: of a file, what the last full
+        one said stays.
+        """
         pids = self.ledger.pids
         held = await self._devices.held_by(pids, mapped=mapped) if pids else {}
         known = {pid: memory for pid, memory in self._processes.items() if pid in self.ledger.pids}
         if mapped:
             self._mapped_sec = time.monotonic()
-            self._processes = {**known, **held}
         else:
-            self._processes = {
-                **known,
-                **{
-                    pid: replace(memory, file_mib=known[pid].file_mib) if pid in known else memory
-                    for pid, memory in held.items()
-                },
-            }
+            files = {pid: memory.file_mib for pid, memory in known.items()}
+            held = {pid: replace(memory, file_mib=files.get(pid, 0)) for pid, memory in held.items()}
+        self._processes = {**known, **held}
 
     def _tell_budgets(self) -> None:
         budgets, capacity = self.ledger.budgets()

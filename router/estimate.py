@@ -18,7 +18,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from router import __version__, footprint, gguf
@@ -83,10 +83,25 @@ def run(options: argparse.Namespace) -> None:
         sys.exit(1)
 
 
-def report(
-    header: GGUF, flags: Flags, *, projector: GGUF | None = None, draft: GGUF | None = None
-) -> Iterable[str]:
-    """The lines to print: how the router would place it, if nothing else ran."""
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """How the router would place a model if it ran nothing else. MiB by device."""
+
+    best: Alternative
+    need: Footprint
+    free_mib: Mapping[str, int]
+    largest_context: int
+    """The largest `-c` that fits; 0 if with none."""
+
+    @property
+    def short_mib(self) -> dict[str, int]:
+        """What is missing; empty if it fits."""
+        free = self.free_mib
+        return {name: mib - free[name] for name, mib in self.best.placement.items() if mib > free[name]}
+
+
+def forecast(header: GGUF, flags: Flags, *, projector: GGUF | None = None, draft: GGUF | None = None) -> Forecast:
+    """Reads the devices: blocking."""
     engine = _engine()
     ground = _ground()
     if engine is not None and not engine.uses_gpus:
@@ -102,27 +117,33 @@ def report(
     sizer = Sizer(files, flags, os.environ, engine, Learned())
     best = alternatives(sizer, engine, ground)[0]
     need = best.size.details
-    assert need is not None
+    assert need is not None  # a model whose header is known has no figure but by its parts
     free = {site.name: site.budget_mib for site in (*ground.gpus, ground.host)}
+    used = {HOST: free[HOST], **{f"gpu{place}": free[name] for place, name in enumerate(best.gpus)}}
+    return Forecast(best, need, free, sizer.largest_context((), used))
 
+
+def report(
+    header: GGUF, flags: Flags, *, projector: GGUF | None = None, draft: GGUF | None = None
+) -> Iterable[str]:
+    """The lines to print."""
+    found = forecast(header, flags, projector=projector, draft=draft)
+    best, need = found.best, found.need
     size = header.file_bytes / footprint.MIB
     trained = f", trained for {header.context_length} tokens" if header.context_length else ""
     yield f"{header.name or header.architecture} ({header.quantization}, {size:.0f} MiB on disk{trained})"
     yield ""
-    yield from _table(best, need, free)
+    yield from _table(best, need, found.free_mib)
     yield ""
     yield f"context: {need.context} tokens, all slots together; from {need.provenance}"
     if best.remark:
         yield f"to make it fit: {best.remark}"
     if best.flags:
         yield f"flags that the router would add: {' '.join(best.flags)}"
-    short = {name: mib - free[name] for name, mib in best.placement.items() if mib > free[name]}
-    if short:
+    if short := found.short_mib:
         yield "does not fit now: " + ", ".join(f"{name} lacks {mib} MiB" for name, mib in short.items())
-    used = {HOST: free[HOST], **{f"gpu{place}": free[name] for place, name in enumerate(best.gpus)}}
-    largest = sizer.largest_context((), used)
-    if largest:
-        yield f"largest context that fits now: -c {largest}"
+    if found.largest_context:
+        yield f"largest context that fits now: -c {found.largest_context}"
     else:
         advice = "fewer layers on the GPU (-ngl)" if best.gpus else "a smaller quantization"
         yield f"no context is small enough to fit now: try {advice}"
@@ -231,13 +252,6 @@ def _engine() -> EngineKind | None:
     with contextlib.suppress(NoEngine):
         return EngineKind(find_binary(os.environ.get("LLAMA_SERVER_PATH")))
     return None
-
-
-def free_mib() -> dict[str, int]:
-    """What is free now on every GPU, as the engine counts them, and of RAM."""
-    readings = Devices().read_blocking()
-    free = {f"gpu{place}": gpu.free_mib for place, gpu in enumerate(readings.gpus)}
-    return {**free, HOST: readings.host.free_mib}
 
 
 def _ground() -> Ground:

@@ -39,7 +39,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-from router import __version__, estimate, footprint, gguf, pulled
+from router import __version__, estimate, gguf, pulled
 from router.flags import Flags
 from router.hub import is_alias
 from router.progress import FileProgress, MemoryNote, Problem, Progress
@@ -295,20 +295,17 @@ class _Pull:
         try:
             model = header(choice.model)
             projector = header(choice.mmproj) if choice.mmproj else None
-            flags = Flags(("-np", "1"))
-            free = estimate.free_mib()
-            need = footprint.estimate(model, flags, projector=projector, gpus=len(free) - 1)
-            largest = footprint.largest_context(model, flags, free, projector=projector)
+            found = estimate.forecast(model, Flags(("-np", "1")), projector=projector)
         except (estimate.CannotEstimate, ValueError, ArithmeticError, OSError) as error:
             self.progress.memory_unknown = str(error)
             return
-        needs = need.mib()
+        needs = dict(found.best.placement)
         self.progress.memory = MemoryNote(
             needs,
-            {device: free.get(device, 0) for device in needs},
-            need.context,
-            all(mib <= free.get(device, 0) for device, mib in needs.items()),
-            largest,
+            {device: found.free_mib[device] for device in needs},
+            found.need.context,
+            not found.short_mib,
+            found.largest_context,
         )
 
     # --- fetching -----------------------------------------------------------------------------------------
