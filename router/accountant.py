@@ -16,6 +16,7 @@ from dataclasses import replace
 from router.config import ModelConfig, System
 from router.devices import Devices
 from router.engine import Binary, EngineFailed
+from router.flags import Flags
 from router.host import ProcessMemory
 from router.learning import Learned
 from router.memory import Account, Ledger, is_news
@@ -177,7 +178,9 @@ class Accountant:
                 "model %s: starts on %s by what was free %.0f s ago, as the driver does not answer",
                 *(account.alias, ", ".join(gpus), age_sec),
             )
-        return variables(self._devices.environment(self.ledger.devices[name] for name in gpus), own)
+        shown = variables(self._devices.environment(self.ledger.devices[name] for name in gpus), own)
+        anew = Flags(account.chosen.flags).last("device")  # inherited, it would count by another machine
+        return shown if anew is None else {**shown, "LLAMA_ARG_DEVICE": anew.text}
 
     async def ready(self, account: Account) -> None:
         account.is_settled = True

@@ -23,7 +23,7 @@ from router.devices import Devices
 from router.engine import Binary, EngineFailed, EngineOrder, EngineProcess, LogRing
 from router.events import EngineEnded, Events, LoadMoved, ModelChanged, ServerChanged
 from router.expectation import remaining_wait_sec
-from router.flags import argv, parse
+from router.flags import replaced
 from router.launcher import Launcher
 from router.learning import Learned
 from router.memory import Account, Ledger
@@ -556,8 +556,7 @@ class Dispatcher:
                 str(model.model_path),
                 "--alias",
                 model.alias,
-                *argv(parse(model.flags)),
-                *account.chosen.flags,
+                *replaced(model.flags, account.chosen.flags),
             ),
             env=self._accountant.environment(account, model.env),
             load_stall_sec=system.load_stall_sec,

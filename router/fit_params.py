@@ -38,6 +38,8 @@ _PASSED = frozenset(
     }
 )  # fmt: skip
 
+_ADD_UP = frozenset({"cpu-moe", "n-cpu-ffn", "n-cpu-moe", "override-kv", "override-tensor"})
+
 _Identity = tuple[str, int, int]
 _Key = tuple[_Identity, tuple[str, ...]]
 
@@ -70,11 +72,15 @@ class FitParams:
         if answer is None:
             return None
 
-        gpus = len(answer) - 1
+        device = flags.last("device")
+        numbers = footprint.gpu_numbers(device.text) if device is not None else []
+        if len(numbers) != len(answer) - 1 or min(numbers, default=0) < 0:
+            numbers = list(range(len(answer) - 1))
+        gpus = max(numbers, default=-1) + 1
         # As the tool understands the question; to embed, every token of a batch has an output.
         asked = footprint.estimate(header, Flags([*question, "--embedding"]), gpus=gpus)
         wanted = footprint.estimate(header, flags, projector=projector, draft=draft, gpus=gpus)
-        names = [*(f"gpu{number}" for number in range(gpus)), HOST]
+        names = [*(f"gpu{number}" for number in numbers), HOST]
         return Footprint(
             devices={
                 name: _corrected(share, wanted.devices.get(name, Share()), asked.devices.get(name, Share()))
@@ -157,7 +163,7 @@ def _question(flags: Flags, context: int) -> list[str]:
     """The flags it takes, in their usual spelling: the environment sets some, too."""
     words: list[str] = []
     for flag in flags.given:
-        if flag.name in _PASSED:
+        if flag.name in _PASSED and (flag.name in _ADD_UP or flag is flags.last(flag.name)):
             form = FORMS[flag.name]
             words += [(form.negations if flag.negated else form.spellings)[0], *flag.values]
     slots = 1 if flags.kv_unified else flags.slots

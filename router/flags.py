@@ -477,6 +477,13 @@ def argv(flags: Iterable[Flag]) -> list[str]:
     return [word for flag in flags for word in flag.words]
 
 
+def replaced(own: Sequence[str], added: Sequence[str]) -> list[str]:
+    """A command line with `added`, and without what of `own` says the same: a device that is not shown to the
+    engine is an error to it, also where a later flag names another."""
+    settled = {flag.name for flag in parse(added)}
+    return [*argv(flag for flag in parse(own) if flag.name not in settled), *added]
+
+
 class Flags:
     """What a command line and an environment say together; of several that say the same thing, the last."""
 

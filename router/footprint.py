@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate
 
@@ -250,13 +250,11 @@ def _estimate(parts: Iterable[_Part], cells: _Cells, projector: GGUF | None) -> 
         add(part.cache(cells))
         add(part.compute(cells))
     assert flags is not None
-    gpus = sorted((name for name in devices if name != HOST), key=lambda name: int(name[3:]))
     if projector is not None:
-        offloads = gpus and flags.switch("mmproj-offload", True)
-        add({gpus[0] if offloads else HOST: Share(projector=_projector_bytes(projector) / MIB)})
+        add({_projector_device(flags, _gpus_of(devices)): Share(projector=_projector_bytes(projector) / MIB)})
     cache_ram = flags.integer("cache-ram", _CACHE_RAM_MIB)
     return Footprint(
-        devices={name: devices[name] for name in (*gpus, HOST)},
+        devices={name: devices[name] for name in (*_gpus_of(devices), HOST)},
         provenance="llama.cpp's formulas applied to the file's header",
         context=cells.per_stream * cells.streams,
         host_cache_mib=None if cache_ram < 0 else cache_ram,
@@ -293,7 +291,7 @@ def _weights(
     return nbytes
 
 
-def _placement(layers: int, flags: Flags, gpus: int, *, draft: bool) -> Callable[[int], str]:
+def _placement(layers: int, flags: Flags, gpus: Sequence[int], *, draft: bool) -> Callable[[int], str]:
     """The device of each layer (`get_layer_buft_list` in src/llama-model.cpp).
 
     Without `--tensor-split`, llama.cpp divides by free memory, which is not known here: GPUs count as equal.
@@ -304,24 +302,38 @@ def _placement(layers: int, flags: Flags, gpus: int, *, draft: bool) -> Callable
     on_gpu = min(wanted, everything) if wanted >= 0 else everything
     first = everything - on_gpu
     main = flags.integer("main-gpu", 0)
-    if gpus == 0 or on_gpu == 0:
+    if not gpus or on_gpu == 0:
         return lambda _: HOST
     if flags.text("split-mode", "layer") == "none":
-        return lambda layer: HOST if layer < first else f"gpu{main}"
+        only = f"gpu{gpus[main] if 0 <= main < len(gpus) else gpus[0]}"
+        return lambda layer: HOST if layer < first else only
     split = flags.last("tensor-split")
-    parts = list(split.numbers() if split else ())[:gpus]
-    parts += [0.0] * (gpus - len(parts))
+    parts = list(split.numbers() if split else ())[: len(gpus)]
+    parts += [0.0] * (len(gpus) - len(parts))
     if min(parts) < 0 or not any(parts):
-        parts = [1.0] * gpus
+        parts = [1.0] * len(gpus)
     ends = [end / sum(parts) for end in accumulate(parts)]
-    return lambda layer: HOST if layer < first else f"gpu{bisect_right(ends[:-1], (layer - first) / on_gpu)}"
+
+    def device_of(layer: int) -> str:
+        return HOST if layer < first else f"gpu{gpus[bisect_right(ends[:-1], (layer - first) / on_gpu)]}"
+
+    return device_of
 
 
-def _usable_gpus(flags: Flags, gpus: int, *, draft: bool) -> int:
+def gpu_numbers(text: str) -> list[int]:
+    """Of `CUDA1,CUDA0`, as the engine counts them; -1 for what has another kind of name, nothing for `none`."""
+    names = [name.strip() for name in text.split(",")]
+    found = [re.fullmatch(r"[A-Za-z]+(\d+)", name) for name in names if name != "none"]
+    return [int(name[1]) if name is not None else -1 for name in found]
+
+
+def _usable_gpus(flags: Flags, gpus: int, *, draft: bool) -> list[int]:
+    """Their numbers, in the order in which layers are given to them."""
     flag = (flags.last("spec-draft-device") if draft else None) or flags.last("device")
     if flag is None:
-        return gpus
-    return 0 if flag.text == "none" else min(gpus, len(flag.text.split(",")))
+        return list(range(gpus))
+    numbers = gpu_numbers(flag.text)
+    return numbers if all(0 <= number < gpus for number in numbers) else list(range(min(gpus, len(numbers))))
 
 
 def _overrides(flags: Flags, *, draft: bool) -> list[tuple[re.Pattern[str], str]]:
@@ -369,6 +381,19 @@ def _count(flags: Flags, name: str, default: int) -> int:
 def _predicts_tokens(flags: Flags) -> bool:
     """Whether the layers that predict further tokens are loaded (`load_mtp` in common/common.cpp)."""
     return "draft-mtp" in flags.text("spec-type", "").split(",")
+
+
+def _gpus_of(devices: Iterable[str]) -> list[str]:
+    return sorted((name for name in devices if name != HOST), key=lambda name: int(name[3:]))
+
+
+def _projector_device(flags: Flags, used: Sequence[str]) -> str:
+    """`used` are the GPUs that the model itself is on."""
+    named = flags.last("mmproj-device")
+    if not used or not flags.switch("mmproj-offload", True) or (named is not None and named.text == "none"):
+        return HOST
+    number = gpu_numbers(named.text)[0] if named is not None else -1
+    return f"gpu{number}" if number >= 0 else used[0]
 
 
 def _projector_bytes(projector: GGUF) -> int:

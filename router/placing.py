@@ -20,7 +20,7 @@ from typing import TypeVar
 from router.config import ModelConfig, System
 from router.devices import visible
 from router.flags import FlagError, Flags
-from router.footprint import HOST
+from router.footprint import HOST, gpu_numbers
 from router.learning import Identity, Learned
 from router.messages import Placement
 from router.sizing import EngineKind, Size, Sizer, Unusable, read_files
@@ -30,7 +30,7 @@ T = TypeVar("T")
 LEAST_CONTEXT = 4096
 """As in llama-server's `--fit` (common/common.h)."""
 _CONTEXT_STEP = 1024
-_COUNTS_GPUS = ("tensor-split", "spec-draft-device", "rpc")
+_NAMES_GPUS = ("device", "spec-draft-device", "mmproj-device")
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 _NO_GPU = ("", "-1", "none", "NoDevFiles")
 
@@ -271,20 +271,28 @@ class _Places:
         if (named := self._named_by_variables()) is not None:
             return _group(named)
         overrides = self._flags.last("override-tensor")
-        if any(self._flags.last(name) for name in _COUNTS_GPUS) or (
-            overrides is not None and re.search(r"=[A-Za-z]+\d", overrides.text)
-        ):
+        if self._flags.last("rpc") or (overrides is not None and re.search(r"=[A-Za-z]+\d", overrides.text)):
             return _group(gpus)
         if device is not None:
-            names = [re.fullmatch(r"([A-Za-z]+)(\d+)", name.strip()) for name in device.text.split(",")]
-            counted = [(name[1], int(name[2])) for name in names if name is not None]
-            if len(counted) < len(names) or any(number >= len(gpus) for _, number in counted):
-                return _group(gpus)
-            anew = ",".join(f"{kind}{place}" for place, (kind, _) in enumerate(counted))
-            return _group([gpus[number] for _, number in counted], ("--device", anew))
+            return self._named_by_flags()
+        if any(self._flags.last(name) for name in ("tensor-split", *_NAMES_GPUS)):
+            return _group(gpus)
         if main is not None and not self._may_divide and main.integer(low=0) < len(gpus):
             return _group([gpus[main.integer()]], ("--main-gpu", "0"))
         return _group(gpus) if main is not None else None
+
+    def _named_by_flags(self) -> _Group:
+        """The GPUs of `--device`, then those that other flags name besides; all if one is none of ours."""
+        gpus = self._ground.gpus
+        flags = [flag for name in _NAMES_GPUS if (flag := self._flags.last(name)) is not None]
+        numbers = [number for flag in flags for number in gpu_numbers(flag.text)]
+        if not all(0 <= number < len(gpus) for number in numbers):
+            return _group(gpus)
+        shown = list(dict.fromkeys(numbers))
+        added: list[str] = []
+        for flag in flags:
+            added += [f"--{flag.name}", re.sub(r"\d+", lambda found: str(shown.index(int(found[0]))), flag.text)]
+        return _group([gpus[number] for number in shown], tuple(added))
 
     def _named_by_variables(self) -> list[Site] | None:
         """The GPUs that variables of the entry show to the engine; None if they say nothing of that."""

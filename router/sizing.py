@@ -18,7 +18,7 @@ from pathlib import Path
 
 from router import fit_params, footprint, gguf
 from router.engine import Binary
-from router.flags import Flags
+from router.flags import Flags, argv, replaced
 from router.footprint import HOST, Footprint, Share
 from router.gguf import GGUF
 from router.learning import Identity, Learned, files_of
@@ -223,8 +223,8 @@ class Sizer:
         )
 
     def flags_with(self, added: tuple[str, ...]) -> Flags:
-        own = (word for flag in self.flags.given if flag.index >= 0 for word in flag.words)
-        return Flags([*own, *added], self._environ)
+        own = argv(flag for flag in self.flags.given if flag.index >= 0)
+        return Flags(replaced(own, added), self._environ)
 
     def ratio(self, gpus: int) -> Mapping[str, float]:
         """Measured to estimated, per device."""

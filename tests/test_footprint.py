@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import Blueprint, gguf_bytes, write_llama, write_projector
 
@@ -268,6 +268,7 @@ ARCHITECTURES = ["llama", "gemma3", "gemma3n", "gemma4", "exaone4", "jamba", "qw
 
 
 @given(st.sampled_from(ARCHITECTURES), st.dictionaries(st.sampled_from(KEYS), VALUES))
+@settings(deadline=2000)
 def test_a_file_may_say_anything(architecture: str, said: dict[str, tuple[str, Any]]) -> None:
     keys = [(f"{architecture}.{key}", kind, value) for key, (kind, value) in said.items()]
     raw = gguf_bytes([("general.architecture", "str", architecture), *keys])

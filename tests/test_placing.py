@@ -136,6 +136,19 @@ def test_on_the_host_the_context_is_settled_too(qwen: Path) -> None:
     [
         (("--device", "CUDA1"), {}, ("gpu1",), ("--device", "CUDA0")),
         (("--device", "CUDA2,CUDA0"), {}, ("gpu2", "gpu0"), ("--device", "CUDA0,CUDA1")),
+        (
+            ("--device", "CUDA1,CUDA2", "--tensor-split", "1,3"),
+            {},
+            ("gpu1", "gpu2"),
+            ("--device", "CUDA0,CUDA1"),
+        ),
+        (
+            ("--device", "CUDA2", "--mmproj-device", "CUDA0"),
+            {},
+            ("gpu2", "gpu0"),
+            ("--device", "CUDA0", "--mmproj-device", "CUDA1"),
+        ),
+        (("--device", "CUDA7"), {}, ("gpu0", "gpu1", "gpu2"), ()),
         (("--split-mode", "none", "--main-gpu", "2"), {}, ("gpu2",), ("--main-gpu", "0")),
         (("--tensor-split", "1,0,3"), {}, ("gpu0", "gpu1", "gpu2"), ()),
         (("-ot", "exps=CUDA1"), {}, ("gpu0", "gpu1", "gpu2"), ()),
@@ -156,6 +169,19 @@ def test_of_a_gpu_that_its_flags_leave_out_it_takes_nothing(qwen: Path) -> None:
     flags = ("-c", "4096", "--tensor-split", "1,0,3")
     (only,) = look(qwen, ground(gpu(0, 24000), gpu(1, 24000), gpu(2, 24000)), *flags).alternatives
     assert set(only.placement) == {"gpu0", "gpu2", "host"}
+
+
+def test_what_is_named_is_booked_where_it_is(qwen: Path) -> None:
+    where = ground(gpu(0, 24000), gpu(1, 24000), gpu(2, 24000))
+    flags = ("-c", "4096", "--device", "CUDA1,CUDA2", "--tensor-split", "1,3")
+    (divided,) = look(qwen, where, *flags).alternatives
+    assert divided.placement["gpu2"] > 2 * divided.placement["gpu1"]
+    (second,) = look(
+        qwen, where, "-c", "4096", "--device", "CUDA1", env={"CUDA_VISIBLE_DEVICES": "2,0"}
+    ).alternatives
+    assert (second.gpus, set(second.placement)) == (("gpu2", "gpu0"), {"gpu0", "host"}), (
+        "it counts what it is shown"
+    )
 
 
 def test_split_mode_none_keeps_it_on_one_gpu(qwen: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Router, Start, eventually, models
+from conftest import Router, Start, eventually, fake, models
 from played_nvml import DRIVER_NOT_LOADED, Fault, Gpu, PlayedGpus, llama_server
 
 Environ = dict[str, str]
@@ -40,6 +40,22 @@ def test_an_entry_may_choose_its_gpus_itself(start: Start, tiny: Path, gpus: Pla
     router = start({"models": own}, **environ)
     assert router.chat("a").status_code == 200
     assert environ_of_engine(router)["CUDA_VISIBLE_DEVICES"] == "1"
+
+
+def test_an_engine_is_told_of_no_gpu_that_it_is_not_shown(
+    start: Start, tiny: Path, gpus: PlayedGpus, tmp_path: Path
+) -> None:
+    gpus.set(Gpu(), Gpu())
+    environ = {**gpus.environ, "LLAMA_SERVER_PATH": fake(tmp_path), "LLAMA_ARG_DEVICE": "CUDA1"}
+    router = start({"models": models(tiny, "a", flags=["-c", "1024", "--device", "CUDA1"])}, **environ)
+    assert router.chat("a").status_code == 200
+    (engine,) = router.engines
+    assert engine.environ()["CUDA_VISIBLE_DEVICES"] == gpus.gpus[1].uuid
+    assert engine.environ()["LLAMA_ARG_DEVICE"] == "CUDA0"
+    words = engine.cmdline()
+    assert [words[place + 1] for place, word in enumerate(words) if word == "--device"] == ["CUDA0"], (
+        "llama-server takes a device that is not there for an error, also where a later flag names another"
+    )
 
 
 def test_no_gpu_is_touched_where_none_may_be_used(
