@@ -433,10 +433,21 @@ def _touchable(parameters: _Names) -> _Names:
 Parameters = Annotated[dict[str, JsonValue], AfterValidator(_touchable)]
 
 
+class Turn(Section):
+    """One message of an example."""
+
+    role: Literal["user", "assistant"] = Field(description="Who says it.")
+    content: str = Field(description="What is said.")
+
+
 class AliasEntry(Section):
     """A further name of a model, and what it changes in requests on their way to the engine that both share."""
 
-    uses: str = Field(min_length=1, description="The model, by its own alias.")
+    uses: str = Field(
+        min_length=1,
+        description="The model, by its own alias. An alias may have the name of its model: then all who ask for "
+        "that name get what it changes.",
+    )
     defaults: Parameters = Field(
         default={}, description="Parameters of a request that its client has left out, or set to null."
     )
@@ -451,6 +462,12 @@ class AliasEntry(Section):
     )
     system_prompt_replaces: bool = Field(
         default=False, description="Drop the client's own system prompts if there is a system_prompt."
+    )
+    system_prompt_yields: bool = Field(
+        default=False, description="Leave the system_prompt out where the client has one of its own."
+    )
+    messages: Annotated[tuple[Turn, ...], Field(strict=False)] = Field(
+        default=(), description="Examples: turns that go before the client's own, after the system prompt."
     )
     priority: PriorityName | None = Field(
         default=None, description="Priority of requests that name none; null means the model's."
@@ -511,13 +528,15 @@ class AliasConfig:
     removed: tuple[str, ...] = ()
     system_prompt: str = ""
     system_prompt_replaces: bool = False
+    system_prompt_yields: bool = False
+    messages: tuple[Mapping[str, str], ...] = ()
     priority: PriorityName | None = None
     description: str = ""
 
     @property
     def rewrites(self) -> bool:
         """Whether a request's body is changed at all."""
-        return bool(self.defaults or self.forced or self.removed or self.system_prompt)
+        return bool(self.defaults or self.forced or self.removed or self.system_prompt or self.messages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -531,7 +550,7 @@ class Config:
     @property
     def names(self) -> list[str]:
         """All that a client may ask for."""
-        return [*self.models, *self.aliases]
+        return list(dict.fromkeys((*self.models, *self.aliases)))
 
 
 class _Untitled(GenerateJsonSchema):

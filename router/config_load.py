@@ -253,7 +253,7 @@ class _Draft:
                 if not hub.is_alias(found.alias):
                     self.warnings.append(f"{found.path} is not served: nothing can be called {found.alias!r}")
                     continue
-                if isinstance(aliases, dict) and found.alias in aliases:
+                if isinstance(aliases, dict) and _model_named(aliases, found.alias) not in (None, found.alias):
                     self.warnings.append(f"{found.path} is not served: an alias has the same name")
                     continue
                 files = {"model_path": str(found.path)}
@@ -469,11 +469,11 @@ class _Draft:
         path = ("aliases", name)
         if not hub.is_alias(name):
             self.problem(path, "an alias is one or more printable characters without spaces")
-        if name in models:
-            self.problem(path, "there is a model of this name")
         entry = self.section(AliasEntry, path, uses=_UNKNOWN)
         if entry is None:
             return None
+        if name in models and entry.uses != name:
+            self.problem(path, "there is a model of this name")
         uses = (*path, "uses")
         if entry.uses in aliases and entry.uses not in models:
             self.problem(uses, f"{entry.uses!r} is an alias itself; name the model")
@@ -483,10 +483,13 @@ class _Draft:
                 self.problem(uses, message)
             else:  # on this machine, or any more
                 self.warn(uses, message)
+        if entry.system_prompt_replaces and entry.system_prompt_yields:
+            self.problem(path, "system_prompt_replaces and system_prompt_yields cannot both be true")
         named = [*entry.defaults, *entry.forced, *entry.removed]
         for parameter in sorted({parameter for parameter in named if named.count(parameter) > 1}):
             self.problem(path, f"{parameter!r} may stand in one of defaults, forced and removed, and once")
-        return AliasConfig(alias=name, **dict(entry))
+        messages = tuple(turn.model_dump() for turn in entry.messages)
+        return AliasConfig(**{**dict(entry), "alias": name, "messages": messages})
 
     def parts(self, path: KeyPath, file: Path) -> list[Path]:
         """The files of a model: one, unless it is split."""
@@ -587,8 +590,15 @@ _PARAMS = {
     "chat_template": "chat-template",
     "embedding": "embedding",
 }
+
 _SAME = {"load-mode": ("load-mode", "mmap", "mlock", "direct-io")}
 """Flags that say the same thing: older engines know `--no-mmap`, newer ones `--load-mode`."""
+
+
+def _model_named(aliases: Mapping[str, Any], name: str) -> object:
+    """What an alias stands for, as it is written; None if there is none of this name."""
+    entry = aliases.get(name)
+    return entry.get("uses") if isinstance(entry, dict) else entry
 
 
 def _from_text(field: FieldInfo, text: str) -> Any:

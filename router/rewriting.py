@@ -1,4 +1,4 @@
-"""What an alias changes in a request: parameters set, replaced or removed, and a system prompt.
+"""What an alias changes in a request: parameters set, replaced or removed, a system prompt, and examples.
 
 Only top-level keys and the list of messages are looked at; all other values are copied as the bytes that they are.
 Knows no routes but by where they keep a system prompt, and nothing of multipart bodies.
@@ -6,7 +6,7 @@ Knows no routes but by where they keep a system prompt, and nothing of multipart
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -45,7 +45,7 @@ _encode = msgspec.json.encode
 def rewritten(body: bytes, path: str, alias: AliasConfig) -> bytes:
     """The body, a JSON object, as the engine is to get it. Of a key that is there twice, the last one counts.
 
-    Parameters go before the system prompt. What is not of the shape that its route demands stays as it is, for
+    Parameters go before the messages. What is not of the shape that its route demands stays as it is, for
     the engine to refuse. Raises ApiError for a body that cannot be read.
     """
     try:
@@ -57,7 +57,7 @@ def rewritten(body: bytes, path: str, alias: AliasConfig) -> bytes:
         for key, value in alias.defaults.items():
             if not any(_is_set(fields.get(name)) for name in _names_of(key)):
                 fields[key] = value
-        if alias.system_prompt:
+        if alias.system_prompt or alias.messages:
             _instruct(fields, path.removeprefix("/v1"), alias)
         return _encode(fields)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
@@ -74,37 +74,57 @@ def _is_set(value: Any) -> bool:
 
 def _instruct(fields: dict[str, Any], path: str, alias: AliasConfig) -> None:
     if path in _MESSAGES:
-        turns = _items(fields.get("messages"))
+        turns = _turns(fields.get("messages"))
         if turns is not None:
-            fields["messages"] = _with_prompt(turns, alias)
+            fields["messages"] = _with_examples(_with_prompt(turns, alias), alias.messages)
     elif path in _FIELDS:
         own, messages = _FIELDS[path]
+        turns, examples = _turns(fields.get(messages)), alias.messages
+        if examples and messages == "input":
+            examples = tuple({"type": "message", **turn} for turn in examples)
+            if isinstance(_value(fields.get(messages)), str):  # what the user says
+                turns = [{"role": "user", "content": fields[messages]}]
         said = _value(fields.get(own))
-        if not alias.system_prompt_replaces:
+        if alias.system_prompt and alias.system_prompt_replaces:
+            said = None
+            turns = turns and _without_prompts(turns)
+        if alias.system_prompt and not (alias.system_prompt_yields and (said or _begins_with_prompt(turns))):
             fields[own] = _joined(alias.system_prompt, said)
-            return
-        fields[own] = alias.system_prompt
-        turns = _items(fields.get(messages))
         if turns is not None:
-            fields[messages] = _without_prompts(turns)
+            fields[messages] = _with_examples(turns, examples)
 
 
-def _with_prompt(turns: list[msgspec.Raw], alias: AliasConfig) -> list[Any]:
+def _with_prompt(turns: list[Any], alias: AliasConfig) -> list[Any]:
     """One system prompt, and first: many chat templates take no other."""
     prompt = alias.system_prompt
+    if not prompt:
+        return turns
     if alias.system_prompt_replaces:
         return [{"role": "system", "content": prompt}, *_without_prompts(turns)]
-    if turns and _is_prompt(turns[0]):
-        first = _fields_of(turns[0])
-        return [{**first, "content": _joined(prompt, _value(first.get("content")))}, *turns[1:]]
-    return [{"role": "system", "content": prompt}, *turns]
+    if not _begins_with_prompt(turns):
+        return [{"role": "system", "content": prompt}, *turns]
+    if alias.system_prompt_yields:
+        return turns
+    first = _fields_of(turns[0])
+    return [{**first, "content": _joined(prompt, _value(first.get("content")))}, *turns[1:]]
 
 
-def _without_prompts(turns: list[msgspec.Raw]) -> list[msgspec.Raw]:
+def _with_examples(turns: list[Any], examples: Iterable[Mapping[str, str]]) -> list[Any]:
+    prompts = 1 if _begins_with_prompt(turns) else 0
+    return [*turns[:prompts], *examples, *turns[prompts:]]
+
+
+def _begins_with_prompt(turns: list[Any] | None) -> bool:
+    return turns is not None and turns != [] and _is_prompt(turns[0])
+
+
+def _without_prompts(turns: list[Any]) -> list[Any]:
     return [turn for turn in turns if not _is_prompt(turn)]
 
 
-def _is_prompt(turn: msgspec.Raw) -> bool:
+def _is_prompt(turn: msgspec.Raw | dict[str, Any]) -> bool:
+    if isinstance(turn, dict):
+        return turn["role"] in _SYSTEM_ROLES
     try:
         return _role_of(turn).role in _SYSTEM_ROLES
     except msgspec.ValidationError:  # not an object
@@ -120,9 +140,9 @@ def _joined(prompt: str, said: Any) -> Any:
     return [{"type": "text", "text": f"{prompt}\n\n"}, *said] if isinstance(said, list) else said
 
 
-def _items(raw: Any) -> list[msgspec.Raw] | None:
+def _turns(raw: Any) -> list[Any] | None:
     try:
-        return _items_of(raw) if isinstance(raw, msgspec.Raw) else None
+        return list(_items_of(raw)) if isinstance(raw, msgspec.Raw) else None
     except msgspec.ValidationError:  # not a list
         return None
 

@@ -96,11 +96,10 @@ def wish_of(model: object, streams: bool, headers: Mapping[bytes, bytes], config
         raise ApiError(400, "model_required", f"Name a `model`: {some_of(config.names)}.", "model")
     if not isinstance(model, str):
         raise ApiError(400, "invalid_model", f"`model` must be a string, not {type(model).__name__}.", "model")
-    known = config.models.get(model)
-    asked_as = None
+    asked_as = config.aliases.get(model)
+    known = config.models.get(model) if asked_as is None else None
     if known is None:
         known = model_of(model, config)
-        asked_as = config.aliases[model]
     wanted = headers.get(b"x-request-priority")
     if wanted is not None:
         priority = _priority(wanted)

@@ -23,7 +23,7 @@ from router import logs
 from router.api.auth import Keyring
 from router.api.browsers import Browsers
 from router.app import create_app
-from router.config import Api, Config, System
+from router.config import AliasConfig, Api, Config, ModelConfig, System
 from router.config_errors import ConfigError
 from router.config_load import Loaded
 from router.crowd import Door
@@ -393,12 +393,16 @@ class _Service:
 
 def _changes(before: Config, after: Config) -> dict[str, list[str]]:
     """Aliases, by what became of them."""
-    old, new = {**before.models, **before.aliases}, {**after.models, **after.aliases}
+    old, new = ({name: _what_is(name, config) for name in config.names} for config in (before, after))
     return {
         "added": sorted(new.keys() - old.keys()),
         "removed": sorted(old.keys() - new.keys()),
         "changed": sorted(alias for alias in old.keys() & new.keys() if old[alias] != new[alias]),
     }
+
+
+def _what_is(name: str, config: Config) -> tuple[ModelConfig | None, AliasConfig | None]:
+    return config.models.get(name), config.aliases.get(name)
 
 
 def _most_clients(api: Api) -> int:

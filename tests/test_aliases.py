@@ -15,6 +15,7 @@ from router.queue import Priority
 from router.rewriting import rewritten
 from router.routing import read_wish
 
+EXAMPLES = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
 ALIASES: dict[str, Any] = {
     "gpt-4o-mini": "a",
     "short": {"uses": "a", "defaults": {"max_tokens": 2}},
@@ -22,6 +23,7 @@ ALIASES: dict[str, Any] = {
     "one": {"uses": "a", "removed": ["temperature"], "priority": "low", "description": "One at a time"},
     "pirate": {"uses": "a", "system_prompt": "You are a pirate."},
     "only-pirate": {"uses": "a", "system_prompt": "You are a pirate.", "system_prompt_replaces": True},
+    "polite": {"uses": "a", "system_prompt": "Be kind.", "system_prompt_yields": True, "messages": EXAMPLES},
 }
 
 
@@ -46,7 +48,7 @@ def prompt(router: Router, model: str, *messages: dict[str, Any]) -> str:
 
 def test_all_names_of_a_model_share_its_engine(router: Router) -> None:
     answers = [router.chat(name) for name in ("a", *ALIASES)]
-    assert [answer.status_code for answer in answers] == [200] * 7
+    assert [answer.status_code for answer in answers] == [200] * 8
     assert {answer.headers["x-model-alias"] for answer in answers} == {"a"}
     assert len(router.engines) == 1
     assert 'model="a"' in router.http.get("/metrics").text
@@ -80,6 +82,13 @@ def test_a_system_prompt_goes_before_the_clients_own(router: Router) -> None:
     assert prompt(router, "pirate", own, user) == both
 
 
+def test_examples_and_a_system_prompt_that_yields(router: Router) -> None:
+    user = {"role": "user", "content": "hi"}
+    own, kind = ({"role": "system", "content": text} for text in ("Be brief.", "Be kind."))
+    assert prompt(router, "polite", user) == prompt(router, "a", kind, *EXAMPLES, user)
+    assert prompt(router, "polite", own, user) == prompt(router, "a", own, *EXAMPLES, user)
+
+
 def test_a_system_prompt_reaches_every_way_to_chat(router: Router) -> None:
     def counted(path: str, model: str, **body: Any) -> int:
         count: int = router.http.post(path, json={"model": model, **body}).json()["input_tokens"]
@@ -94,6 +103,11 @@ def test_a_system_prompt_reaches_every_way_to_chat(router: Router) -> None:
     said = counted(path, "a", input="hi", instructions="You are a pirate.")
     assert counted(path, "pirate", input="hi") == said
     assert counted(path, "only-pirate", input="hi", instructions="Be kind.") == said
+    turns = [*EXAMPLES, {"role": "user", "content": "hi"}]
+    said = counted("/v1/messages/count_tokens", "a", messages=turns, system="Be kind.")
+    assert counted("/v1/messages/count_tokens", "polite", messages=turns[2:]) == said
+    assert counted(path, "polite", input="hi") == said
+    assert counted(path, "polite", input=turns[2:], instructions="Be kind.") == said
 
 
 def test_a_system_prompt_is_nothing_to_routes_without_messages(router: Router) -> None:
@@ -192,6 +206,13 @@ def test_only_a_name_that_changes_something_touches_the_body() -> None:
     wish = read_wish(b'{"model": "low"}', {}, CONFIG)
     assert (wish.alias, wish.priority, wish.asked_as) == ("a", Priority.LOW, CONFIG.aliases["low"])
     assert read_wish(b'{"model": "low"}', {b"x-request-priority": b"1"}, CONFIG).priority is Priority.HIGH
+
+
+def test_an_alias_with_the_name_of_its_model_holds_for_all_who_ask_for_it() -> None:
+    own = AliasConfig("a", "a", defaults={"seed": 1})
+    config = Config(models=CONFIG.models, aliases={"a": own})
+    assert read_wish(b'{"model": "a"}', {}, config) == ("a", False, Priority.HIGH, own)
+    assert config.names == ["a"]
 
 
 def change(body: Any, path: str = "/v1/chat/completions", **alias: Any) -> Any:

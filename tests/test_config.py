@@ -829,15 +829,17 @@ def test_an_alias_is_a_name_or_what_it_changes(tmp_path: Path) -> None:
 def test_all_that_is_wrong_with_aliases_is_said_at_once(tmp_path: Path) -> None:
     write_llama(tmp_path / "qwen.gguf")
     aliases = {
-        "qwen": "qwen",
+        "qwen": "other",
         "typo": "qwem",
         "chain": "typo",
         "n": {"uses": "qwen", "defaults": {"model": "x"}, "forced": {"t": 1}, "removed": ["stream"]},
         "twice": {"uses": "qwen", "defaults": {"t": 1}, "forced": {"t": 2}},
+        "both": {"uses": "qwen", "system_prompt_replaces": True, "system_prompt_yields": True},
         "bad": 7,
         "short": {"use": "qwen"},
     }
-    content = {"models": {"qwen": {"model_path": "qwen.gguf"}}, "aliases": aliases}
+    qwen = {"model_path": "qwen.gguf"}
+    content = {"models": {"qwen": qwen, "other": qwen}, "aliases": aliases}
     assert problems(tmp_path, content, check_files=True) == [
         "config.json: aliases.qwen: there is a model of this name",
         "config.json: aliases.typo.uses: there is no model 'qwem'; did you mean qwen?",
@@ -845,6 +847,7 @@ def test_all_that_is_wrong_with_aliases_is_said_at_once(tmp_path: Path) -> None:
         "config.json: aliases.n.defaults: 'model' cannot be changed: clients and router go by it",
         "config.json: aliases.n.removed: 'stream' cannot be changed: clients and router go by it",
         "config.json: aliases.twice: 't' may stand in one of defaults, forced and removed, and once",
+        "config.json: aliases.both: system_prompt_replaces and system_prompt_yields cannot both be true",
         "config.json: aliases.bad: should hold keys with values",
         "config.json: aliases.short.uses: is required",
         "config.json: aliases.short.use: unknown key; did you mean uses?",

@@ -28,8 +28,8 @@ async def list_models(request: Request) -> dict[str, Any]:
     cards = {card["id"]: card for card in await asyncio.to_thread(lambda: [card_of(model) for model in models])}
     for alias, card in cards.items():
         card["status"] = status_of(dispatcher, alias)
-    further = [_named(cards[alias.uses], alias) for alias in config.aliases.values()]
-    return {"object": "list", "data": [*cards.values(), *further]}
+    named = {name: _named(cards[alias.uses], alias) for name, alias in config.aliases.items()}
+    return {"object": "list", "data": list({**cards, **named}.values())}
 
 
 @router.get("/v1/models/{alias:path}")
@@ -50,7 +50,8 @@ def status_of(dispatcher: Dispatcher, alias: str) -> str:
 def _named(card: dict[str, Any], alias: AliasConfig) -> dict[str, Any]:
     """A model's card under another name."""
     described = {"description": alias.description} if alias.description else {}
-    return {**card, "id": alias.alias, "uses": alias.uses, **described}
+    further = {"uses": alias.uses} if alias.uses != alias.alias else {}
+    return {**card, "id": alias.alias, **further, **described}
 
 
 def card_of(model: ModelConfig) -> dict[str, Any]:
