@@ -15,10 +15,11 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router import __version__
-from router.api import memory, models, monitoring, ollama, openai, pulls
+from router.api import live, memory, models, monitoring, ollama, openai, pulls
 from router.api.auth import OPEN_PATHS, Keyring
 from router.api.browsers import Browsers
 from router.api.errors import ApiError
+from router.api.live import Live
 from router.api.openapi import describe
 from router.dispatcher import Dispatcher
 from router.downloads import Downloads
@@ -31,7 +32,7 @@ _OPERATORS_PAGES = ("/v1/logs/", "/v1/health/models", "/v1/models/pull")
 """They quote what engines say, or tell of downloads."""
 
 _READ_BY_POST = frozenset({"/api/show"})
-_PAGES = (pulls.router, models.router, openai.router, ollama.router, memory.router, monitoring.router)
+_PAGES = (pulls.router, live.router, models.router, openai.router, ollama.router, memory.router, monitoring.router)
 _LARGEST_PAGE_BODY = 1 << 20
 
 
@@ -84,6 +85,7 @@ def _pages(dispatcher: Dispatcher, keyring: Keyring, reload: Reload, downloads: 
     app.state.reload = reload
     app.state.downloads = downloads
     app.state.metrics = Metrics(dispatcher)
+    app.state.live = Live(dispatcher)
     app.state.telemetry = Telemetry(time.monotonic)
     dispatcher.events.listen(app.state.telemetry.note)
     for pages in _PAGES:
@@ -92,17 +94,7 @@ def _pages(dispatcher: Dispatcher, keyring: Keyring, reload: Reload, downloads: 
                 route.methods.add("HEAD")  # what monitors and load balancers like to ask with
         app.include_router(pages)
 
-    @app.middleware("http")
-    async def authorize(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        if request.scope["path"] not in OPEN_PATHS:
-            path = request.scope["path"]
-            reads = request.method in ("GET", "HEAD") or path in _READ_BY_POST
-            manages = not reads or path.startswith(_OPERATORS_PAGES)
-            try:
-                keyring.check(request.headers.raw, manages=manages)
-            except ApiError as error:
-                return _answer(request.scope["path"], error)
-        return await call_next(request)
+    app.add_middleware(_Doorkeeper, keyring=keyring)
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
@@ -143,6 +135,26 @@ def _pages(dispatcher: Dispatcher, keyring: Keyring, reload: Reload, downloads: 
         )
 
     return app
+
+
+class _Doorkeeper:
+    """Lets nobody in without the key that a page asks for. (FastAPI's own middleware hands on every part of every
+    answer through a queue and a task.)"""
+
+    def __init__(self, app: ASGIApp, keyring: Keyring) -> None:
+        self._app = app
+        self._keyring = keyring
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        if path not in OPEN_PATHS:
+            reads = scope["method"] in ("GET", "HEAD") or path in _READ_BY_POST
+            try:
+                self._keyring.check(scope["headers"], manages=not reads or path.startswith(_OPERATORS_PAGES))
+            except ApiError as error:
+                await _answer(path, error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 def _methods_of(request: Request) -> list[str]:

@@ -21,7 +21,7 @@ from router.accountant import Accountant
 from router.config import Config, MaxWait, ModelConfig, Patience, WaitFactor
 from router.devices import Devices
 from router.engine import Binary, EngineFailed, EngineOrder, EngineProcess, LogRing
-from router.events import EngineEnded, Events, LoadMoved, ModelChanged, ServerChanged
+from router.events import EngineEnded, Events, LoadMoved, ModelChanged, ModelsListed, ServerChanged
 from router.expectation import remaining_wait_sec
 from router.flags import replaced
 from router.launcher import Launcher
@@ -265,6 +265,7 @@ class Dispatcher:
         """Go by a new configuration. Engines whose entry did not change are not touched."""
         self.config = config
         self._configure()
+        self.events.publish(ModelsListed(time.time()))
 
     # --- requests ---------------------------------------------------------------------------------------
 

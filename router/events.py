@@ -1,15 +1,12 @@
-"""What happened, typed, and its fan-out to whoever watches.
+"""What happened, typed, and told to whoever listens: metrics, telemetry, logs, traces, streams.
 
-A subscriber has a bounded buffer. One that reads too slowly loses its own oldest events, and is told so; it
-never delays the router. This carries news, not commands: nothing in the router acts on it.
+This carries news, not commands: nothing in the router acts on it. Watchers over the network are the business of
+`api/streams.py`.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -57,6 +54,13 @@ class ServerChanged:
     at: float
 
 
+@dataclass(frozen=True, slots=True)
+class ModelsListed:
+    """Models came, went or changed by a new configuration."""
+
+    at: float
+
+
 class RequestDone(msgspec.Struct, frozen=True):
     """A request on the data plane is over. Published exactly once for each, after its last byte.
 
@@ -101,89 +105,18 @@ class RequestDone(msgspec.Struct, frozen=True):
         return 0.0 if self.ttft_sec is None else self.total_sec - self.ttft_sec
 
 
-@dataclass(frozen=True, slots=True)
-class Missed:
-    """The subscriber was too slow: this many events before the next one are lost to it."""
-
-    count: int
-
-
-Happening = ModelChanged | EngineEnded | LoadMoved | ServerChanged | RequestDone | Missed
-
-
-_KEPT = (ModelChanged, ServerChanged)
-"""What somebody who comes back may ask for again: few, and what they tell can't be read from anywhere else."""
-
-
-class Subscription:
-    """Iterate over it to get the events from now on, or from where `resumes`."""
-
-    def __init__(self, capacity: int) -> None:
-        self.last_id = 0
-        """Of the kept event that was yielded last."""
-        self.resumes = False
-        """What was missed comes first, and nothing of it is lost."""
-        self._buffer: deque[tuple[int, Happening]] = deque(maxlen=capacity)
-        self._missed = 0
-        self._arrived = asyncio.Event()
-
-    def put(self, number: int, happening: Happening) -> None:
-        if len(self._buffer) == self._buffer.maxlen:
-            self._missed += 1
-        self._buffer.append((number, happening))
-        self._arrived.set()
-
-    async def __aiter__(self) -> AsyncIterator[Happening]:
-        while True:
-            await self._arrived.wait()
-            self._arrived.clear()
-            if self._missed:
-                missed, self._missed = self._missed, 0
-                yield Missed(missed)
-            while self._buffer:
-                self.last_id, happening = self._buffer.popleft()
-                yield happening
+Happening = ModelChanged | ModelsListed | EngineEnded | LoadMoved | ServerChanged | RequestDone
 
 
 class Events:
-    """The bus."""
+    """The bus. Listeners are called at once, in the router's own time: they must be quick, and must not raise."""
 
-    def __init__(self, capacity: int = 1000) -> None:
-        self._capacity = capacity
+    def __init__(self) -> None:
         self._listeners: list[Callable[[Happening], None]] = []
-        self._subscribers: dict[type, set[Subscription]] = defaultdict(set)
-        """By kind: thousands who watch models cost the requests nothing."""
-        self._last_id = 0
-        self._kept: deque[tuple[int, Happening]] = deque(maxlen=capacity)
-
-    def publish(self, happening: Happening) -> None:
-        if isinstance(happening, _KEPT):
-            self._last_id += 1
-            self._kept.append((self._last_id, happening))
-        for listener in self._listeners:
-            listener(happening)
-        for subscription in self._subscribers[type(happening)]:
-            subscription.put(self._last_id, happening)
 
     def listen(self, listener: Callable[[Happening], None]) -> None:
-        """Have it called with every event, at once, in the router's own time: for what must not miss any."""
         self._listeners.append(listener)
 
-    @contextmanager
-    def subscribe(self, *kinds: type, after: int | None = None) -> Iterator[Subscription]:
-        """Events of these kinds; nobody is woken up for any other. `after`: the last id that was seen."""
-        subscription = Subscription(self._capacity)
-        subscription.last_id = self._last_id
-        first_kept = self._kept[0][0] if self._kept else 1
-        if after is not None and first_kept - 1 <= after <= self._last_id:
-            subscription.resumes = True
-            for number, happening in self._kept:
-                if number > after and isinstance(happening, kinds):
-                    subscription.put(number, happening)
-        for kind in kinds:
-            self._subscribers[kind].add(subscription)
-        try:
-            yield subscription
-        finally:
-            for kind in kinds:
-                self._subscribers[kind].discard(subscription)
+    def publish(self, happening: Happening) -> None:
+        for listener in self._listeners:
+            listener(happening)

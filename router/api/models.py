@@ -1,24 +1,19 @@
-"""Managing models: load, eject, reset, their state once and as a stream, and the reload of the configuration."""
+"""Managing models: load, eject, reset, their state, and the reload of the configuration."""
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import AsyncIterator
 from datetime import datetime, timezone
 from typing import Any
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
-from sse_starlette import ServerSentEvent
 from starlette.responses import JSONResponse
 
 from router.api.errors import ApiError, refused
 from router.api.openai import show_model
-from router.api.streams import EventStream
 from router.config_errors import ConfigError
 from router.dispatcher import Dispatcher, RunningEngine
-from router.events import LoadMoved, Missed, ModelChanged, ServerChanged
 from router.memory import Account
 from router.messages import Refusal
 from router.residency import Model
@@ -28,7 +23,6 @@ from router.waiting import why
 router = APIRouter(tags=["management"])
 
 _STATES = ("off", "loading", "ready", "draining", "stopping", "failed")
-_KEEP_ALIVE_SEC = 30
 
 
 class ModelName(BaseModel):
@@ -116,24 +110,13 @@ async def all_status(request: Request) -> dict[str, Any]:
     return full_status(request.app.state.dispatcher)
 
 
-@router.get("/v1/models/status/stream")
-async def status_stream(request: Request) -> EventStream:
-    """SSE: `full_status` first, then `model_update` and `server_update` as things change.
-
-    A client that comes back with `Last-Event-ID` gets what it missed instead, if that is still known.
-    """
-    dispatcher: Dispatcher = request.app.state.dispatcher
-    seen = _seen(dispatcher, request.headers.get("last-event-id", ""))
-    return EventStream(_status_events(dispatcher, seen), ping=_KEEP_ALIVE_SEC, ping_message_factory=_heartbeat)
-
-
 @router.get("/v1/models/{alias:path}/status")
 @router.get("/status/{alias:path}")
 async def model_status(alias: str, request: Request) -> dict[str, Any]:
     """One model's state."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     alias = model_of(alias, dispatcher.config).alias
-    return {"model": alias, **_status(dispatcher, alias)}
+    return {"model": alias, **status_of(dispatcher, alias)}
 
 
 @router.post("/v1/config/reload")
@@ -148,16 +131,16 @@ async def reload_config(request: Request) -> dict[str, Any]:
 
 
 def full_status(dispatcher: Dispatcher) -> dict[str, Any]:
-    models = {alias: _status(dispatcher, alias) for alias in dispatcher.config.models}
+    models = {alias: status_of(dispatcher, alias) for alias in dispatcher.config.models}
     by_status = {state: sum(m["status"] == state for m in models.values()) for state in _STATES}
     return {
-        "server": {"status": dispatcher.status, "started_at": _iso(dispatcher.started_at)},
+        "server": {"status": dispatcher.status, "started_at": iso(dispatcher.started_at)},
         "models": models,
         "summary": {"total": len(models), "by_status": by_status, **by_status},
     }
 
 
-def _status(dispatcher: Dispatcher, alias: str) -> dict[str, Any]:
+def status_of(dispatcher: Dispatcher, alias: str) -> dict[str, Any]:
     scheduler = dispatcher.scheduler
     model = scheduler.models[alias]
     engine = model.engine
@@ -186,7 +169,7 @@ def _status(dispatcher: Dispatcher, alias: str) -> dict[str, Any]:
         "waiting": len(model.queue),
         "why_waiting": why(model, time.monotonic()) if model.queue else None,
         "pinned": model.spec.pinned,
-        "updated_at": _iso(time.time()),
+        "updated_at": iso(time.time()),
     }
 
 
@@ -217,48 +200,7 @@ def memory(account: Account) -> dict[str, Any]:
     }
 
 
-async def _status_events(dispatcher: Dispatcher, seen: int | None) -> AsyncIterator[ServerSentEvent]:
-    kinds = (ModelChanged, LoadMoved, ServerChanged)
-    with dispatcher.events.subscribe(*kinds, after=seen) as happenings:
-
-        def event(name: str, data: dict[str, Any]) -> ServerSentEvent:
-            return ServerSentEvent(json.dumps(data), event=name, id=f"{_run(dispatcher)}-{happenings.last_id}")
-
-        if not happenings.resumes:
-            yield event("full_status", full_status(dispatcher))
-        async for happening in happenings:
-            match happening:
-                case ModelChanged(alias) if alias in dispatcher.scheduler.models:
-                    update = {**_status(dispatcher, alias), "status": happening.state, "reason": happening.reason}
-                    yield event("model_update", update)
-                case LoadMoved(alias) if alias in dispatcher.scheduler.models:
-                    yield event("model_update", _status(dispatcher, alias))
-                case ServerChanged(status, at):
-                    yield event("server_update", {"status": status, "at": _iso(at)})
-                    if status == "shutting_down":
-                        return
-                case Missed():
-                    yield event("full_status", full_status(dispatcher))
-                case _:
-                    pass
-
-
-def _run(dispatcher: Dispatcher) -> str:
-    """Tells the events of this run of the router from those of another."""
-    return f"{int(dispatcher.started_at * 1000):x}"
-
-
-def _seen(dispatcher: Dispatcher, last_event_id: str) -> int | None:
-    """The number of the last event that a client has seen; None when it was none of ours."""
-    run, _, number = last_event_id.partition("-")
-    return int(number) if run == _run(dispatcher) and number.isdecimal() and len(number) < 20 else None
-
-
-def _heartbeat() -> ServerSentEvent:
-    return ServerSentEvent(json.dumps({"timestamp": _iso(time.time())}), event="heartbeat")
-
-
-def _iso(at: float) -> str:
+def iso(at: float) -> str:
     return datetime.fromtimestamp(at, timezone.utc).isoformat(timespec="milliseconds")
 
 
@@ -266,4 +208,4 @@ def _wall(monotonic_sec: float) -> str | None:
     """A moment on the scheduler's clock as people's time; None when it never came."""
     if monotonic_sec == float("-inf"):
         return None
-    return _iso(time.time() - (time.monotonic() - monotonic_sec))
+    return iso(time.time() - (time.monotonic() - monotonic_sec))

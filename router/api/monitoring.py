@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -15,19 +14,14 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from router.api.streams import EventStream
 from router.dispatcher import Dispatcher, LastExit, Waiting
 from router.engine import LogRing, signal_name
-from router.events import ServerChanged, Subscription
-from router.messages import Placement
 from router.queue import Priority
-from router.readings import Device
-from router.residency import ENGINES
 from router.routing import model_of
 
 router = APIRouter(tags=["monitoring"])
 
 _LOG_LOOK_SEC = 0.25
 _MOST_SHOWN = 100
-_FIGURES_SEC = 2.0
-_READING_SEC = 0.5
+READING_SEC = 0.5
 """For the drivers to say how the GPUs are; then what they said last counts."""
 
 
@@ -70,15 +64,9 @@ async def ready(request: Request) -> JSONResponse:
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Prometheus text format, or OpenMetrics for those who accept it."""
-    await request.app.state.dispatcher.devices.read(_READING_SEC)
+    await request.app.state.dispatcher.devices.read(READING_SEC)
     text, content_type = request.app.state.metrics.exposition(request.headers.get("accept", ""))
     return Response(text, headers={"content-type": content_type})
-
-
-@router.get("/metrics/stream")
-async def metrics_stream(request: Request) -> EventStream:
-    """SSE: `metrics` every two seconds, `shutdown` at the end."""
-    return EventStream(_figures(request.app.state.dispatcher))
 
 
 @router.get("/metrics/report")
@@ -201,70 +189,4 @@ def _waiting(request: Waiting) -> dict[str, Any]:
         "waited_sec": round(request.waited_sec, 2),
         "expected_wait_sec": round(request.expected_sec, 2),
         "why": request.why,
-    }
-
-
-async def _figures(dispatcher: Dispatcher) -> AsyncIterator[ServerSentEvent]:
-    with dispatcher.events.subscribe(ServerChanged) as changes:
-        end = asyncio.ensure_future(_shut_down(changes))
-        try:
-            while dispatcher.status != "shutting_down":
-                await dispatcher.devices.read(_READING_SEC)
-                yield ServerSentEvent(json.dumps(_snapshot(dispatcher)), event="metrics")
-                await asyncio.wait({end}, timeout=_FIGURES_SEC)
-            yield ServerSentEvent("{}", event="shutdown")
-        finally:
-            end.cancel()
-
-
-async def _shut_down(changes: Subscription) -> None:
-    async for change in changes:
-        if isinstance(change, ServerChanged) and change.status == "shutting_down":
-            return
-
-
-def _snapshot(dispatcher: Dispatcher) -> dict[str, Any]:
-    scheduler = dispatcher.scheduler
-    models: dict[str, dict[str, Any]] = {}
-    for alias, model in scheduler.models.items():
-        engine = model.engine
-        models[alias] = {
-            "status": scheduler.state(alias),
-            "queue_length": len(model.queue),
-            "active_requests": len(engine.in_flight) if engine is not None else 0,
-            "vram_used_mb": sum(_memory(engine.placement).values()) if engine is not None else 0,
-        }
-    counts = dispatcher.counts.values()
-    return {
-        "timestamp": time.time(),
-        "server": {
-            "status": dispatcher.status,
-            "uptime_seconds": round(time.time() - dispatcher.started_at, 1),
-        },
-        "gpu": _gpu(dispatcher.devices.last.gpus),
-        "models": models,
-        "totals": {
-            "requests": sum(count.submitted for count in counts),
-            "processed": sum(count.served for count in counts),
-            "rejected": sum(count.rejected for count in counts),
-            "queued": sum(model["queue_length"] for model in models.values()),
-            "active": sum(model["active_requests"] for model in models.values()),
-        },
-    }
-
-
-def _memory(placement: Placement) -> dict[str, int]:
-    return {resource: amount for resource, amount in placement.items() if resource != ENGINES}
-
-
-def _gpu(gpus: Sequence[Device]) -> dict[str, Any]:
-    """All GPUs together, as they were read last."""
-    total, free = sum(gpu.total_mib for gpu in gpus), sum(gpu.free_mib for gpu in gpus)
-    busy = [gpu.utilization for gpu in gpus if gpu.utilization is not None]
-    return {
-        "vram_total_mb": total,
-        "vram_used_mb": total - free,
-        "vram_free_mb": free,
-        "vram_used_percent": round(100 * (total - free) / total, 1) if total else 0.0,
-        "utilization_percent": round(100 * sum(busy) / len(busy), 1) if busy else None,
     }

@@ -1,11 +1,20 @@
-"""Server-sent events of the router itself. A reader who stops reading is let go; a missed one reconnects."""
+"""Server-sent events of the router itself: each is encoded once, however many read it.
+
+A reader who stops reading is let go; one who is too slow, or was away for too long, starts anew with a snapshot.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator
+import math
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from itertools import islice
 from typing import Any
 
+import msgspec
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import SendTimeoutError
 from starlette.types import Receive, Scope, Send
@@ -14,12 +23,116 @@ _log = logging.getLogger("router")
 
 SEND_LIMIT_SEC = 30.0
 """For one event to leave once the connection is full: longer, and nobody reads it."""
+_AWOKEN_AT_ONCE = 25
+_SENT_AT_ONCE = 16
+_FRESH_SEC = 1.0
+
+_encode = msgspec.json.Encoder().encode
+
+
+def frame(name: str, document: object, identity: str = "") -> bytes:
+    """One event, as it is sent. `document` is made JSON of."""
+    head = f"id: {identity}\nevent: {name}\ndata: " if identity else f"event: {name}\ndata: "
+    return b"%b%b\n\n" % (head.encode(), _encode(document))
+
+
+class Shared:
+    """What is made when it is asked for, and for a second after that not again."""
+
+    def __init__(self, make: Callable[[], bytes]) -> None:
+        self._make = make
+        self._made = b""
+        self._made_sec = -math.inf
+
+    @property
+    def is_fresh(self) -> bool:
+        return time.monotonic() - self._made_sec < _FRESH_SEC
+
+    def get(self) -> bytes:
+        if not self.is_fresh:
+            self._made, self._made_sec = self._make(), time.monotonic()
+        return self._made
+
+    def forget(self) -> None:
+        self._made_sec = -math.inf
+
+
+class Feed:
+    """Events that many may follow, numbered from 1; the last `kept` can be asked for again.
+
+    `snapshot` is sent first, and instead of events that are no longer here.
+    """
+
+    def __init__(self, snapshot: Callable[[], bytes], kept: int) -> None:
+        self.last = 0
+        """The number of the latest event."""
+        self.followers = 0
+        self._snapshot = Shared(snapshot)
+        self._frames: deque[bytes] = deque(maxlen=kept)
+        self._waiting: dict[asyncio.Future[None], None] = {}
+        self._is_over = False
+
+    def send(self, event: bytes, *, last: bool = False) -> None:
+        """The next event; `last` ends every stream once it is sent."""
+        self.last += 1
+        self._frames.append(event)
+        self._is_over = last
+        self._tell()
+
+    def start_anew(self) -> None:
+        """Everybody needs a snapshot: what has changed is not told by events."""
+        self.last += 1
+        self._frames.clear()
+        self._tell()
+
+    def _tell(self) -> None:
+        self._snapshot.forget()
+        if self._waiting:
+            waiting, self._waiting = self._waiting, {}
+            asyncio.get_running_loop().call_soon(_awake, list(waiting))
+
+    async def follow(self, after: int | None) -> AsyncIterator[bytes]:
+        """Everything after that event, and what comes; None: from now on."""
+        seen = -1 if after is None else after
+        self.followers += 1
+        try:
+            while seen < self.last or not self._is_over:
+                if not self.last - len(self._frames) <= seen <= self.last:
+                    seen = self.last
+                    yield self._snapshot.get()
+                elif seen < self.last:
+                    first = len(self._frames) - (self.last - seen)
+                    news = list(islice(self._frames, first, first + _SENT_AT_ONCE))
+                    seen += len(news)
+                    yield b"".join(news)
+                else:
+                    await self._news()
+        finally:
+            self.followers -= 1
+
+    async def _news(self) -> None:
+        news = asyncio.get_running_loop().create_future()
+        self._waiting[news] = None
+        try:
+            await news
+        finally:
+            self._waiting.pop(news, None)
+
+
+def _awake(waiting: list[asyncio.Future[None]]) -> None:
+    """A few in each turn of the event loop, so that however many follow, they keep no token waiting."""
+    for news in waiting[-_AWOKEN_AT_ONCE:]:
+        if not news.done():
+            news.set_result(None)
+    del waiting[-_AWOKEN_AT_ONCE:]
+    if waiting:
+        asyncio.get_running_loop().call_soon(_awake, waiting)
 
 
 class EventStream(EventSourceResponse):
     """An `EventSourceResponse` that ends, and logs no traceback, when its client does not take what is sent."""
 
-    def __init__(self, events: AsyncIterator[ServerSentEvent], **more: Any) -> None:
+    def __init__(self, events: AsyncIterator[ServerSentEvent | bytes], **more: Any) -> None:
         super().__init__(events, **{"send_timeout": SEND_LIMIT_SEC, **more})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 COUNTED = ("Ticket", "Request", "Connection", "EnginePool", "EngineProcess", "RunningEngine", "Exchange")
-COUNTED += ("Answer", "HttpProtocol", "RequestResponseCycle", "Subscription")
+COUNTED += ("Answer", "HttpProtocol", "RequestResponseCycle")
 
 
 def count(*_: object) -> None:

@@ -1,0 +1,152 @@
+"""What is pushed: the states of models as they change, and figures every two seconds.
+
+Everything is encoded once, when it happens, so that who comes back later gets it as it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request
+from sse_starlette import ServerSentEvent
+
+from router.api.models import full_status, iso, status_of
+from router.api.monitoring import READING_SEC
+from router.api.streams import EventStream, Feed, Shared, frame
+from router.dispatcher import Dispatcher
+from router.events import Happening, LoadMoved, ModelChanged, ModelsListed, ServerChanged
+from router.readings import Device
+
+router = APIRouter(tags=["monitoring"])
+
+_KEEP_ALIVE_SEC = 30
+_FIGURES_SEC = 2.0
+_KEPT_EVENTS = 1000
+
+
+class Live:
+    """What there is to follow. Create it on the router's event loop."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+        self._run = f"{int(dispatcher.started_at * 1000):x}"
+        """Tells the events of this run of the router from those of another."""
+        self.states = Feed(self._full_status, _KEPT_EVENTS)
+        self.figures = Shared(lambda: frame("metrics", figures(dispatcher)))
+        self.ending = asyncio.Event()
+        """The router shuts down."""
+        dispatcher.events.listen(self._note)
+
+    def number_of(self, event_id: str) -> int | None:
+        """Of the event with this id; None when it was none of ours."""
+        run, _, number = event_id.partition("-")
+        return int(number) if run == self._run and number.isdecimal() and len(number) < 20 else None
+
+    def _note(self, happening: Happening) -> None:
+        known = self._dispatcher.scheduler.models
+        match happening:
+            case ModelChanged(alias, state, reason) if alias in known:
+                self._send("model_update", {**self._status(alias), "status": state, "reason": reason})
+            case LoadMoved(alias) if alias in known and self.states.followers:
+                self._send("model_update", self._status(alias))
+            case ModelsListed():
+                self.states.start_anew()
+            case ServerChanged(status, at):
+                ends = status == "shutting_down"
+                self._send("server_update", {"status": status, "at": iso(at)}, last=ends)
+                if ends:
+                    self.ending.set()
+            case _:
+                pass
+
+    def _send(self, name: str, document: dict[str, Any], *, last: bool = False) -> None:
+        self.states.send(frame(name, document, self._identity(self.states.last + 1)), last=last)
+
+    def _full_status(self) -> bytes:
+        return frame("full_status", full_status(self._dispatcher), self._identity(self.states.last))
+
+    def _status(self, alias: str) -> dict[str, Any]:
+        return status_of(self._dispatcher, alias)
+
+    def _identity(self, number: int) -> str:
+        return f"{self._run}-{number}"
+
+
+@router.get("/v1/models/status/stream")
+async def status_stream(request: Request) -> EventStream:
+    """SSE: `full_status` first, then `model_update` and `server_update` as things change.
+
+    A client that comes back with `Last-Event-ID` gets what it missed instead, if that is still known.
+    """
+    live: Live = request.app.state.live
+    seen = live.number_of(request.headers.get("last-event-id", ""))
+    return EventStream(live.states.follow(seen), ping=_KEEP_ALIVE_SEC, ping_message_factory=_heartbeat)
+
+
+def _heartbeat() -> ServerSentEvent:
+    return ServerSentEvent(f'{{"timestamp":"{iso(time.time())}"}}', event="heartbeat")
+
+
+@router.get("/metrics/stream")
+async def metrics_stream(request: Request) -> EventStream:
+    """SSE: `metrics` every two seconds, `shutdown` at the end."""
+    return EventStream(_figures(request.app.state.dispatcher, request.app.state.live))
+
+
+async def _figures(dispatcher: Dispatcher, live: Live) -> AsyncIterator[bytes]:
+    while not live.ending.is_set():
+        if not live.figures.is_fresh:
+            await dispatcher.devices.read(READING_SEC)
+        yield live.figures.get()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(live.ending.wait(), _FIGURES_SEC)
+    yield frame("shutdown", {})
+
+
+def figures(dispatcher: Dispatcher) -> dict[str, Any]:
+    """How everything is, in a few numbers."""
+    scheduler = dispatcher.scheduler
+    models: dict[str, dict[str, Any]] = {}
+    for alias, model in scheduler.models.items():
+        engine = model.engine
+        account = dispatcher.ledger.accounts.get(engine.id) if engine is not None else None
+        models[alias] = {
+            "status": scheduler.state(alias),
+            "queue_length": len(model.queue),
+            "active_requests": len(engine.in_flight) if engine is not None else 0,
+            "vram_used_mb": account.main_mib if account is not None else 0,
+        }
+    counts = dispatcher.counts.values()
+    return {
+        "timestamp": time.time(),
+        "server": {
+            "status": dispatcher.status,
+            "uptime_seconds": round(time.time() - dispatcher.started_at, 1),
+        },
+        "gpu": _gpu(dispatcher.devices.last.gpus),
+        "models": models,
+        "totals": {
+            "requests": sum(count.submitted for count in counts),
+            "processed": sum(count.served for count in counts),
+            "rejected": sum(count.rejected for count in counts),
+            "queued": sum(model["queue_length"] for model in models.values()),
+            "active": sum(model["active_requests"] for model in models.values()),
+        },
+    }
+
+
+def _gpu(gpus: Sequence[Device]) -> dict[str, Any]:
+    """All GPUs together, as they were read last."""
+    total, free = sum(gpu.total_mib for gpu in gpus), sum(gpu.free_mib for gpu in gpus)
+    busy = [gpu.utilization for gpu in gpus if gpu.utilization is not None]
+    return {
+        "vram_total_mb": total,
+        "vram_used_mb": total - free,
+        "vram_free_mb": free,
+        "vram_used_percent": round(100 * (total - free) / total, 1) if total else 0.0,
+        "utilization_percent": round(100 * sum(busy) / len(busy), 1) if busy else None,
+    }
