@@ -90,7 +90,7 @@ class Line:
     used_mib: int
     external_mib: int
     reserve_mib: int
-    """What engines must leave free."""
+    """What engines must leave free, so that total = external + reserve + budget."""
     capacity_mib: int
     """What they could use if nobody else used anything."""
     budget_mib: int
@@ -180,7 +180,7 @@ class Ledger:
                     device,
                     used_mib=device.total_mib - device.free_mib,
                     external_mib=external,
-                    reserve_mib=self.system.vram_reserve_mb,
+                    reserve_mib=device.total_mib - external - budget,
                     capacity_mib=capacity,
                     budget_mib=budget,
                     booked_mib=sum(mib for mib, _ in bookings),
@@ -266,7 +266,8 @@ def _held(
         if not family.isdisjoint(used_by):
             held[name] = sum(used_by.get(pid, 0) for pid in family)
     if memory is not None:
-        held[HOST] = memory.anonymous_mib + memory.file_mib
+        # While it loads it may have mapped all that it copies elsewhere, and gives that back.
+        held[HOST] = memory.anonymous_mib + (memory.file_mib if account.is_settled else 0)
     return held
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from router.config import System
 from router.devices import Readings
@@ -117,6 +119,15 @@ def test_in_ram_mapped_weights_are_ours_though_the_kernel_calls_them_free() -> N
     assert account.lesson == {"host": 2900}
 
 
+def test_what_an_engine_maps_while_it_loads_and_gives_back_is_not_booked_for_good() -> None:
+    ledger = Ledger(System())
+    account = book(ledger, 1, ("gpu0",), gpu0=4000, host=300)
+    ledger.observe(readings(gpu(0, 3000, used_by={1: 3000})), {1: ProcessMemory(200, 4000)})
+    settle(account)
+    ledger.observe(readings(gpu(0, 4000, used_by={1: 4000})), {1: ProcessMemory(250, 20)})
+    assert account.booked() == {"gpu0": 4000, "host": 270}
+
+
 def test_the_budget_of_all_gpus_together_is_given_to_the_first_ones() -> None:
     ledger = Ledger(System(memory_budget_mb=14000))
     ledger.observe(readings(gpu(0, 1000), gpu(1, 0), gpu(2, 0)), {})
@@ -197,3 +208,72 @@ def test_while_a_driver_hangs_what_an_engine_held_that_is_gone_is_not_taken_for_
     assert line(ledger, "gpu0").external_mib == 1000
     ledger.close(1)
     assert line(ledger, "gpu0").free_mib == 9000
+
+
+@dataclass
+class World:
+    """One GPU and RAM as they really are, besides what the books say."""
+
+    others: dict[str, int]
+    held: dict[int, dict[str, int]] = field(default_factory=dict)
+    """By engines, also by those whose memory is not back yet."""
+
+    def tell(self, ledger: Ledger, *, by_process: bool) -> None:
+        used = {
+            name: min(10000, self.others[name] + sum(held.get(name, 0) for held in self.held.values()))
+            for name in ("gpu0", "host")
+        }
+        used_by = {pid: held["gpu0"] for pid, held in self.held.items() if "gpu0" in held}
+        device = gpu(0, used["gpu0"], used_by=used_by if by_process else None)
+        processes = {
+            account.pid: ProcessMemory(self.held[account.pid].get("host", 0), 100)
+            for account in ledger.accounts.values()
+            if account.pid in self.held and not account.is_gone
+        }
+        ledger.observe(readings(device, ram(used["host"])), {pid: each for pid, each in processes.items() if pid})
+
+
+@given(
+    data=st.data(), by_process=st.booleans(), reserve=st.integers(0, 3000), cap=st.none() | st.integers(1, 20000)
+)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+def test_the_books_add_up_whatever_happens(
+    data: st.DataObject, by_process: bool, reserve: int, cap: int | None
+) -> None:
+    ledger = Ledger(System(vram_reserve_mb=reserve, memory_budget_mb=cap))
+    world = World({"gpu0": 1000, "host": 2000})
+    world.tell(ledger, by_process=by_process)
+    for engine_id in range(1, data.draw(st.integers(1, 12), "steps")):
+        step = data.draw(st.sampled_from(("start", "settle", "die", "others")), "step")
+        accounts = list(ledger.accounts.values())
+        if step == "start":
+            mib = data.draw(st.integers(1, 3000), "MiB")
+            on_gpu = data.draw(st.booleans(), "on the GPU")
+            placement = {"gpu0": mib, "host": 50} if on_gpu else {"host": mib}
+            book(ledger, engine_id, ("gpu0",) if on_gpu else (), **placement)
+            world.held[engine_id] = {name: data.draw(st.integers(1, mib)) for name, mib in placement.items()}
+        elif step == "settle" and accounts:
+            account = data.draw(st.sampled_from(accounts), "whose")
+            if account.pid in world.held:
+                settle(account)
+                world.held[account.pid] = dict(account.chosen.placement)
+        elif step == "die" and accounts:
+            account = data.draw(st.sampled_from(accounts), "whose")
+            account.is_gone = True
+            world.held.pop(account.pid or 0, None)
+            world.tell(ledger, by_process=by_process)
+            ledger.close(account.engine_id)
+        elif step == "others" and by_process:  # else they cannot be told from an engine that loads
+            world.others["gpu0"] = data.draw(st.integers(0, 4000), "MiB")
+        world.tell(ledger, by_process=by_process)
+        for one in ledger.lines():
+            engines = [account.booked().get(one.device.name, 0) for account in ledger.accounts.values()]
+            assert one.external_mib + one.reserve_mib + one.budget_mib == one.device.total_mib
+            assert one.booked_mib == sum(engines)
+            assert one.free_mib == max(0, one.budget_mib - one.booked_mib)
+            assert min(one.external_mib, one.reserve_mib, one.budget_mib) >= 0
+            assert one.reserved_mib <= one.booked_mib
+            assert one.budget_mib <= one.capacity_mib
+            total_held = sum(held.get(one.device.name, 0) for held in world.held.values())
+            if world.others[one.device.name] + total_held <= one.device.total_mib:
+                assert one.external_mib == world.others[one.device.name], "what others hold is known to the MiB"
