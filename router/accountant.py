@@ -197,14 +197,14 @@ class Accountant:
     async def ran_out(
         self, account: Account, model: ModelConfig, system: System, log: Sequence[str]
     ) -> str | None:
-        """Whether the log of a failed load tells that memory ran out. Then its next estimate is larger, and this
-        is what would fit in what there was (empty if nobody knows); else None."""
+        """Whether the log of an engine that broke tells that memory ran out. Then its next estimate is larger, and
+        this is what would fit in what there was (empty if nobody knows); else None."""
         wanted = ran_out(log)
         if wanted is None:
             return None
         chosen = account.chosen
         if chosen.size.identity is not None:
-            self._learned.ran_out(chosen.size.identity, chosen.as_counted(chosen.placement), wanted)
+            self._learned.ran_out(chosen.size.identity, chosen.as_counted(account.booked()), wanted)
             await self._save()
         ground, placement = self._ground(), chosen.placement
         return await asyncio.to_thread(advise, model, system, self.kind, ground, self._learned, placement)

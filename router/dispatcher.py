@@ -66,7 +66,7 @@ from router.waiting import why
 _log = logging.getLogger("router")
 
 _POSITIONS_VALID_SEC = 1
-_LOG_OF_A_LOAD = 200
+_LOG_OF_AN_END = 200
 
 
 @dataclass(slots=True, eq=False)
@@ -509,9 +509,9 @@ class Dispatcher:
         """Why it really ended, and whether it was for want of memory. Returns when what it held is back."""
         advice = None
         try:
-            if running is not None and running.ready_sec is None and not wanted:
+            if running is not None and not wanted:
                 process = running.process
-                log = [*process.last_words(_LOG_OF_A_LOAD), *(["out of memory"] if process.out_of_memory else ())]
+                log = [*process.last_words(_LOG_OF_AN_END), *(["out of memory"] if process.out_of_memory else ())]
                 advice = await self._accountant.ran_out(account, model, self.config.system, log)
         except Exception:  # whatever it is, its end must be told
             _log.exception("why the engine of %s ended could not be found out", model.alias)

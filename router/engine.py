@@ -239,9 +239,8 @@ class EngineProcess:
         self._drain()  # what it said last is the reason
         self._drain_timer.cancel()
         os.close(self._stderr)
-        self.out_of_memory = (
-            code == -signal.SIGKILL and not self._killed_because and oom_kills() != self._oom_kills
-        )
+        was_killed = code in (-signal.SIGKILL, 128 + signal.SIGKILL)  # by itself, or behind a shell
+        self.out_of_memory = was_killed and not self._killed_because and oom_kills() != self._oom_kills
         if code in (126, 127) and is_foreign(self.order.argv[0]):  # a shell has tried to make sense of it
             return f"{self.order.argv[0]} cannot be run: Exec format error (it is built for another processor)"
         self.was_killed = bool(self._killed_because) and code == -signal.SIGKILL  # else it was gone before
@@ -251,10 +250,10 @@ class EngineProcess:
         return f"its last words: {self.log.complaints(self._log_begin)}"
 
     def _describe_exit(self, code: int) -> str:
-        if code >= 0:
-            reason = f"exited with code {code}"
-        elif self.out_of_memory:
+        if self.out_of_memory:
             reason = "killed by the kernel: the memory ran out"
+        elif code >= 0:
+            reason = f"exited with code {code}"
         else:
             reason = f"killed by {signal_name(code)}"
             if code == -signal.SIGKILL and self._oom_kills is None:

@@ -1,7 +1,8 @@
-"""Whether an engine that died while it loaded ran out of memory, told by its log, and what it had asked for.
+"""Whether an engine that died ran out of memory, told by its log, and what it had asked for.
 
-The texts are those of llama.cpp, build 11434: ggml/src/ggml-cuda/ggml-cuda.cu, ggml-alloc.c, ggml-backend.cpp,
-ggml-vulkan, ggml-metal, and src/llama-model.cpp, llama-context.cpp, llama-kv-cache.cpp.
+The texts are those of llama.cpp, build 11434: ggml/src/ggml.c, ggml-alloc.c, ggml-backend.cpp, ggml-cuda (also
+for ROCm), ggml-vulkan, ggml-sycl, ggml-metal, ggml-opencl, ggml-cann, and src/llama-model.cpp, llama-context.cpp,
+llama-kv-cache.cpp, llama-memory-recurrent.cpp.
 """
 
 from __future__ import annotations
@@ -11,20 +12,20 @@ from collections.abc import Iterable, Mapping
 
 _MIB = 1 << 20
 _SIGNS = re.compile(
-    r"out of memory"
-    r"|cudaMalloc failed"
-    r"|failed to allocate (\w+ )*(buffer|graph|context|compute)"
+    r"out of memory|insufficient memory|MemoryError"
+    r"|alloc failed|ALLOC_FAILED|bad_alloc"
+    r"|failed to allocate (\w+ )*(buffer|graph|context|compute|memory)"
     r"|failed to allocate [\d.]+ (bytes|MB|MiB)"
-    r"|unable to allocate \S+ buffer"
+    r"|(unable to|can't|cannot|couldn't|could not) allocate"
     r"|memory allocation of size \d+ failed"
-    r"|ErrorOutOf(Device|Host|Pool)Memory"
-    r"|failed to fit params to free device memory"
-    r"|std::bad_alloc"
-    r"|cannot allocate memory",
+    r"|(ErrorOutOf|OUT_OF_)(Device|Host|Pool)_?Memory|MEM_OBJECT_ALLOCATION_FAILURE"
+    r"|failed to fit params to free device memory",
     re.IGNORECASE,
 )
 # It is a pity about these, but the engine goes on without.
-_HARMLESS = re.compile(r"pinned memory|async uploads|prompt cache state", re.IGNORECASE)
+_HARMLESS = re.compile(
+    r"pinned memory|async uploads|prompt cache state|retrying without|fallback|skipping reorder", re.IGNORECASE
+)
 _ON_DEVICE = re.compile(r"allocating ([\d.]+) MiB on device (\d+)")
 _BUFFER = re.compile(r"allocate (\w+) buffer of size (\d+)")
 _NUMBER = re.compile(r"\D(\d+)$")

@@ -6,6 +6,7 @@ FAKE_PROGRESS     1: tells on its pipe how far it is, as llama-server does
 FAKE_ANSWER_SEC   how long an answer takes
 FAKE_DIE          before: exits when a request comes; after: exits in the middle of the answer;
                   once FILE: as `before`, but only while FILE does not exist (it makes it)
+FAKE_LAST_WORDS   what it says before it exits
 FAKE_CHUNKS       number of events in a stream
 FAKE_EVENTS       file with what it streams instead: a JSON document a line, each an event
 FAKE_ANSWER       its answer, when no stream is asked for
@@ -40,8 +41,9 @@ def maybe_die(moment: str) -> None:
         witness = Path(die[5:])
         if not witness.exists():
             witness.touch()
-            os._exit(3)
+            die = moment
     if die == moment:
+        print(setting("last_words"), file=sys.stderr, flush=True)
         os._exit(3)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FAKE_ENGINE, Router, Start, eventually, models
+from conftest import FAKE_ENGINE, Router, Start, eventually, fake, models
 from played_nvml import Gpu, Held, PlayedGpus, llama_server
 from tiny_models import write_llama
 
@@ -193,6 +193,17 @@ def test_a_load_that_runs_out_of_memory_again_fails_with_advice(
     assert not (tmp_path / "died2").exists(), "twice, not thrice"
 
 
+def test_an_engine_that_runs_out_of_memory_at_work_gets_more_room_the_next_time(
+    start: Start, middling: Path, gpus: PlayedGpus, environ: Environ, tmp_path: Path
+) -> None:
+    gpus.set(Gpu(total_mib=1500))
+    witness = f"once {tmp_path / 'died'}"
+    environ["LLAMA_SERVER_PATH"] = fake(tmp_path, die=witness, last_words="CUDA error: out of memory")
+    router = start({"models": models(middling, "a", flags=["-c", "1024"])}, **environ)
+    assert router.chat("a").status_code == 200
+    assert router.status("a")["memory"]["source"] == "formulas, raised since it ran out of memory"
+
+
 def test_vram_tells_who_holds_what(start: Start, tiny: Path, gpus: PlayedGpus, environ: Environ) -> None:
     gpus.set(Gpu(total_mib=2000, used_mib=300), Gpu(total_mib=1000), engines=True)
     config = {"system": {"vram_reserve_mb": 100}, "models": models(tiny, "a", "b")}
@@ -210,6 +221,9 @@ def test_vram_tells_who_holds_what(start: Start, tiny: Path, gpus: PlayedGpus, e
     assert list(by_name) == ["gpu0", "gpu1", "host"]
     assert by_name["gpu0"]["budget_mb"] == pytest.approx(1600, abs=20)
     assert by_name["gpu1"]["booked_mb"] == model["booked_mb"]["gpu1"]
+    for device in vram["devices"]:
+        parts = ("external_mb", "reserve_mb", "booked_mb", "free_for_new_model_mb")
+        assert sum(device[part] for part in parts) == device["total_mb"]
     assert router.http.get("/vram/summary").json()["gpu_info"] == vram["gpu_info"]
     assert router.http.get("/vram/models/a").json()["vram_used_mb"] == model["vram_used_mb"]
     assert router.http.get("/vram/models/b").json()["vram_used_mb"] == 0
