@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import msgspec
 
@@ -24,6 +24,7 @@ MOST_ENTRIES = 500
 _RAISED_BY = 1.1
 _MOST_RAISED = 2.0
 _RATIO_BOUNDS = (0.5, 2.0)
+_Mib = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +51,9 @@ class Entry(msgspec.Struct):
     build: str
     flags: tuple[str, ...]
     gpus: int
-    estimated: dict[str, int]
-    measured: dict[str, int] = {}
-    raised: dict[str, int] = {}
+    estimated: dict[str, _Mib]
+    measured: dict[str, _Mib] = {}
+    raised: dict[str, _Mib] = {}
     """What it wants at least: it ran out of memory with less."""
     at: float = 0.0
     """Seconds since the epoch."""
@@ -97,6 +98,7 @@ class Learned:
     def learn(self, identity: Identity, estimated: Mapping[str, int], measured: Mapping[str, int]) -> None:
         """An engine is there and takes this. Of several measurements the largest counts."""
         entry = self._entry(identity, estimated)
+        entry.estimated = dict(estimated)
         entry.raised = {}
         for device, mib in measured.items():
             entry.measured[device] = max(mib, entry.measured.get(device, 0))
@@ -104,14 +106,16 @@ class Learned:
     def ran_out(self, identity: Identity, booked: Mapping[str, int], wanted: Mapping[str, int]) -> None:
         """It did not get by with `booked`; `wanted` is what it asked for last, as far as it has said.
 
-        Raises by a tenth at least, where it was short, and to no more than twice what it was booked with.
+        Raises by a tenth at least, where it was short, and to no more than twice what was thought at first,
+        however often it happens: it may be others who take the memory.
         """
         entry = self._entry(identity, booked)
         entry.measured = {}
         for device, mib in booked.items():
             if not wanted or device in wanted:
                 least = max(round(mib * _RAISED_BY), wanted.get(device, 0), mib + 1)
-                entry.raised[device] = min(least, round(max(mib, 1) * _MOST_RAISED))
+                most = round(max(1, entry.estimated.get(device, mib)) * _MOST_RAISED)
+                entry.raised[device] = max(mib, min(least, most))
 
     def _entry(self, identity: Identity, estimated: Mapping[str, int]) -> Entry:
         entry = self._entries.pop(identity, None)

@@ -232,8 +232,9 @@ class _Places:
             if all(one.placement != other.placement for other in found):
                 found.append(one)
         found.sort(key=self._rank)
-        if not self._ground.holds(found[0].placement) and (partly := self._partly(groups[-1])) is not None:
-            found.insert(0, partly)
+        if not self._ground.holds(found[0].placement):
+            less = self._partly(groups[-1]) or self._without_gpus()
+            found[:0] = [] if less is None else [less]
         return found
 
     def advice(self) -> str:
@@ -405,6 +406,14 @@ class _Places:
             else:
                 high = middle - 1
         return best
+
+    def _without_gpus(self) -> Alternative | None:
+        """In RAM, where not even one layer fits on a GPU; None if that does not fit, or if the flags want GPUs."""
+        if not self._sizer.knows_parts or self._flags.last("n-gpu-layers") or self._own_group() is not None:
+            return None
+        one = self._on_host()
+        remark = ", ".join(filter(None, (f"0 of {self._layers} layers on the GPU", one.remark)))
+        return replace(one, remark=remark) if self._ground.holds(one.placement) else None
 
     def _settled(self, group: _Group, added: tuple[str, ...]) -> Alternative | None:
         """With the whole context if that fits, else with the largest that does."""

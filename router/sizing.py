@@ -10,6 +10,7 @@ GPUs are counted as the engine counts them: `gpu0` is the first that it is shown
 from __future__ import annotations
 
 import logging
+import math
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ DRIVER_MIB = 512
 """What CUDA or ROCm takes of a GPU for a process beyond what llama.cpp asks for: 300 to 500 MiB."""
 PROCESS_MIB = 16
 """What llama-server takes of RAM besides the model."""
+_MOST_MEASURED = 4
 
 _log = logging.getLogger("router")
 
@@ -168,7 +170,8 @@ class Sizer:
         identity = self._identity((), len(rooms))
         measured = self._learned.measured(identity)
         if measured is not None:
-            return Size(measured, "measured", figures, identity)
+            ours = {name: mib for name, mib in measured.items() if name in figures or name == HOST}
+            return Size({**figures, **ours}, "measured", figures, identity)
         figures, source = self._raised(figures, source, identity)
         return Size(figures, source, figures, identity)
 
@@ -191,7 +194,7 @@ class Sizer:
         source = "llama-fit-params" if said else "formulas"
         measured = self._learned.measured(identity) if identity is not None else None
         if measured is not None:
-            return Size(measured, "measured", figures, identity, taken)
+            return Size(_within_reason(measured, figures, taken), "measured", figures, identity, taken)
         factors = self.ratio(gpus)
         # Never less than what llama.cpp asks for: only what comes on top of it varies.
         asked = taken.mib()
@@ -251,6 +254,14 @@ class Sizer:
         own = tuple(word for flag in self.flags.given for word in flag.words)
         build = self._engine.build if self._engine else ""
         return Identity(files_of(*self.files.paths), build, (*own, *added), gpus)
+
+
+def _within_reason(measured: Mapping[str, int], estimated: Mapping[str, int], asked: Footprint) -> dict[str, int]:
+    """What cannot be true must not count for ever: it is the weights at least, and not many times the estimate."""
+    return {
+        name: min(max(measured.get(name, mib), math.ceil(asked.devices[name].weights)), _MOST_MEASURED * mib)
+        for name, mib in estimated.items()
+    }
 
 
 def _known(shares: Mapping[str, Share], gpus: int) -> dict[str, Share]:

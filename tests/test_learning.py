@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from hypothesis import given
@@ -37,7 +38,10 @@ def test_other_files_builds_and_flags_are_others(tmp_path: Path) -> None:
 
 
 def test_a_file_that_makes_no_sense_is_forgotten(tmp_path: Path) -> None:
-    for junk in (b"", b"{", b'[{"files": 3}]', b"\xff\xfe", b"null"):
+    entry = {"files": [["/m", 1, 2]], "build": "", "flags": [], "gpus": 1, "estimated": {"gpu0": 5}}
+    wrong = [{"measured": {"gpu0": -5}}, {"raised": {"gpu0": 1 << 40}}, {"measured": {"gpu0": None}}]
+    lies = [json.dumps([{**entry, **one}]).encode() for one in wrong]
+    for junk in (b"", b"{", b'[{"files": 3}]', b"\xff\xfe", b"null", *lies):
         (tmp_path / "footprints.json").write_bytes(junk)
         learned = Learned(store(tmp_path))
         assert learned.entries() == []
@@ -75,6 +79,15 @@ def test_running_out_raises_the_estimate_within_bounds(booked: dict[str, int], w
     assert all(mib >= min(wanted.get(name, 0), 2 * booked[name]) for name, mib in raised.items())
 
 
+def test_running_out_again_and_again_raises_no_further() -> None:
+    learned = Learned()
+    booked = 1000
+    for _ in range(20):  # another program takes the memory each time
+        learned.ran_out(identity(), {"gpu0": booked}, {})
+        booked = learned.raised(identity())["gpu0"]
+    assert booked == 2000
+
+
 def test_the_texts_of_llama_cpp_are_understood() -> None:
     cuda = "alloc_buffer: allocating 4403.49 MiB on device 1: cudaMalloc failed: out of memory"
     assert ran_out(["loading", cuda]) == {"gpu1": 4403}
@@ -92,6 +105,15 @@ def test_the_texts_of_llama_cpp_are_understood() -> None:
         "ggml_vulkan: Device memory allocation of size 2147483648 failed.",
         "ggml_vulkan: vk::Device::allocateMemory: ErrorOutOfDeviceMemory",
         "ggml_metal_buffer_init: error: failed to allocate buffer, size =  4096.00 MiB",
+        "ggml_aligned_malloc: insufficient memory (attempted to allocate 4096.00 MB)",
+        "alloc_buffer: allocating 900.00 MiB on device 0: aclrtMalloc failed: EL0004",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED",
+        "process_ubatch: failed to compute graph, status: GGML status: error (failed to allocate memory)",
+        "ggml_backend_sycl_buffer_type_alloc_buffer: can't allocate 900 Bytes of memory on device",
+        "level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)",
+        "llama_kv_cache_init: mmap failed: Cannot allocate memory",
+        "failed to initialize the context: failed to allocate buffer for rs cache",
+        "MemoryError",
         "terminate called after throwing an instance of 'std::bad_alloc'",
         "common_fit_params: failed to fit params to free device memory: n_gpu_layers already set, abort",
     ):
@@ -101,4 +123,7 @@ def test_the_texts_of_llama_cpp_are_understood() -> None:
 def test_what_an_engine_gets_by_without_is_not_the_reason() -> None:
     assert ran_out([]) is None
     assert ran_out(["srv  load: failed to allocate 64.00 MiB of pinned memory: out of memory"]) is None
+    assert (
+        ran_out(["sched_reserve: compute buffer allocation failed, retrying without pipeline parallelism"]) is None
+    )
     assert ran_out(["error: unknown model architecture: 'x'", "failed to load model"]) is None
