@@ -161,6 +161,17 @@ class System(Section):
         description="Serve what Ollama has downloaded (OLLAMA_MODELS) under Ollama's names. Nothing in it is "
         "changed.",
     )
+    allowed_models: dict[str, str] | None = Field(
+        default=None,
+        description="What may be pulled over HTTP: aliases with the repository that each stands for, as "
+        "USER/REPO[:QUANT]; asked for by its alias, a model is served under it. null allows every repository, {} "
+        "none. The variable ALLOWED_MODELS_JSON wins.",
+    )
+    q4_threshold_bytes: Count = Field(
+        default=14_000_000_000,
+        description="A pull with the quantization `auto` takes the model unquantized if it is no larger than "
+        "this, else quantized to 4 bits. The variable MODEL_Q4_THRESHOLD_BYTES wins.",
+    )
     preload_models: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         default=(), description='Aliases to load at start, in this order; ["*"] loads all while they fit.'
     )

@@ -7,7 +7,9 @@ nothing and changes nothing, and it reports all problems at once. Every value's 
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import json
 import math
 import os
 import re
@@ -16,12 +18,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from router import hub, pulled, stores
+from router import hub, pulled, repository, stores
 from router.config import (
     AliasConfig,
     AliasEntry,
@@ -56,6 +58,8 @@ _VARIABLES: dict[str, KeyPath] = {
     "LLAMA_ROUTER_STATE_DIR": ("system", "state_dir"),
     "MAX_CACHE_MODELS": ("system", "max_concurrent_models"),
     "MODEL_LOAD_COOLDOWN": ("system", "model_load_cooldown_sec"),
+    "ALLOWED_MODELS_JSON": ("system", "allowed_models"),
+    "MODEL_Q4_THRESHOLD_BYTES": ("system", "q4_threshold_bytes"),
     "API_KEY": ("api", "api_keys"),
     "DEBUG": ("system", "debug"),
     "STRUCTURED_LOGS": ("system", "structured_logs"),
@@ -306,7 +310,7 @@ class _Draft:
         self._mark(path, value, origin)
 
     def _mark(self, path: KeyPath, value: Any, origin: str) -> None:
-        if isinstance(value, dict):
+        if isinstance(value, dict) and (value or single_value(path) is None):
             for key, item in value.items():
                 self._mark((*path, key), item, origin)
         else:
@@ -402,6 +406,14 @@ class _Draft:
             if "default_parallel" not in system.model_fields_set:
                 changes["default_parallel"] = system.parallel_requests
                 self.origins["system", "default_parallel"] = self.origin_of(path)
+        for alias, text in (system.allowed_models or {}).items():
+            allowed = ("system", "allowed_models", alias)
+            if not hub.is_alias(alias):
+                self.problem(allowed, "an alias is one or more printable characters without spaces")
+            try:
+                repository.parse(text, self.environ)
+            except repository.BadReference as error:
+                self.problem(allowed, str(error))
         path = ("system", "llama_server_path")
         if system.llama_server_path and os.sep in system.llama_server_path:
             binary = self.resolve(system.llama_server_path, self.base_of(path))
@@ -604,6 +616,10 @@ def _model_named(aliases: Mapping[str, Any], name: str) -> object:
 def _from_text(field: FieldInfo, text: str) -> Any:
     """The text of a variable as the type of its key; text that does not fit is reported with all the rest."""
     annotation: Any = field.annotation
+    if any(get_origin(kind) is dict for kind in get_args(annotation)):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(text)
+        return text
     try:
         return TypeAdapter[Any](annotation).validate_python(text)
     except ValidationError:

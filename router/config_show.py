@@ -59,6 +59,8 @@ def _section_leaves(path: KeyPath, section: Section) -> Iterator[tuple[KeyPath, 
         value = getattr(section, name)
         if isinstance(value, Section):
             yield from _section_leaves((*path, name), value)
+        elif isinstance(value, Mapping):
+            yield from _parameters((*path, name), value)
         elif value is not None or not field.json_schema_extra:  # the older keys only if they are used
             yield (*path, name), _text(value)
 

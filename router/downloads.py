@@ -36,9 +36,10 @@ class TooManyPulls(Exception):
 class Pull:
     """One download, running or over."""
 
-    def __init__(self, reference: repository.Reference, alias: str | None) -> None:
+    def __init__(self, reference: repository.Reference, alias: str | None, q4_above_bytes: int) -> None:
         self.id = uuid.uuid4().hex[:12]
         self.wanted = (reference, alias)
+        self.q4_above_bytes = q4_above_bytes
         self.started_at = time.time()
         """Seconds since the epoch."""
         self.progress = Progress(str(reference), alias)
@@ -70,16 +71,15 @@ class Downloads:
         self.pulls: dict[str, Pull] = {}
         self.look_again = look_again
 
-    def start(self, text: str, alias: str | None) -> Pull:
-        """Pull a model, or join the pull that does so already. Raises BadReference, TooManyPulls."""
-        reference = repository.parse(text, os.environ)
+    def start(self, reference: repository.Reference, alias: str | None, q4_above_bytes: int) -> Pull:
+        """Pull a model, or join the pull that does so already. Raises TooManyPulls."""
         running = [pull for pull in self.pulls.values() if not pull.over]
         for pull in running:
             if pull.wanted == (reference, alias) and not pull.cancelled:
                 return pull
         if len(running) >= MOST_AT_ONCE:
             raise TooManyPulls
-        pull = Pull(reference, alias)
+        pull = Pull(reference, alias, q4_above_bytes)
         over = [pull for pull in self.pulls.values() if pull.over]
         for old in over[: len(self.pulls) + 1 - _REMEMBERED]:
             del self.pulls[old.id]
@@ -129,7 +129,8 @@ def _command(reference: repository.Reference, alias: str | None) -> list[str]:
 
 async def _progress(pull: Pull) -> AsyncGenerator[Progress, None]:
     """What the process says. It is gone when this ends, however it ends."""
-    process = platforms.spawn(_command(*pull.wanted), os.environ, sys.stderr.fileno())
+    environ = {**os.environ, "MODEL_Q4_THRESHOLD_BYTES": str(pull.q4_above_bytes)}
+    process = platforms.spawn(_command(*pull.wanted), environ, sys.stderr.fileno())
     reader = asyncio.StreamReader(limit=_LONGEST_LINE)
     transport: asyncio.BaseTransport | None = None
     try:

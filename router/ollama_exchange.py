@@ -14,6 +14,7 @@ from router.ollama_requests import Asked, alias_of, translate
 from router.routing import Wish, wish_of
 
 _DOCUMENT = b"content-type: application/json; charset=utf-8\r\n"
+_HINTS = {"/chat": " What is not there has to be pulled first: POST /pull."}
 _LINES = b"content-type: application/x-ndjson\r\n"
 
 
@@ -30,7 +31,8 @@ class OllamaExchange(Exchange):
     def _read_wish(self) -> Wish:
         asked = self._asked = translate(self._path, self._body)
         config = self._dispatcher.config
-        wish = wish_of(alias_of(asked.model, config.names), asked.streams, self._fields, config)
+        alias = alias_of(asked.model, config.names, _HINTS.get(self._path, ""))
+        wish = wish_of(alias, asked.streams, self._fields, config)
         self._translation = Translation(asked, self._waited_sec)
         self._target = asked.target.encode()
         self._query = b""

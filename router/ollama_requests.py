@@ -1,4 +1,5 @@
-"""Requests in Ollama's words, in llama-server's: `/api/chat`, `/api/generate`, `/api/embed`, `/api/embeddings`.
+"""Requests in Ollama's words, in llama-server's: `/api/chat`, `/api/generate`, `/api/embed`, `/api/embeddings`,
+and `/chat`, which earlier hosts have: it streams only when asked to.
 
 Pure functions. Only what the client has set is passed on, so that the model's own defaults hold for all else.
 What Ollama decides when it loads a model (`num_ctx`, `num_gpu`, …) is decided here by the configuration: such
@@ -122,6 +123,10 @@ def translate(path: str, body: bytes) -> Asked:
     try:
         if path == "/api/chat":
             return _asked_chat(_chat(body))
+        if path == "/chat":
+            chat = _chat(body)
+            chat.stream = chat.stream is True  # who reads lines reads one, too
+            return _asked_chat(chat)
         if path == "/api/generate":
             return _asked_generate(_generate(body))
         if path == "/api/embed":
@@ -138,7 +143,8 @@ def translate(path: str, body: bytes) -> Asked:
 def resolve(name: str, aliases: Iterable[str]) -> str:
     """The alias that is meant by a name as Ollama has them; the name itself when it is none.
 
-    `NAME` and `NAME:latest` are the same; a model that was pulled as `hf.co/USER/REPO` is called without the host.
+    `NAME` and `NAME:latest` are the same; what was pulled as `hf.co/USER/REPO` is found by that, also without the
+    host, as long as it is the only one of its repository.
     """
     known = set(aliases)
     host, slash, rest = name.partition("/")
@@ -147,15 +153,15 @@ def resolve(name: str, aliases: Iterable[str]) -> str:
         if candidate in known:
             return candidate
     quantized = [alias for alias in known if alias.lower().startswith(f"{local.lower().removesuffix(':latest')}:")]
-    return quantized[0] if local != name and len(quantized) == 1 else name
+    return quantized[0] if "/" in local and len(quantized) == 1 else name
 
 
-def alias_of(name: str, aliases: Iterable[str]) -> str:
-    """Raises ApiError 404 in the words that Ollama's clients look for."""
+def alias_of(name: str, aliases: Iterable[str], hint: str = "") -> str:
+    """Raises ApiError 404 in the words that Ollama's clients look for; `hint` comes after them."""
     known = list(aliases)
     alias = resolve(name, known)
     if alias not in known:
-        message = f"model {name[:256]!r} not found. {suggestion(name[:256], known)}"
+        message = f"model {name[:256]!r} not found. {suggestion(name[:256], known)}{hint}"
         raise ApiError(404, Refusal.MODEL_NOT_FOUND.value, message, "model")
     return alias
 

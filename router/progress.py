@@ -40,6 +40,8 @@ class Progress(msgspec.Struct):
     files: list[FileProgress] = msgspec.field(default_factory=list)
     total_bytes: int = 0
     completed_bytes: int = 0
+    cached: bool = False
+    """All of it was there before."""
     bytes_per_sec: float = 0.0
     eta_sec: float | None = None
     memory: MemoryNote | None = None

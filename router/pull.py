@@ -44,7 +44,7 @@ from router.flags import Flags
 from router.hub import is_alias
 from router.progress import FileProgress, MemoryNote, Problem, Progress
 from router.pulled import PulledFile, PulledModel
-from router.repository import BadReference, Choice, NoChoice, Reference, choose, is_plain, parse
+from router.repository import Q4_ABOVE_BYTES, BadReference, Choice, NoChoice, Reference, choose, is_plain, parse
 
 AT_ONCE = 4
 """Files that are fetched at the same time."""
@@ -154,13 +154,15 @@ class _Pull:
     def run(self, alias: str | None) -> None:
         self.say(self.progress)
         commit, remote = self._listing()
-        choice = choose(self.reference, {path: file.size for path, file in remote.items()})
+        sizes = {path: file.size for path, file in remote.items()}
+        choice = choose(self.reference, sizes, _q4_above_bytes(self.environ))
         files = [remote[path] for path in choice.files]
         alias = alias or choice.alias
         progress = self.progress
         progress.alias, progress.revision = alias, commit
         progress.files = [FileProgress(file.path, file.size, self._arrived(commit, file)) for file in files]
         progress.total_bytes = sum(file.size for file in files)
+        progress.cached = all(self._is_there(commit, file) for file in files)
         self._add_up()
         model = self._planned(alias, commit, choice, files)
         self._check_room()
@@ -503,6 +505,13 @@ class _Rate:
         (since, before), left = self._points[0], progress.total_bytes - progress.completed_bytes
         progress.bytes_per_sec = max(0.0, (progress.completed_bytes - before) / max(now - since, 1e-3))
         progress.eta_sec = round(left / progress.bytes_per_sec, 1) if progress.bytes_per_sec else None
+
+
+def _q4_above_bytes(environ: Mapping[str, str]) -> int:
+    text = environ.get("MODEL_Q4_THRESHOLD_BYTES") or str(Q4_ABOVE_BYTES)
+    if not text.isdecimal():
+        raise PullFailed("invalid_threshold", f"MODEL_Q4_THRESHOLD_BYTES: {text!r} is not a number of bytes")
+    return int(text)
 
 
 def _size(path: Path) -> int | None:

@@ -5,10 +5,12 @@ Pure: knows names and sizes of files, and asks nobody. The naming is that of `ll
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
 import urllib.parse
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from router import gguf
@@ -16,17 +18,32 @@ from router.hub import DRAFT_PREFIXES, projector_of, quantization
 from router.stores import repository_aliases
 
 DEFAULT_QUANTIZATION = "Q4_K_M"
+Q4_ABOVE_BYTES = 14_000_000_000
+"""What AUTO takes unquantized is no larger than this, unless it is told otherwise."""
 
+AUTO = "auto"
 _HOSTS = ("hf.co", "huggingface.co", "www.huggingface.co")
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _REPOSITORY = re.compile(f"{_NAME}/{_NAME}")
 _QUANT = re.compile(r"[A-Za-z0-9_.-]+")
 _BITS = (4, 5, 6, 8, 3, 2, 16, 32, 1)
+_UNQUANTIZED = (16, 32)
+_BITS_OF = {
+    **{f"Q{bits}": (bits,) for bits in _BITS if bits < 16},
+    "FP16": (16,),
+    "FP32": (32,),
+    "NO": _UNQUANTIZED,
+}
+"""Words that leave the kind open. FP16 is BF16, too."""
 _KINDS = ("_K_M", "_K_XL", "_K_L", "_K_S", "_K", "_NL", "_XS", "_1", "_0")
 
 
 class BadReference(ValueError):
     """It names no repository; the message says what would."""
+
+
+class NotAllowed(Exception):
+    """It is not on the list of what may be pulled; the message names what is."""
 
 
 class NoChoice(Exception):
@@ -39,6 +56,7 @@ class Reference:
 
     repo: str
     quant: str | None = None
+    """A label such as Q4_K_M; or any of so many bits: `q4`, `q8`, …, `fp16`, `fp32`, `no`; or `auto`."""
     file: str | None = None
     revision: str = "main"
 
@@ -90,9 +108,51 @@ def parse(text: str, environ: Mapping[str, str]) -> Reference:
         )
     if file and (quant or not file.lower().endswith(".gguf") or not is_plain(file)):
         raise BadReference(f"{text!r}: after the repository comes :QUANT, or /FILE.gguf")
-    if quant and not _QUANT.fullmatch(quant):
-        raise BadReference(f"{text!r}: {quant!r} is not a quantization such as {DEFAULT_QUANTIZATION}")
+    if quant:
+        _check_quantization(quant, text)
     return Reference(repo, quant or None, file or None, revision)
+
+
+def _check_quantization(quant: str, text: str) -> None:
+    if not _QUANT.fullmatch(quant):
+        raise BadReference(f"{text!r}: {quant!r} is not a quantization such as {DEFAULT_QUANTIZATION}")
+
+
+def permitted(
+    text: str, allowed: Mapping[str, str] | None, environ: Mapping[str, str]
+) -> tuple[Reference, str | None]:
+    """What a client means, and the alias to serve it under, if it has asked by one that is `allowed`.
+
+    `allowed` maps aliases to references; None allows every reference. One without quantization or file allows all
+    of its repository. Raises BadReference, NotAllowed.
+    """
+    if allowed is None:
+        return parse(text, environ), None
+    if text in allowed:
+        return parse(allowed[text], environ), text
+    listed = [parse(each, environ) for each in allowed.values()]
+    with contextlib.suppress(BadReference):
+        reference = parse(text, environ)
+        if reference in listed or Reference(reference.repo, revision=reference.revision) in listed:
+            return reference, None
+    raise NotAllowed(
+        f"{text!r} may not be pulled here (system.allowed_models); what may: {', '.join(allowed) or 'none'}"
+    )
+
+
+def quantized(reference: Reference, quantize: str) -> Reference:
+    """The model in a certain quantization; AUTO leaves a reference that has one as it is. Raises BadReference."""
+    if reference.quant is None and reference.file is None:
+        _check_quantization(quantize, quantize)
+        return replace(reference, quant=quantize)
+    if quantize.lower() != AUTO:
+        raise BadReference(f"{reference} says which file it is: leave out `quantize`")
+    return reference
+
+
+def is_quantized(path: str) -> bool:
+    """As far as its name tells."""
+    return 0 < _bits(PurePosixPath(path)) < min(_UNQUANTIZED)
 
 
 def is_plain(path: str) -> bool:
@@ -100,16 +160,19 @@ def is_plain(path: str) -> bool:
     return "\\" not in path and "\0" not in path and all(part not in ("", ".", "..") for part in path.split("/"))
 
 
-def choose(reference: Reference, sizes: Mapping[str, int]) -> Choice:
+def choose(reference: Reference, sizes: Mapping[str, int], q4_above_bytes: int = Q4_ABOVE_BYTES) -> Choice:
     """The files of a model and its projector, and the alias to serve it under. Raises NoChoice.
 
     Without a quantization: Q4_K_M, else another with 4 bits, then 5, 6, 8, 3, 2, 16, 32 and 1 bit; of the same
-    bits K before others, and M before XL, L and S. Never another one than was asked for.
+    bits K before others, and M before XL, L and S. Never another one than was asked for. `auto` is what is not
+    quantized, unless that is larger than `q4_above_bytes` or not there: then as without.
     """
     paths = [PurePosixPath(path) for path in sorted(sizes) if path.lower().endswith(".gguf")]
     projectors = {path: sizes[str(path)] for path in paths if "mmproj" in path.name.lower()}
     models = [path for path in paths if path not in projectors and _is_model(path)]
     firsts = [path for path in models if _part(path) == 1]
+    if reference.quant is not None and reference.quant.lower() == AUTO:
+        reference = replace(reference, quant=_automatic(firsts, sizes, q4_above_bytes))
     chosen = _wanted(reference, firsts)
     parts = _parts(chosen)
     missing = [part for part in parts if part not in sizes]
@@ -119,6 +182,12 @@ def choose(reference: Reference, sizes: Mapping[str, int]) -> Choice:
     mmproj = projector_of(chosen, firsts, near)
     alias = repository_aliases(reference.repo, firsts)[chosen]
     return Choice(alias, str(chosen), parts, str(mmproj) if mmproj else None)
+
+
+def _automatic(models: Sequence[PurePosixPath], sizes: Mapping[str, int], q4_above_bytes: int) -> str | None:
+    full = _closest(path for path in models if _bits(path) in _UNQUANTIZED)
+    bytes_of_full = sum(sizes.get(part, 0) for part in _parts(full[0])) if full else math.inf
+    return "NO" if bytes_of_full <= q4_above_bytes else None
 
 
 def _wanted(reference: Reference, models: list[PurePosixPath]) -> PurePosixPath:
@@ -135,11 +204,11 @@ def _wanted(reference: Reference, models: list[PurePosixPath]) -> PurePosixPath:
         labels = {path: quantization(path) for path in models}
         fits = [path for path in models if labels[path] == asked]
         fits = fits or [path for path in models if labels[path] == f"UD-{asked}"]
+        fits = fits or _closest(path for path in models if _bits(path) in _BITS_OF.get(asked, ()))
         if not fits:
             raise NoChoice(f"{reference.repo} has no {reference.quant}; it has {there}")
     else:
-        best = min(_closeness(path) for path in models)
-        fits = [path for path in models if _closeness(path) == best]
+        fits = _closest(models)
     if len(fits) > 1:
         names = ", ".join(map(str, fits))
         raise NoChoice(
@@ -172,11 +241,22 @@ def _labels(models: Iterable[PurePosixPath]) -> list[str]:
     return sorted({quantization(path) or path.name for path in models})
 
 
+def _closest(models: Iterable[PurePosixPath]) -> list[PurePosixPath]:
+    """To what we take without being told; several if nothing tells them apart."""
+    ranked = [(_closeness(path), path) for path in models]
+    best = min((closeness for closeness, _ in ranked), default=None)
+    return [path for closeness, path in ranked if closeness == best]
+
+
+def _bits(path: PurePosixPath) -> int:
+    found = re.search(r"\d+", quantization(path) or "")
+    return int(found[0]) if found else 0
+
+
 def _closeness(path: PurePosixPath) -> tuple[bool, int, int, bool, str]:
     label = quantization(path) or ""
     plain = label.removeprefix("UD-")
-    found = re.search(r"\d+", plain)
-    bits = int(found[0]) if found else 0
+    bits = _bits(path)
     rank = _BITS.index(bits) if bits in _BITS else len(_BITS)
     kind = next((index for index, ending in enumerate(_KINDS) if plain.endswith(ending)), len(_KINDS))
     return plain != DEFAULT_QUANTIZATION, rank, kind, label != plain, plain

@@ -49,8 +49,10 @@ ROUTES = frozenset(
 )
 """Everything that llama-server answers for one model, and that names the model in its body. All POST."""
 
-TRANSLATED_ROUTES = frozenset({"/api/chat", "/api/generate", "/api/embed", "/api/embeddings"})
-"""Ollama's. What they ask for is translated to a route of the engine's, and its answer back. All POST."""
+TRANSLATED_ROUTES = frozenset({"/api/chat", "/api/generate", "/api/embed", "/api/embeddings", "/chat"})
+"""Ollama's, and one of earlier hosts in its words. What they ask for is translated to a route of the engine's, and
+its answer back. All POST.
+"""
 
 _PRIORITIES = {
     **{priority.name.lower().encode(): priority for priority in Priority},

@@ -803,6 +803,19 @@ def test_older_names_of_variables_set_the_same_keys(tmp_path: Path) -> None:
     system = loaded(tmp_path, environ={"MAX_CACHE_MODELS": "2", "MODEL_LOAD_COOLDOWN": "1.5"}).config.system
     assert (system.max_concurrent_models, system.model_load_cooldown_sec) == (2, 1.5)
     assert problems(tmp_path, environ={"MAX_CACHE_MODELS": "few"})[0].startswith("env MAX_CACHE_MODELS: ")
+    assert system.allowed_models is None
+    allowing = {"ALLOWED_MODELS_JSON": '{"a.b": "org/m:Q4_0"}', "MODEL_Q4_THRESHOLD_BYTES": "5"}
+    system = loaded(tmp_path, environ=allowing).config.system
+    assert (system.allowed_models, system.q4_threshold_bytes) == ({"a.b": "org/m:Q4_0"}, 5)
+    for wrong, where in (
+        ("a: b", ""),
+        ("[]", ""),
+        ('{"a": 3}', ".a"),
+        ('{"a b": "org/m"}', ".a b"),
+        ('{"a": "m"}', ".a"),
+    ):
+        (problem,) = problems(tmp_path, environ={"ALLOWED_MODELS_JSON": wrong})
+        assert problem.startswith(f"env ALLOWED_MODELS_JSON: system.allowed_models{where}"), problem
 
 
 # --- aliases --------------------------------------------------------------------------------------------------

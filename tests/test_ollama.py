@@ -29,7 +29,9 @@ ALIASES += ["two/of-them:Q4_0", "two/of-them:Q8_0"]
         ("hf.co/USER/Repo-GGUF:Q4_K_M", "USER/Repo-GGUF:Q4_K_M"),
         ("hf.co/user/repo-gguf", "USER/Repo-GGUF:Q4_K_M"),  # as it was pulled
         ("huggingface.co/USER/Repo-GGUF:latest", "USER/Repo-GGUF:Q4_K_M"),
+        ("USER/Repo-GGUF", "USER/Repo-GGUF:Q4_K_M"),
         ("hf.co/two/of-them", None),
+        ("two/of-them", None),
         ("", None),
     ],
 )

@@ -165,18 +165,3 @@ def test_a_reader_who_does_not_read_is_let_go() -> None:
 
     asyncio.run(serve())
     assert ended == ["the stream"]
-
-
-def test_the_calls_of_earlier_hosts_load_list_and_unload(start: Start, tiny: Path) -> None:
-    config = {"models": models(tiny, "org/a"), "aliases": {"b": "org/a"}}
-    router = start(config, MAX_CACHE_MODELS="7", MODEL_LOAD_COOLDOWN="60")
-    loaded = router.http.post("/v1/models", json={"model": "b", "device": "cuda"}).json()
-    assert (loaded["id"], loaded["uses"], loaded["status"]) == ("b", "org/a", "ready")
-    assert loaded["devices"] == ["host"]
-    assert router.http.get("/models").json() == router.http.get("/v1/models").json()
-    assert router.http.delete("/v1/models/org/a").json()["model_ejected"] == "org/a"
-    assert tiny.exists()
-    assert router.http.delete("/v1/models/b").status_code == 404
-    assert router.http.delete("/v1/models/nobody").json()["error"]["code"] == "model_not_found"
-    assert router.http.post("/v1/models", json={"model": "nobody"}).status_code == 404
-    assert "router_models_limit 7" in router.http.get("/metrics").text

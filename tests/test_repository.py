@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from router.repository import BadReference, Choice, NoChoice, Reference, choose, parse
+from router.repository import (
+    BadReference,
+    Choice,
+    NoChoice,
+    NotAllowed,
+    Reference,
+    choose,
+    parse,
+    permitted,
+    quantized,
+)
 
 MIRROR = {"HF_ENDPOINT": "http://hub.example:8080"}
 
@@ -74,6 +84,53 @@ def test_a_quantization_is_taken_as_asked_for_or_not_at_all() -> None:
     assert chosen(*there, quant="Q2_K_XL").model == "m-Q2_K_XL.gguf"
     with pytest.raises(NoChoice, match="no Q8_0; it has Q2_K_XL, Q4_K_M, UD-Q2_K_XL, UD-Q4_K_XL"):
         chosen(*there, quant="Q8_0")
+
+
+def test_a_word_for_so_many_bits_takes_the_closest_of_them() -> None:
+    there = ["m-IQ4_XS.gguf", "m-Q4_0.gguf", "m-Q4_K_S.gguf", "m-Q5_K_M.gguf", "m-Q8_0.gguf"]
+    for quant, label in (("q4", "Q4_K_S"), ("Q5", "Q5_K_M"), ("q8", "Q8_0")):
+        assert chosen(*there, quant=quant).model == f"m-{label}.gguf"
+    for quant in ("q6", "fp16", "no", "q40"):
+        with pytest.raises(NoChoice, match=f"no {quant}; it has IQ4_XS, "):
+            chosen(*there, quant=quant)
+    full = [*there, "m-F32.gguf"]
+    assert chosen(*full, quant="no").model == chosen(*full, quant="fp32").model == "m-F32.gguf"
+    full.append("m-BF16.gguf")
+    assert chosen(*full, quant="no").model == chosen(*full, quant="fp16").model == "m-BF16.gguf"
+
+
+def test_auto_is_unquantized_up_to_a_size() -> None:
+    parts = ("m-F16-00001-of-00002.gguf", "m-F16-00002-of-00002.gguf")
+    sizes = {**dict.fromkeys(parts, 7), "m-Q4_K_M.gguf": 4, "m-Q8_0.gguf": 8}
+    auto = Reference("org/m", "auto")
+    assert choose(auto, sizes, 14).model == parts[0]
+    assert choose(auto, sizes, 13).model == "m-Q4_K_M.gguf"
+    assert choose(auto, {"m-Q8_0.gguf": 8}, 14).model == "m-Q8_0.gguf"
+    assert choose(auto, {"m.gguf": 8}, 14).model == "m.gguf"
+
+
+def test_a_quantization_is_said_once() -> None:
+    assert quantized(Reference("org/m"), "q4") == Reference("org/m", "q4")
+    for said in (Reference("org/m", "Q8_0"), Reference("org/m", file="m.gguf")):
+        assert quantized(said, "auto") == said
+        with pytest.raises(BadReference, match="leave out `quantize`"):
+            quantized(said, "q4")
+    with pytest.raises(BadReference, match="not a quantization"):
+        quantized(Reference("org/m"), "a b")
+
+
+def test_only_what_is_on_the_list_may_be_pulled() -> None:
+    allowed = {"any": "org/m", "one": "hf.co/org/n:Q8_0"}
+    assert permitted("any", allowed, {}) == (Reference("org/m"), "any")
+    assert permitted("one", allowed, {}) == (Reference("org/n", "Q8_0"), "one")
+    for text in ("org/m", "hf.co/org/m:Q4_0", "org/m/sub/m.gguf", "org/n:Q8_0"):
+        assert permitted(text, allowed, {}) == (parse(text, {}), None)
+        assert permitted(text, None, {}) == (parse(text, {}), None)
+    for text in ("org/n", "org/n:Q4_0", "https://huggingface.co/org/m/tree/v2", "org/other", "two", "", "a b"):
+        with pytest.raises(NotAllowed, match="what may: any, one"):
+            permitted(text, allowed, {})
+    with pytest.raises(NotAllowed, match="what may: none"):
+        permitted("org/m", {}, {})
 
 
 def test_a_split_model_comes_whole_also_when_a_folder_names_its_quantization() -> None:

@@ -91,7 +91,7 @@ def is_anthropic(path: str) -> bool:
 
 
 def is_ollama(path: str) -> bool:
-    return path.startswith("/api/")
+    return path.startswith("/api/") or path == "/chat"
 
 
 def refused(refusal: Refusal, reason: str, retry_after_sec: float | None) -> ApiError:

@@ -22,18 +22,20 @@ _ERRORS = {
     401: "An API key is needed, or the one given is not valid.",
     403: "The API key may not do this, or the Host header names nobody here.",
     404: "There is no such model, or no such route.",
+    409: "Another model has the alias, or the pull was cancelled.",
     413: "The body is too large.",
     415: "The body is encoded.",
     422: "The engine's: it cannot process this.",
     429: "Too many requests wait.",
-    500: "The engine's own error.",
+    500: "The engine's own error, or the disk's.",
     501: "The engine's: the model was not started for this.",
-    502: "The engine broke off.",
+    502: "The engine broke off, or the hub.",
     503: "The model failed, or the router is full or shutting down.",
     504: "It took too long.",
     507: "The model does not fit into memory.",
 }
 _DATA_PLANE = (401, 403, 404, 413, 415, 429, 502, 503, 504, 507)
+_FURTHER = {"/v1/models/pull": (429,), "/pull": (409, 429, 500, 502)}
 _ALSO_OF_ENGINES = (400, 422, 500, 501)
 """An engine has its own way to say these, on some routes with an empty body."""
 _OF_ENGINES = "Passed on to the engine of `model`, byte for byte unless its alias is configured to change it."
@@ -94,8 +96,8 @@ def _complete_page(path: str, method: str, operation: dict[str, Any]) -> None:
         expected.append(404)
     if method == "post":
         expected += [413, 507]
-    if (method, path) == ("post", "/v1/models/pull"):
-        expected.append(429)
+    if method == "post":
+        expected += _FURTHER.get(path, ())
     for status in expected:
         answers.setdefault(str(status), _error(status, path))
     if is_ollama(path):
@@ -137,7 +139,9 @@ def _translated(path: str) -> dict[str, Any]:
     kinds: dict[str, Any] = {"application/json": {}, "application/x-ndjson": {}}
     return {
         "tags": ["data plane"],
-        "summary": f"Ollama's {path}",
+        "summary": f"Ollama's {path}"
+        if path.startswith("/api/")
+        else "As /api/chat, but streams only when asked to",
         "description": "Translated for the engine of `model`, and its answer back.",
         "operationId": "ollama" + path.replace("/", "_"),
         "parameters": [_PRIORITY, _REQUEST_ID],

@@ -14,15 +14,29 @@ from pydantic import BaseModel, Field
 from sse_starlette import ServerSentEvent
 from starlette.responses import JSONResponse, Response
 
-from router import pulled
+from router import pulled, repository
 from router.api.errors import ApiError
+from router.api.models import ModelName, load_model
 from router.api.streams import EventStream
+from router.dispatcher import Dispatcher
 from router.downloads import MOST_AT_ONCE, Downloads, Pull, TooManyPulls
-from router.repository import BadReference
 
 router = APIRouter(tags=["management"])
 
 _KEEP_ALIVE_SEC = 30
+_STATUS = {
+    "invalid_reference": 400,
+    "access_denied": 403,
+    "gated": 403,
+    "no_such_file": 404,
+    "not_found": 404,
+    "alias_taken": 409,
+    "checksum_mismatch": 502,
+    "hub_error": 502,
+    "unreachable": 502,
+    "disk_full": 507,
+}
+"""Of a failed pull, by its code; the others are 500."""
 
 
 class PullRequest(BaseModel):
@@ -31,6 +45,17 @@ class PullRequest(BaseModel):
         default=None, pattern=r"^[^_\s]\S*$", description="Name to serve it under; null means USER/REPO:QUANT."
     )
     stream: bool = Field(default=False, description="Answer with its progress as server-sent events.")
+
+
+class PullAndWait(BaseModel):
+    model: str = Field(description="As for /v1/models/pull.")
+    quantize: str = Field(
+        default=repository.AUTO,
+        description="A quantization; `q4`, `q8`, …, `fp16`, `fp32`: the closest with so many bits; `no`: what is "
+        "not quantized; `auto`: that, but if it is larger than system.q4_threshold_bytes, or not there, Q4_K_M or "
+        "the closest.",
+    )
+    init: bool = Field(default=False, description="Load it, too.")
 
 
 @router.post(
@@ -47,18 +72,50 @@ async def pull_model(body: PullRequest, request: Request) -> Response:
     return JSONResponse(_shown(pull), 202, headers={"Location": f"/v1/models/pull/{pull.id}"})
 
 
-def begin(request: Request, reference: str, alias: str | None) -> Pull:
+def begin(request: Request, model: str, alias: str | None, quantize: str | None = None) -> Pull:
     """Raises ApiError."""
     downloads: Downloads = request.app.state.downloads
-    if request.app.state.dispatcher.status == "shutting_down":
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    system = dispatcher.config.system
+    if dispatcher.status == "shutting_down":
         raise ApiError(503, "shutting_down", "The router is shutting down.", retry_after_sec=5)
     try:
-        return downloads.start(reference, alias)
-    except BadReference as error:
+        reference, listed_as = repository.permitted(model, system.allowed_models, os.environ)
+        if quantize is not None:
+            reference = repository.quantized(reference, quantize)
+        return downloads.start(reference, alias or listed_as, system.q4_threshold_bytes)
+    except repository.BadReference as error:
         raise ApiError(400, "invalid_reference", f"{error}.", "model") from None
+    except repository.NotAllowed as error:
+        raise ApiError(403, "model_not_allowed", f"{error}.", "model") from None
     except TooManyPulls:
         message = f"{MOST_AT_ONCE} pulls are running already; wait for one, or cancel it."
         raise ApiError(429, "too_many_pulls", message, retry_after_sec=30) from None
+
+
+@router.post("/pull")
+async def pull_and_wait(body: PullAndWait, request: Request) -> dict[str, Any]:
+    """Pull a model as `/v1/models/pull` does; answers when it is there, and with `init` when it is loaded."""
+    pull = begin(request, body.model, None, body.quantize)
+    async for _ in pull.follow():
+        pass
+    progress = pull.progress
+    if progress.error is not None:
+        raise ApiError(_STATUS.get(progress.error.code, 500), progress.error.code, progress.error.message, "model")
+    if progress.alias is None or progress.path is None:
+        raise ApiError(409, "cancelled", "The pull was cancelled; the next one goes on with what has arrived.")
+    if body.init:
+        await load_model(ModelName(model=progress.alias), request)
+    return {
+        "status": "success",
+        "model": progress.alias,
+        "cached": progress.cached,
+        "backend": {
+            "local_path": progress.path,
+            "preferred_quantized": repository.is_quantized(progress.path),
+            "size_bytes": progress.total_bytes,
+        },
+    }
 
 
 @router.get("/v1/models/pull")
