@@ -121,8 +121,10 @@ class Accountant:
     async def inspect(self, model: ModelConfig, system: System) -> Inspected:
         """Where it could live, by what is free now."""
         await self.look()
-        look = asyncio.to_thread(inspect, model, system, self.kind, self._ground(), self._learned)
         try:
+            if self._scheduler.engines:  # none of them is to go for one that won't run
+                await asyncio.to_thread(self.kind.check_runs)
+            look = asyncio.to_thread(inspect, model, system, self.kind, self._ground(), self._learned)
             found = await asyncio.wait_for(look, INSPECTION_LIMIT_SEC)
         except Unusable as unusable:
             problem = str(unusable)

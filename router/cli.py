@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Exit codes: 0 ended in order, 1 cannot serve or ask, 2 wrong configuration or command line, 130 interrupted.
     """
+    _open_standard_files()
     options = _parser().parse_args(_with_command(sys.argv[1:] if arguments is None else list(arguments)))
     try:
         options.run(options)
@@ -40,6 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _open_standard_files() -> None:
+    """Who starts us may have closed them: no socket must get their numbers, and what is said there is lost."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def _give_up(error: Exception) -> NoReturn:
@@ -107,6 +116,11 @@ def _serve(options: argparse.Namespace) -> None:
         serve(partial(_load, options))
     except CannotServe as error:
         _give_up(error)
+    finally:
+        try:
+            sys.stderr.flush()
+        except OSError:  # what cannot be written must not be the exit code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _load(options: argparse.Namespace) -> Loaded:

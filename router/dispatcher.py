@@ -67,6 +67,8 @@ _log = logging.getLogger("router")
 
 _POSITIONS_VALID_SEC = 1
 _LOG_OF_AN_END = 200
+_DYING_SEC = 1.0
+"""For one that does not answer because it is on its way out, so that its end gets its own reason and not ours."""
 
 
 @dataclass(slots=True, eq=False)
@@ -203,6 +205,8 @@ class Dispatcher:
         self.running: dict[int, RunningEngine] = {}
         self.status = "initializing"
         self.started_at = time.time()
+        """For people, in seconds since the epoch. How long ago that is, `uptime_sec` knows."""
+        self._started_sec = time.monotonic()
         self.counts: dict[str, Counts] = defaultdict(Counts)
         self.exits: dict[str, LastExit] = {}
         self.crashes: dict[str, int] = defaultdict(int)
@@ -221,6 +225,10 @@ class Dispatcher:
         self._changes: dict[str, list[asyncio.Future[None]]] = {}
         self._preload: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
+
+    @property
+    def uptime_sec(self) -> float:
+        return time.monotonic() - self._started_sec
 
     @property
     def ledger(self) -> Ledger:
@@ -541,10 +549,12 @@ class Dispatcher:
         running = self.running.get(engine_id)
         if running is None:
             return
-        if await running.process.healthy():
+        process = running.process
+        if await process.healthy():
             self._post(EngineAlive(time.monotonic(), engine_id))
-        else:
-            running.process.kill("it broke a request off and does not answer")
+            return
+        await asyncio.wait({process.exited}, timeout=_DYING_SEC)
+        process.kill("it broke a request off and does not answer")
 
     def _order(self, model: ModelConfig, account: Account) -> EngineOrder:
         system = self.config.system

@@ -363,7 +363,7 @@ def _gauges(dispatcher: Dispatcher) -> Iterator[Family]:
     yield from _gpu_gauges(dispatcher.devices.last.gpus)
     yield from _machine_gauges()
     yield _single("router_models_loaded_total", "Engines resident", len(dispatcher.scheduler.engines))
-    yield _single("router_uptime_seconds", "Since the start", time.time() - dispatcher.started_at)
+    yield _single("router_uptime_seconds", "Since the start", dispatcher.uptime_sec)
     build = Gauges("router_build_info", "Version of the router, and what runs the models", "version", "engine")
     build.set(1, __version__, dispatcher.binary.kind)
     yield build

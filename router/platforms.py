@@ -10,6 +10,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +20,8 @@ import psutil
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _ORPHANS_SEC = 2.0
+_KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
+"""Seconds of silence, macOS's name for that, seconds between questions, questions without an answer."""
 PIPE_BYTES = 1 << 20
 """What a `log_pipe` holds where the system lets us say so (else 64 KiB)."""
 
@@ -141,6 +144,26 @@ def birth(pid: int) -> str | None:
         return None if process.status() == psutil.STATUS_ZOMBIE else str(process.create_time())
     except psutil.Error:
         return None
+
+
+def notice_vanished_peers(listener: socket.socket) -> None:
+    """Have the system ask silent clients whether they are there; what is accepted inherits that.
+
+    Who loses power or network says no goodbye, and one that waits in a queue is sent nothing that could get lost.
+    """
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEP_ALIVE.items():
+        if hasattr(socket, name):
+            listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def has_terminal() -> bool:
+    """Whether there is a terminal whose keys, and whose end, reach us as signals."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def allow_many_files() -> int:

@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ from router.launcher import LocalLauncher, find_binary
 from router.learning import Entry, Learned
 from router.leftovers import EngineRecord
 from router.logs import Logs
-from router.platforms import allow_many_files, reap_orphans
+from router.platforms import allow_many_files, has_terminal, notice_vanished_peers, reap_orphans
 from router.routing import ROUTES, TRANSLATED_ROUTES
 from router.state import State, StateHeld, default_path
 from router.systemd import Notifier
@@ -154,6 +154,7 @@ def _listen(config: Config, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    notice_vanished_peers(listener)
     try:
         listener.bind((host, port))
         listener.listen(_BACKLOG)
@@ -240,7 +241,10 @@ class _Service:
             self._dispatcher.events.listen(self._tracing.note)
         self._keyring = Keyring(config.api)
         self._reloading = asyncio.Lock()
-        self._reloads: set[asyncio.Task[None]] = set()
+        self._reloads: asyncio.Task[None] | None = None
+        self._reload_wanted = False
+        # What nohup has started is meant to outlive its terminal, and comes with SIGHUP ignored.
+        self._in_terminal = has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
         self._look_failed = ""
 
     async def run(self) -> None:
@@ -342,7 +346,8 @@ class _Service:
         self._stop.set()
 
     def _on_ready(self) -> None:
-        self._announce()
+        with contextlib.suppress(OSError):  # nobody can read it: the disk is full, or the reader is gone
+            print(*self._announcement(), sep="\n", file=sys.stderr, flush=True)
         self._notifier.ready()
 
     def _status(self) -> str:
@@ -353,42 +358,51 @@ class _Service:
         return f"{states.count('ready')} of {len(states)} models ready, {waiting} requests waiting"
 
     def _hang_up(self) -> None:
-        task = asyncio.create_task(self._reload_logged())
-        self._reloads.add(task)
-        task.add_done_callback(self._reloads.discard)
+        """SIGHUP: reload. However many come during a reload, they are one reload after it."""
+        if self._in_terminal and not has_terminal():
+            if not self._stop.is_set():
+                _log.info("the terminal was closed")
+                self._terminate()
+            return
+        self._reload_wanted = True
+        if self._reloads is None or self._reloads.done():
+            self._reloads = asyncio.create_task(self._reload_while_wanted())
 
-    async def _reload_logged(self) -> None:
+    async def _reload_while_wanted(self) -> None:
         self._notifier.reloading()
         try:
-            await self.reload()
-        except ConfigError as error:
-            _log.error("configuration not reloaded, nothing was changed:\n%s", error)
+            while self._reload_wanted:
+                self._reload_wanted = False
+                try:
+                    await self.reload()
+                except ConfigError as error:
+                    _log.error("configuration not reloaded, nothing was changed:\n%s", error)
         finally:
             self._notifier.ready()
 
-    def _announce(self) -> None:
+    def _announcement(self) -> Iterator[str]:
         config, dispatcher = self._loaded.config, self._dispatcher
         host, port = self._listeners[0].getsockname()[:2]
         shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host  # noqa: S104
         url = f"http://{shown}:{port}"
         aliases = list(config.models)
         names = ", ".join(aliases[:8]) + (f" and {len(aliases) - 8} more" if len(aliases) > 8 else "")
-        say = partial(print, file=sys.stderr, flush=True)
-        say(f"llama-router listens on {url}")
+        yield f"llama-router listens on {url}"
         if config.api.ollama_port is not None:
-            say(f"  Ollama  also on port {config.api.ollama_port}")
-        say(f"  engine  {dispatcher.binary.kind} ({dispatcher.binary.origin})")
-        say(f"  memory  {'; '.join(map(str, dispatcher.ledger.devices.values()))}")
-        say(f"  models  {names}")
+            yield f"  Ollama  also on port {config.api.ollama_port}"
+        yield f"  engine  {dispatcher.binary.kind} ({dispatcher.binary.origin})"
+        yield f"  memory  {'; '.join(map(str, dispatcher.ledger.devices.values()))}"
+        yield f"  models  {names}"
         authorization = ""
         if self._keyring.required:
             authorization = " -H 'Authorization: Bearer YOUR_KEY'"
         elif host not in ("127.0.0.1", "::1", "localhost"):
-            say(f"  WARNING everybody who reaches {host}:{port} can use and manage this router: set API_KEY")
+            yield f"  WARNING everybody who reaches {host}:{port} can use and manage this router: set API_KEY"
         for warning in self._loaded.warnings:
-            say(f"  WARNING {warning}")
+            yield f"  WARNING {warning}"
         body = f'{{"model": "{aliases[0]}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
-        say(f"Try:\n  curl {url}/v1/chat/completions{authorization} -d '{body}'")
+        yield "Try:"
+        yield f"  curl {url}/v1/chat/completions{authorization} -d '{body}'"
 
 
 def _changes(before: Config, after: Config) -> dict[str, list[str]]:

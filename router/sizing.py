@@ -9,8 +9,10 @@ GPUs are counted as the engine counts them: `gpu0` is the first that it is shown
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
+import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from router import fit_params, footprint, gguf
-from router.engine import Binary
+from router.engine import Binary, signal_name
 from router.flags import Flags, argv, replaced
 from router.footprint import HOST, Footprint, Share
 from router.gguf import GGUF
@@ -31,6 +33,9 @@ DRIVER_MIB = 512
 PROCESS_MIB = 16
 """What llama-server takes of RAM besides the model."""
 _MOST_MEASURED = 4
+
+_NEVER_RAN = (126, 127)
+"""What shells and loaders exit with when they cannot start a program."""
 
 _log = logging.getLogger("router")
 
@@ -96,10 +101,39 @@ class EngineKind:
         status = self._program.stat()
         return f"{self._program} {status.st_size} {status.st_mtime_ns}"
 
+    def check_runs(self) -> None:
+        """Raises Unusable. Every build is tried once, which takes llama-server 0.1 s."""
+        if not self._is_server:
+            return
+        try:
+            reason = _why_not(str(self._program), self.build)
+            if not os.access(self._program, os.X_OK):
+                reason = os.strerror(errno.EACCES)
+        except OSError as error:
+            reason = error.strerror or str(error)
+        if reason:
+            raise Unusable(f"{self._program} cannot be run: {reason}")
+
     @property
     def fits_by_itself(self) -> bool:
         """Whether it has `--fit`, which changes what the flags leave open by what is free when it loads."""
         return self.tool is not None or (self._is_server and "--fit" in _help(str(self._program), self.build))
+
+
+@lru_cache(maxsize=8)
+def _why_not(program: str, build: str) -> str:
+    """Why a program ends before it has begun: no library, no such instruction; empty if it does not. OSError
+    if it is no program for this machine at all."""
+    try:
+        done = subprocess.run(  # noqa: S603
+            [program, "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=10, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return ""
+    if done.returncode >= 0 and done.returncode not in _NEVER_RAN:
+        return ""
+    said = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+    return said or (f"exit code {done.returncode}" if done.returncode > 0 else signal_name(done.returncode))
 
 
 @lru_cache(maxsize=8)

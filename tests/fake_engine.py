@@ -5,7 +5,8 @@ FAKE_LOAD_SEC     how long loading takes
 FAKE_PROGRESS     1: tells on its pipe how far it is, as llama-server does
 FAKE_ANSWER_SEC   how long an answer takes
 FAKE_DIE          before: exits when a request comes; after: exits in the middle of the answer;
-                  once FILE: as `before`, but only while FILE does not exist (it makes it)
+                  once FILE: as `before`, but only while FILE does not exist (it makes it);
+                  memory: takes all there is when a request comes
 FAKE_LAST_WORDS   what it says before it exits
 FAKE_CHUNKS       number of events in a stream
 FAKE_EVENTS       file with what it streams instead: a JSON document a line, each an event
@@ -45,6 +46,9 @@ def maybe_die(moment: str) -> None:
     if die == moment:
         print(setting("last_words"), file=sys.stderr, flush=True)
         os._exit(3)
+    hoard: list[bytes] = []
+    while die == "memory":
+        hoard.append(b"x" * (1 << 20))
 
 
 def note(path: str, body: bytes) -> None:

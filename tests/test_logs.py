@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -35,16 +36,18 @@ def test_never_a_prompt_an_answer_or_a_key(start: Start, tiny: Path, tmp_path: P
     router.chat("a", content=SECRET, temperature="hot", headers=headers)
     router.http.post("/v1/chat/completions", content=f'{{"model": "a", "{SECRET}', headers=headers)
     router.chat("a", content=SECRET, headers={"authorization": "Bearer sk-wrong-key"})
-    seen = [
-        router.http.get(path, headers=headers).text
-        for path in ("/metrics", "/v1/telemetry/summary", "/v1/queue/stats", "/v1/models/status")
-    ]
+    pages = ("/metrics", "/v1/telemetry/summary", "/v1/queue/stats", "/v1/models/status", "/v1/health/models")
+    seen = [router.http.get(path, headers=headers).text for path in (*pages, "/v1/logs/a", "/openapi.json")]
+    (engine,) = router.engines
+    key_of_engine = engine.environ()["LLAMA_API_KEY"]
+    seen.append(" ".join(engine.cmdline()))  # for everybody on the machine to see
     router.stop()
     files = [path.read_text() for path in (tmp_path / "logs").iterdir()]
     assert "mine-1" in router.log
     assert "invalid_json" in router.log
     for text in (router.log, *seen, *files):
-        for private in (SECRET, "4711", KEY, "sk-wrong-key", answer.json()["choices"][0]["message"]["content"]):
+        said = answer.json()["choices"][0]["message"]["content"]
+        for private in (SECRET, "4711", KEY, key_of_engine, "sk-wrong-key", said):
             assert private not in text
 
 
@@ -125,3 +128,25 @@ def test_a_log_that_nobody_reads_delays_nobody(tiny: Path, tmp_path: Path) -> No
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
+@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"], ids=["closed", "on a full disk"])
+def test_a_log_that_cannot_be_written_delays_nobody(tmp_path: Path, free_port: int, stderr: str) -> None:
+    environ = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+    command = ["sh", "-c", f'exec "$@" {stderr}', "sh", sys.executable, str(ROOT / "run.py")]
+    with subprocess.Popen([*command, "--port", str(free_port)], cwd=tmp_path, env=environ) as router:
+        try:
+            url = f"http://127.0.0.1:{free_port}"
+            eventually(lambda: can_connect(free_port), timeout_sec=60)
+            body = {"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+            assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30).status_code == 200
+            router.terminate()
+            assert router.wait(20) == 0
+        finally:
+            router.kill()
+
+
+def can_connect(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0

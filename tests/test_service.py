@@ -10,9 +10,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, Queue
+from typing import Any
 
 import httpx2 as httpx
 import psutil
@@ -24,77 +29,73 @@ from router.platforms import birth
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
 
 
-@pytest.fixture(params=["path", "abstract"])
-def systemd(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[socket.socket, str]]:
-    """The manager's end of the notification socket, and its name."""
-    name = str(tmp_path / "notify") if request.param == "path" else f"@llama-router-test-{os.getpid()}"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
-        receiver.bind(name.replace("@", "\0"))
-        receiver.settimeout(20)
-        yield receiver, name
+class Systemd:
+    """The manager's end of the notification socket. Like the real one, it reads all the time: there is room for
+    ten messages only."""
 
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._heard: Queue[list[str]] = Queue()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(name.replace("@", "\0"))
+        threading.Thread(target=self._listen, daemon=True).start()
 
-def until(receiver: socket.socket, line: str) -> list[str]:
-    """Read datagrams up to the one that has a line that begins so; returns its lines."""
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        lines = receiver.recv(4096).decode().split("\n")
-        if any(each.startswith(line) for each in lines):
-            return lines
-    raise AssertionError(f"systemd did not hear {line}")
+    def _listen(self) -> None:
+        while True:
+            self._heard.put(self._socket.recv(4096).decode().split("\n"))
+
+    def hears(self, line: str, timeout_sec: float = 20) -> list[str]:
+        """Up to the message that has a line that begins so; returns its lines. Raises Empty in a long silence."""
+        while True:
+            lines = self._heard.get(timeout=timeout_sec)
+            if any(each.startswith(line) for each in lines):
+                return lines
 
 
 @linux_only
-def test_systemd_hears_of_every_turn(
-    start: Start, tiny: Path, tmp_path: Path, systemd: tuple[socket.socket, str]
-) -> None:
-    receiver, name = systemd
+@pytest.mark.parametrize("kind", ["path", "abstract"])
+def test_systemd_hears_of_every_turn(start: Start, tiny: Path, tmp_path: Path, kind: str) -> None:
+    systemd = Systemd(str(tmp_path / "notify") if kind == "path" else f"@llama-router-test-{os.getpid()}")
     config = {"system": {"shutdown_grace_sec": 200}, "models": models(tiny, "a", "b")}
-    router = start(config, NOTIFY_SOCKET=name, WATCHDOG_USEC="200000")
-    until(receiver, "STATUS=0 of 2 models ready")
-    until(receiver, "READY=1")
+    router = start(config, NOTIFY_SOCKET=systemd.name, WATCHDOG_USEC="200000")
+    systemd.hears("STATUS=0 of 2 models ready")
+    systemd.hears("READY=1")
     assert router.http.get("/ready").status_code == 200
     assert router.chat("a").status_code == 200
-    until(receiver, "STATUS=1 of 2 models ready, 0 requests waiting")
+    systemd.hears("STATUS=1 of 2 models ready, 0 requests waiting")
     assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC"} & router.engines[0].environ().keys()
 
     before = time.monotonic_ns() // 1000
     router.process.send_signal(signal.SIGHUP)
-    reloading = until(receiver, "RELOADING=1")
+    reloading = systemd.hears("RELOADING=1")
     assert before <= int(reloading[1].removeprefix("MONOTONIC_USEC=")) <= time.monotonic_ns() // 1000
-    until(receiver, "READY=1")
+    systemd.hears("READY=1")
     (tmp_path / "config.json").write_text("{")
     router.process.send_signal(signal.SIGHUP)
-    until(receiver, "RELOADING=1")
-    until(receiver, "READY=1")  # nothing was reloaded, but it serves
+    systemd.hears("RELOADING=1")
+    systemd.hears("READY=1")  # nothing was reloaded, but it serves
 
-    until(receiver, "WATCHDOG=1")
+    systemd.hears("WATCHDOG=1")
     router.process.send_signal(signal.SIGSTOP)  # as if the event loop were stuck
-    receiver.settimeout(1)
-    with pytest.raises(TimeoutError):
-        until(receiver, "ANYTHING")
+    with pytest.raises(Empty):
+        systemd.hears("ANYTHING", timeout_sec=1)
     router.process.send_signal(signal.SIGCONT)
-    receiver.settimeout(20)
-    until(receiver, "WATCHDOG=1")
+    systemd.hears("WATCHDOG=1")
 
     router.process.send_signal(signal.SIGTERM)
-    stopping = until(receiver, "STOPPING=1")
+    stopping = systemd.hears("STOPPING=1")
     assert int(stopping[1].removeprefix("EXTEND_TIMEOUT_USEC=")) > 200_000_000
     assert router.process.wait(20) == 0
 
 
 @linux_only
 def test_a_watchdog_for_another_process_is_not_ours(start: Start, tmp_path: Path) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
-        receiver.bind(str(tmp_path / "notify"))
-        receiver.settimeout(20)
-        router = start(NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="20000", WATCHDOG_PID="1")
-        until(receiver, "READY=1")
-        router.process.send_signal(signal.SIGTERM)
-        heard = []
-        while "STOPPING=1" not in heard:
-            heard += receiver.recv(4096).decode().split("\n")
-        assert "WATCHDOG=1" not in heard
+    systemd = Systemd(str(tmp_path / "notify"))
+    router = start(NOTIFY_SOCKET=systemd.name, WATCHDOG_USEC="20000", WATCHDOG_PID="1")
+    systemd.hears("READY=1")
+    with pytest.raises(Empty):
+        systemd.hears("WATCHDOG=1", timeout_sec=0.5)
+    assert router.stop() == 0
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not there")
@@ -153,36 +154,93 @@ def exit_reason(url: str) -> str:
     return last["reason"] if last else ""
 
 
-@linux_only
-@pytest.mark.skipif(shutil.which("setsid") is None, reason="needs util-linux")
-def test_ctrl_c_in_a_terminal_reaches_no_engine_before_its_stream_has_ended(tiny: Path, tmp_path: Path) -> None:
-    engine = fake(tmp_path, chunks="10", chunk_sec="0.1")
-    (tmp_path / "config.json").write_text(
-        json.dumps({"system": {"llama_server_path": engine}, "models": models(tiny, "a")})
-    )
+@dataclass
+class Terminal:
+    """A router in the foreground of a terminal of its own."""
+
+    router: subprocess.Popen[bytes]
+    url: str
+    _keys: int
+
+    def press(self, key: bytes) -> None:
+        os.write(self._keys, key)
+
+    def close(self) -> None:
+        """As when its window is closed, or the line to it breaks."""
+        if self._keys >= 0:
+            os.close(self._keys)
+            self._keys = -1
+
+
+@contextmanager
+def in_a_terminal(config: dict[str, Any], folder: Path, *prefix: str) -> Iterator[Terminal]:
+    if sys.platform != "linux" or shutil.which("setsid") is None:
+        pytest.skip("needs util-linux")
+    (folder / "config.json").write_text(json.dumps(config))
     ours, theirs = os.openpty()
-    environ = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
-    command = ["setsid", "--ctty", sys.executable, str(ROOT / "run.py"), "--port", "0", "--config", "config.json"]
-    terminal = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
-    with subprocess.Popen(command, cwd=tmp_path, env=environ, **terminal) as router:
+    environ = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(folder)}
+    command = ["setsid", "--ctty", *prefix, sys.executable, str(ROOT / "run.py"), "--port", "0"]
+    ends = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    with subprocess.Popen([*command, "--config", "config.json"], cwd=folder, env=environ, **ends) as router:
         os.close(theirs)
+        terminal = Terminal(router, "", ours)
         try:
             shown = b""
             while (found := re.search(rb"listens on (http://[\d.:]+)\s", shown)) is None:
                 shown += os.read(ours, 4096)
-            body = {"model": "a", "messages": [], "stream": True}
-            url = f"{found[1].decode()}/v1/chat/completions"
-            with httpx.stream("POST", url, json=body, timeout=30) as stream:
-                lines = stream.iter_lines()
-                next(lines)
-                os.write(ours, b"\x03")
-                rest = [line for line in lines if line]
-            assert len(rest) == 10
-            assert rest[-1] == "data: [DONE]"
-            assert router.wait(20) == 0
+            terminal.url = found[1].decode()
+            yield terminal
         finally:
             router.kill()
-            os.close(ours)
+            terminal.close()
+
+
+def test_ctrl_c_in_a_terminal_reaches_no_engine_before_its_stream_has_ended(tiny: Path, tmp_path: Path) -> None:
+    engine = fake(tmp_path, chunks="10", chunk_sec="0.1")
+    config = {"system": {"llama_server_path": engine}, "models": models(tiny, "a")}
+    with in_a_terminal(config, tmp_path) as terminal:
+        body = {"model": "a", "messages": [], "stream": True}
+        with httpx.stream("POST", f"{terminal.url}/v1/chat/completions", json=body, timeout=30) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            terminal.press(b"\x03")
+            rest = [line for line in lines if line]
+        assert len(rest) == 10
+        assert rest[-1] == "data: [DONE]"
+        assert terminal.router.wait(20) == 0
+
+
+def test_a_terminal_that_is_closed_takes_its_router_with_it(tiny: Path, tmp_path: Path) -> None:
+    config = {"system": {"llama_server_path": fake(tmp_path)}, "models": models(tiny, "a")}
+    with in_a_terminal(config, tmp_path) as terminal:
+        body = {"model": "a", "messages": []}
+        assert httpx.post(f"{terminal.url}/v1/chat/completions", json=body, timeout=30).status_code == 200
+        (engine,) = psutil.Process(terminal.router.pid).children()
+        terminal.close()
+        assert terminal.router.wait(20) == 0
+        assert birth(engine.pid) is None
+
+
+def test_what_ignores_hang_ups_outlives_its_terminal_and_still_reloads(tiny: Path, tmp_path: Path) -> None:
+    nohup = ("sh", "-c", 'trap "" HUP; exec "$@"', "nohup")
+    with in_a_terminal({"models": models(tiny, "a")}, tmp_path, *nohup) as terminal:
+        terminal.close()
+        (tmp_path / "config.json").write_text(json.dumps({"models": models(tiny, "a", "b")}))
+        terminal.router.send_signal(signal.SIGHUP)
+        eventually(lambda: len(httpx.get(f"{terminal.url}/v1/models").json()["data"]) == 2)
+
+
+def test_a_storm_of_hang_ups_is_a_few_reloads(start: Start, tiny: Path, tmp_path: Path) -> None:
+    many = models(tiny, *(f"model-{number}" for number in range(100)))  # takes a while to read
+    router = start({"models": many})
+    for _ in range(300):
+        router.process.send_signal(signal.SIGHUP)
+        time.sleep(0.001)  # signals that come at once are one
+    (tmp_path / "config.json").write_text(json.dumps({"models": models(tiny, "a")}))
+    router.process.send_signal(signal.SIGHUP)
+    eventually(lambda: len(router.http.get("/v1/models").json()["data"]) == 1)
+    assert router.stop() == 0
+    assert 1 <= router.log.count("configuration reloaded") < 100
 
 
 def test_what_is_longer_than_the_grace_is_cut_off_and_told_so(start: Start, tiny: Path, tmp_path: Path) -> None:

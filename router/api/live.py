@@ -125,7 +125,7 @@ def figures(dispatcher: Dispatcher) -> dict[str, Any]:
         "timestamp": time.time(),
         "server": {
             "status": dispatcher.status,
-            "uptime_seconds": round(time.time() - dispatcher.started_at, 1),
+            "uptime_seconds": round(dispatcher.uptime_sec, 1),
         },
         "gpu": _gpu(dispatcher.devices.last.gpus),
         "models": models,

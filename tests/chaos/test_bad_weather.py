@@ -6,16 +6,17 @@ import json
 import os
 import resource
 import shutil
+import signal
 import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Router, Start, eventually, fake, models
+from conftest import ROOT, Router, Start, eventually, fake, models, starting
 
 
 def remove(path: Path) -> None:
@@ -24,6 +25,27 @@ def remove(path: Path) -> None:
 
 def forbid(path: Path) -> None:
     path.chmod(0o644)
+
+
+@pytest.fixture(scope="module")
+def router_on_a_binary(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Router, Path]]:
+    folder = tmp_path_factory.mktemp("binary")
+    binary = fake(folder)
+    system = {"llama_server_path": binary, "max_concurrent_models": 1, "model_load_max_retries": 0}
+    with starting(folder) as start:
+        yield start({"system": system, "models": models(tiny, "a", "b")}), Path(binary)
+
+
+@pytest.fixture
+def with_room_for_one(router_on_a_binary: tuple[Router, Path]) -> Iterator[tuple[Router, Path]]:
+    """A router for two models, and the engine's binary, which is whole again afterwards."""
+    router, binary = router_on_a_binary
+    yield router, binary
+    if binary.is_dir():
+        binary.rmdir()
+    fake(binary.parent)
+    for alias in ("a", "b"):
+        router.http.post(f"/v1/models/{alias}/reset")
 
 
 def of_another_machine(path: Path) -> None:
@@ -40,30 +62,6 @@ def a_folder(path: Path) -> None:
     path.mkdir()
 
 
-@pytest.mark.parametrize(
-    ("befall", "words"),
-    [
-        (remove, "No such file"),
-        (forbid, "Permission denied"),
-        (of_another_machine, "Exec format error"),
-        (a_folder, "Permission denied"),
-    ],
-)
-def test_an_engine_binary_that_can_no_longer_be_run(
-    start: Start, tiny: Path, tmp_path: Path, befall: Callable[[Path], None], words: str
-) -> None:
-    binary = Path(fake(tmp_path))
-    system = {"llama_server_path": str(binary), "model_load_max_retries": 0}
-    router = start({"system": system, "models": models(tiny, "a", "b")})
-    assert router.chat("a").status_code == 200
-    befall(binary)
-    answer = router.chat("b")
-    assert answer.status_code == 503
-    assert words in answer.json()["error"]["message"]
-    assert str(binary) in answer.json()["error"]["message"]
-    assert_only_b_suffers(router)
-
-
 def without_a_library(path: Path) -> None:
     """A real program that needs a library which is not there."""
     program = Path("/usr/bin/env").read_bytes()
@@ -73,17 +71,36 @@ def without_a_library(path: Path) -> None:
     path.chmod(0o755)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="an ELF program")
-def test_an_engine_whose_libraries_are_gone(start: Start, tiny: Path, tmp_path: Path) -> None:
-    binary = Path(fake(tmp_path))
-    system = {"llama_server_path": str(binary), "model_load_max_retries": 0}
-    router = start({"system": system, "models": models(tiny, "a", "b")})
+elf = pytest.mark.skipif(sys.platform != "linux", reason="an ELF program")
+
+
+@pytest.mark.parametrize(
+    ("befall", "words"),
+    [
+        (remove, "No such file"),
+        (forbid, "Permission denied"),
+        (a_folder, "Permission denied"),
+        pytest.param(of_another_machine, "Exec format error", marks=elf),
+        pytest.param(without_a_library, "error while loading shared libraries: libq.so.6", marks=elf),
+    ],
+)
+def test_an_engine_binary_that_can_no_longer_be_run(
+    with_room_for_one: tuple[Router, Path], befall: Callable[[Path], None], words: str
+) -> None:
+    router, binary = with_room_for_one
     assert router.chat("a").status_code == 200
-    without_a_library(binary)
-    answer = router.chat("b")
-    assert answer.status_code == 503
-    assert "error while loading shared libraries: libq.so.6" in answer.json()["error"]["message"]
-    assert_only_b_suffers(router)
+    befall(binary)
+
+    def assert_refused(alias: str) -> None:
+        answer = router.chat(alias)
+        assert answer.status_code == 503
+        assert words in answer.json()["error"]["message"]
+        assert str(binary) in answer.json()["error"]["message"]
+
+    assert_refused("b")
+    assert_only_b_suffers(router)  # the engine that still runs is not stopped for one that can't
+    router.http.post("/v1/models/eject", json={"model": "a"})
+    assert_refused("a")
 
 
 def assert_only_b_suffers(router: Router) -> None:
@@ -92,6 +109,27 @@ def assert_only_b_suffers(router: Router) -> None:
     assert router.status("a")["pid"] == pid
     assert len(router.engines) == 1
     assert "Traceback" not in router.log
+
+
+@pytest.fixture(scope="module")
+def router_on_a_file(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Router, Path]]:
+    folder = tmp_path_factory.mktemp("file")
+    path = Path(shutil.copy(tiny, folder / "fragile.gguf"))
+    entries = {**models(tiny, "a"), **models(path, "b")}
+    with starting(folder) as start:
+        yield start({"system": {"model_load_max_retries": 0}, "models": entries}), path
+
+
+@pytest.fixture
+def with_a_file(router_on_a_file: tuple[Router, Path], tiny: Path) -> Iterator[tuple[Router, Path]]:
+    """A router and the file of its model `b`, which is whole again afterwards."""
+    router, path = router_on_a_file
+    yield router, path
+    if path.is_dir():
+        path.rmdir()
+    path.unlink(missing_ok=True)
+    shutil.copy(tiny, path)
+    router.http.post("/v1/models/b/reset")
 
 
 def cut(path: Path) -> None:
@@ -119,11 +157,9 @@ def scramble(path: Path) -> None:
 )
 @pytest.mark.parametrize("looked_at", [False, True], ids=["never looked at", "looked at before"])
 def test_a_model_file_that_is_no_longer_good(
-    start: Start, tiny: Path, tmp_path: Path, befall: Callable[[Path], None], words: str, looked_at: bool
+    with_a_file: tuple[Router, Path], befall: Callable[[Path], None], words: str, looked_at: bool
 ) -> None:
-    path = Path(shutil.copy(tiny, tmp_path / "fragile.gguf"))
-    config = {"system": {"model_load_max_retries": 0}, "models": {**models(tiny, "a"), **models(path, "b")}}
-    router = start(config)
+    router, path = with_a_file
     assert router.chat("a").status_code == 200
     if looked_at:
         assert router.chat("b").status_code == 200
@@ -162,7 +198,8 @@ def test_a_full_disk_costs_the_files_only(start: Start, tiny: Path, tmp_path: Pa
     assert router.chat("b").status_code == 200
     router.http.post("/v1/models/eject", json={"model": "a"})
     assert router.chat("a").status_code == 200
-    eventually(lambda: "engines.json cannot be written: File too large. Without it, an engine" in router.log)
+    for words in ("engines.json cannot be written: File too large. Without it, an engine", "a.log cannot be"):
+        eventually(lambda words=words: words in router.log)  # type: ignore[misc]
     assert (state / "engines.json").read_bytes() == before  # the old content, not half of the new
     resource.prlimit(router.process.pid, resource.RLIMIT_FSIZE, unlimited)
     router.http.post("/v1/models/eject", json={"model": "b"})
@@ -200,6 +237,51 @@ def test_too_few_open_files_are_told_at_the_start(tmp_path: Path) -> None:
         assert router.wait(20) == 0
 
 
+@pytest.fixture
+def confine() -> Iterator[Callable[[int, int], None]]:
+    """`confine(pid, bytes)`: a process in a cgroup whose members may not take more together."""
+    mount = Path("/sys/fs/cgroup")
+    group = next(iter(mount.glob("memory")), mount) / f"llama-router-test-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no right to make a cgroup: {error}")
+    limits = [group / name for name in ("memory.max", "memory.limit_in_bytes")]
+    limit = next((path for path in limits if path.exists()), None)
+    members = group / "cgroup.procs"
+
+    def confine(pid: int, most: int) -> None:
+        assert limit is not None
+        limit.write_text(str(most))
+        members.write_text(str(pid))
+
+    if limit is not None:
+        yield confine
+        for pid in members.read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+        eventually(lambda: not members.read_text())
+    group.rmdir()
+    if limit is None:
+        pytest.skip("cgroups have no limit of memory here")
+
+
+def test_an_engine_that_the_kernel_kills_for_want_of_memory(
+    start: Start, tiny: Path, tmp_path: Path, confine: Callable[[int, int], None]
+) -> None:
+    system = {"llama_server_path": fake(tmp_path, die="memory"), "max_request_retries": 0}
+    router = start({"system": system, "models": models(tiny, "a")})
+    router.http.post("/v1/models/load", json={"model": "a"})
+    for pid in (router.process.pid, router.status("a")["pid"]):
+        confine(pid, 256 << 20)
+    assert router.chat("a").status_code == 503
+    router.until("a", "off")
+    words = "killed by the kernel: the memory ran out"
+    health = router.http.get("/v1/health/models").json()["models"]["a"]
+    assert health["last_error"].startswith(f"'a' crashed: {words}")
+    assert health["last_exit"]["reason"].startswith(words)
+    assert (health["last_exit"]["signal"], health["last_exit"]["out_of_memory"]) == ("SIGKILL", True)
+
+
 FAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))), None)
 
 
@@ -223,4 +305,4 @@ def test_a_clock_that_is_set_changes_nothing(start: Start, tiny: Path, tmp_path:
         clock.write_text("+900h")
         assert [line for line in stream.iter_lines() if line][-1] == "data: [DONE]"
     assert router.status("a")["pid"] == pid
-    assert router.stop() == 0
+    assert router.stop() == 0, router.log
