@@ -15,7 +15,7 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router import __version__
-from router.api import live, memory, models, monitoring, ollama, openai, pulls
+from router.api import live, memory, models, monitoring, ollama, openai, page, pulls
 from router.api.auth import OPEN_PATHS, Keyring
 from router.api.browsers import Browsers
 from router.api.errors import ApiError
@@ -32,7 +32,7 @@ _OPERATORS_PAGES = ("/v1/logs/", "/v1/health/models", "/v1/models/pull")
 """They quote what engines say, or tell of downloads."""
 
 _READ_BY_POST = frozenset({"/api/show"})
-_PAGES = (pulls.router, live.router, models.router, openai.router, ollama.router, memory.router, monitoring.router)
+_PAGES = tuple(module.router for module in (pulls, live, models, openai, ollama, memory, monitoring, page))
 _LARGEST_PAGE_BODY = 1 << 20
 
 
@@ -147,7 +147,7 @@ class _Doorkeeper:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
-        if path not in OPEN_PATHS:
+        if path not in OPEN_PATHS and not page.is_asked_for(scope):
             reads = scope["method"] in ("GET", "HEAD") or path in _READ_BY_POST
             try:
                 self._keyring.check(scope["headers"], manages=not reads or path.startswith(_OPERATORS_PAGES))

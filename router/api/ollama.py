@@ -16,9 +16,8 @@ from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from router import __version__
 from router.api import pulls
 from router.api.errors import ApiError
 from router.api.openai import card_of, header_of
@@ -56,14 +55,6 @@ class _Named(msgspec.Struct):
     name: str | None = None
     """Older name of `model`."""
     stream: bool | None = None
-
-
-@router.get("/", include_in_schema=False)
-async def root(request: Request) -> PlainTextResponse:
-    """What Ollama's clients look for; people are told where they are."""
-    if "text/html" in request.headers.get("accept", ""):
-        return PlainTextResponse(f"llama-router {__version__} is running; /openapi.json describes it.")
-    return PlainTextResponse("Ollama is running")
 
 
 @router.get("/api/version")

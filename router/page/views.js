@@ -1,0 +1,368 @@
+// Drawing what is known. Rows are kept and patched, so that focus, selection and scrolling survive every update;
+// whatever the router tells goes in as text, never as HTML.
+
+export const element = (id) => document.getElementById(id);
+
+/** Sets its text, or another property. What stays the same costs nothing. */
+export function put(node, value, property = "textContent") {
+  if (node[property] !== value) node[property] = value;
+}
+const show = (node, visible) => put(node, !visible, "hidden");
+
+/** What a template holds, and its elements that have a name. */
+export function stamp(id) {
+  const root = element(id).content.firstElementChild.cloneNode(true);
+  const parts = Object.fromEntries([...root.querySelectorAll("[data-part]")].map((node) => [node.dataset.part, node]));
+  return { root, ...parts };
+}
+
+const plain = (tag) => () => ({ root: document.createElement(tag) });
+
+/** Makes the children of `parent` those of `items`, in their order; the returned function is called with them. */
+function list(parent, make, keyOf, fill) {
+  const kept = new Map();
+  return (items) => {
+    const focused = document.activeElement;
+    const keys = new Set(items.map(keyOf));
+    for (const [key, { root }] of kept) {
+      if (!keys.has(key)) {
+        root.remove();
+        kept.delete(key);
+      }
+    }
+    let next = parent.firstElementChild;
+    for (const item of items) {
+      const key = keyOf(item);
+      if (!kept.has(key)) kept.set(key, make(item));
+      const parts = kept.get(key);
+      fill(parts, item);
+      if (parts.root === next) next = next.nextElementSibling;
+      else parent.insertBefore(parts.root, next);
+    }
+    if (focused !== document.activeElement && parent.contains(focused)) focused.focus({ preventScroll: true });
+  };
+}
+
+/** Of a row's list, which is made with the row. */
+function lists(make, keyOf, fill) {
+  const made = new WeakMap();
+  return (parent, items) => {
+    if (!made.has(parent)) made.set(parent, list(parent, make, keyOf, fill));
+    made.get(parent)(items);
+  };
+}
+
+// --- words ---------------------------------------------------------------------------------------------------
+
+export function duration(seconds) {
+  if (seconds === null || seconds === undefined) return "–";
+  if (seconds < 0.9995) return `${Math.round(seconds * 1000)} ms`;
+  if (seconds < 9.95) return `${seconds.toFixed(1)} s`;
+  const whole = Math.round(seconds);
+  if (whole < 60) return `${whole} s`;
+  const two = (number) => String(number).padStart(2, "0");
+  if (whole < 3600) return `${Math.floor(whole / 60)}m${two(whole % 60)}s`;
+  if (whole < 86400) return `${Math.floor(whole / 3600)}h${two(Math.floor((whole % 3600) / 60))}m`;
+  return `${Math.floor(whole / 86400)}d${two(Math.floor((whole % 86400) / 3600))}h`;
+}
+
+const size = (mib) => (mib < 1000 ? `${Math.round(mib)} MiB` : `${(mib / 1024).toFixed(1)} GiB`);
+const bytes = (count) => (count < 1e6 ? `${Math.ceil(count / 1024)} KiB` : size(count / 2 ** 20));
+const number = (count) => count.toLocaleString("en");
+const tokens = (count) => (count < 1024 ? `${count}` : `${Math.round(count / 1024)}k`);
+const ago = (milliseconds) => (performance.now() - milliseconds) / 1000;
+const secondsBetween = (from, to) => (new Date(to) - new Date(from)) / 1000;
+const counted = (counts) =>
+  Object.entries(counts)
+    .filter(([, count]) => count)
+    .map(([name, count]) => `${number(count)} ${name}`)
+    .join(", ");
+
+// --- models --------------------------------------------------------------------------------------------------
+
+const RANK = { failed: 0, loading: 1, draining: 1, stopping: 1, ready: 1, off: 2 };
+const ACTIONS = { off: "Load", failed: "Reset", loading: "Unload", ready: "Unload", draining: "Unload", stopping: "" };
+
+const showModels = list(element("model-rows"), () => stamp("model-row"), (model) => model.alias, fillModel);
+
+export function drawModels(known) {
+  const models = [...known.models.values()];
+  const wanted = element("filter").value.trim().toLowerCase();
+  const shown = models.filter((model) =>
+    [model.alias, model.status, model.source ?? "", ...(known.names.get(model.alias) ?? [])].some((text) =>
+      text.toLowerCase().includes(wanted),
+    ),
+  );
+  shown.sort((one, other) => RANK[one.status] - RANK[other.status]);
+  showModels(shown.map((model) => ({ ...model, known })));
+  const states = {};
+  for (const { status } of models) states[status] = (states[status] ?? 0) + 1;
+  put(element("counts"), counted(states));
+  show(element("filter"), models.length > 5);
+  const none = models.length
+    ? "No model matches the filter."
+    : "No models are configured: start the router with --models-dir, name some in its configuration, or pull one.";
+  put(element("no-models"), none);
+  show(element("no-models"), !shown.length);
+}
+
+function fillModel(row, model) {
+  const { known, alias, status } = model;
+  const queue = known.queue?.per_model[alias];
+  const inFlight = queue?.current_processing ?? model.in_flight;
+  const [progress, told] = status === "loading" && model.load ? load(model) : [null, ""];
+  put(row.root.dataset, status, "state");
+  put(row.root.dataset, alias, "alias");
+  put(row.alias, alias);
+  put(row.about, told || trouble(model) || queue?.waiting[0]?.why || description(model));
+  put(row.about, trouble(model), "title");
+  put(row.about, trouble(model) ? "error" : "", "className");
+  put(row.state, progress !== null && model.load.fraction ? `loading ${Math.round(100 * progress)} %` : status);
+  show(row.progress, progress !== null);
+  put(row.progress, progress ?? 0, "value");
+  put(row.progress, `How far ${alias} is loaded`, "ariaLabel");
+  put(row.slots, model.started_at || inFlight ? `${inFlight}/${model.slots}` : "");
+  put(row.queue, counted(queue?.by_priority ?? {}));
+  put(row.memory, places(model.memory?.booked_mb ?? {}, known));
+  put(row.leaves, leaves(model, inFlight));
+  const action = ACTIONS[status];
+  put(row.manage, action);
+  put(row.manage, `${action} ${alias}`, "ariaLabel");
+  put(row.manage, known.pending.has(alias), "disabled");
+  show(row.manage, known.manages && action);
+  show(row.log, known.manages);
+  put(row.log, `Log of ${alias}`, "ariaLabel");
+  show(row.chat, canChat(known.cards.get(alias)));
+  put(row.chat, `Chat with ${alias}`, "ariaLabel");
+}
+
+/** Its share, by the engine's own word or else by the time that it takes; and the words for it. */
+function load({ load: { stage, fraction, elapsed_sec, expected_sec }, load_sec: measured, seenAt }) {
+  const elapsed = elapsed_sec + ago(seenAt);
+  const share = fraction ?? Math.min(elapsed / expected_sec, 0.99);
+  const expected = `${measured ? "~" : "perhaps "}${duration(expected_sec)}`;
+  return [share, `${duration(elapsed)} of ${expected}${stage ? `: ${stage.replaceAll("_", " ")}` : ""}`];
+}
+
+const trouble = ({ status, error_message }) => (["off", "failed"].includes(status) && error_message) || "";
+
+function description({ alias, source, known }) {
+  const card = known.cards.get(alias) ?? {};
+  const names = known.names.get(alias);
+  return [
+    card.description,
+    names && `also ${names.join(", ")}`,
+    card.quantization,
+    card.size && bytes(card.size),
+    card.n_ctx && `${tokens(card.n_ctx)} context`,
+    card.capabilities?.filter((name) => name !== "completion").join(", "),
+    source,
+  ]
+    .filter(Boolean)
+    .join(" · ");
+}
+
+function places(booked, known) {
+  const names = Object.keys(booked).filter((device) => booked[device]);
+  const several = (known.vram?.devices.length ?? 0) > 1;
+  return names.map((device) => (several ? `${device} ${size(booked[device])}` : size(booked[device]))).join("\n");
+}
+
+function leaves(model, inFlight) {
+  if (model.status !== "ready") return "";
+  if (inFlight) return "busy";
+  if (model.unload_at === null) return model.pinned ? "pinned" : "kept";
+  const left = secondsBetween(model.updated_at, model.unload_at) - ago(model.seenAt);
+  return `in ${duration(Math.max(0, Math.round(left)))}`;
+}
+
+/** As far as it is known. */
+export const canChat = (card) => !card?.capabilities || card.capabilities.includes("completion");
+
+// --- memory --------------------------------------------------------------------------------------------------
+
+const colours = new Map();
+const colour = (alias) => {
+  if (!colours.has(alias)) colours.set(alias, colours.size % 6);
+  return `colour-${colours.get(alias)}`;
+};
+
+const showDevices = list(element("devices"), () => stamp("device-row"), (device) => device.name, fillDevice);
+const showBar = lists(plain("span"), (part) => part.key, (segment, part) => {
+  put(segment.root, part.look, "className");
+  put(segment.root, `${part.name} ${size(part.mib)}`, "title");
+  put(segment.root.style, String(part.mib), "flexGrow");
+});
+const showLegend = lists(plain("li"), (part) => part.key, (entry, part) => {
+  put(entry.root, part.look, "className");
+  put(entry.root, `${part.name} ${size(part.mib)}`);
+});
+
+export function drawMemory({ vram }) {
+  if (vram) showDevices(vram.devices.map((device) => ({ ...device, models: vram.models })));
+}
+
+function fillDevice(row, device) {
+  const { name } = device;
+  const models = device.models
+    .filter((model) => model.booked_mb[name])
+    .map((model) => ({
+      key: `model ${model.model_alias}`,
+      name: model.status === "loading" ? `${model.model_alias} (reserved)` : model.model_alias,
+      mib: model.booked_mb[name],
+      look: `${colour(model.model_alias)} ${model.status === "loading" ? "reserved" : ""}`,
+    }));
+  const rest = [
+    { key: "external", name: "others", mib: device.external_mb, look: "external" },
+    { key: "free", name: "free for models", mib: device.free_for_new_model_mb, look: "free" },
+    { key: "kept", name: "kept free", mib: device.reserve_mb, look: "kept" },
+  ];
+  const parts = [...models, ...rest].filter((part) => part.mib > 0);
+  put(row.name, name);
+  put(row.label, device.label ?? "");
+  const figures = [
+    `${size(device.booked_mb)} models of ${size(device.total_mb)}`,
+    device.utilization !== null && `${Math.round(device.utilization)} % busy`,
+    device.temperature_c !== null && `${Math.round(device.temperature_c)} °C`,
+    device.power_w !== null && `${Math.round(device.power_w)} W`,
+  ];
+  put(row.figures, figures.filter(Boolean).join(" · "));
+  showBar(row.bar, parts);
+  put(row.bar, `${name}: ${parts.map((part) => `${part.name} ${size(part.mib)}`).join(", ")}`, "ariaLabel");
+  showLegend(row.legend, parts);
+}
+
+// --- the queue -----------------------------------------------------------------------------------------------
+
+const MOST_SHOWN = 8;
+
+const showWaiting = list(element("waiting-rows"), plain("tr"), (row) => row.key, fillWaiting);
+
+export function drawQueue({ queue, queueSeenAt }) {
+  if (!queue) return;
+  const oldest = ([, { waiting }]) => Math.max(0, ...waiting.map((request) => request.waited_sec));
+  const queues = Object.entries(queue.per_model).filter(([, { queue_length: length }]) => length);
+  queues.sort((one, other) => oldest(other) - oldest(one));
+  const priorities = {};
+  const rows = [];
+  for (const [alias, { by_priority: counts, queue_length: length, waiting }] of queues) {
+    for (const name in counts) priorities[name] = (priorities[name] ?? 0) + counts[name];
+    rows.push({ key: `model ${alias}`, alias, why: waiting[0]?.why ?? "" });
+    for (const request of waiting.slice(0, MOST_SHOWN)) {
+      rows.push({ key: `request ${request.id}`, request, passed: ago(queueSeenAt) });
+    }
+    const more = length - Math.min(MOST_SHOWN, waiting.length);
+    if (more) rows.push({ key: `more ${alias}`, alias: "", why: `… and ${number(more)} more` });
+  }
+  put(element("waiting-counts"), counted(priorities) || "Nobody waits.");
+  show(element("waiting-head"), rows.length);
+  showWaiting(rows);
+}
+
+/** A request; or what can be said of all that wait for a model. */
+function fillWaiting({ root }, { request, passed, alias, why }) {
+  if (request) {
+    const waited = duration(request.waited_sec + passed);
+    const expected = duration(Math.max(0, request.expected_wait_sec - passed));
+    putCells(root, [`${request.position}.`, request.priority, waited, `~${expected}`, request.id]);
+  } else {
+    if (!root.children.length) {
+      const cell = root.appendChild(document.createElement("td"));
+      cell.colSpan = 5;
+      cell.append(document.createElement("b"), " ", document.createElement("span"));
+    }
+    put(root.querySelector("b"), alias);
+    put(root.querySelector("span"), why);
+  }
+}
+
+function putCells(row, texts) {
+  while (row.children.length < texts.length) row.append(document.createElement("td"));
+  texts.forEach((text, index) => put(row.children[index], text));
+}
+
+// --- requests and decisions ----------------------------------------------------------------------------------
+
+const showFigures = list(element("request-rows"), plain("tr"), ([name]) => name, ({ root }, texts) => putCells(root, texts));
+
+export const tokensPerSec = (telemetry) => (telemetry ? telemetry.windows["1m"].output_tokens / 60 : 0);
+
+export function drawRequests({ telemetry }) {
+  if (!telemetry) return;
+  const windows = [telemetry.windows["1m"], telemetry.windows["5m"]];
+  const outcomes = [...new Set(windows.flatMap((window) => Object.keys(window.outcomes)))].sort(
+    (one, other) => (other === "served") - (one === "served") || one.localeCompare(other),
+  );
+  const seconds = [60, 300];
+  const times = (name) => windows.map(({ [name]: { p50, p95 } }) => (p50 === null ? "–" : `${duration(p50)} / ${duration(p95)}`));
+  showFigures([
+    ...(outcomes.length ? outcomes : ["served"]).map((name) => [
+      name.replaceAll("_", " "),
+      ...windows.map((window) => number(window.outcomes[name] ?? 0)),
+    ]),
+    ["tokens out", ...windows.map((window, index) => `${number(window.output_tokens)} (~${(window.output_tokens / seconds[index]).toFixed(1)}/s)`)],
+    ["tokens in", ...windows.map((window) => `${number(window.prompt_tokens)}${window.cached_tokens ? `, ${number(window.cached_tokens)} cached` : ""}`)],
+    ["queued, p50 / p95", ...times("queue_sec")],
+    ["first token, p50 / p95", ...times("ttft_sec")],
+    ["whole, p50 / p95", ...times("total_sec")],
+  ]);
+  const turnedAway = counted(telemetry.turned_away).replaceAll("_", " ");
+  const served = `${number(telemetry.successful)} of ${number(telemetry.total_requests)} served since the start`;
+  put(element("since-start"), turnedAway ? `${served}; turned away: ${turnedAway}` : served);
+}
+
+const showDecisions = list(element("decision-rows"), plain("li"), (decision) => decision.key, ({ root }, decision) => {
+  if (root.children.length) return; // it never changes
+  const part = (tag, text, name = "") => {
+    const node = document.createElement(tag);
+    node.className = name;
+    node.textContent = text;
+    root.append(node, " ");
+  };
+  root.dataset.state = decision.state;
+  part("time", new Date(decision.at).toLocaleTimeString("en-GB"), "dim");
+  part("b", decision.about);
+  part("span", decision.state, "state");
+  part("span", decision.reason, "reason");
+});
+
+export function drawDecisions({ decisions }) {
+  showDecisions(decisions);
+  show(element("no-decisions"), !decisions.length);
+}
+
+// --- pulls ---------------------------------------------------------------------------------------------------
+
+const showPulls = list(element("pull-rows"), () => stamp("pull-row"), (pull) => pull.id, (row, pull) => {
+  const running = isRunning(pull);
+  const rate = pull.bytes_per_sec ? `, ${bytes(pull.bytes_per_sec)}/s` : "";
+  const left = pull.eta_sec ? `, ${duration(pull.eta_sec)} left` : "";
+  const amount = pull.total_bytes ? ` ${bytes(pull.completed_bytes)} of ${bytes(pull.total_bytes)}` : "";
+  const memory = running && pull.memory && !pull.memory.fits ? "; it will not fit into memory as it is" : "";
+  row.root.dataset.pull = pull.id;
+  row.root.dataset.state = pull.status;
+  put(row.name, pull.alias ?? pull.reference);
+  put(row.status, `${pull.status}${running ? `${amount}${rate}${left}${memory}` : ""}${pull.error ? `: ${pull.error.message}` : ""}`);
+  show(row.cancel, running);
+  show(row.progress, running);
+  row.progress.value = pull.total_bytes ? pull.completed_bytes / pull.total_bytes : 0;
+});
+
+export const isRunning = (pull) => ["resolving", "downloading"].includes(pull.status);
+
+export function drawPulls({ pulls, manages }) {
+  show(element("pulls"), manages);
+  show(element("log"), manages);
+  showPulls([...pulls].reverse().slice(0, 5));
+}
+
+// --- the head ------------------------------------------------------------------------------------------------
+
+export function drawHead({ server, queue, telemetry, startedAt }, lostSince) {
+  put(element("server"), lostSince ? "no answer, reconnecting …" : (server?.status ?? "connecting …").replace("_", " "));
+  put(document.body.dataset, lostSince ? "lost" : (server?.status ?? ""), "server");
+  const { total_processing: served = 0, total_queued: queued = 0 } = queue?.summary ?? {};
+  const figures = `${number(served)} in flight · ${number(queued)} waiting · ${tokensPerSec(telemetry).toFixed(1)} tokens/s`;
+  const since = lostSince ? `for ${duration(Math.round(ago(lostSince)))}` : `up ${duration(Math.round(ago(startedAt)))}`;
+  put(element("totals"), server ? `${since} · ${figures}` : "");
+}

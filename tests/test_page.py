@@ -1,0 +1,279 @@
+"""The page for people: how it is served, and what a real browser makes of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import FAKE_ENGINE, Router, Start, models, starting
+
+FOLDER = Path(__file__).parent.parent / "router" / "page"
+FROM_BROWSER = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+MARKUP = "<img src=x onerror=document.title='broken'>"
+
+
+# --- how it is served -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[Router]:
+    """A router with keys."""
+    with starting(tmp_path_factory.mktemp("locked")) as start:
+        keys = {"api_keys": ["operator"], "inference_keys": ["client"]}
+        yield start({"api": keys, "models": models(tiny, "a")})
+
+
+def test_browsers_get_the_page_and_ollamas_clients_their_word(start: Start, tiny: Path) -> None:
+    router = start({"models": models(tiny, "a")})
+    page = router.http.get("/", headers=FROM_BROWSER)
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert "<title>llama-router</title>" in page.text
+    asked = router.http.head("/", headers=FROM_BROWSER)
+    assert (asked.status_code, asked.content) == (200, b"")
+    assert asked.headers["content-type"] == page.headers["content-type"]
+    for headers in ({}, {"accept": "application/json"}):
+        word = router.http.get("/", headers=headers)
+        assert (word.text, word.headers["vary"]) == ("Ollama is running", "Accept")
+    foreign = router.http.get("/", headers={**FROM_BROWSER, "host": "evil.example"})
+    assert foreign.json()["error"]["code"] == "unknown_host"
+    assert router.http.post("/page/page.js").headers["allow"] == "GET, HEAD"
+
+
+def test_the_page_is_open_and_nothing_else_is(locked: Router) -> None:
+    assert locked.http.get("/", headers=FROM_BROWSER).status_code == 200
+    assert locked.http.get("/page/page.js").status_code == 200
+    assert locked.http.get("/page/..%2fapp.py").status_code == 404
+    for path in ("/", "/v1/models/status", "/v1/models/status/stream", "/v1/queue/stats", "/vram"):
+        assert locked.http.get(path).status_code == 401, path
+    assert locked.http.get("/page/../v1/queue/stats").status_code == 401
+
+
+def test_the_page_loads_from_here_only_and_runs_what_is_here_only(locked: Router) -> None:
+    names = {path.name for path in FOLDER.iterdir()}
+    assert names > {"index.html", "style.css", "page.js"}
+    for name in names:
+        answer = locked.http.get(f"/page/{name}")
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        assert "frame-ancestors 'none'" in policy
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert not re.findall(r"(?<!\w)(?:https?:)?//(?!www\.w3\.org/2000/svg)[\w.]+\.\w+", answer.text), name
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", answer.text)
+        again = locked.http.get(f"/page/{name}", headers={"if-none-match": answer.headers["etag"]})
+        assert (again.status_code, again.content) == (304, b"")
+    index = (FOLDER / "index.html").read_text()
+    assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?! type=\"module\" src=\"page/)", index)
+    for mentioned in re.findall(r'(?:href|src)="page/([^"]+)"', index):
+        assert mentioned in names
+
+
+# --- in a browser ---------------------------------------------------------------------------------------
+
+Open = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if program is None:
+        pytest.skip(f"none of these browsers is installed: {', '.join(BROWSERS)}")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Open]:
+    """Opens a router's page in a window of its own. At the end, no page may have complained."""
+    complaints: list[str] = []
+    windows = []
+
+    def open_page(router: Router, **options: Any) -> Any:
+        window = browser.new_context(**options)
+        windows.append(window)
+        page = window.new_page()
+        page.set_default_timeout(20_000)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda said: complaints.append(said.text) if "Content Security" in said.text else None)
+        page.goto(router.url)
+        return page
+
+    yield open_page
+    for window in windows:
+        window.close()
+    assert complaints == []
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """It loads in half a second, answers a little at a time, and writes HTML into its log and its answers."""
+    folder = tmp_path_factory.mktemp("engine")
+    events = folder / "events"
+    said = [MARKUP, *(f"{n} " for n in range(100))]
+    events.write_text("\n".join(json.dumps({"choices": [{"delta": {"content": text}}]}) for text in said))
+    script = folder / "engine"
+    script.write_text(f"""#!/bin/sh
+echo "{MARKUP}" >&2
+FAKE_LOAD_SEC=0.5 FAKE_PROGRESS=1 FAKE_EVENTS={events} FAKE_CHUNK_SEC=0.1 exec {sys.executable} {FAKE_ENGINE} "$@"
+""")
+    script.chmod(0o755)
+    return str(script)
+
+
+HOSTILE = "<img/src=x/onerror=document.title='broken'>"
+
+
+@pytest.fixture(scope="module")
+def router(tmp_path_factory: pytest.TempPathFactory, tiny: Path, engine: str) -> Iterator[Router]:
+    folder = tmp_path_factory.mktemp("router")
+    (folder / "broken.gguf").write_bytes(b"no model")
+    aliases = models(tiny, "family/a:q4", "b", HOSTILE, *(f"other-{n}" for n in range(30)))
+    config = {
+        "models": {**aliases, "broken": {"model_path": str(folder / "broken.gguf")}},
+        "aliases": {"gpt-4o": "b"},
+        "system": {"llama_server_path": engine},
+    }
+    with starting(folder) as start:
+        yield start(config)
+
+
+def row(page: Any, alias: str) -> Any:
+    return page.get_by_role("row").filter(has=page.get_by_text(alias, exact=True))
+
+
+def until_state(page: Any, alias: str, state: str) -> None:
+    row(page, alias).locator(".state > span").get_by_text(re.compile(f"^{state}")).wait_for()
+
+
+def ask(page: Any, model: str, text: str) -> None:
+    page.get_by_label("Model to chat with").select_option(model)
+    page.get_by_label("Message").fill(text)
+    page.get_by_label("Message").press("Enter")
+
+
+def test_a_model_is_loaded_and_unloaded_with_a_click(router: Router, visit: Open) -> None:
+    page = visit(router)
+    until_state(page, "family/a:q4", "off")
+    page.evaluate("document.querySelector('tr[data-alias=\"family/a:q4\"]').mark = 'the same'")
+    row(page, "family/a:q4").get_by_role("button", name="Load").click()
+    until_state(page, "family/a:q4", "loading")
+    until_state(page, "family/a:q4", "ready")
+    assert page.evaluate("document.querySelector('tr[data-alias=\"family/a:q4\"]').mark") == "the same"
+    assert page.locator("#model-rows tr").first.get_attribute("data-alias") == "family/a:q4"
+    page.get_by_label("Memory").get_by_text("family/a:q4").wait_for()
+    row(page, "family/a:q4").get_by_role("button", name="Unload").click()
+    until_state(page, "family/a:q4", "off")
+    for window in (page, visit(router)):  # who comes later learns what was decided before
+        decisions = window.locator("#decision-rows")
+        for state in ("loading", "ready", "off"):
+            decisions.get_by_text(state, exact=True).first.wait_for()
+    page.get_by_label("Filter").fill("OTHER-1")
+    page.locator("#model-rows tr").nth(11).wait_for(state="detached")
+    assert page.locator("#model-rows tr").count() == 11
+
+
+def test_a_model_that_fails_says_why_and_can_be_reset(router: Router, visit: Open) -> None:
+    page = visit(router)
+    row(page, "broken").get_by_role("button", name="Load").click()
+    page.locator("#notice, tr[data-alias=broken] .error").get_by_text(re.compile("GGUF")).first.wait_for()
+
+
+def test_what_models_and_engines_say_is_text(router: Router, visit: Open) -> None:
+    page = visit(router)
+    until_state(page, HOSTILE, "off")
+    ask(page, HOSTILE, MARKUP)
+    page.locator("#chat-turns").get_by_text("0 1 2").wait_for()
+    assert MARKUP in page.locator("#chat-turns article").last.inner_text()
+    page.get_by_role("button", name=f"Log of {HOSTILE}").click()
+    page.get_by_role("log").get_by_text(MARKUP).wait_for()
+    assert page.locator("img").count() == 0
+    assert page.title() == "llama-router"
+
+
+def test_a_chat_says_why_it_waits_and_stops_when_told_to(router: Router, visit: Open) -> None:
+    page = visit(router)
+    until_state(page, "b", "off")
+    body = {"model": "b", "messages": [], "stream": True}
+    with router.http.stream("POST", "/v1/chat/completions", json=body):  # the only slot
+        ask(page, "gpt-4o", "hello")
+        note = page.locator("#chat-turns article").last.locator("small")
+        note.get_by_text(re.compile(r"position 1, waited .* b answers one request at a time")).wait_for()
+        page.locator("#waiting-rows").get_by_text("page-").wait_for()
+    note.get_by_text("first token").wait_for()
+    page.get_by_role("button", name="Stop").click()
+    note.get_by_text("stopped · first token").wait_for()
+    until_state(page, "b", "ready")
+    assert router.status("b")["in_flight"] == 0
+    outcomes = router.http.get("/v1/telemetry/summary").json()["windows"]["1m"]["by_model"]["b"]["outcomes"]
+    assert outcomes["cancelled"] == 2
+
+
+def test_a_hidden_page_costs_nothing_and_misses_nothing(router: Router, visit: Open) -> None:
+    page = visit(router)
+    until_state(page, "other-0", "off")
+    hide = "Object.defineProperty(document, 'hidden', {value: %s, configurable: true});"
+    hide += "document.dispatchEvent(new Event('visibilitychange'))"
+    page.clock.install()
+    with page.expect_event("requestfailed", lambda request: request.url.endswith("/status/stream")):
+        page.evaluate(hide % "true")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    router.http.post("/v1/models/load", json={"model": "other-0"})
+    page.clock.run_for(60_000)
+    assert asked == []
+    with page.expect_request(lambda request: request.url.endswith("/status/stream")) as taken_up:
+        page.evaluate(hide % "false")
+    assert "last-event-id" in taken_up.value.headers
+    until_state(page, "other-0", "ready")
+
+
+def test_a_key_is_asked_for_and_stays_in_its_tab(locked: Router, visit: Open) -> None:
+    page = visit(locked)
+    for key in ("wrong", "operator"):
+        page.get_by_label("This router asks for an API key").fill(key)
+        page.get_by_role("button", name="Open").click()
+        if key == "wrong":
+            page.get_by_text("This API key is not valid.").wait_for()
+    until_state(page, "a", "off")
+    row(page, "a").get_by_role("button", name="Load").wait_for()
+    page.reload()
+    until_state(page, "a", "off")
+    assert page.url == f"{locked.url}/"
+    assert page.evaluate("localStorage.length + document.cookie.length") == 0
+    page.get_by_role("button", name="Forget key").click()
+    page.get_by_label("This router asks for an API key").fill("client")
+    page.get_by_role("button", name="Open").click()
+    until_state(page, "a", "off")
+    row(page, "a").get_by_role("button", name="Chat").wait_for()
+    assert row(page, "a").get_by_role("button").all_inner_texts() == ["Chat"]  # no more than its key may do
+    assert page.locator("#pulls").is_hidden()
+
+
+def test_a_router_that_goes_and_comes_back(start: Start, visit: Open, tiny: Path, free_port: int) -> None:
+    arguments = ["--port", str(free_port)]
+    router = start({"models": models(tiny, "a")}, arguments=arguments)
+    page = visit(router)
+    until_state(page, "a", "off")
+    router.stop()
+    page.get_by_text("no answer, reconnecting").wait_for()
+    again = start({"models": models(tiny, "a", "new")}, arguments=arguments)
+    until_state(page, "new", "off")
+    page.get_by_role("status").get_by_text("ready").wait_for()
+    page.locator("#decision-rows").get_by_text("it was started again").wait_for()
+    again.stop()
+
+
+def test_it_fits_a_phone(router: Router, visit: Open) -> None:
+    page = visit(router, viewport={"width": 360, "height": 740})
+    until_state(page, "b", "")
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
