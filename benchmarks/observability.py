@@ -32,6 +32,7 @@ from router.devices import Devices
 from router.dispatcher import Dispatcher
 from router.engine import Binary, EngineFailed, EngineOrder, EngineProcess, LogRing
 from router.events import Events, RequestDone
+from router.learning import Learned
 from router.meter import AnswerMeter, Usage
 from router.metrics import Metrics
 from router.telemetry import Telemetry
@@ -41,7 +42,7 @@ def without_observers() -> None:
     """Makes this process one in which nobody listens and nothing is noted; then serves as `llama-router`."""
     from router.cli import main
 
-    Events.listen = lambda self, listener: None  # type: ignore[method-assign]
+    Events.listen = lambda self, kind, listener: None  # type: ignore[method-assign]
     AnswerMeter.note = lambda self, part: None  # type: ignore[method-assign]
     main(sys.argv[2:])
 
@@ -120,7 +121,7 @@ class _World:
         devices.read_blocking()
         self.events = Events()
         binary = Binary(("none",), "embedded", "this benchmark")
-        dispatcher = Dispatcher(Config(models=models), _NoLauncher(), binary, devices, self.events)
+        dispatcher = Dispatcher(Config(models=models), _NoLauncher(), binary, devices, Learned(), self.events)
         self.metrics = Metrics(dispatcher)
         self.telemetry = Telemetry(time.monotonic)
         dispatcher.start()

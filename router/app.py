@@ -23,6 +23,7 @@ from router.api.live import Live
 from router.api.openapi import describe
 from router.dispatcher import Dispatcher
 from router.downloads import Downloads
+from router.events import RequestDone
 from router.metrics import Metrics
 from router.routing import ROUTES, TRANSLATED_ROUTES
 from router.telemetry import Telemetry
@@ -87,7 +88,7 @@ def _pages(dispatcher: Dispatcher, keyring: Keyring, reload: Reload, downloads: 
     app.state.metrics = Metrics(dispatcher)
     app.state.live = Live(dispatcher)
     app.state.telemetry = Telemetry(time.monotonic)
-    dispatcher.events.listen(app.state.telemetry.note)
+    dispatcher.events.listen(RequestDone, app.state.telemetry.note)
     for pages in _PAGES:
         for route in pages.routes:
             if isinstance(route, APIRoute) and route.methods and "GET" in route.methods:

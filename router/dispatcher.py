@@ -79,12 +79,19 @@ class RunningEngine:
     alias: str
     process: EngineProcess
     pool: EnginePool
+    account: Account
     started_sec: float
     ready_sec: float | None = None
     probed_sec: float | None = None
     probe_latency_sec: float | None = None
     failed_probes: int = 0
     """In a row."""
+
+    def loading_sec(self, *, since: float) -> float:
+        """How long it was loading from then on."""
+        if self.ready_sec is None or self.ready_sec <= since:
+            return 0.0
+        return self.ready_sec - max(since, self.started_sec)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +119,9 @@ class Ticket:
         "engine",
         "granted_sec",
         "id",
+        "load_sec",
         "priority",
+        "queue_sec",
         "rejection",
         "retries",
     )
@@ -123,6 +132,10 @@ class Ticket:
         self.priority = priority
         self.arrival_sec = now
         self.granted_sec = now
+        self.queue_sec = 0.0
+        """How long it has waited, once it is decided."""
+        self.load_sec = 0.0
+        """The part of the wait in which the model was loading."""
         self.engine: RunningEngine | None = None
         self.rejection: Reject | None = None
         self.retries = 0
@@ -139,22 +152,14 @@ class Ticket:
 
     def decide(self, now: float, engine: RunningEngine | None, rejection: Reject | None) -> None:
         self.granted_sec = now
+        self.queue_sec = now - self.arrival_sec
         self.engine = engine
         self.rejection = rejection
+        if engine is not None:
+            self.load_sec = engine.loading_sec(since=self.arrival_sec)
         if self._listener is not None:
             asyncio.get_running_loop().call_soon(self._listener)
             self._listener = None
-
-    @property
-    def queue_sec(self) -> float:
-        return self.granted_sec - self.arrival_sec
-
-    @property
-    def load_sec(self) -> float:
-        """The part of the wait in which the model was loading."""
-        if self.engine is None or self.engine.ready_sec is None:
-            return 0.0
-        return max(0.0, self.engine.ready_sec - max(self.arrival_sec, self.engine.started_sec))
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,11 +296,10 @@ class Dispatcher:
         if self._tickets.pop(ticket.id, None) is not None:
             self.counts[ticket.alias].served += served
             self._post(Finished(time.monotonic(), ticket.id, served))
-            if served and ticket.engine is not None:
-                account = self.ledger.accounts.get(ticket.engine.id)
-                if account is not None and not account.has_answered:
-                    account.has_answered = True
-                    self._spawn(self._accountant.answered(account), f"measuring of {ticket.alias}")
+            engine = ticket.engine
+            if served and engine is not None and not engine.account.has_answered:
+                engine.account.has_answered = True
+                self._spawn(self._accountant.answered(engine.account), f"measuring of {ticket.alias}")
 
     def requeue(self, ticket: Ticket, reason: str) -> None:
         """Its engine broke before the first byte of an answer: back to the head of its queue."""
@@ -483,7 +487,8 @@ class Dispatcher:
             started = time.monotonic()
             process = await self._launcher.launch(self._order(model, account), self.log_of(model.alias))
             pool = EnginePool(process.port, process.key, self.config.system.http_max_keepalive)
-            running = self.running[engine_id] = RunningEngine(engine_id, model.alias, process, pool, started)
+            running = RunningEngine(engine_id, model.alias, process, pool, account, started)
+            self.running[engine_id] = running
             account.pid = process.pid
             if engine_id in self._stopping:
                 await process.stop()

@@ -6,8 +6,10 @@ This carries news, not commands: nothing in the router acts on it. Watchers over
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -106,17 +108,19 @@ class RequestDone(msgspec.Struct, frozen=True):
 
 
 Happening = ModelChanged | ModelsListed | EngineEnded | LoadMoved | ServerChanged | RequestDone
+Kind = TypeVar("Kind", bound=Happening)
 
 
 class Events:
     """The bus. Listeners are called at once, in the router's own time: they must be quick, and must not raise."""
 
     def __init__(self) -> None:
-        self._listeners: list[Callable[[Happening], None]] = []
+        self._listeners: defaultdict[type, list[Callable[[Any], None]]] = defaultdict(list)
 
-    def listen(self, listener: Callable[[Happening], None]) -> None:
-        self._listeners.append(listener)
+    def listen(self, kind: type[Kind], listener: Callable[[Kind], None]) -> None:
+        """Have it called with all that is of this kind."""
+        self._listeners[kind].append(listener)
 
     def publish(self, happening: Happening) -> None:
-        for listener in self._listeners:
+        for listener in self._listeners[type(happening)]:
             listener(happening)

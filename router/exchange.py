@@ -28,6 +28,7 @@ from router.crowd import Bodies
 from router.dispatcher import Dispatcher, Ticket, Waiting
 from router.events import RequestDone
 from router.meter import NO_USAGE, AnswerMeter
+from router.queue import NAMES
 from router.rewriting import rewritten
 from router.routing import Wish, read_wish
 from router.upstream import Connection, Head
@@ -460,7 +461,7 @@ class Exchange:
                 request_id=self._request_id,
                 alias="" if ticket is None else ticket.alias,
                 route=self._path,
-                priority="" if ticket is None else ticket.priority.name.lower(),
+                priority="" if ticket is None else NAMES[ticket.priority],
                 outcome=outcome,
                 status=self._status,
                 queue_sec=ticket.queue_sec if ticket is not None and ticket.decided else now - arrival_sec,
@@ -507,8 +508,12 @@ def _quoted(alias: str) -> bytes:
 
 def _relayed(head: Head) -> bytes:
     """The engine's headers that are the client's business, each with its end."""
-    return b"".join(
-        b"%b: %b\r\n" % header
-        for header in head.headers
-        if header[0] not in _NOT_RELAYED and not header[0].startswith(b"access-control-")
-    )
+    return b"".join(map(_relayed_line, head.headers))
+
+
+@lru_cache(maxsize=256)
+def _relayed_line(header: tuple[bytes, bytes]) -> bytes:
+    """An engine's headers are mostly the same each time."""
+    if header[0] in _NOT_RELAYED or header[0].startswith(b"access-control-"):
+        return b""
+    return b"%b: %b\r\n" % header

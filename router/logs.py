@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 import msgspec
 
-from router.events import Events, Happening, RequestDone
+from router.events import Events, RequestDone
 
 _FIELDS = ("alias", "state", "request_id", "reason")
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x0A), *range(0x0B, 0x20), *range(0x7F, 0xA0))} | {
@@ -45,7 +45,7 @@ class Logs:
 
     def log_requests(self, events: Events) -> None:
         """A line for every request that is over."""
-        events.listen(self._note)
+        events.listen(RequestDone, self._note)
 
     def engine_file(self, alias: str) -> Callable[[bytes], None] | None:
         """Takes what an engine says to `LOG_DIR/ALIAS.log`; None without `log_dir`."""
@@ -71,11 +71,10 @@ class Logs:
         while self._queue.unfinished_tasks and time.monotonic() < deadline:
             time.sleep(0.005)
 
-    def _note(self, happening: Happening) -> None:
-        if isinstance(happening, RequestDone):
-            if not self._done:
-                asyncio.get_running_loop().call_later(_FLUSH_SEC, self.flush)
-            self._done.append(happening)
+    def _note(self, done: RequestDone) -> None:
+        if not self._done:
+            asyncio.get_running_loop().call_later(_FLUSH_SEC, self.flush)
+        self._done.append(done)
 
     def _put(self, name: str, **fields: object) -> None:
         record = logging.makeLogRecord({"name": name, "levelno": logging.INFO, "levelname": "INFO", **fields})

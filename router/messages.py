@@ -1,6 +1,7 @@
 """What the scheduler is told (events), what it answers (effects), and what it goes by (policy, models).
 
 All immutable. Times are seconds on one monotonic clock, memory is MiB. Nothing here decides anything.
+What every request needs is a msgspec struct, which is made in a third of the time that a frozen dataclass takes.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+
+import msgspec
 
 from router.queue import Priority
 
@@ -118,16 +121,14 @@ class MemoryChanged:
     """What they might use if nobody else used anything; for devices that are missing, the budget."""
 
 
-@dataclass(frozen=True, slots=True)
-class Submit:
+class Submit(msgspec.Struct, frozen=True):
     at: float
     request_id: str
     alias: str
     priority: Priority = Priority.NORMAL
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(msgspec.Struct, frozen=True):
     """The request is over wherever it was: answered, failed, or given up by its client."""
 
     at: float
@@ -271,8 +272,7 @@ Event = (
 # --- effects --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+class Grant(msgspec.Struct, frozen=True):
     """The request has a slot of the engine: send it."""
 
     request_id: str

@@ -72,18 +72,22 @@ class AnswerMeter:
         self.size = 0
         """Bytes."""
         self._first = b""
-        self._tail: deque[bytes] = deque(maxlen=_TAIL_PARTS)
+        self._tail: deque[bytes] | None = None
+        """None while there is but one part."""
 
     def note(self, part: bytes) -> None:
-        if self.first_sec is None:
+        self.size += len(part)
+        if self._tail is not None:
+            self._tail.append(part)
+        elif self.first_sec is None:
             self.first_sec = time.monotonic()
             self._first = part
-        self.size += len(part)
-        self._tail.append(part)
+        else:
+            self._tail = deque((self._first, part), _TAIL_PARTS)
 
     def usage(self) -> Usage:
         """What the answer says of itself. Call it once, when all of it has passed."""
-        tail = b"".join(self._tail)[-_TAIL_BYTES:] if len(self._tail) > 1 else self._first[-_TAIL_BYTES:]
+        tail = (self._first if self._tail is None else b"".join(self._tail))[-_TAIL_BYTES:]
         return _of_timings(tail) or _of_usage(self._first[:_TAIL_BYTES], tail)
 
 

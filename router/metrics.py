@@ -17,10 +17,10 @@ from prometheus_client.exposition import choose_encoder
 
 from router import __version__
 from router.dispatcher import Dispatcher, RunningEngine
-from router.events import EngineEnded, Happening, ModelChanged, RequestDone
+from router.events import EngineEnded, ModelChanged, RequestDone
 from router.exposition import Counter, Family, Gauges, Histogram, exposition, label_text
 from router.messages import Refusal
-from router.queue import Priority
+from router.queue import NAMES, Priority
 from router.readings import Device
 from router.residency import Engine, Model
 
@@ -50,7 +50,9 @@ class Metrics:
         psutil.cpu_percent()  # it tells of the time since the last call
         self._loop = asyncio.get_running_loop()
         self._look_at_lag(self._loop.time())
-        dispatcher.events.listen(self._note)
+        dispatcher.events.listen(RequestDone, self._requests.note)
+        dispatcher.events.listen(ModelChanged, self._engines.note)
+        dispatcher.events.listen(EngineEnded, self._engines.note)
 
     def exposition(self, accept: str = "") -> tuple[bytes, str]:
         """The text and its content type: OpenMetrics for those who ask for it."""
@@ -61,15 +63,6 @@ class Metrics:
         families.extend(_gauges(self._dispatcher))
         parts = exposition(families, openmetrics=content_type.startswith("application/openmetrics-text"))
         return b"".join([*parts, encode(self._process)]), content_type
-
-    def _note(self, happening: Happening) -> None:
-        match happening:
-            case RequestDone():
-                self._requests.note(happening)
-            case ModelChanged() | EngineEnded():
-                self._engines.note(happening)
-            case _:
-                pass
 
     def _look_at_lag(self, due: float) -> None:
         now = self._loop.time()
@@ -401,7 +394,7 @@ def _model_gauges(dispatcher: Dispatcher) -> Iterator[Gauges]:
         yield gauges
 
 
-_PRIORITY_LABELS = tuple((priority, f',priority="{priority.name.lower()}"') for priority in Priority)
+_PRIORITY_LABELS = tuple((priority, f',priority="{name}"') for priority, name in NAMES.items())
 _STATES = tuple(
     (state, f',state="{state}"') for state in ("off", "loading", "ready", "draining", "stopping", "failed")
 )
@@ -436,7 +429,7 @@ def _scheduler_gauges(dispatcher: Dispatcher) -> Iterator[Gauges]:
     ):
         gauges = Gauges(name, text, "priority")
         for priority in Priority:
-            gauges.set(figures[priority], priority.name.lower())
+            gauges.set(figures[priority], NAMES[priority])
         yield gauges
     yield _single(
         "router_scheduler_residency_factor",

@@ -26,6 +26,10 @@ class Priority(IntEnum):
     LOW = 3
 
 
+NAMES = {priority: priority.name.lower() for priority in Priority}
+"""As clients, configuration and metrics know them. (An enum takes its time to tell a name.)"""
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """One request from its arrival to its outcome. Times in seconds on the scheduler's clock."""
@@ -47,17 +51,17 @@ class Request:
 class PriorityQueue:
     """Requests that wait for one model. `push`, `pop` and `remove` cost O(log n), amortised."""
 
-    __slots__ = ("_heap", "_lines", "_pushes")
+    __slots__ = ("_heap", "_length", "_lines", "_pushes")
 
     def __init__(self) -> None:
         # Who leaves early stays in the heap until he comes to its top; only the lines say who is here.
         self._heap: list[tuple[float, int, int, Request]] = []
         self._pushes = 0
+        self._length = 0
         self._lines: dict[Priority, OrderedDict[str, Request]] = {priority: OrderedDict() for priority in Priority}
 
     def __len__(self) -> int:
-        high, normal, low = self._lines.values()
-        return len(high) + len(normal) + len(low)
+        return self._length
 
     def __iter__(self) -> Iterator[Request]:
         """In the order of service, if nobody else comes."""
@@ -68,6 +72,7 @@ class PriorityQueue:
         """Add a request; one that comes back (its engine died) stands before all that came after it."""
         line = self._lines[request.priority]
         line[request.id] = request
+        self._length += 1
         if request.retries:
             for later in [other.id for other in line.values() if other.seq > request.seq]:
                 line.move_to_end(later)
@@ -89,15 +94,19 @@ class PriorityQueue:
         if request is None:
             raise IndexError("pop from an empty queue")
         heapq.heappop(self._heap)
-        del self._lines[request.priority][request.id]
+        self._leave(request)
         return request
 
     def remove(self, request: Request) -> None:
         """Take a request out wherever it stands; KeyError when it does not wait here."""
-        del self._lines[request.priority][request.id]
+        self._leave(request)
         if len(self._heap) > 2 * len(self) + 16:
             self._heap = [entry for entry in self._heap if self._waits(entry[3])]
             heapq.heapify(self._heap)
+
+    def _leave(self, request: Request) -> None:
+        del self._lines[request.priority][request.id]
+        self._length -= 1
 
     def _waits(self, request: Request) -> bool:
         return self._lines[request.priority].get(request.id) is request

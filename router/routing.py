@@ -15,7 +15,7 @@ import msgspec
 from router.api.errors import ApiError
 from router.config import AliasConfig, Config, ModelConfig
 from router.messages import Refusal
-from router.queue import Priority
+from router.queue import NAMES, Priority
 
 ROUTES = frozenset(
     {
@@ -55,9 +55,10 @@ its answer back. All POST.
 """
 
 _PRIORITIES = {
-    **{priority.name.lower().encode(): priority for priority in Priority},
+    **{name.encode(): priority for priority, name in NAMES.items()},
     **{str(priority.value).encode(): priority for priority in Priority},
 }
+_CONFIGURED = {name: priority for priority, name in NAMES.items()}
 _LONGEST_NAME = 256
 
 
@@ -106,7 +107,7 @@ def wish_of(model: object, streams: bool, headers: Mapping[bytes, bytes], config
     if wanted is not None:
         priority = _priority(wanted)
     else:
-        priority = Priority[((asked_as and asked_as.priority) or known.priority).upper()]
+        priority = _CONFIGURED[(asked_as and asked_as.priority) or known.priority]
     return Wish(known.alias, streams, priority, asked_as if asked_as is not None and asked_as.rewrites else None)
 
 

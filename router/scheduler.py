@@ -76,7 +76,8 @@ class Scheduler:
 
     def step(self, event: Event) -> list[Effect]:
         """Take one event, return what must be done about it, in this order."""
-        self._now = max(self._now, event.at)
+        if event.at > self._now:
+            self._now = event.at
         effects: list[Effect] = []
         self._effects = self._fleet.effects = effects
         room_may_change = True
@@ -115,7 +116,7 @@ class Scheduler:
                 self._configure(event)
             case ShutDown():
                 self._shut_down()
-        if room_may_change and self.budgets and (self._waiting or self._fleet.swaps):
+        if room_may_change and (self._waiting or self._fleet.swaps) and self.budgets:
             self._place_all()
         return effects
 

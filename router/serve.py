@@ -31,7 +31,7 @@ from router.devices import Devices
 from router.dispatcher import Dispatcher
 from router.downloads import Downloads
 from router.engine import Binary
-from router.events import Events
+from router.events import Events, RequestDone
 from router.exchange import Exchanges
 from router.health import HealthMonitor
 from router.http_server import HttpProtocol
@@ -238,7 +238,7 @@ class _Service:
         self._log = log
         self._tracing = _tracing() if config.system.tracing else None
         if self._tracing is not None:
-            self._dispatcher.events.listen(self._tracing.note)
+            self._dispatcher.events.listen(RequestDone, self._tracing.note)
         self._keyring = Keyring(config.api)
         self._reloading = asyncio.Lock()
         self._reloads: asyncio.Task[None] | None = None

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from math import log
 from typing import Any
 
-from router.events import Happening, RequestDone
+from router.events import RequestDone
 
 _SLICE_SEC = 10.0
 WINDOWS_SEC = {"1m": 60, "5m": 300}
@@ -108,7 +108,7 @@ _Slice = dict[tuple[str, str], Tally]
 
 
 class Telemetry:
-    """Give `note` to the events. `clock` is monotonic."""
+    """`note` every request that is over. `clock` is monotonic."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -118,23 +118,21 @@ class Telemetry:
         self._slice: _Slice = {}
         self._slice_ends_sec = -math.inf
 
-    def note(self, happening: Happening) -> None:
-        if not isinstance(happening, RequestDone):
+    def note(self, done: RequestDone) -> None:
+        if not done.priority:
+            self._turned_away[done.outcome] += 1
             return
-        if not happening.priority:
-            self._turned_away[happening.outcome] += 1
-            return
-        self._models[happening.alias].note(happening)
+        self._models[done.alias].note(done)
         now = self._clock()
         if now >= self._slice_ends_sec:
             self._slice = {}
             self._slices.append((now, self._slice))
             self._slice_ends_sec = now + _SLICE_SEC
-        key = (happening.alias, happening.priority)
+        key = (done.alias, done.priority)
         tally = self._slice.get(key)
         if tally is None:
             tally = self._slice[key] = Tally()
-        tally.note(happening)
+        tally.note(done)
 
     def summary(self) -> dict[str, Any]:
         """Of requests that asked for a slot: since the start, with the windows, by model and by priority."""

@@ -103,7 +103,7 @@ class Connection(asyncio.Protocol):
         self._uses += 1
         self._pool.last_sign_sec = self.last_byte_sec = time.monotonic()
         receiver.connected(self)
-        if not self.is_open:
+        if self._receiver is None:  # it has thought better of it
             return
         if len(body) < _ONE_WRITE:
             self._transport.write(head + body)
@@ -181,17 +181,17 @@ class Connection(asyncio.Protocol):
         if status < 200:  # 100 Continue and its like announce the real one
             self._headers = []
             return
-        length = None
-        streams = False
-        most = math.inf
-        for name, value in self._headers:
-            if name == b"content-length":
-                length = int(value)
-            elif name == b"content-type":
-                streams = value.startswith(b"text/event-stream")
-            elif name == b"keep-alive" and (found := _KEEP_ALIVE_MAX.search(value)):
-                most = int(found[1])
-        self._head = Head(status, self._headers, length, streams, most)
+        fields = dict(self._headers)
+        length = fields.get(b"content-length")
+        streams = fields.get(b"content-type", b"").startswith(b"text/event-stream")
+        most = _KEEP_ALIVE_MAX.search(fields.get(b"keep-alive", b""))
+        self._head = Head(
+            status,
+            self._headers,
+            int(length) if length is not None else None,
+            streams,
+            int(most[1]) if most is not None else math.inf,
+        )
 
     def on_message_complete(self) -> None:
         if self._head is not None:
@@ -204,7 +204,7 @@ class Connection(asyncio.Protocol):
         self._head = None
         self._headers = []
         self._answered = self._complete = False
-        if self._may_stay and self.is_open:
+        if self._may_stay:
             self._pool.give_back(self)
         else:
             self.close()

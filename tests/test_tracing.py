@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import Start, models
 
-from router.events import RequestDone, ServerChanged
+from router.events import RequestDone
 from router.meter import Usage
 
 pytest.importorskip("opentelemetry.sdk", reason="the extra `otel` is not installed")
@@ -26,7 +26,6 @@ def test_a_request_becomes_a_span_with_its_parts() -> None:
     exporter = InMemorySpanExporter()
     tracing = Tracing(SimpleSpanProcessor(exporter))
     now = time.time()
-    tracing.note(ServerChanged("ready", now))
     tracing.note(
         RequestDone(
             request_id="r1",

@@ -20,10 +20,7 @@ class Keyring:
     def set(self, api: Api) -> None:
         self._full = [key.get_secret_value().encode() for key in api.api_keys]
         self._inference = [key.get_secret_value().encode() for key in api.inference_keys]
-
-    @property
-    def required(self) -> bool:
-        return bool(self._full or self._inference)
+        self.required = bool(self._full or self._inference)
 
     def check(self, headers: Iterable[tuple[bytes, bytes]], *, manages: bool) -> None:
         """Raises ApiError 401 without a valid key, 403 with one that may not manage."""

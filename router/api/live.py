@@ -18,7 +18,7 @@ from router.api.models import full_status, iso, status_of
 from router.api.monitoring import READING_SEC
 from router.api.streams import EventStream, Feed, Shared, frame
 from router.dispatcher import Dispatcher
-from router.events import Happening, LoadMoved, ModelChanged, ModelsListed, ServerChanged
+from router.events import LoadMoved, ModelChanged, ModelsListed, ServerChanged
 from router.readings import Device
 
 router = APIRouter(tags=["monitoring"])
@@ -39,29 +39,33 @@ class Live:
         self.figures = Shared(lambda: frame("metrics", figures(dispatcher)))
         self.ending = asyncio.Event()
         """The router shuts down."""
-        dispatcher.events.listen(self._note)
+        dispatcher.events.listen(ModelChanged, self._model_changed)
+        dispatcher.events.listen(LoadMoved, self._load_moved)
+        dispatcher.events.listen(ModelsListed, self._models_listed)
+        dispatcher.events.listen(ServerChanged, self._server_changed)
 
     def number_of(self, event_id: str) -> int | None:
         """Of the event with this id; None when it was none of ours."""
         run, _, number = event_id.partition("-")
         return int(number) if run == self._run and number.isdecimal() and len(number) < 20 else None
 
-    def _note(self, happening: Happening) -> None:
-        known = self._dispatcher.scheduler.models
-        match happening:
-            case ModelChanged(alias, state, reason) if alias in known:
-                self._send("model_update", {**self._status(alias), "status": state, "reason": reason})
-            case LoadMoved(alias) if alias in known and self.states.followers:
-                self._send("model_update", self._status(alias))
-            case ModelsListed():
-                self.states.start_anew()
-            case ServerChanged(status, at):
-                ends = status == "shutting_down"
-                self._send("server_update", {"status": status, "at": iso(at)}, last=ends)
-                if ends:
-                    self.ending.set()
-            case _:
-                pass
+    def _model_changed(self, change: ModelChanged) -> None:
+        if change.alias in self._dispatcher.scheduler.models:
+            news = {"status": change.state, "reason": change.reason}
+            self._send("model_update", {**self._status(change.alias), **news})
+
+    def _load_moved(self, load: LoadMoved) -> None:
+        if load.alias in self._dispatcher.scheduler.models and self.states.followers:
+            self._send("model_update", self._status(load.alias))
+
+    def _models_listed(self, _: ModelsListed) -> None:
+        self.states.start_anew()
+
+    def _server_changed(self, change: ServerChanged) -> None:
+        ends = change.status == "shutting_down"
+        self._send("server_update", {"status": change.status, "at": iso(change.at)}, last=ends)
+        if ends:
+            self.ending.set()
 
     def _send(self, name: str, document: dict[str, Any], *, last: bool = False) -> None:
         self.states.send(frame(name, document, self._identity(self.states.last + 1)), last=last)

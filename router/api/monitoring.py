@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from router.api.streams import EventStream
 from router.dispatcher import Dispatcher, LastExit, Waiting
 from router.engine import LogRing, signal_name
-from router.queue import Priority
+from router.queue import NAMES
 from router.routing import model_of
 
 router = APIRouter(tags=["monitoring"])
@@ -163,7 +163,7 @@ async def queue_stats(request: Request) -> dict[str, Any]:
         in_flight = list(model.engine.in_flight) if model.engine is not None else []
         per_model[alias] = {
             "queue_length": len(model.queue),
-            "by_priority": {p.name.lower(): model.queue.count(p) for p in Priority},
+            "by_priority": {name: model.queue.count(priority) for priority, name in NAMES.items()},
             "total_requests": counts.submitted,
             "total_processed": counts.served,
             "total_rejected": counts.rejected,
@@ -184,7 +184,7 @@ def _waiting(request: Waiting) -> dict[str, Any]:
     return {
         "id": request.id,
         "alias": request.alias,
-        "priority": request.priority.name.lower(),
+        "priority": NAMES[request.priority],
         "position": request.position,
         "waited_sec": round(request.waited_sec, 2),
         "expected_wait_sec": round(request.expected_sec, 2),
