@@ -15,12 +15,14 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router import __version__
+from router.api import creations as creating
 from router.api import live, memory, models, monitoring, ollama, openai, page, pulls
 from router.api.auth import OPEN_PATHS, Keyring
 from router.api.browsers import Browsers
 from router.api.errors import ApiError
 from router.api.live import Live
 from router.api.openapi import describe
+from router.creations import Creations
 from router.dispatcher import Dispatcher
 from router.downloads import Downloads
 from router.events import RequestDone
@@ -28,23 +30,32 @@ from router.metrics import Metrics
 from router.routing import ROUTES, TRANSLATED_ROUTES
 from router.telemetry import Telemetry
 
+_BLOBS = "/api/blobs/"
 Reload = Callable[[], Awaitable[dict[str, Any]]]
-_OPERATORS_PAGES = ("/v1/logs/", "/v1/health/models", "/v1/models/pull")
-"""They quote what engines say, or tell of downloads."""
+_OPERATORS_PAGES = ("/v1/logs/", "/v1/health/models", "/v1/models/pull", _BLOBS)
+"""They quote what engines say, or tell of downloads and uploads."""
 
 _READ_BY_POST = frozenset({"/api/show"})
-_PAGES = tuple(module.router for module in (pulls, live, models, openai, ollama, memory, monitoring, page))
+_PAGES = tuple(
+    module.router for module in (pulls, live, models, openai, ollama, creating, memory, monitoring, page)
+)
 _LARGEST_PAGE_BODY = 1 << 20
 
 
 def create_app(
-    dispatcher: Dispatcher, keyring: Keyring, browsers: Browsers, reload: Reload, downloads: Downloads
+    dispatcher: Dispatcher,
+    keyring: Keyring,
+    browsers: Browsers,
+    reload: Reload,
+    downloads: Downloads,
+    creations: Creations,
 ) -> ASGIApp:
     """Wire it up. The dispatcher is started and stopped by whoever runs the server."""
-    pages = _pages(dispatcher, keyring, reload, downloads)
+    pages = _pages(dispatcher, keyring, reload, downloads, creations)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await pages(scope, _bounded(receive), send)
+        is_file = scope["path"].startswith(_BLOBS)  # which goes to the disk as it comes
+        await pages(scope, receive if is_file else _bounded(receive), send)
 
     for_browsers = browsers.cross_origin(app)
 
@@ -75,7 +86,9 @@ def _bounded(receive: Receive) -> Receive:
     return receive_some
 
 
-def _pages(dispatcher: Dispatcher, keyring: Keyring, reload: Reload, downloads: Downloads) -> FastAPI:
+def _pages(
+    dispatcher: Dispatcher, keyring: Keyring, reload: Reload, downloads: Downloads, creations: Creations
+) -> FastAPI:
     app = FastAPI(
         title="llama-router", version=__version__, openapi_url="/openapi.json", docs_url=None, redoc_url=None
     )
@@ -85,6 +98,7 @@ def _pages(dispatcher: Dispatcher, keyring: Keyring, reload: Reload, downloads: 
     app.state.dispatcher = dispatcher
     app.state.reload = reload
     app.state.downloads = downloads
+    app.state.creations = creations
     app.state.metrics = Metrics(dispatcher)
     app.state.live = Live(dispatcher)
     app.state.telemetry = Telemetry(time.monotonic)

@@ -266,10 +266,10 @@ class System(Section):
     state_dir: str | None = Field(
         default=None,
         min_length=1,
-        description="Folder, made for its owner only, for what outlives the router: which engines run, and what "
-        "was measured. One router at a time works with it. null: llama-router/PORT in $XDG_STATE_HOME, else in "
-        "~/.local/state (macOS: ~/Library/Application Support), and none if the port is 0. The variable "
-        "LLAMA_ROUTER_STATE_DIR wins.",
+        description="Folder, made for its owner only, for what outlives the router: which engines run, what was "
+        "measured, and models that clients create. One router at a time works with it. null: llama-router/PORT in "
+        "$XDG_STATE_HOME, else in ~/.local/state (macOS: ~/Library/Application Support), and none if the port is "
+        "0. The variable LLAMA_ROUTER_STATE_DIR wins.",
     )
     log_ring_lines: PositiveCount = Field(
         default=1000, description="Lines of an engine's output that are remembered."
@@ -543,6 +543,8 @@ class AliasConfig:
     messages: tuple[Mapping[str, str], ...] = ()
     priority: PriorityName | None = None
     description: str = ""
+    source: str = field(default="", compare=False)
+    """Where it comes from: a file's name, or `created`."""
 
     @property
     def rewrites(self) -> bool:
@@ -557,6 +559,8 @@ class Config:
     scheduling: Scheduling = field(default_factory=Scheduling)
     models: Mapping[str, ModelConfig] = field(default_factory=dict)
     aliases: Mapping[str, AliasConfig] = field(default_factory=dict)
+    lost: Mapping[str, str] = field(default_factory=dict)
+    """Names whose model is gone, with what that was."""
 
     @property
     def names(self) -> list[str]:

@@ -14,7 +14,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any, TypeVar, get_args, get_origin
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from router import hub, pulled, repository, stores
+from router import created, hub, pulled, repository, stores
 from router.config import (
     AliasConfig,
     AliasEntry,
@@ -51,6 +51,7 @@ from router.config_file import read_file
 from router.config_show import leaves
 from router.flags import OWNED, OWNED_VARIABLES, FlagError, Flags, argv, from_environment, parse
 from router.gguf import SPLIT_NAME
+from router.state import default_path
 
 _VARIABLES: dict[str, KeyPath] = {
     "LLAMA_SERVER_PATH": ("system", "llama_server_path"),
@@ -163,6 +164,10 @@ class _Draft:
         self.warnings: list[str] = []
         self.settling = False
         self.folders: list[Path] = []
+        self.created: dict[str, created.Created] = {}
+        self.engines: dict[str, str] = {}
+        """Which of them have an engine of their own, and under which name that is."""
+        self.lost: dict[str, str] = {}
         self.environ = dict(environ)
         self.file_name = ""
         self.folder = self.cwd
@@ -235,6 +240,7 @@ class _Draft:
         if not isinstance(models, dict):
             return
         aliases = self.values.get("aliases")
+        self.read_created(models, aliases if isinstance(aliases, dict) else {})
         base = self.models_folder()
         served = {
             os.path.realpath(self.resolve(entry["model_path"], base))
@@ -260,6 +266,9 @@ class _Draft:
                 if isinstance(aliases, dict) and _model_named(aliases, found.alias) not in (None, found.alias):
                     self.warnings.append(f"{found.path} is not served: an alias has the same name")
                     continue
+                if found.alias in self.created:
+                    self.warnings.append(f"{found.path} is not served: what was created has the same name")
+                    continue
                 files = {"model_path": str(found.path)}
                 if found.projector is not None:
                     files["mmproj"] = str(found.projector.path)
@@ -274,6 +283,58 @@ class _Draft:
                     if key not in entry:
                         self.put(("models", found.alias, key), file, origin)
             served |= {os.path.realpath(found.path) for found in discovery.models}
+        self.add_created(models, aliases if isinstance(aliases, dict) else {})
+
+    def read_created(self, models: Mapping[str, Any], aliases: Mapping[str, Any]) -> None:
+        """What clients have made, but for names that the configuration uses."""
+        folder = self.state_folder() if self.is_for_here else None
+        if folder is None:
+            return
+        try:
+            records = created.read(folder)
+        except OSError as error:
+            self.warnings.append(f"{folder}: what was created there cannot be read: {error.strerror or error}")
+            return
+        for name, made in records.items():
+            entry = models.get(name)
+            if name in aliases or (isinstance(entry, dict) and "model_path" in entry):
+                self.warnings.append(
+                    f"{name!r}, which was created, is not served: the configuration uses its name"
+                )
+            elif missing := created.missing_file(made, folder):
+                self.warnings.append(f"{name!r}, which was created, is not served: there is no file {missing}")
+                self.lost[name] = str(missing)
+            else:
+                self.created[name] = made
+
+    def add_created(self, models: dict[str, Any], aliases: Mapping[str, Any]) -> None:
+        """Those that have an engine of their own. What the configuration says of them wins."""
+        folder = self.state_folder()
+        if folder is None:
+            return
+
+        def model_of(name: str) -> str:
+            return str(_model_named(aliases, name) or name)
+
+        self.engines = created.engines(self.created, tuple(models))
+        for name, entry in created.model_entries(self.created, self.engines, folder, models, model_of):
+            configured = models.setdefault(name, {})
+            if not isinstance(configured, dict):
+                continue
+            if isinstance(configured.get("flags"), list):
+                entry["flags"] = [*entry.get("flags", ()), *configured["flags"]]
+            for key, value in entry.items():
+                if key == "flags" or key not in configured:
+                    self.put(("models", name, key), value, created.SOURCE)
+
+    def state_folder(self) -> Path | None:
+        """Where the router of this configuration keeps its state; None if it keeps none."""
+        system, api = self.values.get("system"), self.values.get("api")
+        named = system.get("state_dir") if isinstance(system, dict) else None
+        if isinstance(named, str) and named:
+            return self.resolve(named, self.base_of(("system", "state_dir")))
+        port = api.get("port", Api().port) if isinstance(api, dict) else Api().port
+        return default_path(port, self.environ) if isinstance(port, int) and port else None
 
     def places(self, models_dirs: Sequence[Path]) -> Iterator[tuple[str, Path, Callable[[], hub.Discovery]]]:
         """Where models may be found: what the place is called, its folder, and how to look into it."""
@@ -375,7 +436,26 @@ class _Draft:
             self.warn(("api", "host"), message)
         there = {alias: model for alias, model in models.items() if model}
         usable = {name: alias for name, alias in aliases.items() if alias.uses in there}
-        return Config(api, system, scheduling, there, usable)
+        self.lost |= {name: alias.uses for name, alias in aliases.items() if name not in usable}
+        usable |= dict(self.created_aliases(usable, there))
+        return Config(api, system, scheduling, there, usable, self.lost)
+
+    def created_aliases(
+        self, aliases: Mapping[str, AliasConfig], models: Container[str]
+    ) -> Iterator[tuple[str, AliasConfig]]:
+        for name, made in self.created.items():
+            base = aliases.get(made.base)
+            model = self.engines.get(name) or (made.base if base is None else base.uses)
+            if model not in models:
+                self.warnings.append(
+                    f"{name!r}, which was created, is not served: there is no {made.base!r} any more"
+                )
+                self.lost[name] = made.base
+                continue
+            named = created.alias(name, made, model, base)
+            if name != model or named.rewrites:
+                self.origins["aliases", name] = created.SOURCE
+                yield name, named
 
     def section(self, kind: type[_S], path: KeyPath, **stand_in: Any) -> _S | None:
         """Validate the values at `path`. Where some are wrong, go on without them, to find what else is."""
@@ -501,7 +581,8 @@ class _Draft:
         for parameter in sorted({parameter for parameter in named if named.count(parameter) > 1}):
             self.problem(path, f"{parameter!r} may stand in one of defaults, forced and removed, and once")
         messages = tuple(turn.model_dump() for turn in entry.messages)
-        return AliasConfig(**{**dict(entry), "alias": name, "messages": messages})
+        source = self.origin_of((*path, "uses"))
+        return AliasConfig(**{**dict(entry), "alias": name, "messages": messages, "source": source})
 
     def parts(self, path: KeyPath, file: Path) -> list[Path]:
         """The files of a model: one, unless it is split."""

@@ -42,7 +42,7 @@ def leaves(config: Config) -> Iterator[tuple[KeyPath, str]]:
     for name, named in config.aliases.items():
         for field in fields(named):
             value = getattr(named, field.name)
-            if field.name != "alias" and value:  # most are no more than a name
+            if field.name not in ("alias", "source") and value:  # most are no more than a name
                 yield from _parameters(("aliases", name, field.name), value)
 
 

@@ -13,13 +13,15 @@ from __future__ import annotations
 import base64
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import msgspec
 
 from router.api.errors import ApiError
+from router.config import Config
 from router.messages import Refusal
+from router.ollama_options import request_parameters
 from router.routing import suggestion
 
 Kind = Literal["chat", "generate", "raw", "embed", "embeddings"]
@@ -156,12 +158,14 @@ def resolve(name: str, aliases: Iterable[str]) -> str:
     return quantized[0] if "/" in local and len(quantized) == 1 else name
 
 
-def alias_of(name: str, aliases: Iterable[str], hint: str = "") -> str:
-    """Raises ApiError 404 in the words that Ollama's clients look for; `hint` comes after them."""
-    known = list(aliases)
-    alias = resolve(name, known)
-    if alias not in known:
-        message = f"model {name[:256]!r} not found. {suggestion(name[:256], known)}{hint}"
+def alias_of(name: str, config: Config, *, gone_too: bool = False, hint: str = "") -> str:
+    """Also of one whose model is gone, if that will do.
+
+    Raises ApiError 404 in the words that Ollama's clients look for; `hint` comes after them.
+    """
+    alias = resolve(name, (*config.names, *config.lost))
+    if not (alias in config.models or alias in config.aliases or (gone_too and alias in config.lost)):
+        message = f"model {name[:256]!r} not found. {suggestion(alias[:256], config)}{hint}"
         raise ApiError(404, Refusal.MODEL_NOT_FOUND.value, message, "model")
     return alias
 
@@ -222,7 +226,7 @@ def _to_generate(
     asked: _Generating, kind: Kind, target: str, question: dict[str, Any], probabilities: dict[str, Any]
 ) -> Asked:
     streams = asked.stream is not False
-    question |= {**_options(asked.options), **probabilities, "stream": streams, "cache_prompt": True}
+    question |= {**request_parameters(asked.options), **probabilities, "stream": streams, "cache_prompt": True}
     keep_alive_sec = duration_sec(asked.keep_alive)
     most = asked.top_logprobs or 0
     if not 0 <= most <= _MOST_ALTERNATIVES:
@@ -333,57 +337,6 @@ def _logprobs(asked: _Generating) -> dict[str, Any]:
     if not asked.logprobs:
         return {}
     return {"logprobs": True, "top_logprobs": max(1, asked.top_logprobs or 0)}  # with 0 it sends none at all
-
-
-# --- options --------------------------------------------------------------------------------------------
-
-_NUMBERS = {
-    name: name
-    for name in (
-        "temperature",
-        "top_p",
-        "min_p",
-        "typical_p",
-        "repeat_penalty",
-        "presence_penalty",
-        "frequency_penalty",
-        "mirostat_tau",
-        "mirostat_eta",
-    )
-}
-_INTEGERS = {
-    "num_predict": "n_predict",
-    "num_keep": "n_keep",
-    **{name: name for name in ("top_k", "seed", "repeat_last_n", "mirostat")},
-}
-
-
-def _options(options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Those that concern one answer; Ollama reads over what it does not know, too."""
-    translated: dict[str, Any] = {}
-    for name, value in (options or {}).items():
-        if value is None:
-            continue
-        if name in _NUMBERS:
-            translated[_NUMBERS[name]] = _number(name, value)
-        elif name in _INTEGERS:
-            translated[_INTEGERS[name]] = int(_number(name, value))
-        elif name == "stop":
-            translated["stop"] = _texts(value)
-    return translated
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ApiError(400, "invalid_request", f'option "{name}" must be a number', f"options.{name}")
-    return value
-
-
-def _texts(value: Any) -> list[str]:
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ApiError(400, "invalid_request", 'option "stop" must be an array of texts', "options.stop")
-    return texts
 
 
 # --- embeddings -----------------------------------------------------------------------------------------

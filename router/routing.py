@@ -117,20 +117,22 @@ def model_of(name: str, config: Config) -> ModelConfig:
     model = config.models.get(name if alias is None else alias.uses)
     if model is not None:
         return model
-    raise ApiError(404, Refusal.MODEL_NOT_FOUND.value, _unknown_model(name, config.names), "model")
+    raise ApiError(404, Refusal.MODEL_NOT_FOUND.value, _unknown_model(name, config), "model")
 
 
-def _unknown_model(name: str, aliases: list[str]) -> str:
+def _unknown_model(name: str, config: Config) -> str:
     """What to say to somebody who asks for a model that is not there."""
     if len(name) > _LONGEST_NAME:
-        return f"There is no model of {len(name)} characters. There are: {some_of(aliases)}."
-    return f"There is no model {name!r}. {suggestion(name, aliases)}"
+        return f"There is no model of {len(name)} characters. There are: {some_of(config.names)}."
+    return f"There is no model {name!r}. {suggestion(name, config)}"
 
 
-def suggestion(name: str, aliases: list[str]) -> str:
-    """What may have been meant instead."""
-    close = difflib.get_close_matches(name, aliases, n=3)
-    return f"Did you mean {some_of(close)}?" if close else f"There are: {some_of(aliases)}."
+def suggestion(name: str, config: Config) -> str:
+    """What became of it, or what may have been meant instead."""
+    if name in config.lost:
+        return f"That name stands for {config.lost[name]!r}, which is not here any more."
+    close = difflib.get_close_matches(name, config.names, n=3)
+    return f"Did you mean {some_of(close)}?" if close else f"There are: {some_of(config.names)}."
 
 
 def some_of(aliases: list[str]) -> str:

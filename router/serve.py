@@ -26,6 +26,7 @@ from router.app import create_app
 from router.config import AliasConfig, Api, Config, ModelConfig, System
 from router.config_errors import ConfigError
 from router.config_load import Loaded
+from router.creations import Creations
 from router.crowd import Door
 from router.devices import Devices
 from router.dispatcher import Dispatcher
@@ -129,7 +130,7 @@ def _serve(loaded: Loaded, load: Callable[[], Loaded], log: Logs) -> None:
         devices = Devices(config.system.gpu_devices if binary.kind != "embedded" else ())
         devices.read_blocking()
         store = state.file("footprints", list[Entry], "what engines were measured to take is forgotten at the end")
-        _run(_Service(loaded, load, binary, devices, Learned(store), listeners, record, log).run())
+        _run(_Service(loaded, load, binary, devices, Learned(store), listeners, record, state, log).run())
 
 
 def _tracing() -> Tracing:
@@ -221,6 +222,7 @@ class _Service:
         learned: Learned,
         listeners: list[socket.socket],
         record: EngineRecord,
+        state: State,
         log: Logs,
     ) -> None:
         config = loaded.config
@@ -240,6 +242,7 @@ class _Service:
         if self._tracing is not None:
             self._dispatcher.events.listen(RequestDone, self._tracing.note)
         self._keyring = Keyring(config.api)
+        self._creations = Creations(state, self.look_again)
         self._reloading = asyncio.Lock()
         self._reloads: asyncio.Task[None] | None = None
         self._reload_wanted = False
@@ -250,7 +253,7 @@ class _Service:
     async def run(self) -> None:
         downloads = Downloads(self.look_again)
         browsers = Browsers(self._loaded.config.api)
-        app = create_app(self._dispatcher, self._keyring, browsers, self.reload, downloads)
+        app = create_app(self._dispatcher, self._keyring, browsers, self.reload, downloads, self._creations)
         protocol = partial(HttpProtocol, Exchanges(self._dispatcher, self._keyring, browsers))
         most_clients = _most_clients(self._loaded.config.api)
         server = _Server(
@@ -325,7 +328,7 @@ class _Service:
             self._look_failed = ""
             self._loaded = loaded
             changes = _changes(before.config, loaded.config)
-            if any(changes.values()):
+            if any(changes.values()) or before.config.lost != loaded.config.lost:
                 self._dispatcher.apply(loaded.config)
                 _log.info("models have changed: %s", changes)
         for warning in loaded.warnings:

@@ -142,21 +142,25 @@ class StateFile(Generic[_T]):
             _log.warning("%s cannot be read (%s); a copy stays in %s", self._path, error, aside.name)
             return None
 
-    def write(self, value: _T) -> None:
-        """Replace the file. A disk that is full or read-only is told once, and tried again at the next change."""
+    def replace(self, value: _T) -> None:
+        """Raises OSError, and then the file is what it was."""
         if self._path is None:
             return
         new = self._path.with_suffix(".json.new")
         try:
-            try:
-                with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-                    file.write(msgspec.json.format(msgspec.json.encode(value)) + b"\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(new, self._path)
-            except OSError:
-                new.unlink(missing_ok=True)
-                raise
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(msgspec.json.format(msgspec.json.encode(value)) + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(new, self._path)
+        except OSError:
+            new.unlink(missing_ok=True)
+            raise
+
+    def write(self, value: _T) -> None:
+        """As `replace`. A disk that is full or read-only is told once, and tried again at the next change."""
+        try:
+            self.replace(value)
         except OSError as error:
             if not self._failing:
                 reason = error.strerror or error

@@ -156,7 +156,8 @@ def test_ollamas_clients_know_aliases_too(router: Router) -> None:
     listed = [model["name"] for model in router.http.get("/api/tags").json()["models"]]
     assert listed == [f"{name}:latest" for name in ("a", *ALIASES)]
     details = router.http.post("/api/show", json={"model": "pirate"}).json()["details"]
-    assert details == router.http.post("/api/show", json={"model": "a"}).json()["details"]
+    of_the_model = router.http.post("/api/show", json={"model": "a"}).json()["details"]
+    assert details == {**of_the_model, "parent_model": "a"}
 
     def counts(model: str, **more: Any) -> tuple[int, int]:
         body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "stream": False, **more}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from router.api.errors import ApiError
+from router.config import AliasConfig, Config
 from router.ollama_answers import Translation, flattened
 from router.ollama_requests import Asked, alias_of, duration_sec, listed_name, resolve, translate
 
@@ -39,7 +40,7 @@ def test_names(name: str, alias: str | None) -> None:
     assert resolve(name, ALIASES) == (alias or name)
     if alias is None:
         with pytest.raises(ApiError, match="not found"):
-            alias_of(name, ALIASES)
+            alias_of(name, Config(aliases={alias: AliasConfig(alias, "m") for alias in ALIASES}))
 
 
 def test_what_is_listed_is_found_again() -> None:

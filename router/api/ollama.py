@@ -1,6 +1,5 @@
-"""Ollama's API but for the four calls that engines answer (`ollama_exchange`): lists, states, pulls.
-
-What only Ollama has (making models out of others, pushing them) is refused in its words, with what to do instead.
+"""Ollama's API but for the four calls that engines answer (`ollama_exchange`) and those that make models
+(`creations`): lists, states, pulls.
 """
 
 from __future__ import annotations
@@ -12,25 +11,33 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from router import gguf
 from router.api import pulls
 from router.api.errors import ApiError
 from router.api.openai import card_of, header_of
-from router.config import ModelConfig
+from router.config import AliasConfig, Config, ModelConfig
+from router.created import Created
+from router.creations import Creations
 from router.devices import HOST
 from router.dispatcher import Dispatcher
 from router.downloads import Pull
+from router.flags import Flags
 from router.gguf import GGUF, ArrayStub, GGUFError
+from router.ollama_options import as_options, option_lines
 from router.ollama_requests import alias_of, listed_name
 from router.progress import Progress
 from router.routing import model_of
 
 router = APIRouter(tags=["Ollama"])
+
+_T = TypeVar("_T")
 
 _BODY = {
     "requestBody": {
@@ -67,7 +74,7 @@ async def version() -> dict[str, str]:
 async def tags(request: Request) -> dict[str, Any]:
     """Every alias, loaded or not."""
     dispatcher: Dispatcher = request.app.state.dispatcher
-    return {"models": await _listed([_known(name, dispatcher) for name in dispatcher.config.names])}
+    return {"models": await _listed([_known(name, request) for name in dispatcher.config.names])}
 
 
 @router.get("/api/ps")
@@ -78,20 +85,20 @@ async def running(request: Request) -> dict[str, Any]:
     models = dispatcher.config.models
     loaded = [model for alias, model in models.items() if state(alias) in ("ready", "draining")]
     states = [_residency(dispatcher, model.alias) for model in loaded]
-    entries = [{**entry, **state} for entry, state in zip(await _listed(loaded), states, strict=True)]
+    entries = await _listed([_Known(model) for model in loaded])
+    entries = [{**entry, **state} for entry, state in zip(entries, states, strict=True)]
     return {"models": sorted(entries, key=lambda entry: str(entry["expires_at"]), reverse=True)}
 
 
 @router.post("/api/show", openapi_extra=_BODY, responses={415: {}, 500: {}})
 async def show(request: Request) -> dict[str, Any]:
-    """One model: what its file says of it."""
-    dispatcher: Dispatcher = request.app.state.dispatcher
+    """One model: what its file says of it, and what its name adds to that."""
     asked = await _named(request)
-    model = _known(asked.model or "", dispatcher)
+    known = _known(asked.model or "", request)
     try:
-        return await asyncio.to_thread(_described, model)
+        return await asyncio.to_thread(_described, known)
     except (OSError, GGUFError) as error:
-        raise ApiError(500, "model_failed", f"{model.alias!r} cannot be read: {error}") from None
+        raise ApiError(500, "model_failed", f"{known.name!r} cannot be read: {error}") from None
 
 
 @router.post("/api/pull", response_model=None, openapi_extra=_BODY, responses={415: {}, 429: {}, 500: {}})
@@ -110,77 +117,98 @@ async def pull(request: Request) -> Response:
 
 @router.delete("/api/delete", response_model=None, openapi_extra=_BODY, responses={404: {}, 415: {}, 500: {}})
 async def delete(request: Request) -> Response:
-    """Remove a pulled model and the files that are only its own."""
+    """Remove a pulled or created model and the files that are only its own."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     asked = await _named(request)
-    await pulls.remove_pulled(alias_of(asked.model or "", dispatcher.config.models), request)
+    await pulls.remove_pulled(alias_of(asked.model or "", dispatcher.config, gone_too=True), request)
     return Response()
 
 
-@router.post("/api/copy", responses={501: {}})
-@router.post("/api/create", responses={501: {}})
 @router.post("/api/push", responses={501: {}})
-async def not_here() -> None:
-    """What Ollama does in a store of its own. Always an error, which says what to do instead."""
-    message = "not supported here: models and their names are in the router's configuration (`models`), with the "
-    message += "file (`model_path`) and llama-server's arguments (`flags`), and are read again while it runs"
-    raise ApiError(501, "not_supported", message)
-
-
-@router.post("/api/blobs/{digest}", responses={501: {}})
-async def no_blob(digest: str) -> None:
-    """The first step of making a model out of a file."""
-    await not_here()
+async def push() -> None:
+    """Always an error: this router has no registry to push to."""
+    raise ApiError(501, "not_supported", "not supported here: upload models with the hub's own tools (hf upload)")
 
 
 async def _named(request: Request) -> _Named:
-    """The body, of whatever type it says to be: `curl -d` sends a form. Raises ApiError 400."""
-    content_type = request.headers.get("content-type", "")
-    if "origin" in request.headers and not content_type.startswith("application/json"):
-        # Pages of any site may send forms and texts here without asking first.
-        raise ApiError(415, "unsupported_type", "From a browser, send Content-Type: application/json.")
-    try:
-        asked = msgspec.json.decode(await request.body(), type=_Named)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ApiError(400, "invalid_json", f"invalid request: {error}") from None
+    asked = await read_body(request, _Named)
     asked.model = asked.model or asked.name
     if not asked.model:
         raise ApiError(400, "model_required", "model is required", "model")
     return asked
 
 
+async def read_body(request: Request, kind: type[_T]) -> _T:
+    """Of whatever type it says to be: `curl -d` sends a form. Raises ApiError 400."""
+    content_type = request.headers.get("content-type", "")
+    if "origin" in request.headers and not content_type.startswith("application/json"):
+        # Pages of any site may send forms and texts here without asking first.
+        raise ApiError(415, "unsupported_type", "From a browser, send Content-Type: application/json.")
+    try:
+        return msgspec.json.decode(await request.body(), type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ApiError(400, "invalid_json", f"invalid request: {error}") from None
+
+
 # --- models ---------------------------------------------------------------------------------------------
 
 
-def _known(name: str, dispatcher: Dispatcher) -> ModelConfig:
-    """A model under the name that it is asked for by. Raises ApiError 404."""
-    alias = alias_of(name, dispatcher.config.names)
-    return replace(model_of(alias, dispatcher.config), alias=alias)
+class _Known(NamedTuple):
+    """What a name stands for."""
+
+    model: ModelConfig
+    named: AliasConfig | None = None
+    """What the name adds to the model."""
+    made: Created | None = None
+    """How it was created, if it was."""
+
+    @property
+    def name(self) -> str:
+        return self.model.alias if self.named is None else self.named.alias
+
+    @property
+    def modified_at(self) -> str:
+        return _moment(card_of(self.model)["created"] if self.made is None else self.made.created_at)
 
 
-async def _listed(models: list[ModelConfig]) -> list[dict[str, Any]]:
-    return await asyncio.to_thread(lambda: [_entry(model) for model in models])
+def _known(name: str, request: Request) -> _Known:
+    """Raises ApiError 404."""
+    config: Config = request.app.state.dispatcher.config
+    creations: Creations = request.app.state.creations
+    alias = alias_of(name, config)
+    return _Known(model_of(alias, config), config.aliases.get(alias), creations.named(alias, config))
 
 
-def _entry(model: ModelConfig) -> dict[str, Any]:
-    card = card_of(model)
-    name = listed_name(model.alias)
+async def _listed(names: list[_Known]) -> list[dict[str, Any]]:
+    return await asyncio.to_thread(lambda: [_entry(known) for known in names])
+
+
+def _entry(known: _Known) -> dict[str, Any]:
+    card = card_of(known.model)
+    name = listed_name(known.name)
     return {
         "name": name,
         "model": name,
-        "modified_at": _moment(card["created"]),
+        "modified_at": known.modified_at,
         "size": card.get("size", 0),
-        "digest": hashlib.sha256(f"{model.model_path} {card['created']}".encode()).hexdigest(),
-        "details": _details(card),
+        "digest": hashlib.sha256(_identity(known, card)).hexdigest(),
+        "details": _details(known, card),
         "capabilities": card.get("capabilities", []),
         "context_length": card.get("context_length"),
     }
 
 
-def _details(card: dict[str, Any]) -> dict[str, Any]:
+def _identity(known: _Known, card: dict[str, Any]) -> bytes:
+    """The same for names of which nobody can tell the difference."""
+    named = known.named
+    changes = () if named is None or not named.rewrites else replace(named, alias="", description="", source="")
+    return f"{known.model.model_path} {known.model.flags} {card['created']} {changes}".encode()
+
+
+def _details(known: _Known, card: dict[str, Any]) -> dict[str, Any]:
     family = card.get("architecture") or ""
     return {
-        "parent_model": "",
+        "parent_model": known.model.alias if known.name != known.model.alias else "",
         "format": "gguf",
         "family": family,
         "families": [family] if family else [],
@@ -202,21 +230,55 @@ def _residency(dispatcher: Dispatcher, alias: str) -> dict[str, Any]:
     }
 
 
-def _described(model: ModelConfig) -> dict[str, Any]:
-    header = header_of(model)
-    card = card_of(model)
-    template = header.metadata.get("tokenizer.chat_template")
+def _described(known: _Known) -> dict[str, Any]:
+    header = header_of(known.model)
+    card = card_of(known.model)
+    template = template_of(known.model)
     context = card.get("context_length")
-    return {
-        "modelfile": f"# Served by llama-router; see `models` in its configuration.\nFROM {model.alias}\n",
-        "parameters": f"num_ctx {context}" if context else "",
-        "template": template if isinstance(template, str) else "",
-        "license": str(header.metadata.get("general.license", "")),
-        "modified_at": _moment(card["created"]),
-        "details": _details(card),
+    named = known.named or AliasConfig(known.name, known.name)
+    options = {**({"num_ctx": context} if context else {}), **as_options({**named.defaults, **named.forced})}
+    licenses = known.made.license if known.made is not None else ()
+    projector = Flags(known.model.flags).last("mmproj")
+    shown = {
+        "modelfile": _modelfile(known, options),
+        "parameters": "\n".join(option_lines(options)),
+        "template": template,
+        "system": named.system_prompt,
+        "messages": list(named.messages),
+        "license": "\n".join(licenses) or str(header.metadata.get("general.license", "")),
+        "modified_at": known.modified_at,
+        "details": _details(known, card),
         "model_info": _metadata(header),
-        "capabilities": _capabilities(header, list(card.get("capabilities", []))),
+        "projector_info": _metadata(gguf.read(Path(projector.text))) if projector is not None else None,
+        "capabilities": _capabilities(header, template, list(card.get("capabilities", []))),
     }
+    return {key: value for key, value in shown.items() if value or key not in _ONLY_IF_THERE}
+
+
+_ONLY_IF_THERE = ("system", "messages", "projector_info")
+
+
+def _modelfile(known: _Known, options: dict[str, Any]) -> str:
+    """In Ollama's words, and so that `ollama create` makes the same of it here."""
+    named = known.named or AliasConfig(known.name, known.name)
+    lines = ["# Served by llama-router.", f"FROM {known.model.alias}"]
+    if named.system_prompt:
+        lines.append(f'SYSTEM """{named.system_prompt}"""')
+    lines += [f"PARAMETER {line}" for line in option_lines(options)]
+    lines += [f'MESSAGE {turn["role"]} """{turn["content"]}"""' for turn in named.messages]
+    return "\n".join(lines) + "\n"
+
+
+def template_of(model: ModelConfig) -> str:
+    """The chat template that its engine uses; empty for none. Reads files: raises OSError and GGUFError."""
+    flags = Flags(model.flags, model.env)
+    file, text = flags.last("chat-template-file"), flags.last("chat-template")
+    if file is not None and (text is None or flags.given.index(file) > flags.given.index(text)):
+        return Path(file.text).read_text()
+    if text is not None:
+        return text.text
+    template = header_of(model).metadata.get("tokenizer.chat_template")
+    return template if isinstance(template, str) else ""
 
 
 def _metadata(header: GGUF) -> dict[str, Any]:
@@ -229,10 +291,9 @@ def _metadata(header: GGUF) -> dict[str, Any]:
     return {**shown, "general.parameter_count": header.parameter_count}
 
 
-def _capabilities(header: GGUF, capabilities: list[str]) -> list[str]:
+def _capabilities(header: GGUF, template: str, capabilities: list[str]) -> list[str]:
     """With those that show in a chat template, as clients choose by them what to offer."""
-    template = header.metadata.get("tokenizer.chat_template")
-    if "completion" in capabilities and isinstance(template, str):
+    if "completion" in capabilities:
         if "tools" in template:
             capabilities.append("tools")
         if any(word in template for word in ("enable_thinking", "<think>", "reasoning_effort")):

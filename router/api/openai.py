@@ -51,7 +51,7 @@ def _named(card: dict[str, Any], alias: AliasConfig) -> dict[str, Any]:
     """A model's card under another name."""
     described = {"description": alias.description} if alias.description else {}
     further = {"uses": alias.uses} if alias.uses != alias.alias else {}
-    return {**card, "id": alias.alias, **further, **described}
+    return {**card, "id": alias.alias, "source": alias.source, **further, **described}
 
 
 def card_of(model: ModelConfig) -> dict[str, Any]:

@@ -22,17 +22,17 @@ _ERRORS = {
     401: "An API key is needed, or the one given is not valid.",
     403: "The API key may not do this, or the Host header names nobody here.",
     404: "There is no such model, or no such route.",
-    409: "Another model has the alias, or the pull was cancelled.",
+    409: "Another model has the name or needs this one, or the pull was cancelled.",
     413: "The body is too large.",
     415: "The body is encoded.",
     422: "The engine's: it cannot process this.",
     429: "Too many requests wait.",
     500: "The engine's own error, or the disk's.",
-    501: "The engine's: the model was not started for this.",
+    501: "The model was not started for this, or the router keeps no state and can create nothing.",
     502: "The engine broke off, or the hub.",
     503: "The model failed, or the router is full or shutting down.",
     504: "It took too long.",
-    507: "The model does not fit into memory.",
+    507: "The model does not fit into memory, or the file not onto the disk.",
 }
 _DATA_PLANE = (401, 403, 404, 413, 415, 429, 502, 503, 504, 507)
 _FURTHER = {"/v1/models/pull": (429,), "/pull": (409, 429, 500, 502)}

@@ -18,8 +18,11 @@ from router import pulled, repository
 from router.api.errors import ApiError
 from router.api.models import ModelName, load_model
 from router.api.streams import EventStream
+from router.config import Config
+from router.creations import Creations
 from router.dispatcher import Dispatcher
 from router.downloads import MOST_AT_ONCE, Downloads, Pull, TooManyPulls
+from router.routing import some_of
 
 router = APIRouter(tags=["management"])
 
@@ -146,16 +149,30 @@ async def cancel_pull(pull_id: str, request: Request) -> dict[str, Any]:
     return _shown(pull)
 
 
-@router.delete("/v1/models/pulled/{alias:path}")
+@router.delete("/v1/models/pulled/{alias:path}", responses={409: {}})
 async def remove_pulled(alias: str, request: Request) -> dict[str, Any]:
-    """Remove a pulled model and the files that are only its own; its engine finishes what it is doing first."""
+    """Remove a pulled or created model and the files that are only its own; its engine finishes its work first.
+
+    A pulled one that something was created from stays.
+    """
+    creations: Creations = request.app.state.creations
+    config: Config = request.app.state.dispatcher.config
     cache = pulled.cache_folder(os.environ)
+    there = config.aliases.get(alias) or config.models.get(alias)
     try:
+        removed = await creations.remove(alias)
+        if removed is not None:
+            return {"status": "success", "model": alias, "freed_bytes": removed}
+        needed = [name for name, made in creations.records.items() if made.base == alias]
+        if needed and there is not None and there.source == "pulled":
+            message = f"{some_of(needed)} was created from {alias!r}: remove that first."
+            raise ApiError(409, "model_in_use", message, "model")
         if cache is None:
             raise pulled.NotPulled(f"No model was pulled as {alias!r}")
         freed = await asyncio.to_thread(pulled.remove, cache, alias)
     except pulled.NotPulled as error:
-        raise ApiError(404, "model_not_found", f"{error}.", "model") from None
+        reason = f"{alias!r} was neither pulled nor created, but is from {there.source}" if there else str(error)
+        raise ApiError(404, "model_not_found", f"{reason}.", "model") from None
     except OSError as error:
         raise ApiError(500, "disk_error", f"{alias!r} could not be removed: {error}.") from None
     await request.app.state.downloads.look_again()

@@ -1,0 +1,132 @@
+"""Ollama's options, which are also a Modelfile's parameters, in llama-server's words.
+
+Some concern one answer and are parameters of a request; others are decided when a model is loaded, and are flags
+of its engine. Which is which, and what they are called: api/types.go of Ollama, `--help` of llama-server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from router.api.errors import ApiError
+
+_NUMBERS = {
+    name: name
+    for name in (
+        "temperature",
+        "top_p",
+        "min_p",
+        "typical_p",
+        "repeat_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "mirostat_tau",
+        "mirostat_eta",
+    )
+}
+_INTEGERS = {
+    "num_predict": "n_predict",
+    "num_keep": "n_keep",
+    **{name: name for name in ("top_k", "seed", "repeat_last_n", "mirostat")},
+}
+_OF_ANSWERS = {**_NUMBERS, **_INTEGERS, "stop": "stop"}
+_OLLAMAS = {ours: theirs for theirs, ours in _OF_ANSWERS.items()} | {"max_tokens": "num_predict"}
+
+_FLAGS = {"num_batch": "batch-size", "num_gpu": "n-gpu-layers", "num_thread": "threads"}
+_LEFT_TO_THE_ENGINE = {"num_batch": 0, "num_gpu": -1, "num_thread": 0}
+OF_LOADS = ("num_ctx", *_FLAGS, "use_mmap")
+
+
+def request_parameters(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Those that concern one answer; Ollama reads over what it does not know, too. Raises ApiError 400."""
+    translated: dict[str, Any] = {}
+    for name, value in (options or {}).items():
+        if value is None:
+            continue
+        if name in _NUMBERS:
+            translated[_NUMBERS[name]] = _number(name, value)
+        elif name in _INTEGERS:
+            translated[_INTEGERS[name]] = _integer(name, value)
+        elif name == "stop":
+            translated["stop"] = _texts(value)
+    return translated
+
+
+def unknown_options(options: Mapping[str, Any]) -> list[str]:
+    """Those that are set, and neither concern an answer nor are flags here."""
+    return [name for name, value in options.items() if value is not None and name not in (*_OF_ANSWERS, *OF_LOADS)]
+
+
+def load_flags(
+    options: Mapping[str, Any], slots: int, context: int | None, given: Callable[[str], str | None]
+) -> tuple[str, ...]:
+    """What an engine is to be started with, beyond what it has anyway: nothing if that is enough.
+
+    `slots` share the context size that a flag sets; `context` is what each of them has now, in tokens (None:
+    unknown), and `given` the value that a flag has now. Raises ApiError 400.
+    """
+    return tuple(_load_flags(options, slots, context, given))
+
+
+def _load_flags(
+    options: Mapping[str, Any], slots: int, context: int | None, given: Callable[[str], str | None]
+) -> Iterator[str]:
+    wanted = options.get("num_ctx")
+    if wanted is not None:
+        tokens = _integer("num_ctx", wanted)
+        if tokens < 1:
+            raise _wrong("num_ctx", "at least 1")
+        if context is None or tokens > context:
+            yield from ("--ctx-size", str(tokens * slots))
+    for name, flag in _FLAGS.items():
+        value = options.get(name)
+        if value is None or _integer(name, value) <= _LEFT_TO_THE_ENGINE[name]:
+            continue
+        if given(flag) != str(_integer(name, value)):
+            yield from (f"--{flag}", str(_integer(name, value)))
+    mapped = options.get("use_mmap")
+    if mapped is not None and not isinstance(mapped, bool):
+        raise _wrong("use_mmap", "true or false")
+    if mapped is False and given("load-mode") != "none":
+        yield from ("--load-mode", "none")
+
+
+def as_options(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of requests as Ollama calls them; those that it does not know are left out."""
+    return {_OLLAMAS[name]: value for name, value in parameters.items() if name in _OLLAMAS}
+
+
+def option_lines(options: Mapping[str, Any]) -> list[str]:
+    """As `ollama show` prints them: a line for each value, texts in quotes."""
+    each = (
+        (name, item) for name, value in options.items() for item in (value if isinstance(value, list) else [value])
+    )
+    return [f"{name:<30} {_quoted(item)}" for name, item in each]
+
+
+def _quoted(value: Any) -> str:
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _integer(name: str, value: Any) -> int:
+    return int(_number(name, value))
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _wrong(name, "a number")
+    return value
+
+
+def _texts(value: Any) -> list[str]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise _wrong("stop", "an array of texts")
+    return texts
+
+
+def _wrong(name: str, wanted: str) -> ApiError:
+    return ApiError(400, "invalid_request", f'option "{name}" must be {wanted}', f"options.{name}")
