@@ -7,20 +7,21 @@ The demo model calls no tools: there a fake engine does, in llama-server's words
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import ollama
 import openai
 import pytest
-from conftest import Router, fake, models, starting
+from clients_apart import MESSAGES, SCHEMA, TOOL
+from conftest import ROOT, Router, fake, models, starting
 
-MESSAGES: list[Any] = [{"role": "user", "content": "Hello"}]
 GREETING = "Hello! I am a tiny demo model"
-SCHEMA = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}, "required": ["city"]}
-FUNCTION = {"name": "weather", "description": "The weather of a city", "parameters": SCHEMA}
-TOOL: Any = {"type": "function", "function": FUNCTION}
 CITIES = ({"city": "Oslo"}, {"city": "Rome"})
 CALL = {"id": "one", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
 CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
@@ -162,128 +163,70 @@ class TestAnthropic:
             client.messages.create(model="demmo", messages=MESSAGES, max_tokens=1)
 
 
-class TestLangchainOpenai:
-    @pytest.fixture
-    def client(self, router: Router) -> Any:
-        langchain = pytest.importorskip("langchain_openai", reason="the package langchain-openai is not installed")
-        return langchain.ChatOpenAI(
-            base_url=f"{router.url}/v1", api_key="none", model="demo", temperature=0, max_retries=0
-        )
+Apart = Callable[[str, str], Any]
 
-    def test_chat(self, client: Any) -> None:
-        assert client.invoke("Hello").content.startswith(GREETING)
 
-    def test_stream(self, client: Any) -> None:
-        pieces = [chunk.content for chunk in client.stream("Hello")]
+@pytest.fixture(scope="module")
+def apart(router: Router, caller: Router) -> Iterator[Apart]:
+    """Asks `clients_apart.py` for what a client makes of a cell."""
+    environ = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
+    if index := environ.get("PIP_INDEX_URL"):  # where the rest came from
+        environ.setdefault("UV_DEFAULT_INDEX", index)
+    uv = [sys.executable, "-m", "uv", "--quiet", "--no-config", "--system-certs"]
+    script = ["--python", sys.executable, "--script", str(ROOT / "tests" / "clients_apart.py")]
+    made = subprocess.run([*uv, "sync", *script], env=environ, stderr=subprocess.PIPE, text=True)
+    if re.search("dns error|tcp connect error|operation timed out", made.stderr):
+        pytest.skip(f"no package index can be reached: {made.stderr}")
+    assert made.returncode == 0, made.stderr
+    command = [*uv, "run", "--offline", *script, router.url, caller.url]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environ, stdin=pipe, stdout=pipe, text=True) as program:
+        assert program.stdin is not None
+        assert program.stdout is not None
+
+        def ask(client: str, cell: str) -> Any:
+            print(client, cell, file=program.stdin, flush=True)
+            answer = json.loads(program.stdout.readline())
+            if "raised" in answer:
+                pytest.fail(answer["raised"], pytrace=False)
+            return answer["is"]
+
+        yield ask
+
+
+LANGCHAIN = ["langchain-openai", "langchain-ollama"]
+
+
+@pytest.mark.timeout(600)  # the first one waits for the installation
+class TestClientsApart:
+    @pytest.mark.parametrize("client", [*LANGCHAIN, "litellm", "litellm-ollama"])
+    def test_chat(self, apart: Apart, client: str) -> None:
+        assert apart(client, "chat").startswith(GREETING)
+
+    @pytest.mark.parametrize("client", [*LANGCHAIN, "litellm"])
+    def test_stream(self, apart: Apart, client: str) -> None:
+        pieces = apart(client, "stream")
         assert len(pieces) > 5
         assert "".join(pieces).startswith(GREETING)
 
-    def test_tools(self, client: Any, caller: Router) -> None:
-        calling = type(client)(base_url=f"{caller.url}/v1", api_key="none", model="demo").bind_tools([TOOL])
-        (call,) = calling.invoke("Hello").tool_calls
-        assert (call["name"], call["args"] in CITIES) == ("weather", True)
+    @pytest.mark.parametrize("client", [*LANGCHAIN, "litellm"])
+    def test_tools(self, apart: Apart, client: str) -> None:
+        ((name, arguments),) = apart(client, "tools")
+        assert (name, arguments in CITIES) == ("weather", True)
 
-    def test_structured_output(self, client: Any) -> None:
-        form = {"title": "place", **SCHEMA}
-        assert client.with_structured_output(form, method="json_schema").invoke("Hello") in CITIES
+    @pytest.mark.parametrize("client", [*LANGCHAIN, "litellm"])
+    def test_structured_output(self, apart: Apart, client: str) -> None:
+        assert apart(client, "structured_output") in CITIES
 
-    def test_embeddings(self, client: Any, router: Router) -> None:
-        from langchain_openai import OpenAIEmbeddings
-
-        # Texts as they are: what it sends by itself are tokens of OpenAI's own vocabulary.
-        embeddings = OpenAIEmbeddings(
-            base_url=f"{router.url}/v1", api_key="none", model="demo-embed", check_embedding_ctx_length=False
-        )
-        one, other = embeddings.embed_documents(["Hello", "Good bye"])
+    @pytest.mark.parametrize("client", [*LANGCHAIN, "litellm"])
+    def test_embeddings(self, apart: Apart, client: str) -> None:
+        one, other = apart(client, "embeddings")
         assert len(one) == len(other) > 0
         assert one != other
 
-    def test_responses(self, client: Any, router: Router) -> None:
-        from langchain_openai import ChatOpenAI
-
-        answering = ChatOpenAI(
-            base_url=f"{router.url}/v1", api_key="none", model="demo", temperature=0, use_responses_api=True
-        )
-        assert answering.invoke("Hello").text.startswith(GREETING)
-
-
-class TestLangchainOllama:
-    @pytest.fixture
-    def client(self, router: Router) -> Any:
-        langchain = pytest.importorskip("langchain_ollama", reason="the package langchain-ollama is not installed")
-        return langchain.ChatOllama(base_url=router.url, model="demo", temperature=0, validate_model_on_init=True)
-
-    def test_chat(self, client: Any) -> None:
-        assert client.invoke("Hello").content.startswith(GREETING)
-
-    def test_stream(self, client: Any) -> None:
-        pieces = [chunk.content for chunk in client.stream("Hello")]
-        assert len(pieces) > 5
-        assert "".join(pieces).startswith(GREETING)
-
-    def test_tools(self, client: Any, caller: Router) -> None:
-        calling = type(client)(base_url=caller.url, model="demo").bind_tools([TOOL])
-        (call,) = calling.invoke("Hello").tool_calls
-        assert (call["name"], call["args"] in CITIES) == ("weather", True)
-
-    def test_structured_output(self, client: Any) -> None:
-        form = {"title": "place", **SCHEMA}
-        assert client.with_structured_output(form, method="json_schema").invoke("Hello") in CITIES
-
-    def test_embeddings(self, client: Any, router: Router) -> None:
-        from langchain_ollama import OllamaEmbeddings
-
-        one, other = OllamaEmbeddings(base_url=router.url, model="demo-embed").embed_documents(
-            ["Hello", "Good bye"]
-        )
-        assert len(one) == len(other) > 0
-        assert one != other
-
-
-class TestLitellm:
-    @pytest.fixture
-    def litellm(self) -> Any:
-        with pytest.MonkeyPatch.context() as environ:
-            environ.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else its import asks GitHub for prices
-            return pytest.importorskip("litellm", reason="the package litellm is not installed")
-
-    @pytest.fixture
-    def there(self, router: Router) -> dict[str, Any]:
-        return {"api_base": f"{router.url}/v1", "api_key": "none", "timeout": 60}
-
-    @pytest.fixture
-    def chat(self, there: dict[str, Any]) -> dict[str, Any]:
-        return {**there, "model": "openai/demo", "messages": MESSAGES, "temperature": 0}
-
-    def test_chat(self, litellm: Any, chat: dict[str, Any], router: Router) -> None:
-        assert litellm.completion(**chat).choices[0].message.content.startswith(GREETING)
-        by_ollama = {**chat, "model": "ollama_chat/demo", "api_base": router.url}
-        assert litellm.completion(**by_ollama).choices[0].message.content.startswith(GREETING)
-
-    def test_stream(self, litellm: Any, chat: dict[str, Any]) -> None:
-        pieces = [chunk.choices[0].delta.content or "" for chunk in litellm.completion(**chat, stream=True)]
-        assert len(pieces) > 5
-        assert "".join(pieces).startswith(GREETING)
-
-    def test_tools(self, litellm: Any, chat: dict[str, Any], caller: Router) -> None:
-        there = {**chat, "api_base": f"{caller.url}/v1"}
-        answer = litellm.completion(**there, tools=[TOOL], tool_choice="required")
-        (call,) = answer.choices[0].message.tool_calls
-        assert (call.function.name, json.loads(call.function.arguments) in CITIES) == ("weather", True)
-
-    def test_structured_output(self, litellm: Any, chat: dict[str, Any]) -> None:
-        form = {"type": "json_schema", "json_schema": {"name": "place", "schema": SCHEMA}}
-        answer = litellm.completion(**chat, response_format=form)
-        assert json.loads(answer.choices[0].message.content) in CITIES
-
-    def test_embeddings(self, litellm: Any, there: dict[str, Any]) -> None:
-        one, other = litellm.embedding(model="openai/demo-embed", input=["Hello", "Good bye"], **there).data
-        assert len(one["embedding"]) == len(other["embedding"]) > 0
-        assert one["embedding"] != other["embedding"]
-
-    def test_responses(self, litellm: Any, there: dict[str, Any]) -> None:
-        answer = litellm.responses(model="openai/demo", input="Hello", temperature=0, **there)
-        assert answer.output_text.startswith(GREETING)
+    @pytest.mark.parametrize("client", ["langchain-openai", "litellm"])
+    def test_responses(self, apart: Apart, client: str) -> None:
+        assert apart(client, "responses").startswith(GREETING)
 
 
 def test_open_webui_over_openais_api(router: Router) -> None:
