@@ -6,7 +6,7 @@ formulas of `footprint.py`, as the difference between two estimates:
 
 * it has no slots that share one cache (`--kv-unified`, llama-server's default): it is asked for a single slot;
 * it reserves the logits of every token of a batch, llama-server only those of the tokens that are answered;
-* it knows no projector and no draft model.
+* it knows no projector, no draft model, and not what the CPU backend takes for itself.
 
 Weights that the CPU backend would repack are missing from what it prints, so it is told not to repack.
 """
@@ -180,6 +180,7 @@ def _corrected(said: Share, wanted: Share, asked: Share) -> Share:
         kv=max(0.0, said.kv - asked.recurrent + wanted.kv - asked.kv),
         recurrent=wanted.recurrent,
         compute=max(0.0, said.compute + wanted.compute - asked.compute),
+        work=wanted.work,
         projector=wanted.projector,
     )
 

@@ -50,11 +50,13 @@ class Share:
     kv: float = 0.0
     recurrent: float = 0.0
     compute: float = 0.0
+    work: float = 0.0
+    """What the CPU backend takes besides for itself, when a long prompt comes."""
     projector: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.weights + self.kv + self.recurrent + self.compute + self.projector
+        return self.weights + self.kv + self.recurrent + self.compute + self.work + self.projector
 
     def __add__(self, other: Share) -> Share:
         return Share(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(Share)))
@@ -208,7 +210,20 @@ class _Part:
         masked = mask_bytes * sum(masks) * cells.micro_batch
         inputs = Share(compute=(4 * width * cells.micro_batch + masked) / MIB)
         used = {self.device_of(index) for index in range(len(layers) + 1)}
-        return {HOST: inputs} | dict.fromkeys(used, Share(compute=(4 * floats + masked) / MIB))
+        shares = {HOST: inputs} | dict.fromkeys(used, Share(compute=(4 * floats + masked) / MIB))
+        shares[HOST] += self._work(cells, max(masks, default=0))
+        return shares
+
+    def _work(self, cells: _Cells, attended: int) -> Share:
+        """Without flash attention the scores of all heads once more, in the precision of V (`GGML_OP_MUL_MAT` in
+        `ggml_graph_plan`, ggml/src/ggml-cpu/ggml-cpu.c). Else it is next to nothing."""
+        layers = self.layout.layers
+        if self.flash_attention or not any(
+            layer.v and self.device_of(index) == HOST for index, layer in enumerate(layers)
+        ):
+            return Share()
+        heads = max(per_layer(self.header, "attention.head_count", len(layers)), default=0)
+        return Share(work=heads * attended * cells.micro_batch * 2 / MIB)
 
 
 def _parts(header: GGUF, flags: Flags, draft: GGUF | None, gpus: int) -> list[_Part]:

@@ -162,6 +162,13 @@ class TestPlacement:
 
         assert (devices["gpu0"].kv, devices["host"].kv) == (0, 1024)
 
+    def test_without_flash_attention_the_cpu_has_the_scores_of_a_full_context_twice(self) -> None:
+        heads, context, batch, half = 32, 8192, 512, 2
+        scores = heads * context * batch * half / footprint.MIB
+        assert need("qwen3-8b", "-c 8192 -fa off").devices["host"].work == scores
+        assert need("qwen3-8b", "-c 8192").devices["host"].work == 0
+        assert need("qwen3-8b", "-c 8192 -fa off", gpus=1).devices["host"].work == 0
+
     def test_no_device_means_the_host(self) -> None:
         assert set(need("llama-3.1-8b", "-c 8192 -dev none", gpus=2).devices) == {"host"}
 
