@@ -54,12 +54,16 @@ class CannotEstimate(Exception):
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "estimate",
+        prog="llama-router estimate",
         help="say how much memory a model would take, before it is downloaded",
         usage="llama-router estimate MODEL [flags of llama-server]",
         description="How much memory a model takes on each device, and the largest context that fits.",
     )
     parser.add_argument("model", metavar="MODEL", help="a file, an http(s) URL, or hf.co/USER/REPO/FILE.gguf")
-    parser.add_argument("flags", metavar="FLAGS", nargs=argparse.REMAINDER, help="as llama-server takes them")
+    flags = parser.add_argument(
+        "flags", metavar="FLAGS", nargs=argparse.REMAINDER, help="as llama-server takes them"
+    )
+    flags.required = False  # or argparse complains of their absence, too, when MODEL is missing
     parser.set_defaults(run=run)
 
 
@@ -69,7 +73,10 @@ def run(options: argparse.Namespace) -> None:
         flags = Flags(options.flags, os.environ)
         header = read(options.model, os.environ)
         if header.kind != "model":
-            raise CannotEstimate(f"{options.model} is not a model but an {header.kind} file")
+            advice = ": give the model, and this file with --mmproj" if header.kind == "mmproj" else ""
+            raise CannotEstimate(
+                f"{options.model} is no model of its own, but a file of kind {header.kind}{advice}"
+            )
         projector, draft = (
             read(flag.text, os.environ) if (flag := flags.last(name)) else None
             for name in ("mmproj", "spec-draft-model")
@@ -135,7 +142,8 @@ def report(
     yield ""
     yield from _table(best, need, found.free_mib)
     yield ""
-    yield f"context: {need.context} tokens, all slots together; from {need.provenance}"
+    yield f"context: {need.context} tokens, all slots together"
+    yield f"source: {need.provenance}"
     if best.remark:
         yield f"to make it fit: {best.remark}"
     if best.flags:
@@ -149,7 +157,7 @@ def report(
         yield f"no context is small enough to fit now: try {advice}"
     if need.host_cache_mib != 0:
         limit = "without limit" if need.host_cache_mib is None else f"up to {need.host_cache_mib} MiB"
-        yield f"besides, the engine may keep past prompts in RAM, {limit} (--cache-ram)"
+        yield f"past prompts that the engine may keep in RAM: {limit} (--cache-ram)"
 
 
 def read(model: str, environ: Mapping[str, str]) -> GGUF:
@@ -262,18 +270,23 @@ def _ground() -> Ground:
     return ledger.ground(ledger.budgets()[0], devices.environment)
 
 
-def _table(best: Alternative, need: Footprint, free: Mapping[str, int]) -> Iterable[str]:
+_TITLES = {"kv": "KV", "recurrent": "state", "projector": "mmproj"}
+_COUNTED_BESIDES = "work"
+
+
+def _table(best: Alternative, need: Footprint, usable: Mapping[str, int]) -> Iterable[str]:
+    """Up to 80 columns wide."""
     shares = best.named(need.devices)
     whole = sum(shares.values(), Share())
-    besides = {name: best.placement[name] - math.ceil(share.total) for name, share in shares.items()}
-    columns = [part.name for part in fields(Share) if getattr(whole, part.name)]
-    titles = ("KV" if name == "kv" else name for name in columns)
-    yield "MiB     " + "".join(f"{title:>12}" for title in (*titles, "besides", "total", "free now"))
+    columns = [part.name for part in fields(Share) if getattr(whole, part.name) and part.name != _COUNTED_BESIDES]
+    besides = {name: best.placement[name] - math.ceil(share.total - share.work) for name, share in shares.items()}
+    titles = (_TITLES.get(name, name) for name in columns)
+    yield "MiB     " + "".join(f"{title:>9}" for title in (*titles, "besides", "total", "usable"))
     for device, share in shares.items():
-        figures = [f"{getattr(share, name):>12,.0f}" for name in columns]
-        figures += [f"{mib:>12,}" for mib in (besides[device], best.placement[device], free[device])]
+        figures = [f"{getattr(share, name):>9,.0f}" for name in columns]
+        figures += [f"{mib:>9,}" for mib in (besides[device], best.placement[device], usable[device])]
         yield f"{device:<8}" + "".join(figures)
     if len(shares) > 1:
-        figures = [f"{getattr(whole, name):>12,.0f}" for name in columns]
-        figures += [f"{sum(amounts.values()):>12,}" for amounts in (besides, best.placement)]
+        figures = [f"{getattr(whole, name):>9,.0f}" for name in columns]
+        figures += [f"{sum(amounts.values()):>9,}" for amounts in (besides, best.placement)]
         yield "together" + "".join(figures)

@@ -104,12 +104,31 @@ def test_a_table_for_a_file(
     printed = capsys.readouterr().out
     assert "qwen3 (Q4_K, 4701 MiB on disk, trained for 40960 tokens)" in printed
     assert [line.split() for line in printed.splitlines()[2:4]] == [
-        ["MiB", "weights", "KV", "compute", "besides", "total", "free", "now"],
+        ["MiB", "weights", "KV", "compute", "besides", "total", "usable"],
         ["host", "4,701", "1,224", "128", "16", "6,069", "8,000"],
     ]
-    assert "context: 16384 tokens, all slots together; from llama.cpp's formulas" in printed
+    assert "context: 16384 tokens, all slots together\nsource: llama.cpp's formulas" in printed
     assert "largest context that fits now: -c 40960" in printed
     assert "up to 8192 MiB (--cache-ram)" in printed
+
+
+def test_the_widest_table_fits_a_terminal(
+    tmp_path: Path,
+    command: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = MODELS["granite-4-tiny"].write(tmp_path / "granite.gguf")  # it has recurrent layers, too
+    projector = write_projector(tmp_path / "mmproj.gguf")
+    gpus = tuple(Site(f"gpu{number}", 4000, 4000, number=number) for number in range(2))
+    monkeypatch.setattr(estimate, "_ground", lambda: Ground(gpus, Site("host", 800000, 800000)))
+
+    command(str(model), "-c", "16384", "--mmproj", str(projector), "-fa", "off", "-np", "4")
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split()[:6] == ["MiB", "weights", "KV", "state", "compute", "mmproj"]
+    assert [line.split()[0] for line in lines[3:7]] == ["gpu0", "gpu1", "host", "together"]
+    assert max(map(len, lines)) <= 80, "\n".join(lines)
 
 
 def test_what_is_lacking_is_said(
@@ -133,7 +152,7 @@ def test_a_projector_among_the_flags_is_counted(
 
     command(str(model), "-c", "4096", "--mmproj", str(projector))
 
-    assert "projector" in capsys.readouterr().out
+    assert "mmproj" in capsys.readouterr().out
 
 
 def test_one_request_is_enough_for_a_model_that_is_elsewhere(web: Web) -> None:
@@ -219,7 +238,10 @@ def test_what_a_model_is_called_says_where_it_is(model: str, url: str | None) ->
         ([f"{FAR}/a.gguf"], 1, "cannot be reached"),
         (["TINY", "-c", "lots"], 2, "-c takes a whole number"),
         (["TINY", "4096"], 2, "neither a flag nor the value of one"),
-        (["PROJECTOR"], 1, "is not a model but an mmproj file"),
+        (["PROJECTOR"], 1, "give the model, and this file with --mmproj"),
+        (["FOLDER"], 1, "is not a regular file"),
+        (["PART"], 1, "is part 2 of 3: give the first part"),
+        ([], 2, "llama-router estimate: error: the following arguments are required: MODEL\n"),
     ],
 )
 def test_a_mistake_is_explained(
@@ -233,6 +255,8 @@ def test_a_mistake_is_explained(
     places = {
         "TINY": str(write_llama(tmp_path / "tiny.gguf")),
         "PROJECTOR": str(write_projector(tmp_path / "mmproj.gguf")),
+        "FOLDER": str(tmp_path),
+        "PART": str(write_llama(tmp_path / "split.gguf", parts=3)).replace("-00001-", "-00002-"),
     }
 
     with pytest.raises(SystemExit) as exit_:
