@@ -123,9 +123,10 @@ def build(folder: Path) -> Path:
     return library
 
 
-def llama_server(folder: Path) -> str:
+def llama_server(folder: Path, *, behind_a_shell: bool = False) -> str:
     """Path of the embedded engine, dressed as a llama-server, which the router believes able to use GPUs."""
     script = folder / "llama-server"
-    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m router.embedded "$@"\n')
+    command = f'{sys.executable} -m router.embedded "$@"'
+    script.write_text(f"#!/bin/sh\n{f'{command}; exit $?' if behind_a_shell else f'exec {command}'}\n")
     script.chmod(0o755)
     return str(script)

@@ -204,7 +204,8 @@ def test_an_engine_that_runs_out_of_memory_at_work_gets_more_room_the_next_time(
     assert router.status("a")["memory"]["source"] == "formulas, raised since it ran out of memory"
 
 
-def test_vram_tells_who_holds_what(start: Start, tiny: Path, gpus: PlayedGpus, environ: Environ) -> None:
+def test_vram_tells_who_holds_what(start: Start, tiny: Path, gpus: PlayedGpus, tmp_path: Path) -> None:
+    environ = {**gpus.environ, "LLAMA_SERVER_PATH": llama_server(tmp_path, behind_a_shell=True)}
     gpus.set(Gpu(total_mib=2000, used_mib=300), Gpu(total_mib=1000), engines=True)
     config = {"system": {"vram_reserve_mb": 100}, "models": models(tiny, "a", "b")}
     router = start(config, **environ)
@@ -216,6 +217,7 @@ def test_vram_tells_who_holds_what(start: Start, tiny: Path, gpus: PlayedGpus, e
     assert (vram["loaded_models_count"], vram["tracked_models_count"], vram["status"]) == (1, 2, "healthy")
     (model,) = vram["models"]
     assert (model["model_alias"], model["status"], model["gpus"]) == ("a", "ready", ["gpu1"])
+    assert model["measured_mb"]["gpu1"] > 30, "by the process that the shell has started"
     assert model["vram_used_mb"] == vram["total_allocated_by_models_mb"] == model["booked_mb"]["gpu1"]
     by_name = {device["name"]: device for device in vram["devices"]}
     assert list(by_name) == ["gpu0", "gpu1", "host"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 from conftest import Router, Start, eventually, fake, models
 from played_nvml import DRIVER_NOT_LOADED, Fault, Gpu, PlayedGpus, llama_server
+
+from router.devices import DEADLINE_SEC
 
 Environ = dict[str, str]
 
@@ -79,9 +82,23 @@ def test_requests_are_served_though_the_driver_breaks(
     assert router.chat("a").status_code == 200
     router.http.post("/v1/models/eject", json={"model": "a"})
     eventually(lambda: not router.engines)
+    if code is None:
+        assert router.chat("a").status_code == 200, "by what was known last"
+        assert environ_of_engine(router)["CUDA_VISIBLE_DEVICES"] in [gpu.uuid for gpu in gpus.gpus]
+        assert router.status("a")["memory"]["gpus"]
     gpus.set(*gpus.gpus)
     assert router.chat("b").status_code == 200, "and all is well when it works again"
     assert router.stop() == 0
+
+
+def test_a_driver_that_takes_seconds_to_wake_is_waited_for_at_the_start(
+    start: Start, tiny: Path, gpus: PlayedGpus, environ: Environ
+) -> None:
+    gpus.set(Gpu(), faults=[Fault(code=None)])
+    threading.Timer(2 * DEADLINE_SEC, gpus.set, gpus.gpus).start()
+    router = start({"models": models(tiny, "a")}, **environ)
+    assert router.chat("a").status_code == 200
+    assert environ_of_engine(router)["CUDA_VISIBLE_DEVICES"] == gpus.gpus[0].uuid
 
 
 def test_how_the_gpus_are_is_in_the_metrics(start: Start, tiny: Path, gpus: PlayedGpus, environ: Environ) -> None:
