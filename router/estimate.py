@@ -31,7 +31,7 @@ from router.launcher import NoEngine, find_binary
 from router.learning import Learned
 from router.memory import Ledger
 from router.placing import Alternative, Ground, alternatives
-from router.sizing import EngineKind, Files, Sizer
+from router.sizing import EngineKind, Files, Sizer, Unusable
 
 FIRST_BYTES = 8 << 20
 """Enough for the header of nearly every model: a vocabulary of 150,000 tokens and its merges take 6 MB."""
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
     except FlagError as error:
         print(f"llama-router: {error}", file=sys.stderr)
         sys.exit(2)
-    except (CannotEstimate, GGUFError) as error:
+    except (CannotEstimate, GGUFError, Unusable) as error:
         print(f"llama-router: {error}", file=sys.stderr)
         sys.exit(1)
 

@@ -283,13 +283,17 @@ class _Places:
         return _group(gpus) if main is not None else None
 
     def _named_by_flags(self) -> _Group:
-        """The GPUs of `--device`, then those that other flags name besides; all if one is none of ours."""
+        """The GPUs of `--device`, then those that other flags name besides. All, where it is not CUDA or ROCm
+        that counts them: others cannot be shown some."""
         gpus = self._ground.gpus
         flags = [flag for name in _NAMES_GPUS if (flag := self._flags.last(name)) is not None]
-        numbers = [number for flag in flags for number in gpu_numbers(flag.text)]
-        if not all(0 <= number < len(gpus) for number in numbers):
+        if not all(re.fullmatch(r"none|((CUDA|ROCm)\d+,?)+", flag.text) for flag in flags):
             return _group(gpus)
-        shown = list(dict.fromkeys(numbers))
+        shown = list(dict.fromkeys(number for flag in flags for number in gpu_numbers(flag.text)))
+        if max(shown, default=-1) >= len(gpus):
+            ours = ", ".join(site.name for site in gpus)
+            wrong = " ".join(word for flag in flags for word in flag.words)
+            raise Unusable(f"its flags: {wrong} goes beyond the GPUs that there are ({ours}, counted from 0)")
         added: list[str] = []
         for flag in flags:
             added += [f"--{flag.name}", re.sub(r"\d+", lambda found: str(shown.index(int(found[0]))), flag.text)]

@@ -126,6 +126,9 @@ def test_the_widest_table_fits_a_terminal(
     command(str(model), "-c", "16384", "--mmproj", str(projector), "-fa", "off", "-np", "4")
 
     lines = capsys.readouterr().out.splitlines()
+    with pytest.raises(SystemExit):
+        command(str(model), "--device", "CUDA2")
+    assert "--device CUDA2 goes beyond the GPUs that there are (gpu0, gpu1, " in capsys.readouterr().err
     assert lines[2].split()[:6] == ["MiB", "weights", "KV", "state", "compute", "mmproj"]
     assert [line.split()[0] for line in lines[3:7]] == ["gpu0", "gpu1", "host", "together"]
     assert max(map(len, lines)) <= 80, "\n".join(lines)

@@ -160,7 +160,7 @@ def test_on_the_host_the_context_is_settled_too(qwen: Path) -> None:
             ("gpu2", "gpu0"),
             ("--device", "CUDA0", "--mmproj-device", "CUDA1"),
         ),
-        (("--device", "CUDA7"), {}, ("gpu0", "gpu1", "gpu2"), ()),
+        (("--device", "Vulkan7"), {}, ("gpu0", "gpu1", "gpu2"), ()),
         (("--split-mode", "none", "--main-gpu", "2"), {}, ("gpu2",), ("--main-gpu", "0")),
         (("--tensor-split", "1,0,3"), {}, ("gpu0", "gpu1", "gpu2"), ()),
         (("-ot", "exps=CUDA1"), {}, ("gpu0", "gpu1", "gpu2"), ()),
@@ -181,6 +181,13 @@ def test_of_a_gpu_that_its_flags_leave_out_it_takes_nothing(qwen: Path) -> None:
     flags = ("-c", "4096", "--tensor-split", "1,0,3")
     (only,) = look(qwen, ground(gpu(0, 24000), gpu(1, 24000), gpu(2, 24000)), *flags).alternatives
     assert set(only.placement) == {"gpu0", "gpu2", "host"}
+
+
+def test_flags_that_name_a_gpu_that_is_not_there_are_told_so(qwen: Path) -> None:
+    with pytest.raises(
+        Unusable, match=r"--device CUDA1 goes beyond the GPUs that there are \(gpu3, counted from 0"
+    ):
+        look(qwen, ground(gpu(3, 24000)), "--device", "CUDA1")
 
 
 def test_what_is_named_is_booked_where_it_is(qwen: Path) -> None:
