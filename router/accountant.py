@@ -181,7 +181,7 @@ class Accountant:
                 *(account.alias, ", ".join(gpus), age_sec),
             )
         shown = variables(self._devices.environment(self.ledger.devices[name] for name in gpus), own)
-        anew = Flags(account.chosen.flags).last("device")  # inherited, it would count by another machine
+        anew = Flags(account.chosen.flags).last("device")  # an inherited one names what it is not shown
         return shown if anew is None else {**shown, "LLAMA_ARG_DEVICE": anew.text}
 
     async def ready(self, account: Account) -> None:
