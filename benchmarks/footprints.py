@@ -130,7 +130,7 @@ def qwen2(layers: int, width: int, heads: int, heads_kv: int, *rest: int, **opti
 
 
 def qwen3(*shape: int, architecture: str = "qwen3", **options: Any) -> Blueprint:
-    norms = {"attn_q_norm.weight": (128,), "attn_k_norm.weight": (128,)}
+    norms: Shapes = {"attn_q_norm.weight": (128,), "attn_k_norm.weight": (128,)}
     return transformer(architecture, *shape, head=128, extra=norms, **options)
 
 
@@ -301,7 +301,7 @@ def nemotron_h() -> Blueprint:
 
 def qwen3next() -> Blueprint:
     layers, width, keys_dim, values_dim, heads = 48, 2048, 2048, 4096, 32
-    norms = {"attn_q_norm.weight": (256,), "attn_k_norm.weight": (256,)}
+    norms: Shapes = {"attn_q_norm.weight": (256,), "attn_k_norm.weight": (256,)}
     shared: Shapes = {
         "post_attention_norm.weight": (width,), "ffn_gate_inp_shexp.weight": (width,),
         "ffn_gate_shexp.weight": (width, 512), "ffn_up_shexp.weight": (width, 512),
@@ -350,7 +350,7 @@ def lfm2() -> Blueprint:
         "shortconv.conv.weight": (3, width), "shortconv.in_proj.weight": (width, 3 * width),
         "shortconv.out_proj.weight": (width, width),
     }  # fmt: skip
-    norms = {"attn_q_norm.weight": (64,), "attn_k_norm.weight": (64,)}
+    norms: Shapes = {"attn_q_norm.weight": (64,), "attn_k_norm.weight": (64,)}
     return _with(base, {layer: norms if kv[layer] else conv for layer in range(layers)})
 
 

@@ -260,7 +260,8 @@ async def soak(router: Router, minutes: float, clients: int, seed: int) -> bool:
         body = {"model": alias, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
         await call(router, "POST", "/v1/chat/completions", body)
     before = await quiet(router)
-    tally, troubles, samples, over = Tally(), Counter[str](), [], asyncio.Event()
+    tally, troubles, over = Tally(), Counter[str](), asyncio.Event()
+    samples: list[tuple[float, float]] = []
     crowd = [client(router, tally, random.Random(chance.random()), over) for _ in range(clients)]
     asyncio.get_running_loop().call_later(60 * minutes, over.set)
     await asyncio.gather(*crowd, trouble(router, troubles, chance, over), watch(router, samples, over))
