@@ -55,7 +55,7 @@ class Fleet:
         """Admit nobody new, let what is in flight finish, then stop."""
         if engine.state is EngineState.STOPPING:
             return
-        engine.cause = cause
+        engine.cause, engine.leaves_for = cause, reason
         if not engine.in_flight:
             self.stop(engine, cause)
         elif engine.state is not EngineState.DRAINING:
@@ -65,7 +65,7 @@ class Fleet:
     def stop(self, engine: Engine, cause: StopCause) -> None:
         engine.cause = cause
         self.effects.append(StopEngine(engine.id, cause))
-        self.enter(engine, EngineState.STOPPING, cause.value)
+        self.enter(engine, EngineState.STOPPING, engine.departure)
 
     def swap(self, alias: str, swap: Swap, now: float) -> None:
         """Record whose room is meant for whom, then ask the victims to leave."""
@@ -83,7 +83,7 @@ class Fleet:
             if victim.state is EngineState.DRAINING and victim.cause is StopCause.DRAINED
         ]
         for engine in spared:
-            engine.cause = None
+            engine.cause, engine.leaves_for = None, ""
             self.enter(engine, EngineState.READY, "its room is not needed any more")
         return spared
 

@@ -215,7 +215,8 @@ class _Cells:
         if done.retries:
             self._retries.value += done.retries
             self._retried.value += done.outcome == "served"
-        self._resends.value += done.resends
+        if done.resends:
+            self._resends.value += done.resends
         if done.ttft_sec is not None:
             self._sent.value += done.answer_bytes
             if done.streamed:
@@ -268,6 +269,8 @@ class _Engines:
         alias = happening.alias
         if isinstance(happening, EngineEnded):
             self.exits.of(alias, happening.cause).value += 1
+            if happening.wanted:
+                self.ejects.of(alias, happening.cause).value += 1
             (self._broken.discard if happening.wanted else self._broken.add)(alias)
             return
         was_loading = alias in self._loading
@@ -276,8 +279,6 @@ class _Engines:
             self._loading.add(alias)
         elif happening.state == "ready" and was_loading:
             self._note_load(alias)
-        elif happening.state == "stopping":
-            self.ejects.of(alias, happening.reason).value += 1
 
     def _note_load(self, alias: str) -> None:
         engine = self._dispatcher.scheduler.models[alias].engine
@@ -407,6 +408,11 @@ def _memory_gauges(dispatcher: Dispatcher) -> Iterator[Gauges]:
     for alias in dispatcher.scheduler.models:
         by_model.set(booked.get(alias, 0) * _MIB, alias)
     yield by_model
+    held = {(a.alias, device): mib for a in ledger.accounts.values() for device, mib in a.holds.items()}
+    measured = Gauges("router_model_memory_bytes", "What its engine holds, as measured last", "model", "device")
+    for labels, mib in held.items():
+        measured.set(mib * _MIB, *labels)
+    yield measured
     lines = ledger.lines()
     for name, text, amounts in (
         ("router_memory_total_bytes", "Memory of a device", [line.device.total_mib for line in lines]),

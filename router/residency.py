@@ -91,6 +91,8 @@ class Engine:
     in_flight: dict[str, Priority] = field(default_factory=dict)
     draining_since_sec: float = 0.0
     cause: StopCause | None = None
+    leaves_for: str = ""
+    """The cause in more words."""
     suspect: bool = False
     """A request broke on it, and whether it still lives is not known yet."""
     served: int = 0
@@ -98,6 +100,13 @@ class Engine:
     @property
     def alias(self) -> str:
         return self.spec.alias
+
+    @property
+    def departure(self) -> str:
+        """Why it is asked to go: `evicted: makes room for 'b'`; empty while it is not."""
+        if self.cause is None:
+            return ""
+        return f"{self.cause.value}: {self.leaves_for}" if self.leaves_for else self.cause.value
 
     @property
     def admits(self) -> bool:

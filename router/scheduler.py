@@ -362,7 +362,7 @@ class Scheduler:
         model = self.models[engine.alias]
         model.engine = None
         if engine.state is EngineState.STOPPING:
-            self._off(model, engine.cause.value if engine.cause else event.reason)
+            self._off(model, engine.departure or event.reason)
         else:
             self._engine_failed(model, engine, event)
         if model.retired:

@@ -1,6 +1,7 @@
 """A llama-server that misbehaves on demand: a real process, real HTTP, told what to do by its environment.
 
-FAKE_READY        push (default): says it is ready on its pipe; poll: serves /v1/models only; never: hangs
+FAKE_READY        push (default): says it is ready on its pipe; poll: serves /v1/models only; never: hangs;
+                  fails: ends
 FAKE_LOAD_SEC     how long loading takes
 FAKE_PROGRESS     1: tells on its pipe how far it is, as llama-server does
 FAKE_ANSWER_SEC   how long an answer takes
@@ -14,7 +15,8 @@ FAKE_ANSWER       its answer, when no stream is asked for
 FAKE_NOTES        file to which it appends each request: its path, a space, its body
 FAKE_HEADERS      further headers of its answers, with | between them
 FAKE_OUTLIVES     yes: does not die with its router; stubborn: nor by SIGTERM
-FAKE_IDLE_CLOSE   1: closes a kept-alive connection right after its answer, as llama-server may at any time
+FAKE_IDLE_CLOSE   1: closes a kept-alive connection right after its answer, as llama-server may at any time;
+                  late: just when the next request comes over it
 """
 
 from __future__ import annotations
@@ -64,6 +66,7 @@ def events_to_play() -> list[bytes]:
 
 
 async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    answered = False
     try:
         while line := await reader.readline():
             method, path, _ = line.decode().split()
@@ -76,12 +79,15 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
                 await answer(writer, 401, b"{}")
             elif method == "GET":
                 await answer(writer, 200, b"{}")
+            elif answered and setting("idle_close") == "late":
+                break
             else:
                 note(path, body)
                 maybe_die("before")
                 await asyncio.sleep(float(setting("answer_sec", "0")))
                 await complete(writer, json.loads(body))
-                if setting("idle_close"):
+                answered = True
+                if setting("idle_close") == "1":
                     break
     except (OSError, asyncio.IncompleteReadError):
         pass
@@ -133,6 +139,8 @@ async def main() -> None:
         print("cmd_child_to_router:state:" + json.dumps({"state": "loading", "payload": payload}), flush=True)
         await asyncio.sleep(0.05)  # a message of its own
     await asyncio.sleep(float(setting("load_sec", "0")))
+    if setting("ready") == "fails":
+        sys.exit("fake engine: error: it can't be loaded")
     if setting("ready") == "never":
         await asyncio.sleep(3600)
     port = int(sys.argv[sys.argv.index("--port") + 1])

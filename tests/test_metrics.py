@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from conftest import ROOT, Start, fake, models
+from conftest import ROOT, Router, Start, eventually, fake, models
 from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
@@ -35,10 +37,27 @@ def test_every_metric_is_documented_and_in_both_formats(start: Start, tiny: Path
         if name in labels:
             assert labels[name] == set(re.findall(r"\w+", row["labels"])), name
 
+    eventually(lambda: memory_agrees(router), timeout_sec=20)
+
     accept = {"accept": "application/openmetrics-text; version=1.0.0"}
     answer = router.http.get("/metrics", headers=accept)
     assert answer.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
     assert names(list(parse_openmetrics(answer.text))) == names(families)
+
+
+def memory_agrees(router: Router) -> bool:
+    """What is measured, every two seconds, is the same in bytes here and in MiB there."""
+    text, vram = router.http.get("/metrics").text, router.http.get("/vram").json()
+    for name, field in (("total", "total_mb"), ("reserved", "booked_mb"), ("external", "external_mb")):
+        told = {(device["name"],): float(device[field] << 20) for device in vram["devices"]}
+        if counted(text, f"router_memory_{name}_bytes", "device") != told:
+            return False
+    (engine,) = vram["models"]
+    ((_, held),) = counted(text, "router_model_memory_bytes", "model", "device").items()
+    return (
+        counted(text, "router_model_vram_bytes", "model") == {("a",): float(engine["vram_used_mb"] << 20)}
+        and 0 < held <= engine["measured_mb"]["host"] << 20
+    )
 
 
 def names(families: list[Metric]) -> set[str]:
@@ -56,23 +75,65 @@ def test_no_client_makes_a_label(start: Start, tiny: Path) -> None:
 
 
 def test_engines_that_end_are_counted_by_cause(start: Start, tiny: Path, tmp_path: Path) -> None:
-    router = start(
-        {
-            "system": {"llama_server_path": fake(tmp_path, die=f"once {tmp_path}/witness")},
-            "models": models(tiny, "a"),
-        }
-    )
-    assert router.chat("a").status_code == 200  # served by the second engine
-    router.http.post("/v1/models/eject", json={"model": "a"})
+    faults = {
+        "dies": {"FAKE_DIE": f"once {tmp_path}/witness"},
+        "slow": {"FAKE_ANSWER_SEC": "1"},
+        "broken": {"FAKE_READY": "fails"},
+        "plain": {"FAKE_IDLE_CLOSE": "late"},
+    }
+    config = {
+        "system": {
+            "llama_server_path": fake(tmp_path),
+            "max_concurrent_models": 1,
+            "model_load_max_retries": 1,
+        },
+        "scheduling": {"residency_factor": 0.1, "max_linger_sec": 0},
+        "models": {alias: models(tiny, alias, env=fault)[alias] for alias, fault in faults.items()},
+    }
+    config["models"]["plain"]["idle_timeout_sec"] = 1
+    router = start(config)
+
+    assert router.chat("dies").status_code == 200  # served by the second engine
+    with ThreadPoolExecutor() as clients:
+        slow = clients.submit(router.chat, "slow")
+        router.until("slow", "ready")
+        assert router.chat("plain", headers={"x-request-priority": "high"}).status_code == 200
+        assert slow.result().status_code == 200
+    assert [router.chat("plain").status_code for _ in range(3)] == [200] * 3  # each is sent twice
+    router.until("plain", "off")
+    assert router.chat("broken").status_code == 503
+    router.http.post("/v1/models/load", json={"model": "plain"})
+    router.http.post("/v1/models/eject", json={"model": "plain"})
+    router.http.post("/v1/models/load", json={"model": "dies"})
+    config["models"]["dies"]["flags"] = ["-c", "2048"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    router.http.post("/v1/config/reload")
+    router.until("dies", "off")
+
     text = router.http.get("/metrics").text
-    for line in (
-        'router_engine_exits_total{model="a",reason="crashed"} 1',
-        'router_engine_exits_total{model="a",reason="manual"} 1',
-        'router_engine_restarts_total{model="a"} 1',
-        'router_model_loads_total{model="a"} 2',
-        'router_model_ejects_total{model="a",cause="manual"} 1',
-        'router_retry_attempts_total{model="a"} 1',
-        'router_retry_success_total{model="a"} 1',
-        'router_model_state{model="a",state="off"} 1',
-    ):
-        assert f"{line}\n" in text, router.log
+    ends = {
+        ("dies", "crashed"): 1,
+        ("dies", "evicted"): 1,
+        ("slow", "drained"): 1,
+        ("plain", "idle"): 1,
+        ("broken", "load_failed"): 2,
+        ("plain", "manual"): 1,
+        ("dies", "reload"): 1,
+    }
+    assert counted(text, "router_engine_exits_total", "model", "reason") == ends
+    unwanted = {key for key in ends if key[1] in ("crashed", "load_failed")}
+    assert counted(text, "router_model_ejects_total", "model", "cause") == {
+        key: count for key, count in ends.items() if key not in unwanted
+    }
+    loads = {("dies",): 3, ("slow",): 1, ("plain",): 2}
+    assert counted(text, "router_model_loads_total", "model") == loads
+    assert counted(text, "router_model_load_duration_seconds_count", "model") == loads
+    for once in ("router_engine_restarts_total", "router_retry_attempts_total", "router_retry_success_total"):
+        assert counted(text, once, "model") == {("dies",): 1}
+    assert counted(text, "router_upstream_resends_total", "model") == {("plain",): 3}
+
+
+def counted(text: str, name: str, *labels: str) -> dict[tuple[str, ...], float]:
+    """Samples above 0, by these labels."""
+    samples = [sample for family in parse(text) for sample in family.samples if sample.name == name]
+    return {tuple(s.labels[label] for label in labels): s.value for s in samples if s.value}

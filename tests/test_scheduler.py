@@ -161,7 +161,7 @@ class Machine:
     def stops(self, alias: str) -> list[str]:
         """Why engines of the model were stopped so far."""
         return [
-            effect.reason
+            effect.reason.partition(":")[0]
             for effect in self.effects
             if isinstance(effect, Transition) and (effect.alias, effect.state) == (alias, "stopping")
         ]
@@ -221,6 +221,7 @@ def test_an_idle_model_makes_room_at_once() -> None:
     machine.ask("b")
     assert machine.states() == "off loading"
     assert machine.stops("a") == ["evicted"]
+    assert Transition("a", "off", "evicted: makes room for 'b'") in machine.effects
 
 
 def test_the_least_valuable_idle_model_goes() -> None:

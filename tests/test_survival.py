@@ -178,6 +178,7 @@ def test_an_engine_that_hangs_is_replaced_and_its_requests_are_served(start: Sta
     assert health["crashes"] == health["restarts"] == 1
     assert health["last_probe_ms"] is None  # of this engine
     assert "it hung" in health["last_exit"]["reason"]
+    assert 'router_engine_exits_total{model="a",reason="hung"} 1\n' in router.http.get("/metrics").text
 
 
 def test_how_an_engine_ended_can_be_read(start: Start, tiny: Path) -> None:

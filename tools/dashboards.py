@@ -368,8 +368,9 @@ def model() -> dashboard.Dashboard:
         ),
         graph(
             "Memory",
-            "What is reserved for it while it is resident.",
-            (of_model("router_model_vram_bytes"), "{{model}}"),
+            "What it is booked with while it is resident, and what it holds, as measured.",
+            (of_model("router_model_vram_bytes"), "{{model}} booked"),
+            (of_model("router_model_memory_bytes"), "{{model}} on {{device}}"),
             unit="bytes",
         ),
         graph(
