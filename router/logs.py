@@ -133,9 +133,13 @@ class _Enqueue(QueueHandler):
 
 
 class _EngineFile(RotatingFileHandler):
-    """When the disk is full, what is said is lost; that is told once."""
+    """When the disk is full, what is said is lost; that is told once each time that it begins."""
 
     failing = False
+
+    def flush(self) -> None:
+        super().flush()
+        self.failing = False
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not self.failing:
@@ -250,10 +254,10 @@ def _request_json(done: RequestDone) -> str:
         done.priority,
         done.outcome,
         done.status,
-        round(done.queue_sec, 4),
-        round(done.load_sec, 4) if done.load_sec else 0,
-        None if done.ttft_sec is None else round(done.ttft_sec, 4),
-        round(done.total_sec, 4),
+        int(done.queue_sec * 1e4) / 1e4,
+        int(done.load_sec * 1e4) / 1e4 if done.load_sec else 0,
+        None if done.ttft_sec is None else int(done.ttft_sec * 1e4) / 1e4,
+        int(done.total_sec * 1e4) / 1e4,
         usage.prompt_tokens,
         usage.cached_tokens,
         usage.output_tokens,
@@ -286,9 +290,12 @@ def _request_text(done: RequestDone) -> str:
     return _harmless(", ".join(parts))
 
 
+_MILLISECONDS = tuple(f".{number:03d}Z" for number in range(1000))
+
+
 def _iso(at: float) -> str:
-    second, milliseconds = divmod(int(at * 1000), 1000)
-    return f"{_utc_second(second)}.{milliseconds:03d}Z"
+    second = int(at)
+    return _utc_second(second) + _MILLISECONDS[int((at - second) * 1000)]
 
 
 @lru_cache(maxsize=16)

@@ -22,25 +22,34 @@ _SLICES = int(max(WINDOWS_SEC.values()) / _SLICE_SEC) + 1
 _GROWTH = 1.04
 _SCALE = 1 / math.log(_GROWTH)
 _SHORTEST_SEC = 1e-4
+_SETTLED_AT_ONCE = 256
 
 
 class Durations:
-    """A distribution of times, in steps of 4 %."""
+    """A distribution of times, in steps of 4 %.
 
-    __slots__ = ("_steps",)
+    Times are kept as they are until there are some, or somebody asks: many at once take a third of the time.
+    """
+
+    __slots__ = ("_new", "_steps", "add")
 
     def __init__(self) -> None:
-        self._steps: defaultdict[int, int] = defaultdict(int)
+        self._steps: Counter[int] = Counter()
+        self._new: list[float] = []
+        self.add = self._new.append
 
-    def add(self, seconds: float) -> None:
-        self._steps[int(log(seconds / _SHORTEST_SEC) * _SCALE) if seconds > _SHORTEST_SEC else 0] += 1
+    def settle(self) -> None:
+        shortest = _SHORTEST_SEC
+        self._steps.update([int(log(sec / shortest) * _SCALE) if sec > shortest else 0 for sec in self._new])
+        self._new.clear()
 
     def take(self, other: Durations) -> None:
-        for step, count in other._steps.items():
-            self._steps[step] += count
+        other.settle()
+        self._steps.update(other._steps)
 
     def quantile(self, share: float) -> float | None:
         """None when there is nothing; 0 for what is too short to matter."""
+        self.settle()
         rank = max(1, math.ceil(share * sum(self._steps.values())))
         for step in sorted(self._steps):
             rank -= self._steps[step]
@@ -51,57 +60,68 @@ class Durations:
 
 @dataclass(slots=True)
 class Tally:
-    """Requests that have something in common."""
+    """Requests that have something in common. What a client cancels is neither served nor failed."""
 
     requests: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
+    total_sec: float = 0.0
+    shortest_sec: float = math.inf
+    longest_sec: float = 0.0
     total: Durations = field(default_factory=Durations)
     queue: Durations = field(default_factory=Durations)
     ttft: Durations = field(default_factory=Durations)
 
+    @property
+    def served(self) -> int:
+        return self.outcomes["served"]
+
+    @property
+    def failed(self) -> int:
+        return self.requests - self.served - self.outcomes["cancelled"]
+
+    @property
+    def error_rate(self) -> float:
+        return self.failed / (self.served + self.failed) if self.served + self.failed else 0.0
+
     def note(self, done: RequestDone) -> None:
+        usage, total_sec = done.usage, done.total_sec
         self.requests += 1
         self.outcomes[done.outcome] += 1
-        self.prompt_tokens += done.usage.prompt_tokens
-        self.cached_tokens += done.usage.cached_tokens
-        self.output_tokens += done.usage.output_tokens
-        self.total.add(done.total_sec)
+        self.prompt_tokens += usage.prompt_tokens
+        self.cached_tokens += usage.cached_tokens
+        self.output_tokens += usage.output_tokens
+        self.total_sec += total_sec
+        if total_sec < self.shortest_sec:
+            self.shortest_sec = total_sec
+        if total_sec > self.longest_sec:
+            self.longest_sec = total_sec
+        self.total.add(total_sec)
         self.queue.add(done.queue_sec)
         if done.ttft_sec is not None:
             self.ttft.add(done.ttft_sec)
+        if self.requests % _SETTLED_AT_ONCE == 0:
+            for times in (self.total, self.queue, self.ttft):
+                times.settle()
 
-    def take(self, other: Tally) -> None:
+    def count(self, other: Tally) -> None:
+        """All of it but the distributions."""
         self.requests += other.requests
         self.outcomes.update(other.outcomes)
         self.prompt_tokens += other.prompt_tokens
         self.cached_tokens += other.cached_tokens
         self.output_tokens += other.output_tokens
+        self.total_sec += other.total_sec
+        self.shortest_sec = min(self.shortest_sec, other.shortest_sec)
+        self.longest_sec = max(self.longest_sec, other.longest_sec)
+
+    def take(self, other: Tally) -> None:
+        self.count(other)
         self.total.take(other.total)
         self.queue.take(other.queue)
         self.ttft.take(other.ttft)
-
-
-@dataclass(slots=True)
-class _SinceStart:
-    requests: int = 0
-    served: int = 0
-    tokens: int = 0
-    total_sec: float = 0.0
-    shortest_sec: float = math.inf
-    longest_sec: float = 0.0
-
-    def note(self, done: RequestDone) -> None:
-        self.requests += 1
-        self.served += done.outcome == "served"
-        self.tokens += done.usage.prompt_tokens + done.usage.output_tokens
-        self.total_sec += done.total_sec
-        if done.total_sec < self.shortest_sec:
-            self.shortest_sec = done.total_sec
-        if done.total_sec > self.longest_sec:
-            self.longest_sec = done.total_sec
 
 
 _Slice = dict[tuple[str, str], Tally]
@@ -112,53 +132,64 @@ class Telemetry:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._models: defaultdict[str, _SinceStart] = defaultdict(_SinceStart)
         self._turned_away: Counter[str] = Counter()
-        self._slices: deque[tuple[float, _Slice]] = deque(maxlen=_SLICES)
+        self._past: defaultdict[tuple[str, str], Tally] = defaultdict(Tally)
+        """Of everything before the slices."""
+        self._slices: deque[tuple[float, _Slice]] = deque()
         self._slice: _Slice = {}
         self._slice_ends_sec = -math.inf
 
     def note(self, done: RequestDone) -> None:
         if not done.priority:
-            self._turned_away[done.outcome] += 1
+            if done.outcome != "served":  # Ollama's unload asks for no slot
+                self._turned_away[done.outcome] += 1
             return
-        self._models[done.alias].note(done)
         now = self._clock()
         if now >= self._slice_ends_sec:
-            self._slice = {}
-            self._slices.append((now, self._slice))
-            self._slice_ends_sec = now + _SLICE_SEC
+            self._begin_slice(now)
         key = (done.alias, done.priority)
         tally = self._slice.get(key)
         if tally is None:
             tally = self._slice[key] = Tally()
         tally.note(done)
 
+    def _begin_slice(self, now: float) -> None:
+        if len(self._slices) == _SLICES:
+            for key, tally in self._slices.popleft()[1].items():
+                self._past[key].take(tally)
+        self._slice = {}
+        self._slices.append((now, self._slice))
+        self._slice_ends_sec = now + _SLICE_SEC
+
     def summary(self) -> dict[str, Any]:
         """Of requests that asked for a slot: since the start, with the windows, by model and by priority."""
-        models = self._models.values()
-        requests = sum(model.requests for model in models)
-        served = sum(model.served for model in models)
-        total_sec = sum(model.total_sec for model in models)
+        everything = Tally()
+        models: defaultdict[str, Tally] = defaultdict(Tally)
+        for tallies in (self._past, *(tallies for _, tallies in self._slices)):
+            for (alias, _priority), tally in tallies.items():
+                everything.count(tally)
+                models[alias].count(tally)
+        requests = everything.requests
         return {
             "total_requests": requests,
-            "successful": served,
-            "failed": requests - served,
-            "success_rate": served / requests if requests else 1.0,
+            "successful": everything.served,
+            "failed": everything.failed,
+            "cancelled": everything.outcomes["cancelled"],
+            "success_rate": 1.0 - everything.error_rate,
             "response_time": {
-                "avg": round(total_sec / requests, 4) if requests else 0.0,
-                "min": round(min((model.shortest_sec for model in models), default=0.0), 4),
-                "max": round(max((model.longest_sec for model in models), default=0.0), 4),
+                "avg": round(everything.total_sec / requests, 4) if requests else 0.0,
+                "min": round(everything.shortest_sec, 4) if requests else 0.0,
+                "max": round(everything.longest_sec, 4),
             },
             "turned_away": dict(self._turned_away),
             "by_model": {
                 alias: {
                     "total_requests": model.requests,
-                    "total_errors": model.requests - model.served,
-                    "error_rate": (model.requests - model.served) / model.requests,
-                    "total_tokens": model.tokens,
+                    "total_errors": model.failed,
+                    "error_rate": model.error_rate,
+                    "total_tokens": model.prompt_tokens + model.output_tokens,
                 }
-                for alias, model in self._models.items()
+                for alias, model in models.items()
             },
             "windows": {name: self.window(seconds) for name, seconds in WINDOWS_SEC.items()},
         }
@@ -166,14 +197,17 @@ class Telemetry:
     def window(self, seconds: float) -> dict[str, Any]:
         """The last `seconds`, up to a slice of 10 s more: all, by model, by priority."""
         since = self._clock() - seconds - _SLICE_SEC
+        found: defaultdict[tuple[str, str], Tally] = defaultdict(Tally)
+        for began, tallies in self._slices:
+            if began > since:
+                for key, tally in tallies.items():
+                    found[key].take(tally)
         everything = Tally()
         by_model: defaultdict[str, Tally] = defaultdict(Tally)
         by_priority: defaultdict[str, Tally] = defaultdict(Tally)
-        for began, tallies in self._slices:
-            if began > since:
-                for (alias, priority), tally in tallies.items():
-                    for into in (everything, by_model[alias], by_priority[priority]):
-                        into.take(tally)
+        for (alias, priority), tally in found.items():
+            for into in (everything, by_model[alias], by_priority[priority]):
+                into.take(tally)
         return {
             **_report(everything),
             "by_model": _reports(by_model.items()),

@@ -166,6 +166,8 @@ def _logs(options: argparse.Namespace) -> None:
     for event in client.events(f"{path}/stream?lines={options.lines}"):
         if event.name == "log":
             print(shown(event.text), flush=True)
+        elif event.name == "missed":
+            print(f"… {shown(event.text)} lines missed", flush=True)
     raise CannotAsk(f"The router at {client.url} has ended the stream.")
 
 

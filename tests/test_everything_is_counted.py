@@ -196,7 +196,9 @@ class Script:
         summary = self.router.http.get("/v1/telemetry/summary").json()
         requests, served = self.by(0).total(), self.by(2)["served"]
         assert (summary["total_requests"], summary["successful"]) == (requests, served)
-        assert summary["failed"] == requests - served
+        cancelled = self.by(2)["cancelled"]
+        assert (summary["failed"], summary["cancelled"]) == (requests - served - cancelled, cancelled)
+        assert summary["success_rate"] == pytest.approx(served / (requests - cancelled))
         turned_away = {key[2]: count for key, count in self.expected.items() if not key[1]}
         assert summary["turned_away"] == turned_away
         assert {alias: m["total_requests"] for alias, m in summary["by_model"].items()} == self.by(0)

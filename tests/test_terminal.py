@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -102,13 +103,20 @@ def test_queue_tells_who_waits_how_long_and_for_what(start: Start, tiny: Path, t
     assert document["summary"]["total_queued"] == 2
 
 
-def test_logs_show_the_last_lines_of_an_engine(start: Start, tiny: Path, tmp_path: Path) -> None:
-    router = start({"models": models(tiny, "org/model:q4")})
+def test_logs_show_the_last_lines_of_an_engine_and_how_many_were_too_many(
+    start: Start, tiny: Path, tmp_path: Path
+) -> None:
+    router = start({"system": {"log_ring_lines": 5}, "models": models(tiny, "org/model:q4")})
     router.chat("org/model:q4")
     everything = ask("logs", "org/model:q4", "--url", router.url, cwd=tmp_path).stdout.splitlines()
     two = ask("logs", "org/model:q4", "-n", "2", "--url", router.url, cwd=tmp_path).stdout.splitlines()
-    assert len(everything) > 2
+    assert len(everything) == 5
     assert two == everything[-2:]
+    with following(tmp_path, "logs", "-f", "org/model:q4", "-n", "1", "--url", router.url) as (_, lines):
+        eventually(lambda: lines == [f"{everything[-1]}\n"])
+        router.http.post("/v1/models/eject", json={"model": "org/model:q4"})
+        router.chat("org/model:q4")  # says more at once than is kept
+        eventually(lambda: any(re.fullmatch(r"… \d+ lines missed\n", line) for line in lines))
 
 
 @contextlib.contextmanager

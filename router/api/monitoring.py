@@ -85,16 +85,22 @@ async def telemetry(request: Request) -> dict[str, Any]:
 
 @router.get("/v1/logs/{alias:path}/stream")
 async def log_stream(alias: str, request: Request, lines: Annotated[int, Query(ge=0)] = 0) -> EventStream:
-    """SSE: the last lines that a model's engines said, and what they say from now on, a line an event."""
+    """SSE: the last lines that a model's engines said, and what they say from now on, a line an event.
+
+    `missed` tells how many lines came so fast that they were gone before they could be sent.
+    """
     dispatcher: Dispatcher = request.app.state.dispatcher
     model = model_of(alias, dispatcher.config)
     return EventStream(_follow(dispatcher, dispatcher.log_of(model.alias), lines))
 
 
 async def _follow(dispatcher: Dispatcher, log: LogRing, lines: int) -> AsyncIterator[ServerSentEvent]:
-    seen = log.total - lines
+    seen = log.total - len(log.tail(lines))
     while dispatcher.status != "shutting_down":
-        news, seen = log.since(seen), log.total
+        news, missed = log.since(seen), log.total - seen
+        seen += missed
+        if missed > len(news):
+            yield ServerSentEvent(str(missed - len(news)), event="missed")
         for line in news:
             yield ServerSentEvent(line, event="log")
         await asyncio.sleep(_LOG_LOOK_SEC)
