@@ -76,7 +76,7 @@ class RequestDone(msgspec.Struct, frozen=True):
     priority: str
     """Empty likewise."""
     outcome: str
-    """served, cancelled, engine_lost, or the code of the error that was answered"""
+    """served, cancelled, engine_refused (it answered 4xx), engine_error (5xx), or the code of our own error"""
     status: int
     queue_sec: float
     load_sec: float

@@ -448,7 +448,7 @@ class Exchange:
             self._connection.close()
             self._connection = None
         if self._ticket is not None:
-            self._dispatcher.finish(self._ticket, served=outcome == "served")
+            self._dispatcher.finish(self._ticket, served=outcome in ("served", "engine_refused"))
         self._publish(self._ticket, outcome)
 
     def _publish(self, ticket: Ticket | None, outcome: str) -> None:
@@ -498,7 +498,9 @@ def _one_line(text: str) -> str:
 
 
 def _outcome(head: Head) -> str:
-    return "served" if head.status < 500 else "engine_error"
+    if head.status < 400:
+        return "served"
+    return "engine_refused" if head.status < 500 else "engine_error"
 
 
 @lru_cache(maxsize=1024)

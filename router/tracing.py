@@ -67,7 +67,7 @@ class Tracing:
             parts += [("prefill", granted, first), ("stream", first, done.at)]
         for name, start, end in parts:
             self._tracer.start_span(name, context=inside, start_time=_ns(start)).end(_ns(end))
-        if done.outcome not in ("served", "cancelled"):
+        if done.outcome not in ("served", "cancelled", "engine_refused"):
             span.set_status(Status(StatusCode.ERROR, done.outcome))
         span.end(_ns(done.at))
 

@@ -80,7 +80,8 @@ def test_everything_that_counts_agrees_to_the_last_request(router: Router) -> No
             script.served("fast", priority, 30)
         for request in slow:
             request.result()
-    script.turned_away(17, {"model": "nobody"}, "model_not_found", 404)
+    script.ends("real", "normal", 10, "engine_refused", 400)
+    script.turned_away(7, {"model": "nobody"}, "model_not_found", 404)
     script.turned_away(15, {"messages": []}, "model_required", 400)
     script.turned_away(15, {"model": "real"}, "invalid_priority", 400, **{"x-request-priority": "x"})
     assert script.expected.total() == 300
@@ -121,10 +122,12 @@ class Script:
     def ends(
         self, alias: str, priority: str, count: int, outcome: str, status: int, *, stream: bool = False
     ) -> None:
+        headers = {"x-request-priority": priority}
+        mistake = {"temperature": "hot"} if outcome == "engine_refused" else {}
         for _ in range(count):
-            answer = self.router.chat(alias, stream=stream, max_tokens=3, headers={"x-request-priority": priority})
+            answer = self.router.chat(alias, stream=stream, max_tokens=3, headers=headers, **mistake)
             assert answer.status_code == status, answer.text
-            if alias == "real":
+            if alias == "real" and outcome == "served":
                 self.tokens[alias] += 3
         self._account(alias, priority, count, outcome, status)
         self.streams[alias, priority] += count * stream
@@ -212,7 +215,7 @@ class Script:
 
     def compare_with_the_queue(self) -> None:
         stats = self.router.http.get("/v1/queue/stats").json()
-        assert stats["summary"]["total_processed"] == self.by(2)["served"]
+        assert stats["summary"]["total_processed"] == self.by(2)["served"] + self.by(2)["engine_refused"]
         assert stats["summary"]["total_rejected"] == 33
         requests = {alias: model["total_requests"] for alias, model in stats["per_model"].items()}
         assert requests == self.by(0)

@@ -1,0 +1,64 @@
+"""How requests fared: counts are exact for ever, windows forget, percentiles are near enough."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from router.events import RequestDone
+from router.meter import Usage
+from router.telemetry import Telemetry
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def done(alias: str = "a", outcome: str = "served", total_sec: float = 1.0, **more: Any) -> RequestDone:
+    fields = {"priority": "normal", "status": 200, "queue_sec": 0.0, "load_sec": 0.0, **more}
+    return RequestDone("id", alias, "/v1/chat/completions", outcome=outcome, total_sec=total_sec, **fields)
+
+
+def test_counts_are_exact_however_long_ago_and_windows_forget() -> None:
+    clock = Clock()
+    telemetry = Telemetry(clock)
+    for minute in range(60):
+        clock.now = 1000.0 + 60 * minute
+        telemetry.note(done("a", total_sec=1.0 + minute, usage=Usage(3, 1, 2)))
+        telemetry.note(done("b", "engine_lost", status=502, total_sec=0.5))
+        telemetry.note(done("a", "cancelled", total_sec=0.25, priority="low"))
+    telemetry.note(done("", "model_not_found", priority=""))
+    summary = telemetry.summary()
+    assert [summary[name] for name in ("total_requests", "successful", "failed", "cancelled")] == [180, 60, 60, 60]
+    assert summary["success_rate"] == 0.5
+    assert summary["response_time"] == {"avg": round((1830 + 30 + 15) / 180, 4), "min": 0.25, "max": 60.0}
+    assert summary["turned_away"] == {"model_not_found": 1}
+    assert summary["by_model"] == {
+        "a": {"total_requests": 120, "total_errors": 0, "error_rate": 0.0, "total_tokens": 300},
+        "b": {"total_requests": 60, "total_errors": 60, "error_rate": 1.0, "total_tokens": 0},
+    }
+    last = summary["windows"]["1m"]
+    assert last["outcomes"] == {"served": 2, "engine_lost": 2, "cancelled": 2}  # up to a slice more than a minute
+    assert summary["windows"]["5m"]["by_priority"]["low"]["requests"] == 6
+    clock.now += 3600
+    assert telemetry.summary()["windows"]["5m"]["requests"] == 0
+    assert telemetry.summary()["total_requests"] == 180
+
+
+def test_percentiles_are_within_two_percent() -> None:
+    telemetry = Telemetry(Clock())
+    chance = random.Random(1)
+    times = sorted(chance.lognormvariate(0, 2) for _ in range(5000))
+    for sec in chance.sample(times, len(times)):
+        telemetry.note(done(total_sec=sec, queue_sec=0.00001))
+    window = telemetry.window(60)
+    for percent in (50, 95, 99):
+        exact = times[len(times) * percent // 100 - 1]
+        assert window["total_sec"][f"p{percent}"] == pytest.approx(exact, rel=0.02)
+    assert window["queue_sec"]["p99"] == 0.0
+    assert window["ttft_sec"]["p50"] is None
