@@ -340,7 +340,7 @@ class Exchange:
             if part:
                 self._meter.note(part)
             if last:
-                self._end(_outcome(head))
+                self._end(self._outcome_of_stream(head))
             self._answer.write(part, last)
         elif self._is_read_whole(head):
             self._parts.append(part)
@@ -349,6 +349,12 @@ class Exchange:
         else:
             self._start_relaying(head)
             self.received(head, part, last)
+
+    def _outcome_of_stream(self, head: Head) -> str:
+        if not self._meter.ends_in_error:
+            return _outcome(head)
+        self._reason = "the engine has ended the stream with an error"  # its words may quote the prompt
+        return "engine_error"
 
     def lost(self, reason: str) -> None:
         if self._is_over or self._ticket is None:

@@ -85,6 +85,12 @@ class AnswerMeter:
         else:
             self._tail = deque((self._first, part), _TAIL_PARTS)
 
+    @property
+    def ends_in_error(self) -> bool:
+        """Whether a stream that began well ends with an engine's error event, OpenAI's or Anthropic's."""
+        parts = (self._first,) if self._tail is None else self._tail
+        return any(b'data: {"error":' in part or b"event: error\n" in part for part in parts)
+
     def usage(self) -> Usage:
         """What the answer says of itself. Call it once, when all of it has passed."""
         tail = (self._first if self._tail is None else b"".join(self._tail))[-_TAIL_BYTES:]

@@ -34,12 +34,14 @@ def router(start: Start, tiny: Path, tmp_path: Path) -> Router:
         f'exec {sys.executable} {FAKE_ENGINE} "$@"\n'
     )
     engine.chmod(0o755)
+    (tmp_path / "events").write_text('{"choices": []}\n{"error":{"code":500,"message":"it failed"}}\n')
     faults = {
         "fast": {},
         "stuck": {"FAKE_READY": "never"},
         "slow": {"FAKE_ANSWER_SEC": "60"},
         **{f"dies-{n}": {"FAKE_DIE": f"once {tmp_path}/death-{n}"} for n in range(3)},
         "breaks": {"FAKE_DIE": "after"},
+        "gives-up": {"FAKE_EVENTS": f"{tmp_path}/events"},
     }
     return start(
         {
@@ -69,6 +71,7 @@ def test_everything_that_counts_agrees_to_the_last_request(router: Router) -> No
         slow = [
             *(pool.submit(script.served, f"dies-{number}", "high", 1) for number in range(3)),
             pool.submit(script.ends, "breaks", "normal", 1, "engine_lost", 200, stream=True),
+            pool.submit(script.ends, "gives-up", "high", 1, "engine_error", 200, stream=True),
             *(pool.submit(script.ends, "slow", "normal", 1, "request_timeout", 504) for _ in range(2)),
             *(pool.submit(script.ends, "stuck", "low", 1, "queue_timeout", 504) for _ in range(3)),
         ]
@@ -82,7 +85,7 @@ def test_everything_that_counts_agrees_to_the_last_request(router: Router) -> No
             request.result()
     script.ends("real", "normal", 10, "engine_refused", 400)
     script.turned_away(7, {"model": "nobody"}, "model_not_found", 404)
-    script.turned_away(15, {"messages": []}, "model_required", 400)
+    script.turned_away(14, {"messages": []}, "model_required", 400)
     script.turned_away(15, {"model": "real"}, "invalid_priority", 400, **{"x-request-priority": "x"})
     assert script.expected.total() == 300
 

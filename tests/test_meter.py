@@ -85,6 +85,23 @@ def test_what_a_model_writes_is_no_figure() -> None:
     assert AnswerMeter().usage() == NO_USAGE
 
 
+def test_an_engine_that_gives_up_in_the_middle_of_a_stream_is_noticed() -> None:
+    text = (
+        b"data: %b\n\n"
+        % json.dumps({"choices": [{"delta": {"content": 'event: error\ndata: {"error":'}}]}).encode()
+    )
+    for end, failed in (
+        (b"data: [DONE]\n\n", False),
+        (b'data: {"error":{"code":500,"message":"no"}}\n\n', True),
+        (b'data: {"error":{"code":500,"message":"no"}}\n\ndata: [DONE]\n\n', True),
+        (b'event: error\ndata: {"type":"error"}\n\n', True),
+    ):
+        meter = AnswerMeter()
+        for part in (text, text, end):
+            meter.note(part)
+        assert meter.ends_in_error == failed
+
+
 def test_huge_vectors_do_not_hide_the_figures_before_them() -> None:
     vectors = b",".join([b"0.123456789"] * 50_000)
     answer = b'{"object":"list","usage":{"prompt_tokens":9,"total_tokens":9},"data":[[%b]]}' % vectors
