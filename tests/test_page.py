@@ -17,9 +17,40 @@ FOLDER = Path(__file__).parent.parent / "router" / "page"
 FROM_BROWSER = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 MARKUP = "<img src=x onerror=document.title='broken'>"
+HOSTILE = "<img/src=x/onerror=document.title='broken'>"
 
 
 # --- how it is served -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """It loads in half a second, answers a little at a time, and writes HTML into its log and its answers."""
+    folder = tmp_path_factory.mktemp("engine")
+    events = folder / "events"
+    said = [MARKUP, *(f"{n} " for n in range(100))]
+    events.write_text("\n".join(json.dumps({"choices": [{"delta": {"content": text}}]}) for text in said))
+    script = folder / "engine"
+    script.write_text(f"""#!/bin/sh
+echo "{MARKUP}" >&2
+FAKE_LOAD_SEC=0.5 FAKE_PROGRESS=1 FAKE_EVENTS={events} FAKE_CHUNK_SEC=0.1 exec {sys.executable} {FAKE_ENGINE} "$@"
+""")
+    script.chmod(0o755)
+    return str(script)
+
+
+@pytest.fixture(scope="module")
+def router(tmp_path_factory: pytest.TempPathFactory, tiny: Path, engine: str) -> Iterator[Router]:
+    folder = tmp_path_factory.mktemp("router")
+    (folder / "broken.gguf").write_bytes(b"no model")
+    aliases = models(tiny, "family/a:q4", "b", HOSTILE, *(f"other-{n}" for n in range(30)))
+    config = {
+        "models": {**aliases, "broken": {"model_path": str(folder / "broken.gguf")}},
+        "aliases": {"gpt-4o": "b"},
+        "system": {"llama_server_path": engine},
+    }
+    with starting(folder) as start:
+        yield start(config)
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +61,7 @@ def locked(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[Rou
         yield start({"api": keys, "models": models(tiny, "a")})
 
 
-def test_browsers_get_the_page_and_ollamas_clients_their_word(start: Start, tiny: Path) -> None:
-    router = start({"models": models(tiny, "a")})
+def test_browsers_get_the_page_and_ollamas_clients_their_word(router: Router) -> None:
     page = router.http.get("/", headers=FROM_BROWSER)
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     assert "<title>llama-router</title>" in page.text
@@ -112,39 +142,6 @@ def visit(browser: Any) -> Iterator[Open]:
     for window in windows:
         window.close()
     assert complaints == []
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """It loads in half a second, answers a little at a time, and writes HTML into its log and its answers."""
-    folder = tmp_path_factory.mktemp("engine")
-    events = folder / "events"
-    said = [MARKUP, *(f"{n} " for n in range(100))]
-    events.write_text("\n".join(json.dumps({"choices": [{"delta": {"content": text}}]}) for text in said))
-    script = folder / "engine"
-    script.write_text(f"""#!/bin/sh
-echo "{MARKUP}" >&2
-FAKE_LOAD_SEC=0.5 FAKE_PROGRESS=1 FAKE_EVENTS={events} FAKE_CHUNK_SEC=0.1 exec {sys.executable} {FAKE_ENGINE} "$@"
-""")
-    script.chmod(0o755)
-    return str(script)
-
-
-HOSTILE = "<img/src=x/onerror=document.title='broken'>"
-
-
-@pytest.fixture(scope="module")
-def router(tmp_path_factory: pytest.TempPathFactory, tiny: Path, engine: str) -> Iterator[Router]:
-    folder = tmp_path_factory.mktemp("router")
-    (folder / "broken.gguf").write_bytes(b"no model")
-    aliases = models(tiny, "family/a:q4", "b", HOSTILE, *(f"other-{n}" for n in range(30)))
-    config = {
-        "models": {**aliases, "broken": {"model_path": str(folder / "broken.gguf")}},
-        "aliases": {"gpt-4o": "b"},
-        "system": {"llama_server_path": engine},
-    }
-    with starting(folder) as start:
-        yield start(config)
 
 
 def row(page: Any, alias: str) -> Any:

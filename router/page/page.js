@@ -11,8 +11,7 @@ import {
 } from "./views.js";
 
 const LOOK_MS = 2_000;
-const MEMORY_LOOKS = 3; // every so many
-const FIGURES_LOOKS = 5;
+const SLOW_LOOKS = 3; // so many looks are between two at what changes slowly
 const DECISIONS = 60;
 const EVENTS_BEFORE = 200; // not all of them are decisions
 const LOG_LINES = 500;
@@ -125,12 +124,12 @@ async function look(turn) {
       noteModel(await get(`v1/models/${quoted(alias)}/status`)); // when it is unloaded now
     }
   }
-  if (memoryIsOld || turn % MEMORY_LOOKS === 0) {
+  if (memoryIsOld || turn % SLOW_LOOKS === 0) {
     known.vram = await get("vram");
     memoryIsOld = false;
   }
-  if (turn % FIGURES_LOOKS === 0) known.telemetry = await get("v1/telemetry/summary");
-  if (known.manages && (turn % FIGURES_LOOKS === 0 || known.pulls.some(isRunning))) {
+  if (turn % SLOW_LOOKS === 0) known.telemetry = await get("v1/telemetry/summary");
+  if (known.manages && (turn % SLOW_LOOKS === 0 || known.pulls.some(isRunning))) {
     known.pulls = (await get("v1/models/pull")).pulls;
   }
   if (namesAreOld) {

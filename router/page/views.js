@@ -115,13 +115,12 @@ function fillModel(row, model) {
   put(row.root.dataset, alias, "alias");
   put(row.alias, alias);
   put(row.about, told || trouble(model) || queue?.waiting[0]?.why || description(model));
-  put(row.about, trouble(model), "title");
-  put(row.about, trouble(model) ? "error" : "", "className");
+  put(row.about, trouble(model) ? "error" : "dim", "className");
   put(row.state, progress !== null && model.load.fraction ? `loading ${Math.round(100 * progress)} %` : status);
   show(row.progress, progress !== null);
   put(row.progress, progress ?? 0, "value");
   put(row.progress, `How far ${alias} is loaded`, "ariaLabel");
-  put(row.slots, model.started_at || inFlight ? `${inFlight}/${model.slots}` : "");
+  put(row.slots, model.started_at ? `${inFlight}/${model.slots}` : "");
   put(row.queue, counted(queue?.by_priority ?? {}));
   put(row.memory, places(model.memory?.booked_mb ?? {}, known));
   put(row.leaves, leaves(model, inFlight));
@@ -156,7 +155,7 @@ function description({ alias, source, known }) {
     card.size && bytes(card.size),
     card.n_ctx && `${tokens(card.n_ctx)} context`,
     card.capabilities?.filter((name) => name !== "completion").join(", "),
-    source,
+    source?.split("/").pop(),
   ]
     .filter(Boolean)
     .join(" · ");
@@ -222,7 +221,7 @@ function fillDevice(row, device) {
   put(row.label, device.label ?? "");
   const figures = [
     `${size(device.booked_mb)} models of ${size(device.total_mb)}`,
-    device.utilization !== null && `${Math.round(device.utilization)} % busy`,
+    device.utilization !== null && `${Math.round(100 * device.utilization)} % busy`,
     device.temperature_c !== null && `${Math.round(device.temperature_c)} °C`,
     device.power_w !== null && `${Math.round(device.power_w)} W`,
   ];
@@ -263,8 +262,9 @@ export function drawQueue({ queue, queueSeenAt }) {
 function fillWaiting({ root }, { request, passed, alias, why }) {
   if (request) {
     const waited = duration(request.waited_sec + passed);
-    const expected = duration(Math.max(0, request.expected_wait_sec - passed));
-    putCells(root, [`${request.position}.`, request.priority, waited, `~${expected}`, request.id]);
+    const left = request.expected_wait_sec - passed;
+    const expected = left < 0.5 ? "soon" : `in ~${duration(left)}`;
+    putCells(root, [`${request.position}.`, request.priority, waited, expected, request.id]);
   } else {
     if (!root.children.length) {
       const cell = root.appendChild(document.createElement("td"));
