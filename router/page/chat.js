@@ -1,7 +1,7 @@
 // A small chat, to try a model: it streams, says why it waits, and stops when told to.
 
 import { eventsOf, send } from "./router.js";
-import { duration, element, put, stamp } from "./views.js";
+import { duration, element, put, stamp } from "./drawing.js";
 
 let turns = [];
 let current = null; // the request that is being answered
@@ -38,7 +38,10 @@ export function noteQueue({ per_model: queues }) {
   const ours = queue.waiting.find(({ id }) => id === current.id);
   if (ours) {
     const { position, waited_sec: waited, expected_wait_sec: expected, why } = ours;
-    put(current.parts.note, `position ${position}, waited ${duration(waited)}, ~${duration(expected)} to go: ${why}`);
+    put(
+      current.parts.note,
+      `position ${position}, waited ${duration(waited)}, ~${duration(expected)} to go: ${why}`,
+    );
   } else if (queue.processing.includes(current.id)) put(current.parts.note, "reading the prompt …");
 }
 
@@ -46,7 +49,8 @@ async function say(text) {
   // Of a name that is an alias, queue and slots are its model's.
   const [{ value: name, selectedOptions }] = [element("chat-model")];
   if (!text.trim() || !name) return;
-  turns.push({ role: "user", content: text });
+  const conversation = turns; // which may be another by the time of the answer
+  conversation.push({ role: "user", content: text });
   put(addTurn("You").said, text);
   element("chat-text").value = "";
   element("chat-new").hidden = false;
@@ -55,9 +59,9 @@ async function say(text) {
   current = { id, name, model: selectedOptions[0].dataset.uses, parts: addTurn(name), isAnswered: false };
   current.abort = new AbortController();
   element("chat-send").textContent = "Stop";
-  const said = await answer(current);
-  if (said) turns.push({ role: "assistant", content: said });
-  else turns.pop(); // templates want that both speak in turn
+  const said = await answer(current, conversation);
+  if (said) conversation.push({ role: "assistant", content: said });
+  else conversation.pop(); // templates want that both speak in turn
   current = null;
   element("chat-send").textContent = "Send";
 }
@@ -79,7 +83,7 @@ function toEnd(change) {
 }
 
 /** What the model has said, as far as it came. */
-async function answer(request) {
+async function answer(request, messages) {
   const { id, name, parts, abort } = request;
   const said = parts.said.appendChild(new Text());
   const thoughts = parts.thoughts.appendChild(new Text());
@@ -88,10 +92,13 @@ async function answer(request) {
   let end = "";
   try {
     const headers = { "x-request-id": id, "x-request-priority": element("chat-priority").value };
-    const body = { model: name, messages: turns, stream: true, stream_options: { include_usage: true } };
+    const body = { model: name, messages, stream: true, stream_options: { include_usage: true } };
     const stream = await send("v1/chat/completions", body, { headers, signal: abort.signal });
-    const [queued, loading] = ["x-queue-ms", "x-load-ms"].map((header) => Number(stream.headers.get(header)) / 1000);
-    if (queued > 0.05) waited = ` (waited ${duration(queued)}${loading ? `, ${duration(loading)} of it for loading` : ""})`;
+    const [queued, loading] = ["x-queue-ms", "x-load-ms"].map(
+      (header) => Number(stream.headers.get(header)) / 1000,
+    );
+    if (queued > 0.05)
+      waited = ` (waited ${duration(queued)}${loading ? `, ${duration(loading)} of it for loading` : ""})`;
     for await (const { comment, data } of eventsOf(stream)) {
       if (comment !== undefined) put(parts.note, comment);
       if (data === undefined || data === "[DONE]") continue;

@@ -5,10 +5,33 @@
 // connections to a server, for all of its tabs, so none is kept for what can be asked.
 
 import { chatWith, noteQueue, startChat } from "./chat.js";
-import { ask, follow, forgetKey, get, hasKey, lostSince, pause, quoted, Refused, seen, send, setKey, whenLocked } from "./router.js";
 import {
-  canChat, drawDecisions, drawHead, drawMemory, drawModels, drawPulls, drawQueue, drawRequests, element, isRunning,
+  ask,
+  follow,
+  forgetKey,
+  get,
+  hasKey,
+  lostSince,
+  pause,
+  quoted,
+  Refused,
+  seen,
+  send,
+  setKey,
+  whenLocked,
+} from "./router.js";
+import {
+  canChat,
+  drawDecisions,
+  drawHead,
+  drawMemory,
+  drawModels,
+  drawPulls,
+  drawQueue,
+  drawRequests,
+  isRunning,
 } from "./views.js";
+import { element } from "./drawing.js";
 
 const LOOK_MS = 2_000;
 const SLOW_LOOKS = 3; // so many looks are between two at what changes slowly
@@ -41,7 +64,6 @@ function draw() {
     due = false;
     drawHead(known, lostSince);
     if (!known.server) return;
-    element("lock").hidden = true;
     document.querySelector("main").hidden = false;
     drawModels(known);
     drawMemory(known);
@@ -71,7 +93,8 @@ function note({ event, id, data }) {
     }
   } else if (event === "model_update") {
     // After `stopping`, `off` follows for the same reason.
-    if ("reason" in told && told.status !== "stopping") decide(told.alias, told.status, told.reason, told.updated_at, id);
+    if ("reason" in told && told.status !== "stopping")
+      decide(told.alias, told.status, told.reason, told.updated_at, id);
     if (Number(place) > replayedUntil) noteModel(told);
   } else if (event === "server_update") {
     if (Number(place) > replayedUntil) known.server = { ...known.server, status: told.status };
@@ -249,18 +272,20 @@ function readLog(alias) {
   lines.hidden = !alias;
   element("log-model").value = alias;
   if (!alias) return;
-  const add = (text, look = "") => {
+  let news = [];
+  const add = () => {
     const atEnd = lines.scrollHeight - lines.scrollTop - lines.clientHeight < 40;
-    const line = document.createElement("div");
-    [line.textContent, line.className] = [text, look];
-    lines.append(line);
-    if (lines.childElementCount > LOG_LINES) lines.firstElementChild.remove();
+    for (const text of news) lines.appendChild(document.createElement("div")).textContent = text;
+    while (lines.childElementCount > LOG_LINES) lines.firstElementChild.remove();
     if (atEnd) lines.scrollTop = lines.scrollHeight;
+    news = [];
   };
-  endLog = follow(`v1/logs/${quoted(alias)}/stream?lines=${LOG_LINES}`, ({ data }) => add(data), {
-    begin: () => lines.replaceChildren(),
-    refused: (error) => add(error.message, "error"),
-  });
+  const note = ({ data }) => {
+    if (news.push(data) === 1) requestAnimationFrame(add);
+  };
+  const begin = () => lines.replaceChildren();
+  const refused = ({ message }) => note({ data: message });
+  endLog = follow(`v1/logs/${quoted(alias)}/stream?lines=${LOG_LINES}`, note, { begin, refused });
   lines.scrollIntoView({ block: "nearest" });
 }
 
@@ -280,6 +305,7 @@ whenLocked(
           event.preventDefault();
           setKey(element("key").value.trim());
           element("lock").reset();
+          element("lock").hidden = true;
           element("forget").hidden = false;
           resolve();
         },

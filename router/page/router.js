@@ -2,7 +2,7 @@
 
 const KEY = "llama-router key";
 const SILENCE_MS = 45_000; // the router says something every 30 s
-const LONGEST_PAUSE_MS = 5_000;
+const RETRY_MS = 2_000;
 
 /** An answer that is an error. */
 export class Refused extends Error {
@@ -113,48 +113,47 @@ export const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 /**
  * Gives the events of a stream to `note`, and takes it up again where it ended, whenever it does. A hidden page
  * follows nothing. `note` may return an id: the stream is taken up after that one instead. `begin` is called
- * before the first event of each connection. Returns what ends it.
+ * before the first event of each connection; without `refused`, a stream is tried again also where it is refused.
+ * Returns what ends it.
  */
-export function follow(path, note, { begin = () => {}, refused = () => {} } = {}) {
+export function follow(path, note, { begin = () => {}, refused } = {}) {
   const end = new AbortController();
   run();
   return () => end.abort();
 
   async function run() {
     let last = "";
-    let failures = 0;
     while (!end.signal.aborted) {
       await seen();
+      let atOnce = false;
       const silent = new AbortController();
       const stop = () => silent.abort();
       let silence = setTimeout(stop, SILENCE_MS);
       try {
         const headers = { accept: "text/event-stream", ...(last && { "last-event-id": last }) };
-        const answer = await ask(path, { headers, signal: AbortSignal.any([end.signal, sight.signal, silent.signal]) });
+        const answer = await ask(path, {
+          headers,
+          signal: AbortSignal.any([end.signal, sight.signal, silent.signal]),
+        });
         begin();
         for await (const event of eventsOf(answer)) {
           clearTimeout(silence);
           silence = setTimeout(stop, SILENCE_MS);
-          failures = 0;
           if (event.comment !== undefined) continue;
           last = event.id ?? last;
           const from = note(event);
           if (from !== undefined) {
             last = from;
-            failures = -1; // on purpose: no pause
+            atOnce = true;
             break;
           }
         }
       } catch (error) {
-        if (error instanceof Refused && error.status < 500) {
-          refused(error);
-          return;
-        }
+        if (refused && error instanceof Refused && error.status < 500) return refused(error);
       } finally {
         clearTimeout(silence);
       }
-      failures += 1;
-      if (failures && !document.hidden) await pause(Math.min(500 * 2 ** failures, LONGEST_PAUSE_MS));
+      if (!atOnce && !document.hidden) await pause(RETRY_MS);
     }
   }
 }

@@ -1,89 +1,42 @@
-// Drawing what is known. Rows are kept and patched, so that focus, selection and scrolling survive every update;
-// whatever the router tells goes in as text, never as HTML.
+// What the page shows of what is known: one function a section.
 
-export const element = (id) => document.getElementById(id);
-
-/** Sets its text, or another property. What stays the same costs nothing. */
-export function put(node, value, property = "textContent") {
-  if (node[property] !== value) node[property] = value;
-}
-const show = (node, visible) => put(node, !visible, "hidden");
-
-/** What a template holds, and its elements that have a name. */
-export function stamp(id) {
-  const root = element(id).content.firstElementChild.cloneNode(true);
-  const parts = Object.fromEntries([...root.querySelectorAll("[data-part]")].map((node) => [node.dataset.part, node]));
-  return { root, ...parts };
-}
-
-const plain = (tag) => () => ({ root: document.createElement(tag) });
-
-/** Makes the children of `parent` those of `items`, in their order; the returned function is called with them. */
-function list(parent, make, keyOf, fill) {
-  const kept = new Map();
-  return (items) => {
-    const focused = document.activeElement;
-    const keys = new Set(items.map(keyOf));
-    for (const [key, { root }] of kept) {
-      if (!keys.has(key)) {
-        root.remove();
-        kept.delete(key);
-      }
-    }
-    let next = parent.firstElementChild;
-    for (const item of items) {
-      const key = keyOf(item);
-      if (!kept.has(key)) kept.set(key, make(item));
-      const parts = kept.get(key);
-      fill(parts, item);
-      if (parts.root === next) next = next.nextElementSibling;
-      else parent.insertBefore(parts.root, next);
-    }
-    if (focused !== document.activeElement && parent.contains(focused)) focused.focus({ preventScroll: true });
-  };
-}
-
-/** Of a row's list, which is made with the row. */
-function lists(make, keyOf, fill) {
-  const made = new WeakMap();
-  return (parent, items) => {
-    if (!made.has(parent)) made.set(parent, list(parent, make, keyOf, fill));
-    made.get(parent)(items);
-  };
-}
-
-// --- words ---------------------------------------------------------------------------------------------------
-
-export function duration(seconds) {
-  if (seconds === null || seconds === undefined) return "–";
-  if (seconds < 0.9995) return `${Math.round(seconds * 1000)} ms`;
-  if (seconds < 9.95) return `${seconds.toFixed(1)} s`;
-  const whole = Math.round(seconds);
-  if (whole < 60) return `${whole} s`;
-  const two = (number) => String(number).padStart(2, "0");
-  if (whole < 3600) return `${Math.floor(whole / 60)}m${two(whole % 60)}s`;
-  if (whole < 86400) return `${Math.floor(whole / 3600)}h${two(Math.floor((whole % 3600) / 60))}m`;
-  return `${Math.floor(whole / 86400)}d${two(Math.floor((whole % 86400) / 3600))}h`;
-}
-
-const size = (mib) => (mib < 1000 ? `${Math.round(mib)} MiB` : `${(mib / 1024).toFixed(1)} GiB`);
-const bytes = (count) => (count < 1e6 ? `${Math.ceil(count / 1024)} KiB` : size(count / 2 ** 20));
-const number = (count) => count.toLocaleString("en");
-const tokens = (count) => (count < 1024 ? `${count}` : `${Math.round(count / 1024)}k`);
-const ago = (milliseconds) => (performance.now() - milliseconds) / 1000;
-const secondsBetween = (from, to) => (new Date(to) - new Date(from)) / 1000;
-const counted = (counts) =>
-  Object.entries(counts)
-    .filter(([, count]) => count)
-    .map(([name, count]) => `${number(count)} ${name}`)
-    .join(", ");
+import {
+  ago,
+  bytes,
+  counted,
+  duration,
+  element,
+  list,
+  lists,
+  number,
+  perSec,
+  plain,
+  put,
+  secondsBetween,
+  show,
+  size,
+  stamp,
+  tokens,
+} from "./drawing.js";
 
 // --- models --------------------------------------------------------------------------------------------------
 
 const RANK = { failed: 0, loading: 1, draining: 1, stopping: 1, ready: 1, off: 2 };
-const ACTIONS = { off: "Load", failed: "Reset", loading: "Unload", ready: "Unload", draining: "Unload", stopping: "" };
+const ACTIONS = {
+  off: "Load",
+  failed: "Reset",
+  loading: "Unload",
+  ready: "Unload",
+  draining: "Unload",
+  stopping: "",
+};
 
-const showModels = list(element("model-rows"), () => stamp("model-row"), (model) => model.alias, fillModel);
+const showModels = list(
+  element("model-rows"),
+  () => stamp("model-row"),
+  (model) => model.alias,
+  fillModel,
+);
 
 export function drawModels(known) {
   const models = [...known.models.values()];
@@ -186,16 +139,29 @@ const colour = (alias) => {
   return `colour-${colours.get(alias)}`;
 };
 
-const showDevices = list(element("devices"), () => stamp("device-row"), (device) => device.name, fillDevice);
-const showBar = lists(plain("span"), (part) => part.key, (segment, part) => {
-  put(segment.root, part.look, "className");
-  put(segment.root, `${part.name} ${size(part.mib)}`, "title");
-  put(segment.root.style, String(part.mib), "flexGrow");
-});
-const showLegend = lists(plain("li"), (part) => part.key, (entry, part) => {
-  put(entry.root, part.look, "className");
-  put(entry.root, `${part.name} ${size(part.mib)}`);
-});
+const showDevices = list(
+  element("devices"),
+  () => stamp("device-row"),
+  (device) => device.name,
+  fillDevice,
+);
+const showBar = lists(
+  plain("span"),
+  (part) => part.key,
+  (segment, part) => {
+    put(segment.root, part.look, "className");
+    put(segment.root, `${part.name} ${size(part.mib)}`, "title");
+    put(segment.root.style, String(part.mib), "flexGrow");
+  },
+);
+const showLegend = lists(
+  plain("li"),
+  (part) => part.key,
+  (entry, part) => {
+    put(entry.root, part.look, "className");
+    put(entry.root, `${part.name} ${size(part.mib)}`);
+  },
+);
 
 export function drawMemory({ vram }) {
   if (vram) showDevices(vram.devices.map((device) => ({ ...device, models: vram.models })));
@@ -283,9 +249,12 @@ function putCells(row, texts) {
 
 // --- requests and decisions ----------------------------------------------------------------------------------
 
-const showFigures = list(element("request-rows"), plain("tr"), ([name]) => name, ({ root }, texts) => putCells(root, texts));
-
-export const tokensPerSec = (telemetry) => (telemetry ? telemetry.windows["1m"].output_tokens / 60 : 0);
+const showFigures = list(
+  element("request-rows"),
+  plain("tr"),
+  ([name]) => name,
+  ({ root }, texts) => putCells(root, texts),
+);
 
 export function drawRequests({ telemetry }) {
   if (!telemetry) return;
@@ -294,14 +263,26 @@ export function drawRequests({ telemetry }) {
     (one, other) => (other === "served") - (one === "served") || one.localeCompare(other),
   );
   const seconds = [60, 300];
-  const times = (name) => windows.map(({ [name]: { p50, p95 } }) => (p50 === null ? "–" : `${duration(p50)} / ${duration(p95)}`));
+  const times = (name) =>
+    windows.map(({ [name]: { p50, p95 } }) => (p50 === null ? "–" : `${duration(p50)} / ${duration(p95)}`));
   showFigures([
     ...(outcomes.length ? outcomes : ["served"]).map((name) => [
       name.replaceAll("_", " "),
       ...windows.map((window) => number(window.outcomes[name] ?? 0)),
     ]),
-    ["tokens out", ...windows.map((window, index) => `${number(window.output_tokens)} (~${(window.output_tokens / seconds[index]).toFixed(1)}/s)`)],
-    ["tokens in", ...windows.map((window) => `${number(window.prompt_tokens)}${window.cached_tokens ? `, ${number(window.cached_tokens)} cached` : ""}`)],
+    [
+      "tokens out",
+      ...windows.map(
+        (window, index) => `${number(window.output_tokens)} (~${perSec(window.output_tokens, seconds[index])}/s)`,
+      ),
+    ],
+    [
+      "tokens in",
+      ...windows.map(
+        (window) =>
+          `${number(window.prompt_tokens)}${window.cached_tokens ? `, ${number(window.cached_tokens)} cached` : ""}`,
+      ),
+    ],
     ["queued, p50 / p95", ...times("queue_sec")],
     ["first token, p50 / p95", ...times("ttft_sec")],
     ["whole, p50 / p95", ...times("total_sec")],
@@ -311,20 +292,25 @@ export function drawRequests({ telemetry }) {
   put(element("since-start"), turnedAway ? `${served}; turned away: ${turnedAway}` : served);
 }
 
-const showDecisions = list(element("decision-rows"), plain("li"), (decision) => decision.key, ({ root }, decision) => {
-  if (root.children.length) return; // it never changes
-  const part = (tag, text, name = "") => {
-    const node = document.createElement(tag);
-    node.className = name;
-    node.textContent = text;
-    root.append(node, " ");
-  };
-  root.dataset.state = decision.state;
-  part("time", new Date(decision.at).toLocaleTimeString("en-GB"), "dim");
-  part("b", decision.about);
-  part("span", decision.state, "state");
-  part("span", decision.reason, "reason");
-});
+const showDecisions = list(
+  element("decision-rows"),
+  plain("li"),
+  (decision) => decision.key,
+  ({ root }, decision) => {
+    if (root.children.length) return; // it never changes
+    const part = (tag, text, name = "") => {
+      const node = document.createElement(tag);
+      node.className = name;
+      node.textContent = text;
+      root.append(node, " ");
+    };
+    root.dataset.state = decision.state;
+    part("time", new Date(decision.at).toLocaleTimeString("en-GB"), "dim");
+    part("b", decision.about);
+    part("span", decision.state, "state");
+    part("span", decision.reason, "reason");
+  },
+);
 
 export function drawDecisions({ decisions }) {
   showDecisions(decisions);
@@ -333,20 +319,28 @@ export function drawDecisions({ decisions }) {
 
 // --- pulls ---------------------------------------------------------------------------------------------------
 
-const showPulls = list(element("pull-rows"), () => stamp("pull-row"), (pull) => pull.id, (row, pull) => {
-  const running = isRunning(pull);
-  const rate = pull.bytes_per_sec ? `, ${bytes(pull.bytes_per_sec)}/s` : "";
-  const left = pull.eta_sec ? `, ${duration(pull.eta_sec)} left` : "";
-  const amount = pull.total_bytes ? ` ${bytes(pull.completed_bytes)} of ${bytes(pull.total_bytes)}` : "";
-  const memory = running && pull.memory && !pull.memory.fits ? "; it will not fit into memory as it is" : "";
-  row.root.dataset.pull = pull.id;
-  row.root.dataset.state = pull.status;
-  put(row.name, pull.alias ?? pull.reference);
-  put(row.status, `${pull.status}${running ? `${amount}${rate}${left}${memory}` : ""}${pull.error ? `: ${pull.error.message}` : ""}`);
-  show(row.cancel, running);
-  show(row.progress, running);
-  row.progress.value = pull.total_bytes ? pull.completed_bytes / pull.total_bytes : 0;
-});
+const showPulls = list(
+  element("pull-rows"),
+  () => stamp("pull-row"),
+  (pull) => pull.id,
+  (row, pull) => {
+    const running = isRunning(pull);
+    const rate = pull.bytes_per_sec ? `, ${bytes(pull.bytes_per_sec)}/s` : "";
+    const left = pull.eta_sec ? `, ${duration(pull.eta_sec)} left` : "";
+    const amount = pull.total_bytes ? ` ${bytes(pull.completed_bytes)} of ${bytes(pull.total_bytes)}` : "";
+    const memory = running && pull.memory && !pull.memory.fits ? "; it will not fit into memory as it is" : "";
+    row.root.dataset.pull = pull.id;
+    row.root.dataset.state = pull.status;
+    put(row.name, pull.alias ?? pull.reference);
+    put(
+      row.status,
+      `${pull.status}${running ? `${amount}${rate}${left}${memory}` : ""}${pull.error ? `: ${pull.error.message}` : ""}`,
+    );
+    show(row.cancel, running);
+    show(row.progress, running);
+    row.progress.value = pull.total_bytes ? pull.completed_bytes / pull.total_bytes : 0;
+  },
+);
 
 export const isRunning = (pull) => ["resolving", "downloading"].includes(pull.status);
 
@@ -359,10 +353,16 @@ export function drawPulls({ pulls, manages }) {
 // --- the head ------------------------------------------------------------------------------------------------
 
 export function drawHead({ server, queue, telemetry, startedAt }, lostSince) {
-  put(element("server"), lostSince ? "no answer, reconnecting …" : (server?.status ?? "connecting …").replace("_", " "));
+  put(
+    element("server"),
+    lostSince ? "no answer, reconnecting …" : (server?.status ?? "connecting …").replace("_", " "),
+  );
   put(document.body.dataset, lostSince ? "lost" : (server?.status ?? ""), "server");
   const { total_processing: served = 0, total_queued: queued = 0 } = queue?.summary ?? {};
-  const figures = `${number(served)} in flight · ${number(queued)} waiting · ${tokensPerSec(telemetry).toFixed(1)} tokens/s`;
-  const since = lostSince ? `for ${duration(Math.round(ago(lostSince)))}` : `up ${duration(Math.round(ago(startedAt)))}`;
+  const pace = perSec(telemetry?.windows["1m"].output_tokens ?? 0, 60);
+  const figures = `${number(served)} in flight · ${number(queued)} waiting · ${pace} tokens/s`;
+  const since = lostSince
+    ? `for ${duration(Math.round(ago(lostSince)))}`
+    : `up ${duration(Math.round(ago(startedAt)))}`;
   put(element("totals"), server ? `${since} · ${figures}` : "");
 }
