@@ -204,7 +204,7 @@ class Translation:
             case "embeddings":
                 return _encode({"embedding": []})
         shown = {"model": model, "created_at": datetime.now(timezone.utc), **self._content({})}
-        return _encode({**shown, "done": True, "done_reason": reason}) + (b"\n" if self.streams else b"")
+        return _encode({**shown, "done": True, "done_reason": reason})
 
     def _embedded(self, vectors: list[_Embedding], usage: _Usage | None) -> bytes:
         raw = [vector.embedding for vector in sorted(vectors, key=lambda vector: vector.index)]

@@ -59,10 +59,10 @@ class OllamaExchange(Exchange):
         self._answer_without_engine("unload")
 
     def _answer_without_engine(self, reason: str) -> None:
+        """With a document, also to who would take a stream: so does Ollama."""
         self._status = 200
         self._end("served")
-        lines = (_LINES if self._asked.streams else _DOCUMENT) + self._lines
-        self._answer.whole(200, lines, self._translation.loaded(reason))
+        self._answer.whole(200, _DOCUMENT + self._lines, self._translation.loaded(reason))
 
     # --- the queue --------------------------------------------------------------------------------------
 

@@ -169,6 +169,8 @@ def test_ollamas_clients_know_aliases_too(router: Router) -> None:
     assert counts("shortest", **limit) == (prompt, 1)
     assert counts("pirate:latest", **limit)[0] > prompt
     assert router.http.post("/api/chat", json={"model": "short", "messages": []}).json()["done"]
+    assert tokens(router, "shortest:latest", max_tokens=3) == 1  # as they call it on OpenAI's routes
+    assert router.chat("nobody:latest").status_code == 404
 
 
 def test_a_changed_alias_restarts_nothing(router: Router, tmp_path: Path) -> None:

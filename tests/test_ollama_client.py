@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -423,36 +424,79 @@ def test_an_error_within_a_stream_is_its_last_line(played: Played) -> None:
 # --- Open WebUI -------------------------------------------------------------------------------------------
 
 
-def test_what_open_webui_asks_for(router: Router) -> None:
-    http = router.http
-    assert http.get("/").text == "Ollama is running"
-    assert http.head("/").status_code == 200
-    version = http.get("/api/version").json()["version"]
+class OpenWebui:
+    """Calls as its backend makes them (open_webui/routers/ollama.py), with what it makes of the answers."""
+
+    def __init__(self, router: Router) -> None:
+        headers = {
+            "Content-Type": "application/json",
+            "X-OpenWebUI-User-Name": "Ann",
+            "X-OpenWebUI-User-Role": "user",
+        }
+        self.http = httpx.Client(base_url=router.url, headers=headers, timeout=60)
+
+    def document(self, method: str, path: str, **body: Any) -> dict[str, Any]:
+        answer = self.http.request(method, path, content=json.dumps(body) if body else None)
+        # aiohttp's `json()`, by which it reads answers and errors, refuses any other type.
+        assert re.match(r"application/([\w.+-]+?\+)?json(;|$)", answer.headers["content-type"])
+        return {"status": answer.status_code, **answer.json()}
+
+    def lines(self, path: str, **body: Any) -> list[dict[str, Any]]:
+        with self.http.stream("POST", path, content=json.dumps(body)) as stream:
+            assert (stream.status_code, stream.headers["content-type"]) == (200, "application/x-ndjson")
+            return [json.loads(line) for line in stream.iter_lines()]
+
+
+@pytest.fixture
+def webui(router: Router) -> Iterator[OpenWebui]:
+    webui = OpenWebui(router)
+    with webui.http:
+        yield webui
+
+
+def test_open_webui_connects_lists_the_models_and_shows_what_is_wrong(webui: OpenWebui) -> None:
+    assert webui.http.get("/").text == "Ollama is running"
+    assert webui.http.head("/").status_code == 200
+    version = webui.document("GET", "/api/version")["version"]
     assert [int(number) for number in re.sub(r"^v|-.*", "", version).split(".")] > [0, 5, 0]
-    for model in http.get("/api/tags").json()["models"]:
-        assert model["model"] == model["name"]
-        assert ":" in model["model"]
-        assert isinstance(model["size"], int)
-        assert len(model["digest"]) == 64
-    body = {
+    models = {model["model"]: model for model in webui.document("GET", "/api/tags")["models"]}
+    assert set(models) == {"tiny:latest", "other/tiny:q4", "embed:latest"}
+    for name, model in models.items():
+        assert (model["name"], type(model["size"]), len(model["digest"])) == (name, int, 64)
+        assert {"parameter_size", "quantization_level"} < set(model["details"])
+        assert webui.document("POST", "/api/show", name=name, model=name)["status"] == 200
+    assert webui.document("GET", "/api/ps")["models"] == []
+    gone = webui.document("POST", "/api/chat", model="gone:latest", messages=CHAT, stream=True)
+    assert (gone["status"], "not found" in gone["error"]) == (404, True)
+    refused = webui.document("POST", "/api/pull", name="llama3", model="llama3", insecure=True)
+    assert (refused["status"], "USER/REPO" in refused["error"]) == (400, True)
+    kept = webui.document("DELETE", "/api/delete", name="tiny:latest", model="tiny:latest")
+    assert (kept["status"], "pulled" in kept["error"]) == (404, True)
+
+
+def test_open_webui_chats_and_unloads(webui: OpenWebui, router: Router) -> None:
+    chat = {
         "model": "tiny:latest",
         "messages": CHAT,
-        "options": {"num_predict": 2},
+        "options": {"num_predict": 2, "stop": ["x"]},
         "keep_alive": "5m",
-        "stream": True,
     }
-    with http.stream("POST", "/api/chat", content=json.dumps(body)) as stream:  # it names no content type
-        assert stream.headers["content-type"] == "application/x-ndjson"
-        assert stream.headers["x-model-alias"] == "tiny"
-        lines = [json.loads(line) for line in stream.iter_lines()]
-    assert lines[-1]["done"]
-    (loaded,) = http.get("/api/ps").json()["models"]
-    assert loaded["model"] == "tiny:latest"
-    assert datetime.fromisoformat(loaded["expires_at"]) > datetime.now(timezone.utc)
-    unload = {"model": "tiny:latest", "keep_alive": 0, "prompt": ""}
-    assert http.post("/api/generate", content=json.dumps(unload)).json()["done_reason"] == "unload"
+    last = webui.lines("/api/chat", **chat, stream=True)[-1]
+    assert last["done"]
+    assert last["eval_count"] / last["eval_duration"] > 0
+    titled = webui.document("POST", "/api/chat", **chat, stream=False)
+    assert titled["message"]["content"]
+    by_openai = webui.document("POST", "/v1/chat/completions", model="tiny:latest", messages=CHAT, max_tokens=2)
+    assert by_openai["choices"][0]["message"]["content"]
+    (loaded,) = webui.document("GET", "/api/ps")["models"]
+    assert loaded["name"] == loaded["model"] == "tiny:latest"
+    assert datetime.fromisoformat(loaded["expires_at"]).timestamp() > time.time()
+    unloaded = webui.document("POST", "/api/generate", model="tiny:latest", keep_alive=0, prompt="")
+    assert (unloaded["status"], unloaded["done_reason"]) == (200, "unload")
     router.until("tiny", "off")
-    assert http.get("/api/ps").json() == {"models": []}
+    assert webui.document("GET", "/api/ps")["models"] == []
+    again = webui.document("POST", "/api/generate", model="tiny:latest", prompt="")
+    assert (again["done"], again["done_reason"]) == (True, "load")
 
 
 def test_a_person_who_opens_the_root_is_told_where_they_are(router: Router) -> None:
