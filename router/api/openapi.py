@@ -95,9 +95,7 @@ def _complete_page(path: str, method: str, operation: dict[str, Any]) -> None:
     if "{" in path or method == "post":
         expected.append(404)
     if method == "post":
-        expected += [413, 507]
-    if method == "post":
-        expected += _FURTHER.get(path, ())
+        expected += [413, 507, *_FURTHER.get(path, ())]
     for status in expected:
         answers.setdefault(str(status), _error(status, path))
     if is_ollama(path):
