@@ -252,7 +252,7 @@ class System(Section):
     stall_timeout_sec: PositiveSeconds = Field(
         default=60,
         description="An engine that has requests, sends nothing for this long and does not answer probes either "
-        "is killed and replaced. The probes take 12 seconds, also where this is less.",
+        "is killed and replaced. The probes take 3 seconds, also where this is less.",
     )
     stop_grace_sec: Seconds = Field(default=10, description="From SIGTERM to SIGKILL for an engine.")
     shutdown_grace_sec: Seconds = Field(default=30, description="For requests in flight at shutdown.")

@@ -324,10 +324,10 @@ class EngineProcess:
             if await self._status("/v1/models", "") == 401 and await self._status("/v1/models", self.key) == 200:
                 return
 
-    async def healthy(self) -> bool:
+    async def healthy(self, limit_sec: float = PROBE_LIMIT_SEC) -> bool:
         """Whether it is alive and answers with our key in time."""
         try:
-            status = await asyncio.wait_for(self._status("/v1/models", self.key), PROBE_LIMIT_SEC)
+            status = await asyncio.wait_for(self._status("/v1/models", self.key), limit_sec)
             return self.alive and status in (200, _CANNOT_ASK)
         except asyncio.TimeoutError:
             return False

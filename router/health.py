@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import dataclass
 
 from router.dispatcher import Dispatcher, RunningEngine
 from router.engine import PROBE_LIMIT_SEC
@@ -19,9 +20,28 @@ from router.residency import EngineState
 _log = logging.getLogger("router")
 
 _PROBES = 3
-_LOOK_SEC = 1
-_VERDICT_SEC = _PROBES * (PROBE_LIMIT_SEC + _LOOK_SEC)
-"""From the first look at an engine that hangs to its end."""
+_LOOK_SEC = 1.0
+_SHORTEST_LIMIT_SEC = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast an engine that hangs is found out: so that three probes fit into what it may be silent."""
+
+    limit_sec: float
+    """For the answer to a probe."""
+    look_sec: float
+    """Between two looks."""
+
+    @classmethod
+    def within(cls, stall_timeout_sec: float) -> Pace:
+        limit_sec = min(PROBE_LIMIT_SEC, max(_SHORTEST_LIMIT_SEC, stall_timeout_sec / (2 * _PROBES)))
+        return cls(limit_sec, min(_LOOK_SEC, limit_sec))
+
+    @property
+    def verdict_sec(self) -> float:
+        """From the first look to the end of the engine."""
+        return _PROBES * (self.limit_sec + self.look_sec)
 
 
 class HealthMonitor:
@@ -34,13 +54,17 @@ class HealthMonitor:
     async def run(self) -> None:
         try:
             while True:
-                await asyncio.sleep(_LOOK_SEC)
+                await asyncio.sleep(self._pace.look_sec)
                 for running in list(self._dispatcher.running.values()):
                     if running.id not in self._probing and self._is_due(running):
                         self._start_probe(running)
         finally:
             for task in self._probing.values():
                 task.cancel()
+
+    @property
+    def _pace(self) -> Pace:
+        return Pace.within(self._dispatcher.config.system.stall_timeout_sec)
 
     def _is_due(self, running: RunningEngine) -> bool:
         engine = self._dispatcher.scheduler.engines.get(running.id)
@@ -52,7 +76,9 @@ class HealthMonitor:
         if running.failed_probes or now - probed_sec >= system.health_check_interval_sec:
             return True
         silent_sec = now - max(probed_sec, running.pool.last_sign_sec)
-        return bool(engine.in_flight) and silent_sec >= max(_LOOK_SEC, system.stall_timeout_sec - _VERDICT_SEC)
+        pace = self._pace
+        patience_sec = max(pace.look_sec, system.stall_timeout_sec - pace.verdict_sec)
+        return bool(engine.in_flight) and silent_sec >= patience_sec
 
     def _start_probe(self, running: RunningEngine) -> None:
         task = asyncio.create_task(self._probe(running), name=f"probe of {running.alias}")
@@ -61,7 +87,8 @@ class HealthMonitor:
 
     async def _probe(self, running: RunningEngine) -> None:
         began = time.monotonic()
-        healthy = await running.process.healthy()
+        limit_sec = self._pace.limit_sec
+        healthy = await running.process.healthy(limit_sec)
         running.probed_sec = time.monotonic()
         running.probe_latency_sec = running.probed_sec - began
         if healthy:
@@ -75,7 +102,7 @@ class HealthMonitor:
             running.alias,
             running.failed_probes,
             _PROBES,
-            PROBE_LIMIT_SEC,
+            limit_sec,
         )
         if running.failed_probes >= _PROBES:
             _log.error("model %s: its engine (pid %d) hangs and is killed", running.alias, running.process.pid)

@@ -162,7 +162,7 @@ def test_a_second_router_on_the_port_leaves_the_first_alone(start: Start, tiny: 
 
 
 def test_an_engine_that_hangs_is_replaced_and_its_requests_are_served(start: Start, tiny: Path) -> None:
-    system = {"health_check_interval_sec": 60, "stall_timeout_sec": 0.5}
+    system = {"health_check_interval_sec": 60, "stall_timeout_sec": 3}
     router = start({"system": system, "models": models(tiny, "a")})
     router.chat("a")
     hung = router.status("a")["pid"]
@@ -171,7 +171,7 @@ def test_an_engine_that_hangs_is_replaced_and_its_requests_are_served(start: Sta
     with ThreadPoolExecutor() as clients:  # one is with the engine, two wait behind it
         answers = list(clients.map(lambda _: router.chat("a"), range(3)))
     assert [answer.status_code for answer in answers] == [200] * 3
-    assert time.monotonic() - began < 12 + 1 + 3  # the probes, the pause before the first, a load
+    assert time.monotonic() - began < 3 + 2 + 5  # the silence, the pauses between looks, a load
     assert router.status("a")["pid"] != hung
     health = router.http.get("/v1/health/models").json()["models"]["a"]
     assert health["healthy"]
