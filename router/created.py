@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from router.api.errors import ApiError
 from router.blobs import Blobs
 from router.config import AliasConfig
 from router.ollama_options import request_parameters
@@ -42,7 +43,7 @@ class Created(msgspec.Struct, frozen=True, omit_defaults=True):
     projector: str = ""
     template: str = ""
     """Digests of files, as 64 hexadecimal digits; the template is llama-server's, in Jinja."""
-    flags: tuple[str, ...] = ()
+    flags: dict[str, str] = {}
     """What its engine is started with, beyond what its base's is."""
     system: str = ""
     parameters: dict[str, Any] = {}
@@ -58,18 +59,21 @@ class Created(msgspec.Struct, frozen=True, omit_defaults=True):
     def engine(self) -> tuple[object, ...] | None:
         """All that its engine is started with; None if it uses that of its base."""
         if self.model or self.template or self.flags:
-            return (self.base, self.model, self.projector, self.template, self.flags)
+            return (self.base, self.model, self.projector, self.template, *sorted(self.flags.items()))
         return None
 
 
 def read(folder: Path) -> dict[str, Created]:
     """By name; nothing if there is no such folder. Raises OSError for what cannot be read."""
     try:
-        return msgspec.json.decode((folder / f"{FILE}.json").read_bytes(), type=dict[str, Created])
+        records = msgspec.json.decode((folder / f"{FILE}.json").read_bytes(), type=dict[str, Created])
+        for made in records.values():
+            request_parameters(made.parameters)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise OSError(f"is damaged: {error}") from error
+    except (msgspec.MsgspecError, UnicodeDecodeError, ApiError) as error:
+        raise OSError(f"it is damaged: {error}") from error
+    return records
 
 
 def blobs(folder: Path) -> Blobs:
@@ -123,7 +127,10 @@ def _model_entry(made: Created, folder: Path, base: Mapping[str, Any]) -> dict[s
     if made.projector:
         entry["mmproj"] = str(store.path(made.projector))
     given = base.get("flags")
-    flags = [*(given if isinstance(given, list | tuple) else ()), *made.flags]
+    flags = [
+        *(given if isinstance(given, list | tuple) else ()),
+        *(word for flag in made.flags.items() for word in flag),
+    ]
     if made.template:
         flags += ["--chat-template-file", str(store.path(made.template))]
     return {**entry, "flags": flags} if flags else entry

@@ -31,7 +31,7 @@ class OllamaExchange(Exchange):
     def _read_wish(self) -> Wish:
         asked = self._asked = translate(self._path, self._body)
         config = self._dispatcher.config
-        alias = alias_of(asked.model, config, hint=_HINTS.get(self._path, ""))
+        alias = alias_of(asked.model, config, _HINTS.get(self._path, ""))
         wish = wish_of(alias, asked.streams, self._fields, config)
         self._translation = Translation(asked, self._waited_sec)
         self._target = asked.target.encode()

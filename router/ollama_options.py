@@ -36,6 +36,7 @@ _OLLAMAS = {ours: theirs for theirs, ours in _OF_ANSWERS.items()} | {"max_tokens
 _FLAGS = {"num_batch": "batch-size", "num_gpu": "n-gpu-layers", "num_thread": "threads"}
 _LEFT_TO_THE_ENGINE = {"num_batch": 0, "num_gpu": -1, "num_thread": 0}
 OF_LOADS = ("num_ctx", *_FLAGS, "use_mmap")
+_LARGEST_FLAG = 2**31 - 1
 
 
 def request_parameters(options: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -60,36 +61,38 @@ def unknown_options(options: Mapping[str, Any]) -> list[str]:
 
 def load_flags(
     options: Mapping[str, Any], slots: int, context: int | None, given: Callable[[str], str | None]
-) -> tuple[str, ...]:
-    """What an engine is to be started with, beyond what it has anyway: nothing if that is enough.
+) -> dict[str, str]:
+    """Flags with their values that an engine needs beyond what it has anyway: none if that is enough.
 
     `slots` share the context size that a flag sets; `context` is what each of them has now, in tokens (None:
     unknown), and `given` the value that a flag has now. Raises ApiError 400.
     """
-    return tuple(_load_flags(options, slots, context, given))
+    return dict(_load_flags(options, slots, context, given))
 
 
 def _load_flags(
     options: Mapping[str, Any], slots: int, context: int | None, given: Callable[[str], str | None]
-) -> Iterator[str]:
+) -> Iterator[tuple[str, str]]:
     wanted = options.get("num_ctx")
     if wanted is not None:
         tokens = _integer("num_ctx", wanted)
-        if tokens < 1:
-            raise _wrong("num_ctx", "at least 1")
+        if not 1 <= tokens * slots <= _LARGEST_FLAG:
+            raise _wrong("num_ctx", f"from 1 to {_LARGEST_FLAG // slots}")
         if context is None or tokens > context:
-            yield from ("--ctx-size", str(tokens * slots))
+            yield "--ctx-size", str(tokens * slots)
     for name, flag in _FLAGS.items():
         value = options.get(name)
         if value is None or _integer(name, value) <= _LEFT_TO_THE_ENGINE[name]:
             continue
+        if _integer(name, value) > _LARGEST_FLAG:
+            raise _wrong(name, f"at most {_LARGEST_FLAG}")
         if given(flag) != str(_integer(name, value)):
-            yield from (f"--{flag}", str(_integer(name, value)))
+            yield f"--{flag}", str(_integer(name, value))
     mapped = options.get("use_mmap")
     if mapped is not None and not isinstance(mapped, bool):
         raise _wrong("use_mmap", "true or false")
     if mapped is False and given("load-mode") != "none":
-        yield from ("--load-mode", "none")
+        yield "--load-mode", "none"
 
 
 def as_options(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import base64
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -142,6 +142,12 @@ def translate(path: str, body: bytes) -> Asked:
         ) from None
 
 
+def same_name(name: str, aliases: Container[str]) -> str | None:
+    """That name, with or without the tag that every name has when it has none."""
+    plain = name.removesuffix(":latest")
+    return next((alias for alias in (name, plain, f"{plain}:latest") if alias in aliases), None)
+
+
 def resolve(name: str, aliases: Iterable[str]) -> str:
     """The alias that is meant by a name as Ollama has them; the name itself when it is none.
 
@@ -149,22 +155,20 @@ def resolve(name: str, aliases: Iterable[str]) -> str:
     host, as long as it is the only one of its repository.
     """
     known = set(aliases)
+    if same := same_name(name, known):
+        return same
     host, slash, rest = name.partition("/")
     local = rest if slash and host.lower() in ("hf.co", "huggingface.co") else name
-    for candidate in (name, name.removesuffix(":latest"), f"{name}:latest", local):
-        if candidate in known:
-            return candidate
+    if local in known:
+        return local
     quantized = [alias for alias in known if alias.lower().startswith(f"{local.lower().removesuffix(':latest')}:")]
     return quantized[0] if "/" in local and len(quantized) == 1 else name
 
 
-def alias_of(name: str, config: Config, *, gone_too: bool = False, hint: str = "") -> str:
-    """Also of one whose model is gone, if that will do.
-
-    Raises ApiError 404 in the words that Ollama's clients look for; `hint` comes after them.
-    """
+def alias_of(name: str, config: Config, hint: str = "") -> str:
+    """Raises ApiError 404 in the words that Ollama's clients look for; `hint` comes after them."""
     alias = resolve(name, (*config.names, *config.lost))
-    if not (alias in config.models or alias in config.aliases or (gone_too and alias in config.lost)):
+    if alias not in config.models and alias not in config.aliases:
         message = f"model {name[:256]!r} not found. {suggestion(alias[:256], config)}{hint}"
         raise ApiError(404, Refusal.MODEL_NOT_FOUND.value, message, "model")
     return alias

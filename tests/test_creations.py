@@ -135,6 +135,9 @@ def test_what_is_made_from_something_made_stands_for_itself(
     assert {card["uses"] for name, card in cards(router).items() if name in ("two", "team/three:v1")} == {"one"}
     client.copy("tiny", "team/three")  # is another name than team/three:v1
     assert cards(router)["team/three"]["uses"] == "tiny"
+    client.delete("team/three")
+    with pytest.raises(ollama.ResponseError, match="not found"):
+        client.delete("team/three")
     client.delete("one")
     assert [length(client, name) for name in ("two", "team/three:v1")] == [3, 3]
     assert prompt(router, "two", USER) == prompt(router, "tiny", {"role": "system", "content": "Two."}, USER)
@@ -204,7 +207,9 @@ def test_what_cannot_be_had_is_refused_with_what_to_do_instead(
         (400, "`modelfile`"): {"modelfile": "FROM tiny"},
         (400, "in Jinja"): {"from": "tiny", "template": "{{ if .System }}{{ .System }}{{ end }}{{ .Prompt }}"},
         (400, "parameter 'penalize_newline'"): {"from": "tiny", "parameters": {"penalize_newline": True}},
-        (400, '"num_ctx" must be'): {"from": "tiny", "parameters": {"num_ctx": "much"}},
+        (400, '"num_ctx" must be a number'): {"from": "tiny", "parameters": {"num_ctx": "much"}},
+        (400, '"num_ctx" must be from 1 to'): {"from": "tiny", "parameters": {"num_ctx": 10**12}},
+        (400, '"num_gpu" must be at most'): {"from": "tiny", "parameters": {"num_gpu": 10**12}},
         (400, '"temperature" must be'): {"from": "tiny", "parameters": {"temperature": [1]}},
         (400, "the system's goes into"): {"from": "tiny", "messages": [{"role": "system", "content": "x"}]},
         (400, "invalid request"): {"from": "tiny", "messages": [{"role": "user", "content": "x", "images": []}]},

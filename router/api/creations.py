@@ -10,7 +10,7 @@ import asyncio
 import errno
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ from router.flags import Flags
 from router.gguf import GGUF
 from router.hub import Survey
 from router.ollama_options import load_flags, request_parameters, unknown_options
-from router.ollama_requests import alias_of
+from router.ollama_requests import alias_of, same_name
 from router.routing import model_of
 
 router = APIRouter(tags=["Ollama"])
@@ -159,10 +159,9 @@ def _free_name(text: str, creations: Creations, config: Config) -> str:
         raise ApiError(400, "model_required", "model is required", "model")
     if len(text) > _LONGEST_NAME or not _NAME.fullmatch(text):
         raise ApiError(400, "invalid_model", f"invalid model name {text[:_LONGEST_NAME]!r}", "model")
-    plain = text.removesuffix(":latest")
-    name = next((name for name in (text, plain, f"{plain}:latest") if name in config.names), None)
+    name = same_name(text, config.names)
     if name is None:
-        return plain
+        return text.removesuffix(":latest")
     if creations.named(name, config) is None:
         source = (config.aliases.get(name) or config.models[name]).source
         message = f"{name!r} is taken by a model of this name, from {source}: choose another"
@@ -215,11 +214,10 @@ def _changed(basis: _Basis, asked: _Create, creations: Creations, config: Config
         message = f"llama-server has nothing for the parameter {', '.join(map(repr, unknown))}"
         raise ApiError(400, "not_supported", message, "parameters")
     request_parameters(parameters)
-    flags = (*made.flags, *_flags(parameters, basis, config))
     licenses = [asked.license] if isinstance(asked.license, str) else asked.license
     return msgspec.structs.replace(
         made,
-        flags=flags,
+        flags={**made.flags, **_flags(parameters, basis, config)},
         template=_template(asked.template, basis, creations) or made.template,
         system=asked.system or made.system,
         parameters={**made.parameters, **{key: value for key, value in parameters.items() if value is not None}},
@@ -228,7 +226,7 @@ def _changed(basis: _Basis, asked: _Create, creations: Creations, config: Config
     )
 
 
-def _flags(parameters: Mapping[str, Any], basis: _Basis, config: Config) -> Iterable[str]:
+def _flags(parameters: Mapping[str, Any], basis: _Basis, config: Config) -> dict[str, str]:
     if basis.model is None:
         return load_flags(parameters, config.system.default_parallel, None, lambda _: None)
     model = basis.model

@@ -31,7 +31,7 @@ from router.downloads import Pull
 from router.flags import Flags
 from router.gguf import GGUF, ArrayStub, GGUFError
 from router.ollama_options import as_options, option_lines
-from router.ollama_requests import alias_of, listed_name
+from router.ollama_requests import alias_of, listed_name, same_name
 from router.progress import Progress
 from router.routing import model_of
 
@@ -85,8 +85,13 @@ async def running(request: Request) -> dict[str, Any]:
     models = dispatcher.config.models
     loaded = [model for alias, model in models.items() if state(alias) in ("ready", "draining")]
     states = [_residency(dispatcher, model.alias) for model in loaded]
-    entries = await _listed([_Known(model) for model in loaded])
-    entries = [{**entry, **state} for entry, state in zip(entries, states, strict=True)]
+    placed = [replace(model, flags=_flags_of_engine(dispatcher, model)) for model in loaded]
+    entries = await _listed([_known(model.alias, request) for model in loaded])
+    contexts = await asyncio.to_thread(lambda: [card_of(model).get("context_length") for model in placed])
+    entries = [
+        {**entry, **state, "context_length": context}
+        for entry, state, context in zip(entries, states, contexts, strict=True)
+    ]
     return {"models": sorted(entries, key=lambda entry: str(entry["expires_at"]), reverse=True)}
 
 
@@ -120,7 +125,12 @@ async def delete(request: Request) -> Response:
     """Remove a pulled or created model and the files that are only its own."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     asked = await _named(request)
-    await pulls.remove_pulled(alias_of(asked.model or "", dispatcher.config, gone_too=True), request)
+    creations: Creations = request.app.state.creations
+    name = asked.model or ""
+    alias = same_name(name, creations.records) or alias_of(name, dispatcher.config)
+    if alias in creations.records and not same_name(name, (alias,)):
+        raise ApiError(404, "model_not_found", f"model {name!r} not found. Did you mean {alias!r}?", "model")
+    await pulls.remove_pulled(alias, request)
     return Response()
 
 
@@ -228,6 +238,12 @@ def _residency(dispatcher: Dispatcher, alias: str) -> dict[str, Any]:
         "size_vram": sum(mib for name, mib in booked.items() if name != HOST) << 20,
         "expires_at": (datetime.now(timezone.utc) + left).isoformat(),
     }
+
+
+def _flags_of_engine(dispatcher: Dispatcher, model: ModelConfig) -> tuple[str, ...]:
+    """With those that were added so that it fits, such as a shorter context."""
+    account = dispatcher.ledger.account_of(model.alias)
+    return model.flags if account is None else (*model.flags, *account.chosen.flags)
 
 
 def _described(known: _Known) -> dict[str, Any]:
