@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from router import __version__, estimate, store_cli, terminal
+from router import __version__, created, estimate, store_cli, terminal
 from router.client import CannotAsk
 from router.config import schema
 from router.config_errors import ConfigError
@@ -139,7 +139,8 @@ def _load(options: argparse.Namespace) -> Loaded:
     read = partial(load, options.config, environ=os.environ, cwd=Path.cwd(), models_dirs=options.models_dir)
     loaded = read(overrides=overrides)
     folders = options.models_dir or options.hf_cache or options.ollama_store
-    if loaded.source is not None or folders or loaded.config.models:
+    own = [model for model in loaded.config.models.values() if model.source != created.SOURCE]
+    if loaded.source is not None or folders or own:  # what was created may be made from the demo
         return loaded
     demo: dict[str, Any] = {"model_path": str(MODEL_PATH), "description": "A tiny model to try the router with."}
     overrides["models.demo"] = (_DEMO, {**demo, "flags": ["-np", "2"]})

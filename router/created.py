@@ -76,6 +76,11 @@ def read(folder: Path) -> dict[str, Created]:
     return records
 
 
+def set_aside(folder: Path) -> bool:
+    """Whether there are records which could not be read."""
+    return (folder / f"{FILE}.json.broken").exists()
+
+
 def blobs(folder: Path) -> Blobs:
     return Blobs(folder / "blobs")
 

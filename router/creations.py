@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import math
 from collections.abc import Awaitable, Callable, Mapping
 
 from router import created
@@ -29,10 +30,13 @@ class Creations:
         self._look_again = look_again
         self._changing = asyncio.Lock()
         self.records: Mapping[str, Created] = self._file.read() or {}
-        self.blobs: Blobs | None = created.blobs(state.path) if state.path is not None else None
+        self.blobs: Blobs | None = None
         """None: there is no state directory, and nothing can be created."""
-        if self.blobs is not None:
-            self.blobs.sweep(_files(self.records), _UNUSED_SEC)
+        if state.path is not None:
+            self.blobs = created.blobs(state.path)
+            # Records that were set aside may be mended; what they need stays.
+            spared_sec = math.inf if created.set_aside(state.path) else _UNUSED_SEC
+            self.blobs.sweep(_files(self.records), spared_sec)
 
     def named(self, name: str, config: Config) -> Created | None:
         """How what is served under a name was created; None if it was not."""

@@ -353,6 +353,27 @@ def test_what_was_created_outlives_the_router_and_yields_to_the_configuration(
         client.delete("more")
 
 
+def test_what_is_made_from_the_demo_outlives_the_router_too(start: Start, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    router = start(LLAMA_ROUTER_STATE_DIR=str(state))
+    with ollama.Client(router.url, timeout=60) as client:
+        client.create("mine", from_="demo", system="Be kind.", parameters={"num_ctx": 512})
+        digest = client.create_blob(Path(__file__)).replace(":", "-")
+    os.utime(state / "blobs" / digest, (0, 0))
+    router.stop()
+    (state / "created.json").rename(state / "kept")
+    (state / "created.json").write_text("{")
+    router = start(LLAMA_ROUTER_STATE_DIR=str(state))  # it starts all the same, and throws nothing away
+    assert set(cards(router)) == {"demo", "demo-embed"}
+    assert files_in(state) == [digest]
+    router.stop()
+    (state / "kept").rename(state / "created.json")
+    (state / "created.json.broken").unlink()
+    router = start(LLAMA_ROUTER_STATE_DIR=str(state))
+    assert set(cards(router)) == {"demo", "demo-embed", "mine"}
+    assert files_in(state) == []
+
+
 def test_files_of_no_use_go_after_a_while(tmp_path: Path) -> None:
     blobs = Blobs(tmp_path)
     used, fresh, old = (blobs.add(content) for content in (b"used", b"fresh", b"old"))
