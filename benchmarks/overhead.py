@@ -1,13 +1,17 @@
 """What does a router cost per request? Us, the engine without a router, and others, on the same load.
 
-    python benchmarks/overhead.py [--rounds 5] [--seconds 4] [--connections 16]
+    python benchmarks/overhead.py [--rounds 5] [--seconds 4] [--connections 16] [--megabytes N]
 
-Two loads: chats of one token, where the router's cost per request shows, and streams of 200 tokens, where its
-cost per event shows. Each round loads every path in turn, in rotating order, so that what else the machine does
-hits all alike; ratios are taken within a round, and their minimum and median are printed. The model is tiny, so
-a token costs the engine next to nothing: no real model lets a router weigh more.
+Three loads: chats of one token, where the router's cost per request shows; the same from clients that pause, so
+that the machine is not full; and streams of 200 tokens, where its cost per event shows. Each round loads every
+path in turn, in rotating order, so that what else the machine does hits all alike; ratios are taken within a
+round, and their minimum and median are printed. The model is tiny, so a token costs the engine next to nothing:
+no real model lets a router weigh more. `--megabytes 340` takes one of that size and leaves the streams out.
 
-CPU is that of the routing process alone (user + system), without its engines and without the load generator.
+CPU is that of the routing process alone (user + system), without its engines and without the load generator; of
+`direct` it is the engine's. Where all cores are busy, whatever the router takes is taken from the others: with E
+for the engine, G for the load generator and R for the router, no throughput beyond (E + G) / (E + G + R) of the
+direct one is possible, however little the router delays. It is printed beside what was measured.
 
 The paths: `direct` is an engine by hand; `llama-router` is us; `llama-server router mode` is the peer; `fastapi +
 httpx2` is the proxy that one writes in an afternoon. `llama-router alone` stands in front of an engine that
@@ -18,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import statistics
 import sys
 import tempfile
@@ -52,6 +57,7 @@ from starlette.responses import StreamingResponse
 from router.engine import Binary
 
 TOKENS = 200
+PAUSE_SEC = 0.1
 FLAGS = {"parallel": "16", "ctx-size": "8192", "threads": "1"}
 OURS, PEER, PROXY, ALONE = "llama-router", "llama-server router mode", "fastapi + httpx2", "llama-router alone"
 
@@ -63,6 +69,7 @@ class Sample:
     load: Load
     user_us: float
     system_us: float
+    generator_us: float
 
     @property
     def cpu_us(self) -> float:
@@ -70,12 +77,19 @@ class Sample:
         return self.user_us + self.system_us
 
 
-def measure(server: Server, body: dict[str, Any], connections: int, seconds: float) -> Sample:
+def measure(
+    server: Server, body: dict[str, Any], connections: int, seconds: float, pause_sec: float = 0
+) -> Sample:
     before = server.cpu()
-    load = closed_loop(server, body, connections, seconds)
+    load = closed_loop(server, body, connections, seconds, pause_sec)
     spent = server.cpu() - before  # of a server that still lives
     requests = max(1, load.requests)
-    return Sample(load, spent.user / requests * 1e6, spent.system / requests * 1e6)
+    return Sample(
+        load,
+        spent.user / requests * 1e6,
+        spent.system / requests * 1e6,
+        load.generator_sec / requests * 1e6,
+    )
 
 
 # --- two servers of our own -----------------------------------------------------------------------------
@@ -164,8 +178,8 @@ def own_server(arguments: list[str]) -> None:
 # --- the comparison -------------------------------------------------------------------------------------
 
 
-def start_paths(stack: ExitStack, folder: Path) -> dict[str, Server]:
-    model = model_file("overhead")
+def start_paths(stack: ExitStack, folder: Path, megabytes: int | None) -> dict[str, Server]:
+    model = model_file("overhead", megabytes=megabytes)
     binary = engine_or_embedded()
     direct = stack.enter_context(engine(binary, model, FLAGS))
     paths: dict[str, Server] = {"direct": direct}
@@ -185,6 +199,10 @@ def start_paths(stack: ExitStack, folder: Path) -> dict[str, Server]:
     return paths
 
 
+def _median(samples: list[Sample], figure: str) -> float:
+    return float(statistics.median(getattr(sample, figure) for sample in samples))
+
+
 def spread(values: list[float]) -> str:
     return f"{min(values):.3f} / {statistics.median(values):.3f}"
 
@@ -198,21 +216,28 @@ def report(title: str, samples: dict[str, list[Sample]], events: int) -> None:
             row.append("")
         else:
             row.append(spread([a.load.rate / b.load.rate for a, b in zip(rounds, samples["direct"], strict=True)]))
-        if path == "direct":
-            row += [""] * (4 if events > 1 else 3)
-        else:
-            row.append(f"{statistics.median(sample.cpu_us for sample in rounds):,.0f}")
-            user, system = (
-                statistics.median(getattr(s, name) for s in rounds) for name in ("user_us", "system_us")
-            )
-            row.append(f"{user:,.0f} + {system:,.0f}")
-            if events > 1:
-                row.append(f"{statistics.median(sample.cpu_us for sample in rounds) / events:.1f}")
-            row.append(spread([a.cpu_us / b.cpu_us for a, b in zip(rounds, samples[OURS], strict=True)]))
+        row.append(f"{_median(rounds, 'cpu_us'):,.0f}")
+        row.append(f"{_median(rounds, 'user_us'):,.0f} + {_median(rounds, 'system_us'):,.0f}")
+        if events > 1:
+            row.append(f"{_median(rounds, 'cpu_us') / events:.1f}")
+        ratios = [a.cpu_us / b.cpu_us for a, b in zip(rounds, samples[OURS], strict=True)]
+        row.append("" if path == "direct" else spread(ratios))
         rows.append(row)
     per_event = ["CPU µs/event"] if events > 1 else []
     titles = ["path", "requests/s", "of direct", "CPU µs/request", "user + system", *per_event, "CPU to ours"]
     print_table(titles, rows)
+    engine_us, generator_us, ours_us = (
+        _median(samples["direct"], "cpu_us"),
+        _median(samples["direct"], "generator_us"),
+        _median(samples[OURS], "cpu_us"),
+    )
+    direct_us = engine_us + generator_us
+    rate = statistics.median(sample.load.rate for sample in samples["direct"])
+    print(
+        f"engine {engine_us:,.0f}, load generator {generator_us:,.0f} µs per request: direct keeps "
+        f"{rate * direct_us / 1e6:.2f} of {os.cpu_count()} cores busy; with all of them busy, {OURS} could reach "
+        f"{direct_us / (direct_us + ours_us):.3f} of direct"
+    )
     for path, rounds in samples.items():
         for sample in rounds:
             if sample.load.trouble:
@@ -224,25 +249,27 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4, help="of load per path and round (4)")
     parser.add_argument("--connections", type=int, default=16)
+    parser.add_argument("--megabytes", type=int, help="size of the model (tiny)")
     args = parser.parse_args()
 
     goals = Goals()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        paths = start_paths(stack, folder)
+        paths = start_paths(stack, folder, args.megabytes)
         print(f"{args.connections} connections, load from {generator()}")
-        bodies = {
-            "1-token chats": chat_body("m"),
-            f"{TOKENS}-token streams": chat_body("m", tokens=TOKENS, stream=True),
-        }
-        for title, body in bodies.items():
+        chats = chat_body("m")
+        loads = [("1-token chats", chats, 0.0), (f"1-token chats, {PAUSE_SEC:g} s apart", chats, PAUSE_SEC)]
+        if args.megabytes is None:
+            loads.append((f"{TOKENS}-token streams", chat_body("m", tokens=TOKENS, stream=True), 0.0))
+        for title, body, pause_sec in loads:
             samples: dict[str, list[Sample]] = defaultdict(list)
             names = list(paths)
             for server in paths.values():
                 measure(server, body, args.connections, 1)  # warm
             for turn in range(args.rounds):
                 for name in (*names[turn % len(names) :], *names[: turn % len(names)]):
-                    samples[name].append(measure(paths[name], body, args.connections, args.seconds))
+                    sample = measure(paths[name], body, args.connections, args.seconds, pause_sec)
+                    samples[name].append(sample)
             events = paths[OURS].call("POST", "/v1/chat/completions", body).content.count(b"data: ") or 1
             report(title, {name: samples[name] for name in names}, events)
             ours = samples[OURS]

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -332,6 +332,8 @@ class Load:
     requests: int
     seconds: float
     trouble: str = ""
+    generator_sec: float = 0.0
+    """Processor time of the load generator."""
 
     @property
     def rate(self) -> float:
@@ -342,15 +344,29 @@ def generator() -> str:
     return "wrk" if shutil.which("wrk") else "a Python load generator (wrk is not installed): rates are lower"
 
 
-def closed_loop(server: Server, body: Mapping[str, Any], connections: int, seconds: float) -> Load:
-    """Kept-alive connections that each ask again as soon as they are answered."""
+def closed_loop(
+    server: Server, body: Mapping[str, Any], connections: int, seconds: float, pause_sec: float = 0
+) -> Load:
+    """Kept-alive connections that each ask again as soon as they are answered, or after a pause."""
+    before = _own_cpu_sec()
     if shutil.which("wrk"):
-        return _wrk(server, json.dumps(body), connections, seconds)
-    return asyncio.run(_own_generator(server, json.dumps(body).encode(), connections, seconds))
+        load = _wrk(server, json.dumps(body), connections, seconds, pause_sec)
+    else:
+        work = _own_generator(server, json.dumps(body).encode(), connections, seconds, pause_sec)
+        load = asyncio.run(work)
+    return replace(load, generator_sec=_own_cpu_sec() - before)
 
 
-def _wrk(server: Server, body: str, connections: int, seconds: float) -> Load:
+def _own_cpu_sec() -> float:
+    """Of this process and of those that it has waited for."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def _wrk(server: Server, body: str, connections: int, seconds: float, pause_sec: float) -> Load:
     script = f"wrk.method = 'POST'\nwrk.body = [==[{body}]==]\n"
+    if pause_sec:
+        script += f"function delay() return {pause_sec * 1000:.0f} end\n"
     script += "".join(f"wrk.headers['{name}'] = '{value}'\n" for name, value in server.headers.items())
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as file:
         file.write(script)
@@ -370,9 +386,10 @@ def _wrk(server: Server, body: str, connections: int, seconds: float) -> Load:
 class _Asker(asyncio.Protocol):
     """Knows just enough HTTP to see where an answer ends."""
 
-    def __init__(self, request: bytes, load: list[int]) -> None:
+    def __init__(self, request: bytes, load: list[int], pause_sec: float) -> None:
         self._request = request
         self._load = load
+        self._pause_sec = pause_sec
         self._seen = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -390,17 +407,21 @@ class _Asker(asyncio.Protocol):
             return
         self._load[0 if b" 200 " in head[:16] else 1] += 1
         self._seen = b""
-        self._transport.write(self._request)
+        if self._pause_sec:
+            asyncio.get_running_loop().call_later(self._pause_sec, self._transport.write, self._request)
+        else:
+            self._transport.write(self._request)
 
 
-async def _own_generator(server: Server, body: bytes, connections: int, seconds: float) -> Load:
+async def _own_generator(server: Server, body: bytes, connections: int, seconds: float, pause_sec: float) -> Load:
     head = "".join(f"{name}: {value}\r\n" for name, value in server.headers.items())
     request = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n{head}Content-Length: {len(body)}\r\n\r\n"
     answers = [0, 0]
     loop = asyncio.get_running_loop()
     began = time.perf_counter()
+    sent = request.encode() + body
     opened = [
-        await loop.create_connection(lambda: _Asker(request.encode() + body, answers), "127.0.0.1", server.port)
+        await loop.create_connection(lambda: _Asker(sent, answers, pause_sec), "127.0.0.1", server.port)
         for _ in range(connections)
     ]
     await asyncio.sleep(seconds)
