@@ -225,10 +225,9 @@ class Accountant:
             self._tell_budgets()
 
     async def _until_back(self, account: Account) -> None:
-        before = self.ledger.external
         deadline = time.monotonic() + _BACK_SEC
         while account.pid is not None and not self._scheduler.shutting_down and await self.look():
-            if self.ledger.memory_is_back(account, before):
+            if self.ledger.memory_is_back(account):
                 return
             if time.monotonic() > deadline:
                 _log.warning(

@@ -5,8 +5,8 @@
 
 An engine that loads is booked with its estimate, one that has answered with what was measured. What others hold
 is what the device says is in use less what our engines are measured to hold. Where a driver does not tell which
-process holds what, an engine that is there is taken to hold what it is booked with, and while one comes or goes
-others are taken to hold what they did.
+process holds what, an engine that is there is taken to hold what it is booked with, and while one comes others are
+taken to hold what they did. What is missing after an engine's end is on its way back, until its account is closed.
 
 While a driver hangs, the books of its GPUs stay as they were but for what is booked.
 
@@ -114,6 +114,8 @@ class Ledger:
         self.accounts: dict[int, Account] = {}
         self.devices: Mapping[str, Device] = {}
         self._external: dict[str, int] = {}
+        self._returning: dict[str, int] = {}
+        """What engines that are gone have not given back yet."""
         self._told: dict[str, int] = {}
 
     def open(self, engine_id: int, alias: str, chosen: Alternative) -> Account:
@@ -146,16 +148,11 @@ class Ledger:
             if device.kind == "host" or not readings.is_stale or device.name not in self._external:
                 self._external[device.name] = self._others(device, processes)
 
-    @property
-    def external(self) -> Mapping[str, int]:
-        """MiB per device that others hold, or nobody has given back yet."""
-        return dict(self._external)
-
-    def memory_is_back(self, account: Account, before: Mapping[str, int]) -> bool:
-        """Whether nobody holds what an engine held that is gone; `before` is `external` as it was with it."""
+    def memory_is_back(self, account: Account) -> bool:
+        """Whether nobody holds what an engine held that is gone."""
         booked = account.booked()
         return all(
-            self._external.get(name, 0) <= before.get(name, 0) + max(_NEWS_MIB, _REST * booked.get(name, 0))
+            self._returning.get(name, 0) <= max(_NEWS_MIB, _REST * booked.get(name, 0))
             for name in account.chosen.gpus
         )
 
@@ -239,17 +236,22 @@ class Ledger:
             if any(pid not in processes for pid in self.pids):  # just started
                 return min(used, self._external.get(HOST, used))
             return max(0, used - sum(processes[pid].anonymous_mib for pid in self.pids))
-        ours = 0
+        before = self._external.get(device.name, 0)
+        self._returning[device.name] = ours = gone = 0
         for account in self.accounts.values():
-            if device.name not in account.chosen.gpus or account.is_gone:
+            if device.name not in account.chosen.gpus:
                 continue
-            if device.name in account.holds:
+            if account.is_gone:
+                gone += account.booked().get(device.name, 0)
+            elif device.name in account.holds:
                 ours += account.holds[device.name]
             elif account.is_settled:
                 ours += account.booked().get(device.name, 0)
             else:
-                return min(used, self._external.get(device.name, 0))
-        return max(0, used - ours)
+                return min(used, before)
+        rest = max(0, used - ours)
+        self._returning[device.name] = returning = min(gone, max(0, rest - before))
+        return rest - returning
 
 
 def _held(
