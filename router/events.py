@@ -6,6 +6,7 @@ This carries news, not commands: nothing in the router acts on it. Watchers over
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from router.meter import NO_USAGE, Usage
+
+_log = logging.getLogger("router")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,7 @@ Kind = TypeVar("Kind", bound=Happening)
 
 
 class Events:
-    """The bus. Listeners are called at once, in the router's own time: they must be quick, and must not raise."""
+    """The bus. Listeners are called at once, in the router's own time, so they must be quick."""
 
     def __init__(self) -> None:
         self._listeners: defaultdict[type, list[Callable[[Any], None]]] = defaultdict(list)
@@ -123,4 +126,7 @@ class Events:
 
     def publish(self, happening: Happening) -> None:
         for listener in self._listeners[type(happening)]:
-            listener(happening)
+            try:
+                listener(happening)
+            except Exception:  # what cannot be told must not keep anything from being done
+                _log.exception("%s could not be told to all", type(happening).__name__)

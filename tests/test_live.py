@@ -13,6 +13,7 @@ import pytest
 from conftest import Router, Start, fake, models, starting
 
 from router.api.streams import Feed
+from router.events import Events, ServerChanged
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,15 @@ def test_who_watches_is_told_of_models_that_come_and_go(start: Start, tiny: Path
     name, identity, data = next(stream)
     assert (name, data["models"].keys()) == ("full_status", {"both", "new"})
     assert next(states(router, identity.partition("-")[0] + "-0"))[0] == "full_status"  # of before
+
+
+def test_a_listener_that_fails_keeps_the_others_from_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    bus, heard = Events(), []
+    bus.listen(ServerChanged, lambda change: heard.append(1 / 0))
+    bus.listen(ServerChanged, heard.append)
+    bus.publish(ServerChanged("ready", 0.0))
+    assert heard == [ServerChanged("ready", 0.0)]
+    assert "ServerChanged could not be told to all" in caplog.text
 
 
 def feed(*, kept: int = 100) -> Feed:
