@@ -191,7 +191,9 @@ async function lookForEver() {
       await look(turn);
     } catch (error) {
       if (turn === 0) turn = -1;
-      if (error instanceof Refused && error.status !== 503) tell(error.message);
+      if (error instanceof Refused) {
+        if (error.status !== 503) tell(error.message);
+      } else if (!lostSince && error.name !== "AbortError") console.error(error);
       draw();
     }
     await pause(LOOK_MS);
