@@ -276,16 +276,11 @@ export function drawRequests({ telemetry }) {
         (window, index) => `${number(window.output_tokens)} (~${perSec(window.output_tokens, seconds[index])}/s)`,
       ),
     ],
-    [
-      "tokens in",
-      ...windows.map(
-        (window) =>
-          `${number(window.prompt_tokens)}${window.cached_tokens ? `, ${number(window.cached_tokens)} cached` : ""}`,
-      ),
-    ],
-    ["queued, p50 / p95", ...times("queue_sec")],
-    ["first token, p50 / p95", ...times("ttft_sec")],
-    ["whole, p50 / p95", ...times("total_sec")],
+    ["tokens in", ...windows.map((window) => number(window.prompt_tokens))],
+    ["of them cached", ...windows.map((window) => number(window.cached_tokens))],
+    ["waited", ...times("queue_sec")],
+    ["first token", ...times("ttft_sec")],
+    ["whole", ...times("total_sec")],
   ]);
   const turnedAway = counted(telemetry.turned_away).replaceAll("_", " ");
   const served = `${number(telemetry.successful)} of ${number(telemetry.total_requests)} served since the start`;
