@@ -34,6 +34,7 @@ import {
 import { element } from "./drawing.js";
 
 const LOOK_MS = 2_000;
+const NEWS_MS = 500; // after a model's state has changed
 const SLOW_LOOKS = 3; // so many looks are between two at what changes slowly
 const DECISIONS = 60;
 const EVENTS_BEFORE = 200; // not all of them are decisions
@@ -120,6 +121,7 @@ function noteModel(model) {
   if (model.status !== known.models.get(model.alias)?.status) {
     known.pending.get(model.alias)?.abort(); // the row tells the rest
     memoryIsOld = true;
+    lookSoon();
   }
   known.models.set(model.alias, { ...model, seenAt: performance.now() });
 }
@@ -133,6 +135,7 @@ function decide(about, state, reason, at = Date.now(), key = `here ${(decided +=
 // --- what is asked for ---------------------------------------------------------------------------------------
 
 let namesAreOld = true;
+let lookSoon = () => {};
 
 async function look(turn) {
   const stats = await get("v1/queue/stats");
@@ -196,7 +199,10 @@ async function lookForEver() {
       } else if (!lostSince && error.name !== "AbortError") console.error(error);
       draw();
     }
-    await pause(LOOK_MS);
+    await Promise.race([
+      pause(LOOK_MS),
+      new Promise((resolve) => (lookSoon = () => setTimeout(resolve, NEWS_MS))),
+    ]);
   }
 }
 
