@@ -357,7 +357,10 @@ def test_what_is_made_from_the_demo_outlives_the_router_too(start: Start, tmp_pa
     state = tmp_path / "state"
     router = start(LLAMA_ROUTER_STATE_DIR=str(state))
     with ollama.Client(router.url, timeout=60) as client:
-        client.create("mine", from_="demo", system="Be kind.", parameters={"num_ctx": 512})
+        client.create("mine", from_="demo", system="Be kind.", parameters={"num_ctx": 2048, "num_predict": 1})
+        client.chat("mine", [USER])
+        assert [model.context_length for model in client.ps().models] == [2048]  # of each of its two slots
+        assert cards(router)["demo"]["context_length"] == 2048
         digest = client.create_blob(Path(__file__)).replace(":", "-")
     os.utime(state / "blobs" / digest, (0, 0))
     router.stop()

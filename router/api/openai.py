@@ -68,8 +68,10 @@ def card_of(model: ModelConfig) -> dict[str, Any]:
         capabilities = _capabilities(flags, header)
     except (OSError, gguf.GGUFError):
         return card
-    context = flags.integer("ctx-size", 0) or header.context_length
-    if context and not flags.kv_unified:
+    given = flags.integer("ctx-size", 0)
+    context = given or header.context_length
+    # Without a size in its flags, each slot gets all that the model was trained for, as far as memory allows.
+    if context and not flags.kv_unified and (given or model.footprint_mb is not None):
         context //= flags.slots
     return {
         **card,
