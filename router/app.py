@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -173,11 +175,14 @@ class _Doorkeeper:
 
 
 def _methods_of(request: Request) -> list[str]:
-    """Of all routes that there are for its path."""
-    routes = (
-        route for pages in _PAGES for route in pages.routes if route.matches(request.scope)[0] is not Match.NONE
-    )
-    return sorted({method for route in routes for method in getattr(route, "methods", None) or ()})
+    """Of the routes for its path that say most of it: what ends with `/status` asks how a model is, though a name
+    could end so, too."""
+    methods: dict[int, set[str]] = defaultdict(set)
+    for route in (route for pages in _PAGES for route in pages.routes):
+        if isinstance(route, APIRoute) and route.matches(request.scope)[0] is not Match.NONE:
+            said = len(re.sub(r"{.*?}", "", route.path))
+            methods[said] |= route.methods or set()
+    return sorted(methods[max(methods)]) if methods else []
 
 
 def _answer(path: str, error: ApiError, headers: Mapping[str, str] | None = None) -> Response:

@@ -39,6 +39,8 @@ def test_a_monitor_may_ask_with_head(router: Router) -> None:
     [
         ("POST", "/health", {"GET", "HEAD"}),
         ("PUT", "/v1/models/a", {"DELETE", "GET", "HEAD"}),
+        ("PUT", "/v1/models/a/status", {"GET", "HEAD"}),
+        ("PUT", "/v1/models/status", {"GET", "HEAD"}),
         ("PUT", "/v1/config/reload", {"POST"}),
         ("GET", "/v1/chat/completions", {"POST"}),
     ],
