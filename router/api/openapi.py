@@ -48,7 +48,7 @@ def describe(
 ) -> dict[str, Any]:
     """The OpenAPI document of now. `routes` are the paths of the data plane, `aliases` what models are called."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Duplicate Operation ID")  # HEAD, which is dropped below, has that of GET
+        warnings.filterwarnings("ignore", "Duplicate Operation ID")  # of HEAD, which is dropped below
         document = get_openapi(title=app.title, version=app.version, summary=_SUMMARY, routes=app.routes)
     components: dict[str, Any] = document.setdefault("components", {})
     schemas: dict[str, Any] = components.setdefault("schemas", {})
