@@ -192,7 +192,7 @@ def _waiting(request: Waiting) -> dict[str, Any]:
         "alias": request.alias,
         "priority": NAMES[request.priority],
         "position": request.position,
-        "waited_sec": round(request.waited_sec, 2),
+        "waited_sec": round(request.waited_sec, 3),
         "expected_wait_sec": round(request.expected_sec, 2),
         "why": request.why,
     }
