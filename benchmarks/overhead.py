@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -58,6 +59,7 @@ from router.engine import Binary
 
 TOKENS = 200
 PAUSE_SEC = 0.1
+_STREAMS_FOR = 4
 FLAGS = {"parallel": "16", "ctx-size": "8192", "threads": "1"}
 OURS, PEER, PROXY, ALONE = "llama-router", "llama-server router mode", "fastapi + httpx2", "llama-router alone"
 
@@ -143,7 +145,8 @@ class InstantEngine(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.seen += data
         head, found, body = self.seen.partition(b"\r\n\r\n")
-        if not found or len(body) < int(head.lower().rpartition(b"content-length:")[2].split(b"\r")[0]):
+        length = re.search(rb"content-length: *(\d+)", head, re.IGNORECASE)  # none: it is asked how it is
+        if not found or len(body) < int(length[1] if length else 0):
             return
         self.seen = b""
         if b'"stream": true' in body:
@@ -247,7 +250,7 @@ def report(title: str, samples: dict[str, list[Sample]], events: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=4, help="of load per path and round (4)")
+    parser.add_argument("--seconds", type=float, default=4, help="of load per path and round (4); streams: 4 ×")
     parser.add_argument("--connections", type=int, default=16)
     parser.add_argument("--megabytes", type=int, help="size of the model (tiny)")
     args = parser.parse_args()
@@ -258,17 +261,22 @@ def main() -> int:
         paths = start_paths(stack, folder, args.megabytes)
         print(f"{args.connections} connections, load from {generator()}")
         chats = chat_body("m")
-        loads = [("1-token chats", chats, 0.0), (f"1-token chats, {PAUSE_SEC:g} s apart", chats, PAUSE_SEC)]
+        loads = [
+            ("1-token chats", chats, 0.0, args.seconds),
+            (f"1-token chats, {PAUSE_SEC:g} s apart", chats, PAUSE_SEC, args.seconds),
+        ]
         if args.megabytes is None:
-            loads.append((f"{TOKENS}-token streams", chat_body("m", tokens=TOKENS, stream=True), 0.0))
-        for title, body, pause_sec in loads:
+            # All streams run in step, and only whole ones are counted: a short time would count 3 or 4 of 3.9.
+            streams = chat_body("m", tokens=TOKENS, stream=True)
+            loads.append((f"{TOKENS}-token streams", streams, 0.0, _STREAMS_FOR * args.seconds))
+        for title, body, pause_sec, seconds in loads:
             samples: dict[str, list[Sample]] = defaultdict(list)
             names = list(paths)
             for server in paths.values():
                 measure(server, body, args.connections, 1)  # warm
             for turn in range(args.rounds):
                 for name in (*names[turn % len(names) :], *names[: turn % len(names)]):
-                    sample = measure(paths[name], body, args.connections, args.seconds, pause_sec)
+                    sample = measure(paths[name], body, args.connections, seconds, pause_sec)
                     samples[name].append(sample)
             events = paths[OURS].call("POST", "/v1/chat/completions", body).content.count(b"data: ") or 1
             report(title, {name: samples[name] for name in names}, events)
