@@ -129,8 +129,7 @@ def _serve(server: Any, stdin: int | None, watcher: int | None) -> NoReturn:
         if stdin is None or told in readable:
             os._exit(0)
         chunk = os.read(stdin, 4096)
-        if not chunk:
-            _say("stdin has ended, so the router is gone")
+        if not chunk:  # the router is gone, and with it whoever would read a last word
             os._exit(1)
         received += chunk
         if _EXIT_COMMAND in received:

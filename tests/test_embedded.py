@@ -167,13 +167,14 @@ def test_the_router_can_tell_it_to_exit(model: Path) -> None:
 
 
 def test_it_does_not_outlive_the_router(model: Path) -> None:
+    """Also where no signal tells it: on macOS, or behind a shell that the signal has ended."""
     with engine("-m", model) as tiny:
         tiny.ready()
-        assert tiny.process.stdin is not None
-        tiny.process.stdin.close()
+        for pipe in (tiny.process.stdout, tiny.process.stderr, tiny.process.stdin):  # nobody reads a last word
+            assert pipe is not None
+            pipe.close()
         assert tiny.seconds_until_gone() < 1
         assert tiny.process.returncode == 1
-        assert "the router is gone" in tiny.errors()
 
 
 def test_it_does_not_outlive_the_router_even_if_the_model_never_loads(hanging_model: Path) -> None:
