@@ -29,7 +29,7 @@ from router.dispatcher import Dispatcher
 from router.downloads import Downloads
 from router.events import RequestDone
 from router.metrics import Metrics
-from router.routing import ROUTES, TRANSLATED_ROUTES
+from router.routing import DATA_PLANE
 from router.telemetry import Telemetry
 
 _BLOBS = "/api/blobs/"
@@ -95,7 +95,7 @@ def _pages(
         title="llama-router", version=__version__, openapi_url="/openapi.json", docs_url=None, redoc_url=None
     )
     app.openapi = lambda: describe(  # type: ignore[method-assign]
-        app, ROUTES | TRANSLATED_ROUTES, dispatcher.config.names, keys_required=keyring.required
+        app, DATA_PLANE, dispatcher.config.names, keys_required=keyring.required
     )
     app.state.dispatcher = dispatcher
     app.state.reload = reload
@@ -129,7 +129,7 @@ def _pages(
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         path = request.scope["path"]
-        if path in ROUTES | TRANSLATED_ROUTES:
+        if path in DATA_PLANE:
             return _answer(
                 path, ApiError(405, "method_not_allowed", f"{path} takes POST only."), {"allow": "POST"}
             )

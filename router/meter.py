@@ -47,7 +47,9 @@ class Usage(msgspec.Struct, frozen=True):
 NO_USAGE = Usage()
 
 
-class _Timings(msgspec.Struct):
+class Timings(msgspec.Struct):
+    """As llama-server has them in the end of an answer: tokens, and milliseconds of its own time."""
+
     cache_n: int = 0
     prompt_n: int = 0
     prompt_ms: float = 0.0
@@ -55,7 +57,7 @@ class _Timings(msgspec.Struct):
     predicted_ms: float = 0.0
 
 
-_decode_timings = msgspec.json.Decoder(_Timings).decode
+_decode_timings = msgspec.json.Decoder(Timings).decode
 
 
 class AnswerMeter:

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from router.meter import Timings
 from router.ollama_requests import Asked
 
 _encode = msgspec.json.encode
@@ -56,14 +57,6 @@ class _Choice(msgspec.Struct):
     logprobs: _Logprobs | None = None
 
 
-class _Timings(msgspec.Struct):
-    cache_n: int = 0
-    prompt_n: int = 0
-    prompt_ms: float = 0.0
-    predicted_n: int = 0
-    predicted_ms: float = 0.0
-
-
 class _Usage(msgspec.Struct):
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -81,7 +74,7 @@ class _Part(msgspec.Struct):
     """An event of a stream or a whole answer, of any of the engine's routes that we ask."""
 
     choices: list[_Choice] = []
-    timings: _Timings | None = None
+    timings: Timings | None = None
     usage: _Usage | None = None
     error: msgspec.Raw = _NO_ERROR
     # `/completion` and `/infill`
@@ -144,7 +137,7 @@ class Translation:
         self._rest = b""
         self._calls: dict[int, _ToolCall] = {}
         self._reason = "stop"
-        self._timings: _Timings | None = None
+        self._timings: Timings | None = None
         self._usage: _Usage | None = None
         self._failed = False
 
@@ -295,7 +288,7 @@ class Translation:
         return {"response": said.pop("content", ""), **said, **logprobs}
 
     def _figures(self) -> dict[str, Any]:
-        timings, usage = self._timings or _Timings(), self._usage or _Usage()
+        timings, usage = self._timings or Timings(), self._usage or _Usage()
         return {
             "done_reason": self._reason,
             "total_duration": round((time.monotonic() - self._begun_sec) * _NS),

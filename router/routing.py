@@ -53,6 +53,7 @@ TRANSLATED_ROUTES = frozenset({"/api/chat", "/api/generate", "/api/embed", "/api
 """Ollama's, and one of earlier hosts in its words. What they ask for is translated to a route of the engine's, and
 its answer back. All POST.
 """
+DATA_PLANE = ROUTES | TRANSLATED_ROUTES
 
 _PRIORITIES = {
     **{name.encode(): priority for priority, name in NAMES.items()},

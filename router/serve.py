@@ -42,7 +42,7 @@ from router.learning import Entry, Learned
 from router.leftovers import EngineRecord
 from router.logs import Logs
 from router.platforms import allow_many_files, has_terminal, notice_vanished_peers, reap_orphans
-from router.routing import ROUTES, TRANSLATED_ROUTES
+from router.routing import DATA_PLANE
 from router.state import State, StateHeld, default_path
 from router.systemd import Notifier
 from router.watch import watch
@@ -262,7 +262,7 @@ class _Service:
         server = _Server(
             uvicorn.Config(
                 app,
-                http=cast(Any, Door(protocol, most_clients, ROUTES | TRANSLATED_ROUTES)),
+                http=cast(Any, Door(protocol, most_clients, DATA_PLANE)),
                 ws="none",
                 lifespan="off",
                 log_config=None,
