@@ -1,8 +1,8 @@
-"""A running router, seen from another process or machine: what `top`, `ps`, `queue` and `logs` ask it.
+"""A running router, seen from another process or machine: what `top`, `ps`, `queue`, `logs` and `rm` ask it.
 
-`http.client` of the standard library is all it takes: one GET at a time, and a stream of server-sent events, read
-line by line. No proxy of the environment is used, and no redirect is followed, so that the key goes to the router
-and nowhere else.
+`http.client` of the standard library is all it takes: one request at a time, and a stream of server-sent events,
+read line by line. No proxy of the environment is used, and no redirect is followed, so that the key goes to the
+router and nowhere else.
 """
 
 from __future__ import annotations
@@ -62,6 +62,11 @@ class RouterClient:
         with self._ask(path, {}, _ANSWER_SEC) as answer:
             return json.loads(answer.read())
 
+    def delete(self, path: str) -> Any:
+        """Have what is at `path` removed; the answer's JSON document. Raises CannotAsk."""
+        with self._ask(path, {}, _ANSWER_SEC, "DELETE") as answer:
+            return json.loads(answer.read())
+
     def text(self, path: str) -> str:
         """The plain text at `path`. Raises CannotAsk."""
         with self._ask(path, {}, _ANSWER_SEC) as answer:
@@ -89,11 +94,13 @@ class RouterClient:
                     fields = {}
 
     @contextmanager
-    def _ask(self, path: str, headers: dict[str, str], timeout_sec: float) -> Iterator[http.client.HTTPResponse]:
+    def _ask(
+        self, path: str, headers: dict[str, str], timeout_sec: float, method: str = "GET"
+    ) -> Iterator[http.client.HTTPResponse]:
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
         connection = kind(self._host, self._port, timeout=timeout_sec)
         try:
-            connection.request("GET", self._prefix + path, headers={**self._headers, **headers})
+            connection.request(method, self._prefix + path, headers={**self._headers, **headers})
             answer = connection.getresponse()
             if answer.status != 200:
                 raise self._refusal(answer)

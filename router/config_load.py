@@ -293,7 +293,7 @@ class _Draft:
         try:
             records = created.read(folder)
         except OSError as error:
-            self.warnings.append(f"{folder}: what was created there cannot be read: {error.strerror or error}")
+            self.warnings.append(f"what was created cannot be read: {error}")
             return
         for name, made in records.items():
             entry = models.get(name)

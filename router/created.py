@@ -72,7 +72,7 @@ def read(folder: Path) -> dict[str, Created]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (msgspec.MsgspecError, UnicodeDecodeError, ApiError) as error:
-        raise OSError(f"it is damaged: {error}") from error
+        raise OSError(f"{folder / FILE}.json is damaged: {error}") from error
     return records
 
 
@@ -88,6 +88,11 @@ def blobs(folder: Path) -> Blobs:
 def missing_file(made: Created, folder: Path) -> Path | None:
     store = blobs(folder)
     return next((store.path(digest) for digest in sorted(made.files) if not store.has(digest)), None)
+
+
+def made_from(records: Mapping[str, Created], name: str) -> list[str]:
+    """What is not served without the model or alias of that name."""
+    return [other for other, made in records.items() if made.base == name]
 
 
 def engines(records: Mapping[str, Created], apart: Container[str]) -> dict[str, str]:

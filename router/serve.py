@@ -43,7 +43,7 @@ from router.leftovers import EngineRecord
 from router.logs import Logs
 from router.platforms import allow_many_files, has_terminal, notice_vanished_peers, reap_orphans
 from router.routing import DATA_PLANE
-from router.state import State, StateHeld, default_path
+from router.state import State, StateHeld, configured_path
 from router.systemd import Notifier
 from router.watch import watch
 
@@ -174,7 +174,7 @@ def _listen(config: Config, port: int) -> socket.socket:
 
 def _user_of_port(config: Config, port: int) -> str | None:
     """Who listens on a port of ours, as far as we may know."""
-    path = _state_path(config.system, port)
+    path = configured_path(config.system.state_dir, port, os.environ)
     holder = State.holder(path) if path is not None else None
     if holder is not None and holder.port == port:
         return str(holder)
@@ -187,14 +187,10 @@ def _user_of_port(config: Config, port: int) -> str | None:
     return None
 
 
-def _state_path(system: System, port: int) -> Path | None:
-    return Path(system.state_dir) if system.state_dir else default_path(port, os.environ)
-
-
 def _open_state(config: Config, port: int) -> State:
     """The state directory. One that was asked for must be there; without the usual one, it serves all the same."""
     system = config.system
-    path = _state_path(system, port)
+    path = configured_path(system.state_dir, port, os.environ)
     if config.api.port == 0 and not system.state_dir:
         return State()  # the next router will have another port, and would not find it
     try:

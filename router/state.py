@@ -61,6 +61,11 @@ def default_path(port: int, environ: Mapping[str, str]) -> Path | None:
     return Path(base, "llama-router", str(port))
 
 
+def configured_path(named: str | None, port: int, environ: Mapping[str, str]) -> Path | None:
+    """Where the router on a port keeps it: where the configuration (`system.state_dir`) says, else as usual."""
+    return Path(named) if named else default_path(port, environ)
+
+
 class State:
     """The directory of this router, locked; or none at all, and then nothing is remembered."""
 

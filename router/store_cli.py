@@ -1,20 +1,33 @@
-"""`llama-router pull` and `llama-router rm`: models from the Hugging Face hub, and away again.
+"""`llama-router pull` and `llama-router rm`: models from the Hugging Face hub, and away again, or created ones.
 
-Both work on the cache themselves, whether a router runs or not; one that does notices by the files.
+Both work on the cache themselves, whether a router runs or not; one that does notices by the files. What was
+created lies in the state directory of one router: while that runs, it is asked.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
 import os
 import shutil
 import sys
 import time
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import quote
 
 import msgspec
 
-from router import pulled
+from router import created, pulled, terminal
+from router.config import Config
+from router.config_load import load
+from router.created import Created
+from router.creations import Creations
+from router.ollama_requests import same_name
 from router.progress import MemoryNote, Progress
+from router.routing import some_of
+from router.state import State, StateHeld, configured_path
 
 _LINE_EVERY_SEC = 10.0
 """Where the line can't be drawn again: in a log."""
@@ -38,11 +51,15 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
     remove = commands.add_parser(
         "rm",
-        help="remove a pulled model",
-        description="Remove a pulled model, also one of which only a part has come. Files that were in the cache "
-        "before, or that another pulled model needs, stay.",
+        help="remove a pulled or created model",
+        description="Remove a pulled model, also one of which only a part has come, or what a client has created "
+        "(`ollama create`, `ollama cp`). Files that were in the cache before, or that another model needs, stay.",
     )
     remove.add_argument("alias", metavar="ALIAS")
+    remove.add_argument(
+        "--config", type=Path, metavar="FILE", help="configuration of the router it was created at"
+    )
+    remove.add_argument("--port", type=int, help="port of that router, if it is not the configuration's")
     remove.set_defaults(run=_remove)
 
 
@@ -63,16 +80,48 @@ def _pull(options: argparse.Namespace) -> None:
 
 
 def _remove(options: argparse.Namespace) -> None:
-    """Exits with 1 if there is no such model."""
-    cache = pulled.cache_folder(os.environ)
+    """Exits with 1 if there is no such model, or if another one needs it. Raises CannotAsk, ConfigError."""
+    port = {} if options.port is None else {"api.port": ("--port", options.port)}
+    loaded = load(options.config, environ=os.environ, cwd=Path.cwd(), overrides=port, check_files=False)
+    config = loaded.config
+    state = configured_path(config.system.state_dir, config.api.port, os.environ)
     try:
-        if cache is None:
-            raise pulled.NotPulled("there is no home for the Hugging Face cache: set HF_HOME")
-        freed = pulled.remove(cache, options.alias)
-    except (pulled.NotPulled, OSError) as error:
+        records = {} if state is None else created.read(state)
+        name = same_name(options.alias, records) or options.alias
+        if state is not None and name in records:
+            freed = _remove_created(name, state, config)
+        else:
+            freed = _remove_pulled(name, records, config)
+    except (pulled.NotPulled, StateHeld, OSError) as error:
         print(f"llama-router: {error}", file=sys.stderr)
         sys.exit(1)
-    print(f"{options.alias} is removed, {size_text(freed)} are free again")
+    print(f"{name} is removed, {size_text(freed)} are free again")
+
+
+def _remove_created(name: str, folder: Path, config: Config) -> int:
+    """By the router that works with the folder, if one does. Raises CannotAsk, StateHeld, OSError."""
+    if (holder := State.holder(folder)) is not None:
+        router = terminal.connect_here(config.api.model_copy(update={"port": holder.port}))
+        return int(router.delete(f"/v1/models/pulled/{quote(name, safe='')}")["freed_bytes"])
+    with contextlib.closing(State.open(folder, config.api.port)) as state:
+        return asyncio.run(Creations(state, _nobody_looks).remove(name)) or 0
+
+
+async def _nobody_looks() -> None:
+    """No router serves them."""
+
+
+def _remove_pulled(name: str, records: Mapping[str, Created], config: Config) -> int:
+    """Raises NotPulled, OSError."""
+    cache = pulled.cache_folder(os.environ)
+    if cache is None:
+        raise pulled.NotPulled("there is no home for the Hugging Face cache: set HF_HOME")
+    if name not in config.names and name in pulled.read(cache) and (needed := created.made_from(records, name)):
+        raise pulled.NotPulled(f"{some_of(needed)} was created from {name!r}: remove that first")
+    try:
+        return pulled.remove(cache, name)
+    except pulled.NotPulled as error:
+        raise pulled.NotPulled(f"{error}; created are: {', '.join(sorted(records)) or 'none'}") from None
 
 
 class _Json:

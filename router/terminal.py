@@ -54,13 +54,18 @@ def connect(options: argparse.Namespace) -> RouterClient:
 
     A key of the configuration goes only to the address of the configuration.
     """
-    key = os.environ.get(KEY_VARIABLE)
-    url = options.url or os.environ.get(URL_VARIABLE)
-    if not url:
-        api = load(options.config, environ=os.environ, cwd=Path.cwd(), check_files=False).config.api
-        url = _own_url(api)
-        if not key and api.api_keys:
-            key = api.api_keys[0].get_secret_value()
+    if url := options.url or os.environ.get(URL_VARIABLE):
+        return _client(url, os.environ.get(KEY_VARIABLE))
+    return connect_here(load(options.config, environ=os.environ, cwd=Path.cwd(), check_files=False).config.api)
+
+
+def connect_here(api: Api) -> RouterClient:
+    """The router of a configuration."""
+    configured = api.api_keys[0].get_secret_value() if api.api_keys else None
+    return _client(_own_url(api), os.environ.get(KEY_VARIABLE) or configured)
+
+
+def _client(url: str, key: str | None) -> RouterClient:
     try:
         return RouterClient(url, key)
     except ValueError as error:

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ from typing import Any
 
 import ollama
 import pytest
-from conftest import Router, Start, eventually, models, starting
+from conftest import ROOT, Router, Start, eventually, models, starting
 from tiny_models import write_llama, write_projector
 
 from router.blobs import Blobs
@@ -375,6 +377,39 @@ def test_what_is_made_from_the_demo_outlives_the_router_too(start: Start, tmp_pa
     router = start(LLAMA_ROUTER_STATE_DIR=str(state))
     assert set(cards(router)) == {"demo", "demo-embed", "mine"}
     assert files_in(state) == []
+
+
+def test_rm_removes_what_was_created_while_a_router_runs_and_after(
+    start: Start, tiny: Path, other: Path, tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    config = {"api": {"api_keys": ["full"]}, "models": models(tiny, "tiny")}
+    router = start(config, LLAMA_ROUTER_STATE_DIR=str(state))
+    router.http.headers["Authorization"] = "Bearer full"
+    with ollama.Client(router.url, timeout=60, headers={"Authorization": "Bearer full"}) as client:
+        for path, name in ((other, "team/mine:v1"), (tiny, "later")):
+            client.create(name, files={"a": client.create_blob(path)})
+        client.copy("tiny", "more")
+
+    def rm(name: str) -> tuple[int, str]:
+        environ = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "LLAMA_ROUTER_STATE_DIR": str(state)}
+        command = [sys.executable, str(ROOT / "run.py"), "rm", name]  # config.json is where it is called
+        ended = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60)
+        return ended.returncode, ended.stdout + ended.stderr
+
+    assert rm("team/mine:v1")[0] == 0
+    assert rm("more:latest") == (0, "more is removed, 0 B are free again\n")
+    assert set(cards(router)) == {"tiny", "later"}  # at once
+    assert len(files_in(state)) == 1
+    assert rm("tiny") == (
+        1,
+        "llama-router: no model was pulled as 'tiny'; pulled are: none; created are: later\n",
+    )
+    router.stop()
+    code, said = rm("later")
+    assert (code, said.startswith("later is removed, ")) == (0, True), said
+    assert (files_in(state), json.loads((state / "created.json").read_text())) == ([], {})
+    assert rm("later")[0] == 1
 
 
 def test_files_of_no_use_go_after_a_while(tmp_path: Path) -> None:

@@ -347,13 +347,19 @@ def test_two_processes_share_one_download(hub: Hub, environ: dict[str, str], tmp
 def test_a_running_router_notices_what_the_command_line_pulls_and_removes(
     start: Start, environ: dict[str, str], tmp_path: Path
 ) -> None:
-    router = start(**environ)
+    with_state = {**environ, "LLAMA_ROUTER_STATE_DIR": str(tmp_path / "state")}
+    router = start(**with_state)
     assert run("pull", REPO, "--alias", "small", environ=environ, cwd=tmp_path).returncode == 0
     eventually(lambda: "small" in aliases(router))
     assert router.chat("small").status_code == 200
     assert run("pull", REPO, environ=environ, cwd=tmp_path).returncode == 0
     eventually(lambda: {"small", ALIAS} <= aliases(router))  # two names for one file
-    assert run("rm", "small", environ=environ, cwd=tmp_path).returncode == 0
+    with ollama.Client(router.url, timeout=60) as client:
+        client.copy("small", "own")
+        in_use = run("rm", "small", environ=with_state, cwd=tmp_path)
+        assert (in_use.returncode, "'own' was created from 'small'" in in_use.stderr) == (1, True)
+        client.delete("own")
+    assert run("rm", "small", environ=with_state, cwd=tmp_path).returncode == 0
     eventually(lambda: "small" not in aliases(router))
     assert router.chat("small").status_code == 404
     assert router.chat(ALIAS).status_code == 200

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 from sse_starlette import ServerSentEvent
 from starlette.responses import JSONResponse, Response
 
-from router import pulled, repository
+from router import created, pulled, repository
 from router.api.errors import ApiError
 from router.api.models import ModelName, load_model
 from router.api.streams import EventStream
@@ -163,7 +163,7 @@ async def remove_pulled(alias: str, request: Request) -> dict[str, Any]:
         removed = await creations.remove(alias)
         if removed is not None:
             return {"status": "success", "model": alias, "freed_bytes": removed}
-        needed = [name for name, made in creations.records.items() if made.base == alias]
+        needed = created.made_from(creations.records, alias)
         if needed and there is not None and there.source == "pulled":
             message = f"{some_of(needed)} was created from {alias!r}: remove that first."
             raise ApiError(409, "model_in_use", message, "model")
