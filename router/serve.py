@@ -226,6 +226,7 @@ class _Service:
     ) -> None:
         config = loaded.config
         self._loaded = loaded
+        self._started_with = config
         self._load = load
         self._listeners = listeners
         self._stop = asyncio.Event()
@@ -306,8 +307,10 @@ class _Service:
             self._dispatcher.apply(after)
             self._keyring.set(after.api)
             self._loaded = loaded
-        changes = {**_changes(before, after), "needs_restart": _needs_restart(before, after)}
+        changes = {**_changes(before, after), "needs_restart": _needs_restart(self._started_with, after)}
         _log.info("configuration reloaded: %s", changes)
+        for warning in loaded.warnings:
+            _log.warning("%s", warning)
         return {"status": "success", **changes, "warnings": list(loaded.warnings)}
 
     async def look_again(self) -> bool:
@@ -448,10 +451,11 @@ def _most_clients(api: Api) -> int:
     return most
 
 
-def _needs_restart(before: Config, after: Config) -> list[str]:
+def _needs_restart(running: Config, wanted: Config) -> list[str]:
+    """The keys that this process goes by as they were when it started, however often it has read others since."""
     sections: tuple[tuple[str, Api | System, Api | System], ...] = (
-        ("api", before.api, after.api),
-        ("system", before.system, after.system),
+        ("api", running.api, wanted.api),
+        ("system", running.system, wanted.system),
     )
     return [
         f"{name}.{key}"

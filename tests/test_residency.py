@@ -176,6 +176,15 @@ def test_a_broken_file_changes_nothing_and_says_why(start: Start, tiny: Path, tm
     router.process.send_signal(signal.SIGHUP)
     eventually(lambda: "nothing was changed" in router.log)
     assert router.chat("a").status_code == 200
+    _what_needs_a_restart_is_said_until_it_is_undone(router, tiny, tmp_path)
+
+
+def _what_needs_a_restart_is_said_until_it_is_undone(router: Router, tiny: Path, tmp_path: Path) -> None:
+    for ring_lines, needs_restart in ((7, ["system.log_ring_lines"]), (7, ["system.log_ring_lines"]), (None, [])):
+        system = {"log_ring_lines": ring_lines} if ring_lines else {"parallel_requests": 1}
+        (tmp_path / "config.json").write_text(json.dumps({"system": system, "models": models(tiny, "a")}))
+        assert router.http.post("/v1/config/reload").json()["needs_restart"] == needs_restart
+    eventually(lambda: "is the older name of default_parallel" in router.log)
 
 
 def test_what_an_engine_says_can_be_read(start: Start, tiny: Path, tmp_path: Path) -> None:
