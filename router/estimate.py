@@ -1,6 +1,7 @@
 """`llama-router estimate MODEL.gguf [flags…]`: what a model would take, before it is configured or downloaded.
 
-MODEL is a file, an http(s) URL, or `hf.co/USER/REPO/FILE.gguf`; of the latter two only the header is fetched.
+MODEL is a file, an http(s) URL, `hf.co/USER/REPO/FILE.gguf`, or `hf.co/USER/REPO[:QUANT]` as `pull` takes it, with
+its projector; of what is elsewhere only the header is fetched.
 FLAGS are llama-server's. A file is given to the installed engine's own tool to judge, if there is one; the rest
 goes by formula.
 """
@@ -14,6 +15,7 @@ import math
 import os
 import re
 import sys
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -31,6 +33,7 @@ from router.launcher import NoEngine, find_binary
 from router.learning import Learned
 from router.memory import Ledger
 from router.placing import Alternative, Ground, alternatives
+from router.repository import BadReference, Choice, NoChoice, Reference, gated, parse
 from router.sizing import EngineKind, Files, Sizer, Unusable
 
 FIRST_BYTES = 8 << 20
@@ -59,7 +62,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         usage="llama-router estimate MODEL [flags of llama-server]",
         description="How much memory a model takes on each device, and the largest context that fits.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a file, an http(s) URL, or hf.co/USER/REPO/FILE.gguf")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a file, an http(s) URL, hf.co/USER/REPO/FILE.gguf or hf.co/USER/REPO[:QUANT]",
+    )
     flags = parser.add_argument(
         "flags", metavar="FLAGS", nargs=argparse.REMAINDER, help="as llama-server takes them"
     )
@@ -71,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
     """Prints the table. Exits with 1 if the model can't be read, with 2 if a flag makes no sense."""
     try:
         flags = Flags(options.flags, os.environ)
-        header = read(options.model, os.environ)
+        header, belonging, choice = read_whole(options.model, os.environ)
         if header.kind != "model":
             advice = ": give the model, and this file with --mmproj" if header.kind == "mmproj" else ""
             raise CannotEstimate(
@@ -81,6 +88,10 @@ def run(options: argparse.Namespace) -> None:
             read(flag.text, os.environ) if (flag := flags.last(name)) else None
             for name in ("mmproj", "spec-draft-model")
         )
+        if projector is None and flags.switch("mmproj-auto", True):
+            projector = belonging
+        if choice is not None:
+            print(f"{choice.alias}: {choice.model}" + (f" with {choice.mmproj}" if belonging else ""))
         print("\n".join(report(header, flags, projector=projector, draft=draft)))
     except FlagError as error:
         print(f"llama-router: {error}", file=sys.stderr)
@@ -160,6 +171,38 @@ def report(
         yield f"past prompts that the engine may keep in RAM: {limit} (--cache-ram)"
 
 
+def read_whole(model: str, environ: Mapping[str, str]) -> tuple[GGUF, GGUF | None, Choice | None]:
+    """The header of a model. If its repository is named: also that of its projector, and which files these are."""
+    reference = _repository(model, environ)
+    if reference is None:
+        return read(model, environ), None, None
+    from huggingface_hub import get_token  # here, because it takes 0.3 s that a file need not wait for
+
+    from router.hub_api import HubError, HubRepository
+
+    hub = HubRepository(reference, environ)
+    try:
+        found = hub.find(time.sleep)
+    except (NoChoice, HubError) as error:
+        raise CannotEstimate(str(error)) from None
+    environ = {**environ, "HF_TOKEN": get_token() or ""}
+    model_path, projector_path = found.choice.model, found.choice.mmproj
+    header = read(hub.url(found.commit, model_path), environ)
+    projector = read(hub.url(found.commit, projector_path), environ) if projector_path else None
+    return header, projector, found.choice
+
+
+def _repository(model: str, environ: Mapping[str, str]) -> Reference | None:
+    """What names a repository, and leaves it to us which of its files that is."""
+    if model.startswith("/") or Path(model).exists():
+        return None
+    with contextlib.suppress(BadReference):
+        reference = parse(model, environ)
+        if reference.file is None and not reference.repo.lower().endswith(".gguf"):
+            return reference
+    return None
+
+
 def read(model: str, environ: Mapping[str, str]) -> GGUF:
     """The header of a model that is a file, a URL or a file on the Hugging Face hub."""
     url = resolve(model, environ)
@@ -201,7 +244,9 @@ def resolve(model: str, environ: Mapping[str, str]) -> str | None:
         elif len(path) >= 3:
             path = [*path[:2], "resolve", "main", *path[2:]]
         if len(path) < 5 or not path[-1].partition("?")[0].lower().endswith(".gguf"):
-            raise CannotEstimate(f"{model} names no file: give hf.co/USER/REPO/FILE.gguf")
+            raise CannotEstimate(
+                f"{model} names no model: give hf.co/USER/REPO[:QUANT] or hf.co/USER/REPO/FILE.gguf"
+            )
         return f"{endpoint.rstrip('/')}/{'/'.join(path)}"
     return model if scheme else None
 
@@ -241,6 +286,8 @@ def _fetch_range(url: str, start: int, end: int, token: str | None) -> tuple[byt
                 size = answer.headers.get("Content-Length", "")
                 body = answer.read(end)[start:]
     except urllib.error.HTTPError as error:
+        if error.headers.get("X-Error-Code") == "GatedRepo":
+            raise CannotEstimate(gated(url.partition("/resolve/")[0])) from None
         reason = _REFUSALS.get(error.code, f"HTTP {error.code} {error.reason}")
         raise CannotEstimate(f"{url}: {reason}") from None
     except urllib.error.URLError as error:

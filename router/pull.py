@@ -1,7 +1,7 @@
 """A model from the Hugging Face hub into the cache that other programs share.
 
-Talks to the hub through `huggingface_hub` (addresses, tokens, errors, the layout of the cache), but moves the
-bytes itself: the library begins anew after a cut, and does not compare checksums. Files arrive as
+Talks to the hub through `huggingface_hub` (errors, tokens, the layout of the cache), but moves the bytes
+itself: the library begins anew after a cut, and does not compare checksums. Files arrive as
 `blobs/HASH.incomplete`, under the library's own locks; only what has the checksum that the hub promises gets its
 name, and only a model of which all is there is written down as pulled. All of this blocks: the router runs it in a
 process of its own (`downloads.py`).
@@ -9,7 +9,6 @@ process of its own (`downloads.py`).
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import os
@@ -19,9 +18,7 @@ import shutil
 import sys
 import threading
 import time
-import urllib.parse
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -29,60 +26,30 @@ import httpx2
 import huggingface_hub
 import msgspec
 from filelock import FileLock, Timeout
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from router import __version__, estimate, gguf, pulled
 from router.flags import Flags
 from router.hub import is_alias
+from router.hub_api import ANSWER_SEC, PAUSES_SEC, HubError, HubFile, HubRepository
 from router.progress import FileProgress, MemoryNote, Problem, Progress
 from router.pulled import PulledFile, PulledModel
-from router.repository import Q4_ABOVE_BYTES, BadReference, Choice, NoChoice, Reference, choose, is_plain, parse
+from router.repository import BadReference, Choice, NoChoice, Reference, parse
 
 AT_ONCE = 4
 """Files that are fetched at the same time."""
 _TELL_SEC = 0.25
 _RATE_SEC = 5.0
-_ANSWER_SEC = 30.0
-_PAUSES_SEC = (0.5, 1, 2, 4, 8, 16)
-"""Before another try; when none of them brought a byte, the pull fails."""
-_TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _HASH_BYTES = 1 << 20
 
 
-class PullFailed(Exception):
-    """The message says why, and what to do; the code is stable."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
+class PullFailed(HubError):
+    """The hub is not to blame."""
 
 
 class Cancelled(Exception):
     """Somebody said stop. What has arrived is kept."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Remote:
-    """A file on the hub."""
-
-    path: str
-    size: int
-    blob: str
-    """Its name in the cache: the SHA-256 of its content, or git's hash if it is no large file."""
-    is_large: bool
-
-    def digest(self) -> hashlib._Hash:
-        # git hashes a blob together with its kind and size.
-        return hashlib.sha256() if self.is_large else hashlib.sha1(b"blob %d\0" % self.size)  # noqa: S324
 
 
 def pull(
@@ -113,7 +80,7 @@ def pull(
     except (BadReference, NoChoice) as error:
         code = "invalid_reference" if isinstance(error, BadReference) else "no_such_file"
         progress.status, progress.error = "failed", Problem(code, str(error))
-    except PullFailed as error:
+    except HubError as error:
         progress.status, progress.error = "failed", Problem(error.code, str(error))
     except OSError as error:
         progress.status, progress.error = "failed", _problem_of_disk(error)
@@ -142,6 +109,7 @@ class _Pull:
         say: Callable[[Progress], None],
         stop: threading.Event,
     ) -> None:
+        self.hub = HubRepository(reference, environ)
         self.reference = reference
         self.progress = progress
         self.cache = cache
@@ -149,14 +117,11 @@ class _Pull:
         self.say = say
         self.stop = stop
         self.folder = pulled.repository_folder(cache, reference.repo)
-        self.endpoint = environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
 
     def run(self, alias: str | None) -> None:
         self.say(self.progress)
-        commit, remote = self._listing()
-        sizes = {path: file.size for path, file in remote.items()}
-        choice = choose(self.reference, sizes, _q4_above_bytes(self.environ))
-        files = [remote[path] for path in choice.files]
+        found = self.hub.find(self._wait)
+        commit, choice, files = found.commit, found.choice, found.files
         alias = alias or choice.alias
         progress = self.progress
         progress.alias, progress.revision = alias, commit
@@ -180,72 +145,7 @@ class _Pull:
 
     # --- what there is ------------------------------------------------------------------------------------
 
-    def _listing(self) -> tuple[str, dict[str, _Remote]]:
-        """The commit, and the files of the repository."""
-        api = huggingface_hub.HfApi(self.endpoint, library_name="llama-router", library_version=__version__)
-        reference = self.reference
-        for pause_sec in (*_PAUSES_SEC[:3], None):
-            with self._explained(last_try=pause_sec is None):
-                try:
-                    found = api.model_info(
-                        reference.repo, revision=reference.revision, files_metadata=True, timeout=_ANSWER_SEC
-                    )
-                except (ValueError, TypeError, KeyError):  # some other page
-                    message = f"{self.endpoint} does not answer as the Hugging Face hub does: check HF_ENDPOINT"
-                    raise PullFailed("hub_error", message) from None
-                break
-            self._wait(pause_sec or 0)
-        commit = found.sha or ""
-        if not re.fullmatch(r"[0-9a-f]{40}", commit):
-            raise PullFailed("hub_error", f"{self.endpoint} does not say which commit {reference} is at")
-        remote: dict[str, _Remote] = {}
-        for sibling in found.siblings or []:
-            blob = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
-            size = sibling.lfs.size if sibling.lfs else sibling.size
-            if (
-                is_plain(sibling.rfilename)
-                and size is not None
-                and blob
-                and re.fullmatch(r"[0-9a-f]{40,64}", blob)
-            ):
-                remote[sibling.rfilename] = _Remote(sibling.rfilename, size, blob, sibling.lfs is not None)
-        return commit, remote
-
-    @contextlib.contextmanager
-    def _explained(self, *, last_try: bool) -> Iterator[None]:
-        """The hub's errors in words; what may pass by itself is left for another try."""
-        repo = self.reference.repo
-        try:
-            yield
-        except OfflineModeIsEnabled:
-            raise PullFailed("offline", "HF_HUB_OFFLINE is set: nothing is downloaded") from None
-        except GatedRepoError:
-            message = (
-                f"{repo} is gated: accept its terms on {self.endpoint}/{repo}, then set HF_TOKEN to your token"
-            )
-            raise PullFailed("gated", message) from None
-        except RepositoryNotFoundError:
-            message = f"there is no repository {repo} on {self.endpoint}, or it is private: then set HF_TOKEN"
-            raise PullFailed("not_found", message) from None
-        except RevisionNotFoundError:
-            raise PullFailed("not_found", f"{repo} has no revision {self.reference.revision}") from None
-        except RemoteEntryNotFoundError:
-            raise PullFailed("not_found", f"{repo} has lost a file while it was pulled: pull again") from None
-        except HfHubHTTPError as error:
-            status = error.response.status_code
-            if status in (401, 403):
-                message = f"{self.endpoint} denies access to {repo} (HTTP {status}): check HF_TOKEN"
-                raise PullFailed("access_denied", message) from None
-            if status not in _TRANSIENT or last_try:
-                raise PullFailed("hub_error", f"{self.endpoint} answers HTTP {status} for {repo}") from None
-        except (httpx2.RequestError, httpx2.InvalidURL) as error:
-            if last_try or isinstance(error, httpx2.InvalidURL):
-                reason = str(error) or type(error).__name__
-                raise PullFailed(
-                    "unreachable", f"{self.endpoint} cannot be reached, or broke off: {reason}"
-                ) from None
-
-    def _planned(self, alias: str, commit: str, choice: Choice, files: list[_Remote]) -> PulledModel:
+    def _planned(self, alias: str, commit: str, choice: Choice, files: tuple[HubFile, ...]) -> PulledModel:
         known = pulled.read(self.cache)
         taken = known.get(alias)
         if taken is not None and (taken.repo, taken.model) != (self.reference.repo, choice.model):
@@ -289,10 +189,7 @@ class _Pull:
             local = self._pointer(commit, path)
             if local.exists():
                 return gguf.read(local)
-            quoted = urllib.parse.quote(path)
-            return estimate.read(
-                f"https://huggingface.co/{self.reference.repo}/resolve/{commit}/{quoted}", environ
-            )
+            return estimate.read(self.hub.url(commit, path), environ)
 
         try:
             model = header(choice.model)
@@ -312,8 +209,8 @@ class _Pull:
 
     # --- fetching -----------------------------------------------------------------------------------------
 
-    def _fetch_all(self, commit: str, files: list[_Remote]) -> None:
-        waiting: queue.SimpleQueue[tuple[_Remote, FileProgress]] = queue.SimpleQueue()
+    def _fetch_all(self, commit: str, files: tuple[HubFile, ...]) -> None:
+        waiting: queue.SimpleQueue[tuple[HubFile, FileProgress]] = queue.SimpleQueue()
         for each in zip(files, self.progress.files, strict=True):
             waiting.put(each)
         errors: list[BaseException] = []
@@ -348,7 +245,7 @@ class _Pull:
         if self.stop.is_set():
             raise Cancelled
 
-    def _fetch(self, commit: str, file: _Remote, progress: FileProgress) -> None:
+    def _fetch(self, commit: str, file: HubFile, progress: FileProgress) -> None:
         """Have one file in the cache, checked, under its name. Another process may be just about to."""
         blob, pointer = self.folder / "blobs" / file.blob, self._pointer(commit, file.path)
         lock = FileLock(self.cache / ".locks" / self.folder.name / f"{file.blob}.lock")
@@ -375,7 +272,7 @@ class _Pull:
         finally:
             lock.release()
 
-    def _download(self, commit: str, file: _Remote, partial: Path, progress: FileProgress) -> None:
+    def _download(self, commit: str, file: HubFile, partial: Path, progress: FileProgress) -> None:
         """Into `partial`, until its checksum is right. What was left by a broken try may be wrong, too."""
         resumes = partial.exists()
         if self._complete(commit, file, partial, progress):
@@ -387,7 +284,7 @@ class _Pull:
         message = f"{file.path}: what arrived is not what the hub promises, and was thrown away. Pull again."
         raise PullFailed("checksum_mismatch", message)
 
-    def _complete(self, commit: str, file: _Remote, partial: Path, progress: FileProgress) -> bool:
+    def _complete(self, commit: str, file: HubFile, partial: Path, progress: FileProgress) -> bool:
         """Fetch what is missing of a file; whether its checksum is right then."""
         with partial.open("a+b") as out:
             arriving = _Arriving(file, out, progress)
@@ -395,27 +292,27 @@ class _Pull:
             tries = 0
             while progress.completed_bytes < file.size:
                 before = progress.completed_bytes
-                with self._explained(last_try=tries == len(_PAUSES_SEC)):
+                with self.hub.explained(last_try=tries == len(PAUSES_SEC)):
                     self._receive(commit, file, arriving)
                 out.flush()
                 if progress.completed_bytes < file.size:
                     tries = 1 if progress.completed_bytes > before else tries + 1
-                    if tries > len(_PAUSES_SEC):
-                        raise PullFailed("unreachable", f"{self.endpoint} sends no more of {file.path}")
-                    self._wait(_PAUSES_SEC[tries - 1])
+                    if tries > len(PAUSES_SEC):
+                        raise HubError("unreachable", f"{self.hub.endpoint} sends no more of {file.path}")
+                    self._wait(PAUSES_SEC[tries - 1])
             out.flush()
             os.fsync(out.fileno())
         return progress.completed_bytes == file.size and arriving.digest.hexdigest() == file.blob
 
-    def _receive(self, commit: str, file: _Remote, arriving: _Arriving) -> None:
+    def _receive(self, commit: str, file: HubFile, arriving: _Arriving) -> None:
         """One request for the rest of a file."""
         start = arriving.progress.completed_bytes
         headers = build_hf_headers(library_name="llama-router", library_version=__version__)
         headers["Accept-Encoding"] = "identity"
         if start:
             headers["Range"] = f"bytes={start}-"
-        url = huggingface_hub.hf_hub_url(self.reference.repo, file.path, revision=commit, endpoint=self.endpoint)
-        with get_session().stream("GET", url, headers=headers, timeout=_ANSWER_SEC) as response:
+        url = self.hub.url(commit, file.path)
+        with get_session().stream("GET", url, headers=headers, timeout=ANSWER_SEC) as response:
             hf_raise_for_status(response)
             if start and (response.status_code != 206 or _first_byte(response) != start):
                 arriving.begin_anew()
@@ -440,11 +337,11 @@ class _Pull:
     def _pointer(self, commit: str, path: str) -> Path:
         return self.folder / "snapshots" / commit / path
 
-    def _is_there(self, commit: str, file: _Remote) -> bool:
+    def _is_there(self, commit: str, file: HubFile) -> bool:
         places = (self.folder / "blobs" / file.blob, self._pointer(commit, file.path))
         return any(_size(place) == file.size for place in places)
 
-    def _arrived(self, commit: str, file: _Remote) -> int:
+    def _arrived(self, commit: str, file: HubFile) -> int:
         if self._is_there(commit, file):
             return file.size
         return min(file.size, _size(self.folder / "blobs" / f"{file.blob}.incomplete") or 0)
@@ -464,9 +361,9 @@ class _Pull:
 class _Arriving:
     """A file as far as it is there, with the digest of that."""
 
-    def __init__(self, file: _Remote, out: IO[bytes], progress: FileProgress) -> None:
+    def __init__(self, file: HubFile, out: IO[bytes], progress: FileProgress) -> None:
         self.progress = progress
-        self.digest = file.digest()
+        self.digest = _digest(file)
         self._file = file
         self._out = out
 
@@ -487,7 +384,7 @@ class _Arriving:
     def begin_anew(self) -> None:
         """The server sends the whole file, whatever it was asked for."""
         self._out.truncate(0)
-        self.digest = self._file.digest()
+        self.digest = _digest(self._file)
         self.progress.completed_bytes = 0
 
 
@@ -507,11 +404,9 @@ class _Rate:
         progress.eta_sec = round(left / progress.bytes_per_sec, 1) if progress.bytes_per_sec else None
 
 
-def _q4_above_bytes(environ: Mapping[str, str]) -> int:
-    text = environ.get("MODEL_Q4_THRESHOLD_BYTES") or str(Q4_ABOVE_BYTES)
-    if not text.isdecimal():
-        raise PullFailed("invalid_threshold", f"MODEL_Q4_THRESHOLD_BYTES: {text!r} is not a number of bytes")
-    return int(text)
+def _digest(file: HubFile) -> hashlib._Hash:
+    # git hashes a blob together with its kind and size.
+    return hashlib.sha256() if file.is_large else hashlib.sha1(b"blob %d\0" % file.size)  # noqa: S324
 
 
 def _size(path: Path) -> int | None:

@@ -155,6 +155,12 @@ def is_quantized(path: str) -> bool:
     return 0 < _bits(PurePosixPath(path)) < min(_UNQUANTIZED)
 
 
+def gated(page: str) -> str:
+    """What there is to do for a repository, of which `page` is the address."""
+    repo = "/".join(page.split("/")[-2:])
+    return f"{repo} is gated: accept its terms on {page}, then set HF_TOKEN to your token"
+
+
 def is_plain(path: str) -> bool:
     """Whether a path of the hub's stays below the folder that it is put into."""
     return "\\" not in path and "\0" not in path and all(part not in ("", ".", "..") for part in path.split("/"))

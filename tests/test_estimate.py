@@ -236,7 +236,7 @@ def test_what_a_model_is_called_says_where_it_is(model: str, url: str | None) ->
     ("arguments", "code", "reason"),
     [
         (["/nowhere/a.gguf"], 1, "there is no file /nowhere/a.gguf"),
-        (["hf.co/ibm/granite"], 1, "give hf.co/USER/REPO/FILE.gguf"),
+        (["hf.co/ibm"], 1, "give hf.co/USER/REPO[:QUANT] or"),
         (["ftp://example.com/a.gguf"], 1, "ftp is not a protocol that is spoken here"),
         ([f"{FAR}/a.gguf"], 1, "cannot be reached"),
         (["TINY", "-c", "lots"], 2, "-c takes a whole number"),

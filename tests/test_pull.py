@@ -18,7 +18,7 @@ from conftest import ROOT, Router, Start, eventually
 from fake_hub import Hub, serving
 from tiny_models import write_llama, write_projector
 
-from router import pulled
+from router import estimate, pulled
 from router.progress import Progress
 from router.pull import pull
 
@@ -267,6 +267,31 @@ def test_an_alias_of_another_model_is_not_taken_over(hub: Hub, environ: dict[str
     ended = fetch(f"{REPO}:Q8_0", environ, alias="mine")
     assert ended.error is not None
     assert ended.error.code == "alias_taken"
+
+
+def test_what_is_on_the_hub_is_estimated_without_a_download(
+    hub: Hub, environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = run("estimate", "hf.co/org/sees-GGUF", "-c", "512", environ=environ, cwd=tmp_path)
+    assert ended.stdout.splitlines()[0] == "org/sees-GGUF:Q4_K_M: tiny-Q4_K_M.gguf with mmproj-F16.gguf"
+    assert ("mmproj" in ended.stdout.splitlines()[3], "context: 512 tokens" in ended.stdout) == (True, True)
+    split, projector, choice = estimate.read_whole("org/split-GGUF:BF16", environ)
+    parts = hub.repositories["org/split-GGUF"].values()
+    assert (split.file_bytes, projector, choice and len(choice.parts)) == (sum(map(len, parts)), None, 3)
+    assert (hub.fetched, list(tmp_path.glob("hf/**/*.gguf"))) == ([], [])
+
+    def said(reference: str) -> str:
+        with pytest.raises(estimate.CannotEstimate) as error:
+            estimate.read_whole(reference, environ)
+        return str(error.value)
+
+    for reference in ("org/absent", f"{REPO}:Q5_0"):
+        assert said(reference) == refusal(reference, environ)[1]
+    hub.token = "hf_sesame"
+    assert said(REPO) == said(f"hf.co/{REPO}/tiny-Q8_0.gguf") == refusal(REPO, environ)[1]
+    monkeypatch.setenv("HF_TOKEN", "hf_sesame")
+    estimate.read_whole(REPO, environ)
+    assert hub.leaked_tokens == []
 
 
 # --- away again -----------------------------------------------------------------------------------------------
