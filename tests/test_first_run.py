@@ -19,7 +19,7 @@ from tiny_models import write_llama
 
 def run_to_its_end(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environ = {"PATH": "/usr/bin:/bin", "HOME": str(cwd), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "run.py"), *arguments]
+    command = [sys.executable, "-m", "router", *arguments]
     return subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=30, check=False)
 
 
