@@ -167,6 +167,9 @@ def _read(path: Path, settle_sec: float) -> GGUF | Skipped:
     try:
         str(path).encode()
         stamps = _stamps(path)
+        # By the wall clock, as files know no other. What is from the future counts as settled: the clock was set
+        # back, and it would not be served until then. So if the clock is set while a file is written, or a file
+        # server's is ahead, a look may take it for whole; the next change to it has it looked at again.
         age_sec = time.time() - max((changed_ns for _, changed_ns in stamps), default=0) / 1e9
         if 0 <= age_sec < settle_sec:
             return Skipped(path, "is still being written", settling=True)

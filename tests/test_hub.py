@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,15 @@ def test_a_name_that_no_request_could_spell_is_reported(tmp_path: Path) -> None:
     assert [skipped.reason for skipped in discover(tmp_path).skipped] == [
         "its name is not UTF-8: no request could ask for it"
     ]
+
+
+def test_only_what_has_changed_a_moment_ago_counts_as_being_written(tmp_path: Path) -> None:
+    now = time.time()
+    for name, age_sec in (("old", 3600), ("new", 0), ("of-a-clock-that-was-set-back", -3600)):
+        os.utime(model(tmp_path / f"{name}.gguf"), (now - age_sec, now - age_sec))
+    discovery = discover(tmp_path, settle_sec=60)
+    assert aliases(discovery) == ["of-a-clock-that-was-set-back", "old"]
+    assert [(skipped.path.name, skipped.settling) for skipped in discovery.skipped] == [("new.gguf", True)]
 
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
