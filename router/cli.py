@@ -6,19 +6,21 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from router import __version__, created, estimate, store_cli, terminal
+from router import __version__, created, estimate, footprint, store_cli, terminal
 from router.client import CannotAsk
-from router.config import schema
+from router.config import Config, schema
 from router.config_errors import ConfigError
 from router.config_load import Loaded, load
 from router.config_show import render
 from router.demo import MODEL_PATH
+from router.flags import FlagError, Flags
 from router.launcher import NoEngine
+from router.sizing import Unusable, read_files
 
 _DEMO = "built in, nothing is configured"
 
@@ -151,5 +153,17 @@ def _load(options: argparse.Namespace) -> Loaded:
 def _check(options: argparse.Namespace) -> None:
     loaded = _load(options)
     print("\n".join(render(loaded.config, loaded.origins)))
-    for warning in loaded.warnings:
+    for warning in (*loaded.warnings, *_would_not_load(loaded.config)):
         print(f"warning: {warning}", file=sys.stderr)
+
+
+def _would_not_load(config: Config) -> Iterator[str]:
+    """Models whose file or flags are found to be wrong only when somebody asks for them."""
+    for alias, model in config.models.items():
+        flags = Flags(model.flags, model.env)
+        try:
+            files = read_files(model.model_path, flags)
+            if files.model is not None:
+                footprint.estimate(files.model, flags, projector=files.projector, draft=files.draft)
+        except (Unusable, FlagError, OSError) as error:
+            yield f"models.{alias} will not load: {error}"

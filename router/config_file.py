@@ -77,7 +77,12 @@ def _json(text: str, name: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=mapping)
     except json.JSONDecodeError as error:
-        raise _syntax_error(name, error.lineno, error.colno, error.msg) from None
+        rest, message = text[error.pos :].lstrip(), error.msg
+        if rest.startswith(("//", "/*", "#")):
+            message = "JSON has no comments: write them as keys that begin with _, or take YAML"
+        elif rest.startswith(("}", "]")):
+            message = f"there is no value before this {rest[0]}; a comma too many?"
+        raise _syntax_error(name, error.lineno, error.colno, message) from None
 
 
 _TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "null", "int", "float", "str", "seq", "map"))
@@ -116,6 +121,8 @@ def _yaml(text: str, name: str) -> Any:
             message = "a value that begins with * needs quotes (unless it names an anchor: there is none like it)"
         elif "undefined tag handle" in message:
             message = _NEEDS_QUOTES
+        elif "found character '\\t'" in message:
+            message = "YAML takes no tabs here: indent with blanks"
         line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
         raise _syntax_error(name, line, column, message) from None
     except yaml.reader.ReaderError as error:

@@ -49,7 +49,17 @@ from router.config_errors import (
 )
 from router.config_file import read_file
 from router.config_show import leaves
-from router.flags import OWNED, OWNED_VARIABLES, FlagError, Flags, argv, from_environment, parse
+from router.flags import (
+    FORMS,
+    OWNED,
+    OWNED_VARIABLES,
+    SPELLINGS,
+    FlagError,
+    Flags,
+    argv,
+    from_environment,
+    parse,
+)
 from router.gguf import SPLIT_NAME
 from router.state import default_path
 
@@ -603,7 +613,7 @@ class _Draft:
         if file.is_dir():
             self.problem(path, f"{file} is a folder; name the GGUF file in it")
         elif not file.parent.is_dir():
-            self.problem(path, f"there is no file {file}: not even its folder")
+            self.problem(path, f"there is no file {file}: " + (_not_a_path(file) or "not even its folder"))
         elif not file.is_file():
             beside = [each.name for each in file.parent.glob("*.gguf")]
             self.problem(path, f"there is no file {file}" + did_you_mean(file.name, beside))
@@ -630,6 +640,9 @@ class _Draft:
         for flag in own:
             if flag.name in OWNED:
                 self.problem((*where, flag.index), f"{flag.spelling} cannot be set: {OWNED[flag.name]}")
+            elif flag.name not in FORMS:
+                message = f"{flag.spelling} is not a flag of any llama-server known here"
+                self.warn((*where, flag.index), message + did_you_mean(flag.spelling, SPELLINGS))
         flags = argv(own)
         origins = [self.origin_of(where)] if flags else []
         for key, name, *value in _derived_flags(path, entry, system, mmproj):
@@ -686,6 +699,14 @@ _PARAMS = {
 
 _SAME = {"load-mode": ("load-mode", "mmap", "mlock", "direct-io")}
 """Flags that say the same thing: older engines know `--no-mmap`, newer ones `--load-mode`."""
+
+
+def _not_a_path(file: Path) -> str:
+    """Why what somebody wrote as a path leads nowhere, if it was never meant as one; else empty."""
+    text = str(file)
+    if "/hf.co/" in text or "/https:/" in text or "/http:/" in text:
+        return "what has to be downloaded is got by `llama-router pull hf.co/USER/REPO:QUANT`"
+    return "variables are not replaced in paths" if "$" in text else ""
 
 
 def _model_named(aliases: Mapping[str, Any], name: str) -> object:

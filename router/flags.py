@@ -331,9 +331,12 @@ _BY_SPELLING: Mapping[str, tuple[Form, bool]] = {
     for spelling in spellings
 }
 
+SPELLINGS = tuple(_BY_SPELLING)
+"""All that a known flag may be written as."""
+
 _ADDRESS = "where engines listen is the router's business"
 _KEY = "the router gives every engine a key of its own"
-_DOWNLOAD = "it downloads a model; name the model's file in the entry instead"
+_DOWNLOAD = "it downloads a model; get it by `llama-router pull`, or name its file in the entry"
 _ROUTER_MODE = "it belongs to llama-server's own router mode"
 _PRINTS = "with it, llama-server prints something and exits"
 
