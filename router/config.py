@@ -51,6 +51,13 @@ def _as_argument(value: object) -> object:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
+def _flat(flags: object) -> object:
+    """A list among the flags is what several models have in common, by a YAML anchor."""
+    if not isinstance(flags, list):
+        return flags
+    return [word for item in flags for word in (item if isinstance(item, list) else [item])]
+
+
 Factor = Annotated[float, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0)]
 PositiveSeconds = Annotated[float, Field(gt=0)]
@@ -58,7 +65,21 @@ Count = Annotated[int, Field(ge=0)]
 PositiveCount = Annotated[int, Field(gt=0)]
 Keys = Annotated[tuple[Annotated[SecretStr, AfterValidator(_sendable)], ...], Field(strict=False)]
 WebOrigin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$")]
-Argument = Annotated[str, BeforeValidator(_as_argument), WithJsonSchema({"type": ["string", "number"]})]
+_ARGUMENT_SCHEMA: dict[str, Any] = {"type": ["string", "number"]}
+Argument = Annotated[str, BeforeValidator(_as_argument), WithJsonSchema(_ARGUMENT_SCHEMA)]
+Arguments = Annotated[
+    tuple[Argument, ...],
+    Field(strict=False),
+    BeforeValidator(_flat),
+    WithJsonSchema(
+        {
+            "type": "array",
+            "items": {
+                "anyOf": [_ARGUMENT_SCHEMA, {"type": "array", "items": _ARGUMENT_SCHEMA}],
+            },
+        }
+    ),
+]
 Environment = Annotated[dict[str, Argument], AfterValidator(_settable)]
 Alias = Annotated[str, Field(pattern=r"^[^_\s]\S*$")]
 
@@ -400,8 +421,10 @@ class ModelEntry(Section):
         description="GGUF file, absolute or relative to base_models_path; of a split model the first part. "
         "Without it: the model that was pulled, or found in a folder or store, under this alias.",
     )
-    flags: Annotated[tuple[Argument, ...], Field(strict=False)] = Field(
-        default=(), description="llama-server arguments, passed on as they are."
+    flags: Arguments = Field(
+        default=(),
+        description="llama-server arguments, passed on as they are. A list among them is read as its items, so "
+        "that a YAML anchor can hold what models have in common.",
     )
     params: Params | None = Field(
         default=None,

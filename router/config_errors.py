@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from router.config import Api, ConfigFile, Scheduling, Section, System
+from router.config import Api, ConfigFile, ModelEntry, Scheduling, Section, System
 
 KeyPath = tuple[str | int, ...]
 
@@ -54,9 +54,9 @@ def explain(error: ErrorDetails, path: KeyPath) -> str:
         case "value_error":
             return str(error["ctx"]["error"])
         case "model_type" | "dict_type":
-            return "should hold keys with values"
+            return "should hold keys with values" + _SHAPES.get(str(path[-1] if path[2:] else path[0]), "")
         case "tuple_type":
-            return "should be a list"
+            return "should be a list" + _SHAPES.get(str(path[-1]), "")
         case "string_type" if isinstance(error["input"], int | float):
             return "should be text: put it in quotes"
         case "string_pattern_mismatch" if "cors_origins" in path:
@@ -68,18 +68,68 @@ def explain(error: ErrorDetails, path: KeyPath) -> str:
         .replace("a valid string", "text")
     )
     value = error["input"]
+    if error["type"] in ("int_type", "float_type", "int_parsing", "float_parsing") and isinstance(value, str):
+        message += _unit(path)
     shown = isinstance(value, str | int | float) and not _is_secret(path)
     return f"{message}, not {json.dumps(value, ensure_ascii=False)}" if shown else message
+
+
+_SHAPES = {
+    "flags": ": [-c, 8192, --jinja], not one line of text",
+    "env": ", as {CUDA_VISIBLE_DEVICES: 0}",
+    "models": ", as {model_path: FILE.gguf}",
+}
+
+
+def _unit(path: KeyPath) -> str:
+    """Of a number, by the name of its key: `5m` and `24GiB` are what people write there."""
+    for name in map(str, path[-2:]):  # of patience_sec.high, too
+        if name.endswith(("_sec", "_mb")):
+            return " (seconds)" if name.endswith("_sec") else " (MiB)"
+    return ""
 
 
 def unknown_key(section: type[Section] | None, key: str) -> str:
     for name, other in (("api", Api), ("system", System), ("scheduling", Scheduling)):
         if key in other.model_fields:
             return f"unknown key here; it belongs to {name}"
+    if section and (counterpart := LLAMA_SWAP.get(section, {}).get(key)):
+        return f"unknown key; it is llama-swap's, and here: {counterpart} (docs/llama-swap.md)"
     known = list(section.model_fields) if section else []
     if close := did_you_mean(key, known):
         return f"unknown key{close}"
     return f"unknown key; there are {', '.join(known)}" if 0 < len(known) <= 12 else "unknown key"
+
+
+_NOTHING = "nothing to set"
+LLAMA_SWAP: Mapping[type[Section], Mapping[str, str]] = {
+    ConfigFile: {
+        "healthCheckTimeout": "system.wait_ready_sec",
+        "startPort": "system.base_port",
+        "globalTTL": "system.idle_timeout_sec",
+        "apiKeys": "api.api_keys or api.inference_keys",
+        "logLevel": "system.debug",
+        "sendLoadingState": "api.heartbeat_sec",
+        "macros": "YAML anchors",
+        "groups": "left to memory, and pinned in a model's entry",
+        "matrix": "left to memory, and pinned in a model's entry",
+        "hooks": "system.preload_models",
+        **dict.fromkeys(("includeAliasesInList", "logToStdout", "logTimeFormat", "peers"), _NOTHING),
+        **dict.fromkeys(("metricsMaxInMemory", "captureBuffer"), _NOTHING),
+    },
+    ModelEntry: {
+        "cmd": "model_path and flags",
+        "ttl": "idle_timeout_sec",
+        "aliases": "{NAME: MODEL} in the section aliases",
+        "filters": "removed and forced of an entry in the section aliases",
+        "macros": "YAML anchors",
+        "name": "description",
+        "concurrencyLimit": "system.max_queue_size_per_model",
+        "sendLoadingState": "api.heartbeat_sec",
+        **dict.fromkeys(("proxy", "checkEndpoint", "cmdStop", "useModelName", "unlisted", "metadata"), _NOTHING),
+    },
+}
+"""What those who come from there write, and what it is called here; docs/llama-swap.md has it at length."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from tiny_models import write_llama
 
 from router import config, flags
 from router.config import Config, ModelConfig
-from router.config_errors import ConfigError
+from router.config_errors import LLAMA_SWAP, ConfigError
 from router.config_file import read_file
 from router.config_load import Loaded, load
 from router.config_show import render
@@ -282,6 +283,16 @@ def test_yaml_anchors_and_merges_share_what_entries_have_in_common(tmp_path: Pat
     assert (models["a"].pinned, models["b"].pinned) == (True, False)
 
 
+def test_a_list_among_the_flags_is_what_models_have_in_common(tmp_path: Path) -> None:
+    text = """
+    _gpu: &gpu [-ngl, 99]
+    models: {a: {model_path: a.gguf, flags: [*gpu, -c, 512]}, b: {model_path: b.gguf, flags: *gpu}}
+    """
+    models = loaded(tmp_path, text).config.models
+    assert models["a"].flags == ("-ngl", "99", "-c", "512", "--parallel", "1")
+    assert models["b"].flags == ("-ngl", "99", "--parallel", "1")
+
+
 # --- what is refused ------------------------------------------------------------------------------------------
 
 
@@ -311,9 +322,9 @@ def test_everything_that_is_wrong_is_reported_at_once_with_its_path(tmp_path: Pa
         f"config.json: models.qwem.flags[2]: --port cannot be set: {flags.OWNED['port']}",
         "config.json: models.x y: an alias is one or more printable characters without spaces",
         "config.json: models.x y.model_path: is required, as no model was found that is called so",
-        "config.json: models.x y.flags: should be a list",
+        "config.json: models.x y.flags: should be a list: [-c, 8192, --jinja], not one line of text",
         "config.json: models.x y.params.ctx: unknown key; did you mean n_ctx?",
-        "config.json: models.z: should hold keys with values",
+        "config.json: models.z: should hold keys with values, as {model_path: FILE.gguf}",
         "config.json: system.preload_models[0]: there is no model 'qwen'; did you mean qwem?",
     ]
 
@@ -358,12 +369,86 @@ def test_nor_can_they_be_set_behind_its_back_by_variables(tmp_path: Path) -> Non
             {"models": {"m": {"model_path": "m", "params": {"chat_template": "-c"}}}},
             "models.m.params.chat_template: should match pattern '^[^-]', not \"-c\"",
         ),
+        (
+            {"system": {"idle_timeout_sec": "5m"}},
+            'system.idle_timeout_sec: should be a valid number (seconds), not "5m"',
+        ),
+        (
+            {"models": {"m": {"model_path": "m", "footprint_mb": "20GB"}}},
+            'models.m.footprint_mb: should be a valid integer (MiB), not "20GB"',
+        ),
+        (
+            {"models": {"m": {"model_path": "m", "env": ["A=B"]}}},
+            "models.m.env: should hold keys with values, as {CUDA_VISIBLE_DEVICES: 0}",
+        ),
         ({"models": []}, "models: should be aliases, each with its model_path and flags"),
         ({"api": 5}, "api: should hold keys with values"),
     ],
 )
 def test_a_wrong_value_gets_a_line_that_says_what_would_be_right(tmp_path: Path, content: Any, line: str) -> None:
     assert problems(tmp_path, content) == [f"config.json: {line}"]
+
+
+def test_whoever_comes_from_llama_swap_is_told_what_its_keys_are_here(tmp_path: Path) -> None:
+    page = (PROJECT / "docs" / "llama-swap.md").read_text()
+    theirs, ours = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    read = loaded(tmp_path, ours)
+    assert read.warnings == ()
+    assert read.config.models["qwen"].flags == ("-ngl", "99", "-fa", "on", "-c", "16384", "-np", "2")
+    lines = problems(tmp_path, theirs)
+    assert [line for line in lines if "it is llama-swap's, and here: " not in line] == [
+        "config.yaml: models.coder.env: should hold keys with values, as {CUDA_VISIBLE_DEVICES: 0}"
+    ]
+    assert (
+        "config.yaml: models.qwen.ttl: unknown key; it is llama-swap's, and here: idle_timeout_sec"
+        in "\n".join(lines)
+    )
+
+
+def test_the_page_about_llama_swap_knows_its_keys_that_the_errors_know() -> None:
+    page = (PROJECT / "docs" / "llama-swap.md").read_text()
+    for keys in LLAMA_SWAP.values():
+        assert [key for key in keys if f"`{key}`" not in page] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        (
+            "c.json",
+            '{\n  // mine\n  "api": {}}',
+            "2:3: JSON has no comments: write them as keys that begin with _, ",
+        ),
+        ("c.json", '{"api": {"port": 1,}}', "1:20: there is no value before this }; a comma too many?"),
+        ("c.yaml", "api:\n\tport: 1", "2:1: YAML takes no tabs here: indent with blanks"),
+    ],
+)
+def test_what_the_parser_cannot_know_is_said_of_comments_commas_and_tabs(
+    tmp_path: Path, name: str, text: str, line: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    assert problems(tmp_path, path=Path(name))[0].startswith(f"{name}:{line}")
+
+
+def test_a_path_that_was_meant_as_something_else_is_told_so(tmp_path: Path) -> None:
+    paths = {"a": "$HOME/a.gguf", "b": "hf.co/x/y:Q4_K_M", "c": "https://huggingface.co/x/y/z.gguf"}
+    lines = problems(
+        tmp_path, {"models": {alias: {"model_path": path} for alias, path in paths.items()}}, check_files=True
+    )
+    assert lines[0].endswith(": variables are not replaced in paths")
+    for line in lines[1:]:
+        assert line.endswith("`llama-router pull hf.co/USER/REPO:QUANT`")
+
+
+def test_a_flag_that_no_engine_is_known_to_have_is_doubted_but_passed_on(tmp_path: Path) -> None:
+    entry = {"model_path": "m.gguf", "flags": ["-ngll", "3", "--new-in-this-build"]}
+    result = loaded(tmp_path, {"models": {"m": entry}})
+    assert result.config.models["m"].flags[:3] == ("-ngll", "3", "--new-in-this-build")
+    doubts = "is not a flag of any llama-server known here"
+    assert result.warnings == (
+        f"config.json: models.m.flags[0]: -ngll {doubts}; did you mean -ngl?",
+        f"config.json: models.m.flags[2]: --new-in-this-build {doubts}",
+    )
 
 
 def test_infinity_is_no_time_to_wait(tmp_path: Path) -> None:
