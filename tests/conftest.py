@@ -145,6 +145,13 @@ def start(tmp_path: Path) -> Iterator[Start]:
         yield start_router
 
 
+@pytest.fixture(scope="module")
+def start_shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """The same for a router that the tests of a file share: a start takes longer than most of what they ask it."""
+    with starting(tmp_path_factory.mktemp("shared")) as start_router:
+        yield start_router
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that is up in milliseconds and answers nonsense."""

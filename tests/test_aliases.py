@@ -27,9 +27,9 @@ ALIASES: dict[str, Any] = {
 }
 
 
-@pytest.fixture
-def router(start: Start, tiny: Path) -> Router:
-    return start({"models": models(tiny, "a", description="A model"), "aliases": ALIASES})
+@pytest.fixture(scope="module")
+def router(start_shared: Start, tiny: Path) -> Router:
+    return start_shared({"models": models(tiny, "a", description="A model"), "aliases": ALIASES})
 
 
 def tokens(router: Router, model: str, **more: Any) -> int:
@@ -173,7 +173,8 @@ def test_ollamas_clients_know_aliases_too(router: Router) -> None:
     assert router.chat("nobody:latest").status_code == 404
 
 
-def test_a_changed_alias_restarts_nothing(router: Router, tmp_path: Path) -> None:
+def test_a_changed_alias_restarts_nothing(start: Start, tiny: Path, tmp_path: Path) -> None:
+    router = start({"models": models(tiny, "a"), "aliases": ALIASES})
     assert tokens(router, "shortest") == 1
     engines = [engine.pid for engine in router.engines]
     path = tmp_path / "config.json"
