@@ -84,6 +84,12 @@ class Router:
                         return known
         raise AssertionError(f"the stream ended before {alias} was {state}")
 
+    def unload(self) -> None:
+        """Every model is off, as at the start."""
+        for card in self.http.get("/v1/models").json()["data"]:
+            self.http.post("/v1/models/eject", json={"model": card["id"]})
+        eventually(lambda: self.engines == [])
+
     @property
     def engines(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children()

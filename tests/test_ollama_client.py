@@ -24,11 +24,11 @@ from tiny_models import write_embedding
 CHAT = [{"role": "user", "content": "hi"}]
 
 
-@pytest.fixture
-def router(start: Start, tiny: Path, tmp_path: Path) -> Router:
-    embedding = write_embedding(tmp_path / "embedding.gguf")
+@pytest.fixture(scope="module")
+def router(start_shared: Start, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Router:
+    embedding = write_embedding(tmp_path_factory.mktemp("models") / "embedding.gguf")
     flags = ["-c", "4096", "-np", "2", "-t", "1", "--ignore-eos"]
-    return start(
+    return start_shared(
         {
             "models": {
                 **models(tiny, "tiny", "other/tiny:q4", flags=flags),
@@ -47,7 +47,8 @@ def client(router: Router) -> Iterator[ollama.Client]:
 # --- what an engine answers ----------------------------------------------------------------------------
 
 
-def test_chat_with_its_figures(client: ollama.Client) -> None:
+def test_chat_with_its_figures(client: ollama.Client, router: Router) -> None:
+    router.unload()
     answer = client.chat("tiny", CHAT, options={"num_predict": 4, "temperature": 0, "seed": 1})
     assert answer.message.role == "assistant"
     assert answer.message.content
@@ -134,6 +135,7 @@ def test_models_are_listed_and_shown(client: ollama.Client) -> None:
 
 
 def test_a_model_stays_as_long_as_its_client_says(client: ollama.Client, router: Router) -> None:
+    router.unload()
     assert client.ps().models == []
     assert client.generate("tiny", keep_alive="90m").done_reason == "load"
     client.chat("other/tiny:q4", [], keep_alive=-1)
@@ -295,10 +297,10 @@ def test_a_second_port_for_clients_that_know_one_only(start: Start, free_port: i
 class Played:
     """A router whose engine streams what it is told to, and what that engine was asked."""
 
-    def __init__(self, start: Start, tiny: Path, tmp_path: Path) -> None:
-        self.events = tmp_path / "events"
-        self.notes = tmp_path / "notes"
-        engine = fake(tmp_path, events=str(self.events), notes=str(self.notes))
+    def __init__(self, start: Start, tiny: Path, folder: Path) -> None:
+        self.events = folder / "events"
+        self.notes = folder / "notes"
+        engine = fake(folder, events=str(self.events), notes=str(self.notes))
         self.router = start({"system": {"llama_server_path": engine}, "models": models(tiny, "a")})
         self.client = ollama.Client(self.router.url, timeout=20)
 
@@ -312,9 +314,9 @@ class Played:
         return path, json.loads(body)
 
 
-@pytest.fixture
-def played(start: Start, tiny: Path, tmp_path: Path) -> Iterator[Played]:
-    played = Played(start, tiny, tmp_path)
+@pytest.fixture(scope="module")
+def played(start_shared: Start, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
+    played = Played(start_shared, tiny, tmp_path_factory.mktemp("played"))
     with played.client:
         yield played
 
@@ -455,7 +457,8 @@ def webui(router: Router) -> Iterator[OpenWebui]:
         yield webui
 
 
-def test_open_webui_connects_lists_the_models_and_shows_what_is_wrong(webui: OpenWebui) -> None:
+def test_open_webui_connects_lists_the_models_and_shows_what_is_wrong(webui: OpenWebui, router: Router) -> None:
+    router.unload()
     assert webui.http.get("/").text == "Ollama is running"
     assert webui.http.head("/").status_code == 200
     version = webui.document("GET", "/api/version")["version"]
@@ -476,6 +479,7 @@ def test_open_webui_connects_lists_the_models_and_shows_what_is_wrong(webui: Ope
 
 
 def test_open_webui_chats_and_unloads(webui: OpenWebui, router: Router) -> None:
+    router.unload()
     chat = {
         "model": "tiny:latest",
         "messages": CHAT,
@@ -512,7 +516,8 @@ def test_no_page_of_another_site_starts_a_pull(router: Router) -> None:
     assert router.http.get("/v1/models/pull").json() == {"pulls": []}
 
 
-def test_ollamas_requests_are_counted_with_their_routes(router: Router) -> None:
+def test_ollamas_requests_are_counted_with_their_routes(start: Start, tiny: Path) -> None:
+    router = start({"models": models(tiny, "tiny")})
     client = httpx.Client(base_url=router.url, headers={"X-Request-Priority": "low"})
     with client:
         client.post("/api/chat", json={"model": "tiny", "messages": CHAT, "options": {"num_predict": 3}})

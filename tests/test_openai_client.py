@@ -11,9 +11,9 @@ from conftest import Router, Start, eventually, models
 from tiny_models import write_embedding
 
 
-@pytest.fixture
-def router(start: Start, tiny: Path, tmp_path: Path) -> Router:
-    embedding = write_embedding(tmp_path / "embedding.gguf")
+@pytest.fixture(scope="module")
+def router(start_shared: Start, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Router:
+    embedding = write_embedding(tmp_path_factory.mktemp("models") / "embedding.gguf")
     config = {
         "models": {
             **models(
@@ -22,7 +22,7 @@ def router(start: Start, tiny: Path, tmp_path: Path) -> Router:
             **models(embedding, "embed", flags=["--embedding", "-t", "1"]),
         }
     }
-    return start(config)
+    return start_shared(config)
 
 
 @pytest.fixture
@@ -35,7 +35,8 @@ MESSAGES = [{"role": "user", "content": "hi"}]
 ALIAS = "chat/tiny:latest"
 
 
-def test_chat_and_its_headers(client: openai.OpenAI) -> None:
+def test_chat_and_its_headers(client: openai.OpenAI, router: Router) -> None:
+    router.unload()
     raw = client.chat.completions.with_raw_response.create(
         model=ALIAS, messages=MESSAGES, max_tokens=4, extra_headers={"X-Request-Id": "mine"}
     )
@@ -73,7 +74,8 @@ def test_completions_embeddings_and_responses(client: openai.OpenAI) -> None:
     assert client.responses.create(model=ALIAS, input="hi", max_output_tokens=2).status == "completed"
 
 
-def test_models(client: openai.OpenAI) -> None:
+def test_models(client: openai.OpenAI, router: Router) -> None:
+    router.unload()
     assert {model.id for model in client.models.list()} == {ALIAS, "embed"}
     card = client.models.retrieve("embed")
     assert card.capabilities == ["embedding"]
