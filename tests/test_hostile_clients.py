@@ -50,15 +50,25 @@ class Engine:
         lines = self._record.read_text().splitlines() if self._record.exists() else []
         return [request for request in map(json.loads, lines) if not request["line"].startswith("GET ")]
 
+    def forget(self) -> None:
+        self._record.unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    return Engine(tmp_path_factory.mktemp("engine"))
+
 
 @pytest.fixture
-def engine(tmp_path: Path) -> Engine:
-    return Engine(tmp_path)
+def engine(recording: Engine) -> Engine:
+    """It has heard nothing yet."""
+    recording.forget()
+    return recording
 
 
-@pytest.fixture
-def router(start: Start, tiny: Path, engine: Engine) -> Router:
-    return start({"system": {"llama_server_path": engine.path}, "models": models(tiny, "a", "b")})
+@pytest.fixture(scope="module")
+def router(start_shared: Start, tiny: Path, recording: Engine) -> Router:
+    return start_shared({"system": {"llama_server_path": recording.path}, "models": models(tiny, "a", "b")})
 
 
 def address(router: Router) -> tuple[str, int]:
@@ -302,6 +312,11 @@ def flood(router: Router, beginning: bytes, piece: bytes, most: int) -> int:
     return sent
 
 
+@pytest.fixture(scope="module")
+def router_for_little(start_shared: Start, tiny: Path) -> Router:
+    return start_shared({"api": {"max_body_mb": 1}, "models": models(tiny, "a")})
+
+
 @pytest.mark.parametrize(
     ("beginning", "piece"),
     [
@@ -317,8 +332,8 @@ def flood(router: Router, beginning: bytes, piece: bytes, most: int) -> int:
     ],
     ids=["headers", "header", "path", "body to manage", "announced body", "chunks"],
 )
-def test_what_has_no_end_is_cut_off(start: Start, tiny: Path, beginning: bytes, piece: bytes) -> None:
-    router = start({"api": {"max_body_mb": 1}, "models": models(tiny, "a")})
+def test_what_has_no_end_is_cut_off(router_for_little: Router, beginning: bytes, piece: bytes) -> None:
+    router = router_for_little
     before = memory_mib(router)
     most = threading.Thread(target=flood, args=(router, beginning, piece, 64 << 20), daemon=True)
     most.start()
@@ -387,13 +402,18 @@ def leave(client: socket.socket, *, rudely: bool) -> None:
     client.close()
 
 
+@pytest.fixture(scope="module")
+def router_that_streams(start_shared: Start, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Router:
+    engine = fake(tmp_path_factory.mktemp("streaming"), chunks="100000", chunk_sec="0.005")
+    return start_shared({"system": {"llama_server_path": engine}, "models": models(tiny, "a")})
+
+
 @pytest.mark.parametrize("rudely", [False, True], ids=["politely", "rudely"])
 @pytest.mark.parametrize("pipelined", [False, True], ids=["one request", "another behind it"])
 def test_a_client_that_leaves_its_stream_frees_the_slot_at_once(
-    start: Start, tiny: Path, tmp_path: Path, rudely: bool, pipelined: bool
+    router_that_streams: Router, rudely: bool, pipelined: bool
 ) -> None:
-    engine = fake(tmp_path, chunks="100000", chunk_sec="0.005")
-    router = start({"system": {"llama_server_path": engine}, "models": models(tiny, "a")})
+    router = router_that_streams
     client = connect(router)
     client.sendall(post(STREAM))
     client.recv(100)

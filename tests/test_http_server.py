@@ -16,9 +16,10 @@ CHAT = json.dumps({"model": "a", "messages": [{"role": "user", "content": "hi"}]
 STREAM = json.dumps({"model": "a", "messages": [], "stream": True}).encode()
 
 
-@pytest.fixture
-def router(start: Start, tiny: Path) -> Router:
-    return start({"api": {"max_body_mb": 1, "cors_origins": ["http://my.page"]}, "models": models(tiny, "a")})
+@pytest.fixture(scope="module")
+def router(start_shared: Start, tiny: Path) -> Router:
+    api = {"max_body_mb": 1, "cors_origins": ["http://my.page"]}
+    return start_shared({"api": api, "models": models(tiny, "a")})
 
 
 def connect(router: Router) -> socket.socket:
@@ -139,7 +140,8 @@ def test_a_request_in_crumbs_behind_another_keeps_nobody_waiting(start: Start, t
         assert router.http.get("/live", timeout=3).status_code == 200
 
 
-def test_idle_connections_do_not_delay_the_end(router: Router) -> None:
+def test_idle_connections_do_not_delay_the_end(start: Start, tiny: Path) -> None:
+    router = start({"models": models(tiny, "a")})
     with connect(router) as client:
         client.sendall(post(CHAT))
         assert client.recv(65536).startswith(b"HTTP/1.1 200 ")

@@ -15,9 +15,10 @@ from sse_starlette import ServerSentEvent
 from router.api.streams import EventStream
 
 
-@pytest.fixture
-def router(start: Start, tiny: Path, tmp_path: Path) -> Router:
-    return start({"system": {"llama_server_path": fake(tmp_path)}, "models": models(tiny, "a", "family/b:q4")})
+@pytest.fixture(scope="module")
+def router(start_shared: Start, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Router:
+    engine = fake(tmp_path_factory.mktemp("engine"))
+    return start_shared({"system": {"llama_server_path": engine}, "models": models(tiny, "a", "family/b:q4")})
 
 
 PAGES = ("/health", "/ready", "/live", "/metrics", "/v1/models", "/v1/models/a", "/v1/models/status", "/status/a")

@@ -11,9 +11,26 @@ import pytest
 from conftest import Router, Start, eventually, fake, models
 
 
-@pytest.fixture
-def router(start: Start, tiny: Path) -> Router:
-    return start({"api": {"max_body_mb": 1}, "models": models(tiny, "a", "b")})
+@pytest.fixture(scope="module")
+def router(start_shared: Start, tiny: Path) -> Router:
+    api = {"max_body_mb": 1, "cors_origins": ["http://my.page"], "allowed_hosts": ["my.proxy"]}
+    return start_shared({"api": api, "models": models(tiny, "a", "b")})
+
+
+@pytest.fixture(scope="module")
+def played(start_shared: Start, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Router:
+    """Each model has its own way to be slow."""
+    timeouts = {"queue_timeout_sec": 1.5, "request_timeout_sec": 0.8}
+    ways = {
+        "loads": {"FAKE_LOAD_SEC": "1"},
+        "never-ready": {"FAKE_READY": "never"},
+        "silent": {"FAKE_ANSWER_SEC": "60"},
+        "trickles": {"FAKE_CHUNKS": "8", "FAKE_CHUNK_SEC": "0.2"},
+    }
+    entries = {alias: models(tiny, alias, env=way)[alias] for alias, way in ways.items()}
+    engine = fake(tmp_path_factory.mktemp("engine"))
+    system = {"llama_server_path": engine, "max_concurrent_models": len(ways), **timeouts}
+    return start_shared({"api": {"heartbeat_sec": 0.2}, "system": system, "models": entries})
 
 
 @pytest.mark.parametrize(
@@ -113,8 +130,7 @@ def test_keys(start: Start, tiny: Path) -> None:
     assert "full" not in router.log
 
 
-def test_a_page_of_an_allowed_origin_may_call(start: Start, tiny: Path) -> None:
-    router = start({"api": {"cors_origins": ["http://my.page"]}, "models": models(tiny, "a")})
+def test_a_page_of_an_allowed_origin_may_call(router: Router) -> None:
     preflight = {"origin": "http://my.page", "access-control-request-method": "POST"}
     answer = router.http.options("/v1/chat/completions", headers=preflight)
     assert answer.headers["access-control-allow-origin"] == "http://my.page"
@@ -123,8 +139,7 @@ def test_a_page_of_an_allowed_origin_may_call(start: Start, tiny: Path) -> None:
     assert "access-control-allow-origin" not in answer.headers
 
 
-def test_a_page_that_points_its_name_at_us_is_turned_away(start: Start, tiny: Path) -> None:
-    router = start({"api": {"allowed_hosts": ["my.proxy"]}, "models": models(tiny, "a")})
+def test_a_page_that_points_its_name_at_us_is_turned_away(router: Router) -> None:
     for path in ("/v1/models", "/health"):
         assert router.http.get(path, headers={"host": "evil.page:8000"}).json()["error"]["code"] == "unknown_host"
         for known in ("localhost:8000", "127.0.0.1", "[::1]:8000", "My.Proxy"):
@@ -133,12 +148,10 @@ def test_a_page_that_points_its_name_at_us_is_turned_away(start: Start, tiny: Pa
     assert router.http.post("/v1/chat/completions", json=chat, headers={"host": "evil.page"}).status_code == 403
 
 
-def test_a_stream_that_waits_gets_heartbeats_with_the_reason(start: Start, tiny: Path, tmp_path: Path) -> None:
-    engine = fake(tmp_path, load_sec="1")
-    config = {"api": {"heartbeat_sec": 0.2}, "system": {"llama_server_path": engine}, "models": models(tiny, "a")}
-    answer = start(config).chat("a", stream=True)
+def test_a_stream_that_waits_gets_heartbeats_with_the_reason(played: Router) -> None:
+    answer = played.chat("loads", stream=True)
     assert answer.headers["x-queue-position"] == "1"
-    assert answer.headers["x-queue-reason"].startswith("a is loading (")
+    assert answer.headers["x-queue-reason"].startswith("loads is loading (")
     assert int(answer.headers["x-queue-expected-ms"]) >= 0
     lines = answer.text.splitlines()
     beats = [line for line in lines if line.startswith(":")]
@@ -149,13 +162,12 @@ def test_a_stream_that_waits_gets_heartbeats_with_the_reason(start: Start, tiny:
     assert sum("delta" in line for line in lines) == 3
 
 
-def test_a_stream_that_waited_in_vain_ends_with_an_error_event(start: Start, tiny: Path, tmp_path: Path) -> None:
-    system = {"llama_server_path": fake(tmp_path, ready="never"), "queue_timeout_sec": 0.8}
-    router = start({"api": {"heartbeat_sec": 0.2}, "system": system, "models": models(tiny, "a")})
-    events = [line[6:] for line in router.chat("a", stream=True).text.splitlines() if line.startswith("data: ")]
+def test_a_stream_that_waited_in_vain_ends_with_an_error_event(played: Router) -> None:
+    answer = played.chat("never-ready", stream=True)
+    events = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
     assert json.loads(events[0])["error"]["code"] == "queue_timeout"
     assert events[1] == "[DONE]"
-    plain = router.chat("a")
+    plain = played.chat("never-ready")
     assert plain.status_code == 504
     assert "loading" in plain.json()["error"]["message"]
 
@@ -179,15 +191,12 @@ def test_a_full_queue_refuses_with_an_honest_time(start: Start, tiny: Path, tmp_
     eventually(lambda: router.http.get("/v1/queue/stats").json()["summary"]["total_queued"] == 0)
 
 
-def test_an_engine_that_says_nothing_is_given_up(start: Start, tiny: Path, tmp_path: Path) -> None:
-    system = {"llama_server_path": fake(tmp_path, answer_sec="60"), "request_timeout_sec": 0.5}
-    answer = start({"system": system, "models": models(tiny, "a")}).chat("a")
+def test_an_engine_that_says_nothing_is_given_up(played: Router) -> None:
+    answer = played.chat("silent")
     assert answer.status_code == 504
     assert answer.json()["error"]["code"] == "request_timeout"
 
 
-def test_a_slow_stream_is_not_given_up_while_it_moves(start: Start, tiny: Path, tmp_path: Path) -> None:
-    engine = fake(tmp_path, chunks="8", chunk_sec="0.2")
-    system = {"llama_server_path": engine, "request_timeout_sec": 0.8}
-    text = start({"system": system, "models": models(tiny, "a")}).chat("a", stream=True).text
+def test_a_slow_stream_is_not_given_up_while_it_moves(played: Router) -> None:
+    text = played.chat("trickles", stream=True).text
     assert text.endswith("data: [DONE]\n\n")
