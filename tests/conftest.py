@@ -25,8 +25,20 @@ from tiny_models import write_llama
 ROOT = Path(__file__).parent.parent
 BASE_PORT = 10_000 + os.getpid() % 300 * 64
 """Of the engines of this run, out of the way of others on the machine."""
+MOST_WORKERS = 6
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
 _LISTENS = re.compile(r"listens on (http://\S+)")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """What `-n auto` stands for: one more than there are cores, as much of the time is spent waiting for processes.
+
+    A file is not divided, as its tests share what is dear: whoever runs one gets no workers at all.
+    """
+    asked = {Path(argument.partition("::")[0]) for argument in config.args}
+    files = len(asked) if all(path.is_file() for path in asked) else MOST_WORKERS
+    workers = min(files, (os.cpu_count() or 1) + 1, MOST_WORKERS)
+    return workers if workers > 1 else 0
 
 
 class Router:

@@ -153,7 +153,7 @@ def serving(hub: Hub) -> Iterator[Hub]:
     hub.content_url = f"http://localhost:{content.server_port}"
     for server in (front, content):
         server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()  # looks for its end
     try:
         yield hub
     finally:

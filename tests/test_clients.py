@@ -169,7 +169,8 @@ Apart = Callable[[str, str], Any]
 @pytest.fixture(scope="module")
 def apart(router: Router, caller: Router) -> Iterator[Apart]:
     """Asks `clients_apart.py` for what a client makes of a cell."""
-    environ = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
+    others = ("VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE")  # what is compiled once is there the next time
+    environ = {name: value for name, value in os.environ.items() if name not in others}
     if index := environ.get("PIP_INDEX_URL"):  # where the rest came from
         environ.setdefault("UV_DEFAULT_INDEX", index)
     uv = [sys.executable, "-m", "uv", "--quiet", "--no-config", "--system-certs"]

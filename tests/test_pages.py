@@ -101,7 +101,8 @@ def test_who_may_only_infer_reads_no_engines_words(start: Start, tiny: Path, tmp
 
 def test_the_key_of_an_engine_shows_nowhere(start: Start, tiny: Path, tmp_path: Path) -> None:
     """But in its environment, which only its user can read."""
-    router = start({"models": {**models(tiny, "a"), **models(tiny, "broken", flags=["--no-such-flag"])}})
+    entries = {**models(tiny, "a"), **models(tiny, "broken", flags=["--no-such-flag"])}
+    router = start({"system": {"model_load_max_retries": 0}, "models": entries})
     assert router.chat("a").status_code == 200
     refused = router.chat("broken", headers={"authorization": "Bearer wrong"})
     process = psutil.Process(router.status("a")["pid"])

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import Router, Start, eventually, fake, models
 
 
@@ -89,8 +90,12 @@ def test_preload_idle_unload_and_pins(start: Start, tiny: Path) -> None:
     assert router.status("pinned")["status"] == "ready"
 
 
-def test_load_and_eject_by_hand(start: Start, tiny: Path) -> None:
-    router = start({"models": models(tiny, "a")})
+@pytest.fixture(scope="module")
+def router(start_shared: Start, tiny: Path) -> Router:
+    return start_shared({"models": models(tiny, "a")})
+
+
+def test_load_and_eject_by_hand(router: Router) -> None:
     assert router.http.post("/v1/models/load", json={"model": "a"}).json()["status"] == "success"
     assert router.status("a")["status"] == "ready"
     assert router.http.post("/v1/models/eject", json={"model": "a"}).json()["model_ejected"] == "a"
@@ -113,8 +118,8 @@ def test_eject_lets_a_stream_finish(start: Start, tiny: Path, tmp_path: Path) ->
         assert ejected.result().status_code == 200
 
 
-def test_the_status_stream_tells_the_story_of_a_load(start: Start, tiny: Path) -> None:
-    router = start({"models": models(tiny, "a")})
+def test_the_status_stream_tells_the_story_of_a_load(router: Router) -> None:
+    router.unload()
     events: list[tuple[str, str]] = []
     with router.http.stream("GET", "/v1/models/status/stream") as stream, ThreadPoolExecutor(1) as other:
         name = ""

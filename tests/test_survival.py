@@ -13,13 +13,34 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import Start, eventually, fake, models
+from conftest import Router, Start, eventually, fake, models
 
 from router.host import oom_kills
 
 
-def test_an_engine_killed_between_requests_is_replaced_at_the_next(start: Start, tiny: Path) -> None:
-    router = start({"models": models(tiny, "a")})
+@pytest.fixture(scope="module")
+def router(start_shared: Start, tiny: Path) -> Router:
+    return start_shared({"models": models(tiny, "a", "b")})
+
+
+@pytest.fixture(scope="module")
+def played(start_shared: Start, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Router:
+    """Each model has its own way to let its clients down."""
+    folder = tmp_path_factory.mktemp("played")
+    ways = {
+        "dies-once": {"FAKE_DIE": f"once {folder / 'died'}"},
+        "dies-always": {"FAKE_DIE": "before"},
+        "breaks-off": {"FAKE_DIE": "after"},
+        "breaks-off-streams": {"FAKE_DIE": "after"},
+        "closes": {"FAKE_IDLE_CLOSE": "1"},
+        "is-polled": {"FAKE_READY": "poll", "FAKE_LOAD_SEC": "0.2"},
+    }
+    entries = {alias: models(tiny, alias, env=way)[alias] for alias, way in ways.items()}
+    system = {"llama_server_path": fake(folder), "max_concurrent_models": len(ways)}
+    return start_shared({"system": system, "models": entries})
+
+
+def test_an_engine_killed_between_requests_is_replaced_at_the_next(router: Router) -> None:
     router.chat("a")
     first = router.status("a")["pid"]
     os.kill(first, signal.SIGKILL)
@@ -28,48 +49,38 @@ def test_an_engine_killed_between_requests_is_replaced_at_the_next(start: Start,
     assert router.status("a")["pid"] != first
 
 
-def test_a_request_survives_the_death_of_its_engine(start: Start, tiny: Path, tmp_path: Path) -> None:
-    engine = fake(tmp_path, die=f"once {tmp_path / 'died'}")
-    router = start({"system": {"llama_server_path": engine}, "models": models(tiny, "a")})
-    assert router.chat("a").status_code == 200
-    assert (tmp_path / "died").exists()
+def test_a_request_survives_the_death_of_its_engine(played: Router) -> None:
+    assert played.chat("dies-once").status_code == 200
+    assert played.http.get("/v1/health/models").json()["models"]["dies-once"]["crashes"] == 1
 
 
-def test_a_request_that_kills_every_engine_is_answered_in_the_end(
-    start: Start, tiny: Path, tmp_path: Path
-) -> None:
-    router = start({"system": {"llama_server_path": fake(tmp_path, die="before")}, "models": models(tiny, "a")})
-    answer = router.chat("a")
+def test_a_request_that_kills_every_engine_is_answered_in_the_end(played: Router) -> None:
+    answer = played.chat("dies-always")
     assert answer.status_code == 503
     assert "broke 2 times" in answer.json()["error"]["message"]
     assert answer.headers["retry-after"]
 
 
-def test_an_answer_that_breaks_off_unseen_is_tried_again(start: Start, tiny: Path, tmp_path: Path) -> None:
-    router = start({"system": {"llama_server_path": fake(tmp_path, die="after")}, "models": models(tiny, "a")})
-    answer = router.chat("a")  # half a document never reaches the client
+def test_an_answer_that_breaks_off_unseen_is_tried_again(played: Router) -> None:
+    answer = played.chat("breaks-off")  # half a document never reaches the client
     assert answer.status_code == 503
     assert answer.json()["error"]["code"] == "model_failed"
 
 
-def test_a_stream_that_breaks_off_ends_with_an_error_event(start: Start, tiny: Path, tmp_path: Path) -> None:
-    router = start({"system": {"llama_server_path": fake(tmp_path, die="after")}, "models": models(tiny, "a")})
-    events = [line[6:] for line in router.chat("a", stream=True).text.splitlines() if line.startswith("data: ")]
+def test_a_stream_that_breaks_off_ends_with_an_error_event(played: Router) -> None:
+    answer = played.chat("breaks-off-streams", stream=True)
+    events = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
     assert "delta" in events[0]
     assert json.loads(events[-2])["error"]["code"] == "engine_lost"
     assert events[-1] == "[DONE]"
 
 
-def test_connections_that_the_engine_closes_lose_no_request(start: Start, tiny: Path, tmp_path: Path) -> None:
-    engine = fake(tmp_path, idle_close="1")
-    router = start({"system": {"llama_server_path": engine}, "models": models(tiny, "a")})
-    assert [router.chat("a").status_code for _ in range(100)] == [200] * 100
+def test_connections_that_the_engine_closes_lose_no_request(played: Router) -> None:
+    assert [played.chat("closes").status_code for _ in range(100)] == [200] * 100
 
 
-def test_a_build_that_pushes_nothing_is_polled(start: Start, tiny: Path, tmp_path: Path) -> None:
-    engine = fake(tmp_path, ready="poll", load_sec="0.2")
-    router = start({"system": {"llama_server_path": engine}, "models": models(tiny, "a")})
-    assert router.chat("a").status_code == 200
+def test_a_build_that_pushes_nothing_is_polled(played: Router) -> None:
+    assert played.chat("is-polled").status_code == 200
 
 
 class Stranger(BaseHTTPRequestHandler):
@@ -181,12 +192,11 @@ def test_an_engine_that_hangs_is_replaced_and_its_requests_are_served(start: Sta
     assert 'router_engine_exits_total{model="a",reason="hung"} 1\n' in router.http.get("/metrics").text
 
 
-def test_how_an_engine_ended_can_be_read(start: Start, tiny: Path) -> None:
-    router = start({"models": models(tiny, "a")})
-    router.chat("a")
-    os.kill(router.status("a")["pid"], signal.SIGSEGV)
-    router.until("a", "off")
-    health = router.http.get("/v1/health/models").json()["models"]["a"]
+def test_how_an_engine_ended_can_be_read(router: Router) -> None:
+    router.chat("b")
+    os.kill(router.status("b")["pid"], signal.SIGSEGV)
+    router.until("b", "off")
+    health = router.http.get("/v1/health/models").json()["models"]["b"]
     assert (health["status"], health["healthy"], health["uptime_sec"]) == ("off", False, None)
     assert (health["crashes"], health["restarts"]) == (1, 0)  # nobody waits for it
     ended = health["last_exit"]
