@@ -31,7 +31,7 @@ _LISTENS = re.compile(r"listens on (http://\S+)")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """What `-n auto` stands for: one more than there are cores, as much of the time is spent waiting for processes.
+    """What `-n auto` stands for: one more than there are cores, as much of the time goes by in waiting.
 
     A file is not divided, as its tests share what is dear: whoever runs one gets no workers at all.
     """
