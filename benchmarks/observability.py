@@ -123,7 +123,6 @@ class _World:
         binary = Binary(("none",), "embedded", "this benchmark")
         dispatcher = Dispatcher(Config(models=models), _NoLauncher(), binary, devices, Learned(), self.events)
         self.metrics = Metrics(dispatcher)
-        self.telemetry = Telemetry(time.monotonic)
         dispatcher.start()
 
 
@@ -167,6 +166,8 @@ async def price(folder: Path, goals: Goals) -> None:
         meter.note(part)
     usage = meter.usage()
     finished = done("m", "normal", usage)
+    only_telemetry = Events()
+    Telemetry(only_telemetry, time.monotonic)
     with (folder / "log").open("w") as file:
         stderr, sys.stderr = sys.stderr, file
         log = logs.set_up(debug=False, structured=True)
@@ -177,15 +178,15 @@ async def price(folder: Path, goals: Goals) -> None:
             ("meter, two parts", lambda: note_twice(AnswerMeter())),
             ("figures of the answer", meter.usage),
             ("the event", lambda: done("m", "normal", usage)),
-            ("metrics", lambda: world.events.publish(finished)),
-            ("telemetry", lambda: world.telemetry.note(finished)),
+            ("metrics", lambda: world.events.done(finished)),
+            ("telemetry", lambda: only_telemetry.done(finished)),
         ]
         best = {name: min(cpu_us(work, 5000) for _ in range(7)) for name, work in steps}
         lines = []
         for _ in range(7):
             began = time.process_time()
             for _ in range(5000):
-                only_log.publish(finished)
+                only_log.done(finished)
             await asyncio.sleep(0.3)
             log.close()
             lines.append((time.process_time() - began) / 5000 * 1e6)
@@ -206,7 +207,8 @@ async def scrape(aliases: int, goals: Goals) -> None:
     def serve_all() -> None:
         for name in names:
             for priority in ("high", "normal", "low"):
-                world.events.publish(done(name, priority, usage))
+                world.events.done(done(name, priority, usage))
+        world.events.settle()
 
     def take_ms() -> float:
         return cpu_us(world.metrics.exposition, 1) / 1000

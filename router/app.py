@@ -27,7 +27,6 @@ from router.api.openapi import describe
 from router.creations import Creations
 from router.dispatcher import Dispatcher
 from router.downloads import Downloads
-from router.events import RequestDone
 from router.metrics import Metrics
 from router.routing import DATA_PLANE
 from router.telemetry import Telemetry
@@ -103,8 +102,7 @@ def _pages(
     app.state.creations = creations
     app.state.metrics = Metrics(dispatcher)
     app.state.live = Live(dispatcher)
-    app.state.telemetry = Telemetry(time.monotonic)
-    dispatcher.events.listen(RequestDone, app.state.telemetry.note)
+    app.state.telemetry = Telemetry(dispatcher.events, time.monotonic)
     for pages in _PAGES:
         for route in pages.routes:
             if isinstance(route, APIRoute) and route.methods and "GET" in route.methods:

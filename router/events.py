@@ -6,9 +6,10 @@ This carries news, not commands: nothing in the router acts on it. Watchers over
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,6 +18,9 @@ import msgspec
 from router.meter import NO_USAGE, Usage
 
 _log = logging.getLogger("router")
+
+_MOST_AT_ONCE = 64
+_TOLD_WITHIN_SEC = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +71,7 @@ class ModelsListed:
 
 
 class RequestDone(msgspec.Struct, frozen=True):
-    """A request on the data plane is over. Published exactly once for each, after its last byte.
+    """A request on the data plane is over. Made exactly once for each, after its last byte.
 
     There is one per request: a struct is as immutable as a dataclass, and made in a fifth of the time.
     """
@@ -110,7 +114,14 @@ class RequestDone(msgspec.Struct, frozen=True):
         return 0.0 if self.ttft_sec is None else self.total_sec - self.ttft_sec
 
 
-Happening = ModelChanged | ModelsListed | EngineEnded | LoadMoved | ServerChanged | RequestDone
+@dataclass(frozen=True, slots=True)
+class RequestsDone:
+    """Requests that are over since the last of these, in the order of their ends."""
+
+    requests: Sequence[RequestDone]
+
+
+Happening = ModelChanged | ModelsListed | EngineEnded | LoadMoved | ServerChanged | RequestsDone
 Kind = TypeVar("Kind", bound=Happening)
 
 
@@ -119,6 +130,7 @@ class Events:
 
     def __init__(self) -> None:
         self._listeners: defaultdict[type, list[Callable[[Any], None]]] = defaultdict(list)
+        self._done: list[RequestDone] = []
 
     def listen(self, kind: type[Kind], listener: Callable[[Kind], None]) -> None:
         """Have it called with all that is of this kind."""
@@ -130,3 +142,20 @@ class Events:
                 listener(happening)
             except Exception:  # what cannot be told must not keep anything from being done
                 _log.exception("%s could not be told to all", type(happening).__name__)
+
+    def done(self, request: RequestDone) -> None:
+        """A request is over. That is told with others, soon: a count takes a third of the time among its like.
+
+        Between two tokens everything that it touches has to be fetched into the processor's caches again.
+        """
+        if not self._done:
+            asyncio.get_running_loop().call_later(_TOLD_WITHIN_SEC, self.settle)
+        self._done.append(request)
+        if len(self._done) >= _MOST_AT_ONCE:
+            self.settle()
+
+    def settle(self) -> None:
+        """Tell of all requests that are over. For those who are about to read what was counted."""
+        if self._done:
+            done, self._done = self._done, []
+            self.publish(RequestsDone(done))

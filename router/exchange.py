@@ -462,7 +462,7 @@ class Exchange:
         meter = self._meter
         now = time.monotonic()
         arrival_sec = now if ticket is None else ticket.arrival_sec
-        self._dispatcher.events.publish(
+        self._dispatcher.events.done(
             RequestDone(
                 request_id=self._request_id,
                 alias="" if ticket is None else ticket.alias,

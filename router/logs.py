@@ -7,7 +7,6 @@ with its time; nothing that comes from outside can begin one.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import sys
@@ -21,7 +20,7 @@ from urllib.parse import quote
 
 import msgspec
 
-from router.events import Events, RequestDone
+from router.events import Events, RequestDone, RequestsDone
 
 _FIELDS = ("alias", "state", "request_id", "reason")
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x0A), *range(0x0B, 0x20), *range(0x7F, 0xA0))} | {
@@ -29,7 +28,6 @@ _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x0A), *range(0x0B, 0x20
     0x2029: "\\u2029",
 }
 _MOST_WAITING = 10_000
-_FLUSH_SEC = 0.2
 _CLOSE_SEC = 2.0
 _FILE_BYTES = 10 << 20
 _OLDER_FILES = 3
@@ -41,11 +39,10 @@ class Logs:
     def __init__(self, queue: Queue[logging.LogRecord], log_dir: Path | None) -> None:
         self._queue = queue
         self._log_dir = log_dir
-        self._done: list[RequestDone] = []
 
     def log_requests(self, events: Events) -> None:
         """A line for every request that is over."""
-        events.listen(RequestDone, self._note)
+        events.listen(RequestsDone, lambda happening: self._put("router.access", done=happening.requests))
 
     def engine_file(self, alias: str) -> Callable[[bytes], None] | None:
         """Takes what an engine says to `LOG_DIR/ALIAS.log`; None without `log_dir`."""
@@ -58,23 +55,11 @@ class Logs:
 
         return take
 
-    def flush(self) -> None:
-        """Hand the requests' lines to the thread that writes."""
-        if self._done:
-            done, self._done = self._done, []
-            self._put("router.access", done=done)
-
     def close(self) -> None:
         """Write what there is; but do not wait for ever for somebody who does not read."""
-        self.flush()
         deadline = time.monotonic() + _CLOSE_SEC
         while self._queue.unfinished_tasks and time.monotonic() < deadline:
             time.sleep(0.005)
-
-    def _note(self, done: RequestDone) -> None:
-        if not self._done:
-            asyncio.get_running_loop().call_later(_FLUSH_SEC, self.flush)
-        self._done.append(done)
 
     def _put(self, name: str, **fields: object) -> None:
         record = logging.makeLogRecord({"name": name, "levelno": logging.INFO, "levelname": "INFO", **fields})

@@ -17,7 +17,7 @@ from prometheus_client.exposition import choose_encoder
 
 from router import __version__
 from router.dispatcher import Dispatcher, RunningEngine
-from router.events import EngineEnded, ModelChanged, RequestDone
+from router.events import EngineEnded, ModelChanged, RequestDone, RequestsDone
 from router.exposition import Counter, Family, Gauges, Histogram, exposition, label_text
 from router.messages import Refusal
 from router.queue import NAMES, Priority
@@ -50,12 +50,13 @@ class Metrics:
         psutil.cpu_percent()  # it tells of the time since the last call
         self._loop = asyncio.get_running_loop()
         self._look_at_lag(self._loop.time())
-        dispatcher.events.listen(RequestDone, self._requests.note)
+        dispatcher.events.listen(RequestsDone, self._requests.note)
         dispatcher.events.listen(ModelChanged, self._engines.note)
         dispatcher.events.listen(EngineEnded, self._engines.note)
 
     def exposition(self, accept: str = "") -> tuple[bytes, str]:
         """The text and its content type: OpenMetrics for those who ask for it."""
+        self._dispatcher.events.settle()
         encode, content_type = choose_encoder(accept)
         families: list[Family] = [*self._requests.families, *self._engines.families, self._lag]
         self._engines.know(self._dispatcher.scheduler.models)
@@ -161,12 +162,13 @@ class _Requests:
                 for counter in self._per_model:
                     counter.of(alias)
 
-    def note(self, done: RequestDone) -> None:
-        key = (done.alias, done.route, done.priority, done.outcome)
-        cells = self._found.get(key)
-        if cells is None:
-            cells = self._found[key] = _Cells(self, done)
-        cells.note(done)
+    def note(self, happening: RequestsDone) -> None:
+        for done in happening.requests:
+            key = (done.alias, done.route, done.priority, done.outcome)
+            cells = self._found.get(key)
+            if cells is None:
+                cells = self._found[key] = _Cells(self, done)
+            cells.note(done)
 
 
 class _Cells:

@@ -33,7 +33,7 @@ from router.devices import Devices
 from router.dispatcher import Dispatcher
 from router.downloads import Downloads
 from router.engine import Binary
-from router.events import Events, RequestDone
+from router.events import Events, RequestsDone
 from router.exchange import Exchanges
 from router.health import HealthMonitor
 from router.http_server import HttpProtocol
@@ -240,7 +240,7 @@ class _Service:
         self._log = log
         self._tracing = _tracing() if config.system.tracing else None
         if self._tracing is not None:
-            self._dispatcher.events.listen(RequestDone, self._tracing.note)
+            self._dispatcher.events.listen(RequestsDone, self._tracing.note)
         self._keyring = Keyring(config.api)
         self._creations = Creations(state, self.look_again)
         self._reloading = asyncio.Lock()
@@ -295,6 +295,7 @@ class _Service:
             server.should_exit = True
             await serving
             await self._record.saved()
+            self._dispatcher.events.settle()
             if self._tracing is not None:
                 self._tracing.close()
         _log.info("stopped")
@@ -342,6 +343,7 @@ class _Service:
         if self._stop.is_set():
             _log.warning("second signal: not waiting any longer")
             self._dispatcher.kill_engines()
+            self._dispatcher.events.settle()
             self._log.close()
             os._exit(1)
         system = self._loaded.config.system

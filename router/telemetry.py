@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from math import log
 from typing import Any
 
-from router.events import RequestDone
+from router.events import Events, RequestDone, RequestsDone
 
 _SLICE_SEC = 10.0
 WINDOWS_SEC = {"1m": 60, "5m": 300}
@@ -128,9 +128,11 @@ _Slice = dict[tuple[str, str], Tally]
 
 
 class Telemetry:
-    """`note` every request that is over. `clock` is monotonic."""
+    """Counts the requests that `events` tells of. `clock` is monotonic."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, events: Events, clock: Callable[[], float]) -> None:
+        events.listen(RequestsDone, self._note)
+        self._settle = events.settle
         self._clock = clock
         self._turned_away: Counter[str] = Counter()
         self._past: defaultdict[tuple[str, str], Tally] = defaultdict(Tally)
@@ -139,19 +141,20 @@ class Telemetry:
         self._slice: _Slice = {}
         self._slice_ends_sec = -math.inf
 
-    def note(self, done: RequestDone) -> None:
-        if not done.priority:
-            if done.outcome != "served":  # Ollama's unload asks for no slot
-                self._turned_away[done.outcome] += 1
-            return
+    def _note(self, happening: RequestsDone) -> None:
         now = self._clock()
         if now >= self._slice_ends_sec:
             self._begin_slice(now)
-        key = (done.alias, done.priority)
-        tally = self._slice.get(key)
-        if tally is None:
-            tally = self._slice[key] = Tally()
-        tally.note(done)
+        for done in happening.requests:
+            if not done.priority:
+                if done.outcome != "served":  # Ollama's unload asks for no slot
+                    self._turned_away[done.outcome] += 1
+                continue
+            key = (done.alias, done.priority)
+            tally = self._slice.get(key)
+            if tally is None:
+                tally = self._slice[key] = Tally()
+            tally.note(done)
 
     def _begin_slice(self, now: float) -> None:
         if len(self._slices) == _SLICES:
@@ -163,6 +166,7 @@ class Telemetry:
 
     def summary(self) -> dict[str, Any]:
         """Of requests that asked for a slot: since the start, with the windows, by model and by priority."""
+        self._settle()
         everything = Tally()
         models: defaultdict[str, Tally] = defaultdict(Tally)
         for tallies in (self._past, *(tallies for _, tallies in self._slices)):
@@ -196,6 +200,7 @@ class Telemetry:
 
     def window(self, seconds: float) -> dict[str, Any]:
         """The last `seconds`, up to a slice of 10 s more: all, by model, by priority."""
+        self._settle()
         since = self._clock() - seconds - _SLICE_SEC
         found: defaultdict[tuple[str, str], Tally] = defaultdict(Tally)
         for began, tallies in self._slices:

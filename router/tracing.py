@@ -17,14 +17,14 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer, set_span_in_context
 
 from router import __version__
-from router.events import RequestDone
+from router.events import RequestDone, RequestsDone
 
 _NS = 1_000_000_000
 _CLOSE_SEC = 2.0
 
 
 class Tracing:
-    """`note` every request that is over, and `close` it at the end."""
+    """`note` the requests that are over, and `close` it at the end."""
 
     def __init__(self, processor: SpanProcessor | None = None) -> None:
         if processor is None:
@@ -37,9 +37,10 @@ class Tracing:
         self._provider.add_span_processor(processor)
         self._tracer: Tracer = self._provider.get_tracer("llama-router", __version__)
 
-    def note(self, done: RequestDone) -> None:
-        if done.priority:
-            self._trace(done)
+    def note(self, happening: RequestsDone) -> None:
+        for done in happening.requests:
+            if done.priority:
+                self._trace(done)
 
     def close(self) -> None:
         """Send what there is; a collector that does not answer keeps nobody from ending."""

@@ -17,7 +17,7 @@ from conftest import ROOT, Start, eventually, fake, models
 
 from router import logs
 
-SECRET = "the launch code is 4711"
+SECRET = "the launch code is swordfish"
 KEY = "sk-very-secret"
 
 
@@ -30,7 +30,7 @@ def test_never_a_prompt_an_answer_or_a_key(start: Start, tiny: Path, tmp_path: P
     }
     router = start(config)
     headers = {"authorization": f"Bearer {KEY}", "x-request-id": "mine-1"}
-    answer = router.chat("a", content=SECRET, max_tokens=4, headers=headers)
+    answer = router.chat("a", content=SECRET, max_tokens=16, headers=headers)
     assert answer.status_code == 200
     router.chat("a", content=SECRET, stream=True, headers=headers)
     router.chat("a", content=SECRET, temperature="hot", headers=headers)
@@ -47,7 +47,7 @@ def test_never_a_prompt_an_answer_or_a_key(start: Start, tiny: Path, tmp_path: P
     assert "invalid_json" in router.log
     for text in (router.log, *seen, *files):
         said = answer.json()["choices"][0]["message"]["content"]
-        for private in (SECRET, "4711", KEY, key_of_engine, "sk-wrong-key", said):
+        for private in (SECRET, "swordfish", KEY, key_of_engine, "sk-wrong-key", said):
             assert private not in text
 
 

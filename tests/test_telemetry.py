@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from router.events import RequestDone
+from router.events import Events, RequestDone, RequestsDone
 from router.meter import Usage
 from router.telemetry import Telemetry
 
@@ -26,13 +26,14 @@ def done(alias: str = "a", outcome: str = "served", total_sec: float = 1.0, **mo
 
 def test_counts_are_exact_however_long_ago_and_windows_forget() -> None:
     clock = Clock()
-    telemetry = Telemetry(clock)
+    events = Events()
+    telemetry = Telemetry(events, clock)
     for minute in range(60):
         clock.now = 1000.0 + 60 * minute
-        telemetry.note(done("a", total_sec=1.0 + minute, usage=Usage(3, 1, 2)))
-        telemetry.note(done("b", "engine_lost", status=502, total_sec=0.5))
-        telemetry.note(done("a", "cancelled", total_sec=0.25, priority="low"))
-    telemetry.note(done("", "model_not_found", priority=""))
+        events.publish(RequestsDone([done("a", total_sec=1.0 + minute, usage=Usage(3, 1, 2))]))
+        events.publish(RequestsDone([done("b", "engine_lost", status=502, total_sec=0.5)]))
+        events.publish(RequestsDone([done("a", "cancelled", total_sec=0.25, priority="low")]))
+    events.publish(RequestsDone([done("", "model_not_found", priority="")]))
     summary = telemetry.summary()
     assert [summary[name] for name in ("total_requests", "successful", "failed", "cancelled")] == [180, 60, 60, 60]
     assert summary["success_rate"] == 0.5
@@ -51,11 +52,12 @@ def test_counts_are_exact_however_long_ago_and_windows_forget() -> None:
 
 
 def test_percentiles_are_within_two_percent() -> None:
-    telemetry = Telemetry(Clock())
+    events = Events()
+    telemetry = Telemetry(events, Clock())
     chance = random.Random(1)
     times = sorted(chance.lognormvariate(0, 2) for _ in range(5000))
     for sec in chance.sample(times, len(times)):
-        telemetry.note(done(total_sec=sec, queue_sec=0.00001))
+        events.publish(RequestsDone([done(total_sec=sec, queue_sec=0.00001)]))
     window = telemetry.window(60)
     for percent in (50, 95, 99):
         exact = times[len(times) * percent // 100 - 1]

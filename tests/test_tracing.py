@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import Start, fake, models
 
-from router.events import RequestDone
+from router.events import RequestDone, RequestsDone
 from router.meter import Usage
 
 pytest.importorskip("opentelemetry.sdk", reason="the extra `otel` is not installed")
@@ -31,23 +31,22 @@ def test_a_request_becomes_a_span_with_its_parts() -> None:
     exporter = InMemorySpanExporter()
     tracing = Tracing(SimpleSpanProcessor(exporter))
     now = time.time()
-    tracing.note(
-        RequestDone(
-            request_id="r1",
-            alias="a",
-            route="/v1/chat/completions",
-            priority="high",
-            outcome="served",
-            status=200,
-            queue_sec=2.0,
-            load_sec=1.5,
-            total_sec=4.0,
-            at=now,
-            ttft_sec=2.5,
-            usage=Usage(10, 0, 20, 0.4, 1.4),
-            trace=f"00-{TRACE}-{PARENT}-01",
-        )
+    done = RequestDone(
+        request_id="r1",
+        alias="a",
+        route="/v1/chat/completions",
+        priority="high",
+        outcome="served",
+        status=200,
+        queue_sec=2.0,
+        load_sec=1.5,
+        total_sec=4.0,
+        at=now,
+        ttft_sec=2.5,
+        usage=Usage(10, 0, 20, 0.4, 1.4),
+        trace=f"00-{TRACE}-{PARENT}-01",
     )
+    tracing.note(RequestsDone([done]))
     spans = {span.name: span for span in exporter.get_finished_spans()}
     request = spans["/v1/chat/completions"]
     assert f"{request.context.trace_id:032x}" == TRACE
@@ -66,9 +65,8 @@ def test_a_request_becomes_a_span_with_its_parts() -> None:
 
 def test_a_request_that_failed_says_so() -> None:
     exporter = InMemorySpanExporter()
-    Tracing(SimpleSpanProcessor(exporter)).note(
-        RequestDone("r", "a", "/v1/completions", "low", "queue_timeout", 504, 3.0, 0.0, 3.0, at=time.time())
-    )
+    done = RequestDone("r", "a", "/v1/completions", "low", "queue_timeout", 504, 3.0, 0.0, 3.0, at=time.time())
+    Tracing(SimpleSpanProcessor(exporter)).note(RequestsDone([done]))
     spans = {span.name: span for span in exporter.get_finished_spans()}
     assert spans.keys() == {"/v1/completions", "queue"}
     assert not spans["/v1/completions"].status.is_ok
