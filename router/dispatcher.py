@@ -486,7 +486,8 @@ class Dispatcher:
         try:
             started = time.monotonic()
             process = await self._launcher.launch(self._order(model, account), self.log_of(model.alias))
-            pool = EnginePool(process.port, process.key, self.config.system.http_max_keepalive)
+            most_idle = self.config.system.http_max_keepalive
+            pool = EnginePool(process.port, process.key, most_idle, process.unix_socket)
             running = RunningEngine(engine_id, model.alias, process, pool, account, started)
             self.running[engine_id] = running
             account.pid = process.pid

@@ -5,6 +5,9 @@ Engines listen on 127.0.0.1 with a key of their own, given through the environme
 only when our child says so on its own pipe (the protocol between llama-server's router mode and its children,
 tools/server/server-models.cpp) or, for builds that do not speak it, when the port wants our key and takes it.
 
+An engine that can listen on a Unix socket beside its port is asked for that: requests go there, as for two
+processes of one machine TCP's acknowledgements are so much work for nothing.
+
 This module knows one process. Which models have engines, and when, is the scheduler's business.
 """
 
@@ -22,6 +25,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import msgspec
 import psutil
@@ -128,9 +132,12 @@ class EngineProcess:
         key: str,
         log: LogRing,
         stderr: int,
+        unix_socket: Path | None,
     ) -> None:
         self.order = order
         self.port = port
+        self.unix_socket = unix_socket
+        """Where it listens, too."""
         self.key = key
         self.log = log
         self.started = time.monotonic()
@@ -157,10 +164,13 @@ class EngineProcess:
         self.exited: asyncio.Task[str] = asyncio.create_task(self._wait(), name=f"exit of {order.alias}")
 
     @classmethod
-    async def start(cls, order: EngineOrder, port: int, log: LogRing) -> EngineProcess:
+    async def start(
+        cls, order: EngineOrder, port: int, log: LogRing, unix_socket: Path | None = None
+    ) -> EngineProcess:
         """Spawn it. Raises EngineFailed when the binary cannot be run."""
         key = secrets.token_hex(24)
-        argv = (*order.argv, "--host", "127.0.0.1", "--port", str(port))
+        hosts = "127.0.0.1" if unix_socket is None else f"127.0.0.1,{unix_socket}"
+        argv = (*order.argv, "--host", hosts, "--port", str(port))
         env = {
             **{name: value for name, value in os.environ.items() if name not in OWNED_VARIABLES},
             **order.env,
@@ -175,7 +185,7 @@ class EngineProcess:
             raise EngineFailed(f"{order.argv[0]} cannot be run: {error}") from error
         finally:
             os.close(stderr_of_child)
-        return cls(order, port, process, key, log, stderr)
+        return cls(order, port, process, key, log, stderr, unix_socket)
 
     @property
     def pid(self) -> int:
@@ -239,6 +249,9 @@ class EngineProcess:
         self._drain()  # what it said last is the reason
         self._drain_timer.cancel()
         os.close(self._stderr)
+        if self.unix_socket is not None:
+            with contextlib.suppress(OSError):
+                self.unix_socket.unlink()
         was_killed = code in (-signal.SIGKILL, 128 + signal.SIGKILL)  # by itself, or behind a shell
         self.out_of_memory = was_killed and not self._killed_because and oom_kills() != self._oom_kills
         if code in (126, 127) and is_foreign(self.order.argv[0]):  # a shell has tried to make sense of it
@@ -374,6 +387,20 @@ def signal_name(code: int) -> str:
         return signal.Signals(-code).name
     except ValueError:
         return f"signal {-code}"
+
+
+def can_listen(unix_socket: Path) -> bool:
+    """Whether an engine could make it, and be told of it. What an earlier engine has left there goes."""
+    if "," in str(unix_socket) or '"' in str(unix_socket):  # `--host` takes CSV
+        return False
+    try:
+        unix_socket.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.bind(str(unix_socket))
+        unix_socket.unlink()
+    except OSError:  # its path is too long, or the file system has no sockets
+        return False
+    return True
 
 
 def port_is_free(port: int) -> bool:

@@ -6,6 +6,7 @@ package, and last the embedded engine, which is always there.
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 import importlib.util
 import os
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Protocol
 
 from router import embedded
-from router.engine import Binary, EngineFailed, EngineOrder, EngineProcess, LogRing, port_is_free
+from router.engine import Binary, EngineFailed, EngineOrder, EngineProcess, LogRing, can_listen, port_is_free
 from router.leftovers import EngineRecord
+from router.sizing import EngineKind
 
 _LAST_PORT = 65535
 
@@ -29,12 +31,19 @@ class Launcher(Protocol):
 
 
 class LocalLauncher:
-    """Engines as child processes on ports from `base_port` on; ports that are in use are skipped."""
+    """Engines as child processes on ports from `base_port` on; ports that are in use are skipped.
 
-    def __init__(self, base_port: int, record: EngineRecord) -> None:
+    Unix sockets for those that take them are made in `folder`, which is ours alone (None: there are none).
+    """
+
+    def __init__(self, base_port: int, record: EngineRecord, kind: EngineKind, folder: Path | None) -> None:
         self.base_port = base_port
         self._record = record
+        self._kind = kind
+        self._folder = folder
         self._engines: dict[int, EngineProcess] = {}
+        self._starting: set[int] = set()
+        """Ports that are given to engines which are not there yet."""
 
     async def launch(self, order: EngineOrder, log: LogRing) -> EngineProcess:
         self._engines = {port: engine for port, engine in self._engines.items() if engine.alive}
@@ -42,16 +51,26 @@ class LocalLauncher:
             (
                 port
                 for port in range(self.base_port, _LAST_PORT + 1)
-                if port not in self._engines and port_is_free(port)
+                if port not in self._engines and port not in self._starting and port_is_free(port)
             ),
             None,
         )
         if port is None:
             raise EngineFailed(f"no port is free from {self.base_port} on")
-        engine = await EngineProcess.start(order, port, log)
-        self._engines[port] = engine
+        self._starting.add(port)
+        try:
+            unix_socket = await asyncio.to_thread(self._unix_socket, port)
+            engine = self._engines[port] = await EngineProcess.start(order, port, log, unix_socket)
+        finally:
+            self._starting.discard(port)
         self._record.add(engine)
         return engine
+
+    def _unix_socket(self, port: int) -> Path | None:
+        if self._folder is None or not self._kind.takes_unix_sockets:
+            return None
+        path = self._folder.absolute() / f"{port}.sock"
+        return path if can_listen(path) else None
 
 
 class NoEngine(Exception):

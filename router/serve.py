@@ -43,6 +43,7 @@ from router.leftovers import EngineRecord
 from router.logs import Logs
 from router.platforms import allow_many_files, has_terminal, notice_vanished_peers, reap_orphans
 from router.routing import DATA_PLANE
+from router.sizing import EngineKind
 from router.state import State, StateHeld, configured_path
 from router.systemd import Notifier
 from router.watch import watch
@@ -232,7 +233,7 @@ class _Service:
         self._stop = asyncio.Event()
         self._record = record
         self._notifier = Notifier(os.environ)
-        launcher = LocalLauncher(config.system.base_port, record)
+        launcher = LocalLauncher(config.system.base_port, record, EngineKind(binary), state.path)
         self._dispatcher = Dispatcher(config, launcher, binary, devices, learned, Events())
         self._dispatcher.engine_file = log.engine_file
         if config.system.access_log:

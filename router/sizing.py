@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from router import fit_params, footprint, gguf
 from router.engine import Binary, signal_name
@@ -35,6 +36,7 @@ PROCESS_MIB = 16
 _MOST_MEASURED = 4
 
 _NEVER_RAN = (126, 127)
+_TAKES_UNIX_SOCKETS = "IP addresses to listen on, comma-separated, or UNIX socket paths"
 """What shells and loaders exit with when they cannot start a program."""
 
 _log = logging.getLogger("router")
@@ -106,7 +108,7 @@ class EngineKind:
         if not self._is_server:
             return
         try:
-            reason = _why_not(str(self._program), self.build)
+            reason = _tried(str(self._program), self.build).why_not
             if not os.access(self._program, os.X_OK):
                 reason = os.strerror(errno.EACCES)
         except OSError as error:
@@ -117,35 +119,42 @@ class EngineKind:
     @property
     def fits_by_itself(self) -> bool:
         """Whether it has `--fit`, which changes what the flags leave open by what is free when it loads."""
-        return self.tool is not None or (self._is_server and "--fit" in _help(str(self._program), self.build))
+        return self.tool is not None or (self._is_server and "--fit" in self._help)
+
+    @property
+    def takes_unix_sockets(self) -> bool:
+        """Whether it can listen on several addresses, Unix sockets among them. Blocking, like `check_runs`."""
+        return not self._is_server or _TAKES_UNIX_SOCKETS in " ".join(self._help.split())
+
+    @property
+    def _help(self) -> str:
+        try:
+            return _tried(str(self._program), self.build).help
+        except OSError:
+            return ""
+
+
+class _Tried(NamedTuple):
+    why_not: str
+    """Why it ends before it has begun: no library, no such instruction; empty if it does not."""
+    help: str
 
 
 @lru_cache(maxsize=8)
-def _why_not(program: str, build: str) -> str:
-    """Why a program ends before it has begun: no library, no such instruction; empty if it does not. OSError
-    if it is no program for this machine at all."""
+def _tried(program: str, build: str) -> _Tried:
+    """Raises OSError if it is no program for this machine at all."""
     try:
         done = subprocess.run(  # noqa: S603
-            [program, "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=10, check=False
+            [program, "--help"], stdin=subprocess.DEVNULL, capture_output=True, timeout=10, check=False
         )
     except subprocess.TimeoutExpired:
-        return ""
+        _log.warning("%s --help says nothing for 10 s", program)
+        return _Tried("", "")
     if done.returncode >= 0 and done.returncode not in _NEVER_RAN:
-        return ""
+        return _Tried("", done.stdout.decode("utf-8", "replace"))
     said = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
-    return said or (f"exit code {done.returncode}" if done.returncode > 0 else signal_name(done.returncode))
-
-
-@lru_cache(maxsize=8)
-def _help(program: str, build: str) -> str:
-    try:
-        done = subprocess.run(  # noqa: S603
-            [program, "--help"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10, check=False
-        )
-    except (OSError, subprocess.SubprocessError, UnicodeDecodeError) as error:
-        _log.warning("%s --help says nothing: %s", program, error)
-        return ""
-    return done.stdout
+    code = f"exit code {done.returncode}" if done.returncode > 0 else signal_name(done.returncode)
+    return _Tried(said or code, "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,13 @@ is lost, and what to do about it is the receiver's business.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import re
 import time
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, cast
 
 import httptools
@@ -218,10 +220,11 @@ def _ends_with_connection(head: Head) -> bool:
 class EnginePool:
     """Connections to one engine. Not more idle ones than `max_idle`; the number in use is the slots' business."""
 
-    def __init__(self, port: int, key: str, max_idle: int) -> None:
+    def __init__(self, port: int, key: str, max_idle: int, unix_socket: Path | None) -> None:
         self.last_sign_sec = 0.0
         """When the engine last sent a byte, or was last sent a request (monotonic)."""
         self._port = port
+        self._unix_socket = unix_socket
         self._lines = b" HTTP/1.1\r\nhost: 127.0.0.1:%d\r\nauthorization: Bearer %b\r\n" % (port, key.encode())
         self._max_idle = max_idle
         self._idle: deque[Connection] = deque()
@@ -248,13 +251,22 @@ class EnginePool:
         if self._closed:
             receiver.lost("the engine is stopped")
             return
-        loop = asyncio.get_running_loop()
         try:
-            _, connection = await loop.create_connection(lambda: Connection(self), "127.0.0.1", self._port)
+            connection = await self._open()
         except OSError as error:
             receiver.lost(f"cannot connect to the engine: {error}")
         else:
             connection.send(head, body, receiver)
+
+    async def _open(self) -> Connection:
+        """Raises OSError."""
+        loop = asyncio.get_running_loop()
+        if self._unix_socket is not None:
+            with contextlib.suppress(OSError):  # somebody may have cleaned up the folder
+                _, connection = await loop.create_unix_connection(lambda: Connection(self), str(self._unix_socket))
+                return connection
+        _, connection = await loop.create_connection(lambda: Connection(self), "127.0.0.1", self._port)
+        return connection
 
     def give_back(self, connection: Connection) -> None:
         if self._closed or len(self._idle) >= self._max_idle:

@@ -1,0 +1,97 @@
+"""Requests reach an engine over a Unix socket where it can listen on one, and over its port where it cannot."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import Start, models
+
+from router.engine import Binary, can_listen
+from router.sizing import EngineKind
+
+
+def connections(engine: psutil.Process, path: Path) -> tuple[int, int]:
+    """That an engine has accepted: over the socket, over its port."""
+    over_socket = [one for one in engine.net_connections("unix") if one.laddr == str(path)]
+    over_port = [one for one in engine.net_connections("tcp") if one.status == psutil.CONN_ESTABLISHED]
+    return len(over_socket) - 1, len(over_port)  # one of them listens
+
+
+def test_requests_go_over_the_socket_and_survive_its_loss(start: Start, tiny: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state-0"
+    router = start({"models": models(tiny, "a", flags=["-c", "1024", "-t", "1", "-np", "2", "--ignore-eos"])})
+    assert router.chat("a", max_tokens=1).status_code == 200
+    (engine,) = router.engines
+    (path,) = state.glob("*.sock")
+    assert connections(engine, path) == (1, 0)
+    path.unlink()
+    with ThreadPoolExecutor(2) as pool:  # one of them finds no connection that is idle
+        answers = list(pool.map(lambda _: router.chat("a", max_tokens=200), range(2)))
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert connections(engine, path) == (1, 1)
+    engine.kill()
+    engine.wait(10)
+    assert router.chat("a", max_tokens=1).status_code == 200
+    assert len(list(state.glob("*.sock"))) == 1
+    router.stop()
+    assert list(state.glob("*.sock")) == []
+
+
+def test_what_a_killed_router_has_left_is_replaced(start: Start, tiny: Path, tmp_path: Path) -> None:
+    state = str(tmp_path / "state-0")
+    config = {"models": models(tiny, "a")}
+    first = start(config, LLAMA_ROUTER_STATE_DIR=state)
+    first.chat("a", max_tokens=1)
+    (engine,) = first.engines
+    (path,) = Path(state).glob("*.sock")
+    first.process.kill()
+    first.process.wait()
+    engine.wait(10)
+    assert path.is_socket()
+    second = start(config, LLAMA_ROUTER_STATE_DIR=state, LLAMA_ROUTER__SYSTEM__BASE_PORT=path.stem)
+    assert second.chat("a", max_tokens=1).status_code == 200
+    (engine,) = second.engines
+    assert connections(engine, path) == (1, 0)
+
+
+def test_a_state_directory_with_too_long_a_name_is_no_obstacle(start: Start, tiny: Path, tmp_path: Path) -> None:
+    state = tmp_path / ("long" * 25)
+    router = start({"models": models(tiny, "a")}, LLAMA_ROUTER_STATE_DIR=str(state))
+    assert router.chat("a", max_tokens=1).status_code == 200
+    (engine,) = router.engines
+    assert connections(engine, state) == (-1, 1)
+
+
+def test_names_that_an_engine_cannot_be_told_get_no_socket(tmp_path: Path) -> None:
+    (tmp_path / "a,b").mkdir()
+    (tmp_path / "used").write_text("not a socket, but in our place")
+    assert not can_listen(tmp_path / "a,b" / "1.sock")
+    assert not can_listen(tmp_path / "absent" / "1.sock")
+    assert can_listen(tmp_path / "used")
+    assert not (tmp_path / "used").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "takes"),
+    [
+        (
+            "--host HOST      IP addresses to listen on, comma-separated, or UNIX socket paths\n"
+            "                 ending in .sock; with multiple TCP addresses, :: binds IPv6 only;\n",
+            True,
+        ),
+        (
+            "--host HOST      ip address to listen, or bind to an UNIX socket if the address ends with .sock\n",
+            False,
+        ),
+        ("", False),
+    ],
+    ids=["a list", "one", "no help"],
+)
+def test_builds_that_listen_on_one_address_only_get_one(tmp_path: Path, said: str, takes: bool) -> None:
+    engine = tmp_path / "llama-server"
+    engine.write_text(f"#!/bin/sh\ncat <<'END'\n{said}END\n")
+    engine.chmod(0o755)
+    assert EngineKind(Binary((str(engine),), "llama-server", "here")).takes_unix_sockets is takes
