@@ -6,7 +6,8 @@ It only answers better, as it knows the other models.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 from router.api.errors import ApiError
@@ -31,18 +32,34 @@ _NEEDS = (
     _Need(b"audio input is not supported", "audio", "mmproj"),
 )
 
+_WRITES_NOTHING = b"does not support logits computation"
+"""What the engine says when an encoder such as BERT is asked for text."""
+
 
 def refused_by_engine(body: bytes, alias: str, models: Mapping[str, ModelConfig]) -> ApiError | None:
     """An engine's error as one that says what helps; None if it is about something else."""
     if len(body) > _LONGEST_REFUSAL:
         return None
-    need = next((need for need in _NEEDS if need.said in body), None)
-    if need is None:
-        return None
-    able = [other for other, model in models.items() if other != alias and _has(model, need.flag)]
-    others = f"Ask {some_of(able)} instead" if able else "No model here is"
-    message = f"{alias!r} was not started for {need.what} (--{need.flag} in its flags). {others}."
-    return ApiError(400, "not_supported", message, "model")
+    able: Callable[[ModelConfig], bool]
+    if _WRITES_NOTHING in body:
+        reason, nobody, able = (
+            f"{alias!r} is made for embeddings and writes no text",
+            "No model here does",
+            _writes,
+        )
+    else:
+        need = next((need for need in _NEEDS if need.said in body), None)
+        if need is None:
+            return None
+        reason = f"{alias!r} was not started for {need.what} (--{need.flag} in its flags)"
+        nobody, able = "No model here is", partial(_has, flag=need.flag)
+    others = [other for other, model in models.items() if other != alias and able(model)]
+    advice = f"Ask {some_of(others)} instead" if others else nobody
+    return ApiError(400, "not_supported", f"{reason}. {advice}.", "model")
+
+
+def _writes(model: ModelConfig) -> bool:
+    return not _has(model, "embedding") and not _has(model, "rerank")
 
 
 def _has(model: ModelConfig, flag: str) -> bool:

@@ -103,6 +103,9 @@ def test_what_a_model_was_not_started_for_is_refused_with_those_that_were(
             client.chat.completions.create(
                 model=ALIAS, messages=[{"role": "user", "content": [image]}], stream=stream
             )
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match=f"writes no text. Ask '{ALIAS}' instead"):
+            client.chat.completions.create(model="embed", messages=MESSAGES, stream=stream)
     answer = router.http.post("/v1/rerank", json={"model": "embed", "query": "a", "documents": ["b"]})
     assert (answer.status_code, "--rerank" in answer.json()["error"]["message"]) == (400, True)
     answer = router.http.post("/api/embed", json={"model": ALIAS, "input": "a"})
