@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Without a command it serves. `llama-router COMMAND --help` tells what a command takes.",
     )
     parser.add_argument("--version", action="version", version=f"llama-router {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", prog="llama-router")
 
     source = argparse.ArgumentParser(add_help=False)
     source.add_argument("--config", type=Path, metavar="FILE", help="configuration, JSON or YAML")

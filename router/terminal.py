@@ -137,11 +137,12 @@ def _queue(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(stats, indent=2))
         return
-    waiting = [request for model in stats["per_model"].values() for request in model["waiting"]]
-    if not waiting:
+    queues = [model["waiting"] for model in stats["per_model"].values() if model["waiting"]]
+    if not queues:
         print(f"Nobody waits; {stats['summary']['total_processing']} in flight.")
         return
-    waiting.sort(key=lambda request: -request["waited_sec"])
+    queues.sort(key=lambda queue: -max(request["waited_sec"] for request in queue))
+    waiting = [request for queue in queues for request in queue]
     head = ("MODEL", "PRIORITY", "POSITION", "WAITED", "EXPECTED", "REQUEST", "WHY")
     print_columns([head, *(_request_row(request) for request in waiting)])
     if (more := stats["summary"]["total_queued"] - len(waiting)) > 0:

@@ -86,6 +86,7 @@ def test_queue_tells_who_waits_how_long_and_for_what(start: Start, tiny: Path, t
             router.chat(model, headers=headers)
 
     clients = [("busy", "served", "normal"), ("cold", "for-cold", "low"), ("busy", "behind-it", "low")]
+    clients.append(("cold", "urgent", "high"))
     for queued, client in enumerate(clients):
         threading.Thread(target=post, args=client, daemon=True).start()
         eventually(lambda: router.http.get("/v1/queue/stats").json()["summary"]["total_queued"] == queued)  # noqa: B023
@@ -93,14 +94,15 @@ def test_queue_tells_who_waits_how_long_and_for_what(start: Start, tiny: Path, t
 
     printed = ask("queue", "--url", router.url, cwd=tmp_path).stdout.splitlines()
     assert printed[0].split() == ["MODEL", "PRIORITY", "POSITION", "WAITED", "EXPECTED", "REQUEST", "WHY"]
-    cold, behind = (line.split(maxsplit=6) for line in printed[1:])
-    assert [cold[0], cold[1], cold[2], cold[5]] == ["cold", "low", "1", "for-cold"]
+    urgent, cold, behind = (line.split(maxsplit=6) for line in printed[1:])
+    assert [urgent[0], urgent[1], urgent[2], urgent[5]] == ["cold", "high", "1", "urgent"]
+    assert [cold[0], cold[1], cold[2], cold[5]] == ["cold", "low", "2", "for-cold"]
     assert [behind[0], behind[1], behind[2], behind[5]] == ["busy", "low", "1", "behind-it"]
     assert cold[3].endswith("s")
     assert "busy" in cold[6]
 
     document = json.loads(ask("queue", "--json", "--url", router.url, cwd=tmp_path).stdout)
-    assert document["summary"]["total_queued"] == 2
+    assert document["summary"]["total_queued"] == 3
 
 
 def test_logs_show_the_last_lines_of_an_engine_and_how_many_were_too_many(
