@@ -19,7 +19,9 @@ RUN /opt/llama-router/bin/pip install --no-cache-dir . && rm -rf /src/*
 WORKDIR /models
 ENV LLAMA_SERVER_PATH=/app/llama-server \
     LLAMA_ROUTER__API__HOST=0.0.0.0 \
-    LLAMA_ROUTER_STATE_DIR=/var/lib/llama-router
+    LLAMA_ROUTER_STATE_DIR=/var/lib/llama-router \
+    HF_HOME=/var/lib/llama-router/huggingface
+# Also what is pulled outlives the container
 VOLUME /var/lib/llama-router
 EXPOSE 8000
 # The base image probes its own port

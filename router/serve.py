@@ -121,7 +121,7 @@ def _serve(loaded: Loaded, load: Callable[[], Loaded], log: Logs) -> None:
     if not config.models:
         raise CannotServe(
             "There are no models to serve: name some under `models` in the configuration, "
-            "or give a folder of GGUF files with --models-dir."
+            "give a folder of GGUF files with --models-dir, or get one with `llama-router pull`."
         )
     binary = find_binary(config.system.llama_server_path)
     with contextlib.ExitStack() as opened:
