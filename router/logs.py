@@ -57,9 +57,8 @@ class Logs:
 
     def close(self) -> None:
         """Write what there is; but do not wait for ever for somebody who does not read."""
-        deadline = time.monotonic() + _CLOSE_SEC
-        while self._queue.unfinished_tasks and time.monotonic() < deadline:
-            time.sleep(0.005)
+        with self._queue.all_tasks_done:
+            self._queue.all_tasks_done.wait_for(lambda: not self._queue.unfinished_tasks, _CLOSE_SEC)
 
     def _put(self, name: str, **fields: object) -> None:
         record = logging.makeLogRecord({"name": name, "levelno": logging.INFO, "levelname": "INFO", **fields})

@@ -287,6 +287,7 @@ FAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1
 
 @pytest.mark.skipif(FAKETIME is None, reason="needs libfaketime")
 def test_a_clock_that_is_set_changes_nothing(start: Start, tiny: Path, tmp_path: Path) -> None:
+    """Under libfaketime 0.9.10 `time.sleep` raises EINVAL, which no clock that is really set makes it do."""
     clock = tmp_path / "clock"
     clock.write_text("+0")
     system = {"llama_server_path": fake(tmp_path), "idle_timeout_sec": 60, "keep_warm_models": 0}
