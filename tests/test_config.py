@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tiny_models import write_llama
 
 from router import config, flags
+from router import hub
 from router.config import Config, ModelConfig
 from router.config_errors import LLAMA_SWAP, ConfigError
 from router.config_file import read_file
@@ -45,6 +46,12 @@ def problems(folder: Path, content: Any = None, **sources: Any) -> list[str]:
 def model(folder: Path, entry: Mapping[str, Any], system: Mapping[str, Any] | None = None) -> ModelConfig:
     content = {"system": system or {}, "models": {"m": {"model_path": "m.gguf", **entry}}}
     return loaded(folder, content).config.models["m"]
+
+
+@pytest.fixture(autouse=True)
+def files_need_not_settle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are whole when they are looked at; `test_watch.py` has some that are not."""
+    monkeypatch.setattr(hub, "SETTLE_SEC", 0.0)
 
 
 # --- the defaults ---------------------------------------------------------------------------------------------

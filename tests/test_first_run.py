@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Start, eventually, models
+from conftest import ROOT, Router, Start, eventually, models
 from tiny_models import write_llama
 
 
@@ -23,8 +23,12 @@ def run_to_its_end(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[st
     return subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=30, check=False)
 
 
-def test_with_no_configuration_at_all_the_pasted_curl_line_gets_an_answer(start: Start) -> None:
-    router = start()
+@pytest.fixture(scope="module")
+def router(start_shared: Start) -> Router:
+    return start_shared()
+
+
+def test_with_no_configuration_at_all_the_pasted_curl_line_gets_an_answer(router: Router) -> None:
     eventually(lambda: "curl" in router.log)
     assert "demo, demo-embed" in router.log
     assert "embedded" in router.log
@@ -35,8 +39,8 @@ def test_with_no_configuration_at_all_the_pasted_curl_line_gets_an_answer(start:
     assert answer["model"] == "demo"
 
 
-def test_the_demo_embeds_too(start: Start) -> None:
-    answer = start().http.post("/v1/embeddings", json={"model": "demo-embed", "input": "hello"}).json()
+def test_the_demo_embeds_too(router: Router) -> None:
+    answer = router.http.post("/v1/embeddings", json={"model": "demo-embed", "input": "hello"}).json()
     assert len(answer["data"][0]["embedding"]) > 10
 
 

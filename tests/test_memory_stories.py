@@ -74,7 +74,7 @@ def test_a_model_too_large_for_one_gpu_is_shown_both(
 def test_another_program_takes_the_memory_and_gives_it_back(
     start: Start, tiny: Path, gpus: PlayedGpus, environ: Environ
 ) -> None:
-    gpus.set(Gpu(total_mib=1000, used_mib=700))
+    gpus.set(Gpu(total_mib=1000, used_mib=700), engines=True)
     config = {"system": {"min_vram_required": 0}, "models": models(tiny, "a", footprint_mb=600)}
     router = start(config, **environ)
     gpus.change(0, used_mib=100)

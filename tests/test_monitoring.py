@@ -156,7 +156,7 @@ class Load:
         with httpx.Client(base_url=self._router.url, headers=headers, timeout=60) as http:
             while not self._over.is_set():
                 act(http, alias)
-                self._over.wait(0.02)  # no client asks again within the same moment
+                self._over.wait(0.1)  # people who read what they get
 
     def _body(self, alias: str, **more: Any) -> dict[str, Any]:
         content = "The same words at the beginning of every prompt, so that a part of it is in the cache. " * 2
