@@ -16,8 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import write_llama
 
-from router import config, flags
-from router import hub
+from router import config, flags, hub
 from router.config import Config, ModelConfig
 from router.config_errors import LLAMA_SWAP, ConfigError
 from router.config_file import read_file
