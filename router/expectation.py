@@ -61,12 +61,20 @@ def _ahead(model: Model, priority: Priority, policy: Policy, now: float) -> int:
     )
 
 
+def _service_sec(model: Model, ready_sec: float, now: float) -> float:
+    """What a request takes: the mean, or more where those of this rush have taken longer already."""
+    if not model.queue:
+        return model.mean_service_sec
+    rush, slots = model.rush, model.spec.slots
+    return max(model.mean_service_sec, (now - max(rush.since_sec, ready_sec)) * slots / (rush.served + slots))
+
+
 def _rounds_sec(model: Model, ahead: int, now: float) -> float:
     """From mean times only: the engine serves as many at once as it has slots."""
     engine, slots = model.engine, model.spec.slots
     if engine is not None and engine.state is EngineState.READY:
         free = slots - len(engine.in_flight)
-        return max(0, ahead + 1 - free) / slots * model.mean_service_sec
+        return max(0, ahead + 1 - free) / slots * _service_sec(model, engine.ready_sec, now)
     serving_sec = ahead // slots * model.mean_service_sec
     if engine is not None and engine.state is EngineState.LOADING:
         return max(0.0, engine.started_sec + model.load_sec - now) + serving_sec

@@ -608,7 +608,7 @@ class Scheduler:
             if expiry > self._now:
                 self._wake(expiry)
                 return
-            reason = f"waited {self._now - request.arrival_sec:.0f} s for {request.alias!r}"
+            reason = f"waited {self._now - request.arrival_sec:.0f} s (queue_timeout_sec) for {request.alias!r}"
             if model.engine is None or model.engine.state is not EngineState.READY:
                 reason += f": {why(model, self._now)}"
             model.queue.remove(request)

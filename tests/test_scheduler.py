@@ -890,6 +890,14 @@ def test_full_queue_refuses_with_the_time_to_come_back() -> None:
     assert refused.retry_after_sec == pytest.approx(3.0)  # three rounds of a second
 
 
+def test_what_takes_longer_than_ever_before_lengthens_the_expected_wait() -> None:
+    machine = Machine("a", policy=Policy(max_queue_size_per_model=1))
+    machine.served("a")
+    machine.ask("a")
+    machine.wait(40)
+    assert machine.rejected[machine.ask("a")].retry_after_sec == pytest.approx(80)  # two of those that take 40 s
+
+
 def test_queue_timeout_says_what_the_request_waited_for() -> None:
     machine = Machine("a", "b", policy=Policy(queue_timeout_sec=20))
     machine.served("a")
@@ -899,7 +907,7 @@ def test_queue_timeout_says_what_the_request_waited_for() -> None:
     machine.wait(0.2)
     refused = machine.rejected[waiting]
     assert refused.refusal is Refusal.QUEUE_TIMEOUT
-    assert "waited 20 s for 'b': no room until a can go" in refused.reason
+    assert "waited 20 s (queue_timeout_sec) for 'b': no room until a can go" in refused.reason
     assert not machine.scheduler._waiting
 
 
