@@ -23,7 +23,7 @@ import socket
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -345,20 +345,38 @@ class EngineProcess:
         except asyncio.TimeoutError:
             return False
 
+    async def document(self, path: str, limit_sec: float) -> str | None:
+        """What is at `path`; None if it refuses that, or does not answer in time."""
+
+        async def fetch() -> bytes:
+            async with self._asked(path, self.key) as answer:
+                return await answer.read()
+
+        try:
+            head, _, body = (await asyncio.wait_for(fetch(), limit_sec)).partition(b"\r\n\r\n")
+        except (OSError, asyncio.TimeoutError):
+            return None
+        return body.decode(errors="replace") if head.split()[1:2] == [b"200"] else None
+
     async def _status(self, path: str, key: str) -> int | None:
         try:
-            reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+            async with self._asked(path, key) as answer:
+                return int((await answer.readline()).split()[1])
         except OSError as error:
             return _CANNOT_ASK if error.errno in (errno.EMFILE, errno.ENFILE) else None
+        except (ValueError, IndexError):
+            return None
+
+    @contextlib.asynccontextmanager
+    async def _asked(self, path: str, key: str) -> AsyncIterator[asyncio.StreamReader]:
+        """The answer to a GET over a connection of its own. Raises OSError."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         try:
             authorization = f"Authorization: Bearer {key}\r\n" if key else ""
             writer.write(
                 f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{authorization}Connection: close\r\n\r\n".encode()
             )
-            line = await reader.readline()
-            return int(line.split()[1])
-        except (OSError, ValueError, IndexError):
-            return None
+            yield reader
         finally:
             writer.close()
 

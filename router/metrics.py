@@ -17,6 +17,7 @@ from prometheus_client.exposition import choose_encoder
 
 from router import __version__
 from router.dispatcher import Dispatcher, RunningEngine
+from router.engine_metrics import EngineMetrics
 from router.events import EngineEnded, ModelChanged, RequestDone, RequestsDone
 from router.exposition import Counter, Family, Gauges, Histogram, exposition, label_text
 from router.messages import Refusal
@@ -42,6 +43,7 @@ class Metrics:
         self._dispatcher = dispatcher
         self._requests = _Requests()
         self._engines = _Engines(dispatcher)
+        self.of_engines = EngineMetrics(dispatcher)
         self._lag = Histogram(
             "router_event_loop_lag_seconds", "How late the event loop came to a timer", bounds=_LAG_SECONDS
         )
@@ -62,6 +64,7 @@ class Metrics:
         self._engines.know(self._dispatcher.scheduler.models)
         self._requests.know(self._dispatcher.scheduler.models)
         families.extend(_gauges(self._dispatcher))
+        families.extend(self.of_engines.families())
         parts = exposition(families, openmetrics=content_type.startswith("application/openmetrics-text"))
         return b"".join([*parts, encode(self._process)]), content_type
 

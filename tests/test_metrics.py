@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,6 +13,9 @@ from conftest import ROOT, Router, Start, eventually, fake, models
 from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
+
+from router.engine_metrics import relayed
+from router.exposition import exposition
 
 ROW = re.compile(r"\| `(?P<name>\w+)` \| (?P<kind>\w+) \| (?P<labels>[^|]*) \| (?P<text>.*) \|")
 
@@ -131,6 +136,56 @@ def test_engines_that_end_are_counted_by_cause(start: Start, tiny: Path, tmp_pat
     for once in ("router_engine_restarts_total", "router_retry_attempts_total", "router_retry_success_total"):
         assert counted(text, once, "model") == {("dies",): 1}
     assert counted(text, "router_upstream_resends_total", "model") == {("plain",): 3}
+
+
+def test_engines_that_are_told_to_tell_their_own_figures(start: Start, tiny: Path) -> None:
+    flags = ["-c", "1024", "-t", "1", "--ignore-eos", "--metrics"]
+    router = start({"models": {**models(tiny, "a", 'b"c', flags=flags), **models(tiny, "silent")}})
+    for alias, tokens in (("a", 3), ('b"c', 5), ("silent", 1)):
+        assert router.chat(alias, max_tokens=tokens).status_code == 200
+    predicted = {("a",): 3.0, ('b"c',): 5.0}
+
+    def told(accept: str = "") -> str:
+        return router.http.get("/metrics", headers={"accept": accept}).text
+
+    assert counted(told(), "llamacpp:tokens_predicted_total", "model") == predicted
+    openmetrics = told("application/openmetrics-text; version=1.0.0")
+    families = {family.name: family for family in parse_openmetrics(openmetrics)}
+    assert (families["llamacpp:tokens_predicted"].type, families["llamacpp:n_tokens_max"].type) == (
+        "counter",
+        "gauge",
+    )
+    os.kill(router.status("a")["pid"], signal.SIGSTOP)  # it holds nobody up, and what it said last still counts
+    assert counted(told(), "llamacpp:tokens_predicted_total", "model") == predicted
+    os.kill(router.status("a")["pid"], signal.SIGCONT)
+    router.http.post("/v1/models/eject", json={"model": "a"})
+    del predicted[("a",)]
+    assert counted(told(), "llamacpp:tokens_predicted_total", "model") == predicted
+
+
+def test_no_engine_spoils_a_scrape() -> None:
+    said = """# HELP llamacpp:good_total Good
+# TYPE llamacpp:good_total counter
+llamacpp:good_total 1
+llamacpp:good_total{position="0"} 2e3
+llamacpp:good_total{model="mine"} 3
+llamacpp:good_total{position="0" 4
+llamacpp:good_total -nan
+llamacpp:good_total much
+llamacpp:headless 5
+router_requests_total 6
+{"error": 7}
+"""
+    text = b"".join(
+        exposition(relayed({"x": said, "y": "# TYPE llamacpp:good_total counter\n"}), openmetrics=False)
+    )
+    samples = [line for line in text.decode().splitlines() if not line.startswith("#")]
+    assert samples == [
+        'llamacpp:good_total{model="x"} 1.0',
+        'llamacpp:good_total{model="x",position="0"} 2000.0',
+        'llamacpp:good_total{model="x"} nan',
+    ]
+    assert text.count(b"# TYPE") == 1
 
 
 def counted(text: str, name: str, *labels: str) -> dict[tuple[str, ...], float]:

@@ -12,8 +12,10 @@ from sse_starlette import ServerSentEvent
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from router.api.streams import EventStream
+from router.devices import Devices
 from router.dispatcher import Dispatcher, LastExit, Waiting
 from router.engine import LogRing, signal_name
+from router.metrics import Metrics
 from router.queue import NAMES
 from router.routing import model_of
 
@@ -22,7 +24,7 @@ router = APIRouter(tags=["monitoring"])
 _LOG_LOOK_SEC = 0.25
 _MOST_SHOWN = 100
 READING_SEC = 0.5
-"""For the drivers to say how the GPUs are; then what they said last counts."""
+"""For drivers and engines to say how they are; then what they said last counts."""
 
 
 @router.get("/health")
@@ -64,8 +66,10 @@ async def ready(request: Request) -> JSONResponse:
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Prometheus text format, or OpenMetrics for those who accept it."""
-    await request.app.state.dispatcher.devices.read(READING_SEC)
-    text, content_type = request.app.state.metrics.exposition(request.headers.get("accept", ""))
+    collected: Metrics = request.app.state.metrics
+    devices: Devices = request.app.state.dispatcher.devices
+    await asyncio.gather(devices.read(READING_SEC), collected.of_engines.read(READING_SEC))
+    text, content_type = collected.exposition(request.headers.get("accept", ""))
     return Response(text, headers={"content-type": content_type})
 
 
