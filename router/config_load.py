@@ -440,6 +440,7 @@ class _Draft:
                 self.problem(path, '"*" means all models and stands alone')
             elif alias != "*" and alias not in entries:
                 self.problem(path, f"there is no model {alias!r}" + did_you_mean(alias, entries))
+        self.check_pins(models, system.max_concurrent_models)
         exposed = api.host not in ("localhost", "::1") and not api.host.startswith("127.")
         if exposed and not api.api_keys and not api.inference_keys:
             message = f"{api.host} is open to the network and no API key is set: anybody there may use the router"
@@ -449,6 +450,14 @@ class _Draft:
         self.lost |= {name: alias.uses for name, alias in aliases.items() if name not in usable}
         usable |= dict(self.created_aliases(usable, there))
         return Config(api, system, scheduling, there, usable, self.lost)
+
+    def check_pins(self, models: Mapping[str, ModelConfig | None], places: int) -> None:
+        pinned = [alias for alias, model in models.items() if model and model.pinned]
+        if places <= len(pinned) < len(models) or places < len(pinned):
+            key = ("system", "max_concurrent_models")
+            source = self.origin_of(key)
+            message = f"{places} is no more than the pinned models ({', '.join(pinned)}): others find no place"
+            self.warnings.append(str(Problem(dotted(key), message, "" if source == _DEFAULT else source)))
 
     def created_aliases(
         self, aliases: Mapping[str, AliasConfig], models: Container[str]

@@ -245,11 +245,17 @@ def _possible(placements: Iterable[Placement], room: Room, budgets: Mapping[str,
 
 
 def _why_never(candidate: Model, inspected: Inspected, room: Room) -> str:
+    pinned = sorted(engine.alias for engine in room.engines if _stays(engine))
+    engines = room.budgets[ENGINES]
+    if len(pinned) >= engines:
+        return (
+            f"{candidate.spec.alias!r} finds no place beside {', '.join(pinned)} (pinned): "
+            f"max_concurrent_models is {engines}; raise it, or pin fewer"
+        )
     reason = f"{candidate.spec.alias!r} needs {inspected.need}; the budget is {amounts(room.budgets)}"
     held = {name: room.capacity[name] - mib for name, mib in room.budgets.items() if room.capacity[name] > mib}
     if held:
         reason += f", {amounts(room.free)} of it free; other programs hold {amounts(held)}"
-    pinned = sorted(engine.alias for engine in room.engines if _stays(engine))
     if pinned:
-        reason += f" in {room.budgets[ENGINES]} engines, of which {', '.join(pinned)} (pinned) keep theirs"
+        reason += f"; {', '.join(pinned)} (pinned) keep what they hold"
     return f"{reason}; {inspected.advice}" if inspected.advice else reason

@@ -573,6 +573,15 @@ def test_an_open_router_without_a_key_earns_a_warning(tmp_path: Path) -> None:
     assert loaded(tmp_path, overrides=overrides, environ={"API_KEY": "k"}).warnings == ()
 
 
+def test_pinned_models_that_leave_no_place_for_others_earn_a_warning(tmp_path: Path) -> None:
+    pinned = {alias: {"model_path": f"{alias}.gguf", "pinned": True} for alias in ("a", "b", "c")}
+    assert loaded(tmp_path, {"models": pinned}).warnings == ()
+    (warning,) = loaded(tmp_path, {"models": {**pinned, "d": {"model_path": "d.gguf"}}}).warnings
+    assert warning == (
+        "system.max_concurrent_models: 3 is no more than the pinned models (a, b, c): others find no place"
+    )
+
+
 def test_older_names_still_work_and_obsolete_ones_are_ignored_aloud(tmp_path: Path) -> None:
     result = loaded(tmp_path, {"system": {"parallel_requests": 6, "queue_processor_idle_sec": 120}})
     assert result.config.system.default_parallel == 6

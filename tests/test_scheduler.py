@@ -563,6 +563,14 @@ def test_what_a_client_says_counts_instead_of_the_timeout_until_the_engine_goes(
     assert machine.states() == "off off"
 
 
+def test_where_pinned_models_take_every_place_the_refusal_does_not_speak_of_memory() -> None:
+    machine = Machine(ModelSpec("a", pinned=True), "b", policy=Policy(max_concurrent_models=1))
+    machine.served("a")
+    assert machine.rejected[machine.ask("b")].reason == (
+        "'b' finds no place beside a (pinned): max_concurrent_models is 1; raise it, or pin fewer"
+    )
+
+
 def test_pinned_model_stays_whatever_a_client_says() -> None:
     machine = Machine(ModelSpec("a", pinned=True))
     request = machine.served("a")
