@@ -187,10 +187,10 @@ class Scheduler:
     def _queue_full(self, model: Model) -> str | None:
         """Why nobody may join the line; None when there is room."""
         if len(model.queue) >= self.policy.max_queue_size_per_model:
-            return f"{len(model.queue)} requests wait for {model.spec.alias!r} already"
+            return f"{len(model.queue)} requests wait for {model.spec.alias!r} already (max_queue_size_per_model)"
         waiting = self.waiting()
         if waiting >= self.policy.max_queue_size_total:
-            return f"{waiting} requests wait already, {len(model.queue)} of them for {model.spec.alias!r}"
+            return f"{waiting} requests wait already, {len(model.queue)} of them for {model.spec.alias!r} (max_queue_size_total)"
         return None
 
     def _come_back_sec(self, model: Model, priority: Priority) -> float:

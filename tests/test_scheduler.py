@@ -924,7 +924,7 @@ def test_all_models_together_have_a_bound_too() -> None:
     first, *_ = [machine.ask(alias) for alias in "aab"]
     refused = machine.rejected[machine.ask("b")]
     assert refused.refusal is Refusal.QUEUE_FULL
-    assert refused.reason == "3 requests wait already, 1 of them for 'b'"
+    assert refused.reason == "3 requests wait already, 1 of them for 'b' (max_queue_size_total)"
     machine.finish(first)  # it goes away
     assert machine.ask("b") not in machine.rejected
 
