@@ -190,7 +190,8 @@ class Scheduler:
             return f"{len(model.queue)} requests wait for {model.spec.alias!r} already (max_queue_size_per_model)"
         waiting = self.waiting()
         if waiting >= self.policy.max_queue_size_total:
-            return f"{waiting} requests wait already, {len(model.queue)} of them for {model.spec.alias!r} (max_queue_size_total)"
+            ours = f"{len(model.queue)} of them for {model.spec.alias!r}"
+            return f"{waiting} requests wait already, {ours} (max_queue_size_total)"
         return None
 
     def _come_back_sec(self, model: Model, priority: Priority) -> float:
