@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,12 +40,15 @@ class Amd:
         self._asked = asked
         self._root = root
 
-    def read(self, pids: Iterable[int]) -> tuple[list[Device], list[str]]:
-        """All GPUs that can be used, with their use by `pids`, and for people what is left out, and why."""
+    def read(self, pids: Callable[[], Iterable[int]]) -> tuple[list[Device], list[str]]:
+        """All GPUs that can be used, with their use by `pids`, and for people what is left out, and why.
+
+        To find those takes milliseconds, and nobody needs them where there is no GPU.
+        """
         devices: list[Device] = []
         left_out: list[str] = []
         cards = self._by_compute_driver() or self._by_display_driver()
-        clients = [client for pid in pids for client in self._clients(pid)] if cards else []
+        clients = [client for pid in pids() for client in self._clients(pid)] if cards else []
         for card in cards:
             total = _number(card.folder / "mem_info_vram_total")
             used = _number(card.folder / "mem_info_vram_used")

@@ -166,7 +166,7 @@ class Devices:
         if found or any(device.kind == "cuda" for device in self._seen.values()):
             ours = self._visible_to_cuda(found, remarks)
         else:
-            found, more = self._amd.read(host.child_pids())
+            found, more = self._amd.read(host.child_pids)
             remarks += more
             ours = self._visible_to_rocm(found)
         if self._wanted is not None:

@@ -407,20 +407,6 @@ def signal_name(code: int) -> str:
         return f"signal {-code}"
 
 
-def can_listen(unix_socket: Path) -> bool:
-    """Whether an engine could make it, and be told of it. What an earlier engine has left there goes."""
-    if "," in str(unix_socket) or '"' in str(unix_socket):  # `--host` takes CSV
-        return False
-    try:
-        unix_socket.unlink(missing_ok=True)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.bind(str(unix_socket))
-        unix_socket.unlink()
-    except OSError:  # its path is too long, or the file system has no sockets
-        return False
-    return True
-
-
 def port_is_free(port: int) -> bool:
     """Whether an engine could listen there. Asked with its own socket option, so TIME_WAIT does not count."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:

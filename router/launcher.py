@@ -11,11 +11,12 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
+import socket
 from pathlib import Path
 from typing import Protocol
 
 from router import embedded
-from router.engine import Binary, EngineFailed, EngineOrder, EngineProcess, LogRing, can_listen, port_is_free
+from router.engine import Binary, EngineFailed, EngineOrder, EngineProcess, LogRing, port_is_free
 from router.leftovers import EngineRecord
 from router.sizing import EngineKind
 
@@ -40,37 +41,42 @@ class LocalLauncher:
         self.base_port = base_port
         self._record = record
         self._kind = kind
-        self._folder = folder
+        self._folder = folder.absolute() if folder is not None and _takes_sockets(folder.absolute()) else None
         self._engines: dict[int, EngineProcess] = {}
-        self._starting: set[int] = set()
-        """Ports that are given to engines which are not there yet."""
 
     async def launch(self, order: EngineOrder, log: LogRing) -> EngineProcess:
+        takes_sockets = await asyncio.to_thread(lambda: self._kind.takes_unix_sockets)
         self._engines = {port: engine for port, engine in self._engines.items() if engine.alive}
         port = next(
             (
                 port
                 for port in range(self.base_port, _LAST_PORT + 1)
-                if port not in self._engines and port not in self._starting and port_is_free(port)
+                if port not in self._engines and port_is_free(port)
             ),
             None,
         )
         if port is None:
             raise EngineFailed(f"no port is free from {self.base_port} on")
-        self._starting.add(port)
-        try:
-            unix_socket = await asyncio.to_thread(self._unix_socket, port)
-            engine = self._engines[port] = await EngineProcess.start(order, port, log, unix_socket)
-        finally:
-            self._starting.discard(port)
+        unix_socket = self._folder / f"{port}.sock" if self._folder is not None and takes_sockets else None
+        engine = self._engines[port] = await EngineProcess.start(order, port, log, unix_socket)
         self._record.add(engine)
         return engine
 
-    def _unix_socket(self, port: int) -> Path | None:
-        if self._folder is None or not self._kind.takes_unix_sockets:
-            return None
-        path = self._folder.absolute() / f"{port}.sock"
-        return path if can_listen(path) else None
+
+def _takes_sockets(folder: Path) -> bool:
+    """Whether engines can make Unix sockets there, and be told of them. What is left of earlier ones goes."""
+    if "," in str(folder) or '"' in str(folder):  # `--host` takes CSV
+        return False
+    longest = folder / f"{_LAST_PORT}.sock"
+    try:
+        for left in folder.glob("*.sock"):
+            left.unlink()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.bind(str(longest))
+        longest.unlink()
+    except OSError:  # the path is too long, or the file system has no sockets
+        return False
+    return True
 
 
 class NoEngine(Exception):

@@ -527,7 +527,7 @@ def test_an_amd_gpu_is_read_from_its_files(tmp_path: Path) -> None:
     lay_out(
         tmp_path, {"sys/class/drm/card1-DP-1/status": "connected", "sys/class/drm/card0/device/vendor": "0x8086"}
     )
-    ((device,), left_out) = Amd(root=tmp_path).read([])
+    ((device,), left_out) = Amd(root=tmp_path).read(list)
     assert (device.name, device.kind, device.label) == ("gpu0", "rocm", "AMD GPU")
     assert device.uuid == "GPU-7d4c9a0b1e2f3a4b"
     assert (device.total_mib, device.free_mib) == (24560, 23000)
@@ -543,7 +543,7 @@ def test_amd_gpus_are_counted_as_rocm_counts_them(tmp_path: Path) -> None:
     lay_out(tmp_path, {"sys/class/kfd/kfd/topology/nodes/0/gpu_id": 0})  # the processor
     node(tmp_path, 1, card=1, gpu_id="51821", target=90012)
     node(tmp_path, 2, card=0, gpu_id="4711", target=100302)
-    devices, _ = Amd(root=tmp_path).read([])
+    devices, _ = Amd(root=tmp_path).read(list)
     assert [(device.name, device.label, device.total_mib) for device in devices] == [
         ("gpu0", "AMD gfx90c", 16000),
         ("gpu1", "AMD gfx1032", 8000),
@@ -566,7 +566,7 @@ def test_what_a_process_holds_of_an_amd_gpu(tmp_path: Path) -> None:
             "sys/class/kfd/kfd/proc/71/vram_51821": 2048 * MIB,
         },
     )
-    ((device,), _) = Amd(root=tmp_path).read([70, 71, 72])
+    ((device,), _) = Amd(root=tmp_path).read(lambda: [70, 71, 72])
     assert device.used_by == {70: 350, 71: 2048}
 
 
@@ -577,7 +577,7 @@ def test_a_carve_out_for_a_processors_graphics_is_offered_only_if_it_is_worth_it
     tmp_path: Path, vram_mib: int, asked: tuple[int, ...], is_offered: bool
 ) -> None:
     lay_out(tmp_path, card(0, vram_mib=vram_mib, apu=True, slot="0000:c5:00.0"))
-    devices, left_out = Amd(asked, tmp_path).read([])
+    devices, left_out = Amd(asked, tmp_path).read(list)
     assert bool(devices) == is_offered
     assert is_offered or "its models count as in RAM" in left_out[0]
 
@@ -619,7 +619,7 @@ def test_the_amd_gpus_that_may_be_used(tmp_path: Path, ask: Ask, environ: dict[s
 def test_no_content_of_amds_files_raises(tmp_path: Path, content: bytes, name: str) -> None:
     lay_out(tmp_path, card(0, vram_mib=16000, slot="0000:03:00.0"))
     lay_out(tmp_path, {f"sys/class/drm/card0/device/{name}": content})
-    devices, left_out = Amd(root=tmp_path).read([os.getpid()])
+    devices, left_out = Amd(root=tmp_path).read(lambda: [os.getpid()])
     assert len(devices) + len(left_out) == 1
 
 
