@@ -25,6 +25,8 @@ def test_every_metric_is_documented_and_in_both_formats(start: Start, tiny: Path
     assert router.chat("a").status_code == 200
     assert router.chat("a", stream=True).status_code == 200
     assert router.chat("no such model").status_code == 404
+    eventually(lambda: memory_agrees(router), timeout_sec=20)  # also: the engine is measured
+
     plain = router.http.get("/metrics")
     assert plain.headers["content-type"].startswith("text/plain; version=")
     described = [line.split(" ", 3)[2:] for line in plain.text.splitlines() if line.startswith("# HELP router_")]
@@ -42,8 +44,6 @@ def test_every_metric_is_documented_and_in_both_formats(start: Start, tiny: Path
         if name in labels:
             assert labels[name] == set(re.findall(r"\w+", row["labels"])), name
 
-    eventually(lambda: memory_agrees(router), timeout_sec=20)
-
     accept = {"accept": "application/openmetrics-text; version=1.0.0"}
     answer = router.http.get("/metrics", headers=accept)
     assert answer.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
@@ -58,10 +58,11 @@ def memory_agrees(router: Router) -> bool:
         if counted(text, f"router_memory_{name}_bytes", "device") != told:
             return False
     (engine,) = vram["models"]
-    ((_, held),) = counted(text, "router_model_memory_bytes", "model", "device").items()
+    held = counted(text, "router_model_memory_bytes", "model", "device")
     return (
         counted(text, "router_model_vram_bytes", "model") == {("a",): float(engine["vram_used_mb"] << 20)}
-        and 0 < held <= engine["measured_mb"]["host"] << 20
+        and held.keys() == {("a", "host")}
+        and 0 < held["a", "host"] <= engine["measured_mb"]["host"] << 20
     )
 
 
