@@ -164,9 +164,7 @@ class EngineProcess:
         self.exited: asyncio.Task[str] = asyncio.create_task(self._wait(), name=f"exit of {order.alias}")
 
     @classmethod
-    async def start(
-        cls, order: EngineOrder, port: int, log: LogRing, unix_socket: Path | None = None
-    ) -> EngineProcess:
+    async def start(cls, order: EngineOrder, port: int, log: LogRing, unix_socket: Path | None) -> EngineProcess:
         """Spawn it. Raises EngineFailed when the binary cannot be run."""
         key = secrets.token_hex(24)
         hosts = "127.0.0.1" if unix_socket is None else f"127.0.0.1,{unix_socket}"

@@ -131,6 +131,7 @@ class Events:
     def __init__(self) -> None:
         self._listeners: defaultdict[type, list[Callable[[Any], None]]] = defaultdict(list)
         self._done: list[RequestDone] = []
+        self._settling: asyncio.TimerHandle | None = None
 
     def listen(self, kind: type[Kind], listener: Callable[[Kind], None]) -> None:
         """Have it called with all that is of this kind."""
@@ -148,14 +149,17 @@ class Events:
 
         Between two tokens everything that it touches has to be fetched into the processor's caches again.
         """
-        if not self._done:
-            asyncio.get_running_loop().call_later(_TOLD_WITHIN_SEC, self.settle)
+        if self._settling is None:
+            self._settling = asyncio.get_running_loop().call_later(_TOLD_WITHIN_SEC, self.settle)
         self._done.append(request)
         if len(self._done) >= _MOST_AT_ONCE:
             self.settle()
 
     def settle(self) -> None:
         """Tell of all requests that are over. For those who are about to read what was counted."""
+        if self._settling is not None:  # one that is left over would tear the next of them apart
+            self._settling.cancel()
+            self._settling = None
         if self._done:
             done, self._done = self._done, []
             self.publish(RequestsDone(done))

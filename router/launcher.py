@@ -41,11 +41,13 @@ class LocalLauncher:
         self.base_port = base_port
         self._record = record
         self._kind = kind
-        self._folder = folder.absolute() if folder is not None and _takes_sockets(folder.absolute()) else None
+        self._sockets = None if folder is None else _made_ready(folder.absolute())
         self._engines: dict[int, EngineProcess] = {}
 
     async def launch(self, order: EngineOrder, log: LogRing) -> EngineProcess:
-        takes_sockets = await asyncio.to_thread(lambda: self._kind.takes_unix_sockets)
+        sockets = self._sockets
+        if sockets is not None and not await asyncio.to_thread(lambda: self._kind.takes_unix_sockets):
+            sockets = None
         self._engines = {port: engine for port, engine in self._engines.items() if engine.alive}
         port = next(
             (
@@ -57,16 +59,16 @@ class LocalLauncher:
         )
         if port is None:
             raise EngineFailed(f"no port is free from {self.base_port} on")
-        unix_socket = self._folder / f"{port}.sock" if self._folder is not None and takes_sockets else None
+        unix_socket = None if sockets is None else sockets / f"{port}.sock"
         engine = self._engines[port] = await EngineProcess.start(order, port, log, unix_socket)
         self._record.add(engine)
         return engine
 
 
-def _takes_sockets(folder: Path) -> bool:
-    """Whether engines can make Unix sockets there, and be told of them. What is left of earlier ones goes."""
+def _made_ready(folder: Path) -> Path | None:
+    """The folder, without what is left of earlier sockets; None if engines can't make any there, or be told."""
     if "," in str(folder) or '"' in str(folder):  # `--host` takes CSV
-        return False
+        return None
     longest = folder / f"{_LAST_PORT}.sock"
     try:
         for left in folder.glob("*.sock"):
@@ -75,8 +77,8 @@ def _takes_sockets(folder: Path) -> bool:
             probe.bind(str(longest))
         longest.unlink()
     except OSError:  # the path is too long, or the file system has no sockets
-        return False
-    return True
+        return None
+    return folder
 
 
 class NoEngine(Exception):

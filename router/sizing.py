@@ -36,8 +36,9 @@ PROCESS_MIB = 16
 _MOST_MEASURED = 4
 
 _NEVER_RAN = (126, 127)
-_TAKES_UNIX_SOCKETS = "IP addresses to listen on, comma-separated, or UNIX socket paths"
 """What shells and loaders exit with when they cannot start a program."""
+_TAKES_UNIX_SOCKETS = "IP addresses to listen on, comma-separated, or UNIX socket paths"
+"""What `--help` says of `--host` in builds that take several."""
 
 _log = logging.getLogger("router")
 
