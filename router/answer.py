@@ -52,7 +52,8 @@ class Answer:
     def whole(self, status: int, lines: bytes, body: bytes) -> None:
         """`lines` are headers, each with its end; those for the framing are added."""
         self.started = True
-        self._wire.write(b"%bcontent-length: %d\r\n\r\n%b" % (self._first_lines(status, lines), len(body), body))
+        first = self._first_lines(status)
+        self._wire.write(b"%b%bcontent-length: %d\r\n\r\n%b" % (first, lines, len(body), body))
         self._wire.answered(keep_alive=self.keep_alive)
 
     def start(self, status: int, lines: bytes, length: int | None = None) -> None:
@@ -66,7 +67,7 @@ class Answer:
             lines += b"transfer-encoding: chunked\r\n"
         else:
             self.keep_alive = False
-        self._head = self._first_lines(status, lines) + b"\r\n"
+        self._head = self._first_lines(status) + lines + b"\r\n"
 
     def write(self, part: bytes, last: bool) -> None:
         if self._chunked:
@@ -89,7 +90,6 @@ class Answer:
     def abort(self) -> None:
         self._wire.abort()
 
-    def _first_lines(self, status: int, lines: bytes) -> bytes:
-        first = _STATUS.get(status) or b"HTTP/1.1 %d \r\n" % status
-        closing = b"" if self.keep_alive else b"connection: close\r\n"
-        return b"%b%b%b%b" % (first, self._wire.default_lines, closing, lines)
+    def _first_lines(self, status: int) -> bytes:
+        lines = (_STATUS.get(status) or b"HTTP/1.1 %d \r\n" % status) + self._wire.default_lines
+        return lines if self.keep_alive else lines + b"connection: close\r\n"

@@ -17,6 +17,8 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from router.accountant import Accountant
 from router.config import Config, MaxWait, ModelConfig, Patience, WaitFactor
 from router.devices import Devices
@@ -109,38 +111,23 @@ class LastExit:
     log_tail: tuple[str, ...] = ()
 
 
-class Ticket:
+class Ticket(msgspec.Struct, eq=False):
     """A request's place: in the queue, then with `engine`, or turned away with `rejection`."""
 
-    __slots__ = (
-        "_listener",
-        "alias",
-        "arrival_sec",
-        "engine",
-        "granted_sec",
-        "id",
-        "load_sec",
-        "priority",
-        "queue_sec",
-        "rejection",
-        "retries",
-    )
-
-    def __init__(self, request_id: str, alias: str, priority: Priority, now: float) -> None:
-        self.id = request_id
-        self.alias = alias
-        self.priority = priority
-        self.arrival_sec = now
-        self.granted_sec = now
-        self.queue_sec = 0.0
-        """How long it has waited, once it is decided."""
-        self.load_sec = 0.0
-        """The part of the wait in which the model was loading."""
-        self.engine: RunningEngine | None = None
-        self.rejection: Reject | None = None
-        self.retries = 0
-        """How often its engine broke and it was sent back to the queue."""
-        self._listener: Callable[[], None] | None = None
+    id: str
+    alias: str
+    priority: Priority
+    arrival_sec: float
+    granted_sec: float
+    queue_sec: float = 0.0
+    """How long it has waited, once it is decided."""
+    load_sec: float = 0.0
+    """The part of the wait in which the model was loading."""
+    engine: RunningEngine | None = None
+    rejection: Reject | None = None
+    retries: int = 0
+    """How often its engine broke and it was sent back to the queue."""
+    _listener: Callable[[], None] | None = None
 
     @property
     def decided(self) -> bool:
@@ -285,7 +272,7 @@ class Dispatcher:
     def submit(self, request_id: str, alias: str, priority: Priority) -> Ticket:
         """Ask for a slot. Every ticket must come back through `finish`, also a cancelled one."""
         now = time.monotonic()
-        ticket = Ticket(request_id, alias, priority, now)
+        ticket = Ticket(request_id, alias, priority, now, now)
         self._tickets[request_id] = ticket
         self.counts[alias].submitted += 1
         self._post(Submit(now, request_id, alias, priority))
@@ -392,17 +379,20 @@ class Dispatcher:
 
     def _post(self, event: Event) -> None:
         """One event at a time, also when carrying out an effect brings the next."""
-        self._pending.append(event)
         if self._posting:
+            self._pending.append(event)
             return
         self._posting = True
+        scheduler = self.scheduler
         try:
+            for effect in scheduler.step(event):
+                self._carry_out(effect)
             while self._pending:
-                for effect in self.scheduler.step(self._pending.popleft()):
+                for effect in scheduler.step(self._pending.popleft()):
                     self._carry_out(effect)
         finally:
             self._posting = False
-        if self.scheduler.wake_at < self._timer_at:
+        if scheduler.wake_at < self._timer_at:
             self._set_timer()
 
     def _carry_out(self, effect: Effect) -> None:

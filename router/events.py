@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -91,6 +92,10 @@ class RequestDone(msgspec.Struct, frozen=True):
     """From the moment that the whole request was there to the last byte of the answer."""
     at: float = 0.0
     """When it ended; seconds since the epoch."""
+    trace: str = ""
+    """The client's `traceparent` (W3C Trace Context)."""
+    reason: str = ""
+    """What the client was told when it was not served."""
     ttft_sec: float | None = None
     """From there to the first byte of the engine's answer to the client; None when there was none."""
     streamed: bool = False
@@ -102,11 +107,7 @@ class RequestDone(msgspec.Struct, frozen=True):
     """How often it went back to its queue because its engine broke."""
     resends: int = 0
     """How often it was sent again because an idle connection had just been closed."""
-    reason: str = ""
-    """What the client was told when it was not served."""
     usage: Usage = NO_USAGE
-    trace: str = ""
-    """The client's `traceparent` (W3C Trace Context)."""
 
     @property
     def stream_sec(self) -> float:
@@ -114,11 +115,28 @@ class RequestDone(msgspec.Struct, frozen=True):
         return 0.0 if self.ttft_sec is None else self.total_sec - self.ttft_sec
 
 
-@dataclass(frozen=True, slots=True)
+class Labels(NamedTuple):
+    """What requests have in common that count for the same series."""
+
+    alias: str
+    route: str
+    priority: str
+    outcome: str
+
+
+@dataclass(frozen=True)
 class RequestsDone:
     """Requests that are over since the last of these, in the order of their ends."""
 
     requests: Sequence[RequestDone]
+
+    @cached_property
+    def by_labels(self) -> Mapping[Labels, Sequence[RequestDone]]:
+        """The same, sorted by their labels, whose series are looked for once."""
+        found: defaultdict[tuple[str, str, str, str], list[RequestDone]] = defaultdict(list)
+        for done in self.requests:
+            found[done.alias, done.route, done.priority, done.outcome].append(done)
+        return {Labels(*key): requests for key, requests in found.items()}
 
 
 Happening = ModelChanged | ModelsListed | EngineEnded | LoadMoved | ServerChanged | RequestsDone

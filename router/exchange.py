@@ -27,7 +27,7 @@ from router.capability import refused_by_engine
 from router.crowd import Bodies
 from router.dispatcher import Dispatcher, Ticket, Waiting
 from router.events import RequestDone
-from router.meter import NO_USAGE, AnswerMeter
+from router.meter import AnswerMeter
 from router.queue import NAMES
 from router.rewriting import rewritten
 from router.routing import Wish, read_wish
@@ -118,6 +118,7 @@ class Exchange:
         "_headers",
         "_heartbeat",
         "_held",
+        "_id_line",
         "_is_over",
         "_is_paused",
         "_lines",
@@ -147,9 +148,11 @@ class Exchange:
         self._headers = headers
         self._fields: Mapping[bytes, bytes] = dict(headers)
         self._request_id = ""
+        self._id_line = b""
         self._lines = b""
-        """Headers of every answer."""
+        """Headers of every answer, besides that one."""
         self._received = bytearray()
+        """A body that comes in more than one part, while it does."""
         self._held = 0
         """Bytes of the body, as they count in the sum over all requests."""
         self._parts: list[bytes] = []
@@ -172,8 +175,7 @@ class Exchange:
     # --- the client -------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        self._request_id = self._identify()
-        self._lines = b"x-request-id: %b\r\n" % self._request_id.encode()
+        self._be_called(self._identify())
         try:
             self._admit()
         except ApiError as error:
@@ -186,21 +188,28 @@ class Exchange:
         if self._is_over:
             return
         api = self._dispatcher.config.api
+        size = len(part)
         try:
-            if len(self._received) + len(part) > api.max_body_mb << 20:
+            if self._held + size > api.max_body_mb << 20:
                 raise self._too_large()
-            self._shared.bodies.hold(len(part), api.max_bodies_mb << 20)
-            self._held += len(part)
+            self._shared.bodies.hold(size, api.max_bodies_mb << 20)
         except ApiError as error:
             self._refuse(error)
             return
-        self._received += part  # not a list: a body in crumbs would take many times its size
+        self._held += size
+        if size == self._held:
+            self._body = part
+        else:
+            if not self._received:
+                self._received += self._body
+            self._received += part  # not a list: a body in crumbs would take many times its size
 
     def end_body(self) -> None:
         if self._is_over:
             return
-        self._body = bytes(self._received)
-        self._received.clear()
+        if self._received:
+            self._body = bytes(self._received)
+            self._received.clear()
         try:
             wish = self._read_wish()
             if wish.asked_as is not None and self._body:
@@ -216,8 +225,7 @@ class Exchange:
 
     def _submit(self, wish: Wish) -> None:
         if self._dispatcher.is_taken(self._request_id):  # by one that came while the body was read
-            self._request_id = _new_id()
-            self._lines = b"x-request-id: %b\r\n" % self._request_id.encode()
+            self._be_called(_new_id())
         self._streams = wish.streams
         self._ticket = ticket = self._dispatcher.submit(self._request_id, wish.alias, wish.priority)
         self._wait_for_slot(ticket)
@@ -242,6 +250,10 @@ class Exchange:
         """Close the connection after this answer."""
         self._answer.keep_alive = False
 
+    def _be_called(self, request_id: str) -> None:
+        self._request_id = request_id
+        self._id_line = f"x-request-id: {request_id}\r\n".encode()
+
     def _identify(self) -> str:
         given = self._fields.get(b"x-request-id", b"")
         if 0 < len(given) <= 128 and all(0x21 <= byte <= 0x7E for byte in given):
@@ -254,7 +266,7 @@ class Exchange:
         """Raises ApiError, before the body is read."""
         fields = self._fields
         if (origin := fields.get(b"origin")) is not None:
-            self._lines += self._shared.browsers.origin_lines(origin)
+            self._lines = self._shared.browsers.origin_lines(origin)
         self._shared.browsers.check_host(fields)
         self._shared.keyring.check(self._headers, manages=False)
         if fields.get(b"content-encoding", b"identity") != b"identity":
@@ -293,10 +305,12 @@ class Exchange:
         target = self._target
         if self._query:
             target += b"?" + self._query
-        lines = [b"%b: %b\r\n" % header for header in self._headers if header[0] in _FORWARDED]
-        lines.append(b"x-request-id: %b\r\n" % self._request_id.encode())
+        lines = self._id_line
+        for header in self._headers:
+            if header[0] in _FORWARDED:
+                lines += b"%b: %b\r\n" % header
         self._shared.watch(self)
-        engine.pool.post(target, b"".join(lines), self._body, self)
+        engine.pool.post(target, lines, self._body, self)
 
     def _set_heartbeat(self) -> None:
         beat_sec = self._dispatcher.config.api.heartbeat_sec
@@ -412,10 +426,10 @@ class Exchange:
             self._answer.start(head.status, lines, head.content_length)
 
     def _lines_of(self, ticket: Ticket) -> bytes:
-        lines = b"%bx-model-alias: %b\r\n" % (self._lines, _quoted(ticket.alias))
+        lines = self._id_line + self._lines + _alias_line(ticket.alias)
         if ticket.engine is None:
             return lines
-        figures = (lines, round(ticket.queue_sec * 1000), round(ticket.load_sec * 1000))
+        figures = (lines, ticket.queue_sec * 1000 + 0.5, ticket.load_sec * 1000 + 0.5)
         return b"%bx-queue-ms: %d\r\nx-load-ms: %d\r\n" % figures
 
     # --- the end ----------------------------------------------------------------------------------------
@@ -442,7 +456,7 @@ class Exchange:
 
     def _write_error(self, error: ApiError) -> None:
         lines = b"".join(b"%b: %b\r\n" % header for header in error.headers())
-        self._answer.whole(error.status, lines + self._lines, error.body(self._path))
+        self._answer.whole(error.status, lines + self._id_line + self._lines, error.body(self._path))
 
     def _end(self, outcome: str) -> None:
         """Give back what it holds, and account for it. What is left to write may still be written."""
@@ -459,32 +473,52 @@ class Exchange:
 
     def _publish(self, ticket: Ticket | None, outcome: str) -> None:
         """Once. Without a ticket: the request was turned away before it asked for a slot."""
-        meter = self._meter
-        now = time.monotonic()
-        arrival_sec = now if ticket is None else ticket.arrival_sec
-        self._dispatcher.events.done(
-            RequestDone(
+        now, at = time.monotonic(), time.time()
+        if ticket is None:
+            done = RequestDone(
                 request_id=self._request_id,
-                alias="" if ticket is None else ticket.alias,
+                alias="",
                 route=self._path,
-                priority="" if ticket is None else NAMES[ticket.priority],
+                priority="",
                 outcome=outcome,
                 status=self._status,
-                queue_sec=ticket.queue_sec if ticket is not None and ticket.decided else now - arrival_sec,
-                load_sec=0.0 if ticket is None else ticket.load_sec,
-                total_sec=now - arrival_sec,
-                at=time.time(),
-                ttft_sec=None if meter.first_sec is None else meter.first_sec - arrival_sec,
+                queue_sec=0.0,
+                load_sec=0.0,
+                total_sec=0.0,
+                at=at,
+                trace=self._trace(),
+                reason=self._reason,
                 streamed=self._streams,
                 request_bytes=len(self._body),
-                answer_bytes=meter.size,
-                retries=0 if ticket is None else ticket.retries,
-                resends=self._resends,
-                reason=self._reason,
-                usage=meter.usage() if meter.size else NO_USAGE,
-                trace=self._fields.get(b"traceparent", b"").decode("latin-1"),
             )
-        )
+        else:
+            meter, arrival_sec = self._meter, ticket.arrival_sec
+            done = RequestDone(  # by position: keywords would take as long as all metrics
+                self._request_id,
+                ticket.alias,
+                self._path,
+                NAMES[ticket.priority],
+                outcome,
+                self._status,
+                ticket.queue_sec if ticket.decided else now - arrival_sec,
+                ticket.load_sec,
+                now - arrival_sec,
+                at,
+                self._trace(),
+                self._reason,
+                None if meter.first_sec is None else meter.first_sec - arrival_sec,
+                self._streams,
+                len(self._body),
+                meter.size,
+                ticket.retries,
+                self._resends,
+                meter.usage(),
+            )
+        self._dispatcher.events.done(done)
+
+    def _trace(self) -> str:
+        """The client's trace context, if it has one."""
+        return self._fields.get(b"traceparent", b"").decode("latin-1")
 
 
 def _new_id() -> str:
@@ -510,18 +544,14 @@ def _outcome(head: Head) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _quoted(alias: str) -> bytes:
-    return quote(alias, safe="/:@ ").encode()
+def _alias_line(alias: str) -> bytes:
+    return f"x-model-alias: {quote(alias, safe='/:@ ')}\r\n".encode()
 
 
 def _relayed(head: Head) -> bytes:
     """The engine's headers that are the client's business, each with its end."""
-    return b"".join(map(_relayed_line, head.headers))
-
-
-@lru_cache(maxsize=256)
-def _relayed_line(header: tuple[bytes, bytes]) -> bytes:
-    """An engine's headers are mostly the same each time."""
-    if header[0] in _NOT_RELAYED or header[0].startswith(b"access-control-"):
-        return b""
-    return b"%b: %b\r\n" % header
+    lines = b""
+    for header in head.headers:
+        if header[0] not in _NOT_RELAYED and not header[0].startswith(b"access-control-"):
+            lines += b"%b: %b\r\n" % header
+    return lines

@@ -55,9 +55,11 @@ class HistogramCell:
         whole = whole.replace("%", "%%")
         self._template = "".join([*lines, f"{name}_count{whole} %d\n", f"{name}_sum{whole} %r\n"]).encode()
 
-    def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
+    def observe(self, values: Iterable[float]) -> None:
+        counts, bounds = self._counts, self._bounds
+        for value in values:
+            counts[bisect_left(bounds, value)] += 1
+            self._sum += value
         self._text = b""
 
     def text(self) -> bytes:

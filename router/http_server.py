@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from functools import lru_cache
 from typing import Any, Protocol, cast
 from urllib.parse import unquote
 
@@ -285,7 +286,7 @@ class HttpProtocol(asyncio.Protocol):
 
     @property
     def default_lines(self) -> bytes:
-        return b"".join([b"%b: %b\r\n" % header for header in self.server_state.default_headers])
+        return b"".join(map(_line, self.server_state.default_headers))
 
     def write(self, data: bytes) -> None:
         self._answering = True
@@ -350,6 +351,11 @@ class HttpProtocol(asyncio.Protocol):
             self.close()
         else:
             self.transport.abort()
+
+
+@lru_cache(maxsize=16)
+def _line(header: tuple[bytes, bytes]) -> bytes:
+    return b"%b: %b\r\n" % header
 
 
 class _Page:

@@ -27,9 +27,7 @@ class ByPriority:
     low: float
 
     def __getitem__(self, priority: Priority) -> float:
-        if priority is Priority.HIGH:
-            return self.high
-        return self.normal if priority is Priority.NORMAL else self.low
+        return (self.high, self.normal, self.low)[priority - 1]
 
 
 @dataclass(frozen=True, slots=True)

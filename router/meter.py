@@ -60,22 +60,19 @@ class Timings(msgspec.Struct):
 _decode_timings = msgspec.json.Decoder(Timings).decode
 
 
-class AnswerMeter:
+class AnswerMeter(msgspec.Struct, eq=False):
     """Every part of an answer's body that is sent to the client goes through `note`, in order.
 
     Not the router's own bytes: heartbeats and errors are no answer.
     """
 
-    __slots__ = ("_first", "_tail", "first_sec", "size")
-
-    def __init__(self) -> None:
-        self.first_sec: float | None = None
-        """When the first of it was sent (monotonic)."""
-        self.size = 0
-        """Bytes."""
-        self._first = b""
-        self._tail: deque[bytes] | None = None
-        """None while there is but one part."""
+    first_sec: float | None = None
+    """When the first of it was sent (monotonic)."""
+    size: int = 0
+    """Bytes."""
+    _first: bytes = b""
+    _tail: deque[bytes] | None = None
+    """None while there is but one part."""
 
     def note(self, part: bytes) -> None:
         self.size += len(part)
@@ -95,6 +92,8 @@ class AnswerMeter:
 
     def usage(self) -> Usage:
         """What the answer says of itself. Call it once, when all of it has passed."""
+        if not self.size:
+            return NO_USAGE
         tail = (self._first if self._tail is None else b"".join(self._tail))[-_TAIL_BYTES:]
         return _of_timings(tail) or _of_usage(self._first[:_TAIL_BYTES], tail)
 

@@ -18,9 +18,10 @@ from prometheus_client.exposition import choose_encoder
 from router import __version__
 from router.dispatcher import Dispatcher, RunningEngine
 from router.engine_metrics import EngineMetrics
-from router.events import EngineEnded, ModelChanged, RequestDone, RequestsDone
+from router.events import EngineEnded, Labels, ModelChanged, RequestDone, RequestsDone
 from router.exposition import Counter, Family, Gauges, Histogram, exposition, label_text
 from router.messages import Refusal
+from router.meter import Usage
 from router.queue import NAMES, Priority
 from router.readings import Device
 from router.residency import Engine, Model
@@ -70,7 +71,7 @@ class Metrics:
 
     def _look_at_lag(self, due: float) -> None:
         now = self._loop.time()
-        self._lag.of().observe(max(0.0, now - due))
+        self._lag.of().observe([max(0.0, now - due)])
         self._loop.call_at(now + _LAG_LOOK_SEC, self._look_at_lag, now + _LAG_LOOK_SEC)
 
 
@@ -154,7 +155,7 @@ class _Requests:
             self.first_token,
             self.per_token,
         )
-        self._found: dict[tuple[str, str, str, str], _Cells] = {}
+        self._found: dict[Labels, _Cells] = {}
         self._known: set[str] = set()
 
     def know(self, aliases: Iterable[str]) -> None:
@@ -166,30 +167,30 @@ class _Requests:
                     counter.of(alias)
 
     def note(self, happening: RequestsDone) -> None:
-        for done in happening.requests:
-            key = (done.alias, done.route, done.priority, done.outcome)
-            cells = self._found.get(key)
+        for labels, requests in happening.by_labels.items():
+            cells = self._found.get(labels)
             if cells is None:
-                cells = self._found[key] = _Cells(self, done)
-            cells.note(done)
+                cells = self._found[labels] = _Cells(self, labels)
+            cells.note(requests)
 
 
 class _Cells:
     """Of requests that have all labels in common. Finding a series costs more than counting."""
 
-    def __init__(self, series: _Requests, done: RequestDone) -> None:
-        alias, priority = done.alias, done.priority
-        self._always = [series.requests.of(alias, done.route, priority, done.outcome)]
+    def __init__(self, series: _Requests, labels: Labels) -> None:
+        alias, route, priority, outcome = labels
+        self._counts = [series.requests.of(*labels)]
+        self._served = outcome == "served"
         self._client_errors = series.client_errors.of(alias)
         self._server_errors = series.server_errors.of(alias)
-        self._had_ticket = bool(priority)
+        self._had_tickets = bool(priority)
         if not priority:
             return
-        if done.outcome in _REFUSALS:
-            self._always.append(series.rejected.of(alias))
-        if done.outcome in _TIMEOUTS:
-            self._always.append(series.timeouts.of(alias))
-        self._duration = series.duration.of(alias, done.route)
+        if outcome in _REFUSALS:
+            self._counts.append(series.rejected.of(alias))
+        if outcome in _TIMEOUTS:
+            self._counts.append(series.timeouts.of(alias))
+        self._duration = series.duration.of(alias, route)
         self._queue_wait = series.queue_wait.of(alias, priority)
         self._first_token = series.first_token.of(alias, priority)
         self._per_token = series.per_token.of(alias)
@@ -205,39 +206,42 @@ class _Cells:
         self._received = series.received.of(alias)
         self._sent = series.sent.of(alias)
 
-    def note(self, done: RequestDone) -> None:
-        for counter in self._always:
-            counter.value += 1
-        if done.status >= 400:
-            (self._client_errors if done.status < 500 else self._server_errors).value += 1
-        if self._had_ticket:
-            self._note_service(done)
+    def note(self, requests: Sequence[RequestDone]) -> None:
+        for counter in self._counts:
+            counter.value += len(requests)
+        errors = [done.status for done in requests if done.status >= 400]
+        if errors:
+            of_ours = sum([status >= 500 for status in errors])
+            self._server_errors.value += of_ours
+            self._client_errors.value += len(errors) - of_ours
+        if self._had_tickets:
+            self._note_service(requests)
+            self._note_usage([done.usage for done in requests])
 
-    def _note_service(self, done: RequestDone) -> None:
-        self._duration.observe(done.total_sec)
-        self._queue_wait.observe(done.queue_sec)
-        self._received.value += done.request_bytes
-        if done.retries:
-            self._retries.value += done.retries
-            self._retried.value += done.outcome == "served"
-        if done.resends:
-            self._resends.value += done.resends
-        if done.ttft_sec is not None:
-            self._sent.value += done.answer_bytes
-            if done.streamed:
-                self._first_token.observe(done.ttft_sec)
-            self._note_usage(done)
+    def _note_service(self, requests: Sequence[RequestDone]) -> None:
+        self._duration.observe([done.total_sec for done in requests])
+        self._queue_wait.observe([done.queue_sec for done in requests])
+        self._first_token.observe(
+            [done.ttft_sec for done in requests if done.streamed and done.ttft_sec is not None]
+        )
+        self._received.value += sum([done.request_bytes for done in requests])
+        self._sent.value += sum([done.answer_bytes for done in requests])
+        retries = [done.retries for done in requests if done.retries]
+        self._retries.value += sum(retries)
+        if self._served:
+            self._retried.value += len(retries)
+        self._resends.value += sum([done.resends for done in requests])
 
-    def _note_usage(self, done: RequestDone) -> None:
-        usage = done.usage
-        self._input.value += usage.prompt_tokens
-        self._cached.value += usage.cached_tokens
-        self._output.value += usage.output_tokens
-        self._generated.value += usage.output_tokens
-        self._prefill.value += usage.prefill_sec
-        if usage.decode_sec and usage.output_tokens > 1:
-            self._decode.value += usage.decode_sec
-            self._per_token.observe(usage.decode_sec / (usage.output_tokens - 1))
+    def _note_usage(self, usages: list[Usage]) -> None:
+        answered = sum([usage.output_tokens for usage in usages])
+        self._input.value += sum([usage.prompt_tokens for usage in usages])
+        self._cached.value += sum([usage.cached_tokens for usage in usages])
+        self._output.value += answered
+        self._generated.value += answered
+        self._prefill.value += sum([usage.prefill_sec for usage in usages])
+        decoded = [usage for usage in usages if usage.decode_sec and usage.output_tokens > 1]
+        self._decode.value += sum([usage.decode_sec for usage in decoded])
+        self._per_token.observe([usage.decode_sec / (usage.output_tokens - 1) for usage in decoded])
 
 
 class _Engines:
@@ -289,7 +293,7 @@ class _Engines:
         engine = self._dispatcher.scheduler.models[alias].engine
         if engine is not None:
             self.loads.of(alias).value += 1
-            self.load.of(alias).observe(engine.ready_sec - engine.started_sec)
+            self.load.of(alias).observe([engine.ready_sec - engine.started_sec])
         if alias in self._broken:
             self._broken.discard(alias)
             self.restarts.of(alias).value += 1

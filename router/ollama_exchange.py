@@ -62,7 +62,7 @@ class OllamaExchange(Exchange):
         """With a document, also to who would take a stream: so does Ollama."""
         self._status = 200
         self._end("served")
-        self._answer.whole(200, _DOCUMENT + self._lines, self._translation.loaded(reason))
+        self._answer.whole(200, _DOCUMENT + self._id_line + self._lines, self._translation.loaded(reason))
 
     # --- the queue --------------------------------------------------------------------------------------
 

@@ -13,9 +13,10 @@ from __future__ import annotations
 import heapq
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import IntEnum
 from itertools import takewhile
+
+import msgspec
 
 
 class Priority(IntEnum):
@@ -30,8 +31,7 @@ NAMES = {priority: priority.name.lower() for priority in Priority}
 """As clients, configuration and metrics know them. (An enum takes its time to tell a name.)"""
 
 
-@dataclass(slots=True, eq=False)
-class Request:
+class Request(msgspec.Struct, eq=False):
     """One request from its arrival to its outcome. Times in seconds on the scheduler's clock."""
 
     id: str

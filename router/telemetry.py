@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import log
 from typing import Any
@@ -31,12 +31,16 @@ class Durations:
     Times are kept as they are until there are some, or somebody asks: many at once take a third of the time.
     """
 
-    __slots__ = ("_new", "_steps", "add")
+    __slots__ = ("_new", "_steps")
 
     def __init__(self) -> None:
         self._steps: Counter[int] = Counter()
         self._new: list[float] = []
-        self.add = self._new.append
+
+    def add(self, times: list[float]) -> None:
+        self._new += times
+        if len(self._new) >= _SETTLED_AT_ONCE:
+            self.settle()
 
     def settle(self) -> None:
         shortest = _SHORTEST_SEC
@@ -86,25 +90,20 @@ class Tally:
     def error_rate(self) -> float:
         return self.failed / (self.served + self.failed) if self.served + self.failed else 0.0
 
-    def note(self, done: RequestDone) -> None:
-        usage, total_sec = done.usage, done.total_sec
-        self.requests += 1
-        self.outcomes[done.outcome] += 1
-        self.prompt_tokens += usage.prompt_tokens
-        self.cached_tokens += usage.cached_tokens
-        self.output_tokens += usage.output_tokens
-        self.total_sec += total_sec
-        if total_sec < self.shortest_sec:
-            self.shortest_sec = total_sec
-        if total_sec > self.longest_sec:
-            self.longest_sec = total_sec
-        self.total.add(total_sec)
-        self.queue.add(done.queue_sec)
-        if done.ttft_sec is not None:
-            self.ttft.add(done.ttft_sec)
-        if self.requests % _SETTLED_AT_ONCE == 0:
-            for times in (self.total, self.queue, self.ttft):
-                times.settle()
+    def note(self, outcome: str, requests: Sequence[RequestDone]) -> None:
+        usages = [done.usage for done in requests]
+        times = [done.total_sec for done in requests]
+        self.requests += len(requests)
+        self.outcomes[outcome] += len(requests)
+        self.prompt_tokens += sum([usage.prompt_tokens for usage in usages])
+        self.cached_tokens += sum([usage.cached_tokens for usage in usages])
+        self.output_tokens += sum([usage.output_tokens for usage in usages])
+        self.total_sec += sum(times)
+        self.shortest_sec = min(self.shortest_sec, *times)
+        self.longest_sec = max(self.longest_sec, *times)
+        self.total.add(times)
+        self.queue.add([done.queue_sec for done in requests])
+        self.ttft.add([done.ttft_sec for done in requests if done.ttft_sec is not None])
 
     def count(self, other: Tally) -> None:
         """All of it but the distributions."""
@@ -124,7 +123,7 @@ class Tally:
         self.ttft.take(other.ttft)
 
 
-_Slice = dict[tuple[str, str], Tally]
+_Slice = defaultdict[tuple[str, str], Tally]
 
 
 class Telemetry:
@@ -138,29 +137,24 @@ class Telemetry:
         self._past: defaultdict[tuple[str, str], Tally] = defaultdict(Tally)
         """Of everything before the slices."""
         self._slices: deque[tuple[float, _Slice]] = deque()
-        self._slice: _Slice = {}
+        self._slice: _Slice = defaultdict(Tally)
         self._slice_ends_sec = -math.inf
 
     def _note(self, happening: RequestsDone) -> None:
         now = self._clock()
         if now >= self._slice_ends_sec:
             self._begin_slice(now)
-        for done in happening.requests:
-            if not done.priority:
-                if done.outcome != "served":  # Ollama's unload asks for no slot
-                    self._turned_away[done.outcome] += 1
-                continue
-            key = (done.alias, done.priority)
-            tally = self._slice.get(key)
-            if tally is None:
-                tally = self._slice[key] = Tally()
-            tally.note(done)
+        for (alias, _route, priority, outcome), requests in happening.by_labels.items():
+            if priority:
+                self._slice[alias, priority].note(outcome, requests)
+            elif outcome != "served":  # Ollama's unload asks for no slot
+                self._turned_away[outcome] += len(requests)
 
     def _begin_slice(self, now: float) -> None:
         if len(self._slices) == _SLICES:
             for key, tally in self._slices.popleft()[1].items():
                 self._past[key].take(tally)
-        self._slice = {}
+        self._slice = defaultdict(Tally)
         self._slices.append((now, self._slice))
         self._slice_ends_sec = now + _SLICE_SEC
 

@@ -18,19 +18,18 @@ import math
 import re
 import time
 from collections import deque
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
 import httptools
+import msgspec
 
 _KEEP_ALIVE_MAX = re.compile(rb"max=(\d+)")
 _ONE_WRITE = 65536
 """Head and body are joined up to this size; beyond it the copy costs more than a second buffer."""
 
 
-@dataclass(slots=True)
-class Head:
+class Head(msgspec.Struct):
     """Status and headers of an answer, names in lower case."""
 
     status: int
