@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from router import host
 from router.amd import Amd
 from router.host import ProcessMemory
+from router.platforms import descendants
 from router.readings import Device, Watch
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ class Devices:
         if found or any(device.kind == "cuda" for device in self._seen.values()):
             ours = self._visible_to_cuda(found, remarks)
         else:
-            found, more = self._amd.read(host.child_pids)
+            found, more = self._amd.read(lambda: descendants(os.getpid()))
             remarks += more
             ours = self._visible_to_rocm(found)
         if self._wanted is not None:

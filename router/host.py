@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 import psutil
 
+from router.platforms import descendants
 from router.readings import Device
 
 _MIB = 1 << 20
@@ -66,12 +67,11 @@ def process_memory(
     """
     found: dict[int, ProcessMemory] = {}
     for pid in pids:
-        with contextlib.suppress(psutil.Error, OSError):
-            family = [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
-            shares = [share for member in family if (share := _held(member, proc, mapped)) is not None]
-            if shares:
-                anonymous, mapped = (sum(parts) for parts in zip(*shares, strict=True))
-                found[pid] = ProcessMemory(-(-anonymous // _MIB), -(-mapped // _MIB), tuple(family))
+        family = (pid, *descendants(pid))
+        shares = [share for member in family if (share := _held(member, proc, mapped)) is not None]
+        if shares:
+            anonymous, of_files = (sum(parts) for parts in zip(*shares, strict=True))
+            found[pid] = ProcessMemory(-(-anonymous // _MIB), -(-of_files // _MIB), family)
     return found
 
 
@@ -137,11 +137,3 @@ def oom_kills(root: Path = _ROOT) -> int | None:
         if kills is not None:
             return kills
     return None
-
-
-def child_pids() -> list[int]:
-    """Everything that this process has started, engines and what they started."""
-    try:
-        return [child.pid for child in psutil.Process(os.getpid()).children(recursive=True)]
-    except psutil.Error:
-        return []

@@ -22,6 +22,8 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _ORPHANS_SEC = 2.0
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 """Seconds of silence, macOS's name for that, seconds between questions, questions without an answer."""
+_TELLS_CHILDREN = os.path.exists("/proc/thread-self/children")
+"""Linux does, unless it was built without (CONFIG_PROC_CHILDREN)."""
 PIPE_BYTES = 1 << 20
 """What a `log_pipe` holds where the system lets us say so (else 64 KiB)."""
 
@@ -125,6 +127,29 @@ async def reap_orphans() -> None:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)  # noqa: ASYNC222 - it does not wait
         before = zombies
+
+
+def descendants(pid: int) -> list[int]:
+    """All that a process has started, and what that has started; nothing when it is gone."""
+    if not _TELLS_CHILDREN:
+        try:
+            return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+        except psutil.Error:
+            return []
+    found = _children(pid)
+    for child in found:  # which grows meanwhile
+        found += _children(child)
+    return found
+
+
+def _children(pid: int) -> list[int]:
+    """As the kernel knows them. Everybody else looks at every process of the machine to find some."""
+    children: list[int] = []
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/children", "rb") as file:
+                children += map(int, file.read().split())
+    return children
 
 
 def birth(pid: int) -> str | None:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -704,24 +705,37 @@ sys.stdin.read()
 HOLDS_CHILD = "import sys; anonymous = bytearray(b'x') * (50 << 20); print(flush=True); sys.stdin.read()"
 
 
+@contextmanager
+def holder(anonymous_mib: int, weights: Path) -> Iterator[int]:
+    """A process, by its number, that holds memory and maps a file; with a child that holds 50 MiB."""
+    argv = [sys.executable, "-c", HOLDS, str(anonymous_mib), str(weights), HOLDS_CHILD]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process.pid  # it ends with its input, which is closed here
+
+
 def test_what_a_process_and_its_children_hold_of_ram(tmp_path: Path, ask: Ask) -> None:
     weights = tmp_path / "weights"
     weights.write_bytes(os.urandom(MIB) * 80)
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDS, "120", str(weights), HOLDS_CHILD],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    try:
-        assert holder.stdout is not None
-        holder.stdout.readline()
-        held = ask().held_by(holder.pid, 4194303)
-        assert list(held) == [str(holder.pid)], "nobody has the other number"
-        assert 170 <= held[str(holder.pid)]["anonymous_mib"] <= 200
-        assert len(held[str(holder.pid)]["family"]) == 2
-        assert 80 <= held[str(holder.pid)]["file_mib"] <= 110
-    finally:
-        holder.communicate(timeout=10)
+    with holder(120, weights) as pid:
+        held = ask().held_by(pid, 4194303)
+        assert list(held) == [str(pid)], "nobody has the other number"
+        assert 170 <= held[str(pid)]["anonymous_mib"] <= 200
+        assert len(held[str(pid)]["family"]) == 2
+        assert 80 <= held[str(pid)]["file_mib"] <= 110
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others have one way to look")
+def test_a_light_look_walks_through_nobodys_mappings(tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    weights.write_bytes(os.urandom(MIB) * 80)
+    with holder(1, weights) as first, holder(1, weights) as second:
+        thorough = host.process_memory([first, second])
+        light = host.process_memory([first, second], mapped=False)
+    assert all(memory.file_mib < 60 for memory in thorough.values()), "what they share counts half in each"
+    assert all(memory.file_mib >= 80 for memory in light.values()), "only counters were read"
+    assert list(thorough) == list(light) == [first, second]
 
 
 def test_who_asks_for_processes_meanwhile_is_answered_for_his_own() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -38,3 +39,31 @@ def test_what_a_child_has_started_dies_with_it_and_its_exit_code_is_kept(
 def test_the_signal_that_ended_a_child_is_told() -> None:
     child = subprocess.Popen(["sh", "-c", "kill -KILL $$"], start_new_session=True)
     assert asyncio.run(platforms.exit_code(child)) == -signal.SIGKILL
+
+
+STARTS_FROM_A_THREAD = """
+import subprocess, sys, threading
+starts = "import subprocess; print(subprocess.Popen(['sleep', '60']).pid, flush=True); input()"
+def start():
+    child = subprocess.Popen([sys.executable, "-c", starts], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    print(child.pid, int(child.stdout.readline()), flush=True)
+    sys.stdin.read()
+threading.Thread(target=start).start()
+"""
+
+
+@pytest.mark.parametrize("tells_children", [True, False])
+def test_all_that_a_process_has_started_is_found(monkeypatch: pytest.MonkeyPatch, tells_children: bool) -> None:
+    if not tells_children:
+        monkeypatch.setattr(platforms, "_TELLS_CHILDREN", False)
+    argv = [sys.executable, "-c", STARTS_FROM_A_THREAD]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as process:
+        try:
+            assert process.stdout is not None
+            child, grandchild = map(int, process.stdout.readline().split())
+            assert platforms.descendants(process.pid) == [child, grandchild]
+            assert platforms.descendants(child) == [grandchild]
+            assert platforms.descendants(grandchild) == []
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert platforms.descendants(process.pid) == []
