@@ -504,8 +504,9 @@ class Dispatcher:
             if running is not None:
                 running.pool.close_idle()
                 del self.running[engine_id]
+            refuses_flags = cause == "load_failed" and running is not None and running.process.refuses_flags
             reason, out_of_memory = await self._look_for_memory(account, model, running, reason, wanted=wanted)
-            self._post(EngineExited(time.monotonic(), engine_id, reason, out_of_memory))
+            self._post(EngineExited(time.monotonic(), engine_id, reason, out_of_memory, refuses_flags))
 
     async def _look_for_memory(
         self, account: Account, model: ModelConfig, running: RunningEngine | None, reason: str, *, wanted: bool

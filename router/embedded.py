@@ -69,7 +69,7 @@ def main() -> int:
     except ImportError as error:
         return _say(f"xllamacpp can't be imported: {error}", 1)
     except (FlagError, UsageError) as error:
-        return _say(str(error), 2)
+        return _say(f"error: invalid argument: {error}", 2)
     if passed_over := [flag.spelling for flag in flags.given if flag.name in PASSED_OVER]:
         _say(f"passes over {', '.join(passed_over)}")
 

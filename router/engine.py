@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import re
 import secrets
 import signal
 import socket
@@ -44,6 +45,8 @@ _SILENCE_CHECK_SEC = 1.0
 _READS_AT_ONCE = 4
 _DRAIN_SEC = (0.02, 1.0)
 _CANNOT_ASK = -1  # we are short of file descriptors, which says nothing of the engine
+_REFUSED_FLAG = re.compile(r"error: invalid argument: |error while handling argument ")
+"""llama.cpp, common/arg.cpp; the embedded engine says so, too."""
 _LONGEST_LINE = 16 * 1024
 _LONGEST_MESSAGE = 1 << 20
 
@@ -153,6 +156,8 @@ class EngineProcess:
         self._oom_kills = oom_kills()
         self.out_of_memory = False
         """The kernel has killed it for want of memory."""
+        self.refuses_flags = False
+        """It ended by saying so."""
         self._killed_because = ""
         self._said_ready = asyncio.Event()
         self._last_sign = self.started
@@ -254,6 +259,7 @@ class EngineProcess:
         self.out_of_memory = was_killed and not self._killed_because and oom_kills() != self._oom_kills
         if code in (126, 127) and is_foreign(self.order.argv[0]):  # a shell has tried to make sense of it
             return f"{self.order.argv[0]} cannot be run: Exec format error (it is built for another processor)"
+        self.refuses_flags = code > 0 and any(map(_REFUSED_FLAG.search, self.log.since(self._log_begin)))
         self.was_killed = bool(self._killed_because) and code == -signal.SIGKILL  # else it was gone before
         return self._killed_because if self.was_killed else self._describe_exit(code)
 

@@ -199,6 +199,8 @@ class EngineExited:
     reason: str
     out_of_memory: bool = False
     """That is what ended it. The next inspection will tell of a larger footprint."""
+    refuses_flags: bool = False
+    """It does not take the flags of its model: the next one would not, either."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -384,7 +384,11 @@ class Scheduler:
         if loading and event.out_of_memory and not model.ran_out:
             model.ran_out = True  # it needs more than was thought, and gets one try with that
             self._off(model, model.last_error)
-        elif model.attempts > policy.model_load_max_retries or (loading and event.out_of_memory):
+        elif (
+            model.attempts > policy.model_load_max_retries
+            or (loading and event.out_of_memory)
+            or event.refuses_flags
+        ):
             self._fail(model, policy.model_load_cooldown_sec)
         elif crashes >= policy.model_max_crashes:
             often = f"crashed {crashes} times in {self._now - model.crashes_sec[0]:.0f} s"

@@ -247,7 +247,7 @@ def test_a_variable_is_refused_by_its_name(model: Path) -> None:
 
 
 def test_it_needs_a_model() -> None:
-    assert refusal() == (2, "router.embedded: -m FILE is missing\n")
+    assert refusal() == (2, "router.embedded: error: invalid argument: -m FILE is missing\n")
 
 
 def test_flags_for_the_looks_of_the_log_are_passed_over(model: Path) -> None:

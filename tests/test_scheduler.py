@@ -681,6 +681,15 @@ def test_a_swap_is_given_up_when_memory_shrinks_below_its_need() -> None:
 # --- failures -------------------------------------------------------------------------------------------
 
 
+def test_an_engine_that_does_not_take_its_flags_is_not_tried_again() -> None:
+    machine = Machine("a", load_sec=None)
+    request_id = machine.ask("a")
+    refusal = "error: invalid argument: --nonsense"
+    machine.tell(EngineExited(machine.now, machine.engine("a"), refusal, refuses_flags=True))
+    assert machine.states() == "failed"
+    assert refusal in machine.rejected[request_id].reason
+
+
 def test_failed_load_is_tried_again_after_a_pause_that_doubles() -> None:
     machine = Machine("a", load_sec=None)
     request_id = machine.ask("a")

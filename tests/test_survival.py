@@ -144,6 +144,14 @@ def test_a_broken_file_costs_the_good_model_nothing(start: Start, tiny: Path, tm
     assert router.status("good")["pid"] == pid
 
 
+def test_an_engine_that_does_not_take_its_flags_is_started_once(start: Start, tiny: Path) -> None:
+    router = start({"models": models(tiny, "a", flags=["--nonsense"])})
+    answer = router.chat("a")
+    assert answer.status_code == 503
+    assert "--nonsense" in answer.json()["error"]["message"]
+    assert 'router_engine_exits_total{model="a",reason="load_failed"} 1\n' in router.http.get("/metrics").text
+
+
 def test_streams_in_flight_finish_before_the_router_goes(start: Start, tiny: Path, tmp_path: Path) -> None:
     engine = fake(tmp_path, chunks="10", chunk_sec="0.1")
     router = start({"system": {"llama_server_path": engine}, "models": models(tiny, "a")})
