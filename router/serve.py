@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine, Generator, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -310,7 +310,7 @@ class _Service:
             self._keyring.set(after.api)
             self._loaded = loaded
         changes = {**_changes(before, after), "needs_restart": _needs_restart(self._started_with, after)}
-        _log.info("configuration reloaded: %s", changes)
+        _log.info("configuration reloaded: %s", _told(changes))
         for warning in loaded.warnings:
             _log.warning("%s", warning)
         return {"status": "success", **changes, "warnings": list(loaded.warnings)}
@@ -334,7 +334,7 @@ class _Service:
             changes = _changes(before.config, loaded.config)
             if any(changes.values()) or before.config.lost != loaded.config.lost:
                 self._dispatcher.apply(loaded.config)
-                _log.info("models have changed: %s", changes)
+                _log.info("models have changed: %s", _told(changes))
         for warning in loaded.warnings:
             if warning not in before.warnings:
                 _log.warning("%s", warning)
@@ -432,6 +432,13 @@ def _changes(before: Config, after: Config) -> dict[str, list[str]]:
         "removed": sorted(old.keys() - new.keys()),
         "changed": sorted(alias for alias in old.keys() & new.keys() if old[alias] != new[alias]),
     }
+
+
+def _told(changes: Mapping[str, Sequence[str]]) -> str:
+    """For people: `added a, b; removed c`."""
+    words = {"needs_restart": "a restart is needed for"}
+    parts = [f"{words.get(how, how)} {', '.join(names)}" for how, names in changes.items() if names]
+    return "; ".join(parts) or "nothing has changed"
 
 
 def _what_is(name: str, config: Config) -> tuple[ModelConfig | None, AliasConfig | None]:

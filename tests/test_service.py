@@ -241,6 +241,7 @@ def test_a_storm_of_hang_ups_is_a_few_reloads(start: Start, tiny: Path, tmp_path
     eventually(lambda: len(router.http.get("/v1/models").json()["data"]) == 1)
     assert router.stop() == 0
     assert 1 <= router.log.count("configuration reloaded") < 100
+    assert "configuration reloaded: added a; removed model-0, model-1, " in router.log
 
 
 def test_what_is_longer_than_the_grace_is_cut_off_and_told_so(start: Start, tiny: Path, tmp_path: Path) -> None:
