@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 
 import psutil
 
@@ -46,6 +47,8 @@ def spawn(argv: Sequence[str], env: Mapping[str, str], stderr: int) -> subproces
     memory, where otherwise a vfork does. Elsewhere an engine notices the end of its standard input.
     """
     setpriv = shutil.which("setpriv") if sys.platform == "linux" else None
+    if setpriv is not None and not _sets_death_signal(setpriv):
+        setpriv = None
     return subprocess.Popen(  # noqa: S603 - what is configured is trusted
         [setpriv, "--pdeathsig", "KILL", "--", *argv] if setpriv else argv,
         env=env,
@@ -56,6 +59,14 @@ def spawn(argv: Sequence[str], env: Mapping[str, str], stderr: int) -> subproces
         start_new_session=True,
         preexec_fn=None if setpriv else _tie_to_parent(),
     )
+
+
+@lru_cache
+def _sets_death_signal(setpriv: str) -> bool:
+    """BusyBox's (Alpine) does not, nor does util-linux's before 2.33 (RHEL 8)."""
+    quiet = subprocess.DEVNULL
+    argv = [setpriv, "--pdeathsig", "KILL", "--", "true"]
+    return subprocess.run(argv, stdin=quiet, stdout=quiet, stderr=quiet).returncode == 0  # noqa: S603 - found on PATH
 
 
 def is_foreign(program: str) -> bool:

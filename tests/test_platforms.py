@@ -41,6 +41,19 @@ def test_the_signal_that_ended_a_child_is_told() -> None:
     assert asyncio.run(platforms.exit_code(child)) == -signal.SIGKILL
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="nobody else has a setpriv")
+def test_a_setpriv_that_knows_no_death_signal_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Alpine and RHEL 8."""
+    setpriv = tmp_path / "setpriv"
+    setpriv.write_text("#!/bin/sh\necho 'setpriv: unrecognized option: pdeathsig' >&2; exit 1\n")
+    setpriv.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    with platforms.spawn(["sh", "-c", "echo it runs"], os.environ, subprocess.DEVNULL) as child:
+        assert child.communicate() == (b"it runs\n", None)
+
+
 STARTS_FROM_A_THREAD = """
 import subprocess, sys, threading
 starts = "import subprocess; print(subprocess.Popen(['sleep', '60']).pid, flush=True); input()"
