@@ -14,7 +14,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -439,7 +439,7 @@ class _Draft:
             if alias == "*" and len(system.preload_models) > 1:
                 self.problem(path, '"*" means all models and stands alone')
             elif alias != "*" and alias not in entries:
-                self.problem(path, f"there is no model {alias!r}" + did_you_mean(alias, entries))
+                self.no_model(path, alias, entries)
         self.check_pins(models, system.max_concurrent_models)
         exposed = api.host not in ("localhost", "::1") and not api.host.startswith("127.")
         if exposed and not api.api_keys and not api.inference_keys:
@@ -589,11 +589,7 @@ class _Draft:
         if entry.uses in aliases and entry.uses not in models:
             self.problem(uses, f"{entry.uses!r} is an alias itself; name the model")
         elif entry.uses not in (_UNKNOWN, *models):
-            message = f"there is no model {entry.uses!r}" + did_you_mean(entry.uses, models)
-            if self.check_files:
-                self.problem(uses, message)
-            else:  # on this machine, or any more
-                self.warn(uses, message)
+            self.no_model(uses, entry.uses, models)
         if entry.system_prompt_replaces and entry.system_prompt_yields:
             self.problem(path, "system_prompt_replaces and system_prompt_yields cannot both be true")
         named = [*entry.defaults, *entry.forced, *entry.removed]
@@ -602,6 +598,13 @@ class _Draft:
         messages = tuple(turn.model_dump() for turn in entry.messages)
         source = self.origin_of((*path, "uses"))
         return AliasConfig(**{**dict(entry), "alias": name, "messages": messages, "source": source})
+
+    def no_model(self, path: KeyPath, alias: str, models: Iterable[str]) -> None:
+        message = f"there is no model {alias!r}" + did_you_mean(alias, models)
+        if self.check_files:
+            self.problem(path, message)
+        else:  # on this machine, or any more
+            self.warn(path, message)
 
     def parts(self, path: KeyPath, file: Path) -> list[Path]:
         """The files of a model: one, unless it is split."""

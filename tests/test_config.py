@@ -513,6 +513,21 @@ def test_preload_takes_known_aliases_or_a_star_alone(tmp_path: Path) -> None:
     ]
 
 
+def test_a_model_to_preload_that_was_found_may_go_and_need_not_be_here_to_ask_a_router(tmp_path: Path) -> None:
+    (tmp_path / "found").mkdir()
+    file = write_llama(tmp_path / "found" / "a.gguf")
+    content = {"system": {"preload_models": ["a"], "models_dirs": ["found"]}}
+    first = loaded(tmp_path, content, check_files=True)
+    assert first.warnings == ()
+    write_llama(tmp_path / "found" / "b.gguf", seed=1)
+    file.unlink()
+    then = first.look_again()
+    missing = "config.json: system.preload_models[0]: there is no model 'a'"
+    assert (list(then.config.models), then.warnings) == (["b"], (missing,))
+    assert loaded(tmp_path, check_files=False).config.system.preload_models == ("a",)  # as `ps` reads it
+    assert problems(tmp_path, check_files=True) == [missing]
+
+
 # --- secrets --------------------------------------------------------------------------------------------------
 
 
