@@ -230,8 +230,10 @@ def projector_of(model: _Path, models: Sequence[_Path], projectors: Mapping[_Pat
     Projectors are often called just `mmproj-F16`: beside one model, in whatever quantizations,
     any will do.
     """
+    if not projectors:
+        return None
     words = _words(model)
-    alone = len({_words(other) for other in models}) == 1
+    alone = all(_words(other) == words for other in models)
 
     def fits(projector: _Path) -> bool:
         name = _words(projector)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import time
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pytest
 from tiny_models import RawTensor, gguf_bytes, write_embedding, write_llama, write_projector
 
-from router.hub import Discovery, discover
+from router.hub import Discovery, discover, projector_of
 
 
 def model(path: Path) -> Path:
@@ -126,6 +126,17 @@ def test_among_many_models_a_projector_goes_with_the_longest_name_that_it_begins
         "qwen2.5-vl-7b-instruct-q4_k_m": "mmproj-Qwen2.5-VL-7B-Instruct-f16.gguf",
     }
     assert reasons(discovery) == {"mmproj-F32.gguf": "is a projector that no model in its folder uses"}
+
+
+def test_projectors_are_found_as_soon_for_each_of_a_thousand_models_as_for_one() -> None:
+    """By the square of their number, it took seconds in which nothing else was served."""
+    models = [PurePath(f"{number}-model-Q4_K_M.gguf") for number in range(1000)]
+    mmproj = PurePath("mmproj-7-model.gguf")
+    before_sec = time.process_time()
+    for there in ({}, {mmproj: 1}):
+        found = [projector_of(each, models, there) for each in models]
+        assert found == [mmproj if there and each == models[7] else None for each in models]
+    assert time.process_time() - before_sec < 1
 
 
 def test_what_is_no_model_is_reported_and_stops_nothing(tmp_path: Path) -> None:
