@@ -82,10 +82,11 @@ class Accountant:
     async def look(self, *, mapped: bool = False) -> bool:
         """Read everything afresh, and tell what has changed. Whether the devices have answered.
 
-        What engines have mapped is only looked at if `mapped`, or when an engine was never looked at.
+        What engines have mapped is only looked at if `mapped`. That may take long, so it comes first: what this
+        look says of the devices must not be older than what another one has said meanwhile.
         """
-        readings = await self._devices.read()
         await self._read_processes(mapped)
+        readings = await self._devices.read()
         self.ledger.observe(readings, self._processes)
         for account in tuple(self.ledger.accounts.values()):
             engine = self._scheduler.engines.get(account.engine_id)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
+from test_devices import card, lay_out
 
 from router.accountant import Accountant
 from router.config import ModelConfig, System
 from router.devices import Devices
 from router.engine import Binary, EngineFailed
+from router.host import ProcessMemory
 from router.learning import Learned
 from router.messages import Event
 from router.placing import Alternative
@@ -59,3 +62,40 @@ def test_an_engine_for_which_nothing_was_found_says_so(accountant: Accountant) -
     with pytest.raises(EngineFailed, match="planned anew"):
         accountant.environment(account, {})
     assert account.booked() == {"host": 500}, "until its end is told"
+
+
+class SlowWalk(Devices):
+    """Its looks at what engines have mapped take as long as they are made to."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(environ={}, root=root)
+        self.walks, self.goes_on = asyncio.Event(), asyncio.Event()
+
+    async def held_by(
+        self, pids: Iterable[int], deadline_sec: float = 2, *, mapped: bool = True
+    ) -> Mapping[int, ProcessMemory]:
+        if mapped:
+            self.walks.set()
+            await self.goes_on.wait()
+        return dict.fromkeys(pids, ProcessMemory(100, 0))
+
+
+def test_a_look_that_takes_long_does_not_bring_back_what_a_later_one_saw_gone(tmp_path: Path) -> None:
+    def uses(mib: int) -> None:
+        lay_out(tmp_path, card(0, vram_mib=16000, used_mib=mib, slot="0000:03:00.0"))
+
+    async def story() -> None:
+        devices = SlowWalk(tmp_path)
+        uses(12000)
+        accountant = Accountant(System(), EMBEDDED, devices, Learned(), Scheduler(), lambda event: None)
+        account = accountant.ledger.open(1, "a", Alternative((), Size({}, "", {}), {"host": 100}))
+        account.pid = 4194303
+        slow = asyncio.create_task(accountant.look(mapped=True))
+        await devices.walks.wait()
+        uses(0)
+        await accountant.look()
+        devices.goes_on.set()
+        await slow
+        assert accountant.ledger.budgets()[0]["gpu0"] == 16000
+
+    asyncio.run(story())
