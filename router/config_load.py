@@ -54,6 +54,7 @@ from router.flags import (
     OWNED,
     OWNED_VARIABLES,
     SPELLINGS,
+    Flag,
     FlagError,
     Flags,
     argv,
@@ -642,7 +643,10 @@ class _Draft:
         slots = 0
         try:
             own = parse(entry.flags)
-            named = {flag.name: flag.spelling for flag in (*from_environment(entry.env), *own)}
+            given = (*from_environment(entry.env), *own)
+            named = {flag.name: flag.spelling for flag in given}
+            if self.origin_of((*path, "mmproj")) != self.file_name and any(map(_is_of_a_projector, given)):
+                mmproj = None  # it was only found beside the model
             if "parallel" in named:
                 slots = Flags(entry.flags, entry.env).slots
         except FlagError as error:
@@ -708,6 +712,12 @@ _PARAMS = {
     "chat_template": "chat-template",
     "embedding": "embedding",
 }
+
+
+def _is_of_a_projector(flag: Flag) -> bool:
+    """Whether it says which one the model has, or that it has none."""
+    return flag.name in ("mmproj", "mmproj-url") or (flag.name == "mmproj-auto" and flag.negated)
+
 
 _SAME = {"load-mode": ("load-mode", "mmap", "mlock", "direct-io")}
 """Flags that say the same thing: older engines know `--no-mmap`, newer ones `--load-mode`."""

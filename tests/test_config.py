@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_models import write_llama
+from tiny_models import write_llama, write_projector
 
 from router import config, flags, hub
 from router.config import Config, ModelConfig
@@ -738,6 +738,21 @@ def test_flags_for_a_model_that_was_found_need_no_path(tmp_path: Path) -> None:
     assert later.warnings == (f"config.json: {missing}",)
     (line,) = problems(tmp_path, content, models_dirs=[tmp_path], check_files=True)
     assert line == f"config.json: {missing}"
+
+
+def test_the_projector_beside_a_found_model_yields_to_what_its_flags_say_of_one(tmp_path: Path) -> None:
+    write_llama(tmp_path / "a.gguf")
+    write_projector(tmp_path / "mmproj-a.gguf")
+    found = ("--mmproj", f"{tmp_path}/mmproj-a.gguf")
+    for entry, projector in (
+        ({}, found),
+        ({"flags": ["--mmproj-auto"]}, ("--mmproj-auto", *found)),
+        ({"flags": ["--no-mmproj"]}, ("--no-mmproj",)),
+        ({"flags": ["-mm", "/other"]}, ("-mm", "/other")),
+        ({"env": {"LLAMA_ARG_MMPROJ": "/other"}}, ()),
+    ):
+        result = loaded(tmp_path, {"models": {"a": entry}}, models_dirs=[tmp_path])
+        assert result.config.models["a"].flags == (*projector, "--parallel", "1")
 
 
 def test_of_two_files_of_one_name_in_two_folders_the_first_is_served(tmp_path: Path) -> None:
