@@ -675,10 +675,16 @@ class Scheduler:
         model = self.models.get(event.alias)
         if model is None:
             return
-        model.forget_wish()
+        self._give_up(model, "ejected by hand")
         self._left_queue(model)
         if model.engine is not None:
             self._drain(model.engine, StopCause.MANUAL, "ejected by hand")
+
+    def _give_up(self, model: Model, reason: str) -> None:
+        """No load is asked for any more. Who waits for one is told, also where no engine has to go for it."""
+        if model.engine is None and model.wanted_since_sec is not None:
+            self._off(model, reason)
+        model.forget_wish()
 
     def _keep_alive(self, event: KeepAlive) -> None:
         model = self.models.get(event.alias)
@@ -726,7 +732,7 @@ class Scheduler:
 
     def _retire(self, model: Model) -> None:
         model.retired = True
-        model.forget_wish()
+        self._give_up(model, "removed from the configuration")
         while model.queue:
             self._reject_removed(model.queue.pop())
         self._left_queue(model)
@@ -740,6 +746,7 @@ class Scheduler:
     def _shut_down(self) -> None:
         self.shutting_down = True
         for model in self.models.values():
+            self._give_up(model, "the router is shutting down")
             self._reject_waiting(model, Refusal.SHUTTING_DOWN, "the router is shutting down", 5)
         for alias in list(self._fleet.swaps):
             self._end_swap(alias)

@@ -172,6 +172,21 @@ def test_a_changed_file_is_applied_without_losing_a_request(start: Start, tiny: 
     assert router.chat("removed").status_code == 404
 
 
+def test_what_goes_while_it_waits_to_be_loaded_holds_nobody_up(start: Start, tiny: Path, tmp_path: Path) -> None:
+    bad, good = models(tiny, "bad", env={"FAKE_READY": "fails"}), models(tiny, "good")
+    system = {"preload_models": ["bad", "good"], "preload_delay_sec": 0, "model_load_max_retries": 9}
+    system["llama_server_path"] = fake(tmp_path)
+    router = start({"system": system, "models": {**bad, **good}})
+    eventually(lambda: router.status("bad")["error_message"] is not None)
+    with ThreadPoolExecutor(1) as client:
+        asked = client.submit(router.http.post, "/v1/models/load", json={"model": "bad"})
+        system["preload_models"] = []
+        (tmp_path / "config.json").write_text(json.dumps({"system": system, "models": good}))
+        router.http.post("/v1/config/reload").raise_for_status()
+        router.until("good", "ready")
+        assert asked.result().status_code == 404
+
+
 def test_a_broken_file_changes_nothing_and_says_why(start: Start, tiny: Path, tmp_path: Path) -> None:
     router = start({"models": models(tiny, "a")})
     (tmp_path / "config.json").write_text('{"models": {"a": {"model_path": "gone.gguf"}}}')

@@ -1068,6 +1068,15 @@ def test_preload_never_evicts() -> None:
     )
 
 
+@pytest.mark.parametrize("end", [lambda now: Eject(now, "b"), lambda now: Configured(now, {}, Policy()), ShutDown])
+def test_who_waits_for_a_load_is_told_when_it_is_given_up(end: Callable[[float], Event]) -> None:
+    machine = Machine("a", "b")
+    machine.served("a")
+    machine.tell(Load(machine.now, "b"))
+    told = [effect for effect in machine.tell(end(machine.now)) if isinstance(effect, Transition)]
+    assert [effect.state for effect in told if effect.alias == "b"] == ["off"]
+
+
 def test_a_load_asked_for_while_the_engine_drained_is_done_with_when_it_stays() -> None:
     machine = Machine("a", "b")
     busy = machine.served("a")

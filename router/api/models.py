@@ -39,17 +39,23 @@ class ModelToLoad(ModelName):
 async def load_model(body: ModelName, request: Request) -> dict[str, Any]:
     """Load a model now, making room if need be; answers when it is ready."""
     dispatcher: Dispatcher = request.app.state.dispatcher
-    alias = model_of(body.model, dispatcher.config).alias
-    if dispatcher.status == "shutting_down":
-        raise ApiError(503, "shutting_down", "The router is shutting down.", retry_after_sec=5)
+    alias = _to_load(body.model, dispatcher)
     state = await dispatcher.load(alias)
     if state != "ready":
+        _to_load(alias, dispatcher)  # unless that is why
         model = dispatcher.scheduler.models.get(alias)
         reason = (model.last_error if model else None) or f"it is {state}"
         if model is not None and model.too_big:
             raise refused(Refusal.INSUFFICIENT_MEMORY, reason, None)
         raise refused(Refusal.MODEL_FAILED, f"{alias!r} was not loaded: {reason}", 1)
     return {"status": "success", "model": alias, "message": f"{alias} is ready"}
+
+
+def _to_load(name: str, dispatcher: Dispatcher) -> str:
+    """Raises ApiError: there is no such model (any more), or the router goes."""
+    if dispatcher.status == "shutting_down":
+        raise ApiError(503, "shutting_down", "The router is shutting down.", retry_after_sec=5)
+    return model_of(name, dispatcher.config).alias
 
 
 @router.post("/v1/models/eject", responses={404: {"description": "It is unknown, or not loaded: `not_found`."}})
