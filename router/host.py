@@ -6,7 +6,7 @@ import contextlib
 import os
 import platform
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -29,7 +29,7 @@ class ProcessMemory:
     """What a process and all that it started hold of RAM; what they share among each other counts once."""
 
     anonymous_mib: int
-    """Gone only with the process."""
+    """Gone only with the process: its buffers, and of mapped files what it has locked (`--mlock`)."""
     file_mib: int
     """Mapped files, such as weights: the kernel can drop these pages and read them again."""
     family: tuple[int, ...] = ()
@@ -76,7 +76,7 @@ def process_memory(
 
 
 def _held(pid: int, proc: Path, mapped: bool) -> tuple[int, int] | None:
-    """Anonymous and file-backed bytes; None if the process is gone or not ours to look at."""
+    """Bytes that stay and bytes that can be dropped; None if the process is gone or not ours to look at."""
     if sys.platform != "linux":
         with contextlib.suppress(psutil.Error):
             figures = psutil.Process(pid).memory_full_info()
@@ -85,11 +85,18 @@ def _held(pid: int, proc: Path, mapped: bool) -> tuple[int, int] | None:
     # A page that n processes share counts 1/n in each: the parts of a family add up.
     rollup = _fields(proc / str(pid) / "smaps_rollup") if mapped else {}
     if "Pss_Anon" in rollup:
-        return rollup["Pss_Anon"] + rollup.get("Pss_Shmem", 0), rollup.get("Pss_File", 0)
+        return _sorted(rollup, "Pss_Anon", "Pss_Shmem", "Pss_File", "Locked")
     status = _fields(proc / str(pid) / "status")  # also for older kernels, and processes of others
     if "RssAnon" in status:
-        return status["RssAnon"] + status.get("RssShmem", 0), status.get("RssFile", 0)
+        return _sorted(status, "RssAnon", "RssShmem", "RssFile", "VmLck")
     return None
+
+
+def _sorted(fields: Mapping[str, int], *names: str) -> tuple[int, int]:
+    """What is locked of files stays, too: to the kernel it is not free, as other pages of files are."""
+    anonymous, shared, of_files, locked = (fields.get(name, 0) for name in names)
+    stays = min(of_files, locked)
+    return anonymous + shared + stays, of_files - stays
 
 
 def _cgroups(root: Path) -> Iterator[tuple[Path, _Files]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import math
 import mmap
@@ -736,6 +737,23 @@ def test_a_light_look_walks_through_nobodys_mappings(tmp_path: Path) -> None:
     assert all(memory.file_mib < 60 for memory in thorough.values()), "what they share counts half in each"
     assert all(memory.file_mib >= 80 for memory in light.values()), "only counters were read"
     assert list(thorough) == list(light) == [first, second]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others do not tell")
+@pytest.mark.parametrize("mapped", [True, False])
+def test_weights_that_are_locked_into_ram_stay_there(tmp_path: Path, mapped: bool) -> None:
+    weights = tmp_path / "weights"
+    weights.write_bytes(os.urandom(6 * MIB))
+    with weights.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapping:
+        sum(mapping[::4096])
+        before = host.process_memory([os.getpid()], mapped=mapped)[os.getpid()]
+        address = ctypes.c_char.from_buffer(mapping)
+        if ctypes.CDLL(None).mlock(ctypes.byref(address), ctypes.c_size_t(len(mapping))) != 0:
+            pytest.skip("this user may not lock so much (ulimit -l)")
+        locked = host.process_memory([os.getpid()], mapped=mapped)[os.getpid()]
+        del address
+    assert locked.anonymous_mib - before.anonymous_mib == pytest.approx(6, abs=2), "nobody else's"
+    assert before.file_mib - locked.file_mib == pytest.approx(6, abs=2), "and not to be had for the asking"
 
 
 def test_who_asks_for_processes_meanwhile_is_answered_for_his_own() -> None:
