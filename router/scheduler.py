@@ -69,7 +69,7 @@ class Scheduler:
         self.engines: Mapping[int, Engine] = self._fleet.engines
         self._requests: dict[str, Request] = {}
         self._waiting: dict[str, Model] = {}
-        self._warm: set[Engine] = set()
+        self._recent: set[Engine] = set()
         self._now = 0.0
         self._seq = 0
         self._effects: list[Effect] = []
@@ -140,7 +140,7 @@ class Scheduler:
         engine = model.engine
         if engine is None or engine.idle_since_sec is None or engine.state is not EngineState.READY:
             return None
-        limit_sec = math.inf if engine in self._kept_warm() else model.idle_timeout_sec(self.policy)
+        limit_sec = self._idle_limit_sec(engine, self._most_recent())
         return None if math.isinf(limit_sec) else engine.idle_since_sec + limit_sec
 
     def free(self) -> dict[str, int]:
@@ -597,7 +597,7 @@ class Scheduler:
             elif model.failed_until_sec:
                 model.failed_until_sec = 0.0
                 self._off(model, "may be tried again")
-        self._warm = self._kept_warm()
+        self._recent = self._most_recent()
         for engine in list(self.engines.values()):
             since_sec, limit_sec, cause = self._time_limit(engine)
             if since_sec is not None:
@@ -624,7 +624,6 @@ class Scheduler:
 
     def _time_limit(self, engine: Engine) -> tuple[float | None, float, StopCause]:
         """Since when the engine has been in a state that must not last, how long it may, and why it ends."""
-        model = self.models[engine.alias]
         match engine.state:
             case EngineState.LOADING:
                 grace_sec = self.policy.abandoned_load_grace_sec
@@ -632,28 +631,32 @@ class Scheduler:
             case EngineState.DRAINING if self.policy.max_drain_sec is not None:
                 cause = engine.cause or StopCause.DRAINED
                 return engine.draining_since_sec, self.policy.max_drain_sec, cause
-            case EngineState.READY if engine not in self._warm and not engine.suspect:
-                return engine.idle_since_sec, model.idle_timeout_sec(self.policy), StopCause.IDLE
+            case EngineState.READY if not engine.suspect:
+                return engine.idle_since_sec, self._idle_limit_sec(engine, self._recent), StopCause.IDLE
         return None, math.inf, StopCause.IDLE
 
-    def _kept_warm(self) -> set[Engine]:
+    def _most_recent(self) -> set[Engine]:
         """The most recently used engines, which the global idle timeout (but no other) spares."""
         ready = [engine for engine in self.engines.values() if engine.state is EngineState.READY]
         ready.sort(
             key=lambda engine: (engine.idle_since_sec is None, self.models[engine.alias].last_used_sec),
             reverse=True,
         )
-        warm = ready[: self.policy.keep_warm_models]
-        return {
-            engine
-            for engine in warm
-            if engine.keep_alive_sec is None and self.models[engine.alias].spec.idle_timeout_sec is None
-        }
+        return set(ready[: self.policy.keep_warm_models])
+
+    def _idle_limit_sec(self, engine: Engine, most_recent: set[Engine]) -> float:
+        model = self.models[engine.alias]
+        has_its_own = engine.keep_alive_sec is not None or model.spec.idle_timeout_sec is not None
+        spared = engine in most_recent and not has_its_own
+        return math.inf if spared else model.idle_timeout_sec(self.policy)
 
     def _used(self, engine: Engine) -> None:
-        """It is the most recently used now; another may have to go that was kept warm in its place."""
-        if self._warm and engine not in self._warm:
-            self._wake(self._now)
+        """It is one of the most recently used now; in time, another may have to go that was spared instead."""
+        limit_sec = self.policy.idle_timeout_sec
+        if engine not in self._recent and limit_sec is not None:
+            for other in self._recent:
+                if other.idle_since_sec is not None:
+                    self._wake(other.idle_since_sec + limit_sec)
 
     # --- operators --------------------------------------------------------------------------------------
 
@@ -690,7 +693,8 @@ class Scheduler:
         model = self.models.get(event.alias)
         if model is not None and model.engine is not None:
             model.engine.keep_alive_sec = event.idle_sec
-            self._wake(self._now)
+            if model.engine.idle_since_sec is not None:
+                self._wake(model.engine.idle_since_sec + model.idle_timeout_sec(self.policy))
 
     def _reset(self, event: Reset) -> None:
         model = self.models.get(event.alias)

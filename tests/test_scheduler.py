@@ -1036,6 +1036,22 @@ def test_a_models_own_idle_timeout_counts_even_when_it_is_warm() -> None:
     assert machine.states() == "off"
 
 
+def test_no_request_costs_a_look_at_all_models() -> None:
+    tiny = ({"gpu0": 1},)
+    machine = Machine(ModelSpec("a", idle_timeout_sec=600), *"bcd", places=dict.fromkeys("abcd", tiny))
+    for alias in "abcd":
+        machine.finish(machine.served(alias))
+    machine.wait(290)  # there has been a look at who is used
+    looks = 0
+    for number in range(120):
+        request_id = machine.ask("abcd"[number % 4])
+        machine.tell(KeepAlive(machine.now, "b", 1800.0))
+        looks += machine.scheduler.wake_at <= machine.now
+        machine.finish(request_id)
+        machine.wait(1)
+    assert looks < 5
+
+
 def test_a_busy_model_is_not_idle_however_long_it_takes() -> None:
     machine = Machine("a", policy=Policy(idle_timeout_sec=60, keep_warm_models=0, queue_timeout_sec=9999))
     request_id = machine.served("a")
