@@ -39,9 +39,10 @@ _PASSED = frozenset(
 )  # fmt: skip
 
 _ADD_UP = frozenset({"cpu-moe", "n-cpu-ffn", "n-cpu-moe", "override-kv", "override-tensor"})
+_SHOW_GPUS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GGML_VK_VISIBLE_DEVICES")
 
 _Identity = tuple[str, int, int]
-_Key = tuple[_Identity, tuple[str, ...]]
+_Key = tuple[_Identity, tuple[str, ...], tuple[str | None, ...]]
 
 
 class FitParams:
@@ -102,8 +103,7 @@ class FitParams:
             return None
         if build != self._build:  # the engine has been replaced
             self._build, self._answers = build, {}
-        visible = environ.get("CUDA_VISIBLE_DEVICES", "")
-        key = model, (*question, visible)
+        key = model, tuple(question), tuple(environ.get(name) for name in _SHOW_GPUS)
         if key not in self._answers:
             self._answers[key] = self._run(header.path, question, environ)
         return self._answers[key]

@@ -331,6 +331,19 @@ class TestFitParams:
 
         assert (tmp_path / "asked").read_text().count("x") == 3
 
+    @pytest.mark.parametrize("variable", ["CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"])
+    def test_what_it_says_holds_for_the_gpus_it_was_shown(
+        self, tmp_path: Path, model: GGUF, variable: str
+    ) -> None:
+        tool = self.tool(tmp_path, f'[ "${variable}" = -1 ] || echo GPU0 500 30 600; echo Host 300 0 20')
+
+        shown = [
+            tool.footprint(model, Flags(["-c", "8192"]), environ=environ)
+            for environ in ({variable: "-1"}, {variable: "0"}, {})
+        ]
+
+        assert [found and list(found.devices) for found in shown] == [["host"], ["gpu0", "host"], ["gpu0", "host"]]
+
     def test_gpus_come_in_their_order(self, tmp_path: Path, model: GGUF) -> None:
         tool = self.tool(tmp_path, "echo CUDA0 500 30 600; echo CUDA1 300 57 600; echo Host 300 0 20")
 
