@@ -233,7 +233,8 @@ class _Places:
                 found.append(one)
         found.sort(key=self._rank)
         if not self._ground.holds(found[0].placement):
-            less = self._partly(groups[-1]) or self._without_gpus()
+            roomiest = max(reversed(groups), key=lambda group: sum(site.budget_mib for site in group.sites))
+            less = self._partly(roomiest) or self._without_gpus()
             found[:0] = [] if less is None else [less]
         return found
 

@@ -213,6 +213,19 @@ def test_parts_of_a_gpu_are_not_put_together(qwen: Path) -> None:
     assert {len(gpus) for gpus in placed(found)} == {1}
 
 
+@pytest.mark.parametrize("divisible", [True, False])
+def test_what_fits_on_no_gpu_alone_has_its_layers_on_the_largest(qwen: Path, divisible: bool) -> None:
+    sites = (
+        gpu(0, 1500, divisible=divisible),
+        gpu(1, 4000, divisible=divisible),
+        gpu(2, 1500, divisible=divisible),
+    )
+    flags = ("--split-mode", "none") if divisible else ()
+    first = look(qwen, ground(*sites), "-c", "4096", *flags).alternatives[0]
+    assert first.gpus == ("gpu1",)
+    assert layers_of(first) > 20
+
+
 def test_what_the_configuration_says_counts(qwen: Path) -> None:
     first = look(qwen, ground(gpu(0, 8000)), footprint_mb=123).alternatives[0]
     assert dict(first.placement) == {"gpu0": 123}
