@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 from router import fit_params, footprint, gguf
 from router.engine import Binary, signal_name
@@ -109,13 +108,11 @@ class EngineKind:
         if not self._is_server:
             return
         try:
-            reason = _tried(str(self._program), self.build).why_not
+            _help_of(str(self._program), self.build)
             if not os.access(self._program, os.X_OK):
-                reason = os.strerror(errno.EACCES)
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:
-            reason = error.strerror or str(error)
-        if reason:
-            raise Unusable(f"{self._program} cannot be run: {reason}")
+            raise Unusable(f"{self._program} cannot be run: {error.strerror or error}") from error
 
     @property
     def fits_by_itself(self) -> bool:
@@ -130,32 +127,29 @@ class EngineKind:
     @property
     def _help(self) -> str:
         try:
-            return _tried(str(self._program), self.build).help
+            return _help_of(str(self._program), self.build)
         except OSError:
             return ""
 
 
-class _Tried(NamedTuple):
-    why_not: str
-    """Why it ends before it has begun: no library, no such instruction; empty if it does not."""
-    help: str
-
-
 @lru_cache(maxsize=8)
-def _tried(program: str, build: str) -> _Tried:
-    """Raises OSError if it is no program for this machine at all."""
+def _help_of(program: str, build: str) -> str:
+    """Raises OSError if it ends before it has begun: no program for this machine, no library, no such instruction.
+
+    That is not remembered: what it lacks may come without a change to the program.
+    """
     try:
         done = subprocess.run(  # noqa: S603
             [program, "--help"], stdin=subprocess.DEVNULL, capture_output=True, timeout=10, check=False
         )
     except subprocess.TimeoutExpired:
         _log.warning("%s --help says nothing for 10 s", program)
-        return _Tried("", "")
+        return ""
     if done.returncode >= 0 and done.returncode not in _NEVER_RAN:
-        return _Tried("", done.stdout.decode("utf-8", "replace"))
+        return done.stdout.decode("utf-8", "replace")
     said = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
     code = f"exit code {done.returncode}" if done.returncode > 0 else signal_name(done.returncode)
-    return _Tried(said or code, "")
+    raise OSError(errno.ENOEXEC, said or code)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from router.learning import Learned
 from router.messages import Event
 from router.placing import Alternative
 from router.scheduler import Scheduler
-from router.sizing import Size
+from router.sizing import EngineKind, Size, Unusable
 
 EMBEDDED = Binary(("python",), "embedded", "xllamacpp")
 
@@ -55,6 +55,17 @@ def test_an_engine_gets_what_was_found_when_room_was_made_for_it_also_after_a_la
         assert accountant.open(2, "a", second).chosen.placement == second
 
     asyncio.run(story())
+
+
+def test_an_engine_that_lacked_a_library_is_not_refused_once_it_has_it(tmp_path: Path) -> None:
+    library, engine = tmp_path / "libggml.so", tmp_path / "llama-server"
+    engine.write_text(f'#!/bin/sh\n[ -e {library} ] || {{ echo "libggml.so: cannot open" >&2; exit 127; }}\n')
+    engine.chmod(0o755)
+    kind = EngineKind(Binary((str(engine),), "llama-server", "here"))
+    with pytest.raises(Unusable, match=r"llama-server cannot be run: libggml\.so: cannot open"):
+        kind.check_runs()
+    library.touch()
+    kind.check_runs()
 
 
 def test_an_engine_for_which_nothing_was_found_says_so(accountant: Accountant) -> None:
