@@ -63,7 +63,8 @@ Seconds = Annotated[float, Field(ge=0)]
 PositiveSeconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 PositiveCount = Annotated[int, Field(gt=0)]
-Keys = Annotated[tuple[Annotated[SecretStr, AfterValidator(_sendable)], ...], Field(strict=False)]
+Key = Annotated[SecretStr, AfterValidator(_sendable)]
+Keys = Annotated[tuple[Key, ...], Field(strict=False)]
 WebOrigin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$")]
 _ARGUMENT_SCHEMA: dict[str, Any] = {"type": ["string", "number"]}
 Argument = Annotated[str, BeforeValidator(_as_argument), WithJsonSchema(_ARGUMENT_SCHEMA)]
@@ -99,6 +100,18 @@ class Section(BaseModel):
     )
 
 
+class ClientEntry(Section):
+    """Somebody who uses the models with a key of their own, and manages nothing."""
+
+    key: Key = Field(description="As in inference_keys.")
+    priority: PriorityName | None = Field(
+        default=None, description="Priority of requests that name none; null means the model's."
+    )
+    highest_priority: PriorityName = Field(
+        default="high", description="A request that asks for more, or whose model gives it more, gets this one."
+    )
+
+
 class Api(Section):
     """The HTTP side: where the router listens, and who may talk to it."""
 
@@ -121,11 +134,16 @@ class Api(Section):
     )
     api_keys: Keys = Field(
         default=(),
-        description="Keys with full access. With any key set, here or in inference_keys, every route but "
-        "/health and /ready needs one. The variable API_KEY replaces this list.",
+        description="Keys with full access. With any key set, here, in inference_keys or in clients, every "
+        "route but /health and /ready needs one. The variable API_KEY replaces this list.",
     )
     inference_keys: Keys = Field(
         default=(), description="Keys for the inference routes only: nothing can be managed with them."
+    )
+    clients: dict[Alias, ClientEntry] = Field(
+        default={},
+        description="Who uses the models: by name, with a key and the priorities that go with it. Names stand in "
+        "the log, the queue and the metrics.",
     )
     allowed_hosts: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         default=(),

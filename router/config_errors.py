@@ -107,7 +107,7 @@ LLAMA_SWAP: Mapping[type[Section], Mapping[str, str]] = {
         "healthCheckTimeout": "system.wait_ready_sec",
         "startPort": "system.base_port",
         "globalTTL": "system.idle_timeout_sec",
-        "apiKeys": "api.api_keys or api.inference_keys",
+        "apiKeys": "api.api_keys, api.inference_keys or api.clients",
         "logLevel": "system.debug",
         "sendLoadingState": "api.heartbeat_sec",
         "macros": "YAML anchors",
@@ -138,15 +138,25 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def _is_secret(path: KeyPath) -> bool:
-    return path[1:2] in (("api_keys",), ("inference_keys",)) or (path[0] == "models" and "env" in path[2:])
+    if path[0] == "api":
+        return path[1:2] in (("api_keys",), ("inference_keys",), ("clients",))
+    return path[0] == "models" and "env" in path[2:]
 
 
 def section_at(path: KeyPath) -> type[Section] | None:
     here: type[Section] | None = ConfigFile
-    for part in path[:1] + path[2:] if path[:1] in (("models",), ("aliases",)) else path:
+    for part in _without_name(path):
         field = here.model_fields.get(str(part)) if here else None
         here = _nested_section(field.annotation) if field else None
     return here
+
+
+def _without_name(path: KeyPath) -> KeyPath:
+    """Without the part that users may choose."""
+    for named in (("models",), ("aliases",), ("api", "clients")):
+        if path[: len(named)] == named:
+            return named + path[len(named) + 1 :]
+    return path
 
 
 def _nested_section(annotation: Any) -> type[Section] | None:

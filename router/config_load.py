@@ -62,6 +62,7 @@ from router.flags import (
     parse,
 )
 from router.gguf import SPLIT_NAME
+from router.queue import BY_NAME
 from router.state import default_path
 
 _VARIABLES: dict[str, KeyPath] = {
@@ -433,6 +434,7 @@ class _Draft:
         if not isinstance(entries, dict):
             self.problem(("models",), "should be aliases, each with its model_path and flags")
             entries = {}
+        self.check_clients(api)
         models = {alias: self.model(alias, system) for alias in entries}
         aliases = self.aliases(entries)
         for index, alias in enumerate(system.preload_models):
@@ -443,7 +445,7 @@ class _Draft:
                 self.no_model(path, alias, entries)
         self.check_pins(models, system.max_concurrent_models)
         exposed = api.host not in ("localhost", "::1") and not api.host.startswith("127.")
-        if exposed and not api.api_keys and not api.inference_keys:
+        if exposed and not (api.api_keys or api.inference_keys or api.clients):
             message = f"{api.host} is open to the network and no API key is set: anybody there may use the router"
             self.warn(("api", "host"), message)
         there = {alias: model for alias, model in models.items() if model}
@@ -451,6 +453,17 @@ class _Draft:
         self.lost |= {name: alias.uses for name, alias in aliases.items() if name not in usable}
         usable |= dict(self.created_aliases(usable, there))
         return Config(api, system, scheduling, there, usable, self.lost)
+
+    def check_clients(self, api: Api) -> None:
+        owners = {key.get_secret_value(): "one of api_keys" for key in api.api_keys}
+        owners |= {key.get_secret_value(): "one of inference_keys" for key in api.inference_keys}
+        for name, client in api.clients.items():
+            path = ("api", "clients", name)
+            owner = owners.setdefault(client.key.get_secret_value(), f"the key of {name!r}")
+            if owner != f"the key of {name!r}":
+                self.problem((*path, "key"), f"is {owner}, too: whose is a request that comes with it?")
+            if client.priority and BY_NAME[client.priority] < BY_NAME[client.highest_priority]:
+                self.problem((*path, "priority"), f"is above highest_priority, {client.highest_priority}")
 
     def check_pins(self, models: Mapping[str, ModelConfig | None], places: int) -> None:
         pinned = [alias for alias, model in models.items() if model and model.pinned]

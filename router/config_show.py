@@ -59,8 +59,12 @@ def _section_leaves(path: KeyPath, section: Section) -> Iterator[tuple[KeyPath, 
         value = getattr(section, name)
         if isinstance(value, Section):
             yield from _section_leaves((*path, name), value)
-        elif isinstance(value, Mapping):
-            yield from _parameters((*path, name), value)
+        elif isinstance(value, Mapping) and value:
+            for key, item in value.items():
+                if isinstance(item, Section):
+                    yield from _section_leaves((*path, name, key), item)
+                else:
+                    yield from _parameters((*path, name, key), item)
         elif value is not None or not field.json_schema_extra:  # the older keys only if they are used
             yield (*path, name), _text(value)
 
@@ -71,6 +75,8 @@ def _command_line(flags: Sequence[str]) -> str:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, SecretStr):
+        return "(not shown)"
     if isinstance(value, tuple) and any(isinstance(item, SecretStr) for item in value):
         return f"({len(value)} not shown)"
     if isinstance(value, float):

@@ -119,6 +119,8 @@ class Ticket(msgspec.Struct, eq=False):
     priority: Priority
     arrival_sec: float
     granted_sec: float
+    client: str = ""
+    """Its name, if its key has one."""
     queue_sec: float = 0.0
     """How long it has waited, once it is decided."""
     load_sec: float = 0.0
@@ -162,6 +164,8 @@ class Waiting:
     expected_sec: float
     """Until it gets a slot, as far as what was measured tells."""
     why: str
+    client: str
+    """Its name, if its key has one."""
 
 
 @dataclass(slots=True)
@@ -269,10 +273,10 @@ class Dispatcher:
 
     # --- requests ---------------------------------------------------------------------------------------
 
-    def submit(self, request_id: str, alias: str, priority: Priority) -> Ticket:
+    def submit(self, request_id: str, alias: str, priority: Priority, client: str = "") -> Ticket:
         """Ask for a slot. Every ticket must come back through `finish`, also a cancelled one."""
         now = time.monotonic()
-        ticket = Ticket(request_id, alias, priority, now, now)
+        ticket = Ticket(request_id, alias, priority, now, now, client)
         self._tickets[request_id] = ticket
         self.counts[alias].submitted += 1
         self._post(Submit(now, request_id, alias, priority))
@@ -335,6 +339,7 @@ class Dispatcher:
             waited_sec=now - waiting.arrival_sec,
             expected_sec=remaining_wait_sec(model, position, waiting.priority, self.scheduler.policy, now),
             why=reason if position == 1 else f"{position - 1} before it; {reason}",
+            client=self._tickets[waiting.id].client,
         )
 
     # --- operators --------------------------------------------------------------------------------------

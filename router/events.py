@@ -108,6 +108,8 @@ class RequestDone(msgspec.Struct, frozen=True):
     resends: int = 0
     """How often it was sent again because an idle connection had just been closed."""
     usage: Usage = NO_USAGE
+    client: str = ""
+    """Its name, if its key has one."""
 
     @property
     def stream_sec(self) -> float:
@@ -122,6 +124,7 @@ class Labels(NamedTuple):
     route: str
     priority: str
     outcome: str
+    client: str
 
 
 @dataclass(frozen=True)
@@ -133,9 +136,9 @@ class RequestsDone:
     @cached_property
     def by_labels(self) -> Mapping[Labels, Sequence[RequestDone]]:
         """The same, sorted by their labels, whose series are looked for once."""
-        found: defaultdict[tuple[str, str, str, str], list[RequestDone]] = defaultdict(list)
+        found: defaultdict[tuple[str, str, str, str, str], list[RequestDone]] = defaultdict(list)
         for done in self.requests:
-            found[done.alias, done.route, done.priority, done.outcome].append(done)
+            found[done.alias, done.route, done.priority, done.outcome, done.client].append(done)
         return {Labels(*key): requests for key, requests in found.items()}
 
 

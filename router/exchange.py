@@ -20,7 +20,7 @@ from random import getrandbits
 from urllib.parse import quote
 
 from router.answer import Answer
-from router.api.auth import Keyring
+from router.api.auth import Client, Keyring
 from router.api.browsers import Browsers
 from router.api.errors import ApiError, error_event, refused
 from router.capability import refused_by_engine
@@ -112,6 +112,7 @@ class Exchange:
     __slots__ = (
         "_answer",
         "_body",
+        "_client",
         "_connection",
         "_dispatcher",
         "_fields",
@@ -147,6 +148,7 @@ class Exchange:
         self._query = query
         self._headers = headers
         self._fields: Mapping[bytes, bytes] = dict(headers)
+        self._client: Client | None = None
         self._request_id = ""
         self._id_line = b""
         self._lines = b""
@@ -221,13 +223,16 @@ class Exchange:
 
     def _read_wish(self) -> Wish:
         """Raises ApiError."""
-        return read_wish(self._body, self._fields, self._dispatcher.config)
+        return read_wish(self._body, self._fields, self._dispatcher.config, self._client)
 
     def _submit(self, wish: Wish) -> None:
         if self._dispatcher.is_taken(self._request_id):  # by one that came while the body was read
             self._be_called(_new_id())
         self._streams = wish.streams
-        self._ticket = ticket = self._dispatcher.submit(self._request_id, wish.alias, wish.priority)
+        if self._client is not None:
+            self._lines += b"x-request-priority: %b\r\n" % NAMES[wish.priority].encode()
+        ticket = self._dispatcher.submit(self._request_id, wish.alias, wish.priority, self._client_name)
+        self._ticket = ticket
         self._wait_for_slot(ticket)
 
     def leave(self) -> None:
@@ -250,6 +255,10 @@ class Exchange:
         """Close the connection after this answer."""
         self._answer.keep_alive = False
 
+    @property
+    def _client_name(self) -> str:
+        return "" if self._client is None else self._client.name
+
     def _be_called(self, request_id: str) -> None:
         self._request_id = request_id
         self._id_line = f"x-request-id: {request_id}\r\n".encode()
@@ -268,7 +277,7 @@ class Exchange:
         if (origin := fields.get(b"origin")) is not None:
             self._lines = self._shared.browsers.origin_lines(origin)
         self._shared.browsers.check_host(fields)
-        self._shared.keyring.check(self._headers, manages=False)
+        self._client = self._shared.keyring.check(self._headers, manages=False)
         if fields.get(b"content-encoding", b"identity") != b"identity":
             raise ApiError(415, "unsupported_encoding", "Send the body without Content-Encoding.")
         declared = int(fields.get(b"content-length", b"0"))
@@ -490,6 +499,7 @@ class Exchange:
                 reason=self._reason,
                 streamed=self._streams,
                 request_bytes=len(self._body),
+                client=self._client_name,
             )
         else:
             meter, arrival_sec = self._meter, ticket.arrival_sec
@@ -513,6 +523,7 @@ class Exchange:
                 ticket.retries,
                 self._resends,
                 meter.usage(),
+                ticket.client,
             )
         self._dispatcher.events.done(done)
 

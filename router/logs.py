@@ -221,6 +221,7 @@ class _RequestLine(msgspec.Struct, omit_defaults=True):
     retries: int = 0
     resends: int = 0
     reason: str = ""
+    client: str = ""
 
 
 _encode = msgspec.json.Encoder().encode
@@ -250,6 +251,7 @@ def _request_json(done: RequestDone) -> str:
         done.retries,
         done.resends,
         done.reason,
+        done.client,
     )
     text = _encode(line)
     return text.decode() if text.isascii() else json.dumps(json.loads(text))
@@ -259,6 +261,8 @@ def _request_text(done: RequestDone) -> str:
     parts = [f"{_clock(done.at)} INFO    {done.alias or '-'}: {done.outcome} {done.status} {done.route}"]
     if done.priority:
         parts.append(f"{done.priority}, queue {done.queue_sec:.3f} s")
+    if done.client:
+        parts.append(f"by {done.client}")
     if done.load_sec:
         parts.append(f"load {done.load_sec:.3f} s")
     if done.ttft_sec is not None:

@@ -19,7 +19,7 @@ from router import __version__
 from router.dispatcher import Dispatcher, RunningEngine
 from router.engine_metrics import EngineMetrics
 from router.events import EngineEnded, Labels, ModelChanged, RequestDone, RequestsDone
-from router.exposition import Counter, Family, Gauges, Histogram, exposition, label_text
+from router.exposition import Counter, CounterCell, Family, Gauges, Histogram, exposition, label_text
 from router.messages import Refusal
 from router.meter import Usage
 from router.queue import NAMES, Priority
@@ -130,6 +130,15 @@ class _Requests:
             "model",
             bounds=_TOKEN_SECONDS,
         )
+        self.client_requests = Counter(
+            "router_client_requests_total", "Requests with a client's own key, by outcome", "client", "status"
+        )
+        self.client_input_tokens = Counter(
+            "router_client_input_tokens_total", "Tokens of a client's prompts", "client"
+        )
+        self.client_output_tokens = Counter(
+            "router_client_output_tokens_total", "Tokens of answers to a client", "client"
+        )
         self._per_model = (
             self.rejected,
             self.timeouts,
@@ -150,6 +159,9 @@ class _Requests:
         self.families: tuple[Family, ...] = (
             self.requests,
             *self._per_model,
+            self.client_requests,
+            self.client_input_tokens,
+            self.client_output_tokens,
             self.duration,
             self.queue_wait,
             self.first_token,
@@ -178,8 +190,10 @@ class _Cells:
     """Of requests that have all labels in common. Finding a series costs more than counting."""
 
     def __init__(self, series: _Requests, labels: Labels) -> None:
-        alias, route, priority, outcome = labels
-        self._counts = [series.requests.of(*labels)]
+        alias, route, priority, outcome, client = labels
+        self._counts = [series.requests.of(alias, route, priority, outcome)]
+        if client:
+            self._counts.append(series.client_requests.of(client, outcome))
         self._served = outcome == "served"
         self._client_errors = series.client_errors.of(alias)
         self._server_errors = series.server_errors.of(alias)
@@ -190,6 +204,11 @@ class _Cells:
             self._counts.append(series.rejected.of(alias))
         if outcome in _TIMEOUTS:
             self._counts.append(series.timeouts.of(alias))
+        self._inputs = [series.input_tokens.of(alias)]
+        self._outputs = [series.output_tokens.of(alias), series.generated.of(alias)]
+        if client:
+            self._inputs.append(series.client_input_tokens.of(client))
+            self._outputs.append(series.client_output_tokens.of(client))
         self._duration = series.duration.of(alias, route)
         self._queue_wait = series.queue_wait.of(alias, priority)
         self._first_token = series.first_token.of(alias, priority)
@@ -197,18 +216,14 @@ class _Cells:
         self._retries = series.retries.of(alias)
         self._retried = series.retried.of(alias)
         self._resends = series.resends.of(alias)
-        self._input = series.input_tokens.of(alias)
         self._cached = series.cached_tokens.of(alias)
-        self._output = series.output_tokens.of(alias)
-        self._generated = series.generated.of(alias)
         self._prefill = series.prefill.of(alias)
         self._decode = series.decode.of(alias)
         self._received = series.received.of(alias)
         self._sent = series.sent.of(alias)
 
     def note(self, requests: Sequence[RequestDone]) -> None:
-        for counter in self._counts:
-            counter.value += len(requests)
+        _add(self._counts, len(requests))
         errors = [done.status for done in requests if done.status >= 400]
         if errors:
             of_ours = sum([status >= 500 for status in errors])
@@ -233,15 +248,18 @@ class _Cells:
         self._resends.value += sum([done.resends for done in requests])
 
     def _note_usage(self, usages: list[Usage]) -> None:
-        answered = sum([usage.output_tokens for usage in usages])
-        self._input.value += sum([usage.prompt_tokens for usage in usages])
+        _add(self._inputs, sum([usage.prompt_tokens for usage in usages]))
+        _add(self._outputs, sum([usage.output_tokens for usage in usages]))
         self._cached.value += sum([usage.cached_tokens for usage in usages])
-        self._output.value += answered
-        self._generated.value += answered
         self._prefill.value += sum([usage.prefill_sec for usage in usages])
         decoded = [usage for usage in usages if usage.decode_sec and usage.output_tokens > 1]
         self._decode.value += sum([usage.decode_sec for usage in decoded])
         self._per_token.observe([usage.decode_sec / (usage.output_tokens - 1) for usage in decoded])
+
+
+def _add(counters: Iterable[CounterCell], amount: float) -> None:
+    for counter in counters:
+        counter.value += amount
 
 
 class _Engines:

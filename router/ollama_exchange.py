@@ -32,7 +32,7 @@ class OllamaExchange(Exchange):
         asked = self._asked = translate(self._path, self._body)
         config = self._dispatcher.config
         alias = alias_of(asked.model, config, _HINTS.get(self._path, ""))
-        wish = wish_of(alias, asked.streams, self._fields, config)
+        wish = wish_of(alias, asked.streams, self._fields, config, self._client)
         self._translation = Translation(asked, self._waited_sec)
         self._target = asked.target.encode()
         self._query = b""

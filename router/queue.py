@@ -29,6 +29,7 @@ class Priority(IntEnum):
 
 NAMES = {priority: priority.name.lower() for priority in Priority}
 """As clients, configuration and metrics know them. (An enum takes its time to tell a name.)"""
+BY_NAME = {name: priority for priority, name in NAMES.items()}
 
 
 class Request(msgspec.Struct, eq=False):

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from router.api.auth import Client
 from router.api.errors import ApiError
 from router.config import AliasConfig, Config, ModelConfig
 from router.messages import Refusal
-from router.queue import NAMES, Priority
+from router.queue import BY_NAME, NAMES, Priority
 
 ROUTES = frozenset(
     {
@@ -59,7 +60,6 @@ _PRIORITIES = {
     **{name.encode(): priority for priority, name in NAMES.items()},
     **{str(priority.value).encode(): priority for priority in Priority},
 }
-_CONFIGURED = {name: priority for priority, name in NAMES.items()}
 _LONGEST_NAME = 256
 
 
@@ -82,19 +82,22 @@ class _Envelope(msgspec.Struct):
 _decode = msgspec.json.Decoder(_Envelope).decode
 
 
-def read_wish(body: bytes, headers: Mapping[bytes, bytes], config: Config) -> Wish:
+def read_wish(body: bytes, headers: Mapping[bytes, bytes], config: Config, client: Client | None = None) -> Wish:
     """Raises ApiError for what is not to be understood, and for models that are not there."""
     content_type = headers.get(b"content-type", b"")
     if content_type.startswith(b"multipart/form-data"):
         fields = _form_fields(body, content_type, (b"model", b"stream"))
         model: object = fields.get(b"model")
         streams = fields.get(b"stream", "").lower() in ("true", "1")
-        return wish_of(model, streams, headers, config)._replace(asked_as=None)  # forms are not rewritten
+        wish = wish_of(model, streams, headers, config, client)
+        return wish._replace(asked_as=None)  # forms are not rewritten
     envelope = _read_envelope(body)
-    return wish_of(envelope.model, envelope.stream is True, headers, config)
+    return wish_of(envelope.model, envelope.stream is True, headers, config, client)
 
 
-def wish_of(model: object, streams: bool, headers: Mapping[bytes, bytes], config: Config) -> Wish:
+def wish_of(
+    model: object, streams: bool, headers: Mapping[bytes, bytes], config: Config, client: Client | None = None
+) -> Wish:
     """Raises ApiError for a model that is not there, and for a priority that is none."""
     if model is None:
         raise ApiError(400, "model_required", f"Name a `model`: {some_of(config.names)}.", "model")
@@ -104,13 +107,16 @@ def wish_of(model: object, streams: bool, headers: Mapping[bytes, bytes], config
     known = config.models.get(model) if asked_as is None else None
     if known is None:
         if asked_as is None and model.endswith(":latest"):  # Ollama's clients say so on OpenAI's routes, too
-            return wish_of(model.removesuffix(":latest"), streams, headers, config)
+            return wish_of(model.removesuffix(":latest"), streams, headers, config, client)
         known = model_of(model, config)
     wanted = headers.get(b"x-request-priority")
     if wanted is not None:
         priority = _priority(wanted)
     else:
-        priority = _CONFIGURED[(asked_as and asked_as.priority) or known.priority]
+        own = client.priority if client is not None else None
+        priority = BY_NAME[(asked_as and asked_as.priority) or own or known.priority]
+    if client is not None:
+        priority = max(priority, client.highest)
     return Wish(known.alias, streams, priority, asked_as if asked_as is not None and asked_as.rewrites else None)
 
 

@@ -144,7 +144,7 @@ class Telemetry:
         now = self._clock()
         if now >= self._slice_ends_sec:
             self._begin_slice(now)
-        for (alias, _route, priority, outcome), requests in happening.by_labels.items():
+        for (alias, _route, priority, outcome, _client), requests in happening.by_labels.items():
             if priority:
                 self._slice[alias, priority].note(outcome, requests)
             elif outcome != "served":  # Ollama's unload asks for no slot

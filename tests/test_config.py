@@ -533,7 +533,11 @@ def test_a_model_to_preload_that_was_found_may_go_and_need_not_be_here_to_ask_a_
 
 def test_secrets_are_never_shown(tmp_path: Path) -> None:
     content = {
-        "api": {"api_keys": ["hush-1"], "inference_keys": ["hush-2"]},
+        "api": {
+            "api_keys": ["hush-1"],
+            "inference_keys": ["hush-2"],
+            "clients": {"anna": {"key": "hush-5", "priority": "low"}},
+        },
         "models": {
             "m": {"model_path": "m.gguf", "flags": ["-hft", "hush-3"], "env": {"HF_TOKEN": "hush-4", "GPU": "0"}}
         },
@@ -544,6 +548,8 @@ def test_secrets_are_never_shown(tmp_path: Path) -> None:
     assert "hush" not in repr(result.config.api)
     assert "hush-4" not in repr(result)
     assert "api.api_keys = (1 not shown)   (config.json)" in shown
+    assert "api.clients.anna.key = (not shown)   (config.json)" in shown
+    assert "api.clients.anna.priority = low   (config.json)" in shown
     assert "models.m.env.GPU = 0   (config.json)" in shown
 
 
@@ -558,6 +564,8 @@ def test_secrets_are_never_shown(tmp_path: Path) -> None:
         "api: {api_keys: [!!int hush, x]}",
         "api: {api_keys: ['hush\n",
         "api: {inference_keys: {a: hush}}",
+        "api: {clients: {a: hush}}",
+        "api: {clients: {a: {key: hush hush}, b: {key: 12345}, c: {key: [hush]}}}",
         "api: hush",
         "models: {m: {model_path: m, env: {TOKEN: [hush]}}}",
         "models: {m: {model_path: m, env: hush}}",
@@ -576,6 +584,18 @@ def test_a_key_that_no_client_can_send_is_refused(tmp_path: Path) -> None:
     assert problems(tmp_path, environ={"API_KEY": "two words"}) == [
         "env API_KEY: api.api_keys[0]: a key is one or more printable ASCII characters without spaces"
     ]
+
+
+def test_a_key_belongs_to_one_client(tmp_path: Path) -> None:
+    anna, jobs = {"key": "one"}, {"key": "two", "priority": "normal", "highest_priority": "low"}
+    content = {"api": {"api_keys": ["two"], "clients": {"anna": anna, "jobs": jobs, "twin": anna}}}
+    assert problems(tmp_path, content) == [
+        "config.json: api.clients.jobs.key: is one of api_keys, too: whose is a request that comes with it?",
+        "config.json: api.clients.jobs.priority: is above highest_priority, low",
+        "config.json: api.clients.twin.key: is the key of 'anna', too: whose is a request that comes with it?",
+    ]
+    (line,) = problems(tmp_path, {"api": {"clients": {"anna": {"key": "one", "max_priority": "low"}}}})
+    assert line == "config.json: api.clients.anna.max_priority: unknown key; did you mean priority?"
 
 
 # --- warnings -------------------------------------------------------------------------------------------------

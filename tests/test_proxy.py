@@ -130,6 +130,33 @@ def test_keys(start: Start, tiny: Path) -> None:
     assert "full" not in router.log
 
 
+def test_clients_have_names_and_priorities(start: Start, tiny: Path) -> None:
+    jobs = {"key": "jobs-key", "priority": "low", "highest_priority": "normal"}
+    api = {"api_keys": ["full"], "clients": {"anna": {"key": "annas-key"}, "jobs": jobs}}
+    aliases = {"urgent": {"uses": "a", "priority": "high"}}
+    router = start({"api": api, "models": models(tiny, "a"), "aliases": aliases})
+
+    def priority(key: str, asked: str | None = None, model: str = "a") -> str | None:
+        headers = {"authorization": f"Bearer {key}"} | ({"x-request-priority": asked} if asked else {})
+        answer = router.chat(model, headers=headers)
+        assert answer.status_code == 200
+        return answer.headers.get("x-request-priority")
+
+    assert [priority("annas-key", asked) for asked in (None, "high", "low")] == ["normal", "high", "low"]
+    assert [priority("jobs-key", asked) for asked in (None, "high", "low")] == ["low", "normal", "low"]
+    assert [priority(key, model="urgent") for key in ("annas-key", "jobs-key")] == ["high", "normal"]
+    assert priority("full", "high") is None
+    may_not = router.http.post("/v1/models/a/reset", headers={"authorization": "Bearer annas-key"})
+    assert may_not.json()["error"]["code"] == "insufficient_permissions"
+    metrics = router.http.get("/metrics", headers={"authorization": "Bearer full"}).text
+    for name, requests in (("anna", 4), ("jobs", 4)):
+        assert f'router_client_requests_total{{client="{name}",status="served"}} {requests}\n' in metrics
+        assert f'router_client_output_tokens_total{{client="{name}"}} {requests}\n' in metrics
+    assert 'router_output_tokens_total{model="a"} 9\n' in metrics
+    assert router.log.count('"client":"jobs"') == 4
+    assert "-key" not in router.log
+
+
 def test_a_page_of_an_allowed_origin_may_call(router: Router) -> None:
     preflight = {"origin": "http://my.page", "access-control-request-method": "POST"}
     answer = router.http.options("/v1/chat/completions", headers=preflight)
@@ -174,14 +201,21 @@ def test_a_stream_that_waited_in_vain_ends_with_an_error_event(played: Router) -
 
 def test_a_full_queue_refuses_with_an_honest_time(start: Start, tiny: Path, tmp_path: Path) -> None:
     system = {"llama_server_path": fake(tmp_path, ready="never"), "max_queue_size_per_model": 2}
-    router = start({"system": system, "models": models(tiny, "a")})
+    clients = {name: {"key": f"{name}-key"} for name in ("anna", "jobs")}
+    router = start({"api": {"clients": clients}, "system": system, "models": models(tiny, "a")})
+    router.http.headers["authorization"] = "Bearer anna-key"
     body = json.dumps({"model": "a", "messages": []}).encode()
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body)
+    head = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
+        b"authorization: Bearer jobs-key\r\ncontent-length: %d\r\n\r\n" % len(body)
+    )
     address = router.url.removeprefix("http://").split(":")
     waiting = [socket.create_connection((address[0], int(address[1]))) for _ in range(2)]
     for connection in waiting:
         connection.sendall(head + body)
     eventually(lambda: router.http.get("/v1/queue/stats").json()["summary"]["total_queued"] == 2)
+    in_line = router.http.get("/v1/queue/stats").json()["per_model"]["a"]["waiting"]
+    assert [(request["client"], request["position"]) for request in in_line] == [("jobs", 1), ("jobs", 2)]
     refused = router.chat("a")
     assert refused.status_code == 429
     assert refused.json()["error"]["code"] == "queue_full"

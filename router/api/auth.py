@@ -1,14 +1,26 @@
-"""Who may do what: full keys, inference keys, or everybody when none is set. Compared in constant time."""
+"""Who may do what: full keys, keys for inference, or everybody when none is set. Compared in constant time."""
 
 from __future__ import annotations
 
 import hmac
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from router.api.errors import ApiError
-from router.config import Api
+from router.config import Api, PriorityName
+from router.queue import BY_NAME, Priority
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/live"})
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Whose key a request came with."""
+
+    name: str
+    priority: PriorityName | None
+    """Of requests that name none; None: their model's."""
+    highest: Priority
 
 
 class Keyring:
@@ -19,25 +31,32 @@ class Keyring:
 
     def set(self, api: Api) -> None:
         self._full = [key.get_secret_value().encode() for key in api.api_keys]
-        self._inference = [key.get_secret_value().encode() for key in api.inference_keys]
+        self._inference: list[tuple[bytes, Client | None]] = [
+            (key.get_secret_value().encode(), None) for key in api.inference_keys
+        ]
+        for name, entry in api.clients.items():
+            client = Client(name, entry.priority, BY_NAME[entry.highest_priority])
+            self._inference.append((entry.key.get_secret_value().encode(), client))
         self.required = bool(self._full or self._inference)
 
-    def check(self, headers: Iterable[tuple[bytes, bytes]], *, manages: bool) -> None:
-        """Raises ApiError 401 without a valid key, 403 with one that may not manage."""
+    def check(self, headers: Iterable[tuple[bytes, bytes]], *, manages: bool) -> Client | None:
+        """Who it is, if the key has a name. Raises ApiError 401 without a valid key, 403 with one that may not
+        manage."""
         if not self.required:
-            return
+            return None
         given = _given_key(headers)
         if given is None:
             raise ApiError(401, "missing_api_key", "Send the API key as `Authorization: Bearer KEY`.")
         # Every key is compared, so that the time tells nothing.
         full = [hmac.compare_digest(given, key) for key in self._full]
-        inference = [hmac.compare_digest(given, key) for key in self._inference]
+        inference = [client for key, client in self._inference if hmac.compare_digest(given, key)]
         if any(full):
-            return
-        if not any(inference):
+            return None
+        if not inference:
             raise ApiError(401, "invalid_api_key", "This API key is not valid.")
         if manages:
             raise ApiError(403, "insufficient_permissions", "This API key is for inference only.")
+        return inference[0]
 
 
 def _given_key(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:

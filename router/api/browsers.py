@@ -28,6 +28,7 @@ _EXPOSED = (
     "X-Queue-Position",
     "X-Queue-Expected-Ms",
     "X-Queue-Reason",
+    "X-Request-Priority",
     "Retry-After",
 )
 

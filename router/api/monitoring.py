@@ -195,6 +195,7 @@ def _waiting(request: Waiting) -> dict[str, Any]:
         "id": request.id,
         "alias": request.alias,
         "priority": NAMES[request.priority],
+        "client": request.client or None,
         "position": request.position,
         "waited_sec": round(request.waited_sec, 3),
         "expected_wait_sec": round(request.expected_sec, 2),

@@ -230,7 +230,8 @@ function fillWaiting({ root }, { request, passed, alias, why }) {
     const waited = duration(request.waited_sec + passed);
     const left = request.expected_wait_sec - passed;
     const expected = left < 0.5 ? "soon" : `in ~${duration(left)}`;
-    putCells(root, [`${request.position}.`, request.priority, waited, expected, request.id]);
+    const who = [request.client, request.id].filter(Boolean).join(" · ");
+    putCells(root, [`${request.position}.`, request.priority, waited, expected, who]);
   } else {
     if (!root.children.length) {
       const cell = root.appendChild(document.createElement("td"));
