@@ -22,7 +22,7 @@ def played(start_shared: Start, tiny: Path, tmp_path_factory: pytest.TempPathFac
     """Each model has its own way to be slow."""
     timeouts = {"queue_timeout_sec": 1.5, "request_timeout_sec": 0.8}
     ways = {
-        "loads": {"FAKE_LOAD_SEC": "1"},
+        "loads": {"FAKE_LOAD_SEC": "0.5"},
         "never-ready": {"FAKE_READY": "never"},
         "silent": {"FAKE_ANSWER_SEC": "60"},
         "trickles": {"FAKE_CHUNKS": "8", "FAKE_CHUNK_SEC": "0.2"},
