@@ -48,7 +48,8 @@ class LocalLauncher:
         sockets = self._sockets
         if sockets is not None and not await asyncio.to_thread(lambda: self._kind.takes_unix_sockets):
             sockets = None
-        self._engines = {port: engine for port, engine in self._engines.items() if engine.alive}
+        # Until the end of it, also when it is dead: it has yet to clear its socket away.
+        self._engines = {port: engine for port, engine in self._engines.items() if not engine.exited.done()}
         port = next(
             (
                 port

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import psutil
 import pytest
 from conftest import Start, eventually, models
 
-from router.engine import Binary
+from router.engine import Binary, EngineOrder, LogRing
+from router.launcher import LocalLauncher
+from router.leftovers import EngineRecord
 from router.sizing import EngineKind
+from router.state import State
 
 
 def connections(engine: psutil.Process, path: Path) -> tuple[int, int]:
@@ -56,6 +60,23 @@ def test_what_a_killed_router_has_left_is_replaced(start: Start, tiny: Path, tmp
     (engine,) = second.engines
     eventually(lambda: connections(engine, path) == (1, 0))
     assert list(Path(state).glob("*.sock")) == [path]
+
+
+def test_a_dead_engine_takes_nobodys_socket_away(tmp_path: Path, free_port: int) -> None:
+    apart = tmp_path / "apart"
+    holds_output = f"setsid sh -c 'touch {apart}; exec sleep 1' & until [ -e {apart} ]; do sleep 0.01; done"
+
+    async def start_another_before_its_end() -> tuple[int, int]:
+        kind = EngineKind(Binary(("sh",), "embedded", ""))
+        launcher = LocalLauncher(free_port, EngineRecord(State()), kind, tmp_path)
+        first = await launcher.launch(EngineOrder("a", ("sh", "-c", holds_output)), LogRing(10))
+        await asyncio.to_thread(eventually, lambda: not first.alive)
+        second = await launcher.launch(EngineOrder("b", ("true",)), LogRing(10))
+        await asyncio.gather(first.exited, second.exited)
+        return first.port, second.port
+
+    first, second = asyncio.run(start_another_before_its_end())
+    assert first != second
 
 
 @pytest.mark.parametrize("name", ["long" * 25, "a,b"], ids=["too long", "a comma"])
