@@ -37,6 +37,8 @@ class Amd:
     """
 
     def __init__(self, asked: Collection[int] = (), root: Path = Path("/")) -> None:
+        self.count = 0
+        """How many GPUs ROCm counts, at the last reading: also those that are left out."""
         self._asked = asked
         self._root = root
 
@@ -48,6 +50,7 @@ class Amd:
         devices: list[Device] = []
         left_out: list[str] = []
         cards = self._by_compute_driver() or self._by_display_driver()
+        self.count = len(cards)
         clients = [client for pid in pids() for client in self._clients(pid)] if cards else []
         for card in cards:
             total = _number(card.folder / "mem_info_vram_total")

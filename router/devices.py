@@ -197,10 +197,13 @@ class Devices:
 
     def _visible_to_rocm(self, found: list[Device]) -> list[Device]:
         environ = self._environ
-        shown = visible({n: [device] for n, device in enumerate(found)}, environ.get("ROCR_VISIBLE_DEVICES"))
+        usable = {device.number: device for device in found}
+        counted = {n: [usable.get(n) or Device("", "rocm", "", "", 0, 0, n)] for n in range(self._amd.count)}
+        shown = visible(counted, environ.get("ROCR_VISIBLE_DEVICES"))
         # HIP takes an empty variable for none, and then CUDA's, likewise.
         spelled = environ.get("HIP_VISIBLE_DEVICES") or environ.get("CUDA_VISIBLE_DEVICES") or None
-        return visible({n: [device] for n, device in enumerate(shown)}, spelled)
+        ours = visible({n: [device] for n, device in enumerate(shown)}, spelled)
+        return [device for device in ours if device.number in usable]
 
     def _tell(self, ours: Sequence[Device], remarks: list[str]) -> None:
         """One line for each remark that is new, and for each GPU that goes or comes back."""

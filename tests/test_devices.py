@@ -594,6 +594,20 @@ def test_a_graphics_card_beside_a_processors_own_graphics(tmp_path: Path, ask: A
 
 
 @pytest.mark.parametrize(
+    "environ",
+    [
+        {"HIP_VISIBLE_DEVICES": "1"},
+        {"ROCR_VISIBLE_DEVICES": "1"},
+        {"ROCR_VISIBLE_DEVICES": "0,1", "HIP_VISIBLE_DEVICES": "1,0"},
+    ],
+)
+def test_graphics_that_are_left_out_keep_their_number(tmp_path: Path, environ: dict[str, str]) -> None:
+    lay_out(tmp_path, card(0, vram_mib=512, apu=True, slot="0000:c5:00.0"))
+    lay_out(tmp_path, card(1, vram_mib=20464, slot="0000:03:00.0"))
+    assert [device.name for device in Devices(environ=environ, root=tmp_path).read_blocking().gpus] == ["gpu1"]
+
+
+@pytest.mark.parametrize(
     ("environ", "ours"),
     [
         ({}, ["gpu0", "gpu1", "gpu2"]),
