@@ -107,13 +107,18 @@ class Learned:
         """It did not get by with `booked`; `wanted` is what it asked for last, as far as it has said.
 
         Raises by a tenth at least, where it was short, and to no more than twice what was thought at first,
-        however often it happens: it may be others who take the memory.
+        however often it happens: it may be others who take the memory. GPUs that are not booked, such as Apple's,
+        have their memory from the host.
         """
         entry = self._entry(identity, booked)
         entry.measured = {}
+        short: dict[str, int] = {}
+        for device, mib in wanted.items():
+            place = device if device in booked else HOST
+            short[place] = max(mib, short.get(place, 0))
         for device, mib in booked.items():
-            if not wanted or device in wanted:
-                least = max(round(mib * _RAISED_BY), wanted.get(device, 0), mib + 1)
+            if not short or device in short:
+                least = max(round(mib * _RAISED_BY), short.get(device, 0), mib + 1)
                 most = round(max(1, entry.estimated.get(device, mib)) * _MOST_RAISED)
                 entry.raised[device] = max(mib, min(least, most))
 

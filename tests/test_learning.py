@@ -74,9 +74,18 @@ def test_running_out_raises_the_estimate_within_bounds(booked: dict[str, int], w
     learned = Learned()
     learned.ran_out(identity(), booked, wanted)
     raised = learned.raised(identity())
-    assert set(raised) == (set(booked) & set(wanted) if wanted else set(booked))
+    short = {name if name in booked else "host" for name in wanted}
+    assert set(raised) == (set(booked) & short if wanted else set(booked))
     assert all(booked[name] < mib <= max(2 * booked[name], 2) for name, mib in raised.items())
     assert all(mib >= min(wanted.get(name, 0), 2 * booked[name]) for name, mib in raised.items())
+
+
+def test_a_gpu_without_memory_of_its_own_runs_out_of_ram() -> None:
+    wanted = ran_out(["ggml_gallocr_reserve_n_impl: failed to allocate MTL0 buffer of size 1610612736"])
+    assert wanted is not None
+    learned = Learned()
+    learned.ran_out(identity(), {"host": 1000}, wanted)
+    assert learned.raised(identity()) == {"host": 1536}
 
 
 def test_running_out_again_and_again_raises_no_further() -> None:
