@@ -4,8 +4,8 @@ The protocol reads requests, one after the other, and gives each its turn. Those
 by an `Exchange` without ASGI: a task, two queues of dictionaries and an event for every token cost more than all
 else that happens to it. Every other request is a page of the ASGI application, run by uvicorn's own cycle.
 
-It has what uvicorn's protocols lack: bounds on how long and how large a request's head may be, and on how many
-requests wait behind one; and an end for clients that stop in the middle.
+It has what uvicorn's protocols lack: bounds on how long and how large a request's head may be, on its trailer,
+and on how many requests wait behind one; and an end for clients that stop in the middle.
 """
 
 from __future__ import annotations
@@ -140,7 +140,8 @@ class HttpProtocol(asyncio.Protocol):
         """Requests that were sent before the answer to the one before (pipelining)."""
         self._reading: str | None = "head"
         """The part of a request that is on its way; None between two requests."""
-        self._head_size = 0
+        self._beside_bodies = 0
+        """Bytes since this request began, or since the last of its body: of its head, or of a trailer."""
         self._since = self._last = self.loop.time()
         self._answering = False
         """Of the answer to the request whose turn it is, some is written."""
@@ -185,6 +186,7 @@ class HttpProtocol(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._last = self.loop.time()
+        self._beside_bodies += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -197,10 +199,8 @@ class HttpProtocol(asyncio.Protocol):
             else:
                 _log.error("a request broke the router", exc_info=cause)
                 self._refuse(b"500 Internal Server Error", b"The router made a mistake; see its log.")
-        if self._reading == "head":
-            self._head_size += len(data)
-            if self._head_size > _LONGEST_HEAD:
-                self._refuse(b"431 Request Header Fields Too Large")
+        if self._reading is not None and self._beside_bodies > _LONGEST_HEAD:
+            self._refuse(b"431 Request Header Fields Too Large")
 
     # --- httptools --------------------------------------------------------------------------------------
 
@@ -208,7 +208,7 @@ class HttpProtocol(asyncio.Protocol):
         self._url = b""
         self._headers = []
         self._reading = "head"
-        self._head_size = 0
+        self._beside_bodies = 0
         self._since = self._last
 
     def on_url(self, url: bytes) -> None:
@@ -230,6 +230,7 @@ class HttpProtocol(asyncio.Protocol):
             self.transport.abort()
 
     def on_body(self, body: bytes) -> None:
+        self._beside_bodies = 0
         if self._waiting:
             waiting = self._waiting[-1]
             waiting.body += body

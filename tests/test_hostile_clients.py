@@ -329,8 +329,10 @@ def router_for_little(start_shared: Start, tiny: Path) -> Router:
             post(b"", b"transfer-encoding: chunked").replace(b"content-length: 0\r\n", b""),
             b"1000\r\n%b\r\n" % (b"y" * 4096),
         ),
+        (chunked(CHUNK + b"0\r\n"), b"x-a: %b\r\n" % (b"y" * 8000)),
+        (chunked(CHUNK + b"0\r\nx-a: "), b"y" * 65536),
     ],
-    ids=["headers", "header", "path", "body to manage", "announced body", "chunks"],
+    ids=["headers", "header", "path", "body to manage", "announced body", "chunks", "trailers", "trailer"],
 )
 def test_what_has_no_end_is_cut_off(router_for_little: Router, beginning: bytes, piece: bytes) -> None:
     router = router_for_little
