@@ -14,8 +14,8 @@ from tiny_models import write_llama
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "models"
-    folder.mkdir()
+    folder = tmp_path / "blobs" / "models"  # what is above it has no say in what is noticed
+    folder.mkdir(parents=True)
     write_llama(folder / "first.gguf")
     return folder
 
@@ -103,3 +103,18 @@ def test_a_folder_that_is_moved_in_and_out_brings_and_takes_its_models(
     eventually(lambda: aliases(router) == {"first", "packed"})
     os.rename(folder / "pack", tmp_path / "pack")
     eventually(lambda: aliases(router) == {"first"})
+
+
+def test_a_folder_that_is_put_in_the_place_of_another_is_watched_from_then_on(
+    start: Start, folder: Path, tmp_path: Path
+) -> None:
+    link, other = tmp_path / "current", tmp_path / "other"
+    link.symlink_to(folder)
+    router = start(arguments=["--models-dir", str(link)])
+    other.mkdir()
+    shutil.copy2(folder / "first.gguf", other / "second.gguf")
+    (tmp_path / "next").symlink_to(other)
+    os.replace(tmp_path / "next", link)
+    eventually(lambda: aliases(router) == {"second"})
+    os.replace(other / "second.gguf", other / "third.gguf")
+    eventually(lambda: aliases(router) == {"third"})
