@@ -38,6 +38,8 @@ from router.sizing import EngineKind, Files, Sizer, Unusable
 
 FIRST_BYTES = 8 << 20
 """Enough for the header of nearly every model: a vocabulary of 150,000 tokens and its merges take 6 MB."""
+FIRST_BYTES_OF_OTHERS = 256 << 10
+"""The same for the parts after the first of a split model, which have no vocabulary."""
 MOST_BYTES = 256 << 20
 TIMEOUT_SEC = 30.0
 
@@ -215,7 +217,7 @@ def read(model: str, environ: Mapping[str, str]) -> GGUF:
             raise CannotEstimate(f"{model} cannot be read: {error.strerror or error}") from None
 
     token = environ.get("HF_TOKEN") if _is_hub(url, environ) else None
-    first = _fetch(url, token)
+    first = _fetch(url, token, FIRST_BYTES)
     number = first.part_count
     if number <= 1:
         return first
@@ -223,7 +225,7 @@ def read(model: str, environ: Mapping[str, str]) -> GGUF:
     if named is None or int(named[1]) != number:
         raise CannotEstimate(f"{url} is one of {number} parts: give the first, …-00001-of-{number:05d}.gguf")
     others = (url.replace(f"-00001-of-{named[1]}", f"-{part:05d}-of-{named[1]}") for part in range(2, number + 1))
-    parts = [first, *(_fetch(other, token) for other in others)]
+    parts = [first, *(_fetch(other, token, FIRST_BYTES_OF_OTHERS) for other in others)]
     return replace(
         first,
         tensors=tuple(tensor for part in parts for tensor in part.tensors),
@@ -256,10 +258,9 @@ def _is_hub(url: str, environ: Mapping[str, str]) -> bool:
     return urllib.parse.urlsplit(url).netloc in hubs
 
 
-def _fetch(url: str, token: str | None) -> GGUF:
-    """The header of one remote file: a single request, unless the header is uncommonly long."""
+def _fetch(url: str, token: str | None, wanted: int) -> GGUF:
+    """The header of one remote file: a single request for its `wanted` first bytes, unless it is longer."""
     buffer = b""
-    wanted = FIRST_BYTES
     while True:
         more, size = _fetch_range(url, len(buffer), wanted, token)
         buffer += more

@@ -198,6 +198,8 @@ def test_all_parts_of_a_split_model_count(web: Web, tmp_path: Path) -> None:
     there = gguf.read(first)
 
     assert [asked[0] for asked in web.asked] == [f"/{path.name}?download=true" for path in there.files]
+    ranges = [asked[1] for asked in web.asked]
+    assert ranges == ["bytes=0-8388607", *["bytes=0-262143"] * 2], "of 200 parts, not 1.6 GB"
     assert sum(tensor.nbytes for tensor in header.tensors) == sum(tensor.nbytes for tensor in there.tensors)
     assert header.file_bytes == there.file_bytes
 
