@@ -21,7 +21,7 @@ from pathlib import Path
 
 from router import fit_params, footprint, gguf
 from router.engine import Binary, signal_name
-from router.flags import Flags, argv, replaced
+from router.flags import OWNED, Flags, argv, replaced
 from router.footprint import HOST, Footprint, Share
 from router.gguf import GGUF
 from router.learning import Identity, Learned, files_of
@@ -34,6 +34,8 @@ PROCESS_MIB = 16
 """What llama-server takes of RAM besides the model."""
 _MOST_MEASURED = 4
 
+_KEPT_OUT = {*OWNED, "hf-token"}
+"""What the environment may set that no engine of ours gets, or that is a secret: it is not to be remembered."""
 _NEVER_RAN = (126, 127)
 """What shells and loaders exit with when they cannot start a program."""
 _TAKES_UNIX_SOCKETS = "IP addresses to listen on, comma-separated, or UNIX socket paths"
@@ -289,7 +291,7 @@ class Sizer:
         return more, f"{source}, raised since it ran out of memory"
 
     def _identity(self, added: tuple[str, ...], gpus: int) -> Identity:
-        own = tuple(word for flag in self.flags.given for word in flag.words)
+        own = tuple(word for flag in self.flags.given if flag.name not in _KEPT_OUT for word in flag.words)
         build = self._engine.build if self._engine else ""
         return Identity(files_of(*self.files.paths), build, (*own, *added), gpus)
 

@@ -266,6 +266,14 @@ def test_what_was_measured_counts_for_the_same_flags_and_corrects_others(qwen: P
     assert other.placement["gpu0"] == pytest.approx(1.2 * other.size.estimated["gpu0"], abs=1)
 
 
+def test_secrets_of_the_environment_are_not_remembered_with_a_measurement(qwen: Path) -> None:
+    env = {"HF_TOKEN": "hf_secret", "LLAMA_API_KEY": "a secret", "LLAMA_ARG_UBATCH": "256"}
+    first = look(qwen, ground(gpu(0, 24000)), "-c", "4096", env=env).alternatives[0]
+    assert first.identity is not None
+    assert "secret" not in str(first.identity.flags)
+    assert first.identity.flags[:2] == ("LLAMA_ARG_UBATCH", "256"), "what makes a difference is"
+
+
 def test_a_correction_never_goes_below_what_llama_cpp_asks_for(qwen: Path) -> None:
     learned = Learned()
     where = ground(gpu(0, 24000))
