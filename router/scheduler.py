@@ -54,6 +54,8 @@ from router.residency import ENGINES, Engine, EngineState, Model, Rush, Swap, Wh
 from router.waiting import why
 
 INSPECTION_PATIENCE_SEC = 1.0
+_FOR_EVER_SEC = 100 * 365 * 86_400.0
+"""An idle engine that may stay longer is one that stays: calendars end."""
 
 
 class Scheduler:
@@ -141,7 +143,7 @@ class Scheduler:
         if engine is None or engine.idle_since_sec is None or engine.state is not EngineState.READY:
             return None
         limit_sec = self._idle_limit_sec(engine, self._most_recent())
-        return None if math.isinf(limit_sec) else engine.idle_since_sec + limit_sec
+        return None if limit_sec > _FOR_EVER_SEC else engine.idle_since_sec + limit_sec
 
     def free(self) -> dict[str, int]:
         """What is neither used, nor reserved for an engine that loads, nor promised to a swap."""

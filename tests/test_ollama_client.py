@@ -146,6 +146,9 @@ def test_a_model_stays_as_long_as_its_client_says(client: ollama.Client, router:
     assert stays.expires_at.year > 2200
     assert expires.size > 0
     assert expires.context_length == 2048
+    client.generate("tiny", keep_alive="9999999999h")  # no calendar reaches as far
+    assert router.status("tiny")["unload_at"] is None
+    assert all(model.expires_at.year > 2200 for model in client.ps().models)
     client.chat("tiny", CHAT, keep_alive=0, options={"num_predict": 1})
     router.until("tiny", "off")
     assert client.generate("other/tiny:q4", keep_alive=0).done_reason == "unload"
