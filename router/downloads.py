@@ -81,7 +81,7 @@ class Downloads:
             raise TooManyPulls
         pull = Pull(reference, alias, q4_above_bytes)
         over = [pull for pull in self.pulls.values() if pull.over]
-        for old in over[: len(self.pulls) + 1 - _REMEMBERED]:
+        for old in over[: max(0, len(self.pulls) + 1 - _REMEMBERED)]:
             del self.pulls[old.id]
         self.pulls[pull.id] = pull
         pull.task = asyncio.get_running_loop().create_task(self._run(pull), name=f"pull of {reference}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import resource
 import signal
@@ -18,7 +19,8 @@ from conftest import ROOT, Router, Start, eventually
 from fake_hub import Hub, serving
 from tiny_models import write_llama, write_projector
 
-from router import estimate, pulled
+from router import estimate, pulled, repository
+from router.downloads import Downloads, Pull
 from router.progress import Progress
 from router.pull import pull
 
@@ -503,3 +505,22 @@ def test_a_router_that_stops_takes_its_pulls_along(
     assert pulls
     assert not any(pull.is_running() for pull in pulls)
     assert pulled.discover(cache).models == ()
+
+
+@pytest.mark.parametrize("there", [30, 70])
+def test_the_last_fifty_pulls_can_be_asked_about(there: int) -> None:
+    async def nobody_looks() -> None:
+        """No router serves them."""
+
+    async def story() -> list[str]:
+        downloads = Downloads(nobody_looks)
+        reference = repository.parse(REPO, {})
+        for number in range(there):
+            over = Pull(reference, f"alias-{number}", 0)
+            over.over = True
+            downloads.pulls[over.id] = over
+        downloads.start(reference, "one-more", 0)
+        await downloads.shut_down()
+        return [str(pull.wanted[1]) for pull in downloads.pulls.values()]
+
+    assert asyncio.run(story()) == [*(f"alias-{number}" for number in range(there)[-49:]), "one-more"]
