@@ -176,6 +176,11 @@ def test_figures_come_every_two_seconds_until_the_end(start: Start, tiny: Path) 
     report = router.http.get("/metrics/report").json()  # of the last five minutes
     assert report["requests"] == 1
     assert report["by_model"]["a"]["outcomes"] == {"served": 1}
+    watched = states(router)
+    assert next(watched)[0] == "full_status"
     router.process.terminate()
     assert [name for name, _, _ in stream][-1] == "shutdown"
+    told = [(name, data["status"]) for name, _, data in watched]
+    assert told[0] == ("server_update", "shutting_down")
     assert router.process.wait(10) == 0
+    assert '"error"' not in router.log  # nothing had to be cut off

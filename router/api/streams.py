@@ -73,10 +73,10 @@ class Feed:
         self._is_over = False
 
     def send(self, event: bytes, *, last: bool = False) -> None:
-        """The next event; `last` ends every stream once it is sent."""
+        """The next event; after `last`, every stream ends once it has sent what there is."""
         self.last += 1
         self._frames.append(event)
-        self._is_over = last
+        self._is_over = self._is_over or last
         self._tell()
 
     def start_anew(self) -> None:
