@@ -34,7 +34,7 @@ from router.learning import Learned
 from router.memory import Ledger
 from router.placing import Alternative, Ground, alternatives
 from router.repository import BadReference, Choice, NoChoice, Reference, gated, parse
-from router.sizing import EngineKind, Files, Sizer, Unusable
+from router.sizing import EngineKind, Files, Sizer, Unusable, adapters
 
 FIRST_BYTES = 8 << 20
 """Enough for the header of nearly every model: a vocabulary of 150,000 tokens and its merges take 6 MB."""
@@ -90,11 +90,12 @@ def run(options: argparse.Namespace) -> None:
             read(flag.text, os.environ) if (flag := flags.last(name)) else None
             for name in ("mmproj", "spec-draft-model")
         )
+        lora = tuple(read(file, os.environ) for file in adapters(flags))
         if projector is None and flags.switch("mmproj-auto", True):
             projector = belonging
         if choice is not None:
             print(f"{choice.alias}: {choice.model}" + (f" with {choice.mmproj}" if belonging else ""))
-        print("\n".join(report(header, flags, projector=projector, draft=draft)))
+        print("\n".join(report(header, flags, projector=projector, draft=draft, lora=lora)))
     except FlagError as error:
         print(f"llama-router: {error}", file=sys.stderr)
         sys.exit(2)
@@ -120,19 +121,27 @@ class Forecast:
         return {name: mib - free[name] for name, mib in self.best.placement.items() if mib > free[name]}
 
 
-def forecast(header: GGUF, flags: Flags, *, projector: GGUF | None = None, draft: GGUF | None = None) -> Forecast:
+def forecast(
+    header: GGUF,
+    flags: Flags,
+    *,
+    projector: GGUF | None = None,
+    draft: GGUF | None = None,
+    lora: tuple[GGUF, ...] = (),
+) -> Forecast:
     """Reads the devices: blocking."""
     engine = _engine()
     ground = _ground()
     if engine is not None and not engine.uses_gpus:
         ground = replace(ground, gpus=())
-    headers = [part for part in (header, projector, draft) if part is not None]
+    headers = [part for part in (header, projector, draft, *lora) if part is not None]
     files = Files(
         paths=tuple(path for part in headers if part.path is not None for path in part.files or (part.path,)),
         nbytes=sum(part.file_bytes for part in headers),
         model=header,
         projector=projector,
         draft=draft,
+        adapters=lora,
     )
     sizer = Sizer(files, flags, os.environ, engine, Learned())
     best = alternatives(sizer, engine, ground)[0]
@@ -144,10 +153,15 @@ def forecast(header: GGUF, flags: Flags, *, projector: GGUF | None = None, draft
 
 
 def report(
-    header: GGUF, flags: Flags, *, projector: GGUF | None = None, draft: GGUF | None = None
+    header: GGUF,
+    flags: Flags,
+    *,
+    projector: GGUF | None = None,
+    draft: GGUF | None = None,
+    lora: tuple[GGUF, ...] = (),
 ) -> Iterable[str]:
     """The lines to print."""
-    found = forecast(header, flags, projector=projector, draft=draft)
+    found = forecast(header, flags, projector=projector, draft=draft, lora=lora)
     best, need = found.best, found.need
     size = header.file_bytes / footprint.MIB
     trained = f", trained for {header.context_length} tokens" if header.context_length else ""

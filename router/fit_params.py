@@ -6,7 +6,7 @@ formulas of `footprint.py`, as the difference between two estimates:
 
 * it has no slots that share one cache (`--kv-unified`, llama-server's default): it is asked for a single slot;
 * it reserves the logits of every token of a batch, llama-server only those of the tokens that are answered;
-* it knows no projector, no draft model, and not what the CPU backend takes for itself.
+* it knows no projector, draft model or adapter, and not what the CPU backend takes for itself.
 
 Weights that the CPU backend would repack are missing from what it prints, so it is told not to repack.
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from router import footprint
@@ -61,6 +61,7 @@ class FitParams:
         *,
         projector: GGUF | None = None,
         draft: GGUF | None = None,
+        adapters: Sequence[GGUF] = (),
         environ: Mapping[str, str] | None = None,
     ) -> Footprint | None:
         """What the model at `header.path` takes; None, and the reason in the log, when the tool can't tell.
@@ -80,7 +81,7 @@ class FitParams:
         gpus = max(numbers, default=-1) + 1
         # As the tool understands the question; to embed, every token of a batch has an output.
         asked = footprint.estimate(header, Flags([*question, "--embedding"]), gpus=gpus)
-        wanted = footprint.estimate(header, flags, projector=projector, draft=draft, gpus=gpus)
+        wanted = footprint.estimate(header, flags, projector=projector, draft=draft, adapters=adapters, gpus=gpus)
         names = [*(f"gpu{number}" for number in numbers), HOST]
         return Footprint(
             devices={

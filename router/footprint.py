@@ -16,7 +16,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import accumulate
+from itertools import accumulate, chain
 
 from router.architectures import KEEPS_PAST_STATES, Layout, integer, layout, per_layer, widest_product
 from router.flags import Flag, Flags
@@ -80,11 +80,17 @@ class Footprint:
 
 
 def estimate(
-    header: GGUF, flags: Flags, *, projector: GGUF | None = None, draft: GGUF | None = None, gpus: int = 1
+    header: GGUF,
+    flags: Flags,
+    *,
+    projector: GGUF | None = None,
+    draft: GGUF | None = None,
+    adapters: Sequence[GGUF] = (),
+    gpus: int = 1,
 ) -> Footprint:
     """The footprint by formula. Raises `FlagError` if a flag that matters has an impossible value."""
     asked = _count(flags, "ctx-size", 0)
-    return _estimate(_parts(header, flags, draft, gpus), _cells(header, flags, asked), projector)
+    return _estimate(_parts(header, flags, draft, adapters, gpus), _cells(header, flags, asked), projector)
 
 
 def largest_context(
@@ -94,13 +100,14 @@ def largest_context(
     *,
     projector: GGUF | None = None,
     draft: GGUF | None = None,
+    adapters: Sequence[GGUF] = (),
 ) -> int:
     """The largest `-c`, up to what the model was trained for, with which it fits; 0 if with none.
 
     `free_mib` is by device, as in `Footprint.devices`; the GPUs it names are the ones to use.
     """
     gpus = sum(name.startswith("gpu") for name in free_mib)
-    parts = _parts(header, flags, draft, gpus)
+    parts = _parts(header, flags, draft, adapters, gpus)
 
     def fits(steps: int) -> bool:
         need = _estimate(parts, _cells(header, flags, steps * _PADDING), projector).mib()
@@ -226,14 +233,14 @@ class _Part:
         return Share(work=heads * attended * cells.micro_batch * 2 / MIB)
 
 
-def _parts(header: GGUF, flags: Flags, draft: GGUF | None, gpus: int) -> list[_Part]:
-    parts = [_part(header, flags, gpus, draft=False)]
+def _parts(header: GGUF, flags: Flags, draft: GGUF | None, adapters: Sequence[GGUF], gpus: int) -> list[_Part]:
+    parts = [_part(header, flags, gpus, adapters, draft=False)]
     if draft is not None:
         parts.append(_part(draft, flags, gpus, draft=True))
     return parts
 
 
-def _part(header: GGUF, flags: Flags, gpus: int, *, draft: bool) -> _Part:
+def _part(header: GGUF, flags: Flags, gpus: int, adapters: Sequence[GGUF] = (), *, draft: bool) -> _Part:
     kinds = ("spec-draft-type-k", "spec-draft-type-v") if draft else ("cache-type-k", "cache-type-v")
     k_bytes, v_bytes = (_cache_type(flags, kind) for kind in kinds)
     plan = layout(header)
@@ -242,7 +249,7 @@ def _part(header: GGUF, flags: Flags, gpus: int, *, draft: bool) -> _Part:
     return _Part(
         header=header,
         layout=plan,
-        weights=_weights(header, plan, flags, device_of, draft=draft),
+        weights=_weights(header, plan, flags, device_of, adapters, draft=draft),
         device_of=device_of,
         cache_on=device_of if offloads else lambda _: HOST,
         k_bytes=k_bytes,
@@ -277,14 +284,23 @@ def _estimate(parts: Iterable[_Part], cells: _Cells, projector: GGUF | None) -> 
 
 
 def _weights(
-    header: GGUF, plan: Layout, flags: Flags, device_of: Callable[[int], str], *, draft: bool
+    header: GGUF,
+    plan: Layout,
+    flags: Flags,
+    device_of: Callable[[int], str],
+    adapters: Sequence[GGUF],
+    *,
+    draft: bool,
 ) -> dict[str, int]:
-    """Bytes per device (`llama_model_loader::create_tensor` in src/llama-model-loader.cpp)."""
+    """Bytes per device (`llama_model_loader::create_tensor` in src/llama-model-loader.cpp).
+
+    What adapts a tensor lives where it does (`llama_adapter_lora_init_impl` in src/llama-adapter.cpp).
+    """
     overridden = _overrides(flags, draft=draft)
     output = len(plan.layers)
     skipped = range(0) if _predicts_tokens(flags) else range(plan.trunk, output)
     nbytes = {HOST: 0}
-    for tensor in header.tensors:
+    for tensor in chain(header.tensors, *(adapter.tensors for adapter in adapters)):
         match = _LAYER_OF.match(tensor.name)
         if match is not None:
             if int(match[1]) in skipped:

@@ -9,6 +9,7 @@ GPUs are counted as the engine counts them: `gpu0` is the first that it is shown
 
 from __future__ import annotations
 
+import csv
 import errno
 import logging
 import math
@@ -34,6 +35,7 @@ PROCESS_MIB = 16
 """What llama-server takes of RAM besides the model."""
 _MOST_MEASURED = 4
 
+_ADAPTERS = ("lora", "lora-scaled")
 _KEPT_OUT = {*OWNED, "hf-token"}
 """What the environment may set that no engine of ours gets, or that is a secret: it is not to be remembered."""
 _NEVER_RAN = (126, 127)
@@ -57,6 +59,7 @@ class Files:
     model: GGUF | None
     projector: GGUF | None = None
     draft: GGUF | None = None
+    adapters: tuple[GGUF, ...] = ()
 
 
 def read_files(path: Path, flags: Flags) -> Files:
@@ -64,7 +67,8 @@ def read_files(path: Path, flags: Flags) -> Files:
     paths: list[Path] = []
     nbytes = 0
     headers: list[GGUF | None] = []
-    for file in (path, *(_named(flags, name) for name in ("mmproj", "spec-draft-model"))):
+    named = (_named(flags, name) for name in ("mmproj", "spec-draft-model"))
+    for file in (path, *named, *map(Path, adapters(flags))):
         header = None
         if file is not None:
             try:
@@ -78,13 +82,19 @@ def read_files(path: Path, flags: Flags) -> Files:
                 paths += header.files or (file,)
                 nbytes += header.file_bytes
         headers.append(header)
-    model, projector, draft = headers
-    return Files(tuple(paths), nbytes, model, projector, draft)
+    model, projector, draft, *lora = headers
+    return Files(tuple(paths), nbytes, model, projector, draft, tuple(filter(None, lora)))
 
 
 def _named(flags: Flags, name: str) -> Path | None:
     flag = flags.last(name)
     return None if flag is None else Path(flag.text)
+
+
+def adapters(flags: Flags) -> list[str]:
+    """The files of `--lora FILE,…` and `--lora-scaled FILE:SCALE,…`, which add up."""
+    rows = ((flag.name, next(csv.reader([flag.text]), [])) for flag in flags.given if flag.name in _ADAPTERS)
+    return [item if name == "lora" else item.partition(":")[0] for name, row in rows for item in row]
 
 
 class EngineKind:
@@ -250,7 +260,14 @@ class Sizer:
     def by_formula(self, flags: Flags, gpus: int) -> Footprint:
         files = self.files
         assert files.model is not None
-        return footprint.estimate(files.model, flags, projector=files.projector, draft=files.draft, gpus=gpus)
+        return footprint.estimate(
+            files.model,
+            flags,
+            projector=files.projector,
+            draft=files.draft,
+            adapters=files.adapters,
+            gpus=gpus,
+        )
 
     def largest_context(self, added: tuple[str, ...], free_mib: Mapping[str, int]) -> int:
         """The largest `-c` with which it fits, by formula; 0 if with none."""
@@ -262,7 +279,12 @@ class Sizer:
             for name, mib in free_mib.items()
         }
         return footprint.largest_context(
-            files.model, self.flags_with(added), usable, projector=files.projector, draft=files.draft
+            files.model,
+            self.flags_with(added),
+            usable,
+            projector=files.projector,
+            draft=files.draft,
+            adapters=files.adapters,
         )
 
     def flags_with(self, added: tuple[str, ...]) -> Flags:
@@ -279,7 +301,14 @@ class Sizer:
         if tool is None or files.model is None or files.model.path is None:
             return None
         environ = {**self._environ, **visible}
-        return tool.footprint(files.model, flags, projector=files.projector, draft=files.draft, environ=environ)
+        return tool.footprint(
+            files.model,
+            flags,
+            projector=files.projector,
+            draft=files.draft,
+            adapters=files.adapters,
+            environ=environ,
+        )
 
     def _raised(
         self, figures: Mapping[str, int], source: str, identity: Identity

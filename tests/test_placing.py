@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import gguf_bytes
+from tiny_models import Blueprint, gguf_bytes
 
 from benchmarks.footprints import MODELS
 from router.config import ModelConfig, System
@@ -230,6 +230,21 @@ def test_what_the_configuration_says_counts(qwen: Path) -> None:
     first = look(qwen, ground(gpu(0, 8000)), footprint_mb=123).alternatives[0]
     assert dict(first.placement) == {"gpu0": 123}
     assert (first.size.source, first.is_given, first.flags) == ("footprint_mb", True, ())
+
+
+def test_an_adapter_is_counted_where_what_it_adapts_is(qwen: Path, tmp_path: Path) -> None:
+    shapes = {f"blk.{layer}.ffn_up.weight.lora_a": (4096, 4096) for layer in range(4)}
+    path = Blueprint("qwen3", {}, shapes, "Q8_0").write(tmp_path / "a,b.gguf")
+
+    def placement(*flags: str) -> dict[str, int]:
+        return dict(look(qwen, ground(gpu(0, 24000)), "-c", "4096", *flags).alternatives[0].placement)
+
+    without = placement()
+    assert placement("--lora", f'"{path}"') == without | {"gpu0": without["gpu0"] + 68}
+    assert placement("--lora-scaled", f'"{path}:0.5","{path}:2"')["gpu0"] == without["gpu0"] + 2 * 68
+    path.unlink()
+    with pytest.raises(Unusable, match=r"a,b\.gguf cannot be read: No such file"):
+        placement("--lora", f'"{path}"')
 
 
 def test_a_format_that_nobody_knows_is_sized_by_its_file(tmp_path: Path) -> None:
