@@ -22,6 +22,7 @@ Q4_ABOVE_BYTES = 14_000_000_000
 """What AUTO takes unquantized is no larger than this, unless it is told otherwise."""
 
 AUTO = "auto"
+_NO_TAG = ":latest"
 _HOSTS = ("hf.co", "huggingface.co", "www.huggingface.co")
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _REPOSITORY = re.compile(f"{_NAME}/{_NAME}")
@@ -83,7 +84,7 @@ class Choice:
 def parse(text: str, environ: Mapping[str, str]) -> Reference:
     """`[hf.co/]USER/REPO[:QUANT]`, `[hf.co/]USER/REPO/FILE.gguf`, or an address copied from the browser.
 
-    Raises BadReference.
+    `:latest`, which Ollama's clients put behind what has no tag, says nothing. Raises BadReference.
     """
     mirror = urllib.parse.urlsplit(environ.get("HF_ENDPOINT", "")).netloc
     _, _, rest = text.strip().rpartition("://")
@@ -93,7 +94,7 @@ def parse(text: str, environ: Mapping[str, str]) -> Reference:
         rest = path
     elif "://" in text:
         raise BadReference(f"{text!r} is not on the Hugging Face hub: give hf.co/USER/REPO[:QUANT]")
-    rest, _, quant = rest.partition(":")
+    rest, _, quant = rest.removesuffix(_NO_TAG).partition(":")
     user, _, rest = rest.partition("/")
     name, _, file = rest.partition("/")
     repo, revision = f"{user}/{name}", "main"
@@ -128,8 +129,9 @@ def permitted(
     """
     if allowed is None:
         return parse(text, environ), None
-    if text in allowed:
-        return parse(allowed[text], environ), text
+    alias = text if text in allowed else text.removesuffix(_NO_TAG)
+    if alias in allowed:
+        return parse(allowed[alias], environ), alias
     listed = [parse(each, environ) for each in allowed.values()]
     with contextlib.suppress(BadReference):
         reference = parse(text, environ)

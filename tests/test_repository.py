@@ -30,6 +30,7 @@ MIRROR = {"HF_ENDPOINT": "http://hub.example:8080"}
         ("https://huggingface.co/org/m/blob/v2/m.gguf?x=1", Reference("org/m", file="m.gguf", revision="v2")),
         ("https://huggingface.co/org/m/tree/v2", Reference("org/m", revision="v2")),
         ("http://hub.example:8080/org/m", Reference("org/m")),
+        ("hf.co/org/m-GGUF:latest", Reference("org/m-GGUF")),
     ],
 )
 def test_a_model_is_named_as_people_copy_it(text: str, reference: Reference) -> None:
@@ -123,6 +124,7 @@ def test_only_what_is_on_the_list_may_be_pulled() -> None:
     allowed = {"any": "org/m", "one": "hf.co/org/n:Q8_0"}
     assert permitted("any", allowed, {}) == (Reference("org/m"), "any")
     assert permitted("one", allowed, {}) == (Reference("org/n", "Q8_0"), "one")
+    assert permitted("one:latest", allowed, {}) == (Reference("org/n", "Q8_0"), "one"), "as Ollama's clients say"
     for text in ("org/m", "hf.co/org/m:Q4_0", "org/m/sub/m.gguf", "org/n:Q8_0"):
         assert permitted(text, allowed, {}) == (parse(text, {}), None)
         assert permitted(text, None, {}) == (parse(text, {}), None)
