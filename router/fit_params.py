@@ -14,8 +14,10 @@ Weights that the CPU backend would repack are missing from what it prints, so it
 from __future__ import annotations
 
 import logging
+import math
 import os
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,6 +28,8 @@ from router.gguf import GGUF
 
 TOOL = "llama-fit-params"
 TIMEOUT_SEC = 20.0
+RETRY_SEC = 300.0
+"""After which it is asked again what it could not tell: it needs some memory of a GPU itself, and time."""
 
 _log = logging.getLogger("router")
 
@@ -48,11 +52,13 @@ _Key = tuple[_Identity, tuple[str, ...], tuple[str | None, ...]]
 class FitParams:
     """Asks the tool of one engine build, once per model file and flags. Blocking: call it in a thread."""
 
-    def __init__(self, tool: Path, *, timeout_sec: float = TIMEOUT_SEC) -> None:
+    def __init__(self, tool: Path, *, timeout_sec: float = TIMEOUT_SEC, retry_sec: float = RETRY_SEC) -> None:
         self.tool = tool
         self.timeout_sec = timeout_sec
+        self.retry_sec = retry_sec
         self._build: _Identity | None = None
-        self._answers: dict[_Key, tuple[Share, ...] | None] = {}
+        self._answers: dict[_Key, tuple[Share, ...]] = {}
+        self._failed_sec: dict[_Key, float] = {}
 
     def footprint(
         self,
@@ -103,11 +109,16 @@ class FitParams:
             _log.warning("%s cannot be asked about %s: %s", TOOL, header.path, error)
             return None
         if build != self._build:  # the engine has been replaced
-            self._build, self._answers = build, {}
+            self._build, self._answers, self._failed_sec = build, {}, {}
         key = model, tuple(question), tuple(environ.get(name) for name in _SHOW_GPUS)
-        if key not in self._answers:
-            self._answers[key] = self._run(header.path, question, environ)
-        return self._answers[key]
+        failed_sec = self._failed_sec.get(key, -math.inf)
+        if key not in self._answers and time.monotonic() - failed_sec > self.retry_sec:
+            answer = self._run(header.path, question, environ)
+            if answer is not None:
+                self._answers[key] = answer
+            else:
+                self._failed_sec[key] = time.monotonic()
+        return self._answers.get(key)
 
     def _run(self, model: Path, question: list[str], environ: Mapping[str, str]) -> tuple[Share, ...] | None:
         command = [str(self.tool), "--model", str(model), "--fit-print", "on", "--no-repack", *question]

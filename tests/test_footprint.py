@@ -375,6 +375,16 @@ class TestFitParams:
         assert tool.footprint(model, Flags(["-c", "8192"])) is None
         assert reason in caplog.text
 
+    def test_what_it_could_not_tell_it_is_asked_again_later(self, tmp_path: Path, model: GGUF) -> None:
+        free = tmp_path / "free"
+        tool = self.tool(tmp_path, f"echo x >> {tmp_path}/asked; [ -e {free} ] && echo Host 900 60 600")
+        for _ in range(2):
+            assert tool.footprint(model, Flags(["-c", "8192"])) is None
+        assert (tmp_path / "asked").read_text().count("x") == 1, "not at once"
+        free.touch()
+        tool.retry_sec = 0
+        assert tool.footprint(model, Flags(["-c", "8192"])) is not None
+
     @needs_the_tool
     @pytest.mark.parametrize(
         "flags", ["-c 8192", "-c 8192 -np 2", "-c 8192 -np 3 -kvu -ctk q8_0", "-c 4096 -np 1"]
