@@ -75,6 +75,7 @@ def set_up(*, debug: bool, structured: bool | None, log_dir: Path | None = None)
     Raises OSError when `log_dir` cannot be made.
     """
     if log_dir is not None:
+        log_dir = log_dir.absolute()  # wherever we are when a file is opened
         log_dir.mkdir(parents=True, exist_ok=True)
     if structured is None:
         structured = not sys.stderr.isatty()
@@ -117,7 +118,7 @@ class _Enqueue(QueueHandler):
 
 
 class _EngineFile(RotatingFileHandler):
-    """When the disk is full, what is said is lost; that is told once each time that it begins."""
+    """What cannot be written, as the disk is full, say, is lost; that is told once each time that it begins."""
 
     failing = False
 
@@ -145,15 +146,12 @@ class _EngineFiles(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         path: Path = record.__dict__["path"]
-        try:
-            if path not in self._files:
-                file = _EngineFile(path, maxBytes=_FILE_BYTES, backupCount=_OLDER_FILES, encoding="utf-8")
-                file.terminator = ""
-                self._files[path] = file
-            text: bytes = record.__dict__["chunk"]
-            self._files[path].handle(logging.makeLogRecord({"msg": text.decode("utf-8", "replace")}))
-        except OSError:
-            _lost.count += 1  # a full disk must not end the thread, nor fill standard error
+        if path not in self._files:
+            file = _EngineFile(path, maxBytes=_FILE_BYTES, backupCount=_OLDER_FILES, encoding="utf-8", delay=True)
+            file.terminator = ""
+            self._files[path] = file
+        text: bytes = record.__dict__["chunk"]
+        self._files[path].handle(logging.makeLogRecord({"msg": text.decode("utf-8", "replace")}))
 
 
 # --- lines ----------------------------------------------------------------------------------------------

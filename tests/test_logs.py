@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx2 as httpx
 import pytest
@@ -90,11 +91,15 @@ def test_nothing_from_outside_begins_a_line(form: logging.Formatter) -> None:
 
 def test_what_engines_say_goes_to_a_file_of_their_alias(start: Start, tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "logs"
-    router = start({"system": {"log_dir": str(folder)}, "models": models(tiny, "org/../name")})
-    router.chat("org/../name")
+    entries = models(tiny, "org/../name", too_long := "模" * 100)
+    router = start({"system": {"log_dir": str(folder)}, "models": entries})
+    for alias in entries:
+        router.chat(alias)
     router.stop()
     assert [path.name for path in folder.iterdir()] == ["org%2F..%2Fname.log"]
     assert (folder / "org%2F..%2Fname.log").read_text()
+    assert router.log.count(f"{quote(too_long)}.log cannot be written: File name too long") == 1
+    assert "log lines lost" not in router.log
 
 
 def test_a_log_that_nobody_reads_delays_nobody(tiny: Path, tmp_path: Path) -> None:
