@@ -67,6 +67,12 @@ class Fleet:
         self.effects.append(StopEngine(engine.id, cause))
         self.enter(engine, EngineState.STOPPING, engine.departure)
 
+    def lose(self, engine: Engine) -> None:
+        """Its process is gone; what it held will be back soon."""
+        if engine.state is not EngineState.STOPPING:
+            engine.died_while = engine.state
+            self.enter(engine, EngineState.STOPPING, "its process is gone")
+
     def swap(self, alias: str, swap: Swap, now: float) -> None:
         """Record whose room is meant for whom, then ask the victims to leave."""
         self.swaps[alias] = swap

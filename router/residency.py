@@ -95,6 +95,8 @@ class Engine:
     """The cause in more words."""
     suspect: bool = False
     """A request broke on it, and whether it still lives is not known yet."""
+    died_while: EngineState | None = None
+    """What it was when its process ended without being asked to."""
     served: int = 0
 
     @property

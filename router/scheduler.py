@@ -99,7 +99,7 @@ class Scheduler:
             case EngineAlive():
                 self._alive(event)
             case EngineLost():
-                room_may_change = self._lost(event)
+                self._lost(event)
             case EngineExited():
                 self._exited(event)
             case Tick():
@@ -352,11 +352,10 @@ class Scheduler:
             if engine.state is EngineState.READY:
                 self._serve(self.models[engine.alias], engine)
 
-    def _lost(self, event: EngineLost) -> bool:
+    def _lost(self, event: EngineLost) -> None:
         engine = self.engines.get(event.engine_id)
         if engine is not None:
-            engine.suspect = True
-        return False
+            self._fleet.lose(engine)
 
     def _exited(self, event: EngineExited) -> None:
         engine = self._fleet.engines.pop(event.engine_id, None)
@@ -364,7 +363,7 @@ class Scheduler:
             return
         model = self.models[engine.alias]
         model.engine = None
-        if engine.state is EngineState.STOPPING:
+        if engine.state is EngineState.STOPPING and engine.died_while is None:
             self._off(model, engine.departure or event.reason)
         else:
             self._engine_failed(model, engine, event)
@@ -379,7 +378,7 @@ class Scheduler:
         Two ways to be hopeless: never to serve anybody, and to serve somebody now and then and die again.
         """
         policy = self.policy
-        loading = engine.state is EngineState.LOADING
+        loading = (engine.died_while or engine.state) is EngineState.LOADING
         crashes = 0 if loading else model.crashed(self._now, policy.model_crash_window_sec)
         model.attempts += not engine.served
         model.last_error = f"{engine.alias!r} {'did not load' if loading else 'crashed'}: {event.reason}"

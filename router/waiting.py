@@ -22,6 +22,8 @@ def why(model: Model, now: float) -> str:
             return f"{alias} is loading ({now - engine.started_sec:.1f} of {expected})"
         case EngineState.DRAINING:
             return f"{alias} leaves once the {busy} in flight are done, then it is started again"
+        case EngineState.STOPPING if engine.died_while is not None:
+            return f"the engine of {alias} is gone; once its memory is back, it is started again"
         case EngineState.STOPPING:
             return f"{alias} is being stopped, then it is started again"
         case EngineState.READY if engine.suspect:

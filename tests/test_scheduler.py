@@ -18,6 +18,7 @@ from router.messages import (
     Eject,
     EngineAlive,
     EngineExited,
+    EngineLost,
     EngineMeasured,
     EngineReady,
     Event,
@@ -821,6 +822,30 @@ def test_crash_sends_the_request_back_to_the_head_of_its_line_once() -> None:
     assert machine.rejected[first].refusal is Refusal.MODEL_FAILED
     assert "2 times" in machine.rejected[first].reason
     assert second not in machine.rejected
+
+
+def test_memory_of_a_dead_engine_is_counted_on_while_it_comes_back() -> None:
+    machine = Machine(*"abc", places=dict.fromkeys("abc", SMALL), load_sec=2.0)
+    for alias in "ba":
+        machine.finish(machine.served(alias))
+        machine.wait(30)
+    dead = machine.engine("a")
+    machine.tell(EngineLost(machine.now, dead))
+    machine.ask("c")
+    machine.wait(1.0)
+    machine.tell(EngineExited(machine.now, dead, "signal 9"))
+    assert machine.states() == "off ready loading"
+
+
+def test_a_crash_counts_as_one_when_somebody_wants_its_memory() -> None:
+    machine = Machine("a", "b", policy=Policy(model_max_crashes=1))
+    machine.finish(machine.served("a"))
+    machine.wait(30)
+    dead = machine.engine("a")
+    machine.tell(EngineLost(machine.now, dead))
+    machine.ask("b")
+    machine.tell(EngineExited(machine.now, dead, "signal 9"))
+    assert machine.states() == "failed loading"
 
 
 def test_engine_that_has_served_is_back_at_once_after_a_crash() -> None:

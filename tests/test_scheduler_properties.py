@@ -70,7 +70,7 @@ MAY_FOLLOW = {
     "loading": {"ready", "stopping", "off", "failed"},
     "ready": {"draining", "stopping", "off", "failed"},
     "draining": {"ready", "stopping", "off", "failed"},
-    "stopping": {"off"},
+    "stopping": {"off", "failed"},
     "failed": {"off", "failed"},
 }
 
@@ -491,7 +491,7 @@ class World:
         if self.processes:
             engine_id, process = self.rng.choice(sorted(self.processes.items()))
             measured = {name: max(0, mib + self.rng.choice((-1, 0, 1))) for name, mib in process.placement.items()}
-            if not process.stop_asked:
+            if process.state != "stopping":
                 process.placement = measured
             self.feed(EngineMeasured(self.now, engine_id, measured))
 

@@ -10,7 +10,7 @@ from typing import Any
 from conftest import Start, eventually, fake, models
 from test_scheduler import LOW, NORMAL, Machine
 
-from router.messages import Eject, EngineExited, Policy
+from router.messages import Eject, EngineExited, EngineLost, Policy
 from router.waiting import why
 
 
@@ -69,6 +69,8 @@ def test_with_all_slots_taken_there_is_nothing_else_to_wait_for() -> None:
 def test_after_a_failure_it_says_what_failed_and_when_it_is_tried_again() -> None:
     machine = Machine("a", load_sec=None, policy=Policy(backoff_sec=4))
     machine.ask("a")
+    machine.tell(EngineLost(machine.now, 1))
+    assert reason(machine, "a") == "the engine of a is gone; once its memory is back, it is started again"
     machine.tell(EngineExited(machine.now, 1, "no such file"))
     text = reason(machine, "a")
     assert "'a' did not load: no such file" in text
