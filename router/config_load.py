@@ -80,6 +80,7 @@ _VARIABLES: dict[str, KeyPath] = {
 _PREFIX = "LLAMA_ROUTER__"
 """`LLAMA_ROUTER__SYSTEM__BASE_PORT` sets `system.base_port`; so for every key that is not a list."""
 
+_DOTENV = re.compile(r"""(?:export\s+)?(\w+)\s*=(?:\s+#.*|\s*(?:"(.*?)"|'(.*?)'|(.*?))(?:\s+#.*)?)""")
 _DEFAULT = "default"
 _UNKNOWN = "?"  # for going on after a wrong model_path or uses
 _S = TypeVar("_S", bound=Section)
@@ -185,7 +186,8 @@ class _Draft:
         self.folder = self.cwd
         self.home = environ.get("HOME", "~")
         self.variables = {name: (value, f".env {name}") for name, value in self._dotenv()}
-        self.variables |= {name: (value, f"env {name}") for name, value in environ.items()}
+        # Set to nothing is not set, as a variable that a container's file passes on and nobody has set.
+        self.variables |= {name: (value, f"env {name}") for name, value in environ.items() if value}
 
     # --- sources, weakest first ---------------------------------------------------------------------------
 
@@ -201,7 +203,7 @@ class _Draft:
         for number, line in enumerate(map(str.strip, lines), 1):
             if not line or line.startswith("#"):
                 continue
-            match = re.fullmatch(r"""(?:export\s+)?(\w+)\s*=\s*(?:"(.*)"|'(.*)'|(.*?))(?:\s+#.*)?""", line)
+            match = _DOTENV.fullmatch(line)
             if match is None:
                 self.warnings.append(f".env:{number}: is not NAME=VALUE; ignored")
             else:

@@ -153,6 +153,30 @@ def test_a_dotenv_file_sets_what_the_environment_does_not(tmp_path: Path) -> Non
     assert result.warnings == (".env:5: is not NAME=VALUE; ignored",)
 
 
+def test_a_variable_that_is_set_to_nothing_does_not_hide_the_key_in_a_dotenv_file(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("API_KEY=from-dotenv\n")
+    (key,) = loaded(tmp_path, environ={"API_KEY": ""}).config.api.api_keys
+    assert key.get_secret_value() == "from-dotenv"
+
+
+@pytest.mark.parametrize(
+    ("written", "path"),
+    [
+        ("", None),
+        (" # nothing", None),
+        ("#1 # the first", "#1"),
+        ("a#1", "a#1"),
+        ("'a # b'", "a # b"),
+        ("'old' # not 'new'", "old"),
+        ('"new" # was "old"', "new"),
+    ],
+)
+def test_a_comment_in_a_dotenv_file_is_no_value(tmp_path: Path, written: str, path: str | None) -> None:
+    (tmp_path / ".env").write_text(f"LLAMA_SERVER_PATH={written}\n")
+    result = loaded(tmp_path)
+    assert (result.config.system.llama_server_path, result.warnings) == (path, ())
+
+
 def test_a_dotenv_file_that_cannot_be_read_does_not_open_the_router_to_everybody(tmp_path: Path) -> None:
     (tmp_path / ".env").write_bytes(b"API_KEY=\xff\xfe")
     assert problems(tmp_path) == [".env: cannot be read: not UTF-8"]
