@@ -146,6 +146,8 @@ class HttpProtocol(asyncio.Protocol):
         self._answering = False
         """Of the answer to the request whose turn it is, some is written."""
         self._closing = False
+        self._is_deaf = False
+        """The last answer is written, and what still comes is thrown away."""
         self._patience: asyncio.TimerHandle | None = None
 
     def _new_parser(self) -> httptools.HttpRequestParser:
@@ -185,6 +187,8 @@ class HttpProtocol(asyncio.Protocol):
             self._turn.resume()
 
     def data_received(self, data: bytes) -> None:
+        if self._is_deaf:
+            return
         self._last = self.loop.time()
         self._beside_bodies += len(data)
         try:
@@ -218,7 +222,7 @@ class HttpProtocol(asyncio.Protocol):
         self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
-        if self._parser.should_upgrade():
+        if self._is_deaf or self._parser.should_upgrade():
             return  # see _decline_upgrade
         self._reading = "body"
         request = _Request(self._parser, self._url, self._headers)
@@ -291,7 +295,7 @@ class HttpProtocol(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         self._answering = True
-        if not self.transport.is_closing():  # uvloop raises when the client is gone
+        if not self._is_deaf and not self.transport.is_closing():  # uvloop raises when the client is gone
             self.transport.write(data)
 
     def invite_body(self) -> None:
@@ -301,11 +305,19 @@ class HttpProtocol(asyncio.Protocol):
         self.transport.abort()
 
     def close(self) -> None:
-        """Once the rest is read; but nobody may hold the connection by not reading."""
-        if not self.transport.is_closing():
+        """Once the rest is read; but nobody may hold the connection by not reading.
+
+        Who is still sending would get a reset for it, and perhaps never see the answer: it is heard out first.
+        """
+        if self.transport.is_closing() or (self._is_deaf and not self._closing):
+            return
+        self._is_deaf = self._turn is None and self._reading == "body" and not self._closing
+        if self._is_deaf:
+            self.transport.write_eof()
+        else:
             self.transport.close()
-            if self.transport.get_write_buffer_size():
-                self.loop.call_later(_LINGER_SEC, self.transport.abort)
+        if self._is_deaf or self.transport.get_write_buffer_size():
+            self.loop.call_later(_LINGER_SEC, self.transport.abort)
 
     def shutdown(self) -> None:
         """uvicorn is about to end: finish what was begun."""
@@ -442,7 +454,5 @@ class _Page:
         return self._connection.transport.is_closing()
 
     def close(self) -> None:
-        if self._cycle.response_complete:
-            self._connection.close()
-        else:  # half an answer must not look whole
+        if not self._cycle.response_complete:  # half an answer must not look whole; `_answered` ends a whole one
             self._connection.abort()

@@ -104,6 +104,15 @@ def test_what_is_refused_by_its_head_does_not_spoil_the_next_request(router: Rou
         assert rest_of(client).startswith(b"HTTP/1.1 200 ")
 
 
+def test_who_sends_a_large_body_hears_why_it_is_refused(router: Router) -> None:
+    """Though the connection ends with the answer, as urllib wants it; a reset would be all that it sees."""
+    with connect(router) as client:
+        client.sendall(post(b"x" * 8_000_000, b"content-encoding: gzip", b"connection: close"))
+        assert rest_of(client).startswith(b"HTTP/1.1 415 ")
+    refused = post(b"x", b"content-encoding: gzip", b"connection: keep-alive", version=b"1.0")
+    assert exchange(router, refused * 2).count(b"HTTP/1.1 ") == 1  # and nothing more is taken for a request
+
+
 def test_a_page_may_read_the_answer_to_a_chat_if_its_origin_is_allowed(router: Router) -> None:
     mine = router.chat("a", headers={"origin": "http://my.page"}).headers
     assert mine["access-control-allow-origin"] == "http://my.page"
