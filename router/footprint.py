@@ -114,7 +114,9 @@ def largest_context(
         return all(mib <= free_mib.get(device, 0) for device, mib in need.items())
 
     steps = -(-integer(header, "context_length") // _PADDING) * (1 if flags.kv_unified else flags.slots)
-    low, high = 0, steps
+    if not steps or not fits(1):  # asked for one number of layers after another, it mostly does not
+        return 0
+    low, high = 1, steps
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
