@@ -16,13 +16,13 @@ from dataclasses import replace
 from router.config import ModelConfig, System
 from router.devices import Devices
 from router.engine import Binary, EngineFailed
-from router.flags import Flags
+from router.flags import FORMS, Flags
 from router.host import ProcessMemory
 from router.learning import Learned
 from router.memory import Account, Ledger, is_news
 from router.messages import EngineMeasured, Event, Inspected, MemoryChanged, Placement
 from router.out_of_memory import ran_out
-from router.placing import Alternative, Ground, advise, inspect
+from router.placing import NAMES_GPUS, Alternative, Ground, advise, inspect
 from router.placing import shown as variables
 from router.residency import ENGINES
 from router.scheduler import Scheduler
@@ -182,8 +182,12 @@ class Accountant:
                 *(account.alias, ", ".join(gpus), age_sec),
             )
         shown = variables(self._devices.environment(self.ledger.devices[name] for name in gpus), own)
-        anew = Flags(account.chosen.flags).last("device")  # an inherited one names what it is not shown
-        return shown if anew is None else {**shown, "LLAMA_ARG_DEVICE": anew.text}
+        anew = Flags(account.chosen.flags)  # inherited ones name what it is not shown
+        for name in NAMES_GPUS:
+            flag, variable = anew.last(name), FORMS[name].variable
+            if flag is not None and variable:
+                shown[variable] = flag.text
+        return shown
 
     async def ready(self, account: Account) -> None:
         account.is_settled = True

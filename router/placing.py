@@ -30,7 +30,8 @@ T = TypeVar("T")
 LEAST_CONTEXT = 4096
 """As in llama-server's `--fit` (common/common.h)."""
 _CONTEXT_STEP = 1024
-_NAMES_GPUS = ("device", "spec-draft-device", "mmproj-device")
+NAMES_GPUS = ("device", "spec-draft-device", "mmproj-device")
+"""Flags whose values are GPUs as the engine counts them."""
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 _NO_GPU = ("", "-1", "none", "NoDevFiles")
 
@@ -220,8 +221,11 @@ class _Places:
 
     def alternatives(self) -> list[Alternative]:
         """All there are, best first, also those that never fit; at least one."""
-        if not self._ground.gpus or self._stays_on_host:
+        if not self._ground.gpus:
             return [self._on_host()]
+        if self._stays_on_host:  # an engine takes a GPU for an error that it is not shown
+            named = self._flags.last("device")
+            return [self._on_host(() if named is None or named.text == "none" else ("--device", "none"))]
         groups = list(self._groups())
         found: list[Alternative] = []
         for group in groups:
@@ -277,7 +281,7 @@ class _Places:
             return _group(gpus)
         if device is not None:
             return self._named_by_flags()
-        if any(self._flags.last(name) for name in ("tensor-split", *_NAMES_GPUS)):
+        if any(self._flags.last(name) for name in ("tensor-split", *NAMES_GPUS)):
             return _group(gpus)
         if main is not None and not self._may_divide and main.integer(low=0) < len(gpus):
             return _group([gpus[main.integer()]], ("--main-gpu", "0"))
@@ -287,7 +291,7 @@ class _Places:
         """The GPUs of `--device`, then those that other flags name besides. All, where it is not CUDA or ROCm
         that counts them: others cannot be shown some."""
         gpus = self._ground.gpus
-        flags = [flag for name in _NAMES_GPUS if (flag := self._flags.last(name)) is not None]
+        flags = [flag for name in NAMES_GPUS if (flag := self._flags.last(name)) is not None]
         if not all(re.fullmatch(r"none|((CUDA|ROCm)\d+,?)+", flag.text) for flag in flags):
             return _group(gpus)
         shown = list(dict.fromkeys(number for flag in flags for number in gpu_numbers(flag.text)))
@@ -372,8 +376,8 @@ class _Places:
 
     # --- alternatives -----------------------------------------------------------------------------------
 
-    def _on_host(self) -> Alternative:
-        one = self._settled(_Group((), ()), ())
+    def _on_host(self, added: tuple[str, ...] = ()) -> Alternative:
+        one = self._settled(_Group((), (), added), ())
         assert one is not None
         return one
 
@@ -453,8 +457,7 @@ class _Places:
     def _one(
         self, group: _Group, added: tuple[str, ...], context: int | None, remark: str, *, exact: bool = True
     ) -> Alternative | None:
-        if group.sites:
-            added = (*group.added, *added, *self._as_placed)
+        added = (*group.added, *added, *(self._as_placed if group.sites else ()))
         if context is not None:
             added = (*added, "-c", str(context))
         variables = shown(self._ground.environment([site.name for site in group.sites]), self._own_env)

@@ -167,6 +167,8 @@ def test_on_the_host_the_context_is_settled_too(qwen: Path) -> None:
         ((), {"CUDA_VISIBLE_DEVICES": "2,1"}, ("gpu2", "gpu1"), ()),
         (("--device", "none"), {}, (), ()),
         (("-ngl", "0"), {}, (), ()),
+        (("-ngl", "0", "--device", "CUDA1"), {}, (), ("--device", "none")),
+        (("--device", "CUDA1"), {"CUDA_VISIBLE_DEVICES": ""}, (), ("--device", "none")),
     ],
 )
 def test_what_flags_and_variables_settle_stays(

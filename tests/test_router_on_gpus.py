@@ -49,12 +49,13 @@ def test_an_engine_is_told_of_no_gpu_that_it_is_not_shown(
     start: Start, tiny: Path, gpus: PlayedGpus, tmp_path: Path
 ) -> None:
     gpus.set(Gpu(), Gpu())
-    environ = {**gpus.environ, "LLAMA_SERVER_PATH": fake(tmp_path), "LLAMA_ARG_DEVICE": "CUDA1"}
+    inherited = {"LLAMA_ARG_DEVICE": "CUDA1", "MTMD_BACKEND_DEVICE": "CUDA1"}
+    environ = {**gpus.environ, "LLAMA_SERVER_PATH": fake(tmp_path), **inherited}
     router = start({"models": models(tiny, "a", flags=["-c", "1024", "--device", "CUDA1"])}, **environ)
     assert router.chat("a").status_code == 200
     (engine,) = router.engines
     assert engine.environ()["CUDA_VISIBLE_DEVICES"] == gpus.gpus[1].uuid
-    assert engine.environ()["LLAMA_ARG_DEVICE"] == "CUDA0"
+    assert [engine.environ()[name] for name in inherited] == ["CUDA0", "CUDA0"]
     words = engine.cmdline()
     assert [words[place + 1] for place, word in enumerate(words) if word == "--device"] == ["CUDA0"], (
         "llama-server takes a device that is not there for an error, also where a later flag names another"
