@@ -254,7 +254,8 @@ def _words(path: PurePath) -> tuple[str, ...]:
 def stem(path: PurePath) -> str:
     """The name of a file, or of the model that it is a part of, without its ending and without spaces."""
     split = gguf.SPLIT_NAME.fullmatch(path.name)
-    return re.sub(r"\s+", "-", split["stem"] if split else path.stem)
+    name = re.sub(r"\s+", "-", split["stem"] if split else path.stem)
+    return path.name if name == "." else name  # which no path can end in
 
 
 def _aliases(paths: Sequence[Path]) -> list[str]:

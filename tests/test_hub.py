@@ -81,10 +81,11 @@ def test_models_of_the_same_name_are_told_apart_by_as_many_folders_as_it_takes(t
 
 
 def test_even_files_of_one_folder_with_the_same_name_are_told_apart(tmp_path: Path) -> None:
-    for name in ("a b.gguf", "a-b.gguf", "m.gguf", "m.gguf.gguf"):
+    for name in ("..gguf", "a b.gguf", "a-b.gguf", "m.gguf", "m.gguf.gguf"):
         model(tmp_path / name)
     write_llama(tmp_path / "m.gguf", parts=2)
     assert sorted(aliases(discover(tmp_path))) == [
+        "..gguf",
         "a b.gguf",
         "a-b.gguf",
         "m-00001-of-00002.gguf",
