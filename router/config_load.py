@@ -446,6 +446,8 @@ class _Draft:
             elif alias != "*" and alias not in entries:
                 self.no_model(path, alias, entries)
         self.check_pins(models, system.max_concurrent_models)
+        if api.ollama_port == api.port:
+            self.problem(("api", "ollama_port"), f"{api.port} is api.port already: Ollama's clients may use that")
         exposed = api.host not in ("localhost", "::1") and not api.host.startswith("127.")
         if exposed and not (api.api_keys or api.inference_keys or api.clients):
             message = f"{api.host} is open to the network and no API key is set: anybody there may use the router"

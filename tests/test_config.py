@@ -385,6 +385,10 @@ def test_nor_can_they_be_set_behind_its_back_by_variables(tmp_path: Path) -> Non
         ({"api": {"port": "8000"}}, 'api.port: should be a valid integer, not "8000"'),
         ({"api": {"heartbeat_sec": -1}}, "api.heartbeat_sec: should be greater than or equal to 0, not -1"),
         ({"system": {"preload_models": "*"}}, "system.preload_models: should be a list"),
+        (
+            {"api": {"port": 11434, "ollama_port": 11434}},
+            "api.ollama_port: 11434 is api.port already: Ollama's clients may use that",
+        ),
         ({"system": {"base_models_path": 5}}, "system.base_models_path: should be text: put it in quotes"),
         ({"system": {"port": 1}}, "system.port: unknown key here; it belongs to api"),
         (
