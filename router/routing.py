@@ -106,8 +106,9 @@ def wish_of(
     asked_as = config.aliases.get(model)
     known = config.models.get(model) if asked_as is None else None
     if known is None:
-        if asked_as is None and model.endswith(":latest"):  # Ollama's clients say so on OpenAI's routes, too
-            return wish_of(model.removesuffix(":latest"), streams, headers, config, client)
+        if asked_as is None:
+            model = model.removesuffix(":latest")  # Ollama's clients say so on OpenAI's routes, too
+            asked_as = config.aliases.get(model)
         known = model_of(model, config)
     wanted = headers.get(b"x-request-priority")
     if wanted is not None:

@@ -250,8 +250,9 @@ def test_pipelined_requests_are_answered_in_their_order(router: Router) -> None:
         (b'{"model":"\xff"}', 400),
         (b'{"model":"\\ud800"}', 400),
         (b'{"model":"\\u0000"}', 404),
+        (b'{"model":"a%b"}' % (b":latest" * 2000), 404),
     ],
-    ids=["deep", "deep model", "not UTF-8", "half a surrogate", "NUL"],
+    ids=["deep", "deep model", "not UTF-8", "half a surrogate", "NUL", "the latest of all"],
 )
 def test_json_that_bites(router: Router, body: bytes, status: int) -> None:
     answer = router.http.post(PATH.decode(), content=body)
