@@ -42,7 +42,7 @@ class Happened:
 
 
 class RouterClient:
-    """Asks the router at `url`. Raises ValueError if that is no http(s) URL."""
+    """Asks the router at `url`. Raises ValueError if that is no http(s) URL, or `key` can be in no header."""
 
     def __init__(self, url: str, key: str | None) -> None:
         try:
@@ -52,6 +52,8 @@ class RouterClient:
             self._host = ""
         if not self._host or parts.scheme not in ("http", "https"):
             raise ValueError(f"{url!r} is not a URL such as http://127.0.0.1:8000")
+        if key and not (key.isascii() and key.isprintable()):
+            raise ValueError(f"{KEY_VARIABLE} holds a line end, or letters that no key has: it is printable ASCII")
         self.url = url.rstrip("/")
         self._secure = parts.scheme == "https"
         self._prefix = parts.path.rstrip("/")

@@ -205,6 +205,16 @@ def test_without_a_url_it_asks_the_configured_router_with_its_key(
     assert router.process.poll() is None
 
 
+@pytest.mark.parametrize("key", ["sesame\n", "сезам"])
+def test_a_key_that_no_header_can_hold_is_not_taken_for_a_stranger_at_the_address(
+    key: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LLAMA_ROUTER_API_KEY", key)
+    with pytest.raises(SystemExit):
+        main(["ps", "--url", "http://127.0.0.1:9"])
+    assert capsys.readouterr().err.startswith("llama-router: LLAMA_ROUTER_API_KEY holds ")
+
+
 def test_an_inference_key_is_told_that_it_may_not_read_logs(start: Start, tiny: Path, tmp_path: Path) -> None:
     router = start({"api": {"api_keys": [KEY], "inference_keys": ["guest"]}, "models": models(tiny, "a")})
     asked = ask("logs", "a", "--url", router.url, cwd=tmp_path, LLAMA_ROUTER_API_KEY="guest")
