@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from router.config import ModelConfig, System
 from router.devices import Devices
@@ -24,6 +25,7 @@ from router.messages import EngineMeasured, Event, Inspected, MemoryChanged, Pla
 from router.out_of_memory import ran_out
 from router.placing import NAMES_GPUS, Alternative, Ground, advise, inspect
 from router.placing import shown as variables
+from router.readings import apart
 from router.residency import ENGINES
 from router.scheduler import Scheduler
 from router.sizing import EngineKind, Size, Unusable
@@ -124,9 +126,9 @@ class Accountant:
         await self.look()
         try:
             if self._scheduler.engines:  # none of them is to go for one that won't run
-                await asyncio.to_thread(self.kind.check_runs)
-            look = asyncio.to_thread(inspect, model, system, self.kind, self._ground(), self._learned)
-            found = await asyncio.wait_for(look, INSPECTION_LIMIT_SEC)
+                await apart(self.kind.check_runs)
+            look = partial(inspect, model, system, self.kind, self._ground(), self._learned)
+            found = await asyncio.wait_for(apart(look), INSPECTION_LIMIT_SEC)
         except Unusable as unusable:
             problem = str(unusable)
         except asyncio.TimeoutError:
@@ -214,7 +216,7 @@ class Accountant:
             self._learned.ran_out(chosen.size.identity, chosen.as_counted(account.booked()), wanted)
             await self._save()
         ground, placement = self._ground(), chosen.placement
-        return await asyncio.to_thread(advise, model, system, self.kind, ground, self._learned, placement)
+        return await apart(partial(advise, model, system, self.kind, ground, self._learned, placement))
 
     async def close(self, account: Account) -> None:
         """Its process is gone: until its memory is back, or for a few seconds; then the books are right again.

@@ -216,6 +216,7 @@ class Dispatcher:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
         self._tasks: set[asyncio.Task[None]] = set()
+        self._inspections: set[asyncio.Task[None]] = set()
         self._stopping: set[int] = set()
         self._preloading: set[str] = set()
         self._changes: dict[str, list[asyncio.Future[None]]] = {}
@@ -246,7 +247,7 @@ class Dispatcher:
         """Refuse what waits, let what is in flight finish within the grace time, stop every engine."""
         self.status = "shutting_down"
         self.events.publish(ServerChanged(self.status, time.time()))
-        for task in (self._preload, self._watch):
+        for task in (self._preload, self._watch, *self._inspections):
             if task is not None:
                 task.cancel()
         self._post(ShutDown(time.monotonic()))
@@ -414,7 +415,9 @@ class Dispatcher:
                     self.counts[ticket.alias].rejected += 1
                     ticket.decide(time.monotonic(), None, effect)
             case Inspect(alias):
-                self._spawn(self._inspect(alias), f"inspection of {alias}")
+                inspection = self._spawn(self._inspect(alias), f"inspection of {alias}")
+                self._inspections.add(inspection)
+                inspection.add_done_callback(self._inspections.discard)
             case StartEngine(engine_id, alias, placement):
                 account = self._accountant.open(engine_id, alias, placement)
                 life = self._live(account, self.config.models[alias])

@@ -6,7 +6,6 @@ package, and last the embedded engine, which is always there.
 
 from __future__ import annotations
 
-import asyncio
 import importlib.metadata
 import importlib.util
 import os
@@ -18,6 +17,7 @@ from typing import Protocol
 from router import embedded
 from router.engine import Binary, EngineFailed, EngineOrder, EngineProcess, LogRing, port_is_free
 from router.leftovers import EngineRecord
+from router.readings import apart
 from router.sizing import EngineKind
 
 _LAST_PORT = 65535
@@ -46,7 +46,7 @@ class LocalLauncher:
 
     async def launch(self, order: EngineOrder, log: LogRing) -> EngineProcess:
         sockets = self._sockets
-        if sockets is not None and not await asyncio.to_thread(lambda: self._kind.takes_unix_sockets):
+        if sockets is not None and not await apart(lambda: self._kind.takes_unix_sockets):
             sockets = None
         # Until the end of it, also when it is dead: it has yet to clear its socket away.
         self._engines = {port: engine for port, engine in self._engines.items() if not engine.exited.done()}

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
@@ -47,6 +48,24 @@ class Device:
         if self.kind == "host":
             return f"{self.free_mib} of {self.total_mib} MiB RAM free"
         return f"{self.free_mib} of {self.total_mib} MiB free on {self.name} ({self.label})"
+
+
+async def apart(work: Callable[[], T]) -> T:
+    """What it returns or raises, from a daemon thread of its own: for work that a disk may keep from ever ending.
+
+    A thread pool loses a thread to each of these, and waits for them all when the process is to end.
+    """
+    outcome: Future[T] = Future()
+    outcome.set_running_or_notify_cancel()  # who stops waiting does not stop it
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except Exception as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await asyncio.wrap_future(outcome)
 
 
 class Watch(Generic[T]):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -142,6 +145,36 @@ def test_a_broken_file_costs_the_good_model_nothing(start: Start, tiny: Path, tm
         assert "broken.gguf" in answer.json()["error"]["message"]
         assert router.chat("good").status_code == 200
     assert router.status("good")["pid"] == pid
+
+
+HOLDS_FILE = """
+import fcntl, os, signal, sys
+signal.signal(signal.SIGIO, signal.SIG_IGN)
+fcntl.fcntl(os.open(sys.argv[1], os.O_RDWR), fcntl.F_SETLEASE, fcntl.F_WRLCK)
+print("held", flush=True)
+signal.pause()
+"""
+"""With a lease on a file, whoever else opens it is kept waiting, as by a network drive whose server is gone."""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there are no leases")
+def test_a_disk_that_hangs_keeps_the_router_neither_from_serving_nor_from_ending(
+    start: Start, tiny: Path, tmp_path: Path
+) -> None:
+    stuck = shutil.copy(tiny, tmp_path / "stuck.gguf")
+    router = start({"models": {**models(stuck, "stuck"), **models(tiny, "good")}})
+    argv = [sys.executable, "-c", HOLDS_FILE, str(stuck)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as holder, ThreadPoolExecutor(1) as client:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == b"held\n"
+            asked = client.submit(router.chat, "stuck")
+            eventually(lambda: router.status("stuck")["why_waiting"] == "its file is being looked at")
+            assert router.chat("good", headers={"X-Request-Priority": "high"}).status_code == 200
+            assert router.stop(timeout_sec=10) == 0
+            assert asked.result().status_code == 503
+        finally:
+            holder.kill()
 
 
 def test_an_engine_that_does_not_take_its_flags_is_started_once(start: Start, tiny: Path) -> None:
