@@ -219,7 +219,8 @@ class HttpProtocol(asyncio.Protocol):
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers.append((name.lower(), value))
+        if self._reading == "head":  # what comes in a trailer was not there when the request was admitted
+            self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         if self._is_deaf or self._parser.should_upgrade():
