@@ -190,11 +190,18 @@ class HttpProtocol(asyncio.Protocol):
         if self._is_deaf:
             return
         self._last = self.loop.time()
-        self._beside_bodies += len(data)
+        while data and not self.transport.is_closing():
+            self._beside_bodies += len(data)
+            data = self._read(data)
+        if self._reading is not None and self._beside_bodies > _LONGEST_HEAD:
+            self._refuse(b"431 Request Header Fields Too Large")
+
+    def _read(self, data: bytes) -> bytes:
+        """What is to be read instead of the rest of it, if anything."""
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            self._decline_upgrade(data[upgrade.args[0] :])
+            return self._without_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError as error:
             cause = error.__context__  # what one of the methods below has raised
             if cause is None or isinstance(cause, _BadTarget):
@@ -203,8 +210,7 @@ class HttpProtocol(asyncio.Protocol):
             else:
                 _log.error("a request broke the router", exc_info=cause)
                 self._refuse(b"500 Internal Server Error", b"The router made a mistake; see its log.")
-        if self._reading is not None and self._beside_bodies > _LONGEST_HEAD:
-            self._refuse(b"431 Request Header Fields Too Large")
+        return b""
 
     # --- httptools --------------------------------------------------------------------------------------
 
@@ -224,7 +230,7 @@ class HttpProtocol(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         if self._is_deaf or self._parser.should_upgrade():
-            return  # see _decline_upgrade
+            return  # see _without_upgrade
         self._reading = "body"
         request = _Request(self._parser, self._url, self._headers)
         if self._turn is None:
@@ -330,11 +336,14 @@ class HttpProtocol(asyncio.Protocol):
 
     # --- what can go wrong ------------------------------------------------------------------------------
 
-    def _decline_upgrade(self, rest: bytes) -> None:
-        """Java's HttpClient asks for HTTP/2 this way. Whoever does not upgrade answers the request as it is."""
+    def _without_upgrade(self, rest: bytes) -> bytes:
+        """The request whose head was read, and the rest.
+
+        Java's HttpClient asks for HTTP/2 this way. Whoever does not upgrade answers the request as it is.
+        """
         if self._parser.get_method() == b"CONNECT":
             self._refuse(b"400 Bad Request", b"Invalid HTTP request received.")
-            return
+            return b""
         head = [self._parser.get_method(), b" ", self._url, b" HTTP/1.1\r\n"]
         for name, value in self._headers:
             if name == b"connection":
@@ -342,7 +351,7 @@ class HttpProtocol(asyncio.Protocol):
             if name != b"upgrade":
                 head.append(b"%b: %b\r\n" % (name, value))
         self._parser = self._new_parser()
-        self.data_received(b"".join((*head, b"\r\n", rest)))
+        return b"".join((*head, b"\r\n", rest))
 
     def _look(self) -> None:
         """Every few seconds: one timer for all limits, and none to set and cancel with every request."""

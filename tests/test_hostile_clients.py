@@ -279,6 +279,9 @@ def test_a_client_that_would_like_http_2_gets_an_answer(router: Router) -> None:
         assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
         client.sendall(post(CHAT))  # and the connection goes on
         assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
+    wishes = b"POST /completion HTTP/1.1\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n" * 3000
+    assert answers(router, wishes + post(CHAT, b"connection: close")).count(b"HTTP/1.1 400 ") == 3000
+    assert_unharmed(router)
 
 
 def test_clients_with_the_same_request_id_are_different_clients(start: Start, tiny: Path, tmp_path: Path) -> None:
