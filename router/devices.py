@@ -35,7 +35,7 @@ FIRST_DEADLINE_SEC = 15.0
 _log = logging.getLogger("router")
 
 
-_Held = tuple[frozenset[int], bool, Mapping[int, ProcessMemory]]  # of which processes, with mappings, and what
+_Held = tuple[frozenset[int], Mapping[int, ProcessMemory]]  # of which processes, and what
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +80,12 @@ class Devices:
         self._seen: dict[str, Device] = {}
         self._present: set[str] = set()
         self._remarks: list[str] = []
-        self._pids: frozenset[int] = frozenset()
-        self._mapped = False
         self._gpus = Watch[Sequence[Device]](self._take_gpus, (), "GPU driver")
         self._host = Watch[Sequence[Device]](
             self._take_host, (Device(HOST, "host", "", "", 0, 0),), "reading of RAM"
         )
-        self._processes = Watch[_Held](self._take_processes, (frozenset(), False, {}), "reading of engines' RAM")
+        self._counters = _Processes("reading of engines' RAM", mapped=False)
+        self._walk = _Processes("walk through engines' RAM", mapped=True)
 
     async def read(self, deadline_sec: float = DEADLINE_SEC) -> Readings:
         """What is there now, or was when it could last be asked. Never raises."""
@@ -113,14 +112,7 @@ class Devices:
 
         `mapped=False` spares the kernel the walk through large mappings: pages that are shared count whole.
         """
-        wanted = frozenset(pids)
-        self._pids, self._mapped = wanted, mapped
-        asked, thorough, held = await self._processes.read(deadline_sec)
-        if not wanted <= asked or thorough < mapped:  # it had begun before, for others
-            self._pids |= wanted
-            self._mapped |= mapped
-            _, _, held = await self._processes.read(deadline_sec)
-        return {pid: memory for pid, memory in held.items() if pid in wanted}
+        return await (self._walk if mapped else self._counters).held_by(frozenset(pids), deadline_sec)
 
     def environment(self, chosen: Iterable[Device]) -> dict[str, str]:
         """Variables with which an engine sees the chosen GPUs, in this order, and no others; none for RAM alone.
@@ -153,10 +145,6 @@ class Devices:
 
     def _take_host(self) -> Sequence[Device]:
         return (host.device(self._root),)
-
-    def _take_processes(self) -> _Held:
-        pids, mapped = self._pids, self._mapped
-        return pids, mapped, host.process_memory(pids, mapped=mapped)
 
     def _take_gpus(self) -> Sequence[Device]:
         if self._nvidia is None:
@@ -219,6 +207,30 @@ class Devices:
                 _log.warning("%s (%s) is back", name, device.label)
         self._present = present
         self._seen.update((device.name, device) for device in ours)
+
+
+class _Processes:
+    """One way to look at processes. They do not wait for each other: a walk takes as long as engines are large."""
+
+    def __init__(self, name: str, *, mapped: bool) -> None:
+        self._mapped = mapped
+        self._pids: frozenset[int] = frozenset()
+        self._watch = Watch[_Held](self._take, (self._pids, {}), name)
+
+    async def held_by(self, wanted: frozenset[int], deadline_sec: float) -> Mapping[int, ProcessMemory]:
+        before = self._watch.last
+        self._pids = wanted
+        answer = await self._watch.read(deadline_sec)
+        if not wanted <= answer[0]:  # it had begun before, for others
+            self._pids |= wanted
+            answer = await self._watch.read(deadline_sec)
+        if answer is before:  # none came in time, and what they held at the last look may be long ago
+            return {}
+        return {pid: memory for pid, memory in answer[1].items() if pid in wanted}
+
+    def _take(self) -> _Held:
+        pids = self._pids
+        return pids, host.process_memory(pids, mapped=self._mapped)
 
 
 class HasUuid(Protocol):

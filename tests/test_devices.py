@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -768,6 +768,30 @@ def test_weights_that_are_locked_into_ram_stay_there(tmp_path: Path, mapped: boo
         del address
     assert locked.anonymous_mib - before.anonymous_mib == pytest.approx(6, abs=2), "nobody else's"
     assert before.file_mib - locked.file_mib == pytest.approx(6, abs=2), "and not to be had for the asking"
+
+
+def test_a_walk_through_large_mappings_keeps_no_light_look_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    look, pid, arrives = host.process_memory, os.getpid(), threading.Event()
+
+    def walk(pids: Iterable[int], *, mapped: bool) -> dict[int, host.ProcessMemory]:
+        assert not mapped or arrives.wait(10)
+        return look(pids, mapped=mapped)
+
+    monkeypatch.setattr(host, "process_memory", walk)
+
+    async def story() -> None:
+        devices = Devices(())
+        thorough = asyncio.create_task(devices.held_by([pid]))
+        await asyncio.sleep(0)
+        assert pid in await devices.held_by([pid], 1, mapped=False)
+        assert await devices.held_by([pid], 0.01) == {}, "not in time"
+        arrives.set()
+        assert pid in await thorough
+        arrives.clear()
+        assert await devices.held_by([pid], 0.01) == {}, "and not what it held once"
+        arrives.set()
+
+    asyncio.run(story())
 
 
 def test_who_asks_for_processes_meanwhile_is_answered_for_his_own() -> None:
