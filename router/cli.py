@@ -125,8 +125,8 @@ def _serve(options: argparse.Namespace) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
-def _load(options: argparse.Namespace) -> Loaded:
-    """The configuration that the command line asks for; without any, the demo."""
+def _load(options: argparse.Namespace, state_dir: Path | None = None) -> Loaded:
+    """The configuration that the command line asks for; without any, the demo. `state_dir` as for `load`."""
     overrides: dict[str, tuple[str, Any]] = {}
     if options.host is not None:
         overrides["api.host"] = ("--host", options.host)
@@ -138,7 +138,14 @@ def _load(options: argparse.Namespace) -> Loaded:
         overrides["system.hf_cache"] = ("--hf-cache", True)
     if options.ollama_store:
         overrides["system.ollama_store"] = ("--ollama-store", True)
-    read = partial(load, options.config, environ=os.environ, cwd=Path.cwd(), models_dirs=options.models_dir)
+    read = partial(
+        load,
+        options.config,
+        environ=os.environ,
+        cwd=Path.cwd(),
+        models_dirs=options.models_dir,
+        state_dir=state_dir,
+    )
     loaded = read(overrides=overrides)
     folders = options.models_dir or options.hf_cache or options.ollama_store
     own = [model for model in loaded.config.models.values() if model.source != created.SOURCE]

@@ -110,6 +110,7 @@ def load(
     overrides: Mapping[str, tuple[str, Any]] | None = None,
     models_dirs: Sequence[Path] = (),
     check_files: bool = True,
+    state_dir: Path | None = None,
 ) -> Loaded:
     """Read, merge and check the configuration. Raises `ConfigError` with all that is wrong.
 
@@ -118,11 +119,11 @@ def load(
     `{"api.port": ("--port", 9000)}`; `models.ALIAS` takes a whole entry. Each GGUF file below `models_dirs`
     is served under its name, unless the configuration already serves it. Without `check_files`, models and
     engine need not exist, and no models are looked for but in `models_dirs`: for reading the configuration of
-    another machine.
+    another machine. `state_dir` is the one that a running router works with, whatever the file says by now.
 
     Blocks for up to `hub.SETTLE_SEC` when a file to be discovered has only just been written.
     """
-    draft = _Draft(environ, cwd, check_files)
+    draft = _Draft(environ, cwd, check_files, state_dir)
     source = draft.find_file(path)
     if source is not None:
         draft.read(source)
@@ -167,10 +168,11 @@ def _built(draft: _Draft, source: Path | None, look_again: Callable[[], Loaded])
 class _Draft:
     """The values as they come in, each with its origin, and everything that was found wrong with them."""
 
-    def __init__(self, environ: Mapping[str, str], cwd: Path, check_files: bool) -> None:
+    def __init__(self, environ: Mapping[str, str], cwd: Path, check_files: bool, state_dir: Path | None) -> None:
         self.cwd = Path(os.path.abspath(cwd))
         self.check_files = check_files
         self.is_for_here = check_files
+        self.state_dir = state_dir
         self.values: dict[str, Any] = {}
         self.origins: dict[KeyPath, str] = {}
         self.problems: list[Problem] = []
@@ -343,6 +345,8 @@ class _Draft:
 
     def state_folder(self) -> Path | None:
         """Where the router of this configuration keeps its state; None if it keeps none."""
+        if self.state_dir is not None:
+            return self.state_dir
         system, api = self.values.get("system"), self.values.get("api")
         named = system.get("state_dir") if isinstance(system, dict) else None
         if isinstance(named, str) and named:

@@ -101,9 +101,12 @@ class _Server(uvicorn.Server):
         yield
 
 
-def serve(load: Callable[[], Loaded]) -> None:
-    """Serve until a signal. `load` gives the configuration, now and at every reload. Raises CannotServe."""
-    loaded = load()
+def serve(load: Callable[[Path | None], Loaded]) -> None:
+    """Serve until a signal. Raises CannotServe.
+
+    `load` gives the configuration, now and, with the state directory that is in use, at every reload.
+    """
+    loaded = load(None)
     with contextlib.closing(_set_up_logs(loaded.config.system)) as log:
         _serve(loaded, load, log)
 
@@ -116,7 +119,7 @@ def _set_up_logs(system: System) -> Logs:
         raise CannotServe(f"log_dir: {log_dir} cannot be made: {error.strerror}.") from error
 
 
-def _serve(loaded: Loaded, load: Callable[[], Loaded], log: Logs) -> None:
+def _serve(loaded: Loaded, load: Callable[[Path | None], Loaded], log: Logs) -> None:
     config = loaded.config
     if not config.models:
         raise CannotServe(
@@ -216,7 +219,7 @@ class _Service:
     def __init__(
         self,
         loaded: Loaded,
-        load: Callable[[], Loaded],
+        load: Callable[[Path | None], Loaded],
         binary: Binary,
         devices: Devices,
         learned: Learned,
@@ -228,7 +231,7 @@ class _Service:
         config = loaded.config
         self._loaded = loaded
         self._started_with = config
-        self._load = load
+        self._load = partial(load, state.path)
         self._listeners = listeners
         self._stop = asyncio.Event()
         self._record = record

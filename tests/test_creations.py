@@ -422,3 +422,17 @@ def test_files_of_no_use_go_after_a_while(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         f"sha256-{digest}" for digest in (used, fresh)
     )
+
+
+def test_a_state_directory_that_waits_for_a_restart_takes_nothing_away(
+    start: Start, tiny: Path, tmp_path: Path
+) -> None:
+    config = {"system": {"state_dir": "here"}, "models": models(tiny, "tiny")}
+    router = start(config, LLAMA_ROUTER_STATE_DIR="")
+    with ollama.Client(router.url, timeout=60) as client:
+        client.copy("tiny", "made")
+        (tmp_path / "config.json").write_text(json.dumps({**config, "system": {"state_dir": "there"}}))
+        reloaded = router.http.post("/v1/config/reload").json()
+        assert (reloaded["removed"], reloaded["needs_restart"]) == ([], ["system.state_dir"])
+        client.copy("tiny", "made-later")
+    assert {"made", "made-later"} <= set(cards(router))
