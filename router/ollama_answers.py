@@ -109,11 +109,11 @@ def flattened(body: bytes) -> bytes:
 
 
 def _message_of(error: msgspec.Raw) -> str:
-    if bytes(error).startswith(b'"'):
-        return str(msgspec.json.decode(error))
     try:
+        if bytes(error).startswith(b'"'):
+            return str(msgspec.json.decode(error))
         said = _decode_said(error)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError):
         return bytes(error).decode("utf-8", "replace")
     if said.n_ctx is None:
         return said.message

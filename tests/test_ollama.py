@@ -163,4 +163,6 @@ def test_errors_of_any_shape_are_a_text() -> None:
     for error, text in (({"message": "no"}, "no"), ("no", "no"), (3, "3"), (["no"], '["no"]')):
         assert json.loads(flattened(json.dumps({"error": error}).encode())) == {"error": text}
     assert json.loads(flattened(b"<html>")) == {"error": "<html>"}
+    assert json.loads(flattened(b'{"error":"\xff"}')) == {"error": '"\ufffd"'}
+    assert json.loads(flattened(b'{"error":{"message":"\xff"}}')) == {"error": '{"message":"\ufffd"}'}
     assert json.loads(Translation(asked(), lambda: 0.0).lines(b'data: {"error": 3}\n')) == {"error": "3"}
