@@ -483,13 +483,17 @@ def test_only_a_full_key_pulls_and_no_chat_ever_does(
     start: Start, hub: Hub, environ: dict[str, str], tiny: Path
 ) -> None:
     api = {"api_keys": ["full"], "inference_keys": ["some"]}
-    router = start({"api": api, "models": {"a": {"model_path": str(tiny)}}}, **environ)
+    config = {"api": api, "models": {"a": {"model_path": str(tiny)}}, "aliases": {"other": "a"}}
+    router = start(config, **environ)
     some, full = ({"Authorization": f"Bearer {key}"} for key in ("some", "full"))
     assert router.http.post("/v1/models/pull", json={"model": REPO}, headers=some).status_code == 403
     assert router.http.get("/v1/models/pull", headers=some).status_code == 403
     assert router.http.get("/v1/models/pull", headers=full).status_code == 200
     assert router.chat(f"hf.co/{REPO}", headers=full).status_code == 404
     assert router.chat(ALIAS, headers=some).status_code == 404
+    for alias in ("a", "other"):  # whoever asked for it then would not get what was pulled
+        taken = router.http.post("/v1/models/pull", json={"model": REPO, "alias": alias}, headers=full)
+        assert (taken.status_code, taken.json()["error"]["code"]) == (409, "name_taken")
     assert hub.asked == []
 
 

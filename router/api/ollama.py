@@ -106,7 +106,7 @@ async def show(request: Request) -> dict[str, Any]:
         raise ApiError(500, "model_failed", f"{known.name!r} cannot be read: {error}") from None
 
 
-@router.post("/api/pull", response_model=None, openapi_extra=_BODY, responses={415: {}, 429: {}, 500: {}})
+@router.post("/api/pull", response_model=None, openapi_extra=_BODY, responses={409: {}, 415: {}, 429: {}, 500: {}})
 async def pull(request: Request) -> Response:
     """Pull a model from the Hugging Face hub, or join the pull that does so already."""
     asked = await _named(request)

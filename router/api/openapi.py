@@ -36,7 +36,7 @@ _ERRORS = {
     507: "The model does not fit into memory, or the file not onto the disk.",
 }
 _DATA_PLANE = (401, 403, 404, 413, 415, 429, 502, 503, 504, 507)
-_FURTHER = {"/v1/models/pull": (429,), "/pull": (409, 429, 500, 502)}
+_FURTHER = {"/v1/models/pull": (409, 429), "/pull": (409, 429, 500, 502)}
 _ALSO_OF_ENGINES = (400, 422, 500, 501)
 """An engine has its own way to say these, on some routes with an empty body."""
 _OF_ENGINES = "Passed on to the engine of `model`, byte for byte unless its alias is configured to change it."

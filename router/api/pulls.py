@@ -86,7 +86,9 @@ def begin(request: Request, model: str, alias: str | None, quantize: str | None 
         reference, listed_as = repository.permitted(model, system.allowed_models, os.environ)
         if quantize is not None:
             reference = repository.quantized(reference, quantize)
-        return downloads.start(reference, alias or listed_as, system.q4_threshold_bytes)
+        alias = alias or listed_as
+        _check_free(alias, dispatcher.config)
+        return downloads.start(reference, alias, system.q4_threshold_bytes)
     except repository.BadReference as error:
         raise ApiError(400, "invalid_reference", f"{error}.", "model") from None
     except repository.NotAllowed as error:
@@ -94,6 +96,14 @@ def begin(request: Request, model: str, alias: str | None, quantize: str | None 
     except TooManyPulls:
         message = f"{MOST_AT_ONCE} pulls are running already; wait for one, or cancel it."
         raise ApiError(429, "too_many_pulls", message, retry_after_sec=30) from None
+
+
+def _check_free(alias: str | None, config: Config) -> None:
+    """Raises ApiError if what is pulled under that name would not be what is served under it."""
+    there = None if alias is None else config.aliases.get(alias) or config.models.get(alias)
+    if there is not None and there.source != "pulled":
+        message = f"{alias!r} is taken by a model of this name, from {there.source}: choose another alias."
+        raise ApiError(409, "name_taken", message, "alias")
 
 
 @router.post("/pull")
