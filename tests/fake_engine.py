@@ -5,7 +5,7 @@ FAKE_READY        push (default): says it is ready on its pipe; poll: serves /v1
 FAKE_LOAD_SEC     how long loading takes
 FAKE_PROGRESS     1: tells on its pipe how far it is, as llama-server does
 FAKE_ANSWER_SEC   how long an answer takes
-FAKE_DIE          before: exits when a request comes; after: exits in the middle of the answer;
+FAKE_DIE          before: exits when a request comes; after: exits in the middle of the answer; torn: of an event;
                   once FILE: as `before`, but only while FILE does not exist (it makes it);
                   memory: takes all there is when a request comes
 FAKE_LAST_WORDS   what it says before it exits
@@ -116,9 +116,12 @@ async def complete(writer: asyncio.StreamWriter, request: dict[str, object]) -> 
     events = events_to_play()
     for number, document in enumerate(events):
         event = b"data: %b\n\n" % document
-        writer.write(b"%x\r\n%b\r\n" % (len(event), event))
+        chunk = b"%x\r\n%b\r\n" % (len(event), event)
+        is_middle = number == len(events) // 2
+        writer.write(chunk[: len(chunk) // 2] if is_middle and setting("die") == "torn" else chunk)
         await writer.drain()
-        if number == len(events) // 2:
+        if is_middle:
+            maybe_die("torn")
             maybe_die("after")
         await asyncio.sleep(float(setting("chunk_sec", "0")))
     event = b"data: [DONE]\n\n"

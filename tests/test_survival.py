@@ -35,6 +35,7 @@ def played(start_shared: Start, tiny: Path, tmp_path_factory: pytest.TempPathFac
         "dies-always": {"FAKE_DIE": "before"},
         "breaks-off": {"FAKE_DIE": "after"},
         "breaks-off-streams": {"FAKE_DIE": "after"},
+        "tears-an-event": {"FAKE_DIE": "torn"},
         "closes": {"FAKE_IDLE_CLOSE": "1"},
         "is-polled": {"FAKE_READY": "poll", "FAKE_LOAD_SEC": "0.2"},
     }
@@ -70,8 +71,9 @@ def test_an_answer_that_breaks_off_unseen_is_tried_again(played: Router) -> None
     assert answer.json()["error"]["code"] == "model_failed"
 
 
-def test_a_stream_that_breaks_off_ends_with_an_error_event(played: Router) -> None:
-    answer = played.chat("breaks-off-streams", stream=True)
+@pytest.mark.parametrize("model", ["breaks-off-streams", "tears-an-event"])
+def test_a_stream_that_breaks_off_ends_with_an_error_event(played: Router, model: str) -> None:
+    answer = played.chat(model, stream=True)
     events = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
     assert "delta" in events[0]
     assert json.loads(events[-2])["error"]["code"] == "engine_lost"

@@ -74,8 +74,12 @@ class ApiError(Exception):
         return msgspec.json.encode(self.ollama() if is_ollama(path) else self.openai())
 
     def event(self, path: str) -> bytes:
-        """The same inside a stream that has begun: one event, then the end that the route's clients expect."""
-        return error_event(self.body(path), path)
+        """The same inside a stream that has begun: one event, then the end that the route's clients expect.
+
+        An event that the engine was in the middle of ends before it, or would swallow it; lines are whole anyway.
+        """
+        event = error_event(self.body(path), path)
+        return event if is_ollama(path) else b"\n\n" + event
 
 
 def error_event(body: bytes, path: str) -> bytes:
