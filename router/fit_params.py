@@ -111,13 +111,16 @@ class FitParams:
         if build != self._build:  # the engine has been replaced
             self._build, self._answers, self._failed_sec = build, {}, {}
         key = model, tuple(question), tuple(environ.get(name) for name in _SHOW_GPUS)
-        failed_sec = self._failed_sec.get(key, -math.inf)
-        if key not in self._answers and time.monotonic() - failed_sec > self.retry_sec:
+        anything: _Key = model, (), ()
+        now = time.monotonic()
+        failed_sec = max(self._failed_sec.get(each, -math.inf) for each in (key, anything))
+        if key not in self._answers and now - failed_sec > self.retry_sec:
             answer = self._run(header.path, question, environ)
             if answer is not None:
                 self._answers[key] = answer
-            else:
-                self._failed_sec[key] = time.monotonic()
+            else:  # a look at a model asks many questions, and cannot wait for each in vain
+                is_late = time.monotonic() - now >= self.timeout_sec
+                self._failed_sec[anything if is_late else key] = time.monotonic()
         return self._answers.get(key)
 
     def _run(self, model: Path, question: list[str], environ: Mapping[str, str]) -> tuple[Share, ...] | None:

@@ -385,6 +385,13 @@ class TestFitParams:
         tool.retry_sec = 0
         assert tool.footprint(model, Flags(["-c", "8192"])) is not None
 
+    def test_one_question_in_vain_is_enough_where_it_hangs(self, tmp_path: Path, model: GGUF) -> None:
+        tool = self.tool(tmp_path, f"echo x >> {tmp_path}/asked; exec sleep 60")
+        tool.timeout_sec = 0.3
+        for context in ("4096", "8192", "16384"):
+            assert tool.footprint(model, Flags(["-c", context])) is None
+        assert (tmp_path / "asked").read_text().count("x") == 1
+
     @needs_the_tool
     @pytest.mark.parametrize(
         "flags", ["-c 8192", "-c 8192 -np 2", "-c 8192 -np 3 -kvu -ctk q8_0", "-c 4096 -np 1"]
