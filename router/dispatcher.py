@@ -51,6 +51,7 @@ from router.messages import (
     Reject,
     Requeue,
     Reset,
+    Retry,
     ShutDown,
     StartEngine,
     StopCause,
@@ -485,7 +486,7 @@ class Dispatcher:
             started = time.monotonic()
             process = await self._launcher.launch(self._order(model, account), self.log_of(model.alias))
             most_idle = self.config.system.http_max_keepalive
-            pool = EnginePool(process.port, process.key, most_idle, process.unix_socket)
+            pool = EnginePool(process.port, process.key, most_idle, process.unix_socket, lambda: process.alive)
             running = RunningEngine(engine_id, model.alias, process, pool, account, started)
             self.running[engine_id] = running
             account.pid = process.pid
@@ -512,9 +513,9 @@ class Dispatcher:
             if running is not None:
                 running.pool.close_idle()
                 del self.running[engine_id]
-            refuses_flags = cause == "load_failed" and running is not None and running.process.refuses_flags
+            retry = running.process.retry if running is not None and running.ready_sec is None else Retry.LATER
             reason, out_of_memory = await self._look_for_memory(account, model, running, reason, wanted=wanted)
-            self._post(EngineExited(time.monotonic(), engine_id, reason, out_of_memory, refuses_flags))
+            self._post(EngineExited(time.monotonic(), engine_id, reason, out_of_memory, retry))
 
     async def _look_for_memory(
         self, account: Account, model: ModelConfig, running: RunningEngine | None, reason: str, *, wanted: bool

@@ -24,7 +24,7 @@ import socket
 import subprocess
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +33,7 @@ import psutil
 
 from router.flags import OWNED_VARIABLES
 from router.host import oom_kills
+from router.messages import Retry
 from router.platforms import PIPE_BYTES, exit_code, is_foreign, log_pipe, signal_group, spawn
 
 KEY_VARIABLE = "LLAMA_API_KEY"
@@ -47,6 +48,9 @@ _DRAIN_SEC = (0.02, 1.0)
 _CANNOT_ASK = -1  # we are short of file descriptors, which says nothing of the engine
 _REFUSED_FLAG = re.compile(r"error: invalid argument: |error while handling argument ")
 """llama.cpp, common/arg.cpp; the embedded engine says so, too."""
+_TAKEN_PORT = re.compile(r"couldn't bind .*socket")
+"""tools/server/server-http.cpp"""
+_WRONG = ("error", "fail", "unable", "couldn't", "could not", "cannot", "can't")
 _LONGEST_LINE = 16 * 1024
 _LONGEST_MESSAGE = 1 << 20
 
@@ -115,7 +119,7 @@ class LogRing:
     def complaints(self, since: int = 0, count: int = 3) -> str:
         """What tells best what went wrong after `since` lines: the last that speak of an error, else the last."""
         tail = [line for line in self.since(since)[-60:] if line.strip()]
-        wrong = [line for line in tail if any(word in line.lower() for word in ("error", "fail", "unable"))]
+        wrong = [line for line in tail if any(word in line.lower() for word in _WRONG)]
         return " | ".join((wrong or tail)[-count:])
 
 
@@ -156,8 +160,8 @@ class EngineProcess:
         self._oom_kills = oom_kills()
         self.out_of_memory = False
         """The kernel has killed it for want of memory."""
-        self.refuses_flags = False
-        """It ended by saying so."""
+        self.retry = Retry.LATER
+        """If it ends before it is ready."""
         self._killed_because = ""
         self._said_ready = asyncio.Event()
         self._last_sign = self.started
@@ -259,7 +263,8 @@ class EngineProcess:
         self.out_of_memory = was_killed and not self._killed_because and oom_kills() != self._oom_kills
         if code in (126, 127) and is_foreign(self.order.argv[0]):  # a shell has tried to make sense of it
             return f"{self.order.argv[0]} cannot be run: Exec format error (it is built for another processor)"
-        self.refuses_flags = code > 0 and any(map(_REFUSED_FLAG.search, self.log.since(self._log_begin)))
+        if code > 0:
+            self.retry = _retry_after(self.log.since(self._log_begin))
         self.was_killed = bool(self._killed_because) and code == -signal.SIGKILL  # else it was gone before
         return self._killed_because if self.was_killed else self._describe_exit(code)
 
@@ -401,6 +406,16 @@ class EngineProcess:
                 raise EngineFailed(f"loading stood still for {order.load_stall_sec:g} s; {self._complaints()}")
             if order.load_limit_sec is not None and now - self.started > order.load_limit_sec:
                 raise EngineFailed(f"not ready after {order.load_limit_sec:g} s; {self._complaints()}")
+
+
+def _retry_after(log: Iterable[str]) -> Retry:
+    """What the words of an engine that ended by itself mean for the next one."""
+    for line in log:
+        if _REFUSED_FLAG.search(line):
+            return Retry.NEVER
+        if _TAKEN_PORT.search(line):
+            return Retry.AT_ONCE
+    return Retry.LATER
 
 
 def signal_name(code: int) -> str:

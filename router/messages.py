@@ -97,6 +97,16 @@ class StopCause(str, Enum):
     SHUTDOWN = "shutdown"
 
 
+class Retry(str, Enum):
+    """When to try again after a load that failed."""
+
+    LATER = "later"
+    AT_ONCE = "at_once"
+    """Somebody else was quicker to take its port."""
+    NEVER = "never"
+    """It does not take the flags of its model: the next one would not, either."""
+
+
 # --- events ---------------------------------------------------------------------------------------------
 
 
@@ -199,8 +209,7 @@ class EngineExited:
     reason: str
     out_of_memory: bool = False
     """That is what ended it. The next inspection will tell of a larger footprint."""
-    refuses_flags: bool = False
-    """It does not take the flags of its model: the next one would not, either."""
+    retry: Retry = Retry.LATER
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,7 @@ from router.messages import (
     Reject,
     Requeue,
     Reset,
+    Retry,
     ShutDown,
     StopCause,
     Submit,
@@ -388,7 +389,7 @@ class Scheduler:
         elif (
             model.attempts > policy.model_load_max_retries
             or (loading and event.out_of_memory)
-            or event.refuses_flags
+            or event.retry is Retry.NEVER
         ):
             self._fail(model, policy.model_load_cooldown_sec)
         elif crashes >= policy.model_max_crashes:
@@ -397,7 +398,7 @@ class Scheduler:
             self._fail(model, policy.model_load_cooldown_sec)
         else:
             # An engine that has served deserves to be back at once, the first time.
-            tries = max(model.attempts, crashes - 1)
+            tries = 0 if event.retry is Retry.AT_ONCE else max(model.attempts, crashes - 1)
             model.retry_at_sec = self._now + self._backoff_sec(tries, engine)
             self._off(model, model.last_error)
 

@@ -13,11 +13,11 @@ is lost, and what to do about it is the receiver's business.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import re
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -25,6 +25,8 @@ import httptools
 import msgspec
 
 _KEEP_ALIVE_MAX = re.compile(rb"max=(\d+)")
+_DYING_SEC = 0.05
+"""Until an engine that has died is known to be dead."""
 _ONE_WRITE = 65536
 """Head and body are joined up to this size; beyond it the copy costs more than a second buffer."""
 
@@ -147,6 +149,10 @@ class Connection(asyncio.Protocol):
         head = self._head
         if head is None:
             return
+        if head.status == 401:  # our engine knows our key
+            self.close()
+            receiver.lost("its port is somebody else's: the key of the engine is not known there")
+            return
         parts = self._parts
         part = parts[0] if len(parts) == 1 else b"".join(parts)
         parts.clear()
@@ -219,11 +225,14 @@ def _ends_with_connection(head: Head) -> bool:
 class EnginePool:
     """Connections to one engine. Not more idle ones than `max_idle`; the number in use is the slots' business."""
 
-    def __init__(self, port: int, key: str, max_idle: int, unix_socket: Path | None) -> None:
+    def __init__(
+        self, port: int, key: str, max_idle: int, unix_socket: Path | None, is_alive: Callable[[], bool]
+    ) -> None:
         self.last_sign_sec = 0.0
         """When the engine last sent a byte, or was last sent a request (monotonic)."""
         self._port = port
         self._unix_socket = unix_socket
+        self._is_alive = is_alive
         self._lines = b" HTTP/1.1\r\nhost: 127.0.0.1:%d\r\nauthorization: Bearer %b\r\n" % (port, key.encode())
         self._max_idle = max_idle
         self._idle: deque[Connection] = deque()
@@ -247,7 +256,7 @@ class EnginePool:
         task.add_done_callback(self._connecting.discard)
 
     async def _connect(self, head: bytes, body: bytes, receiver: Receiver) -> None:
-        if self._closed:
+        if self._closed or not self._is_alive():  # its port may be somebody else's by now
             receiver.lost("the engine is stopped")
             return
         try:
@@ -261,8 +270,15 @@ class EnginePool:
         """Raises OSError."""
         loop = asyncio.get_running_loop()
         if self._unix_socket is not None:
-            with contextlib.suppress(OSError):  # somebody may have cleaned up the folder
+            try:
                 _, connection = await loop.create_unix_connection(lambda: Connection(self), str(self._unix_socket))
+            except ConnectionRefusedError:  # it has died just now, or (macOS) too many knock at once
+                await asyncio.sleep(_DYING_SEC)
+                if not self._is_alive():
+                    raise
+            except OSError:  # somebody has cleaned up the folder, or too many knock at once
+                pass
+            else:
                 return connection
         _, connection = await loop.create_connection(lambda: Connection(self), "127.0.0.1", self._port)
         return connection

@@ -36,6 +36,7 @@ from router.messages import (
     Reject,
     Requeue,
     Reset,
+    Retry,
     ShutDown,
     StartEngine,
     StopCause,
@@ -682,11 +683,23 @@ def test_a_swap_is_given_up_when_memory_shrinks_below_its_need() -> None:
 # --- failures -------------------------------------------------------------------------------------------
 
 
+def test_an_engine_that_lost_its_port_is_tried_again_at_once_and_not_for_ever() -> None:
+    machine = Machine("a", load_sec=None)
+    request_id = machine.ask("a")
+    for _ in range(3):
+        assert machine.states() == "loading"
+        machine.tell(EngineExited(machine.now, machine.engine("a"), "no port", retry=Retry.AT_ONCE))
+        machine.wait(0)
+    assert machine.now == 0
+    assert machine.states() == "failed"
+    assert "no port" in machine.rejected[request_id].reason
+
+
 def test_an_engine_that_does_not_take_its_flags_is_not_tried_again() -> None:
     machine = Machine("a", load_sec=None)
     request_id = machine.ask("a")
     refusal = "error: invalid argument: --nonsense"
-    machine.tell(EngineExited(machine.now, machine.engine("a"), refusal, refuses_flags=True))
+    machine.tell(EngineExited(machine.now, machine.engine("a"), refusal, retry=Retry.NEVER))
     assert machine.states() == "failed"
     assert refusal in machine.rejected[request_id].reason
 

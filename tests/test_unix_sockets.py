@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from pathlib import Path
 
 import psutil
 import pytest
 from conftest import Start, eventually, models
 
-from router.engine import Binary, EngineOrder, LogRing
+from router import embedded
+from router.engine import Binary, EngineOrder, EngineProcess, LogRing
 from router.launcher import LocalLauncher
 from router.leftovers import EngineRecord
+from router.messages import Retry
 from router.sizing import EngineKind
 from router.state import State
+from router.upstream import Connection, EnginePool, Head
 
 
 def connections(engine: psutil.Process, path: Path) -> tuple[int, int]:
@@ -77,6 +81,74 @@ def test_a_dead_engine_takes_nobodys_socket_away(tmp_path: Path, free_port: int)
 
     first, second = asyncio.run(start_another_before_its_end())
     assert first != second
+
+
+class Outcome:
+    """Of a request to an engine."""
+
+    def __init__(self) -> None:
+        self.told: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def connected(self, connection: Connection) -> None:
+        pass
+
+    def received(self, head: Head, part: bytes, last: bool) -> None:
+        self.told.set_result(f"answered {head.status}")
+
+    def lost(self, reason: str) -> None:
+        self.told.set_result(reason)
+
+
+@pytest.mark.parametrize(
+    ("lives", "status", "outcome", "asked"),
+    [
+        ([False], 200, "the engine is stopped", 0),
+        ([True, False], 200, "refused", 0),
+        ([True, True], 200, "answered 200", 1),
+        ([True, True], 401, "somebody else's", 1),
+    ],
+    ids=["dead", "dying", "only its socket is dead", "not seen to be dead"],
+)
+def test_a_stranger_on_a_dead_engines_port_answers_nobody(
+    tmp_path: Path, lives: list[bool], status: int, outcome: str, asked: int
+) -> None:
+    path = tmp_path / "8085.sock"
+    with socket.socket(socket.AF_UNIX) as left:  # as by kill -9: a file to which nobody listens
+        left.bind(str(path))
+    looks = iter(lives)
+
+    async def ask() -> tuple[str, int]:
+        heard: list[bytes] = []
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            heard.append(await reader.readuntil(b"\r\n\r\n"))
+            writer.write(b"HTTP/1.1 %d Whatever\r\ncontent-length: 2\r\n\r\n{}" % status)
+
+        stranger = await asyncio.start_server(answer, "127.0.0.1", 0)
+        pool = EnginePool(stranger.sockets[0].getsockname()[1], "key", 1, path, lambda: next(looks))
+        told = Outcome()
+        pool.post(b"/v1/chat/completions", b"", b"{}", told)
+        reason = await told.told
+        pool.close_idle()
+        stranger.close()
+        return reason, len(heard)
+
+    reason, heard = asyncio.run(ask())
+    assert outcome in reason
+    assert heard == asked
+
+
+def test_a_port_that_another_program_takes_first_costs_no_pause(tiny: Path) -> None:
+    async def lose(port: int) -> tuple[Retry, str]:
+        order = EngineOrder("a", (*embedded.command(), "-m", str(tiny)))
+        engine = await EngineProcess.start(order, port, LogRing(100), None)
+        reason = await engine.exited
+        return engine.retry, reason
+
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        retry, reason = asyncio.run(lose(other.getsockname()[1]))
+    assert retry is Retry.AT_ONCE
+    assert "couldn't bind" in reason
 
 
 @pytest.mark.parametrize("name", ["long" * 25, "a,b"], ids=["too long", "a comma"])
