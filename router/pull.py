@@ -135,8 +135,9 @@ class _Pull:
         progress.status = "downloading"
         self.say(progress)
         if not self._is_pulled(alias, model):
-            if alias not in pulled.read(self.cache):
-                pulled.write_down(self.cache, alias, model)  # so that `rm` finds what was broken off
+            pulled.write_down(
+                self.cache, alias, self._begun(alias, model)
+            )  # so that `rm` finds what is broken off
             self._fetch_all(commit, files)
             self._name_revision(commit)
             pulled.write_down(self.cache, alias, msgspec.structs.replace(model, complete=True))
@@ -154,6 +155,7 @@ class _Pull:
             raise PullFailed("alias_taken", message)
         here = [model for model in known.values() if model.repo == self.reference.repo]
         ours = {file.blob for model in here for file in model.files if file.ours}
+        ours.update(blob for model in here for blob in model.arriving)
         return PulledModel(
             self.reference.repo,
             commit,
@@ -165,6 +167,15 @@ class _Pull:
             ),
             complete=False,
         )
+
+    def _begun(self, alias: str, model: PulledModel) -> PulledModel:
+        """What is there while the model is on its way: nothing, or an older revision of it."""
+        known = pulled.read(self.cache).get(alias)
+        if known is None:
+            return model
+        there = {*known.arriving, *(file.blob for file in known.files)}
+        fresh = [file.blob for file in model.files if file.ours and file.blob not in there]
+        return msgspec.structs.replace(known, arriving=(*known.arriving, *fresh))
 
     def _is_pulled(self, alias: str, model: PulledModel) -> bool:
         there = all(self._pointer(model.revision, file.path).exists() for file in model.files)

@@ -324,7 +324,13 @@ def test_rm_leaves_what_another_program_had_brought(hub: Hub, environ: dict[str,
     assert blobs(cache) == before
 
 
-def test_rm_clears_away_a_broken_download(hub: Hub, environ: dict[str, str], cache: Path) -> None:
+@pytest.mark.parametrize("update", [False, True])
+def test_rm_clears_away_a_broken_download(
+    hub: Hub, content: dict[str, bytes], environ: dict[str, str], cache: Path, update: bool
+) -> None:
+    if update:
+        fetch(REPO, environ)
+        hub.repositories[REPO] = {"tiny-Q4_K_M.gguf": content["tiny-Q8_0.gguf"], "new": b""}
     hub.hold_at = 0.5
     stop = threading.Event()
     ended: list[Progress] = []
@@ -335,7 +341,8 @@ def test_rm_clears_away_a_broken_download(hub: Hub, environ: dict[str, str], cac
     hub.go_on.set()
     thread.join()
     assert ended[0].status == "cancelled"
-    assert len(blobs(cache)) == 1
+    assert len(blobs(cache)) == (2 if update else 1)
+    assert [found.alias for found in pulled.discover(cache).models] == ([ALIAS] if update else [])
     pulled.remove(cache, ALIAS)
     assert list(cache.glob("models--*")) == []
 
