@@ -172,6 +172,7 @@ def test_a_disk_that_hangs_keeps_the_router_neither_from_serving_nor_from_ending
             assert holder.stdout.readline() == b"held\n"
             asked = client.submit(router.chat, "stuck")
             eventually(lambda: router.status("stuck")["why_waiting"] == "its file is being looked at")
+            assert {card["id"] for card in router.http.get("/v1/models").json()["data"]} == {"stuck", "good"}
             assert router.chat("good", headers={"X-Request-Priority": "high"}).status_code == 200
             assert router.stop(timeout_sec=10) == 0
             assert asked.result().status_code == 503

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import math
 import time
@@ -33,6 +32,7 @@ from router.gguf import GGUF, ArrayStub, GGUFError
 from router.ollama_options import as_options, option_lines
 from router.ollama_requests import alias_of, listed_name, same_name
 from router.progress import Progress
+from router.readings import apart
 from router.routing import model_of
 
 router = APIRouter(tags=["Ollama"])
@@ -87,7 +87,7 @@ async def running(request: Request) -> dict[str, Any]:
     states = [_residency(dispatcher, model.alias) for model in loaded]
     placed = [replace(model, flags=_flags_of_engine(dispatcher, model)) for model in loaded]
     entries = await _listed([_known(model.alias, request) for model in loaded])
-    contexts = await asyncio.to_thread(lambda: [card_of(model).get("context_length") for model in placed])
+    contexts = await apart(lambda: [card_of(model).get("context_length") for model in placed])
     entries = [
         {**entry, **state, "context_length": context}
         for entry, state, context in zip(entries, states, contexts, strict=True)
@@ -101,7 +101,7 @@ async def show(request: Request) -> dict[str, Any]:
     asked = await _named(request)
     known = _known(asked.model or "", request)
     try:
-        return await asyncio.to_thread(_described, known)
+        return await apart(lambda: _described(known))
     except (OSError, GGUFError) as error:
         raise ApiError(500, "model_failed", f"{known.name!r} cannot be read: {error}") from None
 
@@ -190,7 +190,7 @@ def _known(name: str, request: Request) -> _Known:
 
 
 async def _listed(names: list[_Known]) -> list[dict[str, Any]]:
-    return await asyncio.to_thread(lambda: [_entry(known) for known in names])
+    return await apart(lambda: [_entry(known) for known in names])
 
 
 def _entry(known: _Known) -> dict[str, Any]:

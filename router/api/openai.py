@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ from router import gguf
 from router.config import AliasConfig, ModelConfig
 from router.dispatcher import Dispatcher
 from router.flags import Flags
+from router.readings import apart
 from router.routing import model_of
+
+_LOOK_SEC = 2.0
 
 router = APIRouter(tags=["models"])
 
@@ -24,8 +28,7 @@ async def list_models(request: Request) -> dict[str, Any]:
     """Every alias, loaded or not."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     config = dispatcher.config
-    models = list(config.models.values())
-    cards = {card["id"]: card for card in await asyncio.to_thread(lambda: [card_of(model) for model in models])}
+    cards = await _cards_of(list(config.models.values()))
     for alias, card in cards.items():
         card["status"] = status_of(dispatcher, alias)
     named = {name: _named(cards[alias.uses], alias) for name, alias in config.aliases.items()}
@@ -38,9 +41,22 @@ async def show_model(alias: str, request: Request) -> dict[str, Any]:
     dispatcher: Dispatcher = request.app.state.dispatcher
     config = dispatcher.config
     model = model_of(alias, config)
-    card = await asyncio.to_thread(card_of, model)
+    card = await apart(lambda: card_of(model))
     card["status"] = status_of(dispatcher, model.alias)
     return _named(card, config.aliases[alias]) if alias in config.aliases else card
+
+
+async def _cards_of(models: list[ModelConfig]) -> dict[str, dict[str, Any]]:
+    """By alias; with what is configured only, where a disk does not tell more in time."""
+    cards = {model.alias: _configured(model) for model in models}
+
+    def look() -> None:
+        for model in models:
+            cards[model.alias] = card_of(model)
+
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(apart(look), _LOOK_SEC)
+    return dict(cards)
 
 
 def status_of(dispatcher: Dispatcher, alias: str) -> str:
@@ -56,10 +72,7 @@ def _named(card: dict[str, Any], alias: AliasConfig) -> dict[str, Any]:
 
 def card_of(model: ModelConfig) -> dict[str, Any]:
     """What is known of a model without loading it. Reads its file's header, so it may block."""
-    card: dict[str, Any] = {"id": model.alias, "object": "model", "created": 0, "owned_by": "llama-router"}
-    card["source"] = model.source
-    if model.description:
-        card["description"] = model.description
+    card = _configured(model)
     try:
         stat = model.model_path.stat()
         card["created"] = int(stat.st_mtime)
@@ -83,6 +96,14 @@ def card_of(model: ModelConfig) -> dict[str, Any]:
         "architecture": header.architecture,
         "capabilities": capabilities,
     }
+
+
+def _configured(model: ModelConfig) -> dict[str, Any]:
+    card: dict[str, Any] = {"id": model.alias, "object": "model", "created": 0, "owned_by": "llama-router"}
+    card["source"] = model.source
+    if model.description:
+        card["description"] = model.description
+    return card
 
 
 def _capabilities(flags: Flags, header: gguf.GGUF) -> list[str]:
