@@ -135,9 +135,7 @@ class _Pull:
         progress.status = "downloading"
         self.say(progress)
         if not self._is_pulled(alias, model):
-            pulled.write_down(
-                self.cache, alias, self._begun(alias, model)
-            )  # so that `rm` finds what is broken off
+            pulled.write_down(self.cache, alias, self._begun(alias, model))
             self._fetch_all(commit, files)
             self._name_revision(commit)
             pulled.write_down(self.cache, alias, msgspec.structs.replace(model, complete=True))
@@ -153,9 +151,8 @@ class _Pull:
             name = f"{taken.repo}/{taken.model}"
             message = f"{alias!r} is the alias of {name}: choose another one, or remove that model first"
             raise PullFailed("alias_taken", message)
-        here = [model for model in known.values() if model.repo == self.reference.repo]
+        here = [each for model in known.values() if model.repo == self.reference.repo for each in model.revisions]
         ours = {file.blob for model in here for file in model.files if file.ours}
-        ours.update(blob for model in here for blob in model.arriving)
         return PulledModel(
             self.reference.repo,
             commit,
@@ -169,13 +166,11 @@ class _Pull:
         )
 
     def _begun(self, alias: str, model: PulledModel) -> PulledModel:
-        """What is there while the model is on its way: nothing, or an older revision of it."""
+        """What is written down while it is on its way, so that `rm` finds what is broken off."""
         known = pulled.read(self.cache).get(alias)
-        if known is None:
-            return model
-        there = {*known.arriving, *(file.blob for file in known.files)}
-        fresh = [file.blob for file in model.files if file.ours and file.blob not in there]
-        return msgspec.structs.replace(known, arriving=(*known.arriving, *fresh))
+        if known is None or known.revision == model.revision:
+            return known or model
+        return msgspec.structs.replace(known, arriving=model)
 
     def _is_pulled(self, alias: str, model: PulledModel) -> bool:
         there = all(self._pointer(model.revision, file.path).exists() for file in model.files)

@@ -43,8 +43,12 @@ class PulledModel(msgspec.Struct, frozen=True):
     files: tuple[PulledFile, ...]
     complete: bool
     """All files are there, and their checksums were right."""
-    arriving: tuple[str, ...] = ()
-    """Blobs of a newer revision that is to take its place, as far as they have come."""
+    arriving: PulledModel | None = None
+    """A newer revision that is to take its place, as far as it has come."""
+
+    @property
+    def revisions(self) -> tuple[PulledModel, ...]:
+        return (self,) if self.arriving is None else (self, self.arriving)
 
 
 class _Record(msgspec.Struct):
@@ -161,20 +165,22 @@ def remove(cache: Path, alias: str) -> int:
 
 def _remove_files(folder: Path, model: PulledModel, others: Iterable[PulledModel]) -> int:
     """Remove what is the model's own from its snapshot; blobs that no snapshot uses any more go, too."""
+    others = [each for other in others for each in other.revisions]
     kept = {(other.revision, file.path) for other in others for file in other.files}
-    kept_blobs = {blob for other in others for blob in (*(file.blob for file in other.files), *other.arriving)}
-    for file in model.files:
-        pointer = folder / "snapshots" / model.revision / file.path
-        if file.ours and (model.revision, file.path) not in kept:
+    kept_blobs = {file.blob for other in others for file in other.files}
+    own = [(each.revision, file) for each in model.revisions for file in each.files if file.ours]
+    for commit, file in own:
+        pointer = folder / "snapshots" / commit / file.path
+        if (commit, file.path) not in kept:
             with contextlib.suppress(FileNotFoundError):
                 pointer.unlink()
             _remove_empty_above(pointer, folder / "snapshots")
     used = {os.path.realpath(link) for link in (folder / "snapshots").rglob("*") if link.is_symlink()}
     freed = 0
-    for name in (*(file.blob for file in model.files if file.ours), *model.arriving):
-        blob = folder / "blobs" / name
-        partial = blob.with_name(f"{name}.incomplete")
-        if name in kept_blobs or os.path.realpath(blob) in used:
+    for _, file in own:
+        blob = folder / "blobs" / file.blob
+        partial = blob.with_name(f"{file.blob}.incomplete")
+        if file.blob in kept_blobs or os.path.realpath(blob) in used:
             continue
         for path in (blob, partial):
             with contextlib.suppress(FileNotFoundError):

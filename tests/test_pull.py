@@ -330,7 +330,8 @@ def test_rm_clears_away_a_broken_download(
 ) -> None:
     if update:
         fetch(REPO, environ)
-        hub.repositories[REPO] = {"tiny-Q4_K_M.gguf": content["tiny-Q8_0.gguf"], "new": b""}
+        newer = {"tiny-Q4_K_M.gguf": content["tiny-Q8_0.gguf"], "mmproj-F16.gguf": content["mmproj-F16.gguf"]}
+        hub.repositories[REPO] = newer
     hub.hold_at = 0.5
     stop = threading.Event()
     ended: list[Progress] = []
@@ -341,8 +342,20 @@ def test_rm_clears_away_a_broken_download(
     hub.go_on.set()
     thread.join()
     assert ended[0].status == "cancelled"
-    assert len(blobs(cache)) == (2 if update else 1)
+    assert len(blobs(cache)) > update
     assert [found.alias for found in pulled.discover(cache).models] == ([ALIAS] if update else [])
+    pulled.remove(cache, ALIAS)
+    assert list(cache.glob("models--*")) == []
+
+
+def test_rm_takes_what_came_whole_of_an_update_that_failed(
+    hub: Hub, content: dict[str, bytes], environ: dict[str, str], cache: Path
+) -> None:
+    fetch(REPO, environ)
+    newer = {"tiny-Q4_K_M.gguf": content["tiny-Q8_0.gguf"], "mmproj-F16.gguf": content["mmproj-F16.gguf"]}
+    hub.repositories[REPO], hub.wrong = newer, {"tiny-Q4_K_M.gguf"}
+    assert fetch(REPO, environ).status == "failed"  # the projector has come by then, as a rule
+    assert [found.projector for found in pulled.discover(cache).models] == [None]  # the old one is served on
     pulled.remove(cache, ALIAS)
     assert list(cache.glob("models--*")) == []
 
