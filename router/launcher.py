@@ -46,8 +46,8 @@ class LocalLauncher:
 
     async def launch(self, order: EngineOrder, log: LogRing) -> EngineProcess:
         sockets = self._sockets
-        if sockets is not None and not await apart(lambda: self._kind.takes_unix_sockets):
-            sockets = None
+        if sockets is not None and not (sockets.is_dir() and await apart(lambda: self._kind.takes_unix_sockets)):
+            sockets = None  # somebody has cleaned up, or the build is older
         # Until the end of it, also when it is dead: it has yet to clear its socket away.
         self._engines = {port: engine for port, engine in self._engines.items() if not engine.exited.done()}
         port = next(

@@ -47,6 +47,14 @@ def test_requests_go_over_the_socket_and_survive_its_loss(start: Start, tiny: Pa
     assert list(state.glob("*.sock")) == []
 
 
+def test_engines_start_without_the_folder_of_their_sockets(start: Start, tiny: Path, tmp_path: Path) -> None:
+    router = start({"models": models(tiny, "a")})
+    (tmp_path / "state-0").rename(tmp_path / "elsewhere")
+    assert router.chat("a", max_tokens=1).status_code == 200
+    (engine,) = router.engines
+    assert "--host 127.0.0.1 " in " ".join(engine.cmdline())
+
+
 def test_what_a_killed_router_has_left_is_replaced(start: Start, tiny: Path, tmp_path: Path) -> None:
     state = str(tmp_path / "state-0")
     config = {"models": models(tiny, "a")}
