@@ -57,6 +57,7 @@ _BACKLOG = 2048
 _OTHER_FILES = 512
 """Open files that are not clients: connections to engines, their pipes, spare and refused connections."""
 _KEEP_ALIVE_SEC = 75
+_TICK_SEC = 1.0
 _YOUNG_OBJECTS = 20_000
 """That are there before the garbage collector looks for cycles among them."""
 _LAST_WORDS_SEC = 10
@@ -91,6 +92,17 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
         super().__init__(config)
         self._on_ready = on_ready
+        self._is_to_end = asyncio.Event()
+
+    def end(self) -> None:
+        self.should_exit = True
+        self._is_to_end.set()
+
+    async def main_loop(self) -> None:
+        """Makes a new Date header every second. uvicorn's looks ten times a second whether it is to end."""
+        while not await self.on_tick(0):
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._is_to_end.wait(), _TICK_SEC)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -296,7 +308,7 @@ class _Service:
             for task in (health, telling, reaping):
                 if task is not None:
                     task.cancel()
-            server.should_exit = True
+            server.end()
             await serving
             await self._record.saved()
             self._dispatcher.events.settle()

@@ -263,7 +263,8 @@ def test_a_second_signal_cuts_it_short(start: Start, tiny: Path, tmp_path: Path)
     router = start({"system": system, "models": models(tiny, "a")})
     body = {"model": "a", "messages": [], "stream": True}
     with router.http.stream("POST", "/v1/chat/completions", json=body) as stream:
-        next(stream.iter_lines())
+        lines = stream.iter_lines()  # held on to, or the connection would be closed with it
+        next(lines)
         engines = router.engines
         router.process.send_signal(signal.SIGTERM)
         eventually(lambda: router.http.get("/ready").status_code == 503)
