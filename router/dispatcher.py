@@ -392,11 +392,12 @@ class Dispatcher:
         self._posting = True
         scheduler = self.scheduler
         try:
-            for effect in scheduler.step(event):
-                self._carry_out(effect)
-            while self._pending:
-                for effect in scheduler.step(self._pending.popleft()):
+            while True:
+                for effect in scheduler.step(event):
                     self._carry_out(effect)
+                if not self._pending:
+                    break
+                event = self._pending.popleft()
         finally:
             self._posting = False
         if scheduler.wake_at < self._timer_at:

@@ -95,7 +95,8 @@ def run(options: argparse.Namespace) -> None:
             projector = belonging
         if choice is not None:
             print(f"{choice.alias}: {choice.model}" + (f" with {choice.mmproj}" if belonging else ""))
-        print("\n".join(report(header, flags, projector=projector, draft=draft, lora=lora)))
+        found = forecast(header, flags, projector=projector, draft=draft, lora=lora)
+        print("\n".join(report(header, flags, found)))
     except FlagError as error:
         print(f"llama-router: {error}", file=sys.stderr)
         sys.exit(2)
@@ -152,16 +153,8 @@ def forecast(
     return Forecast(best, need, free, sizer.largest_context((), used))
 
 
-def report(
-    header: GGUF,
-    flags: Flags,
-    *,
-    projector: GGUF | None = None,
-    draft: GGUF | None = None,
-    lora: tuple[GGUF, ...] = (),
-) -> Iterable[str]:
+def report(header: GGUF, flags: Flags, found: Forecast) -> Iterable[str]:
     """The lines to print."""
-    found = forecast(header, flags, projector=projector, draft=draft, lora=lora)
     best, need = found.best, found.need
     size = header.file_bytes / footprint.MIB
     trained = f", trained for {header.context_length} tokens" if header.context_length else ""
