@@ -1,6 +1,19 @@
-"""`python -m router` is `llama-router`, where that is not on the PATH."""
+"""The program: `llama-router`, and `python -m router` where that is not on the PATH."""
 
-from router.cli import main
+import sys
+
+from router import hang_up
+
+
+def main() -> None:
+    hang_up.hold()
+    try:
+        from router import cli  # most of a start goes by here
+
+        cli.main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
 
 if __name__ == "__main__":
     main()

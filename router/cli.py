@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from router import __version__, created, estimate, footprint, store_cli, terminal
+from router import __version__, created, estimate, footprint, hang_up, store_cli, terminal
 from router.client import CannotAsk
 from router.config import Config, schema
 from router.config_errors import ConfigError
@@ -28,10 +28,12 @@ _DEMO = "built in, nothing is configured"
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point.
 
-    Exit codes: 0 ended in order, 1 cannot serve or ask, 2 wrong configuration or command line, 130 interrupted.
+    Exit codes: 0 ended in order, 1 cannot serve or ask, 2 wrong configuration or command line; interrupted: 130.
     """
     _open_standard_files()
     options = _parser().parse_args(_with_command(sys.argv[1:] if arguments is None else list(arguments)))
+    if options.run is not _serve:
+        hang_up.release()
     try:
         options.run(options)
     except ConfigError as error:
@@ -41,8 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _give_up(error)
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def _open_standard_files() -> None:

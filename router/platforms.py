@@ -193,15 +193,6 @@ def notice_vanished_peers(listener: socket.socket) -> None:
             listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def has_terminal() -> bool:
-    """Whether there is a terminal whose keys, and whose end, reach us as signals."""
-    try:
-        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
-    except OSError:
-        return False
-    return True
-
-
 def allow_many_files() -> int:
     """Raise the limit of open files as far as we may; returns it. Each client and each engine takes some."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

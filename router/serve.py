@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 import psutil
 import uvicorn
 
-from router import logs
+from router import hang_up, logs
 from router.api.auth import Keyring
 from router.api.browsers import Browsers
 from router.app import create_app
@@ -41,7 +41,7 @@ from router.launcher import LocalLauncher, find_binary
 from router.learning import Entry, Learned
 from router.leftovers import EngineRecord
 from router.logs import Logs
-from router.platforms import allow_many_files, has_terminal, notice_vanished_peers, reap_orphans
+from router.platforms import allow_many_files, notice_vanished_peers, reap_orphans
 from router.routing import DATA_PLANE
 from router.sizing import EngineKind
 from router.state import State, StateHeld, configured_path
@@ -262,8 +262,6 @@ class _Service:
         self._reloading = asyncio.Lock()
         self._reloads: asyncio.Task[None] | None = None
         self._reload_wanted = False
-        # What nohup has started is meant to outlive its terminal, and comes with SIGHUP ignored.
-        self._in_terminal = has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
         self._look_failed = ""
 
     async def run(self) -> None:
@@ -291,6 +289,7 @@ class _Service:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._terminate)
         loop.add_signal_handler(signal.SIGHUP, self._hang_up)
+        hang_up.release()
         self._dispatcher.start()
         health = asyncio.create_task(HealthMonitor(self._dispatcher).run())
         telling = asyncio.create_task(self._notifier.keep_telling(self._status))
@@ -383,7 +382,7 @@ class _Service:
 
     def _hang_up(self) -> None:
         """SIGHUP: reload. However many come during a reload, they are one reload after it."""
-        if self._in_terminal and not has_terminal():
+        if hang_up.terminal_is_gone():
             if not self._stop.is_set():
                 _log.info("the terminal was closed")
                 self._terminate()

@@ -230,6 +230,27 @@ def test_what_ignores_hang_ups_outlives_its_terminal_and_still_reloads(tiny: Pat
         eventually(lambda: len(httpx.get(f"{terminal.url}/v1/models").json()["data"]) == 2)
 
 
+@linux_only
+def test_a_hang_up_while_it_starts_is_a_reload_as_soon_as_it_can(tiny: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    os.mkfifo(config)  # so that the start waits for us
+    environ = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "run.py"), "--port", "0", "--config", str(config)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=tmp_path, env=environ, stderr=pipe, text=True) as router:
+        try:
+            status = Path(f"/proc/{router.pid}/status")
+            eventually(lambda: "SigBlk:\t0000000000000001\n" in status.read_text())
+            router.send_signal(signal.SIGHUP)
+            for aliases, heard in ((["a"], "listens on"), (["a", "b"], "configuration reloaded: added b")):
+                text = json.dumps({"models": models(tiny, *aliases)})
+                threading.Thread(target=config.write_text, args=[text], daemon=True).start()  # until it is read
+                assert router.stderr is not None
+                assert any(heard in line for line in router.stderr), router.wait(5)
+        finally:
+            router.kill()
+
+
 def test_a_storm_of_hang_ups_is_a_few_reloads(start: Start, tiny: Path, tmp_path: Path) -> None:
     many = models(tiny, *(f"model-{number}" for number in range(100)))  # takes a while to read
     router = start({"models": many})
