@@ -13,9 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import forked
 import httpx2 as httpx
 import played_nvml
 import psutil
@@ -42,20 +44,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 class Router:
-    """`python run.py …` as its user starts it."""
+    """A router in a process of its own, from its start on."""
 
-    def __init__(self, arguments: list[str], cwd: Path, environ: dict[str, str]) -> None:
+    def __init__(self, process: subprocess.Popen[str] | forked.Forked) -> None:
         self.output: list[str] = []
         self.url = ""
         self._listening = threading.Event()
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "run.py"), *arguments],
-            cwd=cwd,
-            env=environ,
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self.process = process
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self._listening.wait(60)
@@ -118,6 +113,7 @@ class Router:
 
 
 Start = Callable[..., Router]
+_forks = lru_cache(forked.Forks)
 
 
 @contextmanager
@@ -126,7 +122,11 @@ def starting(tmp_path: Path) -> Iterator[Start]:
     routers: list[Router] = []
 
     def start_router(
-        config: dict[str, Any] | None = None, *, arguments: list[str] | None = None, **environ: str
+        config: dict[str, Any] | None = None,
+        *,
+        arguments: list[str] | None = None,
+        from_scratch: bool = False,
+        **environ: str,
     ) -> Router:
         arguments = list(arguments or [])
         if config is not None:
@@ -142,7 +142,13 @@ def starting(tmp_path: Path) -> Iterator[Start]:
         if "base_port" not in (config or {}).get("system", {}):
             clean["LLAMA_ROUTER__SYSTEM__BASE_PORT"] = str(BASE_PORT)
         clean |= environ
-        router = Router(arguments, tmp_path, clean)
+        process: subprocess.Popen[str] | forked.Forked
+        if from_scratch or not forked.takes(environ):
+            command, pipe = [sys.executable, str(ROOT / "run.py"), *arguments], subprocess.PIPE
+            process = subprocess.Popen(command, cwd=tmp_path, env=clean, stderr=pipe, stdout=pipe, text=True)
+        else:
+            process = _forks().start(arguments, tmp_path, clean)
+        router = Router(process)
         routers.append(router)
         return router
 
@@ -158,7 +164,10 @@ def starting(tmp_path: Path) -> Iterator[Start]:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Start routers: `start(config)` or `start(arguments=[…])`. Whatever is left over at the end is killed."""
+    """Start routers: `start(config)` or `start(arguments=[…])`. Whatever is left over at the end is killed.
+
+    They are forked (see `forked.py`), unless `from_scratch` is set: then it is `python run.py …`.
+    """
     with starting(tmp_path) as start_router:
         yield start_router
 

@@ -25,7 +25,7 @@ def run_to_its_end(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[st
 
 @pytest.fixture(scope="module")
 def router(start_shared: Start) -> Router:
-    return start_shared()
+    return start_shared(from_scratch=True)
 
 
 def test_with_no_configuration_at_all_the_pasted_curl_line_gets_an_answer(router: Router) -> None:
