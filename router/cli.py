@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -51,6 +52,8 @@ def _open_standard_files() -> None:
         pass
     os.close(number)
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+    if isinstance(sys.stdout, TextIOWrapper):  # as standard error does with what it has no characters for
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _give_up(error: Exception) -> NoReturn:

@@ -58,11 +58,15 @@ def _flat(flags: object) -> object:
     return [word for item in flags for word in (item if isinstance(item, list) else [item])]
 
 
-Factor = Annotated[float, Field(ge=0)]
-Seconds = Annotated[float, Field(ge=0)]
-PositiveSeconds = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-PositiveCount = Annotated[int, Field(gt=0)]
+_LONGEST_SEC = 10**10
+"""Three hundred years. Not for ever, which sums, timers and dates would have to know."""
+_LARGEST_FACTOR = 10**6
+_MOST = 10**15
+Factor = Annotated[float, Field(ge=0, le=_LARGEST_FACTOR)]
+Seconds = Annotated[float, Field(ge=0, le=_LONGEST_SEC)]
+PositiveSeconds = Annotated[float, Field(gt=0, le=_LONGEST_SEC)]
+Count = Annotated[int, Field(ge=0, le=_MOST)]
+PositiveCount = Annotated[int, Field(gt=0, le=_MOST)]
 Key = Annotated[SecretStr, AfterValidator(_sendable)]
 Keys = Annotated[tuple[Key, ...], Field(strict=False)]
 WebOrigin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$")]
@@ -183,7 +187,7 @@ class System(Section):
         "configuration file. The variable BASE_MODELS_PATH wins (relative to the working directory).",
     )
     max_concurrent_models: int = Field(
-        default=3, ge=1, description="Engines resident at once, whatever memory allows."
+        default=3, ge=1, le=_MOST, description="Engines resident at once, whatever memory allows."
     )
     models_dirs: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         default=(),
@@ -253,6 +257,7 @@ class System(Section):
     vram_multiplier: float = Field(
         default=1.1,
         gt=0,
+        le=_LARGEST_FACTOR,
         description="Memory estimate of last resort, for file formats newer than the router: size of the model's "
         "files times this.",
     )
@@ -418,7 +423,7 @@ class Scheduling(Section):
 class Params(Section):
     """Older form of `flags`. When it is there, its defaults count, too."""
 
-    n_gpu_layers: int = Field(default=99, ge=-1, description="-ngl")
+    n_gpu_layers: int = Field(default=99, ge=-1, le=_MOST, description="-ngl")
     n_ctx: Count = Field(default=4096, description="-c")
     n_batch: PositiveCount | None = Field(default=None, description="-b")
     batch_override: PositiveCount | None = Field(default=None, description="-b; wins over n_batch")

@@ -71,9 +71,14 @@ def explain(error: ErrorDetails, path: KeyPath) -> str:
     if error["type"] in ("int_type", "float_type", "int_parsing", "float_parsing") and isinstance(value, str):
         message += _unit(path)
     shown = isinstance(value, str | int | float) and not _is_secret(path)
-    return f"{message}, not {json.dumps(value, ensure_ascii=False)}" if shown else message
+    return f"{message}, not {_short(json.dumps(value, ensure_ascii=False))}" if shown else message
 
 
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
+
+
+_LONGEST_SHOWN = 80
 _SHAPES = {
     "flags": ": [-c, 8192, --jinja], not one line of text",
     "env": ", as {CUDA_VISIBLE_DEVICES: 0}",

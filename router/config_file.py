@@ -2,12 +2,14 @@
 
 Stricter than the parsers it stands on: a key that is written twice is an error (so an alias is never silently
 lost), and YAML follows version 1.2, where only `true` and `false` are booleans (so `-fa on` stays text). Keys
-that begin with `_` are comments and dropped. What the values mean is not known here.
+that begin with `_` are comments and dropped. What nothing could do anything with (NUL characters, infinite
+numbers, endless nesting) is refused with its key. What the values mean is not known here.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -23,9 +25,11 @@ def read_file(path: Path, name: str) -> dict[str, Any]:
     """The contents of `path`, which error messages call `name`."""
     parsers = {".json": _json, ".yaml": _yaml, ".yml": _yaml}
     parse = parsers.get(path.suffix.lower())
-    if parse is None:
-        raise ConfigError([Problem("", "must end in .json, .yaml or .yml", name)])
     try:
+        if path.is_dir():
+            raise ConfigError([Problem("", "is a folder; name the file in it", name)])
+        if parse is None:
+            raise ConfigError([Problem("", "must end in .json, .yaml or .yml", name)])
         tree = parse(path.read_text("utf-8-sig"), name)
     except OSError as error:
         raise ConfigError([Problem("", f"cannot be read: {error.strerror or error}", name)]) from None
@@ -37,10 +41,10 @@ def read_file(path: Path, name: str) -> dict[str, Any]:
         return {}
     if not isinstance(tree, _Mapping):
         raise ConfigError([Problem("", "must hold keys with values (api, system, scheduling, models)", name)])
-    problems: list[Problem] = []
-    plain: dict[str, Any] = _plain(tree, (), name, problems)
-    if problems:
-        raise ConfigError(problems)
+    cleaning = _Cleaning(name)
+    plain: dict[str, Any] = cleaning.plain(tree, ())
+    if cleaning.problems:
+        raise ConfigError(cleaning.problems)
     return plain
 
 
@@ -56,18 +60,68 @@ def _mapping(pairs: Iterable[tuple[str, Any]], written: Iterable[str]) -> _Mappi
     return mapping
 
 
-def _plain(value: Any, path: KeyPath, name: str, problems: list[Problem]) -> Any:
-    if isinstance(value, list):
-        return [_plain(item, (*path, index), name, problems) for index, item in enumerate(value)]
-    if not isinstance(value, _Mapping):
+class _Cleaning:
+    """Of what was read: without comments, and with all that is wrong with it whatever it may mean."""
+
+    def __init__(self, name: str) -> None:
+        self.problems: list[Problem] = []
+        self._name = name
+        self._values = 0
+
+    def plain(self, value: Any, path: KeyPath) -> Any:
+        self._values += 1
+        if self._values == _MOST_VALUES:
+            self._wrong((), f"holds more than {_MOST_VALUES:,} values, all that its anchors stand for among them")
+        if self._values >= _MOST_VALUES:
+            return None
+        if len(path) > _DEEPEST:
+            self._wrong(path, "is nested too deeply")
+            return None
+        if isinstance(value, list):
+            return [self.plain(item, (*path, index)) for index, item in enumerate(value)]
+        if isinstance(value, _Mapping):
+            return self._mapping(value, path)
+        if problem := _unusable(value):
+            self._wrong(path, problem)
         return value
-    for key in value.twice:
-        if not key.startswith("_"):
-            message = "is there twice; only one of them can count"
-            problems.append(Problem(dotted((*path, key)), message, name))
-    return {
-        key: _plain(item, (*path, key), name, problems) for key, item in value.items() if not key.startswith("_")
-    }
+
+    def _mapping(self, mapping: _Mapping, path: KeyPath) -> dict[str, Any]:
+        written = {key: item for key, item in mapping.items() if not key.startswith("_")}
+        for key in written:
+            if key in mapping.twice:
+                self._wrong((*path, key), "is there twice; only one of them can count")
+            elif problem := _unusable(key):
+                self._wrong((*path, key), problem)
+        return {key: self.plain(item, (*path, key)) for key, item in written.items()}
+
+    def _wrong(self, path: KeyPath, message: str) -> None:
+        self.problems.append(Problem(dotted(path), message, self._name))
+
+
+_MOST_VALUES = 200_000
+"""A few hundred bytes of YAML can stand for billions of them."""
+_DEEPEST = 100
+_LONGEST_INTEGER = 100
+_LARGEST_INTEGER = 2**64
+
+
+def _unusable(value: Any) -> str:
+    """What is wrong with a value wherever it stands; empty: nothing."""
+    if isinstance(value, str):
+        if "\0" in value:
+            return "holds a NUL character, which no path, name or argument can"
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            return "holds half a character (a lone UTF-16 surrogate)"
+    elif isinstance(value, float) and not math.isfinite(value):
+        return "should be a finite number"
+    elif isinstance(value, int) and abs(value) >= _LARGEST_INTEGER:
+        return "is too large a number (2^64 or more)"
+    return ""
+
+
+def _integer(text: str) -> int:
+    """Of text that is one. Python reads none with thousands of digits; what is too long anyhow is cut off."""
+    return int(text[:_LONGEST_INTEGER])
 
 
 def _json(text: str, name: str) -> Any:
@@ -75,7 +129,7 @@ def _json(text: str, name: str) -> Any:
         return _mapping(pairs, [key for key, _ in pairs])
 
     try:
-        return json.loads(text, object_pairs_hook=mapping)
+        return json.loads(text, object_pairs_hook=mapping, parse_int=_integer)
     except json.JSONDecodeError as error:
         rest, message = text[error.pos :].lstrip(), error.msg
         if rest.startswith(("//", "/*", "#")):
@@ -86,6 +140,7 @@ def _json(text: str, name: str) -> Any:
 
 
 _TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "null", "int", "float", "str", "seq", "map"))
+_MANY_KEYS = 1000
 _NEEDS_QUOTES = "a value that begins with ! needs quotes"
 
 
@@ -93,6 +148,12 @@ class _Loader(yaml.SafeLoader):
     """Knows only the scalars of YAML 1.2: `on`, `yes`, `1:30` and dates are text."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - the name and its type are PyYAML's
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Apply `<<`. What is merged again and again must not be there as often."""
+        super().flatten_mapping(node)
+        if len(node.value) > _MANY_KEYS:
+            node.value = list({_yaml_key(key): (key, item) for key, item in node.value}.values())
 
 
 for _tag, _pattern, _first in (
@@ -143,7 +204,7 @@ def _yaml_value(loader: _Loader, node: yaml.Node, done: dict[yaml.Node, Any], ab
     value: Any
     if isinstance(node, yaml.MappingNode):
         written = [_yaml_key(key) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        loader.flatten_mapping(node)  # applies `<<`
+        loader.flatten_mapping(node)
         pairs = [(_yaml_key(key), _yaml_value(loader, item, done, above)) for key, item in node.value]
         value = _mapping(pairs, written)
     elif isinstance(node, yaml.SequenceNode):
@@ -151,7 +212,7 @@ def _yaml_value(loader: _Loader, node: yaml.Node, done: dict[yaml.Node, Any], ab
     else:
         try:
             value = loader.construct_object(node)
-        except (ValueError, KeyError):  # `!!int x`
+        except (ValueError, LookupError):  # `!!int x`
             message = "this value does not fit its tag"
             raise yaml.MarkedYAMLError(problem=message, problem_mark=node.start_mark) from None
     done[node] = value

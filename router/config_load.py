@@ -205,6 +205,9 @@ class _Draft:
         for number, line in enumerate(map(str.strip, lines), 1):
             if not line or line.startswith("#"):
                 continue
+            if "\0" in line:
+                self.problem((), "holds a NUL character, which no variable can", f".env:{number}")
+                continue
             match = _DOTENV.fullmatch(line)
             if match is None:
                 self.warnings.append(f".env:{number}: is not NAME=VALUE; ignored")
@@ -431,6 +434,9 @@ class _Draft:
 
     def build(self) -> Config:
         api = self.section(Api, ("api",)) or Api()
+        for name in api.clients:
+            if not hub.is_alias(name):
+                self.problem(("api", "clients", name), "a name is one or more printable characters without spaces")
         system = self.system()
         scheduling = self.section(Scheduling, ("scheduling",)) or Scheduling()
         patience = scheduling.patience_sec
@@ -539,10 +545,7 @@ class _Draft:
         if system.llama_server_path and os.sep in system.llama_server_path:
             binary = self.resolve(system.llama_server_path, self.base_of(path))
             changes["llama_server_path"] = str(binary)
-            if self.check_files and not binary.is_file():
-                self.problem(path, f"there is no file {binary}")
-            elif self.check_files and not os.access(binary, os.X_OK):
-                self.problem(path, f"{binary} is not executable")
+            self.check_file(path, binary, _wrong_with_program)
         changes["base_models_path"] = str(self.models_folder())
         if system.state_dir:
             changes["state_dir"] = str(self.resolve(system.state_dir, self.base_of(("system", "state_dir"))))
@@ -568,10 +571,10 @@ class _Draft:
         model_path = self.resolve(entry.model_path, folder)
         if entry.model_path != _UNKNOWN:
             for part in self.parts((*path, "model_path"), model_path):
-                self.check_file((*path, "model_path"), part)
+                self.check_file((*path, "model_path"), part, _wrong_with_model)
         mmproj = self.resolve(entry.mmproj, folder) if entry.mmproj else None
         if mmproj is not None:
-            self.check_file((*path, "mmproj"), mmproj)
+            self.check_file((*path, "mmproj"), mmproj, _wrong_with_model)
         flags, slots = self.final_flags(path, entry, system, mmproj)
         return ModelConfig(
             alias=alias,
@@ -641,18 +644,15 @@ class _Draft:
             file.with_name(f"{split['stem']}-{part:05}-of-{split['parts']}.gguf") for part in range(1, count + 1)
         ]
 
-    def check_file(self, path: KeyPath, file: Path) -> None:
+    def check_file(self, path: KeyPath, file: Path, wrong_with: Callable[[Path], str]) -> None:
         if not self.check_files:
             return
-        if file.is_dir():
-            self.problem(path, f"{file} is a folder; name the GGUF file in it")
-        elif not file.parent.is_dir():
-            self.problem(path, f"there is no file {file}: " + (_not_a_path(file) or "not even its folder"))
-        elif not file.is_file():
-            beside = [each.name for each in file.parent.glob("*.gguf")]
-            self.problem(path, f"there is no file {file}" + did_you_mean(file.name, beside))
-        elif not os.access(file, os.R_OK):
-            self.problem(path, f"{file} cannot be read: permission denied")
+        try:
+            problem = wrong_with(file)
+        except OSError as error:  # a folder above it may not be looked into, or its name is too long
+            problem = f"{file} cannot be looked at: {error.strerror or error}"
+        if problem:
+            self.problem(path, problem)
 
     def final_flags(
         self, path: KeyPath, entry: ModelEntry, system: System, mmproj: Path | None
@@ -742,6 +742,26 @@ def _is_of_a_projector(flag: Flag) -> bool:
 
 _SAME = {"load-mode": ("load-mode", "mmap", "mlock", "direct-io")}
 """Flags that say the same thing: older engines know `--no-mmap`, newer ones `--load-mode`."""
+
+
+def _wrong_with_model(file: Path) -> str:
+    """Why it cannot be read; empty if it can. Raises OSError."""
+    if file.is_dir():
+        return f"{file} is a folder; name the GGUF file in it"
+    if not file.parent.is_dir():
+        return f"there is no file {file}: " + (_not_a_path(file) or "not even its folder")
+    if not file.is_file():
+        return f"there is no file {file}" + did_you_mean(
+            file.name, [each.name for each in file.parent.glob("*.gguf")]
+        )
+    return "" if os.access(file, os.R_OK) else f"{file} cannot be read: permission denied"
+
+
+def _wrong_with_program(file: Path) -> str:
+    """Why it cannot be run; empty if it can. Raises OSError."""
+    if not file.is_file():
+        return f"there is no file {file}"
+    return "" if os.access(file, os.X_OK) else f"{file} is not executable"
 
 
 def _not_a_path(file: Path) -> str:

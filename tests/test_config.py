@@ -266,18 +266,43 @@ def test_files_that_are_no_configuration_are_refused_in_one_line(tmp_path: Path)
     (tmp_path / "loop.yaml").write_text("models: &m {a: *m}")
     (tmp_path / "tag.yaml").write_text("api: {port: !!bool z}")
     (tmp_path / "bell.yaml").write_text("api:\n  host: \x07")
+    (tmp_path / "untold.yaml").write_text("api: {heartbeat_sec: !!float ''}")
+    (tmp_path / "long.json").write_text(f'{{"api": {{"port": {"9" * 5000}}}}}')
+    (tmp_path / "folder").mkdir()
+    deeper = {"aliases": {"a": {"uses": "m", "defaults": {"x": {}}}}}
+    for _ in range(97):
+        deeper["aliases"]["a"]["defaults"] = {"x": deeper["aliases"]["a"]["defaults"]}
+    (tmp_path / "deeper.json").write_text(json.dumps(deeper))
     expected = {
         "absent.json": "absent.json: cannot be read: No such file or directory",
         "config.toml": "config.toml: must end in .json, .yaml or .yml",
         "list.yaml": "list.yaml: must hold keys with values (api, system, scheduling, models)",
         "latin.yaml": "latin.yaml: is not UTF-8 text (byte 0)",
         "deep.json": "deep.json: is nested too deeply",
+        "deeper.json": f"deeper.json: aliases.a.defaults{'.x' * 98}: is nested too deeply",
+        "long.json": "long.json: api.port: is too large a number (2^64 or more)",
+        "folder": "folder: is a folder; name the file in it",
         "loop.yaml": "loop.yaml:1:9: refers to itself",
+        "untold.yaml": "untold.yaml:1:22: this value does not fit its tag",
         "tag.yaml": "tag.yaml:1:13: this value does not fit its tag",
         "bell.yaml": "bell.yaml:2:9: special characters are not allowed",
     }
     for name, line in expected.items():
         assert problems(tmp_path, path=Path(name)) == [line]
+
+
+def test_a_few_lines_of_anchors_do_not_fill_the_memory(tmp_path: Path) -> None:
+    """Each line stands for ten times the one before it."""
+    for kind, line in (("keys", "{{{}}}"), ("merge", "{{<<: [{}]}}")):
+        lines = ["_a0: &a0 {x: 1}"]
+        for depth in range(12):
+            ten = ", ".join(f"k{number}: *a{depth}" if kind == "keys" else f"*a{depth}" for number in range(10))
+            lines.append(f"_a{depth + 1}: &a{depth + 1} {line.format(ten)}")
+        (tmp_path / f"{kind}.yaml").write_text("\n".join([*lines, "system: *a12"]))
+    assert problems(tmp_path, path=Path("merge.yaml")) == ["merge.yaml: system.x: unknown key"]
+    assert problems(tmp_path, path=Path("keys.yaml")) == [
+        "keys.yaml: holds more than 200,000 values, all that its anchors stand for among them"
+    ]
 
 
 def test_an_empty_yaml_file_and_empty_sections_are_fine(tmp_path: Path) -> None:
@@ -417,6 +442,31 @@ def test_nor_can_they_be_set_behind_its_back_by_variables(tmp_path: Path) -> Non
         ),
         ({"models": []}, "models: should be aliases, each with its model_path and flags"),
         ({"api": 5}, "api: should hold keys with values"),
+        (
+            {"system": {"log_ring_lines": 10**18}},
+            "system.log_ring_lines: should be less than or equal to 1000000000000000, not 1000000000000000000",
+        ),
+        (
+            {"system": {"queue_timeout_sec": 1e11}},
+            "system.queue_timeout_sec: should be less than or equal to 10000000000, not 100000000000.0",
+        ),
+        (
+            {"api": {"port": 10**30}},
+            "api.port: is too large a number (2^64 or more)",
+        ),
+        (
+            {"models": {"m": {"model_path": "m", "flags": ["--alias", "a\0"]}}},
+            "models.m.flags[1]: holds a NUL character, which no path, name or argument can",
+        ),
+        (
+            {"models": {"m": {"model_path": "m", "description": "\ud83d"}}},
+            "models.m.description: holds half a character (a lone UTF-16 surrogate)",
+        ),
+        (
+            {"api": {"clients": {"a\x7f": {"key": "k"}}}},
+            "api.clients.a\x7f: a name is one or more printable characters without spaces",
+        ),
+        ({"system": {"base_port": "8" * 90}}, f'system.base_port: should be a valid integer, not "{"8" * 79}…'),
     ],
 )
 def test_a_wrong_value_gets_a_line_that_says_what_would_be_right(tmp_path: Path, content: Any, line: str) -> None:
@@ -487,7 +537,7 @@ def test_a_flag_that_no_engine_is_known_to_have_is_doubted_but_passed_on(tmp_pat
 
 def test_infinity_is_no_time_to_wait(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"system": {"queue_timeout_sec": Infinity}}')
-    assert problems(tmp_path) == ["config.json: system.queue_timeout_sec: should be a finite number, not Infinity"]
+    assert problems(tmp_path) == ["config.json: system.queue_timeout_sec: should be a finite number"]
 
 
 def test_a_missing_file_is_shown_as_it_was_resolved(tmp_path: Path) -> None:
@@ -504,6 +554,16 @@ def test_a_missing_file_is_shown_as_it_was_resolved(tmp_path: Path) -> None:
         f"config.json: models.a.mmproj: there is no file {tmp_path.parent}/p.gguf",
         f"config.json: models.b.model_path: {tmp_path}/folder.gguf is a folder; name the GGUF file in it",
     ]
+
+
+def test_a_path_that_the_system_does_not_take_is_refused_like_others(tmp_path: Path) -> None:
+    content = {"system": {"llama_server_path": "./" + "s" * 300}, "models": {"m": {"model_path": "m" * 300}}}
+    for line, key in zip(
+        problems(tmp_path, content, check_files=True), ("system.llama_server", "models.m.model"), strict=True
+    ):
+        assert line.startswith(f"config.json: {key}_path: ")
+    (tmp_path / ".env").write_text("HF_HOME=/cache\0\n")
+    assert ".env:1: holds a NUL character, which no variable can" in problems(tmp_path, content)
 
 
 def test_a_split_model_needs_all_its_parts_and_is_named_by_the_first(tmp_path: Path) -> None:
@@ -956,7 +1016,12 @@ KEYS = st.sampled_from(
     + ["api", "system", "scheduling", "models", "high", "$schema", "_", "", "a b", "\x00"]
 )
 JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | TEXT | st.sampled_from(["-c", "--port", "-np"]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | TEXT
+    | st.sampled_from(["-c", "--port", "-np", "\0", "x" * 5000]),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=6),
     max_leaves=30,
 )
