@@ -139,6 +139,7 @@ def _become(arguments: list[str], cwd: str, environ: dict[str, str], out: int, e
     for number, descriptor in enumerate((nothing, out, err)):
         os.dup2(descriptor, number)
         os.close(descriptor)
+    sys.stdout = os.fdopen(1, "w", closefd=False)  # the one that was there may have been a file, and remembers it
 
 
 if __name__ == "__main__":
