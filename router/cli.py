@@ -1,4 +1,7 @@
-"""The command line: `llama-router [serve]`, `check`, `estimate`, `schema`, and `top`, `ps`, `queue`, `logs`."""
+"""The command line: `llama-router [serve]` and its other commands.
+
+A command is imported when it is run: what `serve` needs takes most of a second, and `ps` is to answer at once.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,15 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from router import __version__, created, estimate, footprint, hang_up, store_cli, terminal
+from router import hang_up, terminal
 from router.client import CannotAsk
-from router.config import Config, schema
-from router.config_errors import ConfigError
-from router.config_load import Loaded, load
-from router.config_show import render
-from router.demo import MODEL_PATH
-from router.flags import FlagError, Flags
-from router.launcher import NoEngine
-from router.sizing import Unusable, read_files
-
-_DEMO = "built in, nothing is configured"
+from router.config_problems import ConfigError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -40,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ConfigError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    except (CannotAsk, NoEngine) as error:
+    except CannotAsk as error:
         _give_up(error)
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -76,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         description="One OpenAI-compatible endpoint in front of any number of GGUF models.",
         epilog="Without a command it serves. `llama-router COMMAND --help` tells what a command takes.",
     )
-    parser.add_argument("--version", action="version", version=f"llama-router {__version__}")
+    parser.add_argument("--version", action=_Version, help="show the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", prog="llama-router")
 
     source = argparse.ArgumentParser(add_help=False)
@@ -105,21 +99,86 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", parents=[source], help="validate the configuration and show it")
     check.set_defaults(run=_check)
 
-    store_cli.add_parsers(commands)
+    _add_pull_and_rm(commands)
     terminal.add_parsers(commands)
-    estimate.add_parser(commands)
+    _add_estimate(commands)
 
     show = commands.add_parser("schema", help="print the JSON Schema of the configuration")
-    show.set_defaults(run=lambda options: print(json.dumps(schema(), indent=2)))
+    show.set_defaults(run=_schema)
     return parser
 
 
+def _add_pull_and_rm(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    pull = commands.add_parser(
+        "pull",
+        help="download a model from the Hugging Face hub",
+        description="Download a model into the Hugging Face cache (HF_HOME), to be served from now on. A download "
+        "that was broken off goes on where it was. HF_TOKEN opens gated and private repositories.",
+    )
+    pull.add_argument(
+        "model",
+        metavar="MODEL",
+        help="hf.co/USER/REPO[:QUANT], or hf.co/USER/REPO/FILE.gguf; without QUANT Q4_K_M, or what comes closest",
+    )
+    pull.add_argument("--alias", metavar="NAME", help="serve it under this name instead of USER/REPO:QUANT")
+    pull.add_argument("--json", action="store_true", help="print progress as JSON, a line each")
+    pull.set_defaults(run=_pull)
+
+    remove = commands.add_parser(
+        "rm",
+        help="remove a pulled or created model",
+        description="Remove a pulled model, also one of which only a part has come, or what a client has created "
+        "(`ollama create`, `ollama cp`). Files that were in the cache before, or that another model needs, stay.",
+    )
+    remove.add_argument("alias", metavar="ALIAS")
+    remove.add_argument(
+        "--config", type=Path, metavar="FILE", help="configuration of the router it was created at"
+    )
+    remove.add_argument("--port", type=int, help="port of that router, if it is not the configuration's")
+    remove.set_defaults(run=_remove)
+
+
+def _add_estimate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    estimate = commands.add_parser(
+        "estimate",
+        prog="llama-router estimate",
+        help="say how much memory a model would take, before it is downloaded",
+        usage="llama-router estimate MODEL [flags of llama-server]",
+        description="How much memory a model takes on each device, and the largest context that fits.",
+    )
+    estimate.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a file, an http(s) URL, hf.co/USER/REPO/FILE.gguf or hf.co/USER/REPO[:QUANT]",
+    )
+    flags = estimate.add_argument(
+        "flags", metavar="FLAGS", nargs=argparse.REMAINDER, help="as llama-server takes them"
+    )
+    flags.required = False  # or argparse complains of their absence, too, when MODEL is missing
+    estimate.set_defaults(run=_estimate)
+
+
+class _Version(argparse.Action):
+    """As argparse's own, but it is looked up only when asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from router import __version__
+
+        print(f"llama-router {__version__}")
+        parser.exit()
+
+
 def _serve(options: argparse.Namespace) -> None:
-    from router.serve import CannotServe, serve  # half a second that `ps` need not wait
+    from router.config_cli import asked_for
+    from router.launcher import NoEngine
+    from router.serve import CannotServe, serve
 
     try:
-        serve(partial(_load, options))
-    except CannotServe as error:
+        serve(partial(asked_for, options))
+    except (CannotServe, NoEngine) as error:
         _give_up(error)
     finally:
         try:
@@ -128,52 +187,31 @@ def _serve(options: argparse.Namespace) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
-def _load(options: argparse.Namespace, state_dir: Path | None = None) -> Loaded:
-    """The configuration that the command line asks for; without any, the demo. `state_dir` as for `load`."""
-    overrides: dict[str, tuple[str, Any]] = {}
-    if options.host is not None:
-        overrides["api.host"] = ("--host", options.host)
-    if options.port is not None:
-        overrides["api.port"] = ("--port", options.port)
-    if options.ollama_port is not None:
-        overrides["api.ollama_port"] = ("--ollama-port", options.ollama_port)
-    if options.hf_cache:
-        overrides["system.hf_cache"] = ("--hf-cache", True)
-    if options.ollama_store:
-        overrides["system.ollama_store"] = ("--ollama-store", True)
-    read = partial(
-        load,
-        options.config,
-        environ=os.environ,
-        cwd=Path.cwd(),
-        models_dirs=options.models_dir,
-        state_dir=state_dir,
-    )
-    loaded = read(overrides=overrides)
-    folders = options.models_dir or options.hf_cache or options.ollama_store
-    own = [model for model in loaded.config.models.values() if model.source != created.SOURCE]
-    if loaded.source is not None or folders or own:  # what was created may be made from the demo
-        return loaded
-    demo: dict[str, Any] = {"model_path": str(MODEL_PATH), "description": "A tiny model to try the router with."}
-    overrides["models.demo"] = (_DEMO, {**demo, "flags": ["-np", "2"]})
-    overrides["models.demo-embed"] = (_DEMO, {**demo, "flags": ["--embedding", "--pooling", "mean"]})
-    return read(overrides=overrides)
-
-
 def _check(options: argparse.Namespace) -> None:
-    loaded = _load(options)
-    print("\n".join(render(loaded.config, loaded.origins)))
-    for warning in (*loaded.warnings, *_would_not_load(loaded.config)):
-        print(f"warning: {warning}", file=sys.stderr)
+    from router.config_cli import check
+
+    check(options)
 
 
-def _would_not_load(config: Config) -> Iterator[str]:
-    """Models whose file or flags are found to be wrong only when somebody asks for them."""
-    for alias, model in config.models.items():
-        flags = Flags(model.flags, model.env)
-        try:
-            files = read_files(model.model_path, flags)
-            if files.model is not None:
-                footprint.estimate(files.model, flags, projector=files.projector, draft=files.draft)
-        except (Unusable, FlagError, OSError) as error:
-            yield f"models.{alias} will not load: {error}"
+def _pull(options: argparse.Namespace) -> None:
+    from router.store_cli import pull
+
+    pull(options)
+
+
+def _remove(options: argparse.Namespace) -> None:
+    from router.store_cli import remove
+
+    remove(options)
+
+
+def _estimate(options: argparse.Namespace) -> None:
+    from router.estimate import run
+
+    run(options)
+
+
+def _schema(_: argparse.Namespace) -> None:
+    from router.config import schema
+
+    print(json.dumps(schema(), indent=2))

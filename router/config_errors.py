@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in words: `Problem`, `ConfigError`, and what pydantic's errors mean.
+"""What is wrong with a configuration, in words: what pydantic's errors mean, and what was meant by unknown keys.
 
 No value that may be a secret ever gets into a message.
 """
@@ -7,42 +7,14 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from router.config import Api, ConfigFile, ModelEntry, Scheduling, Section, System
-
-KeyPath = tuple[str | int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One thing that is wrong: where it was written, which key it is, and what to do about it."""
-
-    path: str
-    message: str
-    source: str = ""
-
-    def __str__(self) -> str:
-        return ": ".join(part for part in (self.source, self.path, self.message) if part)
-
-
-class ConfigError(Exception):
-    """The configuration can't be used. Holds every problem found, not only the first."""
-
-    def __init__(self, problems: Iterable[Problem]) -> None:
-        self.problems = tuple(problems)
-        super().__init__("\n".join(map(str, self.problems)))
-
-
-def dotted(path: Sequence[str | int]) -> str:
-    """`("models", "qwen", "flags", 3)` as people write it: `models.qwen.flags[3]`."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
-    return text.removeprefix(".")
+from router.config_problems import KeyPath
 
 
 def explain(error: ErrorDetails, path: KeyPath) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from router.config_errors import ConfigError, KeyPath, Problem, dotted
+from router.config_problems import ConfigError, KeyPath, Problem, dotted
 
 
 def read_file(path: Path, name: str) -> dict[str, Any]:

@@ -36,18 +36,9 @@ from router.config import (
     Section,
     System,
 )
-from router.config_errors import (
-    ConfigError,
-    KeyPath,
-    Problem,
-    did_you_mean,
-    dotted,
-    explain,
-    section_at,
-    single_value,
-    unknown_key,
-)
+from router.config_errors import did_you_mean, explain, section_at, single_value, unknown_key
 from router.config_file import read_file
+from router.config_problems import ConfigError, KeyPath, Problem, dotted
 from router.config_show import leaves
 from router.flags import (
     FORMS,

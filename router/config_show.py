@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import SecretStr
 
 from router.config import Config, Section
-from router.config_errors import KeyPath, dotted
+from router.config_problems import KeyPath, dotted
 from router.flags import argv, parse
 
 _SECRET_NAME = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)

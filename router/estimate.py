@@ -56,26 +56,6 @@ class CannotEstimate(Exception):
     """The model can't be read; the message says why and what to do."""
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "estimate",
-        prog="llama-router estimate",
-        help="say how much memory a model would take, before it is downloaded",
-        usage="llama-router estimate MODEL [flags of llama-server]",
-        description="How much memory a model takes on each device, and the largest context that fits.",
-    )
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="a file, an http(s) URL, hf.co/USER/REPO/FILE.gguf or hf.co/USER/REPO[:QUANT]",
-    )
-    flags = parser.add_argument(
-        "flags", metavar="FLAGS", nargs=argparse.REMAINDER, help="as llama-server takes them"
-    )
-    flags.required = False  # or argparse complains of their absence, too, when MODEL is missing
-    parser.set_defaults(run=run)
-
-
 def run(options: argparse.Namespace) -> None:
     """Prints the table. Exits with 1 if the model can't be read, with 2 if a flag makes no sense."""
     try:

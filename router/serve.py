@@ -25,8 +25,8 @@ from router.api.auth import Keyring
 from router.api.browsers import Browsers
 from router.app import create_app
 from router.config import AliasConfig, Api, Config, ModelConfig, System
-from router.config_errors import ConfigError
 from router.config_load import Loaded
+from router.config_problems import ConfigError
 from router.creations import Creations
 from router.crowd import Door
 from router.devices import Devices

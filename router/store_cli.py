@@ -33,43 +33,13 @@ _LINE_EVERY_SEC = 10.0
 """Where the line can't be drawn again: in a log."""
 
 
-def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    pull = commands.add_parser(
-        "pull",
-        help="download a model from the Hugging Face hub",
-        description="Download a model into the Hugging Face cache (HF_HOME), to be served from now on. A download "
-        "that was broken off goes on where it was. HF_TOKEN opens gated and private repositories.",
-    )
-    pull.add_argument(
-        "model",
-        metavar="MODEL",
-        help="hf.co/USER/REPO[:QUANT], or hf.co/USER/REPO/FILE.gguf; without QUANT Q4_K_M, or what comes closest",
-    )
-    pull.add_argument("--alias", metavar="NAME", help="serve it under this name instead of USER/REPO:QUANT")
-    pull.add_argument("--json", action="store_true", help="print progress as JSON, a line each")
-    pull.set_defaults(run=_pull)
-
-    remove = commands.add_parser(
-        "rm",
-        help="remove a pulled or created model",
-        description="Remove a pulled model, also one of which only a part has come, or what a client has created "
-        "(`ollama create`, `ollama cp`). Files that were in the cache before, or that another model needs, stay.",
-    )
-    remove.add_argument("alias", metavar="ALIAS")
-    remove.add_argument(
-        "--config", type=Path, metavar="FILE", help="configuration of the router it was created at"
-    )
-    remove.add_argument("--port", type=int, help="port of that router, if it is not the configuration's")
-    remove.set_defaults(run=_remove)
-
-
-def _pull(options: argparse.Namespace) -> None:
+def pull(options: argparse.Namespace) -> None:
     """Exits with 1 if it failed, with 130 if it was broken off from the keyboard."""
-    from router.pull import pull  # here, because it takes 0.3 s that other commands need not wait for
+    from router import pull as pulling  # here, because it takes 0.3 s that `rm` need not wait for
 
     say = _Json() if options.json else _Lines()
     try:
-        ended = pull(options.model, say, environ=os.environ, alias=options.alias)
+        ended = pulling.pull(options.model, say, environ=os.environ, alias=options.alias)
     except KeyboardInterrupt:
         print("\nllama-router: what has arrived is kept; pull again to go on", file=sys.stderr)
         sys.stderr.flush()
@@ -79,7 +49,7 @@ def _pull(options: argparse.Namespace) -> None:
         sys.exit(1)
 
 
-def _remove(options: argparse.Namespace) -> None:
+def remove(options: argparse.Namespace) -> None:
     """Exits with 1 if there is no such model, or if another one needs it. Raises CannotAsk, ConfigError."""
     port = {} if options.port is None else {"api.port": ("--port", options.port)}
     loaded = load(options.config, environ=os.environ, cwd=Path.cwd(), overrides=port, check_files=False)

@@ -144,7 +144,7 @@ def _become(arguments: list[str], cwd: str, environ: dict[str, str], out: int, e
 
 if __name__ == "__main__":
     import router.serve
-    from router.cli import main
+    from router.__main__ import main
 
     assert router.serve
     _fork_on_demand()

@@ -18,9 +18,10 @@ from tiny_models import write_llama, write_projector
 
 from router import config, flags, hub
 from router.config import Config, ModelConfig
-from router.config_errors import LLAMA_SWAP, ConfigError
+from router.config_errors import LLAMA_SWAP
 from router.config_file import read_file
 from router.config_load import Loaded, load
+from router.config_problems import ConfigError
 from router.config_show import render
 
 PROJECT = Path(__file__).parent.parent

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,6 +12,7 @@ from tiny_models import Blueprint, write_llama, write_projector
 
 from benchmarks.footprints import MODELS
 from router import estimate, gguf
+from router.cli import main
 from router.placing import Ground, Site
 
 GRANITE = MODELS["granite-4-tiny"]
@@ -84,14 +84,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """The command on a machine with 8 GB of free RAM and no GPU, whose engine is not asked."""
     monkeypatch.setattr(estimate, "_ground", lambda: Ground((), Site("host", 8000, 8000)))
     monkeypatch.setattr(estimate, "_engine", lambda: None)
-    parser = argparse.ArgumentParser()
-    estimate.add_parser(parser.add_subparsers())
-
-    def run(*arguments: str) -> None:
-        options = parser.parse_args(["estimate", *arguments])
-        options.run(options)
-
-    return run
+    return lambda *arguments: main(["estimate", *arguments])
 
 
 def test_a_table_for_a_file(

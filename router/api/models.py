@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 
 from router.api.errors import ApiError, refused
 from router.api.openai import show_model
-from router.config_errors import ConfigError
+from router.config_problems import ConfigError
 from router.dispatcher import Dispatcher, RunningEngine
 from router.memory import Account
 from router.messages import Refusal
