@@ -507,14 +507,14 @@ class Dispatcher:
             self._post(EngineLost(time.monotonic(), engine_id))
             wanted = engine_id in self._stopping
             self.exits[model.alias] = _exit_of(running, reason, wanted)
-            self.crashes[model.alias] += not wanted
+            retry = running.process.retry if running is not None and running.ready_sec is None else Retry.LATER
+            self.crashes[model.alias] += not wanted and retry is not Retry.AT_ONCE
             cause = self._cause_of_end(engine_id, running, wanted=wanted)
             self.events.publish(EngineEnded(model.alias, cause, wanted, reason, time.time()))
             self._stopping.discard(engine_id)
             if running is not None:
                 running.pool.close_idle()
                 del self.running[engine_id]
-            retry = running.process.retry if running is not None and running.ready_sec is None else Retry.LATER
             reason, out_of_memory = await self._look_for_memory(account, model, running, reason, wanted=wanted)
             self._post(EngineExited(time.monotonic(), engine_id, reason, out_of_memory, retry))
 

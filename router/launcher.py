@@ -11,16 +11,20 @@ import importlib.util
 import os
 import shutil
 import socket
+import time
 from pathlib import Path
 from typing import Protocol
 
 from router import embedded
 from router.engine import Binary, EngineFailed, EngineOrder, EngineProcess, LogRing, port_is_free
 from router.leftovers import EngineRecord
+from router.messages import Retry
 from router.readings import apart
 from router.sizing import EngineKind
 
 _LAST_PORT = 65535
+_LOST_SEC = 60.0
+"""How long a port is left alone that an engine could not get although it seemed free."""
 
 
 class Launcher(Protocol):
@@ -43,27 +47,32 @@ class LocalLauncher:
         self._kind = kind
         self._sockets = None if folder is None else _made_ready(folder.absolute())
         self._engines: dict[int, EngineProcess] = {}
+        self._lost_sec: dict[int, float] = {}
 
     async def launch(self, order: EngineOrder, log: LogRing) -> EngineProcess:
         sockets = self._sockets
         if sockets is not None and not (sockets.is_dir() and await apart(lambda: self._kind.takes_unix_sockets)):
             sockets = None  # somebody has cleaned up, or the build is older
-        # Until the end of it, also when it is dead: it has yet to clear its socket away.
-        self._engines = {port: engine for port, engine in self._engines.items() if not engine.exited.done()}
-        port = next(
-            (
-                port
-                for port in range(self.base_port, _LAST_PORT + 1)
-                if port not in self._engines and port_is_free(port)
-            ),
-            None,
-        )
-        if port is None:
-            raise EngineFailed(f"no port is free from {self.base_port} on")
+        port = self._free_port()
         unix_socket = None if sockets is None else sockets / f"{port}.sock"
         engine = self._engines[port] = await EngineProcess.start(order, port, log, unix_socket)
         self._record.add(engine)
         return engine
+
+    def _free_port(self) -> int:
+        """Raises EngineFailed. Of those that were just lost none is taken as long as there is another."""
+        now = time.monotonic()
+        for port, engine in list(self._engines.items()):
+            if engine.exited.done():  # only then: one that is dead has yet to clear its socket away
+                del self._engines[port]
+                if engine.retry is Retry.AT_ONCE:
+                    self._lost_sec[port] = now
+        self._lost_sec = {port: sec for port, sec in self._lost_sec.items() if now - sec < _LOST_SEC}
+        for lost in (False, True):
+            for port in range(self.base_port, _LAST_PORT + 1):
+                if port not in self._engines and (port in self._lost_sec) is lost and port_is_free(port):
+                    return port
+        raise EngineFailed(f"no port is free from {self.base_port} on")
 
 
 def _made_ready(folder: Path) -> Path | None:

@@ -54,6 +54,10 @@ class Policy:
     max_request_retries: int = 1
     backoff_sec: float = 1
     max_backoff_sec: float = 60
+    free_port_races: int = 3
+    """Ports lost to other programs, in a row, before a pause of `backoff_sec` comes after each."""
+    most_port_races: int = 20
+    """More are no bad luck, and count like other loads that fail."""
     abandoned_load_grace_sec: float = 5
     inspection_valid_sec: float = 10
     others_patience_sec: float = 10
@@ -102,7 +106,7 @@ class Retry(str, Enum):
 
     LATER = "later"
     AT_ONCE = "at_once"
-    """Somebody else was quicker to take its port."""
+    """Somebody else was quicker to take its port, for which the model can't be blamed."""
     NEVER = "never"
     """It does not take the flags of its model: the next one would not, either."""
 

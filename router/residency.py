@@ -190,6 +190,8 @@ class Model:
     """Its last load ran out of memory."""
     attempts: int = 0
     """Loads and crashes that failed in a row."""
+    ports_lost: int = 0
+    """In a row, to other programs."""
     crashes_sec: deque[float] = field(default_factory=deque)
     """When its engines died without being asked to, within the window that the policy looks at."""
     retry_at_sec: float = 0.0
@@ -241,7 +243,7 @@ class Model:
         return len(self.crashes_sec)
 
     def forget_failures(self) -> None:
-        self.attempts = 0
+        self.attempts = self.ports_lost = 0
         self.crashes_sec.clear()
         self.ran_out = False
         self.failed_until_sec = self.retry_at_sec = 0.0

@@ -327,6 +327,7 @@ class Scheduler:
         model.loaded(took_sec)
         model.forget_wish()
         model.ran_out = False
+        model.ports_lost = 0
         engine.ready_sec = engine.idle_since_sec = model.last_used_sec = self._now
         engine.nobody_waits_since_sec = None
         self._fleet.enter(engine, EngineState.READY, f"loaded in {took_sec:.1f} s")
@@ -381,8 +382,13 @@ class Scheduler:
         policy = self.policy
         loading = (engine.died_while or engine.state) is EngineState.LOADING
         crashes = 0 if loading else model.crashed(self._now, policy.model_crash_window_sec)
-        model.attempts += not engine.served
         model.last_error = f"{engine.alias!r} {'did not load' if loading else 'crashed'}: {event.reason}"
+        if event.retry is Retry.AT_ONCE and model.ports_lost < policy.most_port_races:
+            model.ports_lost += 1
+            model.retry_at_sec = self._now + self._backoff_sec(model.ports_lost > policy.free_port_races, engine)
+            self._off(model, model.last_error)
+            return
+        model.attempts += not engine.served
         if loading and event.out_of_memory and not model.ran_out:
             model.ran_out = True  # it needs more than was thought, and gets one try with that
             self._off(model, model.last_error)
@@ -398,8 +404,7 @@ class Scheduler:
             self._fail(model, policy.model_load_cooldown_sec)
         else:
             # An engine that has served deserves to be back at once, the first time.
-            tries = 0 if event.retry is Retry.AT_ONCE else max(model.attempts, crashes - 1)
-            model.retry_at_sec = self._now + self._backoff_sec(tries, engine)
+            model.retry_at_sec = self._now + self._backoff_sec(max(model.attempts, crashes - 1), engine)
             self._off(model, model.last_error)
 
     def _backoff_sec(self, tries: int, engine: Engine) -> float:
@@ -410,7 +415,7 @@ class Scheduler:
         return min(self.policy.max_backoff_sec, self.policy.backoff_sec * 2.0 ** min(tries - 1, 32)) * (1 + jitter)
 
     def _fail(self, model: Model, cooldown_sec: float) -> None:
-        model.attempts = 0
+        model.attempts = model.ports_lost = 0
         model.crashes_sec.clear()
         model.ran_out = False
         model.failed_until_sec = self._now + cooldown_sec

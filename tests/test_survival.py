@@ -114,6 +114,31 @@ def test_a_stranger_on_the_port_is_never_served(start: Start, tiny: Path, tmp_pa
     stranger.shutdown()
 
 
+def test_another_program_that_is_quicker_at_every_port_fails_no_model(
+    start: Start, tiny: Path, tmp_path: Path
+) -> None:
+    real, ports = Path(fake(tmp_path)).rename(tmp_path / "real-engine"), tmp_path / "ports"
+    script = tmp_path / "unlucky"
+    script.write_text(
+        f"""#!/bin/sh
+        for port; do :; done
+        [ "$port" = --help ] || echo "$port" >>{ports}
+        [ "$port" = --help ] || [ "$(wc -l <{ports})" -gt 3 ] || {{
+            echo "couldn't bind HTTP server socket" >&2
+            exit 1
+        }}
+        exec {real} "$@"
+        """
+    )
+    script.chmod(0o755)
+    system = {"llama_server_path": str(script), "model_load_max_retries": 0}
+    router = start({"system": system, "models": models(tiny, "a")})
+    assert router.chat("a").status_code == 200
+    asked_for = ports.read_text().split()
+    assert len(asked_for) == len(set(asked_for)) == 4  # none of them twice
+    assert router.http.get("/v1/health/models").json()["models"]["a"]["crashes"] == 0
+
+
 def test_a_load_that_stands_still_fails_with_its_last_words(start: Start, tiny: Path, tmp_path: Path) -> None:
     system = {
         "llama_server_path": fake(tmp_path, ready="never"),
