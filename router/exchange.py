@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
 from functools import lru_cache
 from random import getrandbits
 from urllib.parse import quote
@@ -27,42 +26,13 @@ from router.capability import refused_by_engine
 from router.crowd import Bodies
 from router.dispatcher import Dispatcher, Ticket, Waiting
 from router.events import RequestDone
+from router.heads import Admission, RequestHead
 from router.meter import AnswerMeter
 from router.queue import NAMES
 from router.rewriting import rewritten
 from router.routing import Wish, read_wish
 from router.upstream import Connection, Head
 
-Headers = list[tuple[bytes, bytes]]
-
-_FORWARDED = frozenset(
-    {
-        b"accept",
-        b"anthropic-beta",
-        b"anthropic-version",
-        b"content-type",
-        b"traceparent",
-        b"tracestate",
-        b"user-agent",
-        b"x-conversation-id",
-    }
-)
-_NOT_RELAYED = frozenset(
-    {
-        b"connection",
-        b"content-length",
-        b"date",
-        b"keep-alive",
-        b"proxy-authenticate",
-        b"proxy-connection",
-        b"server",
-        b"te",
-        b"trailer",
-        b"transfer-encoding",
-        b"upgrade",
-        b"x-request-id",
-    }
-)
 _BUFFERED_ANSWER = 4 << 20
 """Answers up to this size are read whole before the client sees any of it, so that they can be tried again."""
 
@@ -115,8 +85,7 @@ class Exchange:
         "_client",
         "_connection",
         "_dispatcher",
-        "_fields",
-        "_headers",
+        "_head",
         "_heartbeat",
         "_held",
         "_id_line",
@@ -125,8 +94,6 @@ class Exchange:
         "_lines",
         "_meter",
         "_parts",
-        "_path",
-        "_query",
         "_reason",
         "_received",
         "_relays",
@@ -135,19 +102,14 @@ class Exchange:
         "_shared",
         "_status",
         "_streams",
-        "_target",
         "_ticket",
     )
 
-    def __init__(self, shared: Exchanges, answer: Answer, path: str, query: bytes, headers: Headers) -> None:
+    def __init__(self, shared: Exchanges, answer: Answer, head: RequestHead) -> None:
         self._shared = shared
         self._dispatcher = shared.dispatcher
         self._answer = answer
-        self._path = path
-        self._target = path.encode()  # one of ROUTES: nothing to quote
-        self._query = query
-        self._headers = headers
-        self._fields: Mapping[bytes, bytes] = dict(headers)
+        self._head = head
         self._client: Client | None = None
         self._request_id = ""
         self._id_line = b""
@@ -176,14 +138,14 @@ class Exchange:
 
     # --- the client -------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
+    def begin(self, declared: int) -> None:
         self._be_called(self._identify())
         try:
-            self._admit()
+            self._admit(declared)
         except ApiError as error:
             self._refuse(error)
         else:
-            if self._fields.get(b"expect", b"").lower() == b"100-continue":
+            if self._head.fields.get(b"expect", b"").lower() == b"100-continue":
                 self._answer.invite_body()
 
     def add_body(self, part: bytes) -> None:
@@ -215,7 +177,7 @@ class Exchange:
         try:
             wish = self._read_wish()
             if wish.asked_as is not None and self._body:
-                self._body = rewritten(self._body, self._target.decode(), wish.asked_as)
+                self._body = rewritten(self._body, self._head.path, wish.asked_as)
         except ApiError as error:
             self._refuse(error)
         else:
@@ -223,7 +185,7 @@ class Exchange:
 
     def _read_wish(self) -> Wish:
         """Raises ApiError."""
-        return read_wish(self._body, self._fields, self._dispatcher.config, self._client)
+        return read_wish(self._body, self._head.fields, self._dispatcher.config, self._client)
 
     def _submit(self, wish: Wish) -> None:
         if self._dispatcher.is_taken(self._request_id):  # by one that came while the body was read
@@ -264,27 +226,35 @@ class Exchange:
         self._id_line = f"x-request-id: {request_id}\r\n".encode()
 
     def _identify(self) -> str:
-        given = self._fields.get(b"x-request-id", b"")
+        given = self._head.fields.get(b"x-request-id", b"")
         if 0 < len(given) <= 128 and all(0x21 <= byte <= 0x7E for byte in given):
             request_id = given.decode("ascii")
             if not self._dispatcher.is_taken(request_id):
                 return request_id
         return _new_id()
 
-    def _admit(self) -> None:
+    def _admit(self, declared: int) -> None:
         """Raises ApiError, before the body is read."""
-        fields = self._fields
-        if (origin := fields.get(b"origin")) is not None:
-            self._lines = self._shared.browsers.origin_lines(origin)
-        self._shared.browsers.check_host(fields)
-        self._client = self._shared.keyring.check(self._headers, manages=False)
-        if fields.get(b"content-encoding", b"identity") != b"identity":
-            raise ApiError(415, "unsupported_encoding", "Send the body without Content-Encoding.")
-        declared = int(fields.get(b"content-length", b"0"))
-        api = self._dispatcher.config.api
+        config = self._dispatcher.config
+        admission = self._head.admission
+        if admission is None or admission.config is not config:
+            self._check_head()
+            admission = self._head.admission = Admission(config, self._client, self._lines)
+        self._client, self._lines = admission.client, admission.lines
+        api = config.api
         if declared > api.max_body_mb << 20:
             raise self._too_large()
         self._shared.bodies.check(declared, api.max_bodies_mb << 20)  # no use to begin
+
+    def _check_head(self) -> None:
+        """Raises ApiError."""
+        fields = self._head.fields
+        if (origin := fields.get(b"origin")) is not None:
+            self._lines = self._shared.browsers.origin_lines(origin)
+        self._shared.browsers.check_host(fields)
+        self._client = self._shared.keyring.check(self._head.headers, manages=False)
+        if fields.get(b"content-encoding", b"identity") != b"identity":
+            raise ApiError(415, "unsupported_encoding", "Send the body without Content-Encoding.")
 
     def _too_large(self) -> ApiError:
         limit = self._dispatcher.config.api.max_body_mb
@@ -311,15 +281,13 @@ class Exchange:
             return
         engine = ticket.engine
         assert engine is not None
-        target = self._target
-        if self._query:
-            target += b"?" + self._query
-        lines = self._id_line
-        for header in self._headers:
-            if header[0] in _FORWARDED:
-                lines += b"%b: %b\r\n" % header
         self._shared.watch(self)
-        engine.pool.post(target, lines, self._body, self)
+        target, lines = self._asked_of_engine()
+        engine.pool.post(target, self._id_line + lines, self._body, self)
+
+    def _asked_of_engine(self) -> tuple[bytes, bytes]:
+        """The target, and those of the client's headers that an engine gets to see."""
+        return self._head.target, self._head.forwarded
 
     def _set_heartbeat(self) -> None:
         beat_sec = self._dispatcher.config.api.heartbeat_sec
@@ -366,9 +334,10 @@ class Exchange:
                 self._end(self._outcome_of_stream(head))
             self._answer.write(part, last)
         elif self._is_read_whole(head):
-            self._parts.append(part)
-            if last:
-                self._answer_whole(head, b"".join(self._parts))
+            if not last:
+                self._parts.append(part)
+            else:
+                self._answer_whole(head, b"".join((*self._parts, part)) if self._parts else part)
         else:
             self._start_relaying(head)
             self.received(head, part, last)
@@ -422,16 +391,16 @@ class Exchange:
             self._meter.note(body)
         self._end(_outcome(head))
         if self._answer.started:
-            self._answer.write(error_event(body.replace(b"\n", b" "), self._path), last=True)
+            self._answer.write(error_event(body.replace(b"\n", b" "), self._head.path), last=True)
         else:
-            self._answer.whole(head.status, _relayed(head) + self._lines_of(self._ticket), body)
+            self._answer.whole(head.status, head.lines + self._lines_of(self._ticket), body)
 
     def _start_relaying(self, head: Head) -> None:
         assert self._ticket is not None
         self._relays = True
         self._status = head.status
         if not self._answer.started:
-            lines = _relayed(head) + self._lines_of(self._ticket)
+            lines = head.lines + self._lines_of(self._ticket)
             self._answer.start(head.status, lines, head.content_length)
 
     def _lines_of(self, ticket: Ticket) -> bytes:
@@ -459,13 +428,13 @@ class Exchange:
         if not self._answer.started:
             self._write_error(error)
         elif self._streams and not self._answer.has_length:
-            self._answer.break_off(error.event(self._path))
+            self._answer.break_off(error.event(self._head.path))
         else:
             self._answer.abort()  # half a document must not look whole
 
     def _write_error(self, error: ApiError) -> None:
         lines = b"".join(b"%b: %b\r\n" % header for header in error.headers())
-        self._answer.whole(error.status, lines + self._id_line + self._lines, error.body(self._path))
+        self._answer.whole(error.status, lines + self._id_line + self._lines, error.body(self._head.path))
 
     def _end(self, outcome: str) -> None:
         """Give back what it holds, and account for it. What is left to write may still be written."""
@@ -487,7 +456,7 @@ class Exchange:
             done = RequestDone(
                 request_id=self._request_id,
                 alias="",
-                route=self._path,
+                route=self._head.path,
                 priority="",
                 outcome=outcome,
                 status=self._status,
@@ -506,7 +475,7 @@ class Exchange:
             done = RequestDone(  # by position: keywords would take as long as all metrics
                 self._request_id,
                 ticket.alias,
-                self._path,
+                self._head.path,
                 NAMES[ticket.priority],
                 outcome,
                 self._status,
@@ -529,7 +498,7 @@ class Exchange:
 
     def _trace(self) -> str:
         """The client's trace context, if it has one."""
-        return self._fields.get(b"traceparent", b"").decode("latin-1")
+        return self._head.fields.get(b"traceparent", b"").decode("latin-1")
 
 
 def _new_id() -> str:
@@ -557,12 +526,3 @@ def _outcome(head: Head) -> str:
 @lru_cache(maxsize=1024)
 def _alias_line(alias: str) -> bytes:
     return f"x-model-alias: {quote(alias, safe='/:@ ')}\r\n".encode()
-
-
-def _relayed(head: Head) -> bytes:
-    """The engine's headers that are the client's business, each with its end."""
-    lines = b""
-    for header in head.headers:
-        if header[0] not in _NOT_RELAYED and not header[0].startswith(b"access-control-"):
-            lines += b"%b: %b\r\n" % header
-    return lines

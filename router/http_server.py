@@ -15,7 +15,6 @@ import logging
 from collections import deque
 from functools import lru_cache
 from typing import Any, Protocol, cast
-from urllib.parse import unquote
 
 import httptools
 import uvicorn
@@ -25,7 +24,8 @@ from uvicorn.protocols.utils import get_local_addr, get_remote_addr
 from uvicorn.server import ServerState
 
 from router.answer import Answer
-from router.exchange import Exchange, Exchanges, Headers
+from router.exchange import Exchange, Exchanges
+from router.heads import BadTarget, Headers, Known, RequestHead
 from router.ollama_exchange import OllamaExchange
 from router.routing import ROUTES, TRANSLATED_ROUTES
 
@@ -38,7 +38,6 @@ _LINGER_SEC = 30.0
 _LOOK_SEC = 10.0
 _MOST_PIPELINED = 16
 
-_PATHS = {path.encode(): path for path in ROUTES}
 _EXCHANGES: dict[str, type[Exchange]] = {
     **dict.fromkeys(ROUTES, Exchange),
     **dict.fromkeys(TRANSLATED_ROUTES, OllamaExchange),
@@ -49,8 +48,8 @@ _EXCHANGES: dict[str, type[Exchange]] = {
 class Turn(Protocol):
     """A request whose turn it is, from its head to the end of its answer."""
 
-    def begin(self) -> None:
-        """The connection is ready for its answer."""
+    def begin(self, declared: int) -> None:
+        """The connection is ready for its answer. `declared`: bytes of its body, as far as that is known."""
 
     def add_body(self, part: bytes) -> None: ...
 
@@ -68,50 +67,15 @@ class Turn(Protocol):
         """Close the connection after the answer."""
 
 
-class _Request:
-    """A request as it was read. Its body is here only as long as it waits for its turn."""
+class _Waiting:
+    """A request that waits for its turn."""
 
-    __slots__ = (
-        "body",
-        "headers",
-        "http_version",
-        "is_whole",
-        "keep_alive",
-        "method",
-        "path",
-        "query",
-        "raw_path",
-    )
+    __slots__ = ("body", "head", "is_whole")
 
-    def __init__(self, parser: httptools.HttpRequestParser, url: bytes, headers: Headers) -> None:
-        """Raises _BadTarget."""
-        self.method = parser.get_method()
-        self.headers = headers
-        self.http_version = parser.get_http_version()
-        self.keep_alive = self.http_version != "1.0" and parser.should_keep_alive()
+    def __init__(self, head: RequestHead) -> None:
+        self.head = head
         self.body = bytearray()
         self.is_whole = False
-        self.raw_path, self.query = url, b""
-        path = _PATHS.get(url)
-        self.path = path if path is not None else self._split(url)
-
-    def _split(self, url: bytes) -> str:
-        try:
-            parsed = httptools.parse_url(url)
-        except httptools.HttpParserInvalidURLError as error:
-            raise _BadTarget from error
-        if parsed.path is None or not parsed.path.isascii():
-            raise _BadTarget
-        self.raw_path, self.query = parsed.path, parsed.query or b""
-        return unquote(self.raw_path.decode("ascii"))
-
-    @property
-    def exchange(self) -> type[Exchange] | None:
-        return _EXCHANGES.get(self.path) if self.method == b"POST" else None
-
-
-class _BadTarget(Exception):
-    """What is asked for is no path."""
 
 
 class HttpProtocol(asyncio.Protocol):
@@ -136,7 +100,11 @@ class HttpProtocol(asyncio.Protocol):
         self._url = b""
         self._headers: Headers = []
         self._turn: Turn | None = None
-        self._waiting: deque[_Request] = deque()
+        self._begun: RequestHead | None = None
+        """The head of the last request, if it is one of the data plane."""
+        self._known: Known[RequestHead] | None = None
+        """The same, if the next one may have it, too."""
+        self._waiting: deque[_Waiting] = deque()
         """Requests that were sent before the answer to the one before (pipelining)."""
         self._reading: str | None = "head"
         """The part of a request that is on its way; None between two requests."""
@@ -190,10 +158,20 @@ class HttpProtocol(asyncio.Protocol):
         if self._is_deaf:
             return
         self._last = self.loop.time()
-        while data and not self.transport.is_closing():
-            self._beside_bodies += len(data)
-            data = self._read(data)
-        if self._reading is not None and self._beside_bodies > _LONGEST_HEAD:
+        known = self._known
+        is_first = self._reading is None and self._turn is None
+        if is_first and known is not None and (body := known.body_of(data)) is not None:
+            if not self.transport.is_closing():
+                self._begin(known.head, len(body), body, is_whole=True)
+            return
+        rest = data
+        while rest and not self.transport.is_closing():
+            self._beside_bodies += len(rest)
+            rest = self._read(rest)
+        if self._reading is None:
+            if is_first and self._begun is not None and self._begun.keep_alive:
+                self._known = Known.of(data, self._begun)
+        elif self._beside_bodies > _LONGEST_HEAD:
             self._refuse(b"431 Request Header Fields Too Large")
 
     def _read(self, data: bytes) -> bytes:
@@ -204,7 +182,7 @@ class HttpProtocol(asyncio.Protocol):
             return self._without_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError as error:
             cause = error.__context__  # what one of the methods below has raised
-            if cause is None or isinstance(cause, _BadTarget):
+            if cause is None or isinstance(cause, BadTarget):
                 _log.warning("Invalid HTTP request received.")
                 self._refuse(b"400 Bad Request", b"Invalid HTTP request received.")
             else:
@@ -232,11 +210,11 @@ class HttpProtocol(asyncio.Protocol):
         if self._is_deaf or self._parser.should_upgrade():
             return  # see _without_upgrade
         self._reading = "body"
-        request = _Request(self._parser, self._url, self._headers)
+        head = RequestHead(self._parser, self._url, self._headers)
         if self._turn is None:
-            self._begin(request)
+            self._begin(head, head.declared)
             return
-        self._waiting.append(request)
+        self._waiting.append(_Waiting(head))
         if len(self._waiting) > _MOST_PIPELINED:
             self.transport.abort()
 
@@ -261,21 +239,27 @@ class HttpProtocol(asyncio.Protocol):
 
     # --- turns ------------------------------------------------------------------------------------------
 
-    def _begin(self, request: _Request) -> Turn:
+    def _begin(self, head: RequestHead, declared: int, body: bytes = b"", *, is_whole: bool = False) -> None:
+        """Give it its turn, with as much of its body as is here."""
         turn: Turn
-        exchange = request.exchange
+        exchange = _EXCHANGES.get(head.path) if head.method == b"POST" else None
         if exchange is not None:
-            answer = Answer(self, keep_alive=request.keep_alive, http_1_0=request.http_version == "1.0")
-            turn = exchange(self._exchanges, answer, request.path, request.query, request.headers)
+            answer = Answer(self, keep_alive=head.keep_alive, http_1_0=head.http_version == "1.0")
+            turn = exchange(self._exchanges, answer, head)
+            self._begun = head
         else:
-            turn = _Page(self, request)
+            turn = _Page(self, head)
+            self._begun = None
         self._turn = turn
         if self._closing:
             turn.hang_up()
         if self.flow.write_paused:
             turn.pause()
-        turn.begin()
-        return turn
+        turn.begin(declared)
+        if body:
+            turn.add_body(body)
+        if is_whole:
+            turn.end_body()
 
     def answered(self, *, keep_alive: bool) -> None:
         self._turn = None
@@ -289,10 +273,7 @@ class HttpProtocol(asyncio.Protocol):
     def _begin_next(self) -> None:
         request = self._waiting.popleft()
         self.flow.resume_reading()
-        turn = self._begin(request)
-        turn.add_body(bytes(request.body))
-        if request.is_whole:
-            turn.end_body()
+        self._begin(request.head, request.head.declared, bytes(request.body), is_whole=request.is_whole)
 
     # --- answers ----------------------------------------------------------------------------------------
 
@@ -384,7 +365,7 @@ def _line(header: tuple[bytes, bytes]) -> bytes:
 class _Page:
     """A request for the ASGI application: a turn, and the transport of the cycle that uvicorn runs for it."""
 
-    def __init__(self, connection: HttpProtocol, request: _Request) -> None:
+    def __init__(self, connection: HttpProtocol, request: RequestHead) -> None:
         self._connection = connection
         config, state = connection.config, connection.server_state
         awaits_invitation = (b"expect", b"100-continue") in request.headers
@@ -419,7 +400,7 @@ class _Page:
 
     # --- the turn ---------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
+    def begin(self, declared: int) -> None:
         work = self._cycle.run_asgi(self._connection.config.loaded_app)
         task = self._connection.loop.create_task(work)
         tasks = self._connection.server_state.tasks

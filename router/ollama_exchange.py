@@ -29,17 +29,13 @@ class OllamaExchange(Exchange):
     # --- the client -------------------------------------------------------------------------------------
 
     def _read_wish(self) -> Wish:
-        asked = self._asked = translate(self._path, self._body)
+        path = self._head.path
+        asked = self._asked = translate(path, self._body)
         config = self._dispatcher.config
-        alias = alias_of(asked.model, config, _HINTS.get(self._path, ""))
-        wish = wish_of(alias, asked.streams, self._fields, config, self._client)
+        alias = alias_of(asked.model, config, _HINTS.get(path, ""))
+        wish = wish_of(alias, asked.streams, self._head.fields, config, self._client)
         self._translation = Translation(asked, self._waited_sec)
-        self._target = asked.target.encode()
-        self._query = b""
         self._body = asked.body(wish.alias)
-        # What is sent as a form, as `curl -d` does, engines take 8 KiB of.
-        headers = [header for header in self._headers if header[0] != b"content-type"]
-        self._headers = [*headers, (b"content-type", b"application/json")]
         return wish
 
     def _submit(self, wish: Wish) -> None:
@@ -51,7 +47,7 @@ class OllamaExchange(Exchange):
     def _unload(self, alias: str) -> None:
         """Once nobody uses it. There is nothing to wait for."""
         try:
-            self._shared.keyring.check(self._headers, manages=True)
+            self._shared.keyring.check(self._head.headers, manages=True)
         except ApiError as error:
             self._refuse(error)
             return
@@ -76,12 +72,16 @@ class OllamaExchange(Exchange):
             self._answer = _TranslatedAnswer(self._answer, self._translation)
         super()._decided()
 
+    def _asked_of_engine(self) -> tuple[bytes, bytes]:
+        """In its own words. What is sent as a form, as `curl -d` does, engines take 8 KiB of."""
+        return self._asked.target.encode(), _with_type(self._head.forwarded, b"content-type: application/json\r\n")
+
     def _heed_keep_alive(self, alias: str) -> None:
         """Of those who may manage: how long a model stays is everybody's business."""
         if self._asked.keep_alive_sec is None:
             return
         try:
-            self._shared.keyring.check(self._headers, manages=True)
+            self._shared.keyring.check(self._head.headers, manages=True)
         except ApiError:
             return
         self._dispatcher.keep_alive(alias, self._asked.keep_alive_sec)

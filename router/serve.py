@@ -320,8 +320,8 @@ class _Service:
         async with self._reloading:
             loaded = await asyncio.to_thread(self._load)
             before, after = self._loaded.config, loaded.config
-            self._dispatcher.apply(after)
             self._keyring.set(after.api)
+            self._dispatcher.apply(after)
             self._loaded = loaded
         changes = {**_changes(before, after), "needs_restart": _needs_restart(self._started_with, after)}
         _log.info("configuration reloaded: %s", _told(changes))

@@ -24,6 +24,24 @@ from typing import Protocol, cast
 import httptools
 import msgspec
 
+from router.heads import Headers, Known
+
+_NOT_RELAYED = frozenset(
+    {
+        b"connection",
+        b"content-length",
+        b"date",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-connection",
+        b"server",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        b"x-request-id",
+    }
+)
 _KEEP_ALIVE_MAX = re.compile(rb"max=(\d+)")
 _DYING_SEC = 0.05
 """Until an engine that has died is known to be dead."""
@@ -32,11 +50,13 @@ _ONE_WRITE = 65536
 
 
 class Head(msgspec.Struct):
-    """Status and headers of an answer, names in lower case."""
+    """What an answer says before its body."""
 
     status: int
-    headers: list[tuple[bytes, bytes]]
+    lines: bytes
+    """The headers that are the client's business, too: names in lower case, each with its end."""
     content_length: int | None
+    is_chunked: bool
     streams: bool
     """`text/event-stream`"""
     keep_alive_max: float
@@ -64,6 +84,7 @@ class Connection(asyncio.Protocol):
         "_complete",
         "_head",
         "_headers",
+        "_known",
         "_may_stay",
         "_parser",
         "_parts",
@@ -82,8 +103,10 @@ class Connection(asyncio.Protocol):
         self._receiver: Receiver | None = None
         self._request = (b"", b"")
         self._uses = 0
-        self._headers: list[tuple[bytes, bytes]] = []
+        self._headers: Headers = []
         self._head: Head | None = None
+        self._known: Known[Head] | None = None
+        """The head of the last answer, if the next one may have it, too."""
         self._parts: list[bytes] = []
         self._answered = False
         self._complete = False
@@ -135,11 +158,19 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._pool.last_sign_sec = self.last_byte_sec = time.monotonic()
-        self._answered = True
         receiver = self._receiver
         if receiver is None:  # nobody has asked for anything
             self.close()
             return
+        is_first = not self._answered
+        if is_first:
+            self._answered = True
+            known = self._known
+            if known is not None and (body := known.body_of(data)) is not None:
+                self._may_stay = self._uses < known.head.keep_alive_max
+                self._give_back()
+                receiver.received(msgspec.structs.replace(known.head, content_length=len(body)), body, True)
+                return
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
@@ -157,6 +188,8 @@ class Connection(asyncio.Protocol):
         part = parts[0] if len(parts) == 1 else b"".join(parts)
         parts.clear()
         if self._complete:
+            if is_first and head.status == 200 and self._may_stay:
+                self._known = Known.of(data, head)
             self._give_back()
             receiver.received(head, part, True)
         elif part:
@@ -167,8 +200,9 @@ class Connection(asyncio.Protocol):
         receiver, self._receiver = self._receiver, None
         if receiver is None:
             return
-        if self._head is not None and _ends_with_connection(self._head):
-            receiver.received(self._head, b"", True)
+        head = self._head
+        if head is not None and head.content_length is None and not head.is_chunked:  # such a body ends here
+            receiver.received(head, b"", True)
         elif self._uses > 1 and not self._answered:
             self._pool.connect(*self._request, receiver)
         else:
@@ -194,8 +228,9 @@ class Connection(asyncio.Protocol):
         most = _KEEP_ALIVE_MAX.search(fields.get(b"keep-alive", b""))
         self._head = Head(
             status,
-            self._headers,
+            _relayed(self._headers),
             int(length) if length is not None else None,
+            b"chunked" in fields.get(b"transfer-encoding", b"").lower(),
             streams,
             int(most[1]) if most is not None else math.inf,
         )
@@ -217,9 +252,12 @@ class Connection(asyncio.Protocol):
             self.close()
 
 
-def _ends_with_connection(head: Head) -> bool:
-    chunked = any(name == b"transfer-encoding" and b"chunked" in value.lower() for name, value in head.headers)
-    return head.content_length is None and not chunked
+def _relayed(headers: Headers) -> bytes:
+    lines = b""
+    for header in headers:
+        if header[0] not in _NOT_RELAYED and not header[0].startswith(b"access-control-"):
+            lines += b"%b: %b\r\n" % header
+    return lines
 
 
 class EnginePool:

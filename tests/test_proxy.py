@@ -130,6 +130,23 @@ def test_keys(start: Start, tiny: Path) -> None:
     assert "full" not in router.log
 
 
+def test_a_key_that_is_taken_away_is_no_good_any_more(start: Start, tiny: Path, tmp_path: Path) -> None:
+    """Though its requests go on with the same head on the same connection, which was let in many times before."""
+    config = {"api": {"api_keys": ["full"], "inference_keys": ["theirs"]}, "models": models(tiny, "a")}
+    router = start(config)
+
+    def statuses() -> list[int]:
+        headers = {"authorization": "Bearer theirs"}
+        return [router.chat("a", content="hi" * length, headers=headers).status_code for length in range(1, 5)]
+
+    assert statuses() == [200] * 4
+    config["api"]["inference_keys"] = []
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    reload = router.http.post("/v1/config/reload", headers={"authorization": "Bearer full"})
+    assert reload.status_code == 200
+    assert statuses() == [401] * 4
+
+
 def test_clients_have_names_and_priorities(start: Start, tiny: Path) -> None:
     jobs = {"key": "jobs-key", "priority": "low", "highest_priority": "normal"}
     api = {"api_keys": ["full"], "clients": {"anna": {"key": "annas-key"}, "jobs": jobs}}

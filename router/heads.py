@@ -1,0 +1,132 @@
+"""Heads of HTTP messages: what is read out of them, and which of them need no reading at all.
+
+Whoever sends a second message on a connection nearly always sends the head of the first again, and only the
+digits of its Content-Length differ. A parser that has taken the first would say the same of the second; so it is
+not asked again. That holds for messages that came whole, in one piece; all others are the parser's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Generic, TypeVar
+from urllib.parse import unquote
+
+import httptools
+import msgspec
+
+from router.api.auth import Client
+from router.config import Config
+
+_Head = TypeVar("_Head")
+Headers = list[tuple[bytes, bytes]]
+"""Names in lower case."""
+
+_FORWARDED = frozenset(
+    {
+        b"accept",
+        b"anthropic-beta",
+        b"anthropic-version",
+        b"content-type",
+        b"traceparent",
+        b"tracestate",
+        b"user-agent",
+        b"x-conversation-id",
+    }
+)
+
+
+class Known(Generic[_Head]):
+    """A head that a parser has read, on a connection that stays: the next message with it needs no parser.
+
+    Where the digits of the length are is beyond doubt: a parser takes no second Content-Length, and no header's
+    value can look like this name, which comes right after the end of a line.
+    """
+
+    __slots__ = ("_after", "_before", "_begin", "head")
+
+    def __init__(self, before: bytes, after: bytes, head: _Head) -> None:
+        """`before` the digits of the length, and `after` them, up to the body."""
+        self._before = before
+        self._begin = len(before)
+        self._after = after
+        self.head = head
+        """As it was read."""
+
+    @classmethod
+    def of(cls, message: bytes, head: _Head) -> Known[_Head] | None:
+        """None if the message is without a length, or did not come in one piece."""
+        end = message.find(b"\r\n\r\n") + 4
+        for name in (b"\nContent-Length: ", b"\ncontent-length: "):
+            before, found, rest = message[: max(end, 0)].partition(name)
+            digits = rest[: rest.find(b"\r")]
+            if found and digits == b"%d" % (len(message) - end):
+                return cls(before + name, rest[len(digits) :], head)
+        return None
+
+    def body_of(self, message: bytes) -> bytes | None:
+        """None if its head is another, or if it did not come in one piece."""
+        if not message.startswith(self._before):
+            return None
+        stop = message.find(b"\r", self._begin)
+        if not message.startswith(self._after, stop):
+            return None
+        body = message[stop + len(self._after) :]
+        return body if message[self._begin : stop] == b"%d" % len(body) else None
+
+
+class Admission(msgspec.Struct):
+    """Why the requests with one head are let in."""
+
+    config: Config
+    """As long as it is this one."""
+    client: Client | None
+    lines: bytes
+    """Headers for all answers to them."""
+
+
+class BadTarget(Exception):
+    """What is asked for is no path."""
+
+
+class RequestHead:
+    """What a client asks for, before its body."""
+
+    __slots__ = (
+        "admission",
+        "fields",
+        "forwarded",
+        "headers",
+        "http_version",
+        "keep_alive",
+        "method",
+        "path",
+        "query",
+        "raw_path",
+        "target",
+    )
+
+    def __init__(self, parser: httptools.HttpRequestParser, url: bytes, headers: Headers) -> None:
+        """Raises BadTarget."""
+        self.method = parser.get_method()
+        self.http_version = parser.get_http_version()
+        self.keep_alive = self.http_version != "1.0" and parser.should_keep_alive()
+        try:
+            parsed = httptools.parse_url(url)
+        except httptools.HttpParserInvalidURLError as error:
+            raise BadTarget from error
+        if parsed.path is None or not parsed.path.isascii():
+            raise BadTarget
+        self.raw_path, self.query = parsed.path, parsed.query or b""
+        self.path = unquote(self.raw_path.decode("ascii"))
+        self.headers = headers
+        self.admission: Admission | None = None
+        self.fields: Mapping[bytes, bytes] = dict(headers)
+        self.target = self.path.encode() + (b"?" + self.query if self.query else b"")
+        """What an engine is asked for, if the path is one of an engine's: there is nothing to quote in those."""
+        self.forwarded = b"".join(b"%b: %b\r\n" % header for header in headers if header[0] in _FORWARDED)
+        """The headers that an engine gets to see, each with its end."""
+
+    @property
+    def declared(self) -> int:
+        """Bytes of the body, as far as that was said beforehand."""
+        return int(self.fields.get(b"content-length", b"0"))

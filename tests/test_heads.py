@@ -1,0 +1,132 @@
+"""Heads that were read before: what is taken without the parser is what the parser would have said."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import httptools
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from router.heads import Known
+
+LINES = st.sampled_from(
+    (
+        "Host: a\r\n",
+        "X-Content-Length: 7\r\n",
+        "Via: \nContent-Length: 3\r\n",
+        "Via: a\r\n Content-Length: 3\r\n",
+        "Content-Length: {}\r\n",
+        "content-length: {}\r\n",
+        "Content-length:{}\r\n",
+        "Content-Length: {}\n",
+        "Content-Length: {} \r\n",
+        "Content-Length: 0{}\r\n",
+        "Transfer-Encoding: chunked\r\n",
+        "Connection: close\r\n",
+        "Expect: 100-continue\r\n",
+    )
+)
+HEADS = st.lists(LINES, max_size=5).map(lambda lines: f"POST /a HTTP/1.1\r\n{''.join(lines)}\r\n")
+BODIES = st.sampled_from(("", "{}", "0\r\n\r\n", "\r\n\r\n", "Content-Length: 9\r\n\r\n", "x" * 9, "x" * 10))
+
+
+class Message(NamedTuple):
+    method: bytes
+    target: bytes
+    headers: tuple[tuple[bytes, bytes], ...]
+    body: bytes
+    may_stay: bool
+
+
+class Parsed:
+    """What the parser says, of any number of messages one after the other."""
+
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+        self._parser = httptools.HttpRequestParser(self)
+
+    def feed(self, data: bytes) -> Message | None:
+        """The message, if that is what `data` was, one and all of it."""
+        before = len(self.messages)
+        self._open = False
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError:
+            return None
+        return self.messages[-1] if len(self.messages) == before + 1 and not self._open else None
+
+    def on_message_begin(self) -> None:
+        self._open = True
+        self._target = self._body = b""
+        self._headers: list[tuple[bytes, bytes]] = []
+
+    def on_url(self, url: bytes) -> None:
+        self._target += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() != b"content-length":
+            self._headers.append((name.lower(), value))
+
+    def on_body(self, body: bytes) -> None:
+        self._body += body
+
+    def on_message_complete(self) -> None:
+        self._open = False
+        parser, headers = self._parser, tuple(self._headers)
+        stays = parser.should_keep_alive()
+        self.messages.append(Message(parser.get_method(), self._target, headers, self._body, stays))
+
+
+def message(head: str, body: str, length: int | None = None) -> bytes:
+    return (head.replace("{}", str(len(body) if length is None else length)) + body).encode()
+
+
+PLAIN = "POST /a HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n"
+
+
+@example(PLAIN, PLAIN, "{}", "x" * 10, 0)
+@given(HEADS, HEADS, BODIES, BODIES, st.integers(-2, 2))
+def test_no_message_is_known_that_the_parser_would_read_otherwise(
+    head: str, other: str, body: str, next_body: str, off_by: int
+) -> None:
+    parsed = Parsed()
+    first = message(head, body)
+    read = parsed.feed(first)
+    if read is None or not read.may_stay:
+        return  # nothing comes after it
+    known = Known.of(first, read)
+    for second in (message(head, next_body, len(next_body) + off_by), message(other, next_body)):
+        found = None if known is None else known.body_of(second)
+        if found is not None:
+            assert parsed.feed(second) == known.head._replace(body=found)
+
+
+@pytest.mark.parametrize("name", ["Content-Length", "content-length"])
+def test_the_next_message_is_known_whatever_its_length(name: str) -> None:
+    head = PLAIN.replace("Content-Length", name)
+    known = Known.of(message(head, "{}"), "the head")
+    assert known is not None
+    assert known.head == "the head"
+    for body in ("", "{}", "x" * 100_000):
+        assert known.body_of(message(head, body)) == body.encode()
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        message(PLAIN, "{}").replace(b"Host: a", b"Host: b"),
+        message(PLAIN, "{}")[:-1],
+        message(PLAIN, "{}") + message(PLAIN, "{}"),
+        message(PLAIN, "{}").replace(b": 2", b": 02"),
+        message(PLAIN, "{}").replace(b": 2", b": +2"),
+        message(PLAIN, "{}").replace(b": 2", b": 2\r\nX: y"),
+        message(PLAIN, "")[:-2],
+        b"",
+    ],
+)
+def test_all_others_are_the_parsers(second: bytes) -> None:
+    known = Known.of(message(PLAIN, "{}"), None)
+    assert known is not None
+    assert known.body_of(second) is None
