@@ -9,6 +9,8 @@ router that uses it. A file that was there before is never removed with a model.
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +20,8 @@ import msgspec
 from filelock import FileLock
 
 from router.hub import Discovery, Found, Survey
+
+_log = logging.getLogger("router")
 
 RECORD = "llama-router.json"
 _PREFIX = "models--"
@@ -101,10 +105,11 @@ def snapshot_path(cache: Path, model: PulledModel, path: str) -> Path:
 
 
 def read(cache: Path) -> dict[str, PulledModel]:
-    """All pulled models by alias, also those that were never completed. An unreadable record is an OSError."""
+    """All pulled models by alias, also those that were never completed. What cannot be read is not among them."""
     models: dict[str, PulledModel] = {}
     for folder in repositories(cache):
-        models |= _read(folder).models
+        with contextlib.suppress(OSError):  # `discover` tells of it
+            models |= _read(folder).models
     return models
 
 
@@ -133,7 +138,13 @@ def write_down(cache: Path, alias: str, model: PulledModel) -> None:
     """Add it, or put it in the place of what was pulled under that alias before, whose own files are removed."""
     folder = repository_folder(cache, model.repo)
     with _changing(folder):
-        record = _read(folder)
+        try:
+            record = _read(folder)
+        except _Damaged as error:
+            record = _Record({})
+            aside = folder / f"{RECORD}.broken"
+            os.replace(folder / RECORD, aside)
+            _log.warning("%s %s; a copy stays in %s", folder / RECORD, error.strerror, aside.name)
         before = record.models.get(alias)
         record.models[alias] = model
         _write(folder, record)
@@ -216,17 +227,26 @@ def _changing(folder: Path) -> Iterator[None]:
         yield
 
 
+class _Damaged(OSError):
+    """A record that nobody can make sense of."""
+
+
 def _read(folder: Path) -> _Record:
+    """Raises OSError."""
     try:
         return msgspec.json.decode((folder / RECORD).read_bytes(), type=_Record)
     except FileNotFoundError:
         return _Record({})
-    except msgspec.DecodeError as error:
-        raise OSError(f"{folder / RECORD} is damaged: {error}") from error
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        reason = f"is damaged ({error}): what was pulled from there has to be pulled again"
+        raise _Damaged(errno.EINVAL, reason) from error
 
 
 def _write(folder: Path, record: _Record) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     fresh = folder / f"{RECORD}.new"
-    fresh.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2))
+    with fresh.open("wb") as file:
+        file.write(msgspec.json.format(msgspec.json.encode(record), indent=2))
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(fresh, folder / RECORD)

@@ -324,6 +324,25 @@ def test_rm_leaves_what_another_program_had_brought(hub: Hub, environ: dict[str,
     assert blobs(cache) == before
 
 
+def test_a_damaged_record_of_one_repository_stops_no_pull_and_is_set_aside(
+    hub: Hub, environ: dict[str, str], cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fetch(REPO, environ)
+    record = cache / f"models--{REPO.replace('/', '--')}" / pulled.RECORD
+    record.write_bytes(b'{"models": {"a')
+    (skipped,) = pulled.discover(cache).skipped
+    assert "has to be pulled again" in skipped.reason
+    assert fetch("org/sees-GGUF:Q8_0", environ).status == "success"
+    with pytest.raises(pulled.NotPulled, match="pulled are: org/sees-GGUF:Q8_0"):
+        pulled.remove(cache, ALIAS)
+    hub.fetched.clear()
+    assert fetch(REPO, environ).status == "success"
+    assert hub.fetched == []
+    assert f"{record} is damaged" in caplog.text
+    assert record.with_name("llama-router.json.broken").read_bytes() == b'{"models": {"a'
+    assert {found.alias for found in pulled.discover(cache).models} == {ALIAS, "org/sees-GGUF:Q8_0"}
+
+
 @pytest.mark.parametrize("update", [False, True])
 def test_rm_clears_away_a_broken_download(
     hub: Hub, content: dict[str, bytes], environ: dict[str, str], cache: Path, update: bool
