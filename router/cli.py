@@ -122,6 +122,7 @@ def _add_pull_and_rm(commands: argparse._SubParsersAction[argparse.ArgumentParse
     )
     pull.add_argument("--alias", metavar="NAME", help="serve it under this name instead of USER/REPO:QUANT")
     pull.add_argument("--json", action="store_true", help="print progress as JSON, a line each")
+    pull.add_argument("--config", type=Path, metavar="FILE", help="configuration whose names it must not take")
     pull.set_defaults(run=_pull)
 
     remove = commands.add_parser(

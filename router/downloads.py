@@ -13,7 +13,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -36,9 +36,12 @@ class TooManyPulls(Exception):
 class Pull:
     """One download, running or over."""
 
-    def __init__(self, reference: repository.Reference, alias: str | None, q4_above_bytes: int) -> None:
+    def __init__(
+        self, reference: repository.Reference, alias: str | None, taken: Mapping[str, str], q4_above_bytes: int
+    ) -> None:
         self.id = uuid.uuid4().hex[:12]
         self.wanted = (reference, alias)
+        self.taken = taken
         self.q4_above_bytes = q4_above_bytes
         self.started_at = time.time()
         """Seconds since the epoch."""
@@ -71,15 +74,20 @@ class Downloads:
         self.pulls: dict[str, Pull] = {}
         self.look_again = look_again
 
-    def start(self, reference: repository.Reference, alias: str | None, q4_above_bytes: int) -> Pull:
-        """Pull a model, or join the pull that does so already. Raises TooManyPulls."""
+    def start(
+        self, reference: repository.Reference, alias: str | None, taken: Mapping[str, str], q4_above_bytes: int
+    ) -> Pull:
+        """Pull a model, or join the pull that does so already. Raises TooManyPulls.
+
+        `taken` are names of its repository under which something else is served, each with where that is from.
+        """
         running = [pull for pull in self.pulls.values() if not pull.over]
         for pull in running:
             if pull.wanted == (reference, alias) and not pull.cancelled:
                 return pull
         if len(running) >= MOST_AT_ONCE:
             raise TooManyPulls
-        pull = Pull(reference, alias, q4_above_bytes)
+        pull = Pull(reference, alias, taken, q4_above_bytes)
         over = [pull for pull in self.pulls.values() if pull.over]
         for old in over[: max(0, len(self.pulls) + 1 - _REMEMBERED)]:
             del self.pulls[old.id]
@@ -122,15 +130,17 @@ class Downloads:
             pull.tell(last, over=True)
 
 
-def _command(reference: repository.Reference, alias: str | None) -> list[str]:
+def _command(pull: Pull) -> list[str]:
     folders = [str(Path(__file__).resolve().parent.parent), *(path for path in sys.path if path)]
-    return [sys.executable, "-c", _START.format(folders=folders), str(reference), *([alias] if alias else [])]
+    reference, alias = pull.wanted
+    arguments = [str(reference), msgspec.json.encode(pull.taken).decode(), *([alias] if alias else [])]
+    return [sys.executable, "-c", _START.format(folders=folders), *arguments]
 
 
 async def _progress(pull: Pull) -> AsyncGenerator[Progress, None]:
     """What the process says. It is gone when this ends, however it ends."""
     environ = {**os.environ, "MODEL_Q4_THRESHOLD_BYTES": str(pull.q4_above_bytes)}
-    process = platforms.spawn(_command(*pull.wanted), environ, sys.stderr.fileno())
+    process = platforms.spawn(_command(pull), environ, sys.stderr.fileno())
     reader = asyncio.StreamReader(limit=_LONGEST_LINE)
     transport: asyncio.BaseTransport | None = None
     try:

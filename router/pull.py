@@ -58,9 +58,12 @@ def pull(
     *,
     environ: Mapping[str, str],
     alias: str | None = None,
+    taken: Mapping[str, str] | None = None,
     stop: threading.Event | None = None,
 ) -> Progress:
     """Fetch a model and write down that it is there; `say` gets the progress a few times a second.
+
+    `taken` are names under which something else would be served, each with where that is from.
 
     Returns the last progress: `success`, `failed` with the error, or `cancelled`. Of several processes that want
     the same file one downloads it; the others wait and find it there.
@@ -74,7 +77,10 @@ def pull(
             raise PullFailed(
                 "invalid_alias", f"{alias!r}: an alias is one or more printable characters without spaces"
             )
-        _Pull(parse(text, environ), progress, cache, environ, say, stop or threading.Event()).run(alias)
+        _check_free(alias, taken or {})
+        _Pull(parse(text, environ), progress, cache, environ, say, stop or threading.Event()).run(
+            alias, taken or {}
+        )
     except Cancelled:
         progress.status = "cancelled"
     except (BadReference, NoChoice) as error:
@@ -87,6 +93,12 @@ def pull(
     progress.eta_sec = None
     say(progress)
     return progress
+
+
+def _check_free(alias: str | None, taken: Mapping[str, str]) -> None:
+    if alias is not None and alias in taken:
+        message = f"{alias!r} is taken by a model of this name, from {taken[alias]}: give this one an alias"
+        raise PullFailed("name_taken", message)
 
 
 def _problem_of_disk(error: OSError) -> Problem:
@@ -118,11 +130,12 @@ class _Pull:
         self.stop = stop
         self.folder = pulled.repository_folder(cache, reference.repo)
 
-    def run(self, alias: str | None) -> None:
+    def run(self, alias: str | None, taken: Mapping[str, str]) -> None:
         self.say(self.progress)
         found = self.hub.find(self._wait)
         commit, choice, files = found.commit, found.choice, found.files
         alias = alias or choice.alias
+        _check_free(alias, taken)
         progress = self.progress
         progress.alias, progress.revision = alias, commit
         progress.files = [FileProgress(file.path, file.size, self._arrived(commit, file)) for file in files]
@@ -427,8 +440,11 @@ def _first_byte(response: httpx2.Response) -> int | None:
     return int(found[1]) if found else None
 
 
-def child(text: str, alias: str | None = None) -> None:
-    """In a process of the router's: progress goes to standard output as JSON lines; its end of input ends us."""
+def child(text: str, taken: str, alias: str | None = None) -> None:
+    """In a process of the router's: progress goes to standard output as JSON lines; its end of input ends us.
+
+    `taken` is a JSON document.
+    """
 
     def end_with_parent() -> None:
         while os.read(sys.stdin.fileno(), 4096):
@@ -441,4 +457,4 @@ def child(text: str, alias: str | None = None) -> None:
         sys.stdout.buffer.write(msgspec.json.encode(progress) + b"\n")
         sys.stdout.buffer.flush()
 
-    pull(text, say, environ=os.environ, alias=alias)
+    pull(text, say, environ=os.environ, alias=alias, taken=msgspec.json.decode(taken, type=dict[str, str]))

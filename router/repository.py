@@ -142,6 +142,11 @@ def permitted(
     )
 
 
+def is_of(repo: str, alias: str) -> bool:
+    """Whether an alias is one that a model of the repository has if nobody gives it another."""
+    return alias == repo or alias.startswith((f"{repo}:", f"{repo}/"))
+
+
 def quantized(reference: Reference, quantize: str) -> Reference:
     """The model in a certain quantization; AUTO leaves a reference that has one as it is. Raises BadReference."""
     if reference.quant is None and reference.file is None:

@@ -22,6 +22,7 @@ import msgspec
 from router import created, pulled, terminal
 from router.config import Config
 from router.config_load import load
+from router.config_problems import ConfigError
 from router.created import Created
 from router.creations import Creations
 from router.ollama_requests import same_name
@@ -34,12 +35,13 @@ _LINE_EVERY_SEC = 10.0
 
 
 def pull(options: argparse.Namespace) -> None:
-    """Exits with 1 if it failed, with 130 if it was broken off from the keyboard."""
+    """Exits with 1 if it failed, with 130 if it was broken off from the keyboard. Raises ConfigError."""
     from router import pull as pulling  # here, because it takes 0.3 s that `rm` need not wait for
 
     say = _Json() if options.json else _Lines()
+    taken = _configured_names(options.config)
     try:
-        ended = pulling.pull(options.model, say, environ=os.environ, alias=options.alias)
+        ended = pulling.pull(options.model, say, environ=os.environ, alias=options.alias, taken=taken)
     except KeyboardInterrupt:
         print("\nllama-router: what has arrived is kept; pull again to go on", file=sys.stderr)
         sys.stderr.flush()
@@ -47,6 +49,22 @@ def pull(options: argparse.Namespace) -> None:
     if ended.error is not None:
         print(f"llama-router: {ended.error.message}", file=sys.stderr)
         sys.exit(1)
+
+
+def _configured_names(path: Path | None) -> dict[str, str]:
+    """Names under which a pulled model would not be served, with where those who have them are from."""
+    try:
+        config = load(path, environ=os.environ, cwd=Path.cwd(), check_files=False).config
+    except ConfigError:
+        if path is not None:
+            raise
+        return {}  # models come with a config.json of their own
+    models = {name: model.source for name, model in config.models.items()}
+    aliases = {name: alias.source for name, alias in config.aliases.items() if alias.uses != name}
+    state = configured_path(config.system.state_dir, config.api.port, os.environ)
+    with contextlib.suppress(OSError):
+        models |= dict.fromkeys(created.read(state) if state is not None else {}, created.SOURCE)
+    return {**models, **aliases}
 
 
 def remove(options: argparse.Namespace) -> None:

@@ -271,6 +271,21 @@ def test_an_alias_of_another_model_is_not_taken_over(hub: Hub, environ: dict[str
     assert ended.error.code == "alias_taken"
 
 
+def test_what_would_not_be_served_under_its_name_is_not_pulled(
+    start: Start, hub: Hub, environ: dict[str, str], tmp_path: Path, tiny: Path
+) -> None:
+    other = {"models": {ALIAS: {"model_path": str(tiny)}, f"{REPO}:Q8_0": {"model_path": str(tiny)}}}
+    router = start(other, **environ)  # which writes config.json
+    for arguments in ([REPO], [f"{REPO}:Q8_0"], [REPO, "--alias", ALIAS]):
+        ended = run("pull", *arguments, environ=environ, cwd=tmp_path)
+        assert (ended.returncode, "taken by a model of this name, from config.json" in ended.stderr) == (1, True)
+    answer = router.http.post("/pull", json={"model": f"{REPO}:Q4_K_M"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "name_taken")
+    assert hub.fetched == []
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')  # some model's own
+    assert run("pull", REPO, environ=environ, cwd=tmp_path).returncode == 0
+
+
 def test_what_is_on_the_hub_is_estimated_without_a_download(
     hub: Hub, environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -559,10 +574,10 @@ def test_the_last_fifty_pulls_can_be_asked_about(there: int) -> None:
         downloads = Downloads(nobody_looks)
         reference = repository.parse(REPO, {})
         for number in range(there):
-            over = Pull(reference, f"alias-{number}", 0)
+            over = Pull(reference, f"alias-{number}", {}, 0)
             over.over = True
             downloads.pulls[over.id] = over
-        downloads.start(reference, "one-more", 0)
+        downloads.start(reference, "one-more", {}, 0)
         await downloads.shut_down()
         return [str(pull.wanted[1]) for pull in downloads.pulls.values()]
 

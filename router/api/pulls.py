@@ -34,6 +34,7 @@ _STATUS = {
     "no_such_file": 404,
     "not_found": 404,
     "alias_taken": 409,
+    "name_taken": 409,
     "checksum_mismatch": 502,
     "hub_error": 502,
     "unreachable": 502,
@@ -87,8 +88,12 @@ def begin(request: Request, model: str, alias: str | None, quantize: str | None 
         if quantize is not None:
             reference = repository.quantized(reference, quantize)
         alias = alias or listed_as
-        _check_free(alias, dispatcher.config)
-        return downloads.start(reference, alias, system.q4_threshold_bytes)
+        taken = _taken(dispatcher.config, reference.repo)
+        if alias in taken:
+            message = f"{alias!r} is taken by a model of this name, from {taken[alias]}: choose another alias."
+            raise ApiError(409, "name_taken", message, "alias")
+        taken = {name: source for name, source in taken.items() if repository.is_of(reference.repo, name)}
+        return downloads.start(reference, alias, taken, system.q4_threshold_bytes)
     except repository.BadReference as error:
         raise ApiError(400, "invalid_reference", f"{error}.", "model") from None
     except repository.NotAllowed as error:
@@ -98,12 +103,15 @@ def begin(request: Request, model: str, alias: str | None, quantize: str | None 
         raise ApiError(429, "too_many_pulls", message, retry_after_sec=30) from None
 
 
-def _check_free(alias: str | None, config: Config) -> None:
-    """Raises ApiError if what is pulled under that name would not be what is served under it."""
-    there = None if alias is None else config.aliases.get(alias) or config.models.get(alias)
-    if there is not None and there.source != "pulled":
-        message = f"{alias!r} is taken by a model of this name, from {there.source}: choose another alias."
-        raise ApiError(409, "name_taken", message, "alias")
+def _taken(config: Config, repo: str) -> dict[str, str]:
+    """Names under which what is pulled would not be what is served, with where that is from."""
+    models = {name: model.source for name, model in config.models.items()}
+    aliases = {name: alias.source for name, alias in config.aliases.items() if alias.uses != name}
+    return {
+        name: source
+        for name, source in {**models, **aliases}.items()
+        if source != "pulled" and not (source == "hf_cache" and repository.is_of(repo, name))  # the same file
+    }
 
 
 @router.post("/pull")
