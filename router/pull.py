@@ -25,7 +25,7 @@ from typing import IO
 import httpx2
 import huggingface_hub
 import msgspec
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from router import __version__, estimate, gguf, pulled
@@ -106,6 +106,8 @@ def _problem_of_disk(error: OSError) -> Problem:
     if error.errno in _NO_ROOM:
         message = f"{where}no room for more: {error.strerror}. What has arrived is kept: make room and pull again."
         return Problem("disk_full", message)
+    if error.errno == errno.ENOENT:
+        return Problem("disk_error", f"{where}was removed while it was pulled. Pull again.")
     return Problem("disk_error", f"{where}{error.strerror or error}")
 
 
@@ -267,8 +269,8 @@ class _Pull:
     def _fetch(self, commit: str, file: HubFile, progress: FileProgress) -> None:
         """Have one file in the cache, checked, under its name. Another process may be just about to."""
         blob, pointer = self.folder / "blobs" / file.blob, self._pointer(commit, file.path)
-        lock = FileLock(self.cache / ".locks" / self.folder.name / f"{file.blob}.lock")
-        for path in (Path(lock.lock_file), blob, pointer):
+        lock = pulled.blob_lock(self.folder, file.blob)
+        for path in (blob, pointer):
             path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             try:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from router.hub import Discovery, Found, Survey
 
@@ -62,6 +62,10 @@ class _Record(msgspec.Struct):
 
 class NotPulled(Exception):
     """No pulled model has that alias; the message names those there are."""
+
+
+class BeingPulled(Exception):
+    """A file of it is just being fetched."""
 
 
 def cache_folder(environ: Mapping[str, str]) -> Path | None:
@@ -155,18 +159,23 @@ def write_down(cache: Path, alias: str, model: PulledModel) -> None:
 def remove(cache: Path, alias: str) -> int:
     """Forget a pulled model and remove the files that are only its own; how many bytes that freed.
 
-    Raises NotPulled.
+    Raises NotPulled, BeingPulled.
     """
     models = read(cache)
     if alias not in models:
         known = ", ".join(sorted(models)) or "none"
         raise NotPulled(f"no model was pulled as {alias!r}; pulled are: {known}")
     folder = repository_folder(cache, models[alias].repo)
-    with _changing(folder):
+    with _changing(folder), contextlib.ExitStack() as locks:
         record = _read(folder)
         model = record.models.pop(alias, None)
         if model is None:  # somebody else was quicker
             return 0
+        for blob in sorted({file.blob for each in model.revisions for file in each.files}):
+            try:
+                locks.enter_context(blob_lock(folder, blob).acquire(timeout=0))
+            except Timeout:
+                raise BeingPulled(f"{alias!r} is being pulled: stop that first, or wait for its end") from None
         _write(folder, record)
         freed = _remove_files(folder, model, record.models.values())
     if not record.models:
@@ -216,6 +225,13 @@ def _remove_empty(folder: Path) -> None:
     left = (path for name in ("blobs", "snapshots") for path in (folder / name).rglob("*"))
     if not any(path.is_file() or path.is_symlink() for path in left):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def blob_lock(folder: Path, blob: str) -> FileLock:
+    """Held by whoever fetches a file, as `huggingface_hub` does, too."""
+    path = folder.parent / ".locks" / folder.name / f"{blob}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path)
 
 
 @contextlib.contextmanager

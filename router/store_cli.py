@@ -80,7 +80,7 @@ def remove(options: argparse.Namespace) -> None:
             freed = _remove_created(name, state, config)
         else:
             freed = _remove_pulled(name, records, config)
-    except (pulled.NotPulled, StateHeld, OSError) as error:
+    except (pulled.NotPulled, pulled.BeingPulled, StateHeld, OSError) as error:
         print(f"llama-router: {error}", file=sys.stderr)
         sys.exit(1)
     print(f"{name} is removed, {size_text(freed)} are free again")
@@ -100,7 +100,7 @@ async def _nobody_looks() -> None:
 
 
 def _remove_pulled(name: str, records: Mapping[str, Created], config: Config) -> int:
-    """Raises NotPulled, OSError."""
+    """Raises NotPulled, BeingPulled, OSError."""
     cache = pulled.cache_folder(os.environ)
     if cache is None:
         raise pulled.NotPulled("there is no home for the Hugging Face cache: set HF_HOME")

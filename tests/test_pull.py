@@ -523,6 +523,24 @@ def test_a_slow_pull_is_shared_cancelled_and_taken_up_again(
     assert router.chat(ALIAS).status_code == 200
 
 
+def test_what_is_being_pulled_is_not_removed_beneath_it(
+    start: Start, hub: Hub, environ: dict[str, str], tmp_path: Path
+) -> None:
+    router = start(**environ)
+    hub.hold_at = 0.5
+    pull_id = router.http.post("/v1/models/pull", json={"model": REPO}).json()["id"]
+    assert hub.held.wait(30)
+    eventually(lambda: router.http.get(f"/v1/models/pull/{pull_id}").json()["status"] == "downloading")
+    answer = router.http.delete(f"/v1/models/pulled/{ALIAS}")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "model_in_use")
+    assert f"DELETE /v1/models/pull/{pull_id}" in answer.json()["error"]["message"]
+    ended = run("rm", ALIAS, environ=environ, cwd=tmp_path)
+    assert (ended.returncode, "is being pulled" in ended.stderr) == (1, True)
+    hub.go_on.set()
+    eventually(lambda: router.http.get(f"/v1/models/pull/{pull_id}").json()["status"] == "success", 20)
+    assert router.http.delete(f"/v1/models/pulled/{ALIAS}").status_code == 200
+
+
 def test_a_failed_pull_says_why(start: Start, hub: Hub, environ: dict[str, str]) -> None:
     router = start(**environ)
     with router.http.stream("POST", "/v1/models/pull", json={"model": "org/absent", "stream": True}) as stream:

@@ -120,7 +120,9 @@ async def pull(request: Request) -> Response:
     return JSONResponse({"status": "success"})
 
 
-@router.delete("/api/delete", response_model=None, openapi_extra=_BODY, responses={404: {}, 415: {}, 500: {}})
+@router.delete(
+    "/api/delete", response_model=None, openapi_extra=_BODY, responses={404: {}, 409: {}, 415: {}, 500: {}}
+)
 async def delete(request: Request) -> Response:
     """Remove a pulled or created model and the files that are only its own."""
     dispatcher: Dispatcher = request.app.state.dispatcher

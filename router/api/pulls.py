@@ -171,12 +171,17 @@ async def cancel_pull(pull_id: str, request: Request) -> dict[str, Any]:
 async def remove_pulled(alias: str, request: Request) -> dict[str, Any]:
     """Remove a pulled or created model and the files that are only its own; its engine finishes its work first.
 
-    A pulled one that something was created from stays.
+    A pulled one that something was created from stays, as does one that is being pulled.
     """
     creations: Creations = request.app.state.creations
     config: Config = request.app.state.dispatcher.config
     cache = pulled.cache_folder(os.environ)
     there = config.aliases.get(alias) or config.models.get(alias)
+    downloads: Downloads = request.app.state.downloads
+    for pull in downloads.pulls.values():
+        if not pull.over and pull.progress.alias == alias:
+            message = f"{alias!r} is being pulled: cancel that first (DELETE /v1/models/pull/{pull.id})."
+            raise ApiError(409, "model_in_use", message, "model")
     try:
         removed = await creations.remove(alias)
         if removed is not None:
@@ -191,9 +196,11 @@ async def remove_pulled(alias: str, request: Request) -> dict[str, Any]:
     except pulled.NotPulled as error:
         reason = f"{alias!r} was neither pulled nor created, but is from {there.source}" if there else str(error)
         raise ApiError(404, "model_not_found", f"{reason}.", "model") from None
+    except pulled.BeingPulled as error:
+        raise ApiError(409, "model_in_use", f"{error}.", "model") from None
     except OSError as error:
         raise ApiError(500, "disk_error", f"{alias!r} could not be removed: {error}.") from None
-    await request.app.state.downloads.look_again()
+    await downloads.look_again()
     return {"status": "success", "model": alias, "freed_bytes": freed}
 
 
