@@ -113,7 +113,7 @@ class Router:
 
 
 Start = Callable[..., Router]
-_forks = lru_cache(forked.Forks)
+_forks = lru_cache(forked.Forks)  # by LD_LIBRARY_PATH
 
 
 @contextmanager
@@ -147,7 +147,7 @@ def starting(tmp_path: Path) -> Iterator[Start]:
             command, pipe = [sys.executable, str(ROOT / "run.py"), *arguments], subprocess.PIPE
             process = subprocess.Popen(command, cwd=tmp_path, env=clean, stderr=pipe, stdout=pipe, text=True)
         else:
-            process = _forks().start(arguments, tmp_path, clean)
+            process = _forks(clean.get("LD_LIBRARY_PATH", "")).start(arguments, tmp_path, clean)
         router = Router(process)
         routers.append(router)
         return router

@@ -2,7 +2,7 @@
 
 Importing takes most of the time of a start, and a run of all tests starts some two hundred routers. A fork has
 an environment, a folder and pipes of its own, and does what `run.py` does from there on, to the same exit codes.
-What an interpreter or a library reads when it starts (`LD_…`, `PYTHON…`, see `takes`) comes too late for it: such
+What an interpreter or a library reads when it starts (`PYTHON…` and more, see `takes`) comes too late for it: such
 routers are for `subprocess.Popen`, as are those of the tests that are about the start itself.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 
 _ROOT = str(Path(__file__).parent.parent)
 _LONGEST_REQUEST = 1 << 17
-_READ_EARLIER = ("LD_", "PYTHON", "OTEL_", "LANG", "LC_", "TZ")
+_READ_EARLIER = ("LD_PRELOAD", "PYTHON", "OTEL_", "LANG", "LC_", "TZ")
 
 
 def takes(environ: Mapping[str, str]) -> bool:
@@ -30,13 +30,16 @@ def takes(environ: Mapping[str, str]) -> bool:
 
 
 class Forks:
-    """Starts them, each as `python run.py ARGUMENTS…`, for as long as this process lives."""
+    """Starts them, each as `python run.py ARGUMENTS…`, for as long as this process lives.
 
-    def __init__(self) -> None:
+    All have the same `LD_LIBRARY_PATH`, which the loader reads when a program starts.
+    """
+
+    def __init__(self, library_path: str) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LONGEST_REQUEST)
         with theirs:
-            environ = {"PATH": os.defpath, "PYTHONPATH": _ROOT}
+            environ = {"PATH": os.defpath, "PYTHONPATH": _ROOT, "LD_LIBRARY_PATH": library_path}
             self._process = subprocess.Popen([sys.executable, __file__], stdin=theirs.fileno(), env=environ)
 
     def start(self, arguments: Sequence[str], cwd: Path, environ: Mapping[str, str]) -> Forked:
