@@ -212,11 +212,12 @@ def fake(tmp_path: Path, **behaviour: str) -> str:
 
 
 def eventually(condition: Callable[[], bool], timeout_sec: float = 10) -> None:
-    """For what no event announces, such as a process that is gone."""
-    deadline = time.monotonic() + timeout_sec
+    """For what no event announces, such as a process that is gone. It is looked for less often as time goes by."""
+    since = time.monotonic()
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
+        waited_sec = time.monotonic() - since
+        assert waited_sec < timeout_sec, "it did not happen in time"
+        time.sleep(min(0.01 + waited_sec / 10, 0.1))
 
 
 @pytest.fixture

@@ -156,7 +156,7 @@ class Load:
         with httpx.Client(base_url=self._router.url, headers=headers, timeout=60) as http:
             while not self._over.is_set():
                 act(http, alias)
-                self._over.wait(0.1)  # people who read what they get
+                self._over.wait(0.3)  # people who read what they get
 
     def _body(self, alias: str, **more: Any) -> dict[str, Any]:
         content = "The same words at the beginning of every prompt, so that a part of it is in the cache. " * 2
@@ -233,6 +233,8 @@ def test_every_query_we_ship_returns_data_on_a_real_prometheus(
 
     assert promtool("check", "config", server.config).returncode == 0
 
+    # It lets seconds pass before it asks anybody for the first time.
+    eventually(lambda: server.query("up") == [1.0], timeout_sec=30)
     load = Load(router)
     try:
         asked = {place: query for place, query in expressions().items() if place not in SILENT}
@@ -245,7 +247,7 @@ def test_every_query_we_ship_returns_data_on_a_real_prometheus(
             )
             open_ = {place: query for place, query in open_.items() if not server.query(query)}
             crash.attempt()
-            time.sleep(0.1)  # there is nothing new to be asked for between two scrapes
+            time.sleep(0.5)  # there is nothing new to be asked for between two scrapes
     finally:
         load.stop()
     for name in SILENT:
