@@ -333,7 +333,7 @@ class System(Section):
         default=None,
         min_length=1,
         description="Folder that also gets what engines say, a file per alias, turned over at 10 MiB; three "
-        "older ones are kept.",
+        "older ones are kept. A relative one starts from the folder of the configuration file.",
     )
 
     parallel_requests: PositiveCount | None = Field(

@@ -538,8 +538,9 @@ class _Draft:
             changes["llama_server_path"] = str(binary)
             self.check_file(path, binary, _wrong_with_program)
         changes["base_models_path"] = str(self.models_folder())
-        if system.state_dir:
-            changes["state_dir"] = str(self.resolve(system.state_dir, self.base_of(("system", "state_dir"))))
+        for key in ("state_dir", "log_dir"):
+            if folder := getattr(system, key):
+                changes[key] = str(self.resolve(folder, self.base_of(("system", key))))
         return system.model_copy(update=changes)
 
     def model(self, alias: str, system: System) -> ModelConfig | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import shutil
 import socket
 import time
@@ -98,11 +97,9 @@ class NoEngine(Exception):
 def find_binary(configured: str | None) -> Binary:
     """The engine to use. Raises NoEngine when a configured one is not there or none can be found."""
     if configured is not None:
-        path = shutil.which(configured) or configured
-        if not Path(path).is_file():
-            raise NoEngine(f"llama_server_path: there is no file {configured}")
-        if not os.access(path, os.X_OK):
-            raise NoEngine(f"llama_server_path: {configured} is not executable")
+        path = shutil.which(configured)
+        if path is None:
+            raise NoEngine(f"llama_server_path: there is no program {configured}, or it is not executable")
         return Binary((str(Path(path).absolute()),), "llama-server", "configured")
     if on_path := shutil.which("llama-server"):
         return Binary((on_path,), "llama-server", "on PATH")

@@ -75,7 +75,6 @@ def set_up(*, debug: bool, structured: bool | None, log_dir: Path | None = None)
     Raises OSError when `log_dir` cannot be made.
     """
     if log_dir is not None:
-        log_dir = log_dir.absolute()  # wherever we are when a file is opened
         log_dir.mkdir(parents=True, exist_ok=True)
     if structured is None:
         structured = not sys.stderr.isatty()

@@ -126,7 +126,7 @@ def serve(load: Callable[[Path | None], Loaded]) -> None:
 
 
 def _set_up_logs(system: System) -> Logs:
-    log_dir = Path(system.log_dir).expanduser() if system.log_dir is not None else None
+    log_dir = Path(system.log_dir) if system.log_dir is not None else None
     try:
         return logs.set_up(debug=system.debug, structured=system.structured_logs, log_dir=log_dir)
     except OSError as error:

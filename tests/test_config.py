@@ -216,7 +216,8 @@ def test_a_variable_that_is_wrong_is_named(tmp_path: Path) -> None:
 def test_paths_in_the_file_start_from_its_folder_and_others_from_the_working_directory(tmp_path: Path) -> None:
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc/router.yaml").write_text(
-        "system: {base_models_path: ../models, llama_server_path: bin/llama-server}\n"
+        "system: {base_models_path: ../models, llama_server_path: bin/llama-server, "
+        "log_dir: log, state_dir: state}\n"
         "models: {a: {model_path: a.gguf}, b: {model_path: ~/b.gguf}, c: {model_path: /c.gguf}}\n"
     )
     path = Path("etc/router.yaml")
@@ -224,8 +225,12 @@ def test_paths_in_the_file_start_from_its_folder_and_others_from_the_working_dir
     assert config.system.llama_server_path == str(tmp_path / "etc/bin/llama-server")
     paths = [entry.model_path for entry in config.models.values()]
     assert paths == [tmp_path / "models/a.gguf", Path("/home/ann/b.gguf"), Path("/c.gguf")]
-    config = loaded(tmp_path, path=path, environ={"BASE_MODELS_PATH": "store"}).config
+    assert config.system.log_dir == str(tmp_path / "etc/log")
+    assert config.system.state_dir == str(tmp_path / "etc/state")
+    environ = {"BASE_MODELS_PATH": "store", "LLAMA_ROUTER__SYSTEM__LOG_DIR": "log"}
+    config = loaded(tmp_path, path=path, environ=environ).config
     assert config.models["a"].model_path == tmp_path / "store/a.gguf"
+    assert config.system.log_dir == str(tmp_path / "log")
 
 
 # --- how files are read ---------------------------------------------------------------------------------------
