@@ -21,6 +21,7 @@ from router.api import creations as creating
 from router.api import live, memory, models, monitoring, ollama, openai, page, pulls
 from router.api.auth import OPEN_PATHS, Keyring
 from router.api.browsers import Browsers
+from router.api.cards import Cards
 from router.api.errors import ApiError
 from router.api.live import Live
 from router.api.openapi import describe
@@ -100,6 +101,7 @@ def _pages(
     app.state.reload = reload
     app.state.downloads = downloads
     app.state.creations = creations
+    app.state.cards = Cards()
     app.state.metrics = Metrics(dispatcher)
     app.state.live = Live(dispatcher)
     app.state.telemetry = Telemetry(dispatcher.events, time.monotonic)

@@ -41,6 +41,7 @@ from router.launcher import LocalLauncher, find_binary
 from router.learning import Entry, Learned
 from router.leftovers import EngineRecord
 from router.logs import Logs
+from router.looks import Looks
 from router.platforms import allow_many_files, notice_vanished_peers, reap_orphans
 from router.routing import DATA_PLANE
 from router.sizing import EngineKind
@@ -262,6 +263,7 @@ class _Service:
         self._keyring = Keyring(config.api)
         self._creations = Creations(state, self.look_again)
         self._reloading = asyncio.Lock()
+        self._looks = Looks()
         self._reloads: asyncio.Task[None] | None = None
         self._reload_wanted = False
         self._look_failed = ""
@@ -320,7 +322,7 @@ class _Service:
     async def reload(self) -> dict[str, Any]:
         """Read the configuration again and go by it. Raises ConfigError and then changes nothing."""
         async with self._reloading:
-            loaded = await asyncio.to_thread(self._load)
+            loaded = await self._looks.take(self._load, self._places())
             before, after = self._loaded.config, loaded.config
             self._keyring.set(after.api)
             self._dispatcher.apply(after)
@@ -339,7 +341,7 @@ class _Service:
         async with self._reloading:
             before = self._loaded
             try:
-                loaded = await asyncio.to_thread(before.look_again)
+                loaded = await self._looks.take(before.look_again, self._places())
             except ConfigError as error:
                 if str(error) != self._look_failed:
                     _log.error("the folders of models cannot be read, the models stay as they were:\n%s", error)
@@ -355,6 +357,15 @@ class _Service:
             if warning not in before.warnings:
                 _log.warning("%s", warning)
         return loaded.settling
+
+    def _places(self) -> set[Path]:
+        """Where the files of the configuration and of its models are."""
+        loaded = self._loaded
+        files = (
+            *([loaded.source] if loaded.source else []),
+            *(m.model_path for m in loaded.config.models.values()),
+        )
+        return {*loaded.folders, *(file.parent for file in files)}
 
     def _terminate(self) -> None:
         if self._stop.is_set():

@@ -13,9 +13,11 @@ import math
 import stat
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from router.hub import SETTLE_SEC
+from router.readings import apart
 
 _log = logging.getLogger("router")
 
@@ -37,7 +39,7 @@ async def watch(folders: Callable[[], Sequence[Path]], look: Callable[[], Awaita
     While `look` returns True, something there is still in motion, and it is called again after `SETTLE_SEC`.
     """
     while True:
-        there = _those_there(folders())
+        there = await apart(partial(_those_there, folders()))
         try:
             await _look_until_settled(look)
             if there:
@@ -70,7 +72,7 @@ async def _watch_these(
     looked_sec = -math.inf  # what has changed since the last look and before the system listens is told by nobody
     async for changed in changes:
         made_anew = any(Path(path) in paths for _, path in changed)  # perhaps with the inode of the one before
-        if made_anew or there != _those_there(folders()):
+        if made_anew or there != await apart(partial(_those_there, folders())):
             return
         if changed or time.monotonic() - looked_sec >= _UNTOLD_SEC:
             await _look_until_settled(look)
@@ -78,6 +80,7 @@ async def _watch_these(
 
 
 def _those_there(folders: Sequence[Path]) -> _There:
+    """Blocks for as long as a disk does not answer."""
     there: _There = []
     for folder in folders:
         with contextlib.suppress(OSError):

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import Router, Start, eventually, fake, models
 
@@ -184,20 +185,33 @@ signal.pause()
 """With a lease on a file, whoever else opens it is kept waiting, as by a network drive whose server is gone."""
 
 
+def threads(router: Router) -> int:
+    return psutil.Process(router.process.pid).num_threads()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="there are no leases")
 def test_a_disk_that_hangs_keeps_the_router_neither_from_serving_nor_from_ending(
     start: Start, tiny: Path, tmp_path: Path
 ) -> None:
-    stuck = shutil.copy(tiny, tmp_path / "stuck.gguf")
+    stuck = Path(shutil.copy(tiny, tmp_path / "stuck.gguf"))
     router = start({"models": {**models(stuck, "stuck"), **models(tiny, "good")}})
     argv = [sys.executable, "-c", HOLDS_FILE, str(stuck)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE) as holder, ThreadPoolExecutor(1) as client:
         try:
             assert holder.stdout is not None
             assert holder.stdout.readline() == b"held\n"
+            before = threads(router)
             asked = client.submit(router.chat, "stuck")
             eventually(lambda: router.status("stuck")["why_waiting"] == "its file is being looked at")
-            assert {card["id"] for card in router.http.get("/v1/models").json()["data"]} == {"stuck", "good"}
+            for _ in range(2):  # the second time it is not even waited for
+                cards = {card["id"]: card for card in router.http.get("/v1/models").json()["data"]}
+                assert [alias for alias, card in cards.items() if "size" in card] == ["good"]
+                listed = {model["name"]: model["size"] for model in router.http.get("/api/tags").json()["models"]}
+                assert (listed["stuck:latest"], listed["good:latest"]) == (0, tiny.stat().st_size)
+            shown = router.http.post("/api/show", json={"model": "stuck"})
+            assert (shown.status_code, str(stuck.parent) in shown.json()["error"]) == (500, True)
+            assert router.http.get("/v1/models/stuck").json()["status"] == "off"
+            assert threads(router) - before <= 3
             assert router.chat("good", headers={"X-Request-Priority": "high"}).status_code == 200
             assert router.stop(timeout_sec=10) == 0
             assert asked.result().status_code == 503
@@ -206,11 +220,13 @@ def test_a_disk_that_hangs_keeps_the_router_neither_from_serving_nor_from_ending
 
 
 def test_an_engine_that_does_not_take_its_flags_is_started_once(start: Start, tiny: Path) -> None:
-    router = start({"models": models(tiny, "a", flags=["--nonsense"])})
+    router = start({"models": models(tiny, "a", flags=["--nonsense"]) | models(tiny, "b", flags=["-c", "many"])})
     answer = router.chat("a")
     assert answer.status_code == 503
     assert "--nonsense" in answer.json()["error"]["message"]
     assert 'router_engine_exits_total{model="a",reason="load_failed"} 1\n' in router.http.get("/metrics").text
+    for path, key in (("/v1/models", "data"), ("/api/tags", "models")):
+        assert len(router.http.get(path).json()[key]) == 2
 
 
 def test_streams_in_flight_finish_before_the_router_goes(start: Start, tiny: Path, tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ from fastapi import APIRouter, Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
+from router.api.cards import card_of
 from router.api.errors import ApiError
 from router.api.ollama import read_body, template_of
-from router.api.openai import card_of
 from router.blobs import Blobs, Upload, WrongDigest, hexadecimal
 from router.config import Config, ModelConfig
 from router.created import Created, Example
@@ -32,6 +32,7 @@ from router.gguf import GGUF
 from router.hub import Survey
 from router.ollama_options import load_flags, request_parameters, unknown_options
 from router.ollama_requests import alias_of, same_name
+from router.readings import apart
 from router.routing import model_of
 
 router = APIRouter(tags=["Ollama"])
@@ -125,7 +126,7 @@ async def create(request: Request) -> Response:
         basis, status = await asyncio.to_thread(_basis_of_files, asked.files, creations), "parsing GGUF"
     else:
         raise ApiError(400, "invalid_request", "neither 'from' or 'files' was specified")
-    await _put(name, await asyncio.to_thread(_changed, basis, asked, creations, config), request)
+    await _put(name, await apart(lambda: _changed(basis, asked, creations, config)), request)
     if asked.stream is False:
         return JSONResponse({"status": "success"})
     lines = [msgspec.json.encode({"status": text}) + b"\n" for text in (status, "writing manifest", "success")]

@@ -19,15 +19,15 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from router import gguf
 from router.api import pulls
+from router.api.cards import Card, Cards, card_of, header_of
 from router.api.errors import ApiError
-from router.api.openai import card_of, header_of
 from router.config import AliasConfig, Config, ModelConfig
 from router.created import Created
 from router.creations import Creations
 from router.devices import HOST
 from router.dispatcher import Dispatcher
 from router.downloads import Pull
-from router.flags import Flags
+from router.flags import FlagError, Flags
 from router.gguf import GGUF, ArrayStub, GGUFError
 from router.ollama_options import as_options, option_lines
 from router.ollama_requests import alias_of, listed_name, same_name
@@ -74,7 +74,7 @@ async def version() -> dict[str, str]:
 async def tags(request: Request) -> dict[str, Any]:
     """Every alias, loaded or not."""
     dispatcher: Dispatcher = request.app.state.dispatcher
-    return {"models": await _listed([_known(name, request) for name in dispatcher.config.names])}
+    return {"models": await _listed([_known(name, request) for name in dispatcher.config.names], request)}
 
 
 @router.get("/api/ps")
@@ -86,11 +86,12 @@ async def running(request: Request) -> dict[str, Any]:
     loaded = [model for alias, model in models.items() if state(alias) in ("ready", "draining")]
     states = [_residency(dispatcher, model.alias) for model in loaded]
     placed = [replace(model, flags=_flags_of_engine(dispatcher, model)) for model in loaded]
-    entries = await _listed([_known(model.alias, request) for model in loaded])
-    contexts = await apart(lambda: [card_of(model).get("context_length") for model in placed])
+    entries = await _listed([_known(model.alias, request) for model in loaded], request)
+    cards: Cards = request.app.state.cards
+    now = await cards.of(placed)
     entries = [
-        {**entry, **state, "context_length": context}
-        for entry, state, context in zip(entries, states, contexts, strict=True)
+        {**entry, **state, "context_length": now[model.alias].get("context_length")}
+        for entry, state, model in zip(entries, states, placed, strict=True)
     ]
     return {"models": sorted(entries, key=lambda entry: str(entry["expires_at"]), reverse=True)}
 
@@ -100,9 +101,13 @@ async def show(request: Request) -> dict[str, Any]:
     """One model: what its file says of it, and what its name adds to that."""
     asked = await _named(request)
     known = _known(asked.model or "", request)
+    cards: Cards = request.app.state.cards
+    await cards.of([known.model])
+    if cards.hangs(known.model):
+        raise ApiError(500, "model_failed", f"{known.model.model_path.parent} does not answer: is its disk there?")
     try:
         return await apart(lambda: _described(known))
-    except (OSError, GGUFError) as error:
+    except (OSError, GGUFError, FlagError) as error:
         raise ApiError(500, "model_failed", f"{known.name!r} cannot be read: {error}") from None
 
 
@@ -178,9 +183,8 @@ class _Known(NamedTuple):
     def name(self) -> str:
         return self.model.alias if self.named is None else self.named.alias
 
-    @property
-    def modified_at(self) -> str:
-        return _moment(card_of(self.model)["created"] if self.made is None else self.made.created_at)
+    def modified_at(self, card: Card) -> str:
+        return _moment(card["created"] if self.made is None else self.made.created_at)
 
 
 def _known(name: str, request: Request) -> _Known:
@@ -191,17 +195,18 @@ def _known(name: str, request: Request) -> _Known:
     return _Known(model_of(alias, config), config.aliases.get(alias), creations.named(alias, config))
 
 
-async def _listed(names: list[_Known]) -> list[dict[str, Any]]:
-    return await apart(lambda: [_entry(known) for known in names])
+async def _listed(names: list[_Known], request: Request) -> list[dict[str, Any]]:
+    cards: Cards = request.app.state.cards
+    models = await cards.of(known.model for known in names)
+    return [_entry(known, models[known.model.alias]) for known in names]
 
 
-def _entry(known: _Known) -> dict[str, Any]:
-    card = card_of(known.model)
+def _entry(known: _Known, card: Card) -> dict[str, Any]:
     name = listed_name(known.name)
     return {
         "name": name,
         "model": name,
-        "modified_at": known.modified_at,
+        "modified_at": known.modified_at(card),
         "size": card.get("size", 0),
         "digest": hashlib.sha256(_identity(known, card)).hexdigest(),
         "details": _details(known, card),
@@ -210,14 +215,14 @@ def _entry(known: _Known) -> dict[str, Any]:
     }
 
 
-def _identity(known: _Known, card: dict[str, Any]) -> bytes:
+def _identity(known: _Known, card: Card) -> bytes:
     """The same for names of which nobody can tell the difference."""
     named = known.named
     changes = () if named is None or not named.rewrites else replace(named, alias="", description="", source="")
     return f"{known.model.model_path} {known.model.flags} {card['created']} {changes}".encode()
 
 
-def _details(known: _Known, card: dict[str, Any]) -> dict[str, Any]:
+def _details(known: _Known, card: Card) -> dict[str, Any]:
     family = card.get("architecture") or ""
     return {
         "parent_model": known.model.alias if known.name != known.model.alias else "",
@@ -264,7 +269,7 @@ def _described(known: _Known) -> dict[str, Any]:
         "system": named.system_prompt,
         "messages": list(named.messages),
         "license": "\n".join(licenses) or str(header.metadata.get("general.license", "")),
-        "modified_at": known.modified_at,
+        "modified_at": known.modified_at(card),
         "details": _details(known, card),
         "model_info": _metadata(header),
         "projector_info": _metadata(gguf.read(Path(projector.text))) if projector is not None else None,

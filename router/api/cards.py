@@ -1,0 +1,132 @@
+"""What is known of models without loading them: a card for each, from its file's header and its flags.
+
+A disk that hangs keeps nobody waiting for long: its models have the cards that they had before, or what is
+configured of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from router import gguf
+from router.config import ModelConfig
+from router.flags import FlagError, Flags
+from router.readings import apart
+
+Card = dict[str, Any]
+
+LOOK_SEC = 2.0
+"""How long whoever asks waits for a disk; for several, twice as long."""
+_MOST_KNOWN = 10_000
+
+
+class Cards:
+    """Looks at the models' files. A folder that keeps a look waiting is left alone until that look has ended."""
+
+    def __init__(self) -> None:
+        self._known: dict[ModelConfig, Card] = {}
+        self._hanging: dict[Path, asyncio.Task[None]] = {}
+
+    async def of(self, models: Iterable[ModelConfig]) -> dict[str, Card]:
+        """By alias."""
+        models = list({model.alias: model for model in models}.values())
+        cards = {model.alias: self._known.get(model) or _configured(model) for model in models}
+        until_sec = time.monotonic() + 2 * LOOK_SEC
+        left = models
+        while left := [model for model in left if not self.hangs(model)]:
+            look = _Look(left, cards)
+            task = asyncio.create_task(apart(look.take))
+            left_sec = until_sec - time.monotonic()
+            await asyncio.wait({task}, timeout=max(0.0, min(LOOK_SEC, left_sec)))
+            if task.done():
+                task.result()
+                break
+            self._hanging[look.at.model_path.parent] = task
+            left = left[left.index(look.at) :]
+        if len(self._known) > _MOST_KNOWN:
+            self._known.clear()
+        self._known.update((model, cards[model.alias]) for model in models)
+        return {alias: dict(card) for alias, card in cards.items()}
+
+    def hangs(self, model: ModelConfig) -> bool:
+        """Whether nothing can be said of its file just now."""
+        task = self._hanging.get(model.model_path.parent)
+        if task is not None and task.done():
+            del self._hanging[model.model_path.parent]
+            return False
+        return task is not None
+
+
+class _Look:
+    """At one model after the other; `at` is the one whose turn it is."""
+
+    def __init__(self, models: list[ModelConfig], cards: dict[str, Card]) -> None:
+        self.at = models[0]
+        self._models = models
+        self._cards = cards
+
+    def take(self) -> None:
+        for model in self._models:
+            self.at = model
+            self._cards[model.alias] = card_of(model)
+
+
+def card_of(model: ModelConfig) -> Card:
+    """Reads its file's header, so it may block."""
+    card = _configured(model)
+    try:
+        card["created"] = int(model.model_path.stat().st_mtime)
+        header = header_of(model)
+        flags = Flags(model.flags)
+        capabilities = _capabilities(flags, header)
+        given = flags.integer("ctx-size", 0)
+        context = given or header.context_length
+        # Without a size in its flags, each slot gets all that the model was trained for, as far as memory allows.
+        if context and not flags.kv_unified and (given or model.footprint_mb is not None):
+            context //= flags.slots
+    except (OSError, gguf.GGUFError, FlagError):
+        return card
+    return {
+        **card,
+        "n_ctx": context,
+        "context_length": context,
+        "size": header.file_bytes,
+        "parameters": header.parameter_count,
+        "quantization": header.quantization,
+        "architecture": header.architecture,
+        "capabilities": capabilities,
+    }
+
+
+def _configured(model: ModelConfig) -> Card:
+    card: Card = {"id": model.alias, "object": "model", "created": 0, "owned_by": "llama-router"}
+    card["source"] = model.source
+    if model.description:
+        card["description"] = model.description
+    return card
+
+
+def _capabilities(flags: Flags, header: gguf.GGUF) -> list[str]:
+    """What its engine, started with these flags, can be asked for."""
+    if flags.switch("rerank", False):
+        return ["rerank"]
+    if flags.switch("embedding", False):
+        return ["embedding"]
+    projector = flags.last("mmproj")
+    return list(gguf.capabilities(header, gguf.read(Path(projector.text)) if projector else None))
+
+
+def header_of(model: ModelConfig) -> gguf.GGUF:
+    """Of its file. Raises OSError and GGUFError."""
+    stat = model.model_path.stat()
+    return _header(model.model_path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=1024)
+def _header(path: Path, _mtime_ns: int, _size: int) -> gguf.GGUF:
+    return gguf.read(path, require_data=False)

@@ -1,0 +1,53 @@
+"""What happens to a look at files that a disk keeps from ending. Its disk is a thread that waits."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+
+import pytest
+
+from router.looks import DiskHangs, Looks
+
+
+def test_a_look_that_hangs_is_told_and_keeps_no_further_ones_once_it_has_ended(tmp_path: Path) -> None:
+    async def story() -> None:
+        looks, back = Looks(silent_sec=0.01, longest_sec=0.05), threading.Event()
+        threads = threading.active_count()
+        for _ in range(3):
+            with pytest.raises(DiskHangs, match=f"a file in {tmp_path} could not be read"):
+                await looks.take(back.wait, [tmp_path])
+        assert threading.active_count() == threads + 1
+        back.set()
+        assert await looks.take(lambda: "all", [tmp_path]) == "all"
+
+    asyncio.run(story())
+
+
+def test_a_folder_of_which_nothing_can_be_told_is_named(tmp_path: Path) -> None:
+    back = threading.Event()
+
+    class Gone(type(tmp_path)):  # type: ignore[misc]
+        """On a drive whose server does not answer."""
+
+        def exists(self) -> bool:
+            return back.wait()
+
+    async def story() -> None:
+        gone = Gone("/nfs/models")
+        with pytest.raises(DiskHangs, match="/nfs/models does not answer"):
+            await Looks(silent_sec=0.01).take(back.wait, [tmp_path, gone])
+        back.set()
+
+    asyncio.run(story())
+
+
+def test_a_slow_disk_is_waited_for(tmp_path: Path) -> None:
+    told = threading.Event()
+
+    async def story() -> bool:
+        asyncio.get_running_loop().call_later(0.05, told.set)
+        return await Looks(silent_sec=0.01).take(told.wait, [tmp_path])
+
+    assert asyncio.run(story())
