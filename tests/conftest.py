@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -112,8 +112,29 @@ class Router:
         return "".join(self.output)
 
 
-Start = Callable[..., Router]
 _forks = lru_cache(forked.Forks)  # by LD_LIBRARY_PATH
+
+
+def fork(command: Sequence[str], cwd: Path, environ: Mapping[str, str]) -> forked.Forked:
+    """`python COMMAND…`, forked from a process that has imported the router."""
+    return _forks(environ.get("LD_LIBRARY_PATH", "")).start(command, cwd, environ)
+
+
+def run(*arguments: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    """A command of the router's, such as `check`, to its end."""
+    clean = {"PATH": "/usr/bin:/bin", "HOME": str(cwd), "PYTHONPATH": str(ROOT), **environ}
+    command = [str(ROOT / "run.py"), *arguments]
+    process = fork(command, cwd, clean)
+    process.stdin.close()
+    said: list[str] = []
+    reader = threading.Thread(target=lambda: said.append(process.stderr.read()))
+    reader.start()
+    printed = process.stdout.read()
+    reader.join()
+    return subprocess.CompletedProcess(command, process.wait(30), printed, *said)
+
+
+Start = Callable[..., Router]
 
 
 @contextmanager
@@ -142,12 +163,15 @@ def starting(tmp_path: Path) -> Iterator[Start]:
         if "base_port" not in (config or {}).get("system", {}):
             clean["LLAMA_ROUTER__SYSTEM__BASE_PORT"] = str(BASE_PORT)
         clean |= environ
+        command = [str(ROOT / "run.py"), *arguments]
         process: subprocess.Popen[str] | forked.Forked
         if from_scratch or not forked.takes(environ):
-            command, pipe = [sys.executable, str(ROOT / "run.py"), *arguments], subprocess.PIPE
-            process = subprocess.Popen(command, cwd=tmp_path, env=clean, stderr=pipe, stdout=pipe, text=True)
+            pipe = subprocess.PIPE
+            process = subprocess.Popen(
+                [sys.executable, *command], cwd=tmp_path, env=clean, stderr=pipe, stdout=pipe, text=True
+            )
         else:
-            process = _forks(clean.get("LD_LIBRARY_PATH", "")).start(arguments, tmp_path, clean)
+            process = fork(command, tmp_path, clean)
         router = Router(process)
         routers.append(router)
         return router

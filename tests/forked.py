@@ -1,16 +1,18 @@
-"""Processes of the router that are forked from one which has imported it, and so need not do that again.
+"""Python programs that are forked from a process which has imported the router, and so need not do that again.
 
 Importing takes most of the time of a start, and a run of all tests starts some two hundred routers. A fork has
-an environment, a folder and pipes of its own, and does what `run.py` does from there on, to the same exit codes.
+an environment, a folder and pipes of its own, and runs `run.py` from its first line on, to the same exit codes.
 What an interpreter or a library reads when it starts (`PYTHON…` and more, see `takes`) comes too late for it: such
-routers are for `subprocess.Popen`, as are those of the tests that are about the start itself.
+programs are for `subprocess.Popen`, as are those of the tests that are about the start itself.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
+import runpy
 import select
 import signal
 import socket
@@ -30,7 +32,7 @@ def takes(environ: Mapping[str, str]) -> bool:
 
 
 class Forks:
-    """Starts them, each as `python run.py ARGUMENTS…`, for as long as this process lives.
+    """Starts them, for as long as this process lives.
 
     All have the same `LD_LIBRARY_PATH`, which the loader reads when a program starts.
     """
@@ -42,26 +44,30 @@ class Forks:
             environ = {"PATH": os.defpath, "PYTHONPATH": _ROOT, "LD_LIBRARY_PATH": library_path}
             self._process = subprocess.Popen([sys.executable, __file__], stdin=theirs.fileno(), env=environ)
 
-    def start(self, arguments: Sequence[str], cwd: Path, environ: Mapping[str, str]) -> Forked:
-        ours, theirs = socket.socketpair()
-        out, into_out = os.pipe()
-        err, into_err = os.pipe()
-        request = json.dumps([list(arguments), str(cwd), dict(environ)]).encode()
-        socket.send_fds(self._control, [request], [theirs.fileno(), into_out, into_err])
-        theirs.close()
-        os.close(into_out)
-        os.close(into_err)
-        return Forked(ours, out, err)
+    def start(self, command: Sequence[str], cwd: Path, environ: Mapping[str, str]) -> Forked:
+        """`python COMMAND…`, the first of which is the path of a program."""
+        ours, teller = socket.socketpair()
+        from_stdin, stdin = os.pipe()
+        stdout, into_stdout = os.pipe()
+        stderr, into_stderr = os.pipe()
+        request = json.dumps([list(command), str(cwd), dict(environ)]).encode()
+        theirs = [teller.fileno(), from_stdin, into_stdout, into_stderr]
+        socket.send_fds(self._control, [request], theirs)
+        teller.close()
+        for descriptor in theirs[1:]:
+            os.close(descriptor)
+        return Forked(ours, stdin, stdout, stderr)
 
 
 class Forked:
     """What of `subprocess.Popen` tests use, for a process that is somebody else's child."""
 
-    def __init__(self, teller: socket.socket, out: int, err: int) -> None:
+    def __init__(self, teller: socket.socket, stdin: int, stdout: int, stderr: int) -> None:
         self._teller = teller.makefile("r")
         self._socket = teller
-        self.stdout = os.fdopen(out)
-        self.stderr = os.fdopen(err)
+        self.stdin = os.fdopen(stdin, "w", buffering=1)
+        self.stdout = os.fdopen(stdout)
+        self.stderr = os.fdopen(stderr)
         self.pid = int(self._teller.readline())
         self.returncode: int | None = None
 
@@ -105,13 +111,13 @@ def _fork_on_demand() -> None:
             _tell_ends(tellers)
         if control not in readable:
             continue
-        request, descriptors, _, _ = socket.recv_fds(control, _LONGEST_REQUEST, 3)
+        request, descriptors, _, _ = socket.recv_fds(control, _LONGEST_REQUEST, 4)
         if not request:
             os._exit(0)
-        teller = socket.socket(fileno=descriptors[0])
+        teller, files = socket.socket(fileno=descriptors[0]), descriptors[1:]
         if pid := os.fork():
-            os.close(descriptors[1])
-            os.close(descriptors[2])
+            for descriptor in files:
+                os.close(descriptor)
             teller.send(b"%d\n" % pid)
             tellers[pid] = teller
             continue
@@ -120,7 +126,7 @@ def _fork_on_demand() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for mine in (control, woken, wakes, teller, *tellers.values()):
             mine.close()
-        _become(*json.loads(request), *descriptors[1:])
+        _become(*json.loads(request), files)
         return
 
 
@@ -133,22 +139,24 @@ def _tell_ends(tellers: dict[int, socket.socket]) -> None:
             teller.send(b"%d\n" % os.waitstatus_to_exitcode(status))
 
 
-def _become(arguments: list[str], cwd: str, environ: dict[str, str], out: int, err: int) -> None:
+def _become(command: list[str], cwd: str, environ: dict[str, str], files: list[int]) -> None:
     os.environ.clear()
     os.environ.update(environ)
     os.chdir(cwd)
-    sys.argv = ["run.py", *arguments]
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for number, descriptor in enumerate((nothing, out, err)):
+    sys.argv = command
+    for number, descriptor in enumerate(files):
         os.dup2(descriptor, number)
         os.close(descriptor)
     sys.stdout = os.fdopen(1, "w", closefd=False)  # the one that was there may have been a file, and remembers it
 
 
 if __name__ == "__main__":
+    import router.config_cli
     import router.serve
-    from router.__main__ import main
 
+    assert router.config_cli
     assert router.serve
+    gc.collect()
+    gc.freeze()
     _fork_on_demand()
-    main()
+    runpy.run_path(sys.argv[0], run_name="__main__")

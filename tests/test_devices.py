@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, eventually
+from conftest import ROOT, eventually, fork
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from played_nvml import (
@@ -47,20 +47,11 @@ class Asker:
     """A process of its own that reads devices, with NVIDIA's library played if `environ` says so."""
 
     def __init__(self, environ: dict[str, str], gpu_devices: Sequence[int] | None, root: Path) -> None:
-        self._process = subprocess.Popen(
-            [
-                *(sys.executable, str(ROOT / "tests" / "ask_devices.py")),
-                json.dumps({"gpu_devices": gpu_devices, "root": str(root)}),
-            ],
-            env={"PATH": os.defpath, "PYTHONPATH": str(ROOT), **environ},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-        )
+        options = json.dumps({"gpu_devices": gpu_devices, "root": str(root)})
+        clean = {"PATH": os.defpath, "PYTHONPATH": str(ROOT), **environ}
+        self._process = fork([str(ROOT / "tests" / "ask_devices.py"), options], Path("/"), clean)
         self.log: list[str] = []
-        self._reader = threading.Thread(target=lambda: self.log.extend(self._process.stderr or ()), daemon=True)
+        self._reader = threading.Thread(target=lambda: self.log.extend(self._process.stderr), daemon=True)
         self._reader.start()
 
     def read(self, deadline_sec: float = 30) -> dict[str, Any]:
@@ -73,8 +64,6 @@ class Asker:
         return self._ask({"pids": pids, "deadline_sec": 30})
 
     def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(question) + "\n")
         line = self._process.stdout.readline()
         assert line, "".join(self.log)
@@ -83,7 +72,6 @@ class Asker:
 
     def leave(self) -> None:
         """Its own way: with the end of its input."""
-        assert self._process.stdin is not None
         self._process.stdin.close()
         try:
             self._process.wait(5)

@@ -15,7 +15,7 @@ from typing import Any
 
 import ollama
 import pytest
-from conftest import ROOT, Router, Start, eventually
+from conftest import ROOT, Router, Start, eventually, run
 from fake_hub import Hub, serving
 from tiny_models import write_llama, write_projector
 
@@ -74,12 +74,6 @@ def clean(environ: dict[str, str], tmp_path: Path) -> dict[str, str]:
     return {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), **environ}
 
 
-def run(*arguments: str, environ: dict[str, str], cwd: Path, **more: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments), cwd=cwd, env=clean(environ, cwd), capture_output=True, text=True, timeout=60, **more
-    )
-
-
 def aliases(router: Router) -> set[str]:
     return set(router.http.get("/status").json()["models"])
 
@@ -94,7 +88,7 @@ def blobs(cache: Path) -> set[str]:
 def test_pull_a_model_and_talk_to_it_also_after_a_restart(
     start: Start, hub: Hub, environ: dict[str, str], tmp_path: Path
 ) -> None:
-    ended = run("pull", f"hf.co/{REPO}", environ=environ, cwd=tmp_path)
+    ended = run("pull", f"hf.co/{REPO}", cwd=tmp_path, **environ)
     assert ended.returncode == 0, ended.stderr
     assert "fits now" in ended.stdout
     assert f"{ALIAS} is there" in ended.stdout
@@ -149,7 +143,7 @@ def test_a_killed_download_is_never_served_and_goes_on_at_the_next_pull(
     arrived = partial.stat().st_size
     hub.hold_at = None
     assert aliases(router) == {"other"}
-    assert run("pull", REPO, environ=environ, cwd=tmp_path).returncode == 0
+    assert run("pull", REPO, cwd=tmp_path, **environ).returncode == 0
     assert hub.fetched[-1] == ("tiny-Q4_K_M.gguf", arrived)
     assert not partial.exists()
     eventually(lambda: aliases(router) == {"other", ALIAS})
@@ -253,14 +247,22 @@ def test_a_disk_that_fills_up_keeps_what_has_arrived(
     def small_files_only() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    ended = run("pull", REPO, environ=environ, cwd=tmp_path, preexec_fn=small_files_only)
+    ended = subprocess.run(
+        command("pull", REPO),
+        cwd=tmp_path,
+        env=clean(environ, tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=small_files_only,
+    )
     assert ended.returncode == 1
     assert "no room for more" in ended.stderr
     assert pulled.discover(cache).models == ()
     (partial,) = cache.glob("models--*/blobs/*.incomplete")
     arrived = partial.stat().st_size
     assert arrived > 0
-    assert run("pull", REPO, environ=environ, cwd=tmp_path).returncode == 0
+    assert run("pull", REPO, cwd=tmp_path, **environ).returncode == 0
     assert hub.fetched[-1] == ("tiny-Q4_K_M.gguf", arrived)
 
 
@@ -277,19 +279,19 @@ def test_what_would_not_be_served_under_its_name_is_not_pulled(
     other = {"models": {ALIAS: {"model_path": str(tiny)}, f"{REPO}:Q8_0": {"model_path": str(tiny)}}}
     router = start(other, **environ)  # which writes config.json
     for arguments in ([REPO], [f"{REPO}:Q8_0"], [REPO, "--alias", ALIAS]):
-        ended = run("pull", *arguments, environ=environ, cwd=tmp_path)
+        ended = run("pull", *arguments, cwd=tmp_path, **environ)
         assert (ended.returncode, "taken by a model of this name, from config.json" in ended.stderr) == (1, True)
     answer = router.http.post("/pull", json={"model": f"{REPO}:Q4_K_M"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "name_taken")
     assert hub.fetched == []
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')  # some model's own
-    assert run("pull", REPO, environ=environ, cwd=tmp_path).returncode == 0
+    assert run("pull", REPO, cwd=tmp_path, **environ).returncode == 0
 
 
 def test_what_is_on_the_hub_is_estimated_without_a_download(
     hub: Hub, environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ended = run("estimate", "hf.co/org/sees-GGUF", "-c", "512", environ=environ, cwd=tmp_path)
+    ended = run("estimate", "hf.co/org/sees-GGUF", "-c", "512", cwd=tmp_path, **environ)
     assert ended.stdout.splitlines()[0] == "org/sees-GGUF:Q4_K_M: tiny-Q4_K_M.gguf with mmproj-F16.gguf"
     assert ("mmproj" in ended.stdout.splitlines()[3], "context: 512 tokens" in ended.stdout) == (True, True)
     split, projector, choice = estimate.read_whole("org/split-GGUF:BF16", environ)
@@ -320,13 +322,13 @@ def test_rm_removes_exactly_what_the_pull_brought(
     for quant in ("Q4_K_M", "Q8_0"):
         fetch(f"org/sees-GGUF:{quant}", environ)
     assert len(blobs(cache)) == 3
-    assert run("rm", "org/sees-GGUF:Q4_K_M", environ=environ, cwd=tmp_path).returncode == 0
+    assert run("rm", "org/sees-GGUF:Q4_K_M", cwd=tmp_path, **environ).returncode == 0
     (left,) = pulled.discover(cache).models
     assert (left.alias, left.capabilities) == ("org/sees-GGUF:Q8_0", ("completion", "vision"))
     assert len(blobs(cache)) == 2
     pulled.remove(cache, "org/sees-GGUF:Q8_0")
     assert list(cache.glob("models--*")) == []
-    ended = run("rm", "org/sees-GGUF:Q8_0", environ=environ, cwd=tmp_path)
+    ended = run("rm", "org/sees-GGUF:Q8_0", cwd=tmp_path, **environ)
     assert (ended.returncode, "pulled are: none" in ended.stderr) == (1, True)
 
 
@@ -430,17 +432,17 @@ def test_a_running_router_notices_what_the_command_line_pulls_and_removes(
 ) -> None:
     with_state = {**environ, "LLAMA_ROUTER_STATE_DIR": str(tmp_path / "state")}
     router = start(**with_state)
-    assert run("pull", REPO, "--alias", "small", environ=environ, cwd=tmp_path).returncode == 0
+    assert run("pull", REPO, "--alias", "small", cwd=tmp_path, **environ).returncode == 0
     eventually(lambda: "small" in aliases(router))
     assert router.chat("small").status_code == 200
-    assert run("pull", REPO, environ=environ, cwd=tmp_path).returncode == 0
+    assert run("pull", REPO, cwd=tmp_path, **environ).returncode == 0
     eventually(lambda: {"small", ALIAS} <= aliases(router))  # two names for one file
     with ollama.Client(router.url, timeout=60) as client:
         client.copy("small", "own")
-        in_use = run("rm", "small", environ=with_state, cwd=tmp_path)
+        in_use = run("rm", "small", cwd=tmp_path, **with_state)
         assert (in_use.returncode, "'own' was created from 'small'" in in_use.stderr) == (1, True)
         client.delete("own")
-    assert run("rm", "small", environ=with_state, cwd=tmp_path).returncode == 0
+    assert run("rm", "small", cwd=tmp_path, **with_state).returncode == 0
     eventually(lambda: "small" not in aliases(router))
     assert router.chat("small").status_code == 404
     assert router.chat(ALIAS).status_code == 200
@@ -534,7 +536,7 @@ def test_what_is_being_pulled_is_not_removed_beneath_it(
     answer = router.http.delete(f"/v1/models/pulled/{ALIAS}")
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "model_in_use")
     assert f"DELETE /v1/models/pull/{pull_id}" in answer.json()["error"]["message"]
-    ended = run("rm", ALIAS, environ=environ, cwd=tmp_path)
+    ended = run("rm", ALIAS, cwd=tmp_path, **environ)
     assert (ended.returncode, "is being pulled" in ended.stderr) == (1, True)
     hub.go_on.set()
     eventually(lambda: router.http.get(f"/v1/models/pull/{pull_id}").json()["status"] == "success", 20)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import httpx2 as httpx
 import pytest
-from conftest import ROOT, Router, Start, eventually, fake, models
+from conftest import ROOT, Router, Start, eventually, fake, models, run
 
 from router.cli import main
 
@@ -25,11 +25,6 @@ KEY = "sesame-open"
 
 def command(*arguments: str) -> list[str]:
     return [sys.executable, str(ROOT / "run.py"), *arguments]
-
-
-def ask(*arguments: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
-    clean = {"PATH": "/usr/bin:/bin", "HOME": str(cwd), "PYTHONPATH": str(ROOT), **environ}
-    return subprocess.run(command(*arguments), cwd=cwd, env=clean, capture_output=True, text=True, timeout=30)
 
 
 def rows(printed: str) -> dict[str, dict[str, str]]:
@@ -49,7 +44,7 @@ def test_ps_tells_what_runs_where_and_for_how_long_it_stays(start: Start, tiny: 
     for alias in ("idle", "own-timeout", "pin"):
         assert router.chat(alias).status_code == 200
 
-    asked = ask("ps", "--url", router.url, cwd=tmp_path)
+    asked = run("ps", "--url", router.url, cwd=tmp_path)
     assert asked.returncode == 0, asked.stderr
     table = rows(asked.stdout)
     assert table["idle"]["STATE"] == "ready"
@@ -61,7 +56,7 @@ def test_ps_tells_what_runs_where_and_for_how_long_it_stays(start: Start, tiny: 
     assert table["pin"]["UNLOADS"] == "pinned"
     assert [table["never-used"][name] for name in ("STATE", "PID", "MEMORY", "UP")] == ["off", "-", "-", "-"]
 
-    document = json.loads(ask("ps", "--json", "--url", router.url, cwd=tmp_path).stdout)
+    document = json.loads(run("ps", "--json", "--url", router.url, cwd=tmp_path).stdout)
     assert document["models"]["idle"]["status"] == "ready"
 
 
@@ -69,7 +64,7 @@ def test_the_last_used_models_are_kept_and_ps_says_so(start: Start, tiny: Path, 
     router = start({"system": {"keep_warm_models": 1}, "models": models(tiny, "first", "last")})
     router.chat("first")
     router.chat("last")
-    table = rows(ask("ps", cwd=tmp_path, LLAMA_ROUTER_URL=router.url).stdout)
+    table = rows(run("ps", cwd=tmp_path, LLAMA_ROUTER_URL=router.url).stdout)
     assert table["first"]["UNLOADS"].startswith(("4m5", "5m00"))
     assert table["last"]["UNLOADS"] == "kept"
 
@@ -78,7 +73,7 @@ def test_queue_tells_who_waits_how_long_and_for_what(start: Start, tiny: Path, t
     engine = fake(tmp_path, answer_sec="60")
     system = {"llama_server_path": engine, "max_concurrent_models": 1}
     router = start({"system": system, "models": models(tiny, "busy", "cold", flags=[])})
-    assert ask("queue", "--url", router.url, cwd=tmp_path).stdout == "Nobody waits; 0 in flight.\n"
+    assert run("queue", "--url", router.url, cwd=tmp_path).stdout == "Nobody waits; 0 in flight.\n"
 
     def post(model: str, request_id: str, priority: str) -> None:
         headers = {"X-Request-Id": request_id, "X-Request-Priority": priority}
@@ -92,7 +87,7 @@ def test_queue_tells_who_waits_how_long_and_for_what(start: Start, tiny: Path, t
         eventually(lambda: router.http.get("/v1/queue/stats").json()["summary"]["total_queued"] == queued)  # noqa: B023
         router.until("busy", "ready")
 
-    printed = ask("queue", "--url", router.url, cwd=tmp_path).stdout.splitlines()
+    printed = run("queue", "--url", router.url, cwd=tmp_path).stdout.splitlines()
     assert printed[0].split() == ["MODEL", "PRIORITY", "POSITION", "WAITED", "EXPECTED", "REQUEST", "WHY"]
     urgent, cold, behind = (line.split(maxsplit=6) for line in printed[1:])
     assert [urgent[0], urgent[1], urgent[2], urgent[5]] == ["cold", "high", "1", "urgent"]
@@ -101,7 +96,7 @@ def test_queue_tells_who_waits_how_long_and_for_what(start: Start, tiny: Path, t
     assert cold[3].endswith("s")
     assert "busy" in cold[6]
 
-    document = json.loads(ask("queue", "--json", "--url", router.url, cwd=tmp_path).stdout)
+    document = json.loads(run("queue", "--json", "--url", router.url, cwd=tmp_path).stdout)
     assert document["summary"]["total_queued"] == 3
 
 
@@ -110,13 +105,13 @@ def test_logs_show_the_last_lines_of_an_engine_and_how_many_were_too_many(
 ) -> None:
     router = start({"system": {"log_ring_lines": 5}, "models": models(tiny, "org/model:q4")})
     router.chat("org/model:q4")
-    everything = ask("logs", "org/model:q4", "--url", router.url, cwd=tmp_path).stdout.splitlines()
-    two = ask("logs", "org/model:q4", "-n", "2", "--url", router.url, cwd=tmp_path).stdout.splitlines()
+    router.unload()  # so that it has said its last word
+    everything = run("logs", "org/model:q4", "--url", router.url, cwd=tmp_path).stdout.splitlines()
+    two = run("logs", "org/model:q4", "-n", "2", "--url", router.url, cwd=tmp_path).stdout.splitlines()
     assert len(everything) == 5
     assert two == everything[-2:]
     with following(tmp_path, "logs", "-f", "org/model:q4", "-n", "1", "--url", router.url) as (_, lines):
         eventually(lambda: lines == [f"{everything[-1]}\n"])
-        router.http.post("/v1/models/eject", json={"model": "org/model:q4"})
         router.chat("org/model:q4")  # says more at once than is kept
         eventually(lambda: any(re.fullmatch(r"… \d+ lines missed\n", line) for line in lines))
 
@@ -179,7 +174,7 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(router: Router, tmp_path:
 
 
 def test_a_model_that_is_not_there_is_one_clear_sentence(router: Router, tmp_path: Path) -> None:
-    asked = ask("logs", "A", "--url", router.url, cwd=tmp_path)
+    asked = run("logs", "A", "--url", router.url, cwd=tmp_path)
     assert asked.returncode == 1
     assert asked.stderr.count("\n") == 1
     assert "'A'" in asked.stderr
@@ -193,15 +188,15 @@ def test_without_a_url_it_asks_the_configured_router_with_its_key(
         port = holder.getsockname()[1]
     config = {"api": {"host": "0.0.0.0", "port": port, "api_keys": [KEY]}, "models": models(tiny, "a")}
     router = start(config, arguments=["--port", str(port)])
-    assert rows(ask("ps", "--config", str(tmp_path / "config.json"), cwd=Path("/")).stdout)["a"]["STATE"] == "off"
+    assert rows(run("ps", "--config", str(tmp_path / "config.json"), cwd=Path("/")).stdout)["a"]["STATE"] == "off"
 
     loopback = f"http://127.0.0.1:{port}"
-    refused = ask("ps", "--url", loopback, cwd=tmp_path)  # a key of the configuration goes to no other address
+    refused = run("ps", "--url", loopback, cwd=tmp_path)  # a key of the configuration goes to no other address
     assert refused.returncode == 1
     assert refused.stderr == (
         f"llama-router: The router at {loopback} asks for an API key that is valid: set LLAMA_ROUTER_API_KEY.\n"
     )
-    assert ask("ps", "--url", loopback, cwd=tmp_path, LLAMA_ROUTER_API_KEY=KEY).returncode == 0
+    assert run("ps", "--url", loopback, cwd=tmp_path, LLAMA_ROUTER_API_KEY=KEY).returncode == 0
     assert router.process.poll() is None
 
 
@@ -217,7 +212,7 @@ def test_a_key_that_no_header_can_hold_is_not_taken_for_a_stranger_at_the_addres
 
 def test_an_inference_key_is_told_that_it_may_not_read_logs(start: Start, tiny: Path, tmp_path: Path) -> None:
     router = start({"api": {"api_keys": [KEY], "inference_keys": ["guest"]}, "models": models(tiny, "a")})
-    asked = ask("logs", "a", "--url", router.url, cwd=tmp_path, LLAMA_ROUTER_API_KEY="guest")
+    asked = run("logs", "a", "--url", router.url, cwd=tmp_path, LLAMA_ROUTER_API_KEY="guest")
     assert asked.returncode == 1
     assert "inference only" in asked.stderr
     assert "api.api_keys" in asked.stderr
@@ -235,8 +230,8 @@ def test_nobody_there_and_somebody_else_there_are_told_apart(tmp_path: Path) -> 
             connection.close()
 
         threading.Thread(target=answer, daemon=True).start()
-        stranger = ask("ps", "--url", url, cwd=tmp_path)
-    nobody = ask("ps", "--url", url, cwd=tmp_path)
+        stranger = run("ps", "--url", url, cwd=tmp_path)
+    nobody = run("ps", "--url", url, cwd=tmp_path)
     assert (stranger.returncode, nobody.returncode) == (1, 1)
     assert stranger.stderr == f"llama-router: What answers at {url} is not a llama-router.\n"
     assert nobody.stderr == f"llama-router: No router can be reached at {url}: Connection refused.\n"
