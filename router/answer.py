@@ -31,7 +31,7 @@ class Wire(Protocol):
 
 
 class Answer:
-    """Either `whole`, or `start` and then `write` until `last`."""
+    """Either `whole`, or `start` and then `write` until `end`."""
 
     __slots__ = ("_chunked", "_head", "_http_1_0", "_wire", "has_length", "keep_alive", "started")
 
@@ -69,23 +69,26 @@ class Answer:
             self.keep_alive = False
         self._head = self._first_lines(status) + lines + b"\r\n"
 
-    def write(self, part: bytes, last: bool) -> None:
+    def write(self, part: bytes) -> None:
+        """More of it; nothing is no part."""
         if self._chunked:
-            if part:
-                part = b"%x\r\n%b\r\n" % (len(part), part)
-            if last:
-                part += b"0\r\n\r\n"
+            part = b"%x\r\n%b\r\n" % (len(part), part)
         if self._head:
             part = self._head + part
             self._head = b""
-        if part:
-            self._wire.write(part)
-        if last:
-            self._wire.answered(keep_alive=self.keep_alive)
+        self._wire.write(part)
+
+    def end(self, part: bytes = b"") -> None:
+        """The last of it, if anything, and its end."""
+        if self._chunked:
+            part = (b"%x\r\n%b\r\n" % (len(part), part) if part else b"") + b"0\r\n\r\n"
+        if self._head or part:
+            self._wire.write(self._head + part)
+        self._wire.answered(keep_alive=self.keep_alive)
 
     def break_off(self, reason: bytes) -> None:
         """End what was begun with this."""
-        self.write(reason, last=True)
+        self.end(reason)
 
     def abort(self) -> None:
         self._wire.abort()

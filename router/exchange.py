@@ -309,7 +309,7 @@ class Exchange:
             self._answer.start(200, _EVENT_STREAM + self._lines_of(ticket) + _lines_of_wait(wait))
         if wait is not None and not self._is_paused:
             figures = f"position {wait.position}, waited {wait.waited_sec:.0f} s, ~{wait.expected_sec:.0f} s to go"
-            self._answer.write(f": {figures}: {_one_line(wait.why)}\n\n".encode(), last=False)
+            self._answer.write(f": {figures}: {_one_line(wait.why)}\n\n".encode())
         self._set_heartbeat()
 
     # --- the engine -------------------------------------------------------------------------------------
@@ -327,20 +327,20 @@ class Exchange:
     def received(self, head: Head, part: bytes, last: bool) -> None:
         if last:
             self._connection = None  # it is back in its pool
-        if self._relays:
-            if part:
-                self._meter.note(part)
-            if last:
-                self._end(self._outcome_of_stream(head))
-            self._answer.write(part, last)
-        elif self._is_read_whole(head):
-            if not last:
+        if not self._relays:
+            if self._is_read_whole(head):
                 self._parts.append(part)
-            else:
-                self._answer_whole(head, b"".join((*self._parts, part)) if self._parts else part)
-        else:
+                if last:
+                    self._answer_whole(head, b"".join(self._parts))
+                return
             self._start_relaying(head)
-            self.received(head, part, last)
+        if part:
+            self._meter.note(part)
+        if last:
+            self._end(self._outcome_of_stream(head))
+            self._answer.end(part)
+        else:
+            self._answer.write(part)
 
     def _outcome_of_stream(self, head: Head) -> str:
         if not self._meter.ends_in_error:
@@ -391,7 +391,7 @@ class Exchange:
             self._meter.note(body)
         self._end(_outcome(head))
         if self._answer.started:
-            self._answer.write(error_event(body.replace(b"\n", b" "), self._head.path), last=True)
+            self._answer.end(error_event(body.replace(b"\n", b" "), self._head.path))
         else:
             self._answer.whole(head.status, head.lines + self._lines_of(self._ticket), body)
 

@@ -130,19 +130,20 @@ class _TranslatedAnswer(Answer):
         else:  # a document, which is translated once it is here
             self._status, self._lines = status, lines
 
-    def write(self, part: bytes, last: bool) -> None:
-        if self.started:
-            part = self._translation.lines(part)
-            if last:
-                part += self._translation.last_lines()
-            super().write(part, last)
-        else:
+    def write(self, part: bytes) -> None:
+        if not self.started:
             self._parts.append(part)
-            if last:
-                self.whole(self._status, self._lines, b"".join(self._parts))
+        elif lines := self._translation.lines(part):
+            super().write(lines)
+
+    def end(self, part: bytes = b"") -> None:
+        if self.started:
+            super().end(self._translation.lines(part) + self._translation.last_lines())
+        else:
+            self.whole(self._status, self._lines, b"".join((*self._parts, part)))
 
     def break_off(self, reason: bytes) -> None:
-        super().write(reason, last=True)
+        super().end(reason)
 
 
 def _with_type(lines: bytes, content_type: bytes) -> bytes:
