@@ -178,7 +178,10 @@ def starting(tmp_path: Path) -> Iterator[Start]:
 
     yield start_router
     for router in routers:
-        engines = router.engines if router.process.poll() is None else []
+        try:
+            engines = router.engines if router.process.poll() is None else []
+        except psutil.NoSuchProcess:  # it is just being killed
+            engines = []
         router.process.kill()
         router.process.wait()
         for engine in engines:
