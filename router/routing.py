@@ -6,7 +6,6 @@ Only `model` and `stream` are picked out of a body, which is never built into ob
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from router.api.auth import Client
 from router.api.errors import ApiError
 from router.config import AliasConfig, Config, ModelConfig
 from router.messages import Refusal
+from router.near_names import near
 from router.queue import BY_NAME, NAMES, Priority
 
 ROUTES = frozenset(
@@ -141,7 +141,7 @@ def suggestion(name: str, config: Config) -> str:
     """What became of it, or what may have been meant instead."""
     if name in config.lost:
         return f"That name stands for {config.lost[name]!r}, which is not here any more."
-    close = difflib.get_close_matches(name, config.names, n=3)
+    close = near(name, config.names)
     return f"Did you mean {some_of(close)}?" if close else f"There are: {some_of(config.names)}."
 
 
