@@ -316,6 +316,22 @@ def test_an_incomplete_download_is_recognised_and_its_header_still_readable(tmp_
     assert gguf.read(path, require_data=False).tensors == whole.tensors
 
 
+def test_a_file_is_read_again_when_it_is_another(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    names = [("general.name", "str", name) for name in ("one", "two", "six")]
+    one, two, six = (gguf_bytes([ARCHITECTURE, name], [WEIGHT]) for name in names)
+    path.write_bytes(one)
+    header = gguf.read(path)
+    assert header.name == "one"
+    assert gguf.read(path) is header
+    path.write_bytes(two)  # at another time
+    assert gguf.read(path).name == "two"
+    (tmp_path / "next").write_bytes(six)  # at the same time, with as many bytes
+    os.utime(tmp_path / "next", ns=(0, path.stat().st_mtime_ns))
+    (tmp_path / "next").replace(path)
+    assert gguf.read(path).name == "six"
+
+
 def test_the_first_bytes_of_a_remote_file_are_enough(tmp_path: Path) -> None:
     path = write_llama(tmp_path / "model.gguf")
     whole = gguf.read(path)

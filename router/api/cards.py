@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +122,4 @@ def _capabilities(flags: Flags, header: gguf.GGUF) -> list[str]:
 
 def header_of(model: ModelConfig) -> gguf.GGUF:
     """Of its file. Raises OSError and GGUFError."""
-    stat = model.model_path.stat()
-    return _header(model.model_path, stat.st_mtime_ns, stat.st_size)
-
-
-@lru_cache(maxsize=1024)
-def _header(path: Path, _mtime_ns: int, _size: int) -> gguf.GGUF:
-    return gguf.read(path, require_data=False)
+    return gguf.read(model.model_path, require_data=False)
