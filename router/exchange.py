@@ -177,7 +177,7 @@ class Exchange:
         try:
             wish = self._read_wish()
             if wish.asked_as is not None and self._body:
-                self._body = rewritten(self._body, self._head.path, wish.asked_as)
+                self._body = rewritten(self._body, self._path_of_engine(), wish.asked_as)
         except ApiError as error:
             self._refuse(error)
         else:
@@ -186,6 +186,10 @@ class Exchange:
     def _read_wish(self) -> Wish:
         """Raises ApiError."""
         return read_wish(self._body, self._head.fields, self._dispatcher.config, self._client)
+
+    def _path_of_engine(self) -> str:
+        """Where the body, as it is once the wish was read, goes."""
+        return self._head.path
 
     def _submit(self, wish: Wish) -> None:
         if self._dispatcher.is_taken(self._request_id):  # by one that came while the body was read

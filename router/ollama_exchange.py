@@ -38,6 +38,9 @@ class OllamaExchange(Exchange):
         self._body = asked.body(wish.alias)
         return wish
 
+    def _path_of_engine(self) -> str:
+        return self._asked.target
+
     def _submit(self, wish: Wish) -> None:
         if self._asked.unloads:
             self._unload(wish.alias)
