@@ -18,8 +18,7 @@ from pathlib import Path
 import httpx2 as httpx
 import pyte
 import pytest
-from conftest import ROOT, Router, Start, eventually, fake, models
-from test_terminal import ask
+from conftest import ROOT, Router, Start, eventually, fake, models, run
 
 
 class Terminal:
@@ -229,7 +228,7 @@ def test_it_fits_every_size(start: Start, tiny: Path, top: Open) -> None:
 
 
 def test_without_a_terminal_it_is_printed_once(router: Router, tmp_path: Path) -> None:
-    printed = ask("top", "--url", router.url, cwd=tmp_path)
+    printed = run("top", "--url", router.url, cwd=tmp_path)
     assert printed.returncode == 0
     assert "\x1b" not in printed.stdout
     assert printed.stdout.startswith("llama-router ready")
