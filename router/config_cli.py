@@ -15,7 +15,9 @@ from router.config import Config
 from router.config_load import Loaded, load
 from router.config_show import render
 from router.demo import MODEL_PATH
+from router.embedded_flags import UsageError, parameters
 from router.flags import FlagError, Flags
+from router.launcher import NoEngine, find_binary
 from router.sizing import Unusable, read_files
 
 _DEMO = "built in, nothing is configured"
@@ -63,11 +65,21 @@ def check(options: argparse.Namespace) -> None:
 
 def _would_not_load(config: Config) -> Iterator[str]:
     """Models whose file or flags are found to be wrong only when somebody asks for them."""
+    try:
+        is_embedded = find_binary(config.system.llama_server_path).kind == "embedded"
+    except NoEngine as error:
+        yield f"no model will load: {error}"
+        return
     for alias, model in config.models.items():
         flags = Flags(model.flags, model.env)
         try:
             files = read_files(model.model_path, flags)
             if files.model is not None:
                 footprint.estimate(files.model, flags, projector=files.projector, draft=files.draft)
-        except (Unusable, FlagError, OSError) as error:
+            if is_embedded:
+                parameters(Flags(("-m", str(model.model_path), *model.flags), model.env))
+        except (Unusable, FlagError, UsageError, OSError) as error:
             yield f"models.{alias} will not load: {error}"
+        except ImportError as error:
+            yield f"no model will load: xllamacpp can't be imported: {error}"
+            return

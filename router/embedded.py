@@ -66,6 +66,10 @@ def main() -> int:
             print(f"xllamacpp {available()}")
             return 0
         params = parameters(flags)
+        if params.path_prompts_log_dir:
+            os.makedirs(params.path_prompts_log_dir, exist_ok=True)
+    except OSError as error:
+        return _say(f"error: invalid argument: --log-prompts-dir: {error}", 2)
     except ImportError as error:
         return _say(f"xllamacpp can't be imported: {error}", 1)
     except (FlagError, UsageError) as error:

@@ -660,7 +660,6 @@ def _(params: Any, flag: Flag) -> None:
 
 @_honours("log-prompts-dir")
 def _(params: Any, flag: Flag) -> None:
-    os.makedirs(flag.text, exist_ok=True)
     params.path_prompts_log_dir = flag.text
 
 

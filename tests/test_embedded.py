@@ -113,7 +113,7 @@ def test_it_says_when_it_is_ready_and_then_answers(model: Path) -> None:
         ready = next(state for state in states if state["state"] == "ready")
         assert ready["payload"]["id"] == "tiny"
         message = {"role": "user", "content": "Hello"}
-        answer = tiny.ask("/v1/chat/completions", {"messages": [message], "max_tokens": 3})
+        answer = tiny.ask("/v1/chat/completions", {"messages": [message], "max_tokens": 3, "ignore_eos": True})
         assert answer["usage"]["completion_tokens"] == 3
         assert answer["model"] == "tiny"
 

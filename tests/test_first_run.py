@@ -107,16 +107,20 @@ def test_check_shows_where_each_value_comes_from(tmp_path: Path, tiny: Path) -> 
 
 def test_check_looks_into_the_models_as_a_load_would(tmp_path: Path, tiny: Path) -> None:
     (tmp_path / "letter.gguf").write_text("Dear reader")
-    entries = models(tiny, "good", "vague") | {"letter": {"model_path": str(tmp_path / "letter.gguf")}}
+    entries = models(tiny, "good", "vague", "beyond") | {"letter": {"model_path": str(tmp_path / "letter.gguf")}}
     entries["vague"]["flags"] = ["-c", "much"]
+    entries["beyond"]["flags"] = ["--top-nsigma", "1", "--log-prompts-dir", "prompts"]
     (tmp_path / "config.json").write_text(json.dumps({"models": entries}))
     ended = run_to_its_end("check", cwd=tmp_path)
     assert ended.returncode == 0
     assert ended.stderr.splitlines() == [
         "warning: models.vague will not load: -c takes a whole number, not 'much'",
+        "warning: models.beyond will not load: the embedded engine (xllamacpp) can't honour --top-nsigma; take "
+        "them out, or install llama-server",
         f"warning: models.letter will not load: {tmp_path}/letter.gguf: not a GGUF file: "
         "it starts with b'Dear' (at byte 0)",
     ]
+    assert not (tmp_path / "prompts").exists()
 
 
 def test_an_open_door_to_the_network_earns_a_warning(start: Start) -> None:
