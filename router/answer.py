@@ -10,6 +10,9 @@ from typing import Protocol
 
 _STATUS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 
+_BODILESS = frozenset({204, 304})
+"""Their heads are all of them (RFC 9112, 6.3), and nothing may frame what is not there."""
+
 
 class Wire(Protocol):
     """The connection that an answer is for."""
@@ -53,20 +56,23 @@ class Answer:
         """`lines` are headers, each with its end; those for the framing are added."""
         self.started = True
         first = self._first_lines(status)
-        self._wire.write(b"%b%bcontent-length: %d\r\n\r\n%b" % (first, lines, len(body), body))
+        if status in _BODILESS:
+            self._wire.write(b"%b%b\r\n" % (first, lines))
+        else:
+            self._wire.write(b"%b%bcontent-length: %d\r\n\r\n%b" % (first, lines, len(body), body))
         self._wire.answered(keep_alive=self.keep_alive)
 
     def start(self, status: int, lines: bytes, length: int | None = None) -> None:
         """The head, which goes out together with the first part. None: the end is not known yet."""
         self.started = True
-        self.has_length = length is not None
-        self._chunked = length is None and not self._http_1_0
-        if length is not None:
-            lines += b"content-length: %d\r\n" % length
-        elif self._chunked:
+        self.has_length = length is not None or status in _BODILESS
+        self._chunked = not (self.has_length or self._http_1_0)
+        if self._chunked:
             lines += b"transfer-encoding: chunked\r\n"
-        else:
+        elif not self.has_length:
             self.keep_alive = False
+        elif status not in _BODILESS:
+            lines += b"content-length: %d\r\n" % (length or 0)
         self._head = self._first_lines(status) + lines + b"\r\n"
 
     def write(self, part: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import socket
 from pathlib import Path
@@ -26,6 +27,7 @@ def played(start_shared: Start, tiny: Path, tmp_path_factory: pytest.TempPathFac
         "never-ready": {"FAKE_READY": "never"},
         "silent": {"FAKE_ANSWER_SEC": "60"},
         "trickles": {"FAKE_CHUNKS": "8", "FAKE_CHUNK_SEC": "0.2"},
+        "bodiless": {"FAKE_STATUS": "204"},
     }
     entries = {alias: models(tiny, alias, env=way)[alias] for alias, way in ways.items()}
     engine = fake(tmp_path_factory.mktemp("engine"))
@@ -106,6 +108,18 @@ def test_an_answer_of_the_engine_comes_as_it_is(router: Router) -> None:
     assert answer.status_code == 400
     assert "error" in answer.json()
     assert "access-control-allow-origin" not in answer.headers
+
+
+def test_an_answer_without_a_body_has_no_framing_and_its_connection_stays(played: Router) -> None:
+    connection = http.client.HTTPConnection(played.url.removeprefix("http://"), timeout=20)
+    for _ in range(2):
+        connection.request("POST", "/v1/chat/completions", json.dumps({"model": "bodiless", "messages": []}))
+        answer = connection.getresponse()
+        assert (answer.status, answer.read()) == (204, b"")
+        assert not {"transfer-encoding", "content-length", "connection"} & {
+            name.lower() for name in answer.headers
+        }
+    connection.close()
 
 
 def test_keys(start: Start, tiny: Path) -> None:
