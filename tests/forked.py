@@ -18,11 +18,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _ROOT = str(Path(__file__).parent.parent)
-_LONGEST_REQUEST = 1 << 17
 _READ_EARLIER = ("LD_PRELOAD", "PYTHON", "OTEL_", "LANG", "LC_", "TZ")
 
 
@@ -38,8 +38,8 @@ class Forks:
     """
 
     def __init__(self, library_path: str) -> None:
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LONGEST_REQUEST)
+        self._control, theirs = socket.socketpair()
+        self._asking = threading.Lock()
         with theirs:
             environ = {"PATH": os.defpath, "PYTHONPATH": _ROOT, "LD_LIBRARY_PATH": library_path}
             self._process = subprocess.Popen([sys.executable, __file__], stdin=theirs.fileno(), env=environ)
@@ -52,7 +52,9 @@ class Forks:
         stderr, into_stderr = os.pipe()
         request = json.dumps([list(command), str(cwd), dict(environ)]).encode()
         theirs = [teller.fileno(), from_stdin, into_stdout, into_stderr]
-        socket.send_fds(self._control, [request], theirs)
+        with self._asking:
+            socket.send_fds(self._control, [b"%8d" % len(request)], theirs)
+            self._control.sendall(request)
         teller.close()
         for descriptor in theirs[1:]:
             os.close(descriptor)
@@ -111,9 +113,12 @@ def _fork_on_demand() -> None:
             _tell_ends(tellers)
         if control not in readable:
             continue
-        request, descriptors, _, _ = socket.recv_fds(control, _LONGEST_REQUEST, 4)
-        if not request:
+        size, descriptors, _, _ = socket.recv_fds(control, 8, 4)
+        if not size:
             os._exit(0)
+        request = b""
+        while len(request) < int(size):
+            request += control.recv(int(size) - len(request))
         teller, files = socket.socket(fileno=descriptors[0]), descriptors[1:]
         if pid := os.fork():
             for descriptor in files:
