@@ -71,8 +71,8 @@ class Answer:
             lines += b"transfer-encoding: chunked\r\n"
         elif not self.has_length:
             self.keep_alive = False
-        elif status not in _BODILESS:
-            lines += b"content-length: %d\r\n" % (length or 0)
+        elif length is not None and status not in _BODILESS:
+            lines += b"content-length: %d\r\n" % length
         self._head = self._first_lines(status) + lines + b"\r\n"
 
     def write(self, part: bytes) -> None:
