@@ -2,7 +2,7 @@
 
 Whoever sends a second message on a connection nearly always sends the head of the first again, and only the
 digits of its Content-Length differ. A parser that has taken the first would say the same of the second; so it is
-not asked again. That holds for messages that came whole, in one piece; all others are the parser's.
+not asked again. Messages whose heads come in pieces, and those with no length, are the parser's.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ _FORWARDED = frozenset(
         b"x-conversation-id",
     }
 )
+_MOST_DIGITS = 12
 
 
 class Known(Generic[_Head]):
@@ -54,24 +55,28 @@ class Known(Generic[_Head]):
 
     @classmethod
     def of(cls, message: bytes, head: _Head) -> Known[_Head] | None:
-        """None if the message is without a length, or did not come in one piece."""
+        """None if the message has no length, or if these are not its bytes up to anywhere in its body."""
         end = message.find(b"\r\n\r\n") + 4
         for name in (b"\nContent-Length: ", b"\ncontent-length: "):
-            before, found, rest = message[: max(end, 0)].partition(name)
-            digits = rest[: rest.find(b"\r")]
-            if found and digits == b"%d" % (len(message) - end):
-                return cls(before + name, rest[len(digits) :], head)
+            begin = message.find(name, 0, max(end, 0)) + len(name)
+            if begin >= len(name):
+                stop = message.find(b"\r", begin)
+                known = cls(message[:begin], message[stop:end], head)
+                return known if known.body_of(message) is not None else None
         return None
 
-    def body_of(self, message: bytes) -> bytes | None:
-        """None if its head is another, or if it did not come in one piece."""
+    def body_of(self, message: bytes) -> tuple[bytes, int] | None:
+        """As much of it as is here, and how many bytes are still to come. None for a message with another head,
+        and for more than one message."""
         if not message.startswith(self._before):
             return None
         stop = message.find(b"\r", self._begin)
-        if not message.startswith(self._after, stop):
+        digits = message[self._begin : stop]
+        if not message.startswith(self._after, stop) or not digits.isdigit() or len(digits) > _MOST_DIGITS:
             return None
         body = message[stop + len(self._after) :]
-        return body if message[self._begin : stop] == b"%d" % len(body) else None
+        missing = int(digits) - len(body)
+        return None if missing < 0 else (body, missing)
 
 
 class Admission(msgspec.Struct):

@@ -101,9 +101,11 @@ class HttpProtocol(asyncio.Protocol):
         self._headers: Headers = []
         self._turn: Turn | None = None
         self._begun: RequestHead | None = None
-        """The head of the last request, if it is one of the data plane."""
+        """The head of a request of the data plane, if what was read last began with one."""
         self._known: Known[RequestHead] | None = None
-        """The same, if the next one may have it, too."""
+        """Such a head, which the next request may have, too."""
+        self._missing = 0
+        """Bytes of the body of a request with such a head that are still to come: the parser never sees them."""
         self._waiting: deque[_Waiting] = deque()
         """Requests that were sent before the answer to the one before (pipelining)."""
         self._reading: str | None = "head"
@@ -158,21 +160,40 @@ class HttpProtocol(asyncio.Protocol):
         if self._is_deaf:
             return
         self._last = self.loop.time()
+        if self._missing:
+            data = self._read_body(data)
+            if not data:
+                return
         known = self._known
         is_first = self._reading is None and self._turn is None
-        if is_first and known is not None and (body := known.body_of(data)) is not None:
+        if is_first and known is not None and (found := known.body_of(data)) is not None:
             if not self.transport.is_closing():
-                self._begin(known.head, len(body), body, is_whole=True)
+                body, self._missing = found
+                self._reading = "body" if self._missing else None
+                self._begin(known.head, len(body) + self._missing, body, is_whole=not self._missing)
             return
+        self._begun = None
         rest = data
         while rest and not self.transport.is_closing():
             self._beside_bodies += len(rest)
             rest = self._read(rest)
-        if self._reading is None:
-            if is_first and self._begun is not None and self._begun.keep_alive:
-                self._known = Known.of(data, self._begun)
-        elif self._beside_bodies > _LONGEST_HEAD:
+        if is_first and self._begun is not None and self._begun.keep_alive:
+            self._known = Known.of(data, self._begun)
+        if self._reading is not None and self._beside_bodies > _LONGEST_HEAD:
             self._refuse(b"431 Request Header Fields Too Large")
+
+    def _read_body(self, data: bytes) -> bytes:
+        """Of a request whose head was known. What is left is the next one's."""
+        part, rest = data[: self._missing], data[self._missing :]
+        self._missing -= len(part)
+        turn = self._turn
+        if not self._missing:
+            self._reading = None
+        if turn is not None:  # else it has its answer already
+            turn.add_body(part)
+            if not self._missing:
+                turn.end_body()
+        return rest
 
     def _read(self, data: bytes) -> bytes:
         """What is to be read instead of the rest of it, if anything."""

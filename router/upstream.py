@@ -166,9 +166,10 @@ class Connection(asyncio.Protocol):
         if is_first:
             self._answered = True
             known = self._known
-            if known is not None and (body := known.body_of(data)) is not None:
+            if known is not None and (found := known.body_of(data)) is not None and not found[1]:
                 self._may_stay = self._uses < known.head.keep_alive_max
                 self._give_back()
+                body = found[0]
                 receiver.received(msgspec.structs.replace(known.head, content_length=len(body)), body, True)
                 return
         try:

@@ -7,6 +7,8 @@ import re
 import signal
 import socket
 import sys
+import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,28 @@ def test_a_request_in_small_pieces_is_the_same_request(router: Router) -> None:
         for byte in post(CHAT, b"connection: close"):
             client.sendall(bytes((byte,)))
         assert rest_of(client).startswith(b"HTTP/1.1 200 ")
+
+
+def test_requests_with_one_head_are_served_in_whatever_pieces_they_come(router: Router) -> None:
+    """As from Python's clients, which send the head and then the body, again and again on one connection."""
+    names = ["no-" + "x" * length for length in (1, 40, 5, 2, 7)]
+    bodies = [json.dumps({"model": name, "messages": []}).encode() for name in names]
+    heads = [post(body).removesuffix(body) for body in bodies]
+    requests = list(zip(heads, bodies, strict=True))
+    apart = [piece for request in requests for piece in request]
+    halved = [piece for head, body in requests for piece in (head, body[:9], body[9:])]
+    begun = [piece for head, body in requests for piece in (head + body[:9], body[9:])]
+    next_heads = [body + head for (_, body), (head, _) in pairwise(requests[2:])]
+    joined = [*apart[:5], *next_heads, bodies[-1]]
+    for pieces in (apart, halved, begun, joined):
+        with connect(router) as client:
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for piece in (*pieces, get(b"/live", b"connection: close")):
+                client.sendall(piece)
+                time.sleep(0.001)  # so that the router reads them apart
+            received = rest_of(client)
+        assert re.findall(rb"HTTP/1\.1 (\d+) ", received) == [*[b"404"] * len(names), b"200"]
+        assert re.findall(rb"There is no model '(no-x*)'", received) == [name.encode() for name in names]
 
 
 def test_a_stream_for_http_1_0_has_no_chunks_and_ends_with_its_connection(router: Router) -> None:
