@@ -793,14 +793,17 @@ def test_who_asks_for_processes_meanwhile_is_answered_for_his_own() -> None:
 
 def test_memory_that_the_machine_has_less_of_is_less_free(ask: Ask) -> None:
     asker = ask()
-    before = asker.read()["devices"]["host"]
-    taken = mmap.mmap(-1, 512 * MIB)
-    for page in range(0, len(taken), mmap.PAGESIZE):
-        taken[page] = 1
-    after = asker.read()["devices"]["host"]
-    assert after["total_mib"] == before["total_mib"]
-    assert after["free_mib"] < before["free_mib"] - 200, "others may have given some back meanwhile"
-    taken.close()
+
+    def missing_mib() -> int:
+        before = asker.read()["devices"]["host"]
+        with mmap.mmap(-1, 512 * MIB) as taken:
+            for page in range(0, len(taken), mmap.PAGESIZE):
+                taken[page] = 1
+            after = asker.read()["devices"]["host"]
+        assert after["total_mib"] == before["total_mib"]
+        return int(before["free_mib"] - after["free_mib"])
+
+    assert any(missing_mib() > 200 for _ in range(5)), "or others have given some back, each time"
 
 
 def test_a_machine_without_gpus_has_ram_and_hides_nothing_from_engines(ask: Ask) -> None:
