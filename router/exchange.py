@@ -138,10 +138,10 @@ class Exchange:
 
     # --- the client -------------------------------------------------------------------------------------
 
-    def begin(self, declared: int) -> None:
+    def begin(self, to_come: int) -> None:
         self._be_called(self._identify())
         try:
-            self._admit(declared)
+            self._admit(to_come)
         except ApiError as error:
             self._refuse(error)
         else:
@@ -192,8 +192,8 @@ class Exchange:
         return self._head.path
 
     def _submit(self, wish: Wish) -> None:
-        if self._dispatcher.is_taken(self._request_id):  # by one that came while the body was read
-            self._be_called(_new_id())
+        if b"x-request-id" in self._head.fields and self._dispatcher.is_taken(self._request_id):
+            self._be_called(_new_id())  # by one that came while the body was read
         self._streams = wish.streams
         if self._client is not None:
             self._lines += b"x-request-priority: %b\r\n" % NAMES[wish.priority].encode()
@@ -237,7 +237,7 @@ class Exchange:
                 return request_id
         return _new_id()
 
-    def _admit(self, declared: int) -> None:
+    def _admit(self, to_come: int) -> None:
         """Raises ApiError, before the body is read."""
         config = self._dispatcher.config
         admission = self._head.admission
@@ -245,10 +245,10 @@ class Exchange:
             self._check_head()
             admission = self._head.admission = Admission(config, self._client, self._lines)
         self._client, self._lines = admission.client, admission.lines
-        api = config.api
-        if declared > api.max_body_mb << 20:
-            raise self._too_large()
-        self._shared.bodies.check(declared, api.max_bodies_mb << 20)  # no use to begin
+        if to_come:  # no use to begin with what is too large
+            if to_come > config.api.max_body_mb << 20:
+                raise self._too_large()
+            self._shared.bodies.check(to_come, config.api.max_bodies_mb << 20)
 
     def _check_head(self) -> None:
         """Raises ApiError."""
@@ -278,7 +278,9 @@ class Exchange:
         ticket = self._ticket
         if self._is_over or ticket is None:
             return
-        self._stop_heartbeat()
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
+            self._heartbeat = None
         if ticket.rejection is not None:
             rejection = ticket.rejection
             self._fail(refused(rejection.refusal, rejection.reason, rejection.retry_after_sec))
@@ -297,11 +299,6 @@ class Exchange:
         beat_sec = self._dispatcher.config.api.heartbeat_sec
         if beat_sec > 0:
             self._heartbeat = asyncio.get_running_loop().call_later(beat_sec, self._beat)
-
-    def _stop_heartbeat(self) -> None:
-        if self._heartbeat is not None:
-            self._heartbeat.cancel()
-            self._heartbeat = None
 
     def _beat(self) -> None:
         """A stream that waits says so, lest clients and proxies give up."""
@@ -443,7 +440,9 @@ class Exchange:
     def _end(self, outcome: str) -> None:
         """Give back what it holds, and account for it. What is left to write may still be written."""
         self._is_over = True
-        self._stop_heartbeat()
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
+            self._heartbeat = None
         self._shared.unwatch(self)
         self._shared.bodies.release(self._held)
         if self._connection is not None:

@@ -48,8 +48,8 @@ _EXCHANGES: dict[str, type[Exchange]] = {
 class Turn(Protocol):
     """A request whose turn it is, from its head to the end of its answer."""
 
-    def begin(self, declared: int) -> None:
-        """The connection is ready for its answer. `declared`: bytes of its body, as far as that is known."""
+    def begin(self, to_come: int) -> None:
+        """The connection is ready for its answer. `to_come`: bytes of its body that are not here yet, if known."""
 
     def add_body(self, part: bytes) -> None: ...
 
@@ -170,7 +170,7 @@ class HttpProtocol(asyncio.Protocol):
             if not self.transport.is_closing():
                 body, self._missing = found
                 self._reading = "body" if self._missing else None
-                self._begin(known.head, len(body) + self._missing, body, is_whole=not self._missing)
+                self._begin(known.head, self._missing, body, is_whole=not self._missing)
             return
         self._begun = None
         rest = data
@@ -260,7 +260,7 @@ class HttpProtocol(asyncio.Protocol):
 
     # --- turns ------------------------------------------------------------------------------------------
 
-    def _begin(self, head: RequestHead, declared: int, body: bytes = b"", *, is_whole: bool = False) -> None:
+    def _begin(self, head: RequestHead, to_come: int, body: bytes = b"", *, is_whole: bool = False) -> None:
         """Give it its turn, with as much of its body as is here."""
         turn: Turn
         exchange = _EXCHANGES.get(head.path) if head.method == b"POST" else None
@@ -276,7 +276,7 @@ class HttpProtocol(asyncio.Protocol):
             turn.hang_up()
         if self.flow.write_paused:
             turn.pause()
-        turn.begin(declared)
+        turn.begin(to_come)
         if body:
             turn.add_body(body)
         if is_whole:
@@ -294,7 +294,8 @@ class HttpProtocol(asyncio.Protocol):
     def _begin_next(self) -> None:
         request = self._waiting.popleft()
         self.flow.resume_reading()
-        self._begin(request.head, request.head.declared, bytes(request.body), is_whole=request.is_whole)
+        to_come = 0 if request.is_whole else request.head.declared
+        self._begin(request.head, to_come, bytes(request.body), is_whole=request.is_whole)
 
     # --- answers ----------------------------------------------------------------------------------------
 
@@ -421,7 +422,7 @@ class _Page:
 
     # --- the turn ---------------------------------------------------------------------------------------
 
-    def begin(self, declared: int) -> None:
+    def begin(self, to_come: int) -> None:
         work = self._cycle.run_asgi(self._connection.config.loaded_app)
         task = self._connection.loop.create_task(work)
         tasks = self._connection.server_state.tasks
