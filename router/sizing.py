@@ -134,7 +134,7 @@ class EngineKind:
     @property
     def takes_unix_sockets(self) -> bool:
         """Whether it can listen on several addresses, Unix sockets among them. Blocking, like `check_runs`."""
-        return not self._is_server or _TAKES_UNIX_SOCKETS in " ".join(self._help.split())
+        return not self._is_server or _TAKES_UNIX_SOCKETS in self._help
 
     @property
     def _help(self) -> str:
@@ -146,7 +146,8 @@ class EngineKind:
 
 @lru_cache(maxsize=8)
 def _help_of(program: str, build: str) -> str:
-    """Raises OSError if it ends before it has begun: no program for this machine, no library, no such instruction.
+    """In one line. Raises OSError if it ends before it has begun: no program for this machine, no library, no such
+    instruction.
 
     That is not remembered: what it lacks may come without a change to the program.
     """
@@ -158,7 +159,7 @@ def _help_of(program: str, build: str) -> str:
         _log.warning("%s --help says nothing for 10 s", program)
         return ""
     if done.returncode >= 0 and done.returncode not in _NEVER_RAN:
-        return done.stdout.decode("utf-8", "replace")
+        return " ".join(done.stdout.decode("utf-8", "replace").split())
     said = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
     code = f"exit code {done.returncode}" if done.returncode > 0 else signal_name(done.returncode)
     raise OSError(errno.ENOEXEC, said or code)
