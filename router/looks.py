@@ -37,6 +37,7 @@ class Looks:
         if self._running is not None:
             await self._end_of(self._running, places)
         task = asyncio.create_task(apart(look))
+        task.add_done_callback(_hear)
         self._running = task
         await self._end_of(task, places)
         return task.result()
@@ -49,6 +50,12 @@ class Looks:
         if not task.done():
             where = ", ".join(map(str, places[:3])) + (" or elsewhere" if len(places) > 3 else "")
             raise DiskHangs(f"a file in {where} could not be read within {self._longest_sec:g} s")
+
+
+def _hear(task: asyncio.Task[_T]) -> None:
+    """What nobody waits for any more may fail unsaid: asyncio would log it as a mistake of ours."""
+    if not task.cancelled():
+        task.exception()
 
 
 async def _check_all_there(places: list[Path]) -> None:

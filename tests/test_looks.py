@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from pathlib import Path
 
@@ -23,6 +24,27 @@ def test_a_look_that_hangs_is_told_and_keeps_no_further_ones_once_it_has_ended(t
         assert await looks.take(lambda: "all", [tmp_path]) == "all"
 
     asyncio.run(story())
+
+
+def test_a_look_that_nobody_waits_for_any_more_fails_unsaid(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    back = threading.Event()
+
+    def look() -> None:
+        back.wait()
+        raise OSError("stale")
+
+    async def story() -> None:
+        looks = Looks(silent_sec=0.01, longest_sec=0.05)
+        with pytest.raises(DiskHangs):
+            await looks.take(look, [tmp_path])
+        back.set()
+        assert await looks.take(lambda: "all", [tmp_path]) == "all"
+        gc.collect()
+
+    asyncio.run(story())
+    assert not caplog.records
 
 
 def test_a_folder_of_which_nothing_can_be_told_is_named(tmp_path: Path) -> None:
