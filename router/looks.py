@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
@@ -11,8 +13,6 @@ from router.config_problems import ConfigError, Problem
 from router.readings import apart
 
 _T = TypeVar("_T")
-
-_STAT_SEC = 1.0
 
 
 class DiskHangs(ConfigError):
@@ -25,10 +25,13 @@ class DiskHangs(ConfigError):
 class Looks:
     """Each on a thread of its own, and no second one before the first has ended."""
 
-    def __init__(self, silent_sec: float = 10, longest_sec: float = 60) -> None:
-        """After `silent_sec` a disk must at least say that it is there; in `longest_sec` it must have told all."""
+    def __init__(self, silent_sec: float = 10, longest_sec: float = 60, place_sec: float = 5) -> None:
+        """After `silent_sec` each place must say within `place_sec` that it is there, even if its disk has to spin
+        up first; in `longest_sec` all must have been told.
+        """
         self._silent_sec = silent_sec
         self._longest_sec = longest_sec
+        self._place_sec = place_sec
         self._running: asyncio.Task[object] | None = None
 
     async def take(self, look: Callable[[], _T], places: Iterable[Path]) -> _T:
@@ -43,31 +46,36 @@ class Looks:
         return task.result()
 
     async def _end_of(self, task: asyncio.Task[object] | asyncio.Task[_T], places: list[Path]) -> None:
+        until_sec = time.monotonic() + self._longest_sec
         await asyncio.wait({task}, timeout=self._silent_sec)
         if not task.done():
-            await _check_all_there(places)
-            await asyncio.wait({task}, timeout=self._longest_sec - self._silent_sec)
+            await self._check_all_there(places, task, until_sec)
+            await asyncio.wait({task}, timeout=max(0.0, until_sec - time.monotonic()))
         if not task.done():
             where = ", ".join(map(str, places[:3])) + (" or elsewhere" if len(places) > 3 else "")
             raise DiskHangs(f"a file in {where} could not be read within {self._longest_sec:g} s")
+
+    async def _check_all_there(
+        self, places: list[Path], look: asyncio.Task[object] | asyncio.Task[_T], until_sec: float
+    ) -> None:
+        """Until the look has ended. Raises DiskHangs if the system cannot even tell whether one exists."""
+        asked: list[Path] = []
+
+        def ask() -> None:
+            for place in places:
+                asked.append(place)
+                with contextlib.suppress(OSError):
+                    place.exists()
+
+        task = asyncio.create_task(apart(ask))
+        while not (task.done() or look.done()) and time.monotonic() < until_sec:
+            before = len(asked)
+            await asyncio.wait({task, look}, timeout=self._place_sec, return_when=asyncio.FIRST_COMPLETED)
+            if not (task.done() or look.done()) and asked and len(asked) == before:
+                raise DiskHangs(f"{asked[-1]} does not answer: is its disk there?")
 
 
 def _hear(task: asyncio.Task[_T]) -> None:
     """What nobody waits for any more may fail unsaid: asyncio would log it as a mistake of ours."""
     if not task.cancelled():
         task.exception()
-
-
-async def _check_all_there(places: list[Path]) -> None:
-    """Raises DiskHangs if the system cannot even tell whether they exist."""
-    asked: list[Path] = []
-
-    def ask() -> None:
-        for place in places:
-            asked.append(place)
-            place.exists()
-
-    task = asyncio.create_task(apart(ask))
-    await asyncio.wait({task}, timeout=_STAT_SEC)
-    if not task.done() and asked:
-        raise DiskHangs(f"{asked[-1]} does not answer: is its disk there?")

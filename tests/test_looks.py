@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -59,10 +60,27 @@ def test_a_folder_of_which_nothing_can_be_told_is_named(tmp_path: Path) -> None:
     async def story() -> None:
         gone = Gone("/nfs/models")
         with pytest.raises(DiskHangs, match="/nfs/models does not answer"):
-            await Looks(silent_sec=0.01).take(back.wait, [tmp_path, gone])
+            await Looks(silent_sec=0.01, place_sec=0.2).take(back.wait, [tmp_path, gone])
         back.set()
 
     asyncio.run(story())
+
+
+def test_a_disk_that_answers_slowly_for_each_of_many_folders_does_not_hang(tmp_path: Path) -> None:
+    told = threading.Event()
+
+    class Slow(type(tmp_path)):  # type: ignore[misc]
+        def exists(self) -> bool:
+            time.sleep(0.03)
+            if self.name == "29":
+                told.set()
+            return True
+
+    async def story() -> bool:
+        places = [Slow(f"/models/{number}") for number in range(10, 30)]
+        return await Looks(silent_sec=0.01, place_sec=0.5).take(told.wait, places)
+
+    assert asyncio.run(story())
 
 
 def test_a_slow_disk_is_waited_for(tmp_path: Path) -> None:
