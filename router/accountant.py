@@ -37,7 +37,7 @@ _LOOK_SEC = (2.0, 30.0)
 _MAPPED_SEC = 30.0
 """Pause between two looks at what of their files engines have mapped: the kernel walks through all of it."""
 _OLD_SEC = 30.0
-_SETTLE_SEC = 0.1
+_ANSWER_SEC = 0.1
 _BACK_SEC = 5.0
 _BACK_LOOK_SEC = 0.05
 
@@ -194,8 +194,8 @@ class Accountant:
 
     async def ready(self, account: Account) -> None:
         """It has loaded. Whoever waited for that gets an answer before anybody looks at what it took."""
-        await asyncio.sleep(_SETTLE_SEC)
         account.is_settled = True
+        await asyncio.sleep(_ANSWER_SEC)
         await self.look(mapped=True)
 
     async def answered(self, account: Account) -> None:

@@ -14,7 +14,7 @@ from router.config import ModelConfig, System
 from router.devices import Devices
 from router.engine import Binary, EngineFailed
 from router.host import ProcessMemory
-from router.learning import Learned
+from router.learning import Identity, Learned
 from router.messages import Event
 from router.placing import Alternative
 from router.scheduler import Scheduler
@@ -108,5 +108,32 @@ def test_a_look_that_takes_long_does_not_bring_back_what_a_later_one_saw_gone(tm
         devices.goes_on.set()
         await slow
         assert accountant.ledger.budgets()[0]["gpu0"] == 16000
+
+    asyncio.run(story())
+
+
+class Mapped(Devices):
+    """Every engine has 40 MiB of its file mapped."""
+
+    async def held_by(
+        self, pids: Iterable[int], deadline_sec: float = 2, *, mapped: bool = True
+    ) -> Mapping[int, ProcessMemory]:
+        return dict.fromkeys(pids, ProcessMemory(100, 40))
+
+
+def test_what_an_engine_has_mapped_is_remembered_also_when_it_answers_at_once(tmp_path: Path) -> None:
+    async def story() -> None:
+        learned, identity = Learned(), Identity((), "xllamacpp", (), 0)
+        devices = Mapped([], root=tmp_path)
+        accountant = Accountant(System(), EMBEDDED, devices, learned, Scheduler(), lambda event: None)
+        size = Size({"host": 110}, "file size", {"host": 110}, identity)
+        account = accountant.ledger.open(1, "a", Alternative((), size, {"host": 110}))
+        account.pid = 4194303
+        ready = asyncio.create_task(accountant.ready(account))
+        await asyncio.sleep(0)  # as long as it takes to send it a request
+        account.has_answered = True
+        await accountant.answered(account)
+        assert learned.measured(identity) == {"host": 140}
+        await ready
 
     asyncio.run(story())
