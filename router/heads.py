@@ -34,6 +34,8 @@ _FORWARDED = frozenset(
     }
 )
 _MOST_DIGITS = 12
+_LONGEST_KNOWN = 8192
+"""Bytes of a head that are kept between two messages. Connections may be many, and their clients hostile."""
 
 
 class Known(Generic[_Head]):
@@ -55,8 +57,9 @@ class Known(Generic[_Head]):
 
     @classmethod
     def of(cls, message: bytes, head: _Head) -> Known[_Head] | None:
-        """None if the message has no length, or if these are not its bytes up to anywhere in its body."""
-        end = message.find(b"\r\n\r\n") + 4
+        """None if the message has no length or a very long head, or if these are not its bytes up to anywhere in
+        its body."""
+        end = message.find(b"\r\n\r\n", 0, _LONGEST_KNOWN) + 4
         for name in (b"\nContent-Length: ", b"\ncontent-length: "):
             begin = message.find(name, 0, max(end, 0)) + len(name)
             if begin >= len(name):

@@ -177,8 +177,9 @@ class HttpProtocol(asyncio.Protocol):
         while rest and not self.transport.is_closing():
             self._beside_bodies += len(rest)
             rest = self._read(rest)
-        if is_first and self._begun is not None and self._begun.keep_alive:
-            self._known = Known.of(data, self._begun)
+        begun, self._begun = self._begun, None
+        if is_first and begun is not None and begun.keep_alive:
+            self._known = Known.of(data, begun)
         if self._reading is not None and self._beside_bodies > _LONGEST_HEAD:
             self._refuse(b"431 Request Header Fields Too Large")
 

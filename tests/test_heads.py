@@ -140,3 +140,9 @@ def test_all_others_are_the_parsers(second: bytes) -> None:
     known = Known.of(message(PLAIN, "{}"), None)
     assert known is not None
     assert known.body_of(second) is None
+
+
+@pytest.mark.parametrize(("size", "is_kept"), [(4_000, True), (60_000, False)])
+def test_a_client_cannot_have_much_kept_for_it_between_two_requests(size: int, is_kept: bool) -> None:
+    head = PLAIN.replace("Host: a", f"Cookie: {'a' * size}")
+    assert (Known.of(message(head, "{}"), None) is not None) == is_kept
