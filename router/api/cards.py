@@ -19,46 +19,63 @@ from router.readings import apart
 
 Card = dict[str, Any]
 
-LOOK_SEC = 2.0
-"""How long whoever asks waits for a disk; for several, twice as long."""
 _MOST_KNOWN = 10_000
 
 
 class Cards:
     """Looks at the models' files. A folder that keeps a look waiting is left alone until that look has ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, look_sec: float = 2, silent_sec: float = 10) -> None:
+        """`look_sec` is how long a list waits for a disk; for several, twice as long.
+
+        One that says nothing for `silent_sec` has not just to spin up.
+        """
+        self._look_sec = look_sec
+        self._silent_sec = silent_sec
         self._known: dict[ModelConfig, Card] = {}
-        self._hanging: dict[Path, asyncio.Task[None]] = {}
+        self._waiting: dict[Path, _Look] = {}
 
     async def of(self, models: Iterable[ModelConfig]) -> dict[str, Card]:
         """By alias."""
         models = list({model.alias: model for model in models}.values())
         cards = {model.alias: self._known.get(model) or _configured(model) for model in models}
-        until_sec = time.monotonic() + 2 * LOOK_SEC
+        until_sec = time.monotonic() + 2 * self._look_sec
         left = models
-        while left := [model for model in left if not self.hangs(model)]:
+        while left := [model for model in left if self._look_at(model.model_path.parent) is None]:
             look = _Look(left, cards)
-            task = asyncio.create_task(apart(look.take))
             left_sec = until_sec - time.monotonic()
-            await asyncio.wait({task}, timeout=max(0.0, min(LOOK_SEC, left_sec)))
-            if task.done():
-                task.result()
+            await asyncio.wait({look.task}, timeout=max(0.0, min(self._look_sec, left_sec)))
+            if look.task.done():
+                look.task.result()
                 break
-            self._hanging[look.at.model_path.parent] = task
-            left = left[left.index(look.at) :]
+            at = look.at
+            self._waiting[at.model_path.parent] = look
+            left = left[left.index(at) :]
         if len(self._known) > _MOST_KNOWN:
             self._known.clear()
         self._known.update((model, cards[model.alias]) for model in models)
         return {alias: dict(card) for alias, card in cards.items()}
 
-    def hangs(self, model: ModelConfig) -> bool:
-        """Whether nothing can be said of its file just now."""
-        task = self._hanging.get(model.model_path.parent)
-        if task is not None and task.done():
-            del self._hanging[model.model_path.parent]
-            return False
-        return task is not None
+    async def answers(self, model: ModelConfig) -> bool:
+        """Whether the disk of its file does. One that has to spin up is waited for."""
+        await self.of([model])
+        folder = model.model_path.parent
+        while (look := self._look_at(folder)) is not None:
+            silent_sec = time.monotonic() - look.since_sec
+            if silent_sec < self._look_sec / 2 or look.at.model_path.parent != folder:
+                return True  # it goes on, with other models
+            if silent_sec >= self._silent_sec:
+                return False
+            await asyncio.wait({look.task}, timeout=self._silent_sec - silent_sec)
+        return True
+
+    def _look_at(self, folder: Path) -> _Look | None:
+        """The one that it keeps waiting."""
+        look = self._waiting.get(folder)
+        if look is not None and look.task.done():
+            del self._waiting[folder]
+            return None
+        return look
 
 
 class _Look:
@@ -66,12 +83,14 @@ class _Look:
 
     def __init__(self, models: list[ModelConfig], cards: dict[str, Card]) -> None:
         self.at = models[0]
+        self.since_sec = time.monotonic()
         self._models = models
         self._cards = cards
+        self.task = asyncio.create_task(apart(self._take))
 
-    def take(self) -> None:
+    def _take(self) -> None:
         for model in self._models:
-            self.at = model
+            self.at, self.since_sec = model, time.monotonic()
             self._cards[model.alias] = card_of(model)
 
 

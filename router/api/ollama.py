@@ -102,8 +102,7 @@ async def show(request: Request) -> dict[str, Any]:
     asked = await _named(request)
     known = _known(asked.model or "", request)
     cards: Cards = request.app.state.cards
-    await cards.of([known.model])
-    if cards.hangs(known.model):
+    if not await cards.answers(known.model):
         raise ApiError(500, "model_failed", f"{known.model.model_path.parent} does not answer: is its disk there?")
     try:
         return await apart(lambda: _described(known))

@@ -1,0 +1,77 @@
+"""Cards of models whose disk takes its time. The disk is a path that waits before it tells anything."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import models
+
+from router.api.cards import Cards
+from router.config import ModelConfig
+from router.config_load import load
+
+Kept = Callable[..., list[ModelConfig]]
+
+
+@pytest.fixture
+def kept(tiny: Path, tmp_path: Path) -> Kept:
+    """Models whose file tells nothing before `wait` has returned: `kept(wait, "a", "b")`."""
+
+    def of(wait: Callable[[], object], *aliases: str) -> list[ModelConfig]:
+        class Slow(type(tiny)):  # type: ignore[misc]
+            def stat(self, **how: Any) -> Any:
+                wait()
+                return super().stat(**how)
+
+        (tmp_path / "config.json").write_text(json.dumps({"models": models(tiny, *aliases)}))
+        config = load(environ={}, cwd=tmp_path).config
+        return [replace(model, model_path=Slow(tiny)) for model in config.models.values()]
+
+    return of
+
+
+def test_a_disk_that_has_to_spin_up_is_waited_for_by_who_asks_for_one_model_and_not_by_lists(kept: Kept) -> None:
+    spun_up = threading.Event()
+
+    async def story() -> None:
+        cards, (model,) = Cards(look_sec=0.01, silent_sec=20), kept(spun_up.wait, "a")
+        assert "size" not in (await cards.of([model]))["a"]
+        asyncio.get_running_loop().call_later(0.1, spun_up.set)
+        assert await cards.answers(model)
+        assert "size" in (await Cards().of([model]))["a"]
+
+    asyncio.run(story())
+
+
+def test_a_disk_that_is_slow_with_many_models_does_not_hang(kept: Kept) -> None:
+    async def story() -> None:
+        many = kept(lambda: time.sleep(0.05), *map(str, range(20)))
+        cards = Cards(look_sec=0.2, silent_sec=20)
+        assert "size" not in (await cards.of(many))["19"]
+        began = time.monotonic()
+        assert await cards.answers(many[19])
+        assert time.monotonic() - began < 10
+
+    asyncio.run(story())
+
+
+def test_a_disk_that_hangs_is_given_up(kept: Kept) -> None:
+    back = threading.Event()
+
+    async def story() -> None:
+        cards, (model,) = Cards(look_sec=0.01, silent_sec=0.05), kept(back.wait, "a")
+        threads = threading.active_count()
+        for _ in range(3):
+            assert not await cards.answers(model)
+        assert threading.active_count() == threads + 1
+        back.set()
+
+    asyncio.run(story())
