@@ -2,7 +2,7 @@
 
 Whoever sends a second message on a connection nearly always sends the head of the first again, and only the
 digits of its Content-Length differ. A parser that has taken the first would say the same of the second; so it is
-not asked again. Messages whose heads come in pieces, and those with no length, are the parser's.
+not asked again. Messages whose heads come in pieces or are very long, and those with no length, are the parser's.
 """
 
 from __future__ import annotations
