@@ -267,6 +267,7 @@ def _read_part(path: Path, part: int, require_data: bool) -> GGUF:
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for ever
         raise GGUFError(str(path), "is not a regular file")
+    path.open("rb").close()  # what is remembered may have become unreadable, and no engine would load that
     header = _header(path, part, status.st_ino, status.st_mtime_ns, status.st_size)
     if require_data:
         _check_data(header, str(path))

@@ -332,6 +332,15 @@ def test_a_file_is_read_again_when_it_is_another(tmp_path: Path) -> None:
     assert gguf.read(path).name == "six"
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_be_read_no_longer_is_an_error_though_it_is_remembered(tmp_path: Path) -> None:
+    path = write_llama(tmp_path / "model.gguf")
+    gguf.read(path)
+    path.chmod(0)
+    with pytest.raises(PermissionError):
+        gguf.read(path)
+
+
 def test_the_first_bytes_of_a_remote_file_are_enough(tmp_path: Path) -> None:
     path = write_llama(tmp_path / "model.gguf")
     whole = gguf.read(path)
