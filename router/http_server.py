@@ -170,7 +170,10 @@ class HttpProtocol(asyncio.Protocol):
             if not self.transport.is_closing():
                 body, self._missing = found
                 self._reading = "body" if self._missing else None
-                self._begin(known.head, self._missing, body, is_whole=not self._missing)
+                try:
+                    self._begin(known.head, self._missing, body, is_whole=not self._missing)
+                except Exception as cause:  # as where the parser calls
+                    self._broke(cause)
             return
         self._begun = None
         rest = data
@@ -191,9 +194,12 @@ class HttpProtocol(asyncio.Protocol):
         if not self._missing:
             self._reading = None
         if turn is not None:  # else it has its answer already
-            turn.add_body(part)
-            if not self._missing:
-                turn.end_body()
+            try:
+                turn.add_body(part)
+                if not self._missing:
+                    turn.end_body()
+            except Exception as cause:
+                self._broke(cause)
         return rest
 
     def _read(self, data: bytes) -> bytes:
@@ -208,9 +214,12 @@ class HttpProtocol(asyncio.Protocol):
                 _log.warning("Invalid HTTP request received.")
                 self._refuse(b"400 Bad Request", b"Invalid HTTP request received.")
             else:
-                _log.error("a request broke the router", exc_info=cause)
-                self._refuse(b"500 Internal Server Error", b"The router made a mistake; see its log.")
+                self._broke(cause)
         return b""
+
+    def _broke(self, cause: BaseException) -> None:
+        _log.error("a request broke the router", exc_info=cause)
+        self._refuse(b"500 Internal Server Error", b"The router made a mistake; see its log.")
 
     # --- httptools --------------------------------------------------------------------------------------
 
