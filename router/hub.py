@@ -186,9 +186,8 @@ def _read(path: Path, settle_sec: float) -> GGUF | Skipped:
 
 @lru_cache(maxsize=4096)
 def _header(path: Path, _stamps: tuple[tuple[int, int], ...]) -> GGUF:
-    """Read again only when one of its files has changed. Without its tensors, of which `gguf` keeps those of the
-    latest 1,024: with them, a file takes 100 KB."""
-    header = gguf.read(path)
+    """Read again only when one of its files has changed. Tensors are not kept: they would take megabytes."""
+    header = gguf.read(path, remember=False)
     return replace(header, tensors=header.tensors[:1])
 
 
