@@ -613,6 +613,13 @@ class Config:
         """All that a client may ask for."""
         return list(dict.fromkeys((*self.models, *self.aliases)))
 
+    @property
+    def sources(self) -> dict[str, str]:
+        """Where what each of these names stands for comes from: of a further name, where that name does."""
+        models = {name: model.source for name, model in self.models.items()}
+        aliases = {name: alias.source for name, alias in self.aliases.items() if alias.uses != name}
+        return {**models, **aliases}
+
 
 class _Untitled(GenerateJsonSchema):
     """Pydantic's titles only repeat the names of the keys."""

@@ -59,12 +59,12 @@ def _configured_names(path: Path | None) -> dict[str, str]:
         if path is not None:
             raise
         return {}  # models come with a config.json of their own
-    models = {name: model.source for name, model in config.models.items()}
-    aliases = {name: alias.source for name, alias in config.aliases.items() if alias.uses != name}
+    sources = config.sources
     state = configured_path(config.system.state_dir, config.api.port, os.environ)
     with contextlib.suppress(OSError):
-        models |= dict.fromkeys(created.read(state) if state is not None else {}, created.SOURCE)
-    return {**models, **aliases}
+        there = created.read(state) if state is not None else {}
+        sources = {**dict.fromkeys(there, created.SOURCE), **sources}
+    return sources
 
 
 def remove(options: argparse.Namespace) -> None:

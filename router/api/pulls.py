@@ -105,11 +105,9 @@ def begin(request: Request, model: str, alias: str | None, quantize: str | None 
 
 def _taken(config: Config, repo: str) -> dict[str, str]:
     """Names under which what is pulled would not be what is served, with where that is from."""
-    models = {name: model.source for name, model in config.models.items()}
-    aliases = {name: alias.source for name, alias in config.aliases.items() if alias.uses != name}
     return {
         name: source
-        for name, source in {**models, **aliases}.items()
+        for name, source in config.sources.items()
         if source != "pulled" and not (source == "hf_cache" and repository.is_of(repo, name))  # the same file
     }
 
