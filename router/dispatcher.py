@@ -26,7 +26,7 @@ from router.engine import Binary, EngineFailed, EngineOrder, EngineProcess, LogR
 from router.events import EngineEnded, Events, LoadMoved, ModelChanged, ModelsListed, ServerChanged
 from router.expectation import remaining_wait_sec
 from router.flags import replaced
-from router.launcher import Launcher
+from router.launcher import LAST_PORT, Launcher
 from router.learning import Learned
 from router.memory import Account, Ledger
 from router.messages import (
@@ -642,6 +642,7 @@ def _policy(config: Config) -> Policy:
         residency_factor=scheduling.residency_factor,
         max_linger_sec=scheduling.max_linger_sec,
         max_concurrent_models=system.max_concurrent_models,
+        ports=LAST_PORT + 1 - system.base_port,
         max_queue_size_per_model=system.max_queue_size_per_model,
         max_queue_size_total=system.max_queue_size_total,
         queue_timeout_sec=system.queue_timeout_sec,

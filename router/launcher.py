@@ -21,7 +21,7 @@ from router.messages import Retry
 from router.readings import apart
 from router.sizing import EngineKind
 
-_LAST_PORT = 65535
+LAST_PORT = 65535
 _LOST_SEC = 60.0
 """How long a port is left alone that an engine could not get although it seemed free."""
 
@@ -68,7 +68,7 @@ class LocalLauncher:
                     self._lost_sec[port] = now
         self._lost_sec = {port: sec for port, sec in self._lost_sec.items() if now - sec < _LOST_SEC}
         for lost in (False, True):
-            for port in range(self.base_port, _LAST_PORT + 1):
+            for port in range(self.base_port, LAST_PORT + 1):
                 if port not in self._engines and (port in self._lost_sec) is lost and port_is_free(port):
                     return port
         raise EngineFailed(f"no port is free from {self.base_port} on")
@@ -78,7 +78,7 @@ def _made_ready(folder: Path) -> Path | None:
     """The folder, without what is left of earlier sockets; None if engines can't make any there, or be told."""
     if "," in str(folder) or '"' in str(folder):  # `--host` takes CSV
         return None
-    longest = folder / f"{_LAST_PORT}.sock"
+    longest = folder / f"{LAST_PORT}.sock"
     try:
         for left in folder.glob("*.sock"):
             left.unlink()

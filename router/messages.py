@@ -41,6 +41,8 @@ class Policy:
     residency_factor: float = 4
     max_linger_sec: float = 30
     max_concurrent_models: int = 3
+    ports: int = 65_536
+    """How many there are for engines, from `base_port` on."""
     max_queue_size_per_model: int = 500
     max_queue_size_total: int = 10_000
     queue_timeout_sec: float = 300
@@ -62,6 +64,17 @@ class Policy:
     inspection_valid_sec: float = 10
     others_patience_sec: float = 10
     """How long a model waits for memory that others than our engines hold, before it is refused."""
+
+    @property
+    def places(self) -> int:
+        """How many engines there may be at once, whatever memory allows."""
+        return min(self.max_concurrent_models, self.ports)
+
+    @property
+    def places_in_words(self) -> str:
+        if self.ports < self.max_concurrent_models:
+            return f"base_port leaves {self.ports} port{'s' if self.ports > 1 else ''} for engines"
+        return f"max_concurrent_models is {self.max_concurrent_models}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -471,7 +471,7 @@ def _scheduler_gauges(dispatcher: Dispatcher) -> Iterator[Gauges]:
     )
     yield _single("router_queue_limit", "Requests that may wait for one model", policy.max_queue_size_per_model)
     yield _single("router_queue_timeout_seconds", "Longest wait in the queue", policy.queue_timeout_sec)
-    yield _single("router_models_limit", "Engines that may be resident", policy.max_concurrent_models)
+    yield _single("router_models_limit", "Engines that may be resident", policy.places)
 
 
 def _gpu_gauges(gpus: Sequence[Device]) -> Iterator[Gauges]:

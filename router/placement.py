@@ -41,8 +41,8 @@ class Room:
     capacity: Mapping[str, int]
     """The budgets as they would be if nobody else used any memory."""
     free: Mapping[str, int]
-    taken: Collection[Engine]
-    """Engines that make room for others already, or are held for them."""
+    taken: Mapping[Engine, str]
+    """Engines that make room for others already, or are held for them: and for whom."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,6 @@ def decide(candidate: Model, inspected: Inspected, room: Room) -> Verdict:
         if not shortage(placement, room.free):
             return Fits(placement)
 
-    reason = f"needs {inspected.need}, {amounts(room.free)} free"
     movable = [engine for engine in room.engines if not _stays(engine) and engine not in room.taken]
     bounds = _bounds(candidate, room.policy)
     departures = {engine: _departure(candidate, bounds, engine, room) for engine in movable}
@@ -107,7 +106,7 @@ def decide(candidate: Model, inspected: Inspected, room: Room) -> Verdict:
                 choices.append((sum(costs[victim] for victim in victims), index, victims))
         if choices:
             _, index, victims = min(choices, key=lambda choice: choice[:2])
-            return MakeRoom(placements[index], victims, reason)
+            return MakeRoom(placements[index], victims, _shortage_in_words(placements[index], inspected, room))
 
     again_at = tuple(at for at in goes_at.values() if room.now < at < math.inf)
     soonest = sorted(movable, key=lambda engine: (goes_at[engine], engine.id))
@@ -117,7 +116,9 @@ def decide(candidate: Model, inspected: Inspected, room: Room) -> Verdict:
         if (leaving := _sufficient(shortage(placement, room.free), soonest)) is not None
     ]
     if not plans:
-        return Wait(again_at, f"no room until others have theirs: {reason}", {}, frozenset())
+        ahead = ", ".join(sorted(set(room.taken.values()))) or "others"
+        short = _shortage_in_words(placements[0], inspected, room)
+        return Wait(again_at, f"no room until {ahead} had a turn: {short}", {}, frozenset())
     _, index, leaving = min(plans, key=lambda plan: plan[:2])
     names = ", ".join(sorted(engine.alias for engine in leaving))
     overdue = all(
@@ -125,7 +126,7 @@ def decide(candidate: Model, inspected: Inspected, room: Room) -> Verdict:
     )
     return Wait(
         again_at,
-        f"no room until {names} can go: {reason}",
+        f"no room until {names} can go: {_shortage_in_words(placements[index], inspected, room)}",
         reserve=claim(placements[index], leaving),
         hold=frozenset(leaving if overdue else ()),
         departures=tuple(departures[engine] for engine in leaving),
@@ -244,13 +245,28 @@ def _possible(placements: Iterable[Placement], room: Room, budgets: Mapping[str,
     return [place for place in placements if not shortage(place, obtainable)]
 
 
+def _shortage_in_words(placement: Placement, inspected: Inspected, room: Room) -> str:
+    """Which limit holds the candidate back: places, memory, or both; and who is pinned on what it lacks."""
+    short = shortage(placement, room.free)
+    limits = [room.policy.places_in_words] if ENGINES in short else []
+    if short.keys() - {ENGINES}:
+        free = {name: max(0, mib) for name, mib in room.free.items()}
+        limits.append(f"needs {inspected.need}, {amounts(free)} free")
+    pinned = sorted(
+        engine.alias for engine in room.engines if _stays(engine) and short.keys() & engine.placement.keys()
+    )
+    if pinned:
+        limits.append(f"{', '.join(pinned)} (pinned) keep what they hold")
+    return "; ".join(limits)
+
+
 def _why_never(candidate: Model, inspected: Inspected, room: Room) -> str:
     pinned = sorted(engine.alias for engine in room.engines if _stays(engine))
     engines = room.budgets[ENGINES]
     if len(pinned) >= engines:
         return (
             f"{candidate.spec.alias!r} finds no place beside {', '.join(pinned)} (pinned): "
-            f"max_concurrent_models is {engines}; raise it, or pin fewer"
+            f"{room.policy.places_in_words}; raise it, or pin fewer"
         )
     reason = f"{candidate.spec.alias!r} needs {inspected.need}; the budget is {amounts(room.budgets)}"
     held = {name: room.capacity[name] - mib for name, mib in room.budgets.items() if room.capacity[name] > mib}

@@ -18,7 +18,7 @@ from router.queue import Priority, PriorityQueue
 _RUSH_MEMORY_SEC = 600
 
 ENGINES = "engines"
-"""The resource that `max_concurrent_models` limits: every placement takes one of it."""
+"""The resource that `max_concurrent_models` and the ports limit: every placement takes one of it."""
 
 
 class EngineState(str, Enum):

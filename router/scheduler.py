@@ -208,6 +208,8 @@ class Scheduler:
         model.queue.push(request)
         if model.engine is None:
             self._waiting[request.alias] = model
+            if not self.budgets:
+                model.why_waiting = Why("it is being found out how much memory there is")
         else:
             model.engine.nobody_waits_since_sec = None
         self._wake(self._now + self.policy.queue_timeout_sec)
@@ -445,8 +447,9 @@ class Scheduler:
 
     def _place_each(self) -> None:
         free = self._fleet.free()
-        taken = {victim for swap in self._fleet.swaps.values() for victim in swap.victims}
-        for model in sorted(self._waiting.values(), key=self._order):
+        taken = {victim: alias for alias, swap in self._fleet.swaps.items() for victim in swap.victims}
+        line = sorted(self._waiting.values(), key=self._order)
+        for place, model in enumerate(line, 1):
             if model.spec.alias in self._fleet.swaps:
                 continue
             if model.retry_at_sec > self._now:
@@ -459,6 +462,11 @@ class Scheduler:
                 patience_ends = model.inspecting_since_sec + INSPECTION_PATIENCE_SEC
                 if patience_ends > self._now:
                     self._wake(patience_ends)
+                    for behind in line[place:]:
+                        if behind.spec.alias not in self._fleet.swaps:
+                            behind.why_waiting = Why(
+                                f"the file of {model.spec.alias}, whose turn is first, is looked at"
+                            )
                     return
 
     def _settle_swaps(self) -> None:
@@ -490,7 +498,7 @@ class Scheduler:
         wanted = model.wanted_since_sec if model.wanted_since_sec is not None else self._now
         return wanted + self.policy.patience_sec[Priority.NORMAL], 0
 
-    def _place(self, model: Model, free: dict[str, int], taken: set[Engine]) -> None:
+    def _place(self, model: Model, free: dict[str, int], taken: dict[Engine, str]) -> None:
         """Carry out the policy's verdict on a candidate; `free` and `taken` remember what is kept for it."""
         inspected = model.inspected
         if inspected is None:
@@ -521,14 +529,14 @@ class Scheduler:
             case MakeRoom(placement, victims):
                 self._swap(model, Swap(placement, victims))
                 take(free, claim(placement, victims))
-                taken |= victims
+                taken |= dict.fromkeys(victims, model.spec.alias)
             case Wait(again_at, reason, reserve, hold, departures):
                 model.why_waiting = Why(reason, departures)
                 model.room_at_sec = min(again_at, default=self._now)
                 for at in again_at:
                     self._wake(at)
                 take(free, reserve)
-                taken |= hold
+                taken |= dict.fromkeys(hold, model.spec.alias)
             case NeverFits(reason):
                 model.last_error = reason
                 model.too_big = True
@@ -537,7 +545,7 @@ class Scheduler:
                 self._reject_waiting(model, Refusal.INSUFFICIENT_MEMORY, reason)
 
     def _memory_changed(self, event: MemoryChanged) -> None:
-        self._fleet.set_budgets(event.budgets, event.capacity, self.policy.max_concurrent_models)
+        self._fleet.set_budgets(event.budgets, event.capacity, self.policy.places)
         for model in self._waiting.values():
             if model.cramped_since_sec is not None:
                 model.inspected = None  # there may be other ways to place it now
@@ -716,7 +724,7 @@ class Scheduler:
     def _configure(self, event: Configured) -> None:
         self.policy = event.policy
         if self.budgets:
-            self._fleet.set_budgets(self.budgets, self._fleet.capacity, event.policy.max_concurrent_models)
+            self._fleet.set_budgets(self.budgets, self._fleet.capacity, event.policy.places)
         for alias, model in list(self.models.items()):
             if alias not in event.models and not model.retired:
                 self._retire(model)

@@ -282,6 +282,15 @@ def test_max_concurrent_models_is_a_limit_like_memory() -> None:
     assert machine.states() == "off loading"
 
 
+def test_ports_are_a_limit_like_memory() -> None:
+    tiny = ({"gpu0": 1},)
+    machine = Machine(*"ab", places={"a": tiny, "b": tiny}, policy=Policy(ports=1))
+    machine.finish(machine.served("a"))
+    machine.wait(30)
+    machine.ask("b")
+    assert machine.states() == "off loading"
+
+
 # --- fairness -------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from conftest import Start, eventually, fake, models
 from test_scheduler import LOW, NORMAL, Machine
 
-from router.messages import Eject, EngineExited, EngineLost, Policy
+from router.messages import Eject, EngineExited, EngineLost, ModelSpec, Policy
 from router.waiting import why
 
 
@@ -39,6 +39,64 @@ def test_while_another_has_its_turn_it_says_when_that_ends() -> None:
     assert "free; a's quantum ends in 52 s" in first
     machine.wait(10)
     assert reason(machine, "b").endswith("a's quantum ends in 42 s")
+
+
+TINY = ({"gpu0": 1},)
+
+
+def test_where_a_place_is_lacking_memory_is_not_blamed() -> None:
+    machine = Machine("a", "b", places={"a": TINY, "b": TINY}, policy=Policy(max_concurrent_models=1))
+    machine.served("a")
+    machine.ask("b")
+    assert reason(machine, "b") == "no room until a can go: max_concurrent_models is 1; a's quantum ends in 52 s"
+
+
+def test_where_ports_are_lacking_they_are_blamed() -> None:
+    machine = Machine("a", "b", places={"a": TINY, "b": TINY}, policy=Policy(ports=1))
+    machine.served("a")
+    machine.ask("b")
+    assert reason(machine, "b").startswith("no room until a can go: base_port leaves 1 port for engines; a's")
+
+
+def test_where_two_limits_hold_both_are_named() -> None:
+    machine = Machine("a", "b", policy=Policy(max_concurrent_models=1))
+    machine.served("a")
+    machine.ask("b")
+    both = "no room until a can go: max_concurrent_models is 1; needs 6 MiB (its file), 4 MiB on gpu0 free; "
+    assert reason(machine, "b").startswith(both)
+
+
+def test_who_is_pinned_on_what_is_lacking_is_named() -> None:
+    five = dict.fromkeys("pab", ({"gpu0": 5},))
+    machine = Machine(ModelSpec("p", pinned=True), *"ab", places=five)
+    machine.served("p")
+    machine.served("a")
+    machine.ask("b")
+    assert "0 MiB on gpu0 free; p (pinned) keep what they hold; a's quantum ends in" in reason(machine, "b")
+
+
+def test_behind_others_that_wait_for_the_same_room_it_names_them() -> None:
+    machine = Machine("a", "b", "c", stop_sec=None)
+    machine.served("a")
+    machine.ask("b")
+    machine.wait(100)
+    machine.ask("c")
+    assert reason(machine, "b") == "room is being made for it by a"
+    assert reason(machine, "c").startswith("no room until b had a turn: needs 6 MiB (its file), ")
+
+
+def test_behind_a_file_that_is_looked_at_first_it_says_so() -> None:
+    machine = Machine("a", "b")
+    machine.blind.add("a")
+    machine.ask("a")
+    machine.ask("b")
+    assert reason(machine, "b") == "the file of a, whose turn is first, is looked at"
+
+
+def test_before_memory_is_known_it_says_so() -> None:
+    machine = Machine("a", budgets=None)
+    machine.ask("a")
+    assert reason(machine, "a") == "it is being found out how much memory there is"
 
 
 def test_patient_requests_wait_for_their_own_bound() -> None:

@@ -53,7 +53,7 @@ def _summary(dispatcher: Dispatcher) -> dict[str, Any]:
     allocated = sum(account.main_mib for account in ledger.accounts.values())
     percentage = _percentage(used, total)
     system = dispatcher.config.system
-    has_place = len(ledger.accounts) < system.max_concurrent_models
+    has_place = len(ledger.accounts) < dispatcher.scheduler.policy.places
     return {
         "gpu_info": {
             **_both("total", total),
