@@ -30,6 +30,7 @@ from router.config import (
     Api,
     Config,
     ConfigFile,
+    Key,
     ModelConfig,
     ModelEntry,
     Scheduling,
@@ -71,6 +72,14 @@ _VARIABLES: dict[str, KeyPath] = {
 _PREFIX = "LLAMA_ROUTER__"
 """`LLAMA_ROUTER__SYSTEM__BASE_PORT` sets `system.base_port`; so for every key that is not a list."""
 
+_OWN_FILE_NAMES = ("llama-router.yaml", "llama-router.yml", "llama-router.json")
+_FILE_NAMES = (*_OWN_FILE_NAMES, "config.json", "config.yaml", "config.yml")
+_MISSPELT_NAME = "konfig.json"
+"""What the documents of an earlier router call its configuration in one place."""
+_SECTION = re.compile(rf"""(?:^|[\s{{,])["']?(?:{"|".join(ConfigFile.model_fields)})["']?\s*:""")
+_ANYBODYS = frozenset({"API_KEY", "DEBUG", "STRUCTURED_LOGS"})
+"""Variables that other programs know by the same name, with values of their own."""
+
 _DOTENV = re.compile(r"""(?:export\s+)?(\w+)\s*=(?:\s+#.*|\s*(?:"(.*?)"|'(.*?)'|(.*?))(?:\s+#.*)?)""")
 _DEFAULT = "default"
 _UNKNOWN = "?"  # for going on after a wrong model_path or uses
@@ -105,8 +114,8 @@ def load(
 ) -> Loaded:
     """Read, merge and check the configuration. Raises `ConfigError` with all that is wrong.
 
-    `path` is the file that the command line names; else the variable `CONFIG_PATH`; else `config.json` or
-    `config.yaml` in `cwd`, if there is one. `overrides` maps a key to the option that sets it and its value:
+    `path` is the file that the command line names; else the variable `CONFIG_PATH`; else `llama-router.yaml` or
+    `.json` in `cwd`, else a `config.json` or `config.yaml` there that is meant for the router. `overrides` maps a key to the option that sets it and its value:
     `{"api.port": ("--port", 9000)}`; `models.ALIAS` takes a whole entry. Each GGUF file below `models_dirs`
     is served under its name, unless the configuration already serves it. Without `check_files`, models and
     engine need not exist, and no models are looked for but in `models_dirs`: for reading the configuration of
@@ -174,6 +183,8 @@ class _Draft:
         self.engines: dict[str, str] = {}
         """Which of them have an engine of their own, and under which name that is."""
         self.lost: dict[str, str] = {}
+        self.foreign: dict[str, str] = {}
+        """Variables whose values can only be meant for another program, and what is wrong with them for us."""
         self.environ = dict(environ)
         self.file_name = ""
         self.folder = self.cwd
@@ -209,10 +220,21 @@ class _Draft:
         named, _ = self.variables.get("CONFIG_PATH", ("", ""))
         if path is not None or named:
             return self.resolve(str(path or named), self.cwd)
-        there = [name for name in ("config.json", "config.yaml", "config.yml") if (self.cwd / name).is_file()]
-        if len(there) > 1:
-            self.warnings.append(f"{there[0]} is used, {' and '.join(there[1:])} is not")
-        return self.cwd / there[0] if there else None
+        there = [name for name in _FILE_NAMES if (self.cwd / name).is_file()]
+        ours = [name for name in there if name in _OWN_FILE_NAMES or _speaks_of_models(self.cwd / name)]
+        for name in there:
+            if name not in ours:
+                self.warnings.append(
+                    f"{name} has none of the keys {', '.join(ConfigFile.model_fields)}: it is taken for another "
+                    "program's; if it is this router's, name it with --config"
+                )
+        if len(ours) > 1:
+            self.warnings.append(f"{ours[0]} is used, {' and '.join(ours[1:])} is not")
+        if not ours and (self.cwd / _MISSPELT_NAME).is_file():
+            self.warnings.append(
+                f"{_MISSPELT_NAME} is not read: call it config.json, or name it with --config or CONFIG_PATH"
+            )
+        return self.cwd / ours[0] if ours else None
 
     def read(self, source: Path) -> None:
         inside = source.is_relative_to(self.cwd)
@@ -227,8 +249,12 @@ class _Draft:
     def apply_environment(self) -> None:
         for name, key in _VARIABLES.items():
             value, origin = self.variables.get(name, ("", ""))
-            if value:
-                field = single_value(key)  # None for API_KEY: one key of a list
+            if not value:
+                continue
+            field = single_value(key)  # None for API_KEY: one key of a list
+            if name in _ANYBODYS and (problem := _not_one_of_ours(key, field, value)):
+                self.foreign[name] = f"{origin} {problem}"
+            else:
                 self.put(key, [value] if field is None else _from_text(field, value), origin)
         for name, (value, origin) in self.variables.items():
             if not name.startswith(_PREFIX):
@@ -449,15 +475,24 @@ class _Draft:
         self.check_pins(models, system.max_concurrent_models)
         if api.ollama_port == api.port:
             self.problem(("api", "ollama_port"), f"{api.port} is api.port already: Ollama's clients may use that")
-        exposed = api.host not in ("localhost", "::1") and not api.host.startswith("127.")
-        if exposed and not (api.api_keys or api.inference_keys or api.clients):
-            message = f"{api.host} is open to the network and no API key is set: anybody there may use the router"
-            self.warn(("api", "host"), message)
+        self.check_openness(api)
         there = {alias: model for alias, model in models.items() if model}
         usable = {name: alias for name, alias in aliases.items() if alias.uses in there}
         self.lost |= {name: alias.uses for name, alias in aliases.items() if name not in usable}
         usable |= dict(self.created_aliases(usable, there))
         return Config(api, system, scheduling, there, usable, self.lost)
+
+    def check_openness(self, api: Api) -> None:
+        exposed = api.host not in ("localhost", "::1") and not api.host.startswith("127.")
+        is_open = exposed and not (api.api_keys or api.inference_keys or api.clients)
+        for name, problem in self.foreign.items():
+            if name == "API_KEY" and is_open:  # perhaps it was meant to keep others out
+                self.problem((), f"{problem}, and {api.host} would be open to the network without a key", "")
+            else:
+                self.warnings.append(f"{problem}; ignored, as another program's")
+        if is_open:
+            message = f"{api.host} is open to the network and no API key is set: anybody there may use the router"
+            self.warn(("api", "host"), message)
 
     def check_clients(self, api: Api) -> None:
         owners = {key.get_secret_value(): "one of api_keys" for key in api.api_keys}
@@ -762,6 +797,30 @@ def _not_a_path(file: Path) -> str:
     if "/hf.co/" in text or "/https:/" in text or "/http:/" in text:
         return "what has to be downloaded is got by `llama-router pull hf.co/USER/REPO:QUANT`"
     return "variables are not replaced in paths" if "$" in text else ""
+
+
+def _speaks_of_models(file: Path) -> bool:
+    """Whether a file with a name that many programs use is the router's: one that cannot be read may be."""
+    try:
+        return not (tree := read_file(file, file.name)) or any(key in ConfigFile.model_fields for key in tree)
+    except ConfigError:
+        pass
+    try:
+        return _SECTION.search(file.read_text("utf-8-sig")) is not None
+    except (OSError, UnicodeDecodeError):
+        return True
+
+
+def _not_one_of_ours(key: KeyPath, field: FieldInfo | None, text: str) -> str:
+    """Why a variable's value cannot be one for this key; empty if it can."""
+    if field is None:
+        try:
+            TypeAdapter[Any](Key).validate_python(text)
+        except ValidationError:
+            return "is no API key: that is one or more printable ASCII characters without spaces"
+    elif not isinstance(_from_text(field, text), bool):
+        return f"is neither true nor false, which {dotted(key)} is"
+    return ""
 
 
 def _model_named(aliases: Mapping[str, Any], name: str) -> object:

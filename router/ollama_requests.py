@@ -1,5 +1,5 @@
 """Requests in Ollama's words, in llama-server's: `/api/chat`, `/api/generate`, `/api/embed`, `/api/embeddings`,
-and `/chat`, which earlier hosts have: it streams only when asked to.
+and `/chat`, which earlier hosts have: it streams only when asked to, and refuses what it does not know.
 
 Pure functions. Only what the client has set is passed on, so that the model's own defaults hold for all else.
 What Ollama decides when it loads a model (`num_ctx`, `num_gpu`, …) is decided here by the configuration: such
@@ -95,6 +95,27 @@ class _Chat(_Generating):
     tools: list[Any] | None = None
 
 
+class _EarlierChat(_Chat, forbid_unknown_fields=True):
+    """`/chat`, where the parameters of the answer stand beside the messages."""
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+
+    def with_options(self) -> _Chat:
+        """Say the same as Ollama's clients do."""
+        beside = {
+            "num_predict": self.max_tokens,
+            **{name: getattr(self, name) for name in ("temperature", "top_p", "seed", "stop")},
+        }
+        given = {name: value for name, value in beside.items() if value is not None}
+        self.options = {**(self.options or {}), **given}
+        self.stream = self.stream is True  # who reads lines reads one, too
+        return self
+
+
 class _Generate(_Generating):
     prompt: str | None = None
     suffix: str | None = None
@@ -115,6 +136,7 @@ class _Embeddings(_Common):
 
 
 _chat = msgspec.json.Decoder(_Chat).decode
+_earlier_chat = msgspec.json.Decoder(_EarlierChat).decode
 _generate = msgspec.json.Decoder(_Generate).decode
 _embed = msgspec.json.Decoder(_Embed).decode
 _embeddings = msgspec.json.Decoder(_Embeddings).decode
@@ -126,9 +148,7 @@ def translate(path: str, body: bytes) -> Asked:
         if path == "/api/chat":
             return _asked_chat(_chat(body))
         if path == "/chat":
-            chat = _chat(body)
-            chat.stream = chat.stream is True  # who reads lines reads one, too
-            return _asked_chat(chat)
+            return _asked_chat(_earlier_chat(body).with_options())
         if path == "/api/generate":
             return _asked_generate(_generate(body))
         if path == "/api/embed":

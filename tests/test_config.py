@@ -142,6 +142,48 @@ def test_of_two_files_at_hand_one_is_used_and_said_so(tmp_path: Path) -> None:
     assert result.warnings == ("config.json is used, config.yaml is not",)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config.json", '{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}'),
+        ("config.json", '{"architectures": ["LlamaForCausalLM"],}'),
+        ("config.yaml", "homeassistant: !include home.yaml\n"),
+        ("config.yaml", "- one\n- two\n"),
+    ],
+)
+def test_another_programs_file_with_a_common_name_is_not_read(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    result = loaded(tmp_path)
+    assert (result.source, len(result.warnings)) == (None, 1)
+    assert result.warnings[0].startswith(f"{name} has none of the keys api, system, ")
+    with pytest.raises(ConfigError):
+        loaded(tmp_path, path=Path(name))
+
+
+@pytest.mark.parametrize("text", ['{"models": {"a": }', "models:\n\ta: 1\n"])
+def test_a_broken_file_that_speaks_of_models_is_an_error(tmp_path: Path, text: str) -> None:
+    name = "config.json" if text.startswith("{") else "config.yaml"
+    (tmp_path / name).write_text(text)
+    assert problems(tmp_path)[0].startswith(f"{name}:")
+
+
+@pytest.mark.parametrize("name", ["llama-router.yaml", "llama-router.yml", "llama-router.json"])
+def test_a_file_with_our_own_name_comes_first(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"api": {"port": 1}}')
+    result = loaded(tmp_path, {"api": {"port": 2}})
+    assert (result.source, result.config.api.port) == (tmp_path / name, 1)
+    assert result.warnings == (f"{name} is used, config.json is not",)
+
+
+def test_the_other_spelling_of_an_earlier_router_is_named(tmp_path: Path) -> None:
+    (tmp_path / "konfig.json").write_text('{"api": {"port": 2}}')
+    result = loaded(tmp_path)
+    assert (result.source, result.config.api.port) == (None, 8000)
+    assert result.warnings == (
+        "konfig.json is not read: call it config.json, or name it with --config or CONFIG_PATH",
+    )
+
+
 def test_a_dotenv_file_sets_what_the_environment_does_not(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text(
         "# keys\nexport API_KEY='from dotenv' # ours\nDEBUG=true\nLLAMA_SERVER_PATH=\"llama\"\nnonsense\n"
@@ -198,7 +240,7 @@ def test_switches_in_the_environment_are_read_as_people_write_them(tmp_path: Pat
 
 def test_a_variable_that_is_wrong_is_named(tmp_path: Path) -> None:
     environ = {
-        "DEBUG": "express:*",
+        "LLAMA_ROUTER__SYSTEM__DEBUG": "express:*",
         "LLAMA_ROUTER__API__PORT": "http",
         "LLAMA_ROUTER__SYSTEM__BASEPORT": "1",
         "LLAMA_ROUTER__MODELS__A__PINNED": "1",
@@ -209,8 +251,30 @@ def test_a_variable_that_is_wrong_is_named(tmp_path: Path) -> None:
         "env LLAMA_ROUTER__MODELS__A__PINNED: a variable can set a single value only; write this into a file",
         "env LLAMA_ROUTER__SYSTEM__GPU_DEVICES: a variable can set a single value only; write this into a file",
         'env LLAMA_ROUTER__API__PORT: api.port: should be a valid integer, not "http"',
-        'env DEBUG: system.debug: should be a valid boolean, not "express:*"',
+        'env LLAMA_ROUTER__SYSTEM__DEBUG: system.debug: should be a valid boolean, not "express:*"',
     ]
+
+
+def test_a_variable_that_other_programs_have_too_stops_no_start_by_its_value(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("API_KEY=two words\nDEBUG=release\nSTRUCTURED_LOGS=ecs\n")
+    result = loaded(tmp_path)
+    assert (result.config.api.api_keys, result.config.system.debug) == ((), False)
+    assert sorted(result.warnings) == [
+        ".env API_KEY is no API key: that is one or more printable ASCII characters without spaces; ignored, as "
+        "another program's",
+        ".env DEBUG is neither true nor false, which system.debug is; ignored, as another program's",
+        ".env STRUCTURED_LOGS is neither true nor false, which system.structured_logs is; ignored, as another "
+        "program's",
+    ]
+
+
+def test_a_key_that_can_be_none_does_not_open_the_router_to_the_network(tmp_path: Path) -> None:
+    environ = {"API_KEY": "schlüssel"}
+    (problem,) = problems(tmp_path, {"api": {"host": "0.0.0.0"}}, environ=environ)
+    assert problem.startswith("env API_KEY is no API key: ")
+    assert problem.endswith(", and 0.0.0.0 would be open to the network without a key")
+    guarded = loaded(tmp_path, {"api": {"host": "0.0.0.0", "inference_keys": ["k"]}}, environ=environ)
+    assert [warning.split(" is ")[0] for warning in guarded.warnings] == ["env API_KEY"]
 
 
 def test_paths_in_the_file_start_from_its_folder_and_others_from_the_working_directory(tmp_path: Path) -> None:
@@ -675,8 +739,8 @@ def test_no_error_text_gives_a_secret_away(tmp_path: Path, text: str) -> None:
 
 
 def test_a_key_that_no_client_can_send_is_refused(tmp_path: Path) -> None:
-    assert problems(tmp_path, environ={"API_KEY": "two words"}) == [
-        "env API_KEY: api.api_keys[0]: a key is one or more printable ASCII characters without spaces"
+    assert problems(tmp_path, {"api": {"api_keys": ["two words"]}}) == [
+        "config.json: api.api_keys[0]: a key is one or more printable ASCII characters without spaces"
     ]
 
 
