@@ -69,7 +69,9 @@ Count = Annotated[int, Field(ge=0, le=_MOST)]
 PositiveCount = Annotated[int, Field(gt=0, le=_MOST)]
 Key = Annotated[SecretStr, AfterValidator(_sendable)]
 Keys = Annotated[tuple[Key, ...], Field(strict=False)]
-WebOrigin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$")]
+WebOrigin = Annotated[
+    str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^/\s?#@:\[\]]+)(:([0-9]+|\*))?)$")
+]
 _ARGUMENT_SCHEMA: dict[str, Any] = {"type": ["string", "number"]}
 Argument = Annotated[str, BeforeValidator(_as_argument), WithJsonSchema(_ARGUMENT_SCHEMA)]
 Arguments = Annotated[
@@ -134,7 +136,8 @@ class Api(Section):
     cors_origins: Annotated[tuple[WebOrigin, ...], Field(strict=False)] = Field(
         default=("http://localhost:3000",),
         description="Origins whose pages may call the router from a browser: scheme://host[:port] without a "
-        "path, or * for all.",
+        "path, where * in the host stands for any part of it and as the port for any; or * for all. On Ollama's "
+        "routes those that Ollama allows may, too.",
     )
     api_keys: Keys = Field(
         default=(),
@@ -152,7 +155,8 @@ class Api(Section):
     allowed_hosts: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         default=(),
         description="Further names in the Host header that a router on a loopback address answers to, such as a "
-        "reverse proxy's. Others may be a web page that has pointed its name at this machine.",
+        "reverse proxy's. Others, but for IP addresses, *.localhost and host.docker.internal, may be a web page "
+        "that has pointed its name at this machine.",
     )
     max_body_mb: PositiveCount = Field(
         default=100, description="Largest request body in MiB; more is answered by 413."

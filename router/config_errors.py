@@ -32,7 +32,7 @@ def explain(error: ErrorDetails, path: KeyPath) -> str:
         case "string_type" if isinstance(error["input"], int | float):
             return "should be text: put it in quotes"
         case "string_pattern_mismatch" if "cors_origins" in path:
-            return "should be * or like http://localhost:3000, without a path"
+            return "should be *, or like http://localhost:3000 or https://*.example.com, without a path"
     message = (
         error["msg"]
         .replace("Input should", "should")

@@ -115,11 +115,12 @@ def load(
     """Read, merge and check the configuration. Raises `ConfigError` with all that is wrong.
 
     `path` is the file that the command line names; else the variable `CONFIG_PATH`; else `llama-router.yaml` or
-    `.json` in `cwd`, else a `config.json` or `config.yaml` there that is meant for the router. `overrides` maps a key to the option that sets it and its value:
-    `{"api.port": ("--port", 9000)}`; `models.ALIAS` takes a whole entry. Each GGUF file below `models_dirs`
-    is served under its name, unless the configuration already serves it. Without `check_files`, models and
-    engine need not exist, and no models are looked for but in `models_dirs`: for reading the configuration of
-    another machine. `state_dir` is the one that a running router works with, whatever the file says by now.
+    `.json` in `cwd`, else a `config.json` or `config.yaml` there that is meant for the router. `overrides` maps a
+    key to the option that sets it and its value: `{"api.port": ("--port", 9000)}`; `models.ALIAS` takes a whole
+    entry. Each GGUF file below `models_dirs` is served under its name, unless the configuration already serves it.
+    Without `check_files`, models and engine need not exist, and no models are looked for but in `models_dirs`: for
+    reading the configuration of another machine. `state_dir` is the one that a running router works with, whatever
+    the file says by now.
 
     Blocks for up to `hub.SETTLE_SEC` when a file to be discovered has only just been written.
     """

@@ -254,7 +254,7 @@ class Exchange:
         """Raises ApiError."""
         fields = self._head.fields
         if (origin := fields.get(b"origin")) is not None:
-            self._lines = self._shared.browsers.origin_lines(origin)
+            self._lines = self._shared.browsers.origin_lines(origin, self._head.path)
         self._shared.browsers.check_host(fields)
         self._client = self._shared.keyring.check(self._head.headers, manages=False)
         if fields.get(b"content-encoding", b"identity") != b"identity":

@@ -436,7 +436,8 @@ def test_everything_that_is_wrong_is_reported_at_once_with_its_path(tmp_path: Pa
     }
     assert problems(tmp_path, content, check_files=True) == [
         "config.json: sheduling: unknown key; did you mean scheduling?",
-        "config.json: api.cors_origins[0]: should be * or like http://localhost:3000, without a path",
+        "config.json: api.cors_origins[0]: should be *, or like http://localhost:3000 or https://*.example.com, "
+        "without a path",
         "config.json: api.prot: unknown key; did you mean port?",
         "config.json: system.max_concurrent_models: should be greater than or equal to 1, not 0",
         'config.json: system.vram_multiplier: should be a valid number, not "big"',

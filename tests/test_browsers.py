@@ -1,0 +1,115 @@
+"""From which pages the router may be called, and by which names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import Router, Start, models
+
+from router.api.browsers import Browsers
+from router.api.errors import ApiError
+from router.config import Api
+
+PATTERNS = (
+    "http://localhost:*",
+    "https://*.example.com",
+    "http://plain.page:80",
+    "https://[::1]:8443",
+    "tauri://*",
+)
+
+
+def allows(origin: str, path: str = "/v1/models", origins: tuple[str, ...] = PATTERNS) -> bool:
+    lines = Browsers(Api(cors_origins=origins)).origin_lines(origin.encode(), path)
+    return b"access-control-allow-origin" in lines
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "http://localhost",
+        "http://localhost:5173",
+        "https://a.example.com",
+        "https://a.b.example.com",
+        "http://plain.page",
+        "https://[::1]:8443",
+        "tauri://localhost",
+    ],
+)
+def test_an_origin_that_a_pattern_means_may_call(origin: str) -> None:
+    assert allows(origin)
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "https://localhost:5173",
+        "http://localhost.evil.page",
+        "http://localhost:80.evil.page",
+        "https://example.com",
+        "https://example.com.evil.page",
+        "https://a.example.com:444",
+        "http://plain.page:8080",
+        "null",
+        "",
+    ],
+)
+def test_an_origin_that_only_looks_like_one_may_not(origin: str) -> None:
+    assert not allows(origin)
+
+
+def test_without_origins_no_page_may_call_and_with_a_star_all() -> None:
+    assert not allows("http://localhost:3000", origins=())
+    assert allows("http://any.page", origins=("*", "http://my.page"))
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "http://localhost",
+        "http://127.0.0.1:3000",
+        "https://0.0.0.0:1",
+        "app://obsidian.md",
+        "vscode-webview://1q2w3e",
+    ],
+)
+def test_on_ollamas_routes_ollamas_origins_may_call_too(origin: str) -> None:
+    assert allows(origin, "/api/chat", ())
+    assert not allows(origin, "/v1/chat/completions", ())
+    assert not allows("http://evil.page", "/api/chat", ())
+
+
+@pytest.mark.parametrize("host", ["192.168.1.5:8000", "[fe80::1]:8000", "10.0.0.1", "me.localhost:8000"])
+def test_who_calls_by_a_name_that_no_page_can_point_here_is_answered(host: str) -> None:
+    Browsers(Api()).check_host({b"host": host.encode()})
+
+
+@pytest.mark.parametrize("host", ["evil.page", "1.2.3.4.evil.page", "localhost.evil.page", "127.0.0.1.nip.io", ""])
+def test_who_calls_by_a_name_that_a_page_may_have_pointed_here_is_not(host: str) -> None:
+    with pytest.raises(ApiError):
+        Browsers(Api()).check_host({b"host": host.encode()})
+
+
+@pytest.fixture(scope="module")
+def router(start_shared: Start, tiny: Path) -> Router:
+    return start_shared({"api": {"cors_origins": ["https://*.my.page"]}, "models": models(tiny, "a")})
+
+
+@pytest.mark.parametrize(
+    ("path", "origin"),
+    [
+        ("/v1/models", "https://chat.my.page"),
+        ("/v1/chat/completions", "https://chat.my.page"),
+        ("/api/tags", "app://obsidian.md"),
+        ("/api/chat", "http://localhost:8501"),
+    ],
+)
+def test_pages_and_data_plane_say_the_same_of_an_origin(router: Router, path: str, origin: str) -> None:
+    method = "GET" if path in ("/v1/models", "/api/tags") else "POST"
+    for asked, allowed in ((origin, origin), ("https://evil.page", None)):
+        answer = router.http.request(method, path, headers={"origin": asked, "host": "host.docker.internal"})
+        assert answer.headers.get("access-control-allow-origin") == allowed
+        preflight = {"origin": asked, "access-control-request-method": method}
+        asked_first = router.http.options(path, headers=preflight)
+        assert asked_first.headers.get("access-control-allow-origin") == allowed
