@@ -284,13 +284,13 @@ class Dispatcher:
         self._post(Submit(now, request_id, alias, priority))
         return ticket
 
-    def finish(self, ticket: Ticket, *, served: bool) -> None:
-        """The request is over: answered, failed, or given up by its client, wherever it is."""
+    def finish(self, ticket: Ticket, *, served: bool, computed: bool) -> None:
+        """The request is over, wherever it is: answered, with tokens or without, failed, or given up."""
         if self._tickets.pop(ticket.id, None) is not None:
             self.counts[ticket.alias].served += served
-            self._post(Finished(time.monotonic(), ticket.id, served))
+            self._post(Finished(time.monotonic(), ticket.id, served, computed))
             engine = ticket.engine
-            if served and engine is not None and not engine.account.has_answered:
+            if computed and engine is not None and not engine.account.has_answered:
                 engine.account.has_answered = True
                 self._spawn(self._accountant.answered(engine.account), f"measuring of {ticket.alias}")
 

@@ -30,7 +30,7 @@ from router.heads import Admission, RequestHead
 from router.meter import AnswerMeter
 from router.queue import NAMES
 from router.rewriting import rewritten
-from router.routing import Wish, read_wish
+from router.routing import WITHOUT_TOKENS, Wish, read_wish
 from router.upstream import Connection, Head
 
 _BUFFERED_ANSWER = 4 << 20
@@ -449,7 +449,9 @@ class Exchange:
             self._connection.close()
             self._connection = None
         if self._ticket is not None:
-            self._dispatcher.finish(self._ticket, served=outcome in ("served", "engine_refused"))
+            served = outcome == "served"
+            computed = served and self._meter.size > 0 and self._path_of_engine() not in WITHOUT_TOKENS
+            self._dispatcher.finish(self._ticket, served=served or outcome == "engine_refused", computed=computed)
         self._publish(self._ticket, outcome)
 
     def _publish(self, ticket: Ticket | None, outcome: str) -> None:

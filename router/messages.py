@@ -159,6 +159,9 @@ class Finished(msgspec.Struct, frozen=True):
     at: float
     request_id: str
     served: bool = True
+    computed: bool = True
+    """Whoever was served got tokens that were computed; what is refused, or only counted, says nothing of how
+    long that takes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -230,10 +230,10 @@ class Model:
         self.load_sec = took_sec if self.loads == 0 else self.load_sec + 0.3 * (took_sec - self.load_sec)
         self.loads += 1
 
-    def served(self, took_sec: float, now: float) -> None:
+    def computed(self, took_sec: float) -> None:
+        """A request whose tokens were computed is over."""
         self.services += 1
         self.mean_service_sec += max(0.1, 1 / self.services) * (took_sec - self.mean_service_sec)
-        self.rush.serve(now)
 
     def crashed(self, now: float, window_sec: float) -> int:
         """One more; returns how many that makes within the window."""

@@ -50,6 +50,20 @@ ROUTES = frozenset(
 )
 """Everything that llama-server answers for one model, and that names the model in its body. All POST."""
 
+WITHOUT_TOKENS = frozenset(
+    {
+        "/v1/chat/completions/input_tokens",
+        "/v1/responses/input_tokens",
+        "/v1/messages/count_tokens",
+        "/chat/completions/input_tokens",
+        "/responses/input_tokens",
+        "/tokenize",
+        "/detokenize",
+        "/apply-template",
+    }
+)
+"""Those of them for which an engine computes nothing: it answers beside what its slots do."""
+
 TRANSLATED_ROUTES = frozenset({"/api/chat", "/api/generate", "/api/embed", "/api/embeddings", "/chat"})
 """Ollama's, and one of earlier hosts in its words. What they ask for is translated to a route of the engine's, and
 its answer back. All POST.

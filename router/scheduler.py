@@ -237,11 +237,14 @@ class Scheduler:
             self._left_queue(model)
             return True
         engine = self.engines.get(request.engine_id)
+        computed = event.served and event.computed
         if event.served:
-            model.served(self._now - request.granted_sec, self._now)
+            model.rush.serve(self._now)
+        if computed:
+            model.computed(self._now - request.granted_sec)
         if engine is None:
             return False
-        if event.served:
+        if computed:
             engine.served += 1
             model.attempts = 0
         self._release(request, model, engine)

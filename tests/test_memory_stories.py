@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,23 @@ def test_room_is_given_away_only_when_the_memory_is_back(
     log = router.log
     assert log.index("not all of its memory on gpu0 is back") < log.index("model a: off")
     assert "model b: loading" not in log, "and then it counts as somebody else's"
+
+
+def test_nothing_is_learnt_of_an_engine_before_it_has_computed(start: Start, tiny: Path, tmp_path: Path) -> None:
+    """What it is measured to take would be too little: some of it comes with the first tokens."""
+    footprints = tmp_path / "state" / "footprints.json"
+    entries = models(tiny, "a", flags=["-c", "1024"]) | models(tiny, "later", flags=["-c", "2048"])
+    router = start({"models": entries}, LLAMA_ROUTER_STATE_DIR=str(footprints.parent))
+    preloaded = router.http.post("/api/generate", json={"model": "a"})
+    assert preloaded.json()["done_reason"] == "load"
+    chat = {"model": "a", "messages": [{"role": "user", "content": "hi"}]}
+    for path in ("/tokenize", "/detokenize", "/apply-template", "/v1/messages/count_tokens"):
+        answer = router.http.post(path, json={**chat, "content": "hi", "tokens": [1]})
+        assert answer.status_code == 200, (path, answer.text)
+    assert router.chat("a", temperature="hot").status_code == 400
+    assert router.chat("later").status_code == 200
+    eventually(footprints.exists)
+    assert [entry["flags"][:2] for entry in json.loads(footprints.read_bytes())] == [["-c", "2048"]]
 
 
 def test_what_was_measured_is_used_the_next_time_and_after_a_restart(

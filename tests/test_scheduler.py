@@ -1013,6 +1013,29 @@ def test_expected_wait_follows_what_was_measured() -> None:
     assert wait_sec(model) == 6 + 10  # what is in flight, then the load
 
 
+def test_how_long_requests_take_is_learnt_of_computed_tokens_only() -> None:
+    machine = Machine(ModelSpec("a", slots=2))
+    model = machine.scheduler.models["a"]
+    slow = machine.served("a")
+    machine.wait(20)
+    machine.finish(slow)
+    for _ in range(20):  # refused, or only counted
+        quick = machine.ask("a")
+        machine.wait(0.002)
+        machine.tell(Finished(machine.now, quick, computed=False))
+    assert model.mean_service_sec == 20
+
+
+def test_an_engine_that_answers_but_never_computes_has_proved_nothing() -> None:
+    machine = Machine("a", policy=Policy(model_load_max_retries=2, model_max_crashes=100))
+    for _ in range(3):
+        counted = machine.ask("a")
+        machine.wait(machine.policy.max_backoff_sec)
+        machine.tell(Finished(machine.now, counted, computed=False))
+        machine.tell(EngineExited(machine.now, machine.engine("a"), "killed by SIGSEGV"))
+    assert machine.states() == "failed"
+
+
 class Crowded(Machine):
     """Random clients for all models, with answers of random length."""
 
