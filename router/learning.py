@@ -44,16 +44,16 @@ def files_of(*paths: Path) -> tuple[tuple[str, int, int], ...]:
     return tuple((str(path), status.st_size, status.st_mtime_ns) for path in paths for status in (path.stat(),))
 
 
-class Entry(msgspec.Struct):
+class Entry(msgspec.Struct, frozen=True):
     """MiB per device, with the GPUs counted as the engine does: `gpu0` is the first that it was shown."""
 
     files: tuple[tuple[str, int, int], ...]
     build: str
     flags: tuple[str, ...]
     gpus: int
-    estimated: dict[str, _Mib]
-    measured: dict[str, _Mib] = {}
-    raised: dict[str, _Mib] = {}
+    estimated: Mapping[str, _Mib]
+    measured: Mapping[str, _Mib] = {}
+    raised: Mapping[str, _Mib] = {}
     """What it wants at least: it ran out of memory with less."""
     at: float = 0.0
     """Seconds since the epoch."""
@@ -71,7 +71,11 @@ class Store(Protocol):
 
 
 class Learned:
-    """Entries, the latest last. Reading and writing the store block; `save` belongs in a thread."""
+    """Entries, the latest last. Reading and writing the store block; `save` belongs in a thread.
+
+    Threads read while the event loop learns. So nothing that they may have is changed: what is learnt takes the
+    place of all that was known, in one assignment.
+    """
 
     def __init__(self, store: Store | None = None) -> None:
         self._store = store
@@ -97,11 +101,9 @@ class Learned:
 
     def learn(self, identity: Identity, estimated: Mapping[str, int], measured: Mapping[str, int]) -> None:
         """An engine is there and takes this. Of several measurements the largest counts."""
-        entry = self._entry(identity, estimated)
-        entry.estimated = dict(estimated)
-        entry.raised = {}
-        for device, mib in measured.items():
-            entry.measured[device] = max(mib, entry.measured.get(device, 0))
+        known = self.measured(identity) or {}
+        most = {device: max(mib, known.get(device, 0)) for device, mib in measured.items()}
+        self._know(identity, dict(estimated), {**known, **most}, {})
 
     def ran_out(self, identity: Identity, booked: Mapping[str, int], wanted: Mapping[str, int]) -> None:
         """It did not get by with `booked`; `wanted` is what it asked for last, as far as it has said.
@@ -110,8 +112,9 @@ class Learned:
         however often it happens: it may be others who take the memory. GPUs that are not booked, such as Apple's,
         have their memory from the host.
         """
-        entry = self._entry(identity, booked)
-        entry.measured = {}
+        entry = self._entries.get(identity)
+        estimated = entry.estimated if entry is not None else dict(booked)
+        raised = dict(self.raised(identity))
         short: dict[str, int] = {}
         for device, mib in wanted.items():
             place = device if device in booked else HOST
@@ -119,22 +122,25 @@ class Learned:
         for device, mib in booked.items():
             if not short or device in short:
                 least = max(round(mib * _RAISED_BY), short.get(device, 0), mib + 1)
-                most = round(max(1, entry.estimated.get(device, mib)) * _MOST_RAISED)
-                entry.raised[device] = max(mib, min(least, most))
+                most = round(max(1, estimated.get(device, mib)) * _MOST_RAISED)
+                raised[device] = max(mib, min(least, most))
+        self._know(identity, estimated, {}, raised)
 
-    def _entry(self, identity: Identity, estimated: Mapping[str, int]) -> Entry:
-        entry = self._entries.pop(identity, None)
-        if entry is None:
-            entry = Entry(identity.files, identity.build, identity.flags, identity.gpus, dict(estimated))
-        entry.at = time.time()
-        self._entries[identity] = entry
-        while len(self._entries) > MOST_ENTRIES:
-            del self._entries[next(iter(self._entries))]
-        return entry
+    def _know(
+        self,
+        identity: Identity,
+        estimated: Mapping[str, int],
+        measured: Mapping[str, int],
+        raised: Mapping[str, int],
+    ) -> None:
+        kind = identity.files, identity.build, identity.flags, identity.gpus
+        latest = Entry(*kind, estimated, measured, raised, time.time())
+        others = (entry for entry in self._entries.values() if entry.identity != identity)
+        self._entries = {entry.identity: entry for entry in [*others, latest][-MOST_ENTRIES:]}
 
     def entries(self) -> list[Entry]:
-        """A copy that may be saved while more is learned."""
-        return [msgspec.structs.replace(entry) for entry in self._entries.values()]
+        """All of them as they are now; what is learnt later does not change them."""
+        return list(self._entries.values())
 
     def save(self, entries: list[Entry]) -> None:
         if self._store is not None:

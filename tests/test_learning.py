@@ -60,6 +60,31 @@ def test_the_oldest_are_forgotten(tmp_path: Path) -> None:
     assert learned.measured(identity("5")) is None
 
 
+class LearnsMeanwhile(str):
+    """The build of an engine. When it is compared, another is measured, as between two steps of a thread."""
+
+    learned: Learned
+
+    def __eq__(self, other: object) -> bool:
+        self.learned.learn(identity(f"another {len(self.learned.entries())}"), {"host": 1}, {"host": 2, "gpu0": 3})
+        return super().__eq__(other)
+
+    __hash__ = str.__hash__
+
+
+def test_what_is_learnt_while_a_thread_reads_does_not_disturb_it() -> None:
+    learned = Learned()
+    learned.learn(identity("a"), {"gpu0": 1000}, {"gpu0": 900})
+    learned.learn(Identity(identity("a").files, "older build", (), 1), {"gpu0": 1000}, {"gpu0": 800})
+    known, entries = learned.measured(identity("a")), learned.entries()
+    build = LearnsMeanwhile("build")
+    build.learned = learned
+    assert learned.ratio(Identity(identity("a").files, build, ("-c", "9"), 1)) == {"gpu": 0.9}
+    assert len(learned.entries()) > 2
+    learned.learn(identity("a"), {"gpu0": 1000}, {"gpu0": 950, "host": 50})
+    assert known == entries[0].measured == {"gpu0": 900}
+
+
 def test_ram_never_corrects_downwards() -> None:
     learned = Learned()
     learned.learn(identity(), {"gpu0": 1000, "host": 1000}, {"gpu0": 900, "host": 700})
