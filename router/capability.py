@@ -1,7 +1,7 @@
-"""What an engine refuses because its model was not started for it, and which models are.
+"""What an engine refuses, as one of the router's own errors: in the words of the API that its client speaks.
 
 The engine decides: the router neither looks into bodies for images nor knows better which routes a build serves.
-It only answers better, as it knows the other models.
+It only answers better, as it knows the other models, and what clients make of an error.
 """
 
 from __future__ import annotations
@@ -10,12 +10,60 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
-from router.api.errors import ApiError
+import msgspec
+
+from router.api.errors import ApiError, ContextExceeded
 from router.config import ModelConfig
 from router.flags import Flags
 from router.routing import some_of
 
 _LONGEST_REFUSAL = 1000
+
+_CODES = {400: "invalid_request", 404: "not_found", 501: "not_supported", 503: "unavailable"}
+"""For errors that name no kind."""
+_MISTAKES = (
+    "'messages' is required",
+    '"prompt" is required',
+    "Cannot use both json_schema and grammar",
+    "Failed to parse messages",
+    "Failed to tokenize prompt",
+    "Invalid base64 value",
+    "Only no echo is supported",
+    "Unsupported param: ",
+    "is too large to process",
+)
+"""What an engine finds wrong with a request and nevertheless calls its own error, a 500, which clients repeat."""
+
+
+class _Error(msgspec.Struct):
+    message: str = ""
+    type: str = ""
+    n_prompt_tokens: int | None = None
+    n_ctx: int | None = None
+
+
+class _Answer(msgspec.Struct):
+    error: _Error
+
+
+_decode = msgspec.json.Decoder(_Answer).decode
+
+
+def error_of_engine(status: int, body: bytes) -> ApiError:
+    """What an engine has answered instead of what it was asked for."""
+    try:
+        error = _decode(body).error
+    except (msgspec.MsgspecError, UnicodeDecodeError):  # some errors have no body at all
+        error = _Error(
+            body.decode("utf-8", "replace").strip() or f"The engine answers {status}, without a reason."
+        )
+    if error.type == "exceed_context_size_error" and error.n_ctx is not None:
+        return ContextExceeded.of(error.n_prompt_tokens or 0, error.n_ctx)
+    if status >= 500 and any(mistake in error.message for mistake in _MISTAKES):
+        return ApiError(400, "invalid_request", error.message)
+    kind = error.type.removesuffix("_error")
+    code = kind if kind and kind != "server" else _CODES.get(status, "engine_error")
+    return ApiError(status, code, error.message, is_final=status == 501)
 
 
 class _Need(NamedTuple):

@@ -22,7 +22,7 @@ from router.answer import Answer
 from router.api.auth import Client, Keyring
 from router.api.browsers import Browsers
 from router.api.errors import ApiError, error_event, refused
-from router.capability import refused_by_engine
+from router.capability import error_of_engine, refused_by_engine
 from router.crowd import Bodies
 from router.dispatcher import Dispatcher, Ticket, Waiting
 from router.events import RequestDone
@@ -282,8 +282,8 @@ class Exchange:
             self._heartbeat.cancel()
             self._heartbeat = None
         if ticket.rejection is not None:
-            rejection = ticket.rejection
-            self._fail(refused(rejection.refusal, rejection.reason, rejection.retry_after_sec))
+            said = ticket.rejection
+            self._fail(refused(said.refusal, said.reason, said.retry_after_sec, is_final=said.is_final))
             return
         engine = ticket.engine
         assert engine is not None
@@ -345,7 +345,7 @@ class Exchange:
 
     def _outcome_of_stream(self, head: Head) -> str:
         if not self._meter.ends_in_error:
-            return _outcome(head)
+            return _outcome(head.status)
         self._reason = "the engine has ended the stream with an error"  # its words may quote the prompt
         return "engine_error"
 
@@ -381,20 +381,26 @@ class Exchange:
         return head.content_length is not None and head.content_length <= _BUFFERED_ANSWER
 
     def _answer_whole(self, head: Head, body: bytes) -> None:
-        assert self._ticket is not None
+        ticket = self._ticket
+        assert ticket is not None
         if head.status >= 500:
-            refusal = refused_by_engine(body, self._ticket.alias, self._dispatcher.config.models)
+            refusal = refused_by_engine(body, ticket.alias, self._dispatcher.config.models)
             if refusal is not None:
                 self._fail(refusal)
                 return
-        self._status = head.status
+        error = error_of_engine(head.status, body) if head.status >= 400 else None
+        self._status = head.status if error is None else error.status
         if not self._answer.started:
             self._meter.note(body)
-        self._end(_outcome(head))
-        if self._answer.started:
+        self._end(_outcome(self._status))
+        if error is None and self._answer.started:
             self._answer.end(error_event(body.replace(b"\n", b" "), self._head.path))
+        elif error is None:
+            self._answer.whole(head.status, head.lines + self._lines_of(ticket), body)
+        elif self._answer.started:
+            self._answer.break_off(self._event_of(error))
         else:
-            self._answer.whole(head.status, head.lines + self._lines_of(self._ticket), body)
+            self._write_error(error, self._lines_of(ticket))
 
     def _start_relaying(self, head: Head) -> None:
         assert self._ticket is not None
@@ -419,7 +425,7 @@ class Exchange:
         self._reason = error.message
         self._end(error.code)
         self._received.clear()
-        self._write_error(error)
+        self._write_error(error, self._id_line + self._lines)
 
     def _fail(self, error: ApiError) -> None:
         self._reason = error.message
@@ -427,15 +433,19 @@ class Exchange:
             self._status = error.status
         self._end(error.code)
         if not self._answer.started:
-            self._write_error(error)
+            self._write_error(error, self._id_line + self._lines)
         elif self._streams and not self._answer.has_length:
-            self._answer.break_off(error.event(self._head.path))
+            self._answer.break_off(self._event_of(error))
         else:
             self._answer.abort()  # half a document must not look whole
 
-    def _write_error(self, error: ApiError) -> None:
-        lines = b"".join(b"%b: %b\r\n" % header for header in error.headers())
-        self._answer.whole(error.status, lines + self._id_line + self._lines, error.body(self._head.path))
+    def _write_error(self, error: ApiError, lines: bytes) -> None:
+        own = b"".join(b"%b: %b\r\n" % header for header in error.headers())
+        self._answer.whole(error.status, own + lines, error.body(self._head.path))
+
+    def _event_of(self, error: ApiError) -> bytes:
+        """What ends a stream that has begun."""
+        return error.event(self._head.path)
 
     def _end(self, outcome: str) -> None:
         """Give back what it holds, and account for it. What is left to write may still be written."""
@@ -522,10 +532,10 @@ def _one_line(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
 
 
-def _outcome(head: Head) -> str:
-    if head.status < 400:
+def _outcome(status: int) -> str:
+    if status < 400:
         return "served"
-    return "engine_refused" if head.status < 500 else "engine_error"
+    return "engine_refused" if status < 500 else "engine_error"
 
 
 @lru_cache(maxsize=1024)

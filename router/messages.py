@@ -314,6 +314,8 @@ class Reject:
     refusal: Refusal
     reason: str
     retry_after_sec: float | None = None
+    is_final: bool = False
+    """It would be refused again, until somebody changes the configuration or the machine."""
 
 
 @dataclass(frozen=True, slots=True)

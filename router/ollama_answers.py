@@ -91,7 +91,6 @@ class _Error(msgspec.Struct):
 
 class _Said(msgspec.Struct):
     message: str = ""
-    n_ctx: int | None = None
 
 
 _decode = msgspec.json.Decoder(_Part).decode
@@ -112,12 +111,9 @@ def _message_of(error: msgspec.Raw) -> str:
     try:
         if bytes(error).startswith(b'"'):
             return str(msgspec.json.decode(error))
-        said = _decode_said(error)
+        return _decode_said(error).message
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return bytes(error).decode("utf-8", "replace")
-    if said.n_ctx is None:
-        return said.message
-    return f"{said.message} (here the context is set in the router's configuration, by -c, and not by num_ctx)"
 
 
 class NotUnderstood(Exception):

@@ -196,6 +196,8 @@ class Model:
     """When its engines died without being asked to, within the window that the policy looks at."""
     retry_at_sec: float = 0.0
     failed_until_sec: float = 0.0
+    failed_for_good: bool = False
+    """Its engine does not take its flags: the next one, after the cooldown, would not, either."""
     last_error: str | None = None
     why_waiting: Why = Why()
     room_at_sec: float = 0.0

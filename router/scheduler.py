@@ -300,24 +300,35 @@ class Scheduler:
             self._admit(model)
 
     def _reject(
-        self, request_id: str, refusal: Refusal, reason: str, retry_after_sec: float | None = None
+        self,
+        request_id: str,
+        refusal: Refusal,
+        reason: str,
+        retry_after_sec: float | None = None,
+        is_final: bool = False,
     ) -> None:
         self._requests.pop(request_id, None)
-        self._effects.append(Reject(request_id, refusal, reason, retry_after_sec))
+        self._effects.append(Reject(request_id, refusal, reason, retry_after_sec, is_final))
 
     def _reject_failed(self, request_id: str, model: Model) -> None:
         reason = model.last_error or f"{model.spec.alias!r} failed"
-        self._reject(request_id, Refusal.MODEL_FAILED, reason, model.failed_until_sec - self._now)
+        pause_sec = model.failed_until_sec - self._now
+        self._reject(request_id, Refusal.MODEL_FAILED, reason, pause_sec, model.failed_for_good)
 
     def _reject_removed(self, request: Request) -> None:
         reason = f"{request.alias!r} was removed from the configuration"
         self._reject(request.id, Refusal.MODEL_NOT_FOUND, reason)
 
     def _reject_waiting(
-        self, model: Model, refusal: Refusal, reason: str, retry_after_sec: float | None = None
+        self,
+        model: Model,
+        refusal: Refusal,
+        reason: str,
+        retry_after_sec: float | None = None,
+        is_final: bool = False,
     ) -> None:
         while model.queue:
-            self._reject(model.queue.pop().id, refusal, reason, retry_after_sec)
+            self._reject(model.queue.pop().id, refusal, reason, retry_after_sec, is_final)
         model.forget_wish()
         self._left_queue(model)
 
@@ -402,7 +413,7 @@ class Scheduler:
             or (loading and event.out_of_memory)
             or event.retry is Retry.NEVER
         ):
-            self._fail(model, policy.model_load_cooldown_sec)
+            self._fail(model, policy.model_load_cooldown_sec, for_good=event.retry is Retry.NEVER)
         elif crashes >= policy.model_max_crashes:
             often = f"crashed {crashes} times in {self._now - model.crashes_sec[0]:.0f} s"
             model.last_error = f"{engine.alias!r} {often}, the last time: {event.reason}"
@@ -419,15 +430,16 @@ class Scheduler:
         jitter = crc32(f"{engine.alias} {engine.id}".encode()) / 2**33
         return min(self.policy.max_backoff_sec, self.policy.backoff_sec * 2.0 ** min(tries - 1, 32)) * (1 + jitter)
 
-    def _fail(self, model: Model, cooldown_sec: float) -> None:
+    def _fail(self, model: Model, cooldown_sec: float, *, for_good: bool = False) -> None:
         model.attempts = model.ports_lost = 0
         model.crashes_sec.clear()
         model.ran_out = False
         model.failed_until_sec = self._now + cooldown_sec
+        model.failed_for_good = for_good
         self._wake(model.failed_until_sec)
         reason = model.last_error or "failed"
         self._effects.append(Transition(model.spec.alias, "failed", reason))
-        self._reject_waiting(model, Refusal.MODEL_FAILED, reason, cooldown_sec)
+        self._reject_waiting(model, Refusal.MODEL_FAILED, reason, cooldown_sec, for_good)
 
     def _off(self, model: Model, reason: str) -> None:
         self._effects.append(Transition(model.spec.alias, "off", reason))
@@ -540,12 +552,12 @@ class Scheduler:
                     self._wake(at)
                 take(free, reserve)
                 taken |= dict.fromkeys(hold, model.spec.alias)
-            case NeverFits(reason):
+            case NeverFits(reason, others_hold_it):
                 model.last_error = reason
                 model.too_big = True
                 model.inspected = model.cramped_since_sec = None
                 self._off(model, reason)
-                self._reject_waiting(model, Refusal.INSUFFICIENT_MEMORY, reason)
+                self._reject_waiting(model, Refusal.INSUFFICIENT_MEMORY, reason, is_final=not others_hold_it)
 
     def _memory_changed(self, event: MemoryChanged) -> None:
         self._fleet.set_budgets(event.budgets, event.capacity, self.policy.places)

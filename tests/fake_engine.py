@@ -12,7 +12,7 @@ FAKE_LAST_WORDS   what it says before it exits
 FAKE_CHUNKS       number of events in a stream
 FAKE_EVENTS       file with what it streams instead: a JSON document a line, each an event
 FAKE_ANSWER       its answer, when no stream is asked for
-FAKE_STATUS       its status, with 204 and 304 without a body
+FAKE_STATUS       its status, with 204 and 304 without a body; from 400 on also when a stream is asked for
 FAKE_NOTES        file to which it appends each request: its path, a space, its body
 FAKE_HEADERS      further headers of its answers, with | between them
 FAKE_OUTLIVES     yes: does not die with its router; stubborn: nor by SIGTERM
@@ -104,14 +104,14 @@ async def answer(writer: asyncio.StreamWriter, status: int, body: bytes) -> None
 
 
 async def complete(writer: asyncio.StreamWriter, request: dict[str, object]) -> None:
-    if not request.get("stream"):
+    status = int(setting("status", "200"))
+    if not request.get("stream") or status >= 400:
         played = json.dumps({"pid": os.getpid(), "choices": [{"message": {"content": "ok"}}]})
         body = setting("answer", played).encode()
         if setting("die") == "after":
             writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body) + body[:5])
             await writer.drain()
             os._exit(3)
-        status = int(setting("status", "200"))
         if status in (204, 304):
             writer.write(b"HTTP/1.1 %d X\r\n\r\n" % status)
         else:

@@ -544,6 +544,7 @@ def test_a_model_that_can_never_fit_is_refused_at_once_with_the_figures() -> Non
     refusal = machine.rejected[huge]
     assert refusal.refusal is Refusal.INSUFFICIENT_MEMORY
     assert "10 MiB on gpu0" in refusal.reason
+    assert refusal.is_final
     assert machine.states() == "ready off"
 
 
@@ -637,6 +638,7 @@ def test_memory_that_another_program_keeps_is_not_waited_for_twice() -> None:
     refusal = machine.rejected[first]
     assert refusal.refusal is Refusal.INSUFFICIENT_MEMORY
     assert "other programs hold 7 MiB on gpu0" in refusal.reason
+    assert not refusal.is_final
     assert machine.ask("a") in machine.rejected
     machine.tell(MemoryChanged(machine.now, GPU, {"gpu0": 10}))
     machine.ask("a")
@@ -721,6 +723,8 @@ def test_an_engine_that_does_not_take_its_flags_is_not_tried_again() -> None:
     machine.tell(EngineExited(machine.now, machine.engine("a"), refusal, retry=Retry.NEVER))
     assert machine.states() == "failed"
     assert refusal in machine.rejected[request_id].reason
+    assert machine.rejected[request_id].is_final
+    assert machine.rejected[machine.ask("a")].is_final
 
 
 def test_failed_load_is_tried_again_after_a_pause_that_doubles() -> None:

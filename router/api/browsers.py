@@ -34,6 +34,7 @@ _EXPOSED = (
     "X-Queue-Reason",
     "X-Request-Priority",
     "Retry-After",
+    "X-Should-Retry",
 )
 _OLLAMAS_ORIGINS = (
     *(f"{scheme}://{name}:*" for name in ("localhost", "127.0.0.1", "0.0.0.0") for scheme in ("http", "https")),  # noqa: S104

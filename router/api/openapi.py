@@ -35,10 +35,8 @@ _ERRORS = {
     504: "It took too long.",
     507: "The model does not fit into memory, or the file not onto the disk.",
 }
-_DATA_PLANE = (401, 403, 404, 413, 415, 429, 502, 503, 504, 507)
+_DATA_PLANE = (400, 401, 403, 404, 413, 415, 422, 429, 500, 501, 502, 503, 504, 507)
 _FURTHER = {"/v1/models/pull": (409, 429), "/pull": (409, 429, 500, 502)}
-_ALSO_OF_ENGINES = (400, 422, 500, 501)
-"""An engine has its own way to say these, on some routes with an empty body."""
 _OF_ENGINES = "Passed on to the engine of `model`, byte for byte unless its alias is configured to change it."
 _RETRY_AFTER = {"description": "Seconds after which it may be tried again.", "schema": {"type": "integer"}}
 
@@ -129,7 +127,6 @@ def _of_the_data_plane(path: str) -> dict[str, Any]:
                 "content": {"application/json": {}, "text/event-stream": {}, "text/plain": {}},
             },
             **{str(status): _error(status, path) for status in _DATA_PLANE},
-            **{str(status): {"description": _ERRORS[status]} for status in _ALSO_OF_ENGINES},
         },
     }
 
@@ -149,7 +146,7 @@ def _translated(path: str) -> dict[str, Any]:
         "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
         "responses": {
             "200": {"description": "The answer; lines of JSON if it is a stream.", "content": kinds},
-            **{str(status): _error(status, path) for status in (*_DATA_PLANE, *_ALSO_OF_ENGINES)},
+            **{str(status): _error(status, path) for status in _DATA_PLANE},
         },
     }
 
@@ -201,7 +198,7 @@ _ENVELOPE = {
                 "message": {"type": "string"},
                 "type": {"type": "string"},
                 "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "integer", "null"]},
+                "code": {"type": "string"},
             },
         }
     },
