@@ -122,6 +122,7 @@ class Ticket(msgspec.Struct, eq=False):
     granted_sec: float
     client: str = ""
     """Its name, if its key has one."""
+    slotless: bool = False
     queue_sec: float = 0.0
     """How long it has waited, once it is decided."""
     load_sec: float = 0.0
@@ -275,13 +276,15 @@ class Dispatcher:
 
     # --- requests ---------------------------------------------------------------------------------------
 
-    def submit(self, request_id: str, alias: str, priority: Priority, client: str = "") -> Ticket:
-        """Ask for a slot. Every ticket must come back through `finish`, also a cancelled one."""
+    def submit(
+        self, request_id: str, alias: str, priority: Priority, client: str = "", *, slotless: bool = False
+    ) -> Ticket:
+        """Ask for a slot, or for an engine only. All must come back through `finish`, cancelled ones, too."""
         now = time.monotonic()
-        ticket = Ticket(request_id, alias, priority, now, now, client)
+        ticket = Ticket(request_id, alias, priority, now, now, client, slotless)
         self._tickets[request_id] = ticket
         self.counts[alias].submitted += 1
-        self._post(Submit(now, request_id, alias, priority))
+        self._post(Submit(now, request_id, alias, priority, slotless))
         return ticket
 
     def finish(self, ticket: Ticket, *, served: bool, computed: bool) -> None:
@@ -309,8 +312,7 @@ class Dispatcher:
         counted_sec, positions = self._positions.get(ticket.alias, (-math.inf, {}))
         if now - counted_sec > _POSITIONS_VALID_SEC or ticket.id not in positions:
             model = self.scheduler.models.get(ticket.alias)
-            waiting = model.queue if model is not None else ()
-            positions = {request.id: index for index, request in enumerate(waiting, 1)}
+            positions = {request.id: place for place, request in model.queue.places()} if model is not None else {}
             self._positions[ticket.alias] = now, positions
         return positions.get(ticket.id)
 
@@ -320,8 +322,11 @@ class Dispatcher:
         if model is None or not model.queue:
             return []
         now = time.monotonic()
-        reason = why(model, now)
-        return [self._wait(model, request, place, reason, now) for place, request in enumerate(model.queue, 1)]
+        reasons = [why(model, now, slotless=slotless) for slotless in (False, True)]
+        return [
+            self._wait(model, request, place, reasons[request.slotless], now)
+            for place, request in model.queue.places()
+        ]
 
     def wait_of(self, ticket: Ticket) -> Waiting | None:
         """How a request that waits is doing; None when it does not."""
@@ -330,7 +335,7 @@ class Dispatcher:
         if model is None or position is None:
             return None
         now = time.monotonic()
-        return self._wait(model, ticket, position, why(model, now), now)
+        return self._wait(model, ticket, position, why(model, now, slotless=ticket.slotless), now)
 
     def _wait(self, model: Model, waiting: Ticket | Request, position: int, reason: str, now: float) -> Waiting:
         return Waiting(
@@ -599,6 +604,7 @@ class Dispatcher:
             alias: ModelSpec(
                 alias,
                 slots=min(model.slots, connections),
+                most_slotless=connections,
                 pinned=model.pinned,
                 idle_timeout_sec=model.idle_timeout_sec,
                 revision=model.revision,

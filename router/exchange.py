@@ -191,13 +191,19 @@ class Exchange:
         """Where the body, as it is once the wish was read, goes."""
         return self._head.path
 
+    def _is_slotless(self) -> bool:
+        """Whether an engine answers it beside what its slots compute."""
+        return self._head.path in WITHOUT_TOKENS
+
     def _submit(self, wish: Wish) -> None:
         if b"x-request-id" in self._head.fields and self._dispatcher.is_taken(self._request_id):
             self._be_called(_new_id())  # by one that came while the body was read
         self._streams = wish.streams
         if self._client is not None:
             self._lines += b"x-request-priority: %b\r\n" % NAMES[wish.priority].encode()
-        ticket = self._dispatcher.submit(self._request_id, wish.alias, wish.priority, self._client_name)
+        ticket = self._dispatcher.submit(
+            self._request_id, wish.alias, wish.priority, self._client_name, slotless=self._is_slotless()
+        )
         self._ticket = ticket
         self._wait_for_slot(ticket)
 
@@ -460,7 +466,7 @@ class Exchange:
             self._connection = None
         if self._ticket is not None:
             served = outcome == "served"
-            computed = served and self._meter.size > 0 and self._path_of_engine() not in WITHOUT_TOKENS
+            computed = served and self._meter.size > 0 and not self._ticket.slotless
             self._dispatcher.finish(self._ticket, served=served or outcome == "engine_refused", computed=computed)
         self._publish(self._ticket, outcome)
 

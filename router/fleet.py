@@ -56,7 +56,7 @@ class Fleet:
         if engine.state is EngineState.STOPPING:
             return
         engine.cause, engine.leaves_for = cause, reason
-        if not engine.in_flight:
+        if not engine.is_busy:
             self.stop(engine, cause)
         elif engine.state is not EngineState.DRAINING:
             engine.draining_since_sec = now
@@ -78,7 +78,7 @@ class Fleet:
         self.swaps[alias] = swap
         for victim in sorted(swap.victims, key=lambda engine: engine.id):
             if victim.state is EngineState.READY:
-                cause = StopCause.DRAINED if victim.in_flight else StopCause.EVICTED
+                cause = StopCause.DRAINED if victim.is_busy else StopCause.EVICTED
                 self.drain(victim, cause, f"makes room for {alias!r}", now)
 
     def end_swap(self, alias: str) -> list[Engine]:

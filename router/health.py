@@ -78,7 +78,7 @@ class HealthMonitor:
         silent_sec = now - max(probed_sec, running.pool.last_sign_sec)
         pace = self._pace
         patience_sec = max(pace.look_sec, system.stall_timeout_sec - pace.verdict_sec)
-        return bool(engine.in_flight) and silent_sec >= patience_sec
+        return engine.is_busy and silent_sec >= patience_sec
 
     def _start_probe(self, running: RunningEngine) -> None:
         task = asyncio.create_task(self._probe(running), name=f"probe of {running.alias}")

@@ -83,6 +83,8 @@ class ModelSpec:
 
     alias: str
     slots: int = 1
+    most_slotless: int = 200
+    """How many requests that need none may be with its engine at once, so that they cannot flood it."""
     pinned: bool = False
     idle_timeout_sec: float | None = None
     """None: the policy's; `math.inf`: never unloaded for being idle."""
@@ -151,6 +153,8 @@ class Submit(msgspec.Struct, frozen=True):
     request_id: str
     alias: str
     priority: Priority = Priority.NORMAL
+    slotless: bool = False
+    """It needs an engine, but none of its slots: nothing is computed for it."""
 
 
 class Finished(msgspec.Struct, frozen=True):

@@ -334,7 +334,7 @@ class _Look:
         return self.now - self.engine.ready_sec if self.engine is not None and self.engine.ready_sec else 0
 
     def silent_sec(self) -> float:
-        if self.engine is None or self.running is None or not self.engine.in_flight:
+        if self.engine is None or self.running is None or not self.engine.is_busy:
             return 0
         return max(0.0, self.now - self.running.pool.last_sign_sec)
 
@@ -343,8 +343,8 @@ _PER_MODEL: tuple[tuple[str, str, Callable[[_Look], float]], ...] = (
     ("router_queue_depth", "Requests that wait", lambda look: len(look.model.queue)),
     (
         "router_active_requests",
-        "Requests in flight",
-        lambda look: len(look.engine.in_flight) if look.engine is not None else 0,
+        "Requests in flight, those that need no slot among them",
+        lambda look: len(look.engine.in_flight) + len(look.engine.slotless) if look.engine is not None else 0,
     ),
     ("router_model_status", "0 stopped, 1 loading, 2 ready, 3 error", lambda look: _STATUS[look.state]),
     (

@@ -41,6 +41,9 @@ class OllamaExchange(Exchange):
     def _path_of_engine(self) -> str:
         return self._asked.target
 
+    def _is_slotless(self) -> bool:
+        return not self._asked.target  # a load is all that it asks for
+
     def _submit(self, wish: Wish) -> None:
         if self._asked.unloads:
             self._unload(wish.alias)

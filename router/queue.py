@@ -5,6 +5,8 @@ normal before low, each class is first-in-first-out, and nobody starves: a low r
 that came `patience[low] - patience[high]` seconds after it. The key never changes, so the heap is never
 re-sorted and nothing has to age.
 
+Requests that need no slot wait in the same line for an engine; once it is there, no kind waits for the other.
+
 This module orders; it does not decide who is served, and it does not know what time it is.
 """
 
@@ -47,16 +49,21 @@ class Request(msgspec.Struct, eq=False):
     engine_id: int | None = None
     """The engine that serves it; None while it waits."""
     retries: int = 0
+    slotless: bool = False
+
+
+_Entry = tuple[float, int, int, Request]
 
 
 class PriorityQueue:
     """Requests that wait for one model. `push`, `pop` and `remove` cost O(log n), amortised."""
 
-    __slots__ = ("_heap", "_length", "_lines", "_pushes")
+    __slots__ = ("_heaps", "_length", "_lines", "_pushes")
 
     def __init__(self) -> None:
-        # Who leaves early stays in the heap until he comes to its top; only the lines say who is here.
-        self._heap: list[tuple[float, int, int, Request]] = []
+        # Who leaves early stays in a heap until he comes to its top; only the lines say who is here.
+        self._heaps: tuple[list[_Entry], list[_Entry]] = ([], [])
+        """Those who need a slot, and those who do not."""
         self._pushes = 0
         self._length = 0
         self._lines: dict[Priority, OrderedDict[str, Request]] = {priority: OrderedDict() for priority in Priority}
@@ -69,6 +76,13 @@ class PriorityQueue:
         waiting = (request for line in self._lines.values() for request in line.values())
         return iter(sorted(waiting, key=lambda request: (request.deadline_sec, request.seq)))
 
+    def places(self) -> Iterator[tuple[int, Request]]:
+        """Everybody with the place among their kind: 1 is served next."""
+        ahead = [0, 0]
+        for request in self:
+            ahead[request.slotless] += 1
+            yield ahead[request.slotless], request
+
     def push(self, request: Request) -> None:
         """Add a request; one that comes back (its engine died) stands before all that came after it."""
         line = self._lines[request.priority]
@@ -78,32 +92,45 @@ class PriorityQueue:
             for later in [other.id for other in line.values() if other.seq > request.seq]:
                 line.move_to_end(later)
         self._pushes += 1
-        heapq.heappush(self._heap, (request.deadline_sec, request.seq, self._pushes, request))
+        heapq.heappush(self._heaps[request.slotless], (request.deadline_sec, request.seq, self._pushes, request))
 
     def head(self) -> Request | None:
-        """The request to be served next."""
-        while self._heap:
-            request = self._heap[0][3]
-            if self._waits(request):
-                return request
-            heapq.heappop(self._heap)
-        return None
+        """The request to be served next, of either kind."""
+        heads = [request for slotless in (False, True) if (request := self._next(slotless)) is not None]
+        return min(heads, key=lambda request: (request.deadline_sec, request.seq), default=None)
+
+    def take(self, *, slotless: bool) -> Request | None:
+        """Take the request of a kind that is to be served next."""
+        request = self._next(slotless)
+        if request is not None:
+            heapq.heappop(self._heaps[slotless])
+            self._leave(request)
+        return request
 
     def pop(self) -> Request:
-        """Take the request to be served next; IndexError when nobody waits."""
+        """Take the request to be served next, of either kind; IndexError when nobody waits."""
         request = self.head()
         if request is None:
             raise IndexError("pop from an empty queue")
-        heapq.heappop(self._heap)
-        self._leave(request)
+        self.take(slotless=request.slotless)
         return request
 
     def remove(self, request: Request) -> None:
         """Take a request out wherever it stands; KeyError when it does not wait here."""
         self._leave(request)
-        if len(self._heap) > 2 * len(self) + 16:
-            self._heap = [entry for entry in self._heap if self._waits(entry[3])]
-            heapq.heapify(self._heap)
+        heap = self._heaps[request.slotless]
+        if len(heap) > 2 * len(self) + 16:
+            heap[:] = [entry for entry in heap if self._waits(entry[3])]
+            heapq.heapify(heap)
+
+    def _next(self, slotless: bool) -> Request | None:
+        heap = self._heaps[slotless]
+        while heap:
+            request = heap[0][3]
+            if self._waits(request):
+                return request
+            heapq.heappop(heap)
+        return None
 
     def _leave(self, request: Request) -> None:
         del self._lines[request.priority][request.id]

@@ -84,11 +84,14 @@ class Engine:
     state: EngineState = EngineState.LOADING
     ready_sec: float = 0.0
     idle_since_sec: float | None = None
-    """None while anything is in flight."""
+    """None while anything is in flight, with a slot or without."""
     keep_alive_sec: float | None = None
     """How long it stays when idle, if a client has said so: instead of what is configured, unless it is pinned."""
     nobody_waits_since_sec: float | None = None
     in_flight: dict[str, Priority] = field(default_factory=dict)
+    """Each of them has a slot."""
+    slotless: set[str] = field(default_factory=set)
+    """What is with it besides. It keeps the engine as they do."""
     draining_since_sec: float = 0.0
     cause: StopCause | None = None
     leaves_for: str = ""
@@ -111,8 +114,14 @@ class Engine:
         return f"{self.cause.value}: {self.leaves_for}" if self.leaves_for else self.cause.value
 
     @property
-    def admits(self) -> bool:
-        return self.state is EngineState.READY and not self.suspect and len(self.in_flight) < self.spec.slots
+    def is_busy(self) -> bool:
+        return bool(self.in_flight or self.slotless)
+
+    def admits(self, *, slotless: bool = False) -> bool:
+        if self.state is not EngineState.READY or self.suspect:
+            return False
+        spec = self.spec
+        return len(self.slotless) < spec.most_slotless if slotless else len(self.in_flight) < spec.slots
 
 
 class Hold(str, Enum):

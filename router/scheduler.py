@@ -156,7 +156,8 @@ class Scheduler:
 
     def waiting(self) -> int:
         """How many requests wait, for all models together."""
-        return len(self._requests) - sum(len(engine.in_flight) for engine in self.engines.values())
+        granted = sum(len(engine.in_flight) + len(engine.slotless) for engine in self.engines.values())
+        return len(self._requests) - granted
 
     # --- requests ---------------------------------------------------------------------------------------
 
@@ -175,8 +176,9 @@ class Scheduler:
         self._seq += 1
         deadline_sec = event.at + self.policy.patience_sec[event.priority]
         request = Request(event.request_id, event.alias, event.priority, event.at, deadline_sec, self._seq)
+        request.slotless = event.slotless
         engine = model.engine
-        if engine is not None and not model.queue and engine.admits:
+        if engine is not None and engine.admits(slotless=event.slotless):  # so none of its kind waits
             self._requests[request.id] = request
             self._grant(request, engine)
             return False
@@ -204,7 +206,7 @@ class Scheduler:
         request.queued_sec = self._now
         if not model.queue:
             model.rush = Rush(self._now)
-        model.rush.joined[request.priority] += 1
+        model.rush.joined[request.priority] += not request.slotless
         model.queue.push(request)
         if model.engine is None:
             self._waiting[request.alias] = model
@@ -217,15 +219,23 @@ class Scheduler:
     def _grant(self, request: Request, engine: Engine) -> None:
         request.granted_sec = self._now
         request.engine_id = engine.id
-        engine.in_flight[request.id] = request.priority
+        if request.slotless:
+            engine.slotless.add(request.id)
+        else:
+            engine.in_flight[request.id] = request.priority
         engine.idle_since_sec = None
         self._effects.append(Grant(request.id, engine.id))
         self._used(engine)
 
     def _admit(self, model: Model) -> None:
         engine = model.engine
-        while engine is not None and model.queue and engine.admits:
-            self._grant(model.queue.pop(), engine)
+        if engine is None or not model.queue:
+            return
+        for slotless in (False, True):
+            while (
+                engine.admits(slotless=slotless) and (request := model.queue.take(slotless=slotless)) is not None
+            ):
+                self._grant(request, engine)
 
     def _finish(self, event: Finished) -> bool:
         request = self._requests.pop(event.request_id, None)
@@ -237,8 +247,8 @@ class Scheduler:
             self._left_queue(model)
             return True
         engine = self.engines.get(request.engine_id)
-        computed = event.served and event.computed
-        if event.served:
+        computed = event.served and event.computed and not request.slotless
+        if event.served and not request.slotless:
             model.rush.serve(self._now)
         if computed:
             model.computed(self._now - request.granted_sec)
@@ -249,13 +259,16 @@ class Scheduler:
             model.attempts = 0
         self._release(request, model, engine)
         # A high request may send an engine away sooner that has only low ones left.
-        return not engine.in_flight or request.priority is not Priority.LOW
+        return not engine.is_busy or (request.priority is not Priority.LOW and not request.slotless)
 
     def _release(self, request: Request, model: Model, engine: Engine) -> None:
-        del engine.in_flight[request.id]
+        if request.slotless:
+            engine.slotless.remove(request.id)
+        else:
+            del engine.in_flight[request.id]
         model.last_used_sec = self._now
         self._admit(model)
-        if not engine.in_flight:
+        if not engine.is_busy:
             engine.idle_since_sec = self._now
             if engine.state is EngineState.DRAINING:
                 self._fleet.stop(engine, engine.cause or StopCause.DRAINED)
@@ -763,6 +776,7 @@ class Scheduler:
                 self._drain(model.engine, StopCause.RELOAD, "its configuration changed")
         elif model.engine is not None:
             model.engine.spec = spec
+            self._admit(model)
 
     def _retire(self, model: Model) -> None:
         model.retired = True

@@ -132,7 +132,7 @@ def unload_text(model: dict[str, Any]) -> str:
         return "-"
     if model["pinned"]:
         return "pinned"
-    return "busy" if model["in_flight"] or model["waiting"] else "kept"
+    return "busy" if model["in_flight"] or model["slotless"] or model["waiting"] else "kept"
 
 
 def _queue(options: argparse.Namespace) -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 from router.residency import Departure, EngineState, Hold, Model
 
 
-def why(model: Model, now: float) -> str:
-    """One clause that tells what the first in line for this model waits for."""
+def why(model: Model, now: float, *, slotless: bool = False) -> str:
+    """One clause that tells what the first in line for this model waits for: for a slot, or only for an engine."""
     alias, engine = model.spec.alias, model.engine
     if engine is None:
         if model.retry_at_sec > now:
             return f"{model.why_waiting} (next try in {_seconds(model.retry_at_sec - now)})"
         return _for_room(model, now)
-    busy = len(engine.in_flight)
+    busy = len(engine.in_flight) + len(engine.slotless)
     match engine.state:
         case EngineState.LOADING:
             expected = f"~{model.load_sec:.1f} s" if model.loads else f"perhaps {model.load_sec:.1f} s"
@@ -29,6 +29,8 @@ def why(model: Model, now: float) -> str:
         case EngineState.READY if engine.suspect:
             return f"a request broke on the engine of {alias}; it is being asked whether it lives"
     slots = model.spec.slots
+    if slotless:
+        return f"{len(engine.slotless)} requests that need no slot are with {alias} already (http_max_connections)"
     return f"all {slots} slots of {alias} are taken" if slots > 1 else f"{alias} answers one request at a time"
 
 

@@ -15,7 +15,8 @@ from conftest import Router, Start, eventually, fake, models
 @pytest.fixture(scope="module")
 def router(start_shared: Start, tiny: Path) -> Router:
     api = {"max_body_mb": 1, "cors_origins": ["http://my.page"], "allowed_hosts": ["my.proxy"]}
-    return start_shared({"api": api, "models": models(tiny, "a", "b")})
+    endless = models(tiny, "endless", flags=["-c", "1024", "-t", "1", "--ignore-eos", "--context-shift"])
+    return start_shared({"api": api, "models": models(tiny, "a", "b") | endless})
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,27 @@ def test_other_routes_of_the_engine_are_reached(router: Router) -> None:
     )
     assert "x" in prompt.json()["prompt"]
     assert router.http.post("/completion", json={"model": "a", "prompt": "a", "n_predict": 1}).status_code == 200
+
+
+def test_what_an_engine_answers_beside_its_slots_waits_for_none(router: Router) -> None:
+    question = {
+        "model": "endless",
+        "content": "hi",
+        "tokens": [1],
+        "messages": [{"role": "user", "content": "hi"}],
+    }
+    stream = router.http.stream("POST", "/v1/chat/completions", json={**question, "stream": True})
+    with stream as answer:
+        lines = answer.iter_lines()  # it is closed with its last reference
+        next(lines)
+        assert router.status("endless")["in_flight"] == router.status("endless")["slots"] == 1
+        for path in ("/tokenize", "/detokenize", "/apply-template", "/v1/messages/count_tokens"):
+            counted = router.http.post(path, json=question, timeout=5)
+            assert counted.status_code == 200, (path, counted.text)
+            assert int(counted.headers["x-queue-ms"]) < 500
+        loaded = router.http.post("/api/generate", json={"model": "endless"}, timeout=5)
+        assert loaded.json()["done_reason"] == "load", "who only asks for a load finds it loaded"
+        assert router.status("endless")["in_flight"] == 1
 
 
 def test_a_multipart_body_is_routed_by_its_model_field(router: Router) -> None:

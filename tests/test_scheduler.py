@@ -133,9 +133,9 @@ class Machine:
                 self.tell(Tick(self.now))
         self.now = until
 
-    def ask(self, alias: str, priority: Priority = NORMAL) -> str:
+    def ask(self, alias: str, priority: Priority = NORMAL, *, slotless: bool = False) -> str:
         request_id = f"{alias}{next(self.seq)}"
-        self.tell(Submit(self.now, request_id, alias, priority))
+        self.tell(Submit(self.now, request_id, alias, priority, slotless))
         return request_id
 
     def finish(self, *request_ids: str) -> None:
@@ -197,6 +197,50 @@ def test_never_more_in_flight_than_slots() -> None:
     assert list(machine.granted) == [first, second]
     machine.finish(first)
     assert third in machine.granted
+
+
+def test_what_needs_no_slot_waits_for_none() -> None:
+    machine = Machine("a")
+    first = machine.served("a")
+    second = machine.ask("a")
+    quick = [machine.ask("a", slotless=True) for _ in range(3)]
+    assert machine.granted.keys() == {first, *quick}
+    machine.finish(*quick)
+    assert second not in machine.granted, "the slot is still taken"
+    machine.finish(first)
+    assert second in machine.granted
+
+
+def test_what_needs_no_slot_loads_its_model_and_takes_none_once_it_is_there() -> None:
+    machine = Machine("a")
+    quick, chat = machine.ask("a", slotless=True), machine.ask("a")
+    assert machine.states() == "loading"
+    machine.wait(8)
+    assert machine.granted.keys() == {quick, chat}
+
+
+def test_what_needs_no_slot_cannot_flood_an_engine() -> None:
+    machine = Machine(ModelSpec("a", most_slotless=2))
+    machine.finish(machine.served("a"))
+    quick = [machine.ask("a", slotless=True) for _ in range(4)]
+    assert [each in machine.granted for each in quick] == [True, True, False, False]
+    assert machine.ask("a") in machine.granted, "the slot is free"
+    machine.finish(quick[0])
+    assert quick[2] in machine.granted
+    assert quick[3] not in machine.granted
+
+
+def test_what_needs_no_slot_keeps_its_engine_and_finds_none_that_leaves() -> None:
+    machine = Machine("a", "b")
+    machine.finish(machine.served("a"))
+    quick = machine.ask("a", slotless=True)
+    machine.ask("b")
+    machine.wait(100)
+    assert machine.states() == "draining off"
+    late = machine.ask("a", slotless=True)
+    assert late not in machine.granted
+    machine.finish(quick)
+    assert machine.states() == "off loading"
 
 
 def test_high_requests_overtake_in_the_line() -> None:

@@ -84,7 +84,9 @@ class Process:
     pinned: bool
     placement: Placement
     state: str = "loading"
+    most_slotless: int = 1
     in_flight: set[str] = field(default_factory=set)
+    """With a slot, or without."""
     suspect: bool = False
     stop_asked: bool = False
     hangs: bool = False
@@ -116,6 +118,8 @@ class World:
         self.gone: set[int] = set()
         """Engines whose process is gone, but whose memory is not back yet."""
         self.submitted = 0
+        self.slotless: set[str] = set()
+        """Requests that need no slot."""
         self.events = 0
         self.seen: Counter[str] = Counter()
         self.history: list[tuple[Event, list[Effect]]] | None = [] if keep_events else None
@@ -154,6 +158,7 @@ class World:
         return ModelSpec(
             alias,
             slots=self.rng.choice((1, 1, 2, 4)),
+            most_slotless=self.rng.choice((1, 2, 200)),
             pinned=self.rng.random() < 0.1,
             idle_timeout_sec=self.rng.choice((None, None, 3, math.inf)),
             expected_load_sec=self.rng.choice((0.1, 2, 10)),
@@ -202,7 +207,10 @@ class World:
         self.submitted += 1
         request_id = f"r{self.submitted}"
         self.waiting[request_id] = alias
-        self.feed(Submit(self.now, request_id, alias, priority))
+        slotless = self.rng.random() < 0.2
+        if slotless:
+            self.slotless.add(request_id)
+        self.feed(Submit(self.now, request_id, alias, priority, slotless))
 
     def cancel(self, request_id: str) -> None:
         del self.waiting[request_id]
@@ -267,7 +275,8 @@ class World:
                 assert process.state == "ready", f"granted on an engine that is {process.state}"
                 assert not process.suspect, "granted on an engine that may be dead"
                 process.in_flight.add(request_id)
-                assert len(process.in_flight) <= process.slots
+                assert len(process.in_flight - self.slotless) <= process.slots
+                assert len(process.in_flight & self.slotless) <= process.most_slotless
                 assert request_id not in self.outcomes
                 self.granted[request_id] = engine_id
             case Reject(request_id, refusal, reason):
@@ -308,7 +317,9 @@ class World:
         assert all(process.alias != alias for process in self.processes.values()), "two engines of one model"
         assert placement in [dict(place) for place in self.files[alias]], "started where nobody proposed"
         spec = self.specs[alias]
-        self.processes[engine_id] = Process(alias, spec.slots, spec.pinned, placement)
+        self.processes[engine_id] = Process(
+            alias, spec.slots, spec.pinned, placement, most_slotless=spec.most_slotless
+        )
         for name in placement:
             used = sum(process.placement.get(name, 0) for process in self.processes.values())
             assert placement[name] == 0 or used <= self.budgets[name], f"more in use on {name} than there is"
@@ -324,10 +335,16 @@ class World:
             engine = model.engine
             assert len(model.queue) == waiting.pop(alias, 0), "a request is in no line, or in two"
             if engine is not None:
-                assert set(engine.in_flight) == self.processes[engine.id].in_flight
+                assert {*engine.in_flight, *engine.slotless} == self.processes[engine.id].in_flight
+                assert engine.slotless <= self.slotless
+                assert self.slotless.isdisjoint(engine.in_flight), "what needs no slot has one"
+                if engine.state in (EngineState.READY, EngineState.DRAINING):
+                    assert (engine.idle_since_sec is None) == engine.is_busy
                 assert engine.state.value == self.processes[engine.id].state
-                if engine.admits:
-                    assert not model.queue, "a ready engine idles while its own queue is not empty"
+                for slotless in (False, True):
+                    if engine.admits(slotless=slotless):
+                        here = any(request.slotless is slotless for request in model.queue)
+                        assert not here, "a ready engine idles while somebody waits whom it could serve"
             assert scheduler.state(alias) == self.states.get(alias, "off")
             assert (alias in scheduler._waiting) == model.wants_engine
         assert not waiting, "somebody waits for a model that is gone"

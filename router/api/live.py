@@ -121,7 +121,7 @@ def figures(dispatcher: Dispatcher) -> dict[str, Any]:
         models[alias] = {
             "status": scheduler.state(alias),
             "queue_length": len(model.queue),
-            "active_requests": len(engine.in_flight) if engine is not None else 0,
+            "active_requests": len(engine.in_flight) + len(engine.slotless) if engine is not None else 0,
             "vram_used_mb": account.main_mib if account is not None else 0,
         }
     counts = dispatcher.counts.values()

@@ -155,6 +155,7 @@ def status_of(dispatcher: Dispatcher, alias: str) -> dict[str, Any]:
     account = dispatcher.ledger.accounts.get(engine.id) if engine is not None else None
     progress = running.process.load_progress if running is not None else None
     unload_at_sec = scheduler.unload_at_sec(alias)
+    first = model.queue.head()
     return {
         "alias": alias,
         "source": dispatcher.config.models[alias].source if alias in dispatcher.config.models else None,
@@ -172,8 +173,9 @@ def status_of(dispatcher: Dispatcher, alias: str) -> dict[str, Any]:
         "memory": memory(account) if account is not None else None,
         "slots": model.spec.slots,
         "in_flight": len(engine.in_flight) if engine is not None else 0,
+        "slotless": len(engine.slotless) if engine is not None else 0,
         "waiting": len(model.queue),
-        "why_waiting": why(model, time.monotonic()) if model.queue else None,
+        "why_waiting": why(model, time.monotonic(), slotless=first.slotless) if first is not None else None,
         "pinned": model.spec.pinned,
         "updated_at": iso(time.time()),
     }

@@ -122,7 +122,7 @@ function places(booked, known) {
 
 function leaves(model, inFlight) {
   if (model.status !== "ready") return "";
-  if (inFlight) return "busy";
+  if (inFlight || model.slotless) return "busy";
   if (model.unload_at === null) return model.pinned ? "pinned" : "kept";
   const left = secondsBetween(model.updated_at, model.unload_at) - ago(model.seenAt);
   return `in ${duration(Math.max(0, Math.round(left)))}`;
