@@ -155,6 +155,8 @@ def suggestion(name: str, config: Config) -> str:
     """What became of it, or what may have been meant instead."""
     if name in config.lost:
         return f"That name stands for {config.lost[name]!r}, which is not here any more."
+    if not config.names:
+        return "There is none yet: pull one, or put GGUF files where the router looks for them."
     close = near(name, config.names)
     return f"Did you mean {some_of(close)}?" if close else f"There are: {some_of(config.names)}."
 

@@ -63,6 +63,8 @@ _THREADS_TURN_SEC = 0.0005
 """How long a thread that looks at files or memory may keep the event loop waiting."""
 _YOUNG_OBJECTS = 20_000
 """That are there before the garbage collector looks for cycles among them."""
+_FIRST_MODEL = "hf.co/ggml-org/Qwen3-4B-GGUF:Q4_K_M"
+"""What is proposed to somebody who has none."""
 _LAST_WORDS_SEC = 10
 """What the end may take beside the graces for requests and engines."""
 
@@ -136,11 +138,6 @@ def _set_up_logs(system: System) -> Logs:
 
 def _serve(loaded: Loaded, load: Callable[[Path | None], Loaded], log: Logs) -> None:
     config = loaded.config
-    if not config.models:
-        raise CannotServe(
-            "There are no models to serve: name some under `models` in the configuration, "
-            "give a folder of GGUF files with --models-dir, or get one with `llama-router pull`."
-        )
     binary = find_binary(config.system.llama_server_path)
     with contextlib.ExitStack() as opened:
         api = config.api
@@ -423,6 +420,7 @@ class _Service:
         url = f"http://{shown}:{port}"
         aliases = list(config.models)
         names = ", ".join(aliases[:8]) + (f" and {len(aliases) - 8} more" if len(aliases) > 8 else "")
+        names = names or "none yet: pull one, or put GGUF files where the router looks for them"
         yield f"llama-router listens on {url}"
         if config.api.ollama_port is not None:
             yield f"  Ollama  also on port {config.api.ollama_port}"
@@ -436,8 +434,12 @@ class _Service:
             yield f"  WARNING everybody who reaches {host}:{port} can use and manage this router: set API_KEY"
         for warning in self._loaded.warnings:
             yield f"  WARNING {warning}"
-        body = f'{{"model": "{aliases[0]}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
         yield "Try:"
+        if not aliases:
+            wanted = f"-H 'Content-Type: application/json' -d '{{\"model\": \"{_FIRST_MODEL}\"}}'"
+            yield f"  curl {url}/v1/models/pull{authorization} {wanted}"
+            return
+        body = f'{{"model": "{aliases[0]}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
         yield f"  curl {url}/v1/chat/completions{authorization} -d '{body}'"
 
 

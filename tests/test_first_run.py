@@ -66,12 +66,18 @@ def test_a_port_in_use_is_one_clear_sentence(tmp_path: Path) -> None:
     assert f"Port {port} on 127.0.0.1 is in use" in ended.stderr
 
 
-def test_an_empty_folder_is_one_clear_sentence(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    ended = run_to_its_end("--models-dir", str(tmp_path / "empty"), cwd=tmp_path)
-    assert ended.returncode == 1
-    assert "no models" in ended.stderr
-    assert "Traceback" not in ended.stderr
+def test_an_empty_folder_is_served_until_something_is_put_into_it(start: Start, tmp_path: Path) -> None:
+    (folder := tmp_path / "empty").mkdir()
+    router = start(arguments=["--models-dir", str(folder)])
+    eventually(lambda: "Try:" in router.log)
+    assert "models  none yet: pull one, or put GGUF files" in router.log
+    assert "/v1/models/pull" in router.log
+    assert router.http.get("/v1/models").json()["data"] == router.http.get("/api/tags").json()["models"] == []
+    assert router.http.get("/health").status_code == router.http.get("/ready").status_code == 200
+    refused = router.chat("first")
+    assert (refused.status_code, "There is none yet: pull one" in refused.json()["error"]["message"]) == (404, True)
+    write_llama(folder / "first.gguf")
+    eventually(lambda: router.chat("first").status_code == 200)
 
 
 def test_an_engine_that_is_not_there_is_named(tmp_path: Path, tiny: Path) -> None:

@@ -291,3 +291,29 @@ def test_a_second_signal_cuts_it_short(start: Start, tiny: Path, tmp_path: Path)
         eventually(lambda: router.http.get("/ready").status_code == 503)
         assert router.stop() == 1
     eventually(lambda: not any(birth(engine.pid) for engine in engines))
+
+
+@pytest.mark.parametrize("configured", [False, True])
+def test_a_container_reads_the_configuration_beside_its_models_or_an_earlier_routers(
+    tmp_path: Path, configured: bool
+) -> None:
+    for name in ("app", "models"):
+        (tmp_path / name).mkdir()
+    if configured:
+        (tmp_path / "app/config.json").write_text("{}")
+    (router := tmp_path / "llama-router").write_text('#!/bin/sh\necho "$$ $(pwd)" "$@"\n')
+    router.chmod(0o755)
+    lines = dict(line.split(" ", 1) for line in (ROOT / "Dockerfile").read_text().splitlines() if " [" in line)
+    entry = json.loads(lines["ENTRYPOINT"]) + json.loads(lines["CMD"])
+    command = [
+        word.replace("/opt/llama-router/bin/llama-router", str(router)).replace(
+            "/app/config.json ] || cd /app", f"{tmp_path}/app/config.json ] || cd {tmp_path}/app"
+        )
+        for word in entry
+    ]
+    started = subprocess.Popen(command, cwd=tmp_path / "models", stdout=subprocess.PIPE, text=True)
+    said, _ = started.communicate(timeout=20)
+    pid, folder, *arguments = said.split()
+    assert int(pid) == started.pid  # it takes the shell's place, and with it the signals
+    assert folder == str(tmp_path / ("app" if configured else "models"))
+    assert arguments == ["--models-dir", "/models", "--models-dir", "/app/models"]
