@@ -127,7 +127,7 @@ class Translation:
         """`waited_sec`: how long the request waited for its model."""
         self.streams = asked.streams
         self._asked = asked
-        self._chats = asked.kind == "chat"
+        self._chats = asked.kind in ("chat", "earlier_chat")
         self._waited_sec = waited_sec
         self._begun_sec = time.monotonic()
         self._rest = b""
@@ -280,7 +280,9 @@ class Translation:
     def _content(self, said: dict[str, Any]) -> dict[str, Any]:
         logprobs = {"logprobs": said.pop("logprobs")} if "logprobs" in said else {}
         if self._chats:
-            return {"message": {"role": "assistant", "content": "", **said}, **logprobs}
+            message = {"role": "assistant", "content": "", **said}
+            further = {"response": message["content"]} if self._asked.kind == "earlier_chat" else {}
+            return {"message": message, **further, **logprobs}
         return {"response": said.pop("content", ""), **said, **logprobs}
 
     def _figures(self) -> dict[str, Any]:

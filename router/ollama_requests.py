@@ -24,7 +24,8 @@ from router.messages import Refusal
 from router.ollama_options import request_parameters
 from router.routing import suggestion
 
-Kind = Literal["chat", "generate", "raw", "embed", "embeddings"]
+Kind = Literal["chat", "earlier_chat", "generate", "raw", "embed", "embeddings"]
+"""`earlier_chat` is `/chat` of earlier hosts."""
 
 
 class Asked(NamedTuple):
@@ -146,9 +147,9 @@ def translate(path: str, body: bytes) -> Asked:
     """What a request asks for. Raises ApiError 400 for what is not to be understood."""
     try:
         if path == "/api/chat":
-            return _asked_chat(_chat(body))
+            return _asked_chat(_chat(body), "chat")
         if path == "/chat":
-            return _asked_chat(_earlier_chat(body).with_options())
+            return _asked_chat(_earlier_chat(body).with_options(), "earlier_chat")
         if path == "/api/generate":
             return _asked_generate(_generate(body))
         if path == "/api/embed":
@@ -202,9 +203,9 @@ def listed_name(alias: str) -> str:
 # --- chat and generate ----------------------------------------------------------------------------------
 
 
-def _asked_chat(asked: _Chat) -> Asked:
+def _asked_chat(asked: _Chat, kind: Kind) -> Asked:
     if not asked.messages:
-        return _to_load(asked, "chat")
+        return _to_load(asked, kind)
     question = {
         "messages": [_message(message) for message in asked.messages],
         **_thinking(asked.think),
@@ -212,7 +213,7 @@ def _asked_chat(asked: _Chat) -> Asked:
     }
     if asked.tools:
         question["tools"] = asked.tools
-    return _to_generate(asked, "chat", "/v1/chat/completions", question, _logprobs(asked))
+    return _to_generate(asked, kind, "/v1/chat/completions", question, _logprobs(asked))
 
 
 def _asked_generate(asked: _Generate) -> Asked:

@@ -62,7 +62,7 @@ def test_a_model_is_pulled_loaded_and_talked_to(router: Router, hub: Hub, home: 
     pulled = pull(router, "small", init=True)
     path = Path(pulled["backend"].pop("local_path"))
     assert pulled == {
-        "status": "success",
+        "status": "ok",
         "model": "small",
         "cached": False,
         "backend": {"preferred_quantized": True, "size_bytes": len(hub.repositories[REPO]["tiny-Q8_0.gguf"])},
@@ -147,15 +147,69 @@ def test_who_may_only_infer_chats_and_pulls_nothing(router: Router) -> None:
     assert router.http.post("/chat", json=body, headers={"Authorization": ""}).status_code == 401
 
 
-def test_models_are_loaded_listed_and_unloaded(router: Router, tiny: Path) -> None:
-    loaded = router.http.post("/v1/models", json={"model": "b", "device": "cuda"}).json()
+def test_models_are_loaded_listed_and_unloaded(router: Router, hub: Hub, tiny: Path) -> None:
+    loaded = router.http.post("/v1/models", json={"model": "b", "device": "cpu"}).json()
     assert (loaded["id"], loaded["uses"], loaded["status"]) == ("b", "org/a", "ready")
     assert loaded["devices"] == ["host"]
     assert router.http.get("/models").json() == router.http.get("/v1/models").json()
-    assert router.http.get("/status").json()["models"]["org/a"]["status"] == "ready"
+    status = router.http.get("/status").json()
+    assert (status["models"]["org/a"]["status"], status["engine"]) == ("ready", "embedded")
+    assert (status["cache"]["limit"], "org/a" in status["cache"]["models"]) == (7, True)
+    threshold = len(hub.repositories["org/large-GGUF"]["large-BF16.gguf"]) - 1
+    assert status["variables"] == {
+        "MAX_CACHE_MODELS": 7,
+        "MODEL_LOAD_COOLDOWN": 60,
+        "MODEL_Q4_THRESHOLD_BYTES": threshold,
+        "ALLOWED_MODELS_JSON": ALLOWED,
+    }
+    assert status["failed_models"] == []
+    assert status["models"]["org/a"]["vram_mb"] == status["models"]["org/a"]["vram_used_mb"] > 0
     assert router.http.delete("/v1/models/org/a").json()["model_ejected"] == "org/a"
     assert tiny.exists()
     assert router.http.delete("/v1/models/b").status_code == 404
     assert router.http.delete("/v1/models/nobody").json()["error"]["code"] == "model_not_found"
     assert router.http.post("/v1/models", json={"model": "nobody"}).status_code == 404
     assert "router_models_limit 7" in router.http.get("/metrics").text
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        ("cuda", "'org/a' cannot be loaded on 'cuda': the router uses no GPU here."),
+        ("tpu", "There is no device 'tpu': name `cpu` or `cuda`, or leave it out."),
+    ],
+)
+def test_a_device_that_the_model_will_not_compute_on_is_refused(router: Router, device: str, words: str) -> None:
+    answer = router.http.post("/v1/models", json={"model": "org/a", "device": device})
+    assert answer.status_code == 400
+    assert answer.json()["error"] == {
+        "message": words,
+        "type": "invalid_request_error",
+        "param": "device",
+        "code": "not_supported",
+    }
+
+
+def test_what_shapes_an_answer_may_stand_beside_the_messages(router: Router) -> None:
+    asked = {"model": "org/a", "messages": HELLO, "seed": 7, "top_p": 0.9, "stop": ["\0"]}
+    said = router.http.post("/chat", json={**asked, "max_tokens": 3, "temperature": 1.5}).json()
+    assert (said["eval_count"], said["done_reason"]) == (3, "length")
+    assert said["response"] == said["message"]["content"]
+    again = router.http.post(
+        "/chat", json={**asked, "options": {"num_predict": 9, "temperature": 1.5}, "max_tokens": 3}
+    )
+    assert again.json()["response"] == said["response"]
+    settled = router.http.post("/chat", json={**asked, "max_tokens": 3, "temperature": 0}).json()
+    as_ollama = {**asked, "stream": False, "options": {"num_predict": 3, "temperature": 0, "seed": 7}}
+    del as_ollama["seed"], as_ollama["top_p"], as_ollama["stop"]
+    assert router.http.post("/api/chat", json=as_ollama).json()["message"]["content"] == settled["response"]
+    assert "response" not in router.http.post("/api/chat", json=as_ollama).json()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("max_new_tokens", 3), ("max_tokens", "three"), ("temperature", "warm")]
+)
+def test_what_is_not_understood_of_a_chat_is_refused(router: Router, name: str, value: Any) -> None:
+    answer = router.http.post("/chat", json={"model": "org/a", "messages": HELLO, name: value})
+    assert answer.status_code == 400
+    assert name in answer.json()["error"]

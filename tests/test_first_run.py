@@ -75,7 +75,10 @@ def test_an_empty_folder_is_served_until_something_is_put_into_it(start: Start, 
     assert router.http.get("/v1/models").json()["data"] == router.http.get("/api/tags").json()["models"] == []
     assert router.http.get("/health").status_code == router.http.get("/ready").status_code == 200
     refused = router.chat("first")
-    assert (refused.status_code, "There is none yet: pull one" in refused.json()["error"]["message"]) == (404, True)
+    assert (refused.status_code, "There is none yet: pull one" in refused.json()["error"]["message"]) == (
+        404,
+        True,
+    )
     write_llama(folder / "first.gguf")
     eventually(lambda: router.chat("first").status_code == 200)
 

@@ -86,7 +86,7 @@ def test_the_page_is_open_and_nothing_else_is(locked: Router) -> None:
 
 
 def test_the_page_loads_from_here_only_and_runs_what_is_here_only(locked: Router) -> None:
-    names = {path.name for path in FOLDER.iterdir()}
+    names = {path.name for path in FOLDER.iterdir()} - {"docs.html", "redoc.html"}
     assert names > {"index.html", "style.css", "page.js"}
     for name in names:
         answer = locked.http.get(f"/page/{name}")
@@ -274,3 +274,40 @@ def test_it_fits_a_phone(router: Router, visit: Open) -> None:
     page = visit(router, viewport={"width": 360, "height": 740})
     until_state(page, "b", "")
     assert page.evaluate("document.documentElement.scrollWidth") == 360
+
+
+# --- the description of the API -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "drawn_by"), [("docs", "swagger-ui-bundle.js"), ("redoc", "redoc.standalone.js")]
+)
+def test_the_description_of_the_api_is_drawn_from_here_only(
+    router: Router, locked: Router, browser: Any, path: str, drawn_by: str
+) -> None:
+    window = browser.new_context()
+    page = window.new_page()
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"{router.url}/{path}")
+    page.get_by_text("/v1/models/eject").first.wait_for()
+    assert f"{router.url}/docs/{drawn_by}" in asked
+    page.goto(f"{locked.url}/{path}")
+    page.get_by_text("This router asks for an API key.").wait_for()
+    page.evaluate("sessionStorage.setItem('llama-router key', 'client')")
+    page.reload()
+    page.get_by_text("/v1/models/eject").first.wait_for()
+    window.close()
+
+
+def test_the_description_of_the_api_may_ask_nobody_else(locked: Router) -> None:
+    for path in ("/docs", "/redoc"):
+        answer = locked.http.get(path)
+        assert answer.headers["content-type"] == "text/html; charset=utf-8"
+        policy = dict(rule.split(" ", 1) for rule in answer.headers["content-security-policy"].split("; "))
+        assert policy["default-src"] == "'none'"
+        assert policy["script-src"] == policy["connect-src"] == "'self'"
+        for mentioned in re.findall(r'(?:href|src)="([^"]+)"', answer.text):
+            file = locked.http.get(f"/{mentioned}")
+            assert (file.status_code, len(file.content) > 0) == (200, True), mentioned
+    assert locked.http.get("/docs/core.py").status_code == 404

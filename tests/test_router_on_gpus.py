@@ -117,3 +117,19 @@ def test_how_the_gpus_are_is_in_the_metrics(start: Start, tiny: Path, gpus: Play
         'router_gpu_power_limit_watts{gpu="gpu1"} 350.0',
     ):
         assert any(known.startswith(line.removesuffix(".0")) for known in lines), line
+
+
+def test_a_model_is_loaded_on_the_device_that_is_asked_for_or_not_at_all(
+    start: Start, tiny: Path, gpus: PlayedGpus, environ: Environ
+) -> None:
+    gpus.set(Gpu())
+    entries = models(tiny, "a") | models(tiny, "kept-off", flags=["-ngl", "0"])
+    router = start({"models": entries}, **environ)
+
+    def load(model: str, device: str) -> tuple[int, Any]:
+        answer = router.http.post("/v1/models", json={"model": model, "device": device})
+        return answer.status_code, answer.json().get("devices") or answer.json()["error"]["param"]
+
+    assert load("a", "cpu") == load("kept-off", "cuda") == (400, "device")
+    assert load("a", "cuda:0") == (200, ["gpu0", "host"])
+    assert load("kept-off", "cpu") == (200, ["host"])

@@ -12,8 +12,11 @@ from starlette.responses import JSONResponse
 
 from router.api.errors import ApiError, refused
 from router.api.openai import show_model
+from router.config import ModelConfig
 from router.config_problems import ConfigError
+from router.devices import HOST
 from router.dispatcher import Dispatcher, RunningEngine
+from router.flags import Flags
 from router.memory import Account
 from router.messages import Refusal
 from router.residency import Model
@@ -31,7 +34,9 @@ class ModelName(BaseModel):
 
 class ModelToLoad(ModelName):
     device: str | None = Field(
-        default=None, description="Changes nothing: where a model computes is configured; the answer tells."
+        default=None,
+        description="`cpu` or `cuda` (any GPU): refused where the model's configuration says otherwise, which "
+        "decides where it computes; the answer tells.",
     )
 
 
@@ -74,9 +79,31 @@ async def eject_model(body: ModelName, request: Request) -> JSONResponse:
 async def load_and_show_model(body: ModelToLoad, request: Request) -> dict[str, Any]:
     """Load a model now; answers with its entry in the list, and the devices that it takes memory of."""
     dispatcher: Dispatcher = request.app.state.dispatcher
+    if body.device:
+        _check_device(body.device, model_of(body.model, dispatcher.config), dispatcher)
     await load_model(body, request)
     account = dispatcher.ledger.account_of(model_of(body.model, dispatcher.config).alias)
     return {**await show_model(body.model, request), "devices": sorted(account.booked()) if account else []}
+
+
+def _check_device(device: str, model: ModelConfig, dispatcher: Dispatcher) -> None:
+    """Raises ApiError 400 for a device that the model will not compute on."""
+    kind = device.partition(":")[0].lower()
+    flags = Flags(model.flags, model.env)
+    chosen = flags.last("device")
+    kept_off = flags.text("n-gpu-layers", "") == "0" or (chosen is not None and chosen.text == "none")
+    there = any(name != HOST for name in dispatcher.ledger.devices)
+    if kind not in ("cpu", "cuda", "gpu", "auto"):
+        problem = f"There is no device {device!r}: name `cpu` or `cuda`, or leave it out"
+    elif kind in ("cuda", "gpu") and not there:
+        problem = f"{model.alias!r} cannot be loaded on {device!r}: the router uses no GPU here"
+    elif kind in ("cuda", "gpu") and kept_off:
+        problem = f"{model.alias!r} cannot be loaded on {device!r}: its flags keep it off the GPUs"
+    elif kind == "cpu" and there and not kept_off:
+        problem = f"{model.alias!r} would take a GPU: its flags have to say `-ngl 0`, which keeps it on the CPU"
+    else:
+        return
+    raise ApiError(400, "not_supported", f"{problem}.", "device")
 
 
 @router.delete("/v1/models/{alias:path}", responses={404: {"description": "It is unknown, or not loaded."}})
@@ -110,10 +137,32 @@ async def failed_models(request: Request) -> dict[str, Any]:
 
 
 @router.get("/v1/models/status")
-@router.get("/status")
 async def all_status(request: Request) -> dict[str, Any]:
     """Every model's state."""
     return full_status(request.app.state.dispatcher)
+
+
+@router.get("/status")
+async def diagnostics(request: Request) -> dict[str, Any]:
+    """Every model's state; which engine runs them, how many at once, which failed, and what the variables of
+    earlier hosts come to."""
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    system, scheduler = dispatcher.config.system, dispatcher.scheduler
+    return {
+        **full_status(dispatcher),
+        "engine": dispatcher.binary.kind,
+        "cache": {
+            "limit": system.max_concurrent_models,
+            "models": [alias for alias, model in scheduler.models.items() if model.engine is not None],
+        },
+        **await failed_models(request),
+        "variables": {
+            "MAX_CACHE_MODELS": system.max_concurrent_models,
+            "MODEL_LOAD_COOLDOWN": system.model_load_cooldown_sec,
+            "MODEL_Q4_THRESHOLD_BYTES": system.q4_threshold_bytes,
+            "ALLOWED_MODELS_JSON": system.allowed_models,
+        },
+    }
 
 
 @router.get("/v1/models/{alias:path}/status")
@@ -170,6 +219,7 @@ def status_of(dispatcher: Dispatcher, alias: str) -> dict[str, Any]:
         "load_sec": round(model.load_sec, 3) if model.loads else None,
         "error_message": model.last_error,
         "vram_used_mb": account.main_mib if account is not None else 0,
+        "vram_mb": account.main_mib if account is not None else 0,  # an earlier router's word for it
         "memory": memory(account) if account is not None else None,
         "slots": model.spec.slots,
         "in_flight": len(engine.in_flight) if engine is not None else 0,

@@ -1,10 +1,14 @@
-"""The page for people, at `/`: a few files of the package, as they are. What it shows it asks the API for, as any
-client would; so there is nothing secret in it, and it is served without a key.
+"""The page for people, at `/`, and the description of the API, at `/docs` and `/redoc`: a few files, as they are.
+
+What they show they ask the API for, as any client would; so there is nothing secret in them, and they are served
+without a key. Swagger UI and Redoc come from the package fastapi-offline, and from nobody else's host.
 """
 
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +27,13 @@ _POLICY = (
 )
 """Were the page ever to take a model's text for HTML, nothing in it would run. And it is shown in no frame."""
 
+_POLICY_OF_DOCS = (
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""Swagger UI and Redoc style what they draw themselves, and bring their pictures along."""
+
 _HEADERS = {
-    "content-security-policy": _POLICY,
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
@@ -43,13 +52,26 @@ def _read(path: Path) -> _File:
     return _File(content, f"{_KINDS[path.suffix]}; charset=utf-8", f'"{hashlib.sha256(content).hexdigest()[:16]}"')
 
 
+_DOCS_FILES = ("swagger-ui-bundle.js", "swagger-ui.css", "redoc.standalone.js")
+
+
+@lru_cache(maxsize=len(_DOCS_FILES))
+def _read_of_docs(name: str) -> _File:
+    package = find_spec("fastapi_offline")
+    assert package is not None
+    assert package.origin is not None
+    return _read(Path(package.origin).with_name("static") / name)
+
+
 _FILES = {path.name: _read(path) for path in (Path(__file__).parent.parent / "page").iterdir()}
 
 
 def is_asked_for(scope: Scope) -> bool:
-    """Whether a request is about the page, which needs no key."""
+    """Whether a request is about the page or the description of the API, which need no key."""
     path = scope["path"]
-    return path.startswith("/page/") or (path == "/" and _from_browser(Request(scope)))
+    if path.startswith(("/page/", "/docs/")) or path in ("/docs", "/redoc"):
+        return True
+    return path == "/" and _from_browser(Request(scope))
 
 
 def _from_browser(request: Request) -> bool:
@@ -59,7 +81,11 @@ def _from_browser(request: Request) -> bool:
 @router.get("/")
 async def root(request: Request) -> Response:
     """For browsers the page; for all others what Ollama's clients look for."""
-    answer = _answer(request, "index.html") if _from_browser(request) else PlainTextResponse("Ollama is running")
+    answer = (
+        _answer(request, _FILES["index.html"])
+        if _from_browser(request)
+        else PlainTextResponse("Ollama is running")
+    )
     answer.headers["vary"] = "Accept"
     return answer
 
@@ -69,12 +95,32 @@ async def file(name: str, request: Request) -> Response:
     """What the page consists of."""
     if name not in _FILES:
         raise HTTPException(404)
-    return _answer(request, name)
+    return _answer(request, _FILES[name])
 
 
-def _answer(request: Request, name: str) -> Response:
-    content, kind, tag = _FILES[name]
-    headers = {**_HEADERS, "etag": tag}
+@router.get("/docs")
+async def docs(request: Request) -> Response:
+    """The API, described and tried by Swagger UI."""
+    return _answer(request, _FILES["docs.html"], _POLICY_OF_DOCS)
+
+
+@router.get("/redoc")
+async def redoc(request: Request) -> Response:
+    """The API, described by Redoc."""
+    return _answer(request, _FILES["redoc.html"], _POLICY_OF_DOCS)
+
+
+@router.get("/docs/{name}")
+async def file_of_docs(name: str, request: Request) -> Response:
+    """What those two are drawn by."""
+    if name not in _DOCS_FILES:
+        raise HTTPException(404)
+    return _answer(request, _read_of_docs(name))
+
+
+def _answer(request: Request, file: _File, policy: str = _POLICY) -> Response:
+    content, kind, tag = file
+    headers = {"content-security-policy": policy, **_HEADERS, "etag": tag}
     if request.headers.get("if-none-match") == tag:
         return Response(status_code=304, headers=headers)
     return Response(content, headers={**headers, "content-type": kind})

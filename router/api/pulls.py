@@ -126,7 +126,7 @@ async def pull_and_wait(body: PullAndWait, request: Request) -> dict[str, Any]:
     if body.init:
         await load_model(ModelName(model=progress.alias), request)
     return {
-        "status": "success",
+        "status": "ok",
         "model": progress.alias,
         "cached": progress.cached,
         "backend": {

@@ -19,6 +19,10 @@ export const hasKey = () => sessionStorage.getItem(KEY) !== null;
 export const setKey = (key) => sessionStorage.setItem(KEY, key);
 export const forgetKey = () => sessionStorage.removeItem(KEY);
 
+/** The headers of a request with this key, or with the tab's. */
+export const authorization = (key = sessionStorage.getItem(KEY)) =>
+  key === null ? {} : { authorization: `Bearer ${key}` };
+
 let askForKey = async (reason) => {
   throw new Refused(401, reason);
 };
@@ -33,10 +37,9 @@ export function whenLocked(ask) {
 export async function ask(path, { headers = {}, ...more } = {}) {
   for (;;) {
     const used = sessionStorage.getItem(KEY);
-    const authorization = used === null ? {} : { authorization: `Bearer ${used}` };
     let answer;
     try {
-      answer = await fetch(path, { ...more, headers: { ...headers, ...authorization }, cache: "no-store" });
+      answer = await fetch(path, { ...more, headers: { ...headers, ...authorization(used) }, cache: "no-store" });
     } catch (error) {
       if (error.name !== "AbortError") lostSince ||= performance.now();
       throw error;

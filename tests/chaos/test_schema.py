@@ -51,7 +51,6 @@ def test_the_schema_knows_every_route_and_every_model(router: Router) -> None:
     for item in schema["paths"].values():
         for operation in item.values():
             assert not {"405", "422"} & set(operation["responses"]) or operation["tags"] == ["data plane"]
-    assert router.http.get("/docs").status_code == 404  # nothing is fetched from elsewhere
 
 
 def test_the_schema_says_whether_a_key_is_needed(start: Start, router: Router) -> None:
