@@ -227,7 +227,15 @@ class System(Section):
     idle_timeout_sec: Seconds = Field(default=300, description="Idle time before a model is unloaded; 0: never.")
     keep_warm_models: Count = Field(default=2, description="The last used models, which idle unload spares.")
     request_timeout_sec: PositiveSeconds = Field(
-        default=120, description="Longest wait for an engine to answer; in a stream, for its next bytes."
+        default=120,
+        description="Longest silence of an engine that has a request and does not answer probes either, and of a "
+        "client that does not read; then 504. An engine that answers probes is at work, and may be silent for as "
+        "long as it computes.",
+    )
+    answer_timeout_sec: PositiveSeconds | None = Field(
+        default=None,
+        description="Longest silence of an engine that has a request, also while it answers probes; then 504. "
+        "null: as long as it computes.",
     )
     queue_timeout_sec: PositiveSeconds = Field(default=300, description="Longest wait in the queue.")
     max_queue_size_per_model: PositiveCount = Field(

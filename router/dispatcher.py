@@ -87,8 +87,15 @@ class RunningEngine:
     ready_sec: float | None = None
     probed_sec: float | None = None
     probe_latency_sec: float | None = None
+    answered_sec: float = 0.0
+    """When it last answered a probe (monotonic)."""
     failed_probes: int = 0
     """In a row."""
+
+    @property
+    def alive_sec(self) -> float:
+        """When it last gave a sign of life: a byte of any answer, or an answer to a probe."""
+        return max(self.ready_sec or 0.0, self.answered_sec, self.pool.heard_sec)
 
     def loading_sec(self, *, since: float) -> float:
         """How long it was loading from then on."""
@@ -562,7 +569,8 @@ class Dispatcher:
         if running is None:
             return
         process = running.process
-        if await process.healthy():
+        began = time.monotonic()
+        if await process.healthy() or running.pool.heard_sec >= began:
             self._post(EngineAlive(time.monotonic(), engine_id))
             return
         await asyncio.wait({process.exited}, timeout=_DYING_SEC)

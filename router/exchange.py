@@ -13,6 +13,7 @@ its client sends or leaves, it is granted a slot, its engine answers or breaks. 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from functools import lru_cache
 from random import getrandbits
@@ -23,6 +24,7 @@ from router.api.auth import Client, Keyring
 from router.api.browsers import Browsers
 from router.api.errors import ApiError, error_event, refused
 from router.capability import error_of_engine, refused_by_engine
+from router.config import System
 from router.crowd import Bodies
 from router.dispatcher import Dispatcher, Ticket, Waiting
 from router.events import RequestDone
@@ -50,10 +52,6 @@ class Exchanges:
         self._watched: set[Exchange] = set()
         self._timer: asyncio.TimerHandle | None = None
 
-    @property
-    def _limit_sec(self) -> float:
-        return self.dispatcher.config.system.request_timeout_sec
-
     def watch(self, exchange: Exchange) -> None:
         """One timer looks after all of them: one each would be set and cancelled with every request."""
         self._watched.add(exchange)
@@ -64,14 +62,15 @@ class Exchanges:
         self._watched.discard(exchange)
 
     def _set_timer(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(min(1.0, self._limit_sec / 4), self._look)
+        system = self.dispatcher.config.system
+        limit_sec = min(system.request_timeout_sec, system.answer_timeout_sec or math.inf)
+        self._timer = asyncio.get_running_loop().call_later(min(1.0, limit_sec / 4), self._look)
 
     def _look(self) -> None:
         self._timer = None
-        limit_sec = self._limit_sec
-        since_sec = time.monotonic() - limit_sec
+        now, system = time.monotonic(), self.dispatcher.config.system
         for exchange in list(self._watched):
-            exchange.must_have_moved(since_sec, limit_sec)
+            exchange.must_have_moved(now, system)
         if self._watched:
             self._set_timer()
 
@@ -367,19 +366,32 @@ class Exchange:
             self._dispatcher.requeue(self._ticket, reason)
             self._wait_for_slot(self._ticket)
 
-    def must_have_moved(self, since_sec: float, limit_sec: float) -> None:
-        """Nobody may hold a slot without moving: neither an engine that hangs nor a client that does not read."""
-        assert self._ticket is not None
+    def must_have_moved(self, now: float, system: System) -> None:
+        """Nobody may hold a slot for nothing: neither an engine that hangs nor a client that does not read.
+
+        An engine that is silent, but alive, computes: a long prompt, or an answer that is sent whole.
+        """
+        ticket = self._ticket
+        assert ticket is not None
         connection = self._connection
-        moved_sec = self._ticket.granted_sec if connection is None else connection.last_byte_sec
-        if moved_sec > since_sec:
+        moved_sec = ticket.granted_sec if connection is None else connection.last_byte_sec
+        limit_sec, longest_sec = system.request_timeout_sec, system.answer_timeout_sec
+        engine = ticket.engine
+        assert engine is not None
+        if longest_sec is not None and now - moved_sec >= longest_sec:
+            self._time_out(f"The engine sent nothing for {longest_sec:g} s (answer_timeout_sec).")
+        elif now - moved_sec < limit_sec:
             return
-        if self._is_paused:
+        elif self._is_paused:
             self._end("cancelled")
             self._answer.abort()
-        else:
-            reason = f"The engine sent nothing for {limit_sec:g} s (request_timeout_sec)."
-            self._fail(ApiError(504, "request_timeout", reason))
+        elif engine.failed_probes and now - engine.alive_sec >= limit_sec:
+            self._time_out(
+                f"The engine sent nothing for {limit_sec:g} s, nor answers probes (request_timeout_sec)."
+            )
+
+    def _time_out(self, reason: str) -> None:
+        self._fail(ApiError(504, "request_timeout", reason))
 
     def _is_read_whole(self, head: Head) -> bool:
         if self._answer.started:  # with heartbeats: nothing but events may follow

@@ -1,9 +1,13 @@
 """The health monitor: finds engines that live but do not answer, and ends them.
 
 An exit needs no monitor; the engine's process is watched for that. This looks at every ready engine now and then,
-and sooner at one that has requests in flight and is silent: so much sooner that it is gone when it has been silent
-for `stall_timeout_sec`. Three probes without an answer, and it is killed: then it is a crash like any other, and
-what waited for it is served by the next engine.
+and sooner at one that has requests in flight and is silent: so much sooner that it is known whether it lives when
+it has been silent for `stall_timeout_sec`, or for `request_timeout_sec`. Silence alone is no fault: a long prompt
+is computed without a word, as is an answer that is sent whole.
+
+Three probes in a row without an answer, and an engine is killed; one that is at work not before it has given no
+sign of life for `stall_timeout_sec`, as it may be too busy to take a further connection. Then it is a crash like
+any other, and what waited for it is served by the next engine.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ _SHORTEST_LIMIT_SEC = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How fast an engine that hangs is found out: so that three probes fit into what it may be silent."""
+    """How fast an engine that hangs is found out: so that three probes fit into the time that it may be silent."""
 
     limit_sec: float
     """For the answer to a probe."""
@@ -34,8 +38,8 @@ class Pace:
     """Between two looks."""
 
     @classmethod
-    def within(cls, stall_timeout_sec: float) -> Pace:
-        limit_sec = min(PROBE_LIMIT_SEC, max(_SHORTEST_LIMIT_SEC, stall_timeout_sec / (2 * _PROBES)))
+    def within(cls, silence_sec: float) -> Pace:
+        limit_sec = min(PROBE_LIMIT_SEC, max(_SHORTEST_LIMIT_SEC, silence_sec / (2 * _PROBES)))
         return cls(limit_sec, min(_LOOK_SEC, limit_sec))
 
     @property
@@ -63,21 +67,27 @@ class HealthMonitor:
                 task.cancel()
 
     @property
+    def _silence_sec(self) -> float:
+        """By then it must be known of an engine that is at work whether it lives."""
+        system = self._dispatcher.config.system
+        return min(system.stall_timeout_sec, system.request_timeout_sec)
+
+    @property
     def _pace(self) -> Pace:
-        return Pace.within(self._dispatcher.config.system.stall_timeout_sec)
+        return Pace.within(self._silence_sec)
 
     def _is_due(self, running: RunningEngine) -> bool:
         engine = self._dispatcher.scheduler.engines.get(running.id)
         if running.ready_sec is None or engine is None or engine.state is EngineState.STOPPING:
             return False
         now = time.monotonic()
-        system = self._dispatcher.config.system
         probed_sec = running.probed_sec or running.ready_sec
-        if running.failed_probes or now - probed_sec >= system.health_check_interval_sec:
+        interval_sec = self._dispatcher.config.system.health_check_interval_sec
+        if running.failed_probes or now - probed_sec >= interval_sec:
             return True
-        silent_sec = now - max(probed_sec, running.pool.last_sign_sec)
+        silent_sec = now - max(probed_sec, running.pool.silent_since_sec)
         pace = self._pace
-        patience_sec = max(pace.look_sec, system.stall_timeout_sec - pace.verdict_sec)
+        patience_sec = max(pace.look_sec, self._silence_sec - pace.verdict_sec)
         return engine.is_busy and silent_sec >= patience_sec
 
     def _start_probe(self, running: RunningEngine) -> None:
@@ -88,22 +98,26 @@ class HealthMonitor:
     async def _probe(self, running: RunningEngine) -> None:
         began = time.monotonic()
         limit_sec = self._pace.limit_sec
-        healthy = await running.process.healthy(limit_sec)
-        running.probed_sec = time.monotonic()
-        running.probe_latency_sec = running.probed_sec - began
-        if healthy:
+        answers = await running.process.healthy(limit_sec)
+        now = running.probed_sec = time.monotonic()
+        running.probe_latency_sec = now - began
+        if answers:
+            running.answered_sec = now
+        if running.alive_sec >= began:  # with an answer to the probe, or with more of one to a request
             running.failed_probes = 0
             return
         running.failed_probes += 1
         if not running.process.alive:
             return
-        _log.warning(
-            "model %s: no answer to probe %d of %d within %g s",
-            running.alias,
-            running.failed_probes,
-            _PROBES,
-            limit_sec,
-        )
-        if running.failed_probes >= _PROBES:
+        if running.failed_probes <= _PROBES:
+            figures = running.failed_probes, _PROBES, limit_sec
+            _log.warning("model %s: no answer to probe %d of %d within %g s", running.alias, *figures)
+        if running.failed_probes >= _PROBES and self._may_go(running, now):
             _log.error("model %s: its engine (pid %d) hangs and is killed", running.alias, running.process.pid)
-            running.process.kill(f"it hung: {_PROBES} probes without an answer")
+            running.process.kill(f"it hung: {running.failed_probes} probes without an answer")
+
+    def _may_go(self, running: RunningEngine, now: float) -> bool:
+        """Whether nobody loses an answer that may yet come."""
+        engine = self._dispatcher.scheduler.engines.get(running.id)
+        stall_timeout_sec = self._dispatcher.config.system.stall_timeout_sec
+        return engine is None or not engine.is_busy or now - running.alive_sec >= stall_timeout_sec

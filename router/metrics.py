@@ -336,7 +336,7 @@ class _Look:
     def silent_sec(self) -> float:
         if self.engine is None or self.running is None or not self.engine.is_busy:
             return 0
-        return max(0.0, self.now - self.running.pool.last_sign_sec)
+        return max(0.0, self.now - self.running.pool.silent_since_sec)
 
 
 _PER_MODEL: tuple[tuple[str, str, Callable[[_Look], float]], ...] = (

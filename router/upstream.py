@@ -127,7 +127,7 @@ class Connection(asyncio.Protocol):
         self._receiver = receiver
         self._request = (head, body)
         self._uses += 1
-        self._pool.last_sign_sec = self.last_byte_sec = time.monotonic()
+        self._pool.asked_sec = self.last_byte_sec = time.monotonic()
         receiver.connected(self)
         if self._receiver is None:  # it has thought better of it
             return
@@ -157,7 +157,7 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one only by its methods
 
     def data_received(self, data: bytes) -> None:
-        self._pool.last_sign_sec = self.last_byte_sec = time.monotonic()
+        self._pool.heard_sec = self.last_byte_sec = time.monotonic()
         receiver = self._receiver
         if receiver is None:  # nobody has asked for anything
             self.close()
@@ -267,8 +267,10 @@ class EnginePool:
     def __init__(
         self, port: int, key: str, max_idle: int, unix_socket: Path | None, is_alive: Callable[[], bool]
     ) -> None:
-        self.last_sign_sec = 0.0
-        """When the engine last sent a byte, or was last sent a request (monotonic)."""
+        self.asked_sec = 0.0
+        """When the engine was last sent a request (monotonic)."""
+        self.heard_sec = 0.0
+        """When it last sent a byte."""
         self._port = port
         self._unix_socket = unix_socket
         self._is_alive = is_alive
@@ -287,6 +289,11 @@ class EnginePool:
                 connection.send(head, body, receiver)
                 return
         self.connect(head, body, receiver)
+
+    @property
+    def silent_since_sec(self) -> float:
+        """Since when the engine, if it is asked for anything, has sent nothing."""
+        return max(self.asked_sec, self.heard_sec)
 
     def connect(self, head: bytes, body: bytes, receiver: Receiver) -> None:
         """Send a request on a fresh connection."""

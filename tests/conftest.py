@@ -213,6 +213,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def middling(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """100 MB: more than the noise, and work to be done for each token."""
+    return write_llama(tmp_path_factory.mktemp("models") / "middling.gguf", target_bytes=100 << 20)
+
+
+@pytest.fixture(scope="session")
 def nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return played_nvml.build(tmp_path_factory.mktemp("nvml"))
 

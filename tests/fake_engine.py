@@ -9,6 +9,7 @@ FAKE_DIE          before: exits when a request comes; after: exits in the middle
                   once FILE: as `before`, but only while FILE does not exist (it makes it);
                   memory: takes all there is when a request comes
 FAKE_LAST_WORDS   what it says before it exits
+FAKE_DEAF         1: answers no probe
 FAKE_CHUNKS       number of events in a stream
 FAKE_EVENTS       file with what it streams instead: a JSON document a line, each an event
 FAKE_ANSWER       its answer, when no stream is asked for
@@ -78,6 +79,8 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
             body = await reader.readexactly(int(headers.get("content-length", 0)))
             if headers.get("authorization") != f"Bearer {KEY}":
                 await answer(writer, 401, b"{}")
+            elif method == "GET" and setting("deaf"):
+                await asyncio.sleep(3600)
             elif method == "GET":
                 await answer(writer, 200, b"{}")
             elif answered and setting("idle_close") == "late":

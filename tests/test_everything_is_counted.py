@@ -38,7 +38,7 @@ def router(start: Start, tiny: Path, tmp_path: Path) -> Router:
     faults = {
         "fast": {},
         "stuck": {"FAKE_READY": "never"},
-        "slow": {"FAKE_ANSWER_SEC": "60"},
+        "slow": {"FAKE_ANSWER_SEC": "60", "FAKE_DEAF": "1"},
         **{f"dies-{n}": {"FAKE_DIE": f"once {tmp_path}/death-{n}"} for n in range(3)},
         "breaks": {"FAKE_DIE": "after"},
         "gives-up": {"FAKE_EVENTS": f"{tmp_path}/events"},

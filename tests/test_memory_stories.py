@@ -20,12 +20,6 @@ def environ(gpus: PlayedGpus, tmp_path: Path) -> Environ:
     return {**gpus.environ, "LLAMA_SERVER_PATH": llama_server(tmp_path)}
 
 
-@pytest.fixture(scope="session")
-def middling(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """100 MB: more than the noise."""
-    return write_llama(tmp_path_factory.mktemp("models") / "middling.gguf", target_bytes=100 << 20)
-
-
 def shown(router: Router, alias: str) -> str:
     """The GPUs that the engine of a model was shown."""
     pid = router.status(alias)["pid"]

@@ -26,7 +26,8 @@ def played(start_shared: Start, tiny: Path, tmp_path_factory: pytest.TempPathFac
     ways = {
         "loads": {"FAKE_LOAD_SEC": "0.5"},
         "never-ready": {"FAKE_READY": "never"},
-        "silent": {"FAKE_ANSWER_SEC": "60"},
+        "hangs": {"FAKE_ANSWER_SEC": "60", "FAKE_DEAF": "1"},
+        "computes": {"FAKE_ANSWER_SEC": "2"},
         "trickles": {"FAKE_CHUNKS": "8", "FAKE_CHUNK_SEC": "0.2"},
         "bodiless": {"FAKE_STATUS": "204"},
     }
@@ -278,10 +279,22 @@ def test_a_full_queue_refuses_with_an_honest_time(start: Start, tiny: Path, tmp_
     eventually(lambda: router.http.get("/v1/queue/stats").json()["summary"]["total_queued"] == 0)
 
 
-def test_an_engine_that_says_nothing_is_given_up(played: Router) -> None:
-    answer = played.chat("silent")
+def test_an_engine_that_says_nothing_and_answers_no_probe_is_given_up(played: Router) -> None:
+    answer = played.chat("hangs")
     assert answer.status_code == 504
     assert answer.json()["error"]["code"] == "request_timeout"
+
+
+def test_an_engine_that_computes_in_silence_is_waited_for(played: Router) -> None:
+    assert played.chat("computes").status_code == 200
+    assert played.http.get("/v1/health/models").json()["models"]["computes"]["failed_probes"] == 0
+
+
+def test_who_wants_no_longer_silence_than_that_may_say_so(start: Start, tiny: Path, tmp_path: Path) -> None:
+    system = {"llama_server_path": fake(tmp_path, answer_sec="60"), "answer_timeout_sec": 0.5}
+    answer = start({"system": system, "models": models(tiny, "a")}).chat("a")
+    assert answer.status_code == 504
+    assert "answer_timeout_sec" in answer.json()["error"]["message"]
 
 
 def test_a_slow_stream_is_not_given_up_while_it_moves(played: Router) -> None:

@@ -278,6 +278,15 @@ def test_an_engine_that_hangs_is_replaced_and_its_requests_are_served(start: Sta
     assert 'router_engine_exits_total{model="a",reason="hung"} 1\n' in router.http.get("/metrics").text
 
 
+def test_an_engine_that_computes_for_long_is_not_taken_for_one_that_hangs(start: Start, middling: Path) -> None:
+    """Some seconds without a byte."""
+    system = {"request_timeout_sec": 0.5, "stall_timeout_sec": 0.5}
+    router = start({"system": system, "models": models(middling, "a", flags=["-c", "1024", "-t", "1"])})
+    answer = router.chat("a", max_tokens=50, ignore_eos=True)
+    assert answer.json()["usage"]["completion_tokens"] == 50
+    assert router.http.get("/v1/health/models").json()["models"]["a"]["crashes"] == 0
+
+
 def test_how_an_engine_ended_can_be_read(router: Router) -> None:
     router.chat("b")
     os.kill(router.status("b")["pid"], signal.SIGSEGV)
