@@ -27,6 +27,7 @@ from router.answer import Answer
 from router.exchange import Exchange, Exchanges
 from router.heads import BadTarget, Headers, Known, RequestHead
 from router.ollama_exchange import OllamaExchange
+from router.responses_exchange import ResponsesExchange
 from router.routing import ROUTES, TRANSLATED_ROUTES
 
 _log = logging.getLogger("router.http")
@@ -40,6 +41,7 @@ _MOST_PIPELINED = 16
 
 _EXCHANGES: dict[str, type[Exchange]] = {
     **dict.fromkeys(ROUTES, Exchange),
+    **dict.fromkeys(("/v1/responses", "/responses"), ResponsesExchange),
     **dict.fromkeys(TRANSLATED_ROUTES, OllamaExchange),
 }
 """The data plane; all else are pages."""

@@ -89,7 +89,7 @@ def _instruct(fields: dict[str, Any], path: str, alias: AliasConfig) -> None:
             said = None
             turns = turns and _without_prompts(turns)
         if alias.system_prompt and not (alias.system_prompt_yields and (said or _begins_with_prompt(turns))):
-            fields[own] = _joined(alias.system_prompt, said)
+            fields[own] = joined(alias.system_prompt, said)
         if turns is not None:
             fields[messages] = _with_examples(turns, examples)
 
@@ -106,7 +106,7 @@ def _with_prompt(turns: list[Any], alias: AliasConfig) -> list[Any]:
     if alias.system_prompt_yields:
         return turns
     first = _fields_of(turns[0])
-    return [{**first, "content": _joined(prompt, _value(first.get("content")))}, *turns[1:]]
+    return [{**first, "content": joined(prompt, _value(first.get("content")))}, *turns[1:]]
 
 
 def _with_examples(turns: list[Any], examples: Iterable[Mapping[str, str]]) -> list[Any]:
@@ -131,7 +131,7 @@ def _is_prompt(turn: msgspec.Raw | dict[str, Any]) -> bool:
         return False
 
 
-def _joined(prompt: str, said: Any) -> Any:
+def joined(prompt: str, said: Any) -> Any:
     """Text, or a list of parts of which each is an object with a type."""
     if said is None or said == "":
         return prompt
