@@ -8,7 +8,7 @@ business of `config_load.py`; nothing here reads a file or the environment.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -157,6 +157,12 @@ class Api(Section):
         description="Further names in the Host header that a router on a loopback address answers to, such as a "
         "reverse proxy's. Others, but for IP addresses, *.localhost and host.docker.internal, may be a web page "
         "that has pointed its name at this machine.",
+    )
+    default_model: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The model or alias that a request means which names none; null: the only model, if there is "
+        "but one.",
     )
     max_body_mb: PositiveCount = Field(
         default=100, description="Largest request body in MiB; more is answered by 413."
@@ -624,6 +630,23 @@ class Config:
     def names(self) -> list[str]:
         """All that a client may ask for."""
         return list(dict.fromkeys((*self.models, *self.aliases)))
+
+    def __contains__(self, name: object) -> bool:
+        """Whether it is one of the `names`."""
+        return name in self.aliases or name in self.models
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def model_of(self, name: str) -> ModelConfig:
+        """What one of the `names` stands for."""
+        alias = self.aliases.get(name)
+        return self.models[name if alias is None else alias.uses]
+
+    @property
+    def default_model(self) -> str | None:
+        """The name that a request means which has none."""
+        return self.api.default_model or (next(iter(self.models)) if len(self.models) == 1 else None)
 
     @property
     def sources(self) -> dict[str, str]:

@@ -54,6 +54,7 @@ from router.flags import (
     parse,
 )
 from router.gguf import SPLIT_NAME
+from router.names import meant
 from router.queue import BY_NAME
 from router.state import default_path
 
@@ -481,7 +482,11 @@ class _Draft:
         usable = {name: alias for name, alias in aliases.items() if alias.uses in there}
         self.lost |= {name: alias.uses for name, alias in aliases.items() if name not in usable}
         usable |= dict(self.created_aliases(usable, there))
-        return Config(api, system, scheduling, there, usable, self.lost)
+        config = Config(api, system, scheduling, there, usable, self.lost)
+        if api.default_model is not None and meant(api.default_model, config) is None:  # it may come yet
+            message = f"there is no model {api.default_model!r} now"
+            self.warn(("api", "default_model"), message + did_you_mean(api.default_model, config.names))
+        return config
 
     def check_openness(self, api: Api) -> None:
         exposed = api.host not in ("localhost", "::1") and not api.host.startswith("127.")

@@ -32,6 +32,7 @@ from router.gguf import GGUF, GGUFError, TruncatedGGUF
 from router.launcher import NoEngine, find_binary
 from router.learning import Learned
 from router.memory import Ledger
+from router.names import HUB_HOSTS
 from router.placing import Alternative, Ground, alternatives
 from router.repository import BadReference, Choice, NoChoice, Reference, gated, parse
 from router.sizing import EngineKind, Files, Sizer, Unusable, adapters
@@ -43,7 +44,6 @@ FIRST_BYTES_OF_OTHERS = 256 << 10
 MOST_BYTES = 256 << 20
 TIMEOUT_SEC = 30.0
 
-_HUB_HOSTS = ("hf.co", "huggingface.co")
 _REFUSALS = {
     401: "it asks for a token: set HF_TOKEN",
     403: "access is denied: check HF_TOKEN, and the model's licence on its page",
@@ -227,7 +227,7 @@ def resolve(model: str, environ: Mapping[str, str]) -> str | None:
     if scheme not in ("", "http", "https"):
         raise CannotEstimate(f"{model}: {scheme} is not a protocol that is spoken here; give an http(s) URL")
     host, *path = rest.split("/")
-    if host.lower() in _HUB_HOSTS and (scheme or not Path(model).exists()):
+    if host.lower() in HUB_HOSTS and (scheme or not Path(model).exists()):
         if len(path) > 4 and path[2] in ("blob", "resolve", "raw"):  # as copied from the browser
             path = [*path[:2], "resolve", *path[3:]]
         elif len(path) >= 3:

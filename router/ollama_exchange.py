@@ -10,11 +10,10 @@ from router.answer import Answer
 from router.api.errors import ApiError
 from router.exchange import Exchange
 from router.ollama_answers import NotUnderstood, Translation, flattened
-from router.ollama_requests import Asked, alias_of, translate
+from router.ollama_requests import Asked, translate
 from router.routing import Wish, wish_of
 
 _DOCUMENT = b"content-type: application/json; charset=utf-8\r\n"
-_HINTS = {"/chat": " What is not there has to be pulled first: POST /pull."}
 _LINES = b"content-type: application/x-ndjson\r\n"
 
 
@@ -30,10 +29,9 @@ class OllamaExchange(Exchange):
 
     def _read_wish(self) -> Wish:
         path = self._head.path
-        asked = self._asked = translate(path, self._body)
-        config = self._dispatcher.config
-        alias = alias_of(asked.model, config, _HINTS.get(path, ""))
-        wish = wish_of(alias, asked.streams, self._head.fields, config, self._client)
+        asked = translate(path, self._body)
+        wish = wish_of(asked.model, asked.streams, self._head.fields, self._dispatcher.config, self._client)
+        asked = self._asked = asked._replace(model=asked.model or wish.alias)
         self._translation = Translation(asked, self._waited_sec)
         self._body = asked.body(wish.alias)
         return wish

@@ -13,16 +13,12 @@ from __future__ import annotations
 import base64
 import math
 import re
-from collections.abc import Container, Iterable
 from typing import Any, Literal, NamedTuple
 
 import msgspec
 
 from router.api.errors import ApiError
-from router.config import Config
-from router.messages import Refusal
 from router.ollama_options import request_parameters
-from router.routing import suggestion
 
 Kind = Literal["chat", "earlier_chat", "generate", "raw", "embed", "embeddings"]
 """`earlier_chat` is `/chat` of earlier hosts."""
@@ -163,43 +159,6 @@ def translate(path: str, body: bytes) -> Asked:
         ) from None
 
 
-def same_name(name: str, aliases: Container[str]) -> str | None:
-    """That name, with or without the tag that every name has when it has none."""
-    plain = name.removesuffix(":latest")
-    return next((alias for alias in (name, plain, f"{plain}:latest") if alias in aliases), None)
-
-
-def resolve(name: str, aliases: Iterable[str]) -> str:
-    """The alias that is meant by a name as Ollama has them; the name itself when it is none.
-
-    `NAME` and `NAME:latest` are the same; what was pulled as `hf.co/USER/REPO` is found by that, also without the
-    host, as long as it is the only one of its repository.
-    """
-    known = set(aliases)
-    if same := same_name(name, known):
-        return same
-    host, slash, rest = name.partition("/")
-    local = rest if slash and host.lower() in ("hf.co", "huggingface.co") else name
-    if local in known:
-        return local
-    quantized = [alias for alias in known if alias.lower().startswith(f"{local.lower().removesuffix(':latest')}:")]
-    return quantized[0] if "/" in local and len(quantized) == 1 else name
-
-
-def alias_of(name: str, config: Config, hint: str = "") -> str:
-    """Raises ApiError 404 in the words that Ollama's clients look for; `hint` comes after them."""
-    alias = resolve(name, (*config.names, *config.lost))
-    if alias not in config.models and alias not in config.aliases:
-        message = f"model {name[:256]!r} not found. {suggestion(alias[:256], config)}{hint}"
-        raise ApiError(404, Refusal.MODEL_NOT_FOUND.value, message, "model")
-    return alias
-
-
-def listed_name(alias: str) -> str:
-    """How Ollama lists it: no name is without a tag."""
-    return alias if ":" in alias.rpartition("/")[2] else f"{alias}:latest"
-
-
 # --- chat and generate ----------------------------------------------------------------------------------
 
 
@@ -269,10 +228,7 @@ def _to_load(asked: _Generating, kind: Kind) -> Asked:
 
 
 def _name(asked: _Common) -> str:
-    name = asked.model or asked.name
-    if not name:
-        raise ApiError(400, "model_required", "model is required", "model")
-    return name
+    return asked.model or asked.name or ""
 
 
 def _message(message: _Message) -> dict[str, Any]:

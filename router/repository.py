@@ -15,6 +15,7 @@ from pathlib import PurePosixPath
 
 from router import gguf
 from router.hub import DRAFT_PREFIXES, projector_of, quantization
+from router.names import HUB_HOSTS, same_name, untagged
 from router.stores import repository_aliases
 
 DEFAULT_QUANTIZATION = "Q4_K_M"
@@ -22,8 +23,6 @@ Q4_ABOVE_BYTES = 14_000_000_000
 """What AUTO takes unquantized is no larger than this, unless it is told otherwise."""
 
 AUTO = "auto"
-_NO_TAG = ":latest"
-_HOSTS = ("hf.co", "huggingface.co", "www.huggingface.co")
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _REPOSITORY = re.compile(f"{_NAME}/{_NAME}")
 _QUANT = re.compile(r"[A-Za-z0-9_.-]+")
@@ -90,11 +89,11 @@ def parse(text: str, environ: Mapping[str, str]) -> Reference:
     _, _, rest = text.strip().rpartition("://")
     rest = urllib.parse.unquote(rest.partition("?")[0].partition("#")[0]).strip("/")
     host, _, path = rest.partition("/")
-    if host.lower() in _HOSTS or (mirror and host == mirror):
+    if host.lower() in HUB_HOSTS or (mirror and host == mirror):
         rest = path
     elif "://" in text:
         raise BadReference(f"{text!r} is not on the Hugging Face hub: give hf.co/USER/REPO[:QUANT]")
-    rest, _, quant = rest.removesuffix(_NO_TAG).partition(":")
+    rest, _, quant = untagged(rest).partition(":")
     user, _, rest = rest.partition("/")
     name, _, file = rest.partition("/")
     repo, revision = f"{user}/{name}", "main"
@@ -129,8 +128,8 @@ def permitted(
     """
     if allowed is None:
         return parse(text, environ), None
-    alias = text if text in allowed else text.removesuffix(_NO_TAG)
-    if alias in allowed:
+    alias = same_name(text, allowed)
+    if alias is not None:
         return parse(allowed[alias], environ), alias
     listed = [parse(each, environ) for each in allowed.values()]
     with contextlib.suppress(BadReference):

@@ -6,6 +6,7 @@ Only `model` and `stream` are picked out of a body, which is never built into ob
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,8 +16,10 @@ from router.api.auth import Client
 from router.api.errors import ApiError
 from router.config import AliasConfig, Config, ModelConfig
 from router.messages import Refusal
+from router.names import meant
 from router.near_names import near
 from router.queue import BY_NAME, NAMES, Priority
+from router.repository import BadReference, NotAllowed, permitted
 
 ROUTES = frozenset(
     {
@@ -113,17 +116,17 @@ def wish_of(
     model: object, streams: bool, headers: Mapping[bytes, bytes], config: Config, client: Client | None = None
 ) -> Wish:
     """Raises ApiError for a model that is not there, and for a priority that is none."""
-    if model is None:
-        raise ApiError(400, "model_required", f"Name a `model`: {some_of(config.names)}.", "model")
+    if not model and (model is None or model == ""):
+        model = named_by_nobody(config)
     if not isinstance(model, str):
         raise ApiError(400, "invalid_model", f"`model` must be a string, not {type(model).__name__}.", "model")
     asked_as = config.aliases.get(model)
     known = config.models.get(model) if asked_as is None else None
     if known is None:
         if asked_as is None:
-            model = model.removesuffix(":latest")  # Ollama's clients say so on OpenAI's routes, too
+            model = known_as(model, config)
             asked_as = config.aliases.get(model)
-        known = model_of(model, config)
+        known = config.model_of(model)
     wanted = headers.get(b"x-request-priority")
     if wanted is not None:
         priority = _priority(wanted)
@@ -135,30 +138,46 @@ def wish_of(
     return Wish(known.alias, streams, priority, asked_as if asked_as is not None and asked_as.rewrites else None)
 
 
+def named_by_nobody(config: Config) -> str:
+    """What a request means that names no model. Raises ApiError 400."""
+    if config.default_model is None:
+        raise ApiError(400, "model_required", f"Name a `model`: {some_of(config.names)}.", "model")
+    return config.default_model
+
+
 def model_of(name: str, config: Config) -> ModelConfig:
     """The model that a client means. Raises ApiError 404 naming what is there."""
-    alias = config.aliases.get(name)
-    model = config.models.get(name if alias is None else alias.uses)
-    if model is not None:
-        return model
-    raise ApiError(404, Refusal.MODEL_NOT_FOUND.value, _unknown_model(name, config), "model")
+    return config.model_of(known_as(name, config))
+
+
+def known_as(name: str, config: Config) -> str:
+    """What is called here as a client calls it: a model or an alias. Raises ApiError 404 naming what is there."""
+    known = meant(name, config)
+    if known is None:
+        raise ApiError(404, Refusal.MODEL_NOT_FOUND.value, _unknown_model(name[:_LONGEST_NAME], config), "model")
+    return known
 
 
 def _unknown_model(name: str, config: Config) -> str:
-    """What to say to somebody who asks for a model that is not there."""
-    if len(name) > _LONGEST_NAME:
-        return f"There is no model of {len(name)} characters. There are: {some_of(config.names)}."
-    return f"There is no model {name!r}. {suggestion(name, config)}"
+    """In the words that Ollama's clients look for, with what to do about it."""
+    if (lost := meant(name, config.lost)) is not None:
+        advice = f"That name stands for {config.lost[lost]!r}, which is not here any more."
+    elif not config.names:
+        advice = "There is none yet: pull one, or put GGUF files where the router looks for them."
+    elif close := near(name, config.names):
+        advice = f"Did you mean {some_of(close)}?"
+    else:
+        advice = f"There are: {some_of(config.names)}."
+    return f"model {name!r} not found. {advice}{_how_to_pull(name, config)}"
 
 
-def suggestion(name: str, config: Config) -> str:
-    """What became of it, or what may have been meant instead."""
-    if name in config.lost:
-        return f"That name stands for {config.lost[name]!r}, which is not here any more."
-    if not config.names:
-        return "There is none yet: pull one, or put GGUF files where the router looks for them."
-    close = near(name, config.names)
-    return f"Did you mean {some_of(close)}?" if close else f"There are: {some_of(config.names)}."
+def _how_to_pull(name: str, config: Config) -> str:
+    """Of a name that may be one on the hub; nobody asks there."""
+    try:
+        permitted(name, config.system.allowed_models, os.environ)
+    except (BadReference, NotAllowed):
+        return ""
+    return f" To pull it from the Hugging Face hub: POST /pull, or `llama-router pull {name}`."
 
 
 def some_of(aliases: list[str]) -> str:

@@ -25,7 +25,7 @@ from router.config_load import load
 from router.config_problems import ConfigError
 from router.created import Created
 from router.creations import Creations
-from router.ollama_requests import same_name
+from router.names import same_name
 from router.progress import MemoryNote, Progress
 from router.routing import some_of
 from router.state import State, StateHeld, configured_path

@@ -96,7 +96,7 @@ def test_requests_with_one_head_are_served_in_whatever_pieces_they_come(router: 
                 time.sleep(0.001)  # so that the router reads them apart
             received = rest_of(client)
         assert re.findall(rb"HTTP/1\.1 (\d+) ", received) == [*[b"404"] * len(names), b"200"]
-        assert re.findall(rb"There is no model '(no-x*)'", received) == [name.encode() for name in names]
+        assert re.findall(rb"model '(no-x*)' not found", received) == [name.encode() for name in names]
 
 
 def test_a_stream_for_http_1_0_has_no_chunks_and_ends_with_its_connection(router: Router) -> None:

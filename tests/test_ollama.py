@@ -10,42 +10,8 @@ from typing import Any
 import pytest
 
 from router.api.errors import ApiError
-from router.config import AliasConfig, Config
 from router.ollama_answers import Translation, flattened
-from router.ollama_requests import Asked, alias_of, duration_sec, listed_name, resolve, translate
-
-ALIASES = ["demo", "llama3:8b", "other/llama3:latest", "USER/Repo-GGUF:Q4_K_M"]
-ALIASES += ["two/of-them:Q4_0", "two/of-them:Q8_0"]
-
-
-@pytest.mark.parametrize(
-    ("name", "alias"),
-    [
-        ("demo", "demo"),
-        ("demo:latest", "demo"),
-        ("demo:7b", None),
-        ("llama3", None),
-        ("llama3:8b", "llama3:8b"),
-        ("other/llama3", "other/llama3:latest"),
-        ("hf.co/USER/Repo-GGUF:Q4_K_M", "USER/Repo-GGUF:Q4_K_M"),
-        ("hf.co/user/repo-gguf", "USER/Repo-GGUF:Q4_K_M"),  # as it was pulled
-        ("huggingface.co/USER/Repo-GGUF:latest", "USER/Repo-GGUF:Q4_K_M"),
-        ("USER/Repo-GGUF", "USER/Repo-GGUF:Q4_K_M"),
-        ("hf.co/two/of-them", None),
-        ("two/of-them", None),
-        ("", None),
-    ],
-)
-def test_names(name: str, alias: str | None) -> None:
-    assert resolve(name, ALIASES) == (alias or name)
-    if alias is None:
-        with pytest.raises(ApiError, match="not found"):
-            alias_of(name, Config(aliases={alias: AliasConfig(alias, "m") for alias in ALIASES}))
-
-
-def test_what_is_listed_is_found_again() -> None:
-    assert [resolve(listed_name(alias), ALIASES) for alias in ALIASES] == ALIASES
-    assert all(":" in listed_name(alias) for alias in ALIASES)
+from router.ollama_requests import Asked, duration_sec, translate
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_models(client: openai.OpenAI, router: Router) -> None:
 
 def test_errors_are_its_exceptions(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="chat/tiny:latest") as missing:
-        client.chat.completions.create(model="chat/tiny", messages=MESSAGES)
+        client.chat.completions.create(model="chat/tinny", messages=MESSAGES)
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError, match="high, normal or low") as wrong:
         client.chat.completions.create(model=ALIAS, messages=MESSAGES, extra_headers={"X-Request-Priority": "9"})

@@ -30,10 +30,10 @@ from router.dispatcher import Dispatcher
 from router.flags import Flags
 from router.gguf import GGUF
 from router.hub import Survey
+from router.names import same_name, untagged
 from router.ollama_options import load_flags, request_parameters, unknown_options
-from router.ollama_requests import alias_of, same_name
 from router.readings import apart
-from router.routing import model_of
+from router.routing import known_as
 
 router = APIRouter(tags=["Ollama"])
 
@@ -162,7 +162,7 @@ def _free_name(text: str, creations: Creations, config: Config) -> str:
         raise ApiError(400, "invalid_model", f"invalid model name {text[:_LONGEST_NAME]!r}", "model")
     name = same_name(text, config.names)
     if name is None:
-        return text.removesuffix(":latest")
+        return untagged(text)
     if creations.named(name, config) is None:
         source = (config.aliases.get(name) or config.models[name]).source
         message = f"{name!r} is taken by a model of this name, from {source}: choose another"
@@ -172,9 +172,9 @@ def _free_name(text: str, creations: Creations, config: Config) -> str:
 
 def _basis_of_model(text: str, creations: Creations, config: Config) -> _Basis:
     """Raises ApiError 404."""
-    name = alias_of(text, config)
+    name = known_as(text, config)
     made = creations.named(name, config) or Created(0.0, base=name)
-    return _Basis(msgspec.structs.replace(made, created_at=time.time()), model_of(name, config))
+    return _Basis(msgspec.structs.replace(made, created_at=time.time()), config.model_of(name))
 
 
 def _basis_of_files(files: Mapping[str, str], creations: Creations) -> _Basis:

@@ -29,11 +29,11 @@ from router.dispatcher import Dispatcher
 from router.downloads import Pull
 from router.flags import FlagError, Flags
 from router.gguf import GGUF, ArrayStub, GGUFError
+from router.names import listed_name
 from router.ollama_options import as_options, option_lines
-from router.ollama_requests import alias_of, listed_name, same_name
 from router.progress import Progress
 from router.readings import apart
-from router.routing import model_of
+from router.routing import known_as
 
 router = APIRouter(tags=["Ollama"])
 
@@ -129,14 +129,8 @@ async def pull(request: Request) -> Response:
 )
 async def delete(request: Request) -> Response:
     """Remove a pulled or created model and the files that are only its own."""
-    dispatcher: Dispatcher = request.app.state.dispatcher
     asked = await _named(request)
-    creations: Creations = request.app.state.creations
-    name = asked.model or ""
-    alias = same_name(name, creations.records) or alias_of(name, dispatcher.config)
-    if alias in creations.records and not same_name(name, (alias,)):
-        raise ApiError(404, "model_not_found", f"model {name!r} not found. Did you mean {alias!r}?", "model")
-    await pulls.remove_pulled(alias, request)
+    await pulls.remove_pulled(asked.model or "", request)
     return Response()
 
 
@@ -190,8 +184,8 @@ def _known(name: str, request: Request) -> _Known:
     """Raises ApiError 404."""
     config: Config = request.app.state.dispatcher.config
     creations: Creations = request.app.state.creations
-    alias = alias_of(name, config)
-    return _Known(model_of(alias, config), config.aliases.get(alias), creations.named(alias, config))
+    alias = known_as(name, config)
+    return _Known(config.model_of(alias), config.aliases.get(alias), creations.named(alias, config))
 
 
 async def _listed(names: list[_Known], request: Request) -> list[dict[str, Any]]:

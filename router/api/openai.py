@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from router.api.cards import Cards
 from router.config import AliasConfig
 from router.dispatcher import Dispatcher
-from router.routing import model_of
+from router.routing import known_as
 
 router = APIRouter(tags=["models"])
 
@@ -33,7 +33,8 @@ async def show_model(alias: str, request: Request) -> dict[str, Any]:
     """One alias."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     config = dispatcher.config
-    model = model_of(alias, config)
+    alias = known_as(alias, config)
+    model = config.model_of(alias)
     cards: Cards = request.app.state.cards
     card = (await cards.of([model]))[model.alias]
     card["status"] = status_of(dispatcher, model.alias)

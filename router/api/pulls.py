@@ -22,6 +22,7 @@ from router.config import Config
 from router.creations import Creations
 from router.dispatcher import Dispatcher
 from router.downloads import MOST_AT_ONCE, Downloads, Pull, TooManyPulls
+from router.names import meant, same_name
 from router.routing import some_of
 
 router = APIRouter(tags=["management"])
@@ -173,6 +174,7 @@ async def remove_pulled(alias: str, request: Request) -> dict[str, Any]:
     """
     creations: Creations = request.app.state.creations
     config: Config = request.app.state.dispatcher.config
+    alias = _removable(alias, creations, config)
     cache = pulled.cache_folder(os.environ)
     there = config.aliases.get(alias) or config.models.get(alias)
     downloads: Downloads = request.app.state.downloads
@@ -189,10 +191,12 @@ async def remove_pulled(alias: str, request: Request) -> dict[str, Any]:
             message = f"{some_of(needed)} was created from {alias!r}: remove that first."
             raise ApiError(409, "model_in_use", message, "model")
         if cache is None:
-            raise pulled.NotPulled(f"No model was pulled as {alias!r}")
+            raise pulled.NotPulled(f"no model was pulled as {alias!r}")
         freed = await asyncio.to_thread(pulled.remove, cache, alias)
     except pulled.NotPulled as error:
-        reason = f"{alias!r} was neither pulled nor created, but is from {there.source}" if there else str(error)
+        reason = f"model {alias!r} not found: {error}"
+        if there is not None:
+            reason = f"{alias!r} was neither pulled nor created, but is from {there.source}"
         raise ApiError(404, "model_not_found", f"{reason}.", "model") from None
     except pulled.BeingPulled as error:
         raise ApiError(409, "model_in_use", f"{error}.", "model") from None
@@ -200,6 +204,17 @@ async def remove_pulled(alias: str, request: Request) -> dict[str, Any]:
         raise ApiError(500, "disk_error", f"{alias!r} could not be removed: {error}.") from None
     await downloads.look_again()
     return {"status": "success", "model": alias, "freed_bytes": freed}
+
+
+def _removable(name: str, creations: Creations, config: Config) -> str:
+    """The alias of what is to be removed. Raises ApiError 404.
+
+    What was created is gone for good: it has to be called by its name, not by what may stand for that.
+    """
+    alias = same_name(name, creations.records) or meant(name, config) or name
+    if alias in creations.records and not same_name(name, (alias,)):
+        raise ApiError(404, "model_not_found", f"model {name!r} not found. Did you mean {alias!r}?", "model")
+    return alias
 
 
 def _known(request: Request, pull_id: str) -> Pull:

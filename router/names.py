@@ -1,0 +1,56 @@
+"""What clients call models, and what these are called here: one rule for all routes.
+
+`NAME` and `NAME:latest` are the same, as with Ollama. What comes from the Hugging Face hub may be named with the
+hub's host, in whatever case, and without its quantization as long as it is the only one of its repository.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from typing import Protocol
+
+HUB_HOSTS = ("hf.co", "huggingface.co", "www.huggingface.co")
+_TAG = ":latest"
+"""Of what has none."""
+
+
+class Names(Protocol):
+    """All that there are."""
+
+    def __contains__(self, name: object, /) -> bool: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+
+def meant(name: str, names: Names) -> str | None:
+    """The one of the `names` that a client means."""
+    if (same := same_name(name, names)) is not None:
+        return same
+    local = _without_host(name)
+    if (same := same_name(local, names)) is not None or "/" not in local:
+        return same
+    folded = untagged(local).casefold()
+    of_hub = [(_without_host(other).casefold(), other) for other in names if "/" in other]
+    alike = [other for key, other in of_hub if key == folded]
+    alike = alike or [other for key, other in of_hub if key.startswith(f"{folded}:")]
+    return alike[0] if len(alike) == 1 else None
+
+
+def same_name(name: str, names: Container[str]) -> str | None:
+    """The one of the `names` that is this one, with or without the tag that every name has when it has none."""
+    plain = untagged(name)
+    return next((same for same in (name, plain, f"{plain}{_TAG}") if same in names), None)
+
+
+def _without_host(name: str) -> str:
+    host, slash, path = name.partition("/")
+    return path if slash and host.lower() in HUB_HOSTS else name
+
+
+def untagged(name: str) -> str:
+    return name.removesuffix(_TAG)
+
+
+def listed_name(alias: str) -> str:
+    """How Ollama lists it: no name is without a tag."""
+    return alias if ":" in alias.rpartition("/")[2] else f"{alias}{_TAG}"
