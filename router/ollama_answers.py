@@ -25,6 +25,7 @@ _NS = 1e9
 class _Token(msgspec.Struct):
     token: str
     logprob: float
+    bytes: list[int] | None = None
     top_logprobs: list[_Token] = []
 
 
@@ -300,6 +301,8 @@ class Translation:
 
 def _shown(token: _Token, alternatives: int) -> dict[str, Any]:
     shown: dict[str, Any] = {"token": token.token, "logprob": token.logprob}
+    if token.bytes is not None:
+        shown["bytes"] = token.bytes
     if alternatives:
         shown["top_logprobs"] = [_shown(other, 0) for other in token.top_logprobs[:alternatives]]
     return shown

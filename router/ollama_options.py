@@ -33,6 +33,9 @@ _INTEGERS = {
 _OF_ANSWERS = {**_NUMBERS, **_INTEGERS, "stop": "stop"}
 _OLLAMAS = {ours: theirs for theirs, ours in _OF_ANSWERS.items()} | {"max_tokens": "num_predict"}
 
+_UNLIMITED = -1
+"""To llama-server. To Ollama any number below 1 is, where llama-server takes 0 for none and refuses -2."""
+
 _FLAGS = {"num_batch": "batch-size", "num_gpu": "n-gpu-layers", "num_thread": "threads"}
 _LEFT_TO_THE_ENGINE = {"num_batch": 0, "num_gpu": -1, "num_thread": 0}
 OF_LOADS = ("num_ctx", *_FLAGS, "use_mmap")
@@ -48,7 +51,10 @@ def request_parameters(options: Mapping[str, Any] | None) -> dict[str, Any]:
         if name in _NUMBERS:
             translated[_NUMBERS[name]] = _number(name, value)
         elif name in _INTEGERS:
-            translated[_INTEGERS[name]] = _integer(name, value)
+            number = _integer(name, value)
+            if name == "num_predict" and number < 1:
+                number = _UNLIMITED
+            translated[_INTEGERS[name]] = number
         elif name == "stop":
             translated["stop"] = _texts(value)
     return translated

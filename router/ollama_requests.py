@@ -327,7 +327,7 @@ def _asked_embeddings(
     asked: _Common, kind: Kind, texts: str | list[str] | None, dimensions: int | None = None
 ) -> Asked:
     keep_alive_sec = duration_sec(asked.keep_alive)
-    given = [texts] if isinstance(texts, str) else texts
+    given = ([texts] if texts else []) if isinstance(texts, str) else texts
     target = "/v1/embeddings" if given else ""
     question = {"input": given, "encoding_format": "float"} if given else {}
     return Asked(kind, _name(asked), False, keep_alive_sec, target, question, dimensions)

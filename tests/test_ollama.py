@@ -66,6 +66,12 @@ def test_what_an_image_is_its_first_bytes_tell(head: bytes, kind: str) -> None:
         assert medium["image_url"]["url"] == f"{kind};base64,{encoded}"
 
 
+@pytest.mark.parametrize(("wanted", "asked_for"), [(7, 7), (0, -1), (-1, -1), (-2, -1)])
+def test_no_number_of_tokens_is_below_one(wanted: int, asked_for: int) -> None:
+    body = {"model": "m", "prompt": "hi", "options": {"num_predict": wanted}}
+    assert json.loads(translate("/api/generate", json.dumps(body).encode()).body("m"))["n_predict"] == asked_for
+
+
 def asked(kind: Any = "chat", **more: Any) -> Asked:
     return Asked(kind, "m", True, None, "/v1/chat/completions", {}, **more)
 

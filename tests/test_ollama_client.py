@@ -73,7 +73,7 @@ def test_a_stream_says_what_the_engine_says(client: ollama.Client, router: Route
     assert all(part.model == "tiny:latest" for part in parts)
 
 
-def test_generate_with_a_system_prompt_raw_and_with_probabilities(client: ollama.Client) -> None:
+def test_generate_with_a_system_prompt_raw_and_with_probabilities(router: Router, client: ollama.Client) -> None:
     options = {"num_predict": 3}
     plain = client.generate("other/tiny:q4", "hi", options=options)
     assert (plain.response != "", plain.eval_count) == (True, 3)
@@ -89,6 +89,11 @@ def test_generate_with_a_system_prompt_raw_and_with_probabilities(client: ollama
         probable = client.generate("tiny", "hi", logprobs=True, top_logprobs=2, options=some, **asked)
         assert 0 < len(probable.logprobs) <= 32
         assert all(token.logprob <= 0 and len(token.top_logprobs) == 2 for token in probable.logprobs)
+        body = {"model": "tiny", "prompt": "hi", "logprobs": True, "stream": False, "options": some, **asked}
+        tokens = router.http.post("/api/generate", json=body).json()["logprobs"]
+        assert [token["token"] for token in tokens] == [
+            bytes(token["bytes"]).decode("utf-8", "replace") for token in tokens
+        ]
 
 
 def test_an_answer_keeps_to_a_format(start: Start) -> None:
@@ -115,6 +120,7 @@ def test_embeddings_of_one_text_of_many_and_cut(client: ollama.Client) -> None:
         [x / one.embeddings[0][0] for x in one.embeddings[0][:4]], rel=1e-3
     )
     assert client.embeddings("embed", "a").embedding == pytest.approx(one.embeddings[0], abs=1e-4)
+    assert client.embed("embed", "").embeddings == client.embed("embed", []).embeddings == []
 
 
 # --- what the router knows -----------------------------------------------------------------------------
