@@ -23,7 +23,7 @@ from typing import Any, TypeVar, get_args, get_origin
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from router import created, hub, pulled, repository, stores
+from router import adapters, created, hub, pulled, repository, stores
 from router.config import (
     AliasConfig,
     AliasEntry,
@@ -482,7 +482,7 @@ class _Draft:
         usable = {name: alias for name, alias in aliases.items() if alias.uses in there}
         self.lost |= {name: alias.uses for name, alias in aliases.items() if name not in usable}
         usable |= dict(self.created_aliases(usable, there))
-        config = Config(api, system, scheduling, there, usable, self.lost)
+        config = Config(api, system, scheduling, there, adapters.named(usable, there), self.lost)
         if api.default_model is not None and meant(api.default_model, config) is None:  # it may come yet
             message = f"there is no model {api.default_model!r} now"
             self.warn(("api", "default_model"), message + did_you_mean(api.default_model, config.names))

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from router import __version__, footprint, gguf
+from router import __version__, adapters, footprint, gguf
 from router.config import System
 from router.devices import Devices
 from router.flags import FlagError, Flags
@@ -35,7 +35,7 @@ from router.memory import Ledger
 from router.names import HUB_HOSTS
 from router.placing import Alternative, Ground, alternatives
 from router.repository import BadReference, Choice, NoChoice, Reference, gated, parse
-from router.sizing import EngineKind, Files, Sizer, Unusable, adapters
+from router.sizing import EngineKind, Files, Sizer, Unusable
 
 FIRST_BYTES = 8 << 20
 """Enough for the header of nearly every model: a vocabulary of 150,000 tokens and its merges take 6 MB."""
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> None:
             read(flag.text, os.environ) if (flag := flags.last(name)) else None
             for name in ("mmproj", "spec-draft-model")
         )
-        lora = tuple(read(file, os.environ) for file in adapters(flags))
+        lora = tuple(read(file, os.environ) for file in adapters.files(flags))
         if projector is None and flags.switch("mmproj-auto", True):
             projector = belonging
         if choice is not None:

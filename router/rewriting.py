@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from router.adapters import PARAMETER as ADAPTERS
 from router.api.errors import ApiError
 from router.config import AliasConfig
 
@@ -55,7 +56,7 @@ def rewritten(body: bytes, path: str, alias: AliasConfig) -> bytes:
                 fields.pop(name, None)
         fields.update(alias.forced)
         for key, value in alias.defaults.items():
-            if not any(_is_set(fields.get(name)) for name in _names_of(key)):
+            if not any(_is_set(fields.get(name)) for name in _names_of(key)) or _names_none(key, fields):
                 fields[key] = value
         if alias.system_prompt or alias.messages:
             _instruct(fields, path.removeprefix("/v1"), alias)
@@ -66,6 +67,11 @@ def rewritten(body: bytes, path: str, alias: AliasConfig) -> bytes:
 
 def _names_of(key: str) -> Iterable[str]:
     return next((names for names in _SAME if key in names), (key,))
+
+
+def _names_none(key: str, fields: Mapping[str, Any]) -> bool:
+    """Whether a client says in so many words that it names no scales of adapters."""
+    return key == ADAPTERS and _value(fields[key]) == []
 
 
 def _is_set(value: Any) -> bool:

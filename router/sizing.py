@@ -9,7 +9,6 @@ GPUs are counted as the engine counts them: `gpu0` is the first that it is shown
 
 from __future__ import annotations
 
-import csv
 import errno
 import logging
 import math
@@ -20,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from router import fit_params, footprint, gguf
+from router import adapters, fit_params, footprint, gguf
 from router.engine import Binary, signal_name
 from router.flags import OWNED, Flags, argv, replaced
 from router.footprint import HOST, Footprint, Share
@@ -35,7 +34,6 @@ PROCESS_MIB = 16
 """What llama-server takes of RAM besides the model."""
 _MOST_MEASURED = 4
 
-_ADAPTERS = ("lora", "lora-scaled")
 _KEPT_OUT = {*OWNED, "hf-token"}
 """What the environment may set that no engine of ours gets, or that is a secret: it is not to be remembered."""
 _NEVER_RAN = (126, 127)
@@ -68,7 +66,7 @@ def read_files(path: Path, flags: Flags) -> Files:
     nbytes = 0
     headers: list[GGUF | None] = []
     named = (_named(flags, name) for name in ("mmproj", "spec-draft-model"))
-    for file in (path, *named, *map(Path, adapters(flags))):
+    for file in (path, *named, *map(Path, adapters.files(flags))):
         header = None
         if file is not None:
             try:
@@ -89,12 +87,6 @@ def read_files(path: Path, flags: Flags) -> Files:
 def _named(flags: Flags, name: str) -> Path | None:
     flag = flags.last(name)
     return None if flag is None else Path(flag.text)
-
-
-def adapters(flags: Flags) -> list[str]:
-    """The files of `--lora FILE,…` and `--lora-scaled FILE:SCALE,…`, which add up."""
-    rows = ((flag.name, next(csv.reader([flag.text]), [])) for flag in flags.given if flag.name in _ADAPTERS)
-    return [item if name == "lora" else item.partition(":")[0] for name, row in rows for item in row]
 
 
 class EngineKind:

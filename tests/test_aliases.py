@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 from conftest import Router, Start, eventually, models
+from tiny_models import write_lora
 
 from router.config import AliasConfig, Config, ModelConfig
 from router.queue import Priority
@@ -277,3 +278,43 @@ def test_turns_of_another_shape_are_left_to_the_engine(turn: Any) -> None:
 def test_a_forced_system_field_is_a_systems_prompt_like_any() -> None:
     changed = change({"system": "mine"}, "/v1/messages", forced={"system": "forced"}, system_prompt="P")
     assert changed == {"system": "P\n\nforced"}
+
+
+# --- adapters -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapted(start_shared: Start, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Router:
+    """Two names of a model with an adapter: one that is computed with it, and one without."""
+    lora = write_lora(tmp_path_factory.mktemp("adapter") / "lora.gguf")
+    own = models(tiny, "adapted", flags=["-np", "1", "--lora", str(lora)])
+    plain = {"uses": "adapted", "forced": {"lora": [{"id": 0, "scale": 0.0}]}}
+    return start_shared({"models": own | models(tiny, "bare"), "aliases": {"plain": plain}})
+
+
+def test_names_of_a_model_with_adapters_do_not_speak_with_each_others_voice(adapted: Router) -> None:
+    def said(model: str, **more: Any) -> str:
+        answer = adapted.chat(
+            model, content="one and the same long beginning", max_tokens=24, temperature=0, **more
+        )
+        text: str = answer.json()["choices"][0]["message"]["content"]
+        return text
+
+    bare = said("bare")
+    alone = said("adapted")
+    assert alone != bare
+    for _ in range(2):  # in turn, on one slot, whose cache begins alike
+        assert said("plain") == bare
+        assert said("adapted") == alone
+        assert said("adapted", lora=[]) == alone
+    assert said("adapted", lora=[{"id": 0, "scale": 0}]) == bare
+    streamed = adapted.http.post(
+        "/api/generate",
+        json={
+            "model": "adapted",
+            "prompt": "one and the same long beginning",
+            "stream": False,
+            "options": {"num_predict": 24, "temperature": 0},
+        },
+    )
+    assert streamed.json()["response"] == alone

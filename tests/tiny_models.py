@@ -96,6 +96,20 @@ def write_llama(
     return _write(writer, shapes, seed)
 
 
+def write_lora(path: Path, *, seed: int = 1, n_embd: int = 64, n_layer: int = 2, rank: int = 4) -> Path:
+    """A LoRA adapter for `write_llama` that changes what the attention of each layer puts out, and by much."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 64.0)
+    shapes = {
+        f"blk.{layer}.attn_output.weight.lora_{part}": shape
+        for layer in range(n_layer)
+        for part, shape in (("a", (rank, n_embd)), ("b", (n_embd, rank)))
+    }
+    return _write(writer, shapes, seed)
+
+
 def write_embedding(
     path: Path,
     *,
