@@ -207,9 +207,10 @@ class Exchange:
         self._wait_for_slot(ticket)
 
     def leave(self) -> None:
-        """The client is gone."""
+        """The client is gone. Who has got the last event of a stream needs no more of it."""
         if not self._is_over:
-            self._end("cancelled")
+            has_all = self._relays and self._meter.has_ended and not self._meter.ends_in_error
+            self._end("served" if has_all else "cancelled")
 
     def pause(self) -> None:
         """The client does not read as fast as the engine writes."""

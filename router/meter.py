@@ -10,6 +10,8 @@ passed, `usage` finds the engine's own figures in the first bytes and the last 4
 - `/v1/messages`: `usage` at the end; in a stream the prompt's part of it in the first event.
 - embeddings and reranking: `usage` at the beginning, before the vectors.
 
+A stream whose client has left has no end, and so no figures: there the pieces of text that passed are counted.
+
 Nothing that a model or a client wrote can pass for them: inside a JSON string a quote has a backslash before it.
 """
 
@@ -29,10 +31,15 @@ _FIGURE = re.compile(
     rb'"(prompt_tokens|completion_tokens|cached_tokens|input_tokens|output_tokens|cache_read_input_tokens)"'
     rb": ?(\d{1,12})\b"
 )
+_ENDS = (b"data: [DONE]\n", b"event: message_stop\n", b"event: response.completed\n", b'"stop":true')
+"""In the last event of a stream: of OpenAI's chats and completions, Anthropic's, responses, and `/completion`."""
+_PIECE = re.compile(rb'"(?:arguments|content|delta|partial_json|reasoning_content|text|thinking)": ?"(?!")')
+"""Text in an event of a stream; hardly ever is one not a token."""
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """What an engine says of one answer. 0 where it says nothing: no figure is a guess."""
+    """What an engine says of one answer. 0 where it says nothing: no figure is a guess, but for the output of a
+    stream that was broken off."""
 
     prompt_tokens: int = 0
     """All of the prompt, with what was in the cache."""
@@ -90,12 +97,30 @@ class AnswerMeter(msgspec.Struct, eq=False):
         parts = (self._first,) if self._tail is None else self._tail
         return any(b'data: {"error":' in part or b"event: error\n" in part for part in parts)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether a stream's last event has passed. Many clients wait for no more, and leave."""
+        tail = self._first if self._tail is None else b"".join(self._tail)
+        return tail.endswith(b"\n") and any(end in tail for end in _ENDS)
+
     def usage(self) -> Usage:
         """What the answer says of itself. Call it once, when all of it has passed."""
         if not self.size:
             return NO_USAGE
         tail = (self._first if self._tail is None else b"".join(self._tail))[-_TAIL_BYTES:]
-        return _of_timings(tail) or _of_usage(self._first[:_TAIL_BYTES], tail)
+        usage = _of_timings(tail) or _of_usage(self._first[:_TAIL_BYTES], tail)
+        if not usage.output_tokens and self._first.startswith((b"data: ", b"event: ")) and not self.has_ended:
+            return msgspec.structs.replace(usage, output_tokens=self._pieces())
+        return usage
+
+    def _pieces(self) -> int:
+        """Of text, in all that has passed: in what is not here any more, as many as in as much of what is."""
+        pieces = len(_PIECE.findall(self._first))
+        later = [part for part in self._tail or () if part is not self._first]
+        size = sum(map(len, later))
+        if not size:
+            return pieces
+        return pieces + round(len(_PIECE.findall(b"".join(later))) * (self.size - len(self._first)) / size)
 
 
 def _of_timings(tail: bytes) -> Usage | None:

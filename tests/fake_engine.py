@@ -10,6 +10,7 @@ FAKE_DIE          before: exits when a request comes; after: exits in the middle
                   memory: takes all there is when a request comes
 FAKE_LAST_WORDS   what it says before it exits
 FAKE_DEAF         1: answers no probe
+FAKE_LINGER_SEC   how long it waits after the last event of a stream, before it ends that
 FAKE_CHUNKS       number of events in a stream
 FAKE_EVENTS       file with what it streams instead: a JSON document a line, each an event
 FAKE_ANSWER       its answer, when no stream is asked for
@@ -133,7 +134,10 @@ async def complete(writer: asyncio.StreamWriter, request: dict[str, object]) -> 
             maybe_die("after")
         await asyncio.sleep(float(setting("chunk_sec", "0")))
     event = b"data: [DONE]\n\n"
-    writer.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event))
+    writer.write(b"%x\r\n%b\r\n" % (len(event), event))
+    await writer.drain()
+    await asyncio.sleep(float(setting("linger_sec", "0")))
+    writer.write(b"0\r\n\r\n")
     await writer.drain()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
 from conftest import Start, models
 
 from router.demo import MODEL_PATH
@@ -57,6 +58,34 @@ def test_figures_are_found_in_every_form_of_answer(start: Start) -> None:
             assert usage.prefill_sec > 0
         assert metered(answer.content, 1400) == usage  # torn as a network may
 
+    for path, body, _ in (form for form in forms if form[1].get("stream")):
+        longer = {"model": "chat", **body, "max_tokens": 60, "max_output_tokens": 60, "n_predict": 60}
+        answer = router.http.post(path, json=longer)
+        events = [event + b"\n\n" for event in answer.content.split(b"\n\n")]
+        said = [number for number, event in enumerate(events) if _says(event)]
+        assert len(said) > 12
+        for pieces in (1, 3, 12):
+            cut = AnswerMeter()
+            cut.note(b"".join(events[: said[0] + 1]))  # an engine writes them together
+            for event in events[said[0] + 1 : said[pieces]]:
+                cut.note(event)
+            assert not cut.has_ended
+            assert cut.usage().output_tokens == pytest.approx(pieces, abs=1), (path, pieces)
+
+
+def _says(event: bytes) -> bool:
+    """Whether it has a piece of the answer, found the long way."""
+    data = event.partition(b"data: ")[2]
+    if not data.startswith(b"{"):
+        return False
+    document = json.loads(data)
+    if "done" in document.get("type", ""):
+        return False
+    delta = document.get("delta", {})
+    choice = document.get("choices", [{}])[0] if document.get("choices") else {}
+    said = delta if isinstance(delta, str) else delta.get("text")
+    return bool(said or choice.get("text") or choice.get("delta", {}).get("content") or document.get("content"))
+
 
 def tokens_of(answer: bytes) -> int:
     """The prompt's tokens, read the long way."""
@@ -100,6 +129,23 @@ def test_an_engine_that_gives_up_in_the_middle_of_a_stream_is_noticed() -> None:
         for part in (text, text, end):
             meter.note(part)
         assert meter.ends_in_error == failed
+
+
+def test_the_end_of_a_stream_is_known_from_its_last_event() -> None:
+    boast = json.dumps({"choices": [{"delta": {"content": 'data: [DONE]\n\nevent: message_stop\n"stop":true'}}]})
+    said = b"data: %b\n\n" % boast.encode()
+    for end in (
+        b"data: [DONE]\n\n",
+        b'event: message_stop\ndata: {"type":"message_stop"}\n\n',
+        b'event: response.completed\ndata: {"type":"response.completed"}\n\n',
+        b'data: {"content":"","stop":true,"timings":{}}\n\n',
+    ):
+        meter = AnswerMeter()
+        for part in (said, said, end[:9], end[9:-1]):
+            meter.note(part)
+            assert meter.has_ended == (part == end[9:-1])
+        meter.note(end[-1:])
+        assert meter.has_ended
 
 
 def test_huge_vectors_do_not_hide_the_figures_before_them() -> None:
