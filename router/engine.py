@@ -29,10 +29,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
-import psutil
 
 from router.flags import OWNED_VARIABLES
-from router.host import oom_kills
+from router.host import oom_kills, resident_bytes
 from router.messages import Retry
 from router.platforms import PIPE_BYTES, exit_code, is_foreign, log_pipe, signal_group, spawn
 
@@ -50,7 +49,18 @@ _REFUSED_FLAG = re.compile(r"error: invalid argument: |error while handling argu
 """llama.cpp, common/arg.cpp; the embedded engine says so, too."""
 _TAKEN_PORT = re.compile(r"couldn't bind .*socket")
 """tools/server/server-http.cpp"""
+_ABORTED = re.compile(
+    r"^\S+\.(?:cc?|cpp|cuh?|h|hpp|mm?):\d+: |: Assertion `.* failed|^terminate called |^ *what\(\): "
+    r"|^libc\+\+abi: terminating"
+)
+"""Why a program has ended itself: llama.cpp's GGML_ASSERT and GGML_ABORT, and what the C and C++ libraries say."""
+_OF_DEBUGGER = re.compile(
+    r"^(?:#\d+ |\d+\t|0x[0-9a-f]+ in |\[(?:New|Thread|Inferior|Switching|Detaching|LWP)|warning: |\(lldb\)"
+    r"|\* thread #| *frame #)|\[0x[0-9a-f]+\]$"
+)
+"""llama.cpp has gdb or lldb print where it was, or does so itself: after an assertion, but before an exception."""
 _WRONG = ("error", "fail", "unable", "couldn't", "could not", "cannot", "can't")
+_LINES_OF_REASON = 60
 _LONGEST_LINE = 16 * 1024
 _LONGEST_MESSAGE = 1 << 20
 
@@ -117,9 +127,12 @@ class LogRing:
         return [line[:_LONGEST_LINE].decode("utf-8", "replace").rstrip() for line in lines]
 
     def complaints(self, since: int = 0, count: int = 3) -> str:
-        """What tells best what went wrong after `since` lines: the last that speak of an error, else the last."""
-        tail = [line for line in self.since(since)[-60:] if line.strip()]
-        wrong = [line for line in tail if any(word in line.lower() for word in _WRONG)]
+        """What tells best what went wrong after `since` lines: the last that speak of an error, up to the one that
+        gave up; else the last."""
+        said = [line for line in self.since(since) if line.strip() and not _OF_DEBUGGER.search(line)]
+        aborted = [place for place, line in enumerate(said, 1) if _ABORTED.search(line)]
+        tail = said[: aborted[-1] if aborted else None][-_LINES_OF_REASON:]
+        wrong = [line for line in tail if _ABORTED.search(line) or any(word in line.lower() for word in _WRONG)]
         return " | ".join((wrong or tail)[-count:])
 
 
@@ -396,12 +409,11 @@ class EngineProcess:
         while True:
             await asyncio.sleep(min(_SILENCE_CHECK_SEC, order.load_stall_sec / 4))
             now = time.monotonic()
-            with contextlib.suppress(psutil.Error):
-                # Weights that are being read or mapped show here, also where the engine is silent.
-                grown = psutil.Process(self.pid).memory_info().rss
-                if abs(grown - resident) > 1 << 20:
-                    resident = grown
-                    self._last_sign = now
+            # Weights that are being read or mapped show here, also where the engine is silent.
+            grown = resident_bytes(self.pid)
+            if abs(grown - resident) > 1 << 20:
+                resident = grown
+                self._last_sign = now
             if now - self._last_sign > order.load_stall_sec:
                 raise EngineFailed(f"loading stood still for {order.load_stall_sec:g} s; {self._complaints()}")
             if order.load_limit_sec is not None and now - self.started > order.load_limit_sec:

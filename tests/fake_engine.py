@@ -3,6 +3,7 @@
 FAKE_READY        push (default): says it is ready on its pipe; poll: serves /v1/models only; never: hangs;
                   fails: ends
 FAKE_LOAD_SEC     how long loading takes
+FAKE_GROWS        1: takes more and more memory meanwhile
 FAKE_PROGRESS     1: tells on its pipe how far it is, as llama-server does
 FAKE_ANSWER_SEC   how long an answer takes
 FAKE_DIE          before: exits when a request comes; after: exits in the middle of the answer; torn: of an event;
@@ -153,7 +154,11 @@ async def main() -> None:
         payload = {"stages": ["text_model"], "current": "text_model", "value": share}
         print("cmd_child_to_router:state:" + json.dumps({"state": "loading", "payload": payload}), flush=True)
         await asyncio.sleep(0.05)  # a message of its own
-    await asyncio.sleep(float(setting("load_sec", "0")))
+    weights: list[bytes] = []
+    for _ in range(int(10 * float(setting("load_sec", "0")))):
+        await asyncio.sleep(0.1)
+        if setting("grows"):
+            weights.append(b"x" * (2 << 20))
     if setting("ready") == "fails":
         sys.exit("fake engine: error: it can't be loaded")
     if setting("ready") == "never":

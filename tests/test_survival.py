@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -19,6 +20,7 @@ import psutil
 import pytest
 from conftest import Router, Start, eventually, fake, models
 
+from router.engine import LogRing
 from router.host import oom_kills
 
 
@@ -143,7 +145,7 @@ def test_another_program_that_is_quicker_at_every_port_fails_no_model(
 def test_a_load_that_stands_still_fails_with_its_last_words(start: Start, tiny: Path, tmp_path: Path) -> None:
     system = {
         "llama_server_path": fake(tmp_path, ready="never"),
-        "load_stall_sec": 0.5,
+        "load_stall_sec": 1.5,
         "model_load_max_retries": 0,
     }
     router = start({"system": system, "models": models(tiny, "a")})
@@ -159,6 +161,65 @@ def test_a_load_that_stands_still_fails_with_its_last_words(start: Start, tiny: 
     assert "x-should-retry" not in again.headers
     assert router.http.post("/v1/models/a/reset").json()["previous_error"]
     assert router.status("a")["status"] == "off"
+
+
+def test_a_load_goes_on_while_what_a_wrapper_has_started_grows(start: Start, tiny: Path, tmp_path: Path) -> None:
+    wrapper = tmp_path / "wrapper"
+    wrapper.write_text(f'#!/bin/sh\n{fake(tmp_path, load_sec="2.5", grows="1")} "$@"\nexit $?\n')
+    wrapper.chmod(0o755)
+    system = {"llama_server_path": str(wrapper), "load_stall_sec": 1.5, "model_load_max_retries": 0}
+    assert start({"system": system, "models": models(tiny, "a")}).chat("a").status_code == 200
+
+
+def test_an_engine_that_gives_up_is_quoted_with_why_and_not_with_what_a_debugger_said(
+    start: Start, tiny: Path
+) -> None:
+    """llama.cpp aborts, as a context of one token is too small, and prints where: itself, as it finds no gdb."""
+    entries = models(tiny, "a", flags=["-c", "1"], env={"PATH": "/nowhere"})
+    router = start({"system": {"model_load_max_retries": 0}, "models": entries})
+    message = router.chat("a").json()["error"]["message"]
+    assert re.fullmatch(r"'a' did not load: killed by SIGABRT: \S+/common\.cpp:\d+: [^|]*", message), message
+
+
+GDB = """\
+[New LWP 17007]
+warning: could not find '.gnu_debugaltlink' file for /lib/x86_64-linux-gnu/libtinfo.so.6
+0x00007fc5708f1c17 in __GI___wait4 () at ../sysdeps/unix/sysv/linux/wait4.c:30
+30	../sysdeps/unix/sysv/linux/wait4.c: No such file or directory.
+#1  0x00007fc5700bfcdb in ggml_print_backtrace () from /usr/lib/libggml-base.so
+#2  0x00007fc5700bfe72 in error_cannot_happen () from /usr/lib/libggml-base.so
+[Inferior 1 (process 16953) detached]
+"""
+ITSELF = (
+    "/usr/lib/libggml-base.so(ggml_abort+0x152)[0x7f98eb6d3e72]\n/lib/libfailing.so(+0x6f7a)[0x7f98eb78af7a]\n"
+)
+ASSERTED = "/src/ggml.c:1234: GGML_ASSERT(ggml_can_mul_mat(a, b)) failed"
+CUDA = """\
+CUDA error: out of memory
+  current device: 0, in function alloc at /src/ggml-cuda.cu:405
+  cuMemCreate(&handle, reserve_size, &prop, 0)
+/src/ggml-cuda.cu:83: CUDA error
+"""
+THROWN = "terminate called after throwing an instance of 'std::runtime_error'\n  what():  no more slots\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (f"{ASSERTED}\n{GDB}", ASSERTED),
+        (f"{ASSERTED}\n{GDB * 20}", ASSERTED),
+        (f"{ASSERTED}\n{ITSELF}Aborted: cannot go on\n", ASSERTED),
+        (f"{CUDA}{GDB}", "CUDA error: out of memory | /src/ggml-cuda.cu:83: CUDA error"),
+        (f"{GDB}{THROWN}", THROWN.strip().replace("\n", " | ")),
+        ("loading\nerror: no such tensor\nbye\n", "error: no such tensor"),
+        ("loading\nbye\n", "loading | bye"),
+    ],
+    ids=["gdb", "many threads", "backtrace", "CUDA", "exception", "error", "words"],
+)
+def test_the_reason_of_an_end_is_found_in_what_an_engine_said(said: str, reason: str) -> None:
+    log = LogRing(1000)
+    log.feed(said.encode())
+    assert log.complaints() == reason
 
 
 def test_a_broken_file_costs_the_good_model_nothing(start: Start, tiny: Path, tmp_path: Path) -> None:
