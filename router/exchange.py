@@ -29,7 +29,7 @@ from router.crowd import Bodies
 from router.dispatcher import Dispatcher, Ticket, Waiting
 from router.events import RequestDone
 from router.heads import Admission, RequestHead
-from router.meter import AnswerMeter
+from router.meter import AnswerMeter, Usage
 from router.queue import NAMES
 from router.rewriting import rewritten
 from router.routing import WITHOUT_TOKENS, Wish, read_wish
@@ -525,10 +525,14 @@ class Exchange:
                 meter.size,
                 ticket.retries,
                 self._resends,
-                meter.usage(),
+                self._usage(),
                 ticket.client,
             )
         self._dispatcher.events.done(done)
+
+    def _usage(self) -> Usage:
+        """What the answer says of its tokens."""
+        return self._meter.usage()
 
     def _trace(self) -> str:
         """The client's trace context, if it has one."""

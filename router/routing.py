@@ -80,6 +80,20 @@ _PRIORITIES = {
 _LONGEST_NAME = 256
 
 
+class Shape(NamedTuple):
+    """How many answers a request asks for, where its route can give several."""
+
+    per_prompt: int = 1
+    prompts: int = 1
+
+    @property
+    def several(self) -> bool:
+        return self.per_prompt * self.prompts > 1
+
+
+ONE = Shape()
+
+
 class Wish(NamedTuple):
     """What a request asks for."""
 
@@ -89,14 +103,23 @@ class Wish(NamedTuple):
     priority: Priority
     asked_as: AliasConfig | None = None
     """The name that it was asked for by, if that changes the request."""
+    answers: Shape = ONE
+
+
+_NO_PROMPT = msgspec.Raw(b"")
 
 
 class _Envelope(msgspec.Struct):
     model: Any = None
     stream: Any = None
+    n: Any = None
+    n_cmpl: Any = None
+    """The engine's name of `n`."""
+    prompt: msgspec.Raw = _NO_PROMPT
 
 
 _decode = msgspec.json.Decoder(_Envelope).decode
+_decode_prompts = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 
 def read_wish(body: bytes, headers: Mapping[bytes, bytes], config: Config, client: Client | None = None) -> Wish:
@@ -109,7 +132,33 @@ def read_wish(body: bytes, headers: Mapping[bytes, bytes], config: Config, clien
         wish = wish_of(model, streams, headers, config, client)
         return wish._replace(asked_as=None)  # forms are not rewritten
     envelope = _read_envelope(body)
-    return wish_of(envelope.model, envelope.stream is True, headers, config, client)
+    wish = wish_of(envelope.model, envelope.stream is True, headers, config, client)
+    answers = _shape_of(envelope)
+    return wish if answers is ONE else wish._replace(answers=answers)
+
+
+def shape_of(body: bytes) -> Shape:
+    """How many answers it asks for. Raises ApiError for what is no JSON object."""
+    return _shape_of(_read_envelope(body))
+
+
+def _shape_of(envelope: _Envelope) -> Shape:
+    """What an engine would refuse counts as one."""
+    prompt, wanted = envelope.prompt, envelope.n if envelope.n_cmpl is None else envelope.n_cmpl
+    if wanted is None and prompt is _NO_PROMPT:
+        return ONE
+    if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1:
+        wanted = 1
+    prompts = 1
+    if _first(prompt) == b"[":
+        parts = _decode_prompts(prompt)
+        if all(_first(part) in (b'"', b"[", b"{") for part in parts):  # else it is one, of tokens
+            prompts = max(1, len(parts))
+    return Shape(wanted, prompts) if wanted * prompts > 1 else ONE
+
+
+def _first(raw: msgspec.Raw) -> bytes:
+    return bytes(memoryview(raw)[:1])
 
 
 def wish_of(

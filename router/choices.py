@@ -1,0 +1,244 @@
+"""Answers with several choices, told and counted as OpenAI's API has them.
+
+llama-server (tools/server/server-context.cpp, build 11434) counts one choice only: its document has the usage of
+the first, its stream a usage chunk for each, and the event `null` between two prompts. So it is asked for a stream
+with usage in any case, of which the client gets either the stream, with one usage chunk at its end, or a document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from router.meter import Timings, Usage
+from router.routing import Shape
+
+_MOST_COUNTED = 1 << 16
+"""Choices of one answer. No engine has as many slots, nor takes as many prompts."""
+
+
+class _Wanted(msgspec.Struct):
+    stream: Any = None
+    stream_options: Any = None
+
+
+class _Counted(msgspec.Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    prompt_tokens_details: dict[str, int] = {}
+
+
+class _Figures(msgspec.Struct):
+    """What an event says of one choice: which it is, that it has ended, what it took."""
+
+    choices: list[_Numbered] = []
+    usage: _Counted | None = None
+    timings: Timings | None = None
+
+
+class _Numbered(msgspec.Struct):
+    index: int = 0
+
+
+_decode_wanted = msgspec.json.Decoder(_Wanted).decode
+_decode_figures = msgspec.json.Decoder(_Figures).decode
+_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode = msgspec.json.Decoder().decode
+_encode = msgspec.json.encode
+
+
+class Several:
+    """The choices of one answer, as they come."""
+
+    def __init__(self, body: bytes, shape: Shape) -> None:
+        """`body` is a JSON object, as the engine would get it."""
+        fields: dict[str, Any] = dict(_decode_fields(body))
+        wanted = _decode_wanted(body)
+        options = wanted.stream_options if isinstance(wanted.stream_options, dict) else {}
+        self.streams = wanted.stream is True
+        self._tells_usage = not self.streams or options.get("include_usage") is True
+        fields |= {"stream": True, "stream_options": {**options, "include_usage": True}}
+        self.body = _encode(fields)
+        """What the engine is asked instead."""
+        self._per_prompt = shape.per_prompt
+        self._rest = b""
+        self._ended = 0
+        """The choice whose end was told last: its usage follows."""
+        self._counted: dict[int, _Figures] = {}
+        self._envelope: dict[str, Any] = {}
+        self._choices: dict[int, dict[str, Any]] = {}
+        self.error: bytes = b""
+        """The engine's, within its stream."""
+
+    # --- the engine's stream ------------------------------------------------------------------------------
+
+    def events(self, part: bytes) -> bytes:
+        """What the client gets of the next bytes of the stream."""
+        return b"".join(self._events(part))
+
+    def take(self, part: bytes) -> None:
+        """Keep what the next bytes of the stream say, for `document`."""
+        for event in self._split(part):
+            if event.startswith(b"data:"):
+                self._take(event[5:].strip())
+
+    def _split(self, part: bytes) -> list[bytes]:
+        *lines, self._rest = (self._rest + part).split(b"\n")
+        return lines
+
+    def _events(self, part: bytes) -> Iterator[bytes]:
+        for line in self._split(part):
+            if not line.startswith(b"data:"):
+                if line.startswith(b":"):
+                    yield line + b"\n\n"
+                continue
+            data = line[5:].strip()
+            if data == b"[DONE]":
+                if self._tells_usage:
+                    yield self._usage_chunk()
+                yield b"data: [DONE]\n\n"
+            elif data != b"null" and (kept := self._without_figures(data)):
+                yield b"data: %b\n\n" % kept
+
+    def _without_figures(self, data: bytes) -> bytes:
+        """An event without what it says of one choice alone; nothing if that is all it says."""
+        if b'"usage":' not in data and b'"timings":' not in data and b'"finish_reason":"' not in data:
+            return data
+        figures = self._count(data)
+        if figures is None or (figures.usage is None and figures.timings is None):
+            return data
+        fields = _decode_fields(data)
+        self._envelope = {key: fields[key] for key in _ENVELOPE if key in fields}
+        if not figures.choices:
+            return b""
+        return _encode({key: value for key, value in fields.items() if key not in ("usage", "timings")})
+
+    def _count(self, data: bytes) -> _Figures | None:
+        try:
+            figures = _decode_figures(data)
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            return None
+        if figures.choices:
+            self._ended = figures.choices[0].index
+        if (figures.usage or figures.timings) and 0 <= self._ended < _MOST_COUNTED:
+            self._counted[self._ended] = figures
+        return figures
+
+    def _usage_chunk(self) -> bytes:
+        chunk = {**self._envelope, "choices": [], "usage": self._told(), "timings": self._timings()}
+        return b"data: %b\n\n" % _encode(chunk)
+
+    # --- a document ---------------------------------------------------------------------------------------
+
+    def _take(self, data: bytes) -> None:
+        if data in (b"[DONE]", b"null"):
+            return
+        try:
+            fields = _decode(data)
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            return
+        if "error" in fields:
+            self.error = data
+            return
+        self._count(data)
+        self._envelope |= {key: fields[key] for key in _ENVELOPE if key in fields}
+        for choice in fields.get("choices", ()):
+            _add(self._choices.setdefault(choice.get("index", 0), {}), choice)
+
+    def document(self) -> bytes:
+        """All choices, in their order, with the figures of all of them."""
+        choices = [{"index": index, **_finished(self._choices[index])} for index in sorted(self._choices)]
+        envelope = {**self._envelope, "object": str(self._envelope.get("object", "")).removesuffix(".chunk")}
+        return _encode({"choices": choices, **envelope, "usage": self._told(), "timings": self._timings()})
+
+    # --- figures ------------------------------------------------------------------------------------------
+
+    def usage(self) -> Usage:
+        """Of all choices together; of the choices of one prompt, the prompt counts once."""
+        timings = self._timings()
+        if timings.predicted_n:
+            return Usage(
+                timings.prompt_n + timings.cache_n,
+                timings.cache_n,
+                timings.predicted_n,
+                timings.prompt_ms / 1000,
+                timings.predicted_ms / 1000,
+            )
+        told = self._told()
+        return Usage(
+            told["prompt_tokens"], told["prompt_tokens_details"]["cached_tokens"], told["completion_tokens"]
+        )
+
+    def _firsts(self) -> list[_Figures]:
+        """Of each prompt, the choice that has computed it."""
+        return [figures for index, figures in self._counted.items() if index % self._per_prompt == 0]
+
+    def _told(self) -> dict[str, Any]:
+        firsts = [figures.usage for figures in self._firsts() if figures.usage is not None]
+        prompt = sum(usage.prompt_tokens for usage in firsts)
+        cached = sum(usage.prompt_tokens_details.get("cached_tokens", 0) for usage in firsts)
+        completion = sum(
+            figures.usage.completion_tokens for figures in self._counted.values() if figures.usage is not None
+        )
+        return {
+            "completion_tokens": completion,
+            "prompt_tokens": prompt,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def _timings(self) -> Timings:
+        firsts = [figures.timings for figures in self._firsts() if figures.timings is not None]
+        each = [figures.timings for figures in self._counted.values() if figures.timings is not None]
+        return Timings(
+            cache_n=sum(timings.cache_n for timings in firsts),
+            prompt_n=sum(timings.prompt_n for timings in firsts),
+            prompt_ms=sum(timings.prompt_ms for timings in firsts),
+            predicted_n=sum(timings.predicted_n for timings in each),
+            predicted_ms=sum(timings.predicted_ms for timings in each),
+        )
+
+
+_ENVELOPE = ("id", "object", "created", "model", "system_fingerprint")
+
+
+def _add(choice: dict[str, Any], piece: dict[str, Any]) -> None:
+    """A piece of a choice to what there is of it."""
+    if piece.get("finish_reason") is not None:
+        choice["finish_reason"] = piece["finish_reason"]
+    if piece.get("logprobs"):
+        tokens = choice.setdefault("logprobs", {"content": []})["content"]
+        tokens += piece["logprobs"].get("content") or ()
+    if "text" in piece:
+        choice["text"] = choice.get("text", "") + piece["text"]
+    if "delta" not in piece:
+        return
+    message = choice.setdefault("message", {"role": "assistant", "content": None})
+    for key, value in piece["delta"].items():
+        if key == "tool_calls":
+            calls = message.setdefault("tool_calls", {})
+            for call in value:
+                _add_call(calls.setdefault(call.get("index", 0), {}), call)
+        elif isinstance(value, str) and key != "role":
+            message[key] = (message.get(key) or "") + value
+        elif value is not None:
+            message[key] = value
+
+
+def _add_call(call: dict[str, Any], piece: dict[str, Any]) -> None:
+    for key, value in piece.items():
+        if key == "function":
+            function = call.setdefault("function", {})
+            for name, text in value.items():
+                function[name] = function.get(name, "") + text
+        elif key != "index":
+            call[key] = value
+
+
+def _finished(choice: dict[str, Any]) -> dict[str, Any]:
+    message = choice.get("message")
+    if message is not None and isinstance(message.get("tool_calls"), dict):
+        message["tool_calls"] = [message["tool_calls"][index] for index in sorted(message["tool_calls"])]
+    return {"logprobs": None, **choice} if "text" in choice else choice

@@ -1,0 +1,90 @@
+"""Chats and completions on the data plane: those of several choices are put together, others pass as they are."""
+
+from __future__ import annotations
+
+from router.answer import Answer
+from router.api.errors import ApiError
+from router.choices import Several
+from router.exchange import Exchange
+from router.meter import Usage
+from router.routing import Shape, Wish, shape_of
+from router.upstream import Head
+
+_DOCUMENT = b"content-type: application/json; charset=utf-8\r\n"
+
+
+class ChoicesExchange(Exchange):
+    """An exchange whose client may ask for several answers at once."""
+
+    __slots__ = ("_several",)
+
+    _several: Several | None
+
+    def _submit(self, wish: Wish) -> None:
+        self._several = None
+        answers = wish.answers if wish.asked_as is None else shape_of(self._body)
+        if answers.several:
+            try:
+                self._check(answers, wish.alias)
+            except ApiError as error:
+                self._refuse(error)
+                return
+            self._several = Several(self._body, answers)
+            self._body = self._several.body
+            self._answer = _SeveralAnswer(self._answer, self._several)
+        super()._submit(wish)
+
+    def _check(self, answers: Shape, alias: str) -> None:
+        """Raises ApiError 400."""
+        slots = self._dispatcher.config.models[alias].slots
+        if answers.per_prompt > slots:
+            message = (
+                f"`n` is {answers.per_prompt}, and {alias!r} computes {slots} at once (--parallel in its flags). "
+                "Ask for fewer, or send several requests."
+            )
+            raise ApiError(400, "invalid_request", message, "n")
+
+    def received(self, head: Head, part: bytes, last: bool) -> None:
+        if last and self._several is not None:  # its figures come before the account that is given of it
+            super().received(head, part, False)
+            part = b""
+        super().received(head, part, last)
+
+    def _usage(self) -> Usage:
+        return super()._usage() if self._several is None else self._several.usage()
+
+
+class _SeveralAnswer(Answer):
+    """Takes an engine's stream, and gives the client what it has asked for."""
+
+    __slots__ = ("_lines", "_several")
+
+    def __init__(self, plain: Answer, several: Several) -> None:
+        """Instead of `plain`, of which nothing is written yet."""
+        super().__init__(plain._wire, keep_alive=plain.keep_alive, http_1_0=plain._http_1_0)
+        self._several = several
+        self._lines = b""
+
+    def start(self, status: int, lines: bytes, length: int | None = None) -> None:
+        if self._several.streams:
+            super().start(status, lines, length)
+        else:
+            kept = [line for line in lines.splitlines(keepends=True) if not line.startswith(b"content-type:")]
+            self._lines = b"".join((_DOCUMENT, *kept))
+
+    def write(self, part: bytes) -> None:
+        if not self._several.streams:
+            self._several.take(part)
+        elif events := self._several.events(part):
+            super().write(events)
+
+    def end(self, part: bytes = b"") -> None:
+        if self._several.streams:
+            super().end(self._several.events(part))
+            return
+        self._several.take(part)
+        error = self._several.error
+        self.whole(500 if error else 200, self._lines, error or self._several.document())
+
+    def break_off(self, reason: bytes) -> None:
+        super().end(reason)

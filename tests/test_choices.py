@@ -1,0 +1,183 @@
+"""Stories of answers with several choices: what the client is told, and what is counted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from conftest import Router, Start, eventually, models
+
+from router.choices import Several
+from router.routing import ONE, Shape, shape_of
+
+HELLO = [{"role": "user", "content": "hi"}]
+FORCED = {"uses": "a", "forced": {"n": 2}}
+
+
+@pytest.fixture(scope="module")
+def router(start_shared: Start, tiny: Path) -> Router:
+    flags = ["-np", "2", "-c", "1024", "--ignore-eos"]
+    return start_shared({"models": models(tiny, "a", flags=flags), "aliases": {"twice": FORCED}})
+
+
+def events(answer: Any) -> list[dict[str, Any]]:
+    data = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
+    assert data.pop() == "[DONE]"
+    return [json.loads(event) for event in data]
+
+
+def test_a_document_counts_all_its_choices(router: Router) -> None:
+    answer = router.chat("a", n=2, max_tokens=4).json()
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+    assert answer["object"] == "chat.completion"
+    for choice in answer["choices"]:
+        assert (choice["finish_reason"], choice["message"]["role"]) == ("length", "assistant")
+        assert choice["message"]["content"]
+    one = router.chat("a", max_tokens=4).json()
+    assert answer["usage"]["completion_tokens"] == 8
+    assert answer["usage"]["prompt_tokens"] == one["usage"]["prompt_tokens"]
+    assert answer["usage"]["total_tokens"] == one["usage"]["prompt_tokens"] + 8
+    assert answer.keys() == one.keys()
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_stream_ends_with_the_usage_of_all_choices_or_with_none(router: Router, told: bool) -> None:
+    options = {"stream_options": {"include_usage": True}} if told else {}
+    said = events(router.chat("a", n=2, max_tokens=3, stream=True, **options))
+    *chunks, last = said
+    assert {chunk["choices"][0]["index"] for chunk in chunks} == {0, 1}
+    assert [c["choices"][0]["finish_reason"] for c in said if c["choices"]].count("length") == 2
+    assert [chunk for chunk in chunks if "usage" in chunk or "timings" in chunk] == []
+    if told:
+        assert (last["choices"], last["usage"]["completion_tokens"], last["object"]) == (
+            [],
+            6,
+            "chat.completion.chunk",
+        )
+    else:
+        assert last["choices"]
+
+
+def test_every_choice_of_every_prompt_is_counted(router: Router) -> None:
+    asked = {"model": "a", "prompt": ["one", "two and more"], "n": 2, "max_tokens": 3}
+    alone = [
+        router.http.post("/v1/completions", json={**asked, "prompt": prompt, "n": 1}).json()["usage"][
+            "prompt_tokens"
+        ]
+        for prompt in asked["prompt"]
+    ]
+    answer = router.http.post("/v1/completions", json=asked).json()
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert all(choice["text"] for choice in answer["choices"])
+    assert (answer["usage"]["completion_tokens"], answer["usage"]["prompt_tokens"]) == (12, sum(alone))
+    streamed = events(router.http.post("/v1/completions", json={**asked, "stream": True, "logprobs": 1}))
+    assert {chunk["choices"][0]["index"] for chunk in streamed} == {0, 1, 2, 3}
+
+
+def test_the_metrics_count_all_choices(router: Router) -> None:
+    def counted() -> int:
+        lines = router.http.get("/metrics").text.splitlines()
+        return sum(
+            int(line.split()[-1]) for line in lines if line.startswith('router_output_tokens_total{model="a"}')
+        )
+
+    before = counted()
+    router.chat("a", n=2, max_tokens=5)
+    router.chat("a", n=2, max_tokens=5, stream=True)
+    router.chat("twice", max_tokens=5)
+    eventually(lambda: counted() == before + 30)
+
+
+def test_more_choices_than_slots_are_refused_with_what_to_do(router: Router) -> None:
+    with openai.OpenAI(base_url=f"{router.url}/v1", api_key="-", max_retries=0) as client:
+        with pytest.raises(openai.BadRequestError, match=r"`n` is 3, and 'a' computes 2 at once .*--parallel"):
+            client.chat.completions.create(model="a", messages=HELLO, n=3)  # type: ignore[arg-type]
+        both = client.chat.completions.create(model="a", messages=HELLO, n=2, max_tokens=2)  # type: ignore[arg-type]
+        assert len(both.choices) == 2
+        chunks = client.chat.completions.create(
+            model="a",
+            messages=HELLO,
+            n=2,
+            max_tokens=2,
+            stream=True,  # type: ignore[arg-type]
+        )
+        assert {chunk.choices[0].index for chunk in chunks} == {0, 1}
+
+
+def test_an_error_of_the_engine_is_passed_on(router: Router) -> None:
+    answer = router.chat("a", n=2, temperature="hot")
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("asked", "shape"),
+    [
+        ({}, ONE),
+        ({"n": 1}, ONE),
+        ({"n": 3}, Shape(3, 1)),
+        ({"n": 3, "n_cmpl": 2}, Shape(2, 1)),
+        ({"n": "3"}, ONE),
+        ({"n": True}, ONE),
+        ({"n": -2}, ONE),
+        ({"prompt": "a"}, ONE),
+        ({"prompt": ["a"]}, ONE),
+        ({"prompt": ["a", "b"]}, Shape(1, 2)),
+        ({"prompt": [[1, 2], [3]], "n": 2}, Shape(2, 2)),
+        ({"prompt": [1, 2, 3]}, ONE),
+        ({"prompt": [1, "two"]}, ONE),
+        ({"prompt": []}, ONE),
+    ],
+)
+def test_how_many_answers_a_request_asks_for(asked: dict[str, Any], shape: Shape) -> None:
+    assert shape_of(json.dumps(asked).encode()) == shape
+
+
+def test_calls_and_thoughts_of_two_choices_are_put_together() -> None:
+    def piece(index: int, **delta: Any) -> dict[str, Any]:
+        return {"id": "x", "object": "chat.completion.chunk", "choices": [{"index": index, "delta": delta}]}
+
+    def call(arguments: str, **more: Any) -> list[dict[str, Any]]:
+        return [{"index": 0, **more, "function": {**({"name": "add"} if more else {}), "arguments": arguments}}]
+
+    def end(index: int, tokens: int) -> list[dict[str, Any]]:
+        usage = {
+            "prompt_tokens": 5,
+            "completion_tokens": tokens,
+            "prompt_tokens_details": {"cached_tokens": index},
+        }
+        return [
+            {"choices": [{"index": index, "delta": {}, "finish_reason": "stop"}]},
+            {"choices": [], "usage": usage},
+        ]
+
+    chunks = [
+        piece(1, role="assistant", content=None),
+        piece(0, role="assistant", content=None),
+        piece(1, content="b"),
+        piece(0, reasoning_content="hm"),
+        piece(0, tool_calls=call('{"x"', id="c", type="function")),
+        piece(1, content="c"),
+        piece(0, tool_calls=call(": 1}")),
+        *end(1, 2),
+        *end(0, 7),
+    ]
+    raw = b"".join(b"data: %b\n\n" % json.dumps(chunk).encode() for chunk in chunks) + b"data: [DONE]\n\n"
+    for size in (1, 7, 10_000):
+        several = Several(b'{"n": 2}', Shape(2, 1))
+        for at in range(0, len(raw), size):
+            several.take(raw[at : at + size])
+        document = json.loads(several.document())
+        first, second = document["choices"]
+        assert (second["message"]["content"], second["finish_reason"]) == ("bc", "stop")
+        assert first["message"]["reasoning_content"] == "hm"
+        assert first["message"]["content"] is None
+        assert first["message"]["tool_calls"] == [
+            {"id": "c", "type": "function", "function": {"name": "add", "arguments": '{"x": 1}'}}
+        ]
+        assert document["usage"]["completion_tokens"] == 9
+        assert document["usage"]["prompt_tokens"] == 5
+        assert several.usage().output_tokens == 9
