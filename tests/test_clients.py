@@ -11,13 +11,14 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ollama
 import openai
 import pytest
+from apart import UNREACHABLE, Apart, asking
 from clients_apart import MESSAGES, SCHEMA, TOOL
 from conftest import ROOT, Router, fake, models, starting
 
@@ -163,9 +164,6 @@ class TestAnthropic:
             client.messages.create(model="demmo", messages=MESSAGES, max_tokens=1)
 
 
-Apart = Callable[[str, str], Any]
-
-
 @pytest.fixture(scope="module")
 def apart(router: Router, caller: Router) -> Iterator[Apart]:
     """Asks `clients_apart.py` for what a client makes of a cell."""
@@ -176,22 +174,11 @@ def apart(router: Router, caller: Router) -> Iterator[Apart]:
     uv = [sys.executable, "-m", "uv", "--quiet", "--no-config", "--system-certs"]
     script = ["--python", sys.executable, "--script", str(ROOT / "tests" / "clients_apart.py")]
     made = subprocess.run([*uv, "sync", *script], env=environ, stderr=subprocess.PIPE, text=True)
-    if re.search("dns error|tcp connect error|operation timed out", made.stderr):
+    if re.search(UNREACHABLE, made.stderr):
         pytest.skip(f"no package index can be reached: {made.stderr}")
     assert made.returncode == 0, made.stderr
     command = [*uv, "run", "--offline", *script, router.url, caller.url]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=environ, stdin=pipe, stdout=pipe, text=True) as program:
-        assert program.stdin is not None
-        assert program.stdout is not None
-
-        def ask(client: str, cell: str) -> Any:
-            print(client, cell, file=program.stdin, flush=True)
-            answer = json.loads(program.stdout.readline())
-            if "raised" in answer:
-                pytest.fail(answer["raised"], pytrace=False)
-            return answer["is"]
-
+    with asking(command, environ) as ask:
         yield ask
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import openai
 import pytest
 from conftest import Router, Start, fake, models
+from played_responses import played, stories, stream_of
 from pydantic import BaseModel
 
 from router.api.errors import ApiError
@@ -28,68 +29,10 @@ SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
 }
 TOOL: Any = {"type": "function", "name": "weather", "parameters": SCHEMA, "strict": True}
-MISTAKE = {"error": {"code": 500, "message": "Compute error.", "type": "server_error"}}
 
 
 class Place(BaseModel):
     city: Literal["Oslo", "Rome"]
-
-
-def played() -> list[dict[str, Any]]:
-    """A thought, a word and a call, as an engine streams them."""
-    response = {"id": "resp_1", "object": "response", "status": "in_progress"}
-    thought = {"id": "rs_1", "summary": [], "type": "reasoning", "encrypted_content": ""}
-    message = {"id": "msg_1", "role": "assistant", "type": "message"}
-    call = {"id": "fc_1", "call_id": "call_1", "name": "weather", "type": "function_call"}
-    said = {"type": "output_text", "annotations": [], "logprobs": [], "text": "Let me see."}
-    output: list[dict[str, Any]] = [
-        {**thought, "content": [{"text": "Where?", "type": "reasoning_text"}]},
-        {**message, "status": "completed", "content": [said]},
-        {**call, "status": "completed", "arguments": '{"city": "Oslo"}'},
-    ]
-    usage = {"input_tokens": 9, "output_tokens": 12, "total_tokens": 21}
-    usage_details = {**usage, "input_tokens_details": {"cached_tokens": 0}}
-    added, delta = "response.output_item.added", "response.function_call_arguments.delta"
-    return [
-        {"type": "response.created", "response": response},
-        {"type": "response.in_progress", "response": response},
-        {"type": added, "item": {**thought, "content": [], "status": "in_progress"}},
-        {"type": "response.reasoning_text.delta", "delta": "Where?", "item_id": "rs_1"},
-        {"type": added, "item": {**message, "content": [], "status": "in_progress"}},
-        {
-            "type": "response.content_part.added",
-            "item_id": "msg_1",
-            "part": {"type": "output_text", "text": ""},
-        },
-        {"type": "response.output_text.delta", "item_id": "msg_1", "delta": "Let me"},
-        {"type": "response.output_text.delta", "item_id": "msg_1", "delta": " see."},
-        {"type": added, "item": {**call, "arguments": "", "status": "in_progress"}},
-        {"type": delta, "delta": '{"city": ', "item_id": "fc_1"},
-        {"type": delta, "delta": '"Oslo"}', "item_id": "fc_1"},
-        {"type": "response.output_item.done", "item": output[0]},
-        {"type": "response.output_text.done", "item_id": "msg_1", "text": "Let me see."},
-        {"type": "response.content_part.done", "item_id": "msg_1", "part": said},
-        {"type": "response.output_item.done", "item": output[1]},
-        {"type": "response.output_item.done", "item": output[2]},
-        {
-            "type": "response.completed",
-            "response": {
-                **response,
-                "created_at": 1,
-                "status": "completed",
-                "model": "caller",
-                "output": output,
-                "usage": usage_details,
-            },
-        },
-    ]
-
-
-def stream_of(events: list[dict[str, Any]]) -> bytes:
-    """As llama-server frames them."""
-    return b"".join(
-        b"event: %b\ndata: %b\n\n" % (event["type"].encode(), json.dumps(event).encode()) for event in events
-    )
 
 
 def events_of(stream: bytes | str) -> list[dict[str, Any]]:
@@ -114,25 +57,11 @@ def router(start_shared: Start) -> Router:
 def player(start_shared: Start, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Router:
     """Engines that play: one thinks, speaks and calls, the others come to grief in the middle of that."""
     directory = tmp_path_factory.mktemp("player")
-    whole = played()
-    stories = {"caller": whole, "fails": [*whole[:7], MISTAKE], "dies": whole, "torn": whole, "stops": whole[:7]}
-    for alias, events in stories.items():
-        (directory / alias).write_text("\n".join(map(json.dumps, events)))
-    ways = {"dies": {"FAKE_DIE": "after"}, "torn": {"FAKE_DIE": "torn"}}
     entries = {
-        alias: models(
-            tiny,
-            alias,
-            env={
-                "FAKE_EVENTS": str(directory / alias),
-                "FAKE_NOTES": str(directory / f"{alias}-notes"),
-                "FAKE_LOAD_SEC": "0.3",
-                **ways.get(alias, {}),
-            },
-        )[alias]
-        for alias in stories
+        alias: models(tiny, alias, env={**env, "FAKE_LOAD_SEC": "0.3"})[alias]
+        for alias, env in stories(directory).items()
     }
-    system = {"llama_server_path": fake(directory), "max_concurrent_models": len(stories)}
+    system = {"llama_server_path": fake(directory), "max_concurrent_models": len(entries)}
     return start_shared({"api": {"heartbeat_sec": 0.1}, "system": system, "models": entries})
 
 
