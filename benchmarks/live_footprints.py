@@ -1,8 +1,9 @@
 """What engines really hold, beside what was estimated: on this machine's CPU, with models made for it.
 
 Each engine loads its model, reads a prompt longer than a batch and answers; then the memory of its processes is
-taken (PSS: pages that are shared count in parts). Estimated is what the router would book: llama.cpp's own tool
-where there is one, formulas, and what the process takes besides. Of buffers an engine has only what was touched,
+taken as the ledger takes it (PSS: pages that are shared count in parts; those that copied weights come from count
+as free). Estimated is what the router would book: llama.cpp's own tool where there is one, formulas, and what the
+process takes besides. Of buffers an engine has only what was touched,
 and some are touched by long prompts alone: where it holds a tenth less than was estimated, a prompt fills the
 whole context, and what is held then counts, too.
 
@@ -24,6 +25,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "tests")]
 
@@ -35,7 +37,9 @@ from router.flags import Flags
 from router.host import process_memory
 from router.launcher import NoEngine, find_binary
 from router.learning import Learned
-from router.sizing import EngineKind, Sizer, read_files
+from router.memory import Account
+from router.placing import Alternative
+from router.sizing import EngineKind, Size, Sizer, read_files
 
 FLAGS = (
     ("-c", "4096", "-np", "1"),
@@ -46,7 +50,8 @@ FLAGS = (
     ("-c", "8192", "-np", "1", "-ub", "1024"),
     ("-c", "8192", "-np", "1", "-fa", "off"),
 )
-SIZES_MB = (300, 600)
+MODELS: tuple[tuple[int, Literal["F16", "Q4_0"]], ...] = ((300, "F16"), (600, "F16"), (300, "Q4_0"))
+"""Megabytes and quantization: what is quantized is copied."""
 
 
 def engines() -> Iterator[Binary]:
@@ -62,37 +67,39 @@ def engines() -> Iterator[Binary]:
         yield found
 
 
-def estimated_mib(binary: Binary, model: Path, words: tuple[str, ...]) -> int:
+def estimated(binary: Binary, model: Path, words: tuple[str, ...]) -> Size:
     flags = Flags(words)
     sizer = Sizer(read_files(model, flags), flags, {}, EngineKind(binary), Learned())
     size = sizer.parts((), 0, {})
     assert size is not None
-    return size.mib["host"]
+    return size
 
 
-def held_mib(binary: Binary, model: Path, words: tuple[str, ...], expected_mib: int) -> tuple[int, int | None]:
+def held_mib(binary: Binary, model: Path, words: tuple[str, ...], size: Size) -> tuple[int, int | None]:
     """After a short prompt; and with a full context, where the short prompt left much untouched."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     command = [*binary.argv, "-m", str(model), "--port", str(port), "-t", "2", "--cache-ram", "0", *words]
     engine = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    account = Account(0, "", Alternative((), size, size.mib), is_settled=True)
+
+    def held_now() -> int:
+        return account.in_ram(process_memory([engine.pid])[engine.pid])
+
     try:
+        ask(f"http://127.0.0.1:{port}", "")
+        held_now()
         ask(f"http://127.0.0.1:{port}", "word " * 300)
-        held = held_now(engine.pid)
-        if held > 0.9 * expected_mib:
+        held = held_now()
+        if held > 0.9 * size.mib["host"]:
             return held, None
         flags = Flags(words)
         tokens = flags.integer("ctx-size", 0) // (1 if flags.kv_unified else flags.slots) - 16
         ask(f"http://127.0.0.1:{port}", [place % 20 + 5 for place in range(tokens)])
-        return held, held_now(engine.pid)
+        return held, held_now()
     finally:
         engine.terminate()
         engine.wait()
-
-
-def held_now(pid: int) -> int:
-    memory = process_memory([pid])[pid]
-    return memory.anonymous_mib + memory.file_mib
 
 
 def ask(url: str, prompt: str | list[int]) -> None:
@@ -119,11 +126,14 @@ def main() -> None:
     parser.add_argument("--flags", default="", metavar="WORDS", help="only flags that begin with these")
     options = parser.parse_args()
     errors = []
-    print(f"{'engine':<14}{'model':<8}{'flags':<40}{'estimated':>10}{'held':>7}{'':>8}{'full':>7}")
+    print(f"{'engine':<14}{'model':<12}{'flags':<40}{'estimated':>10}{'held':>7}{'':>8}{'full':>7}")
     with tempfile.TemporaryDirectory() as folder:
-        for megabytes in SIZES_MB:
+        for megabytes, quantization in MODELS:
             model = write_llama(
-                Path(folder, f"{megabytes}.gguf"), target_bytes=megabytes << 20, context_length=32768
+                Path(folder, f"{megabytes}-{quantization}.gguf"),
+                target_bytes=megabytes << 20,
+                context_length=32768,
+                quantization=quantization,
             )
             for binary in engines():
                 if options.only not in binary.kind:
@@ -131,10 +141,11 @@ def main() -> None:
                 for flags in FLAGS:
                     if not " ".join(flags).startswith(options.flags):
                         continue
-                    ours = estimated_mib(binary, model, flags)
-                    held, full = held_mib(binary, model, flags, ours)
+                    size = estimated(binary, model, flags)
+                    ours = size.mib["host"]
+                    held, full = held_mib(binary, model, flags, size)
                     errors.append(abs(ours / (full or held) - 1))
-                    shown = f"{binary.kind:<14}{f'{megabytes} MB':<8}{' '.join(flags):<40}"
+                    shown = f"{binary.kind:<14}{f'{megabytes} MB {quantization}':<12}{' '.join(flags):<40}"
                     shown += f"{ours:>10}{held:>7}{ours / held - 1:>+8.1%}"
                     print(shown + (f"{full:>7}{ours / full - 1:>+8.1%}" if full else ""), flush=True)
             model.unlink()

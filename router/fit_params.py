@@ -8,7 +8,8 @@ formulas of `footprint.py`, as the difference between two estimates:
 * it reserves the logits of every token of a batch, llama-server only those of the tokens that are answered;
 * it knows no projector, draft model or adapter, and not what the CPU backend takes for itself.
 
-Weights that the CPU backend would repack are missing from what it prints, so it is told not to repack.
+Weights that the CPU backend would repack are missing from what it prints, so it is told not to repack; copies that
+come on top of the weights are added by formula.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ _PASSED = frozenset(
     }
 )  # fmt: skip
 
+_NOT_REPACKED = "--no-repack"
 _ADD_UP = frozenset({"cpu-moe", "n-cpu-ffn", "n-cpu-moe", "override-kv", "override-tensor"})
 _SHOW_GPUS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GGML_VK_VISIBLE_DEVICES")
 
@@ -86,7 +88,7 @@ class FitParams:
             numbers = list(range(len(answer) - 1))
         gpus = max(numbers, default=-1) + 1
         # As the tool understands the question; to embed, every token of a batch has an output.
-        asked = footprint.estimate(header, Flags([*question, "--embedding"]), gpus=gpus)
+        asked = footprint.estimate(header, Flags([*question, _NOT_REPACKED, "--embedding"]), gpus=gpus)
         wanted = footprint.estimate(header, flags, projector=projector, draft=draft, adapters=adapters, gpus=gpus)
         names = [*(f"gpu{number}" for number in numbers), HOST]
         return Footprint(
@@ -124,7 +126,7 @@ class FitParams:
         return self._answers.get(key)
 
     def _run(self, model: Path, question: list[str], environ: Mapping[str, str]) -> tuple[Share, ...] | None:
-        command = [str(self.tool), "--model", str(model), "--fit-print", "on", "--no-repack", *question]
+        command = [str(self.tool), "--model", str(model), "--fit-print", "on", _NOT_REPACKED, *question]
         inherited = {name: value for name, value in environ.items() if not name.startswith("LLAMA_ARG_")}
         try:
             done = subprocess.run(  # noqa: S603

@@ -2,9 +2,10 @@
 
 Weights, KV cache and recurrent state follow llama.cpp's source to the byte (build 11434; each function names the
 place). The compute buffer and a projector's working memory are rules found by measuring: only the engine's graph
-code knows them. Not included: what a CUDA context takes (0.3 to 0.5 GiB per process and GPU; keep a reserve),
-copies that the CPU backend makes of tied embeddings to repack them, and what `--fit`, on by default, takes off
-at start when less is free than the flags ask for.
+code knows them. Weights on the CPU count once, mapped or copied: where the backend repacks them into a copy, the
+kernel can drop the pages that they come from. Not included: what a CUDA context takes (0.3 to 0.5 GiB per process
+and GPU; keep a reserve), and what `--fit`, on by default, takes off at start when less is free than the flags ask
+for.
 
 Pure functions, no I/O.
 """
@@ -12,6 +13,7 @@ Pure functions, no I/O.
 from __future__ import annotations
 
 import math
+import platform
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +23,7 @@ from itertools import accumulate, chain
 from router.architectures import KEEPS_PAST_STATES, Layout, integer, layout, per_layer, widest_product
 from router.flags import Flag, Flags
 from router.ggml import TENSOR_TYPES
-from router.gguf import GGUF
+from router.gguf import GGUF, Tensor
 
 MIB = 1 << 20
 HOST = "host"
@@ -34,6 +36,9 @@ _BYTES_PER_ELEMENT = {kind.name.lower(): kind.block_bytes / kind.block for kind 
 _LAYER_OF = re.compile(r"blk\.(\d+)\.")
 # `LLM_TENSOR_LAYER_INPUT` in src/llama-arch.cpp: they stay on the host.
 _INPUTS = frozenset({"token_embd", "position_embd", "token_types", "token_embd_norm", "per_layer_token_embd"})
+_REPACKED = frozenset({"Q4_0", "Q4_K", "IQ4_NL", "MXFP4"}) | (
+    frozenset({"Q5_K", "Q6_K", "Q8_0"}) if platform.machine() in ("arm64", "aarch64") else frozenset()
+)
 # `LLM_FFN_EXPS_REGEX` and `LLM_FFN_DENSE_REGEX` in common/common.h.
 _EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
 _DENSE = r"\.ffn_(up|down|gate)\."
@@ -247,11 +252,13 @@ def _part(header: GGUF, flags: Flags, gpus: int, adapters: Sequence[GGUF] = (), 
     k_bytes, v_bytes = (_cache_type(flags, kind) for kind in kinds)
     plan = layout(header)
     device_of = _placement(len(plan.layers), flags, _usable_gpus(flags, gpus, draft=draft), draft=draft)
+    # Where there is a GPU, the CPU keeps weights in an order that suits both (`make_cpu_buft_list`).
+    repacks = flags.switch("repack", True) and not gpus
     offloads = flags.switch("kv-offload", True)
     return _Part(
         header=header,
         layout=plan,
-        weights=_weights(header, plan, flags, device_of, adapters, draft=draft),
+        weights=_weights(header, plan, flags, device_of, adapters, draft=draft, repacks=repacks),
         device_of=device_of,
         cache_on=device_of if offloads else lambda _: HOST,
         k_bytes=k_bytes,
@@ -293,14 +300,18 @@ def _weights(
     adapters: Sequence[GGUF],
     *,
     draft: bool,
+    repacks: bool,
 ) -> dict[str, int]:
     """Bytes per device (`llama_model_loader::create_tensor` in src/llama-model-loader.cpp).
 
-    What adapts a tensor lives where it does (`llama_adapter_lora_init_impl` in src/llama-adapter.cpp).
+    What adapts a tensor lives where it does (`llama_adapter_lora_init_impl` in src/llama-adapter.cpp). What the
+    CPU backend repacks counts twice only where the pages that it was copied from are locked.
     """
     overridden = _overrides(flags, draft=draft)
     output = len(plan.layers)
     skipped = range(0) if _predicts_tokens(flags) else range(plan.trunk, output)
+    is_repacked = _is_repacked if repacks else lambda _: False
+    is_locked = _locks_mapped(flags)
     nbytes = {HOST: 0}
     for tensor in chain(header.tensors, *(adapter.tensors for adapter in adapters)):
         match = _LAYER_OF.match(tensor.name)
@@ -310,18 +321,39 @@ def _weights(
             device = device_of(int(match[1]))
         else:
             device = HOST if tensor.name.partition(".")[0] in _INPUTS else device_of(output)
-        device = next((where for pattern, where in overridden if pattern.search(tensor.name)), device)
+        kept_elsewhere = next((where for pattern, where in overridden if pattern.search(tensor.name)), None)
+        device = kept_elsewhere or device
         nbytes[device] = nbytes.get(device, 0) + tensor.nbytes
+        is_input = match is None and tensor.name.partition(".")[0] in _INPUTS
+        if is_locked and device == HOST and not kept_elsewhere and not is_input and is_repacked(tensor):
+            nbytes[HOST] += tensor.nbytes
 
-    # Tied embeddings are an input and an output: a GPU that has the output gets a copy (`TENSOR_DUPLICATED`).
-    sizes = {tensor.name: tensor.nbytes for tensor in header.tensors}
-    if (
-        device_of(output) != HOST
-        and "output.weight" not in sizes
-        and any(layer.k or layer.state for layer in plan.layers)
-    ):
-        nbytes[device_of(output)] = nbytes.get(device_of(output), 0) + sizes.get("token_embd.weight", 0)
+    # Tied embeddings are an input and an output: a copy is made where the output wants them otherwise
+    # (`TENSOR_DUPLICATED`), on a GPU or repacked.
+    tensors = {tensor.name: tensor for tensor in header.tensors}
+    tied = tensors.get("token_embd.weight") if "output.weight" not in tensors else None
+    if tied is not None and any(layer.k or layer.state for layer in plan.layers):
+        device = device_of(output)
+        if device != HOST or is_repacked(tied):
+            nbytes[device] = nbytes.get(device, 0) + tied.nbytes
     return nbytes
+
+
+def _is_repacked(tensor: Tensor) -> bool:
+    """Whether the CPU backend multiplies by a copy of it in another order (`ggml_repack_get_optimal_repack_type`
+    in ggml/src/ggml-cpu/repack.cpp).
+
+    This holds for x86 with AVX2 and for ARM with i8mm; builds with kernels for AMX copy more types.
+    """
+    return len(tensor.shape) > 1 and tensor.type in _REPACKED and tensor.shape[1] % 8 == 0
+
+
+def _locks_mapped(flags: Flags) -> bool:
+    """Whether what is mapped stays in RAM, as if it were copied."""
+    mode = flags.last("load-mode")
+    if mode is not None:
+        return mode.text == "mmap+mlock"
+    return flags.switch("mlock", False) and flags.switch("mmap", True)
 
 
 def _placement(layers: int, flags: Flags, gpus: Sequence[int], *, draft: bool) -> Callable[[int], str]:

@@ -5,7 +5,8 @@ changes, what was measured counts. Other flags of the same files profit from its
 
 On the GPU a measurement is the truth: llama.cpp takes everything when it loads. Of RAM it may say too little, as
 buffers that no long prompt has come by yet were never touched, and as pages that two engines share count half in
-each. So there it can only raise an estimate that knows the buffers, never lower it.
+each. So there it can only raise an estimate that knows the buffers, never lower it. Nor does what an engine held
+once keep out the next one, if the estimate lets it in (`placing.py`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import msgspec
 HOST = "host"
 MOST_ENTRIES = 500
 
+_RULE = 1
+"""Of how RAM is measured: entries by an earlier one are forgotten, as they count twice what engines copy."""
 _RAISED_BY = 1.1
 _MOST_RAISED = 2.0
 _RATIO_BOUNDS = (0.5, 2.0)
@@ -57,6 +60,7 @@ class Entry(msgspec.Struct, frozen=True):
     """What it wants at least: it ran out of memory with less."""
     at: float = 0.0
     """Seconds since the epoch."""
+    rule: int = 0
 
     @property
     def identity(self) -> Identity:
@@ -79,7 +83,8 @@ class Learned:
 
     def __init__(self, store: Store | None = None) -> None:
         self._store = store
-        known = (store.read() if store is not None else None) or []
+        read = (store.read() if store is not None else None) or []
+        known = [entry for entry in read if entry.rule == _RULE]
         self._entries: dict[Identity, Entry] = {entry.identity: entry for entry in known[-MOST_ENTRIES:]}
 
     def measured(self, identity: Identity) -> Mapping[str, int] | None:
@@ -134,7 +139,7 @@ class Learned:
         raised: Mapping[str, int],
     ) -> None:
         kind = identity.files, identity.build, identity.flags, identity.gpus
-        latest = Entry(*kind, estimated, measured, raised, time.time())
+        latest = Entry(*kind, estimated, measured, raised, time.time(), _RULE)
         others = (entry for entry in self._entries.values() if entry.identity != identity)
         self._entries = {entry.identity: entry for entry in [*others, latest][-MOST_ENTRIES:]}
 

@@ -10,19 +10,21 @@ taken to hold what they did. What is missing after an engine's end is on its way
 
 While a driver hangs, the books of its GPUs stay as they were but for what is booked.
 
-Of RAM, the weights that an engine has mapped count as its own, though the kernel could drop them, while page cache
-of others counts as free.
+Of RAM, weights that an engine uses as they are mapped count as its own, though the kernel could drop them, while
+page cache of others counts as free, and so do mapped pages of weights that the engine has copied.
 
 Bookkeeping only: it reads no device and decides nothing.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from router.config import System
 from router.devices import HOST, Readings
+from router.footprint import Share
 from router.host import ProcessMemory
 from router.messages import Placement
 from router.placing import Alternative, Ground, Site
@@ -54,6 +56,8 @@ class Account:
     """MiB now, of the devices that tell."""
     measured: dict[str, int] = field(default_factory=dict)
     """The most that it held."""
+    mapped_mib: int | None = None
+    """Of its weights in RAM those that it uses as they are mapped; None until that is known."""
 
     @property
     def main_mib(self) -> int:
@@ -66,6 +70,27 @@ class Account:
         """What is to be remembered for the next engine of its kind; None while not all is known."""
         known = self.has_answered and set(self.chosen.placement) <= set(self.measured)
         return self.booked() if known and not self.chosen.is_given else None
+
+    def in_ram(self, memory: ProcessMemory) -> int:
+        """MiB of what its processes hold that it cannot do without.
+
+        Engines copy weights into an order in which the processor computes faster (`--repack`); which of them, is
+        up to the build and the processor. The pages that these come from stay mapped, but nobody reads them any
+        more, and the kernel drops them at need. So what an engine has taken for itself by the time it is there,
+        less the cache, is copied weights, and of what it has mapped only the rest of the weights counts; all of it
+        where nobody knows how large weights and cache are.
+
+        While it loads it may have mapped all that it copies elsewhere.
+        """
+        if not self.is_settled:
+            return memory.anonymous_mib
+        details = self.chosen.size.details
+        if self.mapped_mib is None and details is not None:
+            share = details.devices.get(HOST, Share())
+            copied = max(0, memory.anonymous_mib - math.floor(share.kv + share.recurrent))
+            self.mapped_mib = max(0, math.ceil(share.weights) - copied)
+        mapped_mib = memory.file_mib if self.mapped_mib is None else min(memory.file_mib, self.mapped_mib)
+        return memory.anonymous_mib + mapped_mib
 
     def booked(self) -> dict[str, int]:
         """What the ledger counts it with."""
@@ -268,8 +293,7 @@ def _held(
         if not family.isdisjoint(used_by):
             held[name] = sum(used_by.get(pid, 0) for pid in family)
     if memory is not None:
-        # While it loads it may have mapped all that it copies elsewhere, and gives that back.
-        held[HOST] = memory.anonymous_mib + (memory.file_mib if account.is_settled else 0)
+        held[HOST] = account.in_ram(memory)
     return held
 
 

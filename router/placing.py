@@ -469,7 +469,18 @@ class _Places:
     ) -> Alternative:
         names = tuple(site.name for site in group.sites)
         one = Alternative(names, size, {}, added, context, remark, is_given=self._sizer.given_mib is not None)
-        return replace(one, placement=one.named(size.mib))
+        figures = one.named(size.mib)
+        if size.source == "measured":
+            figures = self._let_in(figures, one.named(size.estimated))
+        return replace(one, placement=figures)
+
+    def _let_in(self, measured: Mapping[str, int], estimated: Mapping[str, int]) -> dict[str, int]:
+        """What an engine held when it ran keeps none out that the estimate lets in: it gets all that there is."""
+        budgets = {site.name: site.budget_mib for site in (*self._ground.gpus, self._ground.host)}
+        return {
+            name: budgets[name] if estimated.get(name, mib) <= budgets[name] < mib else mib
+            for name, mib in measured.items()
+        }
 
 
 def _percentages(rooms: Sequence[float]) -> str:

@@ -138,6 +138,19 @@ class TestPlacement:
         assert there["gpu0"].weights == pytest.approx(here.weights)
         assert there["host"].weights == pytest.approx(151936 * 2560 * 210 / 256 / footprint.MIB)
 
+    def test_a_tied_embedding_that_the_processor_repacks_is_there_twice(self, tmp_path: Path) -> None:
+        header = gguf.read(write_llama(tmp_path / "tied.gguf", n_vocab=1024, quantization="Q4_0", tied=True))
+        (embedding,) = (tensor.nbytes for tensor in header.tensors if tensor.name == "token_embd.weight")
+        weights = {
+            flag: footprint.estimate(header, Flags(flag.split()), gpus=0).devices["host"].weights * footprint.MIB
+            for flag in ("", "--no-repack", "--load-mode mmap+mlock", "--mlock")
+        }
+        assert weights[""] - weights["--no-repack"] == embedding
+        assert weights["--no-repack"] == sum(tensor.nbytes for tensor in header.tensors)
+        layers = sum(tensor.nbytes for tensor in header.tensors if tensor.type == "Q4_0") - embedding
+        assert weights["--mlock"] - weights[""] == layers, "what is locked cannot be dropped once it is copied"
+        assert weights["--load-mode mmap+mlock"] == weights["--mlock"]
+
     def test_experts_stay_on_the_host_when_told_to(self) -> None:
         all_experts = need("qwen3-30b-a3b", "-c 8192 --cpu-moe", gpus=1)
         by_pattern = need("qwen3-30b-a3b", "-c 8192 -ot exps=CPU", gpus=1)

@@ -40,7 +40,7 @@ def test_other_files_builds_and_flags_are_others(tmp_path: Path) -> None:
 def test_a_file_that_makes_no_sense_is_forgotten(tmp_path: Path) -> None:
     entry = {"files": [["/m", 1, 2]], "build": "", "flags": [], "gpus": 1, "estimated": {"gpu0": 5}}
     wrong = [{"measured": {"gpu0": -5}}, {"raised": {"gpu0": 1 << 40}}, {"measured": {"gpu0": None}}]
-    lies = [json.dumps([{**entry, **one}]).encode() for one in wrong]
+    lies = [json.dumps([{**entry, "rule": 1, **one}]).encode() for one in wrong]
     for junk in (b"", b"{", b'[{"files": 3}]', b"\xff\xfe", b"null", *lies):
         (tmp_path / "footprints.json").write_bytes(junk)
         learned = Learned(store(tmp_path))
@@ -48,6 +48,12 @@ def test_a_file_that_makes_no_sense_is_forgotten(tmp_path: Path) -> None:
         learned.learn(identity(), {"host": 1}, {"host": 2})
         learned.save(learned.entries())
         assert len(Learned(store(tmp_path)).entries()) == 1
+
+
+def test_what_was_measured_in_another_way_is_forgotten(tmp_path: Path) -> None:
+    entry = {"files": [["/m", 1, 2]], "build": "", "flags": [], "gpus": 0, "estimated": {"host": 5}}
+    (tmp_path / "footprints.json").write_text(json.dumps([{**entry, "measured": {"host": 9}}]))
+    assert Learned(store(tmp_path)).entries() == []
 
 
 def test_the_oldest_are_forgotten(tmp_path: Path) -> None:

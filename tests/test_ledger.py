@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from router.config import System
 from router.devices import Readings
+from router.footprint import Footprint, Share
 from router.host import ProcessMemory
 from router.memory import Account, Ledger, Line
 from router.placing import Alternative
@@ -117,6 +118,35 @@ def test_in_ram_mapped_weights_are_ours_though_the_kernel_calls_them_free() -> N
     assert host.budget_mib == int(0.8 * 9000)
     assert host.booked_mib == 2900
     assert account.lesson == {"host": 2900}
+
+
+def test_the_pages_that_copied_weights_come_from_are_not_needed() -> None:
+    ledger = Ledger(System())
+    account = book(ledger, 1, host=1100)
+    account.chosen = replace(
+        account.chosen, size=replace(account.chosen.size, details=knowing(weights=700, kv=300))
+    )
+    settle(account)
+    ledger.observe(readings(ram(used_mib=2000)), {1: ProcessMemory(300 + 690, 700)})
+    assert account.booked() == {"host": 1100}, "10 of the weights at most are not copied"
+    ledger.observe(readings(ram(used_mib=2400)), {1: ProcessMemory(300 + 690 + 400, 700)})
+    assert account.booked() == {"host": 1400}, "what it takes later, such as a cache of prompts, is no copy"
+
+
+def test_mapped_weights_count_beside_what_an_engine_takes_for_itself() -> None:
+    ledger = Ledger(System())
+    account = book(ledger, 1, host=1100)
+    account.chosen = replace(
+        account.chosen, size=replace(account.chosen.size, details=knowing(weights=700, kv=300))
+    )
+    settle(account)
+    ledger.observe(readings(ram(used_mib=2000)), {1: ProcessMemory(300, 710)})
+    ledger.observe(readings(ram(used_mib=2400)), {1: ProcessMemory(300 + 200, 710)})
+    assert account.booked() == {"host": 1200}
+
+
+def knowing(weights: float, kv: float) -> Footprint:
+    return Footprint({"host": Share(weights=weights, kv=kv)}, "", 0)
 
 
 def test_what_an_engine_maps_while_it_loads_and_gives_back_is_not_booked_for_good() -> None:

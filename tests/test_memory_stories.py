@@ -138,6 +138,23 @@ def test_what_was_measured_is_used_the_next_time_and_after_a_restart(
     assert (memory["source"], memory["estimated_mb"]["gpu0"]) == ("measured", pytest.approx(measured, rel=0.02))
 
 
+def test_weights_that_the_engine_copies_count_once(start: Start, tmp_path: Path) -> None:
+    path = tmp_path / "repacked.gguf"
+    write_llama(path, n_embd=1024, n_layer=12, n_head=16, n_ff=2048, quantization="Q4_0")
+    entries = models(path, "a", flags=["-c", "256", "-t", "1"])
+    router = start({"system": {"memory_budget_mb": 150}, "models": entries})
+    for source in ("formulas", "measured"):
+        answer = router.chat("a")
+        assert answer.status_code == 200, answer.text
+        eventually(lambda: router.status("a")["memory"]["measured_mb"].get("host", 0) > 60)
+        memory = router.status("a")["memory"]
+        assert (memory["source"], memory["measured_mb"]["host"]) == (source, pytest.approx(110, abs=25))
+        assert memory["booked_mb"]["host"] == pytest.approx(memory["estimated_mb"]["host"], abs=25)
+        (engine,) = router.engines
+        assert engine.memory_info().rss >> 20 > 160, "with pages of the file that it has mapped and needs no more"
+        router.unload()
+
+
 def test_a_context_that_nobody_has_set_is_cut_to_what_there_is(start: Start, tmp_path: Path) -> None:
     path = write_llama(tmp_path / "long.gguf", target_bytes=50 << 20, context_length=131072)
     router = start({"system": {"memory_budget_mb": 300}, "models": models(path, "a", flags=["-t", "1"])})

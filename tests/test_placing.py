@@ -283,6 +283,20 @@ def test_what_was_measured_counts_for_the_same_flags_and_corrects_others(qwen: P
     assert other.placement["gpu0"] == pytest.approx(1.2 * other.size.estimated["gpu0"], abs=1)
 
 
+@pytest.mark.parametrize("device", ["gpu0", "host"])
+def test_what_ran_is_not_refused_for_what_it_was_measured_to_take(qwen: Path, device: str) -> None:
+    learned = Learned()
+    flags = ("-c", "4096") if device == "gpu0" else ("-c", "4096", "-ngl", "0")
+    first = look(qwen, ground(gpu(0, 24000)), *flags, learned=learned).alternatives[0]
+    assert first.identity is not None
+    estimated = first.size.estimated
+    learned.learn(first.identity, estimated, {**estimated, device: estimated[device] + 1000})
+    room = estimated[device] + 500
+    where = ground(gpu(0, room)) if device == "gpu0" else ground(gpu(0, 24000), host_mib=room)
+    again = look(qwen, where, *flags, learned=learned)
+    assert (again.advice, again.alternatives[0].placement[device]) == ("", room), "it gets all that there is"
+
+
 def test_secrets_of_the_environment_are_not_remembered_with_a_measurement(qwen: Path) -> None:
     env = {"HF_TOKEN": "hf_secret", "LLAMA_API_KEY": "a secret", "LLAMA_ARG_UBATCH": "256"}
     first = look(qwen, ground(gpu(0, 24000)), "-c", "4096", env=env).alternatives[0]

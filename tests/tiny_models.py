@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import gguf
+import gguf.quants
 import numpy as np
 
 CHAT_TEMPLATE = (
@@ -45,27 +46,30 @@ def write_llama(
     chat_template: str | None = CHAT_TEMPLATE,
     target_bytes: int | None = None,
     parts: int = 1,
+    quantization: Literal["F16", "Q4_0"] = "F16",
+    tied: bool = False,
 ) -> Path:
     """A llama model that completes text byte by byte; what to load: `path`, or the first of its `parts`.
 
     With `target_bytes` (8 MB and more) it is as wide and deep as comes nearest to that size on disk.
-    `n_vocab` beyond the byte tokens adds words, for the size of the header.
+    `n_vocab` beyond the byte tokens adds words, for the size of the header. A `tied` one has no output of its own.
     """
     n_head_kv = n_head
     if target_bytes is not None:
         n_embd, n_head, n_head_kv = 1024, 16, 4
         n_layer = max(1, target_bytes >> 25)
-        embedding_bytes = 2 * 2 * n_vocab * n_embd
-        attention_bytes = 2 * 2 * n_embd * (n_embd + n_embd // n_head * n_head_kv)
-        n_ff = (target_bytes - embedding_bytes - n_layer * attention_bytes) // (2 * 3 * n_embd * n_layer)
+        _, of_block, block_bytes = QUANTIZED_TYPES[quantization]
+        elements = target_bytes * of_block // block_bytes
+        attention = 2 * n_embd * (n_embd + n_embd // n_head * n_head_kv)
+        n_ff = (elements - 2 * n_vocab * n_embd - n_layer * attention) // (3 * n_embd * n_layer)
         n_ff -= n_ff % 32
         if n_ff <= 0:
             raise ValueError(f"target_bytes is too small: {target_bytes}")
     n_embd_kv = n_embd // n_head * n_head_kv
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         "token_embd.weight": (n_vocab, n_embd),
         "output_norm.weight": (n_embd,),
-        "output.weight": (n_vocab, n_embd),
+        **({} if tied else {"output.weight": (n_vocab, n_embd)}),
     }
     for layer in range(n_layer):
         block = f"blk.{layer}."
@@ -93,7 +97,7 @@ def write_llama(
     _add_vocabulary(writer, n_vocab)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
-    return _write(writer, shapes, seed)
+    return _write(writer, shapes, seed, quantization)
 
 
 def write_lora(path: Path, *, seed: int = 1, n_embd: int = 64, n_layer: int = 2, rank: int = 4) -> Path:
@@ -203,13 +207,16 @@ def _add_vocabulary(writer: gguf.GGUFWriter, n_vocab: int) -> None:
     writer.add_eos_token_id(2)
 
 
-def _write(writer: gguf.GGUFWriter, shapes: Shapes, seed: int) -> Path:
+def _write(writer: gguf.GGUFWriter, shapes: Shapes, seed: int, quantization: str = "F16") -> Path:
     """Norms are one, biases zero, the rest from one random pool, so that hundreds of MB take no time."""
     pool = np.random.default_rng(seed).standard_normal(1 << 20, np.float32) * np.float32(0.05)
-    half = pool.astype(np.float16)
+    kinds = {name: "F32" if _is_added(name, shape) else quantization for name, shape in shapes.items()}
+    pools = {kind: _quantized(pool, kind) for kind in set(kinds.values())}
     for name, shape in shapes.items():
-        dtype = _dtype(name, shape)
-        writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)) * dtype.itemsize)
+        number, block, block_bytes = QUANTIZED_TYPES[kinds[name]]
+        stored = (*shape[:-1], shape[-1] // block * block_bytes)
+        kind = gguf.GGMLQuantizationType(number)
+        writer.add_tensor_info(name, stored, np.dtype(np.uint8), int(np.prod(stored)), raw_dtype=kind)
     assert writer.path is not None
     first = writer.format_shard_names(writer.path)[0]
     writer.write_header_to_file()
@@ -219,16 +226,24 @@ def _write(writer: gguf.GGUFWriter, shapes: Shapes, seed: int) -> Path:
         if len(shape) == 1:
             tensor = np.full(shape, float(name.endswith("norm.weight")), np.float32)
         else:
-            tensor = np.resize(np.roll(half if _dtype(name, shape) == np.float16 else pool, number), shape)
+            _, block, _ = QUANTIZED_TYPES[kinds[name]]
+            blocks = np.roll(pools[kinds[name]], number, axis=0)
+            tensor = np.resize(blocks, (int(np.prod(shape)) // block, blocks.shape[1]))
         writer.write_tensor_data(tensor)
     writer.close()
     return first
 
 
-def _dtype(name: str, shape: tuple[int, ...]) -> np.dtype[Any]:
+def _quantized(pool: np.ndarray[Any, np.dtype[np.float32]], kind: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Block by block, in bytes."""
+    number, block, block_bytes = QUANTIZED_TYPES[kind]
+    stored = gguf.quants.quantize(pool.reshape(-1, block), gguf.GGMLQuantizationType(number))
+    return stored.view(np.uint8).reshape(-1, block_bytes)
+
+
+def _is_added(name: str, shape: Sequence[int]) -> bool:
     """llama.cpp adds these to activations, which it can do with f32 only."""
-    added = len(shape) == 1 or name in ("token_types.weight", "position_embd.weight")
-    return np.dtype(np.float32 if added else np.float16)
+    return len(shape) == 1 or name in ("token_types.weight", "position_embd.weight")
 
 
 @dataclass(frozen=True, slots=True)
