@@ -124,8 +124,8 @@ class Accountant:
 
     async def inspect(self, model: ModelConfig, system: System) -> Inspected:
         """Where it could live, by what is free now."""
-        await self.look()
         try:
+            await self.look()
             if self._scheduler.engines:  # none of them is to go for one that won't run
                 await apart(self.kind.check_runs)
             look = partial(inspect, model, system, self.kind, self._ground(), self._learned)

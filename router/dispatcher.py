@@ -13,13 +13,14 @@ import logging
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from router.accountant import Accountant
+from router.background import Background
 from router.config import Config, MaxWait, ModelConfig, Patience, WaitFactor
 from router.devices import Devices
 from router.engine import Binary, EngineFailed, EngineOrder, EngineProcess, LogRing
@@ -48,6 +49,7 @@ from router.messages import (
     ModelSpec,
     Policy,
     Probe,
+    Refusal,
     Reject,
     Requeue,
     Reset,
@@ -70,6 +72,7 @@ _log = logging.getLogger("router")
 
 _POSITIONS_VALID_SEC = 1
 _LOG_OF_AN_END = 200
+_SEE_LOG = "the router's log says why"
 _DYING_SEC = 1.0
 """For one that does not answer because it is on its way out, so that its end gets its own reason and not ours."""
 
@@ -220,6 +223,7 @@ class Dispatcher:
         self._launcher = launcher
         self._tickets: dict[str, Ticket] = {}
         self._positions: dict[str, tuple[float, dict[str, int]]] = {}
+        self.background = Background()
         self._pending: deque[Event] = deque()
         self._posting = False
         self._timer: asyncio.TimerHandle | None = None
@@ -246,7 +250,7 @@ class Dispatcher:
     def start(self) -> None:
         """Take up work: know the models, begin to preload."""
         self._configure()
-        self._watch = self._spawn(self._accountant.watch(), "watch of memory")
+        self._watch = self.background.keep("watch of memory", self._accountant.watch)
         self.status = "ready"
         self.events.publish(ServerChanged(self.status, time.time()))
         if self._to_preload():
@@ -405,8 +409,12 @@ class Dispatcher:
         scheduler = self.scheduler
         try:
             while True:
-                for effect in scheduler.step(event):
-                    self._carry_out(effect)
+                for effect in self._step(event):
+                    try:
+                        self._carry_out(effect)
+                    except Exception:  # it must keep neither the others nor those whom it concerns waiting
+                        _log.exception("%s could not be carried out", effect)
+                        self._make_good(effect)
                 if not self._pending:
                     break
                 event = self._pending.popleft()
@@ -414,6 +422,39 @@ class Dispatcher:
             self._posting = False
         if scheduler.wake_at < self._timer_at:
             self._set_timer()
+
+    def _step(self, event: Event) -> Sequence[Effect]:
+        """What must be done about an event; if the scheduler breaks at it, what it has wanted until then."""
+        try:
+            return self.scheduler.step(event)
+        except Exception:
+            _log.exception("the scheduler broke at %s", event)
+            if isinstance(event, Submit | Requeue):
+                self._turn_away(event.request_id)
+            return self.scheduler.wanted
+
+    def _make_good(self, effect: Effect) -> None:
+        """Tell whoever waits for what could not be done."""
+        now = time.monotonic()
+        match effect:
+            case Grant(request_id) | Reject(request_id):
+                self._turn_away(request_id)
+            case Inspect(alias):
+                self._pending.append(
+                    Inspected(now, alias, problem=f"{alias!r} could not be looked at; {_SEE_LOG}")
+                )
+            case StartEngine(engine_id):
+                self._pending.append(EngineExited(now, engine_id, f"it could not be started; {_SEE_LOG}"))
+            case StopEngine(engine_id) | Probe(engine_id):
+                if (running := self.running.get(engine_id)) is not None:
+                    running.process.kill()
+
+    def _turn_away(self, request_id: str) -> None:
+        """A request that the router cannot serve by its own fault. It is over once its client has heard that."""
+        ticket = self._tickets.get(request_id)
+        if ticket is not None:
+            reason = "The router made a mistake; see its log."
+            ticket.decide(time.monotonic(), None, Reject(request_id, Refusal.INTERNAL_ERROR, reason))
 
     def _carry_out(self, effect: Effect) -> None:
         match effect:
@@ -433,19 +474,19 @@ class Dispatcher:
                 self._inspections.add(inspection)
                 inspection.add_done_callback(self._inspections.discard)
             case StartEngine(engine_id, alias, placement):
+                model = self.config.models[alias]
                 account = self._accountant.open(engine_id, alias, placement)
-                life = self._live(account, self.config.models[alias])
-                self._spawn(life, f"engine {engine_id} of {alias}")
+                self._spawn(self._live(account, model), f"engine {engine_id} of {alias}")
             case StopEngine(engine_id):
                 self._stop(engine_id)
             case Probe(engine_id):
                 self._spawn(self._probe(engine_id), f"probe of engine {engine_id}")
             case Transition(alias, state, reason):
-                self._log_change(alias, state, reason)
-                self.events.publish(ModelChanged(alias, state, reason, time.time()))
                 for waiter in (*self._changes.pop(alias, ()), *self._changes.pop("", ())):
                     if not waiter.done():
                         waiter.set_result(None)
+                self._log_change(alias, state, reason)
+                self.events.publish(ModelChanged(alias, state, reason, time.time()))
 
     def _log_change(self, alias: str, state: str, reason: str) -> None:
         model = self.scheduler.models.get(alias)
@@ -491,7 +532,7 @@ class Dispatcher:
     async def _live(self, account: Account, model: ModelConfig) -> None:
         """An engine from its start to its end. Whatever happens, its exit is reported."""
         engine_id = account.engine_id
-        reason = "the router failed to watch it"
+        reason = f"the router failed to watch it; {_SEE_LOG}"
         before = self.exits.get(model.alias)
         self.restarts[model.alias] += before is not None and not before.wanted
         running: RunningEngine | None = None
@@ -513,9 +554,11 @@ class Dispatcher:
             reason = await process.exited
         except EngineFailed as failed:
             reason = str(failed)
+        except Exception:
+            _log.exception("the engine of %s cannot be watched", model.alias)
+        finally:
             if running is not None:
                 await running.process.stop()
-        finally:
             self._post(EngineLost(time.monotonic(), engine_id))
             wanted = engine_id in self._stopping
             self.exits[model.alias] = _exit_of(running, reason, wanted)
@@ -542,7 +585,10 @@ class Dispatcher:
                 advice = await self._accountant.ran_out(account, model, self.config.system, log)
         except Exception:  # whatever it is, its end must be told
             _log.exception("why the engine of %s ended could not be found out", model.alias)
-        await self._accountant.close(account)
+        try:
+            await self._accountant.close(account)
+        except Exception:
+            _log.exception("whether the memory of the engine of %s is back could not be found out", model.alias)
         return (f"{reason}; {advice}" if advice else reason), advice is not None
 
     def _cause_of_end(self, engine_id: int, running: RunningEngine | None, *, wanted: bool) -> str:

@@ -69,10 +69,12 @@ class Exchanges:
     def _look(self) -> None:
         self._timer = None
         now, system = time.monotonic(), self.dispatcher.config.system
-        for exchange in list(self._watched):
-            exchange.must_have_moved(now, system)
-        if self._watched:
-            self._set_timer()
+        try:
+            for exchange in list(self._watched):
+                exchange.must_have_moved(now, system)
+        finally:
+            if self._watched:
+                self._set_timer()
 
 
 class Exchange:
@@ -386,9 +388,11 @@ class Exchange:
         elif self._is_paused:
             self._end("cancelled")
             self._answer.abort()
+        elif connection is None or not connection.is_open:
+            self._time_out(f"The engine could not be reached for {limit_sec:g} s (request_timeout_sec).")
         elif engine.failed_probes and now - engine.alive_sec >= limit_sec:
             self._time_out(
-                f"The engine sent nothing for {limit_sec:g} s, nor answers probes (request_timeout_sec)."
+                f"The engine sent nothing, not even to probes, for {limit_sec:g} s (request_timeout_sec)."
             )
 
     def _time_out(self, reason: str) -> None:

@@ -93,7 +93,12 @@ class HealthMonitor:
     def _start_probe(self, running: RunningEngine) -> None:
         task = asyncio.create_task(self._probe(running), name=f"probe of {running.alias}")
         self._probing[running.id] = task
-        task.add_done_callback(lambda _: self._probing.pop(running.id, None))
+        task.add_done_callback(lambda ended: self._ended(running, ended))
+
+    def _ended(self, running: RunningEngine, probe: asyncio.Task[None]) -> None:
+        self._probing.pop(running.id, None)
+        if not probe.cancelled() and (error := probe.exception()) is not None:
+            _log.error("%s broke: %s", probe.get_name(), error, exc_info=error)
 
     async def _probe(self, running: RunningEngine) -> None:
         began = time.monotonic()

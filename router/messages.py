@@ -102,6 +102,8 @@ class Refusal(str, Enum):
     MODEL_FAILED = "model_failed"
     INSUFFICIENT_MEMORY = "insufficient_memory"
     SHUTTING_DOWN = "shutting_down"
+    INTERNAL_ERROR = "internal_error"
+    """The router made a mistake."""
 
 
 class StopCause(str, Enum):

@@ -385,9 +385,19 @@ def _gauges(dispatcher: Dispatcher) -> Iterator[Family]:
     yield from _machine_gauges()
     yield _single("router_models_loaded_total", "Engines resident", len(dispatcher.scheduler.engines))
     yield _single("router_uptime_seconds", "Since the start", dispatcher.uptime_sec)
+    yield _failures(dispatcher)
     build = Gauges("router_build_info", "Version of the router, and what runs the models", "version", "engine")
     build.set(1, __version__, dispatcher.binary.kind)
     yield build
+
+
+def _failures(dispatcher: Dispatcher) -> Counter:
+    failures = Counter(
+        "router_background_failures_total", "Background tasks that broke and were begun again", "task"
+    )
+    for each in dispatcher.background:
+        failures.of(each.name).value += each.failures
+    return failures
 
 
 def _model_gauges(dispatcher: Dispatcher) -> Iterator[Gauges]:

@@ -12,7 +12,7 @@ ready engine idles while its own queue is not empty.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from zlib import crc32
 
 from router.expectation import expected_wait_sec
@@ -122,6 +122,11 @@ class Scheduler:
         if room_may_change and (self._waiting or self._fleet.swaps) and self.budgets:
             self._place_all()
         return effects
+
+    @property
+    def wanted(self) -> Sequence[Effect]:
+        """The effects of the last step, of one that broke, too: what it has changed until then goes with them."""
+        return self._effects
 
     # --- reading ----------------------------------------------------------------------------------------
 

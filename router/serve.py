@@ -292,10 +292,14 @@ class _Service:
         loop.add_signal_handler(signal.SIGHUP, self._hang_up)
         hang_up.release()
         self._dispatcher.start()
-        health = asyncio.create_task(HealthMonitor(self._dispatcher).run())
-        telling = asyncio.create_task(self._notifier.keep_telling(self._status))
-        reaping = asyncio.create_task(reap_orphans()) if os.getpid() == 1 else None
-        watching = asyncio.create_task(watch(lambda: self._loaded.folders, self.look_again))
+        keep = self._dispatcher.background.keep
+        kept = [
+            keep("health monitor", HealthMonitor(self._dispatcher).run),
+            keep("word to systemd", lambda: self._notifier.keep_telling(self._status)),
+        ]
+        if os.getpid() == 1:
+            kept.append(keep("reaping of orphans", reap_orphans))
+        watching = keep("watch of model files", lambda: watch(lambda: self._loaded.folders, self.look_again))
         serving = asyncio.create_task(server.serve(self._listeners))
         stopping = asyncio.create_task(self._stop.wait())
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -305,9 +309,8 @@ class _Service:
             await downloads.shut_down()
             await self._dispatcher.shut_down()
         finally:
-            for task in (health, telling, reaping):
-                if task is not None:
-                    task.cancel()
+            for task in kept:
+                task.cancel()
             server.end()
             await serving
             await self._record.saved()
@@ -410,6 +413,8 @@ class _Service:
                     await self.reload()
                 except ConfigError as error:
                     _log.error("configuration not reloaded, nothing was changed:\n%s", error)
+                except Exception:
+                    _log.exception("configuration not reloaded")
         finally:
             self._notifier.ready()
 

@@ -307,10 +307,9 @@ class EnginePool:
             return
         try:
             connection = await self._open()
-        except OSError as error:
-            receiver.lost(f"cannot connect to the engine: {error}")
-        else:
             connection.send(head, body, receiver)
+        except Exception as error:  # nobody else would tell the receiver
+            receiver.lost(f"cannot connect to the engine: {error}")
 
     async def _open(self) -> Connection:
         """Raises OSError."""

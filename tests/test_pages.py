@@ -59,6 +59,9 @@ def test_health_says_which_engines_do_not_answer(start: Start, tiny: Path) -> No
     router.chat("a")
     answer = router.http.get("/health").json()
     assert answer["checks"]["http_client"] == {"status": "ok", "engines": 1, "not_answering": []}
+    background = answer["checks"]["background"]
+    assert (background["status"], background["failing"]) == ("ok", [])
+    assert background["failures"].keys() >= {"watch of memory", "health monitor", "watch of model files"}
     assert answer["checks"]["manager"] == {"status": "ready", "active_models": 1}
     engine = psutil.Process(router.status("a")["pid"])
     engine.suspend()

@@ -18,6 +18,7 @@ _STATUS = {
     Refusal.MODEL_FAILED: 503,
     Refusal.INSUFFICIENT_MEMORY: 507,
     Refusal.SHUTTING_DOWN: 503,
+    Refusal.INTERNAL_ERROR: 500,
 }
 
 _LONGEST_PAUSE_SEC = 60

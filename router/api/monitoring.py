@@ -38,6 +38,7 @@ async def health(request: Request) -> JSONResponse:
             "gpu": {"available": any(device.kind != "host" for device in dispatcher.ledger.devices.values())},
             "manager": {"status": dispatcher.status, "active_models": len(dispatcher.scheduler.engines)},
             "http_client": _connections(dispatcher),
+            "background": _background(dispatcher),
         },
     }
     return JSONResponse(answer, 200 if working else 503)
@@ -48,6 +49,13 @@ def _connections(dispatcher: Dispatcher) -> dict[str, Any]:
     ready = [running for running in dispatcher.running.values() if running.ready_sec is not None]
     silent = sorted(running.alias for running in ready if running.failed_probes)
     return {"status": "degraded" if silent else "ok", "engines": len(ready), "not_answering": silent}
+
+
+def _background(dispatcher: Dispatcher) -> dict[str, Any]:
+    """What goes on beside all requests: degraded while some of it keeps breaking. It is begun again each time."""
+    failing = [each.name for each in dispatcher.background if not each.is_well]
+    failures = {each.name: each.failures for each in dispatcher.background}
+    return {"status": "degraded" if failing else "ok", "failing": failing, "failures": failures}
 
 
 @router.get("/live")
