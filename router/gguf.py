@@ -40,6 +40,7 @@ MAX_KEY_BYTES = (1 << 16) - 1
 MAX_NAME_BYTES = 63
 MAX_DIMENSIONS = 4
 MAX_INT64 = (1 << 63) - 1
+_UNKNOWN_SIZE = -1
 
 VERSIONS = (2, 3)
 STRING, ARRAY, UINT32 = 8, 9, 4
@@ -85,7 +86,7 @@ class TruncatedGGUF(GGUFError):
 
 
 class UnsupportedGGUF(GGUFError):
-    """A format version or tensor type that this reader does not know; a newer engine may."""
+    """A format version that this reader does not know; a newer engine may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +125,8 @@ class GGUF:
     byte_order: Literal["little", "big"]
     metadata: Mapping[str, MetadataValue]
     tensors: tuple[Tensor, ...]
-    data_offset: int
+    data_offsets: tuple[int, ...]
+    """Where the tensors of each part begin."""
     file_bytes: int
     files: tuple[Path, ...]
 
@@ -218,7 +220,7 @@ def read(path: Path, *, require_data: bool = True, remember: bool = True) -> GGU
         raise GGUFError(str(path), f"is the first of {parts} parts, but its name does not end in {ending}")
 
     tensors = list(first.tensors)
-    files = [path]
+    files, data_offsets = [path], [*first.data_offsets]
     file_bytes = first.file_bytes
     for index in range(1, parts):
         sibling = path.with_name(f"{named['stem']}-{index + 1:05d}-of-{parts:05d}.gguf")
@@ -230,6 +232,7 @@ def read(path: Path, *, require_data: bool = True, remember: bool = True) -> GGU
             raise GGUFError(str(sibling), f"is not part {index + 1} of {parts}, as its name says")
         tensors += part.tensors
         files.append(sibling)
+        data_offsets += part.data_offsets
         file_bytes += part.file_bytes
 
     expected = _integer(first.metadata.get("split.tensors.count"))
@@ -237,7 +240,13 @@ def read(path: Path, *, require_data: bool = True, remember: bool = True) -> GGU
         raise GGUFError(str(path), f"its {parts} parts have {len(tensors)} tensors instead of {expected}")
     if len({tensor.name for tensor in tensors}) != len(tensors):
         raise GGUFError(str(path), "has the same tensor in two of its parts")
-    return replace(first, tensors=tuple(tensors), files=tuple(files), file_bytes=file_bytes)
+    return replace(
+        first,
+        tensors=tuple(tensors),
+        data_offsets=tuple(data_offsets),
+        files=tuple(files),
+        file_bytes=file_bytes,
+    )
 
 
 def parse(buffer: bytes | memoryview, *, file_bytes: int, source: str = "<buffer>") -> GGUF:
@@ -259,9 +268,14 @@ def capabilities(model: GGUF, projector: GGUF | None = None) -> tuple[str, ...]:
         return ("rerank",)
     if model.is_embedding_model:
         return ("embedding",)
-    encoders = {} if projector is None else projector.metadata
-    senses = (sense for sense in ("vision", "audio") if encoders.get(f"clip.has_{sense}_encoder") is True)
-    return ("completion", *senses)
+    return ("completion", *(senses(projector) if projector is not None else ()))
+
+
+def senses(projector: GGUF) -> tuple[str, ...]:
+    """What a model perceives by it: `vision`, `audio`."""
+    return tuple(
+        sense for sense in ("vision", "audio") if projector.metadata.get(f"clip.has_{sense}_encoder") is True
+    )
 
 
 def _read_part(path: Path, part: int, require_data: bool, remember: bool) -> GGUF:
@@ -293,7 +307,7 @@ def _header(path: Path, part: int) -> GGUF:
 
 def _check_data(header: GGUF, source: str) -> None:
     last = header.tensors[-1] if header.tensors else None
-    end = header.data_offset + (last.offset + last.nbytes if last else 0)
+    end = header.data_offsets[0] + (last.offset + last.nbytes if last else 0)
     if end > header.file_bytes:
         reason = f"incomplete: its tensors end at byte {end:,}, but the file has {header.file_bytes:,} bytes"
         raise TruncatedGGUF(source, reason, header.file_bytes)
@@ -318,13 +332,16 @@ def _parse(
     assert isinstance(alignment, int)
     tensors = _read_tensors(cursor, tensor_count, alignment, part)
     data_offset = cursor.offset + (-cursor.offset % alignment if tensors else 0)
+    if tensors and tensors[-1].nbytes == _UNKNOWN_SIZE:
+        rest = max(0, file_bytes - data_offset - tensors[-1].offset)
+        tensors = (*tensors[:-1], replace(tensors[-1], nbytes=rest))
     return GGUF(
         path=None,
         version=version,
         byte_order="big" if cursor.order == ">" else "little",
         metadata=metadata,
         tensors=tensors,
-        data_offset=data_offset,
+        data_offsets=(data_offset,),
         file_bytes=file_bytes,
         files=(),
     )
@@ -393,17 +410,25 @@ def _read_array(cursor: _Cursor) -> MetadataValue:
 
 
 def _read_tensors(cursor: _Cursor, count: int, alignment: int, part: int) -> tuple[Tensor, ...]:
+    """Of a type that only newer or other engines know, a tensor takes the room up to the next one."""
     tensors: dict[str, Tensor] = {}
     data_bytes = 0
+    before: Tensor | None = None
     for _ in range(count):
         start = cursor.offset
         tensor = _read_tensor(cursor, part)
         if tensor.name in tensors:
             cursor.fail(f"has {cursor.reading} twice", start)
-        if tensor.offset != data_bytes:
+        if before is not None and before.nbytes == _UNKNOWN_SIZE:
+            if tensor.offset < data_bytes or tensor.offset % alignment:
+                cursor.fail(f"has the data of {cursor.reading} at {tensor.offset:,}, amid others", start)
+            tensors[before.name] = replace(before, nbytes=tensor.offset - data_bytes)
+        elif tensor.offset != data_bytes:
             cursor.fail(f"has the data of {cursor.reading} at {tensor.offset:,} instead of {data_bytes:,}", start)
-        data_bytes += tensor.nbytes + -tensor.nbytes % alignment
-        tensors[tensor.name] = tensor
+        data_bytes = tensor.offset
+        if tensor.nbytes != _UNKNOWN_SIZE:
+            data_bytes += tensor.nbytes + -tensor.nbytes % alignment
+        tensors[tensor.name] = before = tensor
     return tuple(tensors.values())
 
 
@@ -416,14 +441,15 @@ def _read_tensor(cursor: _Cursor, part: int) -> Tensor:
         cursor.fail(f"has {dimensions:,} dimensions in {cursor.reading}", start)
     *sizes, type_id, offset = cursor.unpack(f"{dimensions}QIQ")
     shape = tuple(sizes)
-    if type_id not in TENSOR_TYPES:
-        raise UnsupportedGGUF(cursor.path, f"has an unknown type {type_id} in {cursor.reading}", start)
-    type_name, block, block_bytes = TENSOR_TYPES[type_id]
-    row = shape[0] if shape else 1
-    if row % block:
-        cursor.fail(f"has {row:,} elements in a row of {type_name} {cursor.reading}", start)
     elements = math.prod(shape)
-    nbytes = elements // block * block_bytes
+    if type_id in TENSOR_TYPES:
+        type_name, block, block_bytes = TENSOR_TYPES[type_id]
+        row = shape[0] if shape else 1
+        if row % block:
+            cursor.fail(f"has {row:,} elements in a row of {type_name} {cursor.reading}", start)
+        nbytes = elements // block * block_bytes
+    else:
+        type_name, nbytes = f"type {type_id}", _UNKNOWN_SIZE
     if max(elements, nbytes, *shape) > MAX_INT64:
         cursor.fail(f"has an impossible shape {shape} in {cursor.reading}", start)
     return Tensor(name, shape, type_name, offset, nbytes, part)

@@ -204,12 +204,12 @@ def test_agrees_with_the_gguf_package(tmp_path: Path, endianess: gguf_package.GG
     for key, value in ours.metadata.items():
         contents: Any = theirs.fields[key].contents()
         assert value == (tuple(contents) if isinstance(contents, list) else contents)
-    assert ours.data_offset == theirs.data_offset
+    assert ours.data_offsets[0] == theirs.data_offset
     assert len(ours.tensors) == len(theirs.tensors)
     for tensor, reference in zip(ours.tensors, theirs.tensors, strict=True):
         assert (tensor.name, tensor.type) == (reference.name, reference.tensor_type.name)
         assert (list(tensor.shape), tensor.elements) == (reference.shape.tolist(), reference.n_elements)
-        assert (ours.data_offset + tensor.offset, tensor.nbytes) == (reference.data_offset, reference.n_bytes)
+        assert (ours.data_offsets[0] + tensor.offset, tensor.nbytes) == (reference.data_offset, reference.n_bytes)
 
 
 def test_file_types_are_called_as_in_the_gguf_package() -> None:
@@ -300,7 +300,7 @@ def test_split_model_with_a_part_of_another_model_is_refused(tmp_path: Path) -> 
 @pytest.mark.parametrize("blob", valid_files())
 def test_a_file_cut_off_anywhere_is_called_truncated(blob: bytes) -> None:
     whole = parse(blob)
-    end = whole.data_offset + sum(tensor.offset + tensor.nbytes for tensor in whole.tensors[-1:])
+    end = whole.data_offsets[0] + sum(tensor.offset + tensor.nbytes for tensor in whole.tensors[-1:])
     assert parse(blob[:end]).tensors == whole.tensors
     for length in (*range(0, end, 7), end - 1):
         with pytest.raises(TruncatedGGUF):
@@ -345,7 +345,7 @@ def test_the_first_bytes_of_a_remote_file_are_enough(tmp_path: Path) -> None:
     path = write_llama(tmp_path / "model.gguf")
     whole = gguf.read(path)
     blob = path.read_bytes()
-    head = gguf.parse(memoryview(blob)[: whole.data_offset], file_bytes=len(blob))
+    head = gguf.parse(memoryview(blob)[: whole.data_offsets[0]], file_bytes=len(blob))
     assert (head.metadata, head.tensors, head.file_bytes) == (whole.metadata, whole.tensors, whole.file_bytes)
     with pytest.raises(TruncatedGGUF, match="https://hub/m: the header goes on after its first 1,000 bytes"):
         gguf.parse(blob[:1000], file_bytes=len(blob), source="https://hub/m")
@@ -381,9 +381,18 @@ def test_other_versions_are_unsupported_rather_than_damaged(version: int, order:
         parse(gguf_bytes(version=version, order=order))
 
 
-def test_a_tensor_type_of_the_future_is_unsupported_rather_than_damaged() -> None:
-    with pytest.raises(UnsupportedGGUF, match="unknown type 99 in tensor 'w'"):
-        parse(gguf_bytes([], [RawTensor("w", (32,), 99, 32)]))
+def test_a_tensor_of_a_type_that_only_other_engines_know_takes_the_room_up_to_the_next() -> None:
+    """Forks have types of their own, with scales for whole rows in some: nothing but its place tells the size."""
+    tensors = [RawTensor("first", (256, 3), 139, 700), WEIGHT, RawTensor("last", (32,), 99, 40)]
+    header = parse(gguf_bytes([ARCHITECTURE], tensors))
+    assert [(tensor.name, tensor.type, tensor.nbytes) for tensor in header.tensors] == [
+        ("first", "type 139", 704),
+        ("token_embd.weight", "Q4_0", 72),
+        ("last", "type 99", 64),
+    ]
+    assert header.parameter_count == 256 * 3 + 32 * 4 + 32
+    with pytest.raises(GGUFError, match=r"the data of tensor 'last' at 64, amid others"):
+        parse(gguf_bytes([], [WEIGHT, RawTensor("new", (1,), 99, 1), RawTensor("last", (1,), 0, 4, offset=64)]))
 
 
 def test_a_named_pipe_does_not_block(tmp_path: Path) -> None:
