@@ -14,7 +14,7 @@ import msgspec
 
 from router.api.errors import ApiError, ContextExceeded
 from router.config import ModelConfig
-from router.flags import Flags
+from router.flags import FlagError, as_started
 from router.routing import some_of
 
 _LONGEST_REFUSAL = 1000
@@ -107,11 +107,19 @@ def refused_by_engine(body: bytes, alias: str, models: Mapping[str, ModelConfig]
 
 
 def _writes(model: ModelConfig) -> bool:
-    return not _has(model, "embedding") and not _has(model, "rerank")
+    return purpose_of(model) == "completion"
+
+
+def purpose_of(model: ModelConfig) -> str:
+    """What its engine is started for: `completion`, `embedding` or `rerank`."""
+    return next((flag for flag in ("embedding", "rerank") if _has(model, flag)), "completion")
 
 
 def _has(model: ModelConfig, flag: str) -> bool:
-    flags = Flags(model.flags, model.env)
+    try:
+        flags = as_started(model.flags, model.env)
+    except FlagError:  # it will not load
+        return False
     if flag == "mmproj":
         return flags.last(flag) is not None
     if flag == "embedding" and flags.switch("rerank", False):

@@ -16,15 +16,15 @@ from router.config_load import Loaded, load
 from router.config_show import render
 from router.demo import MODEL_PATH
 from router.embedded_flags import UsageError, parameters
-from router.flags import FlagError, Flags
+from router.flags import FlagError, Flags, as_started
 from router.launcher import NoEngine, find_binary
 from router.sizing import Unusable, read_files
 
 _DEMO = "built in, nothing is configured"
 
 
-def asked_for(options: argparse.Namespace, state_dir: Path | None = None) -> Loaded:
-    """Without any, the demo. `state_dir` as for `load`. Raises ConfigError."""
+def asked_for(options: argparse.Namespace, state_dir: Path | None = None, before: Loaded | None = None) -> Loaded:
+    """Without any, the demo. `state_dir` and `before` as for `load`. Raises ConfigError."""
     overrides: dict[str, tuple[str, Any]] = {}
     if options.host is not None:
         overrides["api.host"] = ("--host", options.host)
@@ -43,6 +43,7 @@ def asked_for(options: argparse.Namespace, state_dir: Path | None = None) -> Loa
         cwd=Path.cwd(),
         models_dirs=options.models_dir,
         state_dir=state_dir,
+        before=before,
     )
     loaded = read(overrides=overrides)
     folders = options.models_dir or options.hf_cache or options.ollama_store
@@ -71,7 +72,7 @@ def _would_not_load(config: Config) -> Iterator[str]:
         yield f"no model will load: {error}"
         return
     for alias, model in config.models.items():
-        flags = Flags(model.flags, model.env)
+        flags = as_started(model.flags, model.env)
         try:
             files = read_files(model.model_path, flags)
             if files.model is not None:

@@ -12,6 +12,7 @@ flag, and whether a value makes sense to it, is the engine's business.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -523,6 +524,11 @@ class Flags:
     def kv_unified(self) -> bool:
         """Whether the slots share one KV cache of the whole context size."""
         return self.integer("parallel", -1) < 0 or self.switch("kv-unified", False)
+
+
+def as_started(flags: Sequence[str], own_env: Mapping[str, str]) -> Flags:
+    """What an engine is told, with the variables that it has from us and those of its entry."""
+    return Flags(flags, {**os.environ, **own_env})
 
 
 def _is_flag(word: str) -> bool:

@@ -22,7 +22,7 @@ from itertools import accumulate, chain
 
 from router.architectures import KEEPS_PAST_STATES, Layout, integer, layout, per_layer, widest_product
 from router.flags import Flag, Flags
-from router.ggml import TENSOR_TYPES
+from router.ggml import EMBEDDING_ARCHITECTURES, TENSOR_TYPES
 from router.gguf import GGUF, Tensor
 
 MIB = 1 << 20
@@ -160,6 +160,31 @@ def _cells(header: GGUF, flags: Flags, asked: int) -> _Cells:
     return _Cells(per_stream, streams, slots, micro, micro if embeds else slots)
 
 
+def slot_context(header: GGUF, flags: Flags, *, is_sized: bool = False) -> int:
+    """Tokens that one request has, its answer included; 0 if nothing says how many.
+
+    `server_context_impl::n_ctx_slot` in tools/server/server-context.cpp: never more than it was trained for.
+    Without `-c`, each slot has all of that, as `placing.py` sees to, unless `is_sized`: then they share it.
+    """
+    trained, asked = _trained(header, flags), _count(flags, "ctx-size", 0)
+    most = [trained, _count(flags, "kv-unified-per-slot", 0)]
+    if asked or (is_sized and trained):
+        most.append(_cells(header, flags, asked).per_stream)
+    return min(filter(None, most), default=0)
+
+
+def _trained(header: GGUF, flags: Flags) -> int:
+    """Tokens that it was trained for, or that YaRN stretches that to (`llama_init_from_model`)."""
+    trained, told = integer(header, "context_length"), header.hyperparameter("rope.scaling.type")
+    scale = flags.last("rope-scale") or flags.last("rope-freq-scale")
+    number = scale.number() if scale is not None else 0.0
+    if flags.text("rope-scaling", told if isinstance(told, str) else "") != "yarn" or number <= 0:
+        return trained
+    original = integer(header, "rope.scaling.original_context_length", trained)
+    factor = number if scale is not None and scale.name == "rope-scale" else 1 / number
+    return int((_count(flags, "yarn-orig-ctx", 0) or original) * factor)
+
+
 @dataclass(frozen=True, slots=True)
 class _Part:
     """A model in the engine: the one asked for, or its draft."""
@@ -211,6 +236,8 @@ class _Part:
         """
         width = self.header.embedding_length or 0
         vocabulary = next((t.shape[-1] for t in self.header.tensors if t.name == "token_embd.weight"), 0)
+        if self.header.architecture in EMBEDDING_ARCHITECTURES:  # which compute no logits
+            vocabulary = 0
         layers = self.layout.layers
         windowed = cells.of_window(self.layout.window, whole=self.flags.switch("swa-full", False))
         masks = [cells.per_stream] if any(layer.k and not layer.windowed for layer in layers) else []

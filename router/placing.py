@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from router.config import ModelConfig, System
 from router.devices import visible
-from router.flags import FlagError, Flags
+from router.flags import FlagError, as_started
 from router.footprint import HOST, gpu_numbers
 from router.learning import Identity, Learned
 from router.messages import Placement
@@ -175,7 +175,7 @@ def advise(
 
 def _places(model: ModelConfig, system: System, engine: EngineKind, ground: Ground, learned: Learned) -> _Places:
     environ = {**os.environ, **model.env}
-    flags = Flags(model.flags, environ)
+    flags = as_started(model.flags, model.env)
     sizer = Sizer(
         read_files(model.model_path, flags),
         flags,

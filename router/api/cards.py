@@ -1,4 +1,4 @@
-"""What is known of models without loading them: a card for each, from its file's header and its flags.
+"""What is known of models without loading them: a card for each, from its file's header and its engine's flags.
 
 A disk that hangs keeps nobody waiting for long: its models have the cards that they had before, or what is
 configured of them.
@@ -14,7 +14,8 @@ from typing import Any
 
 from router import gguf
 from router.config import ModelConfig
-from router.flags import FlagError, Flags
+from router.flags import FlagError, Flags, as_started
+from router.footprint import slot_context
 from router.readings import apart
 
 Card = dict[str, Any]
@@ -100,13 +101,9 @@ def card_of(model: ModelConfig) -> Card:
     try:
         card["created"] = int(model.model_path.stat().st_mtime)
         header = header_of(model)
-        flags = Flags(model.flags)
-        capabilities = _capabilities(flags, header)
-        given = flags.integer("ctx-size", 0)
-        context = given or header.context_length
-        # Without a size in its flags, each slot gets all that the model was trained for, as far as memory allows.
-        if context and not flags.kv_unified and (given or model.footprint_mb is not None):
-            context //= flags.slots
+        flags = as_started(model.flags, model.env)
+        context = slot_context(header, flags, is_sized=model.footprint_mb is not None) or None
+        capabilities = _capabilities(header, flags)
     except (OSError, gguf.GGUFError, FlagError):
         return card
     return {
@@ -129,14 +126,39 @@ def _configured(model: ModelConfig) -> Card:
     return card
 
 
-def _capabilities(flags: Flags, header: gguf.GGUF) -> list[str]:
-    """What its engine, started with these flags, can be asked for."""
+def _capabilities(header: gguf.GGUF, flags: Flags) -> list[str]:
+    """What its engine, started with these flags, can be asked for; clients choose by it what to offer."""
     if flags.switch("rerank", False):
         return ["rerank"]
     if flags.switch("embedding", False):
         return ["embedding"]
     projector = flags.last("mmproj")
-    return list(gguf.capabilities(header, gguf.read(Path(projector.text)) if projector else None))
+    found = ["completion", *(gguf.senses(gguf.read(Path(projector.text))) if projector else ())]
+    template = _template(header, flags)
+    if "tools" in template:
+        found.append("tools")
+    if any(word in template for word in ("enable_thinking", "<think>", "reasoning_effort")):
+        found.append("thinking")
+    if any(
+        key in header.metadata for key in ("tokenizer.ggml.fim_pre_token_id", "tokenizer.ggml.prefix_token_id")
+    ):
+        found.append("insert")
+    return found
+
+
+def template_of(model: ModelConfig) -> str:
+    """The chat template that its engine uses; empty for none. Reads files: raises OSError and GGUFError."""
+    return _template(header_of(model), as_started(model.flags, model.env))
+
+
+def _template(header: gguf.GGUF, flags: Flags) -> str:
+    file, text = flags.last("chat-template-file"), flags.last("chat-template")
+    if file is not None and (text is None or flags.given.index(file) > flags.given.index(text)):
+        return Path(file.text).read_text()
+    if text is not None:
+        return text.text
+    template = header.metadata.get("tokenizer.chat_template")
+    return template if isinstance(template, str) else ""
 
 
 def header_of(model: ModelConfig) -> gguf.GGUF:

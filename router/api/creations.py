@@ -19,15 +19,15 @@ from fastapi import APIRouter, Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
-from router.api.cards import card_of
+from router.api.cards import card_of, template_of
 from router.api.errors import ApiError
-from router.api.ollama import read_body, template_of
+from router.api.ollama import read_body
 from router.blobs import Blobs, Upload, WrongDigest, hexadecimal
 from router.config import Config, ModelConfig
 from router.created import Created, Example
 from router.creations import Creations
 from router.dispatcher import Dispatcher
-from router.flags import Flags
+from router.flags import as_started
 from router.gguf import GGUF
 from router.hub import Survey
 from router.names import same_name, untagged
@@ -231,7 +231,7 @@ def _flags(parameters: Mapping[str, Any], basis: _Basis, config: Config) -> dict
     if basis.model is None:
         return load_flags(parameters, config.system.default_parallel, None, lambda _: None)
     model = basis.model
-    flags = Flags(model.flags, model.env)
+    flags = as_started(model.flags, model.env)
 
     def given(name: str) -> str | None:
         flag = flags.last(name)

@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from router import gguf
 from router.api import pulls
-from router.api.cards import Card, Cards, card_of, header_of
+from router.api.cards import Card, Cards, card_of, header_of, template_of
 from router.api.errors import ApiError
 from router.config import AliasConfig, Config, ModelConfig
 from router.created import Created
@@ -27,7 +27,7 @@ from router.creations import Creations
 from router.devices import HOST
 from router.dispatcher import Dispatcher
 from router.downloads import Pull
-from router.flags import FlagError, Flags
+from router.flags import FlagError, as_started
 from router.gguf import GGUF, ArrayStub, GGUFError
 from router.names import listed_name
 from router.ollama_options import as_options, option_lines
@@ -249,16 +249,15 @@ def _flags_of_engine(dispatcher: Dispatcher, model: ModelConfig) -> tuple[str, .
 def _described(known: _Known) -> dict[str, Any]:
     header = header_of(known.model)
     card = card_of(known.model)
-    template = template_of(known.model)
     context = card.get("context_length")
     named = known.named or AliasConfig(known.name, known.name)
     options = {**({"num_ctx": context} if context else {}), **as_options({**named.defaults, **named.forced})}
     licenses = known.made.license if known.made is not None else ()
-    projector = Flags(known.model.flags).last("mmproj")
+    projector = as_started(known.model.flags, known.model.env).last("mmproj")
     shown = {
         "modelfile": _modelfile(known, options),
         "parameters": "\n".join(option_lines(options)),
-        "template": template,
+        "template": template_of(known.model),
         "system": named.system_prompt,
         "messages": list(named.messages),
         "license": "\n".join(licenses) or str(header.metadata.get("general.license", "")),
@@ -266,7 +265,7 @@ def _described(known: _Known) -> dict[str, Any]:
         "details": _details(known, card),
         "model_info": _metadata(header),
         "projector_info": _metadata(gguf.read(Path(projector.text))) if projector is not None else None,
-        "capabilities": _capabilities(header, template, list(card.get("capabilities", []))),
+        "capabilities": card.get("capabilities", []),
     }
     return {key: value for key, value in shown.items() if value or key not in _ONLY_IF_THERE}
 
@@ -285,18 +284,6 @@ def _modelfile(known: _Known, options: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def template_of(model: ModelConfig) -> str:
-    """The chat template that its engine uses; empty for none. Reads files: raises OSError and GGUFError."""
-    flags = Flags(model.flags, model.env)
-    file, text = flags.last("chat-template-file"), flags.last("chat-template")
-    if file is not None and (text is None or flags.given.index(file) > flags.given.index(text)):
-        return Path(file.text).read_text()
-    if text is not None:
-        return text.text
-    template = header_of(model).metadata.get("tokenizer.chat_template")
-    return template if isinstance(template, str) else ""
-
-
 def _metadata(header: GGUF) -> dict[str, Any]:
     """Without long arrays, of which Ollama, too, shows nothing."""
     shown = {
@@ -305,20 +292,6 @@ def _metadata(header: GGUF) -> dict[str, Any]:
         if key != "tokenizer.chat_template" and not (isinstance(value, float) and not math.isfinite(value))
     }
     return {**shown, "general.parameter_count": header.parameter_count}
-
-
-def _capabilities(header: GGUF, template: str, capabilities: list[str]) -> list[str]:
-    """With those that show in a chat template, as clients choose by them what to offer."""
-    if "completion" in capabilities:
-        if "tools" in template:
-            capabilities.append("tools")
-        if any(word in template for word in ("enable_thinking", "<think>", "reasoning_effort")):
-            capabilities.append("thinking")
-    if any(
-        key in header.metadata for key in ("tokenizer.ggml.fim_pre_token_id", "tokenizer.ggml.prefix_token_id")
-    ):
-        capabilities.append("insert")
-    return capabilities
 
 
 def _short(count: int) -> str:
