@@ -577,6 +577,8 @@ class ModelConfig:
     flags: tuple[str, ...]
     slots: int = 1
     env: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
+    files: tuple[tuple[str, int, int], ...] = field(default=(), repr=False)
+    """Name, size and time of the last change of each file that its engine is started with."""
     pinned: bool = False
     idle_timeout_sec: float | None = None
     """None: the one of `System`; `math.inf`: never unloaded for being idle."""
@@ -589,7 +591,7 @@ class ModelConfig:
     @property
     def revision(self) -> Hashable:
         """What an engine is started with. While it stays the same, all else applies without a restart."""
-        return (self.model_path, self.flags, frozenset(self.env.items()))
+        return (self.model_path, self.flags, frozenset(self.env.items()), self.files)
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,8 +53,9 @@ from router.flags import (
     from_environment,
     parse,
 )
-from router.gguf import SPLIT_NAME
+from router.gguf import GGUF, SPLIT_NAME, GGUFError
 from router.names import meant
+from router.purpose import SAYS_IF_IT_EMBEDS, flags_for
 from router.queue import BY_NAME
 from router.state import default_path
 
@@ -97,10 +98,15 @@ class Loaded:
     """The configuration file; None if there is none."""
     folders: tuple[Path, ...]
     """Where models were looked for, beyond those that the configuration names."""
-    settling: bool
-    """A file there is still being written: look again after `hub.SETTLE_SEC`."""
+    headers: hub.Headers
+    """What is known of the files of models."""
     look_again: Callable[[], Loaded]
     """The same configuration with the files that are there now. Raises ConfigError."""
+
+    @property
+    def settling(self) -> bool:
+        """A file is still being written: look again after `hub.SETTLE_SEC`."""
+        return self.headers.settling
 
 
 def load(
@@ -112,6 +118,7 @@ def load(
     models_dirs: Sequence[Path] = (),
     check_files: bool = True,
     state_dir: Path | None = None,
+    before: Loaded | None = None,
 ) -> Loaded:
     """Read, merge and check the configuration. Raises `ConfigError` with all that is wrong.
 
@@ -121,7 +128,8 @@ def load(
     entry. Each GGUF file below `models_dirs` is served under its name, unless the configuration already serves it.
     Without `check_files`, models and engine need not exist, and no models are looked for but in `models_dirs`: for
     reading the configuration of another machine. `state_dir` is the one that a running router works with, whatever
-    the file says by now.
+    the file says by now, and `before` what it goes by: a file of a model that is just being replaced is still what
+    it was there.
 
     Blocks for up to `hub.SETTLE_SEC` when a file to be discovered has only just been written.
     """
@@ -133,26 +141,22 @@ def load(
     for key, (option, value) in (overrides or {}).items():
         parts = key.split(".", 1) if key.startswith("models.") else key.split(".")
         draft.put(tuple(parts), value, option)
-    complete = _with_discovered(draft, models_dirs)
-    if complete.settling:
+    known = before.headers if before is not None else None
+    loaded = _completed(draft, models_dirs, source, known)
+    if loaded.settling:
         time.sleep(hub.SETTLE_SEC)
-        complete = _with_discovered(draft, models_dirs)
+        loaded = _completed(draft, models_dirs, source, known)
     draft.check_files = False  # from now on a configured file that is missing is said to whoever asks for it
-
-    def look_again() -> Loaded:
-        return _built(_with_discovered(draft, models_dirs), source, look_again)
-
-    return _built(complete, source, look_again)
+    return loaded
 
 
-def _with_discovered(read: _Draft, models_dirs: Sequence[Path]) -> _Draft:
-    """What was read, completed with the models in folders and stores."""
+def _completed(
+    read: _Draft, models_dirs: Sequence[Path], source: Path | None, known: hub.Headers | None
+) -> Loaded:
+    """What was read, with the models in folders and stores. Raises ConfigError."""
     draft = copy.deepcopy(read)
+    draft.headers = headers = hub.Headers(known)
     draft.add_discovered(models_dirs)
-    return draft
-
-
-def _built(draft: _Draft, source: Path | None, look_again: Callable[[], Loaded]) -> Loaded:
     config = draft.build()
     if draft.problems:
         raise ConfigError(draft.problems)
@@ -162,8 +166,8 @@ def _built(draft: _Draft, source: Path | None, look_again: Callable[[], Loaded])
         warnings=tuple(draft.warnings),
         source=source,
         folders=tuple(draft.folders),
-        settling=draft.settling,
-        look_again=look_again,
+        headers=headers,
+        look_again=lambda: _completed(read, models_dirs, source, headers),
     )
 
 
@@ -179,7 +183,7 @@ class _Draft:
         self.origins: dict[KeyPath, str] = {}
         self.problems: list[Problem] = []
         self.warnings: list[str] = []
-        self.settling = False
+        self.headers = hub.Headers()
         self.folders: list[Path] = []
         self.created: dict[str, created.Created] = {}
         self.engines: dict[str, str] = {}
@@ -292,7 +296,6 @@ class _Draft:
             except OSError as error:
                 self.problem((), f"{folder}: {error.strerror or error}", origin)
                 continue
-            self.settling |= any(skipped.settling for skipped in discovery.skipped)
             self.warnings += [f"{skipped.path} is not served: {skipped.reason}" for skipped in discovery.skipped]
             for found in discovery.models:
                 # A pulled model has the alias that it was asked for, whatever else its file is called.
@@ -382,19 +385,19 @@ class _Draft:
         system = system if isinstance(system, dict) and self.is_for_here else {}
         cache = pulled.cache_folder(self.environ) if self.is_for_here else None
         if cache is not None:
-            yield "pulled", cache, partial(pulled.discover, cache)
+            yield "pulled", cache, partial(pulled.discover, cache, self.headers)
         key = ("system", "models_dirs")
         named = system.get("models_dirs")
         texts = named if isinstance(named, list) and all(isinstance(text, str) for text in named) else []
         dirs = [("--models-dir", self.resolve(str(folder), self.cwd)) for folder in models_dirs]
         dirs += [("models_dirs", self.resolve(text, self.base_of(key))) for text in texts]
         for origin, folder in dirs:
-            yield origin, folder, partial(hub.discover, folder, settle_sec=hub.SETTLE_SEC)
+            yield origin, folder, partial(hub.discover, folder, self.headers, settle_sec=hub.SETTLE_SEC)
         if system.get("hf_cache") is True and cache is not None:
-            yield "hf_cache", cache, partial(stores.hugging_face, cache, settle_sec=hub.SETTLE_SEC)
+            yield "hf_cache", cache, partial(stores.hugging_face, cache, self.headers, settle_sec=hub.SETTLE_SEC)
         store = stores.ollama_folder(self.environ)
         if system.get("ollama_store") is True and store is not None:
-            yield "ollama_store", store, partial(stores.ollama, store, settle_sec=hub.SETTLE_SEC)
+            yield "ollama_store", store, partial(stores.ollama, store, self.headers, settle_sec=hub.SETTLE_SEC)
 
     # --- values, origins, problems ------------------------------------------------------------------------
 
@@ -608,13 +611,14 @@ class _Draft:
         mmproj = self.resolve(entry.mmproj, folder) if entry.mmproj else None
         if mmproj is not None:
             self.check_file((*path, "mmproj"), mmproj, _wrong_with_model)
-        flags, slots = self.final_flags(path, entry, system, mmproj)
+        flags, slots = self.final_flags(path, entry, system, mmproj, self.header(model_path))
         return ModelConfig(
             alias=alias,
             model_path=model_path,
             flags=flags,
             slots=slots,
             env=entry.env,
+            files=self.identity(model_path, flags, entry.env),
             pinned=entry.pinned,
             idle_timeout_sec=math.inf if entry.idle_timeout_sec == 0 else entry.idle_timeout_sec,
             footprint_mb=entry.footprint_mb,
@@ -622,6 +626,29 @@ class _Draft:
             description=entry.description,
             source=self.origin_of((*path, "model_path")),
         )
+
+    def header(self, file: Path) -> GGUF | None:
+        """What the file of a model says of it; None if it can't be read, which is said to whoever asks for it."""
+        if not self.is_for_here:
+            return None
+        try:
+            return self.headers.of(file)
+        except FileNotFoundError:
+            return self.headers.last(file)
+        except (hub.Unfit, hub.Unfinished, GGUFError, OSError):
+            return None
+
+    def identity(
+        self, model_path: Path, flags: Sequence[str], env: Mapping[str, str]
+    ) -> tuple[tuple[str, int, int], ...]:
+        """Of all files that an engine is started with."""
+        if not self.is_for_here:
+            return ()
+        try:
+            named = _files_of(Flags(flags, {**self.environ, **env}))
+            return tuple(stamp for file in (model_path, *named) for stamp in self.headers.identity(file))
+        except (FlagError, OSError):
+            return ()
 
     def aliases(self, models: Mapping[str, Any]) -> dict[str, AliasConfig]:
         entries = self.values.get("aliases", {})
@@ -688,9 +715,10 @@ class _Draft:
             self.problem(path, problem)
 
     def final_flags(
-        self, path: KeyPath, entry: ModelEntry, system: System, mmproj: Path | None
+        self, path: KeyPath, entry: ModelEntry, system: System, mmproj: Path | None, header: GGUF | None
     ) -> tuple[tuple[str, ...], int]:
-        """The entry's own flags, then those that other keys stand for; and the slots that they make."""
+        """The entry's own flags, then those that other keys stand for, then those that its file asks for; and the
+        slots that they make."""
         where = (*path, "flags")
         for variable in sorted(OWNED_VARIABLES.intersection(entry.env)):
             self.problem((*path, "env", variable), "cannot be set: the router sets it itself")
@@ -728,8 +756,22 @@ class _Draft:
                 self.problem(key, f"is given a second time by {rival}")
             elif own_key and key in self.origins:
                 self.warn(key, f"does not count beside {rival}")
+        for name, *value in self.flags_of_file(header, flags, entry.env):
+            flags += [f"--{name}", *value]
+            origins.append(f"--{name} from its file")
         self.origins[where] = ", ".join(origins)
         return tuple(flags), slots
+
+    def flags_of_file(
+        self, header: GGUF | None, flags: Sequence[str], env: Mapping[str, str]
+    ) -> tuple[tuple[str, ...], ...]:
+        inherited = {**self.environ, **env}
+        if header is None or not SAYS_IF_IT_EMBEDS.isdisjoint(inherited):
+            return ()
+        try:
+            return tuple(flags_for(header, Flags(flags, inherited)))
+        except FlagError:  # which is said to whoever asks for it
+            return ()
 
 
 def _derived_flags(
@@ -766,6 +808,15 @@ _PARAMS = {
     "chat_template": "chat-template",
     "embedding": "embedding",
 }
+
+
+_FILES = ("mmproj", "spec-draft-model", "chat-template-file", "grammar-file", "json-schema-file", "control-vector")
+
+
+def _files_of(flags: Flags) -> Iterator[Path]:
+    """What an engine reads besides its model when it starts."""
+    yield from (Path(flag.text) for flag in flags.given if flag.name in _FILES)
+    yield from map(Path, adapters.files(flags))
 
 
 def _is_of_a_projector(flag: Flag) -> bool:

@@ -115,3 +115,21 @@ EMBEDDING_ARCHITECTURES = frozenset(
         "t5encoder",
     }
 )
+
+_A_DRAFT = (
+    "is a draft for speculative decoding, not a model of its own: give it to its model by --spec-draft-model"
+)
+_DIFFUSES = "is a diffusion model, which llama-server does not run"
+_SPEAKS = "is a model for speech, which llama-server does not serve"
+# What llama-server refuses, or loads and then answers wrongly: it does not run the encoder of T5, for example
+# (src/llama-arch.cpp, build 11434).
+NOT_SERVED: Mapping[str, str] = {
+    "clef": "answers by decisions only, for which there is no route here",
+    "controlvector": "is a control vector, not a model: give it to one by --control-vector",
+    **dict.fromkeys(("dflash", "eagle3", "gemma4-assistant"), _A_DRAFT),
+    **dict.fromkeys(("dream", "llada", "llada-moe", "rnd1"), _DIFFUSES),
+    **dict.fromkeys(("pockettts", "qwen3tts"), _SPEAKS),
+    "t5": "is an encoder with a decoder, which llama-server does not run",
+    "wavtokenizer-dec": "is a vocoder, which makes sound of what another model says",
+}
+"""Architectures that neither chat nor embed, rerank or transcribe, with the reason."""

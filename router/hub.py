@@ -1,31 +1,36 @@
 """The models in a folder: which GGUF files there are, what to call them, and their projectors.
 
 A split model counts once, by its first part. A file that no engine could serve as a model is reported with
-the reason: it is never fatal and never left out in silence; nor is one that is still being written. Reads
-headers; loads and changes nothing. Stores with a layout of their own are the business of `stores.py`.
+the reason: it is never fatal and never left out in silence; nor is one that is still being written or fetched.
+Reads headers; loads and changes nothing. Stores with a layout of their own are the business of `stores.py`.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path, PurePath
 from typing import TypeVar
 
 from router import gguf
 from router.gguf import GGUF, GGUFError
+from router.purpose import unserved
 
 SETTLE_SEC = 1.0
 """A file that changed within this time may still be written to: some programs reserve the whole size first."""
 
-# llama.cpp: `draft_prefixes` in common/preset.cpp and `gguf_filename_is_model` in common/download.cpp.
-DRAFT_PREFIXES = ("mtp-", "eagle3-", "dflash-", "dspark-")
+_DOWNLOADING = (".aria2", ".part", ".partial", ".crdownload", ".download", ".filepart", ".st", ".lftp-pget-status")
+"""Endings of what aria2, browsers, WinSCP, axel and lftp keep beside a file for as long as it is not whole."""
+_LARGE_TENSOR = 1 << 20
+_SAMPLE = 4096
+_CALLED_BY_MANY = frozenset(
+    ("audio", "base", "chat", "clip", "encoder", "ggml", "gguf", "instruct", "mmproj", "model", "text", "vision")
+)
 
 _QUANTIZATION = re.compile(
     r"[-._](?P<label>(?:ud-)?(?:i?q\d\w*|tq\d\w*|b?f16|f32|mxfp4\w*|nvfp4))$", re.IGNORECASE
@@ -54,8 +59,6 @@ class Skipped:
 
     path: Path
     reason: str
-    settling: bool = False
-    """It changed a moment ago: look again after SETTLE_SEC."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +67,10 @@ class Discovery:
     skipped: tuple[Skipped, ...]
 
 
-def discover(root: Path, *, settle_sec: float = 0.0) -> Discovery:
+def discover(root: Path, headers: Headers | None = None, *, settle_sec: float = 0.0) -> Discovery:
     """Every model in `root` and the folders below it. OSError when `root` is no folder that can be read."""
     os.scandir(root).close()
-    survey = Survey(settle_sec)
+    survey = Survey(headers, settle_sec)
     found = [each for _, paths in survey.folders(root) for each in survey.models(paths)]
     aliases = _aliases([each.path.relative_to(root) for each in found])
     return survey.discovery(replace(each, alias=alias) for alias, each in zip(aliases, found, strict=True))
@@ -76,18 +79,26 @@ def discover(root: Path, *, settle_sec: float = 0.0) -> Discovery:
 class Survey:
     """A look at the files of one place, which remembers what was skipped."""
 
-    def __init__(self, settle_sec: float = 0.0) -> None:
+    def __init__(self, headers: Headers | None = None, settle_sec: float = 0.0) -> None:
+        """A file that has changed within `settle_sec` may still be written to."""
         self.skipped: list[Skipped] = []
+        self._headers = headers or Headers()
         self._settle_sec = settle_sec
         self._seen: dict[str, Path] = {}
+        self._unfinished: dict[Path, str] = {}
+        """Files that are being fetched, with what lies beside them that tells."""
 
     def folders(self, root: Path) -> Iterator[tuple[Path, list[Path]]]:
         """Each folder with the GGUF files in it; of split ones the first part."""
         for folder, names in _folders(root, self.skipped):
+            for name in names:
+                file, ending = os.path.splitext(name)
+                if ending in _DOWNLOADING and file in names:
+                    self._unfinished[folder / _first_part(file)] = name
             yield folder, list(_first_parts(folder, names, self.skipped))
 
-    def models(self, paths: Iterable[Path]) -> list[Found]:
-        """The models among files that belong together, each once, without alias and with its projector."""
+    def models(self, paths: Iterable[Path], *, of_one_repository: bool = False) -> list[Found]:
+        """The models among files that lie together, each once, without alias and with its projector."""
         models: dict[Path, GGUF] = {}
         projectors: dict[Path, GGUF] = {}
         for path in paths:
@@ -97,9 +108,15 @@ class Survey:
                 (projectors if is_projector(path, header) else models)[path] = header
         found: list[Found] = []
         unused = set(projectors)
-        sizes = {path: header.file_bytes for path, header in projectors.items()}
+        words = {path: _telling_words(header) for path, header in projectors.items()}
         for path, model in models.items():
-            chosen = projector_of(path, list(models), sizes)
+            own = _telling_words(model) if projectors and not of_one_repository else set()
+            fitting = {
+                projector: header.file_bytes
+                for projector, header in projectors.items()
+                if fits(model, header) and not (own and words[projector] and own.isdisjoint(words[projector]))
+            }
+            chosen = projector_of(path, list(models), fitting)
             found.append(Found("", path, model, projectors[chosen] if chosen else None))
             unused.discard(chosen or path)
         useless = "is a projector that no model in its folder uses"
@@ -108,9 +125,25 @@ class Survey:
 
     def read(self, path: Path) -> GGUF | None:
         """The header, without tensors, of a file to serve; None if it is skipped, with the reason in `skipped`."""
-        header = _read(path, self._settle_sec)
-        if isinstance(header, Skipped):
-            self.skipped.append(header)
+        try:
+            str(path).encode()
+            return self._headers.of(path, self._settle_sec, self._unfinished.get(path, ""))
+        except UnicodeEncodeError:
+            reason = "its name is not UTF-8: no request could ask for it"
+        except GGUFError as error:
+            reason = str(error).removeprefix(f"{path}: ")
+        except (Unfit, Unfinished) as error:
+            reason = str(error)
+        except OSError as error:
+            reason = error.strerror or str(error)
+        self.skip(path, reason)
+        return None
+
+    def projector_for(self, model: GGUF, path: Path | None) -> GGUF | None:
+        """The header of the one that was chosen for a model; None if it is skipped, with the reason kept."""
+        header = self.read(path) if path is not None else None
+        if path is not None and header is not None and not fits(model, header):
+            self.skip(path, f"is a projector of another width than {model.path} takes")
             return None
         return header
 
@@ -119,6 +152,98 @@ class Survey:
 
     def discovery(self, found: Iterable[Found]) -> Discovery:
         return Discovery(tuple(found), tuple(self.skipped))
+
+
+class Unfit(Exception):
+    """A file is whole, but nothing that an engine could answer with; the message says what it is."""
+
+
+class Unfinished(Exception):
+    """A file is still to become whole; the message says how that is known."""
+
+
+_Stamps = tuple[tuple[str, int, int], ...]
+"""Path, size and time of the last change (ns) of each file that belongs together; size -1: it is not there."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    stamps: _Stamps
+    header: GGUF | str | None
+    """A text: why it is unfit; None: nobody has asked for it."""
+
+
+class Headers:
+    """What is known of files, each as it was when it had settled.
+
+    One that has not changed since `before` is not read again. One that is being replaced still counts as what it
+    was, so that what was loaded of it is served until the new one is whole.
+    """
+
+    def __init__(self, before: Headers | None = None) -> None:
+        self.settling = False
+        """One of them has changed a moment ago: look again after SETTLE_SEC."""
+        self._before: Mapping[Path, _Known] = before._now if before is not None else {}
+        self._now: dict[Path, _Known] = {}
+
+    def of(self, path: Path, settle_sec: float = 0.0, beside: str = "") -> GGUF:
+        """The header of a model, with its first tensor only, or of a projector, with those that tell its width.
+
+        One that was not there before must have been left alone for `settle_sec`. `beside` names what lies there
+        as long as the file is not whole. Raises Unfit, Unfinished, GGUFError and OSError.
+        """
+        known = self._now.get(path)
+        if known is None or known.header is None:
+            known = self._now[path] = self._look(path, settle_sec, beside)
+        assert known.header is not None
+        if isinstance(known.header, str):
+            raise Unfit(known.header)
+        return known.header
+
+    def _look(self, path: Path, settle_sec: float, beside: str) -> _Known:
+        known = self._before.get(path)
+        stamps = _stamps(path)
+        try:
+            if beside:
+                raise Unfinished(f"is not whole, as {beside} beside it tells: remove that if it is left over")
+            if known is None or known.stamps != stamps or known.header is None:
+                self._check_settled(stamps, settle_sec if known is None else SETTLE_SEC)
+                known = _Known(stamps, _read(path))
+        except (Unfinished, gguf.TruncatedGGUF):
+            if known is None or known.header is None:
+                raise
+        return known
+
+    def last(self, path: Path) -> GGUF | None:
+        """The header of a file that is gone, which others may be about to take the place of."""
+        known = self._before.get(path)
+        return known.header if known is not None and isinstance(known.header, GGUF) else None
+
+    def identity(self, path: Path) -> _Stamps:
+        """Changes when another file has taken its place and has settled. Raises OSError."""
+        if path not in self._now:
+            known = self._before.get(path)
+            try:
+                stamps = _stamps(path)
+                if known is not None and known.stamps != stamps:
+                    self._check_settled(stamps, SETTLE_SEC)
+                    known = None
+            except FileNotFoundError:
+                stamps = ((str(path), -1, 0),)
+            except Unfinished:
+                pass
+            self._now[path] = known or _Known(stamps, None)
+        return self._now[path].stamps
+
+    def _check_settled(self, stamps: _Stamps, settle_sec: float) -> None:
+        """By the wall clock, as files know no other. What is from the future counts as settled: the clock was set
+        back, and it would not be served until then. So if the clock is set while a file is written, or a file
+        server's is ahead, a look may take it for whole; the next change to it has it looked at again.
+        """
+        age_sec = time.time() - max((changed_ns for _, _, changed_ns in stamps), default=0) / 1e9
+        if 0 <= age_sec < settle_sec:
+            self.settling = True
+            raise Unfinished("is still being written")
 
 
 def is_alias(text: str) -> bool:
@@ -156,71 +281,101 @@ def _first_parts(folder: Path, names: Sequence[str], skipped: list[Skipped]) -> 
     for name in names:
         if not name.lower().endswith(".gguf"):
             continue
-        split = gguf.SPLIT_NAME.fullmatch(name)
-        if split is None or int(split["part"]) == 1:
+        first = _first_part(name)
+        if first == name:
             yield folder / name
-        elif (first := f"{split['stem']}-00001-of-{split['parts']}.gguf") not in names:
+        elif first not in names:
             skipped.append(Skipped(folder / name, f"its first part is missing: {first}"))
 
 
-def _read(path: Path, settle_sec: float) -> GGUF | Skipped:
-    try:
-        str(path).encode()
-        stamps = _stamps(path)
-        # By the wall clock, as files know no other. What is from the future counts as settled: the clock was set
-        # back, and it would not be served until then. So if the clock is set while a file is written, or a file
-        # server's is ahead, a look may take it for whole; the next change to it has it looked at again.
-        age_sec = time.time() - max((changed_ns for _, changed_ns in stamps), default=0) / 1e9
-        if 0 <= age_sec < settle_sec:
-            return Skipped(path, "is still being written", settling=True)
-        header = _header(path, stamps)
-    except UnicodeEncodeError:
-        return Skipped(path, "its name is not UTF-8: no request could ask for it")
-    except GGUFError as error:
-        return Skipped(path, str(error).removeprefix(f"{path}: "))
-    except OSError as error:
-        return Skipped(path, error.strerror or str(error))
-    reason = _not_served(path, header)
-    return Skipped(path, reason) if reason else header
+def _first_part(name: str) -> str:
+    """Of a split model; else the name itself."""
+    split = gguf.SPLIT_NAME.fullmatch(name)
+    if split is None or int(split["part"]) == 1:
+        return name
+    return f"{split['stem']}-00001-of-{split['parts']}.gguf"
 
 
-@lru_cache(maxsize=4096)
-def _header(path: Path, _stamps: tuple[tuple[int, int], ...]) -> GGUF:
-    """Read again only when one of its files has changed. Tensors are not kept: they would take megabytes."""
+def _read(path: Path) -> GGUF | str:
+    """The header, without most tensors, which would take megabytes; or a text that says why the file is unfit.
+
+    Raises Unfinished, GGUFError and OSError.
+    """
     header = gguf.read(path, remember=False)
-    return replace(header, tensors=header.tensors[:1])
+    if reason := unserved(path, header):
+        return reason
+    if missing := _not_written(header):
+        raise Unfinished(f"is not whole: nothing was written yet where its {missing} belongs")
+    kept = [each for each in header.tensors if each.name.startswith("mm.")] if is_projector(path, header) else []
+    return replace(header, tensors=tuple(kept) or header.tensors[:1])
 
 
-def _stamps(path: Path) -> tuple[tuple[int, int], ...]:
-    """Size and time of the last change, of every part that is there."""
+def _not_written(header: GGUF) -> str | None:
+    """A large tensor that lies in a hole of its file as a whole; None if there is none.
+
+    Programs that download reserve the whole size first, which leaves holes where nothing has come yet. File
+    systems that compress make holes of zeros, too, but no model has a matrix of nothing else. How many blocks a
+    file takes says less: it depends on compression, too, and some tell it only later. A hole is believed once it
+    was read: what a remote file system has not fetched yet may look like one.
+    """
+    for part, path in enumerate(header.files):
+        large = [each for each in header.tensors if each.part == part and each.nbytes >= _LARGE_TENSOR]
+        with path.open("rb", buffering=0) as file:
+            for tensor in large:
+                start = header.data_offsets[part] + tensor.offset
+                if _is_hole(file.fileno(), start, start + tensor.nbytes):
+                    return f"tensor {tensor.name!r}"
+    return None
+
+
+def _is_hole(file: int, start: int, end: int) -> bool:
+    try:
+        if os.lseek(file, start, os.SEEK_DATA) < end:
+            return False
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # there is no data after `start`; else it cannot tell
+            return False
+    return not any(os.pread(file, _SAMPLE, (start + end) // 2))
+
+
+def _stamps(path: Path) -> _Stamps:
+    """Of every part of a model, or of any other file. Raises OSError if it is not there."""
     split = gguf.SPLIT_NAME.fullmatch(path.name)
     names = [path.name]
     if split is not None and int(split["parts"]) <= _MOST_PARTS:
         parts = int(split["parts"])
         names = [f"{split['stem']}-{part:05}-of-{split['parts']}.gguf" for part in range(1, parts + 1)]
-    stamps: list[tuple[int, int]] = []
+    stamps: list[tuple[str, int, int]] = []
     for name in names:
         try:
             status = os.stat(path.with_name(name))
         except FileNotFoundError:
             if name == path.name:
                 raise
-            stamps.append((-1, 0))
+            stamps.append((name, -1, 0))
         else:
-            stamps.append((status.st_size, status.st_mtime_ns))
+            stamps.append((name, status.st_size, status.st_mtime_ns))
     return tuple(stamps)
 
 
-def _not_served(path: Path, header: GGUF) -> str | None:
-    if header.kind not in ("model", "mmproj"):
-        return f"is a GGUF of type {header.kind!r}, not a model"
-    if path.name.lower().startswith(DRAFT_PREFIXES):
-        return "is a draft for speculative decoding, not a model of its own"
-    if not header.tensors:
-        return "has no tensors: it holds a vocabulary only"
-    if header.byte_order != sys.byteorder:
-        return f"is {header.byte_order}-endian, unlike this machine: convert it with `gguf-convert-endian`"
-    return None
+def fits(model: GGUF, projector: GGUF) -> bool:
+    """Whether what a projector puts out is as wide as what the model takes, as far as their headers tell.
+
+    Converters write it down; older ones wrote what the encoder's own projection has, of no use here. Then it is
+    the width of some projecting tensor.
+    """
+    width = model.embedding_length
+    said = {projector.metadata.get(f"clip.{sense}.projection_dim") for sense in ("vision", "audio")} - {None}
+    shapes = {size for tensor in projector.tensors if tensor.name.startswith("mm.") for size in tensor.shape}
+    if not width or not (said or shapes):
+        return True
+    return width in (said if said and (said <= shapes or not shapes) else shapes)
+
+
+def _telling_words(header: GGUF) -> set[str]:
+    """What its file and the file's header call it: `qwen`, `gemma`; no sizes, and nothing that many are called."""
+    called = stem(header.path) if header.path is not None else ""
+    return set(re.findall(r"[a-z]{3,}", f"{called} {header.name or ''}".lower())) - _CALLED_BY_MANY
 
 
 def projector_of(model: _Path, models: Sequence[_Path], projectors: Mapping[_Path, int]) -> _Path | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 from filelock import FileLock, Timeout
 
-from router.hub import Discovery, Found, Survey
+from router.hub import Discovery, Found, Headers, Survey
 
 _log = logging.getLogger("router")
 
@@ -117,9 +117,9 @@ def read(cache: Path) -> dict[str, PulledModel]:
     return models
 
 
-def discover(cache: Path) -> Discovery:
+def discover(cache: Path, headers: Headers | None = None) -> Discovery:
     """The complete ones, to serve under the aliases that they were pulled as."""
-    survey = Survey()
+    survey = Survey(headers)
     found: list[Found] = []
     for folder in repositories(cache):
         try:
@@ -131,10 +131,9 @@ def discover(cache: Path) -> Discovery:
             if not model.complete:
                 continue
             path = snapshot_path(cache, model, model.model)
-            header = survey.read(path)
-            projector = survey.read(snapshot_path(cache, model, model.mmproj)) if model.mmproj else None
-            if header is not None:
-                found.append(Found(alias, path, header, projector))
+            mmproj = snapshot_path(cache, model, model.mmproj) if model.mmproj else None
+            if (header := survey.read(path)) is not None:
+                found.append(Found(alias, path, header, survey.projector_for(header, mmproj)))
     return survey.discovery(found)
 
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from router import gguf
-from router.hub import DRAFT_PREFIXES, projector_of, quantization
+from router.hub import projector_of, quantization
 from router.names import HUB_HOSTS, same_name, untagged
+from router.purpose import DRAFT_PREFIXES
 from router.stores import repository_aliases
 
 DEFAULT_QUANTIZATION = "Q4_K_M"

@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from router import hang_up, logs
 from router.api.auth import Keyring
 from router.api.browsers import Browsers
 from router.app import create_app
+from router.capability import purpose_of
 from router.config import AliasConfig, Api, Config, ModelConfig, System
 from router.config_load import Loaded
 from router.config_problems import ConfigError
@@ -118,12 +119,13 @@ class _Server(uvicorn.Server):
         yield
 
 
-def serve(load: Callable[[Path | None], Loaded]) -> None:
-    """Serve until a signal. Raises CannotServe.
+Load = Callable[[Path | None, Loaded | None], Loaded]
+"""Gives the configuration, with the state directory that is in use and the configuration that is gone by."""
 
-    `load` gives the configuration, now and, with the state directory that is in use, at every reload.
-    """
-    loaded = load(None)
+
+def serve(load: Load) -> None:
+    """Serve until a signal. Raises CannotServe."""
+    loaded = load(None, None)
     with contextlib.closing(_set_up_logs(loaded.config.system)) as log:
         _serve(loaded, load, log)
 
@@ -136,7 +138,7 @@ def _set_up_logs(system: System) -> Logs:
         raise CannotServe(f"log_dir: {log_dir} cannot be made: {error.strerror}.") from error
 
 
-def _serve(loaded: Loaded, load: Callable[[Path | None], Loaded], log: Logs) -> None:
+def _serve(loaded: Loaded, load: Load, log: Logs) -> None:
     config = loaded.config
     binary = find_binary(config.system.llama_server_path)
     with contextlib.ExitStack() as opened:
@@ -231,7 +233,7 @@ class _Service:
     def __init__(
         self,
         loaded: Loaded,
-        load: Callable[[Path | None], Loaded],
+        load: Load,
         binary: Binary,
         devices: Devices,
         learned: Learned,
@@ -322,7 +324,7 @@ class _Service:
     async def reload(self) -> dict[str, Any]:
         """Read the configuration again and go by it. Raises ConfigError and then changes nothing."""
         async with self._reloading:
-            loaded = await self._looks.take(self._load, self._places())
+            loaded = await self._looks.take(partial(self._load, self._loaded), self._places())
             before, after = self._loaded.config, loaded.config
             self._keyring.set(after.api)
             self._dispatcher.apply(after)
@@ -444,8 +446,22 @@ class _Service:
             wanted = f"-H 'Content-Type: application/json' -d '{{\"model\": \"{_FIRST_MODEL}\"}}'"
             yield f"  curl {url}/v1/models/pull{authorization} {wanted}"
             return
-        body = f'{{"model": "{aliases[0]}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
-        yield f"  curl {url}/v1/chat/completions{authorization} -d '{body}'"
+        yield f"  curl {url}{_example(config.models.values(), authorization)}"
+
+
+_EXAMPLES = {
+    "completion": ("/v1/chat/completions", '"messages": [{"role": "user", "content": "Hello"}]'),
+    "embedding": ("/v1/embeddings", '"input": "Hello"'),
+    "rerank": ("/v1/rerank", '"query": "Hello", "documents": ["Good day", "Goodbye"]'),
+}
+
+
+def _example(models: Iterable[ModelConfig], options: str) -> str:
+    """The path of a request, and what goes with it: of a model that chats, if there is one."""
+    by_purpose = {purpose_of(model): model.alias for model in reversed(list(models))}
+    purpose = next(each for each in _EXAMPLES if each in by_purpose)
+    path, asked = _EXAMPLES[purpose]
+    return f'{path}{options} -d \'{{"model": "{by_purpose[purpose]}", {asked}}}\''
 
 
 def _tune_the_interpreter() -> None:

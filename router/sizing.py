@@ -25,6 +25,7 @@ from router.flags import OWNED, Flags, argv, replaced
 from router.footprint import HOST, Footprint, Share
 from router.gguf import GGUF
 from router.learning import Identity, Learned, files_of
+from router.purpose import unserved
 
 _MIB = 1 << 20
 
@@ -80,6 +81,8 @@ def read_files(path: Path, flags: Flags) -> Files:
                 paths += header.files or (file,)
                 nbytes += header.file_bytes
         headers.append(header)
+    if headers[0] is not None and (reason := unserved(path, headers[0])):
+        raise Unusable(f"{path} {reason}")
     model, projector, draft, *lora = headers
     return Files(tuple(paths), nbytes, model, projector, draft, tuple(filter(None, lora)))
 

@@ -15,7 +15,7 @@ from pathlib import Path, PurePath
 import msgspec
 
 from router import pulled
-from router.hub import Discovery, Found, Survey, quantization, stem
+from router.hub import Discovery, Found, Headers, Survey, quantization, stem
 
 _MODEL = "application/vnd.ollama.image.model"
 _PROJECTOR = "application/vnd.ollama.image.projector"
@@ -31,9 +31,9 @@ class _Manifest(msgspec.Struct):
     layers: list[_Layer]
 
 
-def hugging_face(cache: Path, *, settle_sec: float = 0.0) -> Discovery:
+def hugging_face(cache: Path, headers: Headers | None = None, *, settle_sec: float = 0.0) -> Discovery:
     """The models of each repository's snapshots: the main branch's first, then the others, newest first."""
-    survey = Survey(settle_sec)
+    survey = Survey(headers, settle_sec)
     found: list[Found] = []
     for folder in pulled.repositories(cache):
         repo = pulled.repository_name(folder)
@@ -43,7 +43,7 @@ def hugging_face(cache: Path, *, settle_sec: float = 0.0) -> Discovery:
             names = {path: path.relative_to(snapshot).as_posix() for path in paths}
             # What an older revision has, too, is not worth a word.
             fresh = [path for path in paths if names[path] not in first]
-            for model in survey.models(fresh):
+            for model in survey.models(fresh, of_one_repository=True):
                 first[names[model.path]] = model
         aliases = repository_aliases(repo, [PurePath(name) for name in first])
         found += [replace(model, alias=aliases[PurePath(name)]) for name, model in first.items()]
@@ -80,10 +80,10 @@ def ollama_folder(environ: Mapping[str, str]) -> Path | None:
     return Path(home, ".ollama", "models") if home else None
 
 
-def ollama(store: Path, *, settle_sec: float = 0.0) -> Discovery:
+def ollama(store: Path, headers: Headers | None = None, *, settle_sec: float = 0.0) -> Discovery:
     """The models that `ollama list` lists, under the names it gives them. OSError without a store."""
     os.scandir(store / "manifests").close()
-    survey = Survey(settle_sec)
+    survey = Survey(headers, settle_sec)
     found: list[Found] = []
     for manifest in sorted((store / "manifests").glob("*/*/*/*")):
         if manifest.name.startswith("."):
@@ -116,8 +116,8 @@ def _ollama_model(store: Path, manifest: Path, survey: Survey) -> Found | None:
         survey.skip(manifest, "is not made of one GGUF file without adapters")
         return None
     model = survey.read(models[0])
-    projectors = [survey.read(blob) for blob in _blobs(store, layers, _PROJECTOR)]
-    return Found("", models[0], model, next(filter(None, projectors), None)) if model is not None else None
+    projector = next(_blobs(store, layers, _PROJECTOR), None)
+    return Found("", models[0], model, survey.projector_for(model, projector)) if model is not None else None
 
 
 def _blobs(store: Path, layers: list[_Layer], media_type: str) -> Iterator[Path]:

@@ -6,16 +6,19 @@ import os
 import sys
 import time
 from pathlib import Path, PurePath
+from typing import Any
 
 import pytest
 from tiny_models import RawTensor, gguf_bytes, write_embedding, write_llama, write_projector
 
-from router.hub import Discovery, discover, projector_of
+from router import gguf
+from router.gguf import GGUF
+from router.hub import SETTLE_SEC, Discovery, Headers, discover, fits, projector_of
 
 
 def model(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    return write_llama(path, n_layer=1, n_embd=8)
+    return write_llama(path, n_layer=1)
 
 
 def projector(path: Path) -> Path:
@@ -129,6 +132,42 @@ def test_among_many_models_a_projector_goes_with_the_longest_name_that_it_begins
     assert reasons(discovery) == {"mmproj-F32.gguf": "is a projector that no model in its folder uses"}
 
 
+UNUSED = "is a projector that no model in its folder uses"
+
+
+def test_a_projector_of_another_width_or_another_name_is_left_alone(tmp_path: Path) -> None:
+    """llama-server does not start with the one, and makes nothing of the other."""
+    model(tmp_path / "one" / "gemma-3-1b-it-Q8_0.gguf")
+    write_projector(tmp_path / "one" / "mmproj-gemma-3-4b-it-f16.gguf", n_embd=2560)
+    (tmp_path / "two").mkdir()
+    write_llama(tmp_path / "two" / "qwen3-8b.gguf", n_layer=1, name="Qwen3 8B")
+    write_projector(tmp_path / "two" / "mmproj-F16.gguf", name="Gemma 3 4b It")
+    discovery = discover(tmp_path)
+    assert projectors(discovery) == {"gemma-3-1b-it-Q8_0": None, "qwen3-8b": None}
+    assert reasons(discovery) == {"mmproj-gemma-3-4b-it-f16.gguf": UNUSED, "mmproj-F16.gguf": UNUSED}
+
+
+def test_the_width_of_a_projector_is_what_was_written_down_unless_no_tensor_has_it(tmp_path: Path) -> None:
+    chat = gguf.read(write_llama(tmp_path / "chat.gguf", n_layer=1, n_embd=64))
+
+    def projecting(*metadata: tuple[str, str, Any], shape: tuple[int, int]) -> GGUF:
+        tensors = [
+            RawTensor("v.blk.0.ffn_up.weight", (64, 8), 0, 2048),
+            RawTensor("mm.2.weight", shape, 0, 4 * shape[0] * shape[1]),
+        ]
+        raw = gguf_bytes([("general.architecture", "str", "clip"), *metadata], tensors)
+        return gguf.parse(raw, file_bytes=len(raw))
+
+    said = "clip.vision.projection_dim"
+    assert fits(chat, projecting((said, "u32", 64), shape=(96, 64)))
+    # So it is with gemma-3-1b, which is as wide as the encoder for gemma-3-4b.
+    assert not fits(chat, projecting((said, "u32", 96), shape=(96, 64)))
+    # LLaVA's first converter wrote down what CLIP itself projects to.
+    assert fits(chat, projecting((said, "u32", 768), shape=(96, 64)))
+    assert not fits(chat, projecting((said, "u32", 768), shape=(96, 96)))
+    assert fits(chat, projecting(shape=(96, 64)))
+
+
 def test_projectors_are_found_as_soon_for_each_of_a_thousand_models_as_for_one() -> None:
     """By the square of their number, it took seconds in which nothing else was served."""
     models = [PurePath(f"{number}-model-Q4_K_M.gguf") for number in range(1000)]
@@ -158,11 +197,58 @@ def test_what_is_no_model_is_reported_and_stops_nothing(tmp_path: Path) -> None:
         "zip.gguf": r"not a GGUF file: it starts with b'PK\x03\x04' (at byte 0)",
         "lora.gguf": "is a GGUF of type 'adapter', not a model",
         "words.gguf": "has no tensors: it holds a vocabulary only",
-        "mtp-good.gguf": "is a draft for speculative decoding, not a model of its own",
+        "mtp-good.gguf": "is a draft for speculative decoding, not a model of its own: give it to its model by "
+        "--spec-draft-model",
         "dangling.gguf": "No such file or directory",
         "loop.gguf": "Too many levels of symbolic links",
         "pipe.gguf": "is not a regular file",
     }
+
+
+DRAFT = "is a draft for speculative decoding, not a model of its own: give it to its model by --spec-draft-model"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [
+        ("eagle3", DRAFT),
+        ("dflash", DRAFT),
+        ("dream", "is a diffusion model, which llama-server does not run"),
+        ("controlvector", "is a control vector, not a model: give it to one by --control-vector"),
+        ("wavtokenizer-dec", "is a vocoder, which makes sound of what another model says"),
+        ("t5", "is an encoder with a decoder, which llama-server does not run"),
+        ("flux", "has no vocabulary: it is no model that reads or writes text"),
+    ],
+)
+def test_what_neither_chats_nor_embeds_is_named_with_what_it_is(
+    tmp_path: Path, architecture: str, reason: str
+) -> None:
+    metadata = [("general.architecture", "str", architecture)]
+    (tmp_path / "m.gguf").write_bytes(gguf_bytes(metadata, [RawTensor("blk.0.w", (8,), 0, 32)]))
+    discovery = discover(tmp_path)
+    assert (aliases(discovery), reasons(discovery)) == ([], {"m.gguf": reason})
+
+
+def test_layers_that_predict_tokens_are_no_model_without_the_others(tmp_path: Path) -> None:
+    """As converters write them for speculative decoding, under whatever name."""
+    metadata = [
+        ("general.architecture", "str", "qwen35"),
+        ("tokenizer.ggml.model", "str", "gpt2"),
+        ("qwen35.block_count", "u32", 3),
+        ("qwen35.nextn_predict_layers", "u32", 1),
+    ]
+    for name, layers in (("whole", range(3)), ("rest", range(2, 3))):
+        tensors = [RawTensor(f"blk.{layer}.attn_norm.weight", (8,), 0, 32) for layer in layers]
+        (tmp_path / f"{name}.gguf").write_bytes(gguf_bytes(metadata, tensors))
+    discovery = discover(tmp_path)
+    assert (aliases(discovery), reasons(discovery)) == (["whole"], {"rest.gguf": DRAFT})
+
+
+def test_a_model_with_tensors_of_types_that_only_other_engines_know_is_offered(tmp_path: Path) -> None:
+    metadata = [("general.architecture", "str", "llama"), ("tokenizer.ggml.model", "str", "gpt2")]
+    tensors = [RawTensor("blk.0.ffn_up.weight", (256, 2), 139, 320), RawTensor("output.weight", (8,), 0, 32)]
+    (tmp_path / "forked.gguf").write_bytes(gguf_bytes(metadata, tensors))
+    assert aliases(discover(tmp_path)) == ["forked"]
 
 
 def test_a_big_endian_model_is_not_offered_on_a_little_endian_machine(tmp_path: Path) -> None:
@@ -201,13 +287,72 @@ def test_a_name_that_no_request_could_spell_is_reported(tmp_path: Path) -> None:
     ]
 
 
+def test_what_programs_that_download_have_not_finished_is_not_offered(tmp_path: Path) -> None:
+    for name, beside in (("a", "a.gguf.aria2"), ("b", "b.gguf.part"), ("c", "c.gguf.crdownload"), ("d", "d.part")):
+        model(tmp_path / f"{name}.gguf")
+        (tmp_path / beside).touch()
+    write_llama(tmp_path / "e.gguf", parts=2)
+    (tmp_path / "e-00002-of-00002.gguf.aria2").touch()
+    discovery = discover(tmp_path)
+    assert aliases(discovery) == ["d"]
+    assert {name: reason.split()[4] for name, reason in reasons(discovery).items()} == {
+        "a.gguf": "a.gguf.aria2",
+        "b.gguf": "b.gguf.part",
+        "c.gguf": "c.gguf.crdownload",
+        "e-00001-of-00002.gguf": "e-00002-of-00002.gguf.aria2",
+    }
+
+
+def test_a_download_that_has_reserved_its_size_and_stopped_is_not_offered(tmp_path: Path) -> None:
+    """A hole as large as a tensor tells; zeros that were written, and smaller holes, do not."""
+    whole = write_llama(tmp_path / "whole.gguf", target_bytes=12 << 20).read_bytes()
+    for name, arrived in (
+        ("begun", 2 << 20),
+        ("nearly", len(whole) - (2 << 20)),
+        ("but-for-a-page", len(whole) - 4096),
+    ):
+        with (tmp_path / f"{name}.gguf").open("wb") as file:
+            file.write(whole[:arrived])
+            file.truncate(len(whole))
+    (tmp_path / "zeros.gguf").write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+    discovery = discover(tmp_path)
+    if "begun" in aliases(discovery):
+        pytest.skip("this file system does not tell of holes")
+    assert aliases(discovery) == ["but-for-a-page", "whole", "zeros"]
+    assert {reason.partition("tensor")[0] for reason in reasons(discovery).values()} == {
+        "is not whole: nothing was written yet where its "
+    }
+
+
+def test_a_file_that_is_replaced_is_what_it_was_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    path, old = model(tmp_path / "m.gguf"), time.time() - 60
+    os.utime(path, (old, old))
+    before = Headers()
+    (found,) = discover(tmp_path, before, settle_sec=SETTLE_SEC).models
+    new = write_llama(tmp_path / "new", context_length=512).read_bytes()
+
+    def look(content: bytes, age_sec: float) -> tuple[int | None, bool, bool]:
+        path.write_bytes(content)
+        os.utime(path, (time.time() - age_sec,) * 2)
+        headers = Headers(before)
+        (found,) = discover(tmp_path, headers, settle_sec=SETTLE_SEC).models
+        return found.model.context_length, headers.identity(path) != before.identity(path), headers.settling
+
+    assert found.model.context_length == 2048
+    assert look(new, 0) == (2048, False, True)
+    assert look(new[:-4096], 5) == (2048, False, False)
+    assert look(new, 5) == (512, True, False)
+
+
 def test_only_what_has_changed_a_moment_ago_counts_as_being_written(tmp_path: Path) -> None:
     now = time.time()
     for name, age_sec in (("old", 3600), ("new", 0), ("of-a-clock-that-was-set-back", -3600)):
         os.utime(model(tmp_path / f"{name}.gguf"), (now - age_sec, now - age_sec))
     discovery = discover(tmp_path, settle_sec=60)
     assert aliases(discovery) == ["of-a-clock-that-was-set-back", "old"]
-    assert [(skipped.path.name, skipped.settling) for skipped in discovery.skipped] == [("new.gguf", True)]
+    assert [(skipped.path.name, skipped.reason) for skipped in discovery.skipped] == [
+        ("new.gguf", "is still being written")
+    ]
 
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:

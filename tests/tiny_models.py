@@ -168,14 +168,16 @@ def write_embedding(
     return _write(writer, shapes, seed)
 
 
-def write_projector(path: Path, *, name: str = "tiny-projector", vision: bool = True, audio: bool = False) -> Path:
-    """The header of an `mmproj` file, enough to be recognised; no engine runs it."""
+def write_projector(
+    path: Path, *, name: str = "tiny-projector", vision: bool = True, audio: bool = False, n_embd: int = 64
+) -> Path:
+    """The header of an `mmproj` file for models of this width, enough to be recognised; no engine runs it."""
     writer = gguf.GGUFWriter(path, "clip")
     writer.add_type("mmproj")
     writer.add_name(name)
     writer.add_clip_has_vision_encoder(vision)
     writer.add_clip_has_audio_encoder(audio)
-    return _write(writer, {"mm.0.weight": (64, 64)}, 0)
+    return _write(writer, {"v.patch_embd.weight": (32, 32), "mm.0.weight": (n_embd, 48)}, 0)
 
 
 def _add_model(
