@@ -164,6 +164,13 @@ def test_keys(start: Start, tiny: Path) -> None:
     chat = {"model": "a", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
     assert statuses("/v1/chat/completions", "POST", chat) == [401, 401, 200, 200]
     assert router.http.get("/v1/models", headers={"x-api-key": "infer"}).status_code == 200
+    for one, other in (("wrong", "infer"), ("infer", "wrong"), ("infer", "full"), ("full", "infer")):
+        both = {"authorization": f"Bearer {one}", "x-api-key": other}
+        asked = ("/v1/models", "GET"), ("/v1/models/a/reset", "POST")
+        known = [router.http.request(method, path, headers=both).status_code for path, method in asked]
+        assert known == [200, 200 if "full" in (one, other) else 403]
+    neither = {"authorization": "Basic full", "x-api-key": "wrong"}
+    assert router.http.get("/v1/models", headers=neither).status_code == 401
     assert "full" not in router.log
 
 

@@ -40,16 +40,18 @@ class Keyring:
         self.required = bool(self._full or self._inference)
 
     def check(self, headers: Iterable[tuple[bytes, bytes]], *, manages: bool) -> Client | None:
-        """Who it is, if the key has a name. Raises ApiError 401 without a valid key, 403 with one that may not
-        manage."""
+        """Who it is, if the key has a name. Of two keys, any valid one lets in.
+
+        Raises ApiError 401 without a valid key, 403 if none of them may manage.
+        """
         if not self.required:
             return None
-        given = _given_key(headers)
-        if given is None:
+        given = _given_keys(headers)
+        if not given:
             raise ApiError(401, "missing_api_key", "Send the API key as `Authorization: Bearer KEY`.")
         # Every key is compared, so that the time tells nothing.
-        full = [hmac.compare_digest(given, key) for key in self._full]
-        inference = [client for key, client in self._inference if hmac.compare_digest(given, key)]
+        full = [hmac.compare_digest(one, key) for one in given for key in self._full]
+        inference = [client for one in given for key, client in self._inference if hmac.compare_digest(one, key)]
         if any(full):
             return None
         if not inference:
@@ -59,10 +61,12 @@ class Keyring:
         return inference[0]
 
 
-def _given_key(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
+def _given_keys(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
+    """One from each header that may hold one: Anthropic's clients send both, of which one may be for others."""
+    given: dict[bytes, bytes] = {}
     for name, value in headers:
         if name == b"authorization" and value[:7].lower() == b"bearer ":
-            return value[7:].strip()
-        if name == b"x-api-key":  # Anthropic's clients
-            return value.strip()
-    return None
+            given.setdefault(name, value[7:].strip())
+        elif name == b"x-api-key":
+            given.setdefault(name, value.strip())
+    return list(given.values())
