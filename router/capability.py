@@ -14,7 +14,7 @@ import msgspec
 
 from router.api.errors import ApiError, ContextExceeded
 from router.config import ModelConfig
-from router.flags import FlagError, as_started
+from router.flags import Purpose
 from router.routing import some_of
 
 _LONGEST_REFUSAL = 1000
@@ -70,7 +70,7 @@ class _Need(NamedTuple):
     said: bytes
     """The engine's words (tools/server/server-context.cpp and server-common.cpp, build 11434)."""
     what: str
-    flag: str
+    flag: Purpose
 
 
 _NEEDS = (
@@ -100,7 +100,7 @@ def refused_by_engine(body: bytes, alias: str, models: Mapping[str, ModelConfig]
         if need is None:
             return None
         reason = f"{alias!r} was not started for {need.what} (--{need.flag} in its flags)"
-        nobody, able = "No model here is", partial(_has, flag=need.flag)
+        nobody, able = "No model here is", partial(_is_for, purpose=need.flag)
     others = [other for other, model in models.items() if other != alias and able(model)]
     advice = f"Ask {some_of(others)} instead" if others else nobody
     return ApiError(400, "not_supported", f"{reason}. {advice}.", "model")
@@ -112,16 +112,8 @@ def _writes(model: ModelConfig) -> bool:
 
 def purpose_of(model: ModelConfig) -> str:
     """What its engine is started for: `completion`, `embedding` or `rerank`."""
-    return next((flag for flag in ("embedding", "rerank") if _has(model, flag)), "completion")
+    return next((purpose for purpose in ("embedding", "rerank") if purpose in model.purposes), "completion")
 
 
-def _has(model: ModelConfig, flag: str) -> bool:
-    try:
-        flags = as_started(model.flags, model.env)
-    except FlagError:  # it will not load
-        return False
-    if flag == "mmproj":
-        return flags.last(flag) is not None
-    if flag == "embedding" and flags.switch("rerank", False):
-        return False
-    return flags.switch(flag, False)
+def _is_for(model: ModelConfig, purpose: Purpose) -> bool:
+    return purpose in model.purposes

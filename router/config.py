@@ -25,6 +25,8 @@ from pydantic import (
 )
 from pydantic.json_schema import GenerateJsonSchema
 
+from router.flags import Purpose
+
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 PriorityName = Literal["high", "normal", "low"]
@@ -587,6 +589,8 @@ class ModelConfig:
     description: str = ""
     source: str = field(default="", compare=False)
     """Where it comes from: a file's name, `pulled`, `--models-dir` …"""
+    purposes: frozenset[Purpose] = field(default=frozenset(), compare=False)
+    """By its flags, which take too long to be read when an engine has refused a request."""
 
     @property
     def revision(self) -> Hashable:

@@ -49,7 +49,9 @@ from router.flags import (
     Flag,
     FlagError,
     Flags,
+    Purpose,
     argv,
+    as_started,
     from_environment,
     parse,
 )
@@ -625,6 +627,7 @@ class _Draft:
             priority=entry.priority or "normal",
             description=entry.description,
             source=self.origin_of((*path, "model_path")),
+            purposes=_purposes(flags, entry.env),
         )
 
     def header(self, file: Path) -> GGUF | None:
@@ -772,6 +775,14 @@ class _Draft:
             return tuple(flags_for(header, Flags(flags, inherited)))
         except FlagError:  # which is said to whoever asks for it
             return ()
+
+
+def _purposes(flags: tuple[str, ...], environ: Mapping[str, str]) -> frozenset[Purpose]:
+    """None of flags that are no good, which is said elsewhere."""
+    try:
+        return as_started(flags, environ).purposes
+    except FlagError:
+        return frozenset()
 
 
 def _derived_flags(

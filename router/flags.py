@@ -15,6 +15,9 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+Purpose = Literal["embedding", "rerank", "mmproj"]
 
 # One flag a line: its spellings, the canonical one first; `!` marks those that negate it; an N for each value
 # that follows; the environment variable. The order is that of `llama-server --help`.
@@ -519,6 +522,15 @@ class Flags:
         if flag and slots == 0:
             raise flag.error("must not be 0")
         return AUTO_SLOTS if slots < 0 else slots
+
+    @property
+    def purposes(self) -> frozenset[Purpose]:
+        """What an engine is started for besides text, or instead of it."""
+        if self.switch("rerank", False):
+            purposes: set[Purpose] = {"rerank"}
+        else:
+            purposes = {"embedding"} if self.switch("embedding", False) else set()
+        return frozenset(purposes | ({"mmproj"} if self.last("mmproj") is not None else set()))
 
     @property
     def kv_unified(self) -> bool:
