@@ -52,7 +52,7 @@ _encode = msgspec.json.encode
 class Several:
     """The choices of one answer, as they come."""
 
-    def __init__(self, body: bytes, shape: Shape) -> None:
+    def __init__(self, body: bytes | bytearray, shape: Shape) -> None:
         """`body` is a JSON object, as the engine would get it."""
         fields: dict[str, Any] = dict(_decode_fields(body))
         wanted = _decode_wanted(body)

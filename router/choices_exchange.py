@@ -20,17 +20,21 @@ class ChoicesExchange(Exchange):
 
     _several: Several | None
 
-    def _submit(self, wish: Wish) -> None:
+    def _read(self, body: bytes | bytearray) -> tuple[Wish, bytes | bytearray]:
         self._several = None
-        answers = wish.answers if wish.asked_as is None else shape_of(self._body)
+        wish, body = super()._read(body)
+        answers = wish.answers if wish.asked_as is None else shape_of(body)
         if answers.several:
-            try:
-                self._check(answers, wish.alias)
-            except ApiError as error:
-                self._refuse(error)
-                return
-            self._several = Several(self._body, answers)
-            self._body = self._several.body
+            self._check(answers, wish.alias)
+            self._several = Several(body, answers)
+            body = self._several.body
+        return wish, body
+
+    def _depth(self) -> int:
+        return 1 if self._head.path.endswith("/chat/completions") else 2  # prompts are counted
+
+    def _submit(self, wish: Wish) -> None:
+        if self._several is not None:
             self._answer = _SeveralAnswer(self._answer, self._several)
         super()._submit(wish)
 

@@ -1,7 +1,8 @@
 """One request of the data plane on its way through the router: admitted, routed, queued, sent, answered.
 
 There is no task and no coroutine here. A request is moved on by whatever happens to it, which calls a method:
-its client sends or leaves, it is granted a slot, its engine answers or breaks. What it promises:
+its client sends or leaves, it is granted a slot, its engine answers or breaks. Only large bodies are read on a
+thread. What it promises:
 
 - A client that goes away frees its place at once: in the queue, or in the engine by closing the connection.
 - A request whose engine died before anything reached the client goes back to the head of its queue.
@@ -13,8 +14,12 @@ its client sends or leaves, it is granted a slot, its engine answers or breaks. 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
+import re
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from random import getrandbits
 from urllib.parse import quote
@@ -28,12 +33,21 @@ from router.config import System
 from router.crowd import Bodies
 from router.dispatcher import Dispatcher, Ticket, Waiting
 from router.events import RequestDone
+from router.forms import is_form
 from router.heads import Admission, RequestHead
 from router.meter import AnswerMeter, Usage
 from router.queue import NAMES
-from router.rewriting import rewritten
-from router.routing import WITHOUT_TOKENS, Wish, read_wish
-from router.upstream import Connection, Head
+from router.rewriting import depth_of, rewritten
+from router.routing import WITHOUT_TOKENS, Wish, read_wish, shortened
+from router.shortening import Shortened
+from router.upstream import Body, Connection, Head
+
+_log = logging.getLogger("router")
+
+_READ_AT_ONCE = 1 << 20
+"""Bodies up to this size are read on the event loop, in a few milliseconds."""
+_PLACE = re.compile(r" \(byte \d+\)")
+"""Of a mistake, in what was read instead of a large body."""
 
 _BUFFERED_ANSWER = 4 << 20
 """Answers up to this size are read whole before the client sees any of it, so that they can be tried again."""
@@ -49,6 +63,7 @@ class Exchanges:
         self.keyring = keyring
         self.browsers = browsers
         self.bodies = Bodies()
+        self.readers = ThreadPoolExecutor(1, "large bodies")  # several would leave the event loop less
         self._watched: set[Exchange] = set()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -116,13 +131,13 @@ class Exchange:
         self._id_line = b""
         self._lines = b""
         """Headers of every answer, besides that one."""
-        self._received = bytearray()
-        """A body that comes in more than one part, while it does."""
+        self._received: bytes | bytearray = b""
+        """Of the body, while it comes."""
         self._held = 0
         """Bytes of the body, as they count in the sum over all requests."""
         self._parts: list[bytes] = []
         """Of an answer that is read whole before any of it is sent."""
-        self._body = b""
+        self._body: Body = b""
         self._streams = False
         self._ticket: Ticket | None = None
         self._connection: Connection | None = None
@@ -163,38 +178,84 @@ class Exchange:
             return
         self._held += size
         if size == self._held:
-            self._body = part
-        else:
-            if not self._received:
-                self._received += self._body
-            self._received += part  # not a list: a body in crumbs would take many times its size
+            self._received = part
+            return
+        if isinstance(self._received, bytes):
+            self._received = bytearray(self._received)  # not a list: crumbs would take many times their size
+        self._received += part
 
     def end_body(self) -> None:
         if self._is_over:
             return
-        if self._received:
-            self._body = bytes(self._received)
-            self._received.clear()
+        body, self._received = self._received, b""
+        self._body = body
+        if len(body) > _READ_AT_ONCE:
+            self._read_apart(body)
+            return
         try:
-            wish = self._read_wish()
-            if wish.asked_as is not None and self._body:
-                self._body = rewritten(self._body, self._path_of_engine(), wish.asked_as)
+            wish, self._body = self._read(bytes(body))
         except ApiError as error:
             self._refuse(error)
         else:
             self._submit(wish)
 
-    def _read_wish(self) -> Wish:
-        """Raises ApiError."""
-        return read_wish(self._body, self._head.fields, self._dispatcher.config, self._client)
+    def _read(self, body: bytes | bytearray) -> tuple[Wish, bytes | bytearray]:
+        """What is asked for, and the body for the engine. Raises ApiError."""
+        wish = read_wish(body, self._head.fields, self._dispatcher.config, self._client)
+        if wish.asked_as is not None:
+            body = rewritten(body, self._head.path, wish.asked_as)
+        return wish, body
 
     def _path_of_engine(self) -> str:
-        """Where the body, as it is once the wish was read, goes."""
+        """Where the body, once it was read, goes."""
         return self._head.path
 
     def _is_slotless(self) -> bool:
         """Whether an engine answers it beside what its slots compute."""
         return self._head.path in WITHOUT_TOKENS
+
+    def _depth(self) -> int:
+        """How deep one has to look into a body to know what is asked for."""
+        return 1
+
+    def _restore(self, short: Shortened) -> None:
+        """What was read of the short form of a large body besides."""
+
+    def _read_apart(self, body: bytes | bytearray) -> None:
+        """A large one, on a thread; one after the other, as several threads would leave the event loop less."""
+        loop = asyncio.get_running_loop()
+        reading = self._shared.readers.submit(self._read_large, body)
+        reading.add_done_callback(lambda reading: loop.call_soon_threadsafe(self._was_read, reading))
+
+    def _read_large(self, body: bytes | bytearray) -> tuple[Wish, Body]:
+        """The same in steps, between which other threads get their turns."""
+        if is_form(self._head.fields.get(b"content-type", b"")):
+            return self._read(body)
+        depth = self._depth()
+        while True:
+            short = shortened(body, depth)
+            try:
+                wish, text = self._read(short.text)
+            except ApiError as error:
+                raise replace(error, message=_PLACE.sub("", error.message)) from None
+            needed = depth if wish.asked_as is None else depth_of(self._path_of_engine(), wish.asked_as)
+            if needed <= depth:
+                self._restore(short)
+                return wish, short.restored(text)
+            depth = needed
+
+    def _was_read(self, reading: Future[tuple[Wish, Body]]) -> None:
+        if self._is_over:  # its client has left
+            return
+        try:
+            wish, self._body = reading.result()
+        except ApiError as error:
+            self._refuse(error)
+        except Exception as error:
+            _log.error("a request broke the router", exc_info=error)
+            self._refuse(ApiError(500, "internal_error", "The router made a mistake; see its log."))
+        else:
+            self._submit(wish)
 
     def _submit(self, wish: Wish) -> None:
         if b"x-request-id" in self._head.fields and self._dispatcher.is_taken(self._request_id):
@@ -447,7 +508,7 @@ class Exchange:
         self._status = error.status
         self._reason = error.message
         self._end(error.code)
-        self._received.clear()
+        self._received = b""
         self._write_error(error, self._id_line + self._lines)
 
     def _fail(self, error: ApiError) -> None:

@@ -11,7 +11,9 @@ from router.api.errors import ApiError
 from router.exchange import Exchange
 from router.ollama_answers import NotUnderstood, Translation, flattened
 from router.ollama_requests import Asked, translate
+from router.rewriting import rewritten
 from router.routing import Wish, wish_of
+from router.shortening import ALL_DEPTHS
 
 _DOCUMENT = b"content-type: application/json; charset=utf-8\r\n"
 _LINES = b"content-type: application/x-ndjson\r\n"
@@ -27,20 +29,25 @@ class OllamaExchange(Exchange):
 
     # --- the client -------------------------------------------------------------------------------------
 
-    def _read_wish(self) -> Wish:
+    def _read(self, body: bytes | bytearray) -> tuple[Wish, bytes | bytearray]:
         path = self._head.path
-        asked = translate(path, self._body)
+        asked = translate(path, body)
         wish = wish_of(asked.model, asked.streams, self._head.fields, self._dispatcher.config, self._client)
         asked = self._asked = asked._replace(model=asked.model or wish.alias)
         self._translation = Translation(asked, self._waited_sec)
-        self._body = asked.body(wish.alias)
-        return wish
+        question = asked.body(wish.alias)
+        if wish.asked_as is not None and question:
+            question = rewritten(question, asked.target, wish.asked_as)
+        return wish, question
 
     def _path_of_engine(self) -> str:
         return self._asked.target
 
     def _is_slotless(self) -> bool:
         return not self._asked.target  # a load is all that it asks for
+
+    def _depth(self) -> int:
+        return 1 if self._head.path.startswith("/api/embed") else ALL_DEPTHS
 
     def _submit(self, wish: Wish) -> None:
         if self._asked.unloads:

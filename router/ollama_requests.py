@@ -139,7 +139,7 @@ _embed = msgspec.json.Decoder(_Embed).decode
 _embeddings = msgspec.json.Decoder(_Embeddings).decode
 
 
-def translate(path: str, body: bytes) -> Asked:
+def translate(path: str, body: bytes | bytearray) -> Asked:
     """What a request asks for. Raises ApiError 400 for what is not to be understood."""
     try:
         if path == "/api/chat":

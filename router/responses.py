@@ -117,13 +117,13 @@ _decode_text = msgspec.json.Decoder(str).decode
 class Asked(msgspec.Struct):
     """A request, as far as its answer has to do with it."""
 
-    body: bytes
+    body: bytes | bytearray
     """For the engine."""
     repeated: _Fields
     most_tokens: int | None = None
 
 
-def read(body: bytes) -> Asked:
+def read(body: bytes | bytearray) -> Asked:
     """What is not of the API's shape is left for the engine to refuse."""
     try:
         fields: _Fields = dict(_fields_of(body))
@@ -141,7 +141,7 @@ def _most_tokens(fields: _Fields) -> int | None:
         return None
 
 
-def _with_form(body: bytes, fields: _Fields) -> bytes:
+def _with_form(body: bytes | bytearray, fields: _Fields) -> bytes | bytearray:
     """An engine that may call tools and has a schema calls none of them: there the schema is only told."""
     if "text" not in fields or not _OWN_FORMS.isdisjoint(fields):
         return body

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from router.answer import Answer
 from router.api.errors import ApiError
 from router.exchange import Exchange
-from router.responses import Completion, read
+from router.responses import Asked, Completion, read
 from router.routing import Wish
+from router.shortening import Shortened
 
 
 class ResponsesExchange(Exchange):
     """An exchange whose client expects more than the engine says."""
 
-    __slots__ = ("_completion",)
+    __slots__ = ("_asked", "_completion")
 
+    _asked: Asked
     _completion: Completion
 
+    def _read(self, body: bytes | bytearray) -> tuple[Wish, bytes | bytearray]:
+        wish, body = super()._read(body)
+        self._asked = read(body)
+        return wish, self._asked.body
+
+    def _depth(self) -> int:
+        return 3  # that of a schema, and of what is not one
+
+    def _restore(self, short: Shortened) -> None:
+        repeated = {key: short.restored(bytes(raw)) for key, raw in self._asked.repeated.items()}
+        self._asked.repeated = {key: msgspec.Raw(b"".join(whole.parts)) for key, whole in repeated.items()}
+
     def _submit(self, wish: Wish) -> None:
-        asked = read(self._body)
-        self._body = asked.body
-        self._completion = Completion(asked)
+        self._completion = Completion(self._asked)
         self._answer = _CompletedAnswer(self._answer, self._completion)
         super()._submit(wish)
 

@@ -43,7 +43,14 @@ _role_of = msgspec.json.Decoder(_Role).decode
 _encode = msgspec.json.encode
 
 
-def rewritten(body: bytes, path: str, alias: AliasConfig) -> bytes:
+def depth_of(path: str, alias: AliasConfig) -> int:
+    """How deep in a body it is changed: 1 is the depth of the parameters, 3 that of what a message consists of."""
+    plain = path.removeprefix("/v1")
+    speaks = alias.system_prompt or alias.messages
+    return 3 if speaks and (plain in _MESSAGES or plain in _FIELDS) else 1
+
+
+def rewritten(body: bytes | bytearray, path: str, alias: AliasConfig) -> bytes:
     """The body, a JSON object, as the engine is to get it. Of a key that is there twice, the last one counts.
 
     Parameters go before the messages. What is not of the shape that its route demands stays as it is, for

@@ -15,11 +15,13 @@ import msgspec
 from router.api.auth import Client
 from router.api.errors import ApiError
 from router.config import AliasConfig, Config, ModelConfig
+from router.forms import is_form, text_fields
 from router.messages import Refusal
 from router.names import meant
 from router.near_names import near
 from router.queue import BY_NAME, NAMES, Priority
 from router.repository import BadReference, NotAllowed, permitted
+from router.shortening import Shortened
 
 ROUTES = frozenset(
     {
@@ -122,14 +124,15 @@ _decode = msgspec.json.Decoder(_Envelope).decode
 _decode_prompts = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 
-def read_wish(body: bytes, headers: Mapping[bytes, bytes], config: Config, client: Client | None = None) -> Wish:
+def read_wish(
+    body: bytes | bytearray, headers: Mapping[bytes, bytes], config: Config, client: Client | None = None
+) -> Wish:
     """Raises ApiError for what is not to be understood, and for models that are not there."""
     content_type = headers.get(b"content-type", b"")
-    if content_type.startswith(b"multipart/form-data"):
-        fields = _form_fields(body, content_type, (b"model", b"stream"))
-        model: object = fields.get(b"model")
-        streams = fields.get(b"stream", "").lower() in ("true", "1")
-        wish = wish_of(model, streams, headers, config, client)
+    if is_form(content_type):
+        fields = text_fields(body, content_type, ("model", "stream"))
+        streams = fields.get("stream", "").lower() in ("true", "1")
+        wish = wish_of(fields.get("model"), streams, headers, config, client)
         return wish._replace(asked_as=None)  # forms are not rewritten
     envelope = _read_envelope(body)
     wish = wish_of(envelope.model, envelope.stream is True, headers, config, client)
@@ -137,7 +140,7 @@ def read_wish(body: bytes, headers: Mapping[bytes, bytes], config: Config, clien
     return wish if answers is ONE else wish._replace(answers=answers)
 
 
-def shape_of(body: bytes) -> Shape:
+def shape_of(body: bytes | bytearray) -> Shape:
     """How many answers it asks for. Raises ApiError for what is no JSON object."""
     return _shape_of(_read_envelope(body))
 
@@ -247,36 +250,24 @@ def _priority(wanted: bytes) -> Priority:
     return priority
 
 
-def _read_envelope(body: bytes) -> _Envelope:
+def shortened(body: bytes | bytearray, depth: int) -> Shortened:
+    """A JSON document down to a depth. Raises ApiError."""
+    try:
+        return Shortened(body, depth)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise _unreadable(error) from None
+
+
+def _read_envelope(body: bytes | bytearray) -> _Envelope:
     try:
         return _decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        what = f"is not a JSON object: {error}" if body else "is empty"
-        raise ApiError(400, "invalid_json", f"The body {what}.") from None
-    except RecursionError:
-        raise ApiError(400, "invalid_json", "The body is nested too deeply.") from None
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        if not body:
+            raise ApiError(400, "invalid_json", "The body is empty.") from None
+        raise _unreadable(error) from None
 
 
-def _form_fields(body: bytes, content_type: bytes, names: tuple[bytes, ...]) -> dict[bytes, str]:
-    """Short text fields of a multipart body (RFC 7578), found without copying its files."""
-    _, found, boundary = content_type.partition(b"boundary=")
-    boundary = boundary.split(b";")[0].strip().strip(b'"')
-    if not found or not boundary:
-        raise ApiError(400, "invalid_multipart", "The Content-Type names no multipart boundary.")
-    delimiter = b"--" + boundary
-    fields: dict[bytes, str] = {}
-    start = body.find(delimiter)
-    while start >= 0:
-        start += len(delimiter)
-        if body.startswith(b"--", start):
-            return fields
-        head_end = body.find(b"\r\n\r\n", start)
-        end = body.find(b"\r\n" + delimiter, start)
-        if head_end < 0 or end < head_end + 2:
-            break
-        head = body[start:head_end].lower()
-        for name in names:
-            if b'name="%b"' % name in head and b"filename=" not in head:
-                fields[name] = body[head_end + 4 : end].decode("utf-8", "replace").strip()
-        start = end + 2
-    raise ApiError(400, "invalid_multipart", "The multipart body is cut off or malformed.")
+def _unreadable(error: Exception) -> ApiError:
+    is_deep = isinstance(error, RecursionError)
+    what = "is nested too deeply" if is_deep else f"is not a JSON object: {error}"
+    return ApiError(400, "invalid_json", f"The body {what}.")

@@ -25,6 +25,7 @@ import httptools
 import msgspec
 
 from router.heads import Headers, Known
+from router.shortening import Pieces
 
 _NOT_RELAYED = frozenset(
     {
@@ -47,6 +48,9 @@ _DYING_SEC = 0.05
 """Until an engine that has died is known to be dead."""
 _ONE_WRITE = 65536
 """Head and body are joined up to this size; beyond it the copy costs more than a second buffer."""
+
+
+Body = bytes | bytearray | Pieces
 
 
 class Head(msgspec.Struct):
@@ -101,7 +105,7 @@ class Connection(asyncio.Protocol):
         self._pool = pool
         self._transport: asyncio.Transport | None = None
         self._receiver: Receiver | None = None
-        self._request = (b"", b"")
+        self._request: tuple[bytes, Body] = (b"", b"")
         self._uses = 0
         self._headers: Headers = []
         self._head: Head | None = None
@@ -122,7 +126,7 @@ class Connection(asyncio.Protocol):
     def is_open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
-    def send(self, head: bytes, body: bytes, receiver: Receiver) -> None:
+    def send(self, head: bytes, body: Body, receiver: Receiver) -> None:
         assert self._transport is not None
         self._receiver = receiver
         self._request = (head, body)
@@ -131,7 +135,9 @@ class Connection(asyncio.Protocol):
         receiver.connected(self)
         if self._receiver is None:  # it has thought better of it
             return
-        if len(body) < _ONE_WRITE:
+        if isinstance(body, Pieces):
+            self._transport.writelines((head, *body.parts))
+        elif len(body) < _ONE_WRITE:
             self._transport.write(head + body)
         else:
             self._transport.writelines((head, body))
@@ -280,7 +286,7 @@ class EnginePool:
         self._connecting: set[asyncio.Task[None]] = set()
         self._closed = False
 
-    def post(self, target: bytes, lines: bytes, body: bytes, receiver: Receiver) -> None:
+    def post(self, target: bytes, lines: bytes, body: Body, receiver: Receiver) -> None:
         """Send a request. `lines` are headers, each with its end; Host, Content-Length and the key are added."""
         head = b"POST %b%b%bcontent-length: %d\r\n\r\n" % (target, self._lines, lines, len(body))
         while self._idle:
@@ -295,13 +301,13 @@ class EnginePool:
         """Since when the engine, if it is asked for anything, has sent nothing."""
         return max(self.asked_sec, self.heard_sec)
 
-    def connect(self, head: bytes, body: bytes, receiver: Receiver) -> None:
+    def connect(self, head: bytes, body: Body, receiver: Receiver) -> None:
         """Send a request on a fresh connection."""
         task = asyncio.get_running_loop().create_task(self._connect(head, body, receiver))
         self._connecting.add(task)
         task.add_done_callback(self._connecting.discard)
 
-    async def _connect(self, head: bytes, body: bytes, receiver: Receiver) -> None:
+    async def _connect(self, head: bytes, body: Body, receiver: Receiver) -> None:
         if self._closed or not self._is_alive():  # its port may be somebody else's by now
             receiver.lost("the engine is stopped")
             return

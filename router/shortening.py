@@ -1,0 +1,218 @@
+"""Large JSON documents made short enough to be read at once: what is long is taken out, and put back later.
+
+Whoever decodes 100 MiB holds Python's lock for a fifth of a second or longer, on whatever thread, and every token
+of every stream waits for it. Here each step takes a fraction of a millisecond, so that other threads get their
+turns, and what was taken out is never copied. No key has a meaning here: the short document has all keys of the
+long one, down to a depth, with placeholders for long strings, of which the beginning stays, and for long objects
+and what is in long arrays below that depth.
+
+What is taken out is not looked at: whoever reads it in the end will say if it is not valid.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Generator, Iterator
+from itertools import accumulate
+from typing import NamedTuple
+
+import msgspec
+
+ALL_DEPTHS = 1 << 30
+_STEP = 128 << 10
+_LONG = 512
+_BEGINNING = 260
+"""Bytes of a long string that stay, by which an image is told from another, and a name from one that may be."""
+_DEEPEST = 200
+_APART = 64 << 10
+"""What was taken out and is longer than this is sent from where it lies; what is shorter is copied."""
+_BLOCK = 1 << 20
+
+_PLAIN = re.compile(rb"[ !#-\[\]-~]{0,%d}" % _BEGINNING)
+"""Characters of a string that stand for themselves."""
+_BRACKET = re.compile(rb"[\[\]{}]")
+_ALL_BUT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+class Pieces:
+    """Bytes that follow one another, and need not lie together."""
+
+    __slots__ = ("_size", "parts")
+
+    def __init__(self) -> None:
+        self.parts: list[bytearray | memoryview] = []
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def add(self, part: memoryview) -> None:
+        self._size += len(part)
+        if len(part) >= _APART:
+            self.parts.append(part)
+            return
+        last = self.parts[-1] if self.parts else None
+        if not isinstance(last, bytearray) or len(last) >= _BLOCK:
+            last = bytearray()
+            self.parts.append(last)
+        last += part
+
+
+class Shortened:
+    """A document, of which `text` is the short form."""
+
+    def __init__(self, document: bytes | bytearray, depth: int) -> None:
+        """Depth 1 is that of the values of the outermost object.
+
+        Raises msgspec.DecodeError if it is cut off or its brackets do not match, RecursionError if they are too
+        many.
+        """
+        self._document = memoryview(document)
+        self._name = secrets.token_hex(8).encode()
+        """Of the placeholders: none that a client could write."""
+        self._taken: list[memoryview] = []
+        kept: list[bytes] = []
+        at = 0
+        for run in _long_runs(self._document, depth):
+            begin = run.begin
+            if run.is_string:
+                plain = _PLAIN.match(self._document, begin, run.end)
+                begin = begin if plain is None else plain.end()
+            kept += self._copied(at, begin)
+            kept.append((b"<%b-s%d>" if run.is_string else b'"<%b-v%d>"') % (self._name, len(self._taken)))
+            self._taken.append(self._document[begin : run.end])
+            at = run.end
+        kept += self._copied(at, len(document))
+        self.text = b"".join(kept)
+
+    def _copied(self, begin: int, end: int) -> Iterator[bytes]:
+        return (bytes(self._document[at : min(end, at + _STEP)]) for at in range(begin, end, _STEP))
+
+    def restored(self, text: bytes | bytearray) -> Pieces:
+        """The long form of what was made of `text`."""
+        placeholder = re.compile(rb'(\\?)"<%b-v(\d+)>\\?"|<%b-s(\d+)>(?=(\\?))' % (self._name, self._name))
+        view, pieces, at = memoryview(text), Pieces(), 0
+        for found in placeholder.finditer(text):
+            pieces.add(view[at : found.start()])
+            at = found.end()
+            taken = self._taken[int(found[2] or found[3])]
+            if not (found[1] or found[4]):
+                pieces.add(taken)
+                continue
+            for begin in range(0, len(taken), _STEP):  # within a string, of which the text is JSON itself
+                step = bytes(taken[begin : begin + _STEP])
+                pieces.add(memoryview(step.replace(b"\\", rb"\\").replace(b'"', rb"\"")))
+        pieces.add(view[at:])
+        return pieces
+
+
+class _Run(NamedTuple):
+    """What is to be taken out: of a long string its content; a long object; what is in a long array."""
+
+    is_string: bool
+    begin: int
+    end: int
+
+
+def _long_runs(document: memoryview, depth: int) -> Iterator[_Run]:
+    """In their order."""
+    level, in_string = 0, False
+    string, value = 0, 0
+    """Where the string and the value that we are in began, if they may have to be taken out."""
+    begin = 0
+    while begin < len(document):
+        texts, end = _between_quotes(document, begin)
+        levels = _levels(texts[in_string::2], level)
+        if levels.highest <= depth:
+            yield from _long_strings(texts, begin, string if in_string else None)
+        elif levels.lowest <= depth:
+            value = yield from _mixed(texts, begin, string if in_string else None, level, depth, value)
+        level = levels.last
+        if len(texts) > 1:
+            in_string ^= len(texts) % 2 == 0
+            string = end - len(texts[-1])
+        begin = end
+    if in_string or level > 0:
+        raise msgspec.DecodeError("Input data was truncated")
+
+
+def _long_strings(texts: list[bytes], begin: int, string: int | None) -> Iterator[_Run]:
+    """Of those that end here. `texts` are what is between quotes, from `begin` on; `string` is where one began in
+    which the first of them is."""
+    if string is not None and len(texts) > 1 and begin + len(texts[0]) - string >= _LONG:
+        yield _Run(True, string, begin + len(texts[0]))
+    whole = range(1 if string is None else 2, len(texts) - 1, 2)
+    if any(len(texts[index]) >= _LONG for index in whole):
+        ends = list(accumulate(map(len, texts), initial=begin - 1))
+        for index in whole:
+            if len(texts[index]) >= _LONG:
+                end = ends[index + 1] + index + 1
+                yield _Run(True, end - len(texts[index]), end)
+
+
+def _mixed(
+    texts: list[bytes], begin: int, string: int | None, level: int, depth: int, value: int
+) -> Generator[_Run, None, int]:
+    """The same where something begins or ends that is nested too deeply. Returns where the last of that began."""
+    at = begin
+    for index, text in enumerate(texts):
+        end = at + len(text)
+        if string is None:
+            for found in _BRACKET.finditer(text):
+                place = at + found.start()
+                if found[0] in b"[{":
+                    level += 1
+                    if level == depth + 1:
+                        value = place + (found[0] == b"[")
+                else:
+                    stop = place + (found[0] == b"}")
+                    if level == depth + 1 and stop - value >= _LONG:
+                        yield _Run(False, value, stop)
+                    level -= 1
+            string = end + 1
+        elif index < len(texts) - 1:
+            if level <= depth and end - string >= _LONG:
+                yield _Run(True, string, end)
+            string = None
+        at = end + 1
+    return value
+
+
+def _between_quotes(document: memoryview, begin: int) -> tuple[list[bytes], int]:
+    """What comes next of it, cut at the quotes that begin and end strings; and where that ends."""
+    end = min(begin + _STEP, len(document))
+    step = bytes(document[begin:end])
+    if (len(step) - len(step.rstrip(b"\\"))) % 2:  # what is escaped stays with what escapes it
+        end = min(end + 1, len(document))
+        step = bytes(document[begin:end])
+    if b"\\" in step:
+        step = step.replace(rb"\\", b"__").replace(rb"\"", b"__")
+    return step.split(b'"'), end
+
+
+class _Levels(NamedTuple):
+    """How deeply nested what comes next is."""
+
+    lowest: int
+    highest: int
+    """Or a few less."""
+    last: int
+
+
+def _levels(texts: list[bytes], level: int) -> _Levels:
+    """Of these, which are no strings. Raises msgspec.DecodeError and RecursionError."""
+    brackets = b"".join(texts).translate(None, _ALL_BUT_BRACKETS)
+    for pairs in range(_DEEPEST):
+        length = len(brackets)
+        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
+        if len(brackets) == length:
+            opening = brackets.lstrip(b"]}")
+            if b"]" in opening or b"}" in opening:
+                raise msgspec.DecodeError("JSON is malformed: brackets do not match")
+            lowest = level - length + len(opening)
+            last = lowest + len(opening)
+            if last + pairs > _DEEPEST:
+                break
+            return _Levels(lowest, max(level, last) + pairs, last)
+    raise RecursionError
