@@ -1,10 +1,11 @@
 """A model from the Hugging Face hub into the cache that other programs share.
 
 Talks to the hub through `huggingface_hub` (errors, tokens, the layout of the cache), but moves the bytes
-itself: the library begins anew after a cut, and does not compare checksums. Files arrive as
-`blobs/HASH.incomplete`, under the library's own locks; only what has the checksum that the hub promises gets its
-name, and only a model of which all is there is written down as pulled. All of this blocks: the router runs it in a
-process of its own (`downloads.py`).
+itself: the library begins anew after a cut, and does not compare checksums. Files arrive beside the blobs, under
+the library's own locks. On network drives these may exclude nobody, so nothing depends on them: each pull writes
+to a file of its own, and takes over what another has left by renaming it. Only what has, on the disk, the checksum
+that the hub promises gets its name, and only a model of which all is there is written down as pulled. All of this
+blocks: the router runs it in a process of its own (`downloads.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import shutil
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO
@@ -281,40 +283,38 @@ class _Pull:
                 progress.completed_bytes = self._arrived(commit, file)
         try:
             if not self._is_there(commit, file):
-                self._download(commit, file, blob.with_name(f"{file.blob}.incomplete"), progress)
-                os.replace(blob.with_name(f"{file.blob}.incomplete"), blob)
+                self._download(commit, file, blob, progress)
             if _size(pointer) != file.size:
-                pointer.unlink(missing_ok=True)
-                try:
-                    pointer.symlink_to(os.path.relpath(blob, pointer.parent))
-                except OSError:  # a file system without links: as the library does
-                    os.replace(blob, pointer)
+                _link(pointer, blob)
             progress.completed_bytes = file.size
         finally:
             lock.release()
 
-    def _download(self, commit: str, file: HubFile, partial: Path, progress: FileProgress) -> None:
-        """Into `partial`, until its checksum is right. What was left by a broken try may be wrong, too."""
-        resumes = partial.exists()
-        if self._complete(commit, file, partial, progress):
-            return
-        partial.unlink()
-        if resumes and self._complete(commit, file, partial, progress):
-            return
-        partial.unlink(missing_ok=True)
-        message = f"{file.path}: what arrived is not what the hub promises, and was thrown away. Pull again."
-        raise PullFailed("checksum_mismatch", message)
+    def _download(self, commit: str, file: HubFile, blob: Path, progress: FileProgress) -> None:
+        """Until its checksum is right. What was left by a broken try may be wrong, too."""
+        partial = pulled.own_part(blob)
+        try:
+            resumes = pulled.take_over(blob, partial)
+            while not self._complete(commit, file, partial, progress):
+                is_blameless = resumes or not partial.exists()  # another pull has taken it over
+                partial.unlink(missing_ok=True)
+                if not is_blameless:
+                    message = "what arrived is not what the hub promises, and was thrown away. Pull again."
+                    raise PullFailed("checksum_mismatch", f"{file.path}: {message}")
+                resumes = False
+            os.replace(partial, blob)
+        finally:
+            pulled.leave(partial, blob)
 
     def _complete(self, commit: str, file: HubFile, partial: Path, progress: FileProgress) -> bool:
-        """Fetch what is missing of a file; whether its checksum is right then."""
-        with partial.open("a+b") as out:
-            arriving = _Arriving(file, out, progress)
-            arriving.take_up(self._check_stop)
+        """Fetch what is missing of a file; whether it is right then, as it is on the disk."""
+        with partial.open("ab") as out:
+            progress.completed_bytes = out.tell()
             tries = 0
             while progress.completed_bytes < file.size:
                 before = progress.completed_bytes
                 with self.hub.explained(last_try=tries == len(PAUSES_SEC)):
-                    self._receive(commit, file, arriving)
+                    self._receive(commit, file, out, progress)
                 out.flush()
                 if progress.completed_bytes < file.size:
                     tries = 1 if progress.completed_bytes > before else tries + 1
@@ -323,11 +323,21 @@ class _Pull:
                     self._wait(PAUSES_SEC[tries - 1])
             out.flush()
             os.fsync(out.fileno())
-        return progress.completed_bytes == file.size and arriving.digest.hexdigest() == file.blob
+        return self._is_right(partial, file)
 
-    def _receive(self, commit: str, file: HubFile, arriving: _Arriving) -> None:
+    def _is_right(self, path: Path, file: HubFile) -> bool:
+        if _size(path) != file.size:  # or another pull has taken it over
+            return False
+        digest = _digest(file)
+        with path.open("rb") as written:
+            while chunk := written.read(_HASH_BYTES):
+                self._check_stop()
+                digest.update(chunk)
+        return digest.hexdigest() == file.blob
+
+    def _receive(self, commit: str, file: HubFile, out: IO[bytes], progress: FileProgress) -> None:
         """One request for the rest of a file."""
-        start = arriving.progress.completed_bytes
+        start = progress.completed_bytes
         headers = build_hf_headers(library_name="llama-router", library_version=__version__)
         headers["Accept-Encoding"] = "identity"
         if start:
@@ -336,11 +346,13 @@ class _Pull:
         with get_session().stream("GET", url, headers=headers, timeout=ANSWER_SEC) as response:
             hf_raise_for_status(response)
             if start and (response.status_code != 206 or _first_byte(response) != start):
-                arriving.begin_anew()
+                out.truncate(0)  # the server sends the whole file, whatever it was asked for
+                progress.completed_bytes = 0
             for chunk in response.iter_raw():
                 self._check_stop()
-                arriving.add(chunk)
-                if arriving.progress.completed_bytes > file.size:
+                out.write(chunk)
+                progress.completed_bytes += len(chunk)
+                if progress.completed_bytes > file.size:
                     return
 
     def _name_revision(self, commit: str) -> None:
@@ -349,7 +361,7 @@ class _Pull:
             return
         ref = self.folder / "refs" / self.reference.revision
         ref.parent.mkdir(parents=True, exist_ok=True)
-        fresh = ref.with_name(f"{ref.name}.new")
+        fresh = ref.with_name(f"{ref.name}.{uuid.uuid4().hex}")
         fresh.write_text(commit)
         os.replace(fresh, ref)
 
@@ -365,7 +377,8 @@ class _Pull:
     def _arrived(self, commit: str, file: HubFile) -> int:
         if self._is_there(commit, file):
             return file.size
-        return min(file.size, _size(self.folder / "blobs" / f"{file.blob}.incomplete") or 0)
+        parts = pulled.parts(self.folder / "blobs" / file.blob)
+        return min(file.size, max((_size(part) or 0 for part in parts), default=0))
 
     def _add_up(self) -> None:
         self.progress.completed_bytes = sum(file.completed_bytes for file in self.progress.files)
@@ -377,36 +390,6 @@ class _Pull:
     def _wait(self, sec: float) -> None:
         if self.stop.wait(sec):
             raise Cancelled
-
-
-class _Arriving:
-    """A file as far as it is there, with the digest of that."""
-
-    def __init__(self, file: HubFile, out: IO[bytes], progress: FileProgress) -> None:
-        self.progress = progress
-        self.digest = _digest(file)
-        self._file = file
-        self._out = out
-
-    def take_up(self, check_stop: Callable[[], None]) -> None:
-        """Read what an earlier try has left."""
-        self._out.seek(0)
-        self.progress.completed_bytes = 0
-        while chunk := self._out.read(_HASH_BYTES):
-            check_stop()
-            self.digest.update(chunk)
-            self.progress.completed_bytes += len(chunk)
-
-    def add(self, chunk: bytes) -> None:
-        self._out.write(chunk)
-        self.digest.update(chunk)
-        self.progress.completed_bytes += len(chunk)
-
-    def begin_anew(self) -> None:
-        """The server sends the whole file, whatever it was asked for."""
-        self._out.truncate(0)
-        self.digest = _digest(self._file)
-        self.progress.completed_bytes = 0
 
 
 class _Rate:
@@ -428,6 +411,17 @@ class _Rate:
 def _digest(file: HubFile) -> hashlib._Hash:
     # git hashes a blob together with its kind and size.
     return hashlib.sha256() if file.is_large else hashlib.sha1(b"blob %d\0" % file.size)  # noqa: S324
+
+
+def _link(pointer: Path, blob: Path) -> None:
+    """Have the name in a snapshot stand for the blob. Another pull may be just about to."""
+    fresh = pointer.with_name(f"{pointer.name}.{uuid.uuid4().hex}")
+    try:
+        fresh.symlink_to(os.path.relpath(blob, pointer.parent))
+    except OSError:  # a file system without links: as the library does
+        os.replace(blob, pointer)
+    else:
+        os.replace(fresh, pointer)
 
 
 def _size(path: Path) -> int | None:

@@ -12,11 +12,16 @@ import contextlib
 import errno
 import logging
 import os
+import platform
+import re
 import shutil
+import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
+import psutil
 from filelock import FileLock, Timeout
 
 from router.hub import Discovery, Found, Headers, Survey
@@ -24,6 +29,9 @@ from router.hub import Discovery, Found, Headers, Survey
 _log = logging.getLogger("router")
 
 RECORD = "llama-router.json"
+_PART = ".incomplete"
+_QUIET_SEC = 60.0
+"""A part that was not written to for so long belongs to nobody, whatever became of the pull."""
 _PREFIX = "models--"
 
 
@@ -174,12 +182,19 @@ def remove(cache: Path, alias: str) -> int:
             try:
                 locks.enter_context(blob_lock(folder, blob).acquire(timeout=0))
             except Timeout:
-                raise BeingPulled(f"{alias!r} is being pulled: stop that first, or wait for its end") from None
+                raise _being_pulled(alias) from None
+            path = folder / "blobs" / blob
+            if any(_is_written(part, path) for part in parts(path)):  # where locks exclude nobody
+                raise _being_pulled(alias)
         _write(folder, record)
         freed = _remove_files(folder, model, record.models.values())
-    if not record.models:
-        _remove_empty(folder)
+        if not record.models:
+            _remove_empty(folder)
     return freed
+
+
+def _being_pulled(alias: str) -> BeingPulled:
+    return BeingPulled(f"{alias!r} is being pulled: stop that first, or wait for its end")
 
 
 def _remove_files(folder: Path, model: PulledModel, others: Iterable[PulledModel]) -> int:
@@ -198,10 +213,9 @@ def _remove_files(folder: Path, model: PulledModel, others: Iterable[PulledModel
     freed = 0
     for _, file in own:
         blob = folder / "blobs" / file.blob
-        partial = blob.with_name(f"{file.blob}.incomplete")
         if file.blob in kept_blobs or os.path.realpath(blob) in used:
             continue
-        for path in (blob, partial):
+        for path in (blob, *parts(blob)):
             with contextlib.suppress(FileNotFoundError):
                 freed += path.stat().st_size
                 path.unlink()
@@ -219,11 +233,75 @@ def _remove_empty_above(path: Path, top: Path) -> None:
 
 
 def _remove_empty(folder: Path) -> None:
-    """A repository of which nothing is left, unless somebody else keeps something in it."""
-    (folder / RECORD).unlink(missing_ok=True)
+    """A repository of which nothing is left, unless somebody else keeps something in it, or is about to."""
+    claimed = folder / f"{RECORD}.{uuid.uuid4().hex}"
+    os.replace(folder / RECORD, claimed)  # what somebody writes from now on is not what is removed here
+    if _read(folder, claimed.name).models:
+        if not (folder / RECORD).exists():
+            os.replace(claimed, folder / RECORD)
+        return
+    claimed.unlink()
     left = (path for name in ("blobs", "snapshots") for path in (folder / name).rglob("*"))
-    if not any(path.is_file() or path.is_symlink() for path in left):
-        shutil.rmtree(folder, ignore_errors=True)
+    if any(path.is_file() or path.is_symlink() for path in left):
+        return
+    shutil.rmtree(folder / "refs", ignore_errors=True)
+    for path in (*sorted(folder.rglob("*"), reverse=True), folder):
+        with contextlib.suppress(OSError):  # it is not empty, or no folder
+            path.rmdir()
+
+
+# --- what has arrived of a file -------------------------------------------------------------------------
+
+
+def parts(blob: Path) -> list[Path]:
+    """What pulls that run, or were broken off, have of it; the largest first."""
+    sizes: dict[Path, int] = {}
+    for part in blob.parent.glob(f"{blob.name}*{_PART}"):
+        with contextlib.suppress(FileNotFoundError):
+            sizes[part] = part.stat().st_size
+    return sorted(sizes, key=lambda part: -sizes[part])
+
+
+def own_part(blob: Path) -> Path:
+    """A name that no other pull has, and that tells whose it is."""
+    return blob.with_name(f"{blob.name}.{uuid.uuid4().hex[:12]}-{os.getpid()}-{_machine()}{_PART}")
+
+
+def take_over(blob: Path, own: Path) -> bool:
+    """Have as `own` what another pull has left, if one has. Of several who try, one gets it."""
+    for part in parts(blob):
+        if not _is_written(part, blob):
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(part, own)
+                return True
+    return False
+
+
+def leave(own: Path, blob: Path) -> None:
+    """For the next pull, or for another program: what of it has arrived, unless somebody has left more."""
+    with contextlib.suppress(FileNotFoundError):
+        common = blob.with_name(f"{blob.name}{_PART}")
+        if not common.exists() or common.stat().st_size < own.stat().st_size:
+            os.replace(own, common)
+        else:
+            own.unlink()
+
+
+def _is_written(part: Path, blob: Path) -> bool:
+    """Whether a pull that still runs may be writing it, as far as can be told."""
+    owner = part.name[len(blob.name) + 1 : -len(_PART)]
+    if not owner:
+        return False
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        _, process, machine = owner.split("-", 2)
+        if machine == _machine() and not psutil.pid_exists(int(process)):
+            return False
+        return time.time() - part.stat().st_mtime < _QUIET_SEC
+    return False
+
+
+def _machine() -> str:
+    return re.sub(r"[^\w.]", "_", platform.node())
 
 
 def blob_lock(folder: Path, blob: str) -> FileLock:
@@ -246,10 +324,10 @@ class _Damaged(OSError):
     """A record that nobody can make sense of."""
 
 
-def _read(folder: Path) -> _Record:
+def _read(folder: Path, name: str = RECORD) -> _Record:
     """Raises OSError."""
     try:
-        return msgspec.json.decode((folder / RECORD).read_bytes(), type=_Record)
+        return msgspec.json.decode((folder / name).read_bytes(), type=_Record)
     except FileNotFoundError:
         return _Record({})
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -259,7 +337,7 @@ def _read(folder: Path) -> _Record:
 
 def _write(folder: Path, record: _Record) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    fresh = folder / f"{RECORD}.new"
+    fresh = folder / f"{RECORD}.{uuid.uuid4().hex}"
     with fresh.open("wb") as file:
         file.write(msgspec.json.format(msgspec.json.encode(record), indent=2))
         file.flush()

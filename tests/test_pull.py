@@ -187,6 +187,66 @@ def test_a_wrong_checksum_is_said_and_nothing_of_it_is_kept(
     assert fetch(REPO, environ).status == "success"
 
 
+class NoLock:
+    """As on a network drive whose server knows no locks: everybody gets it."""
+
+    def acquire(self, timeout: float = -1) -> NoLock:
+        return self
+
+    def release(self) -> None:
+        """There is nothing to give back."""
+
+    def __enter__(self) -> NoLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+@pytest.fixture
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pulled, "FileLock", lambda path: NoLock())
+
+
+@pytest.mark.parametrize("is_taken", [False, True])
+def test_two_pulls_whose_locks_exclude_nobody_get_what_the_hub_promises(
+    hub: Hub, environ: dict[str, str], cache: Path, no_locks: None, is_taken: bool
+) -> None:
+    """`is_taken`: the second one believes that the first is gone, and goes on with its part."""
+    hub.hold_at, ended = 0.5, []
+    first = threading.Thread(target=lambda: ended.append(fetch(REPO, environ)))
+    first.start()
+    assert hub.held.wait(30)
+    hub.hold_at = None
+    if is_taken:
+        (part,) = cache.glob("models--*/blobs/*.incomplete")
+        eventually(lambda: part.stat().st_size > 0)
+        part.rename(part.with_name(f"{part.name.partition('.')[0]}.incomplete"))
+    ended.append(fetch(REPO, environ))
+    hub.go_on.set()
+    first.join()
+    assert [each.status for each in ended] == ["success", "success"]
+    (blob,) = cache.glob("models--*/blobs/*")
+    assert blob.read_bytes() == hub.repositories[REPO]["tiny-Q4_K_M.gguf"]
+    assert [found.alias for found in pulled.discover(cache).models] == [ALIAS]
+
+
+def test_the_end_of_a_repository_takes_nothing_of_a_pull_that_begins_meanwhile(
+    hub: Hub, environ: dict[str, str], cache: Path, no_locks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch(REPO, environ)
+    remove_files = pulled._remove_files
+
+    def beside_another_pull(*which: Any) -> int:
+        freed = remove_files(*which)
+        assert fetch(f"{REPO}:Q8_0", environ).status == "success"
+        return freed
+
+    monkeypatch.setattr(pulled, "_remove_files", beside_another_pull)
+    pulled.remove(cache, ALIAS)
+    assert [found.alias for found in pulled.discover(cache).models] == [f"{REPO}:Q8_0"]
+
+
 def test_split_models_and_projectors_come_whole(hub: Hub, environ: dict[str, str], cache: Path) -> None:
     assert fetch("org/split-GGUF", environ).alias == "org/split-GGUF:BF16"
     assert fetch("org/sees-GGUF:Q8_0", environ).status == "success"
