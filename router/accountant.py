@@ -20,12 +20,12 @@ from router.engine import Binary, EngineFailed
 from router.flags import FORMS, Flags
 from router.host import ProcessMemory
 from router.learning import Learned
+from router.looks import FolderHangs, FolderLooks
 from router.memory import Account, Ledger, is_news
 from router.messages import EngineMeasured, Event, Inspected, MemoryChanged, Placement
 from router.out_of_memory import ran_out
-from router.placing import NAMES_GPUS, Alternative, Ground, advise, inspect
+from router.placing import NAMES_GPUS, Alternative, Ground, Inspection, advise, inspect
 from router.placing import shown as variables
-from router.readings import apart
 from router.residency import ENGINES
 from router.scheduler import Scheduler
 from router.sizing import EngineKind, Size, Unusable
@@ -58,6 +58,7 @@ class Accountant:
     ) -> None:
         self.ledger = Ledger(system)
         self.kind = EngineKind(binary)
+        self.looks = FolderLooks(INSPECTION_LIMIT_SEC)
         self._devices = devices
         self._learned = learned
         self._scheduler = scheduler
@@ -126,14 +127,12 @@ class Accountant:
         """Where it could live, by what is free now."""
         try:
             await self.look()
-            if self._scheduler.engines:  # none of them is to go for one that won't run
-                await apart(self.kind.check_runs)
-            look = partial(inspect, model, system, self.kind, self._ground(), self._learned)
-            found = await asyncio.wait_for(apart(look), INSPECTION_LIMIT_SEC)
+            look = partial(self._look_at, model, system, self._ground(), bool(self._scheduler.engines))
+            found = await self.looks.take(look, model.model_path.parent)
         except Unusable as unusable:
             problem = str(unusable)
-        except asyncio.TimeoutError:
-            problem = f"{model.model_path} could not be looked at within {INSPECTION_LIMIT_SEC} s"
+        except FolderHangs:
+            problem = f"{model.model_path} could not be looked at within {self.looks.limit_sec:g} s"
         except Exception as error:  # whatever it is, the model must not wait for ever
             _log.exception("looking at %s failed", model.model_path)
             problem = f"{model.model_path} cannot be looked at: {error!r}"
@@ -148,6 +147,12 @@ class Accountant:
                 advice=found.advice,
             )
         return Inspected(time.monotonic(), model.alias, problem=problem)
+
+    def _look_at(self, model: ModelConfig, system: System, ground: Ground, beside_others: bool) -> Inspection:
+        """Blocks for as long as its disk does not answer."""
+        if beside_others:  # none of them is to go for one that won't run
+            self.kind.check_runs()
+        return inspect(model, system, self.kind, ground, self._learned)
 
     def _ground(self) -> Ground:
         return self.ledger.ground(self._scheduler.free(), self._devices.environment)
@@ -219,7 +224,11 @@ class Accountant:
             self._learned.ran_out(chosen.size.identity, chosen.as_counted(account.booked()), wanted)
             await self._save()
         ground, placement = self._ground(), chosen.placement
-        return await apart(partial(advise, model, system, self.kind, ground, self._learned, placement))
+        look = partial(advise, model, system, self.kind, ground, self._learned, placement)
+        try:
+            return await self.looks.take(look, model.model_path.parent)
+        except FolderHangs:
+            return ""
 
     async def close(self, account: Account) -> None:
         """Its process is gone: until its memory is back, or for a few seconds; then the books are right again.

@@ -33,6 +33,7 @@ class Looks:
         self._longest_sec = longest_sec
         self._place_sec = place_sec
         self._running: asyncio.Task[object] | None = None
+        self._asking: _Asking | None = None
 
     async def take(self, look: Callable[[], _T], places: Iterable[Path]) -> _T:
         """What it returns or raises; or raises DiskHangs. `places` are where it looks."""
@@ -59,20 +60,59 @@ class Looks:
         self, places: list[Path], look: asyncio.Task[object] | asyncio.Task[_T], until_sec: float
     ) -> None:
         """Until the look has ended. Raises DiskHangs if the system cannot even tell whether one exists."""
-        asked: list[Path] = []
+        if self._asking is None or self._asking.task.done():
+            self._asking = _Asking(places)
+        asking = self._asking
+        while not (asking.task.done() or look.done()) and time.monotonic() < until_sec:
+            before = asking.at
+            await asyncio.wait({asking.task, look}, timeout=self._place_sec, return_when=asyncio.FIRST_COMPLETED)
+            if not (asking.task.done() or look.done()) and asking.at is not None and asking.at is before:
+                raise DiskHangs(f"{asking.at} does not answer: is its disk there?")
 
-        def ask() -> None:
-            for place in places:
-                asked.append(place)
-                with contextlib.suppress(OSError):
-                    place.exists()
 
-        task = asyncio.create_task(apart(ask))
-        while not (task.done() or look.done()) and time.monotonic() < until_sec:
-            before = len(asked)
-            await asyncio.wait({task, look}, timeout=self._place_sec, return_when=asyncio.FIRST_COMPLETED)
-            if not (task.done() or look.done()) and asked and len(asked) == before:
-                raise DiskHangs(f"{asked[-1]} does not answer: is its disk there?")
+class _Asking:
+    """Whether each place is there; `at` is the one whose turn it is."""
+
+    def __init__(self, places: list[Path]) -> None:
+        self.at: Path | None = None
+        self._places = places
+        self.task = asyncio.create_task(apart(self._ask))
+
+    def _ask(self) -> None:
+        for place in self._places:
+            self.at = place
+            with contextlib.suppress(OSError):
+                place.exists()
+
+
+class FolderHangs(Exception):
+    """A look into it did not end in time, or one that began earlier has not ended yet."""
+
+
+class FolderLooks:
+    """Looks into folders, each on a thread of its own; into one, no second before the first has ended."""
+
+    def __init__(self, limit_sec: float) -> None:
+        """How long each may take, with the wait for its turn."""
+        self.limit_sec = limit_sec
+        self._pending: dict[Path, asyncio.Task[object]] = {}
+
+    async def take(self, look: Callable[[], _T], folder: Path) -> _T:
+        """What it returns or raises. Raises FolderHangs."""
+        until_sec = time.monotonic() + self.limit_sec
+        while (pending := self._pending.get(folder)) is not None:
+            await self._end_of(pending, until_sec)
+        task = asyncio.create_task(apart(look))
+        self._pending[folder] = task
+        task.add_done_callback(_hear)
+        task.add_done_callback(lambda _: self._pending.pop(folder))
+        await self._end_of(task, until_sec)
+        return task.result()
+
+    async def _end_of(self, task: asyncio.Task[object] | asyncio.Task[_T], until_sec: float) -> None:
+        await asyncio.wait({task}, timeout=max(0.0, until_sec - time.monotonic()))
+        if not task.done():
+            raise FolderHangs
 
 
 def _hear(task: asyncio.Task[_T]) -> None:

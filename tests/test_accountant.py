@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -73,6 +74,25 @@ def test_an_engine_for_which_nothing_was_found_says_so(accountant: Accountant) -
     with pytest.raises(EngineFailed, match="planned anew"):
         accountant.environment(account, {})
     assert account.booked() == {"host": 500}, "until its end is told"
+
+
+def test_however_often_a_disk_that_hangs_is_looked_at_one_thread_waits_for_it(
+    accountant: Accountant, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    back = threading.Event()
+    monkeypatch.setattr("router.accountant.inspect", lambda *_: back.wait())
+
+    async def story() -> None:
+        accountant.looks.limit_sec = 0.05
+        threads = threading.active_count()
+        for alias in ("a", "b", "a"):
+            found = await accountant.inspect(ModelConfig(alias, tiny, ()), System())
+            assert found.problem is not None
+            assert "could not be looked at within 0.05 s" in found.problem
+        assert threading.active_count() <= threads + 1
+        back.set()
+
+    asyncio.run(story())
 
 
 class SlowWalk(Devices):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from router.looks import DiskHangs, Looks
+from router.looks import DiskHangs, FolderHangs, FolderLooks, Looks
 
 
 def test_a_look_that_hangs_is_told_and_keeps_no_further_ones_once_it_has_ended(tmp_path: Path) -> None:
@@ -58,9 +58,12 @@ def test_a_folder_of_which_nothing_can_be_told_is_named(tmp_path: Path) -> None:
             return back.wait()
 
     async def story() -> None:
-        gone = Gone("/nfs/models")
-        with pytest.raises(DiskHangs, match="/nfs/models does not answer"):
-            await Looks(silent_sec=0.01, place_sec=0.2).take(back.wait, [tmp_path, gone])
+        looks, gone = Looks(silent_sec=0.01, place_sec=0.2), Gone("/nfs/models")
+        threads = threading.active_count()
+        for _ in range(3):
+            with pytest.raises(DiskHangs, match="/nfs/models does not answer"):
+                await looks.take(back.wait, [tmp_path, gone])
+        assert threading.active_count() == threads + 2  # one looks, one asks
         back.set()
 
     asyncio.run(story())
@@ -91,3 +94,19 @@ def test_a_slow_disk_is_waited_for(tmp_path: Path) -> None:
         return await Looks(silent_sec=0.01).take(told.wait, [tmp_path])
 
     assert asyncio.run(story())
+
+
+def test_a_folder_that_hangs_has_one_look_and_the_others_are_looked_into(tmp_path: Path) -> None:
+    async def story() -> None:
+        looks, back = FolderLooks(limit_sec=0.05), threading.Event()
+        threads = threading.active_count()
+        for _ in range(3):
+            with pytest.raises(FolderHangs):
+                await looks.take(back.wait, tmp_path / "nfs")
+        assert threading.active_count() == threads + 1
+        assert await looks.take(lambda: "there", tmp_path / "ssd") == "there"
+        back.set()
+        looks.limit_sec = 10
+        assert await looks.take(lambda: "back", tmp_path / "nfs") == "back"
+
+    asyncio.run(story())
