@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +37,8 @@ _LOOK_SEC = (2.0, 30.0)
 """Pause between two looks at the devices: while there are engines or somebody waits, and else."""
 _MAPPED_SEC = 30.0
 """Pause between two looks at what of their files engines have mapped: the kernel walks through all of it."""
+_LISTED_SEC = 10.0
+"""How old an engine's list of GPUs may be, which takes a process to make."""
 _OLD_SEC = 30.0
 _ANSWER_SEC = 0.1
 _BACK_SEC = 5.0
@@ -81,16 +84,17 @@ class Accountant:
         while True:
             busy = self._scheduler.engines or any(model.queue for model in self._scheduler.models.values())
             await asyncio.sleep(_LOOK_SEC[0] if busy else _LOOK_SEC[1])
-            await self.look(mapped=time.monotonic() - self._mapped_sec >= _MAPPED_SEC)
+            mapped = time.monotonic() - self._mapped_sec >= _MAPPED_SEC
+            await self.look(mapped=mapped, within_sec=_LISTED_SEC if busy else math.inf)
 
-    async def look(self, *, mapped: bool = False) -> bool:
+    async def look(self, *, mapped: bool = False, within_sec: float = 0.0) -> bool:
         """Read everything afresh, and tell what has changed. Whether the devices have answered.
 
         What engines have mapped is only looked at if `mapped`. That may take long, so it comes first: what this
         look says of the devices must not be older than what another one has said meanwhile.
         """
         await self._read_processes(mapped)
-        readings = await self._devices.read()
+        readings = await self._devices.read(within_sec=within_sec)
         self.ledger.observe(readings, self._processes)
         for account in tuple(self.ledger.accounts.values()):
             engine = self._scheduler.engines.get(account.engine_id)

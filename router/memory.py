@@ -233,6 +233,7 @@ class Ledger:
                 free_mib=free_mib.get(line.device.name, 0),
                 number=line.device.number,
                 uuid=line.device.uuid,
+                kind=line.device.kind,
                 divisible=not line.device.is_part,
             )
             for line in self.lines()

@@ -33,6 +33,7 @@ _CONTEXT_STEP = 1024
 NAMES_GPUS = ("device", "spec-draft-device", "mmproj-device")
 """Flags whose values are GPUs as the engine counts them."""
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+_VISIBLE_TO_VULKAN = ("GGML_VK_VISIBLE_DEVICES",)
 _NO_GPU = ("", "-1", "none", "NoDevFiles")
 
 # A first guess, from a fast disk; what is measured replaces it.
@@ -52,6 +53,7 @@ class Site:
     number: int | None = None
     """The driver's, for a GPU."""
     uuid: str = ""
+    kind: str = "cuda"
     divisible: bool = True
     """Whether a model may have other parts of itself on other GPUs."""
 
@@ -288,11 +290,12 @@ class _Places:
         return _group(gpus) if main is not None else None
 
     def _named_by_flags(self) -> _Group:
-        """The GPUs of `--device`, then those that other flags name besides. All, where it is not CUDA or ROCm
-        that counts them: others cannot be shown some."""
+        """The GPUs of `--device`, then those that other flags name besides. All, where it is not their own kind of
+        build that counts them: others cannot be shown some."""
         gpus = self._ground.gpus
         flags = [flag for name in NAMES_GPUS if (flag := self._flags.last(name)) is not None]
-        if not all(re.fullmatch(r"none|((CUDA|ROCm)\d+,?)+", flag.text) for flag in flags):
+        backend = "Vulkan" if self._are_of_vulkan else "CUDA|ROCm"
+        if not all(re.fullmatch(rf"none|(({backend})\d+,?)+", flag.text) for flag in flags):
             return _group(gpus)
         shown = list(dict.fromkeys(number for flag in flags for number in gpu_numbers(flag.text)))
         if max(shown, default=-1) >= len(gpus):
@@ -306,7 +309,7 @@ class _Places:
 
     def _named_by_variables(self) -> list[Site] | None:
         """The GPUs that variables of the entry show to the engine; None if they say nothing of that."""
-        for name in _VISIBLE:
+        for name in _VISIBLE_TO_VULKAN if self._are_of_vulkan else _VISIBLE:
             spelled = self._own_env.get(name)
             if spelled is None or (name == "HIP_VISIBLE_DEVICES" and not spelled):  # HIP takes "" for none given
                 continue
@@ -314,7 +317,9 @@ class _Places:
                 return []
             by_number: dict[int, list[Site]] = {}
             for site in self._ground.gpus:
-                if site.number is not None:
+                if self._are_of_vulkan:
+                    by_number.setdefault(int(site.uuid), [site])
+                elif site.number is not None:
                     by_number.setdefault(site.number, []).append(site)
             named = visible(by_number, spelled)
             if not named:
@@ -322,6 +327,10 @@ class _Places:
                 raise Unusable(f"{name}={spelled} in its env begins with none of the GPUs that there are ({ours})")
             return named
         return None
+
+    @property
+    def _are_of_vulkan(self) -> bool:
+        return bool(self._ground.gpus) and self._ground.gpus[0].kind == "vulkan"
 
     @property
     def _may_divide(self) -> bool:

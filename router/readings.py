@@ -1,6 +1,6 @@
 """What a reading of a device says, and how one is taken of something that may hang.
 
-Where readings come from is `nvidia.py`, `amd.py` and `host.py`; which devices are ours is `devices.py`.
+Where readings come from is `nvidia.py`, `amd.py`, `listed.py` and `host.py`; which devices are ours, `devices.py`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ class Device:
 
     name: str
     """`gpu0`, `gpu1`, … by the driver's number; `gpu0:1` is a part of a partitioned GPU; `host`."""
-    kind: Literal["cuda", "rocm", "host"]
+    kind: Literal["cuda", "rocm", "vulkan", "host"]
     label: str
     """The product's name."""
     uuid: str
+    """By which an engine is shown it; with Vulkan its number among all that Vulkan's loader has."""
     total_mib: int
     free_mib: int
     number: int | None = None

@@ -141,6 +141,7 @@ def _set_up_logs(system: System) -> Logs:
 def _serve(loaded: Loaded, load: Load, log: Logs) -> None:
     config = loaded.config
     binary = find_binary(config.system.llama_server_path)
+    kind = EngineKind(binary)
     with contextlib.ExitStack() as opened:
         api = config.api
         ports = (api.port,) if api.ollama_port is None else (api.port, api.ollama_port)
@@ -148,7 +149,7 @@ def _serve(loaded: Loaded, load: Load, log: Logs) -> None:
         state = opened.enter_context(contextlib.closing(_open_state(config, listeners[0].getsockname()[1])))
         record = EngineRecord(state)
         record.end_leftovers()  # before anybody asks how much memory is free
-        devices = Devices(config.system.gpu_devices if binary.kind != "embedded" else ())
+        devices = Devices(config.system.gpu_devices if kind.uses_gpus else (), engine=kind.program)
         devices.read_blocking()
         store = state.file("footprints", list[Entry], "what engines were measured to take is forgotten at the end")
         _run(_Service(loaded, load, binary, devices, Learned(store), listeners, record, state, log).run())

@@ -30,7 +30,8 @@ from router.purpose import unserved
 _MIB = 1 << 20
 
 DRIVER_MIB = 512
-"""What CUDA or ROCm takes of a GPU for a process beyond what llama.cpp asks for: 300 to 500 MiB."""
+"""What CUDA or ROCm takes of a GPU for a process beyond what llama.cpp asks for: 300 to 500 MiB. With Vulkan it is
+less, but its backend asks for more at work."""
 PROCESS_MIB = 16
 """What llama-server takes of RAM besides the model."""
 _MOST_MEASURED = 4
@@ -96,30 +97,30 @@ class EngineKind:
     """What must be known of the engine's build to size and place models for it."""
 
     def __init__(self, binary: Binary) -> None:
-        self._program = Path(binary.argv[0])
+        self.program = Path(binary.argv[0])
         self._origin = binary.origin
         self._is_server = binary.kind == "llama-server"
         self.uses_gpus = self._is_server
-        self.tool = fit_params.beside(self._program) if self._is_server else None
+        self.tool = fit_params.beside(self.program) if self._is_server else None
 
     @property
     def build(self) -> str:
         """Changes when the engine is replaced. Raises OSError when it is gone."""
         if not self._is_server:
             return self._origin
-        status = self._program.stat()
-        return f"{self._program} {status.st_size} {status.st_mtime_ns}"
+        status = self.program.stat()
+        return f"{self.program} {status.st_size} {status.st_mtime_ns}"
 
     def check_runs(self) -> None:
         """Raises Unusable. Every build is tried once, which takes llama-server 0.1 s."""
         if not self._is_server:
             return
         try:
-            _help_of(str(self._program), self.build)
-            if not os.access(self._program, os.X_OK):
+            _help_of(str(self.program), self.build)
+            if not os.access(self.program, os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:
-            raise Unusable(f"{self._program} cannot be run: {error.strerror or error}") from error
+            raise Unusable(f"{self.program} cannot be run: {error.strerror or error}") from error
 
     @property
     def fits_by_itself(self) -> bool:
@@ -134,7 +135,7 @@ class EngineKind:
     @property
     def _help(self) -> str:
         try:
-            return _help_of(str(self._program), self.build)
+            return _help_of(str(self.program), self.build)
         except OSError:
             return ""
 

@@ -82,7 +82,7 @@ def web() -> Iterator[Web]:
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """The command on a machine with 8 GB of free RAM and no GPU, whose engine is not asked."""
-    monkeypatch.setattr(estimate, "_ground", lambda: Ground((), Site("host", 8000, 8000)))
+    monkeypatch.setattr(estimate, "_ground", lambda _: Ground((), Site("host", 8000, 8000)))
     monkeypatch.setattr(estimate, "_engine", lambda: None)
     return lambda *arguments: main(["estimate", *arguments])
 
@@ -114,7 +114,7 @@ def test_the_widest_table_fits_a_terminal(
     model = MODELS["granite-4-tiny"].write(tmp_path / "granite.gguf")  # it has recurrent layers, too
     projector = write_projector(tmp_path / "mmproj.gguf")
     gpus = tuple(Site(f"gpu{number}", 4000, 4000, number=number) for number in range(2))
-    monkeypatch.setattr(estimate, "_ground", lambda: Ground(gpus, Site("host", 800000, 800000)))
+    monkeypatch.setattr(estimate, "_ground", lambda _: Ground(gpus, Site("host", 800000, 800000)))
 
     command(str(model), "-c", "16384", "--mmproj", str(projector), "-fa", "off", "-np", "4")
 
