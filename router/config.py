@@ -474,6 +474,12 @@ class ModelEntry(Section):
         description="Older form of flags, translated to them; where both name the same flag, flags wins.",
         json_schema_extra={"deprecated": True},
     )
+    device: Literal["auto", "cpu"] | None = Field(
+        default=None,
+        description="Older form of -ngl 0: `cpu` keeps the model off the GPUs, `auto` leaves that to flags and "
+        "memory.",
+        json_schema_extra={"deprecated": True},
+    )
     mmproj: str | None = Field(
         default=None,
         min_length=1,

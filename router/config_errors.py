@@ -31,6 +31,8 @@ def explain(error: ErrorDetails, path: KeyPath) -> str:
             return "should be a list" + _SHAPES.get(str(path[-1]), "")
         case "string_type" if isinstance(error["input"], int | float):
             return "should be text: put it in quotes"
+        case "literal_error" if path[0] == "models" and path[2:] == ("device",):
+            return "should be cpu or auto: which GPU it takes is decided by memory, or by --device in its flags"
         case "string_pattern_mismatch" if "cors_origins" in path:
             return "should be *, or like http://localhost:3000 or https://*.example.com, without a path"
     message = (

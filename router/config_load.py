@@ -757,6 +757,8 @@ class _Draft:
                     slots = int(value[0])
             elif name == "mmproj":
                 self.problem(key, f"is given a second time by {rival}")
+            elif key == (*path, "device"):
+                self.problem(key, f"cpu means -ngl 0, but {rival} is set, too: keep one of them")
             elif own_key and key in self.origins:
                 self.warn(key, f"does not count beside {rival}")
         for name, *value in self.flags_of_file(header, flags, entry.env):
@@ -791,6 +793,8 @@ def _derived_flags(
     """Flags that other keys stand for: the key, the flag's name, its value. Of one name the first counts."""
     if mmproj is not None:
         yield (*path, "mmproj"), "mmproj", str(mmproj)
+    if entry.device == "cpu":
+        yield (*path, "device"), "n-gpu-layers", "0"
     if entry.params is not None:
         for param, name in _PARAMS.items():
             value = getattr(entry.params, param)

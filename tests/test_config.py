@@ -825,6 +825,23 @@ def test_where_params_and_flags_name_the_same_flags_win_and_say_so(tmp_path: Pat
     assert result.warnings == ("config.json: models.m.params.n_ctx: does not count beside --ctx-size",)
 
 
+def test_the_device_of_an_entry_counts_or_is_refused(tmp_path: Path) -> None:
+    assert model(tmp_path, {"device": "cpu"}).flags == ("--n-gpu-layers", "0", "--parallel", "1")
+    assert model(tmp_path, {"device": "cpu", "params": {"n_ctx": 512}}).flags[:4] == (
+        *("--n-gpu-layers", "0", "--ctx-size", "512"),
+    )
+    assert model(tmp_path, {"device": "auto"}).flags == ("--parallel", "1")
+    entries = {
+        "cuda": {"model_path": "m.gguf", "device": "cuda"},
+        "both": {"model_path": "m.gguf", "device": "cpu", "flags": ["-ngl", "99"]},
+    }
+    assert problems(tmp_path, {"models": entries}) == [
+        "config.json: models.cuda.device: should be cpu or auto: which GPU it takes is decided by memory, or by "
+        "--device in its flags",
+        "config.json: models.both.device: cpu means -ngl 0, but -ngl is set, too: keep one of them",
+    ]
+
+
 def test_older_system_keys_become_flags_of_models_that_do_not_say_otherwise(tmp_path: Path) -> None:
     system = {"cpu_threads": 8, "use_mmap": False, "flash_attention": "on"}
     older = ("--threads", "8", "--load-mode", "none", "--flash-attn", "on", "--parallel", "1")
