@@ -586,7 +586,7 @@ class ModelConfig:
     slots: int = 1
     env: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
     files: tuple[tuple[str, int, int], ...] = field(default=(), repr=False)
-    """Name, size and time of the last change of each file that its engine is started with."""
+    """Path, size and time of the last change (ns) of each file that its engine is started with."""
     pinned: bool = False
     idle_timeout_sec: float | None = None
     """None: the one of `System`; `math.inf`: never unloaded for being idle."""

@@ -100,6 +100,8 @@ class Loaded:
     """The configuration file; None if there is none."""
     folders: tuple[Path, ...]
     """Where models were looked for, beyond those that the configuration names."""
+    files: tuple[Path, ...]
+    """What engines are started with that lies elsewhere."""
     headers: hub.Headers
     """What is known of the files of models."""
     look_again: Callable[[], Loaded]
@@ -168,9 +170,16 @@ def _completed(
         warnings=tuple(draft.warnings),
         source=source,
         folders=tuple(draft.folders),
+        files=tuple(_elsewhere(config, draft.folders)),
         headers=headers,
         look_again=lambda: _completed(read, models_dirs, source, headers),
     )
+
+
+def _elsewhere(config: Config, folders: Sequence[Path]) -> Iterator[Path]:
+    files = {file for model in config.models.values() for file, *_ in model.files}
+    above = [f"{folder}{os.sep}" for folder in folders]
+    return (Path(file) for file in sorted(files) if not any(map(file.startswith, above)))
 
 
 class _Draft:

@@ -352,9 +352,9 @@ def _stamps(path: Path) -> _Stamps:
         except FileNotFoundError:
             if name == path.name:
                 raise
-            stamps.append((name, -1, 0))
+            stamps.append((str(path.with_name(name)), -1, 0))
         else:
-            stamps.append((name, status.st_size, status.st_mtime_ns))
+            stamps.append((str(path.with_name(name)), status.st_size, status.st_mtime_ns))
     return tuple(stamps)
 
 

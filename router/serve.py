@@ -48,7 +48,7 @@ from router.routing import DATA_PLANE
 from router.sizing import EngineKind
 from router.state import State, StateHeld, configured_path
 from router.systemd import Notifier
-from router.watch import watch
+from router.watch import watch, watch_files
 
 if TYPE_CHECKING:
     from router.tracing import Tracing
@@ -302,12 +302,16 @@ class _Service:
         ]
         if os.getpid() == 1:
             kept.append(keep("reaping of orphans", reap_orphans))
-        watching = keep("watch of model files", lambda: watch(lambda: self._loaded.folders, self.look_again))
+        watching = (
+            keep("watch of model files", lambda: watch(lambda: self._loaded.folders, self.look_again)),
+            keep("watch of configured files", lambda: watch_files(lambda: self._loaded.files, self.look_again)),
+        )
         serving = asyncio.create_task(server.serve(self._listeners))
         stopping = asyncio.create_task(self._stop.wait())
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
-        watching.cancel()
+        for task in watching:
+            task.cancel()
         try:
             await downloads.shut_down()
             await self._dispatcher.shut_down()

@@ -1,4 +1,4 @@
-"""Notices that files came or went below folders, while the router runs. What it means is for others to find out.
+"""Notices that files came, went or changed while the router runs. What it means is for others to find out.
 
 The system tells of changes (through `watchfiles`); where it can't, on network drives for example, a look now and
 then finds them. A folder that is not there yet is waited for; one whose place another has taken is left for that.
@@ -51,6 +51,33 @@ async def watch(folders: Callable[[], Sequence[Path]], look: Callable[[], Awaita
         ) as error:  # the system's limit of watches, or a folder that is gone again, or a mistake of ours
             _log.warning("changes in folders of models are noticed after a while only: %r", error)
             await asyncio.sleep(_UNTOLD_SEC)
+
+
+async def watch_files(files: Callable[[], Sequence[Path]], look: Callable[[], Awaitable[bool]]) -> None:
+    """The same for single files, of which nobody wants to know what else is in their folders."""
+    known: dict[Path, _Version] = {}
+    while True:
+        now = await apart(partial(_versions, files()))
+        changed = any(known.get(file, version) != version for file, version in now.items())
+        known = now
+        if changed:
+            await _look_until_settled(look)
+        await asyncio.sleep(_THERE_SEC)
+
+
+_Version = tuple[int, int] | None
+"""Size and time of the last change; None: it is not there."""
+
+
+def _versions(files: Sequence[Path]) -> dict[Path, _Version]:
+    """Blocks for as long as a disk does not answer."""
+    versions: dict[Path, _Version] = {}
+    for file in files:
+        versions[file] = None
+        with contextlib.suppress(OSError):
+            status = file.stat()
+            versions[file] = (status.st_size, status.st_mtime_ns)
+    return versions
 
 
 async def _watch_these(

@@ -69,6 +69,46 @@ def test_a_file_is_not_served_while_it_is_written(start: Start, folder: Path, tm
         assert router.chat(name).status_code == 200
 
 
+def context(router: Router, alias: str) -> int:
+    tokens: int = router.http.get(f"/v1/models/{alias}").json()["context_length"]
+    return tokens
+
+
+def test_a_file_that_is_replaced_is_served_as_it_was_until_the_new_one_has_settled(
+    start: Start, folder: Path, tmp_path: Path
+) -> None:
+    """Wherever it comes from; requests find the model at any time."""
+    mine = write_llama(tmp_path / "mine.gguf")
+    router = start({"system": {"models_dirs": [str(folder)]}, "models": models(mine, "mine", flags=["-t", "1"])})
+    for path, alias in ((folder / "first.gguf", "first"), (mine, "mine")):
+        before = router.chat(alias)
+        pid = router.status(alias)["pid"]
+        assert (before.status_code, context(router, alias)) == (200, 2048)
+        os.replace(write_llama(tmp_path / "new", context_length=512, seed=1), path)
+
+        def is_new(alias: str = alias, pid: int = pid) -> bool:
+            assert router.chat(alias).status_code == 200
+            return bool(router.status(alias)["pid"] != pid)
+
+        eventually(is_new)
+        assert context(router, alias) == 512
+
+
+def test_a_reload_sees_what_has_become_of_configured_files(start: Start, tiny: Path, tmp_path: Path) -> None:
+    mine, template = shutil.copy(tiny, tmp_path / "mine.gguf"), tmp_path / "template.jinja"
+    template.write_text("{{ messages[0].content }}")
+    flags = ["-t", "1", "--chat-template-file", str(template)]
+    router = start({"models": models(mine, "mine", "other", flags=flags)})
+    router.chat("mine")
+    pid = router.status("mine")["pid"]
+    assert router.http.post("/v1/config/reload").json()["changed"] == []
+    template.write_text("{{ messages[0].role }}")
+    os.utime(template, (1, 1))
+    assert router.http.post("/v1/config/reload").json()["changed"] == ["mine", "other"]
+    assert router.chat("mine").status_code == 200
+    assert router.status("mine")["pid"] != pid
+
+
 def test_what_the_configuration_names_wins_and_the_other_file_is_named(
     start: Start, folder: Path, tmp_path: Path
 ) -> None:
