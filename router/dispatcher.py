@@ -9,6 +9,7 @@ granted within the call that submits it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
@@ -23,7 +24,7 @@ from router.accountant import Accountant
 from router.background import Background
 from router.config import Config, MaxWait, ModelConfig, Patience, WaitFactor
 from router.devices import Devices
-from router.engine import Binary, EngineFailed, EngineOrder, EngineProcess, LogRing
+from router.engine import PROBE_LIMIT_SEC, Binary, EngineFailed, EngineOrder, EngineProcess, LogRing
 from router.events import EngineEnded, Events, LoadMoved, ModelChanged, ModelsListed, ServerChanged
 from router.expectation import remaining_wait_sec
 from router.flags import replaced
@@ -77,6 +78,18 @@ _DYING_SEC = 1.0
 """For one that does not answer because it is on its way out, so that its end gets its own reason and not ours."""
 
 
+class EngineContext(msgspec.Struct):
+    n_ctx: int | None = None
+    """Of one slot."""
+
+
+class EngineProps(msgspec.Struct):
+    """What an engine says of itself at `/props`."""
+
+    default_generation_settings: EngineContext = msgspec.field(default_factory=EngineContext)
+    modalities: dict[str, bool] = {}
+
+
 @dataclass(slots=True, eq=False)
 class RunningEngine:
     """An engine's process with the connections to it."""
@@ -88,6 +101,8 @@ class RunningEngine:
     account: Account
     started_sec: float
     ready_sec: float | None = None
+    props: EngineProps | None = None
+    """Once it is ready and has answered that."""
     probed_sec: float | None = None
     probe_latency_sec: float | None = None
     answered_sec: float = 0.0
@@ -551,6 +566,7 @@ class Dispatcher:
             running.ready_sec = time.monotonic()
             self._post(EngineReady(running.ready_sec, engine_id))
             self._spawn(self._accountant.ready(account), f"measuring of {model.alias}")
+            self._spawn(self._ask_what_it_has(running), f"question to the engine of {model.alias}")
             reason = await process.exited
         except EngineFailed as failed:
             reason = str(failed)
@@ -621,6 +637,18 @@ class Dispatcher:
             return
         await asyncio.wait({process.exited}, timeout=_DYING_SEC)
         process.kill("it broke a request off and does not answer")
+
+    async def _ask_what_it_has(self, running: RunningEngine) -> None:
+        """The truth, whatever its flags, its variables and the memory that it found have made of it."""
+        document = await running.process.document("/props", PROBE_LIMIT_SEC)
+        with contextlib.suppress(msgspec.MsgspecError):  # it is older, or another one
+            running.props = msgspec.json.decode(document or "", type=EngineProps)
+
+    def props_of(self, alias: str) -> EngineProps | None:
+        """What its engine says of itself; None if there is none that is ready."""
+        model = self.scheduler.models.get(alias)
+        running = self.running.get(model.engine.id) if model is not None and model.engine is not None else None
+        return running.props if running is not None else None
 
     def _order(self, model: ModelConfig, account: Account) -> EngineOrder:
         system = self.config.system

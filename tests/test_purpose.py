@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Router, Start, models
+from conftest import Router, Start, eventually, models
 from test_stores import ollama_model
 from tiny_models import write_embedding, write_llama
 
@@ -113,3 +113,30 @@ def test_what_cannot_answer_is_refused_with_what_it_is_also_where_it_is_configur
     answer = router.chat("draft")
     assert answer.status_code == 503
     assert "mtp-draft.gguf is a draft for speculative decoding, not a model of its own" in answer.text
+
+
+def test_the_context_that_is_listed_is_what_the_engine_has_wherever_it_was_set(start: Start, tiny: Path) -> None:
+    stretched = ["--rope-scaling", "yarn", "--rope-scale", "2", "-c", "9999"]
+    entries = {
+        **models(tiny, "inherited", flags=[]),
+        **models(tiny, "flags", flags=["-c", "1000"]),
+        **models(tiny, "variable", flags=[], env={"LLAMA_ARG_CTX_SIZE": "300"}),
+        **models(tiny, "slots", flags=["-c", "2000", "-np", "2"]),
+        **models(tiny, "beyond", flags=["-c", "9999"]),
+        **models(tiny, "stretched", flags=stretched),
+    }
+    system = {"max_concurrent_models": len(entries)}
+    router = start({"system": system, "models": entries}, LLAMA_ARG_CTX_SIZE="700")
+
+    def listed() -> dict[str, set[int]]:
+        cards = {card["id"]: card["context_length"] for card in router.http.get("/v1/models").json()["data"]}
+        tags = {tag["name"]: tag["context_length"] for tag in router.http.get("/api/tags").json()["models"]}
+        return {alias: {cards[alias], tags[f"{alias}:latest"]} for alias in entries}
+
+    expected = {"inherited": 768, "flags": 1024, "variable": 512, "slots": 1024, "beyond": 2048, "stretched": 4096}
+    assert listed() == {alias: {context} for alias, context in expected.items()}
+    for alias, context in expected.items():
+        router.chat(alias)
+        eventually(lambda alias=alias, context=context: router.status(alias)["context_length"] == context)  # type: ignore[misc]
+        assert router.http.post("/api/show", json={"model": alias}).json()["parameters"].endswith(str(context))
+    assert listed() == {alias: {context} for alias, context in expected.items()}

@@ -14,6 +14,7 @@ from typing import Any
 
 from router import gguf
 from router.config import ModelConfig
+from router.dispatcher import EngineProps
 from router.flags import FlagError, Flags, as_started
 from router.footprint import slot_context
 from router.readings import apart
@@ -116,6 +117,18 @@ def card_of(model: ModelConfig) -> Card:
         "architecture": header.architecture,
         "capabilities": capabilities,
     }
+
+
+def as_it_runs(card: Card, props: EngineProps | None) -> Card:
+    """With what the model's engine says of itself, if it has one."""
+    if props is None:
+        return card
+    card = dict(card)
+    if context := props.default_generation_settings.n_ctx:
+        card["n_ctx"] = card["context_length"] = context
+    if "capabilities" in card:
+        card["capabilities"] = [each for each in card["capabilities"] if props.modalities.get(each, True)]
+    return card
 
 
 def _configured(model: ModelConfig) -> Card:

@@ -222,6 +222,7 @@ def status_of(dispatcher: Dispatcher, alias: str) -> dict[str, Any]:
         "vram_mb": account.main_mib if account is not None else 0,  # an earlier router's word for it
         "memory": memory(account) if account is not None else None,
         "slots": model.spec.slots,
+        "context_length": running.props.default_generation_settings.n_ctx if running and running.props else None,
         "in_flight": len(engine.in_flight) if engine is not None else 0,
         "slotless": len(engine.slotless) if engine is not None else 0,
         "waiting": len(model.queue),

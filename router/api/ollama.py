@@ -19,13 +19,13 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from router import gguf
 from router.api import pulls
-from router.api.cards import Card, Cards, card_of, header_of, template_of
+from router.api.cards import Card, Cards, as_it_runs, card_of, header_of, template_of
 from router.api.errors import ApiError
 from router.config import AliasConfig, Config, ModelConfig
 from router.created import Created
 from router.creations import Creations
 from router.devices import HOST
-from router.dispatcher import Dispatcher
+from router.dispatcher import Dispatcher, EngineProps
 from router.downloads import Pull
 from router.flags import FlagError, as_started
 from router.gguf import GGUF, ArrayStub, GGUFError
@@ -85,14 +85,8 @@ async def running(request: Request) -> dict[str, Any]:
     models = dispatcher.config.models
     loaded = [model for alias, model in models.items() if state(alias) in ("ready", "draining")]
     states = [_residency(dispatcher, model.alias) for model in loaded]
-    placed = [replace(model, flags=_flags_of_engine(dispatcher, model)) for model in loaded]
     entries = await _listed([_known(model.alias, request) for model in loaded], request)
-    cards: Cards = request.app.state.cards
-    now = await cards.of(placed)
-    entries = [
-        {**entry, **state, "context_length": now[model.alias].get("context_length")}
-        for entry, state, model in zip(entries, states, placed, strict=True)
-    ]
+    entries = [{**entry, **state} for entry, state in zip(entries, states, strict=True)]
     return {"models": sorted(entries, key=lambda entry: str(entry["expires_at"]), reverse=True)}
 
 
@@ -105,7 +99,8 @@ async def show(request: Request) -> dict[str, Any]:
     if not await cards.answers(known.model):
         raise ApiError(500, "model_failed", f"{known.model.model_path.parent} does not answer: is its disk there?")
     try:
-        return await apart(lambda: _described(known))
+        props = request.app.state.dispatcher.props_of(known.model.alias)
+        return await apart(lambda: _described(known, props))
     except (OSError, GGUFError, FlagError) as error:
         raise ApiError(500, "model_failed", f"{known.name!r} cannot be read: {error}") from None
 
@@ -190,7 +185,9 @@ def _known(name: str, request: Request) -> _Known:
 
 async def _listed(names: list[_Known], request: Request) -> list[dict[str, Any]]:
     cards: Cards = request.app.state.cards
-    models = await cards.of(known.model for known in names)
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    found = await cards.of(known.model for known in names)
+    models = {alias: as_it_runs(card, dispatcher.props_of(alias)) for alias, card in found.items()}
     return [_entry(known, models[known.model.alias]) for known in names]
 
 
@@ -240,15 +237,9 @@ def _residency(dispatcher: Dispatcher, alias: str) -> dict[str, Any]:
     }
 
 
-def _flags_of_engine(dispatcher: Dispatcher, model: ModelConfig) -> tuple[str, ...]:
-    """With those that were added so that it fits, such as a shorter context."""
-    account = dispatcher.ledger.account_of(model.alias)
-    return model.flags if account is None else (*model.flags, *account.chosen.flags)
-
-
-def _described(known: _Known) -> dict[str, Any]:
+def _described(known: _Known, props: EngineProps | None) -> dict[str, Any]:
     header = header_of(known.model)
-    card = card_of(known.model)
+    card = as_it_runs(card_of(known.model), props)
     context = card.get("context_length")
     named = known.named or AliasConfig(known.name, known.name)
     options = {**({"num_ctx": context} if context else {}), **as_options({**named.defaults, **named.forced})}

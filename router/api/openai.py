@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from router.api.cards import Cards
+from router.api.cards import Cards, as_it_runs
 from router.config import AliasConfig
 from router.dispatcher import Dispatcher
 from router.routing import known_as
@@ -21,7 +21,8 @@ async def list_models(request: Request) -> dict[str, Any]:
     dispatcher: Dispatcher = request.app.state.dispatcher
     config = dispatcher.config
     cards: Cards = request.app.state.cards
-    models = await cards.of(config.models.values())
+    found = await cards.of(config.models.values())
+    models = {alias: as_it_runs(card, dispatcher.props_of(alias)) for alias, card in found.items()}
     for alias, card in models.items():
         card["status"] = status_of(dispatcher, alias)
     named = {name: _named(models[alias.uses], alias) for name, alias in config.aliases.items()}
@@ -36,7 +37,7 @@ async def show_model(alias: str, request: Request) -> dict[str, Any]:
     alias = known_as(alias, config)
     model = config.model_of(alias)
     cards: Cards = request.app.state.cards
-    card = (await cards.of([model]))[model.alias]
+    card = as_it_runs((await cards.of([model]))[model.alias], dispatcher.props_of(model.alias))
     card["status"] = status_of(dispatcher, model.alias)
     return _named(card, config.aliases[alias]) if alias in config.aliases else card
 
