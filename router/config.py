@@ -228,7 +228,9 @@ class System(Section):
         "this, else quantized to 4 bits. The variable MODEL_Q4_THRESHOLD_BYTES wins.",
     )
     preload_models: Annotated[tuple[str, ...], Field(strict=False)] = Field(
-        default=(), description='Aliases to load at start, in this order; ["*"] loads all while they fit.'
+        default=(),
+        description='Aliases to load at start, in this order; ["*"] loads all while they fit. An engine of theirs '
+        "that dies is replaced without a request.",
     )
     preload_delay_sec: Seconds = Field(default=5, description="Pause between two preloads.")
     enable_idle_timeout: bool = Field(default=True, description="Unload models that nobody uses.")
@@ -487,7 +489,9 @@ class ModelEntry(Section):
     )
     env: Environment = Field(default={}, description="Additional environment variables of the engine.")
     pinned: bool = Field(
-        default=False, description="Once loaded, never unloaded: neither when idle nor to make room."
+        default=False,
+        description="Once loaded, never unloaded: neither when idle nor to make room. If its engine dies, it is "
+        "replaced without a request.",
     )
     idle_timeout_sec: Seconds | None = Field(
         default=None, description="Overrides system.idle_timeout_sec for this model; 0 means never."

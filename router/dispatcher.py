@@ -682,12 +682,14 @@ class Dispatcher:
 
     def _specs(self) -> Mapping[str, ModelSpec]:
         connections = self.config.system.http_max_connections
+        preloaded = frozenset(self._to_preload())
         return {
             alias: ModelSpec(
                 alias,
                 slots=min(model.slots, connections),
                 most_slotless=connections,
                 pinned=model.pinned,
+                kept=model.pinned or alias in preloaded,
                 idle_timeout_sec=model.idle_timeout_sec,
                 revision=model.revision,
             )

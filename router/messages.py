@@ -86,6 +86,8 @@ class ModelSpec:
     most_slotless: int = 200
     """How many requests that need none may be with its engine at once, so that they cannot flood it."""
     pinned: bool = False
+    kept: bool = False
+    """It is to be there although nobody asks for it: when its engine has died, another one is started."""
     idle_timeout_sec: float | None = None
     """None: the policy's; `math.inf`: never unloaded for being idle."""
     expected_load_sec: float = 5

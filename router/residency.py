@@ -187,6 +187,8 @@ class Model:
     """Gone from the configuration; forgotten once its engine is."""
     wanted_since_sec: float | None = None
     """A load was asked for by hand or preload."""
+    comes_back: bool = False
+    """Its engine has died, and another one is to be there as soon as there is room, also if nobody waits."""
     may_evict: bool = False
     """That load may cost another model its place."""
     inspecting_since_sec: float | None = None
@@ -253,9 +255,17 @@ class Model:
             self.crashes_sec.popleft()
         return len(self.crashes_sec)
 
-    def forget_failures(self) -> None:
+    @property
+    def tries(self) -> int:
+        """How many engines it has had lately of which none has stayed."""
+        return max(self.attempts, len(self.crashes_sec))
+
+    def forget_tries(self) -> None:
         self.attempts = self.ports_lost = 0
         self.crashes_sec.clear()
+
+    def forget_failures(self) -> None:
+        self.forget_tries()
         self.ran_out = False
         self.failed_until_sec = self.retry_at_sec = 0.0
         self.last_error = self.inspected = None

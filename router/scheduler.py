@@ -360,7 +360,7 @@ class Scheduler:
         took_sec = self._now - engine.started_sec
         model.loaded(took_sec)
         model.forget_wish()
-        model.ran_out = False
+        model.ran_out = model.comes_back = False
         model.ports_lost = 0
         engine.ready_sec = engine.idle_since_sec = model.last_used_sec = self._now
         engine.nobody_waits_since_sec = None
@@ -405,8 +405,16 @@ class Scheduler:
             self._engine_failed(model, engine, event)
         if model.retired:
             del self.models[engine.alias]
-        elif model.wants_engine:
+            return
+        self._want_back(model)
+        if model.wants_engine:
             self._waiting[engine.alias] = model
+
+    def _want_back(self, model: Model) -> None:
+        """As if it were preloaded; while it is in its cooldown, not before that has ended."""
+        if model.comes_back and model.engine is None and model.failed_until_sec <= self._now:
+            model.wanted_since_sec = self._now
+            self._waiting[model.spec.alias] = model
 
     def _engine_failed(self, model: Model, engine: Engine, event: EngineExited) -> None:
         """It ended unasked: another one after a pause, or none for long when it happens too often.
@@ -417,6 +425,8 @@ class Scheduler:
         loading = (engine.died_while or engine.state) is EngineState.LOADING
         crashes = 0 if loading else model.crashed(self._now, policy.model_crash_window_sec)
         model.last_error = f"{engine.alias!r} {'did not load' if loading else 'crashed'}: {event.reason}"
+        if not loading:
+            model.comes_back = model.spec.kept and engine.cause is None and not self.shutting_down
         if event.retry is Retry.AT_ONCE and model.ports_lost < policy.most_port_races:
             model.ports_lost += 1
             model.retry_at_sec = self._now + self._backoff_sec(model.ports_lost > policy.free_port_races, engine)
@@ -449,8 +459,7 @@ class Scheduler:
         return min(self.policy.max_backoff_sec, self.policy.backoff_sec * 2.0 ** min(tries - 1, 32)) * (1 + jitter)
 
     def _fail(self, model: Model, cooldown_sec: float, *, for_good: bool = False) -> None:
-        model.attempts = model.ports_lost = 0
-        model.crashes_sec.clear()
+        model.ports_lost = 0
         model.ran_out = False
         model.failed_until_sec = self._now + cooldown_sec
         model.failed_for_good = for_good
@@ -548,6 +557,8 @@ class Scheduler:
             model.why_waiting = Why(f"other programs hold the memory: {verdict.reason}")
             return
         if isinstance(verdict, Wait | MakeRoom) and not model.queue and not model.may_evict:
+            if model.comes_back:
+                return
             model.forget_wish()
             self._waiting.pop(model.spec.alias)
             self._off(model, f"not preloaded: {verdict.reason}")
@@ -574,6 +585,7 @@ class Scheduler:
                 model.last_error = reason
                 model.too_big = True
                 model.inspected = model.cramped_since_sec = None
+                model.comes_back = False
                 self._off(model, reason)
                 self._reject_waiting(model, Refusal.INSUFFICIENT_MEMORY, reason, is_final=not others_hold_it)
 
@@ -627,6 +639,7 @@ class Scheduler:
                 model.load_sec = event.expected_load_sec
         elif model.wants_engine:
             model.last_error = event.problem
+            model.comes_back = False
             self._fail(model, self.policy.inspection_valid_sec)
 
     # --- time -------------------------------------------------------------------------------------------
@@ -644,7 +657,9 @@ class Scheduler:
                 self._wake(model.failed_until_sec)
             elif model.failed_until_sec:
                 model.failed_until_sec = 0.0
+                model.forget_tries()
                 self._off(model, "may be tried again")
+                self._want_back(model)
         self._recent = self._most_recent()
         for engine in list(self.engines.values()):
             since_sec, limit_sec, cause = self._time_limit(engine)
@@ -735,6 +750,7 @@ class Scheduler:
         """No load is asked for any more. Who waits for one is told, also where no engine has to go for it."""
         if model.engine is None and model.wanted_since_sec is not None:
             self._off(model, reason)
+        model.comes_back = False
         model.forget_wish()
 
     def _keep_alive(self, event: KeepAlive) -> None:
@@ -753,6 +769,7 @@ class Scheduler:
         if model.failed_until_sec:
             self._off(model, reason)
         model.forget_failures()
+        self._want_back(model)
 
     def _configure(self, event: Configured) -> None:
         self.policy = event.policy

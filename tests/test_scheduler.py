@@ -1133,6 +1133,63 @@ def test_who_is_turned_away_is_told_when_to_come_back(
     assert 0.8 < kept[len(kept) // 2] < 1.6
 
 
+# --- models that are to be there ------------------------------------------------------------------------
+
+
+def crash(machine: Machine, alias: str) -> None:
+    engine = machine.engine(alias)
+    machine.tell(EngineLost(machine.now, engine))
+    machine.tell(EngineExited(machine.now, engine, "killed by SIGSEGV"))
+
+
+def test_an_engine_that_is_kept_is_replaced_without_a_request_and_with_growing_pauses() -> None:
+    machine = Machine(ModelSpec("a", kept=True), "b", places=dict.fromkeys("ab", SMALL))
+    for alias in "ab":
+        machine.finish(machine.served(alias))
+    for alias in "ab":
+        crash(machine, alias)
+    assert machine.states() == "loading off"  # it has served: at once, the first time
+    pauses = []
+    for _ in range(2):
+        machine.wait(8)
+        assert machine.states() == "ready off"
+        crash(machine, "a")
+        since = machine.now
+        machine.wait(machine.scheduler.wake_at - machine.now)
+        pauses.append(machine.now - since)
+        assert machine.states() == "loading off"
+    assert 1 <= pauses[0] < 2 <= pauses[1] < 4
+    machine.wait(8)
+    crash(machine, "a")
+    assert machine.states() == "failed off"
+    assert machine.scheduler.models["a"].tries == 4
+    machine.wait(machine.policy.model_load_cooldown_sec + 8)
+    assert machine.states() == "ready off"
+    assert machine.scheduler.models["a"].tries == 0
+
+
+def test_an_engine_that_is_kept_comes_back_when_there_is_room_and_takes_none_from_others() -> None:
+    machine = Machine(ModelSpec("a", kept=True), "b", load_sec=8.0)
+    machine.finish(machine.served("a"))
+    machine.ask("b", HIGH)
+    crash(machine, "a")
+    machine.wait(60)
+    assert machine.states() == "off ready"
+    machine.tell(Eject(machine.now, "b"))
+    machine.finish(*machine.granted)
+    machine.wait(8)
+    assert machine.states() == "ready off"
+
+
+def test_an_engine_that_is_kept_does_not_come_back_from_where_it_was_sent() -> None:
+    machine = Machine(ModelSpec("a", kept=True))
+    machine.finish(machine.served("a"))
+    crash(machine, "a")
+    machine.tell(Eject(machine.now, "a"))
+    machine.wait(60)
+    assert machine.states() == "off"
+
+
 # --- idle models ----------------------------------------------------------------------------------------
 
 

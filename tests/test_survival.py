@@ -153,7 +153,8 @@ def test_a_load_that_stands_still_fails_with_its_last_words(start: Start, tiny: 
     assert answer.status_code == 503
     assert "stood still" in answer.json()["error"]["message"]
     assert "fake engine: loading" in answer.json()["error"]["message"]
-    assert router.http.get("/v1/models/failed").json()["failed_models"][0]["model"] == "a"
+    (failed,) = router.http.get("/v1/models/failed").json()["failed_models"]
+    assert (failed["model"], failed["attempts"]) == ("a", 1)
     assert router.engines == []
     again = router.chat("a")
     assert again.status_code == 503  # at once: it is in its cooldown
@@ -392,9 +393,29 @@ def test_an_engine_that_serves_and_dies_ends_in_failed_until_a_reset(
     assert refused.status_code == 503
     assert "crashed 3 times" in refused.json()["error"]["message"]
     assert refused.headers["retry-after"] == "60"
-    assert router.http.get("/v1/models/failed").json()["failed_models"][0]["model"] == "a"
+    (failed,) = router.http.get("/v1/models/failed").json()["failed_models"]
+    assert (failed["model"], failed["attempts"]) == ("a", 3)
     router.http.post("/v1/models/a/reset")
     assert router.chat("a").status_code == 200
+
+
+def test_an_engine_that_is_to_be_there_is_replaced_though_nobody_waits_for_it(start: Start, tiny: Path) -> None:
+    system = {"preload_models": ["preloaded"]}
+    entries = models(tiny, "preloaded", "usual") | models(tiny, "pinned", pinned=True)
+    router = start({"system": system, "models": entries})
+    for alias in ("pinned", "usual"):
+        assert router.chat(alias).status_code == 200
+    before = {alias: router.until(alias, "ready")["pid"] for alias in entries}
+    for pid in before.values():
+        os.kill(pid, signal.SIGKILL)
+    router.until("usual", "off")
+
+    def is_back(alias: str) -> bool:
+        status = router.status(alias)
+        return status["status"] == "ready" and status["pid"] != before[alias]
+
+    eventually(lambda: is_back("preloaded") and is_back("pinned"), timeout_sec=30)
+    assert router.status("usual")["status"] == "off"
 
 
 @pytest.mark.parametrize(

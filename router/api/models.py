@@ -129,7 +129,7 @@ async def failed_models(request: Request) -> dict[str, Any]:
     scheduler = dispatcher.scheduler
     return {
         "failed_models": [
-            {"model": alias, "attempts": model.attempts, "error": model.last_error}
+            {"model": alias, "attempts": model.tries, "error": model.last_error}
             for alias, model in scheduler.models.items()
             if scheduler.state(alias) == "failed"
         ]
