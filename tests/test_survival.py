@@ -370,7 +370,7 @@ def test_how_an_engine_ended_can_be_read(router: Router) -> None:
 def test_an_engine_answers_for_its_own_words_only(start: Start, tiny: Path, tmp_path: Path) -> None:
     engine = tmp_path / "engine"
     engine.write_text(
-        f"#!/bin/sh\n[ $1 = --help ] || mkdir '{tmp_path}/second' 2>&- && echo 'error: of the first' >&2\nexit 7\n"
+        f"#!/bin/sh\n[ $1 = -m ] && mkdir '{tmp_path}/second' 2>&- && echo 'error: of the first' >&2\nexit 7\n"
     )
     engine.chmod(0o755)
     system = {"llama_server_path": str(engine), "model_load_max_retries": 1}
