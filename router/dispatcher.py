@@ -377,9 +377,15 @@ class Dispatcher:
 
     # --- operators --------------------------------------------------------------------------------------
 
+    def ask_to_load(self, alias: str) -> str | None:
+        """Have a model loaded by hand. Its state, if that is the last word already; `eject` takes it back."""
+        self._post(Load(time.monotonic(), alias))
+        self.events.publish(LoadMoved(alias, time.time()))  # it may wait for long in the state that it is in
+        return self._settled(alias)
+
     async def load(self, alias: str) -> str:
         """Load a model by hand; returns its state once it is ready, failed, or given up."""
-        self._post(Load(time.monotonic(), alias))
+        self.ask_to_load(alias)
         return await self._until_settled(alias)
 
     async def eject(self, alias: str) -> None:
@@ -397,14 +403,18 @@ class Dispatcher:
         self._post(Reset(time.monotonic(), alias))
 
     async def _until_settled(self, alias: str) -> str:
-        while True:
-            model = self.scheduler.models.get(alias)
-            if model is None:
-                return "off"
-            state = self.scheduler.state(alias)
-            if state in ("ready", "failed") or (model.engine is None and model.wanted_since_sec is None):
-                return state
+        while (state := self._settled(alias)) is None:
             await self._next_change(alias)
+        return state
+
+    def _settled(self, alias: str) -> str | None:
+        """Its state, if no load is on its way or asked for."""
+        model = self.scheduler.models.get(alias)
+        if model is None:
+            return "off"
+        state = self.scheduler.state(alias)
+        is_settled = state in ("ready", "failed") or (model.engine is None and model.wanted_since_sec is None)
+        return state if is_settled else None
 
     async def _next_change(self, alias: str | None, timeout_sec: float | None = None) -> None:
         """Until the state of a model (None: of any) changes."""

@@ -32,6 +32,12 @@ class ModelName(BaseModel):
     model: str = Field(description="An alias.")
 
 
+class LoadRequest(ModelName):
+    wait: bool = Field(
+        default=True, description="Answer when it is ready; `false`: at once, with what it still waits for."
+    )
+
+
 class ModelToLoad(ModelName):
     device: str | None = Field(
         default=None,
@@ -40,20 +46,29 @@ class ModelToLoad(ModelName):
     )
 
 
-@router.post("/v1/models/load")
-async def load_model(body: ModelName, request: Request) -> dict[str, Any]:
-    """Load a model now, making room if need be; answers when it is ready."""
+@router.post(
+    "/v1/models/load",
+    response_model=None,
+    responses={
+        202: {"description": "With `wait: false`: it waits, or is loading, and for what. Eject takes it back."}
+    },
+)
+async def load_model(body: LoadRequest, request: Request) -> JSONResponse:
+    """Load a model now, making room if need be; answers when it is ready, unless it is not to wait for that."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     alias = _to_load(body.model, dispatcher)
-    state = await dispatcher.load(alias)
+    state = await dispatcher.load(alias) if body.wait else dispatcher.ask_to_load(alias)
+    model = dispatcher.scheduler.models.get(alias)
+    if state is None and model is not None:
+        status = "waiting" if model.engine is None else model.engine.state.value
+        return JSONResponse({"status": status, "model": alias, "message": why(model, time.monotonic())}, 202)
     if state != "ready":
         _to_load(alias, dispatcher)  # unless that is why
-        model = dispatcher.scheduler.models.get(alias)
         reason = (model.last_error if model else None) or f"it is {state}"
         if model is not None and model.too_big:
             raise refused(Refusal.INSUFFICIENT_MEMORY, reason, None)
         raise refused(Refusal.MODEL_FAILED, f"{alias!r} was not loaded: {reason}", 1)
-    return {"status": "success", "model": alias, "message": f"{alias} is ready"}
+    return JSONResponse({"status": "success", "model": alias, "message": f"{alias} is ready"})
 
 
 def _to_load(name: str, dispatcher: Dispatcher) -> str:
@@ -65,10 +80,15 @@ def _to_load(name: str, dispatcher: Dispatcher) -> str:
 
 @router.post("/v1/models/eject", responses={404: {"description": "It is unknown, or not loaded: `not_found`."}})
 async def eject_model(body: ModelName, request: Request) -> JSONResponse:
-    """Unload a model once its requests in flight are answered."""
+    """Unload a model once its requests in flight are answered, or take back that it is to be loaded."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     alias = model_of(body.model, dispatcher.config).alias
-    if dispatcher.scheduler.models[alias].engine is None:
+    model = dispatcher.scheduler.models[alias]
+    if model.engine is None and model.wanted_since_sec is not None:
+        await dispatcher.eject(alias)
+        answer = {"status": "success", "model_ejected": None, "message": f"{alias} is not to be loaded any more"}
+        return JSONResponse(answer)
+    if model.engine is None:
         answer = {"status": "not_found", "model_ejected": None, "message": f"{alias} is not loaded"}
         return JSONResponse(answer, 404)
     await dispatcher.eject(alias)
@@ -81,7 +101,7 @@ async def load_and_show_model(body: ModelToLoad, request: Request) -> dict[str, 
     dispatcher: Dispatcher = request.app.state.dispatcher
     if body.device:
         _check_device(body.device, model_of(body.model, dispatcher.config), dispatcher)
-    await load_model(body, request)
+    await load_model(LoadRequest(model=body.model), request)
     account = dispatcher.ledger.account_of(model_of(body.model, dispatcher.config).alias)
     return {**await show_model(body.model, request), "devices": sorted(account.booked()) if account else []}
 
@@ -205,6 +225,7 @@ def status_of(dispatcher: Dispatcher, alias: str) -> dict[str, Any]:
     progress = running.process.load_progress if running is not None else None
     unload_at_sec = scheduler.unload_at_sec(alias)
     first = model.queue.head()
+    waits = first is not None or model.wants_engine
     return {
         "alias": alias,
         "source": dispatcher.config.models[alias].source if alias in dispatcher.config.models else None,
@@ -226,7 +247,10 @@ def status_of(dispatcher: Dispatcher, alias: str) -> dict[str, Any]:
         "in_flight": len(engine.in_flight) if engine is not None else 0,
         "slotless": len(engine.slotless) if engine is not None else 0,
         "waiting": len(model.queue),
-        "why_waiting": why(model, time.monotonic(), slotless=first.slotless) if first is not None else None,
+        "load_asked_at": _wall(model.wanted_since_sec) if model.wanted_since_sec is not None else None,
+        "why_waiting": why(model, time.monotonic(), slotless=first is not None and first.slotless)
+        if waits
+        else None,
         "pinned": model.spec.pinned,
         "updated_at": iso(time.time()),
     }

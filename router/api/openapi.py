@@ -54,7 +54,7 @@ def describe(
         schemas.pop(unused, None)
     schemas["Error"] = _ENVELOPE
     schemas["OllamaError"] = _OLLAMAS_ENVELOPE
-    for named in ("ModelName", "ModelToLoad"):
+    for named in ("ModelName", "LoadRequest", "ModelToLoad"):
         schemas[named]["properties"]["model"] = _ALIAS
     schemas["Alias"] = {"type": "string", "enum": list(aliases)}
     components["securitySchemes"] = {

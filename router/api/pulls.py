@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from router import created, pulled, repository
 from router.api.errors import ApiError
-from router.api.models import ModelName, load_model
+from router.api.models import LoadRequest, load_model
 from router.api.streams import EventStream
 from router.config import Config
 from router.creations import Creations
@@ -125,7 +125,7 @@ async def pull_and_wait(body: PullAndWait, request: Request) -> dict[str, Any]:
     if progress.alias is None or progress.path is None:
         raise ApiError(409, "cancelled", "The pull was cancelled; the next one goes on with what has arrived.")
     if body.init:
-        await load_model(ModelName(model=progress.alias), request)
+        await load_model(LoadRequest(model=progress.alias), request)
     return {
         "status": "ok",
         "model": progress.alias,

@@ -30,6 +30,7 @@ import {
   drawQueue,
   drawRequests,
   isRunning,
+  waitsForLoad,
 } from "./views.js";
 import { element } from "./drawing.js";
 
@@ -150,6 +151,9 @@ async function look(turn) {
       noteModel(await get(`v1/models/${quoted(alias)}/status`)); // when it is unloaded now
     }
   }
+  for (const model of known.models.values()) {
+    if (waitsForLoad(model)) noteModel(await get(`v1/models/${quoted(model.alias)}/status`)); // for what now
+  }
   if (memoryIsOld || turn % SLOW_LOOKS === 0) {
     known.vram = await get("vram");
     memoryIsOld = false;
@@ -224,8 +228,8 @@ element("model-rows").addEventListener("click", ({ target }) => {
   const { alias } = button.closest("tr").dataset;
   if (button.dataset.part === "chat") chatWith(alias);
   else if (button.dataset.part === "log") readLog(alias);
-  else if (button.textContent === "Load") command(alias, "v1/models/load", { model: alias });
-  else if (button.textContent === "Unload") command(alias, "v1/models/eject", { model: alias });
+  else if (button.textContent === "Load") command(alias, "v1/models/load", { model: alias, wait: false });
+  else if (["Unload", "Cancel"].includes(button.textContent)) command(alias, "v1/models/eject", { model: alias });
   else command(alias, `v1/models/${quoted(alias)}/reset`, {});
 });
 

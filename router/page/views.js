@@ -64,12 +64,15 @@ function fillModel(row, model) {
   const queue = known.queue?.per_model[alias];
   const inFlight = queue?.current_processing ?? model.in_flight;
   const [progress, told] = status === "loading" && model.load ? load(model) : [null, ""];
+  const waits = waitsForLoad(model);
   put(row.root.dataset, status, "state");
   put(row.root.dataset, alias, "alias");
   put(row.alias, alias);
-  put(row.about, told || trouble(model) || queue?.waiting[0]?.why || description(model));
-  put(row.about, trouble(model) ? "error" : "dim", "className");
-  put(row.state, progress !== null && model.load.fraction ? `loading ${Math.round(100 * progress)} %` : status);
+  const why = told || (waits && model.why_waiting);
+  put(row.about, why || trouble(model) || queue?.waiting[0]?.why || description(model));
+  put(row.about, !why && trouble(model) ? "error" : "dim", "className");
+  const share = progress !== null && model.load.fraction ? ` ${Math.round(100 * progress)} %` : "";
+  put(row.state, waits ? "waiting" : `${status}${share}`);
   show(row.progress, progress !== null);
   put(row.progress, progress ?? 0, "value");
   put(row.progress, `How far ${alias} is loaded`, "ariaLabel");
@@ -77,7 +80,7 @@ function fillModel(row, model) {
   put(row.queue, counted(queue?.by_priority ?? {}));
   put(row.memory, places(model.memory?.booked_mb ?? {}, known));
   put(row.leaves, leaves(model, inFlight));
-  const action = ACTIONS[status];
+  const action = waits ? "Cancel" : ACTIONS[status];
   put(row.manage, action);
   put(row.manage, `${action} ${alias}`, "ariaLabel");
   put(row.manage, known.pending.has(alias), "disabled");
@@ -87,6 +90,9 @@ function fillModel(row, model) {
   show(row.chat, canChat(known.cards.get(alias)));
   put(row.chat, `Chat with ${alias}`, "ariaLabel");
 }
+
+/** Whether it is to be loaded by hand once there is room. */
+export const waitsForLoad = ({ status, load_asked_at }) => status === "off" && Boolean(load_asked_at);
 
 /** Its share, by the engine's own word or else by the time that it takes; and the words for it. */
 function load({ load: { stage, fraction, elapsed_sec, expected_sec }, load_sec: measured, seenAt }) {
