@@ -51,12 +51,15 @@ _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A change of a model's state or of the router, in the viewer's time."""
+    """A change of a model's state or of the router."""
 
-    clock: str
+    at: datetime
+    """In the viewer's time."""
     about: str
     state: str
     reason: str
+    id: str = ""
+    """Of the router's event; empty for what was noticed here."""
 
 
 @dataclass(slots=True)
@@ -197,18 +200,28 @@ class Watch:
             time.sleep(_LOOK_SEC)
 
     def _note(self, event: Happened) -> None:
-        if event.name != "model_update":
-            return
-        change = event.json()
-        # Progress of a load has no reason; after `stopping`, `off` follows for the same one.
-        if "reason" in change and change["status"] != "stopping":
-            self._decide(change["alias"], change["status"], change["reason"], change["updated_at"])
+        if event.name == "full_status":  # what was decided before, or while nobody followed
+            with contextlib.suppress(CannotAsk):  # an earlier router does not tell
+                for decision in self._client.get("/v1/decisions")["decisions"]:
+                    self._decide_as(decision)
+        elif event.name == "model_update":
+            change = event.json()
+            if "reason" in change:  # else it is the progress of a load
+                self._decide_as({**change, "id": event.id, "model": change["alias"], "at": change["updated_at"]})
 
-    def _decide(self, about: str, state: str, reason: str, at: str = "") -> None:
-        moment = datetime.fromisoformat(at).astimezone() if at else datetime.now()
-        decision = Decision(f"{moment:%H:%M:%S}", about, state, printable(reason))
+    def _decide_as(self, told: dict[str, Any]) -> None:
+        """As the router tells it. After `stopping`, `off` follows for the same reason."""
+        if told["model"] is not None and told["status"] != "stopping":
+            at = datetime.fromisoformat(told["at"]).astimezone()
+            self._decide(told["model"], told["status"], told["reason"], at, told["id"])
+
+    def _decide(self, about: str, state: str, reason: str, at: datetime | None = None, key: str = "") -> None:
+        decision = Decision(at or datetime.now().astimezone(), about, state, printable(reason), key)
         with self._lock:
-            self.view = replace(self.view, decisions=(*self.view.decisions, decision)[-_DECISIONS:])
+            known = self.view.decisions
+            if not key or all(key != other.id for other in known):
+                decisions = sorted((*known, decision), key=lambda decision: decision.at)[-_DECISIONS:]
+                self.view = replace(self.view, decisions=tuple(decisions))
 
     def _update(self, **news: Any) -> None:
         with self._lock:
@@ -355,7 +368,7 @@ def _waiting_lines(
 def _decision_lines(decisions: Sequence[Decision], lines: int) -> Iterator[Text]:
     for decision in decisions[::-1][:lines]:
         yield _line(
-            (f"  {decision.clock} ", "dim"),
+            (f"  {decision.at:%H:%M:%S} ", "dim"),
             f"{decision.about} ",
             (decision.state, _STYLES.get(decision.state, "")),
             f": {decision.reason}" if decision.reason else "",

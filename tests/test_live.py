@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Router, Start, fake, models, starting
+from conftest import Router, Start, eventually, fake, models, starting
 
 from router.api.streams import Feed
 from router.events import Events, ServerChanged
@@ -98,6 +98,35 @@ def test_who_watches_is_told_of_models_that_come_and_go(start: Start, tiny: Path
     name, identity, data = next(stream)
     assert (name, data["models"].keys()) == ("full_status", {"both", "new"})
     assert next(states(router, identity.partition("-")[0] + "-0"))[0] == "full_status"  # of before
+
+
+def test_what_was_decided_is_known_also_after_models_came_and_went(
+    start: Start, tiny: Path, tmp_path: Path
+) -> None:
+    router = start({"models": models(tiny, "a", "b")})
+    stream = states(router)
+    next(stream)
+    router.http.post("/v1/models/load", json={"model": "a"})
+    told = []
+    for _, identity, change in stream:
+        if "reason" in change:
+            told.append((identity, change["status"]))
+        if change["status"] == "ready":
+            break
+    (tmp_path / "config.json").write_text(json.dumps({"models": models(tiny, "b", "c")}))
+    router.http.post("/v1/config/reload")
+    eventually(lambda: router.engines == [])
+
+    def decisions() -> list[dict[str, Any]]:
+        known: list[dict[str, Any]] = router.http.get("/v1/decisions").json()["decisions"]
+        return [decision for decision in known if decision["model"] == "a"]
+
+    eventually(lambda: decisions()[-1]["status"] == "off")
+    assert [(each["id"], each["status"]) for each in decisions()[:2]] == told
+    assert told[0][1] == "loading"
+    router.http.post("/v1/models/load", json={"model": "c"})
+    known = router.http.get("/v1/decisions").json()["decisions"]
+    assert len({each["id"] for each in known}) == len(known)
 
 
 def test_a_listener_that_fails_keeps_the_others_from_nothing(caplog: pytest.LogCaptureFixture) -> None:

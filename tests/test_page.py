@@ -179,6 +179,23 @@ def test_a_model_is_loaded_and_unloaded_with_a_click(router: Router, visit: Open
     assert page.locator("#model-rows tr").count() == 11
 
 
+def test_a_load_that_waits_for_room_says_so_and_is_taken_back_with_a_click(
+    start: Start, tiny: Path, engine: str, visit: Open
+) -> None:
+    system = {"llama_server_path": engine, "max_concurrent_models": 1}
+    router = start({"system": system, "models": models(tiny, "a", "b")})
+    with router.http.stream("POST", "/v1/completions", json={"model": "a", "prompt": "", "stream": True}):
+        page = visit(router)
+        until_state(page, "a", "ready")
+        page.locator("#decision-rows").get_by_text("loading", exact=True).wait_for()  # before there was a page
+        row(page, "b").get_by_role("button", name="Load").click()
+        until_state(page, "b", "waiting")
+        row(page, "b").get_by_text("until a can go").wait_for()
+        row(page, "b").get_by_role("button", name="Cancel").click()
+        until_state(page, "b", "off")
+        row(page, "b").get_by_role("button", name="Load").wait_for()
+
+
 def test_a_model_that_fails_says_why_and_can_be_reset(router: Router, visit: Open) -> None:
     page = visit(router)
     row(page, "broken").get_by_role("button", name="Load").click()

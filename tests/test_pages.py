@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import Router, Start, fake, models
+from conftest import Router, Start, eventually, fake, models
 from sse_starlette import ServerSentEvent
 
 from router.api.streams import EventStream
@@ -172,3 +172,33 @@ def test_a_reader_who_does_not_read_is_let_go() -> None:
 
     asyncio.run(serve())
     assert ended == ["the stream"]
+
+
+def test_a_load_that_has_to_wait_is_told_why_at_once_and_can_be_taken_back(start: Start, tiny: Path) -> None:
+    router = start(
+        {"system": {"max_concurrent_models": 1}, "models": models(tiny, "a", "b", flags=["-c", "4096"])}
+    )
+
+    def load(alias: str) -> tuple[int, str, str]:
+        answer = router.http.post("/v1/models/load", json={"model": alias, "wait": False})
+        told = answer.json()
+        return answer.status_code, told["status"], told["message"]
+
+    code, status, _ = load("a")
+    assert (code, status in ("waiting", "loading")) == (202, True)
+    router.until("a", "ready")
+    assert load("a") == (200, "success", "a is ready")
+    body = {"model": "a", "prompt": "a", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    with router.http.stream("POST", "/v1/completions", json=body) as stream:
+        next(stream.iter_lines())
+        load("b")
+        eventually(lambda: "until a can go" in (router.status("b")["why_waiting"] or ""))
+        assert load("b")[:2] == (202, "waiting")
+        assert (router.status("b")["status"], router.status("b")["load_asked_at"] is None) == ("off", False)
+        taken_back = router.http.post("/v1/models/eject", json={"model": "b"})
+        assert (taken_back.status_code, taken_back.json()["message"]) == (200, "b is not to be loaded any more")
+        assert (router.status("b")["load_asked_at"], router.status("b")["why_waiting"]) == (None, None)
+        assert router.http.post("/v1/models/eject", json={"model": "b"}).status_code == 404
+    assert router.status("a")["status"] == "ready"
+    assert load("b")[0] == 202
+    router.until("b", "ready")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import pty
 import re
@@ -148,7 +149,12 @@ def test_decisions_scroll_by_newest_first(start: Start, tiny: Path, tmp_path: Pa
     router.chat("first")
     screen.until(r"\d\d:\d\d:\d\d first ready: loaded in", r"first loading: takes")
     router.chat("second")
-    screen.until("second ready", "second loading", "first off: evicted", "first ready", "first loading")
+    seen = ("second ready", "second loading", "first off: evicted", "first ready", "first loading")
+    screen.until(*seen)
+    entries = models(tiny, "first", "second", "third")
+    (tmp_path / "config.json").write_text(json.dumps({"system": system, "models": entries}))
+    router.http.post("/v1/config/reload")
+    top(router).until("third +off", *seen)  # who comes later sees what was decided before
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +228,7 @@ def test_it_fits_every_size(start: Start, tiny: Path, top: Open) -> None:
     screen.resize(140, 50)
     screen.until("model-29 +ready", "model-28 +off", "WAITING", "DECISIONS")
     screen.resize(40, 8)
-    lines = screen.until("llama-router", "MODEL", "model-29 +ready", "… and 28 more", "WAITING")
+    lines = screen.until("llama-router", "MODEL", "model-29 +ready", "… and 29 more", "WAITING", "DECISIONS")
     assert len(lines) == 8
     assert screen.process.poll() is None
 

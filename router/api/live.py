@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ router = APIRouter(tags=["monitoring"])
 _KEEP_ALIVE_SEC = 30
 _FIGURES_SEC = 2.0
 _KEPT_EVENTS = 1000
+_KEPT_DECISIONS = 200
 
 
 class Live:
@@ -36,6 +38,8 @@ class Live:
         self._run = f"{int(dispatcher.started_at * 1000):x}"
         """Tells the events of this run of the router from those of another."""
         self.states = Feed(self._full_status, _KEPT_EVENTS)
+        self.decisions: deque[dict[str, Any]] = deque(maxlen=_KEPT_DECISIONS)
+        """The last changes of states, the earliest first; also of models that are gone."""
         self.figures = Shared(lambda: frame("metrics", figures(dispatcher)))
         self.ending = asyncio.Event()
         """The router shuts down."""
@@ -50,7 +54,9 @@ class Live:
         return int(number) if run == self._run and number.isdecimal() and len(number) < 20 else None
 
     def _model_changed(self, change: ModelChanged) -> None:
-        if change.alias in self._dispatcher.scheduler.models:
+        is_here = change.alias in self._dispatcher.scheduler.models
+        self._decided(change.alias, change.state, change.reason, change.at, is_event=is_here)
+        if is_here:
             news = {"status": change.state, "reason": change.reason}
             self._send("model_update", {**self._status(change.alias), **news})
 
@@ -63,9 +69,17 @@ class Live:
 
     def _server_changed(self, change: ServerChanged) -> None:
         ends = change.status == "shutting_down"
+        self._decided(None, change.status, "", change.at, is_event=True)
         self._send("server_update", {"status": change.status, "at": iso(change.at)}, last=ends)
         if ends:
             self.ending.set()
+
+    def _decided(self, alias: str | None, state: str, reason: str, at: float, *, is_event: bool) -> None:
+        """If it `is_event`, that is what is sent next."""
+        identity = (
+            self._identity(self.states.last + 1) if is_event else f"{self._identity(self.states.last)}-{alias}"
+        )
+        self.decisions.append({"id": identity, "model": alias, "status": state, "reason": reason, "at": iso(at)})
 
     def _send(self, name: str, document: dict[str, Any], *, last: bool = False) -> None:
         self.states.send(frame(name, document, self._identity(self.states.last + 1)), last=last)
@@ -78,6 +92,16 @@ class Live:
 
     def _identity(self, number: int) -> str:
         return f"{self._run}-{number}"
+
+
+@router.get("/v1/decisions")
+async def decisions(request: Request) -> dict[str, Any]:
+    """The last changes of models' states and of the router's, the earliest first: what became what, and why.
+
+    The `id` is that of the event in `/v1/models/status/stream`, if it was one. `model` is null for the router.
+    """
+    live: Live = request.app.state.live
+    return {"decisions": list(live.decisions)}
 
 
 @router.get("/v1/models/status/stream")

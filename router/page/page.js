@@ -38,7 +38,6 @@ const LOOK_MS = 2_000;
 const NEWS_MS = 500; // after a model's state has changed
 const SLOW_LOOKS = 3; // so many looks are between two at what changes slowly
 const DECISIONS = 60;
-const EVENTS_BEFORE = 200; // not all of them are decisions
 const LOG_LINES = 500;
 
 const known = {
@@ -79,31 +78,26 @@ function draw() {
 // --- models, as they change ----------------------------------------------------------------------------------
 
 let run = "";
-let replayedUntil = 0;
 let memoryIsOld = true;
+let decisionsAreOld = true; // some were made while nobody followed, or before
 
-/** Of the stream of states. Decisions of the time before are asked for by taking it up from an earlier id. */
 function note({ event, id, data }) {
-  const [ofRun, place] = (id ?? "").split("-");
   const told = event === "heartbeat" ? {} : JSON.parse(data);
   if (event === "full_status") {
+    const [ofRun] = id.split("-");
+    if (run && ofRun !== run) decide({ about: "router", state: "back", reason: "it was started again" });
+    run = ofRun;
+    decisionsAreOld = true;
     noteAll(told);
-    if (ofRun !== run) {
-      if (run) decide("router", "back", "it was started again");
-      [run, replayedUntil] = [ofRun, Number(place)];
-      if (replayedUntil) return `${run}-${Math.max(0, replayedUntil - EVENTS_BEFORE)}`;
-    }
+    lookSoon();
   } else if (event === "model_update") {
-    // After `stopping`, `off` follows for the same reason.
-    if ("reason" in told && told.status !== "stopping")
-      decide(told.alias, told.status, told.reason, told.updated_at, id);
-    if (Number(place) > replayedUntil) noteModel(told);
+    if ("reason" in told) decideAs({ id, model: told.alias, at: told.updated_at, ...told });
+    noteModel(told);
   } else if (event === "server_update") {
-    if (Number(place) > replayedUntil) known.server = { ...known.server, status: told.status };
-    decide("router", told.status.replace("_", " "), "", told.at, id);
+    known.server = { ...known.server, status: told.status };
+    decideAs({ id, model: null, reason: "", ...told });
   }
   draw();
-  return undefined;
 }
 
 function noteAll({ server, models }) {
@@ -129,8 +123,18 @@ function noteModel(model) {
 
 let decided = 0;
 
-function decide(about, state, reason, at = Date.now(), key = `here ${(decided += 1)}`) {
-  known.decisions = [{ key, about, state, reason, at }, ...known.decisions].slice(0, DECISIONS);
+/** Adds it where it belongs, unless it is there. */
+function decide({ about, state, reason, at = Date.now(), key = `here ${(decided += 1)}` }) {
+  if (known.decisions.some((decision) => decision.key === key)) return;
+  known.decisions = [{ key, about, state, reason, at: Number(new Date(at)) }, ...known.decisions]
+    .sort((one, other) => other.at - one.at)
+    .slice(0, DECISIONS);
+}
+
+/** What the router tells. After `stopping`, `off` follows for the same reason. */
+function decideAs({ id, model, status, reason, at }) {
+  if (status !== "stopping")
+    decide({ about: model ?? "router", state: status.replace("_", " "), reason, at, key: id });
 }
 
 // --- what is asked for ---------------------------------------------------------------------------------------
@@ -150,6 +154,10 @@ async function look(turn) {
     if (isIdleAgain && known.models.get(alias)?.status === "ready") {
       noteModel(await get(`v1/models/${quoted(alias)}/status`)); // when it is unloaded now
     }
+  }
+  if (decisionsAreOld) {
+    decisionsAreOld = false;
+    (await get("v1/decisions")).decisions.forEach(decideAs);
   }
   for (const model of known.models.values()) {
     if (waitsForLoad(model)) noteModel(await get(`v1/models/${quoted(model.alias)}/status`)); // for what now

@@ -115,9 +115,8 @@ export const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
 /**
  * Gives the events of a stream to `note`, and takes it up again where it ended, whenever it does. A hidden page
- * follows nothing. `note` may return an id: the stream is taken up after that one instead. `begin` is called
- * before the first event of each connection; without `refused`, a stream is tried again also where it is refused.
- * Returns what ends it.
+ * follows nothing. `begin` is called before the first event of each connection; without `refused`, a stream is tried
+ * again also where it is refused. Returns what ends it.
  */
 export function follow(path, note, { begin = () => {}, refused } = {}) {
   const end = new AbortController();
@@ -128,7 +127,6 @@ export function follow(path, note, { begin = () => {}, refused } = {}) {
     let last = "";
     while (!end.signal.aborted) {
       await seen();
-      let atOnce = false;
       const silent = new AbortController();
       const stop = () => silent.abort();
       let silence = setTimeout(stop, SILENCE_MS);
@@ -144,19 +142,14 @@ export function follow(path, note, { begin = () => {}, refused } = {}) {
           silence = setTimeout(stop, SILENCE_MS);
           if (event.comment !== undefined) continue;
           last = event.id ?? last;
-          const from = note(event);
-          if (from !== undefined) {
-            last = from;
-            atOnce = true;
-            break;
-          }
+          note(event);
         }
       } catch (error) {
         if (refused && error instanceof Refused && error.status < 500) return refused(error);
       } finally {
         clearTimeout(silence);
       }
-      if (!atOnce && !document.hidden) await pause(RETRY_MS);
+      if (!document.hidden) await pause(RETRY_MS);
     }
   }
 }
