@@ -242,6 +242,7 @@ def router(
     resident: int = 1,
     folder: Path,
     program: Sequence[str] = (str(ROOT / "run.py"),),
+    aliases: Mapping[str, object] | None = None,
     **system: object,
 ) -> Router:
     config = {
@@ -254,6 +255,7 @@ def router(
         "models": {
             alias: {"model_path": str(path), "flags": command_line(flags)} for alias, path in models.items()
         },
+        "aliases": aliases or {},
     }
     file = folder / f"router-{secrets.token_hex(4)}.json"
     file.write_text(json.dumps(config))
