@@ -15,7 +15,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -196,6 +196,8 @@ class _Draft:
         self.warnings: list[str] = []
         self.headers = hub.Headers()
         self.folders: list[Path] = []
+        self.layers: dict[str, tuple[created.Created, str]] = {}
+        """What stores add to the models that they hold, and which store."""
         self.created: dict[str, created.Created] = {}
         self.engines: dict[str, str] = {}
         """Which of them have an engine of their own, and under which name that is."""
@@ -334,8 +336,18 @@ class _Draft:
                 for key, file in files.items():
                     if key not in entry:
                         self.put(("models", found.alias, key), file, origin)
+                if found.made is not None:
+                    self.add_layers(found.alias, found.made, origin)
             served |= {os.path.realpath(found.path) for found in discovery.models}
         self.add_created(models, aliases if isinstance(aliases, dict) else {})
+
+    def add_layers(self, alias: str, made: created.Created, origin: str) -> None:
+        """What a store adds to a model's file. The flags that the configuration gives it count more."""
+        self.layers[alias] = made, origin
+        words = [word for flag in made.flags.items() for word in flag]
+        own = self.values["models"][alias].get("flags", [])
+        if words and isinstance(own, list):
+            self.put(("models", alias, "flags"), [*words, *own], origin)
 
     def read_created(self, models: Mapping[str, Any], aliases: Mapping[str, Any]) -> None:
         """What clients have made, but for names that the configuration uses."""
@@ -495,6 +507,7 @@ class _Draft:
         there = {alias: model for alias, model in models.items() if model}
         usable = {name: alias for name, alias in aliases.items() if alias.uses in there}
         self.lost |= {name: alias.uses for name, alias in aliases.items() if name not in usable}
+        usable |= dict(self.stored_aliases(usable, there))
         usable |= dict(self.created_aliases(usable, there))
         config = Config(api, system, scheduling, there, adapters.named(usable, there), self.lost)
         if api.default_model is not None and meant(api.default_model, config) is None:  # it may come yet
@@ -532,6 +545,14 @@ class _Draft:
             source = self.origin_of(key)
             message = f"{places} is no more than the pinned models ({', '.join(pinned)}): others find no place"
             self.warnings.append(str(Problem(dotted(key), message, "" if source == _DEFAULT else source)))
+
+    def stored_aliases(self, aliases: Container[str], models: Container[str]) -> Iterator[tuple[str, AliasConfig]]:
+        """What stores add to requests, but where the configuration has an alias of the model's name."""
+        for name, (made, origin) in self.layers.items():
+            named = replace(created.alias(name, made, name, None), source=origin)
+            if name in models and name not in aliases and named.rewrites:
+                self.origins["aliases", name] = origin
+                yield name, named
 
     def created_aliases(
         self, aliases: Mapping[str, AliasConfig], models: Container[str]

@@ -18,6 +18,7 @@ from pathlib import Path, PurePath
 from typing import TypeVar
 
 from router import gguf
+from router.created import Created
 from router.gguf import GGUF, GGUFError
 from router.purpose import unserved
 
@@ -47,6 +48,8 @@ class Found:
     path: Path
     model: GGUF
     projector: GGUF | None = None
+    made: Created | None = None
+    """What its store adds to the file: a system prompt, parameters, examples."""
 
     @property
     def capabilities(self) -> tuple[str, ...]:

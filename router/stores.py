@@ -11,15 +11,24 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
+from typing import Any, Literal
 
 import msgspec
 
 from router import pulled
+from router.api.errors import ApiError
+from router.created import Created, Example
 from router.hub import Discovery, Found, Headers, Survey, quantization, stem
+from router.ollama_options import load_flags, request_parameters
 
 _MODEL = "application/vnd.ollama.image.model"
 _PROJECTOR = "application/vnd.ollama.image.projector"
 _ADAPTER = "application/vnd.ollama.image.adapter"
+_SYSTEM = "application/vnd.ollama.image.system"
+_PARAMETERS = "application/vnd.ollama.image.params"
+_MESSAGES = "application/vnd.ollama.image.messages"
+_LARGEST_LAYER = 1 << 20
+"""Of those that are read whole."""
 
 
 class _Layer(msgspec.Struct):
@@ -29,6 +38,15 @@ class _Layer(msgspec.Struct):
 
 class _Manifest(msgspec.Struct):
     layers: list[_Layer]
+
+
+class _Turn(msgspec.Struct):
+    role: Literal["user", "assistant", "system"]
+    content: str
+
+
+_parameters_of = msgspec.json.Decoder(dict[str, Any]).decode
+_turns_of = msgspec.json.Decoder(list[_Turn]).decode
 
 
 def hugging_face(cache: Path, headers: Headers | None = None, *, settle_sec: float = 0.0) -> Discovery:
@@ -115,9 +133,41 @@ def _ollama_model(store: Path, manifest: Path, survey: Survey) -> Found | None:
     if len(models) != 1 or any(_blobs(store, layers, _ADAPTER)):
         survey.skip(manifest, "is not made of one GGUF file without adapters")
         return None
+    try:
+        made = _made(store, manifest, layers)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, ApiError) as error:
+        survey.skip(manifest, f"has a system prompt, parameters or messages that cannot be read: {error}")
+        return None
     model = survey.read(models[0])
     projector = next(_blobs(store, layers, _PROJECTOR), None)
-    return Found("", models[0], model, survey.projector_for(model, projector)) if model is not None else None
+    if model is None:
+        return None
+    return Found("", models[0], model, survey.projector_for(model, projector), made)
+
+
+def _made(store: Path, manifest: Path, layers: list[_Layer]) -> Created:
+    """What Ollama's Modelfile says besides FROM and TEMPLATE. Raises OSError, MsgspecError, and ApiError for what
+    is no value of a parameter."""
+
+    def content(media_type: str) -> Iterator[bytes]:
+        for blob in _blobs(store, layers, media_type):
+            if blob.stat().st_size > _LARGEST_LAYER:
+                raise OSError(f"{blob.name} is larger than {_LARGEST_LAYER >> 20} MiB")
+            yield blob.read_bytes()
+
+    parameters: dict[str, Any] = {}
+    for text in content(_PARAMETERS):
+        parameters |= _parameters_of(text)
+    request_parameters(parameters)
+    turns = [turn for text in content(_MESSAGES) for turn in _turns_of(text)]
+    prompts = [text.decode() for text in content(_SYSTEM)] + [t.content for t in turns if t.role == "system"]
+    return Created(
+        created_at=manifest.stat().st_mtime,
+        flags=load_flags(parameters, 1, None, lambda flag: None),
+        system="\n\n".join(filter(None, prompts)),
+        parameters=parameters,
+        messages=tuple(Example(turn.role, turn.content) for turn in turns if turn.role != "system"),
+    )
 
 
 def _blobs(store: Path, layers: list[_Layer], media_type: str) -> Iterator[Path]:

@@ -111,6 +111,69 @@ def test_ollamas_models_keep_their_names_whoever_published_them(ollama: Path) ->
     assert sees == {"llama3.2:1b": False, "somebody/tuned:latest": False, "hf.co/org/Repo-GGUF:Q4_K_M": True}
 
 
+def tuned(store: Path, **layers: str | dict[str, object] | list[dict[str, str]]) -> None:
+    """`tuned:latest` of Ollama's store, with these layers besides its file."""
+    names = []
+    for number, (kind, content) in enumerate(layers.items(), 50):
+        text = content if isinstance(content, str) else json.dumps(content)
+        (store / "blobs" / f"sha256-{number}").write_text(text)
+        names.append((kind, str(number)))
+    ollama_model(store, "registry.ollama.ai/library/tuned/latest", ("model", "11"), *names)
+
+
+def test_what_ollamas_modelfile_says_counts_in_every_request(ollama: Path, start: Start) -> None:
+    tuned(
+        ollama,
+        system="Speak like a pirate.",
+        params={
+            "stop": ["<|end|>"],
+            "num_predict": 3,
+            "temperature": 0,
+            "num_ctx": 1024,
+            "penalize_newline": True,
+        },
+        messages=[{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}],
+    )
+    router = start(
+        {"system": {"ollama_store": True}, "models": {"llama3.2:1b": {"flags": ["-c", "512"]}}},
+        OLLAMA_MODELS=str(ollama),
+    )
+    shown = router.http.post("/api/show", json={"model": "tuned"}).json()
+    assert shown["system"] == "Speak like a pirate."
+    assert [turn["content"] for turn in shown["messages"]] == ["2 + 2?", "4"]
+    parameters = dict(line.split(maxsplit=1) for line in shown["parameters"].splitlines())
+    assert parameters == {"num_ctx": "1024", "stop": '"<|end|>"', "num_predict": "3", "temperature": "0"}
+    asked = {"model": "tuned", "messages": [{"role": "user", "content": "3 + 3?"}]}
+    prompt = router.http.post("/apply-template", json=asked).json()["prompt"]
+    assert prompt.startswith("system: Speak like a pirate.\nuser: 2 + 2?\nassistant: 4\nuser: 3 + 3?")
+    mine = {**asked, "messages": [{"role": "system", "content": "Be brief."}, *asked["messages"]]}
+    assert "pirate" not in router.http.post("/apply-template", json=mine).json()["prompt"]
+    chat = router.http.post("/api/chat", json={**asked, "stream": False}).json()
+    assert (chat["eval_count"], chat["done_reason"]) == (3, "length")
+    assert router.http.post("/v1/chat/completions", json=asked).json()["usage"]["completion_tokens"] == 3
+    generated = {"model": "tuned", "prompt": "hi", "stream": False, "options": {"num_predict": 5}}
+    assert router.http.post("/api/generate", json=generated).json()["eval_count"] == 5
+    cards = {card["id"]: card["context_length"] for card in router.http.get("/v1/models").json()["data"]}
+    assert cards == {"tuned:latest": 1024, "llama3.2:1b": 512}
+
+
+@pytest.mark.parametrize(
+    ("layers", "reason"),
+    [
+        ({"params": "{"}, "has a system prompt, parameters or messages that cannot be read: Input data was"),
+        ({"params": {"temperature": "hot"}}, "has a system prompt, parameters or messages that cannot be read"),
+        ({"messages": [{"role": "user"}]}, "has a system prompt, parameters or messages that cannot be read"),
+    ],
+)
+def test_a_model_of_ollamas_whose_layers_are_broken_is_named(
+    ollama: Path, layers: dict[str, str], reason: str
+) -> None:
+    tuned(ollama, **layers)
+    discovery = stores.ollama(ollama)
+    assert set(served(discovery)) == {"llama3.2:1b"}
+    assert reasons(discovery)["latest"].startswith(reason)
+
+
 def test_what_llama_cpp_cannot_load_from_ollama_is_reported(ollama: Path) -> None:
     library = "registry.ollama.ai/library"
     ollama_model(ollama, f"{library}/tuned/adapter", ("model", "11"), ("adapter", "22"))
