@@ -51,9 +51,10 @@ def create_app(
     reload: Reload,
     downloads: Downloads,
     creations: Creations,
+    cards: Cards,
 ) -> ASGIApp:
     """Wire it up. The dispatcher is started and stopped by whoever runs the server."""
-    pages = _pages(dispatcher, keyring, reload, downloads, creations)
+    pages = _pages(dispatcher, keyring, reload, downloads, creations, cards)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         is_file = scope["path"].startswith(_BLOBS)  # which goes to the disk as it comes
@@ -89,7 +90,12 @@ def _bounded(receive: Receive) -> Receive:
 
 
 def _pages(
-    dispatcher: Dispatcher, keyring: Keyring, reload: Reload, downloads: Downloads, creations: Creations
+    dispatcher: Dispatcher,
+    keyring: Keyring,
+    reload: Reload,
+    downloads: Downloads,
+    creations: Creations,
+    cards: Cards,
 ) -> FastAPI:
     app = FastAPI(
         title="llama-router", version=__version__, openapi_url="/openapi.json", docs_url=None, redoc_url=None
@@ -101,7 +107,7 @@ def _pages(
     app.state.reload = reload
     app.state.downloads = downloads
     app.state.creations = creations
-    app.state.cards = Cards()
+    app.state.cards = cards
     app.state.metrics = Metrics(dispatcher)
     app.state.live = Live(dispatcher)
     app.state.telemetry = Telemetry(dispatcher.events, time.monotonic)

@@ -27,6 +27,7 @@ from urllib.parse import quote
 from router.answer import Answer
 from router.api.auth import Client, Keyring
 from router.api.browsers import Browsers
+from router.api.cards import Cards
 from router.api.errors import ApiError, error_event, refused
 from router.capability import error_of_engine, refused_by_engine
 from router.config import System
@@ -58,10 +59,11 @@ _EVENT_STREAM = b"content-type: text/event-stream\r\ncache-control: no-cache\r\n
 class Exchanges:
     """What all exchanges share, and those of them that are with an engine."""
 
-    def __init__(self, dispatcher: Dispatcher, keyring: Keyring, browsers: Browsers) -> None:
+    def __init__(self, dispatcher: Dispatcher, keyring: Keyring, browsers: Browsers, cards: Cards) -> None:
         self.dispatcher = dispatcher
         self.keyring = keyring
         self.browsers = browsers
+        self.cards = cards
         self.bodies = Bodies()
         self.readers = ThreadPoolExecutor(1, "large bodies")  # several would leave the event loop less
         self._watched: set[Exchange] = set()

@@ -6,7 +6,11 @@ and the client's connection. So queues, priorities, retries, cancellation and ev
 
 from __future__ import annotations
 
+import asyncio
+import logging
+
 from router.answer import Answer
+from router.api.cards import Card
 from router.api.errors import ApiError
 from router.exchange import Exchange
 from router.ollama_answers import NotUnderstood, Translation, flattened
@@ -15,6 +19,8 @@ from router.rewriting import rewritten
 from router.routing import Wish, wish_of
 from router.shortening import ALL_DEPTHS
 
+_log = logging.getLogger("router")
+
 _DOCUMENT = b"content-type: application/json; charset=utf-8\r\n"
 _LINES = b"content-type: application/x-ndjson\r\n"
 
@@ -22,9 +28,11 @@ _LINES = b"content-type: application/x-ndjson\r\n"
 class OllamaExchange(Exchange):
     """An exchange whose client speaks another language than the engine."""
 
-    __slots__ = ("_asked", "_translation")
+    __slots__ = ("_asked", "_look", "_translation")
 
     _asked: Asked
+    _look: asyncio.Future[dict[str, Card]]
+    """At what its model is capable of, where that matters."""
     _translation: Translation
 
     # --- the client -------------------------------------------------------------------------------------
@@ -52,6 +60,24 @@ class OllamaExchange(Exchange):
     def _submit(self, wish: Wish) -> None:
         if self._asked.unloads:
             self._unload(wish.alias)
+        elif self._asked.needs:
+            self._look = asyncio.ensure_future(self._shared.cards.of([self._dispatcher.config.models[wish.alias]]))
+            self._look.add_done_callback(lambda look: self._submit_if_capable(wish, look))
+        else:
+            super()._submit(wish)
+
+    def _submit_if_capable(self, wish: Wish, look: asyncio.Future[dict[str, Card]]) -> None:
+        """As Ollama does. Of a model that could not be looked into, the engine knows."""
+        if self._is_over or look.cancelled():
+            return
+        failed = look.exception()
+        if failed is not None:
+            _log.error("what %s is capable of could not be found out", wish.alias, exc_info=failed)
+        capabilities = None if failed is not None else look.result()[wish.alias].get("capabilities")
+        missing = [need for need in self._asked.needs if capabilities is not None and need not in capabilities]
+        if missing:
+            message = f"{self._asked.model!r} does not support {missing[0]}"
+            self._refuse(ApiError(400, "not_supported", message, "model"))
         else:
             super()._submit(wish)
 

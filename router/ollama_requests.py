@@ -43,6 +43,12 @@ class Asked(NamedTuple):
     """`top_logprobs`"""
 
     @property
+    def needs(self) -> tuple[str, ...]:
+        """What the model must be capable of, as lists call it. To think no is asked of nobody."""
+        thinks = self.question.get("chat_template_kwargs", {}).get("enable_thinking")
+        return (*(("tools",) if self.question.get("tools") else ()), *(("thinking",) if thinks else ()))
+
+    @property
     def unloads(self) -> bool:
         return not self.target and self.keep_alive_sec == 0
 

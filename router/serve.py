@@ -23,6 +23,7 @@ import uvicorn
 from router import hang_up, logs
 from router.api.auth import Keyring
 from router.api.browsers import Browsers
+from router.api.cards import Cards
 from router.app import create_app
 from router.capability import purpose_of
 from router.config import AliasConfig, Api, Config, ModelConfig, System
@@ -271,8 +272,9 @@ class _Service:
     async def run(self) -> None:
         downloads = Downloads(self.look_again)
         browsers = Browsers(self._loaded.config.api)
-        app = create_app(self._dispatcher, self._keyring, browsers, self.reload, downloads, self._creations)
-        protocol = partial(HttpProtocol, Exchanges(self._dispatcher, self._keyring, browsers))
+        cards = Cards()
+        app = create_app(self._dispatcher, self._keyring, browsers, self.reload, downloads, self._creations, cards)
+        protocol = partial(HttpProtocol, Exchanges(self._dispatcher, self._keyring, browsers, cards))
         most_clients = _most_clients(self._loaded.config.api)
         server = _Server(
             uvicorn.Config(

@@ -52,7 +52,8 @@ def caller(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[Rou
     events.write_text("\n".join(map(json.dumps, chunks)))
     engine = fake(directory, answer=json.dumps(answer), events=str(events))
     with starting(directory) as start:
-        yield start({"system": {"llama_server_path": engine}, "models": models(tiny, "demo")})
+        own = models(tiny, "demo", flags=["--chat-template", "{{ tools }}"])
+        yield start({"system": {"llama_server_path": engine}, "models": own})
 
 
 class TestOpenai:

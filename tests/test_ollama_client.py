@@ -197,6 +197,13 @@ def test_errors_are_its_exceptions(client: ollama.Client) -> None:
     assert (status, "keep_alive" in reason) == (400, True)
     assert error_of(lambda: client.chat("tiny", CHAT, options={"temperature": "hot"}))[0] == 400
     assert error_of(lambda: client.chat("tiny", CHAT, think="deeply"))[0] == 400
+    tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
+    assert error_of(lambda: client.chat("tiny", CHAT, tools=[tool])) == (400, "'tiny' does not support tools")
+    assert error_of(lambda: client.generate("tiny", "hi", think="low")) == (
+        400,
+        "'tiny' does not support thinking",
+    )
+    assert client.chat("tiny", CHAT, think=False, options={"num_predict": 1}).done
     status, reason = error_of(lambda: client.chat("tiny", [{"role": "user", "content": "word " * 9000}]))
     assert status == 400
     assert "num_ctx" in reason  # which cannot be had by asking
@@ -310,7 +317,8 @@ class Played:
         self.events = folder / "events"
         self.notes = folder / "notes"
         engine = fake(folder, events=str(self.events), notes=str(self.notes))
-        self.router = start({"system": {"llama_server_path": engine}, "models": models(tiny, "a")})
+        flags = ["--chat-template", "{{ tools }}{{ enable_thinking }}"]
+        self.router = start({"system": {"llama_server_path": engine}, "models": models(tiny, "a", flags=flags)})
         self.client = ollama.Client(self.router.url, timeout=20)
 
     def plays(self, *events: dict[str, Any] | str) -> None:
