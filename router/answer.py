@@ -102,3 +102,48 @@ class Answer:
     def _first_lines(self, status: int) -> bytes:
         lines = (_STATUS.get(status) or b"HTTP/1.1 %d \r\n" % status) + self._wire.default_lines
         return lines if self.keep_alive else lines + b"connection: close\r\n"
+
+
+class Translator(Protocol):
+    """Knows what an engine's answer is in the words of the client's API."""
+
+    def document(self, body: bytes) -> bytes: ...
+
+    def events(self, part: bytes) -> bytes:
+        """Of the next bytes of a stream, comments included: as many events as are whole."""
+
+    def last_events(self) -> bytes:
+        """What is still to be said when the engine has said its last."""
+
+
+class TranslatedAnswer(Answer):
+    """Takes an engine's answer, and gives the client another one of the same kind: a document, or events."""
+
+    __slots__ = ("_streams", "_translator")
+
+    def __init__(self, plain: Answer, translator: Translator) -> None:
+        """Instead of `plain`, of which nothing is written yet."""
+        super().__init__(plain._wire, keep_alive=plain.keep_alive, http_1_0=plain._http_1_0)
+        self._translator = translator
+        self._streams = False
+
+    def whole(self, status: int, lines: bytes, body: bytes) -> None:
+        super().whole(status, lines, self._translator.document(body) if status == 200 else body)
+
+    def start(self, status: int, lines: bytes, length: int | None = None) -> None:
+        self._streams = b"text/event-stream" in lines
+        super().start(status, lines, length)
+
+    def write(self, part: bytes) -> None:
+        if not self._streams:
+            super().write(part)
+        elif events := self._translator.events(part):
+            super().write(events)
+
+    def end(self, part: bytes = b"") -> None:
+        if self._streams:
+            part = self._translator.events(part) + self._translator.last_events()
+        super().end(part)
+
+    def break_off(self, reason: bytes) -> None:
+        super().end(reason)

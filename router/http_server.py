@@ -24,6 +24,7 @@ from uvicorn.protocols.utils import get_local_addr, get_remote_addr
 from uvicorn.server import ServerState
 
 from router.answer import Answer
+from router.anthropic_exchange import MessagesExchange
 from router.choices_exchange import ChoicesExchange
 from router.exchange import Exchange, Exchanges
 from router.heads import BadTarget, Headers, Known, RequestHead
@@ -45,6 +46,7 @@ _EXCHANGES: dict[str, type[Exchange]] = {
     **dict.fromkeys(
         ("/v1/chat/completions", "/chat/completions", "/v1/completions", "/completions"), ChoicesExchange
     ),
+    "/v1/messages": MessagesExchange,
     **dict.fromkeys(("/v1/responses", "/responses"), ResponsesExchange),
     **dict.fromkeys(TRANSLATED_ROUTES, OllamaExchange),
 }

@@ -99,6 +99,9 @@ class TestAnthropic:
     def test_stream(self, npm: Apart) -> None:
         assert npm("anthropic", "stream").startswith(GREETING)
 
+    def test_structured_output(self, npm: Apart) -> None:
+        assert npm("anthropic", "structured_output") in CITIES
+
     def test_errors(self, npm: Apart) -> None:
         refused = npm("anthropic", "too_long")
         assert (refused["name"], refused["status"]) == ("BadRequestError", 400)

@@ -153,6 +153,7 @@ def test_who_would_try_in_vain_is_told_not_to(router: Router, start: Start, tiny
     assert (misled.status_code, misled.headers["x-should-retry"]) == (503, "false")
     again = router.chat("misled")  # in its cooldown
     assert (again.status_code, again.headers["x-should-retry"]) == (503, "false")
+    assert "retry-after" not in {**misled.headers, **again.headers}  # which Codex heeds, and not the other
     giant = router.chat("giant")
     assert (giant.status_code, giant.headers["x-should-retry"]) == (507, "false")
     body = {"model": "giant", "max_tokens": 1, "messages": []}

@@ -111,6 +111,9 @@ ALIASES = {
     "cool": {"uses": "a", "defaults": {"temperature": 0}},
 }
 CALL = {"type": "function", "function": {"name": "write", "arguments": {"path": "a", "text": "LONG"}}}
+TEXT = {"type": "text", "text": "LONG"}
+PICTURE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "IMAGE"}}
+USE = {"type": "tool_use", "id": "1", "name": "write", "input": {"path": "a", "text": "LONG"}}
 SCHEMA = {"type": "object", "properties": {"a": {"description": "LONG"}}}
 WRITE = {"type": "function", "name": "write", "parameters": SCHEMA}
 FORM = {"format": {"type": "json_schema", "name": "a", "schema": SCHEMA}}
@@ -151,6 +154,10 @@ def router(start_shared: Start, tiny: Path, notes: Path) -> Router:
         (
             "/v1/messages",
             {"model": "parrot", "system": [{"type": "text", "text": "LONG"}], "messages": [turn("a")]},
+        ),
+        (
+            "/v1/messages",
+            {"model": "parrot", "seed": 1, "messages": [turn([PICTURE, TEXT]), turn([USE], "assistant")]},
         ),
         ("/api/chat", {"model": "parrot", "messages": [turn("LONG", images=["IMAGE"])], "stream": False}),
         ("/api/chat", {"model": "a", "messages": [turn("", "assistant", tool_calls=[CALL])], "stream": False}),

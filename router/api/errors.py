@@ -60,7 +60,7 @@ class ApiError(Exception):
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         headers = [(b"content-type", b"application/json")]
-        if self.retry_after_sec is not None:
+        if self.retry_after_sec is not None and not self.is_final:  # Codex would wait, and then come again
             pause_sec = min(max(1, math.ceil(self.retry_after_sec)), _LONGEST_PAUSE_SEC)
             headers.append((b"retry-after", b"%d" % pause_sec))
         if self.is_final or (self.status < 500 and self.status not in _MAY_PASS):

@@ -1,0 +1,397 @@
+"""`/v1/messages` where the engine's own route would lose something: asked as a chat, answered as Anthropic does.
+
+llama-server translates Anthropic's requests itself, and drops what that translation does not know: the schema of
+an answer, a seed, a grammar. Requests with any of these are translated here, to the route that knows all of them,
+and so are their answers; all other requests go as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from router.api.errors import ApiError
+from router.capability import error_of_engine
+from router.meter import Timings
+from router.responses import told
+from router.rewriting import joined
+
+_KEPT = ("model", "stream", "temperature", "top_p", "top_k", "chat_template_kwargs")
+_DROPPED = (
+    "dry_multiplier",
+    "frequency_penalty",
+    "grammar",
+    "ignore_eos",
+    "json_schema",
+    "logit_bias",
+    "lora",
+    "min_p",
+    "presence_penalty",
+    "repeat_last_n",
+    "repeat_penalty",
+    "response_format",
+    "samplers",
+    "seed",
+    "typical_p",
+    "xtc_probability",
+)
+"""Parameters of chats that the engine does not take over from Anthropic's requests."""
+_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
+
+_encode = msgspec.json.encode
+
+
+class _Format(msgspec.Struct):
+    type: str = ""
+    schema: msgspec.Raw = msgspec.Raw(b"{}")
+
+
+class _Config(msgspec.Struct):
+    format: _Format | None = None
+
+
+class _Source(msgspec.Struct):
+    type: str = ""
+    media_type: str = "image/jpeg"
+    data: str = ""
+    url: str = ""
+
+
+class _Block(msgspec.Struct):
+    type: str = ""
+    text: str = ""
+    thinking: str = ""
+    source: _Source | None = None
+    id: str = ""
+    name: str = ""
+    input: msgspec.Raw = msgspec.Raw(b"{}")
+    tool_use_id: str = ""
+    content: str | list[_Block] | None = None
+
+
+class _Message(msgspec.Struct):
+    role: str
+    content: str | list[_Block]
+
+
+class _Tool(msgspec.Struct):
+    name: str = ""
+    description: str = ""
+    input_schema: msgspec.Raw = msgspec.Raw(b"{}")
+
+
+class _Choice(msgspec.Struct):
+    type: str = "auto"
+    disable_parallel_tool_use: bool = False
+
+
+class _Thinking(msgspec.Struct):
+    type: str = ""
+    budget_tokens: int = 10_000
+
+
+class _Request(msgspec.Struct):
+    messages: list[_Message]
+    system: str | list[_Block] | None = None
+    max_tokens: int = 4096
+    stop_sequences: list[str] | None = None
+    tools: list[_Tool] | None = None
+    tool_choice: _Choice | None = None
+    thinking: _Thinking | None = None
+
+
+class _Forms(msgspec.Struct):
+    output_config: _Config | None = None
+    output_format: _Format | None = None
+    """Its name in the API's beta."""
+    tools: list[_Tool] | None = None
+    tool_choice: _Choice | None = None
+    system: msgspec.Raw = msgspec.Raw(b"null")
+
+
+_fields_of = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode_request = msgspec.json.Decoder(_Request).decode
+_decode_forms = msgspec.json.Decoder(_Forms).decode
+_value_of = msgspec.json.Decoder().decode
+
+
+class Asked(msgspec.Struct):
+    """What the engine is asked for."""
+
+    body: bytes | bytearray
+    is_chat: bool = False
+    """On the route of chats; else on its own."""
+
+
+def read(body: bytes | bytearray) -> Asked:
+    """What is not of the API's shape is left for the engine to refuse."""
+    try:
+        fields = _fields_of(body)
+        forms = _decode_forms(body)
+        form = (forms.output_config and forms.output_config.format) or forms.output_format
+        kept: dict[str, Any] = {name: fields[name] for name in _DROPPED if name in fields}
+        if form is not None and form.type == "json_schema" and not kept.keys() & {"grammar", "json_schema"}:
+            if forms.tools and (forms.tool_choice is None or forms.tool_choice.type != "none"):
+                # An engine that is held to a schema calls nothing: there the schema is only told.
+                system = joined(told(form.schema), _value_of(forms.system))
+                fields = {**fields, "system": msgspec.Raw(_encode(system))}
+                body = _encode(fields)
+            else:
+                kept["response_format"] = {"type": "json_schema", "json_schema": {"schema": form.schema}}
+        if not kept:
+            return Asked(body)
+        return Asked(_encode({**_chat(fields, _decode_request(body)), **kept}), is_chat=True)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return Asked(body)
+
+
+def _chat(fields: dict[str, msgspec.Raw], request: _Request) -> dict[str, Any]:
+    chat: dict[str, Any] = {name: fields[name] for name in _KEPT if name in fields}
+    chat["max_tokens"] = request.max_tokens
+    messages = [] if request.system is None else [{"role": "system", "content": _text(request.system)}]
+    for message in request.messages:
+        messages += _turns(message)
+    chat["messages"] = messages
+    if request.stop_sequences:
+        chat["stop"] = request.stop_sequences
+    if request.tools:
+        chat["tools"] = [
+            {
+                "type": "function",
+                "function": {"name": tool.name, "description": tool.description, "parameters": tool.input_schema},
+            }
+            for tool in request.tools
+        ]
+    if request.tool_choice is not None:
+        choice = request.tool_choice
+        chat["tool_choice"] = {"any": "required", "tool": "required"}.get(choice.type, choice.type)
+        if choice.disable_parallel_tool_use:
+            chat["parallel_tool_calls"] = False
+    if request.thinking is not None and request.thinking.type == "enabled":
+        chat["thinking_budget_tokens"] = request.thinking.budget_tokens
+    return chat
+
+
+def _text(said: str | Iterable[_Block]) -> str:
+    return said if isinstance(said, str) else "".join(block.text for block in said if block.type == "text")
+
+
+def _turns(message: _Message) -> Iterable[dict[str, Any]]:
+    """One of Anthropic's messages is several of a chat's when it has results of tools."""
+    if isinstance(message.content, str):
+        yield {"role": message.role, "content": message.content}
+        return
+    parts, calls, results = [], [], []
+    thoughts = ""
+    for block in message.content:
+        match block.type:
+            case "text" | "image":
+                parts.append(_part(block))
+            case "thinking":
+                thoughts += block.thinking
+            case "tool_use":
+                function = {"name": block.name, "arguments": bytes(block.input).decode()}
+                calls.append({"id": block.id, "type": "function", "function": function})
+            case "tool_result":
+                content = block.content or ""
+                has_images = not isinstance(content, str) and any(inner.type == "image" for inner in content)
+                said: Any = [_part(inner) for inner in content] if has_images else _text(content)
+                results.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": said})
+    if parts or calls or thoughts:
+        turn: dict[str, Any] = {"role": message.role, "content": parts or ""}
+        if calls:
+            turn["tool_calls"] = calls
+        if thoughts:
+            turn["reasoning_content"] = thoughts
+        yield turn
+    yield from results
+
+
+def _part(block: Any) -> dict[str, Any]:
+    if block.type != "image" or block.source is None:
+        return {"type": "text", "text": block.text}
+    source = block.source
+    url = source.url if source.type == "url" else f"data:{source.media_type};base64,{source.data}"
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+# --- answers --------------------------------------------------------------------------------------------
+
+
+class _Function(msgspec.Struct):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class _Call(msgspec.Struct):
+    function: _Function
+    index: int = 0
+    id: str | None = None
+
+
+class _Said(msgspec.Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[_Call] | None = None
+
+
+class _Answer(msgspec.Struct):
+    finish_reason: str | None = None
+    message: _Said | None = None
+    delta: _Said | None = None
+
+
+_NO_ERROR = msgspec.Raw(b"")
+
+
+class _Part(msgspec.Struct):
+    """A whole answer, or an event of a stream."""
+
+    id: str = ""
+    model: str = ""
+    choices: list[_Answer] = []
+    timings: Timings | None = None
+    error: msgspec.Raw = _NO_ERROR
+
+
+_decode_part = msgspec.json.Decoder(_Part).decode
+
+
+class Translation:
+    """A chat's answer as Anthropic's."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._begun = False
+        self._ended = False
+        self._block = ""
+        """The kind of block that is open."""
+        self._call = -1
+        """Of the calls, the one whose block that is."""
+        self._blocks = 0
+        self._reason = "end_turn"
+        self._timings = Timings()
+
+    def document(self, body: bytes) -> bytes:
+        part = _decode_part(body)
+        choice = part.choices[0] if part.choices else _Answer()
+        said = choice.message or _Said()
+        content: list[dict[str, Any]] = []
+        if said.reasoning_content:
+            content.append({"type": "thinking", "thinking": said.reasoning_content, "signature": ""})
+        if said.content:
+            content.append({"type": "text", "text": said.content})
+        for call in said.tool_calls or ():
+            named = {"type": "tool_use", "id": call.id or "", "name": call.function.name or ""}
+            content.append({**named, "input": msgspec.Raw((call.function.arguments or "{}").encode())})
+        reason = _REASONS.get(choice.finish_reason or "", "end_turn")
+        usage = _usage(part.timings or Timings())
+        return _encode({**_message(part), "content": content, "stop_reason": reason, "usage": usage})
+
+    def events(self, part: bytes) -> bytes:
+        *lines, self._rest = (self._rest + part).split(b"\n")
+        events = b""
+        for line in lines:
+            if line.startswith(b"data:"):
+                events += self._event(line[5:].strip())
+            elif line.startswith(b":"):  # the engine's signs of life, and the router's
+                events += line + b"\n\n"
+        return events
+
+    def last_events(self) -> bytes:
+        if self._ended:
+            return b""
+        self._ended = True
+        delta = {"stop_reason": self._reason, "stop_sequence": None}
+        usage = _usage(self._timings)
+        return b"".join(
+            (
+                b"" if self._begun else self._begin(_Part()),
+                self._close(),
+                _written("message_delta", {"delta": delta, "usage": usage}),
+                _written("message_stop", {}),
+            )
+        )
+
+    def _event(self, data: bytes) -> bytes:
+        if self._ended or data == b"[DONE]":
+            return b""
+        try:
+            part = _decode_part(data)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            return self._fail(ApiError(502, "engine_lost", f"The engine's answer cannot be read: {error}"))
+        if part.error is not _NO_ERROR:
+            return self._fail(error_of_engine(500, data))
+        if part.timings is not None:
+            self._timings = part.timings
+        events = b"" if self._begun else self._begin(part)
+        for choice in part.choices:
+            if choice.finish_reason is not None:
+                self._reason = _REASONS.get(choice.finish_reason, "end_turn")
+            if choice.delta is not None:
+                events += self._said(choice.delta)
+        return events
+
+    def _fail(self, error: ApiError) -> bytes:
+        self._ended = True
+        return error.event("/v1/messages").lstrip()
+
+    def _begin(self, part: _Part) -> bytes:
+        self._begun = True
+        begun = {**_message(part), "content": [], "stop_reason": None, "usage": _usage(Timings())}
+        return _written("message_start", {"message": begun})
+
+    def _said(self, said: _Said) -> bytes:
+        events = b""
+        if said.reasoning_content:
+            events += self._piece("thinking", "thinking_delta", "thinking", said.reasoning_content)
+        if said.content:
+            events += self._piece("text", "text_delta", "text", said.content)
+        for call in said.tool_calls or ():
+            if call.index != self._call:
+                self._call = call.index
+                named = {"id": call.id or "", "name": call.function.name or "", "input": {}}
+                events += self._close() + self._open("tool_use", named)
+            if call.function.arguments:
+                events += self._delta("input_json_delta", "partial_json", call.function.arguments)
+        return events
+
+    def _piece(self, block: str, kind: str, name: str, text: str) -> bytes:
+        begin = b"" if self._block == block else self._close() + self._open(block, {name: ""})
+        return begin + self._delta(kind, name, text)
+
+    def _open(self, block: str, fields: dict[str, Any]) -> bytes:
+        self._block = block
+        if block == "thinking":
+            fields = {**fields, "signature": ""}
+        opened = {"index": self._blocks, "content_block": {"type": block, **fields}}
+        return _written("content_block_start", opened)
+
+    def _delta(self, kind: str, name: str, text: str) -> bytes:
+        return _written("content_block_delta", {"index": self._blocks, "delta": {"type": kind, name: text}})
+
+    def _close(self) -> bytes:
+        if not self._block:
+            return b""
+        self._block = ""
+        self._blocks += 1
+        return _written("content_block_stop", {"index": self._blocks - 1})
+
+
+def _message(part: _Part) -> dict[str, Any]:
+    named = {"id": part.id, "type": "message", "role": "assistant", "model": part.model}
+    return {**named, "stop_sequence": None}
+
+
+def _usage(timings: Timings) -> dict[str, int]:
+    return {
+        "input_tokens": timings.prompt_n,
+        "cache_read_input_tokens": timings.cache_n,
+        "output_tokens": timings.predicted_n,
+    }
+
+
+def _written(kind: str, fields: dict[str, Any]) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (kind.encode(), _encode({"type": kind, **fields}))

@@ -1,0 +1,35 @@
+"""Anthropic's messages on the data plane: as chats where the engine's own route would lose something of them."""
+
+from __future__ import annotations
+
+from router.answer import TranslatedAnswer
+from router.anthropic import Translation, read
+from router.exchange import Exchange
+from router.routing import Wish
+from router.shortening import ALL_DEPTHS
+
+
+class MessagesExchange(Exchange):
+    """An exchange whose engine is asked on another route, where need be."""
+
+    __slots__ = ("_is_chat",)
+
+    _is_chat: bool
+
+    def _read(self, body: bytes | bytearray) -> tuple[Wish, bytes | bytearray]:
+        wish, body = super()._read(body)
+        asked = read(body)
+        self._is_chat = asked.is_chat
+        return wish, asked.body
+
+    def _depth(self) -> int:
+        return ALL_DEPTHS
+
+    def _submit(self, wish: Wish) -> None:
+        if self._is_chat:
+            self._answer = TranslatedAnswer(self._answer, Translation())
+        super()._submit(wish)
+
+    def _asked_of_engine(self) -> tuple[bytes, bytes]:
+        target, lines = super()._asked_of_engine()
+        return (b"/v1/chat/completions" if self._is_chat else target), lines

@@ -1,0 +1,193 @@
+"""`/v1/messages` takes what the engine's own route for it would drop, and answers as Anthropic's API does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Router, Start, fake, models
+
+from router.anthropic import read
+from router.demo import MODEL_PATH
+
+anthropic = pytest.importorskip("anthropic", reason="the package anthropic is not installed")
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Oslo", "Rome"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+FORM = {"format": {"type": "json_schema", "schema": SCHEMA}}
+CITIES = ({"city": "Oslo"}, {"city": "Rome"})
+ASKED: dict[str, Any] = {"model": "demo", "max_tokens": 100, "messages": [{"role": "user", "content": "Hello"}]}
+TOOL = {"name": "weather", "description": "The weather of a city", "input_schema": SCHEMA}
+CALL = {"type": "tool_use", "id": "call_1", "name": "weather", "input": {"city": "Oslo"}}
+TALK: list[dict[str, Any]] = [
+    {"role": "user", "content": [{"type": "text", "text": "Hello,"}, {"type": "text", "text": " you."}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "Let me see."}, CALL]},
+    {
+        "role": "user",
+        "content": [
+            {"type": "tool_result", "tool_use_id": "call_1", "content": [{"type": "text", "text": "It rains."}]},
+            {"type": "text", "text": "And now?"},
+        ],
+    },
+]
+TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}\n"
+    "{% endfor %}"
+)
+"""Of a model that sees everything."""
+
+
+def chunk(finish: str | None = None, **delta: Any) -> dict[str, Any]:
+    choice = {"index": 0, "finish_reason": finish, "delta": delta}
+    return {"id": "chatcmpl-1", "model": "caller", "object": "chat.completion.chunk", "choices": [choice]}
+
+
+def piece(index: int, arguments: str, **named: str) -> dict[str, Any]:
+    function = {"arguments": arguments, **({"name": named["name"]} if named else {})}
+    return {"index": index, "function": function, **({"id": named["id"], "type": "function"} if named else {})}
+
+
+PLAYED = [
+    chunk(role="assistant", content=None),
+    chunk(reasoning_content="Where?"),
+    chunk(content="Let me"),
+    chunk(content=" see."),
+    chunk(tool_calls=[piece(0, '{"city": ', id="call_1", name="weather")]),
+    chunk(tool_calls=[piece(0, '"Oslo"}')]),
+    chunk(tool_calls=[piece(1, '{"city": "Rome"}', id="call_2", name="weather")]),
+    {**chunk("tool_calls"), "timings": {"cache_n": 3, "prompt_n": 4, "predicted_n": 12}},
+]
+
+
+@pytest.fixture(scope="module")
+def router(start_shared: Start) -> Router:
+    flags = ["-c", "2048", "-t", "1", "-np", "1"]
+    return start_shared(
+        {
+            "models": {
+                **models(MODEL_PATH, "demo", flags=flags),
+                **models(MODEL_PATH, "seer", flags=[*flags, "--chat-template", TEMPLATE]),
+            }
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def player(start_shared: Start, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Router:
+    directory = tmp_path_factory.mktemp("player")
+    mistake = {"error": {"code": 500, "message": "Compute error.", "type": "server_error"}}
+    (directory / "caller").write_text("\n".join(map(json.dumps, PLAYED)))
+    (directory / "fails").write_text("\n".join(map(json.dumps, [*PLAYED[:3], mistake])))
+    ways = {
+        "caller": {"FAKE_EVENTS": str(directory / "caller")},
+        "fails": {"FAKE_EVENTS": str(directory / "fails")},
+        "dies": {"FAKE_EVENTS": str(directory / "caller"), "FAKE_DIE": "torn"},
+    }
+    entries = {alias: models(tiny, alias, env=env)[alias] for alias, env in ways.items()}
+    return start_shared({"system": {"llama_server_path": fake(directory)}, "models": entries})
+
+
+@pytest.fixture
+def client(router: Router) -> Iterator[Any]:
+    with anthropic.Anthropic(base_url=router.url, api_key="none", max_retries=0, timeout=60) as client:
+        yield client
+
+
+@pytest.mark.parametrize("name", ["output_config", "output_format"])
+def test_an_answer_keeps_to_its_schema(client: Any, name: str) -> None:
+    form = FORM if name == "output_config" else FORM["format"]
+    asked = {**ASKED, "extra_body": {name: form, "temperature": 0}}
+    whole = client.messages.create(**asked)
+    assert json.loads(whole.content[0].text) in CITIES
+    assert (whole.stop_reason, whole.type, whole.role, whole.model) == ("end_turn", "message", "assistant", "demo")
+    with client.messages.stream(**asked) as stream:
+        pieces = list(stream.text_stream)
+        final = stream.get_final_message()
+    assert "".join(pieces) == final.content[0].text == whole.content[0].text
+    assert len(pieces) > 5
+    assert final.stop_reason == "end_turn"
+    assert final.usage.output_tokens == whole.usage.output_tokens > 5
+    prompts = {usage.input_tokens + usage.cache_read_input_tokens for usage in (whole.usage, final.usage)}
+    plain = client.messages.create(**ASKED).usage
+    assert prompts == {plain.input_tokens + plain.cache_read_input_tokens}
+
+
+def test_a_seed_counts(client: Any) -> None:
+    def said(seed: int, **more: Any) -> str:
+        body = {"seed": seed, "temperature": 9.0, "samplers": ["temperature"], "ignore_eos": True, **more}
+        return client.messages.create(**{**ASKED, "max_tokens": 12}, extra_body=body).content[0].text
+
+    assert said(1) == said(1) != said(2)
+    assert set(said(1, grammar='root ::= "a"+')) == {"a"}
+    cut = client.messages.create(**{**ASKED, "max_tokens": 3}, extra_body={"seed": 1, "ignore_eos": True})
+    assert cut.stop_reason == "max_tokens"
+
+
+def test_a_model_is_asked_the_same_on_both_ways(router: Router) -> None:
+    def prompt_tokens(**more: Any) -> int:
+        body = {
+            "model": "seer",
+            "max_tokens": 1,
+            "messages": TALK,
+            "system": [{"type": "text", "text": "Be brief."}],
+        }
+        usage = router.http.post("/v1/messages", json={**body, "tools": [TOOL], **more}).json()["usage"]
+        return int(usage["input_tokens"] + usage["cache_read_input_tokens"])
+
+    assert prompt_tokens() == prompt_tokens(seed=1) > 100
+
+
+def test_thoughts_and_calls_are_blocks(player: Router) -> None:
+    with (
+        anthropic.Anthropic(base_url=player.url, api_key="none", max_retries=0) as client,
+        client.messages.stream(**{**ASKED, "model": "caller"}, extra_body={"seed": 1}) as stream,
+    ):
+        final = stream.get_final_message()
+    thought, text, *calls = final.content
+    assert (thought.thinking, text.text) == ("Where?", "Let me see.")
+    assert [(call.id, call.name, call.input) for call in calls] == [
+        ("call_1", "weather", {"city": "Oslo"}),
+        ("call_2", "weather", {"city": "Rome"}),
+    ]
+    assert final.stop_reason == "tool_use"
+    usage = final.usage
+    assert (usage.input_tokens, usage.cache_read_input_tokens, usage.output_tokens) == (4, 3, 12)
+
+
+@pytest.mark.parametrize(("alias", "message"), [("fails", "Compute error"), ("dies", "broke off")])
+def test_what_goes_wrong_in_the_middle_is_thrown(player: Router, alias: str, message: str) -> None:
+    with (
+        anthropic.Anthropic(base_url=player.url, api_key="none", max_retries=0) as client,
+        pytest.raises(anthropic.APIError, match=message),
+        client.messages.stream(**{**ASKED, "model": alias}, extra_body={"seed": 1}) as stream,
+    ):
+        stream.get_final_message()
+
+
+def test_a_schema_is_only_told_where_tools_may_be_called() -> None:
+    body = {**ASKED, "output_config": FORM, "tools": [TOOL], "system": "Be brief."}
+    asked = read(json.dumps(body).encode())
+    assert not asked.is_chat
+    system = json.loads(asked.body)["system"]
+    assert '"enum": ["Oslo", "Rome"]' in system
+    assert system.endswith("Be brief.")
+    assert read(json.dumps({**body, "tool_choice": {"type": "none"}}).encode()).is_chat
+
+
+def test_what_the_engine_does_not_drop_goes_to_it_byte_for_byte() -> None:
+    for body in (
+        b'{"model": "demo",  "messages": [], "temperature": 0.5}',
+        b'{"model": "demo", "messages": [], "output_config": {"effort": "low"}}',
+        b'{"model": "demo", "messages": 7, "seed": 1}',
+        b'{"model": "demo", "seed": 1}',
+        b"--form\r\n",
+    ):
+        assert read(body).body == body
