@@ -9,7 +9,7 @@ business of `config_load.py`; nothing here reads a file or the environment.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -25,7 +25,7 @@ from pydantic import (
 )
 from pydantic.json_schema import GenerateJsonSchema
 
-from router.flags import Purpose
+from router.flags import Purpose, argv, parse
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -599,8 +599,14 @@ class ModelConfig:
     description: str = ""
     source: str = field(default="", compare=False)
     """Where it comes from: a file's name, `pulled`, `--models-dir` …"""
+    projector_was_found: bool = False
+    """Nobody has named the projector in its flags: it lies beside the model, and may prove to be of no use."""
     purposes: frozenset[Purpose] = field(default=frozenset(), compare=False)
     """By its flags, which take too long to be read when an engine has refused a request."""
+
+    def without_projector(self) -> ModelConfig:
+        flags = argv(flag for flag in parse(self.flags) if flag.name != "mmproj")
+        return replace(self, flags=tuple(flags), purposes=self.purposes - {"mmproj"})
 
     @property
     def revision(self) -> Hashable:

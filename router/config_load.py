@@ -86,6 +86,8 @@ _ANYBODYS = frozenset({"API_KEY", "DEBUG", "STRUCTURED_LOGS"})
 
 _DOTENV = re.compile(r"""(?:export\s+)?(\w+)\s*=(?:\s+#.*|\s*(?:"(.*?)"|'(.*?)'|(.*?))(?:\s+#.*)?)""")
 _DEFAULT = "default"
+_FOUND = frozenset({"pulled", "--models-dir", "models_dirs", "hf_cache", "ollama_store"})
+"""Where models come from that nobody has named, and their projectors."""
 _UNKNOWN = "?"  # for going on after a wrong model_path or uses
 _S = TypeVar("_S", bound=Section)
 
@@ -657,6 +659,9 @@ class _Draft:
             priority=entry.priority or "normal",
             description=entry.description,
             source=self.origin_of((*path, "model_path")),
+            projector_was_found=mmproj is not None
+            and self.origin_of((*path, "mmproj")) in _FOUND
+            and str(mmproj) in flags,
             purposes=_purposes(flags, entry.env),
         )
 

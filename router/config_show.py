@@ -37,7 +37,7 @@ def leaves(config: Config) -> Iterator[tuple[KeyPath, str]]:
                     yield (*path, name), "(not shown)" if _SECRET_NAME.search(name) else _text(text)
             elif field.name == "flags":
                 yield path, _command_line(value)
-            elif field.name not in ("alias", "slots", "source", "files", "purposes"):
+            elif field.name not in ("alias", "slots", "source", "files", "projector_was_found", "purposes"):
                 yield path, _text(value)
     for name, named in config.aliases.items():
         for field in fields(named):

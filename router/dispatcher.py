@@ -14,8 +14,8 @@ import logging
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -246,6 +246,8 @@ class Dispatcher:
         self._tasks: set[asyncio.Task[None]] = set()
         self._inspections: set[asyncio.Task[None]] = set()
         self._stopping: set[int] = set()
+        self._projector_failed: dict[str, Hashable] = {}
+        """By alias what the engine was started with that did not load with a projector that was only found."""
         self._preloading: set[str] = set()
         self._changes: dict[str, list[asyncio.Future[None]]] = {}
         self._preload: asyncio.Task[None] | None = None
@@ -296,7 +298,8 @@ class Dispatcher:
 
     def apply(self, config: Config) -> None:
         """Go by a new configuration. Engines whose entry did not change are not touched."""
-        self.config = config
+        models = {alias: self._as_it_loads(model) for alias, model in config.models.items()}
+        self.config = replace(config, models=models)
         self._configure()
         self.events.publish(ModelsListed(time.time()))
 
@@ -561,6 +564,7 @@ class Dispatcher:
         before = self.exits.get(model.alias)
         self.restarts[model.alias] += before is not None and not before.wanted
         running: RunningEngine | None = None
+        ended_itself = False
         try:
             started = time.monotonic()
             process = await self._launcher.launch(self._order(model, account), self.log_of(model.alias))
@@ -580,6 +584,7 @@ class Dispatcher:
             reason = await process.exited
         except EngineFailed as failed:
             reason = str(failed)
+            ended_itself = running is not None and not running.process.alive
         except Exception:
             _log.exception("the engine of %s cannot be watched", model.alias)
         finally:
@@ -597,7 +602,26 @@ class Dispatcher:
                 running.pool.close_idle()
                 del self.running[engine_id]
             reason, out_of_memory = await self._look_for_memory(account, model, running, reason, wanted=wanted)
+            if ended_itself and not wanted and not out_of_memory and retry is Retry.LATER:
+                retry = self._without_projector(model, reason)
             self._post(EngineExited(time.monotonic(), engine_id, reason, out_of_memory, retry))
+
+    def _without_projector(self, model: ModelConfig, reason: str) -> Retry:
+        """When to try again after a load that failed: at once, without its projector, if nobody has named that."""
+        if not model.projector_was_found or "mmproj" not in model.purposes:
+            return Retry.LATER
+        _log.warning(
+            "model %s did not load, and is started without the projector that was found beside it (name the right "
+            "one by `mmproj` in its entry, or give it the flag --no-mmproj): %s",
+            *(model.alias, reason),
+        )
+        self._projector_failed[model.alias] = model.revision
+        self.apply(self.config)
+        return Retry.AT_ONCE
+
+    def _as_it_loads(self, model: ModelConfig) -> ModelConfig:
+        failed = self._projector_failed.get(model.alias)
+        return model.without_projector() if failed is not None and failed == model.revision else model
 
     async def _look_for_memory(
         self, account: Account, model: ModelConfig, running: RunningEngine | None, reason: str, *, wanted: bool

@@ -125,7 +125,8 @@ class Retry(str, Enum):
 
     LATER = "later"
     AT_ONCE = "at_once"
-    """Somebody else was quicker to take its port, for which the model can't be blamed."""
+    """Somebody else was quicker to take its port, for which the model can't be blamed; or it had a projector that
+    nobody had asked for."""
     NEVER = "never"
     """It does not take the flags of its model: the next one would not, either."""
 

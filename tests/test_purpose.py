@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Router, Start, eventually, models
 from test_stores import ollama_model
-from tiny_models import write_embedding, write_llama
+from tiny_models import write_embedding, write_llama, write_projector
 
 from router.config import ModelConfig
 from router.config_load import load
@@ -113,6 +114,32 @@ def test_what_cannot_answer_is_refused_with_what_it_is_also_where_it_is_configur
     answer = router.chat("draft")
     assert answer.status_code == 503
     assert "mtp-draft.gguf is a draft for speculative decoding, not a model of its own" in answer.text
+
+
+def test_a_model_does_without_a_projector_that_was_only_found_and_does_not_load(
+    start: Start, tiny: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    shutil.copy(tiny, folder / "a.gguf")
+    write_projector(folder / "mmproj-a.gguf")  # of the right width, but without an encoder
+    named = {"model_path": str(tiny), "mmproj": str(folder / "mmproj-a.gguf")}
+    system = {"models_dirs": [str(folder)], "model_load_max_retries": 0}
+    router = start({"system": system, "models": {"named": named}})
+
+    def capabilities() -> list[str]:
+        found: list[str] = router.http.get("/v1/models/a").json()["capabilities"]
+        return found
+
+    assert capabilities() == ["completion", "vision"]
+    assert router.chat("a").status_code == 200
+    assert capabilities() == ["completion"]
+    assert "model a did not load, and is started without the projector that was found beside it" in router.log
+    pid = router.status("a")["pid"]
+    write_llama(folder / "b.gguf", seed=1)
+    eventually(lambda: router.chat("b").status_code == 200)
+    assert (router.chat("a").status_code, router.status("a")["pid"]) == (200, pid)
+    assert router.chat("named").status_code == 503
 
 
 def test_the_context_that_is_listed_is_what_the_engine_has_wherever_it_was_set(start: Start, tiny: Path) -> None:
