@@ -103,7 +103,7 @@ def held_mib(binary: Binary, model: Path, words: tuple[str, ...], size: Size) ->
 
 
 def ask(url: str, prompt: str | list[int]) -> None:
-    body = json.dumps({"prompt": prompt, "n_predict": 2}).encode()
+    body = json.dumps({"prompt": prompt, "n_predict": 0}).encode()
     deadline = time.monotonic() + 60
     while True:
         try:

@@ -26,6 +26,7 @@ from router.readings import Device, Watch
 
 if TYPE_CHECKING:
     from router.nvidia import Nvidia
+    from router.sizing import EngineKind
 
 HOST = "host"
 DEADLINE_SEC = 2.0
@@ -64,7 +65,7 @@ class Devices:
     """`gpu_devices`: numbers of the GPUs that may be used, None for all that have memory of their own.
 
     As in any CUDA or ROCm program, GPUs that `environ` hides (CUDA_VISIBLE_DEVICES and the like) are not there.
-    `root` is where `/proc` and `/sys` are. `engine` is the program to ask for GPUs that no driver tells of.
+    `root` is where `/proc` and `/sys` are. `engine` is asked for GPUs that no driver tells of.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Devices:
         gpu_devices: Sequence[int] | None = None,
         environ: Mapping[str, str] = os.environ,
         root: Path = Path("/"),
-        engine: Path | None = None,
+        engine: EngineKind | None = None,
     ) -> None:
         self._wanted = gpu_devices
         self._environ = environ

@@ -299,7 +299,7 @@ def _engine() -> EngineKind | None:
 
 def _ground(engine: EngineKind | None) -> Ground:
     """The machine as it is now, as a router without engines and with every GPU would see it."""
-    devices = Devices(engine=engine.program if engine is not None and engine.uses_gpus else None)
+    devices = Devices(engine=engine)
     ledger = Ledger(System())
     ledger.observe(devices.read_blocking(), {})
     return ledger.ground(ledger.budgets()[0], devices.environment)

@@ -17,8 +17,12 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from router.readings import Device
+
+if TYPE_CHECKING:
+    from router.sizing import EngineKind
 
 SHOWS = "GGML_VK_VISIBLE_DEVICES"
 TIMEOUT_SEC = 10.0
@@ -38,13 +42,13 @@ class _Line:
 
 
 class Listed:
-    """What the engine `program` lists. `asked` are numbers of GPUs to offer also where they share memory with the
+    """What the engine lists. `asked` are numbers of GPUs to offer also where they share memory with the
     processor; `root` is where `/sys` is."""
 
     def __init__(
-        self, program: Path, environ: Mapping[str, str], asked: Collection[int] = (), root: Path = Path("/")
+        self, engine: EngineKind, environ: Mapping[str, str], asked: Collection[int] = (), root: Path = Path("/")
     ) -> None:
-        self._program = program
+        self._engine = engine
         self._environ = {name: value for name, value in environ.items() if not name.startswith("LLAMA_ARG_")}
         self._asked = asked
         self._root = root
@@ -127,10 +131,12 @@ class Listed:
         return sharing
 
     def _list(self, environ: Mapping[str, str]) -> list[_Line] | None:
-        """None if it ends with an error, as builds do that have no such flag, or is to show what is not there."""
+        """None if it cannot tell, or is to show what is not there."""
+        if not self._engine.lists_devices:
+            return None
         try:
             done = subprocess.run(  # noqa: S603
-                [str(self._program), "--list-devices"],
+                [str(self._engine.program), "--list-devices"],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,

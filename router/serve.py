@@ -150,7 +150,7 @@ def _serve(loaded: Loaded, load: Load, log: Logs) -> None:
         state = opened.enter_context(contextlib.closing(_open_state(config, listeners[0].getsockname()[1])))
         record = EngineRecord(state)
         record.end_leftovers()  # before anybody asks how much memory is free
-        devices = Devices(config.system.gpu_devices if kind.uses_gpus else (), engine=kind.program)
+        devices = Devices(config.system.gpu_devices if kind.uses_gpus else (), engine=kind)
         devices.read_blocking()
         store = state.file("footprints", list[Entry], "what engines were measured to take is forgotten at the end")
         _run(_Service(loaded, load, binary, devices, Learned(store), listeners, record, state, log).run())

