@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router import __version__
 from router.api import creations as creating
-from router.api import live, memory, models, monitoring, ollama, openai, page, pulls
+from router.api import engines, live, llama_server, memory, models, monitoring, ollama, openai, page, pulls
 from router.api.auth import OPEN_PATHS, Keyring
 from router.api.browsers import Browsers
 from router.api.cards import Cards
@@ -39,7 +39,20 @@ _OPERATORS_PAGES = ("/v1/logs/", "/v1/health/models", "/v1/models/pull", _BLOBS)
 
 _READ_BY_POST = frozenset({"/api/show"})
 _PAGES = tuple(
-    module.router for module in (pulls, live, models, openai, ollama, creating, memory, monitoring, page)
+    module.router
+    for module in (
+        pulls,
+        live,
+        models,
+        openai,
+        llama_server,
+        engines,
+        ollama,
+        creating,
+        memory,
+        monitoring,
+        page,
+    )
 )
 _LARGEST_PAGE_BODY = 1 << 20
 

@@ -391,10 +391,14 @@ class Dispatcher:
         self.ask_to_load(alias)
         return await self._until_settled(alias)
 
-    async def eject(self, alias: str) -> None:
-        """Let it finish what is in flight, then unload it. Returns when that engine is gone."""
-        engine = self.scheduler.models[alias].engine
+    def begin_eject(self, alias: str) -> None:
+        """Let it finish what is in flight, then unload it."""
         self._post(Eject(time.monotonic(), alias))
+
+    async def eject(self, alias: str) -> None:
+        """The same; returns when that engine is gone."""
+        engine = self.scheduler.models[alias].engine
+        self.begin_eject(alias)
         while engine is not None and engine.id in self.scheduler.engines:
             await self._next_change(alias)
 
@@ -676,7 +680,7 @@ class Dispatcher:
         """The truth, whatever its flags, its variables and the memory that it found have made of it."""
         document = await running.process.document("/props", PROBE_LIMIT_SEC)
         with contextlib.suppress(msgspec.MsgspecError):  # it is older, or another one
-            running.props = msgspec.json.decode(document or "", type=EngineProps)
+            running.props = msgspec.json.decode(document.body if document else b"", type=EngineProps)
 
     def props_of(self, alias: str) -> EngineProps | None:
         """What its engine says of itself; None if there is none that is ready."""

@@ -27,6 +27,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -141,6 +142,23 @@ class _State(msgspec.Struct):
     payload: dict[str, object] = {}
 
 
+class Document(NamedTuple):
+    """An engine's answer to a question of the router's own."""
+
+    status: int
+    content_type: str
+    body: bytes
+
+    @classmethod
+    async def read(cls, answer: asyncio.StreamReader) -> Document:
+        """Raises what streams and wrong HTTP raise."""
+        first, *lines = (await answer.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+        fields = dict(line.lower().split(": ", 1) for line in lines if ": " in line)
+        length = fields.get("content-length")
+        body = await (answer.read() if length is None else answer.readexactly(int(length)))
+        return cls(int(first.split(" ")[1]), fields.get("content-type", "application/json"), body)
+
+
 class EngineProcess:
     """A running engine. Create it with `start`; `exited` is done when the process is gone."""
 
@@ -165,6 +183,8 @@ class EngineProcess:
         """0 to 1 where the engine tells, while it loads."""
         self.load_stage: str | None = None
         """What it loads, in llama-server's words: text_model, spec_model, mmproj_model."""
+        self.load_stages: list[str] = []
+        """All that it loads, one after the other."""
         self.when_load_moves: Callable[[], None] = lambda: None
         self._process = process
         self.was_killed = False
@@ -350,6 +370,10 @@ class EngineProcess:
         if isinstance(value, int | float):
             self.load_progress = float(value)
             self.load_stage = stage if isinstance(stage, str) else None
+            stages = state.payload.get("stages")
+            self.load_stages = (
+                [stage for stage in stages if isinstance(stage, str)] if isinstance(stages, list) else []
+            )
             self.when_load_moves()
 
     async def _poll_ready(self) -> None:
@@ -367,18 +391,17 @@ class EngineProcess:
         except asyncio.TimeoutError:
             return False
 
-    async def document(self, path: str, limit_sec: float) -> str | None:
-        """What is at `path`; None if it refuses that, or does not answer in time."""
+    async def document(self, path: str, limit_sec: float) -> Document | None:
+        """What is at `path`; None if it does not answer in time."""
 
-        async def fetch() -> bytes:
+        async def fetch() -> Document:
             async with self._asked(path, self.key) as answer:
-                return await answer.read()
+                return await Document.read(answer)
 
         try:
-            head, _, body = (await asyncio.wait_for(fetch(), limit_sec)).partition(b"\r\n\r\n")
-        except (OSError, asyncio.TimeoutError):
+            return await asyncio.wait_for(fetch(), limit_sec)
+        except (OSError, EOFError, ValueError, IndexError, asyncio.LimitOverrunError, asyncio.TimeoutError):
             return None
-        return body.decode(errors="replace") if head.split()[1:2] == [b"200"] else None
 
     async def _status(self, path: str, key: str) -> int | None:
         try:

@@ -44,9 +44,9 @@ class EngineMetrics:
         return _wants_metrics(tuple(model.flags), tuple(sorted(model.env.items())))
 
     async def _ask(self, running: RunningEngine, limit_sec: float) -> None:
-        text = await running.process.document("/metrics", limit_sec)
-        if text is not None:
-            self._said[running.id] = text
+        answer = await running.process.document("/metrics", limit_sec)
+        if answer is not None and answer.status == 200:
+            self._said[running.id] = answer.body.decode(errors="replace")
 
 
 @lru_cache(maxsize=1024)

@@ -203,13 +203,18 @@ class Exchange:
 
     def _read(self, body: bytes | bytearray) -> tuple[Wish, bytes | bytearray]:
         """What is asked for, and the body for the engine. Raises ApiError."""
-        wish = read_wish(body, self._head.fields, self._dispatcher.config, self._client)
+        head = self._head
+        wish = read_wish(body, head.fields, self._dispatcher.config, self._client, head.model)
         if wish.asked_as is not None:
-            body = rewritten(body, self._head.path, wish.asked_as)
+            body = rewritten(body, head.path, wish.asked_as)
         return wish, body
 
     def _path_of_engine(self) -> str:
         """Where the body, once it was read, goes."""
+        return self._head.path
+
+    def _route(self) -> str:
+        """What it is counted for."""
         return self._head.path
 
     def _is_slotless(self) -> bool:
@@ -360,7 +365,7 @@ class Exchange:
         assert engine is not None
         self._shared.watch(self)
         target, lines = self._asked_of_engine()
-        engine.pool.post(target, self._id_line + lines, self._body, self)
+        engine.pool.ask(self._head.method, target, self._id_line + lines, self._body, self)
 
     def _asked_of_engine(self) -> tuple[bytes, bytes]:
         """The target, and those of the client's headers that an engine gets to see."""
@@ -557,7 +562,7 @@ class Exchange:
             done = RequestDone(
                 request_id=self._request_id,
                 alias="",
-                route=self._head.path,
+                route=self._route(),
                 priority="",
                 outcome=outcome,
                 status=self._status,
@@ -576,7 +581,7 @@ class Exchange:
             done = RequestDone(  # by position: keywords would take as long as all metrics
                 self._request_id,
                 ticket.alias,
-                self._head.path,
+                self._route(),
                 NAMES[ticket.priority],
                 outcome,
                 self._status,

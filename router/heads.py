@@ -107,6 +107,7 @@ class RequestHead:
         "http_version",
         "keep_alive",
         "method",
+        "model",
         "path",
         "query",
         "raw_path",
@@ -128,6 +129,8 @@ class RequestHead:
         self.path = unquote(self.raw_path.decode("ascii"))
         self.headers = headers
         self.admission: Admission | None = None
+        self.model = ""
+        """If its path names one."""
         self.fields: Mapping[bytes, bytes] = dict(headers)
         self.target = self.path.encode() + (b"?" + self.query if self.query else b"")
         """What an engine is asked for, if the path is one of an engine's: there is nothing to quote in those."""

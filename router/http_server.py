@@ -26,6 +26,7 @@ from uvicorn.server import ServerState
 from router.answer import Answer
 from router.anthropic_exchange import MessagesExchange
 from router.choices_exchange import ChoicesExchange
+from router.engine_exchange import EngineExchange, is_for_engine, of_engine
 from router.exchange import Exchange, Exchanges
 from router.heads import BadTarget, Headers, Known, RequestHead
 from router.ollama_exchange import OllamaExchange
@@ -41,15 +42,15 @@ _LINGER_SEC = 30.0
 _LOOK_SEC = 10.0
 _MOST_PIPELINED = 16
 
-_EXCHANGES: dict[str, type[Exchange]] = {
+_OF_ENGINES: dict[str, type[Exchange]] = {
     **dict.fromkeys(ROUTES, Exchange),
     **dict.fromkeys(
         ("/v1/chat/completions", "/chat/completions", "/v1/completions", "/completions"), ChoicesExchange
     ),
     "/v1/messages": MessagesExchange,
     **dict.fromkeys(("/v1/responses", "/responses"), ResponsesExchange),
-    **dict.fromkeys(TRANSLATED_ROUTES, OllamaExchange),
 }
+_EXCHANGES: dict[str, type[Exchange]] = {**_OF_ENGINES, **dict.fromkeys(TRANSLATED_ROUTES, OllamaExchange)}
 """The data plane; all else are pages."""
 
 
@@ -282,10 +283,14 @@ class HttpProtocol(asyncio.Protocol):
         """Give it its turn, with as much of its body as is here."""
         turn: Turn
         exchange = _EXCHANGES.get(head.path) if head.method == b"POST" else None
+        begun = head
+        if exchange is None and is_for_engine(head):
+            head = of_engine(head, self._exchanges.dispatcher.config)
+            exchange = (_OF_ENGINES.get(head.path) if head.method == b"POST" else None) or EngineExchange
         if exchange is not None:
             answer = Answer(self, keep_alive=head.keep_alive, http_1_0=head.http_version == "1.0")
             turn = exchange(self._exchanges, answer, head)
-            self._begun = head
+            self._begun = begun
         else:
             turn = _Page(self, head)
             self._begun = None

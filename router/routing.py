@@ -125,17 +125,24 @@ _decode_prompts = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 
 def read_wish(
-    body: bytes | bytearray, headers: Mapping[bytes, bytes], config: Config, client: Client | None = None
+    body: bytes | bytearray,
+    headers: Mapping[bytes, bytes],
+    config: Config,
+    client: Client | None = None,
+    model: str = "",
 ) -> Wish:
-    """Raises ApiError for what is not to be understood, and for models that are not there."""
+    """`model` is the one that was named elsewhere than in the body, if it was.
+
+    Raises ApiError for what is not to be understood, and for models that are not there.
+    """
     content_type = headers.get(b"content-type", b"")
     if is_form(content_type):
         fields = text_fields(body, content_type, ("model", "stream"))
         streams = fields.get("stream", "").lower() in ("true", "1")
-        wish = wish_of(fields.get("model"), streams, headers, config, client)
+        wish = wish_of(model or fields.get("model"), streams, headers, config, client)
         return wish._replace(asked_as=None)  # forms are not rewritten
     envelope = _read_envelope(body)
-    wish = wish_of(envelope.model, envelope.stream is True, headers, config, client)
+    wish = wish_of(model or envelope.model, envelope.stream is True, headers, config, client)
     answers = _shape_of(envelope)
     return wish if answers is ONE else wish._replace(answers=answers)
 

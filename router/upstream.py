@@ -286,9 +286,9 @@ class EnginePool:
         self._connecting: set[asyncio.Task[None]] = set()
         self._closed = False
 
-    def post(self, target: bytes, lines: bytes, body: Body, receiver: Receiver) -> None:
+    def ask(self, method: bytes, target: bytes, lines: bytes, body: Body, receiver: Receiver) -> None:
         """Send a request. `lines` are headers, each with its end; Host, Content-Length and the key are added."""
-        head = b"POST %b%b%bcontent-length: %d\r\n\r\n" % (target, self._lines, lines, len(body))
+        head = b"%b %b%b%bcontent-length: %d\r\n\r\n" % (method, target, self._lines, lines, len(body))
         while self._idle:
             connection = self._idle.pop()  # the one used last is the likeliest to live
             if connection.is_open:

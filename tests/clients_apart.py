@@ -1,5 +1,8 @@
 # /// script
-# dependencies = ["langchain-ollama>=1", "langchain-openai>=1", "litellm>=1.80", "mcp>=1"]
+# dependencies = [
+#   "langchain-llama-cpp>=0.1", "langchain-ollama>=1", "langchain-openai>=1", "litellm>=1.80", "llamastat>=0.3",
+#   "mcp>=1",
+# ]
 # ///
 # (litellm imports mcp for tools and responses, and does not require it.)
 """Clients whose packages do not go along with the router's, in an environment of their own, which `uv` makes.
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import traceback
 from typing import Any
@@ -76,6 +80,28 @@ class LangchainOllama(LangchainOpenai):
         return OllamaEmbeddings(**self.router, model="demo-embed").embed_documents(TEXTS)
 
 
+class LangchainLlamaCpp(LangchainOpenai):
+    def __init__(self, router: str, caller: str) -> None:
+        self.router, self.caller = {"base_url": router}, {"base_url": caller}
+
+    def model(self, **more: Any) -> Any:
+        from langchain_llama_cpp import ChatLlama
+
+        return ChatLlama(**{**self.router, "model": "demo", "temperature": 0, "max_retries": 0, **more})
+
+    def server_defaults(self) -> Any:
+        return self.model().get_server_defaults()
+
+
+class Llamastat:
+    def __init__(self, router: str, caller: str) -> None:
+        self.router = router
+
+    def snapshot(self) -> Any:
+        command = [sys.executable, "-m", "llamastat", "--url", self.router, "--once", "--json", "--no-host"]
+        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
 class Litellm:
     def __init__(self, router: str, caller: str) -> None:
         os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else its import asks for prices on the internet
@@ -122,6 +148,8 @@ class LitellmOllama(Litellm):
 CLIENTS = {
     "langchain-openai": LangchainOpenai,
     "langchain-ollama": LangchainOllama,
+    "langchain-llama-cpp": LangchainLlamaCpp,
+    "llamastat": Llamastat,
     "litellm": Litellm,
     "litellm-ollama": LitellmOllama,
 }

@@ -125,7 +125,7 @@ def test_aliases_are_listed_with_what_they_stand_for(router: Router) -> None:
     assert list(cards) == ["a", *ALIASES]
     assert "uses" not in cards["a"]
     assert {cards[name]["uses"] for name in ALIASES} == {"a"}
-    assert {card["status"] for card in cards.values()} == {"ready"}
+    assert {card["state"] for card in cards.values()} == {"ready"}
     assert cards["one"]["description"] == "One at a time"
     assert cards["pirate"]["description"] == "A model"
     assert router.http.get("/v1/models/one").json() == cards["one"]

@@ -188,17 +188,17 @@ LANGCHAIN = ["langchain-openai", "langchain-ollama"]
 
 @pytest.mark.timeout(600)  # the first one waits for the installation
 class TestClientsApart:
-    @pytest.mark.parametrize("client", [*LANGCHAIN, "litellm", "litellm-ollama"])
+    @pytest.mark.parametrize("client", [*LANGCHAIN, "langchain-llama-cpp", "litellm", "litellm-ollama"])
     def test_chat(self, apart: Apart, client: str) -> None:
         assert apart(client, "chat").startswith(GREETING)
 
-    @pytest.mark.parametrize("client", [*LANGCHAIN, "litellm"])
+    @pytest.mark.parametrize("client", [*LANGCHAIN, "langchain-llama-cpp", "litellm"])
     def test_stream(self, apart: Apart, client: str) -> None:
         pieces = apart(client, "stream")
         assert len(pieces) > 5
         assert "".join(pieces).startswith(GREETING)
 
-    @pytest.mark.parametrize("client", [*LANGCHAIN, "litellm"])
+    @pytest.mark.parametrize("client", [*LANGCHAIN, "langchain-llama-cpp", "litellm"])
     def test_tools(self, apart: Apart, client: str) -> None:
         ((name, arguments),) = apart(client, "tools")
         assert (name, arguments in CITIES) == ("weather", True)
@@ -216,6 +216,19 @@ class TestClientsApart:
     @pytest.mark.parametrize("client", ["langchain-openai", "litellm"])
     def test_responses(self, apart: Apart, client: str) -> None:
         assert apart(client, "responses").startswith(GREETING)
+
+    def test_what_an_engine_goes_by(self, apart: Apart) -> None:
+        """Which langchain-llama-cpp asks for as of llama-swap."""
+        defaults = apart("langchain-llama-cpp", "server_defaults")
+        assert (defaults["top_k"], defaults["n_ctx"] > 0) == (40, True)
+
+    def test_a_monitor_of_one_llama_server(self, apart: Apart, router: Router) -> None:
+        router.unload()
+        router.chat("demo")
+        seen = apart("llamastat", "snapshot")
+        assert (seen["health"], seen["model_alias"], seen["slots_endpoint"]) == ("ok", "demo", True)
+        assert seen["n_params"] > 10_000
+        assert seen["total_slots"] == len(seen["slots"])
 
 
 def test_open_webui_over_openais_api(router: Router) -> None:

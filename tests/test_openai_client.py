@@ -79,7 +79,7 @@ def test_models(client: openai.OpenAI, router: Router) -> None:
     assert {model.id for model in client.models.list()} == {ALIAS, "embed"}
     card = client.models.retrieve("embed")
     assert card.capabilities == ["embedding"]
-    assert card.status == "off"
+    assert card.state == "off"
 
 
 def test_errors_are_its_exceptions(client: openai.OpenAI) -> None:

@@ -273,7 +273,7 @@ def test_a_disk_that_hangs_keeps_the_router_neither_from_serving_nor_from_ending
                 assert (listed["stuck:latest"], listed["good:latest"]) == (0, tiny.stat().st_size)
             shown = router.http.post("/api/show", json={"model": "stuck"})
             assert (shown.status_code, str(stuck.parent) in shown.json()["error"]) == (500, True)
-            assert router.http.get("/v1/models/stuck").json()["status"] == "off"
+            assert router.http.get("/v1/models/stuck").json()["state"] == "off"
             assert threads(router) - before <= 3
             assert router.chat("good", headers={"X-Request-Priority": "high"}).status_code == 200
             assert router.stop(timeout_sec=10) == 0

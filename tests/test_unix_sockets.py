@@ -135,7 +135,7 @@ def test_a_stranger_on_a_dead_engines_port_answers_nobody(
         stranger = await asyncio.start_server(answer, "127.0.0.1", 0)
         pool = EnginePool(stranger.sockets[0].getsockname()[1], "key", 1, path, lambda: next(looks))
         told = Outcome()
-        pool.post(b"/v1/chat/completions", b"", b"{}", told)
+        pool.ask(b"POST", b"/v1/chat/completions", b"", b"{}", told)
         reason = await told.told
         pool.close_idle()
         stranger.close()

@@ -10,7 +10,7 @@ from router.api.errors import ApiError
 from router.config import Api, PriorityName
 from router.queue import BY_NAME, Priority
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/live"})
+OPEN_PATHS = frozenset({"/health", "/v1/health", "/ready", "/live"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +114,10 @@ def card_of(model: ModelConfig) -> Card:
         "size": header.file_bytes,
         "parameters": header.parameter_count,
         "quantization": header.quantization,
-        "architecture": header.architecture,
+        "family": header.architecture,
         "capabilities": capabilities,
+        "architecture": _modalities(capabilities),
+        "meta": _meta(header, context),
     }
 
 
@@ -126,17 +128,42 @@ def as_it_runs(card: Card, props: EngineProps | None) -> Card:
     card = dict(card)
     if context := props.default_generation_settings.n_ctx:
         card["n_ctx"] = card["context_length"] = context
+        card["meta"] = {**card.get("meta", {}), "n_ctx": context}
     if "capabilities" in card:
         card["capabilities"] = [each for each in card["capabilities"] if props.modalities.get(each, True)]
+        card["architecture"] = _modalities(card["capabilities"])
     return card
 
 
 def _configured(model: ModelConfig) -> Card:
     card: Card = {"id": model.alias, "object": "model", "created": 0, "owned_by": "llama-router"}
     card["source"] = model.source
+    card["architecture"] = _modalities(())
     if model.description:
         card["description"] = model.description
     return card
+
+
+def _modalities(capabilities: Collection[str]) -> dict[str, list[str]]:
+    """In llama-server's words."""
+    senses = {"vision": "image", "audio": "audio"}
+    inputs = ["text", *(kind for sense, kind in senses.items() if sense in capabilities)]
+    return {"input_modalities": inputs, "output_modalities": ["text"]}
+
+
+def _meta(header: gguf.GGUF, context: int | None) -> dict[str, Any]:
+    """What llama-server tells of a model that is loaded."""
+    tokens = header.metadata.get("tokenizer.ggml.tokens")
+    told = {
+        "n_ctx": context,
+        "n_ctx_train": header.context_length,
+        "n_embd": header.embedding_length,
+        "n_params": header.parameter_count,
+        "n_vocab": tokens.length if isinstance(tokens, gguf.ArrayStub) else None,
+        "size": header.file_bytes,
+        "ftype": header.quantization,
+    }
+    return {key: value for key, value in told.items() if value is not None}
 
 
 def _capabilities(header: gguf.GGUF, flags: Flags) -> list[str]:

@@ -17,7 +17,8 @@ from sse_starlette import ServerSentEvent
 
 from router.api.models import full_status, iso, status_of
 from router.api.monitoring import READING_SEC
-from router.api.streams import EventStream, Feed, Shared, frame
+from router.api.openai import further_names, loading_status
+from router.api.streams import EventStream, Feed, Shared, frame, unnamed
 from router.dispatcher import Dispatcher
 from router.events import LoadMoved, ModelChanged, ModelsListed, ServerChanged
 from router.readings import Device
@@ -40,6 +41,8 @@ class Live:
         self.states = Feed(self._full_status, _KEPT_EVENTS)
         self.decisions: deque[dict[str, Any]] = deque(maxlen=_KEPT_DECISIONS)
         """The last changes of states, the earliest first; also of models that are gone."""
+        self.as_llama_server = Feed(lambda: unnamed({"model": "*", "event": "models_reload"}), _KEPT_EVENTS)
+        """The same in its words, for clients of its router mode."""
         self.figures = Shared(lambda: frame("metrics", figures(dispatcher)))
         self.ending = asyncio.Event()
         """The router shuts down."""
@@ -59,19 +62,27 @@ class Live:
         if is_here:
             news = {"status": change.state, "reason": change.reason}
             self._send("model_update", {**self._status(change.alias), **news})
+            if change.state not in ("draining", "stopping"):  # it is loaded until it is gone
+                self._tell_as_llama_server(change.alias, change.state)
 
     def _load_moved(self, load: LoadMoved) -> None:
-        if load.alias in self._dispatcher.scheduler.models and self.states.followers:
+        if load.alias not in self._dispatcher.scheduler.models:
+            return
+        if self.states.followers:
             self._send("model_update", self._status(load.alias))
+        if self._dispatcher.scheduler.state(load.alias) == "loading":
+            self._tell_as_llama_server(load.alias, "loading")
 
     def _models_listed(self, _: ModelsListed) -> None:
         self.states.start_anew()
+        self.as_llama_server.start_anew()
 
     def _server_changed(self, change: ServerChanged) -> None:
         ends = change.status == "shutting_down"
         self._decided(None, change.status, "", change.at, is_event=True)
         self._send("server_update", {"status": change.status, "at": iso(change.at)}, last=ends)
         if ends:
+            self.as_llama_server.end()
             self.ending.set()
 
     def _decided(self, alias: str | None, state: str, reason: str, at: float, *, is_event: bool) -> None:
@@ -83,6 +94,21 @@ class Live:
 
     def _send(self, name: str, document: dict[str, Any], *, last: bool = False) -> None:
         self.states.send(frame(name, document, self._identity(self.states.last + 1)), last=last)
+
+    def _tell_as_llama_server(self, alias: str, state: str) -> None:
+        """By each of its names, as each has a card of its own."""
+        feed, dispatcher = self.as_llama_server, self._dispatcher
+        if not feed.followers:
+            return
+        status = loading_status(dispatcher, alias, state)
+        data: dict[str, Any] = {"status": status["value"]}
+        if state == "loading" and (progress := _progress(dispatcher, alias)) is not None:
+            data["progress"] = progress
+        elif state in ("off", "failed"):
+            data["exit_code"] = status.get("exit_code", 0)
+        names = [alias, *further_names(dispatcher.config).get(alias, ())]
+        for name in names:
+            feed.send(unnamed({"model": name, "event": "status_change", "data": data}))
 
     def _full_status(self) -> bytes:
         return frame("full_status", full_status(self._dispatcher), self._identity(self.states.last))
@@ -102,6 +128,27 @@ async def decisions(request: Request) -> dict[str, Any]:
     """
     live: Live = request.app.state.live
     return {"decisions": list(live.decisions)}
+
+
+def _progress(dispatcher: Dispatcher, alias: str) -> dict[str, Any] | None:
+    """Of a load whose engine tells how far it is."""
+    engine = dispatcher.scheduler.models[alias].engine
+    running = dispatcher.running.get(engine.id) if engine is not None else None
+    stage = running.process.load_stage if running is not None else None
+    if running is None or stage is None:
+        return None
+    stages = running.process.load_stages or [stage]
+    return {"stages": stages, "current": stage, "value": running.process.load_progress}
+
+
+@router.get("/models/sse")
+async def models_sse(request: Request) -> EventStream:
+    """SSE, as llama-server's in router mode: `status_change` of models, `models_reload` when the list is another.
+
+    The first event is `models_reload`: who was away reads the list again.
+    """
+    live: Live = request.app.state.live
+    return EventStream(live.as_llama_server.follow(None), ping=_KEEP_ALIVE_SEC)
 
 
 @router.get("/v1/models/status/stream")

@@ -56,14 +56,14 @@ class ModelToLoad(ModelName):
 async def load_model(body: LoadRequest, request: Request) -> JSONResponse:
     """Load a model now, making room if need be; answers when it is ready, unless it is not to wait for that."""
     dispatcher: Dispatcher = request.app.state.dispatcher
-    alias = _to_load(body.model, dispatcher)
+    alias = to_load(body.model, dispatcher)
     state = await dispatcher.load(alias) if body.wait else dispatcher.ask_to_load(alias)
     model = dispatcher.scheduler.models.get(alias)
     if state is None and model is not None:
         status = "waiting" if model.engine is None else model.engine.state.value
         return JSONResponse({"status": status, "model": alias, "message": why(model, time.monotonic())}, 202)
     if state != "ready":
-        _to_load(alias, dispatcher)  # unless that is why
+        to_load(alias, dispatcher)  # unless that is why
         reason = (model.last_error if model else None) or f"it is {state}"
         if model is not None and model.too_big:
             raise refused(Refusal.INSUFFICIENT_MEMORY, reason, None)
@@ -71,7 +71,7 @@ async def load_model(body: LoadRequest, request: Request) -> JSONResponse:
     return JSONResponse({"status": "success", "model": alias, "message": f"{alias} is ready"})
 
 
-def _to_load(name: str, dispatcher: Dispatcher) -> str:
+def to_load(name: str, dispatcher: Dispatcher) -> str:
     """Raises ApiError: there is no such model (any more), or the router goes."""
     if dispatcher.status == "shutting_down":
         raise ApiError(503, "shutting_down", "The router is shutting down.", retry_after_sec=5)

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Query, Request
 from sse_starlette import ServerSentEvent
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from router.api.engines import ERRORS, ModelQuery, said_by_engine
 from router.api.streams import EventStream
 from router.devices import Devices
 from router.dispatcher import Dispatcher, LastExit, Waiting
@@ -28,6 +29,7 @@ READING_SEC = 0.5
 
 
 @router.get("/health")
+@router.get("/v1/health")
 async def health(request: Request) -> JSONResponse:
     """Whether the router works. A machine without a GPU is healthy."""
     dispatcher: Dispatcher = request.app.state.dispatcher
@@ -71,9 +73,11 @@ async def ready(request: Request) -> JSONResponse:
     return JSONResponse({"status": dispatcher.status}, 200 if dispatcher.status == "ready" else 503)
 
 
-@router.get("/metrics", response_class=PlainTextResponse)
-async def metrics(request: Request) -> Response:
-    """Prometheus text format, or OpenMetrics for those who accept it."""
+@router.get("/metrics", response_class=PlainTextResponse, responses=ERRORS)
+async def metrics(request: Request, model: ModelQuery = None) -> Response:
+    """Prometheus text format, or OpenMetrics for those who accept it; with `model`, what its engine says."""
+    if model:
+        return await said_by_engine(request, model, "/metrics")
     collected: Metrics = request.app.state.metrics
     devices: Devices = request.app.state.dispatcher.devices
     await asyncio.gather(devices.read(READING_SEC), collected.of_engines.read(READING_SEC))

@@ -213,7 +213,7 @@ def _identity(known: _Known, card: Card) -> bytes:
 
 
 def _details(known: _Known, card: Card) -> dict[str, Any]:
-    family = card.get("architecture") or ""
+    family = card.get("family") or ""
     return {
         "parent_model": known.model.alias if known.name != known.model.alias else "",
         "format": "gguf",

@@ -1,4 +1,8 @@
-"""`/v1/models`: what can be asked for, with what is known of each model without loading it."""
+"""`/v1/models`: what can be asked for, with what is known of each model without loading it.
+
+A card is OpenAI's, and that of llama-server in router mode, too: its clients look for `status`, `architecture`,
+`meta` and `aliases` there. Our own word for how a model is stands under `state`.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,27 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from router.api.cards import Cards, as_it_runs
-from router.config import AliasConfig
+from router.api.cards import Card, Cards, as_it_runs
+from router.config import AliasConfig, Config
+from router.created import SOURCE as CREATED
 from router.dispatcher import Dispatcher
 from router.routing import known_as
 
 router = APIRouter(tags=["models"])
 
+_VALUES = {
+    "off": "unloaded",
+    "loading": "loading",
+    "ready": "loaded",
+    "draining": "loaded",
+    "stopping": "unloaded",
+    "failed": "failed",
+}
+"""llama-server's words for our states."""
+_REMOVABLE = ("pulled", CREATED)
+
 
 @router.get("/v1/models")
-@router.get("/models")
 async def list_models(request: Request) -> dict[str, Any]:
     """Every alias, loaded or not."""
     dispatcher: Dispatcher = request.app.state.dispatcher
@@ -23,8 +38,9 @@ async def list_models(request: Request) -> dict[str, Any]:
     cards: Cards = request.app.state.cards
     found = await cards.of(config.models.values())
     models = {alias: as_it_runs(card, dispatcher.props_of(alias)) for alias, card in found.items()}
+    further = further_names(config)
     for alias, card in models.items():
-        card["status"] = status_of(dispatcher, alias)
+        card |= _now(dispatcher, alias, further.get(alias, []))
     named = {name: _named(models[alias.uses], alias) for name, alias in config.aliases.items()}
     return {"object": "list", "data": list({**models, **named}.values())}
 
@@ -38,16 +54,41 @@ async def show_model(alias: str, request: Request) -> dict[str, Any]:
     model = config.model_of(alias)
     cards: Cards = request.app.state.cards
     card = as_it_runs((await cards.of([model]))[model.alias], dispatcher.props_of(model.alias))
-    card["status"] = status_of(dispatcher, model.alias)
+    card = {**card, **_now(dispatcher, model.alias, further_names(config).get(model.alias, []))}
     return _named(card, config.aliases[alias]) if alias in config.aliases else card
 
 
-def status_of(dispatcher: Dispatcher, alias: str) -> str:
-    return dispatcher.scheduler.state(alias) if alias in dispatcher.scheduler.models else "off"
+def further_names(config: Config) -> dict[str, list[str]]:
+    """Of models that have any."""
+    names: dict[str, list[str]] = {}
+    for name, alias in config.aliases.items():
+        if name != alias.uses:
+            names.setdefault(alias.uses, []).append(name)
+    return names
 
 
-def _named(card: dict[str, Any], alias: AliasConfig) -> dict[str, Any]:
+def loading_status(dispatcher: Dispatcher, alias: str, state: str) -> dict[str, Any]:
+    """How llama-server says that a model is in that state; with how its last engine ended, if it failed."""
+    if state != "failed":
+        return {"value": _VALUES[state]}
+    ended = dispatcher.exits.get(alias)
+    return {"value": "failed", "failed": True, "exit_code": (ended and ended.code) or 1}
+
+
+def _now(dispatcher: Dispatcher, alias: str, further: list[str]) -> Card:
+    state = dispatcher.scheduler.state(alias) if alias in dispatcher.scheduler.models else "off"
+    return {
+        "state": state,
+        "status": loading_status(dispatcher, alias, state),
+        "aliases": further,
+        "can_remove": dispatcher.config.models[alias].source in _REMOVABLE,
+    }
+
+
+def _named(card: Card, alias: AliasConfig) -> Card:
     """A model's card under another name."""
     described = {"description": alias.description} if alias.description else {}
-    further = {"uses": alias.uses} if alias.uses != alias.alias else {}
-    return {**card, "id": alias.alias, "source": alias.source, **further, **described}
+    if alias.uses == alias.alias:
+        return {**card, "source": alias.source, **described}
+    further: Card = {"id": alias.alias, "uses": alias.uses, "aliases": [], "can_remove": alias.source == CREATED}
+    return {**card, **further, "source": alias.source, **described}

@@ -75,6 +75,9 @@ def describe(
     for path in sorted(routes):
         described = _translated(path) if path in TRANSLATED_ROUTES else _of_the_data_plane(path)
         document["paths"][path] = {"post": described}
+    document["paths"]["/upstream/{alias}/{path}"] = {
+        method: _of_an_engine(method) for method in ("get", "post", "put", "delete")
+    }
     return document
 
 
@@ -84,7 +87,7 @@ def _complete_page(path: str, method: str, operation: dict[str, Any]) -> None:
             parameter["schema"] = _ALIAS
     answers = operation["responses"]
     answers.pop("422", None)  # ours are 400
-    if path.endswith("/stream"):
+    if path.endswith(("/stream", "/sse")):
         answers["200"]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
     if path in OPEN_PATHS:
         operation["security"] = []
@@ -128,6 +131,22 @@ def _of_the_data_plane(path: str) -> dict[str, Any]:
             },
             **{str(status): _error(status, path) for status in _DATA_PLANE},
         },
+    }
+
+
+def _of_an_engine(method: str) -> dict[str, Any]:
+    operation = _of_the_data_plane("/upstream")
+    del operation["requestBody"]
+    return {
+        **operation,
+        "summary": "Whatever the engine of a model has at its own path",
+        "description": "As it is there. What may change an engine for all is for full keys.",
+        "operationId": f"engine_upstream_{method}",
+        "parameters": [
+            {"name": "alias", "in": "path", "required": True, "schema": _ALIAS},
+            {"name": "path", "in": "path", "required": True, "schema": {"type": "string"}},
+            *operation["parameters"],
+        ],
     }
 
 

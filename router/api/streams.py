@@ -36,6 +36,11 @@ def frame(name: str, document: object, identity: str = "") -> bytes:
     return b"%b%b\n\n" % (head.encode(), _encode(document))
 
 
+def unnamed(document: object) -> bytes:
+    """One event of a stream whose events have no names."""
+    return b"data: %b\n\n" % _encode(document)
+
+
 class Shared:
     """What is made when it is asked for, and for a second after that not again."""
 
@@ -73,10 +78,15 @@ class Feed:
         self._is_over = False
 
     def send(self, event: bytes, *, last: bool = False) -> None:
-        """The next event; after `last`, every stream ends once it has sent what there is."""
+        """The next event; after `last`, as after `end`."""
         self.last += 1
         self._frames.append(event)
         self._is_over = self._is_over or last
+        self._tell()
+
+    def end(self) -> None:
+        """Every stream ends once it has sent what there is."""
+        self._is_over = True
         self._tell()
 
     def start_anew(self) -> None:

@@ -1,0 +1,118 @@
+"""What engines say of themselves, at llama-server's own paths: `/props`, `/slots`, `/lora-adapters`, `/metrics`.
+
+The model is named in the query. Nothing is loaded for such a question, and it waits for no slot: who watches must
+not change what is watched. Who names no model means the one that a chat would get, or else the only one that is
+loaded.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Query, Request
+from starlette.responses import Response
+
+from router import __version__
+from router.api.errors import ApiError
+from router.capability import error_of_engine
+from router.dispatcher import Dispatcher, RunningEngine
+from router.names import meant
+from router.routing import model_of, named_by_nobody
+
+router = APIRouter(tags=["monitoring"])
+
+_ANSWER_SEC = 10.0
+"""An engine in the middle of a batch answers after it."""
+ERRORS: dict[int | str, dict[str, Any]] = {404: {}, 501: {}, 504: {}}
+
+ModelQuery = Annotated[str | None, Query(description="A model's name; nothing is loaded for this.")]
+
+
+@router.get("/props", responses=ERRORS)
+async def props(request: Request, model: ModelQuery = None) -> Response:
+    """As llama-server's: of a model's engine; without `model` those of a llama-server in router mode."""
+    if model:
+        return await said_by_engine(request, model, "/props")
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    running = _watched(dispatcher)
+    said: dict[str, Any] = {}
+    if running is not None:
+        answer = await running.process.document("/props", _ANSWER_SEC)
+        if answer is not None and answer.status == 200:
+            said = msgspec.json.decode(answer.body)
+    of_the_router = {
+        "role": "router",
+        "max_instances": dispatcher.scheduler.policy.places,
+        "models_autoload": True,
+        "build_info": f"llama-router {__version__}",
+        "cors_proxy_enabled": False,
+    }
+    document = {**_NO_ENGINE, **said, **of_the_router}
+    return Response(msgspec.json.encode(document), media_type="application/json")
+
+
+_NO_ENGINE = {
+    "model_alias": "llama-router",
+    "model_path": "none",
+    "default_generation_settings": {"params": {}, "n_ctx": 0},
+    "ui_settings": {},
+}
+"""llama-server in router mode says so, too: its web page expects them."""
+
+
+@router.get("/slots", responses=ERRORS)
+async def slots(request: Request, model: ModelQuery = None) -> Response:
+    """As llama-server's: what each slot of a model's engine is doing."""
+    return await said_by_engine(request, model, "/slots")
+
+
+@router.get("/lora-adapters", responses=ERRORS)
+async def lora_adapters(request: Request, model: ModelQuery = None) -> Response:
+    """As llama-server's: the adapters of a model's engine."""
+    return await said_by_engine(request, model, "/lora-adapters")
+
+
+async def said_by_engine(request: Request, model: str | None, path: str) -> Response:
+    """What the engine of a model has at that path. Raises ApiError."""
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    running = _engine_of(dispatcher, model)
+    answer = await running.process.document(path, _ANSWER_SEC)
+    if answer is None:
+        raise ApiError(504, "request_timeout", f"The engine of {running.alias!r} did not answer.")
+    if answer.status >= 400:
+        raise error_of_engine(answer.status, answer.body)
+    return Response(answer.body, answer.status, media_type=answer.content_type)
+
+
+def _engine_of(dispatcher: Dispatcher, model: str | None) -> RunningEngine:
+    """Raises ApiError: there is no such model, or it is not loaded."""
+    if not model:
+        if (running := _watched(dispatcher)) is not None:
+            return running
+        model = named_by_nobody(dispatcher.config)
+    alias = model_of(model, dispatcher.config).alias
+    running = _ready(dispatcher, alias)
+    if running is not None:
+        return running
+    if dispatcher.scheduler.state(alias) == "loading":
+        raise ApiError(503, "model_not_loaded", f"{alias!r} is loading.", "model", 1)
+    message = f"{alias!r} is not loaded, and no question for this loads it: a chat does, and POST /v1/models/load."
+    raise ApiError(400, "model_not_loaded", message, "model")
+
+
+def _watched(dispatcher: Dispatcher) -> RunningEngine | None:
+    """Of which who names none wants to know, if it is loaded."""
+    config = dispatcher.config
+    if config.default_model is not None:
+        known = meant(config.default_model, config)
+        return None if known is None else _ready(dispatcher, config.model_of(known).alias)
+    ready = [running for running in dispatcher.running.values() if running.ready_sec is not None]
+    return ready[0] if len(ready) == 1 else None
+
+
+def _ready(dispatcher: Dispatcher, alias: str) -> RunningEngine | None:
+    model = dispatcher.scheduler.models.get(alias)
+    engine = None if model is None else model.engine
+    running = None if engine is None else dispatcher.running.get(engine.id)
+    return running if running is not None and running.ready_sec is not None else None

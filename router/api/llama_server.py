@@ -1,0 +1,83 @@
+"""What clients of llama-server's own router mode ask for: its web page, and Open WebUI's llama.cpp provider.
+
+Their lists are `/v1/models` and `/models`, their events `/models/sse` (`live`), their questions to engines in
+`engines`. Shapes and words are those of build 10434.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request
+
+from router.api.errors import ApiError
+from router.api.models import to_load
+from router.api.ollama import read_body
+from router.api.openai import list_models
+from router.dispatcher import Dispatcher
+from router.routing import model_of
+
+router = APIRouter(tags=["llama-server"])
+
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {"type": "object", "required": ["model"], "properties": {"model": {"type": "string"}}}
+            }
+        },
+    }
+}
+
+
+class _Named(msgspec.Struct):
+    model: str
+
+
+@router.get("/models")
+async def list_with_engines(request: Request) -> dict[str, Any]:
+    """As `/v1/models`; and `models`, in the words of an earlier host. `load_duration` is in nanoseconds."""
+    listed = await list_models(request)
+    return {**listed, "models": [_as_an_earlier_host(card, request) for card in listed["data"]]}
+
+
+def _as_an_earlier_host(card: dict[str, Any], request: Request) -> dict[str, Any]:
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    model = dispatcher.scheduler.models.get(card.get("uses", card["id"]))
+    return {
+        "model": card["id"],
+        "description": card.get("description"),
+        "loaded": card["status"]["value"] == "loaded",
+        "backend": "llama.cpp",
+        "size_bytes": card.get("size"),
+        "load_duration": round(model.load_sec * 1e9) if model is not None and model.loads else None,
+    }
+
+
+@router.post("/models/load", openapi_extra=_BODY, responses={415: {}})
+async def load(request: Request) -> dict[str, bool]:
+    """Load a model; answers at once."""
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    alias = to_load((await read_body(request, _Named)).model, dispatcher)
+    if dispatcher.scheduler.state(alias) in ("loading", "ready"):
+        raise ApiError(400, "invalid_request", "model is already running", "model")
+    dispatcher.ask_to_load(alias)
+    return {"success": True}
+
+
+@router.post("/models/unload", openapi_extra=_BODY, responses={415: {}})
+async def unload(request: Request) -> dict[str, bool]:
+    """Unload a model once its requests in flight are answered; answers at once."""
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    alias = model_of((await read_body(request, _Named)).model, dispatcher.config).alias
+    model = dispatcher.scheduler.models[alias]
+    if model.wanted_since_sec is None and dispatcher.scheduler.state(alias) not in (
+        "loading",
+        "ready",
+        "draining",
+    ):
+        raise ApiError(400, "invalid_request", "model is not running", "model")
+    dispatcher.begin_eject(alias)
+    return {"success": True}

@@ -1,0 +1,90 @@
+"""`/upstream/MODEL/…`, as llama-swap has it: whatever the engine of that model has, at its own path.
+
+What is a route of the data plane is exchanged as it is without that prefix; only its model is named elsewhere.
+All else is passed on beside the slots, and loads the model as a chat does. Who may only use models may not change
+what an engine goes by for all: such requests want a full key.
+"""
+
+from __future__ import annotations
+
+import copy
+from urllib.parse import quote
+
+from router.api.errors import ApiError
+from router.config import Config
+from router.exchange import Exchange
+from router.heads import RequestHead
+from router.names import meant, same_name
+from router.routing import Wish, wish_of
+from router.upstream import Body
+
+_PREFIX = "/upstream/"
+_METHODS = frozenset({b"GET", b"POST", b"PUT", b"DELETE"})
+_LOOKS = frozenset(
+    {"/", "/health", "/v1/health", "/props", "/slots", "/metrics", "/lora-adapters", "/models", "/v1/models"}
+)
+"""That change nothing when they are read."""
+_MOST_PARTS = 8
+"""Of a name, that are looked at."""
+_LONGEST_TARGET = 4096
+"""Half of what engines take; they hang up on more."""
+
+
+def is_for_engine(head: RequestHead) -> bool:
+    return head.path.startswith(_PREFIX) and head.method in _METHODS
+
+
+def of_engine(head: RequestHead, config: Config) -> RequestHead:
+    """The same request without the prefix, and with the model that is named there."""
+    name, path = _parted(head.path.removeprefix(_PREFIX), config)
+    inner = copy.copy(head)
+    inner.admission = None
+    inner.model = name
+    inner.path = path
+    inner.target = quote(path, safe="/:@!$&'()*+,;=~").encode() + (b"?" + head.query if head.query else b"")
+    return inner
+
+
+def _parted(path: str, config: Config) -> tuple[str, str]:
+    """The longest beginning that is a name, and the path that is left; all of it, if none is."""
+    parts = path.split("/")
+    beginnings = [("/".join(parts[:end]), end) for end in range(min(len(parts), _MOST_PARTS), 0, -1)]
+    for name, end in beginnings:
+        if same_name(name, config) is not None:
+            return name, "/" + "/".join(parts[end:])
+    for name, end in beginnings[-4:]:
+        if meant(name, config) is not None:
+            return name, "/" + "/".join(parts[end:])
+    return path, "/"
+
+
+class EngineExchange(Exchange):
+    """An exchange of whatever an engine has that is no route of the data plane."""
+
+    __slots__ = ()
+
+    def _check_head(self) -> None:
+        super()._check_head()
+        looks = self._head.method == b"GET" and self._head.path in _LOOKS
+        self._shared.keyring.check(self._head.headers, manages=not looks)
+        if len(self._head.target) > _LONGEST_TARGET:
+            raise ApiError(400, "invalid_request", f"The path is longer than {_LONGEST_TARGET} bytes.")
+
+    def _read(self, body: bytes | bytearray) -> tuple[Wish, bytes | bytearray]:
+        wish = wish_of(self._head.model, False, self._head.fields, self._dispatcher.config, self._client)
+        return wish._replace(asked_as=None), body
+
+    def _read_large(self, body: bytes | bytearray) -> tuple[Wish, Body]:
+        return self._read(body)
+
+    def _is_slotless(self) -> bool:
+        return True
+
+    def _asked_of_engine(self) -> tuple[bytes, bytes]:
+        """llama-server has its web page in gzip only."""
+        target, lines = super()._asked_of_engine()
+        encodings = self._head.fields.get(b"accept-encoding")
+        return target, lines if encodings is None else b"%baccept-encoding: %b\r\n" % (lines, encodings)
+
+    def _route(self) -> str:
+        return _PREFIX.rstrip("/")
