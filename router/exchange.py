@@ -414,14 +414,14 @@ class Exchange:
         if part:
             self._meter.note(part)
         if last:
-            self._end(self._outcome_of_stream(head))
+            self._end(self._outcome_of_stream())
             self._answer.end(part)
         else:
             self._answer.write(part)
 
-    def _outcome_of_stream(self, head: Head) -> str:
+    def _outcome_of_stream(self) -> str:
         if not self._meter.ends_in_error:
-            return _outcome(head.status)
+            return _outcome(self._status)
         self._reason = "the engine has ended the stream with an error"  # its words may quote the prompt
         return "engine_error"
 
@@ -431,7 +431,7 @@ class Exchange:
         self._connection = None
         self._shared.unwatch(self)
         if self._relays:
-            self._fail(ApiError(502, "engine_lost", f"The engine broke off: {reason}."))
+            self._break_off(ApiError(502, "engine_lost", f"The engine broke off: {reason}."))
         else:
             self._parts.clear()
             self._dispatcher.requeue(self._ticket, reason)
@@ -464,7 +464,15 @@ class Exchange:
             )
 
     def _time_out(self, reason: str) -> None:
-        self._fail(ApiError(504, "request_timeout", reason))
+        self._break_off(ApiError(504, "request_timeout", reason))
+
+    def _break_off(self, error: ApiError) -> None:
+        """No more of the answer will come. Of a stream whose last event has passed, nothing is missing."""
+        if self._relays and self._streams and not self._answer.has_length and self._meter.has_ended:
+            self._end(self._outcome_of_stream())
+            self._answer.end()
+        else:
+            self._fail(error)
 
     def _is_read_whole(self, head: Head) -> bool:
         if self._answer.started:  # with heartbeats: nothing but events may follow

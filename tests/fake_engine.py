@@ -7,6 +7,7 @@ FAKE_GROWS        1: takes more and more memory meanwhile
 FAKE_PROGRESS     1: tells on its pipe how far it is, as llama-server does
 FAKE_ANSWER_SEC   how long an answer takes
 FAKE_DIE          before: exits when a request comes; after: exits in the middle of the answer; torn: of an event;
+                  done: after the last event;
                   once FILE: as `before`, but only while FILE does not exist (it makes it);
                   memory: takes all there is when a request comes
 FAKE_LAST_WORDS   what it says before it exits
@@ -137,6 +138,7 @@ async def complete(writer: asyncio.StreamWriter, request: dict[str, object]) -> 
     event = b"data: [DONE]\n\n"
     writer.write(b"%x\r\n%b\r\n" % (len(event), event))
     await writer.drain()
+    maybe_die("done")
     await asyncio.sleep(float(setting("linger_sec", "0")))
     writer.write(b"0\r\n\r\n")
     await writer.drain()

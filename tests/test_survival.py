@@ -39,6 +39,7 @@ def played(start_shared: Start, tiny: Path, tmp_path_factory: pytest.TempPathFac
         "breaks-off": {"FAKE_DIE": "after"},
         "breaks-off-streams": {"FAKE_DIE": "after"},
         "tears-an-event": {"FAKE_DIE": "torn"},
+        "dies-when-done": {"FAKE_DIE": "done"},
         "closes": {"FAKE_IDLE_CLOSE": "1"},
         "is-polled": {"FAKE_READY": "poll", "FAKE_LOAD_SEC": "0.2"},
     }
@@ -81,6 +82,14 @@ def test_a_stream_that_breaks_off_ends_with_an_error_event(played: Router, model
     assert "delta" in events[0]
     assert json.loads(events[-2])["error"]["code"] == "engine_lost"
     assert events[-1] == "[DONE]"
+
+
+def test_a_stream_whose_engine_dies_after_the_last_event_is_whole(played: Router) -> None:
+    events = played.chat("dies-when-done", stream=True).text.split("\n\n")
+    assert ["delta" in event for event in events[:3]] == [True] * 3
+    assert events[3:] == ["data: [DONE]", ""]
+    metrics = played.http.get("/metrics").text
+    assert re.search(r'router_requests_total{model="dies-when-done",.*status="served"} 1', metrics)
 
 
 def test_connections_that_the_engine_closes_lose_no_request(played: Router) -> None:
