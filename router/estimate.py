@@ -26,7 +26,7 @@ from pathlib import Path
 from router import __version__, adapters, footprint, gguf
 from router.config import System
 from router.devices import Devices
-from router.flags import FlagError, Flags
+from router.flags import FlagError, Flags, argv
 from router.footprint import HOST, Footprint, Share
 from router.gguf import GGUF, GGUFError, TruncatedGGUF
 from router.launcher import NoEngine, find_binary
@@ -34,6 +34,7 @@ from router.learning import Learned
 from router.memory import Ledger
 from router.names import HUB_HOSTS
 from router.placing import Alternative, Ground, alternatives
+from router.purpose import flags_for
 from router.repository import BadReference, Choice, NoChoice, Reference, gated, parse
 from router.sizing import EngineKind, Files, Sizer, Unusable
 
@@ -94,6 +95,8 @@ class Forecast:
     free_mib: Mapping[str, int]
     largest_context: int
     """The largest `-c` that fits; 0 if with none."""
+    flags: tuple[str, ...]
+    """That the router would add to those that were given."""
 
     @property
     def short_mib(self) -> dict[str, int]:
@@ -113,6 +116,8 @@ def forecast(
     """Reads the devices: blocking."""
     engine = _engine()
     ground = _ground(engine)
+    asked_for = [word for name, *value in flags_for(header, flags) for word in (f"--{name}", *value)]
+    flags = Flags([*argv(flag for flag in flags.given if flag.index >= 0), *asked_for], os.environ)
     if engine is not None and not engine.uses_gpus:
         ground = replace(ground, gpus=())
     headers = [part for part in (header, projector, draft, *lora) if part is not None]
@@ -130,7 +135,7 @@ def forecast(
     assert need is not None  # a model whose header is known has no figure but by its parts
     free = {site.name: site.budget_mib for site in (*ground.gpus, ground.host)}
     used = {HOST: free[HOST], **{f"gpu{place}": free[name] for place, name in enumerate(best.gpus)}}
-    return Forecast(best, need, free, sizer.largest_context((), used))
+    return Forecast(best, need, free, sizer.largest_context((), used), (*asked_for, *best.flags))
 
 
 def report(header: GGUF, flags: Flags, found: Forecast) -> Iterable[str]:
@@ -146,8 +151,8 @@ def report(header: GGUF, flags: Flags, found: Forecast) -> Iterable[str]:
     yield f"source: {need.provenance}"
     if best.remark:
         yield f"to make it fit: {best.remark}"
-    if best.flags:
-        yield f"flags that the router would add: {' '.join(best.flags)}"
+    if found.flags:
+        yield f"flags that the router would add: {' '.join(found.flags)}"
     if short := found.short_mib:
         yield "does not fit now: " + ", ".join(f"{name} lacks {mib} MiB" for name, mib in short.items())
     if found.largest_context:

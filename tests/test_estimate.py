@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from tiny_models import Blueprint, write_llama, write_projector
+from tiny_models import Blueprint, write_embedding, write_llama, write_projector
 
 from benchmarks.footprints import MODELS
 from router import estimate, gguf
@@ -103,6 +103,18 @@ def test_a_table_for_a_file(
     assert "context: 16384 tokens, all slots together\nsource: llama.cpp's formulas" in printed
     assert "largest context that fits now: -c 40960" in printed
     assert "up to 8192 MiB (--cache-ram)" in printed
+
+
+def test_what_embeds_is_counted_with_the_batches_that_the_router_gives_it(
+    tmp_path: Path, command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(write_embedding(tmp_path / "e.gguf", n_embd=256, n_ff=1024, context_length=8192))
+    command(path, "-ub", "512", "-b", "512")
+    command(path)
+    small, large = (float(line.split()[2]) for line in capsys.readouterr().out.splitlines() if "host  " in line)
+    assert large > 15 * small
+    command(path)
+    assert "the router would add: --embedding --batch-size 8192 --ubatch-size 8192" in capsys.readouterr().out
 
 
 def test_the_widest_table_fits_a_terminal(
