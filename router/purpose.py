@@ -60,6 +60,8 @@ def flags_for(header: GGUF, flags: Flags) -> Iterator[tuple[str, ...]]:
     if not answers and (header.pooling_type == "rank" or header.is_embedding_model):
         yield ("rerank",) if pooling == "rank" else ("embedding",)
         answers = True
+        if not pooling:  # without any, an engine refuses OpenAI's clients; this is what libraries take then
+            yield "pooling", "mean"
     if answers and not _reads_in_pieces(header, pooling):
         context = slot_context(header, flags)
         if header.architecture not in EMBEDDING_ARCHITECTURES:

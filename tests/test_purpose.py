@@ -35,6 +35,7 @@ def router(start_shared: Start, tmp_path_factory: pytest.TempPathFactory, tiny: 
     folder = tmp_path_factory.mktemp("models")
     write_embedding(folder / "embed.gguf", context_length=2048)
     write_embedding(folder / "rank.gguf", context_length=2048, pooling="rank")
+    write_embedding(folder / "plain.gguf", context_length=2048, pooling=None)
     named = write_embedding(tmp_path_factory.mktemp("named") / "e.gguf", context_length=2048)
     entries = models(named, "named", flags=["-t", "1"])
     entries |= models(tiny, "chat", flags=["-t", "1", "--embedding", "--pooling", "mean"])
@@ -47,7 +48,7 @@ def router(start_shared: Start, tmp_path_factory: pytest.TempPathFactory, tiny: 
     return router
 
 
-@pytest.mark.parametrize("alias", ["embed", "named", "made", "stored:latest", "chat"])
+@pytest.mark.parametrize("alias", ["embed", "plain", "named", "made", "stored:latest", "chat"])
 def test_long_texts_are_embedded_by_whatever_embeds(router: Router, alias: str) -> None:
     answer = router.http.post("/v1/embeddings", json={"model": alias, "input": ["short", LONG]})
     assert answer.status_code == 200, answer.text

@@ -124,7 +124,7 @@ def write_embedding(
     n_head: int = 4,
     n_ff: int = 128,
     context_length: int = 512,
-    pooling: Literal["mean", "cls", "rank"] = "mean",
+    pooling: Literal["mean", "cls", "rank"] | None = "mean",
 ) -> Path:
     """A bert model for an engine with `--embedding`; with pooling "rank", one for `--rerank`."""
     shapes: dict[str, tuple[int, ...]] = {
@@ -160,7 +160,8 @@ def write_embedding(
     _add_model(writer, name, context_length, n_embd, n_layer, n_head, n_ff)
     writer.add_layer_norm_eps(1e-12)
     writer.add_causal_attention(False)
-    writer.add_pooling_type(gguf.PoolingType[pooling.upper()])
+    if pooling is not None:
+        writer.add_pooling_type(gguf.PoolingType[pooling.upper()])
     writer.add_token_type_count(1)
     _add_vocabulary(writer, VOCABULARY)
     writer.add_sep_token_id(2)
