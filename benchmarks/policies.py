@@ -435,6 +435,7 @@ class Simulation:
             match effect:
                 case Grant(request_id):
                     ask, _ = self.asked[request_id]
+                    self.granted(request_id)
                     self.later(self.now + ask.service_sec, lambda id=request_id: self.finish(id))  # type: ignore[misc]
                 case Reject(request_id):
                     self.outcome.rejected += 1
@@ -445,12 +446,18 @@ class Simulation:
                 case StartEngine(engine_id, alias):
                     self.outcome.loads += 1
                     self.engines[engine_id] = alias
-                    load_sec = self.workload.models[alias]
+                    load_sec = self.load_sec(alias)
                     self.outcome.swapping += load_sec * self.workload.size(alias)
                     self.later(self.now + load_sec, lambda id=engine_id: EngineReady(self.now, id))  # type: ignore[misc]
                 case StopEngine(engine_id):
                     self.outcome.swapping += STOP_SEC * self.workload.size(self.engines[engine_id])
                     self.later(self.now + STOP_SEC, lambda id=engine_id: EngineExited(self.now, id, "stopped"))  # type: ignore[misc]
+
+    def load_sec(self, alias: str) -> float:
+        return self.workload.models[alias]
+
+    def granted(self, request_id: str) -> None:
+        """It has its slot; for those who want to know."""
 
     def finish(self, request_id: str) -> Event:
         ask, _ = self.asked[request_id]

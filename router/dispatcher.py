@@ -26,7 +26,7 @@ from router.config import Config, MaxWait, ModelConfig, Patience, WaitFactor
 from router.devices import Devices
 from router.engine import PROBE_LIMIT_SEC, Binary, EngineFailed, EngineOrder, EngineProcess, LogRing
 from router.events import EngineEnded, Events, LoadMoved, ModelChanged, ModelsListed, ServerChanged
-from router.expectation import remaining_wait_sec
+from router.expectation import Forecast
 from router.flags import replaced
 from router.launcher import LAST_PORT, Launcher
 from router.learning import Learned
@@ -188,8 +188,8 @@ class Waiting:
     position: int
     """1: it is served next."""
     waited_sec: float
-    expected_sec: float
-    """Until it gets a slot, as far as what was measured tells."""
+    expected_sec: float | None
+    """Until it gets a slot, as far as what was measured tells; None: it does not tell."""
     why: str
     client: str
     """Its name, if its key has one."""
@@ -238,6 +238,7 @@ class Dispatcher:
         self._launcher = launcher
         self._tickets: dict[str, Ticket] = {}
         self._positions: dict[str, tuple[float, dict[str, int]]] = {}
+        self._forecast = Forecast(-math.inf, {}, 0)
         self.background = Background()
         self._pending: deque[Event] = deque()
         self._posting = False
@@ -366,6 +367,13 @@ class Dispatcher:
         now = time.monotonic()
         return self._wait(model, ticket, position, why(model, now, slotless=ticket.slotless), now)
 
+    def _forecast_with(self, waiting: Ticket | Request, now: float) -> Forecast:
+        """One for all who wait, as long as it is told (see the scheduler), and nobody asks who came since."""
+        known = self._forecast
+        if now - known.at > known.told_sec or waiting.arrival_sec > known.at:
+            self._forecast = self.scheduler.forecast(now)
+        return self._forecast
+
     def _wait(self, model: Model, waiting: Ticket | Request, position: int, reason: str, now: float) -> Waiting:
         return Waiting(
             id=waiting.id,
@@ -373,7 +381,7 @@ class Dispatcher:
             priority=waiting.priority,
             position=position,
             waited_sec=now - waiting.arrival_sec,
-            expected_sec=remaining_wait_sec(model, position, waiting.priority, self.scheduler.policy, now),
+            expected_sec=self._forecast_with(waiting, now).wait_sec(waiting.id, now),
             why=reason if position == 1 else f"{position - 1} before it; {reason}",
             client=self._tickets[waiting.id].client,
         )

@@ -385,7 +385,8 @@ class Exchange:
             self._status = 200
             self._answer.start(200, _EVENT_STREAM + self._lines_of(ticket) + _lines_of_wait(wait))
         if wait is not None and not self._is_paused:
-            figures = f"position {wait.position}, waited {wait.waited_sec:.0f} s, ~{wait.expected_sec:.0f} s to go"
+            to_go = "unknown" if wait.expected_sec is None else f"~{wait.expected_sec:.0f} s"
+            figures = f"position {wait.position}, waited {wait.waited_sec:.0f} s, {to_go} to go"
             self._answer.write(f": {figures}: {_one_line(wait.why)}\n\n".encode())
         self._set_heartbeat()
 
@@ -627,8 +628,9 @@ def _lines_of_wait(wait: Waiting | None) -> bytes:
     """How it was waiting when the first of its answer left."""
     if wait is None:
         return b""
-    figures = (wait.position, round(wait.expected_sec * 1000), _one_line(wait.why).encode("ascii", "replace"))
-    return b"x-queue-position: %d\r\nx-queue-expected-ms: %d\r\nx-queue-reason: %b\r\n" % figures
+    expected = b"unknown" if wait.expected_sec is None else b"%d" % round(wait.expected_sec * 1000)
+    figures = (wait.position, expected, _one_line(wait.why).encode("ascii", "replace"))
+    return b"x-queue-position: %d\r\nx-queue-expected-ms: %b\r\nx-queue-reason: %b\r\n" % figures
 
 
 def _one_line(text: str) -> str:

@@ -1,83 +1,415 @@
-"""How long a request that came now would wait: what `Retry-After` promises to those who are turned away.
+"""How long everybody who waits will wait: what will happen if all goes on as it was measured.
 
-By then everybody who stands before it has been served, so there is room for it. The figures are measured ones:
-how long requests of the model take and how long it loads, and while people queue, how many of them were served
-per second of this rush: that knows of everything that costs time (swaps, loads, crashes) without being told.
+The time to come is rehearsed in means: requests take what they took, loads what they took, others come as often
+as they came, and models take turns by the rules of `placement`. One rehearsal answers for all who wait, so that
+thousands may ask. What it does not get to is unknown, and so is what rests on something never measured.
 
 Pure functions; nothing is changed here.
 """
 
 from __future__ import annotations
 
-from router.messages import Policy
-from router.queue import Priority
-from router.residency import EngineState, Model
+import heapq
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
-_RUSH_KNOWN = 10
-"""Requests that must have been served in a rush before its pace means anything."""
-_ROUNDS = 8
+from router.messages import Placement, Policy
+from router.placement import due_at, sufficient
+from router.queue import Priority, Request
+from router.residency import EngineState, Model, Swap, claim, shortage, take
 
-
-def expected_wait_sec(model: Model, priority: Priority, policy: Policy, now: float) -> float:
-    """Seconds from now until a request of this priority that came now would be given a slot."""
-    return _wait_sec(model, _ahead(model, priority, policy, now), priority, policy, now)
-
-
-def remaining_wait_sec(model: Model, position: int, priority: Priority, policy: Policy, now: float) -> float:
-    """Seconds from now until the request that waits at this position (1: is next) is given a slot."""
-    return _wait_sec(model, position - 1, priority, policy, now)
-
-
-def _wait_sec(model: Model, ahead: int, priority: Priority, policy: Policy, now: float) -> float:
-    rounds_sec = _rounds_sec(model, ahead, now)
-    if not model.queue or model.rush.served < _RUSH_KNOWN:
-        return rounds_sec
-    rush_sec = _rush_sec(model, ahead, priority, policy, now)
-    absent = model.engine is None or model.engine.state is not EngineState.READY
-    return max(rush_sec, rounds_sec) if absent else rush_sec
+_MOST_STEPS = 4000
+"""Requests served and departures weighed: some milliseconds."""
+_OVERDUE = 0.1
+"""What takes longer than ever takes yet, as a share of what it has taken."""
+_SERVICE_SEC = 1.0
+"""Of a model that has computed nothing yet, which counts for others only: its own are told nothing."""
+_FARTHEST_SEC = 3600.0
+_SATURATED = 0.95
+_TOLD_SEC = 0.05
+_TOLD_SEC_PER_STEP = 2e-4
 
 
-def _rush_sec(model: Model, ahead: int, priority: Priority, policy: Policy, now: float) -> float:
-    """At the pace of this rush. Who comes in the meantime with a shorter patience overtakes: the wait is the
-    fixed point of `(ahead + 1 + overtakers(wait)) / pace`, which a few rounds come near enough."""
-    rush = model.rush
-    lasted_sec = max(0.001, now - rush.since_sec)
-    wait_sec = start_sec = (ahead + 1) * lasted_sec / rush.served
-    for _ in range(_ROUNDS):
-        overtakers = 0.0
-        for other, joined in rush.joined.items():
-            head_start_sec = policy.patience_sec[priority] - policy.patience_sec[other]
-            overtakers += joined / lasted_sec * min(wait_sec, max(0.0, head_start_sec))
-        wait_sec = start_sec + overtakers * lasted_sec / rush.served
-    return wait_sec
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """When those who wait will be given a slot, or an engine if they need no slot."""
+
+    at: float
+    """When it was made."""
+    granted_at: Mapping[str, float]
+    """By request. Who is missing waits for something of which nobody can tell when it comes."""
+    steps: int
+    """What it took to find out."""
+
+    @property
+    def told_sec(self) -> float:
+        """How long it is told before another is made: so they take a hundredth of the time or so."""
+        return _TOLD_SEC + self.steps * _TOLD_SEC_PER_STEP
+
+    def wait_sec(self, request_id: str, now: float) -> float | None:
+        """Seconds from now; None: unknown."""
+        at = self.granted_at.get(request_id)
+        return None if at is None else max(0.0, at - now)
 
 
-def _ahead(model: Model, priority: Priority, policy: Policy, now: float) -> int:
-    """How many of those who wait have an earlier virtual deadline."""
-    deadline_sec = now + policy.patience_sec[priority]
-    return sum(
-        model.queue.count_before(other, deadline_sec, policy.patience_sec[other] <= policy.patience_sec[priority])
-        for other in Priority
-    )
+def forecast(
+    models: Iterable[Model],
+    granted: Mapping[str, Request],
+    swaps: Mapping[str, Swap],
+    budgets: Mapping[str, int],
+    policy: Policy,
+    stop_sec: float,
+    now: float,
+    newcomer: Request | None = None,
+) -> Forecast:
+    """Rehearse until everybody who waits is served; `newcomer` stands behind those who are there."""
+    rehearsal = _Rehearsal(policy, budgets, stop_sec, now)
+    for model in models:
+        if model.engine is not None or model.queue or (newcomer and newcomer.alias == model.spec.alias):
+            rehearsal.add(model, granted, newcomer)
+    rehearsal.remember(swaps)
+    rehearsal.run()
+    return Forecast(now, rehearsal.granted_at, rehearsal.steps)
 
 
-def _service_sec(model: Model, ready_sec: float, now: float) -> float:
-    """What a request takes: the mean, or more where those of this rush have taken longer already."""
-    if not model.queue:
-        return model.mean_service_sec
-    rush, slots = model.rush, model.spec.slots
-    return max(model.mean_service_sec, (now - max(rush.since_sec, ready_sec)) * slots / (rush.served + slots))
+@dataclass(slots=True, eq=False)
+class _Line:
+    """One class of those who want a model: who waits now, then who will come."""
+
+    patience_sec: float
+    ids: list[str]
+    """Of those who wait now."""
+    arrivals: list[float]
+    gap_here_sec: float
+    """Between two who come while the model is ready."""
+    gap_away_sec: float
+    coming_at: float
+    served: int = 0
+
+    def oldest(self, at: float, *, is_here: bool) -> float:
+        """When the next to be served came; infinite while there is none."""
+        gap_sec = self.gap_here_sec if is_here else self.gap_away_sec
+        while self.coming_at <= at:
+            self.arrivals.append(self.coming_at)
+            self.coming_at += gap_sec
+        return self.arrivals[self.served] if self.served < len(self.arrivals) else math.inf
+
+    def start_anew(self, coming_at: float) -> None:
+        self.ids, self.arrivals, self.served, self.coming_at = [], [], 0, coming_at
 
 
-def _rounds_sec(model: Model, ahead: int, now: float) -> float:
-    """From mean times only: the engine serves as many at once as it has slots."""
-    engine, slots = model.engine, model.spec.slots
-    if engine is not None and engine.state is EngineState.READY:
-        free = slots - len(engine.in_flight)
-        return max(0, ahead + 1 - free) / slots * _service_sec(model, engine.ready_sec, now)
-    serving_sec = ahead // slots * model.mean_service_sec
-    if engine is not None and engine.state is EngineState.LOADING:
-        return max(0.0, engine.started_sec + model.load_sec - now) + serving_sec
-    leaving_sec = model.mean_service_sec if engine is not None else 0.0
-    starts_sec = max(leaving_sec, model.retry_at_sec - now, model.room_at_sec - now)
-    return starts_sec + model.load_sec + serving_sec
+@dataclass(slots=True, eq=False)
+class _Course:
+    """A model and its engine, as they go on."""
+
+    model: Model
+    lines: dict[Priority, _Line]
+    left: int
+    """How many of those who wait now have no slot yet."""
+    slotless: list[str]
+    service_sec: float
+    state: EngineState | None = None
+    until: float = math.inf
+    """When its engine is loaded, or gone."""
+    placement: Placement = field(default_factory=dict)
+    """Of its engine, or where it goes once its victims are gone."""
+    victims: list[_Course] = field(default_factory=list)
+    ready_at: float = 0.0
+    slots: list[float] = field(default_factory=list)
+    """When each is free."""
+    idle_at: float = math.inf
+    """When all that wait now are served."""
+    is_guess: bool = False
+    """Its future rests on something never measured."""
+
+    @property
+    def is_here(self) -> bool:
+        return self.state is EngineState.READY
+
+    @property
+    def waits(self) -> bool:
+        """Somebody here is to be told something, and it is known where the model might go."""
+        return bool(self.left or self.slotless) and (self.state is not None or bool(self.model.places))
+
+    def oldest(self, priority: Priority, at: float) -> float:
+        return self.lines[priority].oldest(at, is_here=self.is_here)
+
+    def head(self, at: float) -> tuple[float, Priority]:
+        """The virtual deadline of who is served next, and the class."""
+        is_here = self.is_here
+        best = math.inf, Priority.NORMAL
+        for priority, line in self.lines.items():
+            deadline_sec = line.oldest(at, is_here=is_here) + line.patience_sec
+            if deadline_sec < best[0]:
+                best = deadline_sec, priority
+        return best
+
+    def use(self) -> float:
+        """The share of its slots that those who come take."""
+        per_sec = sum(1 / line.gap_here_sec for line in self.lines.values())
+        return per_sec * self.service_sec / self.model.spec.slots
+
+    def never_idles(self, at: float) -> bool:
+        """As far as was seen, somebody has come before the last was served, as long as it was ready."""
+        use = self.use()
+        return use >= _SATURATED or (use > 0 and not self.model.busy.falls_per_sec(at))
+
+    def has_only_low(self, at: float) -> bool:
+        return all(
+            math.isinf(self.oldest(priority, at)) and math.isinf(self.lines[priority].gap_here_sec)
+            for priority in (Priority.HIGH, Priority.NORMAL)
+        )
+
+
+class _Rehearsal:
+    def __init__(self, policy: Policy, budgets: Mapping[str, int], stop_sec: float, now: float) -> None:
+        self.policy = policy
+        self.budgets = budgets
+        self.stop_sec = stop_sec
+        self.now = now
+        self.steps = 0
+        self.granted_at: dict[str, float] = {}
+        self.courses: dict[str, _Course] = {}
+
+    # --- as it is now -----------------------------------------------------------------------------------
+
+    def add(self, model: Model, granted: Mapping[str, Request], newcomer: Request | None) -> None:
+        now, engine = self.now, model.engine
+        lines: dict[Priority, _Line] = {}
+        slotless: list[str] = []
+        for priority in Priority:
+            waiting = list(model.queue.line(priority))
+            if newcomer and newcomer.alias == model.spec.alias and newcomer.priority is priority:
+                waiting.append(newcomer)
+            slotless += [request.id for request in waiting if request.slotless]
+            waiting = [request for request in waiting if not request.slotless]
+            gap_here_sec, gap_away_sec = (flow.gap_sec(priority, now) for flow in (model.busy, model.away))
+            lines[priority] = _Line(
+                self.policy.patience_sec[priority],
+                [request.id for request in waiting],
+                [request.arrival_sec for request in waiting],
+                gap_here_sec,
+                gap_away_sec,
+                now + (gap_here_sec if engine is not None and engine.state is EngineState.READY else gap_away_sec),
+            )
+        course = _Course(
+            model,
+            lines,
+            sum(len(line.ids) for line in lines.values()),
+            slotless,
+            model.mean_service_sec or _SERVICE_SEC,
+        )
+        self.courses[model.spec.alias] = course
+        if engine is None:
+            return
+        course.state, course.placement, course.ready_at = engine.state, engine.placement, engine.ready_sec
+        course.is_guess = not model.loads
+        in_flight = [granted[request_id].granted_sec or now for request_id in engine.in_flight]
+        ends = [now + remaining_sec for remaining_sec in model.remaining_sec(now - since for since in in_flight)]
+        course.slots = sorted([*ends, *[now] * (engine.spec.slots - len(ends))])
+        match engine.state:
+            case EngineState.LOADING:
+                elapsed_sec = now - engine.started_sec
+                course.until = now + max(model.load_sec - elapsed_sec, _OVERDUE * elapsed_sec)
+            case EngineState.READY:
+                if not course.left:
+                    course.idle_at = max(course.slots) if engine.idle_since_sec is None else engine.idle_since_sec
+                self.admit_slotless(course)
+            case EngineState.DRAINING:
+                course.until = max(now, *course.slots) + self.stop_sec
+            case EngineState.STOPPING:
+                course.until = now + self.stop_sec
+
+    def remember(self, swaps: Mapping[str, Swap]) -> None:
+        for alias, swap in swaps.items():
+            course = self.courses.get(alias)
+            if course is not None:
+                course.placement = swap.placement
+                course.victims = [
+                    victim
+                    for engine in swap.victims
+                    if (victim := self.courses.get(engine.alias)) is not None and victim.model.engine is engine
+                ]
+
+    # --- as it goes on ----------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        ends_at = self.now + min(self.policy.queue_timeout_sec, _FARTHEST_SEC)  # nobody waits longer
+        while self.now < ends_at and self.steps < _MOST_STEPS:
+            if not any(course.waits for course in self.courses.values()):
+                return
+            self.steps += len(self.courses)
+            next_at = self.place()
+            for course in self.courses.values():
+                next_at = min(next_at, course.until)
+            for course in self.courses.values():
+                if course.is_here and course.left:
+                    self.serve(course, next_at)
+                    if not course.left:
+                        next_at = min(next_at, course.idle_at)
+            if math.isinf(next_at):
+                return
+            self.now = max(self.now, next_at)
+            self.settle()
+
+    def serve(self, course: _Course, until: float) -> None:
+        slots = course.slots
+        while course.left and slots[0] <= until and self.steps < _MOST_STEPS:
+            self.steps += 1
+            at = slots[0]
+            line = course.lines[course.head(at)[1]]
+            if line.served < len(line.ids):
+                course.left -= 1
+                if not course.is_guess and (course.model.recent_sec or at <= course.ready_at):
+                    self.granted_at[line.ids[line.served]] = at
+            line.served += 1
+            heapq.heapreplace(slots, at + course.service_sec)
+        if not course.left:
+            course.idle_at = max(slots)
+
+    def admit_slotless(self, course: _Course) -> None:
+        if not course.is_guess:
+            self.granted_at |= dict.fromkeys(course.slotless, self.now)
+        course.slotless = []
+
+    def settle(self) -> None:
+        """Loads end, and engines are gone."""
+        for course in self.courses.values():
+            if course.until > self.now:
+                continue
+            course.until = math.inf
+            if course.state is EngineState.LOADING:
+                course.state, course.ready_at = EngineState.READY, self.now
+                course.slots = [self.now] * course.model.spec.slots
+                course.idle_at = math.inf if course.left else self.now
+                self.admit_slotless(course)
+            else:
+                course.state = None
+        for course in self.courses.values():
+            if course.victims:
+                course.victims = [victim for victim in course.victims if victim.state is not None]
+                if not course.victims:
+                    self.start(course, course.placement)
+
+    def start(self, course: _Course, placement: Placement) -> None:
+        course.state, course.placement = EngineState.LOADING, placement
+        course.until = self.now + course.model.load_sec
+        course.is_guess |= not course.model.loads
+
+    def leave(self, course: _Course) -> None:
+        """Who comes from now on waits; those who were served without a pause come at once."""
+        if course.is_here:
+            goes_on = course.never_idles(self.now)
+            busy_until = max(self.now, *course.slots)
+            if not course.left:
+                if goes_on:
+                    busy_until = self.now + course.service_sec
+                for line in course.lines.values():
+                    line.start_anew(self.now + (line.gap_here_sec if goes_on else line.gap_away_sec))
+            course.state, course.until = EngineState.DRAINING, busy_until + self.stop_sec
+
+    # --- who gets room ----------------------------------------------------------------------------------
+
+    def place(self) -> float:
+        """Start what fits and make room where it is due; returns when there may be more to do."""
+        free = dict(self.budgets)
+        taken: set[_Course] = set()
+        candidates: list[tuple[float, int, _Course]] = []
+        again_at = math.inf
+        for number, course in enumerate(self.courses.values()):
+            if course.state is not None:
+                take(free, course.placement)
+            if course.victims:
+                take(free, claim(course.placement, course.victims))
+                taken.update(course.victims)
+            elif course.state is None:
+                deadline, _ = course.head(self.now)
+                if course.slotless or deadline < math.inf:
+                    candidates.append((deadline, number, course))
+                else:
+                    again_at = min(again_at, *(line.coming_at for line in course.lines.values()))
+        for _, _, course in sorted(candidates):
+            if course.model.retry_at_sec > self.now:
+                again_at = min(again_at, course.model.retry_at_sec)
+            else:
+                again_at = min(again_at, self.place_one(course, free, taken))
+        return again_at
+
+    def place_one(self, course: _Course, free: dict[str, int], taken: set[_Course]) -> float:
+        now = self.now
+        for placement in course.model.places:
+            if not shortage(placement, free):
+                self.start(course, placement)
+                take(free, placement)
+                return math.inf
+        goes_at = {
+            other: self.goes_at(course, other)
+            for other in self.courses.values()
+            if other.state is not None and other not in taken and not (other.is_here and other.model.spec.pinned)
+        }
+        self.steps += len(goes_at)
+        soonest = sorted(goes_at, key=lambda other: goes_at[other])
+        plans = [
+            (max((goes_at[other] for other in leaving), default=now), index, leaving)
+            for index, placement in enumerate(course.model.places)
+            if (leaving := sufficient(shortage(placement, free), soonest)) is not None
+        ]
+        again_at = min((at for at in goes_at.values() if at > now), default=math.inf)
+        if not plans:
+            return again_at
+        at, index, leaving = min(plans, key=lambda plan: plan[:2])
+        placement = course.model.places[index]
+        take(free, claim(placement, leaving))
+        if at > now:
+            if all(self.due_at(course, other) <= now for other in leaving):
+                taken.update(leaving)
+            return again_at
+        course.placement, course.victims = placement, leaving
+        course.is_guess |= any(victim.is_guess for victim in leaving)
+        taken.update(leaving)
+        for victim in leaving:
+            self.leave(victim)
+        return again_at
+
+    def due_at(self, course: _Course, other: _Course) -> float:
+        arrivals = [(course.oldest(priority, self.now), priority) for priority in Priority]
+        if course.model.wanted_since_sec is not None:
+            arrivals.append((course.model.wanted_since_sec, Priority.NORMAL))
+        policy = self.policy
+        bounds = [(at, policy.max_wait_sec[priority], policy.wait_factor[priority]) for at, priority in arrivals]
+        swap_sec = course.model.load_sec + other.model.load_sec
+        return due_at(bounds, swap_sec)
+
+    def goes_at(self, course: _Course, other: _Course) -> float:
+        """When the engine of another model may be asked to leave for this one; see `placement`."""
+        if other.state is EngineState.LOADING:
+            return math.inf
+        if other.state is EngineState.STOPPING:
+            return self.now
+        due = self.due_at(course, other)
+        if other.state is EngineState.DRAINING:
+            return due
+        factor = self.policy.residency_factor
+        if course.oldest(Priority.HIGH, self.now) < math.inf and other.has_only_low(self.now):
+            factor = min(1.0, factor)
+        by_turn = max(due, other.ready_at + factor * (course.model.load_sec + other.model.load_sec))
+        if other.left:
+            return by_turn
+        waiting = sum(len(line.arrivals) - line.served for line in course.lines.values())
+        worth_sec = course.model.load_sec / max(1, waiting)
+        linger_sec = other.model.returns.linger_sec(worth_sec, self.policy.max_linger_sec)
+        return min(by_turn, other.idle_at + self.stays_sec(other, linger_sec))
+
+    def stays_sec(self, other: _Course, linger_sec: float) -> float:
+        """How long, after those who wait now are served, until nobody comes for the time of the linger."""
+        if other.never_idles(self.now):
+            return math.inf
+        falls_per_sec = other.model.busy.falls_per_sec(self.now)
+        longer = other.model.returns.share_beyond(linger_sec)
+        if not falls_per_sec:
+            return linger_sec
+        if not longer:
+            return math.inf
+        busy_sec = 1 / falls_per_sec
+        return linger_sec + other.use() * busy_sec + (1 - longer) / longer * (busy_sec + linger_sec / 2)

@@ -57,13 +57,14 @@ class Fleet:
             return
         engine.cause, engine.leaves_for = cause, reason
         if not engine.is_busy:
-            self.stop(engine, cause)
+            self.stop(engine, cause, now)
         elif engine.state is not EngineState.DRAINING:
             engine.draining_since_sec = now
             self.enter(engine, EngineState.DRAINING, reason)
 
-    def stop(self, engine: Engine, cause: StopCause) -> None:
+    def stop(self, engine: Engine, cause: StopCause, now: float) -> None:
         engine.cause = cause
+        engine.stopping_since_sec = now
         self.effects.append(StopEngine(engine.id, cause))
         self.enter(engine, EngineState.STOPPING, engine.departure)
 

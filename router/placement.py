@@ -23,10 +23,23 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from router.messages import Inspected, Placement, Policy
 from router.queue import Priority
-from router.residency import ENGINES, Departure, Engine, EngineState, Hold, Model, amounts, claim, shortage, total
+from router.residency import (
+    ENGINES,
+    Departure,
+    Engine,
+    EngineState,
+    Hold,
+    Holder,
+    Model,
+    amounts,
+    claim,
+    shortage,
+    total,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +90,7 @@ class NeverFits:
     """It would fit if others than our engines gave their memory back."""
 
 
+_Holder = TypeVar("_Holder", bound=Holder)
 Bounds = list[tuple[float, float, float]]
 Verdict = Fits | MakeRoom | Wait | NeverFits
 
@@ -113,7 +127,7 @@ def decide(candidate: Model, inspected: Inspected, room: Room) -> Verdict:
     plans = [
         (max((goes_at[engine] for engine in leaving), default=room.now), index, leaving)
         for index, placement in enumerate(placements)
-        if (leaving := _sufficient(shortage(placement, room.free), soonest)) is not None
+        if (leaving := sufficient(shortage(placement, room.free), soonest)) is not None
     ]
     if not plans:
         ahead = ", ".join(sorted(set(room.taken.values()))) or "others"
@@ -122,7 +136,7 @@ def decide(candidate: Model, inspected: Inspected, room: Room) -> Verdict:
     _, index, leaving = min(plans, key=lambda plan: plan[:2])
     names = ", ".join(sorted(engine.alias for engine in leaving))
     overdue = all(
-        _due_at(bounds, candidate.load_sec + room.models[engine.alias].load_sec) <= room.now for engine in leaving
+        due_at(bounds, candidate.load_sec + room.models[engine.alias].load_sec) <= room.now for engine in leaving
     )
     return Wait(
         again_at,
@@ -140,7 +154,7 @@ def cheapest_victims(short: Mapping[str, int], costs: Mapping[Engine, float]) ->
     bigger than it must be is never returned, and engines on devices with room enough are never in it.
     """
     by_cost = sorted(costs, key=lambda engine: (costs[engine], engine.id))
-    several = _sufficient(short, by_cost)
+    several = sufficient(short, by_cost)
     if several is None:
         return None
     if len(several) > 1:
@@ -150,9 +164,9 @@ def cheapest_victims(short: Mapping[str, int], costs: Mapping[Engine, float]) ->
     return frozenset(several)
 
 
-def _sufficient(short: Mapping[str, int], preferred: Iterable[Engine]) -> list[Engine] | None:
+def sufficient(short: Mapping[str, int], preferred: Iterable[_Holder]) -> list[_Holder] | None:
     """The most preferred engines that give back what is short, less those that turn out not to be needed."""
-    chosen: list[Engine] = []
+    chosen: list[_Holder] = []
     still_short = short
     for engine in preferred:
         if not still_short:
@@ -176,16 +190,16 @@ def _departure(candidate: Model, bounds: Bounds, engine: Engine, room: Room) -> 
         return Departure(engine.alias, room.now, Hold.BOUND)
     model = room.models[engine.alias]
     swap_sec = candidate.load_sec + model.load_sec
-    due_at = _due_at(bounds, swap_sec)
+    due = due_at(bounds, swap_sec)
     if engine.state is EngineState.DRAINING:
-        return Departure(engine.alias, due_at, Hold.BOUND)
+        return Departure(engine.alias, due, Hold.BOUND)
     factor = room.policy.residency_factor
     if candidate.urgent and _only_low(engine, model):
         factor = min(1.0, factor)
     turn_ends_at = engine.ready_sec + factor * swap_sec
-    by_turn = max(due_at, turn_ends_at)
+    by_turn = max(due, turn_ends_at)
     if engine.idle_since_sec is None or model.queue:
-        return Departure(engine.alias, by_turn, Hold.QUANTUM if turn_ends_at > due_at else Hold.BOUND)
+        return Departure(engine.alias, by_turn, Hold.QUANTUM if turn_ends_at > due else Hold.BOUND)
     worth_sec = candidate.load_sec / max(1, len(candidate.queue))
     linger_sec = model.returns.linger_sec(worth_sec, room.policy.max_linger_sec)
     return Departure(engine.alias, min(by_turn, engine.idle_since_sec + linger_sec), Hold.LINGER)
@@ -205,7 +219,7 @@ def _bounds(candidate: Model, policy: Policy) -> Bounds:
     ]
 
 
-def _due_at(bounds: Bounds, swap_sec: float) -> float:
+def due_at(bounds: Bounds, swap_sec: float) -> float:
     """When the candidate has waited for its bound."""
     return min(arrival + min(longest_sec, factor * swap_sec) for arrival, longest_sec, factor in bounds)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import IntEnum
 from itertools import takewhile
 
@@ -148,6 +148,10 @@ class PriorityQueue:
         if whole_class:
             return len(line)
         return sum(1 for _ in takewhile(lambda request: request.deadline_sec <= deadline_sec, line.values()))
+
+    def line(self, priority: Priority) -> Iterable[Request]:
+        """Those of a class, in order."""
+        return self._lines[priority].values()
 
     def oldest(self, priority: Priority) -> Request | None:
         """The request of a class that arrived first."""

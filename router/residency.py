@@ -11,11 +11,14 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Protocol
 
 from router.messages import Inspected, ModelSpec, Placement, Policy, StopCause
-from router.queue import Priority, PriorityQueue
+from router.queue import Priority, PriorityQueue, Request
 
-_RUSH_MEMORY_SEC = 600
+_FLOW_MEMORY_SEC = 240
+_FLOW_KNOWN_SEC = 10
+"""What came in less time counts as having come in this: not every crowd is the first of many."""
 
 ENGINES = "engines"
 """The resource that `max_concurrent_models` and the ports limit: every placement takes one of it."""
@@ -40,6 +43,10 @@ class Returns:
     def add(self, gap_sec: float) -> None:
         self._gaps.append(gap_sec)
         self._answers.clear()
+
+    def share_beyond(self, seconds: float) -> float:
+        """How many gaps are longer; all while none is known."""
+        return sum(gap > seconds for gap in self._gaps) / len(self._gaps) if self._gaps else 1.0
 
     def linger_sec(self, worth_sec: float, cap_sec: float) -> float:
         """How long it pays to keep an idle engine while another model waits for its memory.
@@ -93,6 +100,7 @@ class Engine:
     slotless: set[str] = field(default_factory=set)
     """What is with it besides. It keeps the engine as they do."""
     draining_since_sec: float = 0.0
+    stopping_since_sec: float = 0.0
     cause: StopCause | None = None
     leaves_for: str = ""
     """The cause in more words."""
@@ -122,6 +130,13 @@ class Engine:
             return False
         spec = self.spec
         return len(self.slotless) < spec.most_slotless if slotless else len(self.in_flight) < spec.slots
+
+
+class Holder(Protocol):
+    """What holds memory."""
+
+    @property
+    def placement(self) -> Placement: ...
 
 
 class Hold(str, Enum):
@@ -158,21 +173,58 @@ class Why:
         return self.words
 
 
-@dataclass(slots=True)
-class Rush:
-    """Who came and who was served since people began to queue for a model."""
+class Flow:
+    """How often somebody comes for a model in the time that is counted here, over its last minutes."""
 
-    since_sec: float = 0.0
-    served: float = 0.0
-    joined: dict[Priority, float] = field(default_factory=lambda: dict.fromkeys(Priority, 0.0))
+    __slots__ = ("_counts", "_falls", "_seconds", "_since")
 
-    def serve(self, now: float) -> None:
-        self.served += 1
-        if now - self.since_sec > _RUSH_MEMORY_SEC:  # what was an hour ago says little of now
-            self.since_sec = now - (now - self.since_sec) / 2
-            self.served /= 2
-            for priority in self.joined:
-                self.joined[priority] /= 2
+    def __init__(self) -> None:
+        self._counts = dict.fromkeys(Priority, 0.0)
+        self._falls = 0.0
+        self._seconds = 0.0
+        self._since: float | None = None
+
+    def go_on(self, now: float) -> None:
+        if self._since is None:
+            self._since = now
+
+    def pause(self, now: float) -> None:
+        if self._since is not None:
+            self._fold(now)
+            self._since = None
+
+    def fall_idle(self, now: float) -> None:
+        self._falls += 1
+        self.pause(now)
+
+    def come(self, priority: Priority, now: float) -> None:
+        self._counts[priority] += 1
+        if self._since is not None and now - self._since > _FLOW_MEMORY_SEC / 4:
+            self._fold(now)
+
+    def gap_sec(self, priority: Priority, now: float) -> float:
+        """Between two of a class; infinite while none has come."""
+        count = self._counts[priority]
+        return self._lasted_sec(now) / count if count else math.inf
+
+    def falls_per_sec(self, now: float) -> float:
+        """How often nobody is there any more, until the next one comes."""
+        return self._falls / self._lasted_sec(now)
+
+    def _lasted_sec(self, now: float) -> float:
+        running_sec = now - self._since if self._since is not None else 0.0
+        return max(_FLOW_KNOWN_SEC, self._seconds + running_sec)
+
+    def _fold(self, now: float) -> None:
+        assert self._since is not None
+        self._seconds += now - self._since
+        self._since = now
+        if self._seconds > _FLOW_MEMORY_SEC:  # what was an hour ago says little of now
+            share = _FLOW_MEMORY_SEC / 2 / self._seconds
+            self._seconds *= share
+            self._falls *= share
+            for priority in self._counts:
+                self._counts[priority] *= share
 
 
 @dataclass(slots=True, eq=False)
@@ -213,13 +265,23 @@ class Model:
     why_waiting: Why = Why()
     room_at_sec: float = 0.0
     """When the policy will look again whether it gets room; past when it has it."""
-    rush: Rush = field(default_factory=Rush)
+    busy: Flow = field(default_factory=Flow)
+    """Who comes while its engine is at work."""
+    away: Flow = field(default_factory=Flow)
+    """Who comes while it has none that is ready."""
+    places: tuple[Placement, ...] = ()
+    """Where it might go, as it was seen last."""
     returns: Returns = field(default_factory=Returns)
     last_used_sec: float = -math.inf
     mean_gap_sec: float = 3600.0
-    mean_service_sec: float = 1.0
     loads: int = 0
-    services: int = 0
+    recent_sec: deque[float] = field(default_factory=lambda: deque(maxlen=64))
+    """How long the last requests took that were computed."""
+
+    @property
+    def mean_service_sec(self) -> float | None:
+        """None: nothing was computed yet."""
+        return sum(self.recent_sec) / len(self.recent_sec) if self.recent_sec else None
 
     @property
     def urgent(self) -> bool:
@@ -239,14 +301,47 @@ class Model:
             self.returns.add(now - idle_since_sec)
             self.mean_gap_sec += 0.2 * (now - idle_since_sec - self.mean_gap_sec)
 
+    def joined(self, request: Request, now: float) -> None:
+        """A request has a slot or a place in the line: it was not turned away."""
+        if request.slotless:
+            return
+        if self.engine is None or self.engine.state is not EngineState.READY:
+            self.away.come(request.priority, now)
+        elif self.engine.is_busy:
+            self.busy.come(request.priority, now)
+
+    def turn(self, now: float, *, is_here: bool) -> None:
+        """Its engine is ready from now on, or is not."""
+        if is_here:
+            self.away.pause(now)
+        else:
+            self.away.go_on(now)
+            self.busy.pause(now)
+
     def loaded(self, took_sec: float) -> None:
         self.load_sec = took_sec if self.loads == 0 else self.load_sec + 0.3 * (took_sec - self.load_sec)
         self.loads += 1
 
     def computed(self, took_sec: float) -> None:
         """A request whose tokens were computed is over."""
-        self.services += 1
-        self.mean_service_sec += max(0.1, 1 / self.services) * (took_sec - self.mean_service_sec)
+        self.recent_sec.append(took_sec)
+
+    def remaining_sec(self, elapsed_sec: Iterable[float]) -> list[float]:
+        """What requests in flight take yet, by how long they have taken: as those did that took longer.
+
+        Of several one is early, the next one later: the first slot that is free is so sooner than most.
+        """
+        longest_first = sorted(elapsed_sec, reverse=True)
+        remaining: list[float] = []
+        for place, elapsed in enumerate(longest_first):
+            longer = sorted(took_sec - elapsed for took_sec in self.recent_sec if took_sec > elapsed)
+            if not longer:
+                remaining.append(elapsed / 2)
+            elif len(longest_first) == 1:
+                remaining.append(sum(longer) / len(longer))
+            else:
+                remaining.append(longer[int((place + 0.5) / len(longest_first) * len(longer))])
+        return remaining
 
     def crashed(self, now: float, window_sec: float) -> int:
         """One more; returns how many that makes within the window."""
@@ -313,7 +408,7 @@ def take(free: dict[str, int], placement: Placement) -> None:
         free[resource] = free.get(resource, 0) - amount
 
 
-def claim(need: Placement, victims: Iterable[Engine]) -> dict[str, int]:
+def claim(need: Placement, victims: Iterable[Holder]) -> dict[str, int]:
     """What a swap takes beyond what its victims give back when they go."""
     return shortage(need, total(victim.placement for victim in victims))
 

@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from zlib import crc32
 
-from router.expectation import expected_wait_sec
+from router.expectation import Forecast, forecast
 from router.fleet import Fleet
 from router.messages import (
     Configured,
@@ -51,7 +51,7 @@ from router.messages import (
 )
 from router.placement import Fits, MakeRoom, NeverFits, Room, Wait, decide
 from router.queue import Priority, Request
-from router.residency import ENGINES, Engine, EngineState, Model, Rush, Swap, Why, claim, shortage, take
+from router.residency import ENGINES, Engine, EngineState, Model, Swap, Why, claim, shortage, take
 from router.waiting import why
 
 INSPECTION_PATIENCE_SEC = 1.0
@@ -73,6 +73,10 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._waiting: dict[str, Model] = {}
         self._recent: set[Engine] = set()
+        self._stop_sec = 0.0
+        """From the stop of an engine until its memory is back: a mean."""
+        self._come_back: dict[tuple[str, Priority], tuple[float, float | None]] = {}
+        """What those were told who were turned away, and until when others are told the same."""
         self._now = 0.0
         self._seq = 0
         self._effects: list[Effect] = []
@@ -121,6 +125,9 @@ class Scheduler:
                 self._shut_down()
         if room_may_change and (self._waiting or self._fleet.swaps) and self.budgets:
             self._place_all()
+        for effect in effects:
+            if type(effect) is Transition and (changed := self.models.get(effect.alias)) is not None:
+                changed.turn(self._now, is_here=effect.state == "ready")
         return effects
 
     @property
@@ -155,9 +162,11 @@ class Scheduler:
         """What is neither used, nor reserved for an engine that loads, nor promised to a swap."""
         return self._fleet.free()
 
-    def expected_wait_sec(self, model: Model, priority: Priority = Priority.NORMAL) -> float:
-        """Until a request that comes now would be given a slot, from measured service and load times."""
-        return expected_wait_sec(model, priority, self.policy, self._now)
+    def forecast(self, now: float, newcomer: Request | None = None) -> Forecast:
+        """When those who wait will be served, as far as what was measured tells; with somebody who comes now."""
+        swaps, stop_sec = self._fleet.swaps, self._stop_sec
+        models = self.models.values()
+        return forecast(models, self._requests, swaps, self.budgets, self.policy, stop_sec, now, newcomer)
 
     def waiting(self) -> int:
         """How many requests wait, for all models together."""
@@ -185,12 +194,14 @@ class Scheduler:
         engine = model.engine
         if engine is not None and engine.admits(slotless=event.slotless):  # so none of its kind waits
             self._requests[request.id] = request
+            model.joined(request, self._now)
             self._grant(request, engine)
             return False
         if full := self._queue_full(model):
             self._reject(event.request_id, Refusal.QUEUE_FULL, full, self._come_back_sec(model, event.priority))
             return False
         self._requests[request.id] = request
+        model.joined(request, self._now)
         self._enqueue(request, model)
         return engine is None
 
@@ -204,14 +215,20 @@ class Scheduler:
             return f"{waiting} requests wait already, {ours} (max_queue_size_total)"
         return None
 
-    def _come_back_sec(self, model: Model, priority: Priority) -> float:
-        return max(1.0, self.expected_wait_sec(model, priority))
+    def _come_back_sec(self, model: Model, priority: Priority) -> float | None:
+        """Until a request that comes now would be served. Thousands may be told in the same second."""
+        key, now = (model.spec.alias, priority), self._now
+        told_until, at = self._come_back.get(key, (-math.inf, None))
+        if told_until <= now:
+            deadline_sec = now + self.policy.patience_sec[priority]
+            newcomer = Request("", model.spec.alias, priority, now, deadline_sec, self._seq)
+            found = self.forecast(now, newcomer)
+            at = found.granted_at.get(newcomer.id)
+            self._come_back[key] = now + found.told_sec, at
+        return None if at is None else max(1.0, at - now)
 
     def _enqueue(self, request: Request, model: Model) -> None:
         request.queued_sec = self._now
-        if not model.queue:
-            model.rush = Rush(self._now)
-        model.rush.joined[request.priority] += not request.slotless
         model.queue.push(request)
         if model.engine is None:
             self._waiting[request.alias] = model
@@ -228,7 +245,9 @@ class Scheduler:
             engine.slotless.add(request.id)
         else:
             engine.in_flight[request.id] = request.priority
-        engine.idle_since_sec = None
+        if engine.idle_since_sec is not None:
+            engine.idle_since_sec = None
+            self.models[engine.alias].busy.go_on(self._now)
         self._effects.append(Grant(request.id, engine.id))
         self._used(engine)
 
@@ -253,8 +272,6 @@ class Scheduler:
             return True
         engine = self.engines.get(request.engine_id)
         computed = event.served and event.computed and not request.slotless
-        if event.served and not request.slotless:
-            model.rush.serve(self._now)
         if computed:
             model.computed(self._now - request.granted_sec)
         if engine is None:
@@ -275,8 +292,9 @@ class Scheduler:
         self._admit(model)
         if not engine.is_busy:
             engine.idle_since_sec = self._now
+            model.busy.fall_idle(self._now)
             if engine.state is EngineState.DRAINING:
-                self._fleet.stop(engine, engine.cause or StopCause.DRAINED)
+                self._fleet.stop(engine, engine.cause or StopCause.DRAINED, self._now)
             else:
                 self._wake(self._now + model.idle_timeout_sec(self.policy))
 
@@ -400,6 +418,7 @@ class Scheduler:
         model = self.models[engine.alias]
         model.engine = None
         if engine.state is EngineState.STOPPING and engine.died_while is None:
+            self._stop_sec += 0.3 * (self._now - engine.stopping_since_sec - self._stop_sec)
             self._off(model, engine.departure or event.reason)
         else:
             self._engine_failed(model, engine, event)
@@ -634,6 +653,7 @@ class Scheduler:
         model.inspected = None
         if event.problem is None:
             places = tuple({**place, ENGINES: 1} for place in event.placements)
+            model.places = places
             model.inspected = Inspected(self._now, event.alias, places, None, event.need, advice=event.advice)
             if event.expected_load_sec is not None and not model.loads:
                 model.load_sec = event.expected_load_sec
@@ -665,12 +685,12 @@ class Scheduler:
             since_sec, limit_sec, cause = self._time_limit(engine)
             if since_sec is not None:
                 if since_sec + limit_sec <= self._now:
-                    self._fleet.stop(engine, cause)
+                    self._fleet.stop(engine, cause, self._now)
                 else:
                     self._wake(since_sec + limit_sec)
 
     def _expire_waiting(self, model: Model) -> None:
-        come_back_sec: dict[Priority, float] = {}  # thousands may go at once
+        come_back_sec: dict[Priority, float | None] = {}  # thousands may go at once
         while (request := model.queue.longest_here()) is not None:
             expiry = request.queued_sec + self.policy.queue_timeout_sec
             if expiry > self._now:
@@ -782,6 +802,7 @@ class Scheduler:
             known = self.models.get(alias)
             if known is None:
                 self.models[alias] = Model(spec, spec.expected_load_sec)
+                self.models[alias].turn(self._now, is_here=False)
             else:
                 self._reconfigure(known, spec)
         self._wake(self._now)  # timeouts may be shorter now

@@ -158,7 +158,7 @@ def _request_row(request: dict[str, Any]) -> tuple[str, ...]:
         request["priority"],
         str(request["position"]),
         duration(request["waited_sec"]),
-        duration(request["expected_wait_sec"]),
+        "unknown" if request["expected_wait_sec"] is None else duration(request["expected_wait_sec"]),
         request["id"],
         request["why"],
     )

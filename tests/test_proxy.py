@@ -240,7 +240,7 @@ def test_a_stream_that_waits_gets_heartbeats_with_the_reason(played: Router) -> 
     answer = played.chat("loads", stream=True)
     assert answer.headers["x-queue-position"] == "1"
     assert answer.headers["x-queue-reason"].startswith("loads is loading (")
-    assert int(answer.headers["x-queue-expected-ms"]) >= 0
+    assert answer.headers["x-queue-expected-ms"] == "unknown", "it was never loaded"
     lines = answer.text.splitlines()
     beats = [line for line in lines if line.startswith(":")]
     assert len(beats) >= 2
@@ -280,7 +280,7 @@ def test_a_full_queue_refuses_with_an_honest_time(start: Start, tiny: Path, tmp_
     refused = router.chat("a")
     assert refused.status_code == 429
     assert refused.json()["error"]["code"] == "queue_full"
-    assert int(refused.headers["retry-after"]) >= 1
+    assert "retry-after" not in refused.headers, "it was never loaded"
     for connection in waiting:  # clients that leave free their places
         connection.close()
     eventually(lambda: router.http.get("/v1/queue/stats").json()["summary"]["total_queued"] == 0)

@@ -45,7 +45,7 @@ from router.messages import (
     Tick,
     Transition,
 )
-from router.queue import Priority
+from router.queue import Priority, Request
 from router.scheduler import Scheduler
 
 HIGH, NORMAL, LOW = Priority
@@ -1004,7 +1004,10 @@ def test_load_by_hand_is_not_abandoned() -> None:
 
 def test_full_queue_refuses_with_the_time_to_come_back() -> None:
     machine = Machine("a", policy=Policy(max_queue_size_per_model=2))
-    machine.served("a")  # in flight; bounds count who waits, also while the model is ready
+    first = machine.served("a")
+    machine.wait(1)
+    machine.finish(first)  # now it is known what a request takes
+    machine.ask("a")  # in flight; bounds count who waits, also while the model is ready
     machine.ask("a")
     machine.ask("a")
     refused = machine.rejected[machine.ask("a")]
@@ -1012,12 +1015,24 @@ def test_full_queue_refuses_with_the_time_to_come_back() -> None:
     assert refused.retry_after_sec == pytest.approx(3.0)  # three rounds of a second
 
 
+def test_who_is_turned_away_is_told_nothing_that_nobody_knows() -> None:
+    machine = Machine("a", policy=Policy(max_queue_size_per_model=1))
+    machine.ask("a")
+    assert machine.rejected[machine.ask("a")].retry_after_sec is None, "it was never loaded"
+    machine.wait(8)
+    machine.ask("a")
+    assert machine.rejected[machine.ask("a")].retry_after_sec is None, "nothing was ever computed"
+
+
 def test_what_takes_longer_than_ever_before_lengthens_the_expected_wait() -> None:
     machine = Machine("a", policy=Policy(max_queue_size_per_model=1))
-    machine.served("a")
+    first = machine.served("a")
+    machine.wait(1)
+    machine.finish(first)
     machine.ask("a")
-    machine.wait(40)
-    assert machine.rejected[machine.ask("a")].retry_after_sec == pytest.approx(80)  # two of those that take 40 s
+    machine.ask("a")
+    machine.wait(40)  # who has taken so long may take half as long again
+    assert machine.rejected[machine.ask("a")].retry_after_sec == pytest.approx(20 + 1)
 
 
 def test_queue_timeout_says_what_the_request_waited_for() -> None:
@@ -1043,22 +1058,62 @@ def test_all_models_together_have_a_bound_too() -> None:
     assert machine.ask("b") not in machine.rejected
 
 
+def expected_sec(machine: Machine, alias: str, priority: Priority = NORMAL) -> float | None:
+    """Until a request that comes now would be served."""
+    deadline_sec = machine.now + machine.policy.patience_sec[priority]
+    newcomer = Request("newcomer", alias, priority, machine.now, deadline_sec, 0)
+    return machine.scheduler.forecast(machine.now, newcomer).wait_sec("newcomer", machine.now)
+
+
 def test_expected_wait_follows_what_was_measured() -> None:
     machine = Machine("a", load_sec=10.0)
-    model = machine.scheduler.models["a"]
-    wait_sec = machine.scheduler.expected_wait_sec
-    assert wait_sec(model) == 5  # the first guess of a load
+    assert expected_sec(machine, "a") is None  # nobody knows how long it loads
     request_id = machine.served("a")
     machine.wait(6)
     machine.finish(request_id)
-    assert wait_sec(model) == 0  # a slot is free
+    assert expected_sec(machine, "a") == 0  # a slot is free
     machine.ask("a")
-    assert wait_sec(model) == 6
+    assert expected_sec(machine, "a") == 6
     machine.ask("a", LOW)
-    assert wait_sec(model, HIGH) == wait_sec(model) == 6  # who waits with low priority is not in their way
-    assert wait_sec(model, LOW) == 12
+    assert expected_sec(machine, "a", HIGH) == expected_sec(machine, "a") == 6  # low ones are not in their way
+    expected_low_sec = expected_sec(machine, "a", LOW)
+    assert expected_low_sec is not None
+    assert expected_low_sec >= 12, "behind the other low one, and whoever comes with a shorter patience"
     machine.tell(Eject(machine.now, "a"))
-    assert wait_sec(model) == 6 + 10  # what is in flight, then the load
+    assert expected_sec(machine, "a") == 6 + 10  # what is in flight, then the load
+
+
+def test_expected_waits_know_of_the_turns_of_other_models() -> None:
+    """Two models without room for both, and clients without think time on both: who waits is told the turns."""
+    machine = Machine("a", "b", load_sec=5.0)
+    for alias in "ab":  # now it is known what they take
+        request_id = machine.served(alias)
+        machine.wait(1)
+        machine.finish(request_id)
+        machine.wait(60)
+    machine.service_sec = 1.0
+    keep_busy(machine, "a", clients=2, seconds=20)
+    waiting = [machine.ask("b") for _ in range(3)]
+    forecast = machine.scheduler.forecast(machine.now)
+    told = [forecast.wait_sec(request_id, machine.now) for request_id in waiting]
+    asked_sec = machine.now
+    keep_busy(machine, "a", clients=2, seconds=60)
+    waited = [machine.granted_sec[request_id] - asked_sec for request_id in waiting]
+    assert waited[0] > 20, "the turn of a comes first"
+    assert told == pytest.approx(waited, abs=1.5)
+
+
+def test_expected_waits_know_who_will_overtake() -> None:
+    """A low request behind a stream of normal ones that leaves nothing over waits until its patience counts."""
+    machine = Machine("a", load_sec=5.0, service_sec=1.0)
+    keep_busy(machine, "a", clients=4, seconds=60)
+    low = machine.ask("a", LOW)
+    told = machine.scheduler.forecast(machine.now).wait_sec(low, machine.now)
+    asked_sec = machine.now
+    keep_busy(machine, "a", clients=4, seconds=150)
+    waited_sec = machine.granted_sec[low] - asked_sec
+    assert waited_sec > 100
+    assert told == pytest.approx(waited_sec, rel=0.15)
 
 
 def test_how_long_requests_take_is_learnt_of_computed_tokens_only() -> None:
@@ -1098,7 +1153,7 @@ class Crowded(Machine):
             )
 
     def promises(self, seconds: float, per_sec: float) -> list[float]:
-        """Of each that was turned away: the promised wait ÷ the wait of who stood last before it."""
+        """Of each that was turned away: the promised wait ÷ that of who stood last before it, and one round."""
         told: list[tuple[float, float, list[str]]] = []
         while self.now < seconds:
             self.wait(self.chance.expovariate(per_sec))
@@ -1106,11 +1161,14 @@ class Crowded(Machine):
             deadline_sec = self.now + self.policy.patience_sec[priority]
             line = [each.id for each in self.scheduler.models[alias].queue if each.deadline_sec <= deadline_sec]
             rejected = self.rejected.get(self.ask(alias, priority))
-            if rejected is not None and line:
-                assert rejected.retry_after_sec is not None
+            if rejected is not None and line and rejected.retry_after_sec is not None:
                 told.append((self.now, rejected.retry_after_sec, line))
         self.wait(2000)
-        waits = [(max(self.granted_sec[each] for each in line) - at, promised) for at, promised, line in told]
+        round_sec = self.mean_service_sec / next(iter(self.specs.values())).slots
+        waits = [
+            (max(self.granted_sec[each] for each in line) - at + round_sec, promised)
+            for at, promised, line in told
+        ]
         return sorted(promised / max(1.0, wait) for wait, promised in waits)
 
 

@@ -210,6 +210,6 @@ def _waiting(request: Waiting) -> dict[str, Any]:
         "client": request.client or None,
         "position": request.position,
         "waited_sec": round(request.waited_sec, 3),
-        "expected_wait_sec": round(request.expected_sec, 2),
+        "expected_wait_sec": None if request.expected_sec is None else round(request.expected_sec, 2),
         "why": request.why,
     }

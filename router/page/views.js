@@ -230,12 +230,13 @@ export function drawQueue({ queue, queueSeenAt }) {
   showWaiting(rows);
 }
 
+const soon = (left) => (left < 0.5 ? "soon" : `in ~${duration(left)}`);
+
 /** A request; or what can be said of all that wait for a model. */
 function fillWaiting({ root }, { request, passed, alias, why }) {
   if (request) {
     const waited = duration(request.waited_sec + passed);
-    const left = request.expected_wait_sec - passed;
-    const expected = left < 0.5 ? "soon" : `in ~${duration(left)}`;
+    const expected = request.expected_wait_sec === null ? "unknown" : soon(request.expected_wait_sec - passed);
     const who = [request.client, request.id].filter(Boolean).join(" · ");
     putCells(root, [`${request.position}.`, request.priority, waited, expected, who]);
   } else {
