@@ -308,13 +308,10 @@ def test_names_of_a_model_with_adapters_do_not_speak_with_each_others_voice(adap
         assert said("adapted") == alone
         assert said("adapted", lora=[]) == alone
     assert said("adapted", lora=[{"id": 0, "scale": 0}]) == bare
-    streamed = adapted.http.post(
-        "/api/generate",
-        json={
-            "model": "adapted",
-            "prompt": "one and the same long beginning",
-            "stream": False,
-            "options": {"num_predict": 24, "temperature": 0},
-        },
-    )
-    assert streamed.json()["response"] == alone
+    generated = {"model": "adapted", "stream": False, "options": {"num_predict": 24, "temperature": 0}}
+    prompt = "one and the same long beginning"
+    assert adapted.http.post("/api/generate", json={**generated, "prompt": prompt}).json()["response"] == alone
+    said("plain")
+    message = {"model": "adapted", "max_tokens": 24, "temperature": 0}
+    answer = adapted.http.post("/v1/messages", json={**message, "messages": [{"role": "user", "content": prompt}]})
+    assert answer.json()["content"] == [{"type": "text", "text": alone}]
