@@ -14,7 +14,7 @@ from tiny_models import write_lora
 from router.config import AliasConfig, Config, ModelConfig
 from router.queue import Priority
 from router.rewriting import rewritten
-from router.routing import read_wish
+from router.routing import Wish, read_wish
 
 EXAMPLES = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
 ALIASES: dict[str, Any] = {
@@ -207,7 +207,7 @@ CONFIG = Config(
 def test_only_a_name_that_changes_something_touches_the_body() -> None:
     for name in ("a", "plain"):
         wish = read_wish(b'{"model": "%b"}' % name.encode(), {}, CONFIG)
-        assert wish == ("a", False, Priority.HIGH, None)
+        assert wish == Wish("a", False, Priority.HIGH)
     wish = read_wish(b'{"model": "low"}', {}, CONFIG)
     assert (wish.alias, wish.priority, wish.asked_as) == ("a", Priority.LOW, CONFIG.aliases["low"])
     assert read_wish(b'{"model": "low"}', {b"x-request-priority": b"1"}, CONFIG).priority is Priority.HIGH
@@ -216,7 +216,7 @@ def test_only_a_name_that_changes_something_touches_the_body() -> None:
 def test_an_alias_with_the_name_of_its_model_holds_for_all_who_ask_for_it() -> None:
     own = AliasConfig("a", "a", defaults={"seed": 1})
     config = Config(models=CONFIG.models, aliases={"a": own})
-    assert read_wish(b'{"model": "a"}', {}, config) == ("a", False, Priority.HIGH, own)
+    assert read_wish(b'{"model": "a"}', {}, config) == Wish("a", False, Priority.HIGH, own)
     assert config.names == ["a"]
 
 
