@@ -82,6 +82,7 @@ class Devices:
         self._amd = Amd(gpu_devices or (), root)
         self._listed = None if engine is None else Listed(engine, environ, gpu_devices or (), root)
         self._within_sec = 0.0
+        self._numbers_in_vulkan: dict[str, str] = {}
         self._seen: dict[str, Device] = {}
         self._present: set[str] = set()
         self._remarks: list[str] = []
@@ -126,22 +127,25 @@ class Devices:
     def environment(self, chosen: Iterable[Device]) -> dict[str, str]:
         """Variables with which an engine sees the chosen GPUs, in this order, and no others; none for RAM alone.
 
-        Builds for Vulkan count GPUs in an order of their own. Of those that we know from NVIDIA's or AMD's driver
-        they can be shown none or all.
+        Builds for Vulkan count GPUs in an order of their own.
         """
         gpus = [device for device in chosen if device.kind != "host"]
         if not gpus:
             if self._uses_no_gpus or self._seen:
                 return {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "-1", SHOWS: ""}
             return {}  # what uses GPUs we don't know of shall go on doing so
+        if gpus[0].kind == "vulkan":
+            return {SHOWS: ",".join(gpu.uuid for gpu in gpus)}
+        numbers = [self._numbers_in_vulkan.get(gpu.name, "") for gpu in gpus]
+        for_vulkan = {SHOWS: ",".join(numbers)} if all(numbers) else {}
         if gpus[0].kind == "cuda":
             return {
+                **for_vulkan,
                 "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
                 "CUDA_VISIBLE_DEVICES": ",".join(gpu.uuid for gpu in gpus),
             }
-        if gpus[0].kind == "vulkan":
-            return {SHOWS: ",".join(gpu.uuid for gpu in gpus)}
         return {
+            **for_vulkan,
             "ROCR_VISIBLE_DEVICES": ",".join(str(gpu.number) for gpu in gpus),
             "HIP_VISIBLE_DEVICES": ",".join(str(place) for place in range(len(gpus))),  # of those
         }
@@ -173,6 +177,8 @@ class Devices:
                 found, more = self._listed.read(self._within_sec, amd_shares=self._amd.count > 0)
                 remarks += more
                 ours = found
+        if len(found) > 1 and found[0].kind != "vulkan" and self._listed is not None:
+            self._numbers_in_vulkan = self._listed.numbers_of(found)
         if self._wanted is not None:
             ours = [device for device in ours if device.number in self._wanted]
         if found and not ours and not self._seen:

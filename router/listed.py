@@ -31,6 +31,8 @@ _LINE = re.compile(r"\s+([A-Za-z]+)(\d*): (.*) \((\d+) MiB, (\d+) MiB free\)")
 _READ_BY_DRIVERS = ("CUDA", "ROCm", "MTL", "BLAS")
 """Devices of which this list is not needed, or that are none with memory of its own."""
 _INTEL = "0x8086"
+_SAME_SIZE = 0.05
+"""Drivers differ in what they keep for themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ class Listed:
         self._taken_sec = -math.inf
         self._counted: dict[tuple[str, ...], list[int | None]] = {}
         """How the loader counts the GPUs of lists of labels that were seen before."""
+        self._others: dict[tuple[str, ...], dict[str, str]] = {}
 
     def read(self, within_sec: float, *, amd_shares: bool) -> tuple[list[Device], list[str]]:
         """All GPUs that can be used, and for people what is left out, and why; an answer of the last `within_sec`
@@ -69,6 +72,24 @@ class Listed:
             self._last = self._read(amd_shares)
             self._taken_sec = now
         return self._last
+
+    def numbers_of(self, devices: Sequence[Device]) -> dict[str, str]:
+        """By name, how Vulkan's loader counts GPUs that another driver tells of; empty where one is not found.
+
+        Those of the same name and size are taken for the same, else those of the same size, in their order. The
+        engine is asked once.
+        """
+        names = tuple(device.name for device in devices)
+        if names not in self._others:
+            try:
+                listed = self.read(0, amd_shares=False)[0]
+            except subprocess.TimeoutExpired:
+                return {}
+            self._others[names] = {}
+            found = dict(_matched(devices, listed))
+            if len(found) == len(devices):
+                self._others[names] = found
+        return self._others[names]
 
     def _read(self, amd_shares: bool) -> tuple[list[Device], list[str]]:
         lines = self._list(self._environ)
@@ -151,6 +172,16 @@ class Listed:
             return None
         found = (_LINE.fullmatch(line) for line in done.stdout.splitlines())
         return [_Line(each[1], each[3], int(each[4]), int(each[5])) for each in found if each is not None]
+
+
+def _matched(devices: Sequence[Device], listed: Sequence[Device]) -> Iterator[tuple[str, str]]:
+    left = list(listed)
+    for device in devices:
+        alike = [one for one in left if abs(one.total_mib / max(1, device.total_mib) - 1) < _SAME_SIZE]
+        if alike:
+            one = min(alike, key=lambda one: one.label != device.label)
+            left.remove(one)
+            yield device.name, one.uuid
 
 
 def _text(path: Path) -> str:

