@@ -190,7 +190,8 @@ def test_a_load_that_has_to_wait_is_told_why_at_once_and_can_be_taken_back(start
     assert load("a") == (200, "success", "a is ready")
     body = {"model": "a", "prompt": "a", "max_tokens": 4000, "ignore_eos": True, "stream": True}
     with router.http.stream("POST", "/v1/completions", json=body) as stream:
-        next(stream.iter_lines())
+        lines = stream.iter_lines()  # once that is gone, so is the client
+        next(lines)
         load("b")
         eventually(lambda: "until a can go" in (router.status("b")["why_waiting"] or ""))
         assert load("b")[:2] == (202, "waiting")
