@@ -210,6 +210,7 @@ def test_who_watches_waits_for_no_slot(start: Start, tiny: Path, tmp_path: Path)
         eventually(lambda: router.status("busy")["in_flight"] == 1)
         for path in ("/slots", "/slots?model=busy", "/upstream/busy/slots"):
             assert router.http.get(path).json() == {}
+        assert router.http.get("/props").json()["model_path"] == "none"
         assert not chat.done()
 
 

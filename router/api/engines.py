@@ -7,6 +7,7 @@ loaded.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Annotated, Any
 
 import msgspec
@@ -36,11 +37,11 @@ async def props(request: Request, model: ModelQuery = None) -> Response:
         return await said_by_engine(request, model, "/props")
     dispatcher: Dispatcher = request.app.state.dispatcher
     running = _watched(dispatcher)
+    answer = None if running is None else await running.process.document("/props", _ANSWER_SEC)
     said: dict[str, Any] = {}
-    if running is not None:
-        answer = await running.process.document("/props", _ANSWER_SEC)
-        if answer is not None and answer.status == 200:
-            said = msgspec.json.decode(answer.body)
+    if answer is not None and answer.status == 200:
+        with contextlib.suppress(msgspec.MsgspecError):  # it has other ones
+            said = msgspec.json.decode(answer.body, type=dict[str, Any])
     of_the_router = {
         "role": "router",
         "max_instances": dispatcher.scheduler.policy.places,
