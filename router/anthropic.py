@@ -40,6 +40,8 @@ _DROPPED = (
 """Parameters of chats that the engine does not take over from Anthropic's requests."""
 _REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 
+_NOTHING = msgspec.Raw(b"null")
+
 _encode = msgspec.json.encode
 
 
@@ -102,18 +104,12 @@ class _Request(msgspec.Struct):
     thinking: _Thinking | None = None
 
 
-class _Forms(msgspec.Struct):
-    output_config: _Config | None = None
-    output_format: _Format | None = None
-    """Its name in the API's beta."""
-    tools: list[_Tool] | None = None
-    tool_choice: _Choice | None = None
-    system: msgspec.Raw = msgspec.Raw(b"null")
-
-
 _fields_of = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _decode_request = msgspec.json.Decoder(_Request).decode
-_decode_forms = msgspec.json.Decoder(_Forms).decode
+_decode_config = msgspec.json.Decoder(_Config | None).decode
+_decode_format = msgspec.json.Decoder(_Format | None).decode
+_decode_tools = msgspec.json.Decoder(list[_Tool] | None).decode
+_decode_choice = msgspec.json.Decoder(_Choice | None).decode
 _value_of = msgspec.json.Decoder().decode
 
 
@@ -129,13 +125,11 @@ def read(body: bytes | bytearray) -> Asked:
     """What is not of the API's shape is left for the engine to refuse."""
     try:
         fields = _fields_of(body)
-        forms = _decode_forms(body)
-        form = (forms.output_config and forms.output_config.format) or forms.output_format
         kept: dict[str, Any] = {name: fields[name] for name in _DROPPED if name in fields}
+        form = _form_of(fields)
         if form is not None and form.type == "json_schema" and not kept.keys() & {"grammar", "json_schema"}:
-            if forms.tools and (forms.tool_choice is None or forms.tool_choice.type != "none"):
-                # An engine that is held to a schema calls nothing: there the schema is only told.
-                system = joined(told(form.schema), _value_of(forms.system))
+            if _may_call(fields):  # an engine that is held to a schema calls nothing: there it is only told
+                system = joined(told(form.schema), _value_of(fields.get("system", _NOTHING)))
                 fields = {**fields, "system": msgspec.Raw(_encode(system))}
                 body = _encode(fields)
             else:
@@ -145,6 +139,19 @@ def read(body: bytes | bytearray) -> Asked:
         return Asked(_encode({**_chat(fields, _decode_request(body)), **kept}), is_chat=True)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return Asked(body)
+
+
+def _form_of(fields: dict[str, msgspec.Raw]) -> _Format | None:
+    config: _Config | None = _decode_config(fields.get("output_config", _NOTHING))
+    if config is not None and config.format is not None:
+        return config.format
+    form: _Format | None = _decode_format(fields.get("output_format", _NOTHING))  # its name in the API's beta
+    return form
+
+
+def _may_call(fields: dict[str, msgspec.Raw]) -> bool:
+    choice: _Choice | None = _decode_choice(fields.get("tool_choice", _NOTHING))
+    return bool(_decode_tools(fields.get("tools", _NOTHING))) and (choice is None or choice.type != "none")
 
 
 def _chat(fields: dict[str, msgspec.Raw], request: _Request) -> dict[str, Any]:
