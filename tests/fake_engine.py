@@ -14,7 +14,7 @@ FAKE_LAST_WORDS   what it says before it exits
 FAKE_DEAF         1: answers no probe
 FAKE_LINGER_SEC   how long it waits after the last event of a stream, before it ends that
 FAKE_CHUNKS       number of events in a stream
-FAKE_EVENTS       file with what it streams instead: a JSON document a line, each an event
+FAKE_EVENTS       file with what it streams instead: a JSON document a line, each an event, named by its `type`
 FAKE_ANSWER       its answer, when no stream is asked for
 FAKE_STATUS       its status, with 204 and 304 without a body; from 400 on also when a stream is asked for
 FAKE_NOTES        file to which it appends each request: its path, a space, its body
@@ -126,7 +126,9 @@ async def complete(writer: asyncio.StreamWriter, request: dict[str, object]) -> 
     writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
     events = events_to_play()
     for number, document in enumerate(events):
-        event = b"data: %b\n\n" % document
+        kind = json.loads(document).get("type") if setting("events") else None
+        event = b"event: %b\n" % kind.encode() if kind else b""
+        event += b"data: %b\n\n" % document
         chunk = b"%x\r\n%b\r\n" % (len(event), event)
         is_middle = number == len(events) // 2
         writer.write(chunk[: len(chunk) // 2] if is_middle and setting("die") == "torn" else chunk)
