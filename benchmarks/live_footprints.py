@@ -1,6 +1,6 @@
 """What engines really hold, beside what was estimated: on this machine's CPU, with models made for it.
 
-Each engine loads its model, reads a prompt longer than a batch and answers; then the memory of its processes is
+Each engine loads its model, reads a prompt longer than a batch; then the memory of its processes is
 taken as the ledger takes it (PSS: pages that are shared count in parts; those that copied weights come from count
 as free). Estimated is what the router would book: llama.cpp's own tool where there is one, formulas, and what the
 process takes besides. Of buffers an engine has only what was touched,
