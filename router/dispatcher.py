@@ -16,6 +16,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Coroutine, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -346,8 +347,8 @@ class Dispatcher:
             self._positions[ticket.alias] = now, positions
         return positions.get(ticket.id)
 
-    def waits(self, alias: str) -> list[Waiting]:
-        """Everybody who waits for a model, in the order of service."""
+    def waits(self, alias: str, most: int) -> list[Waiting]:
+        """Who waits for a model, in the order of service: the first of them."""
         model = self.scheduler.models.get(alias)
         if model is None or not model.queue:
             return []
@@ -355,7 +356,7 @@ class Dispatcher:
         reasons = [why(model, now, slotless=slotless) for slotless in (False, True)]
         return [
             self._wait(model, request, place, reasons[request.slotless], now)
-            for place, request in model.queue.places()
+            for place, request in islice(model.queue.places(), most)
         ]
 
     def wait_of(self, ticket: Ticket) -> Waiting | None:

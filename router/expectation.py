@@ -28,7 +28,7 @@ _SERVICE_SEC = 1.0
 _FARTHEST_SEC = 3600.0
 _SATURATED = 0.95
 _TOLD_SEC = 0.05
-_TOLD_SEC_PER_STEP = 2e-4
+_TOLD_SEC_PER_STEP = 5e-4
 
 
 @dataclass(frozen=True, slots=True)

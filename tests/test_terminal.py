@@ -94,6 +94,7 @@ def test_queue_tells_who_waits_how_long_and_for_what(start: Start, tiny: Path, t
     assert [cold[0], cold[1], cold[2], cold[5]] == ["cold", "low", "2", "for-cold"]
     assert [behind[0], behind[1], behind[2], behind[5]] == ["busy", "low", "1", "behind-it"]
     assert cold[3].endswith("s")
+    assert cold[4] == "unknown", "it was never loaded"
     assert "busy" in cold[6]
 
     document = json.loads(run("queue", "--json", "--url", router.url, cwd=tmp_path).stdout)

@@ -191,7 +191,7 @@ async def queue_stats(request: Request) -> dict[str, Any]:
             "total_rejected": counts.rejected,
             "current_processing": len(in_flight),
             "processing": in_flight,
-            "waiting": [_waiting(request) for request in dispatcher.waits(alias)[:_MOST_SHOWN]],
+            "waiting": [_waiting(request) for request in dispatcher.waits(alias, _MOST_SHOWN)],
         }
     summary = {
         "total_queued": sum(stats["queue_length"] for stats in per_model.values()),
