@@ -126,11 +126,14 @@ def test_embeddings_of_one_text_of_many_and_cut(client: ollama.Client) -> None:
 # --- what the router knows -----------------------------------------------------------------------------
 
 
-def test_models_are_listed_and_shown(client: ollama.Client) -> None:
+def test_models_are_listed_and_shown(router: Router, client: ollama.Client) -> None:
     listed = {model.model: model for model in client.list().models}
     assert set(listed) == {"tiny:latest", "other/tiny:q4", "embed:latest"}
     assert listed["tiny:latest"].size > 0
     assert listed["tiny:latest"].details.family == "llama"
+    details = {entry["name"]: entry["details"] for entry in router.http.get("/api/tags").json()["models"]}
+    assert (details["tiny:latest"]["context_length"], details["tiny:latest"]["embedding_length"]) == (2048, 64)
+    assert (details["embed:latest"]["context_length"], details["embed:latest"]["embedding_length"]) == (512, 64)
     shown = client.show("tiny")
     assert shown.capabilities == ["completion"]
     assert shown.modelinfo["general.architecture"] == "llama"

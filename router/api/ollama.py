@@ -213,6 +213,7 @@ def _identity(known: _Known, card: Card) -> bytes:
 
 
 def _details(known: _Known, card: Card) -> dict[str, Any]:
+    meta = card.get("meta", {})
     family = card.get("family") or ""
     return {
         "parent_model": known.model.alias if known.name != known.model.alias else "",
@@ -221,6 +222,8 @@ def _details(known: _Known, card: Card) -> dict[str, Any]:
         "families": [family] if family else [],
         "parameter_size": _short(card.get("parameters", 0)),
         "quantization_level": card.get("quantization") or "unknown",
+        "context_length": meta.get("n_ctx_train"),
+        "embedding_length": meta.get("n_embd"),
     }
 
 
