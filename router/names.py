@@ -1,13 +1,16 @@
 """What clients call models, and what these are called here: one rule for all routes.
 
 `NAME` and `NAME:latest` are the same, as with Ollama. What comes from the Hugging Face hub may be named with the
-hub's host, in whatever case, and without its quantization as long as it is the only one of its repository.
+hub's host, in whatever case, and without its quantization: of several of a repository, the one that a pull would
+take is meant.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
 from typing import Protocol
+
+from router.quantizations import closeness
 
 HUB_HOSTS = ("hf.co", "huggingface.co", "www.huggingface.co")
 _TAG = ":latest"
@@ -24,16 +27,27 @@ class Names(Protocol):
 
 def meant(name: str, names: Names) -> str | None:
     """The one of the `names` that a client means."""
+    return min(candidates(name, names), key=_closeness, default=None)
+
+
+def candidates(name: str, names: Names) -> list[str]:
+    """Those of the `names` that a client may mean: several if it leaves the quantization open."""
     if (same := same_name(name, names)) is not None:
-        return same
+        return [same]
     local = _without_host(name)
-    if (same := same_name(local, names)) is not None or "/" not in local:
-        return same
+    if (same := same_name(local, names)) is not None:
+        return [same]
+    if "/" not in local:
+        return []
     folded = untagged(local).casefold()
     of_hub = [(_without_host(other).casefold(), other) for other in names if "/" in other]
-    alike = [other for key, other in of_hub if key == folded]
-    alike = alike or [other for key, other in of_hub if key.startswith(f"{folded}:")]
-    return alike[0] if len(alike) == 1 else None
+    if alike := [other for key, other in of_hub if key == folded]:
+        return alike if len(alike) == 1 else []
+    return [other for key, other in of_hub if key.startswith(f"{folded}:")]
+
+
+def _closeness(name: str) -> tuple[object, ...]:
+    return closeness(name.rpartition(":")[2].upper())
 
 
 def same_name(name: str, names: Container[str]) -> str | None:

@@ -17,9 +17,9 @@ from router import gguf
 from router.hub import projector_of, quantization
 from router.names import HUB_HOSTS, same_name, untagged
 from router.purpose import DRAFT_PREFIXES
+from router.quantizations import BITS, DEFAULT, bits_of, closeness
 from router.stores import repository_aliases
 
-DEFAULT_QUANTIZATION = "Q4_K_M"
 Q4_ABOVE_BYTES = 14_000_000_000
 """What AUTO takes unquantized is no larger than this, unless it is told otherwise."""
 
@@ -27,16 +27,14 @@ AUTO = "auto"
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _REPOSITORY = re.compile(f"{_NAME}/{_NAME}")
 _QUANT = re.compile(r"[A-Za-z0-9_.-]+")
-_BITS = (4, 5, 6, 8, 3, 2, 16, 32, 1)
 _UNQUANTIZED = (16, 32)
 _BITS_OF = {
-    **{f"Q{bits}": (bits,) for bits in _BITS if bits < 16},
+    **{f"Q{bits}": (bits,) for bits in BITS if bits < 16},
     "FP16": (16,),
     "FP32": (32,),
     "NO": _UNQUANTIZED,
 }
 """Words that leave the kind open. FP16 is BF16, too."""
-_KINDS = ("_K_M", "_K_XL", "_K_L", "_K_S", "_K", "_NL", "_XS", "_1", "_0")
 
 
 class BadReference(ValueError):
@@ -116,7 +114,7 @@ def parse(text: str, environ: Mapping[str, str]) -> Reference:
 
 def _check_quantization(quant: str, text: str) -> None:
     if not _QUANT.fullmatch(quant):
-        raise BadReference(f"{text!r}: {quant!r} is not a quantization such as {DEFAULT_QUANTIZATION}")
+        raise BadReference(f"{text!r}: {quant!r} is not a quantization such as {DEFAULT}")
 
 
 def permitted(
@@ -256,20 +254,10 @@ def _labels(models: Iterable[PurePosixPath]) -> list[str]:
 
 def _closest(models: Iterable[PurePosixPath]) -> list[PurePosixPath]:
     """To what we take without being told; several if nothing tells them apart."""
-    ranked = [(_closeness(path), path) for path in models]
+    ranked = [(closeness(quantization(path) or ""), path) for path in models]
     best = min((closeness for closeness, _ in ranked), default=None)
     return [path for closeness, path in ranked if closeness == best]
 
 
 def _bits(path: PurePosixPath) -> int:
-    found = re.search(r"\d+", quantization(path) or "")
-    return int(found[0]) if found else 0
-
-
-def _closeness(path: PurePosixPath) -> tuple[bool, int, int, bool, str]:
-    label = quantization(path) or ""
-    plain = label.removeprefix("UD-")
-    bits = _bits(path)
-    rank = _BITS.index(bits) if bits in _BITS else len(_BITS)
-    kind = next((index for index, ending in enumerate(_KINDS) if plain.endswith(ending)), len(_KINDS))
-    return plain != DEFAULT_QUANTIZATION, rank, kind, label != plain, plain
+    return bits_of(quantization(path) or "")

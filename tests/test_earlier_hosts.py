@@ -103,6 +103,16 @@ def test_quantize_chooses_the_file(router: Router, model: str, quantize: str, fi
     assert router.http.get(f"/v1/models/{pulled['model']}").json()["source"] == "pulled"
 
 
+def test_what_was_pulled_answers_to_the_name_it_was_asked_for_by(router: Router) -> None:
+    for quantize in ("q4", "fp16"):
+        pull(router, REPO, quantize=quantize)
+    for path in ("/chat", "/v1/chat/completions"):
+        answer = router.http.post(path, json={"model": REPO, "messages": HELLO, "max_tokens": 1})
+        assert (answer.status_code, answer.headers["x-model-alias"]) == (200, f"{REPO}:Q4_K_M")
+    which = router.http.delete(f"/v1/models/pulled/{REPO}")
+    assert (which.status_code, f"'{REPO}:Q4_K_M', '{REPO}:F16'" in which.json()["error"]["message"]) == (409, True)
+
+
 def test_what_was_not_pulled_is_not_downloaded_by_a_chat(router: Router, hub: Hub) -> None:
     asked = len(hub.asked)
     answer = router.http.post("/chat", json={"model": "gone", "messages": HELLO})

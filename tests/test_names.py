@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import Router, Start, models, run, starting
 
-from router.names import listed_name, meant
+from router.names import candidates, listed_name, meant
 
 NAMES = ["demo", "llama3:8b", "other/llama3:latest", "USER/Repo-GGUF:Q4_K_M"]
 NAMES += ["two/of-them:Q4_0", "two/of-them:Q8_0"]
@@ -34,8 +34,8 @@ OF_THE_STORE = "hf.co/org/Stored-GGUF:Q4_0"
         ("huggingface.co/USER/Repo-GGUF:latest", "USER/Repo-GGUF:Q4_K_M"),
         ("USER/Repo-GGUF", "USER/Repo-GGUF:Q4_K_M"),
         ("USER/Repo-GGUF:Q8_0", None),
-        ("hf.co/two/of-them", None),
-        ("two/of-them", None),
+        ("hf.co/two/of-them", "two/of-them:Q4_0"),
+        ("two/of-them", "two/of-them:Q4_0"),
         ("two/of-them:q8_0", "two/of-them:Q8_0"),
         ("org/Stored-GGUF", OF_THE_STORE),
         ("Demo", None),
@@ -45,6 +45,11 @@ OF_THE_STORE = "hf.co/org/Stored-GGUF:Q4_0"
 )
 def test_what_is_meant_by_a_name(name: str, alias: str | None) -> None:
     assert meant(name, [*NAMES, OF_THE_STORE]) == alias
+
+
+def test_what_leaves_the_quantization_open_may_be_several() -> None:
+    assert candidates("hf.co/two/of-them", NAMES) == ["two/of-them:Q4_0", "two/of-them:Q8_0"]
+    assert candidates("two/of-them:Q8_0", NAMES) == ["two/of-them:Q8_0"]
 
 
 def test_what_ollamas_list_calls_a_model_means_it() -> None:

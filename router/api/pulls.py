@@ -22,7 +22,7 @@ from router.config import Config
 from router.creations import Creations
 from router.dispatcher import Dispatcher
 from router.downloads import MOST_AT_ONCE, Downloads, Pull, TooManyPulls
-from router.names import meant, same_name
+from router.names import candidates, same_name
 from router.routing import some_of
 
 router = APIRouter(tags=["management"])
@@ -207,11 +207,14 @@ async def remove_pulled(alias: str, request: Request) -> dict[str, Any]:
 
 
 def _removable(name: str, creations: Creations, config: Config) -> str:
-    """The alias of what is to be removed. Raises ApiError 404.
+    """The alias of what is to be removed. Raises ApiError 404 and 409.
 
     What was created is gone for good: it has to be called by its name, not by what may stand for that.
     """
-    alias = same_name(name, creations.records) or meant(name, config) or name
+    alike = [same] if (same := same_name(name, creations.records)) else candidates(name, config)
+    if len(alike) > 1:
+        raise ApiError(409, "name_taken", f"{name!r} may be {some_of(alike)}: say which is to go.", "model")
+    alias = alike[0] if alike else name
     if alias in creations.records and not same_name(name, (alias,)):
         raise ApiError(404, "model_not_found", f"model {name!r} not found. Did you mean {alias!r}?", "model")
     return alias
