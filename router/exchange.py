@@ -385,8 +385,8 @@ class Exchange:
             self._status = 200
             self._answer.start(200, _EVENT_STREAM + self._lines_of(ticket) + _lines_of_wait(wait))
         if wait is not None and not self._is_paused:
-            to_go = "unknown" if wait.expected_sec is None else f"~{wait.expected_sec:.0f} s"
-            figures = f"position {wait.position}, waited {wait.waited_sec:.0f} s, {to_go} to go"
+            to_go = "time to go unknown" if wait.expected_sec is None else f"~{wait.expected_sec:.0f} s to go"
+            figures = f"position {wait.position}, waited {wait.waited_sec:.0f} s, {to_go}"
             self._answer.write(f": {figures}: {_one_line(wait.why)}\n\n".encode())
         self._set_heartbeat()
 

@@ -245,6 +245,7 @@ def test_a_stream_that_waits_gets_heartbeats_with_the_reason(played: Router) -> 
     beats = [line for line in lines if line.startswith(":")]
     assert len(beats) >= 2
     assert "position 1" in beats[0]
+    assert "time to go unknown" in beats[0]
     assert "loading" in beats[0]
     assert lines[-2:] == ["data: [DONE]", ""]
     assert sum("delta" in line for line in lines) == 3

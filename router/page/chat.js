@@ -38,8 +38,8 @@ export function noteQueue({ per_model: queues }) {
   const ours = queue.waiting.find(({ id }) => id === current.id);
   if (ours) {
     const { position, waited_sec: waited, expected_wait_sec: expected, why } = ours;
-    const toGo = expected === null ? "unknown" : `~${duration(expected)}`;
-    put(current.parts.note, `position ${position}, waited ${duration(waited)}, ${toGo} to go: ${why}`);
+    const toGo = expected === null ? "time to go unknown" : `~${duration(expected)} to go`;
+    put(current.parts.note, `position ${position}, waited ${duration(waited)}, ${toGo}: ${why}`);
   } else if (queue.processing.includes(current.id)) put(current.parts.note, "reading the prompt …");
 }
 
