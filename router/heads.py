@@ -30,9 +30,10 @@ _FORWARDED = frozenset(
         b"traceparent",
         b"tracestate",
         b"user-agent",
-        b"x-conversation-id",
     }
 )
+"""Not `X-Conversation-Id`: an engine that sees it computes on for a client that has left, and keeps what comes for
+`GET /v1/stream`. Here who leaves frees the slot, as others wait for it."""
 _MOST_DIGITS = 12
 _LONGEST_KNOWN = 8192
 """Bytes of a head that are kept between two messages. Connections may be many, and their clients hostile."""

@@ -30,7 +30,7 @@ PATH = b"/v1/chat/completions"
 CHAT = json.dumps({"model": "a", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}).encode()
 STREAM = json.dumps({"model": "a", "messages": [], "stream": True}).encode()
 FORWARDED = {"host", "authorization", "content-length", "x-request-id", "content-type", "accept", "user-agent"}
-FORWARDED |= {"anthropic-beta", "anthropic-version", "traceparent", "tracestate", "x-conversation-id"}
+FORWARDED |= {"anthropic-beta", "anthropic-version", "traceparent", "tracestate"}
 
 
 class Engine:

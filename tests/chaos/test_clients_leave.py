@@ -49,7 +49,8 @@ def test_every_third_client_leaves_at_a_random_point(start: Start, tiny: Path, t
     assert "Traceback" not in router.log
 
 
-def test_a_slot_is_free_a_moment_after_its_client_left(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("resumes", [False, True], ids=["", "with X-Conversation-Id"])
+def test_a_slot_is_free_a_moment_after_its_client_left(start: Start, tmp_path: Path, resumes: bool) -> None:
     path = write_llama(tmp_path / "long.gguf", context_length=32768, n_embd=256)
     router = start({"models": models(path, "a", flags=["-c", "32768", "-t", "1", "--ignore-eos"])})
     router.chat("a")
@@ -63,15 +64,16 @@ def test_a_slot_is_free_a_moment_after_its_client_left(start: Start, tmp_path: P
         return bool(engine.get("/slots").json()[0]["is_processing"])
 
     body = {"model": "a", "messages": [{"role": "user", "content": "x"}], "max_tokens": 32000, "stream": True}
+    headers = {"x-conversation-id": "mine"} if resumes else {}
     took_sec = []
     for _ in range(7):
-        with router.http.stream("POST", "/v1/chat/completions", json=body) as stream:
+        with router.http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as stream:
             lines = stream.iter_lines()
             next(lines)
             assert works()
         left = time.monotonic()
         while works():
-            pass
+            assert time.monotonic() - left < 10, "it works on for nobody"
         took_sec.append(time.monotonic() - left)
     assert statistics.median(took_sec) < 0.1, took_sec
 
