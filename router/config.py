@@ -320,7 +320,11 @@ class System(Section):
         description="An engine that has requests, sends nothing for this long and does not answer probes either "
         "is killed and replaced. The probes take 3 seconds, also where this is less.",
     )
-    stop_grace_sec: Seconds = Field(default=10, description="From SIGTERM to SIGKILL for an engine.")
+    stop_grace_sec: Seconds = Field(
+        default=10,
+        description="From SIGTERM to SIGKILL for an engine. One that takes llama-server's exit command, as do "
+        "those of 2026, has 0.3 s at most: it has nothing to lose.",
+    )
     shutdown_grace_sec: Seconds = Field(default=30, description="For requests in flight at shutdown.")
     max_drain_sec: PositiveSeconds | None = Field(
         default=None,

@@ -18,7 +18,7 @@ from router.demo import MODEL_PATH
 from router.embedded_flags import UsageError, parameters
 from router.flags import FlagError, Flags, as_started
 from router.launcher import NoEngine, find_binary
-from router.sizing import Unusable, read_files
+from router.sizing import EngineKind, Unusable, read_files
 
 _DEMO = "built in, nothing is configured"
 
@@ -67,17 +67,20 @@ def check(options: argparse.Namespace) -> None:
 def _would_not_load(config: Config) -> Iterator[str]:
     """Models whose file or flags are found to be wrong only when somebody asks for them."""
     try:
-        is_embedded = find_binary(config.system.llama_server_path).kind == "embedded"
-    except NoEngine as error:
+        binary = find_binary(config.system.llama_server_path)
+        engine = EngineKind(binary)
+        engine.check_runs()
+    except (NoEngine, Unusable) as error:
         yield f"no model will load: {error}"
         return
+    yield from engine.unknown_flags(config.models, os.environ)
     for alias, model in config.models.items():
         flags = as_started(model.flags, model.env)
         try:
             files = read_files(model.model_path, flags)
             if files.model is not None:
                 footprint.estimate(files.model, flags, projector=files.projector, draft=files.draft)
-            if is_embedded:
+            if binary.kind == "embedded":
                 parameters(Flags(("-m", str(model.model_path), *model.flags), model.env))
         except (Unusable, FlagError, UsageError, OSError) as error:
             yield f"models.{alias} will not load: {error}"

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import os
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Coroutine, Hashable, Mapping, Sequence
@@ -28,7 +29,7 @@ from router.devices import Devices
 from router.engine import PROBE_LIMIT_SEC, Binary, EngineFailed, EngineOrder, EngineProcess, LogRing
 from router.events import EngineEnded, Events, LoadMoved, ModelChanged, ModelsListed, ServerChanged
 from router.expectation import Forecast
-from router.flags import replaced
+from router.flags import FlagError, replaced
 from router.launcher import LAST_PORT, Launcher
 from router.learning import Learned
 from router.memory import Account, Ledger
@@ -65,6 +66,7 @@ from router.messages import (
     Transition,
 )
 from router.queue import Priority, Request
+from router.readings import apart
 from router.residency import Model
 from router.scheduler import Scheduler
 from router.upstream import EnginePool
@@ -251,6 +253,8 @@ class Dispatcher:
         self._projector_failed: dict[str, Hashable] = {}
         """By alias what the engine was started with that did not load with a projector that was only found."""
         self._preloading: set[str] = set()
+        self._told: set[str] = set()
+        """What is wrong with flags."""
         self._changes: dict[str, list[asyncio.Future[None]]] = {}
         self._preload: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -580,7 +584,7 @@ class Dispatcher:
         ended_itself = False
         try:
             started = time.monotonic()
-            process = await self._launcher.launch(self._order(model, account), self.log_of(model.alias))
+            process = await self._launcher.launch(await self._order(model, account), self.log_of(model.alias))
             most_idle = self.config.system.http_max_keepalive
             pool = EnginePool(process.port, process.key, most_idle, process.unix_socket, lambda: process.alive)
             running = RunningEngine(engine_id, model.alias, process, pool, account, started)
@@ -670,7 +674,7 @@ class Dispatcher:
         self._stopping.add(engine_id)
         running = self.running.get(engine_id)
         if running is not None:
-            running.pool.close_idle()
+            running.pool.break_off()
             self._spawn(running.process.stop(), f"stop of {running.alias}")
 
     async def _probe(self, engine_id: int) -> None:
@@ -697,7 +701,14 @@ class Dispatcher:
         running = self.running.get(model.engine.id) if model is not None and model.engine is not None else None
         return running.props if running is not None else None
 
-    def _order(self, model: ModelConfig, account: Account) -> EngineOrder:
+    async def _order(self, model: ModelConfig, account: Account) -> EngineOrder:
+        """Raises EngineFailed."""
+        env = self._accountant.environment(account, model.env)
+        written = replaced(model.flags, account.chosen.flags)
+        try:
+            flags = await apart(lambda: self._accountant.kind.in_its_words(written, {**os.environ, **env}))
+        except FlagError as error:
+            raise EngineFailed(f"its flags: {error.message}") from error
         system = self.config.system
         limit = system.timeout_warmup_sec if model.alias in self._preloading else system.wait_ready_sec
         return EngineOrder(
@@ -708,9 +719,9 @@ class Dispatcher:
                 str(model.model_path),
                 "--alias",
                 model.alias,
-                *replaced(model.flags, account.chosen.flags),
+                *flags.words,
             ),
-            env=self._accountant.environment(account, model.env),
+            env=env,
             load_stall_sec=system.load_stall_sec,
             load_limit_sec=limit,
             stop_grace_sec=system.stop_grace_sec,
@@ -723,9 +734,18 @@ class Dispatcher:
 
     # --- configuration ----------------------------------------------------------------------------------
 
+    async def _tell_unknown_flags(self) -> None:
+        """Before a model is asked for that will not load."""
+        models, kind = self.config.models, self._accountant.kind
+        for problem in await apart(lambda: list(kind.unknown_flags(models, os.environ))):
+            if problem not in self._told:
+                self._told.add(problem)
+                _log.warning("%s", problem)
+
     def _configure(self) -> None:
         self._post(Configured(time.monotonic(), self._specs(), _policy(self.config)))
         self._accountant.configure(self.config.system)
+        self._spawn(self._tell_unknown_flags(), "look at flags")
 
     def _specs(self) -> Mapping[str, ModelSpec]:
         connections = self.config.system.http_max_connections

@@ -4,6 +4,7 @@ Engines listen on 127.0.0.1 with a key of their own, given through the environme
 `ps` nor in a log. A port that answers proves nothing: an orphan or a stranger may sit there. Readiness counts
 only when our child says so on its own pipe (the protocol between llama-server's router mode and its children,
 tools/server/server-models.cpp) or, for builds that do not speak it, when the port wants our key and takes it.
+Asked for that is `/props`: `/health` is for everybody, and so was `/v1/models` before build 10500.
 
 An engine that can listen on a Unix socket beside its port is asked for that: requests go there, as for two
 processes of one machine TCP's acknowledgements are so much work for nothing.
@@ -38,11 +39,17 @@ from router.platforms import PIPE_BYTES, exit_code, is_foreign, log_pipe, signal
 
 KEY_VARIABLE = "LLAMA_API_KEY"
 _STATE_PREFIX = b"cmd_child_to_router:state:"
+_SAYS_READY = b"cmd_child_to_router:ready"
+"""What builds before June 2026 say instead of that state."""
 _EXIT_COMMAND = b"cmd_router_to_child:exit\n"
+_KEPT_PATH = "/props"
+"""Nobody gets it without the key, whatever the build."""
 PROBE_LIMIT_SEC = 3
 
 _POLL_SEC = 0.01
 _SILENCE_CHECK_SEC = 1.0
+_LEAVING_SEC = 0.3
+"""From the first word to an engine that it is to go to the second."""
 _READS_AT_ONCE = 4
 _DRAIN_SEC = (0.02, 1.0)
 _CANNOT_ASK = -1  # we are short of file descriptors, which says nothing of the engine
@@ -197,6 +204,8 @@ class EngineProcess:
         """If it ends before it is ready."""
         self._killed_because = ""
         self._said_ready = asyncio.Event()
+        self._without_key: int | None = None
+        """With what status its port answered last who has no key."""
         self._last_sign = self.started
         self._loop = asyncio.get_running_loop()
         self._messages = asyncio.create_task(self._read_messages(), name=f"messages of {order.alias}")
@@ -262,15 +271,29 @@ class EngineProcess:
         self.load_progress = None
 
     async def stop(self) -> None:
-        """Ask it to go, make it go after the grace time. Returns when it and all it started are gone."""
+        """Ask it to go, make it go after the grace time. Returns when it and all it started are gone.
+
+        Nobody must be connected to it any more: llama-server waits for whoever is, and even so takes its time, as
+        it ends what it computes and looks once a second who is still there. One that takes the exit command is
+        then killed: what it would tidy up goes with it. What has to be told by signals may have more to do, as it
+        may be a script around an engine.
+        """
+        grace_sec = self.order.stop_grace_sec
+        leaving_sec = min(_LEAVING_SEC, grace_sec)
+        since = time.monotonic()
         if self.alive:
-            assert self._process.stdin is not None
-            with contextlib.suppress(OSError):
-                # A build that speaks the child protocol ignores SIGTERM while it reads its input.
-                self._process.stdin.write(_EXIT_COMMAND)
-            signal_group(self.pid, signal.SIGTERM)
-            await asyncio.wait({self.exited}, timeout=self.order.stop_grace_sec)
-        self.kill(f"killed after {self.order.stop_grace_sec:g} s of grace")
+            takes_commands = self._said_ready.is_set()
+            if takes_commands:  # and SIGTERM not before it is through: its handler takes a lock that may be held
+                assert self._process.stdin is not None
+                with contextlib.suppress(OSError):
+                    self._process.stdin.write(_EXIT_COMMAND)
+            else:
+                signal_group(self.pid, signal.SIGTERM)
+            await asyncio.wait({self.exited}, timeout=leaving_sec)
+            if self.alive and not takes_commands:
+                signal_group(self.pid, signal.SIGTERM)  # the second makes llama-server wait for nobody
+                await asyncio.wait({self.exited}, timeout=grace_sec - leaving_sec)
+        self.kill(f"killed, as it was still there {time.monotonic() - since:.1f} s after it was told to go")
         await self.exited
 
     def kill(self, reason: str = "") -> None:
@@ -301,8 +324,13 @@ class EngineProcess:
         self.was_killed = bool(self._killed_because) and code == -signal.SIGKILL  # else it was gone before
         return self._killed_because if self.was_killed else self._describe_exit(code)
 
-    def _complaints(self) -> str:
-        return f"its last words: {self.log.complaints(self._log_begin)}"
+    def _signs(self) -> str:
+        """What there was of it before it was given up."""
+        words = f"its last words: {self.log.complaints(self._log_begin)}"
+        status = self._without_key
+        if status is None or status in (401, _CANNOT_ASK) or status >= 500:
+            return words
+        return f"its port answers {_KEPT_PATH} without the key, too ({status}): that is no llama-server; {words}"
 
     def _describe_exit(self, code: int) -> str:
         if self.out_of_memory:
@@ -328,6 +356,8 @@ class EngineProcess:
                     self._last_sign = time.monotonic()
                     if line.startswith(_STATE_PREFIX):
                         self._take_message(line[len(_STATE_PREFIX) :])
+                    elif line.rstrip() == _SAYS_READY:
+                        self._said_ready.set()
                     else:
                         self.log.feed(line)
             while await stream.read(65536):
@@ -380,7 +410,8 @@ class EngineProcess:
         """For builds that push nothing. Two answers identify our child: 401 without the key, 200 with it."""
         while True:
             await asyncio.sleep(_POLL_SEC)
-            if await self._status("/v1/models", "") == 401 and await self._status("/v1/models", self.key) == 200:
+            self._without_key = await self._status(_KEPT_PATH, "")
+            if self._without_key == 401 and await self._status(_KEPT_PATH, self.key) == 200:
                 return
 
     async def healthy(self, limit_sec: float = PROBE_LIMIT_SEC) -> bool:
@@ -438,9 +469,9 @@ class EngineProcess:
                 resident = grown
                 self._last_sign = now
             if now - self._last_sign > order.load_stall_sec:
-                raise EngineFailed(f"loading stood still for {order.load_stall_sec:g} s; {self._complaints()}")
+                raise EngineFailed(f"loading stood still for {order.load_stall_sec:g} s; {self._signs()}")
             if order.load_limit_sec is not None and now - self.started > order.load_limit_sec:
-                raise EngineFailed(f"not ready after {order.load_limit_sec:g} s; {self._complaints()}")
+                raise EngineFailed(f"not ready after {order.load_limit_sec:g} s; {self._signs()}")
 
 
 def _retry_after(log: Iterable[str]) -> Retry:

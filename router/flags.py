@@ -440,7 +440,7 @@ def parse(flags: Sequence[str]) -> tuple[Flag, ...]:
             raise FlagError(f"{flags[index]!r} is neither a flag nor the value of one", index)
         if any(map(str.isspace, spelling)):
             raise FlagError(f"{flags[index]!r} is one item; write the flag and its value as two", index)
-        form, negated = _BY_SPELLING.get(_canonical(spelling), (None, False))
+        form, negated = _BY_SPELLING.get(canonical(spelling), (None, False))
         following = flags[index + 1 :]
         if form is None:
             name, arity = spelling, 1 if equals or (following and not _is_flag(following[0])) else 0
@@ -548,5 +548,6 @@ def _is_flag(word: str) -> bool:
     return len(word) > 1 and word[0] == "-" and word[1] not in "0123456789."
 
 
-def _canonical(spelling: str) -> str:
+def canonical(spelling: str) -> str:
+    """As llama-server's help has it."""
     return spelling.replace("_", "-") if spelling.startswith("--") else spelling

@@ -9,19 +9,22 @@ GPUs are counted as the engine counts them: `gpu0` is the first that it is shown
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import math
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
 from router import adapters, fit_params, footprint, gguf
-from router.engine import Binary, signal_name
-from router.flags import OWNED, Flags, argv, replaced
+from router.build_flags import Has, Spoken, read_help, spoken
+from router.config import ModelConfig
+from router.engine import KEY_VARIABLE, Binary, signal_name
+from router.flags import OWNED, FlagError, Flags, argv, replaced
 from router.footprint import HOST, Footprint, Share
 from router.gguf import GGUF
 from router.learning import Identity, Learned, files_of
@@ -116,40 +119,68 @@ class EngineKind:
         if not self._is_server:
             return
         try:
-            _help_of(str(self.program), self.build)
+            said = _help_of(str(self.program), self.build)
             if not os.access(self.program, os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:
             raise Unusable(f"{self.program} cannot be run: {error.strerror or error}") from error
+        if said.has and KEY_VARIABLE not in said.line:
+            raise Unusable(
+                f"{self.program} is too old: it takes no key from {KEY_VARIABLE}; install a newer llama-server"
+            )
 
     @property
     def fits_by_itself(self) -> bool:
         """Whether it has `--fit`, which changes what the flags leave open by what is free when it loads."""
-        return self.tool is not None or "--fit" in self._help
+        return self.tool is not None or "--fit" in self._help.line
 
     @property
     def lists_devices(self) -> bool:
         """Whether it says which GPUs it knows. Blocking, like `check_runs`."""
-        return "--list-devices" in self._help
+        return "--list-devices" in self._help.line
 
     @property
     def takes_unix_sockets(self) -> bool:
         """Whether it can listen on several addresses, Unix sockets among them. Blocking, like `check_runs`."""
-        return not self._is_server or _TAKES_UNIX_SOCKETS in self._help
+        return not self._is_server or _TAKES_UNIX_SOCKETS in self._help.line
+
+    def in_its_words(self, flags: Sequence[str], environ: Mapping[str, str]) -> Spoken:
+        """The same for its build, of which `environ` sets some. Blocking, like `check_runs`. Raises FlagError."""
+        given = Flags(flags, environ).given
+        if has := self._help.has:
+            return spoken(given, has)
+        return Spoken(tuple(argv(flag for flag in given if flag.index >= 0)), ())
+
+    def unknown_flags(self, models: Mapping[str, ModelConfig], environ: Mapping[str, str]) -> Iterator[str]:
+        """For people: whose flags its build has no words for. Blocking, like `check_runs`."""
+        told = ((f"models.{alias}", model.flags, model.env) for alias, model in models.items())
+        for who, flags, variables in (("the environment", (), environ), *told):
+            with contextlib.suppress(FlagError):  # that is told elsewhere
+                if unknown := self.in_its_words(flags, variables).unknown:
+                    yield f"{who}: {self.program} does not know {', '.join(unknown)} (see its --help)"
 
     @property
-    def _help(self) -> str:
+    def _help(self) -> _Help:
         if not self._is_server:
-            return ""
+            return _Help()
         try:
             return _help_of(str(self.program), self.build)
         except OSError:
-            return ""
+            return _Help()
+
+
+@dataclass(frozen=True, slots=True)
+class _Help:
+    """What a llama-server says of itself."""
+
+    line: str = ""
+    """All of it, in one line."""
+    has: Has = field(default_factory=dict)
 
 
 @lru_cache(maxsize=8)
-def _help_of(program: str, build: str) -> str:
-    """In one line. Raises OSError if it ends before it has begun: no program for this machine, no library, no such
+def _help_of(program: str, build: str) -> _Help:
+    """Raises OSError if it ends before it has begun: no program for this machine, no library, no such
     instruction.
 
     That is not remembered: what it lacks may come without a change to the program.
@@ -160,9 +191,10 @@ def _help_of(program: str, build: str) -> str:
         )
     except subprocess.TimeoutExpired:
         _log.warning("%s --help says nothing for 10 s", program)
-        return ""
+        return _Help()
     if done.returncode >= 0 and done.returncode not in _NEVER_RAN:
-        return " ".join(done.stdout.decode("utf-8", "replace").split())
+        text = done.stdout.decode("utf-8", "replace")
+        return _Help(" ".join(text.split()), read_help(text))
     said = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
     code = f"exit code {done.returncode}" if done.returncode > 0 else signal_name(done.returncode)
     raise OSError(errno.ENOEXEC, said or code)

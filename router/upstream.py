@@ -157,10 +157,18 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
+    def break_off(self) -> None:
+        """As the engine would by its end; who waits for an answer is told."""
+        receiver = self._receiver
+        self.close()
+        if receiver is not None:
+            receiver.lost("it was stopped")
+
     # --- asyncio.Protocol -------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one only by its methods
+        self._pool.opened(self)
 
     def data_received(self, data: bytes) -> None:
         self._pool.heard_sec = self.last_byte_sec = time.monotonic()
@@ -204,6 +212,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
+        self._pool.lost(self)
         receiver, self._receiver = self._receiver, None
         if receiver is None:
             return
@@ -283,6 +292,7 @@ class EnginePool:
         self._lines = b" HTTP/1.1\r\nhost: 127.0.0.1:%d\r\nauthorization: Bearer %b\r\n" % (port, key.encode())
         self._max_idle = max_idle
         self._idle: deque[Connection] = deque()
+        self._connections: set[Connection] = set()
         self._connecting: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -313,7 +323,11 @@ class EnginePool:
             return
         try:
             connection = await self._open()
-            connection.send(head, body, receiver)
+            if self._closed:
+                connection.close()
+                receiver.lost("the engine is stopped")
+            else:
+                connection.send(head, body, receiver)
         except Exception as error:  # nobody else would tell the receiver
             receiver.lost(f"cannot connect to the engine: {error}")
 
@@ -340,8 +354,20 @@ class EnginePool:
         else:
             self._idle.append(connection)
 
+    def opened(self, connection: Connection) -> None:
+        self._connections.add(connection)
+
+    def lost(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+
     def close_idle(self) -> None:
         """Its engine is going: keep nothing, let what is in flight finish."""
         self._closed = True
         while self._idle:
             self._idle.pop().close()
+
+    def break_off(self) -> None:
+        """Its engine is to go now, and waits for whoever is connected to it."""
+        self.close_idle()
+        for connection in tuple(self._connections):
+            connection.break_off()

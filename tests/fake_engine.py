@@ -1,6 +1,7 @@
 """A llama-server that misbehaves on demand: a real process, real HTTP, told what to do by its environment.
 
-FAKE_READY        push (default): says it is ready on its pipe; poll: serves /v1/models only; never: hangs;
+FAKE_READY        push (default): says it is ready on its pipe; older: as builds before June 2026 say it;
+                  poll: says nothing, but serves, and /v1/models to everybody; open: all else, too; never: hangs;
                   fails: ends
 FAKE_LOAD_SEC     how long loading takes
 FAKE_GROWS        1: takes more and more memory meanwhile
@@ -80,7 +81,7 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
                 name, _, value = line.decode().partition(":")
                 headers[name.lower()] = value.strip()
             body = await reader.readexactly(int(headers.get("content-length", 0)))
-            if headers.get("authorization") != f"Bearer {KEY}":
+            if headers.get("authorization") != f"Bearer {KEY}" and not is_public(path):
                 await answer(writer, 401, b"{}")
             elif method == "GET" and setting("deaf"):
                 await asyncio.sleep(3600)
@@ -100,6 +101,11 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
         pass
     finally:
         writer.close()
+
+
+def is_public(path: str) -> bool:
+    """As builds before August 2026 have it where they are played."""
+    return setting("ready") == "open" or (setting("ready") in ("older", "poll") and path == "/v1/models")
 
 
 async def answer(writer: asyncio.StreamWriter, status: int, body: bytes) -> None:
@@ -169,8 +175,12 @@ async def main() -> None:
         await asyncio.sleep(3600)
     port = int(sys.argv[sys.argv.index("--port") + 1])
     server = await asyncio.start_server(serve, "127.0.0.1", port)
-    if setting("ready", "push") == "push":
-        print('cmd_child_to_router:state:{"state":"ready","payload":{}}', flush=True)
+    said = {
+        "push": 'cmd_child_to_router:state:{"state":"ready","payload":{}}',
+        "older": "cmd_child_to_router:ready",
+    }
+    if setting("ready", "push") in said:
+        print(said[setting("ready", "push")], flush=True)
     await server.serve_forever()
 
 

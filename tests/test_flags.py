@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -11,7 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from conftest import Start, eventually, models, run
 
+from router.build_flags import read_help, spoken
 from router.flags import (
     ENGINE_BUILD,
     FORMS,
@@ -171,6 +174,122 @@ def test_the_environment_has_no_way_around_what_is_owned() -> None:
         "LLAMA_ARG_NO_MODELS_AUTOLOAD",
     } <= OWNED_VARIABLES
     assert not {"LLAMA_ARG_CTX_SIZE", ""} & OWNED_VARIABLES
+
+
+# --- flags of other builds -------------------------------------------------------------------------------------
+
+OF_10434 = """----- common params -----
+
+-h,    --help, --usage                  print usage and exit
+-c,    --ctx-size N                     size of the prompt context (default: 0, 0 = loaded from model)
+                                        (env: LLAMA_ARG_CTX_SIZE)
+-fa,   --flash-attn [on|off|auto]       set Flash Attention use ('on', 'off', or 'auto', default: 'auto')
+-lm,   --load-mode MODE                 model loading mode (default: auto)
+-np,   --parallel N                     number of server slots (default: -1, -1 = auto)
+-m,    --model FNAME                    model path to load
+--port PORT                             port to listen (default: 8080)
+--spec-draft-model, -md, --model-draft FNAME
+                                        draft model for speculative decoding (default: unused)
+--spec-draft-n-max N                    number of tokens to draft for speculative decoding (default: 3)
+--spec-ngram-mod-n-max N                maximum number of tokens to draft (default: 64)
+--draft, --draft-n, --draft-max N       the argument has been removed. use --spec-draft-n-max or
+                                        --spec-ngram-mod-n-max
+--spec-type none,draft-simple,ngram-mod
+                                        types of speculative decoding to use, see --foo
+"""
+OF_6000 = """-h,    --help, --usage                  print usage and exit
+-c,    --ctx-size N                     size of the prompt context (default: 4096, 0 = loaded from model)
+-fa,   --flash-attn                     enable Flash Attention (default: disabled)
+--mlock                                 force system to keep model in RAM rather than swapping or compressing
+--no-mmap                               do not memory-map model (slower load but may reduce pageouts if not
+                                        using mlock)
+-m,    --model FNAME                    model path (default: `models/$filename`)
+--port PORT                             port to listen (default: 8080)
+-md,   --model-draft FNAME              draft model for speculative decoding (default: unused)
+--draft-max, --draft, --draft-n N       number of tokens to draft for speculative decoding (default: 16)
+"""
+
+
+def test_a_help_tells_what_a_build_has_and_what_takes_a_value() -> None:
+    has = read_help(OF_10434)
+    assert (has["-c"], has["--load-mode"], has["--usage"], has["-md"]) == (True, True, False, True)
+    assert not has.keys() & {"--draft", "--foo", "-----"}
+    assert read_help("Usage: my-server --port PORT\n\n--port PORT  where to listen\n") == {}
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("-c 4096 --ctx_size=512", "-c 4096 --ctx_size 512"),
+        ("--no-mmap -c 1", "--load-mode none -c 1"),
+        ("--mlock", "--load-mode mmap+mlock"),
+        ("--no-mmap --mlock", "--load-mode mlock"),
+        ("--load-mode none --mlock", "--load-mode mlock"),
+        ("--no-mmap --load-mode mmap", "--load-mode mmap"),
+        ("-dio", "--load-mode dio"),
+        ("-dio --no-direct-io", "--load-mode mmap"),
+        ("-md d.gguf --draft-max 8", "-md d.gguf --spec-draft-n-max 8"),
+        ("--draft 8 --spec-type ngram-mod", "--spec-ngram-mod-n-max 8 --spec-type ngram-mod"),
+        ("-fa auto", "-fa auto"),
+    ],
+)
+def test_what_was_written_for_older_builds_is_said_in_newer_words(written: str, meant: str) -> None:
+    assert spoken(parse(written.split()), read_help(OF_10434)) == (tuple(meant.split()), ())
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("--load-mode none -c 1", "--no-mmap -c 1"),
+        ("--load-mode mmap+mlock", "--mlock"),
+        ("--load-mode mlock", "--no-mmap --mlock"),
+        ("--load-mode dio", "--no-mmap"),
+        ("--load-mode auto", ""),
+        ("--no-mmap", "--no-mmap"),
+        ("--spec-draft-model d.gguf --spec-draft-n-max 8", "-md d.gguf --draft 8"),
+        ("-fa on -c 1", "-fa -c 1"),
+        ("-fa off", ""),
+    ],
+)
+def test_what_was_written_for_newer_builds_is_said_in_older_words(written: str, meant: str) -> None:
+    said = spoken(parse(written.split()), read_help(OF_6000))
+    assert (sorted(said.words), said.unknown) == (sorted(meant.split()), ())
+
+
+def test_what_a_build_has_no_words_for_is_named_and_left_as_it_is() -> None:
+    flags = ["--moe-cache-mib", "5", "--no-jinja", "--brand-new=3", "-c", "1"]
+    environ = {"LLAMA_ARG_LAZY_MODE": "on", "LLAMA_ARG_CTX_SIZE": "7", "LLAMA_ARG_NO_MMAP": "1"}
+    said = spoken(Flags(flags, environ).given, read_help(OF_10434))
+    assert said.words == (
+        "--load-mode", "none", "--moe-cache-mib", "5", "--no-jinja", "--brand-new", "3", "-c", "1",
+    )  # fmt: skip
+    assert said.unknown == ("LLAMA_ARG_LAZY_MODE", "--moe-cache-mib", "--no-jinja", "--brand-new")
+
+
+def test_flags_that_the_engine_lacks_are_told_before_a_model_is_asked_for(
+    start: Start, tiny: Path, tmp_path: Path
+) -> None:
+    engine = tmp_path / "llama-server"
+    engine.write_text(f"#!/bin/sh\ncat <<'END'\n{OF_10434}LLAMA_API_KEY\nEND\n")
+    engine.chmod(0o755)
+    config = {
+        "models": models(tiny, "a", flags=["-c", "512", "--no-mmap"]) | models(tiny, "b", flags=["-cd", "9"])
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    told = f"models.b: {engine} does not know -cd (see its --help)"
+    checked = run("check", "--config", "config.json", cwd=tmp_path, LLAMA_SERVER_PATH=str(engine))
+    assert checked.stderr == f"warning: {told}\n"
+    router = start(config, LLAMA_SERVER_PATH=str(engine))
+    eventually(lambda: told in router.log)
+
+
+def test_a_build_that_takes_no_key_is_too_old(tiny: Path, tmp_path: Path) -> None:
+    engine = tmp_path / "llama-server"
+    engine.write_text(f"#!/bin/sh\ncat <<'END'\n{OF_6000}END\n")
+    engine.chmod(0o755)
+    (tmp_path / "config.json").write_text(json.dumps({"models": models(tiny, "a")}))
+    checked = run("check", "--config", "config.json", cwd=tmp_path, LLAMA_SERVER_PATH=str(engine))
+    assert f"no model will load: {engine} is too old" in checked.stderr
 
 
 # --- the table and the engines -------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ def played(start_shared: Start, tiny: Path, tmp_path_factory: pytest.TempPathFac
         "dies-when-done": {"FAKE_DIE": "done"},
         "closes": {"FAKE_IDLE_CLOSE": "1"},
         "is-polled": {"FAKE_READY": "poll", "FAKE_LOAD_SEC": "0.2"},
+        "is-older": {"FAKE_READY": "older", "FAKE_LOAD_SEC": "0.2"},
     }
     entries = {alias: models(tiny, alias, env=way)[alias] for alias, way in ways.items()}
     system = {"llama_server_path": fake(folder), "max_concurrent_models": len(ways)}
@@ -96,8 +97,18 @@ def test_connections_that_the_engine_closes_lose_no_request(played: Router) -> N
     assert [played.chat("closes").status_code for _ in range(100)] == [200] * 100
 
 
-def test_a_build_that_pushes_nothing_is_polled(played: Router) -> None:
-    assert played.chat("is-polled").status_code == 200
+@pytest.mark.parametrize("build", ["is-polled", "is-older"])
+def test_builds_that_say_otherwise_or_nothing_when_they_are_ready_are_served(played: Router, build: str) -> None:
+    assert played.chat(build).status_code == 200
+
+
+def test_whoever_answers_without_a_key_is_not_taken_for_an_engine(
+    start: Start, tiny: Path, tmp_path: Path
+) -> None:
+    system = {"llama_server_path": fake(tmp_path, ready="open"), "load_stall_sec": 1, "model_load_max_retries": 0}
+    answer = start({"system": system, "models": models(tiny, "a")}).chat("a")
+    assert answer.status_code == 503
+    assert "its port answers /props without the key, too (200)" in answer.json()["error"]["message"]
 
 
 class Stranger(BaseHTTPRequestHandler):
