@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections import defaultdict
@@ -22,6 +23,7 @@ from router.api import engines, live, llama_server, memory, models, monitoring, 
 from router.api.auth import OPEN_PATHS, Keyring
 from router.api.browsers import Browsers
 from router.api.cards import Cards
+from router.api.documents import Document
 from router.api.errors import ApiError
 from router.api.live import Live
 from router.api.openapi import describe
@@ -110,12 +112,13 @@ def _pages(
     creations: Creations,
     cards: Cards,
 ) -> FastAPI:
-    app = FastAPI(
-        title="llama-router", version=__version__, openapi_url="/openapi.json", docs_url=None, redoc_url=None
-    )
-    app.openapi = lambda: describe(  # type: ignore[method-assign]
-        app, DATA_PLANE, dispatcher.config.names, keys_required=keyring.required
-    )
+    app = FastAPI(title="llama-router", version=__version__, openapi_url=None, docs_url=None, redoc_url=None)
+
+    @app.api_route("/openapi.json", methods=["GET", "HEAD"], include_in_schema=False)
+    async def description() -> Document:
+        names, keys_required = dispatcher.config.names, keyring.required
+        return Document(await asyncio.to_thread(describe, app, DATA_PLANE, names, keys_required=keys_required))
+
     app.state.dispatcher = dispatcher
     app.state.reload = reload
     app.state.downloads = downloads

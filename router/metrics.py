@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import psutil
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -25,6 +26,7 @@ from router.meter import Usage
 from router.queue import NAMES, Priority
 from router.readings import Device
 from router.residency import Engine, Model
+from router.turns import in_turns
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -57,16 +59,18 @@ class Metrics:
         dispatcher.events.listen(ModelChanged, self._engines.note)
         dispatcher.events.listen(EngineEnded, self._engines.note)
 
-    def exposition(self, accept: str = "") -> tuple[bytes, str]:
-        """The text and its content type: OpenMetrics for those who ask for it."""
+    async def exposition(self, accept: str = "") -> tuple[bytes, str]:
+        """The text and its content type: OpenMetrics for those who ask for it. Written in several turns of the
+        event loop: with many models it takes longer than a token may wait."""
         self._dispatcher.events.settle()
         encode, content_type = choose_encoder(accept)
-        families: list[Family] = [*self._requests.families, *self._engines.families, self._lag]
+        openmetrics = content_type.startswith("application/openmetrics-text")
         self._engines.know(self._dispatcher.scheduler.models)
         self._requests.know(self._dispatcher.scheduler.models)
-        families.extend(_gauges(self._dispatcher))
-        families.extend(self.of_engines.families())
-        parts = exposition(families, openmetrics=content_type.startswith("application/openmetrics-text"))
+        counted: list[Family] = [*self._requests.families, *self._engines.families, self._lag]
+        parts: list[bytes] = []
+        async for family in in_turns(chain(counted, _gauges(self._dispatcher), self.of_engines.families())):
+            parts += exposition([family], openmetrics=openmetrics)
         return b"".join([*parts, encode(self._process)]), content_type
 
     def _look_at_lag(self, due: float) -> None:

@@ -15,6 +15,8 @@ import pytest
 from conftest import Start, eventually, models, run
 
 from router.build_flags import read_help, spoken
+from router.capability import refused_by_engine
+from router.config_load import load
 from router.flags import (
     ENGINE_BUILD,
     FORMS,
@@ -354,3 +356,15 @@ def test_llama_server_says_nothing_else_about_them() -> None:
             assert variables in ([], [form.variable]), form
             compared.add(form.name)
     assert len(compared) > 100
+
+
+def test_what_models_are_for_is_not_read_from_their_flags_when_an_engine_refuses_a_request(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = {**models(tiny, "a"), **models(tiny, "embed", flags=["--embedding"])}
+    (tmp_path / "config.json").write_text(json.dumps({"models": entries}))
+    config = load(environ={}, cwd=tmp_path).config
+    monkeypatch.setattr("router.flags.parse", lambda flags: pytest.fail("they are read again"))
+    refusal = refused_by_engine(b"This server does not support embeddings", "a", config.models)
+    assert refusal is not None
+    assert "Ask 'embed' instead" in refusal.message

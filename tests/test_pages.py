@@ -13,6 +13,7 @@ from conftest import Router, Start, eventually, fake, models
 from sse_starlette import ServerSentEvent
 
 from router.api.streams import EventStream
+from router.turns import in_turns
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +175,25 @@ def test_a_reader_who_does_not_read_is_let_go() -> None:
     assert ended == ["the stream"]
 
 
+def test_what_takes_long_leaves_others_their_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.turns._TURN_SEC", 0.0)
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def story() -> None:
+        beside = asyncio.create_task(others())
+        assert [item async for item in in_turns(range(5))] == [0, 1, 2, 3, 4]
+        beside.cancel()
+
+    asyncio.run(story())
+    assert turns >= 4
+
+
 def test_a_load_that_has_to_wait_is_told_why_at_once_and_can_be_taken_back(start: Start, tiny: Path) -> None:
     router = start(
         {"system": {"max_concurrent_models": 1}, "models": models(tiny, "a", "b", flags=["-c", "4096"])}
@@ -188,7 +208,7 @@ def test_a_load_that_has_to_wait_is_told_why_at_once_and_can_be_taken_back(start
     assert (code, status in ("waiting", "loading")) == (202, True)
     router.until("a", "ready")
     assert load("a") == (200, "success", "a is ready")
-    body = {"model": "a", "prompt": "a", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    body = {"model": "a", "prompt": "a", "stream": True}
     with router.http.stream("POST", "/v1/completions", json=body) as stream:
         lines = stream.iter_lines()  # once that is gone, so is the client
         next(lines)

@@ -11,12 +11,14 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Request
 
+from router.api.documents import Document
 from router.api.errors import ApiError
 from router.api.models import to_load
 from router.api.ollama import read_body
-from router.api.openai import list_models
+from router.api.openai import all_cards
 from router.dispatcher import Dispatcher
 from router.routing import model_of
+from router.turns import in_turns
 
 router = APIRouter(tags=["llama-server"])
 
@@ -37,10 +39,11 @@ class _Named(msgspec.Struct):
 
 
 @router.get("/models")
-async def list_with_engines(request: Request) -> dict[str, Any]:
+async def list_with_engines(request: Request) -> Document:
     """As `/v1/models`; and `models`, in the words of an earlier host. `load_duration` is in nanoseconds."""
-    listed = await list_models(request)
-    return {**listed, "models": [_as_an_earlier_host(card, request) for card in listed["data"]]}
+    cards = await all_cards(request)
+    earlier = [_as_an_earlier_host(card, request) async for card in in_turns(cards)]
+    return Document({"object": "list", "data": cards, "models": earlier})
 
 
 def _as_an_earlier_host(card: dict[str, Any], request: Request) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse
 
+from router.api.documents import Document
 from router.api.errors import ApiError, refused
 from router.api.openai import show_model
 from router.config import ModelConfig
@@ -21,6 +22,7 @@ from router.memory import Account
 from router.messages import Refusal
 from router.residency import Model
 from router.routing import model_of
+from router.turns import in_turns
 from router.waiting import why
 
 router = APIRouter(tags=["management"])
@@ -157,19 +159,19 @@ async def failed_models(request: Request) -> dict[str, Any]:
 
 
 @router.get("/v1/models/status")
-async def all_status(request: Request) -> dict[str, Any]:
+async def all_status(request: Request) -> Document:
     """Every model's state."""
-    return full_status(request.app.state.dispatcher)
+    return Document(await _status_in_turns(request.app.state.dispatcher))
 
 
 @router.get("/status")
-async def diagnostics(request: Request) -> dict[str, Any]:
+async def diagnostics(request: Request) -> Document:
     """Every model's state; which engine runs them, how many at once, which failed, and what the variables of
     earlier hosts come to."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     system, scheduler = dispatcher.config.system, dispatcher.scheduler
-    return {
-        **full_status(dispatcher),
+    told = {
+        **await _status_in_turns(dispatcher),
         "engine": dispatcher.binary.kind,
         "cache": {
             "limit": system.max_concurrent_models,
@@ -183,6 +185,7 @@ async def diagnostics(request: Request) -> dict[str, Any]:
             "ALLOWED_MODELS_JSON": system.allowed_models,
         },
     }
+    return Document(told)
 
 
 @router.get("/v1/models/{alias:path}/status")
@@ -205,8 +208,20 @@ async def reload_config(request: Request) -> dict[str, Any]:
         raise ApiError(400, "invalid_config", f"Nothing was changed. {problems}") from None
 
 
+async def _status_in_turns(dispatcher: Dispatcher) -> dict[str, Any]:
+    known = dispatcher.scheduler.models
+    aliases = in_turns(dispatcher.config.models)
+    return _with_summary(
+        dispatcher, {alias: status_of(dispatcher, alias) async for alias in aliases if alias in known}
+    )
+
+
 def full_status(dispatcher: Dispatcher) -> dict[str, Any]:
-    models = {alias: status_of(dispatcher, alias) for alias in dispatcher.config.models}
+    """Of one moment."""
+    return _with_summary(dispatcher, {alias: status_of(dispatcher, alias) for alias in dispatcher.config.models})
+
+
+def _with_summary(dispatcher: Dispatcher, models: dict[str, Any]) -> dict[str, Any]:
     by_status = {state: sum(m["status"] == state for m in models.values()) for state in _STATES}
     return {
         "server": {"status": dispatcher.status, "started_at": iso(dispatcher.started_at)},

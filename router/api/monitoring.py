@@ -11,6 +11,7 @@ from fastapi import APIRouter, Query, Request
 from sse_starlette import ServerSentEvent
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from router.api.documents import Document
 from router.api.engines import ERRORS, ModelQuery, said_by_engine
 from router.api.streams import EventStream
 from router.devices import Devices
@@ -19,6 +20,7 @@ from router.engine import LogRing, signal_name
 from router.metrics import Metrics
 from router.queue import NAMES
 from router.routing import model_of
+from router.turns import in_turns
 
 router = APIRouter(tags=["monitoring"])
 
@@ -81,7 +83,7 @@ async def metrics(request: Request, model: ModelQuery = None) -> Response:
     collected: Metrics = request.app.state.metrics
     devices: Devices = request.app.state.dispatcher.devices
     await asyncio.gather(devices.read(READING_SEC), collected.of_engines.read(READING_SEC))
-    text, content_type = collected.exposition(request.headers.get("accept", ""))
+    text, content_type = await collected.exposition(request.headers.get("accept", ""))
     return Response(text, headers={"content-type": content_type})
 
 
@@ -176,11 +178,11 @@ def _exit(ended: LastExit) -> dict[str, Any]:
 
 
 @router.get("/v1/queue/stats")
-async def queue_stats(request: Request) -> dict[str, Any]:
+async def queue_stats(request: Request) -> Document:
     """Who waits and who is served, per model; of those who wait, the next hundred with what they wait for."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     per_model: dict[str, dict[str, Any]] = {}
-    for alias, model in dispatcher.scheduler.models.items():
+    async for alias, model in in_turns(list(dispatcher.scheduler.models.items())):
         counts = dispatcher.counts[alias]
         in_flight = list(model.engine.in_flight) if model.engine is not None else []
         per_model[alias] = {
@@ -199,7 +201,7 @@ async def queue_stats(request: Request) -> dict[str, Any]:
         "total_processed": sum(stats["total_processed"] for stats in per_model.values()),
         "total_rejected": sum(stats["total_rejected"] for stats in per_model.values()),
     }
-    return {"summary": summary, "per_model": per_model}
+    return Document({"summary": summary, "per_model": per_model})
 
 
 def _waiting(request: Waiting) -> dict[str, Any]:

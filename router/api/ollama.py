@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from router import gguf
 from router.api import pulls
 from router.api.cards import Card, Cards, as_it_runs, card_of, header_of, template_of
+from router.api.documents import Document
 from router.api.errors import ApiError
 from router.config import AliasConfig, Config, ModelConfig
 from router.created import Created
@@ -34,6 +35,7 @@ from router.ollama_options import as_options, option_lines
 from router.progress import Progress
 from router.readings import apart
 from router.routing import known_as
+from router.turns import in_turns
 
 router = APIRouter(tags=["Ollama"])
 
@@ -71,10 +73,11 @@ async def version() -> dict[str, str]:
 
 
 @router.get("/api/tags")
-async def tags(request: Request) -> dict[str, Any]:
+async def tags(request: Request) -> Document:
     """Every alias, loaded or not."""
-    dispatcher: Dispatcher = request.app.state.dispatcher
-    return {"models": await _listed([_known(name, request) for name in dispatcher.config.names], request)}
+    config: Config = request.app.state.dispatcher.config
+    names = [_known(name, request, config) async for name in in_turns(config.names)]
+    return Document({"models": await _listed(names, request)})
 
 
 @router.get("/api/ps")
@@ -175,9 +178,9 @@ class _Known(NamedTuple):
         return _moment(card["created"] if self.made is None else self.made.created_at)
 
 
-def _known(name: str, request: Request) -> _Known:
-    """Raises ApiError 404."""
-    config: Config = request.app.state.dispatcher.config
+def _known(name: str, request: Request, config: Config | None = None) -> _Known:
+    """By the configuration of now, or by that. Raises ApiError 404."""
+    config = config or request.app.state.dispatcher.config
     creations: Creations = request.app.state.creations
     alias = known_as(name, config)
     return _Known(config.model_of(alias), config.aliases.get(alias), creations.named(alias, config))
@@ -187,8 +190,8 @@ async def _listed(names: list[_Known], request: Request) -> list[dict[str, Any]]
     cards: Cards = request.app.state.cards
     dispatcher: Dispatcher = request.app.state.dispatcher
     found = await cards.of(known.model for known in names)
-    models = {alias: as_it_runs(card, dispatcher.props_of(alias)) for alias, card in found.items()}
-    return [_entry(known, models[known.model.alias]) for known in names]
+    models = {alias: as_it_runs(card, dispatcher.props_of(alias)) async for alias, card in in_turns(found.items())}
+    return [_entry(known, models[known.model.alias]) async for known in in_turns(names)]
 
 
 def _entry(known: _Known, card: Card) -> dict[str, Any]:

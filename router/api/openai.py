@@ -11,10 +11,12 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from router.api.cards import Card, Cards, as_it_runs
-from router.config import AliasConfig, Config
+from router.api.documents import Document
+from router.config import AliasConfig, Config, ModelConfig
 from router.created import SOURCE as CREATED
 from router.dispatcher import Dispatcher
 from router.routing import known_as
+from router.turns import in_turns
 
 router = APIRouter(tags=["models"])
 
@@ -31,18 +33,23 @@ _REMOVABLE = ("pulled", CREATED)
 
 
 @router.get("/v1/models")
-async def list_models(request: Request) -> dict[str, Any]:
+async def list_models(request: Request) -> Document:
     """Every alias, loaded or not."""
+    return Document({"object": "list", "data": await all_cards(request)})
+
+
+async def all_cards(request: Request) -> list[Card]:
+    """Of every name, as it is now."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     config = dispatcher.config
     cards: Cards = request.app.state.cards
     found = await cards.of(config.models.values())
-    models = {alias: as_it_runs(card, dispatcher.props_of(alias)) for alias, card in found.items()}
+    models = {alias: as_it_runs(card, dispatcher.props_of(alias)) async for alias, card in in_turns(found.items())}
     further = further_names(config)
-    for alias, card in models.items():
-        card |= _now(dispatcher, alias, further.get(alias, []))
+    async for alias, card in in_turns(models.items()):
+        card |= _now(dispatcher, config.models[alias], further.get(alias, []))
     named = {name: _named(models[alias.uses], alias) for name, alias in config.aliases.items()}
-    return {"object": "list", "data": list({**models, **named}.values())}
+    return list({**models, **named}.values())
 
 
 @router.get("/v1/models/{alias:path}")
@@ -54,7 +61,7 @@ async def show_model(alias: str, request: Request) -> dict[str, Any]:
     model = config.model_of(alias)
     cards: Cards = request.app.state.cards
     card = as_it_runs((await cards.of([model]))[model.alias], dispatcher.props_of(model.alias))
-    card = {**card, **_now(dispatcher, model.alias, further_names(config).get(model.alias, []))}
+    card = {**card, **_now(dispatcher, model, further_names(config).get(model.alias, []))}
     return _named(card, config.aliases[alias]) if alias in config.aliases else card
 
 
@@ -75,13 +82,14 @@ def loading_status(dispatcher: Dispatcher, alias: str, state: str) -> dict[str, 
     return {"value": "failed", "failed": True, "exit_code": (ended and ended.code) or 1}
 
 
-def _now(dispatcher: Dispatcher, alias: str, further: list[str]) -> Card:
+def _now(dispatcher: Dispatcher, model: ModelConfig, further: list[str]) -> Card:
+    alias = model.alias
     state = dispatcher.scheduler.state(alias) if alias in dispatcher.scheduler.models else "off"
     return {
         "state": state,
         "status": loading_status(dispatcher, alias, state),
         "aliases": further,
-        "can_remove": dispatcher.config.models[alias].source in _REMOVABLE,
+        "can_remove": model.source in _REMOVABLE,
     }
 
 
