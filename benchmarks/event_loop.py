@@ -165,13 +165,13 @@ def ask(server: Server, method: str, path: str, body: bytes | None, kind: str) -
 
 
 @contextmanager
-def waiting(server: Server, models: int, number: int) -> Iterator[None]:
-    """So many requests that wait, for as many models as can be."""
+def waiting(server: Server, number: int) -> Iterator[None]:
+    """So many requests that wait, for ten models."""
     body = {"messages": [], "slow": True}
     connections = []
     for index in range(number):
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=300)
-        document = json.dumps({"slow": "slow", "model": f"model-{index % models}", **body})
+        document = json.dumps({"slow": "slow", "model": f"model-{index % 10}", **body})
         connection.request("POST", "/v1/chat/completions", document, {"Content-Type": JSON})
         connections.append(connection)
     yield
@@ -218,7 +218,10 @@ def main() -> int:
         judge("a refused embedding", "POST", "/v1/embeddings", b'{"model": "model-0", "input": "a"}')
         for name, path, kind, body in bodies(asked.megabytes):
             judge(f"{asked.megabytes} MiB: {name}", "POST", path, body, kind)
-        with waiting(server, asked.models, asked.waiting):
+        for path in LISTS:
+            judge(path, "GET", path)
+        with waiting(server, asked.waiting):
+            rows.append((f"nothing is asked for, {asked.waiting} wait", f"{held_ms(lambda: time.sleep(3)):.1f}"))
             for path in LISTS:
                 judge(f"{path}, {asked.waiting} wait", "GET", path)
     print_table(("event loop held", "ms"), rows)
