@@ -132,6 +132,10 @@ KEEPS_PAST_STATES = frozenset(
 # Sparse attention: an indexer picks the cells worth attending to, by K of its own
 # (llama-kv-cache-dsa.cpp, llama-kv-cache-msa.cpp, llama-memory-hybrid-idx.cpp).
 _INDEXED = frozenset({"deepseek32", "dots3note", "glm-dsa", "glm5-next", "hy_v4", "minimax-m3", "qwen4exp"})
+_INDEXED_IN_PART = frozenset({"dots3note", "glm-dsa", "hy_v4"})
+"""Some of their layers go by what the indexer of one before them has picked."""
+_POOLED = {"glm5-next": 3, "qwen4exp": 2}
+"""Rows that an indexer keeps where it pools: the key, the pooled key, and a gate."""
 
 
 def layout(header: GGUF) -> Layout:
@@ -147,7 +151,7 @@ def layout(header: GGUF) -> Layout:
     window, windowed = _windows(header, count, trunk, recurrent)
     cached = _layers_with_cache(header, count)
     state = _state(header, heads)
-    indexer = integer(header, "attention.indexer.key_length") if header.architecture in _INDEXED else 0
+    indexer = _indexer(header, count)
     mla = bool(integer(header, "attention.key_length_mla") and integer(header, "attention.value_length_mla"))
     layers = []
     for index in range(count):
@@ -157,12 +161,24 @@ def layout(header: GGUF) -> Layout:
             Layer(
                 k=k * heads_kv[index],
                 v=0 if mla else v * heads_kv[index],
-                indexer=indexer if attends else 0,
+                indexer=indexer[index] if attends else 0,
                 state=state if recurrent[index] else 0,
                 windowed=windowed[index],
             )
         )
     return Layout(tuple(layers), trunk, window)
+
+
+def _indexer(header: GGUF, count: int) -> tuple[int, ...]:
+    """Elements of the indexer's K, by layer."""
+    if header.architecture not in _INDEXED:
+        return (0,) * count
+    rows = _POOLED.get(header.architecture, 1) if integer(header, "attention.indexer.kpool") else 1
+    length = rows * integer(header, "attention.indexer.key_length")
+    has_own = (1,) * count
+    if header.architecture in _INDEXED_IN_PART:
+        has_own = per_layer(header, "attention.indexer.types", count, has_own)
+    return tuple(length if own else 0 for own in has_own)
 
 
 def widest_product(header: GGUF, count: int) -> int:

