@@ -201,7 +201,10 @@ class _Part:
 
     @property
     def flash_attention(self) -> bool:
-        """`auto` is on wherever the backend can: on CPUs and current GPUs."""
+        """`auto` is on wherever the backend can: on CPUs and current GPUs. Grok has none, whatever the flag says
+        (`llama_init_from_model` in src/llama-context.cpp)."""
+        if self.header.architecture == "grok":
+            return False
         return self.flags.text("flash-attn", "auto") not in ("off", "0", "false", "disabled")
 
     @property

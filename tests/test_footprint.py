@@ -449,3 +449,14 @@ def test_the_context_of_every_architecture_is_what_the_engine_says(name: str) ->
     flags = Flags(["-c", "8192", "-np", "1", "-fa", "on"])
     host = footprint.estimate(header, flags, gpus=0).devices["host"]
     assert host.kv + host.recurrent == pytest.approx(recorded["context_mib"] + 0.5, abs=0.6)
+
+
+def test_grok_computes_without_flash_attention_whatever_its_flag_says() -> None:
+    metadata = ARCHITECTURES["grok-moe"]["metadata"]
+    header = GGUF(None, 3, "little", metadata, (), (), 0, ())
+    on, off = (
+        footprint.estimate(header, Flags(["-c", "8192", "-np", "1", "-fa", state]), gpus=0).devices["host"]
+        for state in ("on", "off")
+    )
+    assert on == off
+    assert on.compute == pytest.approx(52, rel=0.1)  # as llama-fit-params says
