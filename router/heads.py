@@ -16,6 +16,7 @@ import msgspec
 
 from router.api.auth import Client
 from router.config import Config
+from router.forms import as_engines_read_it
 
 _Head = TypeVar("_Head")
 Headers = list[tuple[bytes, bytes]]
@@ -135,7 +136,11 @@ class RequestHead:
         self.fields: Mapping[bytes, bytes] = dict(headers)
         self.target = self.path.encode() + (b"?" + self.query if self.query else b"")
         """What an engine is asked for, if the path is one of an engine's: there is nothing to quote in those."""
-        self.forwarded = b"".join(b"%b: %b\r\n" % header for header in headers if header[0] in _FORWARDED)
+        self.forwarded = b"".join(
+            b"%b: %b\r\n" % (name, as_engines_read_it(value) if name == b"content-type" else value)
+            for name, value in headers
+            if name in _FORWARDED
+        )
         """The headers that an engine gets to see, each with its end."""
 
     @property

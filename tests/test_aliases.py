@@ -153,6 +153,16 @@ def test_a_form_is_routed_by_an_alias_and_not_rewritten(router: Router) -> None:
     assert answer.status_code != 404
 
 
+@pytest.mark.parametrize(
+    "kind", ["multipart/form-data; Boundary=xyz", 'multipart/form-data; charset=utf-8; BOUNDARY="xyz"']
+)
+def test_an_engine_reads_a_form_however_its_kind_is_written(router: Router, kind: str) -> None:
+    field = b"--xyz\r\nContent-Disposition: form-data; name=model\r\n\r\nshortest\r\n"
+    file = b"--xyz\r\nContent-Disposition: form-data; name=file; filename=a.wav\r\n\r\nRIFF\r\n--xyz--\r\n"
+    answer = router.http.post("/v1/audio/transcriptions", content=field + file, headers={"Content-Type": kind})
+    assert answer.json()["error"]["message"] == "The current model does not support audio input."
+
+
 def test_ollamas_clients_know_aliases_too(router: Router) -> None:
     listed = [model["name"] for model in router.http.get("/api/tags").json()["models"]]
     assert listed == [f"{name}:latest" for name in ("a", *ALIASES)]
