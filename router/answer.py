@@ -104,10 +104,19 @@ class Answer:
         return lines if self.keep_alive else lines + b"connection: close\r\n"
 
 
+class NotUnderstood(Exception):
+    """An engine has answered something else than it does."""
+
+    def __init__(self, body: bytes) -> None:
+        """`body` is a document that says so in the words of the client's API."""
+        self.body = body
+
+
 class Translator(Protocol):
     """Knows what an engine's answer is in the words of the client's API."""
 
-    def document(self, body: bytes) -> bytes: ...
+    def document(self, body: bytes) -> bytes:
+        """Raises NotUnderstood."""
 
     def events(self, part: bytes) -> bytes:
         """Of the next bytes of a stream, comments included: as many events as are whole."""
@@ -128,7 +137,12 @@ class TranslatedAnswer(Answer):
         self._streams = False
 
     def whole(self, status: int, lines: bytes, body: bytes) -> None:
-        super().whole(status, lines, self._translator.document(body) if status == 200 else body)
+        if status == 200:
+            try:
+                body = self._translator.document(body)
+            except NotUnderstood as error:
+                status, body = 502, error.body
+        super().whole(status, lines, body)
 
     def start(self, status: int, lines: bytes, length: int | None = None) -> None:
         self._streams = b"text/event-stream" in lines

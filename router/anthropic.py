@@ -12,12 +12,14 @@ from typing import Any
 
 import msgspec
 
+from router.answer import NotUnderstood
 from router.api.errors import ApiError
 from router.capability import error_of_engine
 from router.meter import Timings
 from router.responses import told
 from router.rewriting import joined
 
+_PATH = "/v1/messages"
 _KEPT = ("model", "stream", "temperature", "top_p", "top_k", "chat_template_kwargs")
 _DROPPED = (
     "dry_multiplier",
@@ -282,7 +284,11 @@ class Translation:
         self._timings = Timings()
 
     def document(self, body: bytes) -> bytes:
-        part = _decode_part(body)
+        """Raises NotUnderstood."""
+        try:
+            part = _decode_part(body)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise NotUnderstood(_unreadable(error).body(_PATH)) from None
         choice = part.choices[0] if part.choices else _Answer()
         said = choice.message or _Said()
         content: list[dict[str, Any]] = []
@@ -292,7 +298,7 @@ class Translation:
             content.append({"type": "text", "text": said.content})
         for call in said.tool_calls or ():
             named = {"type": "tool_use", "id": call.id or "", "name": call.function.name or ""}
-            content.append({**named, "input": msgspec.Raw((call.function.arguments or "{}").encode())})
+            content.append({**named, "input": _input(call.function.arguments)})
         reason = _REASONS.get(choice.finish_reason or "", "end_turn")
         usage = _usage(part.timings or Timings())
         return _encode({**_message(part), "content": content, "stop_reason": reason, "usage": usage})
@@ -328,7 +334,7 @@ class Translation:
         try:
             part = _decode_part(data)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            return self._fail(ApiError(502, "engine_lost", f"The engine's answer cannot be read: {error}"))
+            return self._fail(_unreadable(error))
         if part.error is not _NO_ERROR:
             return self._fail(error_of_engine(500, data))
         if part.timings is not None:
@@ -343,7 +349,7 @@ class Translation:
 
     def _fail(self, error: ApiError) -> bytes:
         self._ended = True
-        return error.event("/v1/messages").lstrip()
+        return error.event(_PATH).lstrip()
 
     def _begin(self, part: _Part) -> bytes:
         self._begun = True
@@ -385,6 +391,18 @@ class Translation:
         self._block = ""
         self._blocks += 1
         return _written("content_block_stop", {"index": self._blocks - 1})
+
+
+def _unreadable(error: Exception) -> ApiError:
+    return ApiError(502, "engine_lost", f"The engine's answer cannot be read: {error}.")
+
+
+def _input(arguments: str | None) -> dict[str, msgspec.Raw]:
+    """Of a call; empty for one that was cut off in the middle, as on the engine's own route."""
+    try:
+        return _fields_of(arguments or "{}")
+    except (msgspec.MsgspecError, UnicodeError):
+        return {}
 
 
 def _message(part: _Part) -> dict[str, Any]:

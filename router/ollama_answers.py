@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from router.answer import NotUnderstood
 from router.meter import Timings
 from router.ollama_requests import Asked
 
@@ -117,10 +118,6 @@ def _message_of(error: msgspec.Raw) -> str:
         return bytes(error).decode("utf-8", "replace")
 
 
-class NotUnderstood(Exception):
-    """The engine has answered something else than it does."""
-
-
 class Translation:
     """The answer to one request."""
 
@@ -180,7 +177,7 @@ class Translation:
             if part.data is not None:
                 return self._embedded(part.data, part.usage)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise NotUnderstood(f"the engine's answer cannot be read: {error}") from None
+            raise NotUnderstood(flattened(f"the engine's answer cannot be read: {error}".encode())) from None
         said, calls = self._take_in(part), self._tool_calls()
         text = said.get("content", "") + calls.get("content", "")
         return self._written({**said, **calls, "content": text}, done=True)

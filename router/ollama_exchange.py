@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from router.answer import Answer
+from router.answer import Answer, NotUnderstood
 from router.api.cards import Card
 from router.api.errors import ApiError
 from router.exchange import Exchange
-from router.ollama_answers import NotUnderstood, Translation, flattened
+from router.ollama_answers import Translation, flattened
 from router.ollama_requests import Asked, translate
 from router.rewriting import rewritten
 from router.routing import Wish, wish_of
@@ -156,7 +156,7 @@ class _TranslatedAnswer(Answer):
             try:
                 body = self._translation.document(body)
             except NotUnderstood as error:
-                status, body = 502, flattened(str(error).encode())
+                status, body = 502, error.body
         else:
             body = flattened(body)
         super().whole(status, _with_type(lines, _DOCUMENT), body)

@@ -55,6 +55,11 @@ def piece(index: int, arguments: str, **named: str) -> dict[str, Any]:
     return {"index": index, "function": function, **({"id": named["id"], "type": "function"} if named else {})}
 
 
+def said(finish: str, **message: Any) -> str:
+    return json.dumps({"id": "chatcmpl-1", "choices": [{"finish_reason": finish, "message": message}]})
+
+
+NAMED = {"id": "call_1", "name": "weather"}
 PLAYED = [
     chunk(role="assistant", content=None),
     chunk(reasoning_content="Where?"),
@@ -89,6 +94,8 @@ def player(start_shared: Start, tiny: Path, tmp_path_factory: pytest.TempPathFac
     ways = {
         "caller": {"FAKE_EVENTS": str(directory / "caller")},
         "fails": {"FAKE_EVENTS": str(directory / "fails")},
+        "cut": {"FAKE_ANSWER": said("length", content=None, tool_calls=[piece(0, '{"city": "O', **NAMED)])},
+        "odd": {"FAKE_ANSWER": said("stop", content=[1])},
         "dies": {"FAKE_EVENTS": str(directory / "caller"), "FAKE_DIE": "torn"},
     }
     entries = {alias: models(tiny, alias, env=env)[alias] for alias, env in ways.items()}
@@ -170,6 +177,18 @@ def test_what_goes_wrong_in_the_middle_is_thrown(player: Router, alias: str, mes
         client.messages.stream(**{**ASKED, "model": alias}, extra_body={"seed": 1}) as stream,
     ):
         stream.get_final_message()
+
+
+def test_a_call_that_was_cut_off_has_no_input(player: Router) -> None:
+    answer = player.http.post("/v1/messages", json={**ASKED, "model": "cut", "seed": 1}).json()
+    assert answer["stop_reason"] == "max_tokens"
+    assert answer["content"] == [{"type": "tool_use", **NAMED, "input": {}}]
+
+
+def test_an_answer_that_is_none_is_an_error(player: Router) -> None:
+    answer = player.http.post("/v1/messages", json={**ASKED, "model": "odd", "seed": 1}, timeout=20)
+    assert answer.status_code == 502
+    assert "cannot be read" in answer.json()["error"]["message"]
 
 
 def test_a_schema_is_only_told_where_tools_may_be_called() -> None:
