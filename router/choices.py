@@ -63,6 +63,10 @@ class Several:
         self.body = _encode(fields)
         """What the engine is asked instead."""
         self._per_prompt = shape.per_prompt
+        self.forget()
+
+    def forget(self) -> None:
+        """What has come so far: the engine is asked again."""
         self._rest = b""
         self._ended = 0
         """The choice whose end was told last: its usage follows."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from router.answer import Answer
 from router.api.errors import ApiError
 from router.choices import Several
 from router.exchange import Exchange
-from router.meter import Usage
+from router.meter import AnswerMeter, Usage
 from router.routing import Shape, Wish, shape_of
 from router.upstream import Head
 
@@ -48,14 +50,28 @@ class ChoicesExchange(Exchange):
             )
             raise ApiError(400, "invalid_request", message, "n")
 
-    def received(self, head: Head, part: bytes, last: bool) -> None:
-        if last and self._several is not None:  # its figures come before the account that is given of it
-            super().received(head, part, False)
+    def _end_relaying(self, head: Head, part: bytes) -> None:
+        several = self._several
+        if several is not None:
+            self._answer.write(part)  # its figures come before the account that is given of it
             part = b""
-        super().received(head, part, last)
+            if several.error and not several.streams:  # as the engine would answer who asks for a document
+                self._meter = AnswerMeter()
+                self._answer_whole(msgspec.structs.replace(head, status=500), several.error)
+                return
+        super()._end_relaying(head, part)
+
+    def lost(self, reason: str) -> None:
+        if self._several is not None and not self._answer.started:  # nothing has reached the client
+            self._several.forget()
+            self._meter = AnswerMeter()
+            self._relays = False
+        super().lost(reason)
 
     def _usage(self) -> Usage:
-        return super()._usage() if self._several is None else self._several.usage()
+        """Of a stream that was broken off before any choice had ended, as of all such streams."""
+        usage = None if self._several is None else self._several.usage()
+        return usage if usage is not None and usage.output_tokens else super()._usage()
 
 
 class _SeveralAnswer(Answer):
@@ -87,8 +103,7 @@ class _SeveralAnswer(Answer):
             super().end(self._several.events(part))
             return
         self._several.take(part)
-        error = self._several.error
-        self.whole(500 if error else 200, self._lines, error or self._several.document())
+        self.whole(200, self._lines, self._several.document())
 
     def break_off(self, reason: bytes) -> None:
         super().end(reason)

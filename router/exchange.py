@@ -415,10 +415,14 @@ class Exchange:
         if part:
             self._meter.note(part)
         if last:
-            self._end(self._outcome_of_stream())
-            self._answer.end(part)
+            self._end_relaying(head, part)
         else:
             self._answer.write(part)
+
+    def _end_relaying(self, head: Head, part: bytes) -> None:
+        """`part` is the last of it, if anything."""
+        self._end(self._outcome_of_stream())
+        self._answer.end(part)
 
     def _outcome_of_stream(self) -> str:
         if not self._meter.ends_in_error:

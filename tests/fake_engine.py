@@ -9,7 +9,8 @@ FAKE_PROGRESS     1: tells on its pipe how far it is, as llama-server does
 FAKE_ANSWER_SEC   how long an answer takes
 FAKE_DIE          before: exits when a request comes; after: exits in the middle of the answer; torn: of an event;
                   done: after the last event;
-                  once FILE: as `before`, but only while FILE does not exist (it makes it);
+                  once FILE: as `before`, but only while FILE does not exist (it makes it); once-after FILE: as
+                  `after`;
                   memory: takes all there is when a request comes
 FAKE_LAST_WORDS   what it says before it exits
 FAKE_DEAF         1: answers no probe
@@ -46,8 +47,9 @@ def setting(name: str, default: str = "") -> str:
 
 def maybe_die(moment: str) -> None:
     die = setting("die")
-    if die.startswith("once ") and moment == "before":
-        witness = Path(die[5:])
+    once, _, path = die.partition(" ")
+    if (once, moment) in (("once", "before"), ("once-after", "after")):
+        witness = Path(path)
         if not witness.exists():
             witness.touch()
             die = moment

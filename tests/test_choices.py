@@ -3,24 +3,45 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-from conftest import Router, Start, eventually, models
+from conftest import Router, Start, eventually, fake, models
 
 from router.choices import Several
 from router.routing import ONE, Shape, shape_of
 
 HELLO = [{"role": "user", "content": "hi"}]
 FORCED = {"uses": "a", "forced": {"n": 2}}
+LONG = 16 << 20
+"""Bytes; more than the system takes from a router for a client that does not read."""
+
+
+def piece(index: int, **delta: Any) -> dict[str, Any]:
+    return {"id": "x", "object": "chat.completion.chunk", "choices": [{"index": index, "delta": delta}]}
 
 
 @pytest.fixture(scope="module")
 def router(start_shared: Start, tiny: Path) -> Router:
     flags = ["-np", "2", "-c", "1024", "--ignore-eos"]
-    return start_shared({"models": models(tiny, "a", flags=flags), "aliases": {"twice": FORCED}})
+    cramped = models(tiny, "cramped", flags=["-np", "1", "-c", "256"])
+    return start_shared({"models": {**models(tiny, "a", flags=flags), **cramped}, "aliases": {"twice": FORCED}})
+
+
+@pytest.fixture(scope="module")
+def player(start_shared: Start, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Router:
+    """Engines that play: one has died once in the middle, one says more than a connection holds."""
+    directory = tmp_path_factory.mktemp("player")
+    (directory / "long").write_text(json.dumps(piece(0, content="x" * LONG)))
+    ways = {
+        "mortal": {"FAKE_DIE": f"once-after {directory / 'witness'}"},
+        "talker": {"FAKE_EVENTS": str(directory / "long")},
+    }
+    entries = {alias: models(tiny, alias, flags=["-np", "2"], env=env)[alias] for alias, env in ways.items()}
+    return start_shared({"system": {"llama_server_path": fake(directory)}, "models": entries})
 
 
 def events(answer: Any) -> list[dict[str, Any]]:
@@ -62,17 +83,17 @@ def test_a_stream_ends_with_the_usage_of_all_choices_or_with_none(router: Router
 
 
 def test_every_choice_of_every_prompt_is_counted(router: Router) -> None:
-    asked = {"model": "a", "prompt": ["one", "two and more"], "n": 2, "max_tokens": 3}
+    asked = {"model": "a", "prompt": ["one", "two and more"], "n": 2, "max_tokens": 3, "temperature": 0}
     alone = [
-        router.http.post("/v1/completions", json={**asked, "prompt": prompt, "n": 1}).json()["usage"][
-            "prompt_tokens"
-        ]
+        router.http.post("/v1/completions", json={**asked, "prompt": prompt, "n": 1}).json()
         for prompt in asked["prompt"]
     ]
+    texts = [document["choices"][0]["text"].rstrip("\ufffd") for document in alone]  # streams hold halves back
+    prompt_tokens = sum(document["usage"]["prompt_tokens"] for document in alone)
     answer = router.http.post("/v1/completions", json=asked).json()
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
-    assert all(choice["text"] for choice in answer["choices"])
-    assert (answer["usage"]["completion_tokens"], answer["usage"]["prompt_tokens"]) == (12, sum(alone))
+    assert [choice["text"] for choice in answer["choices"]] == [texts[0], texts[0], texts[1], texts[1]]
+    assert (answer["usage"]["completion_tokens"], answer["usage"]["prompt_tokens"]) == (12, prompt_tokens)
     streamed = events(router.http.post("/v1/completions", json={**asked, "stream": True, "logprobs": 1}))
     assert {chunk["choices"][0]["index"] for chunk in streamed} == {0, 1, 2, 3}
 
@@ -113,6 +134,36 @@ def test_an_error_of_the_engine_is_passed_on(router: Router) -> None:
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
+def test_an_error_in_the_middle_is_the_answer_to_who_wants_a_document(router: Router) -> None:
+    asked = {"model": "cramped", "prompt": ["hi", "word " * 300], "max_tokens": 2}
+    answer = router.http.post("/v1/completions", json=asked)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+    assert answer.headers["x-should-retry"] == "false"
+    assert '"error"' in router.http.post("/v1/completions", json={**asked, "stream": True}).text
+
+
+def test_a_document_that_nobody_has_seen_any_of_is_asked_for_again(player: Router) -> None:
+    answer = player.chat("mortal", n=2)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["message"]["content"] == "012"
+
+
+def test_who_does_not_read_the_end_leaves_the_engine_to_others(player: Router) -> None:
+    body = json.dumps({"model": "talker", "messages": HELLO, "n": 2, "stream": True}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body)
+    host, _, port = player.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port))) as deaf:
+        deaf.sendall(head + body)
+        eventually(lambda: player.status("talker")["in_flight"] == 0 and served(player, "talker") == 1)
+        assert len(player.chat("talker").text) < LONG
+
+
+def served(router: Router, alias: str) -> int:
+    stats = router.http.get("/v1/queue/stats").json()["per_model"][alias]
+    return int(stats["total_processed"])
+
+
 @pytest.mark.parametrize(
     ("asked", "shape"),
     [
@@ -137,9 +188,6 @@ def test_how_many_answers_a_request_asks_for(asked: dict[str, Any], shape: Shape
 
 
 def test_calls_and_thoughts_of_two_choices_are_put_together() -> None:
-    def piece(index: int, **delta: Any) -> dict[str, Any]:
-        return {"id": "x", "object": "chat.completion.chunk", "choices": [{"index": index, "delta": delta}]}
-
     def call(arguments: str, **more: Any) -> list[dict[str, Any]]:
         return [{"index": 0, **more, "function": {**({"name": "add"} if more else {}), "arguments": arguments}}]
 
