@@ -37,7 +37,7 @@ _ERRORS = {
 }
 _DATA_PLANE = (400, 401, 403, 404, 413, 415, 422, 429, 500, 501, 502, 503, 504, 507)
 _FURTHER = {"/v1/models/pull": (409, 429), "/pull": (409, 429, 500, 502)}
-_OF_ENGINES = "Passed on to the engine of `model`, byte for byte unless its alias is configured to change it."
+_OF_ENGINES = "Answered by the engine of `model`; its alias may be configured to change the request."
 _RETRY_AFTER = {"description": "Seconds after which it may be tried again.", "schema": {"type": "integer"}}
 
 
