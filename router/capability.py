@@ -6,6 +6,7 @@ It only answers better, as it knows the other models, and what clients make of a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
@@ -33,6 +34,10 @@ _MISTAKES = (
     "is too large to process",
 )
 """What an engine finds wrong with a request and nevertheless calls its own error, a 500, which clients repeat."""
+_LARGER_THAN_A_BATCH = re.compile(
+    r"input \((\d+) tokens\) is too large to process\. increase [^(]*\(current batch size: (\d+)\)"
+)
+"""Of what embeds or reranks, the batch is as long as the context, unless its flags say otherwise."""
 
 
 class _Error(msgspec.Struct):
@@ -59,6 +64,8 @@ def error_of_engine(status: int, body: bytes) -> ApiError:
         )
     if error.type == "exceed_context_size_error" and error.n_ctx is not None:
         return ContextExceeded.of(error.n_prompt_tokens or 0, error.n_ctx)
+    if (told := _LARGER_THAN_A_BATCH.search(error.message)) is not None:
+        return ContextExceeded.of(int(told[1]), int(told[2]), flags="-c, and -b and -ub if they are there,")
     if status >= 500 and any(mistake in error.message for mistake in _MISTAKES):
         return ApiError(400, "invalid_request", error.message)
     kind = error.type.removesuffix("_error")

@@ -8,6 +8,7 @@ from pathlib import Path
 import openai
 import pytest
 from conftest import Router, Start, fake, models
+from tiny_models import write_embedding
 
 from router.demo import MODEL_PATH
 
@@ -25,11 +26,13 @@ BODY = {
 
 @pytest.fixture(scope="module")
 def router(start_shared: Start, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Router:
-    """A demo model with little room, and one whose engine takes no such flag."""
+    """A demo model with little room, one that embeds, and one whose engine takes no such flag."""
+    embeds = write_embedding(tmp_path_factory.mktemp("models") / "embed.gguf", context_length=CONTEXT)
     return start_shared(
         {
             "models": {
                 **models(MODEL_PATH, "demo", flags=["-c", str(CONTEXT), "-t", "1", "-np", "1"]),
+                **models(embeds, "embed", flags=["-t", "1"]),
                 **models(tiny, "misled", flags=["--nonsense"]),
                 **models(tiny, "giant", flags=["-t", "1"], footprint_mb=10**9),
             }
@@ -80,6 +83,12 @@ class TestAPromptBeyondTheContext:
         assert error["n_ctx"] == CONTEXT < error["n_prompt_tokens"]
         assert answer.headers["x-should-retry"] == "false"
         assert answer.headers["x-model-alias"] == "demo"
+
+    def test_of_a_model_that_embeds(self, router: Router) -> None:
+        error = router.http.post("/v1/embeddings", json={"model": "embed", "input": LONG}).json()["error"]
+        assert (error["type"], error["code"]) == ("invalid_request_error", "context_length_exceeded")
+        assert f"This model's maximum context length is {CONTEXT} tokens" in error["message"]
+        assert error["n_ctx"] == CONTEXT < error["n_prompt_tokens"]
 
     @pytest.mark.parametrize("stream", [False, True])
     def test_on_anthropics_route(self, router: Router, stream: bool) -> None:

@@ -108,11 +108,11 @@ class ContextExceeded(ApiError):
     context_tokens: int = 0
 
     @classmethod
-    def of(cls, prompt_tokens: int, context_tokens: int) -> ContextExceeded:
+    def of(cls, prompt_tokens: int, context_tokens: int, *, flags: str = "-c") -> ContextExceeded:
         message = (
             f"This model's maximum context length is {context_tokens} tokens, and the request "
             f"({prompt_tokens} tokens) exceeds the available context size. Shorten it, or give the model a larger "
-            "context (-c in its flags)."
+            f"context ({flags} in its flags)."
         )
         error = cls(400, "context_length_exceeded", message)
         error.prompt_tokens, error.context_tokens = prompt_tokens, context_tokens
