@@ -7,6 +7,7 @@ Only `model` and `stream` are picked out of a body, which is never built into ob
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -109,6 +110,8 @@ class Wish(NamedTuple):
 
 
 _NO_PROMPT = msgspec.Raw(b"")
+_LIST_OF_PROMPTS = re.compile(rb'\[\s*["\[{]')
+"""What else begins like a list is one prompt, of tokens, which may be many: they are not looked at."""
 
 
 class _Envelope(msgspec.Struct):
@@ -160,7 +163,7 @@ def _shape_of(envelope: _Envelope) -> Shape:
     if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1:
         wanted = 1
     prompts = 1
-    if _first(prompt) == b"[":
+    if _LIST_OF_PROMPTS.match(prompt):
         parts = _decode_prompts(prompt)
         if all(_first(part) in (b'"', b"[", b"{") for part in parts):  # else it is one, of tokens
             prompts = max(1, len(parts))
