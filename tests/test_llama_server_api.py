@@ -294,3 +294,14 @@ def test_who_may_only_use_models_changes_nothing_for_all(router: Router) -> None
     assert router.http.get("/upstream/a/cors-proxy?url=x", headers=some).status_code == 403
     assert router.http.get("/upstream/a/slots", headers={"Authorization": ""}).status_code == 401
     assert router.http.post("/upstream/a/lora-adapters", json=[]).status_code == 200
+
+
+def test_no_page_of_another_site_changes_an_engine(router: Router) -> None:
+    def post(path: str, kind: str, **headers: str) -> int:
+        asked = {"Content-Type": kind, **headers}
+        return router.http.post(f"/upstream/a/{path}", content="[]", headers=asked).status_code
+
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):  # for which no browser asks first
+        assert post("lora-adapters", kind, Origin="http://evil.example") == 415
+    assert post("lora-adapters", "application/json", Origin=router.url) == 200
+    assert post("lora-adapters", "application/x-www-form-urlencoded") == 200  # `curl -d`
