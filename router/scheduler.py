@@ -327,7 +327,8 @@ class Scheduler:
             self._reject(request.id, Refusal.SHUTTING_DOWN, "the router is shutting down", 5)
         elif request.retries >= self.policy.max_request_retries:
             reason = f"the engine of {request.alias!r} broke {request.retries + 1} times: {event.reason}"
-            self._reject(request.id, Refusal.MODEL_FAILED, reason, self._come_back_sec(model, request.priority))
+            pause_sec = self._come_back_sec(model, request.priority) or 1  # unknown of one that never answered
+            self._reject(request.id, Refusal.MODEL_FAILED, reason, pause_sec)
         elif model.failed_until_sec > self._now:
             self._reject_failed(request.id, model)
         else:
