@@ -148,21 +148,26 @@ def load(
         parts = key.split(".", 1) if key.startswith("models.") else key.split(".")
         draft.put(tuple(parts), value, option)
     known = before.headers if before is not None else None
-    loaded = _completed(draft, models_dirs, source, known)
-    if loaded.settling:
+    complete = _with_discovered(draft, models_dirs, known)
+    if complete.headers.settling:
         time.sleep(hub.SETTLE_SEC)
-        loaded = _completed(draft, models_dirs, source, known)
+        complete = _with_discovered(draft, models_dirs, known)
+    loaded = _built(complete, draft, models_dirs, source)
     draft.check_files = False  # from now on a configured file that is missing is said to whoever asks for it
     return loaded
 
 
-def _completed(
-    read: _Draft, models_dirs: Sequence[Path], source: Path | None, known: hub.Headers | None
-) -> Loaded:
-    """What was read, with the models in folders and stores. Raises ConfigError."""
+def _with_discovered(read: _Draft, models_dirs: Sequence[Path], known: hub.Headers | None) -> _Draft:
+    """What was read, completed with the models in folders and stores."""
     draft = copy.deepcopy(read)
-    draft.headers = headers = hub.Headers(known)
+    draft.headers = hub.Headers(known)
     draft.add_discovered(models_dirs)
+    return draft
+
+
+def _built(draft: _Draft, read: _Draft, models_dirs: Sequence[Path], source: Path | None) -> Loaded:
+    """What a complete draft comes to; `read` is it without the models that were found. Raises ConfigError."""
+    headers = draft.headers
     config = draft.build()
     if draft.problems:
         raise ConfigError(draft.problems)
@@ -174,7 +179,7 @@ def _completed(
         folders=tuple(draft.folders),
         files=tuple(_elsewhere(config, draft.folders)),
         headers=headers,
-        look_again=lambda: _completed(read, models_dirs, source, headers),
+        look_again=lambda: _built(_with_discovered(read, models_dirs, headers), read, models_dirs, source),
     )
 
 

@@ -142,8 +142,13 @@ def _serve(server: Any, stdin: int | None, watcher: int | None) -> NoReturn:
 
 
 def _help() -> str:
-    honoured = (", ".join((*FORMS[name].spellings, *FORMS[name].negations)) for name in HONOURED)
-    return f"llama-server's flags, as far as xllamacpp {available()} has them:\n\n" + "\n".join(honoured)
+    """As llama-server lays it out, which is how who starts it tells what it takes."""
+    lines = [f"llama-server's flags, as far as xllamacpp {available()} has them:", ""]
+    for form in (FORMS[name] for name in HONOURED):
+        spellings = ", ".join((*form.spellings, *form.negations))
+        variable = f"    (env: {form.variable})" if form.variable else ""
+        lines.append(f"{spellings}{' N' * form.arity}{variable}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ async def complete(writer: asyncio.StreamWriter, request: dict[str, object]) -> 
     writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
     events = events_to_play()
     for number, document in enumerate(events):
-        kind = json.loads(document).get("type") if setting("events") else None
+        kind = json.loads(document).get("type") if document.startswith(b"{") and setting("events") else None
         event = b"event: %b\n" % kind.encode() if kind else b""
         event += b"data: %b\n\n" % document
         chunk = b"%x\r\n%b\r\n" % (len(event), event)

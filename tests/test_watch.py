@@ -11,6 +11,8 @@ import pytest
 from conftest import Router, Start, eventually, fake, models
 from tiny_models import write_llama
 
+from router.config_load import load
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -158,3 +160,11 @@ def test_a_folder_that_is_put_in_the_place_of_another_is_watched_from_then_on(
     eventually(lambda: aliases(router) == {"second"})
     os.replace(other / "second.gguf", other / "third.gguf")
     eventually(lambda: aliases(router) == {"third"})
+
+
+def test_a_found_model_that_the_configuration_speaks_of_is_waited_for_at_the_start(tmp_path: Path) -> None:
+    """Its file has only just been written."""
+    write_llama(tmp_path / "late.gguf")
+    (tmp_path / "config.json").write_text('{"models": {"late": {"flags": ["-c", "512"]}}}')
+    loaded = load(environ={}, cwd=tmp_path, models_dirs=[tmp_path])
+    assert loaded.config.models["late"].model_path == tmp_path / "late.gguf"
