@@ -442,6 +442,19 @@ class Exchange:
             self._dispatcher.requeue(self._ticket, reason)
             self._wait_for_slot(self._ticket)
 
+    def failed(self) -> None:
+        """A mistake of the router's: its client gets an error, or sees that the answer is not whole."""
+        _log.exception("request %s: its answer could not be passed on", self._request_id)
+        self._connection = None
+        if self._is_over:
+            self._answer.abort()
+            return
+        try:
+            self._fail(ApiError(500, "internal_error", "The router made a mistake; see its log."))
+        except Exception:
+            _log.exception("request %s: nor could its error", self._request_id)
+            self._answer.abort()
+
     def must_have_moved(self, now: float, system: System) -> None:
         """Nobody may hold a slot for nothing: neither an engine that hangs nor a client that does not read.
 

@@ -68,7 +68,7 @@ class Head(msgspec.Struct):
 
 
 class Receiver(Protocol):
-    """Gets the answer to a request. After `last` or `lost` it hears no more."""
+    """Gets the answer to a request. After `last`, `lost` or `failed` it hears no more."""
 
     def connected(self, connection: Connection) -> None:
         """The request is about to be written; it is taken back by closing the connection."""
@@ -78,6 +78,9 @@ class Receiver(Protocol):
 
     def lost(self, reason: str) -> None:
         """The engine cannot be reached, broke off, or does not speak HTTP."""
+
+    def failed(self) -> None:
+        """Take in what was received has raised the exception that is being handled."""
 
 
 class Connection(asyncio.Protocol):
@@ -176,39 +179,43 @@ class Connection(asyncio.Protocol):
         if receiver is None:  # nobody has asked for anything
             self.close()
             return
-        is_first = not self._answered
-        if is_first:
-            self._answered = True
-            known = self._known
-            if known is not None and (found := known.body_of(data)) is not None and not found[1]:
-                self._may_stay = self._uses < known.head.keep_alive_max
-                self._give_back()
-                body = found[0]
-                receiver.received(msgspec.structs.replace(known.head, content_length=len(body)), body, True)
-                return
         try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
+            is_first = not self._answered
+            if is_first:
+                self._answered = True
+                known = self._known
+                if known is not None and (found := known.body_of(data)) is not None and not found[1]:
+                    self._may_stay = self._uses < known.head.keep_alive_max
+                    self._give_back()
+                    body = found[0]
+                    receiver.received(msgspec.structs.replace(known.head, content_length=len(body)), body, True)
+                    return
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserError as error:
+                self.close()
+                receiver.lost(f"the engine does not speak HTTP: {error}")
+                return
+            head = self._head
+            if head is None:
+                return
+            if head.status == 401:  # our engine knows our key
+                self.close()
+                receiver.lost("its port is somebody else's: the key of the engine is not known there")
+                return
+            parts = self._parts
+            part = parts[0] if len(parts) == 1 else b"".join(parts)
+            parts.clear()
+            if self._complete:
+                if is_first and head.status == 200 and self._may_stay:
+                    self._known = Known.of(data, head)
+                self._give_back()
+                receiver.received(head, part, True)
+            elif part:
+                receiver.received(head, part, False)
+        except Exception:  # whatever it is, nobody must wait for the rest of the answer
             self.close()
-            receiver.lost(f"the engine does not speak HTTP: {error}")
-            return
-        head = self._head
-        if head is None:
-            return
-        if head.status == 401:  # our engine knows our key
-            self.close()
-            receiver.lost("its port is somebody else's: the key of the engine is not known there")
-            return
-        parts = self._parts
-        part = parts[0] if len(parts) == 1 else b"".join(parts)
-        parts.clear()
-        if self._complete:
-            if is_first and head.status == 200 and self._may_stay:
-                self._known = Known.of(data, head)
-            self._give_back()
-            receiver.received(head, part, True)
-        elif part:
-            receiver.received(head, part, False)
+            receiver.failed()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
