@@ -26,6 +26,8 @@ _OVERDUE = 0.1
 _SERVICE_SEC = 1.0
 """Of a model that has computed nothing yet, which counts for others only: its own are told nothing."""
 _FARTHEST_SEC = 3600.0
+_FARTHEST_AHEAD = 100
+"""Of those who will come, so many are thought of at most; more once these are served."""
 _SATURATED = 0.95
 _TOLD_SEC = 0.05
 _TOLD_SEC_PER_STEP = 5e-4
@@ -90,7 +92,7 @@ class _Line:
     def oldest(self, at: float, *, is_here: bool) -> float:
         """When the next to be served came; infinite while there is none."""
         gap_sec = self.gap_here_sec if is_here else self.gap_away_sec
-        while self.coming_at <= at:
+        while self.coming_at <= at and len(self.arrivals) - self.served < _FARTHEST_AHEAD:
             self.arrivals.append(self.coming_at)
             self.coming_at += gap_sec
         return self.arrivals[self.served] if self.served < len(self.arrivals) else math.inf
@@ -316,9 +318,11 @@ class _Rehearsal:
         free = dict(self.budgets)
         taken: set[_Course] = set()
         candidates: list[tuple[float, int, _Course]] = []
+        residents: list[_Course] = []
         again_at = math.inf
         for number, course in enumerate(self.courses.values()):
             if course.state is not None:
+                residents.append(course)
                 take(free, course.placement)
             if course.victims:
                 take(free, claim(course.placement, course.victims))
@@ -333,20 +337,23 @@ class _Rehearsal:
             if course.model.retry_at_sec > self.now:
                 again_at = min(again_at, course.model.retry_at_sec)
             else:
-                again_at = min(again_at, self.place_one(course, free, taken))
+                again_at = min(again_at, self.place_one(course, residents, free, taken))
         return again_at
 
-    def place_one(self, course: _Course, free: dict[str, int], taken: set[_Course]) -> float:
+    def place_one(
+        self, course: _Course, residents: list[_Course], free: dict[str, int], taken: set[_Course]
+    ) -> float:
         now = self.now
         for placement in course.model.places:
             if not shortage(placement, free):
                 self.start(course, placement)
+                residents.append(course)
                 take(free, placement)
                 return math.inf
         goes_at = {
             other: self.goes_at(course, other)
-            for other in self.courses.values()
-            if other.state is not None and other not in taken and not (other.is_here and other.model.spec.pinned)
+            for other in residents
+            if other not in taken and not (other.is_here and other.model.spec.pinned)
         }
         self.steps += len(goes_at)
         soonest = sorted(goes_at, key=lambda other: goes_at[other])
