@@ -811,6 +811,7 @@ class Scheduler:
     def _reconfigure(self, model: Model, spec: ModelSpec) -> None:
         changed = (model.spec.revision, model.spec.slots) != (spec.revision, spec.slots)
         model.spec = spec
+        model.comes_back = model.comes_back and spec.kept
         if changed or model.retired:
             model.retired = False
             self._forgive(model, "its configuration changed")

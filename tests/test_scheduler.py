@@ -1239,6 +1239,20 @@ def test_an_engine_that_is_kept_comes_back_when_there_is_room_and_takes_none_fro
     assert machine.states() == "ready off"
 
 
+def test_an_engine_that_is_kept_no_more_does_not_come_back() -> None:
+    machine = Machine(ModelSpec("a", kept=True), "b")
+    machine.finish(machine.served("a"))
+    machine.ask("b", HIGH)
+    crash(machine, "a")
+    machine.wait(60)
+    assert machine.states() == "off ready"
+    machine.tell(Configured(machine.now, {**machine.specs, "a": ModelSpec("a")}, machine.policy))
+    machine.tell(Eject(machine.now, "b"))
+    machine.finish(*machine.granted)
+    machine.wait(60)
+    assert machine.states() == "off off"
+
+
 def test_an_engine_that_is_kept_does_not_come_back_from_where_it_was_sent() -> None:
     machine = Machine(ModelSpec("a", kept=True))
     machine.finish(machine.served("a"))
