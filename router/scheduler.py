@@ -57,6 +57,9 @@ from router.waiting import why
 INSPECTION_PATIENCE_SEC = 1.0
 _FOR_EVER_SEC = 100 * 365 * 86_400.0
 """An idle engine that may stay longer is one that stays: calendars end."""
+_STEPS_AT_ONCE = 8_000.0
+_STEPS_PER_SEC = 4_000.0
+"""Of forecasts for those who are turned away. A step takes some 10 µs."""
 
 
 class Scheduler:
@@ -76,6 +79,8 @@ class Scheduler:
         self._stop_sec = 0.0
         """From the stop of an engine until its memory is back: a mean."""
         self._come_back: dict[tuple[str, Priority], tuple[float, float | None]] = {}
+        self._steps_left, self._steps_at = _STEPS_AT_ONCE, 0.0
+        """What forecasts for those who are turned away may cost, and since when that is known."""
         """What those were told who were turned away, and until when others are told the same."""
         self._now = 0.0
         self._seq = 0
@@ -216,14 +221,23 @@ class Scheduler:
         return None
 
     def _come_back_sec(self, model: Model, priority: Priority) -> float | None:
-        """Until a request that comes now would be served. Thousands may be told in the same second."""
+        """Until a request that comes now would be served; None: unknown.
+
+        Thousands may be told in the same moment, of hundreds of models: who asks when the budget of steps is used
+        up is told nothing, as everybody else would have to wait for the answer.
+        """
         key, now = (model.spec.alias, priority), self._now
         told_until, at = self._come_back.get(key, (-math.inf, None))
         if told_until <= now:
+            self._steps_left = min(_STEPS_AT_ONCE, self._steps_left + (now - self._steps_at) * _STEPS_PER_SEC)
+            self._steps_at = now
+            if self._steps_left <= 0:
+                return None
             deadline_sec = now + self.policy.patience_sec[priority]
             newcomer = Request("", model.spec.alias, priority, now, deadline_sec, self._seq)
             found = self.forecast(now, newcomer)
             at = found.granted_at.get(newcomer.id)
+            self._steps_left -= found.steps
             self._come_back[key] = now + found.told_sec, at
         return None if at is None else max(1.0, at - now)
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 
+from router.expectation import Forecast
 from router.messages import (
     ByPriority,
     Configured,
@@ -1189,6 +1190,28 @@ def test_who_is_turned_away_is_told_when_to_come_back(
     within = sum(1 / factor <= promise <= factor for promise in kept) / len(kept)
     assert within > 0.75
     assert 0.8 < kept[len(kept) // 2] < 1.6
+
+
+def test_however_many_are_turned_away_at_once_nobody_waits_for_what_they_are_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[float] = []
+
+    def costly(scheduler: Scheduler, now: float, newcomer: Request) -> Forecast:
+        made.append(now)
+        return Forecast(now, {newcomer.id: now + 7}, steps=4_000)
+
+    monkeypatch.setattr(Scheduler, "forecast", costly)
+    models = [f"m{number}" for number in range(100)]
+    machine = Machine("busy", *models, policy=Policy(queue_timeout_sec=20))
+    machine.served("busy")
+    waiting = [machine.ask(model) for model in models for _ in range(3)]
+    machine.wait(21)
+    told = [machine.rejected[request].retry_after_sec for request in waiting]
+    assert (len(made), set(told)) == (2, {7.0, None}), "as many as the budget has steps for, and no more"
+    machine.ask("m1")
+    machine.wait(21)
+    assert len(made) == 3
 
 
 # --- models that are to be there ------------------------------------------------------------------------
