@@ -67,7 +67,7 @@ def test_a_disk_that_hangs_is_given_up(kept: Kept) -> None:
     back = threading.Event()
 
     async def story() -> None:
-        cards, (model,) = Cards(look_sec=0.01, silent_sec=0.05), kept(back.wait, "a")
+        cards, (model,) = Cards(look_sec=0.2, silent_sec=0.5), kept(back.wait, "a")
         threads = threading.active_count()
         for _ in range(3):
             assert not await cards.answers(model)

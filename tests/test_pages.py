@@ -194,10 +194,12 @@ def test_what_takes_long_leaves_others_their_turns(monkeypatch: pytest.MonkeyPat
     assert turns >= 4
 
 
-def test_a_load_that_has_to_wait_is_told_why_at_once_and_can_be_taken_back(start: Start, tiny: Path) -> None:
-    router = start(
-        {"system": {"max_concurrent_models": 1}, "models": models(tiny, "a", "b", flags=["-c", "4096"])}
-    )
+def test_a_load_that_has_to_wait_is_told_why_at_once_and_can_be_taken_back(
+    start: Start, tiny: Path, tmp_path: Path
+) -> None:
+    """Behind a stream that goes on for as long as it takes."""
+    system = {"max_concurrent_models": 1, "llama_server_path": fake(tmp_path, chunks="2000", chunk_sec="0.05")}
+    router = start({"system": system, "models": models(tiny, "a", "b")})
 
     def load(alias: str) -> tuple[int, str, str]:
         answer = router.http.post("/v1/models/load", json={"model": alias, "wait": False})
