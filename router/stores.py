@@ -135,7 +135,7 @@ def _ollama_model(store: Path, manifest: Path, survey: Survey) -> Found | None:
         return None
     try:
         made = _made(store, manifest, layers)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, ApiError) as error:
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ApiError) as error:
         survey.skip(manifest, f"has a system prompt, parameters or messages that cannot be read: {error}")
         return None
     model = survey.read(models[0])

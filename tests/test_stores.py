@@ -163,6 +163,7 @@ def test_what_ollamas_modelfile_says_counts_in_every_request(ollama: Path, start
         ({"params": "{"}, "has a system prompt, parameters or messages that cannot be read: Input data was"),
         ({"params": {"temperature": "hot"}}, "has a system prompt, parameters or messages that cannot be read"),
         ({"messages": [{"role": "user"}]}, "has a system prompt, parameters or messages that cannot be read"),
+        ({"params": '{"a": ' + "[" * 5000}, "has a system prompt, parameters or messages that cannot be read"),
     ],
 )
 def test_a_model_of_ollamas_whose_layers_are_broken_is_named(
