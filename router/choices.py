@@ -163,13 +163,7 @@ class Several:
         """Of all choices together; of the choices of one prompt, the prompt counts once."""
         timings = self._timings()
         if timings.predicted_n:
-            return Usage(
-                timings.prompt_n + timings.cache_n,
-                timings.cache_n,
-                timings.predicted_n,
-                timings.prompt_ms / 1000,
-                timings.predicted_ms / 1000,
-            )
+            return timings.usage()
         told = self._told()
         return Usage(
             told["prompt_tokens"], told["prompt_tokens_details"]["cached_tokens"], told["completion_tokens"]

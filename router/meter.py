@@ -63,6 +63,16 @@ class Timings(msgspec.Struct):
     predicted_n: int = 0
     predicted_ms: float = 0.0
 
+    def usage(self) -> Usage:
+        """The same, as all answers are counted."""
+        return Usage(
+            self.prompt_n + self.cache_n,
+            self.cache_n,
+            self.predicted_n,
+            self.prompt_ms / 1000,
+            self.predicted_ms / 1000,
+        )
+
 
 _decode_timings = msgspec.json.Decoder(Timings).decode
 
@@ -128,16 +138,9 @@ def _of_timings(tail: bytes) -> Usage | None:
     if begin < 0:
         return None
     try:
-        timings = _decode_timings(tail[begin + 10 : tail.find(b"}", begin) + 1])
+        return _decode_timings(tail[begin + 10 : tail.find(b"}", begin) + 1]).usage()
     except msgspec.MsgspecError:
         return None
-    return Usage(
-        timings.prompt_n + timings.cache_n,
-        timings.cache_n,
-        timings.predicted_n,
-        timings.prompt_ms / 1000,
-        timings.predicted_ms / 1000,
-    )
 
 
 def _of_usage(head: bytes, tail: bytes) -> Usage:
