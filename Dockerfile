@@ -16,7 +16,8 @@ COPY pyproject.toml README.md LICENSE run.py ./
 COPY router router
 RUN /opt/llama-router/bin/pip install --no-cache-dir . && rm -rf /src/*
 
-RUN mkdir -p /models /app/models
+# Neither router nor engines need to be root; the volume takes over who owns its folder
+RUN mkdir -p /models /app/models /var/lib/llama-router && chown 10001:10001 /var/lib/llama-router
 WORKDIR /models
 ENV LLAMA_SERVER_PATH=/app/llama-server \
     LLAMA_ROUTER__API__HOST=0.0.0.0 \
@@ -28,6 +29,7 @@ EXPOSE 8000
 # The base image probes its own port
 HEALTHCHECK --start-period=10s CMD ["curl", "-fsS", "http://127.0.0.1:8000/ready"]
 STOPSIGNAL SIGTERM
+USER 10001
 # An earlier router's containers have their configuration beside llama-server
 ENTRYPOINT ["/bin/sh", "-c", "[ ! -f /app/config.json ] || cd /app; exec /opt/llama-router/bin/llama-router \"$@\"", "llama-router"]
 CMD ["--models-dir", "/models", "--models-dir", "/app/models"]
