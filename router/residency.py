@@ -314,6 +314,8 @@ class Model:
         """Its engine is ready from now on, or is not."""
         if is_here:
             self.away.pause(now)
+            if self.engine is not None and self.engine.is_busy:  # it was to leave, and stays
+                self.busy.go_on(now)
         else:
             self.away.go_on(now)
             self.busy.pause(now)

@@ -453,6 +453,20 @@ def test_engine_serves_on_when_the_one_it_drains_for_goes_away() -> None:
     assert late in machine.granted
 
 
+def test_time_counts_again_once_an_engine_that_was_to_leave_stays() -> None:
+    """Or those who come would seem to come ten times as often as they do."""
+    machine = Machine(ModelSpec("a", slots=2), "b")
+    machine.served("a")
+    impatient = machine.ask("b")
+    machine.wait(60)
+    machine.finish(impatient)
+    assert machine.states() == "ready off"
+    for _ in range(10):
+        machine.wait(100)
+        machine.finish(machine.ask("a"))
+    assert machine.scheduler.models["a"].busy.gap_sec(NORMAL, machine.now) == pytest.approx(100, rel=0.2)
+
+
 def test_engine_serves_on_when_room_turns_up_elsewhere() -> None:
     machine = Machine("a", "b")
     machine.served("a")
