@@ -255,7 +255,8 @@ class Dispatcher:
         self._preloading: set[str] = set()
         self._told: set[str] = set()
         """What is wrong with flags."""
-        self._changes: dict[str, list[asyncio.Future[None]]] = {}
+        self._changes: dict[str, set[asyncio.Future[None]]] = {}
+        """Who waits for a change of a model, or (under an empty name) of any."""
         self._preload: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
 
@@ -439,9 +440,12 @@ class Dispatcher:
     async def _next_change(self, alias: str | None, timeout_sec: float | None = None) -> None:
         """Until the state of a model (None: of any) changes."""
         changed = asyncio.get_running_loop().create_future()
-        waiters = self._changes.setdefault(alias or "", [])
-        waiters.append(changed)
-        await asyncio.wait({changed}, timeout=timeout_sec)
+        waiters = self._changes.setdefault(alias or "", set())
+        waiters.add(changed)
+        try:
+            await asyncio.wait({changed}, timeout=timeout_sec)
+        finally:  # also of those who wait no more
+            waiters.discard(changed)
 
     # --- the loop ---------------------------------------------------------------------------------------
 

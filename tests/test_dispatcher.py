@@ -131,6 +131,21 @@ def test_a_scheduler_that_breaks_turns_away_whom_it_broke_at_and_goes_on(
     asyncio.run(story())
 
 
+def test_who_waits_for_a_load_no_more_is_forgotten(tiny: Path) -> None:
+    async def story() -> None:
+        async with dispatching(tiny, "a") as dispatcher:
+            for _ in range(10):
+                loading = asyncio.create_task(dispatcher.load("a"))
+                await asyncio.sleep(0)
+                loading.cancel()
+                await asyncio.wait({loading})
+                assert loading.cancelled()
+            assert not any(dispatcher._changes.values())
+            assert await dispatcher.load("a") == "ready"
+
+    asyncio.run(story())
+
+
 def test_what_goes_on_in_the_background_is_begun_again_with_growing_pauses(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
