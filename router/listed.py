@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 SHOWS = "GGML_VK_VISIBLE_DEVICES"
 TIMEOUT_SEC = 10.0
+_PAUSE_SEC = 60.0
+"""Before a list that hung is asked for again; twice as long each time that it hangs again."""
+_LONGEST_PAUSE_SEC = 3600.0
 _MOST = 16
 _LINE = re.compile(r"\s+([A-Za-z]+)(\d*): (.*) \((\d+) MiB, (\d+) MiB free\)")
 _READ_BY_DRIVERS = ("CUDA", "ROCm", "MTL", "BLAS")
@@ -56,6 +59,10 @@ class Listed:
         self._root = root
         self._last: tuple[list[Device], list[str]] = [], []
         self._taken_sec = -math.inf
+        self._hung: subprocess.TimeoutExpired | None = None
+        self._pause_sec = 0.0
+        self._again_sec = -math.inf
+        """How long, and until when, it is left alone since it hung."""
         self._counted: dict[tuple[str, ...], list[int | None]] = {}
         """How the loader counts the GPUs of lists of labels that were seen before."""
         self._others: dict[tuple[str, ...], dict[str, str]] = {}
@@ -64,12 +71,22 @@ class Listed:
         """All GPUs that can be used, and for people what is left out, and why; an answer of the last `within_sec`
         seconds will do. `amd_shares` says that AMD's GPUs here are processors' own graphics.
 
-        Builds that list none are not asked again: most are for the CPU. Raises TimeoutExpired.
+        Builds that list none are not asked again: most are for the CPU. Raises TimeoutExpired, also while one that
+        hung is left alone.
         """
         now = time.monotonic()
         lists_some = bool(self._counted) or math.isinf(self._taken_sec)
         if lists_some and now - self._taken_sec > within_sec:
-            self._last = self._read(amd_shares)
+            if self._hung is not None and now < self._again_sec:
+                raise self._hung
+            try:
+                self._last = self._read(amd_shares)
+            except subprocess.TimeoutExpired as hung:
+                self._pause_sec = min(2 * self._pause_sec, _LONGEST_PAUSE_SEC) or _PAUSE_SEC
+                self._again_sec = time.monotonic() + self._pause_sec
+                self._hung = hung.with_traceback(None)
+                raise
+            self._hung, self._pause_sec = None, 0.0
             self._taken_sec = now
         return self._last
 

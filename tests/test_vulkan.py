@@ -7,7 +7,9 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import Router, Start, fake, models, run
@@ -255,6 +257,28 @@ def test_while_the_list_hangs_the_last_one_counts_and_is_old(tmp_path: Path) -> 
     hanging = devices.read_blocking(deadline_sec=0.2)
     assert [gpu.name for gpu in hanging.gpus] == ["gpu0"]
     assert hanging.age_sec >= 0.2
+
+
+def test_a_list_that_hangs_is_asked_for_less_and_less_often(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = Listed(engine(tmp_path, lines("Arc A770"), "Arc A770"), {"PATH": os.defpath})
+    (tmp_path / "hangs").touch()
+    monkeypatch.setattr("router.listed.TIMEOUT_SEC", 1.0)
+    now = time.monotonic()
+    monkeypatch.setattr("router.listed.time", SimpleNamespace(monotonic=lambda: now))
+
+    def asked() -> int:
+        return (tmp_path / "asked").read_text().count("x")
+
+    for waited_sec, times in ((0, 1), (50, 1), (20, 2), (100, 2), (30, 3)):
+        now += waited_sec
+        with pytest.raises(subprocess.TimeoutExpired):
+            listed.read(0, amd_shares=False)
+        assert asked() == times
+    (tmp_path / "hangs").unlink()
+    now += 250
+    assert [gpu.name for gpu in listed.read(0, amd_shares=False)[0]] == ["gpu0"]
 
 
 def test_a_list_is_not_made_more_often_than_is_asked(tmp_path: Path) -> None:
