@@ -263,8 +263,6 @@ class Model:
     """Its engine does not take its flags: the next one, after the cooldown, would not, either."""
     last_error: str | None = None
     why_waiting: Why = Why()
-    room_at_sec: float = 0.0
-    """When the policy will look again whether it gets room; past when it has it."""
     busy: Flow = field(default_factory=Flow)
     """Who comes while its engine is at work."""
     away: Flow = field(default_factory=Flow)

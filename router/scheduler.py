@@ -12,6 +12,7 @@ ready engine idles while its own queue is not empty.
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections.abc import Mapping, Sequence
 from zlib import crc32
 
@@ -55,11 +56,20 @@ from router.residency import ENGINES, Engine, EngineState, Model, Swap, Why, cla
 from router.waiting import why
 
 INSPECTION_PATIENCE_SEC = 1.0
+_LOOKED_AT = 32
+"""Of models that wait for an engine, so many of the first are looked at in a step, and as many of the others."""
+_LOOK_ON_SEC = 0.25
+_NOT_LOOKED_AT = Why("it has yet to be seen whether there is room")
+_NO_MEMORY_KNOWN = Why("it is being found out how much memory there is")
 _FOR_EVER_SEC = 100 * 365 * 86_400.0
 """An idle engine that may stay longer is one that stays: calendars end."""
 _STEPS_AT_ONCE = 8_000.0
 _STEPS_PER_SEC = 4_000.0
 """Of forecasts for those who are turned away. A step takes some 10 µs."""
+
+
+_InLine = tuple[float, int, int, Model]
+"""The virtual deadline of the first who waits for a model, its number, the place of the model among its like."""
 
 
 class Scheduler:
@@ -75,6 +85,9 @@ class Scheduler:
         self.engines: Mapping[int, Engine] = self._fleet.engines
         self._requests: dict[str, Request] = {}
         self._waiting: dict[str, Model] = {}
+        """Models that want an engine."""
+        self._looked_until: tuple[float, ...] = ()
+        """How far those that are not the first of them have been looked at, by their place in the line."""
         self._recent: set[Engine] = set()
         self._stop_sec = 0.0
         """From the stop of an engine until its memory is back: a mean."""
@@ -245,12 +258,15 @@ class Scheduler:
         request.queued_sec = self._now
         model.queue.push(request)
         if model.engine is None:
-            self._waiting[request.alias] = model
-            if not self.budgets:
-                model.why_waiting = Why("it is being found out how much memory there is")
+            self._want_engine(model)
         else:
             model.engine.nobody_waits_since_sec = None
         self._wake(self._now + self.policy.queue_timeout_sec)
+
+    def _want_engine(self, model: Model) -> None:
+        if model.spec.alias not in self._waiting:
+            model.why_waiting = _NOT_LOOKED_AT if self.budgets else _NO_MEMORY_KNOWN
+        self._waiting[model.spec.alias] = model
 
     def _grant(self, request: Request, engine: Engine) -> None:
         request.granted_sec = self._now
@@ -442,13 +458,13 @@ class Scheduler:
             return
         self._want_back(model)
         if model.wants_engine:
-            self._waiting[engine.alias] = model
+            self._want_engine(model)
 
     def _want_back(self, model: Model) -> None:
         """As if it were preloaded; while it is in its cooldown, not before that has ended."""
         if model.comes_back and model.engine is None and model.failed_until_sec <= self._now:
             model.wanted_since_sec = self._now
-            self._waiting[model.spec.alias] = model
+            self._want_engine(model)
 
     def _engine_failed(self, model: Model, engine: Engine, event: EngineExited) -> None:
         """It ended unasked: another one after a pause, or none for long when it happens too often.
@@ -524,8 +540,8 @@ class Scheduler:
     def _place_each(self) -> None:
         free = self._fleet.free()
         taken = {victim: alias for alias, swap in self._fleet.swaps.items() for victim in swap.victims}
-        line = sorted(self._waiting.values(), key=self._order)
-        for place, model in enumerate(line, 1):
+        line = sorted((*self._order(model), place, model) for place, model in enumerate(self._waiting.values()))
+        for number, (deadline_sec, seq, place, model) in enumerate(self._to_look_at(line)):
             if model.spec.alias in self._fleet.swaps:
                 continue
             if model.retry_at_sec > self._now:
@@ -538,12 +554,23 @@ class Scheduler:
                 patience_ends = model.inspecting_since_sec + INSPECTION_PATIENCE_SEC
                 if patience_ends > self._now:
                     self._wake(patience_ends)
-                    for behind in line[place:]:
+                    first_looked_at = Why(f"the file of {model.spec.alias}, whose turn is first, is looked at")
+                    for *_, behind in line[bisect(line, (deadline_sec, seq, place + 1)) :]:
                         if behind.spec.alias not in self._fleet.swaps:
-                            behind.why_waiting = Why(
-                                f"the file of {model.spec.alias}, whose turn is first, is looked at"
-                            )
+                            behind.why_waiting = first_looked_at
                     return
+            if number >= _LOOKED_AT:
+                self._looked_until = deadline_sec, seq, place + 1
+
+    def _to_look_at(self, line: list[_InLine]) -> list[_InLine]:
+        """Those who come first, and when there are very many, a few of the others in turn: a thousand at once
+        would keep every token waiting. What is reserved and held for the first, the others never get."""
+        if len(line) <= 2 * _LOOKED_AT:
+            return line
+        self._wake(self._now + _LOOK_ON_SEC)
+        begin = bisect(line, self._looked_until, _LOOKED_AT)
+        begin = begin if begin < len(line) else _LOOKED_AT
+        return line[:_LOOKED_AT] + line[begin : begin + _LOOKED_AT]
 
     def _settle_swaps(self) -> None:
         """Start those whose room is there; give up those that nobody wants or that can't succeed any more."""
@@ -610,7 +637,6 @@ class Scheduler:
                 taken |= dict.fromkeys(victims, model.spec.alias)
             case Wait(again_at, reason, reserve, hold, departures):
                 model.why_waiting = Why(reason, departures)
-                model.room_at_sec = min(again_at, default=self._now)
                 for at in again_at:
                     self._wake(at)
                 take(free, reserve)
@@ -768,7 +794,7 @@ class Scheduler:
         model.wanted_since_sec = self._now
         model.may_evict = model.may_evict or event.evict
         if engine is None:
-            self._waiting[event.alias] = model
+            self._want_engine(model)
         else:
             engine.nobody_waits_since_sec = None
 

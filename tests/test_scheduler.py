@@ -46,7 +46,9 @@ from router.messages import (
     Tick,
     Transition,
 )
+from router.placement import Room, Verdict, decide
 from router.queue import Priority, Request
+from router.residency import Model
 from router.scheduler import Scheduler
 
 HIGH, NORMAL, LOW = Priority
@@ -334,6 +336,31 @@ def test_ports_are_a_limit_like_memory() -> None:
     machine.wait(30)
     machine.ask("b")
     assert machine.states() == "off loading"
+
+
+def test_of_very_many_models_that_wait_few_are_looked_at_in_a_step_and_all_before_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks: list[str] = []
+
+    def watched(candidate: Model, inspected: Inspected, room: Room) -> Verdict:
+        looks.append(candidate.spec.alias)
+        return decide(candidate, inspected, room)
+
+    monkeypatch.setattr("router.scheduler.decide", watched)
+    crowd = [f"crowd-{number}" for number in range(100)]
+    places = {"elsewhere": ({"gpu1": 6},)}
+    machine = Machine("a", *crowd, "elsewhere", places=places, budgets={"gpu0": 10, "gpu1": 10})
+    machine.served("a")
+    for alias in crowd:
+        machine.ask(alias)
+    machine.ask("elsewhere")
+    machine.wait(3)
+    assert machine.states(["a", "crowd-0", "elsewhere"]) == "ready off loading"
+    looks.clear()
+    machine.tell(Tick(machine.now))
+    assert "crowd-0" in looks
+    assert len(looks) <= 64
 
 
 # --- fairness -------------------------------------------------------------------------------------------
