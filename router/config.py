@@ -26,6 +26,7 @@ from pydantic import (
 from pydantic.json_schema import GenerateJsonSchema
 
 from router.flags import Purpose, argv, parse
+from router.names import LONGEST
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -575,12 +576,12 @@ class ConfigFile(Section):
     models: dict[Alias, ModelEntry] = Field(
         default={},
         description="The models by their alias.",
-        json_schema_extra={"propertyNames": {"pattern": r"^\S+$"}},
+        json_schema_extra={"propertyNames": {"pattern": r"^\S+$", "maxLength": LONGEST}},
     )
     aliases: dict[Alias, Annotated[str, Field(min_length=1)] | AliasEntry] = Field(
         default={},
         description="Further names of models: the model's alias, or what requests under that name are to change.",
-        json_schema_extra={"propertyNames": {"pattern": r"^\S+$"}},
+        json_schema_extra={"propertyNames": {"pattern": r"^\S+$", "maxLength": LONGEST}},
     )
 
 

@@ -488,7 +488,7 @@ class _Draft:
         api = self.section(Api, ("api",)) or Api()
         for name in api.clients:
             if not hub.is_alias(name):
-                self.problem(("api", "clients", name), "a name is one or more printable characters without spaces")
+                self.problem(("api", "clients", name), "a name is up to 256 printable characters without spaces")
         system = self.system()
         scheduling = self.section(Scheduling, ("scheduling",)) or Scheduling()
         patience = scheduling.patience_sec
@@ -610,7 +610,7 @@ class _Draft:
         for alias, text in (system.allowed_models or {}).items():
             allowed = ("system", "allowed_models", alias)
             if not hub.is_alias(alias):
-                self.problem(allowed, "an alias is one or more printable characters without spaces")
+                self.problem(allowed, "an alias is up to 256 printable characters without spaces")
             try:
                 repository.parse(text, self.environ)
             except repository.BadReference as error:
@@ -629,7 +629,7 @@ class _Draft:
     def model(self, alias: str, system: System) -> ModelConfig | None:
         path = ("models", alias)
         if not hub.is_alias(alias):
-            self.problem(path, "an alias is one or more printable characters without spaces")
+            self.problem(path, "an alias is up to 256 printable characters without spaces")
         given = self.values["models"][alias]
         if isinstance(given, dict) and "model_path" not in given:
             message = "is required, as no model was found that is called so"
@@ -707,7 +707,7 @@ class _Draft:
     def alias(self, name: str, models: Mapping[str, Any], aliases: Mapping[str, Any]) -> AliasConfig | None:
         path = ("aliases", name)
         if not hub.is_alias(name):
-            self.problem(path, "an alias is one or more printable characters without spaces")
+            self.problem(path, "an alias is up to 256 printable characters without spaces")
         entry = self.section(AliasEntry, path, uses=_UNKNOWN)
         if entry is None:
             return None

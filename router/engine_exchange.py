@@ -14,7 +14,7 @@ from router.api.errors import ApiError
 from router.config import Config
 from router.exchange import Exchange
 from router.heads import RequestHead
-from router.names import meant, same_name
+from router.names import LONGEST, meant, same_name
 from router.routing import Wish, wish_of
 from router.upstream import Body
 
@@ -48,7 +48,8 @@ def of_engine(head: RequestHead, config: Config) -> RequestHead:
 def _parted(path: str, config: Config) -> tuple[str, str]:
     """The longest beginning that is a name, and the path that is left; all of it, if none is."""
     parts = path.split("/")
-    beginnings = [("/".join(parts[:end]), end) for end in range(min(len(parts), _MOST_PARTS), 0, -1)]
+    ends = range(min(len(parts), _MOST_PARTS), 0, -1)
+    beginnings = [(name, end) for end in ends if len(name := "/".join(parts[:end])) <= LONGEST]
     for name, end in beginnings:
         if same_name(name, config) is not None:
             return name, "/" + "/".join(parts[end:])

@@ -15,6 +15,8 @@ from router.api.errors import ApiError
 _STEP = 1 << 20
 _LONGEST_HEAD = 4096
 """Bytes of a part's head, or of a Content-Type."""
+_LONGEST_TEXT = 4096
+"""Bytes of a field that are read."""
 _MOST_PARTS = 1024
 """llama-server takes no more either."""
 
@@ -26,7 +28,7 @@ def is_form(content_type: bytes) -> bool:
 
 
 def text_fields(body: bytes | bytearray, content_type: bytes, names: Collection[str]) -> dict[str, str]:
-    """Those of these names. Of one that is there twice, the last counts. Raises ApiError."""
+    """Those of these names; of a long one the beginning. Of one that is there twice, the last. Raises ApiError."""
     fields: dict[str, str] = {}
     for number, part in enumerate(_parts(body, _boundary(content_type))):
         if number == _MOST_PARTS:
@@ -36,7 +38,8 @@ def text_fields(body: bytes | bytearray, content_type: bytes, names: Collection[
             told = BytesHeaderParser().parsebytes(head)
             name = told.get_param("name", header="content-disposition")
             if isinstance(name, str) and name in names and told.get_filename() is None:
-                fields[name] = body[part.content : part.end].decode("utf-8", "replace").strip()
+                text = body[part.content : min(part.end, part.content + _LONGEST_TEXT)]
+                fields[name] = text.decode("utf-8", "replace").strip()
     return fields
 
 

@@ -20,6 +20,7 @@ from typing import TypeVar
 from router import gguf
 from router.created import Created
 from router.gguf import GGUF, GGUFError
+from router.names import LONGEST
 from router.purpose import unserved
 
 SETTLE_SEC = 1.0
@@ -251,7 +252,7 @@ class Headers:
 
 def is_alias(text: str) -> bool:
     """Whether a model can be called so."""
-    return bool(text) and text.isprintable() and not any(map(str.isspace, text))
+    return 0 < len(text) <= LONGEST and text.isprintable() and not any(map(str.isspace, text))
 
 
 def is_projector(path: Path, header: GGUF) -> bool:

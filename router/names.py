@@ -7,11 +7,15 @@ take is meant.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
-from typing import Protocol
+from collections import defaultdict
+from collections.abc import Container, Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple, Protocol
 
 from router.quantizations import closeness
 
+LONGEST = 256
+"""Characters of a name. To look for a longer one, and for what is like it, would keep everybody waiting."""
 HUB_HOSTS = ("hf.co", "huggingface.co", "www.huggingface.co")
 _TAG = ":latest"
 """Of what has none."""
@@ -39,11 +43,30 @@ def candidates(name: str, names: Names) -> list[str]:
         return [same]
     if "/" not in local:
         return []
-    folded = untagged(local).casefold()
-    of_hub = [(_without_host(other).casefold(), other) for other in names if "/" in other]
-    if alike := [other for key, other in of_hub if key == folded]:
-        return alike if len(alike) == 1 else []
-    return [other for key, other in of_hub if key.startswith(f"{folded}:")]
+    folded, of_hub = untagged(local).casefold(), _of_hub(tuple(names))
+    if alike := of_hub.whole.get(folded):
+        return list(alike) if len(alike) == 1 else []
+    return list(of_hub.unquantized.get(folded, ()))
+
+
+class _OfHub(NamedTuple):
+    """Names that may be said in another case and without the hub's host, by how they then are."""
+
+    whole: Mapping[str, Sequence[str]]
+    unquantized: Mapping[str, Sequence[str]]
+
+
+@lru_cache(maxsize=4)
+def _of_hub(names: tuple[str, ...]) -> _OfHub:
+    whole, unquantized = defaultdict(list), defaultdict(list)
+    for name in names:
+        if "/" in name:
+            folded = _without_host(name).casefold()
+            whole[folded].append(name)
+            for place, character in enumerate(folded):
+                if character == ":":
+                    unquantized[folded[:place]].append(name)
+    return _OfHub(dict(whole), dict(unquantized))
 
 
 def _closeness(name: str) -> tuple[object, ...]:

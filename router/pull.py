@@ -77,7 +77,7 @@ def pull(
             raise PullFailed("no_cache", "there is no home for the Hugging Face cache: set HF_HOME")
         if alias is not None and not is_alias(alias):
             raise PullFailed(
-                "invalid_alias", f"{alias!r}: an alias is one or more printable characters without spaces"
+                "invalid_alias", f"{alias!r}: an alias is up to 256 printable characters without spaces"
             )
         _check_free(alias, taken or {})
         _Pull(parse(text, environ), progress, cache, environ, say, stop or threading.Event()).run(

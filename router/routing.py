@@ -18,7 +18,7 @@ from router.api.errors import ApiError
 from router.config import AliasConfig, Config, ModelConfig
 from router.forms import is_form, text_fields
 from router.messages import Refusal
-from router.names import meant
+from router.names import LONGEST, meant
 from router.near_names import near
 from router.queue import BY_NAME, NAMES, Priority
 from router.repository import BadReference, NotAllowed, permitted
@@ -80,7 +80,6 @@ _PRIORITIES = {
     **{name.encode(): priority for priority, name in NAMES.items()},
     **{str(priority.value).encode(): priority for priority in Priority},
 }
-_LONGEST_NAME = 256
 
 
 class Shape(NamedTuple):
@@ -182,6 +181,7 @@ def wish_of(
         model = named_by_nobody(config)
     if not isinstance(model, str):
         raise ApiError(400, "invalid_model", f"`model` must be a string, not {type(model).__name__}.", "model")
+    check_name(model)
     asked_as = config.aliases.get(model)
     known = config.models.get(model) if asked_as is None else None
     if known is None:
@@ -200,6 +200,14 @@ def wish_of(
     return Wish(known.alias, streams, priority, asked_as if asked_as is not None and asked_as.rewrites else None)
 
 
+def check_name(name: str) -> None:
+    """Before it is looked for. Raises ApiError 400."""
+    if len(name) > LONGEST:
+        said = f"this one, which begins {name[:40]!r}, has more"
+        message = f"The name of a model has at most {LONGEST} characters; {said}."
+        raise ApiError(400, "invalid_model", message, "model")
+
+
 def named_by_nobody(config: Config) -> str:
     """What a request means that names no model. Raises ApiError 400."""
     if config.default_model is None:
@@ -213,10 +221,12 @@ def model_of(name: str, config: Config) -> ModelConfig:
 
 
 def known_as(name: str, config: Config) -> str:
-    """What is called here as a client calls it: a model or an alias. Raises ApiError 404 naming what is there."""
+    """What is called here as a client calls it: a model or an alias. Raises ApiError 404 naming what is there, and
+    400."""
+    check_name(name)
     known = meant(name, config)
     if known is None:
-        raise ApiError(404, Refusal.MODEL_NOT_FOUND.value, _unknown_model(name[:_LONGEST_NAME], config), "model")
+        raise ApiError(404, Refusal.MODEL_NOT_FOUND.value, _unknown_model(name, config), "model")
     return known
 
 

@@ -23,7 +23,8 @@ ALL_DEPTHS = 1 << 30
 _STEP = 128 << 10
 _LONG = 512
 _BEGINNING = 260
-"""Bytes of a long string that stay, by which an image is told from another, and a name from one that may be."""
+"""Bytes of a long string that stay, by which an image is told from another. Where fewer do, what stands for the
+rest is longer: a name that is too long is so in the short form, too."""
 _DEEPEST = 200
 _APART = 64 << 10
 """What was taken out and is longer than this is sent from where it lies; what is shorter is copied."""
@@ -80,7 +81,11 @@ class Shortened:
                 plain = _PLAIN.match(self._document, begin, run.end)
                 begin = begin if plain is None else plain.end()
             kept += self._copied(at, begin)
-            kept.append((b"<%b-s%d>" if run.is_string else b'"<%b-v%d>"') % (self._name, len(self._taken)))
+            place = self._name, len(self._taken)
+            if run.is_string:
+                kept.append(b"<%b-s%d%b>" % (*place, b"-" * (run.begin + _BEGINNING - begin)))
+            else:
+                kept.append(b'"<%b-v%d>"' % place)
             self._taken.append(self._document[begin : run.end])
             at = run.end
         kept += self._copied(at, len(document))
@@ -91,7 +96,7 @@ class Shortened:
 
     def restored(self, text: bytes | bytearray) -> Pieces:
         """The long form of what was made of `text`."""
-        placeholder = re.compile(rb'(\\?)"<%b-v(\d+)>\\?"|<%b-s(\d+)>(?=(\\?))' % (self._name, self._name))
+        placeholder = re.compile(rb'(\\?)"<%b-v(\d+)>\\?"|<%b-s(\d+)-*>(?=(\\?))' % (self._name, self._name))
         view, pieces, at = memoryview(text), Pieces(), 0
         for found in placeholder.finditer(text):
             pieces.add(view[at : found.start()])

@@ -446,7 +446,7 @@ def test_everything_that_is_wrong_is_reported_at_once_with_its_path(tmp_path: Pa
         "did you mean qwen3-8b.gguf?",
         "config.json: models.qwem.flags[4]: -np needs a value",
         f"config.json: models.qwem.flags[2]: --port cannot be set: {flags.OWNED['port']}",
-        "config.json: models.x y: an alias is one or more printable characters without spaces",
+        "config.json: models.x y: an alias is up to 256 printable characters without spaces",
         "config.json: models.x y.model_path: is required, as no model was found that is called so",
         "config.json: models.x y.flags: should be a list: [-c, 8192, --jinja], not one line of text",
         "config.json: models.x y.params.ctx: unknown key; did you mean n_ctx?",
@@ -535,7 +535,7 @@ def test_nor_can_they_be_set_behind_its_back_by_variables(tmp_path: Path) -> Non
         ),
         (
             {"api": {"clients": {"a\x7f": {"key": "k"}}}},
-            "api.clients.a\x7f: a name is one or more printable characters without spaces",
+            "api.clients.a\x7f: a name is up to 256 printable characters without spaces",
         ),
         ({"system": {"base_port": "8" * 90}}, f'system.base_port: should be a valid integer, not "{"8" * 79}…'),
     ],

@@ -23,7 +23,7 @@ from router.creations import Creations
 from router.dispatcher import Dispatcher
 from router.downloads import MOST_AT_ONCE, Downloads, Pull, TooManyPulls
 from router.names import candidates, same_name
-from router.routing import some_of
+from router.routing import check_name, some_of
 
 router = APIRouter(tags=["management"])
 
@@ -79,6 +79,8 @@ async def pull_model(body: PullRequest, request: Request) -> Response:
 
 def begin(request: Request, model: str, alias: str | None, quantize: str | None = None) -> Pull:
     """Raises ApiError."""
+    for name in (model, alias or ""):
+        check_name(name)
     downloads: Downloads = request.app.state.downloads
     dispatcher: Dispatcher = request.app.state.dispatcher
     system = dispatcher.config.system
@@ -211,6 +213,7 @@ def _removable(name: str, creations: Creations, config: Config) -> str:
 
     What was created is gone for good: it has to be called by its name, not by what may stand for that.
     """
+    check_name(name)
     alike = [same] if (same := same_name(name, creations.records)) else candidates(name, config)
     if len(alike) > 1:
         raise ApiError(409, "name_taken", f"{name!r} may be {some_of(alike)}: say which is to go.", "model")
