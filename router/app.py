@@ -39,6 +39,7 @@ Reload = Callable[[], Awaitable[dict[str, Any]]]
 _OPERATORS_PAGES = ("/v1/logs/", "/v1/health/models", "/v1/models/pull", _BLOBS)
 """They quote what engines say, or tell of downloads and uploads."""
 
+_SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _READ_BY_POST = frozenset({"/api/show"})
 _PAGES = tuple(
     module.router
@@ -80,7 +81,8 @@ def create_app(
     async def application(scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
         try:
-            browsers.check_host(headers)
+            has_effect = scope["method"] not in _SAFE
+            browsers.check(scope["headers"], scope["http_version"], scope["path"], has_effect=has_effect)
         except ApiError as error:
             await _answer(scope["path"], error)(scope, receive, send)
             return
@@ -187,7 +189,7 @@ class _Doorkeeper:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
         if path not in OPEN_PATHS and not page.is_asked_for(scope):
-            reads = scope["method"] in ("GET", "HEAD") or path in _READ_BY_POST
+            reads = scope["method"] in _SAFE or path in _READ_BY_POST
             try:
                 self._keyring.check(scope["headers"], manages=not reads or path.startswith(_OPERATORS_PAGES))
             except ApiError as error:

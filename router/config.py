@@ -75,6 +75,18 @@ Keys = Annotated[tuple[Key, ...], Field(strict=False)]
 WebOrigin = Annotated[
     str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^/\s?#@:\[\]]+)(:([0-9]+|\*))?)$")
 ]
+HostName = Annotated[str, Field(pattern=r"^[^\s/:@?#]+$")]
+OLLAMAS_ORIGINS = (
+    *(f"{scheme}://{name}:*" for name in ("localhost", "127.0.0.1", "0.0.0.0") for scheme in ("http", "https")),  # noqa: S104
+    *(f"{scheme}://*" for scheme in ("app", "file", "tauri", "vscode-webview", "vscode-file")),
+)
+"""Those that Ollama allows without being told (envconfig/config.go), for what was written for it."""
+_OWN_ORIGINS = (
+    *OLLAMAS_ORIGINS,
+    *(f"{scheme}://{name}:*" for name in ("[::1]", "*.localhost") for scheme in ("http", "https")),
+    *(f"{scheme}://*" for scheme in ("chrome-extension", "moz-extension", "safari-web-extension")),
+)
+"""And others of what the user has started or installed here: no page of a site on the network has one of these."""
 _ARGUMENT_SCHEMA: dict[str, Any] = {"type": ["string", "number"]}
 Argument = Annotated[str, BeforeValidator(_as_argument), WithJsonSchema(_ARGUMENT_SCHEMA)]
 Arguments = Annotated[
@@ -137,10 +149,12 @@ class Api(Section):
         description="A second port to listen on, for clients that look for Ollama at 11434 and nowhere else.",
     )
     cors_origins: Annotated[tuple[WebOrigin, ...], Field(strict=False)] = Field(
-        default=("http://localhost:3000",),
-        description="Origins whose pages may call the router from a browser: scheme://host[:port] without a "
-        "path, where * in the host stands for any part of it and as the port for any; or * for all. On Ollama's "
-        "routes those that Ollama allows may, too.",
+        default=_OWN_ORIGINS,
+        description="Origins whose pages may call the router from a browser, as its own may: scheme://host[:port] "
+        "without a path, where * in the host stands for any part of it and as the port for any; or * for all. A "
+        "list takes the place of the default: pages of this machine, whatever their port, apps and extensions. On "
+        "Ollama's routes those that Ollama allows may in any case. To a router without keys, no other page may "
+        "send anything that has an effect.",
     )
     api_keys: Keys = Field(
         default=(),
@@ -155,11 +169,12 @@ class Api(Section):
         description="Who uses the models: by name, with a key and the priorities that go with it. Names stand in "
         "the log, the queue and the metrics.",
     )
-    allowed_hosts: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+    allowed_hosts: Annotated[tuple[HostName, ...], Field(strict=False)] = Field(
         default=(),
-        description="Further names in the Host header that a router on a loopback address answers to, such as a "
-        "reverse proxy's. Others, but for IP addresses, *.localhost and host.docker.internal, may be a web page "
-        "that has pointed its name at this machine.",
+        description="Further names in the Host header that a router without keys answers to, such as a reverse "
+        "proxy's or one in the DNS of your network; without a port, and * stands for any part. IP addresses, this "
+        "machine's own name, names without a dot, *.localhost and *.internal need not be listed. Others may be "
+        "those of web pages that have pointed their name at this machine.",
     )
     default_model: str | None = Field(
         default=None,

@@ -35,6 +35,8 @@ def explain(error: ErrorDetails, path: KeyPath) -> str:
             return "should be cpu or auto: which GPU it takes is decided by memory, or by --device in its flags"
         case "string_pattern_mismatch" if "cors_origins" in path:
             return "should be *, or like http://localhost:3000 or https://*.example.com, without a path"
+        case "string_pattern_mismatch" if "allowed_hosts" in path:
+            return "should be a name like gpubox.lan or *.example.com, without scheme and port"
     message = (
         error["msg"]
         .replace("Input should", "should")

@@ -66,13 +66,6 @@ class EngineExchange(Exchange):
 
     def _check_head(self) -> None:
         super()._check_head()
-        fields = self._head.fields
-        if (
-            b"origin" in fields
-            and self._head.method == b"POST"
-            and not fields.get(b"content-type", b"").startswith(b"application/json")
-        ):  # pages of any site may send forms and texts here without asking first
-            raise ApiError(415, "unsupported_type", "From a browser, send Content-Type: application/json.")
         looks = self._head.method == b"GET" and self._head.path in _LOOKS
         self._shared.keyring.check(self._head.headers, manages=not looks)
         if len(self._head.target) > _LONGEST_TARGET:

@@ -331,7 +331,7 @@ class Exchange:
         fields = self._head.fields
         if (origin := fields.get(b"origin")) is not None:
             self._lines = self._shared.browsers.origin_lines(origin, self._head.path)
-        self._shared.browsers.check_host(fields)
+        self._shared.browsers.check(self._head.headers, self._head.http_version, self._head.path, has_effect=True)
         self._client = self._shared.keyring.check(self._head.headers, manages=False)
         if fields.get(b"content-encoding", b"identity") != b"identity":
             raise ApiError(415, "unsupported_encoding", "Send the body without Content-Encoding.")

@@ -271,7 +271,7 @@ class _Service:
 
     async def run(self) -> None:
         downloads = Downloads(self.look_again)
-        browsers = Browsers(self._loaded.config.api)
+        browsers = Browsers(self._loaded.config.api, self._keyring)
         cards = Cards()
         app = create_app(self._dispatcher, self._keyring, browsers, self.reload, downloads, self._creations, cards)
         protocol = partial(HttpProtocol, Exchanges(self._dispatcher, self._keyring, browsers, cards))
@@ -301,6 +301,7 @@ class _Service:
         kept = [
             keep("health monitor", HealthMonitor(self._dispatcher).run),
             keep("word to systemd", lambda: self._notifier.keep_telling(self._status)),
+            keep("question for our own names", browsers.ask_for_own_names),
         ]
         if os.getpid() == 1:
             kept.append(keep("reaping of orphans", reap_orphans))

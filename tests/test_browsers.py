@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
 from pathlib import Path
 
 import pytest
 from conftest import Router, Start, models
 
+from router.api.auth import Keyring
 from router.api.browsers import Browsers
 from router.api.errors import ApiError
 from router.config import Api
@@ -20,8 +23,12 @@ PATTERNS = (
 )
 
 
+def browsers(api: Api) -> Browsers:
+    return Browsers(api, Keyring(api))
+
+
 def allows(origin: str, path: str = "/v1/models", origins: tuple[str, ...] = PATTERNS) -> bool:
-    lines = Browsers(Api(cors_origins=origins)).origin_lines(origin.encode(), path)
+    lines = browsers(Api(cors_origins=origins)).origin_lines(origin.encode(), path)
     return b"access-control-allow-origin" in lines
 
 
@@ -80,15 +87,27 @@ def test_on_ollamas_routes_ollamas_origins_may_call_too(origin: str) -> None:
     assert not allows("http://evil.page", "/api/chat", ())
 
 
-@pytest.mark.parametrize("host", ["192.168.1.5:8000", "[fe80::1]:8000", "10.0.0.1", "me.localhost:8000"])
-def test_who_calls_by_a_name_that_no_page_can_point_here_is_answered(host: str) -> None:
-    Browsers(Api()).check_host({b"host": host.encode()})
+@pytest.mark.parametrize(
+    ("name", "domain", "told"),
+    [("gpubox", "gpubox.lan", {"gpubox", "gpubox.local", "gpubox.lan"}), ("a.b", "", {"a.b", "a.local"})],
+)
+def test_a_machine_is_called_by_its_names_when_those_are_known(
+    monkeypatch: pytest.MonkeyPatch, name: str, domain: str, told: set[str]
+) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: name)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, f"{domain}.", ()), (0, 0, 0, "", ())])
+    here = browsers(Api())
 
+    def is_answered(host: str) -> bool:
+        try:
+            here.check([(b"host", host.encode())], "1.1", "/live", has_effect=False)
+        except ApiError:
+            return False
+        return True
 
-@pytest.mark.parametrize("host", ["evil.page", "1.2.3.4.evil.page", "localhost.evil.page", "127.0.0.1.nip.io", ""])
-def test_who_calls_by_a_name_that_a_page_may_have_pointed_here_is_not(host: str) -> None:
-    with pytest.raises(ApiError):
-        Browsers(Api()).check_host({b"host": host.encode()})
+    assert is_answered(domain or "a.lan") is False
+    asyncio.run(here.ask_for_own_names())
+    assert {host for host in (*told, "other.lan", "other.local") if is_answered(host)} == told
 
 
 @pytest.fixture(scope="module")

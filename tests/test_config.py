@@ -92,7 +92,8 @@ def test_the_names_and_defaults_of_earlier_routers_are_kept() -> None:
     }
     system = Config().system.model_dump()
     assert {key: system[key] for key in seed} == seed
-    assert (Config().api.port, Config().api.cors_origins) == (8000, ("http://localhost:3000",))
+    assert Config().api.port == 8000
+    assert "http://localhost:*" in Config().api.cors_origins
 
 
 def test_it_listens_on_this_machine_only_unless_told_otherwise(tmp_path: Path) -> None:

@@ -529,13 +529,6 @@ def test_a_person_who_opens_the_root_is_told_where_they_are(router: Router) -> N
     assert "llama-router" in page.text
 
 
-def test_no_page_of_another_site_starts_a_pull(router: Router) -> None:
-    headers = {"Origin": "https://evil.example", "Content-Type": "text/plain"}
-    answer = router.http.post("/api/pull", content='{"model": "hf.co/some/model"}', headers=headers)
-    assert answer.status_code == 415
-    assert router.http.get("/v1/models/pull").json() == {"pulls": []}
-
-
 def test_ollamas_requests_are_counted_with_their_routes(start: Start, tiny: Path) -> None:
     router = start({"models": models(tiny, "tiny")})
     client = httpx.Client(base_url=router.url, headers={"X-Request-Priority": "low"})

@@ -1,27 +1,48 @@
 """What pages in a browser may do here: by which names they may call the router, and from which origins.
 
+A browser lets pages of any site send requests to a machine that perhaps only this one reaches, and keeps no more
+than the answers from them. So who presents no key is asked where he comes from: `Host` must be a name that no such
+page can have pointed here, and where a request has an effect, the origin of its page must be the router's own, or
+allowed. What sends no Origin, such as curl and the SDKs, is no page. With keys set nothing of this is asked: no
+browser adds one by itself, as it does cookies. A page that sends one was trusted with it; others get nothing.
+
 Every request passes by here, those of the data plane too; where no browser sent it, that costs next to nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import re
-from collections.abc import Iterable, Mapping
+import socket
+from collections.abc import Iterable, Mapping, Sequence
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from router.api.auth import Keyring
 from router.api.errors import ApiError
-from router.config import Api
+from router.config import OLLAMAS_ORIGINS, Api
+from router.readings import apart
 
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_OF_THIS_MACHINE = "host.docker.internal"
-"""What containers call the machine that they run on. Public name servers know no such name."""
+_ONE_HOST = "Name the router in a Host header, and in one only."
 _UNKNOWN_HOST = (
-    "This router listens for this machine only, and does not know the name in your Host header. "
-    "Add it to api.allowed_hosts if it is yours."
+    "This router does not answer to the name {0!r} in the Host header, as any web page can point a name here. If "
+    "it is yours, add {0!r} to api.allowed_hosts in the configuration and restart the router; or call it by its "
+    "IP address, or set api.api_keys."
 )
+_FOREIGN_PAGE = (
+    "Pages of {0!r} may not use this router. If they are yours, add {0!r} to api.cors_origins in the "
+    "configuration and restart the router."
+)
+_NAMELESS_PAGE = (
+    "A page without an origin of its own, such as a file or a sandboxed frame, may not use this router. Serve it "
+    "from http://localhost, or set api.api_keys and have it send one."
+)
+_FOREIGN_LINK = (
+    "Links, pictures and frames of another site may not do this. If you have followed a link: enter its address."
+)
+_LONGEST_NAME = 253
 
 
 _EXPOSED = (
@@ -36,31 +57,55 @@ _EXPOSED = (
     "Retry-After",
     "X-Should-Retry",
 )
-_OLLAMAS_ORIGINS = (
-    *(f"{scheme}://{name}:*" for name in ("localhost", "127.0.0.1", "0.0.0.0") for scheme in ("http", "https")),  # noqa: S104
-    *(f"{scheme}://*" for scheme in ("app", "file", "tauri", "vscode-webview", "vscode-file")),
-)
-"""Those that Ollama allows without being told (envconfig/config.go), for what was written for it."""
 _OLLAMAS_ROUTES = "/api/"
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
 
 
 class Browsers:
-    """The configured names and origins."""
+    """The configured names and origins, and whether keys keep the rest out."""
 
-    def __init__(self, api: Api) -> None:
-        self._hosts = _answered_hosts(api)
+    def __init__(self, api: Api, keyring: Keyring) -> None:
+        self._keyring = keyring
+        self._hosts = _any_of(map(_host_expression, api.allowed_hosts))
+        self._own = _names_of_this_machine(asks=False)
         self._all_may = "*" in api.cors_origins
         self._configured = _matching(api.cors_origins)
-        self._ollamas = _matching((*api.cors_origins, *_OLLAMAS_ORIGINS))
+        self._ollamas = _matching((*api.cors_origins, *OLLAMAS_ORIGINS))
 
-    def check_host(self, headers: Mapping[bytes, bytes]) -> None:
-        """Raises ApiError 403."""
-        if not self._hosts:
+    async def ask_for_own_names(self) -> None:
+        """The name with its domain, which name servers may have to tell, and may take their time for."""
+        self._own = await apart(lambda: _names_of_this_machine(asks=True))
+
+    def check(self, headers: Sequence[tuple[bytes, bytes]], version: str, path: str, *, has_effect: bool) -> None:
+        """Raises ApiError: 400 without just one Host (HTTP/1.0 may have none), 403 for foreign names and pages."""
+        hosts = [value.decode("latin-1").strip().lower() for name, value in headers if name == b"host"]
+        if len(hosts) > 1 or (version != "1.0" and not any(hosts)):
+            raise ApiError(400, "invalid_request", _ONE_HOST)
+        if self._keyring.required:
             return
-        host = _without_port(headers.get(b"host", b"localhost"))
-        if host not in self._hosts and not _cannot_be_rebound(host):
-            raise ApiError(403, "unknown_host", _UNKNOWN_HOST)
+        host = hosts[0] if hosts else "localhost"
+        name = _without_port(host)
+        if not (_cannot_be_rebound(name) or name in self._own or self._hosts.fullmatch(name)):
+            raise ApiError(403, "unknown_host", _UNKNOWN_HOST.format(name[:_LONGEST_NAME]))
+        if has_effect:
+            self._check_page(dict(headers), host, path)
+
+    def _check_page(self, fields: Mapping[bytes, bytes], host: str, path: str) -> None:
+        """Raises ApiError 403.
+
+        Sec-Fetch-Site, which browsers send over TLS or to this machine only, knows our own page behind a proxy
+        that has changed Host, and links and pictures, which have no Origin.
+        """
+        site = fields.get(b"sec-fetch-site")
+        if site == b"same-origin" or self._all_may:
+            return
+        origin = fields.get(b"origin", b"").decode("latin-1").lower()
+        if not origin:
+            if site == b"cross-site":
+                raise ApiError(403, "unknown_origin", _FOREIGN_LINK)
+        elif not (_is_at(origin, host) or self._allowed(path).fullmatch(origin)):
+            foreign = _NAMELESS_PAGE if origin == "null" else _FOREIGN_PAGE.format(origin[:_LONGEST_NAME])
+            raise ApiError(403, "unknown_origin", foreign)
 
     def cross_origin(self, app: ASGIApp) -> ASGIApp:
         """`app`, for requests with an Origin header."""
@@ -97,7 +142,11 @@ class Browsers:
 
 def _matching(origins: Iterable[str]) -> re.Pattern[str]:
     """What an origin must match in full to be one of these, as `api.cors_origins` has them, but for `*`."""
-    return re.compile("|".join(_expression(origin) for origin in origins if origin != "*") or "(?!)")
+    return _any_of(_expression(origin) for origin in origins if origin != "*")
+
+
+def _any_of(expressions: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(expressions) or "(?!)")
 
 
 def _expression(origin: str) -> str:
@@ -113,29 +162,48 @@ def _expression(origin: str) -> str:
     return f"{re.escape(scheme)}://" + re.escape(host).replace(r"\*", "[^/:]*") + wanted
 
 
-def _answered_hosts(api: Api) -> frozenset[bytes]:
-    """On a loopback address: the names that mean it. Else nobody can tell, and the set is empty.
+def _is_at(origin: str, host: str) -> bool:
+    """Whether a page of this origin was got from what is called so in `Host`; a proxy may have taken TLS off."""
+    scheme, _, place = origin.partition("://")
+    port = _DEFAULT_PORTS.get(scheme)
+    return port is not None and _with_port(place, port) == _with_port(host, port)
 
-    A page that has pointed its own name at 127.0.0.1 (DNS rebinding) shares its origin with what listens there,
-    so that no rule of the browser keeps it out; but its name is in the Host header.
+
+def _with_port(place: str, port: str) -> str:
+    return place if place.rpartition(":")[2].isdecimal() else f"{place.rstrip(':')}:{port}"
+
+
+def _host_expression(name: str) -> str:
+    """`*` is any part of it, or all."""
+    return re.escape(name.lower()).replace(r"\*", ".*")
+
+
+def _cannot_be_rebound(name: str) -> bool:
+    """Whether no page can have pointed this at us.
+
+    An address is no name. One without a dot is known in this network only, as that of a container is: public
+    name servers have none. Nor will they ever have one under .localhost or .internal (RFC 6761; ICANN, 2024).
     """
-    if api.host not in _LOOPBACK:
-        return frozenset()
-    return frozenset(name.lower().encode() for name in (*_LOOPBACK, _OF_THIS_MACHINE, *api.allowed_hosts))
-
-
-def _cannot_be_rebound(host: bytes) -> bool:
-    """Whether no page can have pointed this at us: an address is no name, and .localhost asks no name server."""
-    if host.endswith(b".localhost"):
+    if name.endswith((".localhost", ".internal")) or not ("." in name or ":" in name):
         return True
     try:
-        ipaddress.ip_address(host.decode("latin-1"))
+        ipaddress.ip_address(name)
     except ValueError:
         return False
     return True
 
 
-def _without_port(host: bytes) -> bytes:
-    if host.startswith(b"["):
-        return host[1:].partition(b"]")[0]
-    return host.partition(b":")[0].lower()
+def _without_port(host: str) -> str:
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    return name.rstrip(".")
+
+
+def _names_of_this_machine(*, asks: bool) -> frozenset[str]:
+    """Its own, and as others find it by mDNS; and with its domain, if who knows may be asked."""
+    name = socket.gethostname().lower()
+    names = {name, f"{name.partition('.')[0]}.local"}
+    if asks:
+        with contextlib.suppress(OSError, UnicodeError):
+            found = socket.getaddrinfo(name, None, flags=socket.AI_CANONNAME)
+            names |= {canonical.lower().rstrip(".") for *_, canonical, _ in found if canonical}
+    return frozenset(names)

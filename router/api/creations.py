@@ -106,7 +106,7 @@ class _Basis:
 # --- models ---------------------------------------------------------------------------------------------
 
 _BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}}
-_ERRORS: dict[int | str, dict[str, Any]] = {409: {}, 415: {}, 500: {}, 501: {}}
+_ERRORS: dict[int | str, dict[str, Any]] = {409: {}, 500: {}, 501: {}}
 
 
 @router.post("/api/create", response_model=None, openapi_extra=_BODY, responses=_ERRORS)
@@ -280,13 +280,10 @@ async def has_blob(digest: str, request: Request) -> Response:
     response_model=None,
     status_code=201,
     openapi_extra={"requestBody": {"required": True, "content": {"application/octet-stream": {}}}},
-    responses={200: {"description": "It is here already."}, 415: {}, 500: {}, 501: {}},
+    responses={200: {"description": "It is here already."}, 500: {}, 501: {}},
 )
 async def send_blob(digest: str, request: Request) -> Response:
     """Take a file in, if it is what its digest says."""
-    if "origin" in request.headers and request.headers.get("content-type") != "application/octet-stream":
-        # Pages of any site may send forms and texts here without asking first.
-        raise ApiError(415, "unsupported_type", "From a browser, send Content-Type: application/octet-stream.")
     blobs, digits = _store(_creations(request)), _digest(digest)
     if await asyncio.to_thread(blobs.has, digits):
         return Response(status_code=200)

@@ -59,7 +59,7 @@ def _as_an_earlier_host(card: dict[str, Any], request: Request) -> dict[str, Any
     }
 
 
-@router.post("/models/load", openapi_extra=_BODY, responses={415: {}})
+@router.post("/models/load", openapi_extra=_BODY)
 async def load(request: Request) -> dict[str, bool]:
     """Load a model; answers at once."""
     dispatcher: Dispatcher = request.app.state.dispatcher
@@ -70,7 +70,7 @@ async def load(request: Request) -> dict[str, bool]:
     return {"success": True}
 
 
-@router.post("/models/unload", openapi_extra=_BODY, responses={415: {}})
+@router.post("/models/unload", openapi_extra=_BODY)
 async def unload(request: Request) -> dict[str, bool]:
     """Unload a model once its requests in flight are answered; answers at once."""
     dispatcher: Dispatcher = request.app.state.dispatcher

@@ -93,7 +93,7 @@ async def running(request: Request) -> dict[str, Any]:
     return {"models": sorted(entries, key=lambda entry: str(entry["expires_at"]), reverse=True)}
 
 
-@router.post("/api/show", openapi_extra=_BODY, responses={415: {}, 500: {}})
+@router.post("/api/show", openapi_extra=_BODY, responses={500: {}})
 async def show(request: Request) -> dict[str, Any]:
     """One model: what its file says of it, and what its name adds to that."""
     asked = await _named(request)
@@ -108,7 +108,7 @@ async def show(request: Request) -> dict[str, Any]:
         raise ApiError(500, "model_failed", f"{known.name!r} cannot be read: {error}") from None
 
 
-@router.post("/api/pull", response_model=None, openapi_extra=_BODY, responses={409: {}, 415: {}, 429: {}, 500: {}})
+@router.post("/api/pull", response_model=None, openapi_extra=_BODY, responses={409: {}, 429: {}, 500: {}})
 async def pull(request: Request) -> Response:
     """Pull a model from the Hugging Face hub, or join the pull that does so already."""
     asked = await _named(request)
@@ -122,9 +122,7 @@ async def pull(request: Request) -> Response:
     return JSONResponse({"status": "success"})
 
 
-@router.delete(
-    "/api/delete", response_model=None, openapi_extra=_BODY, responses={404: {}, 409: {}, 415: {}, 500: {}}
-)
+@router.delete("/api/delete", response_model=None, openapi_extra=_BODY, responses={404: {}, 409: {}, 500: {}})
 async def delete(request: Request) -> Response:
     """Remove a pulled or created model and the files that are only its own."""
     asked = await _named(request)
@@ -148,10 +146,6 @@ async def _named(request: Request) -> _Named:
 
 async def read_body(request: Request, kind: type[_T]) -> _T:
     """Of whatever type it says to be: `curl -d` sends a form. Raises ApiError 400."""
-    content_type = request.headers.get("content-type", "")
-    if "origin" in request.headers and not content_type.startswith("application/json"):
-        # Pages of any site may send forms and texts here without asking first.
-        raise ApiError(415, "unsupported_type", "From a browser, send Content-Type: application/json.")
     try:
         return msgspec.json.decode(await request.body(), type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

@@ -21,7 +21,7 @@ from router.routing import TRANSLATED_ROUTES
 _ERRORS = {
     400: "Something is wrong with the request; `message` says what.",
     401: "An API key is needed, or the one given is not valid.",
-    403: "The API key may not do this, or the Host header names nobody here.",
+    403: "The API key may not do this, or the Host header names nobody here, or a foreign web page asks.",
     404: "There is no such model, or no such route.",
     409: "Another model has the name or needs this one, or the pull was cancelled.",
     413: "The body is too large.",
@@ -91,7 +91,7 @@ def _complete_page(path: str, method: str, operation: dict[str, Any]) -> None:
         answers["200"]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
     if path in OPEN_PATHS:
         operation["security"] = []
-        answers["403"] = _error(403, path)
+        answers |= {"400": _error(400, path), "403": _error(403, path)}
         if path != "/live":
             answers["503"] = {**answers["200"], "description": "Not now."}
         return
