@@ -128,29 +128,29 @@ class Accountant:
     # --- before a start ---------------------------------------------------------------------------------
 
     async def inspect(self, model: ModelConfig, system: System) -> Inspected:
-        """Where it could live, by what is free now."""
+        """Where it could live, by what is free now. Raises Unusable."""
         try:
             await self.look()
             look = partial(self._look_at, model, system, self._ground(), bool(self._scheduler.engines))
             found = await self.looks.take(look, model.model_path.parent)
-        except Unusable as unusable:
-            problem = str(unusable)
+        except Unusable:
+            raise
         except FolderHangs:
-            problem = f"{model.model_path} could not be looked at within {self.looks.limit_sec:g} s"
+            what = f"could not be looked at within {self.looks.limit_sec:g} s"
+            raise Unusable(f"{model.model_path} {what}", f"its file {what}") from None
         except Exception as error:  # whatever it is, the model must not wait for ever
             _log.exception("looking at %s failed", model.model_path)
-            problem = f"{model.model_path} cannot be looked at: {error!r}"
-        else:
-            self._found.setdefault(model.alias, deque(maxlen=_REMEMBERED)).appendleft(found.alternatives)
-            return Inspected(
-                time.monotonic(),
-                model.alias,
-                tuple(one.placement for one in found.alternatives),
-                need=found.alternatives[0].need,
-                expected_load_sec=found.expected_load_sec,
-                advice=found.advice,
-            )
-        return Inspected(time.monotonic(), model.alias, problem=problem)
+            reason = f"{model.model_path} cannot be looked at: {error!r}"
+            raise Unusable(reason, "its file cannot be looked at") from error
+        self._found.setdefault(model.alias, deque(maxlen=_REMEMBERED)).appendleft(found.alternatives)
+        return Inspected(
+            time.monotonic(),
+            model.alias,
+            tuple(one.placement for one in found.alternatives),
+            need=found.alternatives[0].need,
+            expected_load_sec=found.expected_load_sec,
+            advice=found.advice,
+        )
 
     def _look_at(self, model: ModelConfig, system: System, ground: Ground, beside_others: bool) -> Inspection:
         """Blocks for as long as its disk does not answer."""
@@ -186,7 +186,7 @@ class Accountant:
             f"{', '.join(gone)} {'is' if len(gone) == 1 else 'are'} gone" if gone else ""
         )
         if problem:
-            raise EngineFailed(problem)
+            raise EngineFailed(problem, problem)
         age_sec = self._devices.last.age_sec
         if gpus and age_sec > _OLD_SEC:
             _log.warning(

@@ -191,7 +191,8 @@ class _Doorkeeper:
         if path not in OPEN_PATHS and not page.is_asked_for(scope):
             reads = scope["method"] in _SAFE or path in _READ_BY_POST
             try:
-                self._keyring.check(scope["headers"], manages=not reads or path.startswith(_OPERATORS_PAGES))
+                manages = not reads or path.startswith(_OPERATORS_PAGES)
+                scope["state"]["client"] = self._keyring.check(scope["headers"], manages=manages)
             except ApiError as error:
                 await _answer(path, error)(scope, receive, send)
                 return

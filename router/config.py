@@ -655,7 +655,12 @@ class AliasConfig:
     @property
     def rewrites(self) -> bool:
         """Whether a request's body is changed at all."""
-        return bool(self.defaults or self.forced or self.removed or self.system_prompt or self.messages)
+        return bool(self.defaults or self.forced or self.removed or self.speaks)
+
+    @property
+    def speaks(self) -> bool:
+        """Whether something is said before what the client says."""
+        return bool(self.system_prompt or self.messages)
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,8 +67,10 @@ from router.messages import (
 )
 from router.queue import Priority, Request
 from router.readings import apart
+from router.reasons import Reason, Reasons
 from router.residency import Model
 from router.scheduler import Scheduler
+from router.sizing import Unusable
 from router.upstream import EnginePool
 from router.waiting import why
 
@@ -235,6 +237,7 @@ class Dispatcher:
         self._started_sec = time.monotonic()
         self.counts: dict[str, Counts] = defaultdict(Counts)
         self.exits: dict[str, LastExit] = {}
+        self._reasons = Reasons()
         self.crashes: dict[str, int] = defaultdict(int)
         self.restarts: dict[str, int] = defaultdict(int)
         """Engines that were started because the one before had died."""
@@ -392,6 +395,10 @@ class Dispatcher:
             client=self._tickets[waiting.id].client,
         )
 
+    def in_full(self, alias: str, text: str) -> str:
+        """What is told of a model, for who runs the router: with paths, and what engines have said."""
+        return self._reasons.in_full(alias, text)
+
     # --- operators --------------------------------------------------------------------------------------
 
     def ask_to_load(self, alias: str) -> str | None:
@@ -534,8 +541,9 @@ class Dispatcher:
                 for waiter in (*self._changes.pop(alias, ()), *self._changes.pop("", ())):
                     if not waiter.done():
                         waiter.set_result(None)
-                self._log_change(alias, state, reason)
-                self.events.publish(ModelChanged(alias, state, reason, time.time()))
+                full = self.in_full(alias, reason)
+                self._log_change(alias, state, full)
+                self.events.publish(ModelChanged(alias, state, full, time.time(), reason))
 
     def _log_change(self, alias: str, state: str, reason: str) -> None:
         model = self.scheduler.models.get(alias)
@@ -574,14 +582,20 @@ class Dispatcher:
         while model != self.config.models.get(alias):
             model = self.config.models.get(alias)
             system = self.config.system
-            answer = await self._accountant.inspect(model, system) if model is not None else None
+            try:
+                answer = await self._accountant.inspect(model, system) if model is not None else None
+            except Unusable as unusable:
+                told = f"{alias!r}: {unusable.reason.told}"
+                self._reasons.note(alias, Reason(unusable.reason.full, told))
+                answer = Inspected(time.monotonic(), alias, problem=told)
         if answer is not None:
             self._post(answer)
 
     async def _live(self, account: Account, model: ModelConfig) -> None:
         """An engine from its start to its end. Whatever happens, its exit is reported."""
         engine_id = account.engine_id
-        reason = f"the router failed to watch it; {_SEE_LOG}"
+        unwatched = f"the router failed to watch it; {_SEE_LOG}"
+        reason = Reason(unwatched, unwatched)
         before = self.exits.get(model.alias)
         self.restarts[model.alias] += before is not None and not before.wanted
         running: RunningEngine | None = None
@@ -604,7 +618,7 @@ class Dispatcher:
             self._spawn(self._ask_what_it_has(running), f"question to the engine of {model.alias}")
             reason = await process.exited
         except EngineFailed as failed:
-            reason = str(failed)
+            reason = failed.reason
             ended_itself = running is not None and not running.process.alive
         except Exception:
             _log.exception("the engine of %s cannot be watched", model.alias)
@@ -613,19 +627,21 @@ class Dispatcher:
                 await running.process.stop()
             self._post(EngineLost(time.monotonic(), engine_id))
             wanted = engine_id in self._stopping
-            self.exits[model.alias] = _exit_of(running, reason, wanted)
+            self._reasons.note(model.alias, reason)
+            self.exits[model.alias] = _exit_of(running, reason.full, wanted)
             retry = running.process.retry if running is not None and running.ready_sec is None else Retry.LATER
             self.crashes[model.alias] += not wanted and retry is not Retry.AT_ONCE
             cause = self._cause_of_end(engine_id, running, wanted=wanted)
-            self.events.publish(EngineEnded(model.alias, cause, wanted, reason, time.time()))
+            self.events.publish(EngineEnded(model.alias, cause, wanted, reason.full, time.time()))
             self._stopping.discard(engine_id)
             if running is not None:
                 running.pool.close_idle()
                 del self.running[engine_id]
-            reason, out_of_memory = await self._look_for_memory(account, model, running, reason, wanted=wanted)
-            if ended_itself and not wanted and not out_of_memory and retry is Retry.LATER:
-                retry = self._without_projector(model, reason)
-            self._post(EngineExited(time.monotonic(), engine_id, reason, out_of_memory, retry))
+            advice = await self._look_for_memory(account, model, running, wanted=wanted)
+            if ended_itself and not wanted and advice is None and retry is Retry.LATER:
+                retry = self._without_projector(model, reason.full)
+            told = f"{reason.told}; {advice}" if advice else reason.told
+            self._post(EngineExited(time.monotonic(), engine_id, told, advice is not None, retry))
 
     def _without_projector(self, model: ModelConfig, reason: str) -> Retry:
         """When to try again after a load that failed: at once, without its projector, if nobody has named that."""
@@ -645,9 +661,9 @@ class Dispatcher:
         return model.without_projector() if failed is not None and failed == model.revision else model
 
     async def _look_for_memory(
-        self, account: Account, model: ModelConfig, running: RunningEngine | None, reason: str, *, wanted: bool
-    ) -> tuple[str, bool]:
-        """Why it really ended, and whether it was for want of memory. Returns when what it held is back."""
+        self, account: Account, model: ModelConfig, running: RunningEngine | None, *, wanted: bool
+    ) -> str | None:
+        """What helps, or an empty text, if it ended for want of memory. Returns when what it held is back."""
         advice = None
         try:
             if running is not None and not wanted:
@@ -660,7 +676,7 @@ class Dispatcher:
             await self._accountant.close(account)
         except Exception:
             _log.exception("whether the memory of the engine of %s is back could not be found out", model.alias)
-        return (f"{reason}; {advice}" if advice else reason), advice is not None
+        return advice
 
     def _cause_of_end(self, engine_id: int, running: RunningEngine | None, *, wanted: bool) -> str:
         engine = self.scheduler.engines.get(engine_id)
@@ -712,7 +728,7 @@ class Dispatcher:
         try:
             flags = await apart(lambda: self._accountant.kind.in_its_words(written, {**os.environ, **env}))
         except FlagError as error:
-            raise EngineFailed(f"its flags: {error.message}") from error
+            raise EngineFailed(f"its flags: {error.message}", "its flags are wrong") from error
         system = self.config.system
         limit = system.timeout_warmup_sec if model.alias in self._preloading else system.wait_ready_sec
         return EngineOrder(

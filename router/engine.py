@@ -36,6 +36,7 @@ from router.flags import OWNED_VARIABLES
 from router.host import oom_kills, resident_bytes
 from router.messages import Retry
 from router.platforms import PIPE_BYTES, exit_code, is_foreign, log_pipe, signal_group, spawn
+from router.reasons import Problem, Reason
 
 KEY_VARIABLE = "LLAMA_API_KEY"
 _STATE_PREFIX = b"cmd_child_to_router:state:"
@@ -73,8 +74,8 @@ _LONGEST_LINE = 16 * 1024
 _LONGEST_MESSAGE = 1 << 20
 
 
-class EngineFailed(Exception):
-    """The engine did not become ready. The message says why, for people."""
+class EngineFailed(Problem):
+    """The engine did not become ready."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +213,7 @@ class EngineProcess:
         self._stderr = stderr
         self._drain_timer = self._loop.call_later(_DRAIN_SEC[0], self._drain)
         self._drain_sec = _DRAIN_SEC[0]
-        self.exited: asyncio.Task[str] = asyncio.create_task(self._wait(), name=f"exit of {order.alias}")
+        self.exited: asyncio.Task[Reason] = asyncio.create_task(self._wait(), name=f"exit of {order.alias}")
 
     @classmethod
     async def start(cls, order: EngineOrder, port: int, log: LogRing, unix_socket: Path | None) -> EngineProcess:
@@ -231,7 +232,7 @@ class EngineProcess:
             process = spawn(argv, env, stderr_of_child)
         except (OSError, ValueError) as error:
             os.close(stderr)
-            raise EngineFailed(f"{order.argv[0]} cannot be run: {error}") from error
+            raise EngineFailed(f"{order.argv[0]} cannot be run: {error}", "the engine cannot be run") from error
         finally:
             os.close(stderr_of_child)
         return cls(order, port, process, key, log, stderr, unix_socket)
@@ -261,7 +262,7 @@ class EngineProcess:
         try:
             await asyncio.wait({said, polled, watched, self.exited}, return_when=asyncio.FIRST_COMPLETED)
             if self.exited.done():
-                raise EngineFailed(self.exited.result())
+                raise EngineFailed(*self.exited.result())
             if not (said.done() or polled.done()):
                 watched.result()
         finally:
@@ -302,7 +303,7 @@ class EngineProcess:
             self._killed_because = self._killed_because or reason
             signal_group(self.pid, signal.SIGKILL)
 
-    async def _wait(self) -> str:
+    async def _wait(self) -> Reason:
         code = await exit_code(self._process)
         await asyncio.wait({self._messages}, timeout=0.5)  # a grandchild may hold the pipe open
         self._messages.cancel()
@@ -318,11 +319,14 @@ class EngineProcess:
         was_killed = code in (-signal.SIGKILL, 128 + signal.SIGKILL)  # by itself, or behind a shell
         self.out_of_memory = was_killed and not self._killed_because and oom_kills() != self._oom_kills
         if code in (126, 127) and is_foreign(self.order.argv[0]):  # a shell has tried to make sense of it
-            return f"{self.order.argv[0]} cannot be run: Exec format error (it is built for another processor)"
+            what = "cannot be run: Exec format error (it is built for another processor)"
+            return Reason(f"{self.order.argv[0]} {what}", f"the engine {what}")
         if code > 0:
             self.retry = _retry_after(self.log.since(self._log_begin))
         self.was_killed = bool(self._killed_because) and code == -signal.SIGKILL  # else it was gone before
-        return self._killed_because if self.was_killed else self._describe_exit(code)
+        if self.was_killed:
+            return Reason(self._killed_because, self._killed_because)
+        return self._describe_exit(code)
 
     def _signs(self) -> str:
         """What there was of it before it was given up."""
@@ -332,7 +336,7 @@ class EngineProcess:
             return words
         return f"its port answers {_KEPT_PATH} without the key, too ({status}): that is no llama-server; {words}"
 
-    def _describe_exit(self, code: int) -> str:
+    def _describe_exit(self, code: int) -> Reason:
         if self.out_of_memory:
             reason = "killed by the kernel: the memory ran out"
         elif code >= 0:
@@ -342,7 +346,7 @@ class EngineProcess:
             if code == -signal.SIGKILL and self._oom_kills is None:
                 reason += " (out of memory?)"
         said = self.log.complaints(self._log_begin)
-        return f"{reason}: {said}" if said and code not in (0, -signal.SIGTERM) else reason
+        return Reason(f"{reason}: {said}" if said and code not in (0, -signal.SIGTERM) else reason, reason)
 
     async def _read_messages(self) -> None:
         """Standard output: state messages in child mode, log lines in builds that do not know it."""
@@ -469,9 +473,11 @@ class EngineProcess:
                 resident = grown
                 self._last_sign = now
             if now - self._last_sign > order.load_stall_sec:
-                raise EngineFailed(f"loading stood still for {order.load_stall_sec:g} s; {self._signs()}")
+                told = f"loading stood still for {order.load_stall_sec:g} s"
+                raise EngineFailed(f"{told}; {self._signs()}", told)
             if order.load_limit_sec is not None and now - self.started > order.load_limit_sec:
-                raise EngineFailed(f"not ready after {order.load_limit_sec:g} s; {self._signs()}")
+                told = f"not ready after {order.load_limit_sec:g} s"
+                raise EngineFailed(f"{told}; {self._signs()}", told)
 
 
 def _retry_after(log: Iterable[str]) -> Retry:

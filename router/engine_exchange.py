@@ -10,13 +10,14 @@ from __future__ import annotations
 import copy
 from urllib.parse import quote
 
+from router.api.engines import for_clients
 from router.api.errors import ApiError
 from router.config import Config
 from router.exchange import Exchange
 from router.heads import RequestHead
 from router.names import LONGEST, meant, same_name
 from router.routing import Wish, wish_of
-from router.upstream import Body
+from router.upstream import Body, Head
 
 _PREFIX = "/upstream/"
 _METHODS = frozenset({b"GET", b"POST", b"PUT", b"DELETE"})
@@ -24,6 +25,7 @@ _LOOKS = frozenset(
     {"/", "/health", "/v1/health", "/props", "/slots", "/metrics", "/lora-adapters", "/models", "/v1/models"}
 )
 """That change nothing when they are read."""
+_TELL_OF_THE_MACHINE = frozenset({"/props", "/slots", "/lora-adapters", "/models", "/v1/models"})
 _MOST_PARTS = 8
 """Of a name, that are looked at."""
 _LONGEST_TARGET = 4096
@@ -86,6 +88,22 @@ class EngineExchange(Exchange):
         target, lines = super()._asked_of_engine()
         encodings = self._head.fields.get(b"accept-encoding")
         return target, lines if encodings is None else b"%baccept-encoding: %b\r\n" % (lines, encodings)
+
+    def _is_for_less(self, head: Head) -> bool:
+        """Whether its client must not see all of what the engine says there."""
+        return self._client is not None and head.status < 400 and self._head.path in _TELL_OF_THE_MACHINE
+
+    def _is_read_whole(self, head: Head) -> bool:
+        return self._is_for_less(head) or super()._is_read_whole(head)
+
+    def _answer_whole(self, head: Head, body: bytes) -> None:
+        if self._is_for_less(head):
+            try:
+                body = for_clients(body)
+            except ApiError as error:
+                self._fail(error)
+                return
+        super()._answer_whole(head, body)
 
     def _route(self) -> str:
         return _PREFIX.rstrip("/")

@@ -33,6 +33,8 @@ class ModelChanged:
     reason: str
     at: float
     """Seconds since the epoch."""
+    told: str
+    """The reason as everybody may hear it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,9 @@ _PLACE = re.compile(r" \(byte \d+\)")
 _BUFFERED_ANSWER = 4 << 20
 """Answers up to this size are read whole before the client sees any of it, so that they can be tried again."""
 
+_WOULD_SHOW_PROMPT = (
+    "The answer would hold the alias's system prompt, which this API key may not see; ask for {!r} instead."
+)
 _EVENT_STREAM = b"content-type: text/event-stream\r\ncache-control: no-cache\r\n"
 
 
@@ -206,6 +209,8 @@ class Exchange:
         head = self._head
         wish = read_wish(body, head.fields, self._dispatcher.config, self._client, head.model)
         if wish.asked_as is not None:
+            if self._client is not None and head.path == "/apply-template" and wish.asked_as.speaks:
+                raise ApiError(403, "insufficient_permissions", _WOULD_SHOW_PROMPT.format(wish.alias))
             body = rewritten(body, head.path, wish.asked_as)
         return wish, body
 
@@ -268,7 +273,7 @@ class Exchange:
         if b"x-request-id" in self._head.fields and self._dispatcher.is_taken(self._request_id):
             self._be_called(_new_id())  # by one that came while the body was read
         self._streams = wish.streams
-        if self._client is not None:
+        if self._client_name:
             self._lines += b"x-request-priority: %b\r\n" % NAMES[wish.priority].encode()
         ticket = self._dispatcher.submit(
             self._request_id, wish.alias, wish.priority, self._client_name, slotless=self._is_slotless()
@@ -359,7 +364,8 @@ class Exchange:
             self._heartbeat = None
         if ticket.rejection is not None:
             said = ticket.rejection
-            self._fail(refused(said.refusal, said.reason, said.retry_after_sec, is_final=said.is_final))
+            reason = self._told(ticket, said.reason)
+            self._fail(refused(said.refusal, reason, said.retry_after_sec, is_final=said.is_final))
             return
         engine = ticket.engine
         assert engine is not None
@@ -383,12 +389,25 @@ class Exchange:
         wait = self._dispatcher.wait_of(ticket)
         if not self._answer.started:
             self._status = 200
-            self._answer.start(200, _EVENT_STREAM + self._lines_of(ticket) + _lines_of_wait(wait))
+            self._answer.start(200, _EVENT_STREAM + self._lines_of(ticket) + self._lines_of_wait(ticket, wait))
         if wait is not None and not self._is_paused:
             to_go = "time to go unknown" if wait.expected_sec is None else f"~{wait.expected_sec:.0f} s to go"
             figures = f"position {wait.position}, waited {wait.waited_sec:.0f} s, {to_go}"
-            self._answer.write(f": {figures}: {_one_line(wait.why)}\n\n".encode())
+            self._answer.write(f": {figures}: {_one_line(self._told(ticket, wait.why))}\n\n".encode())
         self._set_heartbeat()
+
+    def _told(self, ticket: Ticket, text: str) -> str:
+        """What its client may know of a reason."""
+        return text if self._client is not None else self._dispatcher.in_full(ticket.alias, text)
+
+    def _lines_of_wait(self, ticket: Ticket, wait: Waiting | None) -> bytes:
+        """How it was waiting when the first of its answer left."""
+        if wait is None:
+            return b""
+        expected = b"unknown" if wait.expected_sec is None else b"%d" % round(wait.expected_sec * 1000)
+        reason = _one_line(self._told(ticket, wait.why)).encode("ascii", "replace")
+        figures = (wait.position, expected, reason)
+        return b"x-queue-position: %d\r\nx-queue-expected-ms: %b\r\nx-queue-reason: %b\r\n" % figures
 
     # --- the engine -------------------------------------------------------------------------------------
 
@@ -639,15 +658,6 @@ class Exchange:
 
 def _new_id() -> str:
     return f"{getrandbits(96):024x}"
-
-
-def _lines_of_wait(wait: Waiting | None) -> bytes:
-    """How it was waiting when the first of its answer left."""
-    if wait is None:
-        return b""
-    expected = b"unknown" if wait.expected_sec is None else b"%d" % round(wait.expected_sec * 1000)
-    figures = (wait.position, expected, _one_line(wait.why).encode("ascii", "replace"))
-    return b"x-queue-position: %d\r\nx-queue-expected-ms: %b\r\nx-queue-reason: %b\r\n" % figures
 
 
 def _one_line(text: str) -> str:

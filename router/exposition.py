@@ -87,6 +87,12 @@ class Counter:
             cell = self._cells[values] = CounterCell(self.name, label_text(self.labels, values))
         return cell
 
+    def beginning_with(self, value: str) -> Counter:
+        """Those of which the first label is this, as they are now."""
+        some = Counter(self.name, self.help, *self.labels)
+        some._cells = {values: cell for values, cell in self._cells.items() if values[0] == value}
+        return some
+
     def text(self) -> list[bytes]:
         return ["".join([f"{cell.name} {cell.value}\n" for cell in self._cells.values()]).encode()]
 

@@ -71,7 +71,7 @@ class LocalLauncher:
             for port in range(self.base_port, LAST_PORT + 1):
                 if port not in self._engines and (port in self._lost_sec) is lost and port_is_free(port):
                     return port
-        raise EngineFailed(f"no port is free from {self.base_port} on")
+        raise EngineFailed(f"no port is free from {self.base_port} on", "no port is free")
 
 
 def _made_ready(folder: Path) -> Path | None:

@@ -59,15 +59,18 @@ class Metrics:
         dispatcher.events.listen(ModelChanged, self._engines.note)
         dispatcher.events.listen(EngineEnded, self._engines.note)
 
-    async def exposition(self, accept: str = "") -> tuple[bytes, str]:
-        """The text and its content type: OpenMetrics for those who ask for it. Written in several turns of the
-        event loop: with many models it takes longer than a token may wait."""
+    async def exposition(self, accept: str = "", client: str | None = None) -> tuple[bytes, str]:
+        """The text and its content type: OpenMetrics for those who ask for it. For a `client`, without what is
+        counted for others by name. Written in several turns of the event loop: with many models it takes longer
+        than a token may wait."""
         self._dispatcher.events.settle()
         encode, content_type = choose_encoder(accept)
         openmetrics = content_type.startswith("application/openmetrics-text")
         self._engines.know(self._dispatcher.scheduler.models)
         self._requests.know(self._dispatcher.scheduler.models)
         counted: list[Family] = [*self._requests.families, *self._engines.families, self._lag]
+        if client is not None:
+            counted = [self._requests.only_of(client, family) for family in counted]
         parts: list[bytes] = []
         async for family in in_turns(chain(counted, _gauges(self._dispatcher), self.of_engines.families())):
             parts += exposition([family], openmetrics=openmetrics)
@@ -173,6 +176,13 @@ class _Requests:
         )
         self._found: dict[Labels, _Cells] = {}
         self._known: set[str] = set()
+
+    def only_of(self, client: str, family: Family) -> Family:
+        """The same, without other clients."""
+        if family in (self.client_requests, self.client_input_tokens, self.client_output_tokens):
+            assert isinstance(family, Counter)
+            return family.beginning_with(client)
+        return family
 
     def know(self, aliases: Iterable[str]) -> None:
         """Counters begin at 0, so that a rate sees the first count."""

@@ -136,11 +136,10 @@ def inspect(
         places = _places(model, system, engine, ground, learned)
         found = places.alternatives()
     except FlagError as error:
-        raise Unusable(f"its flags: {error.message}") from error
+        raise Unusable(f"its flags: {error.message}", "its flags are wrong") from error
     except OSError as error:
-        raise Unusable(
-            f"{error.filename or model.model_path} cannot be read: {error.strerror or error}"
-        ) from error
+        what = f"cannot be read: {error.strerror or type(error).__name__}"
+        raise Unusable(f"{error.filename or model.model_path} {what}", f"its file {what}") from error
     fitting = [one for one in found if ground.holds(one.placement)]
     return Inspection(
         alternatives=tuple(fitting or found[:1]),

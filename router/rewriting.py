@@ -46,8 +46,7 @@ _encode = msgspec.json.encode
 def depth_of(path: str, alias: AliasConfig) -> int:
     """How deep in a body it is changed: 1 is the depth of the parameters, 3 that of what a message consists of."""
     plain = path.removeprefix("/v1")
-    speaks = alias.system_prompt or alias.messages
-    return 3 if speaks and (plain in _MESSAGES or plain in _FIELDS) else 1
+    return 3 if alias.speaks and (plain in _MESSAGES or plain in _FIELDS) else 1
 
 
 def rewritten(body: bytes | bytearray, path: str, alias: AliasConfig) -> bytes:
@@ -65,7 +64,7 @@ def rewritten(body: bytes | bytearray, path: str, alias: AliasConfig) -> bytes:
         for key, value in alias.defaults.items():
             if not any(_is_set(fields.get(name)) for name in _names_of(key)) or _names_none(key, fields):
                 fields[key] = value
-        if alias.system_prompt or alias.messages:
+        if alias.speaks:
             _instruct(fields, path.removeprefix("/v1"), alias)
         return _encode(fields)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:

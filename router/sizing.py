@@ -29,6 +29,7 @@ from router.footprint import HOST, Footprint, Share
 from router.gguf import GGUF
 from router.learning import Identity, Learned, files_of
 from router.purpose import unserved
+from router.reasons import Problem
 
 _MIB = 1 << 20
 
@@ -49,8 +50,8 @@ _TAKES_UNIX_SOCKETS = "IP addresses to listen on, comma-separated, or UNIX socke
 _log = logging.getLogger("router")
 
 
-class Unusable(Exception):
-    """The model cannot be loaded; the message says why."""
+class Unusable(Problem):
+    """The model cannot be loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +81,13 @@ def read_files(path: Path, flags: Flags) -> Files:
                 paths.append(file)
                 nbytes += file.stat().st_size
             except gguf.GGUFError as error:
-                raise Unusable(str(error)) from error
+                raise Unusable(str(error), f"its file cannot be loaded: {error.reason}") from error
             else:
                 paths += header.files or (file,)
                 nbytes += header.file_bytes
         headers.append(header)
     if headers[0] is not None and (reason := unserved(path, headers[0])):
-        raise Unusable(f"{path} {reason}")
+        raise Unusable(f"{path} {reason}", f"its file {reason}")
     model, projector, draft, *lora = headers
     return Files(tuple(paths), nbytes, model, projector, draft, tuple(filter(None, lora)))
 
@@ -123,10 +124,12 @@ class EngineKind:
             if not os.access(self.program, os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:
-            raise Unusable(f"{self.program} cannot be run: {error.strerror or error}") from error
+            reason = f"{self.program} cannot be run: {error.strerror or error}"
+            raise Unusable(reason, "the engine cannot be run") from error
         if said.has and KEY_VARIABLE not in said.line:
             raise Unusable(
-                f"{self.program} is too old: it takes no key from {KEY_VARIABLE}; install a newer llama-server"
+                f"{self.program} is too old: it takes no key from {KEY_VARIABLE}; install a newer llama-server",
+                "the engine is too old",
             )
 
     @property

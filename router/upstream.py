@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import re
 import time
 from collections import deque
@@ -336,7 +337,9 @@ class EnginePool:
             else:
                 connection.send(head, body, receiver)
         except Exception as error:  # nobody else would tell the receiver
-            receiver.lost(f"cannot connect to the engine: {error}")
+            number = error.errno if isinstance(error, OSError) else None  # its text may hold the address
+            reason = type(error).__name__ if number is None else os.strerror(number)
+            receiver.lost(f"cannot connect to the engine: {reason}")
 
     async def _open(self) -> Connection:
         """Raises OSError."""

@@ -264,8 +264,9 @@ def test_a_stream_that_waited_in_vain_ends_with_an_error_event(played: Router) -
 def test_a_full_queue_refuses_with_an_honest_time(start: Start, tiny: Path, tmp_path: Path) -> None:
     system = {"llama_server_path": fake(tmp_path, ready="never"), "max_queue_size_per_model": 2}
     clients = {name: {"key": f"{name}-key"} for name in ("anna", "jobs")}
-    router = start({"api": {"clients": clients}, "system": system, "models": models(tiny, "a")})
-    router.http.headers["authorization"] = "Bearer anna-key"
+    api = {"api_keys": ["full"], "clients": clients}
+    router = start({"api": api, "system": system, "models": models(tiny, "a")})
+    router.http.headers["authorization"] = "Bearer full"
     body = json.dumps({"model": "a", "messages": []}).encode()
     head = (
         b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"

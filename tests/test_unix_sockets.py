@@ -151,7 +151,7 @@ def test_a_port_that_another_program_takes_first_costs_no_pause(tiny: Path) -> N
         order = EngineOrder("a", (*embedded.command(), "-m", str(tiny)))
         engine = await EngineProcess.start(order, port, LogRing(100), None)
         reason = await engine.exited
-        return engine.retry, reason
+        return engine.retry, reason.full
 
     with socket.create_server(("127.0.0.1", 0)) as other:
         retry, reason = asyncio.run(lose(other.getsockname()[1]))

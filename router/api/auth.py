@@ -1,10 +1,16 @@
-"""Who may do what: full keys, keys for inference, or everybody when none is set. Compared in constant time."""
+"""Who may do what: full keys, keys for inference, or everybody when none is set. Compared in constant time.
+
+Who may only use models is told nothing of the machine that runs them: no files, processes or ports, nothing that
+an engine has said there, nobody else's name, and no alias's system prompt.
+"""
 
 from __future__ import annotations
 
 import hmac
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from starlette.requests import Request
 
 from router.api.errors import ApiError
 from router.config import Api, PriorityName
@@ -15,12 +21,21 @@ OPEN_PATHS = frozenset({"/health", "/v1/health", "/ready", "/live"})
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """Whose key a request came with."""
+    """Who may use models, and no more: whose key for inference a request came with."""
 
     name: str
+    """Empty for a key that has none."""
     priority: PriorityName | None
     """Of requests that name none; None: their model's."""
     highest: Priority
+
+
+_NOBODY_IN_PARTICULAR = Client("", None, Priority.HIGH)
+
+
+def sees_all(request: Request) -> bool:
+    """Whether a page is for who runs the router: with a full key, or where there are no keys."""
+    return request.state.client is None
 
 
 class Keyring:
@@ -31,16 +46,14 @@ class Keyring:
 
     def set(self, api: Api) -> None:
         self._full = [key.get_secret_value().encode() for key in api.api_keys]
-        self._inference: list[tuple[bytes, Client | None]] = [
-            (key.get_secret_value().encode(), None) for key in api.inference_keys
-        ]
+        self._inference = [(key.get_secret_value().encode(), _NOBODY_IN_PARTICULAR) for key in api.inference_keys]
         for name, entry in api.clients.items():
             client = Client(name, entry.priority, BY_NAME[entry.highest_priority])
             self._inference.append((entry.key.get_secret_value().encode(), client))
         self.required = bool(self._full or self._inference)
 
     def check(self, headers: Iterable[tuple[bytes, bytes]], *, manages: bool) -> Client | None:
-        """Who it is, if the key has a name. Of two keys, any valid one lets in.
+        """Who it is; None for who may do everything. Of two keys, any valid one lets in.
 
         Raises ApiError 401 without a valid key, 403 if none of them may manage.
         """

@@ -8,6 +8,8 @@ loaded.
 from __future__ import annotations
 
 import contextlib
+import re
+from pathlib import PureWindowsPath
 from typing import Annotated, Any
 
 import msgspec
@@ -15,6 +17,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from router import __version__
+from router.api.auth import sees_all
 from router.api.errors import ApiError
 from router.capability import error_of_engine
 from router.dispatcher import Dispatcher, RunningEngine
@@ -40,8 +43,9 @@ async def props(request: Request, model: ModelQuery = None) -> Response:
     answer = None if running is None else await running.process.document("/props", _ANSWER_SEC)
     said: dict[str, Any] = {}
     if answer is not None and answer.status == 200:
+        body = answer.body if sees_all(request) else for_clients(answer.body)
         with contextlib.suppress(msgspec.MsgspecError):  # it has other ones
-            said = msgspec.json.decode(answer.body, type=dict[str, Any])
+            said = msgspec.json.decode(body, type=dict[str, Any])
     of_the_router = {
         "role": "router",
         "max_instances": dispatcher.scheduler.policy.places,
@@ -83,7 +87,34 @@ async def said_by_engine(request: Request, model: str | None, path: str) -> Resp
         raise ApiError(504, "request_timeout", f"The engine of {running.alias!r} did not answer.")
     if answer.status >= 400:
         raise error_of_engine(answer.status, answer.body)
-    return Response(answer.body, answer.status, media_type=answer.content_type)
+    body = answer.body if sees_all(request) or path == "/metrics" else for_clients(answer.body)
+    return Response(body, answer.status, media_type=answer.content_type)
+
+
+def for_clients(document: bytes) -> bytes:
+    """What an engine says of itself, for who may only use it: of files the names, and of others' requests nothing.
+
+    Raises ApiError 502 for what is no JSON.
+    """
+    try:
+        return msgspec.json.encode(_for_clients("", msgspec.json.decode(document)))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        raise ApiError(502, "engine_error", "The engine does not say that in JSON.") from None
+
+
+def _for_clients(key: str, value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _for_clients(key, item) for key, item in value.items() if key not in _OF_OTHERS}
+    if isinstance(value, list):
+        return [_for_clients(key, item) for item in value]
+    if isinstance(value, str) and (key.endswith("path") or _PATH.match(value)):
+        return PureWindowsPath(value).name  # which knows both separators
+    return value
+
+
+_PATH = re.compile(r"(?:/|~/|[A-Za-z]:[\\/]|\\\\)[^\n]*\Z")
+_OF_OTHERS = ("prompt", "generated")
+"""What a slot is at work on; told if llama-server is started so that it is (LLAMA_SERVER_SLOTS_DEBUG)."""
 
 
 def _engine_of(dispatcher: Dispatcher, model: str | None) -> RunningEngine:

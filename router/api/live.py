@@ -10,12 +10,14 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
 from sse_starlette import ServerSentEvent
 
-from router.api.models import full_status, iso, status_of
+from router.api.auth import sees_all
+from router.api.models import iso, status_of, status_of_all
 from router.api.monitoring import READING_SEC
 from router.api.openai import further_names, loading_status
 from router.api.streams import EventStream, Feed, Shared, frame, unnamed
@@ -38,8 +40,11 @@ class Live:
         self._dispatcher = dispatcher
         self._run = f"{int(dispatcher.started_at * 1000):x}"
         """Tells the events of this run of the router from those of another."""
-        self.states = Feed(self._full_status, _KEPT_EVENTS)
-        self.decisions: deque[dict[str, Any]] = deque(maxlen=_KEPT_DECISIONS)
+        self.states = {full: Feed(partial(self._status_of_all, full), _KEPT_EVENTS) for full in (True, False)}
+        """`True`: for who runs the router. Both have the same events, but for how much is told in them."""
+        self.decisions: dict[bool, deque[dict[str, Any]]] = {
+            full: deque(maxlen=_KEPT_DECISIONS) for full in (True, False)
+        }
         """The last changes of states, the earliest first; also of models that are gone."""
         self.as_llama_server = Feed(lambda: unnamed({"model": "*", "event": "models_reload"}), _KEPT_EVENTS)
         """The same in its words, for clients of its router mode."""
@@ -58,42 +63,51 @@ class Live:
 
     def _model_changed(self, change: ModelChanged) -> None:
         is_here = change.alias in self._dispatcher.scheduler.models
-        self._decided(change.alias, change.state, change.reason, change.at, is_event=is_here)
+        reasons = {True: change.reason, False: change.told}
+        self._decided(change.alias, change.state, reasons, change.at, is_event=is_here)
         if is_here:
-            news = {"status": change.state, "reason": change.reason}
-            self._send("model_update", {**self._status(change.alias), **news})
+            for full, reason in reasons.items():
+                news = {"status": change.state, "reason": reason}
+                self._send(full, "model_update", {**self._status(change.alias, full), **news})
             if change.state not in ("draining", "stopping"):  # it is loaded until it is gone
                 self._tell_as_llama_server(change.alias, change.state)
 
     def _load_moved(self, load: LoadMoved) -> None:
         if load.alias not in self._dispatcher.scheduler.models:
             return
-        if self.states.followers:
-            self._send("model_update", self._status(load.alias))
+        if any(states.followers for states in self.states.values()):
+            for full in self.states:
+                self._send(full, "model_update", self._status(load.alias, full))
         if self._dispatcher.scheduler.state(load.alias) == "loading":
             self._tell_as_llama_server(load.alias, "loading")
 
     def _models_listed(self, _: ModelsListed) -> None:
-        self.states.start_anew()
+        for states in self.states.values():
+            states.start_anew()
         self.as_llama_server.start_anew()
 
     def _server_changed(self, change: ServerChanged) -> None:
         ends = change.status == "shutting_down"
-        self._decided(None, change.status, "", change.at, is_event=True)
-        self._send("server_update", {"status": change.status, "at": iso(change.at)}, last=ends)
+        self._decided(None, change.status, dict.fromkeys(self.states, ""), change.at, is_event=True)
+        for full in self.states:
+            self._send(full, "server_update", {"status": change.status, "at": iso(change.at)}, last=ends)
         if ends:
             self.as_llama_server.end()
             self.ending.set()
 
-    def _decided(self, alias: str | None, state: str, reason: str, at: float, *, is_event: bool) -> None:
+    def _decided(
+        self, alias: str | None, state: str, reasons: dict[bool, str], at: float, *, is_event: bool
+    ) -> None:
         """If it `is_event`, that is what is sent next."""
-        identity = (
-            self._identity(self.states.last + 1) if is_event else f"{self._identity(self.states.last)}-{alias}"
-        )
-        self.decisions.append({"id": identity, "model": alias, "status": state, "reason": reason, "at": iso(at)})
+        last = self.states[True].last
+        identity = self._identity(last + 1) if is_event else f"{self._identity(last)}-{alias}"
+        for full, reason in reasons.items():
+            told = {"id": identity, "model": alias, "status": state, "reason": reason, "at": iso(at)}
+            self.decisions[full].append(told)
 
-    def _send(self, name: str, document: dict[str, Any], *, last: bool = False) -> None:
-        self.states.send(frame(name, document, self._identity(self.states.last + 1)), last=last)
+    def _send(self, full: bool, name: str, document: dict[str, Any], *, last: bool = False) -> None:
+        states = self.states[full]
+        states.send(frame(name, document, self._identity(states.last + 1)), last=last)
 
     def _tell_as_llama_server(self, alias: str, state: str) -> None:
         """By each of its names, as each has a card of its own."""
@@ -110,11 +124,12 @@ class Live:
         for name in names:
             feed.send(unnamed({"model": name, "event": "status_change", "data": data}))
 
-    def _full_status(self) -> bytes:
-        return frame("full_status", full_status(self._dispatcher), self._identity(self.states.last))
+    def _status_of_all(self, full: bool) -> bytes:
+        status = status_of_all(self._dispatcher, full=full)
+        return frame("full_status", status, self._identity(self.states[full].last))
 
-    def _status(self, alias: str) -> dict[str, Any]:
-        return status_of(self._dispatcher, alias)
+    def _status(self, alias: str, full: bool) -> dict[str, Any]:
+        return status_of(self._dispatcher, alias, full=full)
 
     def _identity(self, number: int) -> str:
         return f"{self._run}-{number}"
@@ -127,7 +142,7 @@ async def decisions(request: Request) -> dict[str, Any]:
     The `id` is that of the event in `/v1/models/status/stream`, if it was one. `model` is null for the router.
     """
     live: Live = request.app.state.live
-    return {"decisions": list(live.decisions)}
+    return {"decisions": list(live.decisions[sees_all(request)])}
 
 
 def _progress(dispatcher: Dispatcher, alias: str) -> dict[str, Any] | None:
@@ -159,7 +174,8 @@ async def status_stream(request: Request) -> EventStream:
     """
     live: Live = request.app.state.live
     seen = live.number_of(request.headers.get("last-event-id", ""))
-    return EventStream(live.states.follow(seen), ping=_KEEP_ALIVE_SEC, ping_message_factory=_heartbeat)
+    states = live.states[sees_all(request)]
+    return EventStream(states.follow(seen), ping=_KEEP_ALIVE_SEC, ping_message_factory=_heartbeat)
 
 
 def _heartbeat() -> ServerSentEvent:

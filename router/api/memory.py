@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
+from router.api.auth import sees_all
 from router.api.models import memory
 from router.dispatcher import Dispatcher
 from router.memory import Account, Line
@@ -20,7 +21,7 @@ _WARNING, _CRITICAL = 80, 95
 async def vram(request: Request) -> dict[str, Any]:
     """Every device and every loaded model. The figures at the top are of all GPUs; without any, of RAM."""
     dispatcher: Dispatcher = request.app.state.dispatcher
-    models = [_model(dispatcher, account) for account in dispatcher.ledger.accounts.values()]
+    models = [_model(request, account) for account in dispatcher.ledger.accounts.values()]
     return {
         **_summary(dispatcher),
         "models": models,
@@ -42,7 +43,7 @@ async def vram_of_model(alias: str, request: Request) -> dict[str, Any]:
     account = dispatcher.ledger.account_of(alias)
     if account is None:
         return {"model_alias": alias, "status": dispatcher.scheduler.state(alias), "vram_used_mb": 0}
-    return _model(dispatcher, account)
+    return _model(request, account)
 
 
 def _summary(dispatcher: Dispatcher) -> dict[str, Any]:
@@ -97,13 +98,14 @@ def _device(line: Line) -> dict[str, Any]:
     }
 
 
-def _model(dispatcher: Dispatcher, account: Account) -> dict[str, Any]:
+def _model(request: Request, account: Account) -> dict[str, Any]:
+    dispatcher: Dispatcher = request.app.state.dispatcher
     running = dispatcher.running.get(account.engine_id)
     ready_sec = running.ready_sec if running is not None else None
     total = sum(line.device.total_mib for line in _main(dispatcher.ledger.lines()))
     return {
         "model_alias": account.alias,
-        "port": running.process.port if running is not None else None,
+        "port": running.process.port if running is not None and sees_all(request) else None,
         "status": dispatcher.scheduler.state(account.alias),
         **_both("vram_used", account.main_mib),
         "average_usage_mb": account.main_mib,

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse
 
+from router.api.auth import sees_all
 from router.api.documents import Document
 from router.api.errors import ApiError, refused
 from router.api.openai import show_model
@@ -63,12 +64,14 @@ async def load_model(body: LoadRequest, request: Request) -> JSONResponse:
     model = dispatcher.scheduler.models.get(alias)
     if state is None and model is not None:
         status = "waiting" if model.engine is None else model.engine.state.value
-        return JSONResponse({"status": status, "model": alias, "message": why(model, time.monotonic())}, 202)
+        reason = dispatcher.in_full(alias, why(model, time.monotonic()))
+        return JSONResponse({"status": status, "model": alias, "message": reason}, 202)
     if state != "ready":
         to_load(alias, dispatcher)  # unless that is why
         reason = (model.last_error if model else None) or f"it is {state}"
         if model is not None and model.too_big:
             raise refused(Refusal.INSUFFICIENT_MEMORY, reason, None)
+        reason = dispatcher.in_full(alias, reason)
         raise refused(Refusal.MODEL_FAILED, f"{alias!r} was not loaded: {reason}", 1)
     return JSONResponse({"status": "success", "model": alias, "message": f"{alias} is ready"})
 
@@ -139,7 +142,7 @@ async def reset_model(alias: str, request: Request) -> dict[str, Any]:
     """Forget the failures of a model, so that it may be tried again at once."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     alias = model_of(alias, dispatcher.config).alias
-    previous = dispatcher.scheduler.models[alias].last_error
+    previous = _error(dispatcher, alias, full=True)
     dispatcher.reset(alias)
     return {"status": "success", "model": alias, "message": "may be loaded again", "previous_error": previous}
 
@@ -151,7 +154,7 @@ async def failed_models(request: Request) -> dict[str, Any]:
     scheduler = dispatcher.scheduler
     return {
         "failed_models": [
-            {"model": alias, "attempts": model.tries, "error": model.last_error}
+            {"model": alias, "attempts": model.tries, "error": _error(dispatcher, alias, full=sees_all(request))}
             for alias, model in scheduler.models.items()
             if scheduler.state(alias) == "failed"
         ]
@@ -161,7 +164,7 @@ async def failed_models(request: Request) -> dict[str, Any]:
 @router.get("/v1/models/status")
 async def all_status(request: Request) -> Document:
     """Every model's state."""
-    return Document(await _status_in_turns(request.app.state.dispatcher))
+    return Document(await _status_in_turns(request))
 
 
 @router.get("/status")
@@ -171,7 +174,7 @@ async def diagnostics(request: Request) -> Document:
     dispatcher: Dispatcher = request.app.state.dispatcher
     system, scheduler = dispatcher.config.system, dispatcher.scheduler
     told = {
-        **await _status_in_turns(dispatcher),
+        **await _status_in_turns(request),
         "engine": dispatcher.binary.kind,
         "cache": {
             "limit": system.max_concurrent_models,
@@ -194,7 +197,7 @@ async def model_status(alias: str, request: Request) -> dict[str, Any]:
     """One model's state."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     alias = model_of(alias, dispatcher.config).alias
-    return {"model": alias, **status_of(dispatcher, alias)}
+    return {"model": alias, **status_of(dispatcher, alias, full=sees_all(request))}
 
 
 @router.post("/v1/config/reload")
@@ -208,17 +211,19 @@ async def reload_config(request: Request) -> dict[str, Any]:
         raise ApiError(400, "invalid_config", f"Nothing was changed. {problems}") from None
 
 
-async def _status_in_turns(dispatcher: Dispatcher) -> dict[str, Any]:
-    known = dispatcher.scheduler.models
+async def _status_in_turns(request: Request) -> dict[str, Any]:
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    known, full = dispatcher.scheduler.models, sees_all(request)
     aliases = in_turns(dispatcher.config.models)
     return _with_summary(
-        dispatcher, {alias: status_of(dispatcher, alias) async for alias in aliases if alias in known}
+        dispatcher, {alias: status_of(dispatcher, alias, full=full) async for alias in aliases if alias in known}
     )
 
 
-def full_status(dispatcher: Dispatcher) -> dict[str, Any]:
+def status_of_all(dispatcher: Dispatcher, *, full: bool) -> dict[str, Any]:
     """Of one moment."""
-    return _with_summary(dispatcher, {alias: status_of(dispatcher, alias) for alias in dispatcher.config.models})
+    models = {alias: status_of(dispatcher, alias, full=full) for alias in dispatcher.config.models}
+    return _with_summary(dispatcher, models)
 
 
 def _with_summary(dispatcher: Dispatcher, models: dict[str, Any]) -> dict[str, Any]:
@@ -230,7 +235,13 @@ def _with_summary(dispatcher: Dispatcher, models: dict[str, Any]) -> dict[str, A
     }
 
 
-def status_of(dispatcher: Dispatcher, alias: str) -> dict[str, Any]:
+def _error(dispatcher: Dispatcher, alias: str, *, full: bool) -> str | None:
+    error = dispatcher.scheduler.models[alias].last_error
+    return dispatcher.in_full(alias, error) if error is not None and full else error
+
+
+def status_of(dispatcher: Dispatcher, alias: str, *, full: bool) -> dict[str, Any]:
+    """`full`: with what is for who runs the router alone."""
     scheduler = dispatcher.scheduler
     model = scheduler.models[alias]
     engine = model.engine
@@ -240,20 +251,23 @@ def status_of(dispatcher: Dispatcher, alias: str) -> dict[str, Any]:
     progress = running.process.load_progress if running is not None else None
     unload_at_sec = scheduler.unload_at_sec(alias)
     first = model.queue.head()
-    waits = first is not None or model.wants_engine
+    waiting: str | None = None
+    if first is not None or model.wants_engine:
+        waiting = why(model, time.monotonic(), slotless=first is not None and first.slotless)
+    shown = running if full else None
     return {
         "alias": alias,
         "source": dispatcher.config.models[alias].source if alias in dispatcher.config.models else None,
         "status": state,
-        "port": running.process.port if running is not None else None,
-        "pid": running.process.pid if running is not None else None,
+        "port": shown.process.port if shown is not None else None,
+        "pid": shown.process.pid if shown is not None else None,
         "started_at": _wall(engine.started_sec) if engine is not None else None,
         "last_used_at": _wall(model.last_used_sec),
         "unload_at": _wall(unload_at_sec) if unload_at_sec is not None else None,
         "load_progress": 100 if state in ("ready", "draining") else round(100 * (progress or 0)),
         "load": _load(model, running) if state == "loading" else None,
         "load_sec": round(model.load_sec, 3) if model.loads else None,
-        "error_message": model.last_error,
+        "error_message": _error(dispatcher, alias, full=full),
         "vram_used_mb": account.main_mib if account is not None else 0,
         "vram_mb": account.main_mib if account is not None else 0,  # an earlier router's word for it
         "memory": memory(account) if account is not None else None,
@@ -263,9 +277,7 @@ def status_of(dispatcher: Dispatcher, alias: str) -> dict[str, Any]:
         "slotless": len(engine.slotless) if engine is not None else 0,
         "waiting": len(model.queue),
         "load_asked_at": _wall(model.wanted_since_sec) if model.wanted_since_sec is not None else None,
-        "why_waiting": why(model, time.monotonic(), slotless=first is not None and first.slotless)
-        if waits
-        else None,
+        "why_waiting": dispatcher.in_full(alias, waiting) if waiting is not None and full else waiting,
         "pinned": model.spec.pinned,
         "updated_at": iso(time.time()),
     }

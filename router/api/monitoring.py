@@ -11,6 +11,7 @@ from fastapi import APIRouter, Query, Request
 from sse_starlette import ServerSentEvent
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from router.api.auth import sees_all
 from router.api.documents import Document
 from router.api.engines import ERRORS, ModelQuery, said_by_engine
 from router.api.streams import EventStream
@@ -83,7 +84,9 @@ async def metrics(request: Request, model: ModelQuery = None) -> Response:
     collected: Metrics = request.app.state.metrics
     devices: Devices = request.app.state.dispatcher.devices
     await asyncio.gather(devices.read(READING_SEC), collected.of_engines.read(READING_SEC))
-    text, content_type = await collected.exposition(request.headers.get("accept", ""))
+    client = request.state.client
+    whose = None if client is None else client.name
+    text, content_type = await collected.exposition(request.headers.get("accept", ""), whose)
     return Response(text, headers={"content-type": content_type})
 
 
@@ -153,7 +156,7 @@ async def model_health(request: Request) -> dict[str, Any]:
             "failed_probes": running.failed_probes if running is not None else 0,
             "crashes": dispatcher.crashes[alias],
             "restarts": dispatcher.restarts[alias],
-            "last_error": model.last_error,
+            "last_error": dispatcher.in_full(alias, model.last_error) if model.last_error else None,
             "retry_in_sec": _left(max(model.retry_at_sec, model.failed_until_sec) - now),
             "last_exit": _exit(ended) if ended is not None else None,
         }
@@ -193,7 +196,7 @@ async def queue_stats(request: Request) -> Document:
             "total_rejected": counts.rejected,
             "current_processing": len(in_flight),
             "processing": in_flight,
-            "waiting": [_waiting(request) for request in dispatcher.waits(alias, _MOST_SHOWN)],
+            "waiting": [_waiting(wait, request) for wait in dispatcher.waits(alias, _MOST_SHOWN)],
         }
     summary = {
         "total_queued": sum(stats["queue_length"] for stats in per_model.values()),
@@ -204,14 +207,16 @@ async def queue_stats(request: Request) -> Document:
     return Document({"summary": summary, "per_model": per_model})
 
 
-def _waiting(request: Waiting) -> dict[str, Any]:
+def _waiting(wait: Waiting, request: Request) -> dict[str, Any]:
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    is_shown = sees_all(request) or wait.client == request.state.client.name
     return {
-        "id": request.id,
-        "alias": request.alias,
-        "priority": NAMES[request.priority],
-        "client": request.client or None,
-        "position": request.position,
-        "waited_sec": round(request.waited_sec, 3),
-        "expected_wait_sec": None if request.expected_sec is None else round(request.expected_sec, 2),
-        "why": request.why,
+        "id": wait.id,
+        "alias": wait.alias,
+        "priority": NAMES[wait.priority],
+        "client": (wait.client or None) if is_shown else None,
+        "position": wait.position,
+        "waited_sec": round(wait.waited_sec, 3),
+        "expected_wait_sec": None if wait.expected_sec is None else round(wait.expected_sec, 2),
+        "why": dispatcher.in_full(wait.alias, wait.why) if sees_all(request) else wait.why,
     }

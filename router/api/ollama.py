@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from router import gguf
 from router.api import pulls
+from router.api.auth import sees_all
 from router.api.cards import Card, Cards, as_it_runs, card_of, header_of, template_of
 from router.api.documents import Document
 from router.api.errors import ApiError
@@ -95,17 +96,19 @@ async def running(request: Request) -> dict[str, Any]:
 
 @router.post("/api/show", openapi_extra=_BODY, responses={500: {}})
 async def show(request: Request) -> dict[str, Any]:
-    """One model: what its file says of it, and what its name adds to that."""
+    """One model: what its file says of it, and what its name adds to that; system prompts with full keys only."""
     asked = await _named(request)
-    known = _known(asked.model or "", request)
+    known, full = _known(asked.model or "", request), sees_all(request)
     cards: Cards = request.app.state.cards
     if not await cards.answers(known.model):
-        raise ApiError(500, "model_failed", f"{known.model.model_path.parent} does not answer: is its disk there?")
+        where = str(known.model.model_path.parent) if full else f"The folder of {known.name!r}"
+        raise ApiError(500, "model_failed", f"{where} does not answer: is its disk there?")
     try:
         props = request.app.state.dispatcher.props_of(known.model.alias)
-        return await apart(lambda: _described(known, props))
+        return await apart(lambda: _described(known, props, full=full))
     except (OSError, GGUFError, FlagError) as error:
-        raise ApiError(500, "model_failed", f"{known.name!r} cannot be read: {error}") from None
+        reason = f": {error}" if full else "."
+        raise ApiError(500, "model_failed", f"{known.name!r} cannot be read{reason}") from None
 
 
 @router.post("/api/pull", response_model=None, openapi_extra=_BODY, responses={409: {}, 429: {}, 500: {}})
@@ -237,16 +240,18 @@ def _residency(dispatcher: Dispatcher, alias: str) -> dict[str, Any]:
     }
 
 
-def _described(known: _Known, props: EngineProps | None) -> dict[str, Any]:
+def _described(known: _Known, props: EngineProps | None, *, full: bool) -> dict[str, Any]:
     header = header_of(known.model)
     card = as_it_runs(card_of(known.model), props)
     context = card.get("context_length")
     named = known.named or AliasConfig(known.name, known.name)
+    if not full:
+        named = replace(named, system_prompt="", messages=())
     options = {**({"num_ctx": context} if context else {}), **as_options({**named.defaults, **named.forced})}
     licenses = known.made.license if known.made is not None else ()
     projector = as_started(known.model.flags, known.model.env).last("mmproj")
     shown = {
-        "modelfile": _modelfile(known, options),
+        "modelfile": _modelfile(known.model.alias, named, options),
         "parameters": "\n".join(option_lines(options)),
         "template": template_of(known.model),
         "system": named.system_prompt,
@@ -264,10 +269,9 @@ def _described(known: _Known, props: EngineProps | None) -> dict[str, Any]:
 _ONLY_IF_THERE = ("system", "messages", "projector_info")
 
 
-def _modelfile(known: _Known, options: dict[str, Any]) -> str:
+def _modelfile(model: str, named: AliasConfig, options: dict[str, Any]) -> str:
     """In Ollama's words, and so that `ollama create` makes the same of it here."""
-    named = known.named or AliasConfig(known.name, known.name)
-    lines = ["# Served by llama-router.", f"FROM {known.model.alias}"]
+    lines = ["# Served by llama-router.", f"FROM {model}"]
     if named.system_prompt:
         lines.append(f'SYSTEM """{named.system_prompt}"""')
     lines += [f"PARAMETER {line}" for line in option_lines(options)]
