@@ -36,7 +36,7 @@ def main() -> None:
 def _round(translation: Translation, events: int) -> float:
     since = time.process_time()
     for _ in range(events):
-        translation.lines(_EVENT)
+        translation.events(_EVENT)
     return time.process_time() - since
 
 

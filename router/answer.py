@@ -1,14 +1,17 @@
 """The answer to one request of the data plane, as it goes over the client's connection.
 
-It knows HTTP's framing, and nothing of what it frames.
+It knows HTTP's framing, and of what it frames no more than where a translator of it has its turns.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from http import HTTPStatus
 from typing import Protocol
 
 _STATUS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
+
+DOCUMENT = b"content-type: application/json; charset=utf-8\r\n"
 
 _BODILESS = frozenset({204, 304})
 """Their heads are all of them (RFC 9112, 6.3), and nothing may frame what is not there."""
@@ -112,29 +115,62 @@ class NotUnderstood(Exception):
         self.body = body
 
 
-class Translator(Protocol):
-    """Knows what an engine's answer is in the words of the client's API."""
+class Translator(ABC):
+    """Knows what an engine's answer is in the words of the client's API. Of a stream it sees one event at a time,
+    however the network tears it."""
 
+    stream_type = b"content-type: text/event-stream\r\n"
+    streams = True
+    """An engine's stream is one for the client, too. Else `last_events` is the document that it comes to."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        """A line that is not all here."""
+
+    @abstractmethod
     def document(self, body: bytes) -> bytes:
         """Raises NotUnderstood."""
 
     def events(self, part: bytes) -> bytes:
-        """Of the next bytes of a stream, comments included: as many events as are whole."""
+        """Of the next bytes of a stream, as many events as are whole."""
+        events = b""
+        for line in self._lines(part):
+            if line.startswith(b"data:"):
+                events += self._event(line[5:].strip())
+            elif line.startswith(b":"):
+                events += self._comment(line)
+        return events
 
     def last_events(self) -> bytes:
         """What is still to be said when the engine has said its last."""
+        return b""
+
+    def _lines(self, part: bytes) -> list[bytes]:
+        *lines, self._rest = (self._rest + part).split(b"\n")
+        return lines
+
+    @abstractmethod
+    def _event(self, data: bytes) -> bytes:
+        """What an event comes to, of which this is the data."""
+
+    def _comment(self, line: bytes) -> bytes:
+        """A sign of life, the engine's or the router's."""
+        return line + b"\n\n"
 
 
 class TranslatedAnswer(Answer):
-    """Takes an engine's answer, and gives the client another one of the same kind: a document, or events."""
+    """Takes an engine's answer, and gives the client another one: of a document, once all of it is here."""
 
-    __slots__ = ("_streams", "_translator")
+    __slots__ = ("_lines", "_parts", "_status", "_streams", "_translator")
 
     def __init__(self, plain: Answer, translator: Translator) -> None:
         """Instead of `plain`, of which nothing is written yet."""
         super().__init__(plain._wire, keep_alive=plain.keep_alive, http_1_0=plain._http_1_0)
         self._translator = translator
         self._streams = False
+        self._status = 200
+        self._lines = b""
+        self._parts: list[bytes] = []
 
     def whole(self, status: int, lines: bytes, body: bytes) -> None:
         if status == 200:
@@ -142,22 +178,39 @@ class TranslatedAnswer(Answer):
                 body = self._translator.document(body)
             except NotUnderstood as error:
                 status, body = 502, error.body
-        super().whole(status, lines, body)
+        self._whole(status, lines, body)
 
     def start(self, status: int, lines: bytes, length: int | None = None) -> None:
         self._streams = b"text/event-stream" in lines
-        super().start(status, lines, length)
+        if self._streams and self._translator.streams:
+            super().start(status, with_type(lines, self._translator.stream_type), length)
+        else:
+            self._status, self._lines = status, lines
 
     def write(self, part: bytes) -> None:
         if not self._streams:
-            super().write(part)
+            self._parts.append(part)
         elif events := self._translator.events(part):
             super().write(events)
 
     def end(self, part: bytes = b"") -> None:
-        if self._streams:
-            part = self._translator.events(part) + self._translator.last_events()
-        super().end(part)
+        if not self._streams:
+            self.whole(self._status, self._lines, b"".join((*self._parts, part)))
+            return
+        rest = self._translator.events(part) + self._translator.last_events()
+        if self._translator.streams:
+            super().end(rest)
+        else:
+            self._whole(self._status, self._lines, rest)
 
     def break_off(self, reason: bytes) -> None:
         super().end(reason)
+
+    def _whole(self, status: int, lines: bytes, body: bytes) -> None:
+        super().whole(status, with_type(lines, DOCUMENT), body)
+
+
+def with_type(lines: bytes, content_type: bytes) -> bytes:
+    """Headers, each with its end, with that one instead of any other of its name."""
+    kept = [line for line in lines.splitlines(keepends=True) if not line.startswith(b"content-type:")]
+    return b"".join((content_type, *kept))

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from router.answer import NotUnderstood
+from router.answer import NotUnderstood, Translator
 from router.api.errors import ApiError
 from router.capability import error_of_engine
 from router.meter import Timings
@@ -268,11 +268,11 @@ class _Part(msgspec.Struct):
 _decode_part = msgspec.json.Decoder(_Part).decode
 
 
-class Translation:
+class Translation(Translator):
     """A chat's answer as Anthropic's."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        super().__init__()
         self._begun = False
         self._ended = False
         self._block = ""
@@ -302,16 +302,6 @@ class Translation:
         reason = _REASONS.get(choice.finish_reason or "", "end_turn")
         usage = _usage(part.timings or Timings())
         return _encode({**_message(part), "content": content, "stop_reason": reason, "usage": usage})
-
-    def events(self, part: bytes) -> bytes:
-        *lines, self._rest = (self._rest + part).split(b"\n")
-        events = b""
-        for line in lines:
-            if line.startswith(b"data:"):
-                events += self._event(line[5:].strip())
-            elif line.startswith(b":"):  # the engine's signs of life, and the router's
-                events += line + b"\n\n"
-        return events
 
     def last_events(self) -> bytes:
         if self._ended:

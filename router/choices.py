@@ -7,11 +7,11 @@ with usage in any case, of which the client gets either the stream, with one usa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 
+from router.answer import Translator
 from router.meter import Timings, Usage
 from router.routing import Shape
 
@@ -49,11 +49,12 @@ _decode = msgspec.json.Decoder().decode
 _encode = msgspec.json.encode
 
 
-class Several:
+class Several(Translator):
     """The choices of one answer, as they come."""
 
     def __init__(self, body: bytes | bytearray, shape: Shape) -> None:
         """`body` is a JSON object, as the engine would get it."""
+        super().__init__()
         fields: dict[str, Any] = dict(_decode_fields(body))
         wanted = _decode_wanted(body)
         options = wanted.stream_options if isinstance(wanted.stream_options, dict) else {}
@@ -76,35 +77,24 @@ class Several:
         self.error: bytes = b""
         """The engine's, within its stream."""
 
-    # --- the engine's stream ------------------------------------------------------------------------------
+    def document(self, body: bytes) -> bytes:
+        """An engine that gives no stream has said all of it."""
+        return body
 
-    def events(self, part: bytes) -> bytes:
-        """What the client gets of the next bytes of the stream."""
-        return b"".join(self._events(part))
+    def last_events(self) -> bytes:
+        return b"" if self.streams else self._document()
 
-    def take(self, part: bytes) -> None:
-        """Keep what the next bytes of the stream say, for `document`."""
-        for event in self._split(part):
-            if event.startswith(b"data:"):
-                self._take(event[5:].strip())
+    def _event(self, data: bytes) -> bytes:
+        if not self.streams:
+            self._take(data)
+            return b""
+        if data == b"[DONE]":
+            return (self._usage_chunk() if self._tells_usage else b"") + b"data: [DONE]\n\n"
+        if data != b"null" and (kept := self._without_figures(data)):
+            return b"data: %b\n\n" % kept
+        return b""
 
-    def _split(self, part: bytes) -> list[bytes]:
-        *lines, self._rest = (self._rest + part).split(b"\n")
-        return lines
-
-    def _events(self, part: bytes) -> Iterator[bytes]:
-        for line in self._split(part):
-            if not line.startswith(b"data:"):
-                if line.startswith(b":"):
-                    yield line + b"\n\n"
-                continue
-            data = line[5:].strip()
-            if data == b"[DONE]":
-                if self._tells_usage:
-                    yield self._usage_chunk()
-                yield b"data: [DONE]\n\n"
-            elif data != b"null" and (kept := self._without_figures(data)):
-                yield b"data: %b\n\n" % kept
+    # --- a stream -----------------------------------------------------------------------------------------
 
     def _without_figures(self, data: bytes) -> bytes:
         """An event without what it says of one choice alone; nothing if that is all it says."""
@@ -151,7 +141,7 @@ class Several:
         for choice in fields.get("choices", ()):
             _add(self._choices.setdefault(choice.get("index", 0), {}), choice)
 
-    def document(self) -> bytes:
+    def _document(self) -> bytes:
         """All choices, in their order, with the figures of all of them."""
         choices = [{"index": index, **_finished(self._choices[index])} for index in sorted(self._choices)]
         envelope = {**self._envelope, "object": str(self._envelope.get("object", "")).removesuffix(".chunk")}

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import msgspec
 
-from router.answer import Answer
+from router.answer import TranslatedAnswer
 from router.api.errors import ApiError
 from router.choices import Several
 from router.exchange import Exchange
 from router.meter import AnswerMeter, Usage
 from router.routing import Shape, Wish, shape_of
 from router.upstream import Head
-
-_DOCUMENT = b"content-type: application/json; charset=utf-8\r\n"
 
 
 class ChoicesExchange(Exchange):
@@ -37,7 +35,7 @@ class ChoicesExchange(Exchange):
 
     def _submit(self, wish: Wish) -> None:
         if self._several is not None:
-            self._answer = _SeveralAnswer(self._answer, self._several)
+            self._answer = TranslatedAnswer(self._answer, self._several)
         super()._submit(wish)
 
     def _check(self, answers: Shape, alias: str) -> None:
@@ -72,38 +70,3 @@ class ChoicesExchange(Exchange):
         """Of a stream that was broken off before any choice had ended, as of all such streams."""
         usage = None if self._several is None else self._several.usage()
         return usage if usage is not None and usage.output_tokens else super()._usage()
-
-
-class _SeveralAnswer(Answer):
-    """Takes an engine's stream, and gives the client what it has asked for."""
-
-    __slots__ = ("_lines", "_several")
-
-    def __init__(self, plain: Answer, several: Several) -> None:
-        """Instead of `plain`, of which nothing is written yet."""
-        super().__init__(plain._wire, keep_alive=plain.keep_alive, http_1_0=plain._http_1_0)
-        self._several = several
-        self._lines = b""
-
-    def start(self, status: int, lines: bytes, length: int | None = None) -> None:
-        if self._several.streams:
-            super().start(status, lines, length)
-        else:
-            kept = [line for line in lines.splitlines(keepends=True) if not line.startswith(b"content-type:")]
-            self._lines = b"".join((_DOCUMENT, *kept))
-
-    def write(self, part: bytes) -> None:
-        if not self._several.streams:
-            self._several.take(part)
-        elif events := self._several.events(part):
-            super().write(events)
-
-    def end(self, part: bytes = b"") -> None:
-        if self._several.streams:
-            super().end(self._several.events(part))
-            return
-        self._several.take(part)
-        self.whole(200, self._lines, self._several.document())
-
-    def break_off(self, reason: bytes) -> None:
-        super().end(reason)

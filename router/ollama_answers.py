@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from router.answer import NotUnderstood
+from router.answer import NotUnderstood, Translator
 from router.meter import Timings
 from router.ollama_requests import Asked
 
@@ -87,26 +87,13 @@ class _Part(msgspec.Struct):
     data: list[_Embedding] | None = None
 
 
-class _Error(msgspec.Struct):
-    error: msgspec.Raw
-
-
 class _Said(msgspec.Struct):
     message: str = ""
 
 
 _decode = msgspec.json.Decoder(_Part).decode
-_decode_error = msgspec.json.Decoder(_Error).decode
 _decode_vector = msgspec.json.Decoder(list[float]).decode
 _decode_said = msgspec.json.Decoder(_Said).decode
-
-
-def flattened(body: bytes) -> bytes:
-    """An engine's error document (or the router's) as Ollama's, whose `error` is a text."""
-    try:
-        return _encode({"error": _message_of(_decode_error(body).error)})
-    except msgspec.MsgspecError:
-        return _encode({"error": body.decode("utf-8", "replace") or "the engine gives no reason"})
 
 
 def _message_of(error: msgspec.Raw) -> str:
@@ -118,17 +105,18 @@ def _message_of(error: msgspec.Raw) -> str:
         return bytes(error).decode("utf-8", "replace")
 
 
-class Translation:
+class Translation(Translator):
     """The answer to one request."""
+
+    stream_type = b"content-type: application/x-ndjson\r\n"
 
     def __init__(self, asked: Asked, waited_sec: Callable[[], float]) -> None:
         """`waited_sec`: how long the request waited for its model."""
-        self.streams = asked.streams
+        super().__init__()
         self._asked = asked
         self._chats = asked.kind in ("chat", "earlier_chat")
         self._waited_sec = waited_sec
         self._begun_sec = time.monotonic()
-        self._rest = b""
         self._calls: dict[int, _ToolCall] = {}
         self._reason = "stop"
         self._timings: Timings | None = None
@@ -137,23 +125,14 @@ class Translation:
 
     # --- streams ----------------------------------------------------------------------------------------
 
-    def lines(self, part: bytes) -> bytes:
-        """Of the next bytes of the engine's events."""
-        *events, self._rest = (self._rest + part).split(b"\n")
-        lines = b""
-        for event in events:
-            if event.startswith(b"data:") and not self._failed:
-                lines += self._line(event[5:].strip())
-        return lines
-
-    def last_lines(self) -> bytes:
+    def last_events(self) -> bytes:
         if self._failed:
             return b""
         calls = self._tool_calls()
         return (self._written(calls) if calls else b"") + self._written({}, done=True)
 
-    def _line(self, data: bytes) -> bytes:
-        if data == b"[DONE]":
+    def _event(self, data: bytes) -> bytes:
+        if self._failed or data == b"[DONE]":
             return b""
         try:
             part = _decode(data)
@@ -163,6 +142,10 @@ class Translation:
             return self._fail(_message_of(part.error))
         said = self._take_in(part)
         return self._written(said) if said else b""
+
+    def _comment(self, line: bytes) -> bytes:
+        """Lines of JSON have none."""
+        return b""
 
     def _fail(self, message: str) -> bytes:
         self._failed = True
@@ -177,7 +160,7 @@ class Translation:
             if part.data is not None:
                 return self._embedded(part.data, part.usage)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise NotUnderstood(flattened(f"the engine's answer cannot be read: {error}".encode())) from None
+            raise NotUnderstood(_encode({"error": f"the engine's answer cannot be read: {error}"})) from None
         said, calls = self._take_in(part), self._tool_calls()
         text = said.get("content", "") + calls.get("content", "")
         return self._written({**said, **calls, "content": text}, done=True)
@@ -273,7 +256,7 @@ class Translation:
         }
         if done:
             line |= self._figures()
-        return _encode(line) + (b"\n" if self.streams else b"")
+        return _encode(line) + (b"\n" if self._asked.streams else b"")
 
     def _content(self, said: dict[str, Any]) -> dict[str, Any]:
         logprobs = {"logprobs": said.pop("logprobs")} if "logprobs" in said else {}

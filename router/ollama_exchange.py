@@ -9,20 +9,17 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from router.answer import Answer, NotUnderstood
+from router.answer import DOCUMENT, TranslatedAnswer, with_type
 from router.api.cards import Card
 from router.api.errors import ApiError
 from router.exchange import Exchange
-from router.ollama_answers import Translation, flattened
+from router.ollama_answers import Translation
 from router.ollama_requests import Asked, translate
 from router.rewriting import rewritten
 from router.routing import Wish, wish_of
 from router.shortening import ALL_DEPTHS
 
 _log = logging.getLogger("router")
-
-_DOCUMENT = b"content-type: application/json; charset=utf-8\r\n"
-_LINES = b"content-type: application/x-ndjson\r\n"
 
 
 class OllamaExchange(Exchange):
@@ -95,7 +92,7 @@ class OllamaExchange(Exchange):
         """With a document, also to who would take a stream: so does Ollama."""
         self._status = 200
         self._end("served")
-        self._answer.whole(200, _DOCUMENT + self._id_line + self._lines, self._translation.loaded(reason))
+        self._answer.whole(200, DOCUMENT + self._id_line + self._lines, self._translation.loaded(reason))
 
     # --- the queue --------------------------------------------------------------------------------------
 
@@ -106,12 +103,12 @@ class OllamaExchange(Exchange):
             if not self._asked.target:
                 self._answer_without_engine("load")
                 return
-            self._answer = _TranslatedAnswer(self._answer, self._translation)
+            self._answer = TranslatedAnswer(self._answer, self._translation)
         super()._decided()
 
     def _asked_of_engine(self) -> tuple[bytes, bytes]:
         """In its own words. What is sent as a form, as `curl -d` does, engines take 8 KiB of."""
-        return self._asked.target.encode(), _with_type(self._head.forwarded, b"content-type: application/json\r\n")
+        return self._asked.target.encode(), with_type(self._head.forwarded, b"content-type: application/json\r\n")
 
     def _heed_keep_alive(self, alias: str) -> None:
         """Of those who may manage: how long a model stays is everybody's business."""
@@ -136,56 +133,6 @@ class OllamaExchange(Exchange):
 
     def _fail(self, error: ApiError) -> None:
         super()._fail(_with_ollamas_status(error))
-
-
-class _TranslatedAnswer(Answer):
-    """Takes an engine's answer, and gives the client Ollama's."""
-
-    __slots__ = ("_lines", "_parts", "_status", "_translation")
-
-    def __init__(self, plain: Answer, translation: Translation) -> None:
-        """Instead of `plain`, of which nothing is written yet."""
-        super().__init__(plain._wire, keep_alive=plain.keep_alive, http_1_0=plain._http_1_0)
-        self._translation = translation
-        self._status = 200
-        self._lines = b""
-        self._parts: list[bytes] = []
-
-    def whole(self, status: int, lines: bytes, body: bytes) -> None:
-        if status == 200:
-            try:
-                body = self._translation.document(body)
-            except NotUnderstood as error:
-                status, body = 502, error.body
-        else:
-            body = flattened(body)
-        super().whole(status, _with_type(lines, _DOCUMENT), body)
-
-    def start(self, status: int, lines: bytes, length: int | None = None) -> None:
-        if status == 200 and self._translation.streams:
-            super().start(200, _with_type(lines, _LINES))
-        else:  # a document, which is translated once it is here
-            self._status, self._lines = status, lines
-
-    def write(self, part: bytes) -> None:
-        if not self.started:
-            self._parts.append(part)
-        elif lines := self._translation.lines(part):
-            super().write(lines)
-
-    def end(self, part: bytes = b"") -> None:
-        if self.started:
-            super().end(self._translation.lines(part) + self._translation.last_lines())
-        else:
-            self.whole(self._status, self._lines, b"".join((*self._parts, part)))
-
-    def break_off(self, reason: bytes) -> None:
-        super().end(reason)
-
-
-def _with_type(lines: bytes, content_type: bytes) -> bytes:
-    kept = [line for line in lines.splitlines(keepends=True) if not line.startswith(b"content-type:")]
-    return b"".join((content_type, *kept))
 
 
 def _with_ollamas_status(error: ApiError) -> ApiError:

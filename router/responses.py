@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from router.answer import Translator
 from router.api.errors import ApiError
 from router.capability import error_of_engine
 from router.rewriting import joined
@@ -167,14 +168,13 @@ def told(schema: msgspec.Raw) -> str:
     )
 
 
-class Completion:
+class Completion(Translator):
     """The answer to one request."""
 
     def __init__(self, asked: Asked) -> None:
+        super().__init__()
         self._asked = asked
         self._created_at = int(time.time())
-        self._rest = b""
-        """An event's line that is not all here."""
         self._number = 0
         """Of events, so far."""
         self._id: Any = f"resp_{time.time_ns():x}"
@@ -193,17 +193,6 @@ class Completion:
             return body
 
     # --- streams ----------------------------------------------------------------------------------------
-
-    def events(self, part: bytes) -> bytes:
-        """Of the next bytes of the engine's stream, as many events as are whole."""
-        *lines, self._rest = (self._rest + part).split(b"\n")
-        events = b""
-        for line in lines:
-            if line.startswith(b"data:"):
-                events += self._event(line[5:].strip())
-            elif line.startswith(b":"):  # the engine's signs of life, and the router's
-                events += line + b"\n\n"
-        return events
 
     def last_events(self) -> bytes:
         """What is still to be said when the engine has said its last."""

@@ -217,8 +217,8 @@ def test_calls_and_thoughts_of_two_choices_are_put_together() -> None:
     for size in (1, 7, 10_000):
         several = Several(b'{"n": 2}', Shape(2, 1))
         for at in range(0, len(raw), size):
-            several.take(raw[at : at + size])
-        document = json.loads(several.document())
+            assert several.events(raw[at : at + size]) == b""
+        document = json.loads(several.last_events())
         first, second = document["choices"]
         assert (second["message"]["content"], second["finish_reason"]) == ("bc", "stop")
         assert first["message"]["reasoning_content"] == "hm"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from router.api.errors import ApiError
-from router.ollama_answers import Translation, flattened
+from router.ollama_answers import Translation
 from router.ollama_requests import Asked, duration_sec, translate
 
 
@@ -87,8 +87,8 @@ def test_a_stream_may_come_in_any_pieces() -> None:
     for size in (1, 2, 7, 10_000):
         translation = Translation(asked(), lambda: 2.0)
         raw = stream.encode()
-        lines = b"".join(translation.lines(raw[at : at + size]) for at in range(0, len(raw), size))
-        *said, last = map(json.loads, (lines + translation.last_lines()).splitlines())
+        lines = b"".join(translation.events(raw[at : at + size]) for at in range(0, len(raw), size))
+        *said, last = map(json.loads, (lines + translation.last_events()).splitlines())
         assert [line["message"] for line in said] == [
             {"role": "assistant", "content": "é"},
             {"role": "assistant", "content": "", "thinking": "\n\ndata: "},
@@ -99,15 +99,15 @@ def test_a_stream_may_come_in_any_pieces() -> None:
 
 def test_a_completion_ends_by_its_limit() -> None:
     translation = Translation(asked("raw"), lambda: 0.0)
-    said = json.loads(translation.lines(b'data: {"content": "a", "stop": false}\n\n'))
+    said = json.loads(translation.events(b'data: {"content": "a", "stop": false}\n\n'))
     assert said["response"] == "a"
-    assert translation.lines(b'data: {"content": "", "stop": true, "stop_type": "limit"}\n\n') == b""
-    assert json.loads(translation.last_lines())["done_reason"] == "length"
+    assert translation.events(b'data: {"content": "", "stop": true, "stop_type": "limit"}\n\n') == b""
+    assert json.loads(translation.last_events())["done_reason"] == "length"
 
 
 def test_what_cannot_be_read_ends_the_stream_with_an_error() -> None:
     translation = Translation(asked(), lambda: 0.0)
-    lines = translation.lines(b'data: {"choices": [\n\ndata: {"choices": []}\n\n') + translation.last_lines()
+    lines = translation.events(b'data: {"choices": [\n\ndata: {"choices": []}\n\n') + translation.last_events()
     assert set(json.loads(lines)) == {"error"}
 
 
@@ -132,9 +132,8 @@ def test_calls_of_a_whole_answer_are_as_many_as_there_are() -> None:
 
 
 def test_errors_of_any_shape_are_a_text() -> None:
-    for error, text in (({"message": "no"}, "no"), ("no", "no"), (3, "3"), (["no"], '["no"]')):
-        assert json.loads(flattened(json.dumps({"error": error}).encode())) == {"error": text}
-    assert json.loads(flattened(b"<html>")) == {"error": "<html>"}
-    assert json.loads(flattened(b'{"error":"\xff"}')) == {"error": '"\ufffd"'}
-    assert json.loads(flattened(b'{"error":{"message":"\xff"}}')) == {"error": '{"message":"\ufffd"}'}
-    assert json.loads(Translation(asked(), lambda: 0.0).lines(b'data: {"error": 3}\n')) == {"error": "3"}
+    texts = ((b'{"message": "no"}', "no"), (b'"no"', "no"), (b"3", "3"), (b'["no"]', '["no"]'))
+    torn = ((b'"\xff"', '"\ufffd"'), (b'{"message":"\xff"}', '{"message":"\ufffd"}'))
+    for error, text in (*texts, *torn):
+        said = Translation(asked(), lambda: 0.0).events(b'data: {"error": %b}\n' % error)
+        assert json.loads(said) == {"error": text}
