@@ -2,12 +2,14 @@
 
 llama-server translates Anthropic's requests itself, and drops what that translation does not know: the schema of
 an answer, a seed, a grammar. Requests with any of these are translated here, to the route that knows all of them,
-and so are their answers; all other requests go as they are.
+and so are their answers; all other requests go as they are, but for two things. It puts what is said beside the
+results of tools before them, where it parts them from their calls. And it tells of an answer that one of the
+client's stop sequences has ended which that was, but not that it was one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -112,6 +114,7 @@ _decode_config = msgspec.json.Decoder(_Config | None).decode
 _decode_format = msgspec.json.Decoder(_Format | None).decode
 _decode_tools = msgspec.json.Decoder(list[_Tool] | None).decode
 _decode_choice = msgspec.json.Decoder(_Choice | None).decode
+_decode_stops = msgspec.json.Decoder(list[str] | None).decode
 _value_of = msgspec.json.Decoder().decode
 
 
@@ -119,6 +122,8 @@ class Asked(msgspec.Struct):
     """What the engine is asked for."""
 
     body: bytes | bytearray
+    translator: Translator | None = None
+    """Of its answer; None: that goes to the client as it is."""
     is_chat: bool = False
     """On the route of chats; else on its own."""
 
@@ -127,6 +132,10 @@ def read(body: bytes | bytearray) -> Asked:
     """What is not of the API's shape is left for the engine to refuse."""
     try:
         fields = _fields_of(body)
+        if b'"tool_result"' in body and (messages := _in_order(fields)) is not None:
+            fields = {**fields, "messages": msgspec.Raw(_encode(messages))}
+            body = _encode(fields)
+        stops: list[str] = _decode_stops(fields.get("stop_sequences", _NOTHING)) or []
         kept: dict[str, Any] = {name: fields[name] for name in _DROPPED if name in fields}
         form = _form_of(fields)
         if form is not None and form.type == "json_schema" and not kept.keys() & {"grammar", "json_schema"}:
@@ -137,8 +146,11 @@ def read(body: bytes | bytearray) -> Asked:
             else:
                 kept["response_format"] = {"type": "json_schema", "json_schema": {"schema": form.schema}}
         if not kept:
-            return Asked(body)
-        return Asked(_encode({**_chat(fields, _decode_request(body)), **kept}), is_chat=True)
+            return Asked(body, StopReasons(stops) if stops else None)
+        chat = {**_chat(fields, _decode_request(body)), **kept}
+        if stops:
+            chat |= {"verbose": True, "response_fields": ["stopping_word"]}
+        return Asked(_encode(chat), Translation(stops), is_chat=True)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return Asked(body)
 
@@ -154,6 +166,42 @@ def _form_of(fields: dict[str, msgspec.Raw]) -> _Format | None:
 def _may_call(fields: dict[str, msgspec.Raw]) -> bool:
     choice: _Choice | None = _decode_choice(fields.get("tool_choice", _NOTHING))
     return bool(_decode_tools(fields.get("tools", _NOTHING))) and (choice is None or choice.type != "none")
+
+
+class _Shown(msgspec.Struct):
+    """What decides about the place of a block."""
+
+    type: str = ""
+
+
+_decode_messages = msgspec.json.Decoder(list[dict[str, msgspec.Raw]]).decode
+_decode_blocks = msgspec.json.Decoder(str | list[msgspec.Raw]).decode
+_decode_shown = msgspec.json.Decoder(_Shown).decode
+
+
+def _in_order(fields: dict[str, msgspec.Raw]) -> list[dict[str, Any]] | None:
+    """The messages, so that results of tools come right after their calls, and what else their message says in one
+    of its own after them: Anthropic's API wants it so within a message. None if that is how they are."""
+    ordered: list[dict[str, Any]] = []
+    messages = _decode_messages(fields.get("messages", _NOTHING))
+    for message in messages:
+        results, others = _parted(message.get("content", _NOTHING))
+        if results and others:
+            ordered += [{**message, "content": results}, {**message, "content": others}]
+        else:
+            ordered.append(message)
+    return ordered if len(ordered) > len(messages) else None
+
+
+def _parted(content: msgspec.Raw) -> tuple[list[msgspec.Raw], list[msgspec.Raw]]:
+    """The results of tools, and what else there is."""
+    results: list[msgspec.Raw] = []
+    others: list[msgspec.Raw] = []
+    if b'"tool_result"' in bytes(content):
+        blocks = _decode_blocks(content)
+        for block in () if isinstance(blocks, str) else blocks:
+            (results if _decode_shown(block).type == "tool_result" else others).append(block)
+    return results, others
 
 
 def _chat(fields: dict[str, msgspec.Raw], request: _Request) -> dict[str, Any]:
@@ -188,7 +236,7 @@ def _text(said: str | Iterable[_Block]) -> str:
 
 
 def _turns(message: _Message) -> Iterable[dict[str, Any]]:
-    """One of Anthropic's messages is several of a chat's when it has results of tools."""
+    """One of Anthropic's messages is several of a chat's when it has several results of tools."""
     if isinstance(message.content, str):
         yield {"role": message.role, "content": message.content}
         return
@@ -255,6 +303,10 @@ class _Answer(msgspec.Struct):
 _NO_ERROR = msgspec.Raw(b"")
 
 
+class _Verbose(msgspec.Struct):
+    stopping_word: str | None = None
+
+
 class _Part(msgspec.Struct):
     """A whole answer, or an event of a stream."""
 
@@ -262,6 +314,8 @@ class _Part(msgspec.Struct):
     model: str = ""
     choices: list[_Answer] = []
     timings: Timings | None = None
+    verbose: _Verbose = msgspec.field(default_factory=_Verbose, name="__verbose")
+    """Of who asks for it; not from older builds, such as 9294."""
     error: msgspec.Raw = _NO_ERROR
 
 
@@ -271,8 +325,9 @@ _decode_part = msgspec.json.Decoder(_Part).decode
 class Translation(Translator):
     """A chat's answer as Anthropic's."""
 
-    def __init__(self) -> None:
+    def __init__(self, stops: Sequence[str]) -> None:
         super().__init__()
+        self._stops = stops
         self._begun = False
         self._ended = False
         self._block = ""
@@ -281,6 +336,7 @@ class Translation(Translator):
         """Of the calls, the one whose block that is."""
         self._blocks = 0
         self._reason = "end_turn"
+        self._word: str | None = None
         self._timings = Timings()
 
     def document(self, body: bytes) -> bytes:
@@ -299,15 +355,19 @@ class Translation(Translator):
         for call in said.tool_calls or ():
             named = {"type": "tool_use", "id": call.id or "", "name": call.function.name or ""}
             content.append({**named, "input": _input(call.function.arguments)})
-        reason = _REASONS.get(choice.finish_reason or "", "end_turn")
+        ended = _REASONS.get(choice.finish_reason or "", "end_turn")
+        reason, stop = _told(ended, part.verbose.stopping_word, self._stops)
         usage = _usage(part.timings or Timings())
-        return _encode({**_message(part), "content": content, "stop_reason": reason, "usage": usage})
+        return _encode(
+            {**_message(part), "content": content, "stop_reason": reason, "stop_sequence": stop, "usage": usage}
+        )
 
     def last_events(self) -> bytes:
         if self._ended:
             return b""
         self._ended = True
-        delta = {"stop_reason": self._reason, "stop_sequence": None}
+        reason, stop = _told(self._reason, self._word, self._stops)
+        delta = {"stop_reason": reason, "stop_sequence": stop}
         usage = _usage(self._timings)
         return b"".join(
             (
@@ -329,6 +389,7 @@ class Translation(Translator):
             return self._fail(error_of_engine(500, data))
         if part.timings is not None:
             self._timings = part.timings
+        self._word = part.verbose.stopping_word or self._word
         events = b"" if self._begun else self._begin(part)
         for choice in part.choices:
             if choice.finish_reason is not None:
@@ -381,6 +442,60 @@ class Translation(Translator):
         self._block = ""
         self._blocks += 1
         return _written("content_block_stop", {"index": self._blocks - 1})
+
+
+class StopReasons(Translator):
+    """An engine's own answer to a request with stop sequences."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        super().__init__()
+        self._stops = stops
+
+    def document(self, body: bytes) -> bytes:
+        try:
+            return _encode(self._told(_fields_of(body)))
+        except (msgspec.MsgspecError, UnicodeDecodeError):  # the engine's new ways, and its client's to understand
+            return body
+
+    def last_events(self) -> bytes:
+        return self._rest
+
+    def events(self, part: bytes) -> bytes:
+        return b"".join(map(self._passed, self._lines(part)))
+
+    def _passed(self, line: bytes) -> bytes:
+        if line.startswith(b"data:") and b'"stop_reason"' in line:
+            return self._event(line[5:].strip())
+        return line + b"\n"
+
+    def _event(self, data: bytes) -> bytes:
+        try:
+            fields = _fields_of(data)
+            if "delta" in fields:
+                data = _encode({**fields, "delta": self._told(_fields_of(fields["delta"]))})
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            pass
+        return b"data: %b\n" % data
+
+    def _told(self, fields: dict[str, msgspec.Raw]) -> dict[str, Any]:
+        if bytes(fields.get("stop_sequence", _NOTHING)) == bytes(_NOTHING):
+            return fields
+        ended = _decode_ended(_encode(fields))
+        reason, stop = _told(ended.stop_reason, ended.stop_sequence, self._stops)
+        return {**fields, "stop_reason": reason, "stop_sequence": stop}
+
+
+class _Ended(msgspec.Struct):
+    stop_reason: str = ""
+    stop_sequence: str | None = None
+
+
+_decode_ended = msgspec.json.Decoder(_Ended).decode
+
+
+def _told(reason: str, word: str | None, stops: Sequence[str]) -> tuple[str, str | None]:
+    """Why an answer has ended, and at which sequence of the client's. Templates have others."""
+    return ("stop_sequence", word) if reason == "end_turn" and word in stops else (reason, None)
 
 
 def _unreadable(error: Exception) -> ApiError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from router.answer import TranslatedAnswer
-from router.anthropic import Translation, read
+from router.anthropic import Asked, read
 from router.exchange import Exchange
 from router.routing import Wish
 from router.shortening import ALL_DEPTHS
@@ -12,24 +12,23 @@ from router.shortening import ALL_DEPTHS
 class MessagesExchange(Exchange):
     """An exchange whose engine is asked on another route, where need be."""
 
-    __slots__ = ("_is_chat",)
+    __slots__ = ("_asked",)
 
-    _is_chat: bool
+    _asked: Asked
 
     def _read(self, body: bytes | bytearray) -> tuple[Wish, bytes | bytearray]:
         wish, body = super()._read(body)
-        asked = read(body)
-        self._is_chat = asked.is_chat
-        return wish, asked.body
+        self._asked = read(body)
+        return wish, self._asked.body
 
     def _depth(self) -> int:
         return ALL_DEPTHS
 
     def _submit(self, wish: Wish) -> None:
-        if self._is_chat:
-            self._answer = TranslatedAnswer(self._answer, Translation())
+        if self._asked.translator is not None:
+            self._answer = TranslatedAnswer(self._answer, self._asked.translator)
         super()._submit(wish)
 
     def _asked_of_engine(self) -> tuple[bytes, bytes]:
         target, lines = super()._asked_of_engine()
-        return (b"/v1/chat/completions" if self._is_chat else target), lines
+        return (b"/v1/chat/completions" if self._asked.is_chat else target), lines

@@ -43,6 +43,11 @@ TEMPLATE = (
     "{% endfor %}"
 )
 """Of a model that sees everything."""
+STRICT = (
+    "{% for m in messages %}{% if loop.index0 and messages[loop.index0 - 1].tool_calls and m.role != 'tool' %}"
+    "{{ raise_exception('no result') }}{% endif %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+)
+"""Of a model that takes nothing but results after its calls."""
 
 
 def chunk(finish: str | None = None, **delta: Any) -> dict[str, Any]:
@@ -80,6 +85,7 @@ def router(start_shared: Start) -> Router:
             "models": {
                 **models(MODEL_PATH, "demo", flags=flags),
                 **models(MODEL_PATH, "seer", flags=[*flags, "--chat-template", TEMPLATE]),
+                **models(MODEL_PATH, "strict", flags=[*flags, "--chat-template", STRICT]),
             }
         }
     )
@@ -150,6 +156,26 @@ def test_a_model_is_asked_the_same_on_both_ways(router: Router) -> None:
         return int(usage["input_tokens"] + usage["cache_read_input_tokens"])
 
     assert prompt_tokens() == prompt_tokens(seed=1) > 100
+
+
+@pytest.mark.parametrize("more", [{}, {"seed": 1}])
+def test_results_of_tools_come_right_after_their_calls(router: Router, more: dict[str, int]) -> None:
+    """And what their message says besides after them, as Claude Code says much there."""
+    body = {"model": "strict", "max_tokens": 1, "messages": TALK, "tools": [TOOL], **more}
+    answer = router.http.post("/v1/messages", json=body)
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize("more", [{}, {"seed": 1}])
+def test_an_answer_tells_which_stop_sequence_has_ended_it(client: Any, more: dict[str, int]) -> None:
+    asked = {**ASKED, "extra_body": {"temperature": 0, **more}}
+    for stops, told in (["I am", "zebra"], ("stop_sequence", "I am")), (["zebra"], ("end_turn", None)):
+        whole = client.messages.create(**asked, stop_sequences=stops)
+        with client.messages.stream(**asked, stop_sequences=stops) as stream:
+            final = stream.get_final_message()
+        assert (whole.stop_reason, whole.stop_sequence) == (final.stop_reason, final.stop_sequence) == told
+        assert whole.content[0].text == final.content[0].text
+        assert "I am" not in whole.content[0].text or stops == ["zebra"]
 
 
 def test_thoughts_and_calls_are_blocks(player: Router) -> None:
