@@ -3,16 +3,22 @@
 llama-server (tools/server/server-context.cpp, build 11434) counts one choice only: its document has the usage of
 the first, its stream a usage chunk for each, and the event `null` between two prompts. So it is asked for a stream
 with usage in any case, of which the client gets either the stream, with one usage chunk at its end, or a document.
+
+On the engine's own routes each choice is an answer of its own, with its figures. Those go to the client as they
+are; what is counted for all of them is read on the way.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import msgspec
 
 from router.answer import Translator
-from router.meter import Timings, Usage
+from router.meter import AnswerMeter, Timings, Usage
 from router.routing import Shape
 
 _MOST_COUNTED = 1 << 16
@@ -178,15 +184,20 @@ class Several(Translator):
         }
 
     def _timings(self) -> Timings:
-        firsts = [figures.timings for figures in self._firsts() if figures.timings is not None]
-        each = [figures.timings for figures in self._counted.values() if figures.timings is not None]
-        return Timings(
-            cache_n=sum(timings.cache_n for timings in firsts),
-            prompt_n=sum(timings.prompt_n for timings in firsts),
-            prompt_ms=sum(timings.prompt_ms for timings in firsts),
-            predicted_n=sum(timings.predicted_n for timings in each),
-            predicted_ms=sum(timings.predicted_ms for timings in each),
-        )
+        told = {index: figures.timings for index, figures in self._counted.items() if figures.timings is not None}
+        return _together(told, self._per_prompt)
+
+
+def _together(told: Mapping[int, Timings], per_prompt: int) -> Timings:
+    """By their numbers, those of all choices; a prompt counts for the first of its choices, which computes it."""
+    firsts = [timings for index, timings in told.items() if index % per_prompt == 0]
+    return Timings(
+        cache_n=sum(timings.cache_n for timings in firsts),
+        prompt_n=sum(timings.prompt_n for timings in firsts),
+        prompt_ms=sum(timings.prompt_ms for timings in firsts),
+        predicted_n=sum(timings.predicted_n for timings in told.values()),
+        predicted_ms=sum(timings.predicted_ms for timings in told.values()),
+    )
 
 
 _ENVELOPE = ("id", "object", "created", "model", "system_fingerprint")
@@ -230,3 +241,45 @@ def _finished(choice: dict[str, Any]) -> dict[str, Any]:
     if message is not None and isinstance(message.get("tool_calls"), dict):
         message["tool_calls"] = [message["tool_calls"][index] for index in sorted(message["tool_calls"])]
     return {"logprobs": None, **choice} if "text" in choice else choice
+
+
+# --- the engine's own routes --------------------------------------------------------------------------------
+
+_SAID_OF_EACH = re.compile(rb'"(?:index": ?(\d{1,5})\b|stop": ?(true)|timings": ?(\{[^{}]*\}))')
+_LONGEST_SAID = 1024
+"""Bytes of any of these."""
+_decode_timings = msgspec.json.Decoder(Timings).decode
+
+
+class ChoicesMeter(AnswerMeter, kw_only=True):
+    """Of an answer in which every choice tells its number, then its text, then its figures."""
+
+    shape: Shape
+    _seen: bytes = b""
+    """The end of what was looked at, of which a part may be to come."""
+    _index: int = 0
+    _ended: set[int] = msgspec.field(default_factory=set)
+    _timings: dict[int, Timings] = msgspec.field(default_factory=dict)
+
+    def note(self, part: bytes) -> None:
+        super().note(part)
+        text = self._seen + part
+        looked_at = 0
+        for said in _SAID_OF_EACH.finditer(text):
+            looked_at = said.end()
+            if said[1] is not None:
+                self._index = int(said[1])
+            elif said[2] is not None:
+                self._ended.add(self._index)
+            else:
+                with suppress(msgspec.MsgspecError):
+                    self._timings[self._index] = _decode_timings(said[3])
+        self._seen = text[max(looked_at, len(text) - _LONGEST_SAID) :]
+
+    @property
+    def has_ended(self) -> bool:
+        return len(self._ended) >= self.shape.per_prompt * self.shape.prompts
+
+    def usage(self) -> Usage:
+        usage = _together(self._timings, self.shape.per_prompt).usage()
+        return usage if usage.output_tokens else super().usage()

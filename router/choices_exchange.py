@@ -1,4 +1,6 @@
-"""Chats and completions on the data plane: those of several choices are put together, others pass as they are."""
+"""Chats and completions on the data plane: of several choices, OpenAI's are put together and the engine's own only
+counted; others pass as they are.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,14 @@ import msgspec
 
 from router.answer import TranslatedAnswer
 from router.api.errors import ApiError
-from router.choices import Several
+from router.choices import ChoicesMeter, Several
 from router.exchange import Exchange
 from router.meter import AnswerMeter, Usage
 from router.routing import Shape, Wish, shape_of
 from router.upstream import Head
+
+OPENAIS_ROUTES = frozenset({"/v1/chat/completions", "/chat/completions", "/v1/completions", "/completions"})
+ENGINES_ROUTES = frozenset({"/completion", "/infill"})
 
 
 class ChoicesExchange(Exchange):
@@ -26,8 +31,11 @@ class ChoicesExchange(Exchange):
         answers = wish.answers if wish.asked_as is None else shape_of(body)
         if answers.several:
             self._check(answers, wish.alias)
-            self._several = Several(body, answers)
-            body = self._several.body
+            if self._head.path in OPENAIS_ROUTES:
+                self._several = Several(body, answers)
+                body = self._several.body
+            else:
+                self._meter = ChoicesMeter(shape=answers)
         return wish, body
 
     def _depth(self) -> int:

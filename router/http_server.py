@@ -25,7 +25,7 @@ from uvicorn.server import ServerState
 
 from router.answer import Answer
 from router.anthropic_exchange import MessagesExchange
-from router.choices_exchange import ChoicesExchange
+from router.choices_exchange import ENGINES_ROUTES, OPENAIS_ROUTES, ChoicesExchange
 from router.engine_exchange import EngineExchange, is_for_engine, of_engine
 from router.exchange import Exchange, Exchanges
 from router.heads import BadTarget, Headers, Known, RequestHead
@@ -44,9 +44,7 @@ _MOST_PIPELINED = 16
 
 _OF_ENGINES: dict[str, type[Exchange]] = {
     **dict.fromkeys(ROUTES, Exchange),
-    **dict.fromkeys(
-        ("/v1/chat/completions", "/chat/completions", "/v1/completions", "/completions"), ChoicesExchange
-    ),
+    **dict.fromkeys(OPENAIS_ROUTES | ENGINES_ROUTES, ChoicesExchange),
     "/v1/messages": MessagesExchange,
     **dict.fromkeys(("/v1/responses", "/responses"), ResponsesExchange),
 }
