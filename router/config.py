@@ -622,7 +622,9 @@ class ModelConfig:
     projector_was_found: bool = False
     """Nobody has named the projector in its flags: it lies beside the model, and may prove to be of no use."""
     purposes: frozenset[Purpose] = field(default=frozenset(), compare=False)
-    """By its flags, which take too long to be read when an engine has refused a request."""
+    """By its flags, which take too long to be read for each request."""
+    most_tokens: int | None = field(default=None, compare=False)
+    """Of an answer to who asks for no other number; by its flags, too."""
 
     def without_projector(self) -> ModelConfig:
         flags = argv(flag for flag in parse(self.flags) if flag.name != "mmproj")

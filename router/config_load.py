@@ -651,6 +651,7 @@ class _Draft:
         if mmproj is not None:
             self.check_file((*path, "mmproj"), mmproj, _wrong_with_model)
         flags, slots = self.final_flags(path, entry, system, mmproj, self.header(model_path))
+        purposes, most_tokens = _told_by(flags, entry.env)
         return ModelConfig(
             alias=alias,
             model_path=model_path,
@@ -667,7 +668,8 @@ class _Draft:
             projector_was_found=mmproj is not None
             and self.origin_of((*path, "mmproj")) in _FOUND
             and str(mmproj) in flags,
-            purposes=_purposes(flags, entry.env),
+            purposes=purposes,
+            most_tokens=most_tokens,
         )
 
     def header(self, file: Path) -> GGUF | None:
@@ -819,12 +821,13 @@ class _Draft:
             return ()
 
 
-def _purposes(flags: tuple[str, ...], environ: Mapping[str, str]) -> frozenset[Purpose]:
-    """None of flags that are no good, which is said elsewhere."""
+def _told_by(flags: tuple[str, ...], environ: Mapping[str, str]) -> tuple[frozenset[Purpose], int | None]:
+    """Purposes and most tokens; neither of flags that are no good, which is said elsewhere."""
     try:
-        return as_started(flags, environ).purposes
+        started = as_started(flags, environ)
+        return started.purposes, started.most_tokens
     except FlagError:
-        return frozenset()
+        return frozenset(), None
 
 
 def _derived_flags(

@@ -20,6 +20,9 @@ from router.flags import argv, parse
 _SECRET_NAME = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 
 
+_DERIVED = frozenset({"alias", "slots", "source", "files", "projector_was_found", "purposes", "most_tokens"})
+
+
 def render(config: Config, origins: Mapping[str, str]) -> list[str]:
     lines = ((dotted(path), text) for path, text in leaves(config))
     return [f"{key} = {text}   ({origins[key]})" for key, text in lines]
@@ -37,7 +40,7 @@ def leaves(config: Config) -> Iterator[tuple[KeyPath, str]]:
                     yield (*path, name), "(not shown)" if _SECRET_NAME.search(name) else _text(text)
             elif field.name == "flags":
                 yield path, _command_line(value)
-            elif field.name not in ("alias", "slots", "source", "files", "projector_was_found", "purposes"):
+            elif field.name not in _DERIVED:
                 yield path, _text(value)
     for name, named in config.aliases.items():
         for field in fields(named):

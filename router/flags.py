@@ -533,6 +533,12 @@ class Flags:
         return frozenset(purposes | ({"mmproj"} if self.last("mmproj") is not None else set()))
 
     @property
+    def most_tokens(self) -> int | None:
+        """Of an answer to who asks for no other number."""
+        most = self.integer("n-predict", -1)
+        return most if most > 0 else None
+
+    @property
     def kv_unified(self) -> bool:
         """Whether the slots share one KV cache of the whole context size."""
         return self.integer("parallel", -1) < 0 or self.switch("kv-unified", False)

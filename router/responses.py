@@ -11,8 +11,8 @@ What the request wants of the text's form, an engine gets in the words that it u
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -105,6 +105,7 @@ class _Item(msgspec.Struct):
 
 
 class _Usage(msgspec.Struct):
+    input_tokens: int = 0
     output_tokens: int = 0
 
 
@@ -113,6 +114,14 @@ _decode_item = msgspec.json.Decoder(_Item).decode
 _decode_usage = msgspec.json.Decoder(_Usage).decode
 _decode_count = msgspec.json.Decoder(int | None).decode
 _decode_text = msgspec.json.Decoder(str).decode
+
+
+class Bounds(NamedTuple):
+    """Of the answers of an engine, as far as it tells them."""
+
+    context_tokens: int | None = None
+    output_tokens: int | None = None
+    """Of who asks for no other number."""
 
 
 class Asked(msgspec.Struct):
@@ -171,9 +180,11 @@ def told(schema: msgspec.Raw) -> str:
 class Completion(Translator):
     """The answer to one request."""
 
-    def __init__(self, asked: Asked) -> None:
+    def __init__(self, asked: Asked, bounds: Callable[[], Bounds] = Bounds) -> None:
+        """`bounds`: those of the engine that answers."""
         super().__init__()
         self._asked = asked
+        self._bounds = bounds
         self._created_at = int(time.time())
         self._number = 0
         """Of events, so far."""
@@ -279,13 +290,20 @@ class Completion(Translator):
         if "usage" not in said:
             return response, False
         response["usage"] = {"output_tokens_details": _NO_DETAILS, **_fields_of(said["usage"])}
-        most = self._asked.most_tokens
-        is_cut = most is not None and _decode_usage(said["usage"]).output_tokens >= most
+        is_cut = self._is_cut(_decode_usage(said["usage"]))
         if is_cut:
             response |= {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}
         else:
             response.setdefault("completed_at", int(time.time()))
         return response, is_cut
+
+    def _is_cut(self, usage: _Usage) -> bool:
+        """The engine does not say so. Who shifts its context can get beyond that."""
+        bounds = self._bounds()
+        most = self._asked.most_tokens or bounds.output_tokens
+        if most is not None and usage.output_tokens >= most:
+            return True
+        return usage.input_tokens + usage.output_tokens == bounds.context_tokens
 
     # --- its items --------------------------------------------------------------------------------------
 

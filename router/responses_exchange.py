@@ -7,7 +7,7 @@ import msgspec
 from router.answer import TranslatedAnswer
 from router.api.errors import ApiError
 from router.exchange import Exchange
-from router.responses import Asked, Completion, read
+from router.responses import Asked, Bounds, Completion, read
 from router.routing import Wish
 from router.shortening import Shortened
 
@@ -33,9 +33,16 @@ class ResponsesExchange(Exchange):
         self._asked.repeated = {key: msgspec.Raw(b"".join(whole.parts)) for key, whole in repeated.items()}
 
     def _submit(self, wish: Wish) -> None:
-        self._completion = Completion(self._asked)
+        self._completion = Completion(self._asked, lambda: self._bounds(wish.alias))
         self._answer = TranslatedAnswer(self._answer, self._completion)
         super()._submit(wish)
 
     def _event_of(self, error: ApiError) -> bytes:
         return self._completion.failed(error)
+
+    def _bounds(self, alias: str) -> Bounds:
+        props, model = self._dispatcher.props_of(alias), self._dispatcher.config.models.get(alias)
+        return Bounds(
+            None if props is None else props.default_generation_settings.n_ctx,
+            None if model is None else model.most_tokens,
+        )

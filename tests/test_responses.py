@@ -50,7 +50,13 @@ def events_of(stream: bytes | str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def router(start_shared: Start) -> Router:
-    return start_shared({"models": models(MODEL_PATH, "demo", flags=["-c", "512", "-t", "1", "-np", "1"])})
+    flags = ["-c", "512", "-t", "1", "-np", "1", "--ignore-eos"]
+    entries = {
+        **models(MODEL_PATH, "demo", flags=flags[:-1]),
+        **models(MODEL_PATH, "endless", flags=flags),
+        **models(MODEL_PATH, "brief", flags=[*flags, "-n", "5"]),
+    }
+    return start_shared({"models": entries})
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +96,15 @@ class TestOpenaisLibrary:
         assert (whole.output_text, whole.status) == (final.output_text, "completed")
         assert whole.usage.output_tokens_details.reasoning_tokens == 0
 
-    def test_is_told_of_an_answer_that_was_cut(self, client: openai.OpenAI) -> None:
-        whole = client.responses.create(model="demo", input="Hello", max_output_tokens=3)
-        *_, last = client.responses.create(model="demo", input="Hello", max_output_tokens=3, stream=True)
+    @pytest.mark.parametrize(
+        ("model", "asked"), [("demo", {"max_output_tokens": 3}), ("endless", {}), ("brief", {})]
+    )
+    def test_is_told_of_an_answer_that_was_cut(
+        self, client: openai.OpenAI, model: str, asked: dict[str, Any]
+    ) -> None:
+        """By the client, by a full context, by the model's flags."""
+        whole = client.responses.create(model=model, input="Hello", **asked)
+        *_, last = client.responses.create(model=model, input="Hello", **asked, stream=True)
         assert last.type == "response.incomplete"
         for cut in (whole, last.response):
             assert (cut.status, cut.incomplete_details.reason) == ("incomplete", "max_output_tokens")
