@@ -16,10 +16,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from router.api.errors import ApiError
 from router.blobs import Blobs
 from router.config import AliasConfig
-from router.ollama_options import request_parameters
+from router.ollama_options import BadOption, request_parameters
 
 SOURCE = "created"
 """Where such models come from, in lists."""
@@ -71,7 +70,7 @@ def read(folder: Path) -> dict[str, Created]:
             request_parameters(made.parameters)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (msgspec.MsgspecError, UnicodeDecodeError, ApiError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, BadOption) as error:
         raise OSError(f"{folder / FILE}.json is damaged: {error}") from error
     return records
 

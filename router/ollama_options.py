@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from router.api.errors import ApiError
-
 _NUMBERS = {
     name: name
     for name in (
@@ -42,8 +40,16 @@ OF_LOADS = ("num_ctx", *_FLAGS, "use_mmap")
 _LARGEST_FLAG = 2**31 - 1
 
 
+class BadOption(ValueError):
+    """A value that its option cannot have."""
+
+    def __init__(self, name: str, wanted: str) -> None:
+        super().__init__(f'option "{name}" must be {wanted}')
+        self.param = f"options.{name}"
+
+
 def request_parameters(options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Those that concern one answer; Ollama reads over what it does not know, too. Raises ApiError 400."""
+    """Those that concern one answer; Ollama reads over what it does not know, too. Raises BadOption."""
     translated: dict[str, Any] = {}
     for name, value in (options or {}).items():
         if value is None:
@@ -71,7 +77,7 @@ def load_flags(
     """Flags with their values that an engine needs beyond what it has anyway: none if that is enough.
 
     `slots` share the context size that a flag sets; `context` is what each of them has now, in tokens (None:
-    unknown), and `given` the value that a flag has now. Raises ApiError 400.
+    unknown), and `given` the value that a flag has now. Raises BadOption.
     """
     return dict(_load_flags(options, slots, context, given))
 
@@ -83,7 +89,7 @@ def _load_flags(
     if wanted is not None:
         tokens = _integer("num_ctx", wanted)
         if not 1 <= tokens * slots <= _LARGEST_FLAG:
-            raise _wrong("num_ctx", f"from 1 to {_LARGEST_FLAG // slots}")
+            raise BadOption("num_ctx", f"from 1 to {_LARGEST_FLAG // slots}")
         if context is None or tokens > context:
             yield "--ctx-size", str(tokens * slots)
     for name, flag in _FLAGS.items():
@@ -91,12 +97,12 @@ def _load_flags(
         if value is None or _integer(name, value) <= _LEFT_TO_THE_ENGINE[name]:
             continue
         if _integer(name, value) > _LARGEST_FLAG:
-            raise _wrong(name, f"at most {_LARGEST_FLAG}")
+            raise BadOption(name, f"at most {_LARGEST_FLAG}")
         if given(flag) != str(_integer(name, value)):
             yield f"--{flag}", str(_integer(name, value))
     mapped = options.get("use_mmap")
     if mapped is not None and not isinstance(mapped, bool):
-        raise _wrong("use_mmap", "true or false")
+        raise BadOption("use_mmap", "true or false")
     if mapped is False and given("load-mode") != "none":
         yield "--load-mode", "none"
 
@@ -126,16 +132,12 @@ def _integer(name: str, value: Any) -> int:
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _wrong(name, "a number")
+        raise BadOption(name, "a number")
     return value
 
 
 def _texts(value: Any) -> list[str]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise _wrong("stop", "an array of texts")
+        raise BadOption("stop", "an array of texts")
     return texts
-
-
-def _wrong(name: str, wanted: str) -> ApiError:
-    return ApiError(400, "invalid_request", f'option "{name}" must be {wanted}', f"options.{name}")

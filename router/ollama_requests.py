@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from router.api.errors import ApiError
-from router.ollama_options import request_parameters
+from router.ollama_options import BadOption, request_parameters
 
 Kind = Literal["chat", "earlier_chat", "generate", "raw", "embed", "embeddings"]
 """`earlier_chat` is `/chat` of earlier hosts."""
@@ -216,7 +216,11 @@ def _to_generate(
     asked: _Generating, kind: Kind, target: str, question: dict[str, Any], probabilities: dict[str, Any]
 ) -> Asked:
     streams = asked.stream is not False
-    question |= {**request_parameters(asked.options), **probabilities, "stream": streams, "cache_prompt": True}
+    try:
+        parameters = request_parameters(asked.options)
+    except BadOption as error:
+        raise ApiError(400, "invalid_request", str(error), error.param) from None
+    question |= {**parameters, **probabilities, "stream": streams, "cache_prompt": True}
     keep_alive_sec = duration_sec(asked.keep_alive)
     most = asked.top_logprobs or 0
     if not 0 <= most <= _MOST_ALTERNATIVES:

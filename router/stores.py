@@ -16,10 +16,9 @@ from typing import Any, Literal
 import msgspec
 
 from router import pulled
-from router.api.errors import ApiError
 from router.created import Created, Example
 from router.hub import Discovery, Found, Headers, Survey, quantization, stem
-from router.ollama_options import load_flags, request_parameters
+from router.ollama_options import BadOption, load_flags, request_parameters
 
 _MODEL = "application/vnd.ollama.image.model"
 _PROJECTOR = "application/vnd.ollama.image.projector"
@@ -135,7 +134,7 @@ def _ollama_model(store: Path, manifest: Path, survey: Survey) -> Found | None:
         return None
     try:
         made = _made(store, manifest, layers)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ApiError) as error:
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError, BadOption) as error:
         survey.skip(manifest, f"has a system prompt, parameters or messages that cannot be read: {error}")
         return None
     model = survey.read(models[0])
@@ -146,7 +145,7 @@ def _ollama_model(store: Path, manifest: Path, survey: Survey) -> Found | None:
 
 
 def _made(store: Path, manifest: Path, layers: list[_Layer]) -> Created:
-    """What Ollama's Modelfile says besides FROM and TEMPLATE. Raises OSError, MsgspecError, and ApiError for what
+    """What Ollama's Modelfile says besides FROM and TEMPLATE. Raises OSError, MsgspecError, and BadOption for what
     is no value of a parameter."""
 
     def content(media_type: str) -> Iterator[bytes]:

@@ -161,7 +161,11 @@ def test_what_ollamas_modelfile_says_counts_in_every_request(ollama: Path, start
     ("layers", "reason"),
     [
         ({"params": "{"}, "has a system prompt, parameters or messages that cannot be read: Input data was"),
-        ({"params": {"temperature": "hot"}}, "has a system prompt, parameters or messages that cannot be read"),
+        (
+            {"params": {"temperature": "hot"}},
+            "has a system prompt, parameters or messages that cannot be read: "
+            'option "temperature" must be a number',
+        ),
         ({"messages": [{"role": "user"}]}, "has a system prompt, parameters or messages that cannot be read"),
         ({"params": '{"a": ' + "[" * 5000}, "has a system prompt, parameters or messages that cannot be read"),
     ],

@@ -31,7 +31,7 @@ from router.flags import as_started
 from router.gguf import GGUF
 from router.hub import Survey
 from router.names import same_name, untagged
-from router.ollama_options import load_flags, request_parameters, unknown_options
+from router.ollama_options import BadOption, load_flags, request_parameters, unknown_options
 from router.readings import apart
 from router.routing import known_as
 
@@ -126,7 +126,11 @@ async def create(request: Request) -> Response:
         basis, status = await asyncio.to_thread(_basis_of_files, asked.files, creations), "parsing GGUF"
     else:
         raise ApiError(400, "invalid_request", "neither 'from' or 'files' was specified")
-    await _put(name, await apart(lambda: _changed(basis, asked, creations, config)), request)
+    try:
+        made = await apart(lambda: _changed(basis, asked, creations, config))
+    except BadOption as error:
+        raise ApiError(400, "invalid_request", str(error), error.param) from None
+    await _put(name, made, request)
     if asked.stream is False:
         return JSONResponse({"status": "success"})
     lines = [msgspec.json.encode({"status": text}) + b"\n" for text in (status, "writing manifest", "success")]
@@ -209,7 +213,7 @@ def _header_of(name: str, digest: str, blobs: Blobs) -> GGUF:
 
 
 def _changed(basis: _Basis, asked: _Create, creations: Creations, config: Config) -> Created:
-    """The basis with what the request adds to it. Reads and writes files. Raises ApiError."""
+    """The basis with what the request adds to it. Reads and writes files. Raises ApiError and BadOption."""
     made, parameters = basis.made, asked.parameters or {}
     if unknown := unknown_options(parameters):
         message = f"llama-server has nothing for the parameter {', '.join(map(repr, unknown))}"

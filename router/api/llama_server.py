@@ -14,24 +14,13 @@ from fastapi import APIRouter, Request
 from router.api.documents import Document
 from router.api.errors import ApiError
 from router.api.models import to_load
-from router.api.ollama import read_body
+from router.api.ollama import NAMES_A_MODEL, read_body
 from router.api.openai import all_cards
 from router.dispatcher import Dispatcher
 from router.routing import model_of
 from router.turns import in_turns
 
 router = APIRouter(tags=["llama-server"])
-
-_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": {"type": "object", "required": ["model"], "properties": {"model": {"type": "string"}}}
-            }
-        },
-    }
-}
 
 
 class _Named(msgspec.Struct):
@@ -59,7 +48,7 @@ def _as_an_earlier_host(card: dict[str, Any], request: Request) -> dict[str, Any
     }
 
 
-@router.post("/models/load", openapi_extra=_BODY)
+@router.post("/models/load", openapi_extra=NAMES_A_MODEL)
 async def load(request: Request) -> dict[str, bool]:
     """Load a model; answers at once."""
     dispatcher: Dispatcher = request.app.state.dispatcher
@@ -70,7 +59,7 @@ async def load(request: Request) -> dict[str, bool]:
     return {"success": True}
 
 
-@router.post("/models/unload", openapi_extra=_BODY)
+@router.post("/models/unload", openapi_extra=NAMES_A_MODEL)
 async def unload(request: Request) -> dict[str, bool]:
     """Unload a model once its requests in flight are answered; answers at once."""
     dispatcher: Dispatcher = request.app.state.dispatcher

@@ -42,7 +42,7 @@ router = APIRouter(tags=["Ollama"])
 
 _T = TypeVar("_T")
 
-_BODY = {
+NAMES_A_MODEL = {
     "requestBody": {
         "required": True,
         "content": {
@@ -94,7 +94,7 @@ async def running(request: Request) -> dict[str, Any]:
     return {"models": sorted(entries, key=lambda entry: str(entry["expires_at"]), reverse=True)}
 
 
-@router.post("/api/show", openapi_extra=_BODY, responses={500: {}})
+@router.post("/api/show", openapi_extra=NAMES_A_MODEL, responses={500: {}})
 async def show(request: Request) -> dict[str, Any]:
     """One model: what its file says of it, and what its name adds to that; system prompts with full keys only."""
     asked = await _named(request)
@@ -111,7 +111,7 @@ async def show(request: Request) -> dict[str, Any]:
         raise ApiError(500, "model_failed", f"{known.name!r} cannot be read{reason}") from None
 
 
-@router.post("/api/pull", response_model=None, openapi_extra=_BODY, responses={409: {}, 429: {}, 500: {}})
+@router.post("/api/pull", response_model=None, openapi_extra=NAMES_A_MODEL, responses={409: {}, 429: {}, 500: {}})
 async def pull(request: Request) -> Response:
     """Pull a model from the Hugging Face hub, or join the pull that does so already."""
     asked = await _named(request)
@@ -125,7 +125,9 @@ async def pull(request: Request) -> Response:
     return JSONResponse({"status": "success"})
 
 
-@router.delete("/api/delete", response_model=None, openapi_extra=_BODY, responses={404: {}, 409: {}, 500: {}})
+@router.delete(
+    "/api/delete", response_model=None, openapi_extra=NAMES_A_MODEL, responses={404: {}, 409: {}, 500: {}}
+)
 async def delete(request: Request) -> Response:
     """Remove a pulled or created model and the files that are only its own."""
     asked = await _named(request)

@@ -48,8 +48,11 @@ class _File(NamedTuple):
 
 
 def _read(path: Path) -> _File:
-    content = path.read_bytes()
-    return _File(content, f"{_KINDS[path.suffix]}; charset=utf-8", f'"{hashlib.sha256(content).hexdigest()[:16]}"')
+    return _file(path.read_bytes(), path.suffix)
+
+
+def _file(content: bytes, suffix: str) -> _File:
+    return _File(content, f"{_KINDS[suffix]}; charset=utf-8", f'"{hashlib.sha256(content).hexdigest()[:16]}"')
 
 
 _DOCS_FILES = ("swagger-ui-bundle.js", "swagger-ui.css", "redoc.standalone.js")
@@ -64,6 +67,16 @@ def _read_of_docs(name: str) -> _File:
 
 
 _FILES = {path.name: _read(path) for path in (Path(__file__).parent.parent / "page").iterdir()}
+
+
+def _drawn_by(tags: bytes) -> _File:
+    return _file(_FILES["docs.html"].content.replace(b"<!-- What it is drawn by. -->", tags), ".html")
+
+
+_BY_SWAGGER_UI = _drawn_by(
+    b'<link rel="stylesheet" href="docs/swagger-ui.css">\n<script src="docs/swagger-ui-bundle.js" defer></script>'
+)
+_BY_REDOC = _drawn_by(b'<script src="docs/redoc.standalone.js" defer></script>')
 
 
 def is_asked_for(scope: Scope) -> bool:
@@ -101,13 +114,13 @@ async def file(name: str, request: Request) -> Response:
 @router.get("/docs")
 async def docs(request: Request) -> Response:
     """The API, described and tried by Swagger UI."""
-    return _answer(request, _FILES["docs.html"], _POLICY_OF_DOCS)
+    return _answer(request, _BY_SWAGGER_UI, _POLICY_OF_DOCS)
 
 
 @router.get("/redoc")
 async def redoc(request: Request) -> Response:
     """The API, described by Redoc."""
-    return _answer(request, _FILES["redoc.html"], _POLICY_OF_DOCS)
+    return _answer(request, _BY_REDOC, _POLICY_OF_DOCS)
 
 
 @router.get("/docs/{name}")
