@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
-from router.flags import FORMS, Flag, canonical
+from router.flags import AUTO_SLOTS, FORMS, Flag, canonical
 
 _ENTRY = re.compile(r"((?:--?\w[\w.-]*,\s+)*--?\w[\w.-]*)( \S)?")
 _REMOVED = "the argument has been removed"
 """What the help says of a flag that is only there to be refused."""
 _EXPECTED = ("--model", "--port")
 """What every help of a llama-server lists."""
+
+_DEFAULT_SLOTS = re.compile(r"--parallel N\s.*?\(default: (-?\d+)", re.DOTALL)
 
 _LOADING = ("mmap", "mlock", "direct-io", "load-mode")
 """Flags that together say how weights get into memory."""
@@ -47,6 +50,27 @@ def read_help(text: str) -> Has:
             continue
         has |= dict.fromkeys(re.split(r",\s+", head[1]), head[2] is not None)
     return has if all(spelling in has for spelling in _EXPECTED) else {}
+
+
+def default_slots(text: str) -> int:
+    """How many slots a build has, by its help, when it is told nothing; negative: it decides that itself."""
+    found = _DEFAULT_SLOTS.search(text)
+    return int(found[1]) if found is not None else -1
+
+
+def slots_told(given: Sequence[Flag], has: Has) -> Sequence[Flag]:
+    """For a build that makes nothing of `--parallel -1`, as was so before December 2025: how many that is.
+
+    The last of these builds make four slots of one, too, unless it shares its cache: alone, it may as well.
+    """
+    last = next((flag for flag in reversed(given) if flag.name == "parallel"), None)
+    if last is None or last.integer() > 1:
+        return given
+    count = AUTO_SLOTS if last.integer() < 0 else last.integer()
+    told = [replace(last, spelling="--parallel", values=(str(count),), index=max(0, last.index))]
+    if "--kv-unified" in has:
+        told.append(Flag("kv-unified", "--kv-unified", index=max(0, last.index)))
+    return [*(flag for flag in given if flag is not last), *told]
 
 
 def spoken(given: Sequence[Flag], has: Has) -> Spoken:

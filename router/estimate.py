@@ -117,6 +117,8 @@ def forecast(
     engine = _engine()
     ground = _ground(engine)
     asked_for = [word for name, *value in flags_for(header, flags) for word in (f"--{name}", *value)]
+    if engine is not None and engine.default_slots > 0 and flags.last("parallel") is None:
+        asked_for += ["--parallel", str(engine.default_slots)]
     flags = Flags([*argv(flag for flag in flags.given if flag.index >= 0), *asked_for], os.environ)
     if engine is not None and not engine.uses_gpus:
         ground = replace(ground, gpus=())

@@ -21,7 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from router import adapters, fit_params, footprint, gguf
-from router.build_flags import Has, Spoken, read_help, spoken
+from router.build_flags import Has, Spoken, default_slots, read_help, slots_told, spoken
 from router.config import ModelConfig
 from router.engine import KEY_VARIABLE, Binary, signal_name
 from router.flags import OWNED, FlagError, Flags, argv, replaced
@@ -143,6 +143,11 @@ class EngineKind:
         return "--list-devices" in self._help.line
 
     @property
+    def default_slots(self) -> int:
+        """Of an engine that is told nothing; negative: it decides that itself. Blocking, like `check_runs`."""
+        return self._help.default_slots
+
+    @property
     def takes_unix_sockets(self) -> bool:
         """Whether it can listen on several addresses, Unix sockets among them. Blocking, like `check_runs`."""
         return not self._is_server or _TAKES_UNIX_SOCKETS in self._help.line
@@ -151,7 +156,7 @@ class EngineKind:
         """The same for its build, of which `environ` sets some. Blocking, like `check_runs`. Raises FlagError."""
         given = Flags(flags, environ).given
         if has := self._help.has:
-            return spoken(given, has)
+            return spoken(given if self.default_slots < 0 else slots_told(given, has), has)
         return Spoken(tuple(argv(flag for flag in given if flag.index >= 0)), ())
 
     def unknown_flags(self, models: Mapping[str, ModelConfig], environ: Mapping[str, str]) -> Iterator[str]:
@@ -179,6 +184,7 @@ class _Help:
     line: str = ""
     """All of it, in one line."""
     has: Has = field(default_factory=dict)
+    default_slots: int = -1
 
 
 @lru_cache(maxsize=8)
@@ -197,7 +203,7 @@ def _help_of(program: str, build: str) -> _Help:
         return _Help()
     if done.returncode >= 0 and done.returncode not in _NEVER_RAN:
         text = done.stdout.decode("utf-8", "replace")
-        return _Help(" ".join(text.split()), read_help(text))
+        return _Help(" ".join(text.split()), read_help(text), default_slots(text))
     said = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
     code = f"exit code {done.returncode}" if done.returncode > 0 else signal_name(done.returncode)
     raise OSError(errno.ENOEXEC, said or code)

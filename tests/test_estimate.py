@@ -13,7 +13,9 @@ from tiny_models import Blueprint, write_embedding, write_llama, write_projector
 from benchmarks.footprints import MODELS
 from router import estimate, gguf
 from router.cli import main
+from router.engine import Binary
 from router.placing import Ground, Site
+from router.sizing import EngineKind
 
 GRANITE = MODELS["granite-4-tiny"]
 FAR = "http://127.0.0.1:9"  # the discard port: nobody listens
@@ -137,6 +139,28 @@ def test_the_widest_table_fits_a_terminal(
     assert lines[2].split()[:6] == ["MiB", "weights", "KV", "state", "compute", "mmproj"]
     assert [line.split()[0] for line in lines[3:7]] == ["gpu0", "gpu1", "host", "together"]
     assert max(map(len, lines)) <= 80, "\n".join(lines)
+
+
+def test_the_slots_of_who_names_none_are_those_of_the_build(
+    tmp_path: Path,
+    command: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A recurrent model keeps as many states as there are slots; builds from before November 2025
+    have one."""
+    path = MODELS["mamba-2.8b"].write(tmp_path / "mamba.gguf")
+    program = tmp_path / "llama-server"
+    states = []
+    for default in ("1", "-1, -1 = auto"):
+        slots = f"-np,   --parallel N          number of slots (default: {default})"
+        program.write_text(f"#!/bin/sh\necho '--model FNAME  path\n--port PORT  port\n{slots}'\n# {default}\n")
+        program.chmod(0o755)
+        engine = EngineKind(Binary((str(program),), "llama-server", ""))
+        monkeypatch.setattr(estimate, "_engine", lambda engine=engine: engine)
+        command(str(path), "-c", "4096")
+        states.append(int(capsys.readouterr().out.splitlines()[3].split()[2]))
+    assert states == [24, 95]
 
 
 def test_what_is_lacking_is_said(

@@ -17,6 +17,7 @@ from conftest import Start, eventually, models, run
 from router.build_flags import read_help, spoken
 from router.capability import refused_by_engine
 from router.config_load import load
+from router.engine import Binary
 from router.flags import (
     ENGINE_BUILD,
     FORMS,
@@ -29,6 +30,7 @@ from router.flags import (
     from_environment,
     parse,
 )
+from router.sizing import EngineKind
 
 
 @pytest.mark.parametrize(
@@ -199,6 +201,13 @@ OF_10434 = """----- common params -----
 --spec-type none,draft-simple,ngram-mod
                                         types of speculative decoding to use, see --foo
 """
+OF_7000 = """-m,    --model FNAME                    model path (default: `models/$filename`)
+--port PORT                             port to listen (default: 8080)
+--kv-unified, -kvu                      use single unified KV buffer for the KV cache of all sequences
+                                        (default: false)
+-np,   --parallel N                     number of parallel sequences to decode (default: 1)
+                                        (env: LLAMA_ARG_N_PARALLEL)
+"""
 OF_6000 = """-h,    --help, --usage                  print usage and exit
 -c,    --ctx-size N                     size of the prompt context (default: 4096, 0 = loaded from model)
 -fa,   --flash-attn                     enable Flash Attention (default: disabled)
@@ -258,6 +267,24 @@ def test_what_was_written_for_newer_builds_is_said_in_older_words(written: str, 
     assert (sorted(said.words), said.unknown) == (sorted(meant.split()), ())
 
 
+@pytest.mark.parametrize(
+    ("build", "written", "meant"),
+    [
+        (OF_7000, "-np -1 -c 1", "-c 1 --parallel 4 --kv-unified"),
+        (OF_7000, "-np 1 -no-kvu", "-no-kvu --parallel 1 --kv-unified"),
+        (OF_7000, "-np 3", "-np 3"),
+        (OF_7000.replace("--kv-unified, -kvu ", "-kvx,"), "-np -1", "--parallel 4"),
+        (OF_10434, "-np -1", "-np -1"),
+    ],
+)
+def test_a_build_that_does_not_choose_how_many_slots_it_has_is_told(
+    tmp_path: Path, build: str, written: str, meant: str
+) -> None:
+    engine = llama_server(tmp_path, build)
+    assert engine.default_slots == (1 if build != OF_10434 else -1)
+    assert " ".join(engine.in_its_words(written.split(), {}).words) == meant
+
+
 def test_what_a_build_has_no_words_for_is_named_and_left_as_it_is() -> None:
     flags = ["--moe-cache-mib", "5", "--no-jinja", "--brand-new=3", "-c", "1"]
     environ = {"LLAMA_ARG_LAZY_MODE": "on", "LLAMA_ARG_CTX_SIZE": "7", "LLAMA_ARG_NO_MMAP": "1"}
@@ -268,12 +295,18 @@ def test_what_a_build_has_no_words_for_is_named_and_left_as_it_is() -> None:
     assert said.unknown == ("LLAMA_ARG_LAZY_MODE", "--moe-cache-mib", "--no-jinja", "--brand-new")
 
 
+def llama_server(folder: Path, help_text: str) -> EngineKind:
+    """One that says this, and nothing else."""
+    program = folder / "llama-server"
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{help_text}LLAMA_API_KEY\nEND\n")
+    program.chmod(0o755)
+    return EngineKind(Binary((str(program),), "llama-server", ""))
+
+
 def test_flags_that_the_engine_lacks_are_told_before_a_model_is_asked_for(
     start: Start, tiny: Path, tmp_path: Path
 ) -> None:
-    engine = tmp_path / "llama-server"
-    engine.write_text(f"#!/bin/sh\ncat <<'END'\n{OF_10434}LLAMA_API_KEY\nEND\n")
-    engine.chmod(0o755)
+    engine = llama_server(tmp_path, OF_10434).program
     config = {
         "models": models(tiny, "a", flags=["-c", "512", "--no-mmap"]) | models(tiny, "b", flags=["-cd", "9"])
     }
