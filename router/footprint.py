@@ -17,13 +17,14 @@ import platform
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate, chain
 
 from router.architectures import KEEPS_PAST_STATES, Layout, integer, layout, per_layer, widest_product
 from router.flags import Flag, Flags
-from router.ggml import EMBEDDING_ARCHITECTURES, TENSOR_TYPES
+from router.ggml import EMBEDDING_ARCHITECTURES, TENSOR_TYPES, TensorType
 from router.gguf import GGUF, Tensor
+from router.selection import Batch, selection
 
 MIB = 1 << 20
 HOST = "host"
@@ -32,7 +33,7 @@ HOST = "host"
 _BATCH, _MICRO_BATCH, _CACHE_RAM_MIB, _DRAFT_TOKENS = 2048, 512, 8192, 3
 _PADDING = 256
 
-_BYTES_PER_ELEMENT = {kind.name.lower(): kind.block_bytes / kind.block for kind in TENSOR_TYPES.values()}
+_CACHE_TYPES = {kind.name.lower(): kind for kind in TENSOR_TYPES.values()}
 _LAYER_OF = re.compile(r"blk\.(\d+)\.")
 # `LLM_TENSOR_LAYER_INPUT` in src/llama-arch.cpp: they stay on the host.
 _INPUTS = frozenset({"token_embd", "position_embd", "token_types", "token_embd_norm", "per_layer_token_embd"})
@@ -138,6 +139,10 @@ class _Cells:
     micro_batch: int
     outputs: int
 
+    def of_summaries(self, tokens: int) -> int:
+        """Of so many tokens each (`dsv4_comp_size` in src/llama-kv-cache-dsv4.cpp)."""
+        return _pad(-(-self.per_stream // tokens))
+
     def of_window(self, window: int, *, whole: bool) -> int:
         """`llama_kv_cache_iswa::llama_kv_cache_iswa` in src/llama-kv-cache-iswa.cpp."""
         if whole:
@@ -214,8 +219,12 @@ class _Part:
         keeps = bool(speculates) and self.header.architecture in KEEPS_PAST_STATES
         return _count(self.flags, "spec-draft-n-max", _DRAFT_TOKENS) if keeps else 0
 
+    def _own(self, cells: _Cells) -> _Cells:
+        return replace(cells, streams=cells.slots) if self.layout.slots_apart else cells
+
     def cache(self, cells: _Cells) -> dict[str, Share]:
         """`llama_kv_cache::llama_kv_cache` in src/llama-kv-cache.cpp, `llama_memory_recurrent` in its file."""
+        cells = self._own(cells)
         window_cells = cells.of_window(self.layout.window, whole=self.flags.switch("swa-full", False))
         layers = self.layout.layers[: None if _predicts_tokens(self.flags) else self.layout.trunk]
         widest_v = max((layer.v for layer in layers), default=0)
@@ -224,7 +233,12 @@ class _Part:
         for index, layer in enumerate(layers):
             count = (window_cells if layer.windowed else cells.per_stream) * cells.streams
             v = layer.v if self.flash_attention or not layer.v else widest_v
-            kv = count * ((layer.k + layer.indexer) * self.k_bytes + v * self.v_bytes)
+            kv = count * (layer.k * self.k_bytes + v * self.v_bytes)
+            picked_from = count
+            if layer.compressed:
+                picked_from = cells.of_summaries(layer.compressed) * cells.streams
+                kv += picked_from * layer.k * self.k_bytes
+            kv += picked_from * (layer.indexer * self.k_bytes + layer.indexer_v * self.v_bytes)
             device = self.cache_on(index)
             share = Share(kv=kv / MIB, recurrent=layer.state * 4 * states / MIB)
             shares[device] = shares.get(device, Share()) + share
@@ -233,10 +247,12 @@ class _Part:
     def compute(self, cells: _Cells) -> dict[str, Share]:
         """The buffer for intermediate results, by a rule that was fitted to what the engine prints.
 
-        Per token of a micro-batch: five rows as wide as the embedding, and the widest thing that a layer computes
-        or, for the few tokens that are answered, the logits; per kind of cache, a mask. For most models it meets
-        the CPU backend to the MiB; other backends differ.
+        Per token of a micro-batch: five rows as wide as the embedding (one of them as often as there are
+        hyper-connections), and the widest thing that a layer computes or, for the few tokens that are answered,
+        the logits; per kind of cache, a mask; and what `selection.py` counts. For most models it meets the CPU
+        backend to the MiB; other backends differ.
         """
+        cells = self._own(cells)
         width = self.header.embedding_length or 0
         vocabulary = next((t.shape[-1] for t in self.header.tensors if t.name == "token_embd.weight"), 0)
         if self.header.architecture in EMBEDDING_ARCHITECTURES:  # which compute no logits
@@ -245,17 +261,32 @@ class _Part:
         windowed = cells.of_window(self.layout.window, whole=self.flags.switch("swa-full", False))
         masks = [cells.per_stream] if any(layer.k and not layer.windowed for layer in layers) else []
         masks += [windowed] if any(layer.windowed for layer in layers) else []
+        attended = max(masks, default=0) + max(
+            (cells.of_summaries(layer.compressed) for layer in layers if layer.compressed), default=0
+        )
         inner, mask_bytes = widest_product(self.header, len(layers)), 2
         if not self.flash_attention and masks:
             heads = max(per_layer(self.header, "attention.head_count", len(layers)), default=0)
-            inner, mask_bytes = max(inner, 3 * width) + heads * max(masks), 4
+            inner, mask_bytes = max(inner, 3 * width) + heads * attended, 4
 
-        floats = 5 * width * cells.micro_batch + max(inner * cells.micro_batch, vocabulary * cells.outputs)
-        masked = mask_bytes * sum(masks) * cells.micro_batch
+        batch = Batch(
+            tokens=cells.micro_batch,
+            cells=cells.per_stream,
+            window=windowed,
+            slots=cells.slots,
+            are_shared=cells.streams == 1,
+            flash_attention=self.flash_attention,
+        )
+        chosen = selection(self.header, self.layout, batch)
+        rows = 4 + max(1, integer(self.header, "hyper_connection.count"))
+        floats = rows * width * cells.micro_batch + max(
+            inner * cells.micro_batch + chosen.attending // 4, chosen.choosing // 4, vocabulary * cells.outputs
+        )
+        masked = mask_bytes * sum(masks) * cells.micro_batch + chosen.held
         inputs = Share(compute=(4 * width * cells.micro_batch + masked) / MIB)
         used = {self.device_of(index) for index in range(len(layers) + 1)}
         shares = {HOST: inputs} | dict.fromkeys(used, Share(compute=(4 * floats + masked) / MIB))
-        shares[HOST] += self._work(cells, max(masks, default=0))
+        shares[HOST] += self._work(cells, attended)
         return shares
 
     def _work(self, cells: _Cells, attended: int) -> Share:
@@ -279,7 +310,7 @@ def _parts(header: GGUF, flags: Flags, draft: GGUF | None, adapters: Sequence[GG
 
 def _part(header: GGUF, flags: Flags, gpus: int, adapters: Sequence[GGUF] = (), *, draft: bool) -> _Part:
     kinds = ("spec-draft-type-k", "spec-draft-type-v") if draft else ("cache-type-k", "cache-type-v")
-    k_bytes, v_bytes = (_cache_type(flags, kind) for kind in kinds)
+    k_type, v_type = (_cache_type(flags, kind) for kind in kinds)
     plan = layout(header)
     device_of = _placement(len(plan.layers), flags, _usable_gpus(flags, gpus, draft=draft), draft=draft)
     # Where there is a GPU, the CPU keeps weights in an order that suits both (`make_cpu_buft_list`).
@@ -291,8 +322,8 @@ def _part(header: GGUF, flags: Flags, gpus: int, adapters: Sequence[GGUF] = (), 
         weights=_weights(header, plan, flags, device_of, adapters, draft=draft, repacks=repacks),
         device_of=device_of,
         cache_on=device_of if offloads else lambda _: HOST,
-        k_bytes=k_bytes,
-        v_bytes=v_bytes,
+        k_bytes=k_type.block_bytes / k_type.block,
+        v_bytes=v_type.block_bytes / v_type.block,
         flags=flags,
     )
 
@@ -458,14 +489,13 @@ def _pattern(flag: Flag, pattern: str) -> re.Pattern[str]:
         raise flag.error(f"has a pattern that is not a regular expression: {pattern!r} ({error})") from None
 
 
-def _cache_type(flags: Flags, name: str) -> float:
-    """Bytes per element, block scales included."""
+def _cache_type(flags: Flags, name: str) -> TensorType:
     flag = flags.last(name)
     kind = "f16" if flag is None else flag.text.lower()
-    if kind not in _BYTES_PER_ELEMENT:
+    if kind not in _CACHE_TYPES:
         assert flag is not None
         raise flag.error(f"takes a type like f16, q8_0 or q4_0, not {flag.text!r}")
-    return _BYTES_PER_ELEMENT[kind]
+    return _CACHE_TYPES[kind]
 
 
 def _count(flags: Flags, name: str, default: int) -> int:

@@ -366,7 +366,9 @@ class Blueprint:
 
     def _type(self, name: str, shape: Sequence[int]) -> str:
         """Biases, norms and what state spaces and routers are made of stay f32, as in published models."""
-        if len(shape) == 1 or re.search(r"bias$|ffn_gate_inp|conv|ssm_[ad]$|ssm_norm|_coef|altup_router", name):
+        if len(shape) == 1 or re.search(
+            r"bias$|ffn_gate_inp|conv|ssm_[ad]$|ssm_norm|_coef|altup_router|hc_|_ape\.", name
+        ):
             return "F32"
         wanted = self.token_embedding if name in ("token_embd.weight", "output.weight") else self.quantization
         return next(kind for kind in (wanted, "Q8_0", "F16") if shape[0] % QUANTIZED_TYPES[kind][1] == 0)
