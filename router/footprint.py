@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate, chain
 
-from router.architectures import KEEPS_PAST_STATES, Layout, integer, layout, per_layer, widest_product
+from router.architectures import KEEPS_PAST_STATES, Layout, head_sizes, integer, layout, per_layer, widest_product
 from router.flags import Flag, Flags
 from router.ggml import EMBEDDING_ARCHITECTURES, TENSOR_TYPES, TensorType
 from router.gguf import GGUF, Tensor
@@ -316,7 +316,7 @@ def _part(header: GGUF, flags: Flags, gpus: int, adapters: Sequence[GGUF] = (), 
     # Where there is a GPU, the CPU keeps weights in an order that suits both (`make_cpu_buft_list`).
     repacks = flags.switch("repack", True) and not gpus
     offloads = flags.switch("kv-offload", True)
-    return _Part(
+    part = _Part(
         header=header,
         layout=plan,
         weights=_weights(header, plan, flags, device_of, adapters, draft=draft, repacks=repacks),
@@ -326,6 +326,28 @@ def _part(header: GGUF, flags: Flags, gpus: int, adapters: Sequence[GGUF] = (), 
         v_bytes=v_type.block_bytes / v_type.block,
         flags=flags,
     )
+    _check_cache(part, kinds, (k_type, v_type))
+    return part
+
+
+def _check_cache(part: _Part, flags: tuple[str, str], types: tuple[TensorType, TensorType]) -> None:
+    """Raises `FlagError` for a quantized K or V that the engine refuses (`llama_init_from_model`)."""
+    trunk = part.layout.layers[: part.layout.trunk]
+    heads = per_layer(part.header, "attention.head_count", len(trunk))
+    kinds_of_layers = {layer.windowed for layer in trunk} or {False}
+    lengths = (head_sizes(part.header, heads, windowed=windowed) for windowed in kinds_of_layers)
+    for name, kind, of_a_head in zip(flags, types, zip(*lengths, strict=True), strict=True):
+        flag = part.flags.last(name)
+        if flag is None or kind.block == 1:
+            continue
+        if name == flags[-1] and not part.flash_attention:
+            lacks = "which grok does not have" if part.header.architecture == "grok" else "and --flash-attn is off"
+            raise flag.error(f"cannot be {flag.text}: a quantized V cache needs flash attention, {lacks}")
+        odd = next((length for length in of_a_head if length % kind.block), 0)
+        if odd and part.flash_attention:
+            raise flag.error(
+                f"cannot be {flag.text}: it packs {kind.block} numbers at a time, and a head has {odd}"
+            )
 
 
 def _estimate(parts: Iterable[_Part], cells: _Cells, projector: GGUF | None) -> Footprint:

@@ -35,6 +35,8 @@ def router(start_shared: Start, tiny: Path, tmp_path_factory: pytest.TempPathFac
                 **models(embeds, "embed", flags=["-t", "1"]),
                 **models(tiny, "misled", flags=["--nonsense"]),
                 **models(tiny, "giant", flags=["-t", "1"], footprint_mb=10**9),
+                **models(tiny, "packed", flags=["-ctk", "q8_0"]),
+                **models(tiny, "packed-unseen", flags=["-ctk", "q8_0"], footprint_mb=100),
             }
         }
     )
@@ -172,3 +174,10 @@ def test_who_would_try_in_vain_is_told_not_to(router: Router, start: Start, tiny
     for path in ("/v1/messages", "/v1/models"):
         answer = locked.http.request("POST" if "messages" in path else "GET", path)
         assert (answer.status_code, answer.headers["x-should-retry"]) == (401, "false")
+
+
+def test_a_cache_that_the_engine_would_refuse_is_refused_before_it_starts(router: Router) -> None:
+    """The engine itself, where the router was told what it takes and has not looked, shows that it would."""
+    told = {alias: router.chat(alias).json()["error"]["message"] for alias in ("packed", "packed-unseen")}
+    assert "its flags: -ctk cannot be q8_0: it packs 32 numbers at a time, and a head has 16" in told["packed"]
+    assert "exited with code 1" in told["packed-unseen"]

@@ -116,14 +116,19 @@ def test_check_shows_where_each_value_comes_from(tmp_path: Path, tiny: Path) -> 
 
 def test_check_looks_into_the_models_as_a_load_would(tmp_path: Path, tiny: Path) -> None:
     (tmp_path / "letter.gguf").write_text("Dear reader")
-    entries = models(tiny, "good", "vague", "beyond") | {"letter": {"model_path": str(tmp_path / "letter.gguf")}}
+    entries = models(tiny, "good", "vague", "narrow", "beyond") | {
+        "letter": {"model_path": str(tmp_path / "letter.gguf")}
+    }
     entries["vague"]["flags"] = ["-c", "much"]
+    entries["narrow"]["flags"] = ["-ctk", "q8_0"]
     entries["beyond"]["flags"] = ["--top-nsigma", "1", "--log-prompts-dir", "prompts"]
     (tmp_path / "config.json").write_text(json.dumps({"models": entries}))
     ended = run_to_its_end("check", cwd=tmp_path)
     assert ended.returncode == 0
     assert ended.stderr.splitlines() == [
         "warning: models.vague will not load: -c takes a whole number, not 'much'",
+        "warning: models.narrow will not load: -ctk cannot be q8_0: it packs 32 numbers at a time, and a head "
+        "has 16",
         "warning: models.beyond will not load: the embedded engine (xllamacpp) can't honour --top-nsigma; take "
         "them out, or install llama-server",
         f"warning: models.letter will not load: {tmp_path}/letter.gguf: not a GGUF file: "

@@ -294,6 +294,8 @@ class TestCompanions:
         (["-ctk", "q9"], "-ctk takes a type like f16"),
         (["-ot", "blk.(=CPU"], "not a regular expression"),
         (["-ts", "a,b"], "-ts takes numbers"),
+        (["-ctv", "q8_0", "-fa", "off"], "-ctv cannot be q8_0: a quantized V cache needs flash attention"),
+        (["-ctk", "q4_K"], "-ctk cannot be q4_K: it packs 256 numbers at a time, and a head has 128"),
     ],
 )
 def test_a_flag_that_makes_no_sense_is_named(flags: list[str], problem: str) -> None:
@@ -516,3 +518,9 @@ def test_grok_computes_without_flash_attention_whatever_its_flag_says() -> None:
     on, off = (of_architecture("grok-moe", f"-c 8192 -np 1 -fa {state}") for state in ("on", "off"))
     assert on == off
     assert on.compute == pytest.approx(52, rel=0.1)  # as llama-fit-params says
+
+
+def test_a_quantized_v_is_nothing_for_grok() -> None:
+    assert of_architecture("grok-moe", "-c 8192 -ctk q8_0").kv
+    with pytest.raises(FlagError, match="needs flash attention, which grok does not have"):
+        of_architecture("grok-moe", "-c 8192 -ctv q8_0")
