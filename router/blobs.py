@@ -18,6 +18,8 @@ import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
+from router.privacy import FILE_MODE, FOLDER_MODE
+
 _DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})", re.IGNORECASE)
 _PREFIX = "sha256-"
 _PARTIAL = ".part"
@@ -50,7 +52,7 @@ class Blobs:
 
     def begin(self, digest: str, size: int | None) -> Upload:
         """Of `size` bytes, if that is known. Raises OSError, ENOSPC if there is no room for them."""
-        self._folder.mkdir(0o700, parents=True, exist_ok=True)
+        self._folder.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
         _check_room(self._folder, size or 0)
         return Upload(self.path(digest), digest)
 
@@ -89,7 +91,7 @@ class Upload:
         self._path = path
         self._digest = digest
         self._partial = path.with_name(f"{uuid.uuid4().hex}{_PARTIAL}")
-        self._file = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        self._file = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE)
         self._hash = hashlib.sha256()
         self._unlooked = 0
 

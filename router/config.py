@@ -374,8 +374,9 @@ class System(Section):
     log_dir: str | None = Field(
         default=None,
         min_length=1,
-        description="Folder that also gets what engines say, a file per alias, turned over at 10 MiB; three "
-        "older ones are kept. A relative one starts from the folder of the configuration file.",
+        description="Folder that also gets what engines say, a file per alias, for the router's user only, "
+        "turned over at 10 MiB; three older ones are kept. A relative one starts from the folder of the "
+        "configuration file.",
     )
 
     parallel_requests: PositiveCount | None = Field(
@@ -507,7 +508,11 @@ class ModelEntry(Section):
         min_length=1,
         description="Projector for images or audio (--mmproj), found like model_path.",
     )
-    env: Environment = Field(default={}, description="Additional environment variables of the engine.")
+    env: Environment = Field(
+        default={},
+        description="Additional environment variables of the engine. It inherits the router's, but for those "
+        "whose names say that they are secrets (KEY, TOKEN, SECRET, PASSWORD, CREDENTIALS, such as HF_TOKEN).",
+    )
     pinned: bool = Field(
         default=False,
         description="Once loaded, never unloaded: neither when idle nor to make room. If its engine dies, it is "

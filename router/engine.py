@@ -36,6 +36,7 @@ from router.flags import OWNED_VARIABLES
 from router.host import oom_kills, resident_bytes
 from router.messages import Retry
 from router.platforms import PIPE_BYTES, exit_code, is_foreign, log_pipe, signal_group, spawn
+from router.privacy import without_secrets
 from router.reasons import Problem, Reason
 
 KEY_VARIABLE = "LLAMA_API_KEY"
@@ -222,7 +223,7 @@ class EngineProcess:
         hosts = "127.0.0.1" if unix_socket is None else f"127.0.0.1,{unix_socket}"
         argv = (*order.argv, "--host", hosts, "--port", str(port))
         env = {
-            **{name: value for name, value in os.environ.items() if name not in OWNED_VARIABLES},
+            **{name: value for name, value in without_secrets(os.environ).items() if name not in OWNED_VARIABLES},
             **order.env,
             KEY_VARIABLE: key,
             "LLAMA_SERVER_ROUTER_PORT": str(port),  # turns on the child protocol

@@ -26,6 +26,7 @@ from router import footprint
 from router.flags import FORMS, Flags
 from router.footprint import HOST, Footprint, Share
 from router.gguf import GGUF
+from router.privacy import without_secrets
 
 TOOL = "llama-fit-params"
 TIMEOUT_SEC = 20.0
@@ -127,7 +128,8 @@ class FitParams:
 
     def _run(self, model: Path, question: list[str], environ: Mapping[str, str]) -> tuple[Share, ...] | None:
         command = [str(self.tool), "--model", str(model), "--fit-print", "on", _NOT_REPACKED, *question]
-        inherited = {name: value for name, value in environ.items() if not name.startswith("LLAMA_ARG_")}
+        known = without_secrets(environ)
+        inherited = {name: value for name, value in known.items() if not name.startswith("LLAMA_ARG_")}
         try:
             done = subprocess.run(  # noqa: S603
                 command,

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from router.privacy import without_secrets
 from router.readings import Device
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ class Listed:
         self, engine: EngineKind, environ: Mapping[str, str], asked: Collection[int] = (), root: Path = Path("/")
     ) -> None:
         self._engine = engine
-        self._environ = {name: value for name, value in environ.items() if not name.startswith("LLAMA_ARG_")}
+        known = without_secrets(environ)
+        self._environ = {name: value for name, value in known.items() if not name.startswith("LLAMA_ARG_")}
         self._asked = asked
         self._root = root
         self._last: tuple[list[Device], list[str]] = [], []

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
 from functools import lru_cache
+from io import TextIOWrapper
 from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
 from pathlib import Path
 from queue import Full, Queue
@@ -21,11 +23,12 @@ from urllib.parse import quote
 import msgspec
 
 from router.events import Events, RequestDone, RequestsDone
+from router.harmless import LINE_SEPARATORS, TURNS_OF_DIRECTION
+from router.privacy import FILE_MODE, FOLDER_MODE, keep_to_owner
 
 _FIELDS = ("alias", "state", "request_id", "reason")
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x0A), *range(0x0B, 0x20), *range(0x7F, 0xA0))} | {
-    0x2028: "\\u2028",
-    0x2029: "\\u2029",
+    code: f"\\u{code:04x}" for code in (*LINE_SEPARATORS, *TURNS_OF_DIRECTION)
 }
 _MOST_WAITING = 10_000
 _CLOSE_SEC = 2.0
@@ -75,7 +78,7 @@ def set_up(*, debug: bool, structured: bool | None, log_dir: Path | None = None)
     Raises OSError when `log_dir` cannot be made.
     """
     if log_dir is not None:
-        log_dir.mkdir(parents=True, exist_ok=True)
+        log_dir.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
     if structured is None:
         structured = not sys.stderr.isatty()
     stderr = logging.StreamHandler(sys.stderr)
@@ -120,6 +123,14 @@ class _EngineFile(RotatingFileHandler):
     """What cannot be written, as the disk is full, say, is lost; that is told once each time that it begins."""
 
     failing = False
+
+    def _open(self) -> TextIOWrapper:
+        """For its owner only, whatever the mask, and what an earlier router has left."""
+        number = os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, FILE_MODE)
+        keep_to_owner(number)
+        for count in range(1, self.backupCount + 1):
+            keep_to_owner(f"{self.baseFilename}.{count}")
+        return TextIOWrapper(open(number, "ab"), self.encoding, self.errors)
 
     def flush(self) -> None:
         super().flush()

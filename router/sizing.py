@@ -28,6 +28,7 @@ from router.flags import OWNED, FlagError, Flags, argv, replaced
 from router.footprint import HOST, Footprint, Share
 from router.gguf import GGUF
 from router.learning import Identity, Learned, files_of
+from router.privacy import without_secrets
 from router.purpose import unserved
 from router.reasons import Problem
 
@@ -196,7 +197,12 @@ def _help_of(program: str, build: str) -> _Help:
     """
     try:
         done = subprocess.run(  # noqa: S603
-            [program, "--help"], stdin=subprocess.DEVNULL, capture_output=True, timeout=10, check=False
+            [program, "--help"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=10,
+            env=without_secrets(os.environ),
+            check=False,
         )
     except subprocess.TimeoutExpired:
         _log.warning("%s --help says nothing for 10 s", program)

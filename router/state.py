@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -23,11 +24,15 @@ from typing import Generic, TypeVar
 
 import msgspec
 
+from router.privacy import FILE_MODE, FOLDER_MODE, keep_to_owner
+
 _log = logging.getLogger("router")
 _T = TypeVar("_T")
 
 _TRIES = 10  # a router that was killed just now may still be on its way out
 _TRY_AGAIN_SEC = 0.05
+_OURS = re.compile(r"lock|blobs|\w+\.json(\.new|\.broken)?|\d+\.sock")
+"""Names of what a router puts into its directory."""
 _HOME_FOLDERS = ("Library", "Application Support") if sys.platform == "darwin" else (".local", "state")
 
 
@@ -76,8 +81,9 @@ class State:
     @classmethod
     def open(cls, path: Path, port: int) -> State:
         """Make the directory, for its owner only, and lock it. Raises StateHeld; OSError if it can't be used."""
-        path.mkdir(0o700, parents=True, exist_ok=True)
-        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        path.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
+        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, FILE_MODE)
+        _keep_to_owner(path)
         try:
             for last in (*[False] * _TRIES, True):
                 try:
@@ -153,7 +159,8 @@ class StateFile(Generic[_T]):
             return
         new = self._path.with_suffix(".json.new")
         try:
-            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            new.unlink(missing_ok=True)  # whatever its mode
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE), "wb") as file:
                 file.write(msgspec.json.format(msgspec.json.encode(value)) + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -175,6 +182,14 @@ class StateFile(Generic[_T]):
             if self._failing:
                 _log.info("%s can be written again", self._path)
             self._failing = False
+
+
+def _keep_to_owner(folder: Path) -> None:
+    """What is in it of ours, and the directory itself, unless somebody else keeps things there, too."""
+    places = list(folder.iterdir())
+    ours = [place for place in places if _OURS.fullmatch(place.name)]
+    for place in (*ours, *([folder] if len(ours) == len(places) else ())):
+        keep_to_owner(place)
 
 
 def _holder(lock: int) -> Holder | None:
