@@ -18,6 +18,7 @@ from typing import NoReturn
 from router import hang_up, terminal
 from router.client import CannotAsk
 from router.config_problems import ConfigError
+from router.harmless import printable
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         options.run(options)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         sys.exit(2)
     except CannotAsk as error:
         _give_up(error)
@@ -51,7 +52,7 @@ def _open_standard_files() -> None:
 
 
 def _give_up(error: Exception) -> NoReturn:
-    print(f"llama-router: {error}", file=sys.stderr)
+    print(printable(f"llama-router: {error}"), file=sys.stderr)
     sys.exit(1)
 
 

@@ -17,6 +17,7 @@ from router.config_show import render
 from router.demo import MODEL_PATH
 from router.embedded_flags import UsageError, parameters
 from router.flags import FlagError, Flags, as_started
+from router.harmless import line
 from router.launcher import NoEngine, find_binary
 from router.sizing import EngineKind, Unusable, read_files
 
@@ -59,9 +60,9 @@ def asked_for(options: argparse.Namespace, state_dir: Path | None = None, before
 def check(options: argparse.Namespace) -> None:
     """Raises ConfigError."""
     loaded = asked_for(options)
-    print("\n".join(render(loaded.config, loaded.origins)))
+    print("\n".join(map(line, render(loaded.config, loaded.origins))))
     for warning in (*loaded.warnings, *_would_not_load(loaded.config)):
-        print(f"warning: {warning}", file=sys.stderr)
+        print(line(f"warning: {warning}"), file=sys.stderr)
 
 
 def _would_not_load(config: Config) -> Iterator[str]:

@@ -58,7 +58,7 @@ def main() -> int:
     if "LLAMA_SERVER_ROUTER_PORT" in os.environ:
         stdin, watcher = _watch_stdin_while_loading()
     try:
-        flags = Flags(sys.argv[1:], os.environ)
+        flags = Flags(sys.argv[1:], os.environ, by_hand=False)
         if flags.last("help"):
             print(_help())
             return 0

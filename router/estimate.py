@@ -29,6 +29,7 @@ from router.devices import Devices
 from router.flags import FlagError, Flags, argv
 from router.footprint import HOST, Footprint, Share
 from router.gguf import GGUF, GGUFError, TruncatedGGUF
+from router.harmless import line, printable
 from router.launcher import NoEngine, find_binary
 from router.learning import Learned
 from router.memory import Ledger
@@ -75,14 +76,14 @@ def run(options: argparse.Namespace) -> None:
         if projector is None and flags.switch("mmproj-auto", True):
             projector = belonging
         if choice is not None:
-            print(f"{choice.alias}: {choice.model}" + (f" with {choice.mmproj}" if belonging else ""))
+            print(line(f"{choice.alias}: {choice.model}" + (f" with {choice.mmproj}" if belonging else "")))
         found = forecast(header, flags, projector=projector, draft=draft, lora=lora)
-        print("\n".join(report(header, flags, found)))
+        print("\n".join(map(line, report(header, flags, found))))
     except FlagError as error:
-        print(f"llama-router: {error}", file=sys.stderr)
+        print(printable(f"llama-router: {error}"), file=sys.stderr)
         sys.exit(2)
     except (CannotEstimate, GGUFError, Unusable) as error:
-        print(f"llama-router: {error}", file=sys.stderr)
+        print(printable(f"llama-router: {error}"), file=sys.stderr)
         sys.exit(1)
 
 

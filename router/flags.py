@@ -429,8 +429,12 @@ def _plain(text: str) -> str:
     return text
 
 
-def parse(flags: Sequence[str]) -> tuple[Flag, ...]:
-    """The flags of a command line, in their order. Raises `FlagError` at the first that can't be one."""
+def parse(flags: Sequence[str], *, by_hand: bool = True) -> tuple[Flag, ...]:
+    """The flags of a command line, in their order. Raises `FlagError` at the first that can't be one.
+
+    In one that was written `by_hand`, a flag where a value is due shows that this was forgotten. llama-server
+    itself takes whatever is there, such as a model's name.
+    """
     parsed = []
     position = 0
     while position < len(flags):
@@ -452,7 +456,7 @@ def parse(flags: Sequence[str]) -> tuple[Flag, ...]:
                 raise FlagError(f"{spelling} takes {'no value' if arity == 0 else 'two values'}", index)
         else:
             values = tuple(following[:arity])
-            if len(values) < arity or any(value in _BY_SPELLING for value in values):
+            if len(values) < arity or (by_hand and any(value in _BY_SPELLING for value in values)):
                 raise FlagError(f"{spelling} needs {'a value' if arity == 1 else f'{arity} values'}", index)
             position += arity
         parsed.append(Flag(name, spelling, values, index, negated))
@@ -494,8 +498,10 @@ def replaced(own: Sequence[str], added: Sequence[str]) -> list[str]:
 class Flags:
     """What a command line and an environment say together; of several that say the same thing, the last."""
 
-    def __init__(self, flags: Sequence[str], environ: Mapping[str, str] | None = None) -> None:
-        self.given = (*from_environment(environ or {}), *parse(flags))
+    def __init__(
+        self, flags: Sequence[str], environ: Mapping[str, str] | None = None, *, by_hand: bool = True
+    ) -> None:
+        self.given = (*from_environment(environ or {}), *parse(flags, by_hand=by_hand))
         self._last = {flag.name: flag for flag in self.given}
 
     def last(self, name: str) -> Flag | None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import NamedTuple
 
+from router.harmless import printable
+
 _MOST_KEPT = 16
 _UNTOLD = "it cannot be loaded, and whoever runs the router sees why"
 
@@ -36,7 +38,7 @@ class Reasons:
     def note(self, alias: str, reason: Reason) -> None:
         kept = self._of_model[alias]
         kept.pop(reason.told, None)
-        kept[reason.told] = reason.full
+        kept[reason.told] = printable(reason.full)
         if len(kept) > _MOST_KEPT:
             del kept[next(iter(kept))]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -249,7 +250,8 @@ def _how_to_pull(name: str, config: Config) -> str:
         permitted(name, config.system.allowed_models, os.environ)
     except (BadReference, NotAllowed):
         return ""
-    return f" To pull it from the Hugging Face hub: POST /pull, or `llama-router pull {name}`."
+    command = shlex.join(["llama-router", "pull", *(["--"] if name.startswith("-") else []), name])
+    return f" To pull it from the Hugging Face hub: POST /pull, or `{command}`."
 
 
 def some_of(aliases: list[str]) -> str:

@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import errno
 import gc
+import json
 import logging
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 import psutil
 import uvicorn
 
-from router import hang_up, logs
+from router import hang_up, harmless, logs
 from router.api.auth import Keyring
 from router.api.browsers import Browsers
 from router.api.cards import Cards
@@ -393,7 +395,7 @@ class _Service:
     def _on_ready(self) -> None:
         _tune_the_interpreter()
         with contextlib.suppress(OSError):  # nobody can read it: the disk is full, or the reader is gone
-            print(*self._announcement(), sep="\n", file=sys.stderr, flush=True)
+            print(*map(harmless.line, self._announcement()), sep="\n", file=sys.stderr, flush=True)
         self._notifier.ready()
 
     def _status(self) -> str:
@@ -457,10 +459,10 @@ class _Service:
         yield f"  curl {url}{_example(config.models.values(), authorization)}"
 
 
-_EXAMPLES = {
-    "completion": ("/v1/chat/completions", '"messages": [{"role": "user", "content": "Hello"}]'),
-    "embedding": ("/v1/embeddings", '"input": "Hello"'),
-    "rerank": ("/v1/rerank", '"query": "Hello", "documents": ["Good day", "Goodbye"]'),
+_EXAMPLES: dict[str, tuple[str, dict[str, Any]]] = {
+    "completion": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}),
+    "embedding": ("/v1/embeddings", {"input": "Hello"}),
+    "rerank": ("/v1/rerank", {"query": "Hello", "documents": ["Good day", "Goodbye"]}),
 }
 
 
@@ -469,7 +471,8 @@ def _example(models: Iterable[ModelConfig], options: str) -> str:
     by_purpose = {purpose_of(model): model.alias for model in reversed(list(models))}
     purpose = next(each for each in _EXAMPLES if each in by_purpose)
     path, asked = _EXAMPLES[purpose]
-    return f'{path}{options} -d \'{{"model": "{by_purpose[purpose]}", {asked}}}\''
+    document = json.dumps({"model": by_purpose[purpose], **asked}, ensure_ascii=False)
+    return f"{path}{options} -d {shlex.quote(document)}"
 
 
 def _tune_the_interpreter() -> None:

@@ -25,6 +25,7 @@ from router.config_load import load
 from router.config_problems import ConfigError
 from router.created import Created
 from router.creations import Creations
+from router.harmless import line, printable
 from router.names import same_name
 from router.progress import MemoryNote, Progress
 from router.routing import some_of
@@ -47,7 +48,7 @@ def pull(options: argparse.Namespace) -> None:
         sys.stderr.flush()
         os._exit(130)  # a connection may be waiting for its next byte
     if ended.error is not None:
-        print(f"llama-router: {ended.error.message}", file=sys.stderr)
+        print(printable(f"llama-router: {ended.error.message}"), file=sys.stderr)
         sys.exit(1)
 
 
@@ -81,9 +82,9 @@ def remove(options: argparse.Namespace) -> None:
         else:
             freed = _remove_pulled(name, records, config)
     except (pulled.NotPulled, pulled.BeingPulled, StateHeld, OSError) as error:
-        print(f"llama-router: {error}", file=sys.stderr)
+        print(printable(f"llama-router: {error}"), file=sys.stderr)
         sys.exit(1)
-    print(f"{name} is removed, {size_text(freed)} are free again")
+    print(line(f"{name} is removed, {size_text(freed)} are free again"))
 
 
 def _remove_created(name: str, folder: Path, config: Config) -> int:
@@ -141,13 +142,13 @@ class _Lines:
         if self._drawn and self._terminal:
             print()
         if progress.status == "success":
-            print(f"{progress.alias} is there: {progress.path}")
+            print(line(f"{progress.alias} is there: {progress.path}"))
 
     def _tell(self, progress: Progress) -> None:
         left = progress.total_bytes - progress.completed_bytes
         files = f"{len(progress.files)} files" if len(progress.files) > 1 else progress.files[0].path
         there = f", {size_text(left)} to go" if progress.completed_bytes else ""
-        print(f"{progress.alias}: {files}, {size_text(progress.total_bytes)}{there}")
+        print(line(f"{progress.alias}: {files}, {size_text(progress.total_bytes)}{there}"))
         print(memory_text(progress.memory) if progress.memory else f"memory: unknown ({progress.memory_unknown})")
 
     def _draw(self, progress: Progress, *, at_once: bool = False) -> None:

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from router.client import KEY_VARIABLE, CannotAsk, RouterClient
+from router.harmless import line, printable
 
 if TYPE_CHECKING:
     from router.config import Api
 
 URL_VARIABLE = "LLAMA_ROUTER_URL"
-_CONTROL = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "·")
 _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
 
 
@@ -185,12 +185,7 @@ def print_columns(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        print(printable("  ".join([*cells, row[-1]]).rstrip()))
-
-
-def printable(text: str) -> str:
-    """Without what a terminal takes as a command."""
-    return text.translate(_CONTROL)
+        print(line("  ".join([*cells, row[-1]]).rstrip()))
 
 
 def seconds_between(earlier: str, later: str) -> float:

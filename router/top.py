@@ -29,7 +29,8 @@ from rich.table import Table
 from rich.text import Text
 
 from router.client import CannotAsk, Happened, RouterClient
-from router.terminal import duration, memory, model_row, printable
+from router.harmless import printable
+from router.terminal import duration, memory, model_row
 
 _LOOK_SEC = 1.0
 _DRAW_SEC = 0.5

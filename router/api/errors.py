@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from router.harmless import printable
 from router.messages import Refusal
 
 _STATUS = {
@@ -53,6 +54,9 @@ class ApiError(Exception):
     retry_after_sec: float | None = None
     is_final: bool = False
     """Another try would get it again. Of nearly all 4xx that is known without saying so."""
+
+    def __post_init__(self) -> None:
+        self.message = printable(self.message)  # it may quote names of files
 
     @property
     def type(self) -> str:
