@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -168,6 +169,10 @@ def _pages(
             )
         code = "body_too_large" if error.status_code == 413 else "invalid_request"
         return _answer(path, ApiError(error.status_code, code, str(error.detail)))
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(_: Request, __: ClientDisconnect) -> Response:  # in the middle of its request
+        return Response(status_code=400)  # which nobody reads
 
     @app.exception_handler(Exception)
     async def broken(request: Request, _: Exception) -> Response:  # uvicorn logs the traceback

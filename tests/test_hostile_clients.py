@@ -432,6 +432,18 @@ def test_a_client_that_leaves_its_stream_frees_the_slot_at_once(
     assert "Traceback" not in router.log
 
 
+def test_a_client_that_leaves_in_the_middle_of_its_request_is_no_mistake_of_ours(router: Router) -> None:
+    described = router.http.get("/openapi.json").json()["paths"]
+    digest = f"sha256:{'0' * 64}"
+    paths = {re.sub("{digest}", digest, re.sub("{(alias|path)}", "a", path)) for path in described}
+    assert {"/api/show", "/v1/models/load", f"/api/blobs/{digest}", "/v1/messages"} < paths
+    for path in sorted(paths):
+        with connect(router) as client:
+            client.sendall(post(b'{"model": "', b"content-type: application/json", path=path.encode(), length=50))
+            router.http.get("/live")  # it has been read
+    assert_unharmed(router)
+
+
 # --- anything ------------------------------------------------------------------------------------------------
 
 SEEDS = (

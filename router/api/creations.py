@@ -16,7 +16,6 @@ from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request
-from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 from router.api.cards import card_of, template_of
@@ -302,8 +301,6 @@ async def send_blob(digest: str, request: Request) -> Response:
         raise ApiError(400, "invalid_request", str(error), "digest") from None
     except OSError as error:
         raise _of_disk(error) from None
-    except ClientDisconnect:
-        return Response(status_code=400)  # which nobody reads
     return Response(status_code=201)
 
 
