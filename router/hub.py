@@ -118,7 +118,12 @@ class Survey:
             fitting = {
                 projector: header.file_bytes
                 for projector, header in projectors.items()
-                if fits(model, header) and not (own and words[projector] and own.isdisjoint(words[projector]))
+                if fits(model, header)
+                and not (
+                    own
+                    and words[projector]
+                    and (own.isdisjoint(words[projector]) or is_of_a_sister(model, header))
+                )
             }
             chosen = projector_of(path, list(models), fitting)
             found.append(Found("", path, model, projectors[chosen] if chosen else None))
@@ -147,7 +152,7 @@ class Survey:
         """The header of the one that was chosen for a model; None if it is skipped, with the reason kept."""
         header = self.read(path) if path is not None else None
         if path is not None and header is not None and not fits(model, header):
-            self.skip(path, f"is a projector of another width than {model.path} takes")
+            self.skip(path, f"is a projector of another kind or width than {model.path} takes")
             return None
         return header
 
@@ -362,12 +367,21 @@ def _stamps(path: Path) -> _Stamps:
     return tuple(stamps)
 
 
-def fits(model: GGUF, projector: GGUF) -> bool:
-    """Whether what a projector puts out is as wide as what the model takes, as far as their headers tell.
+_MERGERS = ("qwen2vl", "qwen2.5vl", "qwen2.5o", "qwen3vl")
+"""How the kinds of projectors begin whose models have an architecture of their own, which places what they see."""
+_READERS = frozenset({"qwen2", "qwen2moe", "qwen3", "qwen3moe"})
+"""The architectures of their sisters, which read and write only."""
+_OF_SENSES = re.compile(r"(?<![a-z])(?:vlm?|omni|vision|audio)(?![a-z])")
 
-    Converters write it down; older ones wrote what the encoder's own projection has, of no use here. Then it is
-    the width of some projecting tensor.
+
+def fits(model: GGUF, projector: GGUF) -> bool:
+    """Whether what a projector puts out is of the kind that the model takes, and as wide, as far as headers tell.
+
+    Converters write the width down; older ones wrote what the encoder's own projection has, of no use here. Then
+    it is that of some projecting tensor.
     """
+    if model.architecture in _READERS and _kind_of(projector).startswith(_MERGERS):
+        return False
     width = model.embedding_length
     said = {projector.metadata.get(f"clip.{sense}.projection_dim") for sense in ("vision", "audio")} - {None}
     shapes = {size for tensor in projector.tensors if tensor.name.startswith("mm.") for size in tensor.shape}
@@ -376,10 +390,26 @@ def fits(model: GGUF, projector: GGUF) -> bool:
     return width in (said if said and (said <= shapes or not shapes) else shapes)
 
 
+def _kind_of(projector: GGUF) -> str:
+    """As its first encoder says."""
+    keys = ("clip.projector_type", "clip.vision.projector_type", "clip.audio.projector_type")
+    return next((str(projector.metadata[key]) for key in keys if key in projector.metadata), "")
+
+
+def is_of_a_sister(model: GGUF, projector: GGUF) -> bool:
+    """Whether a projector is called one for `Qwen2.5-VL`, and the model `Qwen2.5`."""
+    says_so = _OF_SENSES.search(_called(projector)) is not None
+    return says_so and not (_OF_SENSES.search(_called(model)) or model.architecture.endswith(("vl", "vlmoe")))
+
+
 def _telling_words(header: GGUF) -> set[str]:
-    """What its file and the file's header call it: `qwen`, `gemma`; no sizes, and nothing that many are called."""
-    called = stem(header.path) if header.path is not None else ""
-    return set(re.findall(r"[a-z]{3,}", f"{called} {header.name or ''}".lower())) - _CALLED_BY_MANY
+    """What it is called: `qwen`, `gemma`; no sizes, and nothing that many are called."""
+    return set(re.findall(r"[a-z]{3,}", _called(header))) - _CALLED_BY_MANY
+
+
+def _called(header: GGUF) -> str:
+    """By its file and by the file's header, in small letters."""
+    return f"{stem(header.path) if header.path is not None else ''} {header.name or ''}".lower()
 
 
 def projector_of(model: _Path, models: Sequence[_Path], projectors: Mapping[_Path, int]) -> _Path | None:

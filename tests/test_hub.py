@@ -147,6 +147,49 @@ def test_a_projector_of_another_width_or_another_name_is_left_alone(tmp_path: Pa
     assert reasons(discovery) == {"mmproj-gemma-3-4b-it-f16.gguf": UNUSED, "mmproj-F16.gguf": UNUSED}
 
 
+@pytest.mark.parametrize(
+    ("model_name", "projector_name", "goes"),
+    [
+        ("Qwen2.5-7B-Instruct-Q4_K_M", "mmproj-Qwen2.5-VL-7B-Instruct-f16", False),
+        ("Qwen2.5-VL-7B-Instruct-Q4_K_M", "mmproj-Qwen2.5-VL-7B-Instruct-f16", True),
+        ("qwen2-7b", "mmproj-qwen2-audio-7b", False),
+        ("granite-3.2-2b-it", "granite-vision-3.2-2b-mmproj-f16", False),
+        ("granite-vision-3.2-2b", "granite-vision-3.2-2b-mmproj-f16", True),
+        ("Llama-3.2-1B-Instruct", "mmproj-ultravox-v0_5-llama-3_2-1b-f16", True),  # which is made for that
+        ("gemma-3-4b-it", "mmproj-vision-f16", True),
+    ],
+)
+def test_a_projector_for_a_sister_that_sees_or_hears_is_left_alone(
+    tmp_path: Path, model_name: str, projector_name: str, goes: bool
+) -> None:
+    """Of the same width, and nearly the same name."""
+    write_llama(tmp_path / f"{model_name}.gguf", n_layer=1, name="")
+    write_projector(tmp_path / f"{projector_name}.gguf", name="")
+    (chosen,) = projectors(discover(tmp_path)).values()
+    assert (chosen is not None) == goes
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "goes"),
+    [
+        ("qwen2", "qwen2.5vl_merger", False),
+        ("qwen2vl", "qwen2.5vl_merger", True),
+        ("qwen3", "qwen3vl_merger", False),
+        ("qwen35", "qwen3vl_merger", True),
+        ("llama", "qwen2vl_merger", True),  # Sarashina2-Vision
+        ("qwen2", "qwen2a", True),
+        ("qwen2", "internvl", True),
+    ],
+)
+def test_a_projector_fits_no_architecture_that_takes_no_pictures(architecture: str, kind: str, goes: bool) -> None:
+    def header(*metadata: tuple[str, str, Any]) -> GGUF:
+        raw = gguf_bytes(list(metadata), [])
+        return gguf.parse(raw, file_bytes=len(raw))
+
+    seer = header(("general.architecture", "str", "clip"), ("clip.projector_type", "str", kind))
+    assert fits(header(("general.architecture", "str", architecture)), seer) == goes
+
+
 def test_the_width_of_a_projector_is_what_was_written_down_unless_no_tensor_has_it(tmp_path: Path) -> None:
     chat = gguf.read(write_llama(tmp_path / "chat.gguf", n_layer=1, n_embd=64))
 
