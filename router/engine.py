@@ -323,7 +323,7 @@ class EngineProcess:
             what = "cannot be run: Exec format error (it is built for another processor)"
             return Reason(f"{self.order.argv[0]} {what}", f"the engine {what}")
         if code > 0:
-            self.retry = _retry_after(self.log.since(self._log_begin))
+            self.retry = _retry_after(self.log.since(self._log_begin), self.port)
         self.was_killed = bool(self._killed_because) and code == -signal.SIGKILL  # else it was gone before
         if self.was_killed:
             return Reason(self._killed_because, self._killed_because)
@@ -481,14 +481,15 @@ class EngineProcess:
                 raise EngineFailed(f"{told}; {self._signs()}", told)
 
 
-def _retry_after(log: Iterable[str]) -> Retry:
-    """What the words of an engine that ended by itself mean for the next one."""
+def _retry_after(log: Iterable[str], port: int) -> Retry:
+    """What the words of an engine that ended by itself mean for the next one. Builds that write them by a thread
+    of its own may end before it; then it counts who has the port now."""
     for line in log:
         if _REFUSED_FLAG.search(line):
             return Retry.NEVER
         if _TAKEN_PORT.search(line):
             return Retry.AT_ONCE
-    return Retry.LATER
+    return Retry.LATER if port_is_free(port) else Retry.AT_ONCE
 
 
 def signal_name(code: int) -> str:
