@@ -20,13 +20,26 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router import __version__
 from router.api import creations as creating
-from router.api import engines, live, llama_server, memory, models, monitoring, ollama, openai, page, pulls
+from router.api import (
+    engines,
+    live,
+    llama_server,
+    llama_swap,
+    memory,
+    models,
+    monitoring,
+    ollama,
+    openai,
+    page,
+    pulls,
+)
 from router.api.auth import OPEN_PATHS, Keyring
 from router.api.browsers import Browsers
 from router.api.cards import Cards
 from router.api.documents import Document
 from router.api.errors import ApiError
 from router.api.live import Live
+from router.api.llama_swap import DONE_BY_GET
 from router.api.openapi import describe
 from router.creations import Creations
 from router.dispatcher import Dispatcher
@@ -37,7 +50,7 @@ from router.telemetry import Telemetry
 
 _BLOBS = "/api/blobs/"
 Reload = Callable[[], Awaitable[dict[str, Any]]]
-_OPERATORS_PAGES = ("/v1/logs/", "/v1/health/models", "/v1/models/pull", _BLOBS)
+_OPERATORS_PAGES = ("/v1/logs/", "/logs", "/v1/health/models", "/v1/models/pull", _BLOBS)
 """They quote what engines say, or tell of downloads and uploads."""
 
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -50,6 +63,7 @@ _PAGES = tuple(
         models,
         openai,
         llama_server,
+        llama_swap,
         engines,
         ollama,
         creating,
@@ -82,14 +96,18 @@ def create_app(
     async def application(scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
         try:
-            has_effect = scope["method"] not in _SAFE
-            browsers.check(scope["headers"], scope["http_version"], scope["path"], has_effect=has_effect)
+            version, path = scope["http_version"], scope["path"]
+            browsers.check(scope["headers"], version, path, has_effect=not _is_safe(scope))
         except ApiError as error:
             await _answer(scope["path"], error)(scope, receive, send)
             return
         await (for_browsers if b"origin" in headers else app)(scope, receive, send)
 
     return application
+
+
+def _is_safe(scope: Scope) -> bool:
+    return scope["method"] in _SAFE and not (scope["method"] == "GET" and scope["path"] in DONE_BY_GET)
 
 
 def _bounded(receive: Receive) -> Receive:
@@ -129,10 +147,13 @@ def _pages(
     app.state.cards = cards
     app.state.metrics = Metrics(dispatcher)
     app.state.live = Live(dispatcher)
+    app.state.as_llama_swap = llama_swap.Events(dispatcher)
     app.state.telemetry = Telemetry(dispatcher.events, time.monotonic)
     for pages in _PAGES:
         for route in pages.routes:
-            if isinstance(route, APIRoute) and route.methods and "GET" in route.methods:
+            if not isinstance(route, APIRoute) or route.path in DONE_BY_GET:
+                continue
+            if route.methods and "GET" in route.methods:
                 route.methods.add("HEAD")  # what monitors and load balancers like to ask with
         app.include_router(pages)
 
@@ -194,7 +215,7 @@ class _Doorkeeper:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
         if path not in OPEN_PATHS and not page.is_asked_for(scope):
-            reads = scope["method"] in _SAFE or path in _READ_BY_POST
+            reads = _is_safe(scope) or path in _READ_BY_POST
             try:
                 manages = not reads or path.startswith(_OPERATORS_PAGES)
                 scope["state"]["client"] = self._keyring.check(scope["headers"], manages=manages)

@@ -292,3 +292,78 @@ def test_who_may_only_use_models_changes_nothing_for_all(router: Router) -> None
     assert router.http.get("/upstream/a/cors-proxy?url=x", headers=some).status_code == 403
     assert router.http.get("/upstream/a/slots", headers={"Authorization": ""}).status_code == 401
     assert router.http.post("/upstream/a/lora-adapters", json=[]).status_code == 200
+
+
+# --- what else llama-swap has -------------------------------------------------------------------------------
+
+
+def test_llama_swaps_clients_see_what_runs_and_unload_it(router: Router) -> None:
+    router.unload()
+    states: list[str] = []
+    with router.http.stream("GET", "/api/events") as stream:
+        lines = stream.iter_lines()
+
+        def until(state: str) -> dict[str, Any]:
+            for line in lines:
+                if line.startswith("data:"):
+                    event = json.loads(line[5:])
+                    assert event["type"] == "modelStatus"
+                    known = {model["id"]: model for model in json.loads(event["data"])}
+                    states.append(known["a"]["state"])
+                    if states[-1] == state:
+                        return known
+            raise AssertionError(states)
+
+        known = until("stopped")
+        assert known.keys() == {"a", REPO, "broken"}
+        assert known["a"]["aliases"] == ["nick"]
+        assert router.http.get("/running").json() == {"running": []}
+        ask(router, "/v1/models/load", model="a")
+        until("ready")
+        (running,) = router.http.get("/running").json()["running"]
+        assert running == {
+            "model": "a",
+            "state": "ready",
+            "cmd": "",
+            "proxy": "",
+            "ttl": 300,
+            "name": "",
+            "description": "",
+        }
+        assert router.http.get("/unload").text == "OK"
+        assert router.engines == []
+        until("stopped")
+    for path, answer in ("/api/models/unload/nick", "OK"), ("/api/models/unload", '{"msg":"ok"}'):
+        ask(router, "/v1/models/load", model="a")
+        assert router.http.post(path).text == answer
+        assert router.engines == []
+    assert router.http.post("/api/models/unload/nix").status_code == 404
+
+
+def test_llama_swaps_clients_read_what_engines_say(router: Router) -> None:
+    ask(router, "/v1/models/load", model="a")
+    assert "llama" in router.http.get("/logs").text
+    to_the_page = router.http.get("/logs", headers={"Accept": "text/html"})
+    assert (to_the_page.status_code, to_the_page.headers["location"]) == (302, "./")
+    for path in ("/logs/stream", "/logs/stream/upstream", "/logs/stream/nick"):
+        with router.http.stream("GET", path) as stream:
+            assert stream.headers["content-type"].startswith("text/plain")
+            assert "llama" in next(stream.iter_text())
+    with router.http.stream("GET", "/logs/stream/a?no-history") as stream:
+        router.chat("a")
+        assert "slot" in next(stream.iter_text())
+    assert refused(router, "GET", "/logs/stream/nix") == (404, "model_not_found")
+    assert refused(router, "GET", "/logs/stream/proxy") == (404, "not_found")
+
+
+def test_reading_llama_swaps_way_takes_a_key_and_unloading_a_full_one(router: Router) -> None:
+    ask(router, "/v1/models/load", model="a")
+    some = {"Authorization": "Bearer some"}
+    assert router.http.get("/running", headers=some).status_code == 200
+    assert router.http.get("/running", headers={"Authorization": ""}).status_code == 401
+    for path in ("/unload", "/logs", "/logs/stream", "/logs/stream/a"):
+        assert router.http.get(path, headers=some).status_code == 403, path
+    for path in ("/api/models/unload", "/api/models/unload/a"):
+        assert router.http.post(path, headers=some).status_code == 403, path
+    assert router.http.head("/unload").status_code == 405  # who only looks unloads nothing
+    assert router.status("a")["status"] == "ready"

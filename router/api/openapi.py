@@ -87,7 +87,7 @@ def _complete_page(path: str, method: str, operation: dict[str, Any]) -> None:
             parameter["schema"] = _ALIAS
     answers = operation["responses"]
     answers.pop("422", None)  # ours are 400
-    if path.endswith(("/stream", "/sse")):
+    if path.endswith(("/stream", "/sse", "/events")) and "text/plain" not in answers["200"]["content"]:
         answers["200"]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
     if path in OPEN_PATHS:
         operation["security"] = []

@@ -1,0 +1,196 @@
+"""What clients of llama-swap ask for: which models run, their events, their logs, and to unload them.
+
+Its way to an engine is `/upstream` (`engine_exchange`). Shapes and words are those of its commit 0bdb372 (August
+2026). What it would tell of an engine's command line and address is left empty.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Callable, Iterable
+from operator import itemgetter
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Query, Request
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
+
+from router.api.errors import ApiError
+from router.api.openai import further_names
+from router.api.streams import EventStream, Feed, frame
+from router.dispatcher import Dispatcher
+from router.engine import LogRing
+from router.events import ModelChanged, ModelsListed, ServerChanged
+from router.residency import Model
+from router.routing import model_of
+
+router = APIRouter(tags=["llama-swap"])
+
+DONE_BY_GET = frozenset({"/unload"})
+"""Reads nothing: it wants what a POST wants."""
+
+_STATES = {
+    "off": "stopped",
+    "failed": "stopped",
+    "loading": "starting",
+    "ready": "ready",
+    "draining": "ready",
+    "stopping": "stopping",
+}
+"""llama-swap's words for our states."""
+_KEEP_ALIVE_SEC = 30
+_LOG_LOOK_SEC = 0.25
+_LINES = 200
+_NoHistory = Annotated[str | None, Query(alias="no-history", description="Only what comes; it needs no value.")]
+
+
+class Events:
+    """What llama-swap pushes of the states of models: all of them, whenever one changes."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self.feed = Feed(lambda: frame("message", _told(dispatcher)), 1)
+        dispatcher.events.listen(ModelChanged, lambda _: self.feed.start_anew())
+        dispatcher.events.listen(ModelsListed, lambda _: self.feed.start_anew())
+        dispatcher.events.listen(ServerChanged, self._server_changed)
+
+    def _server_changed(self, change: ServerChanged) -> None:
+        if change.status == "shutting_down":
+            self.feed.end()
+
+
+def _told(dispatcher: Dispatcher) -> dict[str, str]:
+    further, state = further_names(dispatcher.config), dispatcher.scheduler.state
+    known = dispatcher.scheduler.models
+    models = [
+        {
+            "id": alias,
+            "name": "",
+            "description": model.description,
+            "state": _STATES[state(alias) if alias in known else "off"],
+            "unlisted": False,
+            "peerID": "",
+            "aliases": further.get(alias, []),
+        }
+        for alias, model in sorted(dispatcher.config.models.items())
+    ]
+    return {"type": "modelStatus", "data": msgspec.json.encode(models).decode()}
+
+
+@router.get("/api/events")
+async def events(request: Request) -> EventStream:
+    """SSE: `modelStatus`, the states of all models, at first and whenever one changes."""
+    told: Events = request.app.state.as_llama_swap
+    return EventStream(told.feed.follow(None), ping=_KEEP_ALIVE_SEC)
+
+
+@router.get("/running")
+async def running(request: Request) -> dict[str, Any]:
+    """The models that have an engine. `ttl` is in seconds; 0: they are not unloaded for being idle."""
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    models = dispatcher.scheduler.models.items()
+    resident = [(alias, model) for alias, model in models if model.engine is not None]
+    return {
+        "running": [_running(dispatcher, alias, model) for alias, model in sorted(resident, key=itemgetter(0))]
+    }
+
+
+def _running(dispatcher: Dispatcher, alias: str, model: Model) -> dict[str, Any]:
+    config = dispatcher.config.models.get(alias)
+    idle_sec = model.idle_timeout_sec(dispatcher.scheduler.policy)
+    return {
+        "model": alias,
+        "state": _STATES[dispatcher.scheduler.state(alias)],
+        "cmd": "",
+        "proxy": "",
+        "ttl": round(idle_sec) if idle_sec < math.inf else 0,
+        "name": "",
+        "description": config.description if config is not None else "",
+    }
+
+
+# --- unloading ------------------------------------------------------------------------------------------
+
+
+@router.get("/unload", response_class=PlainTextResponse)
+async def unload(request: Request) -> Response:
+    """Unload all models, each once its requests in flight are answered; answers when they are gone."""
+    await _unload_all(request.app.state.dispatcher)
+    return PlainTextResponse("OK")
+
+
+@router.post("/api/models/unload")
+async def unload_all(request: Request) -> JSONResponse:
+    """The same."""
+    await _unload_all(request.app.state.dispatcher)
+    return JSONResponse({"msg": "ok"})
+
+
+@router.post("/api/models/unload/{alias:path}", response_class=PlainTextResponse)
+async def unload_one(alias: str, request: Request) -> Response:
+    """Unload a model once its requests in flight are answered; answers when it is gone."""
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    await dispatcher.eject(model_of(alias, dispatcher.config).alias)
+    return PlainTextResponse("OK")
+
+
+async def _unload_all(dispatcher: Dispatcher) -> None:
+    """Those that are only to be loaded are not, any more."""
+    models = dispatcher.scheduler.models.items()
+    going = [alias for alias, model in models if model.engine is not None or model.wanted_since_sec is not None]
+    await asyncio.gather(*map(dispatcher.eject, going))
+
+
+# --- logs -----------------------------------------------------------------------------------------------
+
+
+@router.get("/logs", response_class=PlainTextResponse)
+async def logs(request: Request) -> Response:
+    """The last lines that engines said, model by model. Browsers are sent to the page, which has them, too."""
+    if "text/html" in request.headers.get("accept", ""):
+        return RedirectResponse("./", 302)
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    lines = (line for log in dispatcher.logs.values() for line in log.tail(_LINES))
+    return PlainTextResponse("".join(f"{line}\n" for line in lines))
+
+
+@router.get("/logs/stream", response_class=PlainTextResponse)
+@router.get("/logs/stream/upstream", response_class=PlainTextResponse)
+async def stream_all(request: Request, no_history: _NoHistory = None) -> StreamingResponse:
+    """The last lines that engines said, and what they say from now on."""
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    return _stream(dispatcher, dispatcher.logs.values, no_history)
+
+
+@router.get("/logs/stream/{alias:path}", response_class=PlainTextResponse)
+async def stream_one(alias: str, request: Request, no_history: _NoHistory = None) -> StreamingResponse:
+    """The same of one model."""
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    if alias == "proxy":
+        raise ApiError(404, "not_found", "The router's own log goes to its standard error, and is not kept.")
+    log = dispatcher.log_of(model_of(alias, dispatcher.config).alias)
+    return _stream(dispatcher, lambda: (log,), no_history)
+
+
+def _stream(
+    dispatcher: Dispatcher, logs: Callable[[], Iterable[LogRing]], no_history: str | None
+) -> StreamingResponse:
+    before = 0 if no_history is not None else _LINES
+    return StreamingResponse(
+        _follow(dispatcher, logs, before), media_type="text/plain", headers={"x-accel-buffering": "no"}
+    )
+
+
+async def _follow(
+    dispatcher: Dispatcher, logs: Callable[[], Iterable[LogRing]], before: int
+) -> AsyncIterator[str]:
+    """`before` lines of each, and what comes; of a log that begins meanwhile, all."""
+    seen = {id(log): log.total - len(log.tail(before)) for log in logs()}
+    yield ""
+    while dispatcher.status != "shutting_down":
+        for log in tuple(logs()):
+            news = log.since(seen.get(id(log), 0))
+            seen[id(log)] = log.total
+            if news:
+                yield "".join(f"{line}\n" for line in news)
+        await asyncio.sleep(_LOG_LOOK_SEC)
