@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from router.answer import TranslatedAnswer
-from router.anthropic import Asked, read
+from router.anthropic_answers import StopReasons, Translation
+from router.anthropic_requests import Asked, in_order, read
 from router.exchange import Exchange
 from router.routing import Wish
 from router.shortening import ALL_DEPTHS
@@ -25,10 +26,25 @@ class MessagesExchange(Exchange):
         return ALL_DEPTHS
 
     def _submit(self, wish: Wish) -> None:
-        if self._asked.translator is not None:
-            self._answer = TranslatedAnswer(self._answer, self._asked.translator)
+        asked = self._asked
+        if asked.is_chat or asked.stops:
+            translator = Translation(asked.stops) if asked.is_chat else StopReasons(asked.stops)
+            self._answer = TranslatedAnswer(self._answer, translator)
         super()._submit(wish)
 
     def _asked_of_engine(self) -> tuple[bytes, bytes]:
         target, lines = super()._asked_of_engine()
         return (b"/v1/chat/completions" if self._asked.is_chat else target), lines
+
+
+class CountExchange(Exchange):
+    """An exchange about how long a message is."""
+
+    __slots__ = ()
+
+    def _read(self, body: bytes | bytearray) -> tuple[Wish, bytes | bytearray]:
+        wish, body = super()._read(body)
+        return wish, in_order(body)
+
+    def _depth(self) -> int:
+        return ALL_DEPTHS

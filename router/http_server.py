@@ -24,7 +24,7 @@ from uvicorn.protocols.utils import get_local_addr, get_remote_addr
 from uvicorn.server import ServerState
 
 from router.answer import Answer
-from router.anthropic_exchange import MessagesExchange
+from router.anthropic_exchange import CountExchange, MessagesExchange
 from router.choices_exchange import ENGINES_ROUTES, OPENAIS_ROUTES, ChoicesExchange
 from router.engine_exchange import EngineExchange, is_for_engine, of_engine
 from router.exchange import Exchange, Exchanges
@@ -46,6 +46,7 @@ _OF_ENGINES: dict[str, type[Exchange]] = {
     **dict.fromkeys(ROUTES, Exchange),
     **dict.fromkeys(OPENAIS_ROUTES | ENGINES_ROUTES, ChoicesExchange),
     "/v1/messages": MessagesExchange,
+    "/v1/messages/count_tokens": CountExchange,
     **dict.fromkeys(("/v1/responses", "/responses"), ResponsesExchange),
 }
 _EXCHANGES: dict[str, type[Exchange]] = {**_OF_ENGINES, **dict.fromkeys(TRANSLATED_ROUTES, OllamaExchange)}

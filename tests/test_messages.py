@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import Router, Start, fake, models
 
-from router.anthropic import read
+from router.anthropic_requests import read
 from router.demo import MODEL_PATH
 
 anthropic = pytest.importorskip("anthropic", reason="the package anthropic is not installed")
@@ -162,8 +162,9 @@ def test_a_model_is_asked_the_same_on_both_ways(router: Router) -> None:
 def test_results_of_tools_come_right_after_their_calls(router: Router, more: dict[str, int]) -> None:
     """And what their message says besides after them, as Claude Code says much there."""
     body = {"model": "strict", "max_tokens": 1, "messages": TALK, "tools": [TOOL], **more}
-    answer = router.http.post("/v1/messages", json=body)
-    assert answer.status_code == 200, answer.text
+    for path in ("/v1/messages", "/v1/messages/count_tokens"):
+        answer = router.http.post(path, json=body)
+        assert answer.status_code == 200, answer.text
 
 
 @pytest.mark.parametrize("more", [{}, {"seed": 1}])
@@ -233,6 +234,9 @@ def test_what_the_engine_does_not_drop_goes_to_it_byte_for_byte() -> None:
         b'{"model": "demo", "messages": [], "output_config": {"effort": "low"}}',
         b'{"model": "demo", "messages": 7, "seed": 1}',
         b'{"model": "demo", "seed": 1}',
+        b'{"model": "demo", "messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}',
+        b'{"model": "demo", "messages": [{"role": "user", "content": [{"type": "tool_result"}, 7]}]}',
+        b'{"model": "demo", "messages": [{"role": "user", "text": "tool_result"}, "tool_result"]}',
         b"--form\r\n",
     ):
         assert read(body).body == body
