@@ -710,8 +710,9 @@ class Figures:
     compute: float
 
     @property
-    def held(self) -> float:
-        return self.weights + self.context
+    def held(self) -> int:
+        """The tool drops fractions, of each."""
+        return int(self.weights) + int(self.context)
 
 
 @dataclass(frozen=True, slots=True)
@@ -727,7 +728,7 @@ class Comparison:
 
     @property
     def compute_error(self) -> float:
-        return (self.ours.compute - self.theirs.compute) / self.theirs.compute
+        return (int(self.ours.compute) - self.theirs.compute) / self.theirs.compute
 
 
 def header_of(blueprint: Blueprint) -> GGUF:

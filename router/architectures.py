@@ -26,6 +26,8 @@ class Layer:
 
     k: int = 0
     v: int = 0
+    has_v: bool = False
+    """Whether its cache has V, if only of no width: without flash attention, each has the widest of all."""
     indexer: int = 0
     """Elements of its own K per cell, with which sparse attention picks the cells worth attending to."""
     indexer_v: int = 0
@@ -178,6 +180,7 @@ def layout(header: GGUF) -> Layout:
             Layer(
                 k=k * heads_kv[index],
                 v=0 if mla else v * heads_kv[index],
+                has_v=cached[index] and not mla,
                 indexer=indexer[index] if cached[index] else 0,
                 indexer_v=v if has_indexer and header.architecture == "minimax-m3" else 0,
                 state=(state if recurrent[index] else 0) + _history(header, index),
@@ -240,8 +243,9 @@ def pooled_tokens(header: GGUF, count: int) -> int:
     return 0
 
 
-def widest_product(header: GGUF, count: int) -> int:
-    """f32 elements per token that the widest layer needs at once, by a rule fitted to what the engine prints."""
+def widest_product(header: GGUF, count: int, tokens: int) -> int:
+    """f32 elements per token of a micro-batch that the widest layer needs at once, by a rule fitted to what the
+    engine prints."""
     heads = max(per_layer(header, "attention.head_count", count), default=0)
     experts = max(per_layer(header, "expert_used_count", count), default=0)
     latent = integer(header, "attention.key_length_mla")
@@ -251,6 +255,8 @@ def widest_product(header: GGUF, count: int) -> int:
         5 * integer(header, "ssm.inner_size")
         + 6 * integer(header, "ssm.group_count") * integer(header, "ssm.state_size"),
         heads * (2 * integer(header, "attention.key_length") + latent) if latent else 0,
+        # How much each token still sees of each before it, that as a factor, and their products.
+        3 * heads * tokens if header.architecture == "minimax-01" else 0,
         # Queries, what attention makes of them, and that with its positions taken back.
         3 * heads * integer(header, "attention.key_length") if header.architecture == "deepseek4" else 0,
     )

@@ -232,7 +232,7 @@ class _Part:
         shares: dict[str, Share] = {}
         for index, layer in enumerate(layers):
             count = (window_cells if layer.windowed else cells.per_stream) * cells.streams
-            v = layer.v if self.flash_attention or not layer.v else widest_v
+            v = widest_v if layer.has_v and not self.flash_attention else layer.v
             kv = count * (layer.k * self.k_bytes + v * self.v_bytes)
             picked_from = count
             if layer.compressed:
@@ -264,7 +264,7 @@ class _Part:
         attended = max(masks, default=0) + max(
             (cells.of_summaries(layer.compressed) for layer in layers if layer.compressed), default=0
         )
-        inner, mask_bytes = widest_product(self.header, len(layers)), 2
+        inner, mask_bytes = widest_product(self.header, len(layers), cells.micro_batch), 2
         if not self.flash_attention and masks:
             heads = max(per_layer(self.header, "attention.head_count", len(layers)), default=0)
             inner, mask_bytes = max(inner, 3 * width) + heads * attended, 4

@@ -35,6 +35,7 @@ RECORDED = [
     ("mixtral-8x7b", "-c 8192 -np 2 -ctk q8_0 -ctv q4_0", 25122, 416),
     ("smollm2-135m", "-c 16384 -np 1 --swa-full", 123, 360),
     ("nemotron-49b", "-c 16384 -np 1 -ub 2048", 4625, 1536),
+    ("nemotron-49b", "-c 8192 -np 1 -fa off", 4625, 1024),
     ("qwen2.5-0.5b", "-c 8192 -np 1 -fa off", 450, 96),
     ("qwen2.5-7b", "-np 1", 4354, 1792),
     ("qwen3-0.6b", "-c 8192 -np 1", 358, 896),
