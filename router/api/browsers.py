@@ -15,7 +15,9 @@ import contextlib
 import ipaddress
 import re
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -42,7 +44,8 @@ _NAMELESS_PAGE = (
 _FOREIGN_LINK = (
     "Links, pictures and frames of another site may not do this. If you have followed a link: enter its address."
 )
-_LONGEST_NAME = 253
+_LONGEST_HOST = 300
+"""Longer than any name with its port."""
 
 
 _EXPOSED = (
@@ -59,6 +62,17 @@ _EXPOSED = (
 )
 _OLLAMAS_ROUTES = "/api/"
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
+
+
+class _Host(NamedTuple):
+    """What a Host header says."""
+
+    place: str
+    """All of it, in lower case."""
+    name: str
+    """Without a port."""
+    cannot_be_rebound: bool
+    """No page can have pointed that name at us."""
 
 
 class Browsers:
@@ -78,33 +92,37 @@ class Browsers:
 
     def check(self, headers: Sequence[tuple[bytes, bytes]], version: str, path: str, *, has_effect: bool) -> None:
         """Raises ApiError: 400 without just one Host (HTTP/1.0 may have none), 403 for foreign names and pages."""
-        hosts = [value.decode("latin-1").strip().lower() for name, value in headers if name == b"host"]
+        hosts, origin, site = [], b"", b""
+        for name, value in headers:
+            if name == b"host":
+                hosts.append(value)
+            elif name == b"origin":
+                origin = value
+            elif name == b"sec-fetch-site":
+                site = value
         if len(hosts) > 1 or (version != "1.0" and not any(hosts)):
             raise ApiError(400, "invalid_request", _ONE_HOST)
         if self._keyring.required:
             return
-        host = hosts[0] if hosts else "localhost"
-        name = _without_port(host)
-        if not (_cannot_be_rebound(name) or name in self._own or self._hosts.fullmatch(name)):
-            raise ApiError(403, "unknown_host", _UNKNOWN_HOST.format(name[:_LONGEST_NAME]))
-        if has_effect:
-            self._check_page(dict(headers), host, path)
+        host = _read(hosts[0][:_LONGEST_HOST] if hosts else b"localhost")
+        if not (host.cannot_be_rebound or host.name in self._own or self._hosts.fullmatch(host.name)):
+            raise ApiError(403, "unknown_host", _UNKNOWN_HOST.format(host.name))
+        if has_effect and (origin or site):
+            self._check_page(origin.decode("latin-1").lower(), site, host, path)
 
-    def _check_page(self, fields: Mapping[bytes, bytes], host: str, path: str) -> None:
+    def _check_page(self, origin: str, site: bytes, host: _Host, path: str) -> None:
         """Raises ApiError 403.
 
         Sec-Fetch-Site, which browsers send over TLS or to this machine only, knows our own page behind a proxy
         that has changed Host, and links and pictures, which have no Origin.
         """
-        site = fields.get(b"sec-fetch-site")
         if site == b"same-origin" or self._all_may:
             return
-        origin = fields.get(b"origin", b"").decode("latin-1").lower()
         if not origin:
             if site == b"cross-site":
                 raise ApiError(403, "unknown_origin", _FOREIGN_LINK)
-        elif not (_is_at(origin, host) or self._allowed(path).fullmatch(origin)):
-            foreign = _NAMELESS_PAGE if origin == "null" else _FOREIGN_PAGE.format(origin[:_LONGEST_NAME])
+        elif not (_is_at(origin, host.place) or self._allowed(path).fullmatch(origin)):
+            foreign = _NAMELESS_PAGE if origin == "null" else _FOREIGN_PAGE.format(origin[:_LONGEST_HOST])
             raise ApiError(403, "unknown_origin", foreign)
 
     def cross_origin(self, app: ASGIApp) -> ASGIApp:
@@ -179,9 +197,7 @@ def _host_expression(name: str) -> str:
 
 
 def _cannot_be_rebound(name: str) -> bool:
-    """Whether no page can have pointed this at us.
-
-    An address is no name. One without a dot is known in this network only, as that of a container is: public
+    """An address is no name. One without a dot is known in this network only, as that of a container is: public
     name servers have none. Nor will they ever have one under .localhost or .internal (RFC 6761; ICANN, 2024).
     """
     if name.endswith((".localhost", ".internal")) or not ("." in name or ":" in name):
@@ -193,9 +209,12 @@ def _cannot_be_rebound(name: str) -> bool:
     return True
 
 
-def _without_port(host: str) -> str:
-    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-    return name.rstrip(".")
+@lru_cache(maxsize=128)
+def _read(value: bytes) -> _Host:
+    place = value.decode("latin-1").strip().lower()
+    name = place[1:].partition("]")[0] if place.startswith("[") else place.partition(":")[0]
+    name = name.rstrip(".")
+    return _Host(place, name, _cannot_be_rebound(name))
 
 
 def _names_of_this_machine(*, asks: bool) -> frozenset[str]:
