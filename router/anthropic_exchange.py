@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from router.answer import TranslatedAnswer
 from router.anthropic_answers import StopReasons, Translation
-from router.anthropic_requests import Asked, in_order, read
+from router.anthropic_requests import TOOL_RESULT, Asked, in_order, read
 from router.exchange import Exchange
 from router.routing import Wish
-from router.shortening import ALL_DEPTHS
+from router.shortening import ALL_DEPTHS, Shortened, Text
 
 
 class MessagesExchange(Exchange):
@@ -17,13 +17,14 @@ class MessagesExchange(Exchange):
 
     _asked: Asked
 
-    def _read(self, body: bytes | bytearray) -> tuple[Wish, bytes | bytearray]:
+    def _read(self, body: Text) -> tuple[Wish, Text]:
         wish, body = super()._read(body)
         self._asked = read(body)
         return wish, self._asked.body
 
-    def _depth(self) -> int:
-        return ALL_DEPTHS
+    def _depth_of(self, wish: Wish, short: Shortened) -> int:
+        needed = max(self._asked.depth, super()._depth_of(wish, short))
+        return ALL_DEPTHS if short.mentions(TOOL_RESULT) else needed
 
     def _submit(self, wish: Wish) -> None:
         asked = self._asked
@@ -42,9 +43,9 @@ class CountExchange(Exchange):
 
     __slots__ = ()
 
-    def _read(self, body: bytes | bytearray) -> tuple[Wish, bytes | bytearray]:
+    def _read(self, body: Text) -> tuple[Wish, Text]:
         wish, body = super()._read(body)
         return wish, in_order(body)
 
-    def _depth(self) -> int:
-        return ALL_DEPTHS
+    def _depth_of(self, wish: Wish, short: Shortened) -> int:
+        return ALL_DEPTHS if short.mentions(TOOL_RESULT) else super()._depth_of(wish, short)

@@ -16,6 +16,7 @@ import msgspec
 
 from router.responses import told
 from router.rewriting import joined
+from router.shortening import ALL_DEPTHS, Text
 
 _KEPT = ("model", "stream", "temperature", "top_p", "top_k", "chat_template_kwargs")
 _DROPPED = (
@@ -37,6 +38,10 @@ _DROPPED = (
     "xtc_probability",
 )
 """Parameters of chats that the engine does not take over from Anthropic's requests."""
+_FORMS = ("output_config", "output_format")
+"""Where the form of an answer is told; the second is its name in the API's beta."""
+TOOL_RESULT = b'"tool_result"'
+"""In whose messages there is one, they may have to change their places."""
 _NOTHING = msgspec.Raw(b"null")
 
 _encode = msgspec.json.encode
@@ -123,18 +128,23 @@ _value_of = msgspec.json.Decoder().decode
 class Asked(NamedTuple):
     """What the engine is asked for."""
 
-    body: bytes | bytearray
+    body: Text
     is_chat: bool = False
     """On the route of chats; else on its own."""
     stops: Sequence[str] = ()
     """The client's stop sequences."""
+    depth: int = 1
+    """How deep one has to look into a body with these parameters to know all that."""
 
 
-def read(body: bytes | bytearray) -> Asked:
+def read(body: Text) -> Asked:
     """What is not of the API's shape is left for the engine to refuse."""
+    depth = 1
     try:
         fields = _fields_of(body)
-        if b'"tool_result"' in body and (ordered := _ordered(fields)) is not None:
+        depth = 2 if "stop_sequences" in fields else 1
+        depth = depth if fields.keys().isdisjoint((*_DROPPED, *_FORMS)) else ALL_DEPTHS
+        if TOOL_RESULT in body and (ordered := _ordered(fields)) is not None:
             fields = ordered
             body = _encode(fields)
         stops: list[str] = _decode_stops(fields.get("stop_sequences", _NOTHING)) or []
@@ -147,19 +157,19 @@ def read(body: bytes | bytearray) -> Asked:
             else:
                 kept["response_format"] = {"type": "json_schema", "json_schema": {"schema": form.schema}}
         if not kept:
-            return Asked(body, stops=stops)
+            return Asked(body, stops=stops, depth=depth)
         chat = {**_chat(fields, _decode_request(body)), **kept}
         if stops:
             chat |= {"verbose": True, "response_fields": ["stopping_word"]}
-        return Asked(_encode(chat), is_chat=True, stops=stops)
+        return Asked(_encode(chat), is_chat=True, stops=stops, depth=depth)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return Asked(body)
+        return Asked(body, depth=depth)
 
 
-def in_order(body: bytes | bytearray) -> bytes | bytearray:
+def in_order(body: Text) -> Text:
     """The same as far as it is about the order of what is said."""
     try:
-        ordered = _ordered(_fields_of(body)) if b'"tool_result"' in body else None
+        ordered = _ordered(_fields_of(body)) if TOOL_RESULT in body else None
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return body
     return body if ordered is None else _encode(ordered)
@@ -183,7 +193,7 @@ def _parted(content: msgspec.Raw) -> tuple[list[msgspec.Raw], list[msgspec.Raw]]
     """The results of tools, and what else there is."""
     results: list[msgspec.Raw] = []
     others: list[msgspec.Raw] = []
-    if b'"tool_result"' in bytes(content):
+    if TOOL_RESULT in bytes(content):
         blocks = _decode_blocks(content)
         for block in () if isinstance(blocks, str) else blocks:
             (results if _decode_shown(block).type == "tool_result" else others).append(block)
@@ -191,10 +201,10 @@ def _parted(content: msgspec.Raw) -> tuple[list[msgspec.Raw], list[msgspec.Raw]]
 
 
 def _form_of(fields: dict[str, msgspec.Raw]) -> _Format | None:
-    config: _Config | None = _decode_config(fields.get("output_config", _NOTHING))
+    config: _Config | None = _decode_config(fields.get(_FORMS[0], _NOTHING))
     if config is not None and config.format is not None:
         return config.format
-    form: _Format | None = _decode_format(fields.get("output_format", _NOTHING))  # its name in the API's beta
+    form: _Format | None = _decode_format(fields.get(_FORMS[1], _NOTHING))
     return form
 
 

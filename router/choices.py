@@ -20,6 +20,7 @@ import msgspec
 from router.answer import Translator
 from router.meter import AnswerMeter, Timings, Usage
 from router.routing import Shape
+from router.shortening import Text
 
 _MOST_COUNTED = 1 << 16
 """Choices of one answer. No engine has as many slots, nor takes as many prompts."""
@@ -58,7 +59,7 @@ _encode = msgspec.json.encode
 class Several(Translator):
     """The choices of one answer, as they come."""
 
-    def __init__(self, body: bytes | bytearray, shape: Shape) -> None:
+    def __init__(self, body: Text, shape: Shape) -> None:
         """`body` is a JSON object, as the engine would get it."""
         super().__init__()
         fields: dict[str, Any] = dict(_decode_fields(body))

@@ -11,7 +11,8 @@ from router.api.errors import ApiError
 from router.choices import ChoicesMeter, Several
 from router.exchange import Exchange
 from router.meter import AnswerMeter, Usage
-from router.routing import Shape, Wish, shape_of
+from router.routing import Shape, Wish, lists_prompts, shape_of
+from router.shortening import Shortened, Text
 from router.upstream import Head
 
 OPENAIS_ROUTES = frozenset({"/v1/chat/completions", "/chat/completions", "/v1/completions", "/completions"})
@@ -25,7 +26,7 @@ class ChoicesExchange(Exchange):
 
     _several: Several | None
 
-    def _read(self, body: bytes | bytearray) -> tuple[Wish, bytes | bytearray]:
+    def _read(self, body: Text) -> tuple[Wish, Text]:
         self._several = None
         wish, body = super()._read(body)
         answers = wish.answers if wish.asked_as is None else shape_of(body)
@@ -38,8 +39,10 @@ class ChoicesExchange(Exchange):
                 self._meter = ChoicesMeter(shape=answers)
         return wish, body
 
-    def _depth(self) -> int:
-        return 1 if self._head.path.endswith("/chat/completions") else 2  # prompts are counted
+    def _depth_of(self, wish: Wish, short: Shortened) -> int:
+        needed = super()._depth_of(wish, short)
+        is_chat = self._head.path.endswith("/chat/completions")
+        return max(needed, 2) if not is_chat and lists_prompts(short) else needed  # prompts are counted
 
     def _submit(self, wish: Wish) -> None:
         if self._several is not None:

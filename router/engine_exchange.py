@@ -17,7 +17,8 @@ from router.exchange import Exchange
 from router.heads import RequestHead
 from router.names import LONGEST, meant, same_name
 from router.routing import Wish, wish_of
-from router.upstream import Body, Head
+from router.shortening import Pieces, Text
+from router.upstream import Head
 
 _PREFIX = "/upstream/"
 _METHODS = frozenset({b"GET", b"POST", b"PUT", b"DELETE"})
@@ -73,12 +74,12 @@ class EngineExchange(Exchange):
         if len(self._head.target) > _LONGEST_TARGET:
             raise ApiError(400, "invalid_request", f"The path is longer than {_LONGEST_TARGET} bytes.")
 
-    def _read(self, body: bytes | bytearray) -> tuple[Wish, bytes | bytearray]:
+    def _read(self, body: Text) -> tuple[Wish, Text]:
         wish = wish_of(self._head.model, False, self._head.fields, self._dispatcher.config, self._client)
         return wish._replace(asked_as=None), body
 
-    def _read_large(self, body: bytes | bytearray) -> tuple[Wish, Body]:
-        return self._read(body)
+    def _read_large(self, body: memoryview) -> tuple[Wish, Pieces]:
+        return self._read(body)[0], Pieces(body)
 
     def _is_slotless(self) -> bool:
         return True

@@ -36,17 +36,22 @@ from router.dispatcher import Dispatcher, Ticket, Waiting
 from router.events import RequestDone
 from router.forms import is_form
 from router.heads import Admission, RequestHead
+from router.large_memory import LargeMemory
 from router.meter import AnswerMeter, Usage
 from router.queue import NAMES
 from router.rewriting import depth_of, rewritten
 from router.routing import WITHOUT_TOKENS, Wish, read_wish, shortened
-from router.shortening import Shortened
+from router.shortening import Pieces, Shortened, Text, most_values
 from router.upstream import Body, Connection, Head
 
 _log = logging.getLogger("router")
 
 _READ_AT_ONCE = 1 << 20
-"""Bodies up to this size are read on the event loop, in a few milliseconds."""
+"""Bodies up to this size are read on the event loop, in a few milliseconds, unless there is too much in them."""
+_LITTLE = 64 << 10
+"""Not in one of this size."""
+_MOST_VALUES = 1 << 14
+"""To be made into objects on the event loop."""
 _PLACE = re.compile(r" \(byte \d+\)")
 """Of a mistake, in what was read instead of a large body."""
 
@@ -112,6 +117,7 @@ class Exchange:
         "_id_line",
         "_is_over",
         "_is_paused",
+        "_large",
         "_lines",
         "_meter",
         "_parts",
@@ -124,6 +130,7 @@ class Exchange:
         "_status",
         "_streams",
         "_ticket",
+        "_to_come",
     )
 
     def __init__(self, shared: Exchanges, answer: Answer, head: RequestHead) -> None:
@@ -138,6 +145,9 @@ class Exchange:
         """Headers of every answer, besides that one."""
         self._received: bytes | bytearray = b""
         """Of the body, while it comes."""
+        self._large: LargeMemory | None = None
+        """The same of a large one, until the request is over."""
+        self._to_come = 0
         self._held = 0
         """Bytes of the body, as they count in the sum over all requests."""
         self._parts: list[bytes] = []
@@ -160,6 +170,7 @@ class Exchange:
     # --- the client -------------------------------------------------------------------------------------
 
     def begin(self, to_come: int) -> None:
+        self._to_come = to_come
         self._be_called(self._identify())
         try:
             self._admit(to_come)
@@ -177,34 +188,52 @@ class Exchange:
         try:
             if self._held + size > api.max_body_mb << 20:
                 raise self._too_large()
-            self._shared.bodies.hold(size, api.max_bodies_mb << 20)
+            self._hold(size)
         except ApiError as error:
             self._refuse(error)
             return
-        self._held += size
-        if size == self._held:
+        if self._large is not None:
+            self._large.add(part)
+        elif self._held > _READ_AT_ONCE:
+            self._large = LargeMemory(self._to_come + self._held if self._to_come else api.max_body_mb << 20)
+            self._large.add(self._received)
+            self._large.add(part)
+            self._received = b""
+        elif size == self._held:
             self._received = part
-            return
-        if isinstance(self._received, bytes):
-            self._received = bytearray(self._received)  # not a list: crumbs would take many times their size
-        self._received += part
+        else:
+            if isinstance(self._received, bytes):
+                self._received = bytearray(self._received)  # not a list: crumbs would take many times their size
+            self._received += part
+
+    def _hold(self, size: int) -> None:
+        """Raises ApiError 503."""
+        self._shared.bodies.hold(size, self._dispatcher.config.api.max_bodies_mb << 20)
+        self._held += size
 
     def end_body(self) -> None:
         if self._is_over:
             return
-        body, self._received = self._received, b""
-        self._body = body
-        if len(body) > _READ_AT_ONCE:
-            self._read_apart(body)
+        if self._large is not None:
+            self._body = Pieces(self._large.view())
+            self._read_apart(self._large.view())
+            return
+        body = self._body = bytes(self._received)
+        self._received = b""
+        if len(body) > _LITTLE and (self._is_form() or most_values(body) > _MOST_VALUES):
+            self._read_apart(memoryview(body))
             return
         try:
-            wish, self._body = self._read(bytes(body))
+            wish, self._body = self._read(body)
         except ApiError as error:
             self._refuse(error)
         else:
             self._submit(wish)
 
-    def _read(self, body: bytes | bytearray) -> tuple[Wish, bytes | bytearray]:
+    def _is_form(self) -> bool:
+        return is_form(self._head.fields.get(b"content-type", b""))
+
+    def _read(self, body: Text) -> tuple[Wish, Text]:
         """What is asked for, and the body for the engine. Raises ApiError."""
         head = self._head
         wish = read_wish(body, head.fields, self._dispatcher.config, self._client, head.model)
@@ -227,22 +256,27 @@ class Exchange:
         return self._head.path in WITHOUT_TOKENS
 
     def _depth(self) -> int:
-        """How deep one has to look into a body to know what is asked for."""
+        """How deep one has to look into a body at first."""
         return 1
+
+    def _depth_of(self, wish: Wish, short: Shortened) -> int:
+        """How deep one has to look into a body, as far as is known from this short form of it."""
+        return 1 if wish.asked_as is None else depth_of(self._path_of_engine(), wish.asked_as)
 
     def _restore(self, short: Shortened) -> None:
         """What was read of the short form of a large body besides."""
 
-    def _read_apart(self, body: bytes | bytearray) -> None:
+    def _read_apart(self, body: memoryview) -> None:
         """A large one, on a thread; one after the other, as several threads would leave the event loop less."""
         loop = asyncio.get_running_loop()
         reading = self._shared.readers.submit(self._read_large, body)
         reading.add_done_callback(lambda reading: loop.call_soon_threadsafe(self._was_read, reading))
 
-    def _read_large(self, body: bytes | bytearray) -> tuple[Wish, Body]:
+    def _read_large(self, body: memoryview) -> tuple[Wish, Pieces]:
         """The same in steps, between which other threads get their turns."""
-        if is_form(self._head.fields.get(b"content-type", b"")):
-            return self._read(body)
+        if self._is_form():
+            wish, _ = self._read(body)  # which changes nothing of it
+            return wish, Pieces(body)
         depth = self._depth()
         while True:
             short = shortened(body, depth)
@@ -250,17 +284,20 @@ class Exchange:
                 wish, text = self._read(short.text)
             except ApiError as error:
                 raise replace(error, message=_PLACE.sub("", error.message)) from None
-            needed = depth if wish.asked_as is None else depth_of(self._path_of_engine(), wish.asked_as)
+            needed = self._depth_of(wish, short)
             if needed <= depth:
                 self._restore(short)
                 return wish, short.restored(text)
             depth = needed
 
-    def _was_read(self, reading: Future[tuple[Wish, Body]]) -> None:
+    def _was_read(self, reading: Future[tuple[Wish, Pieces]]) -> None:
         if self._is_over:  # its client has left
+            if reading.exception() is None:
+                self._shared.readers.submit(reading.result()[1].give_back)
             return
         try:
             wish, self._body = reading.result()
+            self._hold(self._body.copied)
         except ApiError as error:
             self._refuse(error)
         except Exception as error:
@@ -599,6 +636,8 @@ class Exchange:
             computed = served and self._meter.size > 0 and not self._ticket.slotless
             self._dispatcher.finish(self._ticket, served=served or outcome == "engine_refused", computed=computed)
         self._publish(self._ticket, outcome)
+        if self._large is not None:
+            self._shared.readers.submit(_give_back, self._large, self._body)
 
     def _publish(self, ticket: Ticket | None, outcome: str) -> None:
         """Once. Without a ticket: the request was turned away before it asked for a slot."""
@@ -654,6 +693,12 @@ class Exchange:
     def _trace(self) -> str:
         """The client's trace context, if it has one."""
         return self._head.fields.get(b"traceparent", b"").decode("latin-1")
+
+
+def _give_back(large: LargeMemory, body: Body) -> None:
+    if isinstance(body, Pieces):
+        body.give_back()
+    large.give_back()
 
 
 def _new_id() -> str:

@@ -17,7 +17,7 @@ from router.ollama_answers import Translation
 from router.ollama_requests import Asked, translate
 from router.rewriting import rewritten
 from router.routing import Wish, wish_of
-from router.shortening import ALL_DEPTHS
+from router.shortening import ALL_DEPTHS, Text
 
 _log = logging.getLogger("router")
 
@@ -34,13 +34,13 @@ class OllamaExchange(Exchange):
 
     # --- the client -------------------------------------------------------------------------------------
 
-    def _read(self, body: bytes | bytearray) -> tuple[Wish, bytes | bytearray]:
+    def _read(self, body: Text) -> tuple[Wish, Text]:
         path = self._head.path
         asked = translate(path, body)
         wish = wish_of(asked.model, asked.streams, self._head.fields, self._dispatcher.config, self._client)
         asked = self._asked = asked._replace(model=asked.model or wish.alias)
         self._translation = Translation(asked, self._waited_sec)
-        question = asked.body(wish.alias)
+        question: Text = asked.body(wish.alias)
         if wish.asked_as is not None and question:
             question = rewritten(question, asked.target, wish.asked_as)
         return wish, question

@@ -19,6 +19,7 @@ import msgspec
 
 from router.api.errors import ApiError
 from router.ollama_options import BadOption, request_parameters
+from router.shortening import Text
 
 Kind = Literal["chat", "earlier_chat", "generate", "raw", "embed", "embeddings"]
 """`earlier_chat` is `/chat` of earlier hosts."""
@@ -145,7 +146,7 @@ _embed = msgspec.json.Decoder(_Embed).decode
 _embeddings = msgspec.json.Decoder(_Embeddings).decode
 
 
-def translate(path: str, body: bytes | bytearray) -> Asked:
+def translate(path: str, body: Text) -> Asked:
     """What a request asks for. Raises ApiError 400 for what is not to be understood."""
     try:
         if path == "/api/chat":

@@ -20,6 +20,7 @@ from router.answer import Translator
 from router.api.errors import ApiError
 from router.capability import error_of_engine
 from router.rewriting import joined
+from router.shortening import Text
 
 _Fields = dict[str, Any]
 """Of an object; what is of no interest here stays the bytes that it is."""
@@ -127,20 +128,22 @@ class Bounds(NamedTuple):
 class Asked(msgspec.Struct):
     """A request, as far as its answer has to do with it."""
 
-    body: bytes | bytearray
+    body: Text
     """For the engine."""
     repeated: _Fields
     most_tokens: int | None = None
+    has_form: bool = False
+    """It says something of the form of the answer's text."""
 
 
-def read(body: bytes | bytearray) -> Asked:
+def read(body: Text) -> Asked:
     """What is not of the API's shape is left for the engine to refuse."""
     try:
         fields: _Fields = dict(_fields_of(body))
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return Asked(body, {})
     repeated = {key: raw for key, raw in fields.items() if key in _REPEATED and bytes(raw) != b"null"}
-    return Asked(_with_form(body, fields), repeated, _most_tokens(fields))
+    return Asked(_with_form(body, fields), repeated, _most_tokens(fields), "text" in fields)
 
 
 def _most_tokens(fields: _Fields) -> int | None:
@@ -151,7 +154,7 @@ def _most_tokens(fields: _Fields) -> int | None:
         return None
 
 
-def _with_form(body: bytes | bytearray, fields: _Fields) -> bytes | bytearray:
+def _with_form(body: Text, fields: _Fields) -> Text:
     """An engine that may call tools and has a schema calls none of them: there the schema is only told."""
     if "text" not in fields or not _OWN_FORMS.isdisjoint(fields):
         return body

@@ -9,7 +9,7 @@ from router.api.errors import ApiError
 from router.exchange import Exchange
 from router.responses import Asked, Bounds, Completion, read
 from router.routing import Wish
-from router.shortening import Shortened
+from router.shortening import Shortened, Text
 
 
 class ResponsesExchange(Exchange):
@@ -20,13 +20,14 @@ class ResponsesExchange(Exchange):
     _asked: Asked
     _completion: Completion
 
-    def _read(self, body: bytes | bytearray) -> tuple[Wish, bytes | bytearray]:
+    def _read(self, body: Text) -> tuple[Wish, Text]:
         wish, body = super()._read(body)
         self._asked = read(body)
         return wish, self._asked.body
 
-    def _depth(self) -> int:
-        return 3  # that of a schema, and of what is not one
+    def _depth_of(self, wish: Wish, short: Shortened) -> int:
+        needed = super()._depth_of(wish, short)
+        return max(needed, 3) if self._asked.has_form else needed  # that of a schema, and of what is not one
 
     def _restore(self, short: Shortened) -> None:
         repeated = {key: short.restored(bytes(raw)) for key, raw in self._asked.repeated.items()}

@@ -14,6 +14,7 @@ import msgspec
 from router.adapters import PARAMETER as ADAPTERS
 from router.api.errors import ApiError
 from router.config import AliasConfig
+from router.shortening import Text
 
 _MESSAGES = frozenset({"/chat/completions", "/chat/completions/input_tokens", "/apply-template"})
 """Where a system prompt is the first of the messages. (Paths without /v1.)"""
@@ -49,7 +50,7 @@ def depth_of(path: str, alias: AliasConfig) -> int:
     return 3 if alias.speaks and (plain in _MESSAGES or plain in _FIELDS) else 1
 
 
-def rewritten(body: bytes | bytearray, path: str, alias: AliasConfig) -> bytes:
+def rewritten(body: Text, path: str, alias: AliasConfig) -> bytes:
     """The body, a JSON object, as the engine is to get it. Of a key that is there twice, the last one counts.
 
     Parameters go before the messages. What is not of the shape that its route demands stays as it is, for

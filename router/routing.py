@@ -23,7 +23,7 @@ from router.names import LONGEST, meant
 from router.near_names import near
 from router.queue import BY_NAME, NAMES, Priority
 from router.repository import BadReference, NotAllowed, permitted
-from router.shortening import Shortened
+from router.shortening import MOST_VALUES, Shortened, Text, TooManyValues
 
 ROUTES = frozenset(
     {
@@ -128,7 +128,7 @@ _decode_prompts = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 
 def read_wish(
-    body: bytes | bytearray,
+    body: Text,
     headers: Mapping[bytes, bytes],
     config: Config,
     client: Client | None = None,
@@ -150,7 +150,7 @@ def read_wish(
     return wish if answers is ONE else wish._replace(answers=answers)
 
 
-def shape_of(body: bytes | bytearray) -> Shape:
+def shape_of(body: Text) -> Shape:
     """How many answers it asks for. Raises ApiError for what is no JSON object."""
     return _shape_of(_read_envelope(body))
 
@@ -272,15 +272,25 @@ def _priority(wanted: bytes) -> Priority:
     return priority
 
 
-def shortened(body: bytes | bytearray, depth: int) -> Shortened:
+def lists_prompts(short: Shortened) -> bool:
+    """Whether a request has a list of prompts, which are to be counted, and not one of tokens. Raises ApiError."""
+    return short.first_of_list(bytes(_read_envelope(short.text).prompt)) in (b'"', b"[", b"{")
+
+
+def shortened(body: Text, depth: int) -> Shortened:
     """A JSON document down to a depth. Raises ApiError."""
     try:
         return Shortened(body, depth)
+    except TooManyValues:
+        message = (
+            f"The body has too many values to be taken apart: besides long texts, at most {MOST_VALUES} in 8 MiB."
+        )
+        raise ApiError(413, "body_too_large", message) from None
     except (msgspec.MsgspecError, RecursionError) as error:
         raise _unreadable(error) from None
 
 
-def _read_envelope(body: bytes | bytearray) -> _Envelope:
+def _read_envelope(body: Text) -> _Envelope:
     try:
         return _decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

@@ -6,7 +6,8 @@ turns, and what was taken out is never copied. No key has a meaning here: the sh
 long one, down to a depth, with placeholders for long strings, of which the beginning stays, and for long objects
 and what is in long arrays below that depth.
 
-What is taken out is not looked at: whoever reads it in the end will say if it is not valid.
+What is taken out is not looked at: whoever reads it in the end will say if it is not valid. What stays is bounded:
+a document of a million small values is not made into objects, which would take many times its size.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ from typing import NamedTuple
 
 import msgspec
 
+from router.large_memory import LargeMemory
+
+Text = bytes | memoryview
+"""What lies together."""
+
 ALL_DEPTHS = 1 << 30
 _STEP = 128 << 10
 _LONG = 512
@@ -29,87 +35,158 @@ _DEEPEST = 200
 _APART = 64 << 10
 """What was taken out and is longer than this is sent from where it lies; what is shorter is copied."""
 _BLOCK = 1 << 20
+_LONGEST_TEXT = 8 << 20
+"""Of the short form. To go through it once, in one go, takes some milliseconds."""
+MOST_VALUES = 1 << 16
+"""Of the short form, to make objects of: twenty thousand messages have as many. No context is as long."""
 
+_PLACE = re.compile(rb"([sv])(\d+)-*>(\\?)")
+"""Of a placeholder, what is behind its beginning."""
 _PLAIN = re.compile(rb"[ !#-\[\]-~]{0,%d}" % _BEGINNING)
 """Characters of a string that stand for themselves."""
 _BRACKET = re.compile(rb"[\[\]{}]")
 _ALL_BUT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_ALL_BUT_MARKS = bytes(set(range(256)) - set(b",[{"))
+"""Nearly every value of a document has one of these before it."""
 
 
 class Pieces:
     """Bytes that follow one another, and need not lie together."""
 
-    __slots__ = ("_size", "parts")
+    __slots__ = ("_begin", "_block", "copied", "parts")
 
-    def __init__(self) -> None:
-        self.parts: list[bytearray | memoryview] = []
-        self._size = 0
+    def __init__(self, *parts: memoryview) -> None:
+        self.parts: list[memoryview] = list(parts)
+        self.copied = 0
+        """How many of them are not where they came from."""
+        self._block: LargeMemory | None = None
+        self._begin = 0
+        """Of what is in the block, and not among the parts yet."""
 
     def __len__(self) -> int:
-        return self._size
+        return sum(map(len, self.parts))
 
     def add(self, part: memoryview) -> None:
-        self._size += len(part)
         if len(part) >= _APART:
+            self.end()
             self.parts.append(part)
             return
-        last = self.parts[-1] if self.parts else None
-        if not isinstance(last, bytearray) or len(last) >= _BLOCK:
-            last = bytearray()
-            self.parts.append(last)
-        last += part
+        if self._block is None or self._block.room < len(part):
+            self.end()
+            self._block, self._begin = LargeMemory(_BLOCK), 0
+        self._block.add(part)
+        self.copied += len(part)
+
+    def end(self) -> None:
+        """All that was added is among the parts."""
+        if self._block is not None and len(self._block) > self._begin:
+            self.parts.append(self._block.view(self._begin))
+            self._begin = len(self._block)
+
+    def give_back(self) -> None:
+        """What was copied; one block after the other, so that other threads get their turns."""
+        self._block = None
+        while self.parts:
+            self.parts.pop()
+
+
+class TooManyValues(Exception):
+    """A document has too many values to be made into objects."""
 
 
 class Shortened:
     """A document, of which `text` is the short form."""
 
-    def __init__(self, document: bytes | bytearray, depth: int) -> None:
+    def __init__(self, document: Text, depth: int) -> None:
         """Depth 1 is that of the values of the outermost object.
 
         Raises msgspec.DecodeError if it is cut off or its brackets do not match, RecursionError if they are too
-        many.
+        many, TooManyValues.
         """
         self._document = memoryview(document)
         self._name = secrets.token_hex(8).encode()
         """Of the placeholders: none that a client could write."""
         self._taken: list[memoryview] = []
         kept: list[bytes] = []
-        at = 0
+        at = size = 0
         for run in _long_runs(self._document, depth):
             begin = run.begin
             if run.is_string:
                 plain = _PLAIN.match(self._document, begin, run.end)
                 begin = begin if plain is None else plain.end()
-            kept += self._copied(at, begin)
             place = self._name, len(self._taken)
             if run.is_string:
-                kept.append(b"<%b-s%d%b>" % (*place, b"-" * (run.begin + _BEGINNING - begin)))
+                placeholder = b"<%b-s%d%b>" % (*place, b"-" * (run.begin + _BEGINNING - begin))
             else:
-                kept.append(b'"<%b-v%d>"' % place)
+                placeholder = b'"<%b-v%d>"' % place
+            size += begin - at + len(placeholder)
+            if size > _LONGEST_TEXT:
+                raise TooManyValues
+            kept += (*self._copied(at, begin), placeholder)
             self._taken.append(self._document[begin : run.end])
             at = run.end
+        if size + len(document) - at > _LONGEST_TEXT:
+            raise TooManyValues
         kept += self._copied(at, len(document))
         self.text = b"".join(kept)
+        if _values(memoryview(self.text)) > MOST_VALUES:
+            raise TooManyValues
 
     def _copied(self, begin: int, end: int) -> Iterator[bytes]:
         return (bytes(self._document[at : min(end, at + _STEP)]) for at in range(begin, end, _STEP))
 
-    def restored(self, text: bytes | bytearray) -> Pieces:
+    def restored(self, text: Text) -> Pieces:
         """The long form of what was made of `text`."""
-        placeholder = re.compile(rb'(\\?)"<%b-v(\d+)>\\?"|<%b-s(\d+)-*>(?=(\\?))' % (self._name, self._name))
+        if text is self.text:
+            return Pieces(self._document)
+        text = bytes(text)
+        mark = b"<%b-" % self._name
         view, pieces, at = memoryview(text), Pieces(), 0
-        for found in placeholder.finditer(text):
-            pieces.add(view[at : found.start()])
-            at = found.end()
-            taken = self._taken[int(found[2] or found[3])]
-            if not (found[1] or found[4]):
+        while (begin := text.find(mark, at)) >= 0:
+            found = _PLACE.match(text, begin + len(mark))
+            assert found is not None
+            taken, end = self._taken[int(found[2])], found.start(3)
+            is_escaped = bool(found[3])  # within a string, of which the text is JSON itself
+            if found[1] == b"v":  # the quotes are not its own
+                begin, end = begin - 1 - is_escaped, found.end(3) + 1
+            pieces.add(view[at:begin])
+            at = end
+            if not is_escaped:
                 pieces.add(taken)
                 continue
-            for begin in range(0, len(taken), _STEP):  # within a string, of which the text is JSON itself
-                step = bytes(taken[begin : begin + _STEP])
+            for place in range(0, len(taken), _STEP):
+                step = bytes(taken[place : place + _STEP])
                 pieces.add(memoryview(step.replace(b"\\", rb"\\").replace(b'"', rb"\"")))
         pieces.add(view[at:])
+        pieces.end()
         return pieces
+
+    def mentions(self, words: bytes) -> bool:
+        """Whether the document has these somewhere, as they are written here."""
+        steps = range(0, len(self._document), _STEP)
+        return any(words in bytes(self._document[at : at + _STEP + len(words)]) for at in steps)
+
+    def first_of_list(self, text: bytes) -> bytes:
+        """The first character of the first element of a list, of which `text` may be the short form."""
+        found = re.match(rb'\[\s*(?:"<%b-v(\d+)>"|(.?))' % self._name, text)
+        if found is None or found[1] is None:
+            return found[2] if found is not None else b""
+        return bytes(self._taken[int(found[1])][:_LONG]).lstrip()[:1]
+
+
+def most_values(document: bytes) -> int:
+    """No fewer than the values of a small document, or a few: what is in its strings counts, too."""
+    return len(document.translate(None, _ALL_BUT_MARKS))
+
+
+def _values(document: memoryview) -> int:
+    """The same without what is in its strings."""
+    count, begin, in_string = 0, 0, False
+    while begin < len(document):
+        texts, begin = _between_quotes(document, begin)
+        count += len(b"".join(texts[in_string::2]).translate(None, _ALL_BUT_MARKS))
+        in_string ^= len(texts) % 2 == 0
+    return count
 
 
 class _Run(NamedTuple):

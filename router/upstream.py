@@ -51,7 +51,7 @@ _ONE_WRITE = 65536
 """Head and body are joined up to this size; beyond it the copy costs more than a second buffer."""
 
 
-Body = bytes | bytearray | Pieces
+Body = bytes | memoryview | Pieces
 
 
 class Head(msgspec.Struct):
@@ -265,6 +265,8 @@ class Connection(asyncio.Protocol):
             self._may_stay = self._parser.should_keep_alive() and self._uses < self._head.keep_alive_max
 
     def _give_back(self) -> None:
+        if self._transport is not None and self._transport.get_write_buffer_size():
+            self._may_stay = False  # it has answered before it has read all
         self._receiver = None
         self._request = (b"", b"")
         self._head = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,7 @@ CALL = {"type": "function", "function": {"name": "write", "arguments": {"path": 
 TEXT = {"type": "text", "text": "LONG"}
 PICTURE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "IMAGE"}}
 USE = {"type": "tool_use", "id": "1", "name": "write", "input": {"path": "a", "text": "LONG"}}
+RESULT = {"type": "tool_result", "tool_use_id": "1", "content": "LONG"}
 SCHEMA = {"type": "object", "properties": {"a": {"description": "LONG"}}}
 WRITE = {"type": "function", "name": "write", "parameters": SCHEMA}
 FORM = {"format": {"type": "json_schema", "name": "a", "schema": SCHEMA}}
@@ -159,6 +161,7 @@ def router(start_shared: Start, tiny: Path, notes: Path) -> Router:
             "/v1/messages",
             {"model": "parrot", "seed": 1, "messages": [turn([PICTURE, TEXT]), turn([USE], "assistant")]},
         ),
+        ("/v1/messages", {"model": "a", "messages": [turn([USE], "assistant"), turn([TEXT, RESULT])]}),
         ("/api/chat", {"model": "parrot", "messages": [turn("LONG", images=["IMAGE"])], "stream": False}),
         ("/api/chat", {"model": "a", "messages": [turn("", "assistant", tool_calls=[CALL])], "stream": False}),
         ("/api/generate", {"model": "cool", "prompt": "LONG", "images": ["IMAGE"], "stream": False}),
@@ -202,6 +205,80 @@ def test_what_is_wrong_with_a_large_body_is_told_and_the_connection_stays(router
         assert (answer.status_code in (400, 404), answer.json()["error"]["code"]) == (True, code)
         assert "byte" not in answer.json()["error"]["message"]
     assert router.chat("a").status_code == 200
+
+
+def wordy(number: int = 40_000, **more: Any) -> bytes:
+    """Too many messages to make objects of all of them."""
+    turns = b",".join([b'{"role": "user", "content": "a"}'] * number)
+    return b'{"messages": [%b], %b' % (turns, json.dumps({"stream": False, **more}).encode()[1:])
+
+
+MANY = b", ".join([b'"a"'] * 400_000)
+TOKENS = b", ".join([b"12345"] * 300_000)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", wordy(model="plain")),
+        ("/v1/chat/completions", wordy(model="cool")),
+        ("/v1/messages", wordy(model="a")),
+        ("/v1/responses", wordy(model="a").replace(b"messages", b"input", 1)),
+        ("/v1/completions", b'{"model": "cool", "prompt": [%b]}' % TOKENS),
+        ("/v1/embeddings", b'{"model": "a", "input": [%b]}' % MANY),
+        ("/api/embed", b'{"model": "a", "input": [%b]}' % MANY),
+    ],
+)
+def test_values_that_need_not_be_looked_at_may_be_many(router: Router, path: str, body: bytes) -> None:
+    assert router.http.post(path, content=body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", wordy(model="parrot")),
+        ("/v1/chat/completions", wordy(30_000, model="parrot")),  # which would be read at once for its size
+        ("/v1/messages", wordy(model="a", seed=1)),
+        ("/v1/responses", wordy(model="parrot").replace(b"messages", b"input", 1)),
+        ("/v1/completions", b'{"model": "a", "prompt": [%b]}' % MANY),
+        ("/api/chat", wordy(model="a")),
+        ("/api/generate", b'{"model": "a", "prompt": "a", "options": {"stop": [%b]}}' % MANY),
+        ("/v1/chat/completions", b'{"model": "a", %b}' % b", ".join([b'"key": 1'] * 150_000)),
+    ],
+)
+def test_of_values_that_have_to_be_taken_apart_there_is_a_bound(router: Router, path: str, body: bytes) -> None:
+    answer = router.http.post(path, content=body)
+    assert (answer.status_code, "too many values" in answer.text) == (413, True)
+
+
+@pytest.mark.parametrize("path", ["/v1/models/load", "/api/create", "/api/show", "/v1/models/pull"])
+def test_so_there_is_for_pages(router: Router, path: str) -> None:
+    answer = router.http.post(path, json={"model": [[]] * 100_000})
+    assert answer.status_code == 413
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where /proc tells of memory")
+def test_memory_of_large_bodies_is_given_back_and_never_many_times_theirs(router: Router) -> None:
+    process = Path("/proc", str(router.process.pid))
+    size = 24 << 20
+    text = json.dumps(LONG)[1:-1].encode() * (size // len(json.dumps(LONG)))
+    turns = b",".join([b'{"role": "user", "content": "%b"}' % (b"a" * 10_000)] * (size // 10_000))
+    bodies = (b'"%b"' % text, b'[{"type": "text", "text": "%b"}]' % text)
+    contents = [b'{"role": "user", "content": %b}' % body for body in bodies] + [turns]
+
+    def mib(name: str) -> int:
+        (line,) = (line for line in (process / "status").read_text().splitlines() if line.startswith(name))
+        return int(line.split()[1]) >> 10
+
+    router.chat("a")
+    before = mib("VmRSS")
+    (process / "clear_refs").write_text("5")  # the peak is what it holds now
+    for content in contents:
+        for model in ("plain", "parrot"):
+            document = b'{"model": "%b", "messages": [%b]}' % (model.encode(), content)
+            assert router.http.post("/v1/chat/completions", content=document).status_code == 200
+    assert mib("VmHWM") - before < 4 * 24
+    eventually(lambda: mib("VmRSS") - before < 20)
 
 
 def test_a_client_that_leaves_while_its_body_is_read_leaves_nothing(router: Router) -> None:
@@ -260,11 +337,20 @@ def test_a_field_of_a_form_is_found_however_it_is_written(content_type: bytes, h
         (form(FILE)[:-4], "cut off or malformed"),
         (b"", "cut off or malformed"),
         (form(*[b"X: y\r\n\r\n"] * 1025), "more than 1024 parts"),
+        (form(FILE + b"\r\n--xyzz" * 1025), "more than 1024 parts"),
+        (form(b"X: y\r\n" * 40 + b"\r\n"), "more than 32 lines"),
     ],
 )
 def test_a_form_that_is_none_is_refused(body: bytes, problem: str) -> None:
     with pytest.raises(ApiError, match=problem):
         text_fields(body, b"multipart/form-data; boundary=xyz", ("model",))
+
+
+def test_what_begins_like_a_boundary_is_content() -> None:
+    model = b'Content-Disposition: form-data; name="model"\r\n\r\na'
+    body = form(FILE + b"\r\n--xyzz" * 100, model)
+    assert text_fields(body, b"multipart/form-data; boundary=xyz", ("model",)) == {"model": "a"}
+    assert text_fields(memoryview(body), b"multipart/form-data; boundary=xyz", ("model",)) == {"model": "a"}
 
 
 def test_a_form_without_a_boundary_is_refused() -> None:
