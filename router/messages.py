@@ -98,6 +98,8 @@ class ModelSpec:
 class Refusal(str, Enum):
     """Why a request is not served."""
 
+    DISPLACED = "displaced"
+    """It waited where there was no more room, and one of a higher priority took its place."""
     QUEUE_FULL = "queue_full"
     QUEUE_TIMEOUT = "queue_timeout"
     MODEL_NOT_FOUND = "model_not_found"
@@ -171,6 +173,15 @@ class Finished(msgspec.Struct, frozen=True):
     computed: bool = True
     """Whoever was served got tokens that were computed; what is refused, or only counted, says nothing of how
     long that takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Displace:
+    """A request that waits has to make room for one of a higher priority, which is somebody else's to know."""
+
+    at: float
+    request_id: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +302,7 @@ Event = (
     | MemoryChanged
     | Submit
     | Finished
+    | Displace
     | Requeue
     | Inspected
     | EngineReady

@@ -158,6 +158,11 @@ class PriorityQueue:
         line = self._lines[priority]
         return next(iter(line.values())) if line else None
 
+    def newest(self, priority: Priority) -> Request | None:
+        """The request of a class that arrived last."""
+        line = self._lines[priority]
+        return next(reversed(line.values())) if line else None
+
     def longest_here(self) -> Request | None:
         """The request that joined first. Those that came back joined late and yet stand at the front."""
         longest: Request | None = None

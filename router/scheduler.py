@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from bisect import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from zlib import crc32
 
 from router.expectation import Forecast, forecast
 from router.fleet import Fleet
 from router.messages import (
     Configured,
+    Displace,
     Effect,
     Eject,
     EngineAlive,
@@ -95,6 +96,10 @@ class Scheduler:
         self._steps_left, self._steps_at = _STEPS_AT_ONCE, 0.0
         """What forecasts for those who are turned away may cost, and since when that is known."""
         """What those were told who were turned away, and until when others are told the same."""
+        self._joined = 0
+        """How often anybody has joined a line."""
+        self._none_below: tuple[int, Priority] = (-1, Priority.HIGH)
+        """While nobody has joined since, there is no request below this priority in any line."""
         self._now = 0.0
         self._seq = 0
         self._effects: list[Effect] = []
@@ -111,6 +116,8 @@ class Scheduler:
                 room_may_change = self._submit(event)
             case Finished():
                 room_may_change = self._finish(event)
+            case Displace():
+                self._displace(self._requests.get(event.request_id), event.reason)
             case Requeue():
                 self._requeue(event)
             case Inspected():
@@ -215,23 +222,53 @@ class Scheduler:
             model.joined(request, self._now)
             self._grant(request, engine)
             return False
-        if full := self._queue_full(model):
-            self._reject(event.request_id, Refusal.QUEUE_FULL, full, self._come_back_sec(model, event.priority))
-            return False
+        displaced = None
+        if (full := self._queue_full(model)) is not None:
+            reason, displaced = full, self._who_gives_way(model, event.priority)
+            if displaced is None:
+                come_back_sec = self._come_back_sec(model, event.priority)
+                self._reject(event.request_id, Refusal.QUEUE_FULL, reason, come_back_sec)
+                return False
         self._requests[request.id] = request
         model.joined(request, self._now)
         self._enqueue(request, model)
-        return engine is None
+        if displaced is not None:
+            self._displace(displaced, f"{reason}, and one of a higher priority has come")
+        return engine is None or displaced is not None
 
     def _queue_full(self, model: Model) -> str | None:
         """Why nobody may join the line; None when there is room."""
-        if len(model.queue) >= self.policy.max_queue_size_per_model:
+        if self._is_full(model):
             return f"{len(model.queue)} requests wait for {model.spec.alias!r} already (max_queue_size_per_model)"
         waiting = self.waiting()
         if waiting >= self.policy.max_queue_size_total:
             ours = f"{len(model.queue)} of them for {model.spec.alias!r}"
             return f"{waiting} requests wait already, {ours} (max_queue_size_total)"
         return None
+
+    def _is_full(self, model: Model) -> bool:
+        return len(model.queue) >= self.policy.max_queue_size_per_model
+
+    def _who_gives_way(self, model: Model, priority: Priority) -> Request | None:
+        """Of those who wait with a lower priority than somebody who finds no room: the lowest, and newest."""
+        if self._is_full(model):
+            return _lowest((model,), priority)
+        joined, none_below = self._none_below
+        if joined == self._joined and none_below <= priority:
+            return None
+        lowest = _lowest(self.models.values(), priority)
+        if lowest is None:
+            self._none_below = self._joined, priority
+        return lowest
+
+    def _displace(self, request: Request | None, reason: str) -> None:
+        if request is None or request.granted_sec is not None:
+            return
+        model = self.models[request.alias]
+        model.queue.remove(request)
+        come_back_sec = self._come_back_sec(model, request.priority)
+        self._reject(request.id, Refusal.DISPLACED, reason, come_back_sec)
+        self._left_queue(model)
 
     def _come_back_sec(self, model: Model, priority: Priority) -> float | None:
         """Until a request that comes now would be served; None: unknown.
@@ -256,6 +293,7 @@ class Scheduler:
 
     def _enqueue(self, request: Request, model: Model) -> None:
         request.queued_sec = self._now
+        self._joined += 1
         model.queue.push(request)
         if model.engine is None:
             self._want_engine(model)
@@ -885,3 +923,14 @@ class Scheduler:
             self._end_swap(alias)
         for engine in list(self.engines.values()):
             self._drain(engine, StopCause.SHUTDOWN, "the router is shutting down")
+
+
+def _lowest(models: Iterable[Model], above: Priority) -> Request | None:
+    """The request of the lowest priority below this one that came last."""
+    for priority in (Priority.LOW, Priority.NORMAL):
+        if priority <= above:
+            break
+        newest = [request for model in models if (request := model.queue.newest(priority)) is not None]
+        if newest:
+            return max(newest, key=lambda request: request.seq)
+    return None

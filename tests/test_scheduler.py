@@ -15,6 +15,7 @@ from router.expectation import Forecast
 from router.messages import (
     ByPriority,
     Configured,
+    Displace,
     Effect,
     Eject,
     EngineAlive,
@@ -1057,6 +1058,52 @@ def test_full_queue_refuses_with_the_time_to_come_back() -> None:
     assert refused.retry_after_sec == pytest.approx(3.0)  # three rounds of a second
 
 
+def test_who_comes_to_a_full_queue_takes_the_place_of_the_lowest_and_newest() -> None:
+    machine = Machine("a", load_sec=None, policy=Policy(max_queue_size_per_model=4))
+    older, newer = machine.ask("a", LOW), machine.ask("a", LOW)
+    normal, _ = machine.ask("a", NORMAL), machine.ask("a", NORMAL)
+    urgent = machine.ask("a", HIGH)
+    assert machine.rejected[newer].refusal is Refusal.DISPLACED
+    assert machine.rejected[newer].reason == (
+        "4 requests wait for 'a' already (max_queue_size_per_model), and one of a higher priority has come"
+    )
+    assert machine.rejected.keys() == {newer}
+    assert machine.rejected[machine.ask("a", LOW)].refusal is Refusal.QUEUE_FULL  # for his like nobody goes
+    machine.ask("a", NORMAL)
+    assert older in machine.rejected
+    refused = machine.ask("a", NORMAL)
+    assert machine.rejected[refused].refusal is Refusal.QUEUE_FULL
+    for _ in range(3):
+        machine.ask("a", HIGH)
+    assert normal in machine.rejected
+    assert urgent not in machine.rejected
+    assert machine.rejected[machine.ask("a", HIGH)].refusal is Refusal.QUEUE_FULL
+
+
+def test_where_all_lines_together_are_full_the_lowest_of_any_gives_way() -> None:
+    machine = Machine("a", "b", "c", load_sec=None, policy=Policy(max_queue_size_total=3))
+    machine.ask("a", NORMAL)
+    of_b, of_c = machine.ask("b", LOW), machine.ask("c", LOW)
+    machine.ask("a", NORMAL)
+    assert machine.rejected.keys() == {of_c}
+    assert "c" not in machine.scheduler._waiting  # nobody is left to load it for
+    machine.ask("a", NORMAL)
+    assert machine.rejected.keys() == {of_c, of_b}
+    refused = machine.ask("a", NORMAL)
+    assert machine.rejected[refused].refusal is Refusal.QUEUE_FULL
+    machine.ask("b", HIGH)
+    assert len(machine.rejected) == 4
+
+
+def test_who_has_a_slot_is_displaced_by_nobody() -> None:
+    machine = Machine("a")
+    served, waits = machine.served("a"), machine.ask("a", LOW)
+    for request_id in (served, waits, "unknown"):
+        machine.tell(Displace(machine.now, request_id, "no room"))
+    assert machine.rejected.keys() == {waits}
+    assert machine.rejected[waits].reason == "no room"
+
+
 def test_who_is_turned_away_is_told_nothing_that_nobody_knows() -> None:
     machine = Machine("a", policy=Policy(max_queue_size_per_model=1))
     machine.ask("a")
@@ -1182,7 +1229,7 @@ def test_an_engine_that_answers_but_never_computes_has_proved_nothing() -> None:
 
 
 class Crowded(Machine):
-    """Random clients for all models, with answers of random length."""
+    """Random clients for all models, with answers of random length; none has a higher priority than others."""
 
     mean_service_sec = 1.0
     chance = random.Random(1)
@@ -1199,10 +1246,9 @@ class Crowded(Machine):
         told: list[tuple[float, float, list[str]]] = []
         while self.now < seconds:
             self.wait(self.chance.expovariate(per_sec))
-            alias, priority = self.chance.choice(list(self.specs)), self.chance.choice((HIGH, NORMAL, NORMAL, LOW))
-            deadline_sec = self.now + self.policy.patience_sec[priority]
-            line = [each.id for each in self.scheduler.models[alias].queue if each.deadline_sec <= deadline_sec]
-            rejected = self.rejected.get(self.ask(alias, priority))
+            alias = self.chance.choice(list(self.specs))
+            line = [each.id for each in self.scheduler.models[alias].queue]
+            rejected = self.rejected.get(self.ask(alias))
             if rejected is not None and line and rejected.retry_after_sec is not None:
                 told.append((self.now, rejected.retry_after_sec, line))
         self.wait(2000)

@@ -27,6 +27,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from router.messages import (
     ByPriority,
     Configured,
+    Displace,
     Effect,
     Eject,
     EngineAlive,
@@ -120,6 +121,12 @@ class World:
         self.submitted = 0
         self.slotless: set[str] = set()
         """Requests that need no slot."""
+        self.priorities: dict[str, Priority] = {}
+        """In the order of their arrivals."""
+        self.in_the_way = ""
+        """A request whose body takes room that another needs."""
+        self.full: dict[str, str] = {}
+        """Those who wait as somebody came, if he found the line full: his own, or all."""
         self.events = 0
         self.seen: Counter[str] = Counter()
         self.history: list[tuple[Event, list[Effect]]] | None = [] if keep_events else None
@@ -207,6 +214,10 @@ class World:
     def submit(self, alias: str, priority: Priority) -> None:
         self.submitted += 1
         request_id = f"r{self.submitted}"
+        self.priorities[request_id] = priority
+        here = {other: its for other, its in self.waiting.items() if its == alias}
+        is_full = len(here) >= self.policy.max_queue_size_per_model
+        self.full = here if is_full else dict(self.waiting)
         self.waiting[request_id] = alias
         slotless = self.rng.random() < 0.2
         if slotless:
@@ -281,6 +292,11 @@ class World:
                 assert request_id not in self.outcomes
                 self.granted[request_id] = engine_id
             case Reject(request_id, refusal, reason):
+                if refusal is Refusal.DISPLACED:
+                    self.check_displaced(request_id)
+                elif refusal is Refusal.QUEUE_FULL:
+                    mine = self.priorities[request_id]
+                    assert all(self.priorities[other] <= mine for other in self.full), "somebody could give way"
                 del self.waiting[request_id]
                 assert request_id not in self.outcomes
                 assert reason
@@ -312,6 +328,17 @@ class World:
                 if engine_id is not None:
                     assert self.processes[engine_id].alias == alias
                     self.processes[engine_id].state = state
+
+    def check_displaced(self, request_id: str) -> None:
+        """Nobody has to go for his like, nor while one stays who is lower, or as low and came later."""
+        order = list(self.priorities)
+        if request_id == self.in_the_way:
+            return
+        newcomer, gone = order[-1], self.priorities[request_id]
+        assert self.priorities[newcomer] < gone, "displaced by its like"
+        assert request_id in self.full
+        last = max(self.full, key=lambda other: (self.priorities[other], order.index(other)))
+        assert request_id == last, "somebody else should have gone"
 
     def start(self, engine_id: int, alias: str, placement: Placement) -> None:
         assert not self.down, "started while shutting down"
@@ -428,6 +455,13 @@ class World:
         if self.waiting:
             self.cancel(self.rng.choice(list(self.waiting)))
 
+    def some_displace(self) -> None:
+        here = [*self.waiting, *self.granted]
+        if here:
+            self.in_the_way = self.rng.choice(here)
+            self.feed(Displace(self.now, self.in_the_way, "its body takes too much"))
+            assert self.in_the_way not in self.waiting
+
     def some_break(self) -> None:
         if self.granted:
             self.break_request(self.rng.choice(list(self.granted)))
@@ -534,6 +568,7 @@ class World:
         some_load_ends,
         some_stop_ends,
         some_cancel,
+        some_displace,
         some_break,
         lost_noticed,
         some_probe_answer,
@@ -544,7 +579,7 @@ class World:
         memory_changes,
         configuration_changes,
     )
-    WEIGHTS = (300, 250, 120, 90, 90, 20, 10, 60, 20, 12, 4, 30, 12, 6, 3)
+    WEIGHTS = (300, 250, 120, 90, 90, 20, 5, 10, 60, 20, 12, 4, 30, 12, 6, 3)
 
 
 def replayed(history: list[tuple[Event, list[Effect]]]) -> bool:

@@ -461,7 +461,7 @@ def scheduler() -> dashboard.Dashboard:
     why = "Why something waits: who is resident, what swaps cost, and whether waits keep their bounds."
     new = board("llama-router-scheduler", "llama-router: scheduler", why)
     oldest = f"max by (priority) ({of('router_queue_oldest_wait_seconds')})"
-    refusals = 'status=~"queue_full|queue_timeout|insufficient_memory|model_failed|shutting_down"'
+    refusals = 'status=~"queue_full|displaced|queue_timeout|insufficient_memory|model_failed|shutting_down"'
     broken = of("router_engine_exits_total", 'reason=~"crashed|hung|load_failed"')
     new.with_row(dashboard.Row("Residency"))
     new.with_panel(timeline("Residency", "Who had memory when, and who drained for whom.", state_code(HERE)))

@@ -14,6 +14,7 @@ from router.messages import Refusal
 
 _STATUS = {
     Refusal.QUEUE_FULL: 429,
+    Refusal.DISPLACED: 429,
     Refusal.QUEUE_TIMEOUT: 504,
     Refusal.MODEL_NOT_FOUND: 404,
     Refusal.MODEL_FAILED: 503,

@@ -22,7 +22,8 @@ from router.api.monitoring import READING_SEC
 from router.api.openai import further_names, loading_status
 from router.api.streams import EventStream, Feed, Shared, frame, unnamed
 from router.dispatcher import Dispatcher
-from router.events import LoadMoved, ModelChanged, ModelsListed, ServerChanged
+from router.events import LoadMoved, ModelChanged, ModelsListed, RequestsDone, ServerChanged
+from router.messages import Refusal
 from router.readings import Device
 
 router = APIRouter(tags=["monitoring"])
@@ -45,7 +46,9 @@ class Live:
         self.decisions: dict[bool, deque[dict[str, Any]]] = {
             full: deque(maxlen=_KEPT_DECISIONS) for full in (True, False)
         }
-        """The last changes of states, the earliest first; also of models that are gone."""
+        """The last changes of states, the earliest first; also of models that are gone; and who was displaced."""
+        self._displaced: tuple[dict[str, Any] | None, int] = (None, 0)
+        """The decision that tells of it last, and how many requests it is about."""
         self.as_llama_server = Feed(lambda: unnamed({"model": "*", "event": "models_reload"}), _KEPT_EVENTS)
         """The same in its words, for clients of its router mode."""
         self.figures = Shared(lambda: frame("metrics", figures(dispatcher)))
@@ -55,6 +58,7 @@ class Live:
         dispatcher.events.listen(LoadMoved, self._load_moved)
         dispatcher.events.listen(ModelsListed, self._models_listed)
         dispatcher.events.listen(ServerChanged, self._server_changed)
+        dispatcher.events.listen(RequestsDone, self._requests_done)
 
     def number_of(self, event_id: str) -> int | None:
         """Of the event with this id; None when it was none of ours."""
@@ -94,6 +98,24 @@ class Live:
         if ends:
             self.as_llama_server.end()
             self.ending.set()
+
+    def _requests_done(self, happening: RequestsDone) -> None:
+        for labels, requests in happening.by_labels.items():
+            if labels.outcome == Refusal.DISPLACED.value:
+                self._tell_of_displaced(labels.alias, len(requests), requests[-1].at)
+
+    def _tell_of_displaced(self, alias: str, count: int, at: float) -> None:
+        """In one decision, as long as nothing else happens: thousands may be displaced."""
+        last, before = self._displaced
+        known = self.decisions[True]
+        if known and known[-1] is last and last["model"] == alias:
+            count += before
+            for decisions in self.decisions.values():
+                decisions.pop()
+        requests = "1 request that waited" if count == 1 else f"{count} requests that waited"
+        reason = f"{requests} gave way to others of a higher priority, for whom there was no room"
+        self._decided(alias, Refusal.DISPLACED.value, dict.fromkeys(self.decisions, reason), at, is_event=False)
+        self._displaced = known[-1], count
 
     def _decided(
         self, alias: str | None, state: str, reasons: dict[bool, str], at: float, *, is_event: bool
