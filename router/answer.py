@@ -25,6 +25,10 @@ class Wire(Protocol):
     def answered(self, *, keep_alive: bool) -> None:
         """The answer is whole: the next request's turn."""
 
+    @property
+    def peer(self) -> str:
+        """The client's address."""
+
     def abort(self) -> None:
         """Cut it, so that nobody takes what was sent for a whole answer."""
 
@@ -51,6 +55,11 @@ class Answer:
         """The client has got a head, or will with what is written next."""
         self.has_length = False
         """It was announced, so that nothing can be added."""
+
+    @property
+    def peer(self) -> str:
+        """The address of the client."""
+        return self._wire.peer
 
     def invite_body(self) -> None:
         self._wire.invite_body()

@@ -186,12 +186,14 @@ class Api(Section):
         default=100, description="Largest request body in MiB; more is answered by 413."
     )
     max_bodies_mb: PositiveCount = Field(
-        default=1024, description="All request bodies together in MiB, until they are answered; then 503."
+        default=1024,
+        description="All request bodies together in MiB, until they are answered; beyond, requests of lower "
+        "priority that wait are refused with 429, else 503.",
     )
     max_connections: PositiveCount = Field(
         default=10_000,
-        description="Clients connected at once, or as many as the limit of open files leaves room for; then 503, "
-        "but for a few that look after the router.",
+        description="Clients connected at once, or as many as the limit of open files leaves room for; beyond, "
+        "those give way that are idle, else 503, but for a few that look after the router.",
     )
     heartbeat_sec: Seconds = Field(
         default=10,
@@ -265,10 +267,12 @@ class System(Section):
     )
     queue_timeout_sec: PositiveSeconds = Field(default=300, description="Longest wait in the queue.")
     max_queue_size_per_model: PositiveCount = Field(
-        default=500, description="Requests that may wait for one model; more are refused with 429."
+        default=500,
+        description="Requests that may wait for one model; beyond, those of the lowest priority that came last "
+        "are refused with 429.",
     )
     max_queue_size_total: PositiveCount = Field(
-        default=10_000, description="Requests that may wait for all models together; more are refused with 429."
+        default=10_000, description="Requests that may wait for all models together; beyond, the same."
     )
     max_request_retries: Count = Field(
         default=1,
@@ -365,7 +369,11 @@ class System(Section):
         default=None,
         description="Log lines as JSON; null means unless on a terminal. The variable STRUCTURED_LOGS wins.",
     )
-    access_log: bool = Field(default=True, description="A log line for every request that is over.")
+    access_log: bool = Field(
+        default=True,
+        description="A log line for every request that is over; of those refused, one a second per client and "
+        "kind.",
+    )
     tracing: bool = Field(
         default=False,
         description="OpenTelemetry spans of requests; needs the extra `otel`, and goes by OpenTelemetry's own "

@@ -36,6 +36,7 @@ from router.memory import Account, Ledger
 from router.messages import (
     ByPriority,
     Configured,
+    Displace,
     Effect,
     Eject,
     EngineAlive,
@@ -335,6 +336,10 @@ class Dispatcher:
             if computed and engine is not None and not engine.account.has_answered:
                 engine.account.has_answered = True
                 self._spawn(self._accountant.answered(engine.account), f"measuring of {ticket.alias}")
+
+    def displace(self, ticket: Ticket, reason: str) -> None:
+        """Have a request that waits turned away, at once: one of a higher priority needs what it holds."""
+        self._post(Displace(time.monotonic(), ticket.id, reason))
 
     def requeue(self, ticket: Ticket, reason: str) -> None:
         """Its engine broke before the first byte of an answer: back to the head of its queue."""

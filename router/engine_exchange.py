@@ -14,7 +14,7 @@ from router.api.engines import for_clients
 from router.api.errors import ApiError
 from router.config import Config
 from router.exchange import Exchange
-from router.heads import RequestHead
+from router.heads import RequestHead, check_size
 from router.names import LONGEST, meant, same_name
 from router.routing import Wish, wish_of
 from router.shortening import Pieces, Text
@@ -29,8 +29,6 @@ _LOOKS = frozenset(
 _TELL_OF_THE_MACHINE = frozenset({"/props", "/slots", "/lora-adapters", "/models", "/v1/models"})
 _MOST_PARTS = 8
 """Of a name, that are looked at."""
-_LONGEST_TARGET = 4096
-"""Half of what engines take; they hang up on more."""
 
 
 def is_for_engine(head: RequestHead) -> bool:
@@ -69,10 +67,9 @@ class EngineExchange(Exchange):
 
     def _check_head(self) -> None:
         super()._check_head()
+        check_size(*self._asked_of_engine())
         looks = self._head.method == b"GET" and self._head.path in _LOOKS
         self._shared.keyring.check(self._head.headers, manages=not looks)
-        if len(self._head.target) > _LONGEST_TARGET:
-            raise ApiError(400, "invalid_request", f"The path is longer than {_LONGEST_TARGET} bytes.")
 
     def _read(self, body: Text) -> tuple[Wish, Text]:
         wish = wish_of(self._head.model, False, self._head.fields, self._dispatcher.config, self._client)

@@ -73,6 +73,18 @@ class ModelsListed:
     at: float
 
 
+@dataclass(frozen=True, slots=True)
+class ClientRefused:
+    """A connection is closed for what its client does or does not, before that was a request or after."""
+
+    reason: str
+    """One of few: the code of the error that it got, if it got one; else `gave_way` or `does_not_read`."""
+    peer: str
+    """Its address."""
+    message: str
+    """For people."""
+
+
 class RequestDone(msgspec.Struct, frozen=True):
     """A request on the data plane is over. Made exactly once for each, after its last byte.
 
@@ -112,6 +124,8 @@ class RequestDone(msgspec.Struct, frozen=True):
     usage: Usage = NO_USAGE
     client: str = ""
     """Its name, if its key has one."""
+    peer: str = ""
+    """Its address, if the router refused it: no engine was asked."""
 
     @property
     def stream_sec(self) -> float:
@@ -144,7 +158,7 @@ class RequestsDone:
         return {Labels(*key): requests for key, requests in found.items()}
 
 
-Happening = ModelChanged | ModelsListed | EngineEnded | LoadMoved | ServerChanged | RequestsDone
+Happening = ModelChanged | ModelsListed | EngineEnded | LoadMoved | ServerChanged | ClientRefused | RequestsDone
 Kind = TypeVar("Kind", bound=Happening)
 
 

@@ -35,13 +35,14 @@ from router.crowd import Bodies
 from router.dispatcher import Dispatcher, Ticket, Waiting
 from router.events import RequestDone
 from router.forms import is_form
-from router.heads import Admission, RequestHead
+from router.heads import Admission, RequestHead, check_size
 from router.large_memory import LargeMemory
 from router.meter import AnswerMeter, Usage
-from router.queue import NAMES
+from router.queue import NAMES, Priority
 from router.rewriting import depth_of, rewritten
-from router.routing import WITHOUT_TOKENS, Wish, read_wish, shortened
+from router.routing import WITHOUT_TOKENS, Wish, priority_of, read_wish, shortened
 from router.shortening import Pieces, Shortened, Text, most_values
+from router.turns import Rounds
 from router.upstream import Body, Connection, Head
 
 _log = logging.getLogger("router")
@@ -73,6 +74,8 @@ class Exchanges:
         self.browsers = browsers
         self.cards = cards
         self.bodies = Bodies()
+        self.rounds = Rounds()
+        """Of connections that have sent more than is read at once."""
         self.readers = ThreadPoolExecutor(1, "large bodies")  # several would leave the event loop less
         self._watched: set[Exchange] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -208,7 +211,7 @@ class Exchange:
 
     def _hold(self, size: int) -> None:
         """Raises ApiError 503."""
-        self._shared.bodies.hold(size, self._dispatcher.config.api.max_bodies_mb << 20)
+        self._shared.bodies.hold(size, self._dispatcher.config.api.max_bodies_mb << 20, self._priority_of_head)
         self._held += size
 
     def end_body(self) -> None:
@@ -366,7 +369,10 @@ class Exchange:
         if to_come:  # no use to begin with what is too large
             if to_come > config.api.max_body_mb << 20:
                 raise self._too_large()
-            self._shared.bodies.check(to_come, config.api.max_bodies_mb << 20)
+            self._shared.bodies.check(to_come, config.api.max_bodies_mb << 20, self._priority_of_head)
+
+    def _priority_of_head(self) -> Priority:
+        return priority_of(self._head.fields, self._client)
 
     def _check_head(self) -> None:
         """Raises ApiError."""
@@ -377,6 +383,7 @@ class Exchange:
         self._client = self._shared.keyring.check(self._head.headers, manages=False)
         if fields.get(b"content-encoding", b"identity") != b"identity":
             raise ApiError(415, "unsupported_encoding", "Send the body without Content-Encoding.")
+        check_size(self._head.target, self._head.forwarded)
 
     def _too_large(self) -> ApiError:
         limit = self._dispatcher.config.api.max_body_mb
@@ -389,6 +396,7 @@ class Exchange:
             self._decided()
             return
         ticket.when_decided(self._decided)
+        self._shared.bodies.wait(self, ticket.priority, self._held)
         if self._streams and self._heartbeat is None:
             self._set_heartbeat()
 
@@ -399,6 +407,7 @@ class Exchange:
         if self._heartbeat is not None:
             self._heartbeat.cancel()
             self._heartbeat = None
+        self._shared.bodies.wait_no_more(self, ticket.priority)
         if ticket.rejection is not None:
             said = ticket.rejection
             reason = self._told(ticket, said.reason)
@@ -409,6 +418,13 @@ class Exchange:
         self._shared.watch(self)
         target, lines = self._asked_of_engine()
         engine.pool.ask(self._head.method, target, self._id_line + lines, self._body, self)
+
+    def give_way(self, reason: str) -> None:
+        """Somebody of a higher priority needs the memory that its body takes."""
+        assert self._ticket is not None
+        self._dispatcher.displace(self._ticket, reason)
+        if self._ticket.rejection is not None:
+            self._decided()
 
     def _asked_of_engine(self) -> tuple[bytes, bytes]:
         """The target, and those of the client's headers that an engine gets to see."""
@@ -632,6 +648,7 @@ class Exchange:
             self._connection.close()
             self._connection = None
         if self._ticket is not None:
+            self._shared.bodies.wait_no_more(self, self._ticket.priority)
             served = outcome == "served"
             computed = served and self._meter.size > 0 and not self._ticket.slotless
             self._dispatcher.finish(self._ticket, served=served or outcome == "engine_refused", computed=computed)
@@ -659,6 +676,7 @@ class Exchange:
                 streamed=self._streams,
                 request_bytes=len(self._body),
                 client=self._client_name,
+                peer=self._answer.peer if self._status >= 400 else "",
             )
         else:
             meter, arrival_sec = self._meter, ticket.arrival_sec
@@ -683,6 +701,7 @@ class Exchange:
                 self._resends,
                 self._usage(),
                 ticket.client,
+                self._answer.peer if ticket.rejection is not None else "",
             )
         self._dispatcher.events.done(done)
 

@@ -15,6 +15,7 @@ import httptools
 import msgspec
 
 from router.api.auth import Client
+from router.api.errors import ApiError
 from router.config import Config
 from router.forms import as_engines_read_it
 
@@ -24,7 +25,6 @@ Headers = list[tuple[bytes, bytes]]
 
 _FORWARDED = frozenset(
     {
-        b"accept",
         b"anthropic-beta",
         b"anthropic-version",
         b"content-type",
@@ -33,8 +33,16 @@ _FORWARDED = frozenset(
         b"user-agent",
     }
 )
-"""Not `X-Conversation-Id`: an engine that sees it computes on for a client that has left, and keeps what comes for
+"""Not `Accept`: no engine goes by it, but one that it does not understand is a 400, and the end of its connection.
+Not `X-Conversation-Id`: an engine that sees it computes on for a client that has left, and keeps what comes for
 `GET /v1/stream`. Here who leaves frees the slot, as others wait for it."""
+LONGEST_TARGET = 32_000
+MOST_HEADERS = 100
+"""What engines take (cpp-httplib, as llama.cpp compiles it; of a first line, it is 32 KiB). They answer more by an
+error or by nothing, and close the connection, which looks as if they had broken while a body is being sent."""
+_LONGEST_LINE = 8192
+_MOST_FORWARDED = 90
+"""Beside them, an engine gets the router's own."""
 _MOST_DIGITS = 12
 _LONGEST_KNOWN = 8192
 """Bytes of a head that are kept between two messages. Connections may be many, and their clients hostile."""
@@ -147,3 +155,23 @@ class RequestHead:
     def declared(self) -> int:
         """Bytes of the body, as far as that was said beforehand."""
         return int(self.fields.get(b"content-length", b"0"))
+
+
+def check_size(target: bytes, lines: bytes) -> None:
+    """Raises ApiError 414 or 431 for what an engine would not take: what it is asked for, or a header."""
+    if len(target) > LONGEST_TARGET:
+        raise target_too_long()
+    headers = lines.split(b"\r\n")
+    if len(headers) > _MOST_FORWARDED:
+        raise head_too_large(f"A request has more than {_MOST_FORWARDED} headers that are for the engine.")
+    if len(lines) > _LONGEST_LINE and max(map(len, headers)) > _LONGEST_LINE - 2:
+        raise head_too_large(f"A header that is for the engine is longer than {_LONGEST_LINE} bytes.")
+
+
+def target_too_long() -> ApiError:
+    message = f"What is asked for, with its query, is longer than {LONGEST_TARGET} bytes."
+    return ApiError(414, "target_too_long", message)
+
+
+def head_too_large(message: str) -> ApiError:
+    return ApiError(431, "head_too_large", message)

@@ -18,15 +18,19 @@ from io import TextIOWrapper
 from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
 from pathlib import Path
 from queue import Full, Queue
+from typing import NamedTuple
 from urllib.parse import quote
 
 import msgspec
 
-from router.events import Events, RequestDone, RequestsDone
+from router.events import ClientRefused, Events, RequestDone, RequestsDone
 from router.harmless import LINE_SEPARATORS, TURNS_OF_DIRECTION
 from router.privacy import FILE_MODE, FOLDER_MODE, keep_to_owner
+from router.sparing import Sparing
 
-_FIELDS = ("alias", "state", "request_id", "reason")
+_log = logging.getLogger("router")
+
+_FIELDS = ("alias", "state", "request_id", "reason", "priority", "outcome", "status", "client", "count")
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x0A), *range(0x0B, 0x20), *range(0x7F, 0xA0))} | {
     code: f"\\u{code:04x}" for code in (*LINE_SEPARATORS, *TURNS_OF_DIRECTION)
 }
@@ -42,10 +46,32 @@ class Logs:
     def __init__(self, queue: Queue[logging.LogRecord], log_dir: Path | None) -> None:
         self._queue = queue
         self._log_dir = log_dir
+        self._refused_requests = Sparing(_tell_of_more_requests)
+        self._refused_clients = Sparing(_tell_of_more_clients)
 
     def log_requests(self, events: Events) -> None:
-        """A line for every request that is over."""
-        events.listen(RequestsDone, lambda happening: self._put("router.access", done=happening.requests))
+        """A line for every request that is over; of those that were refused, one of a kind and client a second,
+        as a client may send thousands. How many there were in all, `/metrics` knows."""
+        events.listen(RequestsDone, self._note_requests)
+
+    def log_refusals(self, events: Events) -> None:
+        """A line for clients that do not speak HTTP, or not as they should; not more often either."""
+        events.listen(ClientRefused, self._note_refusal)
+
+    def _note_requests(self, happening: RequestsDone) -> None:
+        done = happening.requests
+        if any(each.peer for each in done):
+            done = [each for each in done if not each.peer or self._is_new(each)]
+        if done:
+            self._put("router.access", done=done)
+
+    def _is_new(self, refused: RequestDone) -> bool:
+        kind = _Kind(refused.alias, refused.priority, refused.outcome, refused.status)
+        return self._refused_requests.lets_in(kind, refused.client or refused.peer)
+
+    def _note_refusal(self, happening: ClientRefused) -> None:
+        if self._refused_clients.lets_in(happening.reason, happening.peer):
+            _log.warning("client %s: %s", happening.peer, happening.message)
 
     def engine_file(self, alias: str) -> Callable[[bytes], None] | None:
         """Takes what an engine says to `LOG_DIR/ALIAS.log`; None without `log_dir`."""
@@ -60,6 +86,8 @@ class Logs:
 
     def close(self) -> None:
         """Write what there is; but do not wait for ever for somebody who does not read."""
+        self._refused_requests.settle()
+        self._refused_clients.settle()
         with self._queue.all_tasks_done:
             self._queue.all_tasks_done.wait_for(lambda: not self._queue.unfinished_tasks, _CLOSE_SEC)
 
@@ -93,6 +121,24 @@ def set_up(*, debug: bool, structured: bool | None, log_dir: Path | None = None)
     root.setLevel(logging.WARNING)
     logging.getLogger("router").setLevel(logging.DEBUG if debug else logging.INFO)
     return Logs(queue, log_dir)
+
+
+class _Kind(NamedTuple):
+    """What requests have in common that are refused for the same."""
+
+    alias: str
+    priority: str
+    outcome: str
+    status: int
+
+
+def _tell_of_more_requests(kind: _Kind, client: str, count: int) -> None:
+    extra = {**kind._asdict(), "client": client, "count": count}
+    _log.info("%s: %s, %d more requests within a second", client, kind.outcome, count, extra=extra)
+
+
+def _tell_of_more_clients(reason: str, client: str, count: int) -> None:
+    _log.info("client %s: %d more connections within a second: %s", client, count, reason)
 
 
 class _Lost:
@@ -230,6 +276,7 @@ class _RequestLine(msgspec.Struct, omit_defaults=True):
     resends: int = 0
     reason: str = ""
     client: str = ""
+    peer: str = ""
 
 
 _encode = msgspec.json.Encoder().encode
@@ -260,6 +307,7 @@ def _request_json(done: RequestDone) -> str:
         done.resends,
         done.reason,
         done.client,
+        done.peer,
     )
     text = _encode(line)
     return text.decode() if text.isascii() else json.dumps(json.loads(text))
@@ -271,6 +319,8 @@ def _request_text(done: RequestDone) -> str:
         parts.append(f"{done.priority}, queue {done.queue_sec:.3f} s")
     if done.client:
         parts.append(f"by {done.client}")
+    if done.peer:
+        parts.append(f"from {done.peer}")
     if done.load_sec:
         parts.append(f"load {done.load_sec:.3f} s")
     if done.ttft_sec is not None:

@@ -19,7 +19,7 @@ from prometheus_client.exposition import choose_encoder
 from router import __version__
 from router.dispatcher import Dispatcher, RunningEngine
 from router.engine_metrics import EngineMetrics
-from router.events import EngineEnded, Labels, ModelChanged, RequestDone, RequestsDone
+from router.events import ClientRefused, EngineEnded, Labels, ModelChanged, RequestDone, RequestsDone
 from router.exposition import Counter, CounterCell, Family, Gauges, Histogram, exposition, label_text
 from router.messages import Refusal
 from router.meter import Usage
@@ -46,6 +46,9 @@ class Metrics:
         self._dispatcher = dispatcher
         self._requests = _Requests()
         self._engines = _Engines(dispatcher)
+        self._refused = Counter(
+            "router_clients_refused_total", "Connections closed for what their clients do, or do not", "reason"
+        )
         self.of_engines = EngineMetrics(dispatcher)
         self._lag = Histogram(
             "router_event_loop_lag_seconds", "How late the event loop came to a timer", bounds=_LAG_SECONDS
@@ -56,6 +59,7 @@ class Metrics:
         self._loop = asyncio.get_running_loop()
         self._look_at_lag(self._loop.time())
         dispatcher.events.listen(RequestsDone, self._requests.note)
+        dispatcher.events.listen(ClientRefused, self._note_refused)
         dispatcher.events.listen(ModelChanged, self._engines.note)
         dispatcher.events.listen(EngineEnded, self._engines.note)
 
@@ -68,13 +72,21 @@ class Metrics:
         openmetrics = content_type.startswith("application/openmetrics-text")
         self._engines.know(self._dispatcher.scheduler.models)
         self._requests.know(self._dispatcher.scheduler.models)
-        counted: list[Family] = [*self._requests.families, *self._engines.families, self._lag]
+        counted: list[Family] = [
+            *self._requests.families,
+            *self._engines.families,
+            self._refused,
+            self._lag,
+        ]
         if client is not None:
             counted = [self._requests.only_of(client, family) for family in counted]
         parts: list[bytes] = []
         async for family in in_turns(chain(counted, _gauges(self._dispatcher), self.of_engines.families())):
             parts += exposition([family], openmetrics=openmetrics)
         return b"".join([*parts, encode(self._process)]), content_type
+
+    def _note_refused(self, happening: ClientRefused) -> None:
+        self._refused.of(happening.reason).value += 1
 
     def _look_at_lag(self, due: float) -> None:
         now = self._loop.time()

@@ -209,6 +209,14 @@ def check_name(name: str) -> None:
         raise ApiError(400, "invalid_model", message, "model")
 
 
+def priority_of(headers: Mapping[bytes, bytes], client: Client | None) -> Priority:
+    """Of a request whose body, which names its model, is still to come: as far as its head and its key tell."""
+    wanted = _PRIORITIES.get(headers.get(b"x-request-priority", b"").strip().lower())
+    if client is None:
+        return wanted or Priority.NORMAL
+    return max(wanted or BY_NAME[client.priority or "normal"], client.highest)
+
+
 def named_by_nobody(config: Config) -> str:
     """What a request means that names no model. Raises ApiError 400."""
     if config.default_model is None:

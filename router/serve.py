@@ -40,14 +40,13 @@ from router.engine import Binary
 from router.events import Events, RequestsDone
 from router.exchange import Exchanges
 from router.health import HealthMonitor
-from router.http_server import HttpProtocol
+from router.http_server import HttpProtocol, PagesProtocol
 from router.launcher import LocalLauncher, find_binary
 from router.learning import Entry, Learned
 from router.leftovers import EngineRecord
 from router.logs import Logs
 from router.looks import Looks
 from router.platforms import allow_many_files, notice_vanished_peers, reap_orphans
-from router.routing import DATA_PLANE
 from router.sizing import EngineKind
 from router.state import State, StateHeld, configured_path
 from router.systemd import Notifier
@@ -257,6 +256,7 @@ class _Service:
         launcher = LocalLauncher(config.system.base_port, record, EngineKind(binary), state.path)
         self._dispatcher = Dispatcher(config, launcher, binary, devices, learned, Events())
         self._dispatcher.engine_file = log.engine_file
+        log.log_refusals(self._dispatcher.events)
         if config.system.access_log:
             log.log_requests(self._dispatcher.events)
         self._log = log
@@ -276,12 +276,13 @@ class _Service:
         browsers = Browsers(self._loaded.config.api, self._keyring)
         cards = Cards()
         app = create_app(self._dispatcher, self._keyring, browsers, self.reload, downloads, self._creations, cards)
-        protocol = partial(HttpProtocol, Exchanges(self._dispatcher, self._keyring, browsers, cards))
+        exchanges = Exchanges(self._dispatcher, self._keyring, browsers, cards)
+        protocols = partial(HttpProtocol, exchanges), partial(PagesProtocol, exchanges)
         most_clients = _most_clients(self._loaded.config.api)
         server = _Server(
             uvicorn.Config(
                 app,
-                http=cast(Any, Door(protocol, most_clients, DATA_PLANE)),
+                http=cast(Any, Door(*protocols, most_clients, self._dispatcher.events)),
                 ws="none",
                 lifespan="off",
                 log_config=None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import select
 import shutil
@@ -101,15 +102,22 @@ def test_thousands_wait_for_a_model_that_does_not_come(
     eventually(lambda: psutil.Process(router.process.pid).num_fds() <= before[1] + 5, timeout_sec=30)
 
 
+CHAT = b'{"model": "a", "messages": []}'
+WAITS = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n%b" % (
+    len(CHAT),
+    CHAT,
+)
+
+
 def test_a_full_house_keeps_a_door_for_its_keeper(start: Start, tiny: Path, tmp_path: Path) -> None:
     most, spare = 50, 32
-    config = {"api": {"max_connections": most}, "system": {"llama_server_path": fake(tmp_path)}}
+    config = {"api": {"max_connections": most}, "system": {"llama_server_path": fake(tmp_path, ready="never")}}
     router = start({**config, "models": models(tiny, "a")})
-    assert router.chat("a").status_code == 200
     router.http.close()
     router.http = type(router.http)(base_url=router.url, timeout=10, headers={"connection": "close"})
     before = psutil.Process(router.process.pid).num_fds()
-    with many_connections(router, most, b"GET") as guests:
+    with many_connections(router, most, WAITS) as guests:
+        eventually(lambda: queued(router) == most)
         refused = router.chat("a")
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "too_many_connections"
@@ -117,23 +125,73 @@ def test_a_full_house_keeps_a_door_for_its_keeper(start: Start, tiny: Path, tmp_
         assert router.http.get("/v1/models/status/stream").status_code == 503  # it would stay
         assert router.http.get("/health").status_code == 200
         assert router.http.get("/metrics").status_code == 200
-        assert router.http.post("/v1/models/eject", json={"model": "a"}).status_code == 200
         before_flood = memory_mib(router)
         with many_connections(router, 1, b"GET / HTTP/1.1\r\nx: ") as (flood,), suppress(OSError):
             for _ in range(64):
                 flood.sendall(b"x" * (1 << 20))
         assert memory_mib(router) - before_flood < 16
-        with many_connections(router, spare, b"GET"):
-            refused = router.http.get("/health")
-            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "too_many_connections")
-            with many_connections(router, scale(500, 5000), b""):  # beyond all this, they are not even told
+        with many_connections(router, spare, b"GET"):  # who only dawdles there gives way, too
+            assert router.http.get("/health").status_code == 200
+            with many_connections(router, scale(500, 5000), b""):
+                eventually(lambda: router.http.get("/health").status_code == 200)
                 assert psutil.Process(router.process.pid).num_fds() - before < most + spare + 300
-        guests[0].sendall(b" /live HTTP/1.1\r\nhost: localhost\r\n\r\n")
-        assert guests[0].recv(4096).startswith(b"HTTP/1.1 200 ")  # who was here before is served
+        eventually(lambda: router.http.get("/v1/queue/stats").status_code == 200)
+        assert queued(router) == most  # all who were here before, and have asked, still wait for their answers
         guests[0].close()
-        eventually(lambda: router.chat("a").status_code == 200)
+        eventually(lambda: queued(router) == most - 1)
+        assert router.http.get("/v1/models/nonsense").status_code == 404
     eventually(lambda: psutil.Process(router.process.pid).num_fds() <= before + 2, timeout_sec=30)
-    assert router.log.count("(api.max_connections)") == 1
+    assert router.log.count("are connected (api.max_connections): more are turned away") == 1
+    assert "Traceback" not in router.log
+
+
+def whole_page(client: socket.socket) -> bool:
+    received = b""
+    while not received.endswith(b'{"status":"ok"}'):
+        received += client.recv(4096)
+    return received.startswith(b"HTTP/1.1 200 ")
+
+
+def test_who_is_idle_gives_way_to_who_comes(start: Start, tiny: Path) -> None:
+    """Also who has only sent half a request; but nobody who waits for an answer, or gets one."""
+    router = start({"api": {"max_connections": 20}, "models": models(tiny, "a")})
+    router.http.close()
+    router.http = type(router.http)(base_url=router.url, timeout=10, headers={"connection": "close"})
+    page = b"GET /live HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    follow = page.replace(b"/live", b"/v1/models/status/stream")
+    with (
+        many_connections(router, 10, follow) as followers,
+        many_connections(router, 4, b"GET") as beginners,
+        many_connections(router, 3, WAITS[:-5]) as half,
+        many_connections(router, 3, page) as idle,
+    ):
+        for client in followers:
+            assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
+        for client in idle:
+            assert whole_page(client)
+        beginners[0].sendall(b" ")  # not idle since
+        eventually(lambda: router.chat("a").status_code == 200)
+        for _ in range(5):
+            assert router.chat("a").status_code == 200  # each leaves its place to the next
+        (gone,) = answered([*beginners, *half, *idle])
+        assert gone in beginners[1:]
+        assert b"too_many_connections" in gone.recv(4096)
+        with many_connections(router, 9, b"GET") as others:
+            eventually(lambda: len(answered(half)) == 3)
+            assert all(b"too_many_connections" in client.recv(4096) for client in half)
+            eventually(lambda: len(answered(idle)) >= 2)
+            for client in others:
+                client.sendall(page[3:])
+                assert whole_page(client)
+            assert router.chat("a").status_code == 200
+        for client in followers:
+            client.setblocking(False)
+            with suppress(BlockingIOError):
+                assert client.recv(65536)
+    counted = router.http.get("/metrics").text
+    refused = dict(re.findall(r'router_clients_refused_total{reason="(\w+)"} ([\d.]+)', counted))
+    assert float(refused["too_many_connections"]) >= 4
+    assert float(refused["gave_way"]) >= 2
     assert "Traceback" not in router.log
 
 
