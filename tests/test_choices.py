@@ -33,10 +33,14 @@ def router(start_shared: Start, tiny: Path) -> Router:
 
 @pytest.fixture(scope="module")
 def player(start_shared: Start, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Router:
-    """Engines that play: one has died once in the middle, one says more than a connection holds."""
+    """Engines that play: one has died once in the middle, one says more than a connection holds, and one dies when
+    one of two choices has ended."""
     directory = tmp_path_factory.mktemp("player")
     (directory / "long").write_text(json.dumps(piece(0, content="x" * LONG)))
+    half = [{"index": 0, "content": "a", "stop": True}, *[{"index": 1, "content": "b", "stop": False}] * 2]
+    (directory / "half").write_text("\n".join(json.dumps(event, separators=(",", ":")) for event in half))
     ways = {
+        "half": {"FAKE_EVENTS": str(directory / "half"), "FAKE_DIE": "after"},
         "mortal": {"FAKE_DIE": f"once-after {directory / 'witness'}"},
         "talker": {"FAKE_EVENTS": str(directory / "long")},
     }
@@ -168,6 +172,13 @@ def test_a_document_that_nobody_has_seen_any_of_is_asked_for_again(player: Route
     answer = player.chat("mortal", n=2)
     assert answer.status_code == 200, answer.text
     assert answer.json()["choices"][0]["message"]["content"] == "012"
+
+
+def test_a_stream_that_breaks_before_all_choices_have_ended_says_so(player: Router) -> None:
+    asked = {"model": "half", "prompt": "hi", "n_cmpl": 2, "stream": True}
+    *_, error, end = player.http.post("/completion", json=asked).text.split("\n\n")[:-1]
+    assert "engine_lost" in error
+    assert end == "data: [DONE]"
 
 
 def test_who_does_not_read_the_end_leaves_the_engine_to_others(player: Router) -> None:
