@@ -69,6 +69,13 @@ _OF_DEBUGGER = re.compile(
     r"|\* thread #| *frame #)|\[0x[0-9a-f]+\]$"
 )
 """llama.cpp has gdb or lldb print where it was, or does so itself: after an assertion, but before an exception."""
+_LEVEL_OF_ERROR = re.compile(r"^[\d.]+ E ")
+"""How llama.cpp begins a line that tells an error, whatever its words."""
+_CONSEQUENCE = re.compile(
+    r"failed to (?:create|load)[ _](?:context|model)|due to model loading error|trying to fit params"
+    r"|the lines above say why"
+)
+"""What it says after that, on its way out."""
 _WRONG = ("error", "fail", "unable", "couldn't", "could not", "cannot", "can't")
 _LINES_OF_REASON = 60
 _LONGEST_LINE = 16 * 1024
@@ -137,13 +144,20 @@ class LogRing:
         return [line[:_LONGEST_LINE].decode("utf-8", "replace").rstrip() for line in lines]
 
     def complaints(self, since: int = 0, count: int = 3) -> str:
-        """What tells best what went wrong after `since` lines: the last that speak of an error, up to the one that
-        gave up; else the last."""
+        """What tells best what went wrong after `since` lines: the last that speak of an error, and not only of
+        what came of it, up to the one that gave up; else the last."""
         said = [line for line in self.since(since) if line.strip() and not _OF_DEBUGGER.search(line)]
         aborted = [place for place, line in enumerate(said, 1) if _ABORTED.search(line)]
         tail = said[: aborted[-1] if aborted else None][-_LINES_OF_REASON:]
-        wrong = [line for line in tail if _ABORTED.search(line) or any(word in line.lower() for word in _WRONG)]
-        return " | ".join((wrong or tail)[-count:])
+        wrong = [line for line in tail if _tells_error(line)]
+        causes = {line.partition(" E ")[2] or line: line for line in wrong if not _CONSEQUENCE.search(line)}
+        return " | ".join((list(causes.values()) or wrong or tail)[-count:])
+
+
+def _tells_error(line: str) -> bool:
+    return bool(_ABORTED.search(line) or _LEVEL_OF_ERROR.search(line)) or any(
+        word in line.lower() for word in _WRONG
+    )
 
 
 class _State(msgspec.Struct):

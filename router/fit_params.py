@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from router import footprint
+from router.engine import LogRing
 from router.flags import FORMS, Flags
 from router.footprint import HOST, Footprint, Share
 from router.gguf import GGUF
@@ -32,6 +33,8 @@ TOOL = "llama-fit-params"
 TIMEOUT_SEC = 20.0
 RETRY_SEC = 300.0
 """After which it is asked again what it could not tell: it needs some memory of a GPU itself, and time."""
+
+_LONGEST_REASON = 300
 
 _log = logging.getLogger("router")
 
@@ -149,8 +152,9 @@ class FitParams:
             answer = parse(done.stdout) if done.returncode == 0 else None
             if answer is not None:
                 return answer
-            said = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["nothing"]
-            reason = f"exit code {done.returncode}, it said: {said[0][:200]}"
+            said = LogRing(1000)
+            said.feed(f"{done.stderr or done.stdout}\n".encode())
+            reason = f"exit code {done.returncode}, it said: {said.complaints()[:_LONGEST_REASON] or 'nothing'}"
         _log.warning("%s does not tell what %s takes, formulas do instead: %s", TOOL, model.name, reason)
         return None
 

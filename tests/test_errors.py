@@ -180,4 +180,5 @@ def test_a_cache_that_the_engine_would_refuse_is_refused_before_it_starts(router
     """The engine itself, where the router was told what it takes and has not looked, shows that it would."""
     told = {alias: router.chat(alias).json()["error"]["message"] for alias in ("packed", "packed-unseen")}
     assert "its flags: -ctk cannot be q8_0: it packs 32 numbers at a time, and a head has 16" in told["packed"]
-    assert "exited with code 1" in told["packed-unseen"]
+    assert told["packed-unseen"].startswith("'packed-unseen' did not load: exited with code 1: ")
+    assert "block size 32 does not divide n_embd_head_k=16" in told["packed-unseen"]

@@ -414,6 +414,10 @@ class TestFitParams:
             ("echo 'Host much more than that'", "Host much more than that"),
             ("exit 0", "it said: nothing"),
             ("kill -9 $$", "exit code -9"),
+            (
+                "echo '0.1 E refuses: a type' >&2; echo '[Inferior 1 detached]' >&2; kill -6 $$",
+                "it said: 0.1 E refuses",
+            ),
             ("exec sleep 60", "no answer within 0.5 s"),
         ],
     )

@@ -221,6 +221,15 @@ CUDA error: out of memory
   cuMemCreate(&handle, reserve_size, &prop, 0)
 /src/ggml-cuda.cu:83: CUDA error
 """
+REFUSED = """\
+0.00.033.356 E llama_init_from_model: K cache type q8_0 does not divide n_embd_head_k=16
+0.00.033.496 E common_fit_params: encountered an error while trying to fit params: failed to create llama_context
+0.00.040.609 E llama_init_from_model: K cache type q8_0 does not divide n_embd_head_k=16
+0.00.040.615 E cmn  common_init_: failed to create context with model 'tiny.gguf'
+0.00.040.625 E srv    load_model: failed to create_context with model 'tiny.gguf'
+0.00.040.629 I srv    operator(): operator(): cleaning up before exit...
+0.00.044.826 E srv  llama_server: exiting due to model loading error
+"""
 THROWN = "terminate called after throwing an instance of 'std::runtime_error'\n  what():  no more slots\n"
 
 
@@ -233,9 +242,14 @@ THROWN = "terminate called after throwing an instance of 'std::runtime_error'\n 
         (f"{CUDA}{GDB}", "CUDA error: out of memory | /src/ggml-cuda.cu:83: CUDA error"),
         (f"{GDB}{THROWN}", THROWN.strip().replace("\n", " | ")),
         ("loading\nerror: no such tensor\nbye\n", "error: no such tensor"),
+        (REFUSED, "0.00.040.609 E llama_init_from_model: K cache type q8_0 does not divide n_embd_head_k=16"),
+        (
+            "0.00.04 E srv  llama_server: exiting due to model loading error\n",
+            "0.00.04 E srv  llama_server: exiting due to model loading error",
+        ),
         ("loading\nbye\n", "loading | bye"),
     ],
-    ids=["gdb", "many threads", "backtrace", "CUDA", "exception", "error", "words"],
+    ids=["gdb", "many threads", "backtrace", "CUDA", "exception", "error", "cause", "no cause", "words"],
 )
 def test_the_reason_of_an_end_is_found_in_what_an_engine_said(said: str, reason: str) -> None:
     log = LogRing(1000)
