@@ -44,7 +44,6 @@ class Reasons:
 
     def in_full(self, alias: str, text: str) -> str:
         """A text about this model, with the reason in full that it tells, if it tells one."""
-        for told, full in reversed(self._of_model.get(alias, {}).items()):
-            if told in text:
-                return text.replace(told, full, 1)
-        return text
+        kept = self._of_model.get(alias, {})
+        told = max((told for told in kept if told in text), key=len, default="")  # code 11 is not code 1
+        return text.replace(told, kept[told], 1) if told else text

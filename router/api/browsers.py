@@ -113,7 +113,7 @@ class Browsers:
     def _check_page(self, origin: str, site: bytes, host: _Host, path: str) -> None:
         """Raises ApiError 403.
 
-        Sec-Fetch-Site, which browsers send over TLS or to this machine only, knows our own page behind a proxy
+        Sec-Fetch-Site, which browsers send over TLS or to their own machine only, knows our page behind a proxy
         that has changed Host, and links and pictures, which have no Origin.
         """
         if site == b"same-origin" or self._all_may:
