@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -165,13 +165,17 @@ class TestAnthropic:
             client.messages.create(model="demmo", messages=MESSAGES, max_tokens=1)
 
 
+def with_index(environ: Mapping[str, str]) -> dict[str, str]:
+    """With the package index that the rest came from."""
+    index = environ.get("PIP_INDEX_URL")
+    return {**({"UV_DEFAULT_INDEX": index} if index else {}), **environ}
+
+
 @pytest.fixture(scope="module")
 def apart(router: Router, caller: Router) -> Iterator[Apart]:
     """Asks `clients_apart.py` for what a client makes of a cell."""
     others = ("VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE")  # what is compiled once is there the next time
-    environ = {name: value for name, value in os.environ.items() if name not in others}
-    if index := environ.get("PIP_INDEX_URL"):  # where the rest came from
-        environ.setdefault("UV_DEFAULT_INDEX", index)
+    environ = with_index({name: value for name, value in os.environ.items() if name not in others})
     uv = [sys.executable, "-m", "uv", "--quiet", "--no-config", "--system-certs"]
     script = ["--python", sys.executable, "--script", str(ROOT / "tests" / "clients_apart.py")]
     made = subprocess.run([*uv, "sync", *script], env=environ, stderr=subprocess.PIPE, text=True)

@@ -1,5 +1,5 @@
-"""Coding agents themselves, from npm, against a running router. Only with AGENTS=long in the environment: they are
-1.4 GB, and read prompts of up to 20,000 tokens.
+"""Coding agents themselves, from npm and PyPI, against a running router. Only with AGENTS=long in the environment:
+they are 2 GB, and read prompts of up to 20,000 tokens.
 
     AGENTS=long pytest tests/test_coding_agents.py
 
@@ -13,6 +13,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ import gguf
 import pytest
 from conftest import Router, models, starting
 from test_agents import install
+from test_clients import with_index
 
 from router.demo import MODEL_PATH
 
@@ -36,10 +38,11 @@ PACKAGES = {
     "pi": "@mariozechner/pi-coding-agent",
     "qwen": "@qwen-code/qwen-code",
 }
-AGENTS = list(PACKAGES)
+AGENTS = [*PACKAGES, "aider"]
 ROOM = 65536
 KEY = "secret"
 TOO_LONG = {
+    "aider": "has hit a token limit",
     "claude": "Prompt is too long",
     "codex": "ran out of room in the model's context window",
     "opencode": "exceeds the available context size",
@@ -75,6 +78,10 @@ class Agents:
         for script in ("claude-code/install.cjs", "opencode-ai/postinstall.mjs"):  # npm asks before it runs them
             path = next(folder.glob(f"node_modules/**/{script}"))
             subprocess.run(["node", path.name], cwd=path.parent, capture_output=True, check=True)
+        uv = [sys.executable, "-m", "uv", "--quiet", "--no-config", "--system-certs", "tool", "install"]
+        places = {"UV_TOOL_DIR": str(folder / "tools"), "UV_TOOL_BIN_DIR": str(folder / "node_modules" / ".bin")}
+        command = [*uv, "--python", sys.executable, "aider-chat"]
+        subprocess.run(command, env={**with_index(self.environ), **places}, check=True)
 
     def ask(self, agent: str, model: str, key: str = KEY, timeout_sec: float = 600) -> str:
         """What it says in the end, and on the way there."""
@@ -90,11 +97,14 @@ class Agents:
             "ANTHROPIC_MODEL": model,
             "ANTHROPIC_SMALL_FAST_MODEL": model,
             "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+            "OPENAI_API_BASE": f"{url}/v1",
             "OPENAI_BASE_URL": f"{url}/v1",
             "OPENAI_API_KEY": key,
             "OPENAI_MODEL": model,
         }
+        alone = ["--no-git", "--yes-always", "--no-check-update", "--analytics-disable"]
         arguments = {
+            "aider": ["--model", f"openai/{model}", *alone, "--message", "Hello"],
             "claude": ["-p", "Hello"],
             "codex": ["exec", "--skip-git-repo-check", "Hello"],
             "opencode": ["run", "-m", f"router/{model}", "Hello"],
