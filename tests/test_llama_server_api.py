@@ -272,8 +272,9 @@ def test_what_an_engine_has_not_is_its_own_answer(router: Router) -> None:
     assert get("/upstream/a/%0d%0aX-Evil:%201") == (404, "not_found")
     assert get("/upstream/nix/props") == (404, "model_not_found")
     assert get("/upstream/a/" + "x" * 3_000) == (404, "not_found")
-    assert get("/upstream/a/" + "x" * 20_000) == (400, "invalid_request")  # engines hang up on it
-    assert get("/upstream/" + "x/" * 20_000) == (400, "invalid_model")
+    assert get("/upstream/a/" + "x" * 30_000) == (404, "not_found")
+    assert get("/upstream/a/" + "x" * 33_000) == (414, "target_too_long")  # engines hang up on it
+    assert get("/upstream/" + "x/" * 10_000) == (400, "invalid_model")
     assert get("/upstream/") == (400, "model_required")
     page = router.http.get("/upstream/a/", headers={"Accept-Encoding": "gzip"})
     assert (page.status_code, "<html" in page.text) == (200, True)

@@ -1,0 +1,150 @@
+"""Clients that ask and do not read: they are given no more than fits on the way, and not for ever.
+
+The server is the router's, in this process, with pages that are larger than what a connection holds, and with less
+patience.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Coroutine
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import uvicorn
+
+from router import http_server
+from router.events import ClientRefused, Events
+from router.exchange import Exchanges
+from router.http_server import HttpProtocol
+from router.logs import Logs
+from router.turns import Rounds
+
+PAGE = b"x" * 1_000_000
+ASK = b"GET /page HTTP/1.1\r\nhost: localhost\r\n\r\n"
+IDLE_SEC = 1
+
+
+class Server:
+    """Serves `PAGE`, and counts how often it was asked for it."""
+
+    def __init__(self) -> None:
+        self.begun = 0
+        self.refused: list[str] = []
+        events = Events()
+        events.listen(ClientRefused, lambda happening: self.refused.append(happening.reason))
+        shared = SimpleNamespace(rounds=Rounds(), dispatcher=SimpleNamespace(events=events))
+        protocol = partial(HttpProtocol, cast(Exchanges, shared))
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                self._app,
+                http=cast(Any, protocol),
+                timeout_keep_alive=IDLE_SEC,
+                interface="asgi3",
+                log_config=None,
+                lifespan="off",
+            )
+        )
+
+    async def _app(self, scope: Any, receive: Any, send: Any) -> None:
+        self.begun += 1
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"1000000")]})
+        await send({"type": "http.response.body", "body": PAGE})
+
+    def run(self, story: Coroutine[Any, Any, None], listener: socket.socket) -> None:
+        async def serve() -> None:
+            serving = asyncio.create_task(self._server.serve([listener]))
+            await asyncio.wait_for(story, 30)
+            self._server.should_exit = True
+            await serving
+
+        asyncio.run(serve())
+
+
+@pytest.fixture
+def listener() -> socket.socket:
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)  # else the system takes some megabytes of them
+    return listener
+
+
+def connected(listener: socket.socket) -> socket.socket:
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect(listener.getsockname())
+    client.setblocking(False)
+    return client
+
+
+def test_who_reads_nothing_is_ended_like_the_idle(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_server, "_LOOK_SEC", 0.1)
+    server = Server()
+
+    async def story() -> None:
+        loop = asyncio.get_running_loop()
+        stuck, slow = connected(listener), connected(listener)
+        for client in (stuck, slow):
+            await loop.sock_sendall(client, ASK * 17)
+        while not server.refused:
+            assert await loop.sock_recv(slow, 50_000)
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(IDLE_SEC / 2)
+        assert await loop.sock_recv(slow, 50_000)
+        assert server.refused == ["does_not_read"]  # and not who has read a little
+        stuck.close()
+        slow.close()
+
+    server.run(story(), listener)
+
+
+def test_however_much_is_asked_for_one_request_is_begun_at_once(listener: socket.socket) -> None:
+    server = Server()
+
+    async def story() -> None:
+        loop = asyncio.get_running_loop()
+        client = connected(listener)
+        sending = asyncio.create_task(loop.sock_sendall(client, ASK * 500_000))
+        await asyncio.sleep(0.3)
+        assert server.begun <= 3
+        assert not sending.done()  # it is not even heard
+        received = 0
+        while received < 20 * len(PAGE):
+            received += len(await loop.sock_recv(client, 1 << 20))
+        assert server.begun <= 20 + 3 + 2
+        sending.cancel()
+        client.close()
+
+    server.run(story(), listener)
+
+
+def test_of_lines_that_anybody_can_cause_one_a_second_is_logged_and_the_rest_is_counted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from queue import Queue
+
+    caplog.set_level(logging.INFO, "router")
+    logs, events = Logs(Queue(), None), Events()
+    logs.log_refusals(events)
+
+    async def story() -> None:
+        for peer in ("1.2.3.4", "5.6.7.8"):
+            for _ in range(1000):
+                events.publish(ClientRefused("invalid_http", peer, "Invalid HTTP request received."))
+        for number in range(5000):  # who has that many addresses is told apart no more
+            events.publish(ClientRefused("invalid_http", f"fe80::{number:x}", "Invalid HTTP request received."))
+
+    asyncio.run(story())
+    assert caplog.messages[0] == "client 1.2.3.4: Invalid HTTP request received."
+    assert sum("received" in message for message in caplog.messages) <= 1001
+    caplog.clear()
+    logs.close()
+    assert caplog.messages[:2] == [
+        f"client {peer}: 999 more connections within a second: invalid_http" for peer in ("1.2.3.4", "5.6.7.8")
+    ]
+    assert caplog.messages[2] == "client others: 4001 more connections within a second: invalid_http"
