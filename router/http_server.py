@@ -255,11 +255,10 @@ class HttpProtocol(asyncio.Protocol):
     # --- steps ------------------------------------------------------------------------------------------
 
     def step(self) -> bool:
-        self._in_line = False
         if self._may_read():
             self._read()
             self._regulate()
-        self._in_line = self._may_read()
+        self._in_line = self._may_read()  # not before: it stands in the line once, though an answer bids it go on
         return self._in_line
 
     def _go_on(self) -> None:
@@ -278,6 +277,8 @@ class HttpProtocol(asyncio.Protocol):
 
     def _regulate(self) -> None:
         """Hear no more than a little beyond what can be read now; whether the client has left is part of it."""
+        if self.transport.is_closing():
+            return
         if len(self._unread) - self._at > HIGH_WATER_LIMIT:
             self.flow.pause_reading()
         else:
@@ -318,6 +319,7 @@ class HttpProtocol(asyncio.Protocol):
                     self._turn.end_body()
         except Exception as cause:
             self._broke(cause)
+            return
         if self._reading is not None and self._beside_bodies > _LONGEST_HEAD:
             self._refuse(
                 head_too_large(f"What a request has beside its body takes more than {_LONGEST_HEAD} bytes.")

@@ -18,8 +18,10 @@ import pytest
 import uvicorn
 
 from router import http_server
+from router.answer import Answer
 from router.events import ClientRefused, Events
 from router.exchange import Exchanges
+from router.heads import RequestHead
 from router.http_server import HttpProtocol
 from router.logs import Logs
 from router.turns import Rounds
@@ -121,6 +123,46 @@ def test_however_much_is_asked_for_one_request_is_begun_at_once(listener: socket
         client.close()
 
     server.run(story(), listener)
+
+
+class Refused:
+    """A turn that is over as soon as it begins, as those of requests are that are refused by their heads."""
+
+    begun = 0
+    most_in_line = 0
+
+    def __init__(self, shared: Any, answer: Answer, head: RequestHead) -> None:
+        self._rounds: Rounds = shared.rounds
+        self._answer = answer
+
+    def begin(self, to_come: int) -> None:
+        Refused.begun += 1
+        Refused.most_in_line = max(Refused.most_in_line, len(self._rounds._line))
+        self._answer.whole(401, b"", b"no")
+
+    def add_body(self, part: bytes) -> None: ...
+
+    def end_body(self) -> None: ...
+
+
+def test_a_connection_stands_in_the_line_once(listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(http_server._EXCHANGES, "/refused", cast(Any, Refused))
+
+    async def story() -> None:
+        loop = asyncio.get_running_loop()
+        clients = [connected(listener) for _ in range(3)]
+        request = b"POST /refused HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\r\n"
+        for client in clients:
+            await loop.sock_sendall(client, request * 200)
+        for client in clients:
+            received = b""
+            while received.count(b"HTTP/1.1 401 ") < 200:
+                received += await loop.sock_recv(client, 65536)
+            client.close()
+
+    Server().run(story(), listener)
+    assert Refused.begun == 600
+    assert Refused.most_in_line <= 3
 
 
 def test_of_lines_that_anybody_can_cause_one_a_second_is_logged_and_the_rest_is_counted(
