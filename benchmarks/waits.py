@@ -190,8 +190,15 @@ class Client(threading.Thread):
         self.until_sec = until_sec
         self.rng = random.Random(seed)
         self.waited_sec: dict[str, float] = {}
+        self.died_of: Exception | None = None
 
     def run(self) -> None:
+        try:
+            self.ask()
+        except Exception as error:  # whatever it is, what the others were told is worth nothing then
+            self.died_of = error
+
+    def ask(self) -> None:
         while time.monotonic() < self.until_sec:
             headers = self.router.headers | {"x-request-id": f"{self.alias}-{self.rng.getrandbits(48):x}"}
             connection = http.client.HTTPConnection("127.0.0.1", self.router.port, timeout=120)
@@ -205,12 +212,12 @@ class Client(threading.Thread):
             connection.close()
 
 
-def live(seconds: float = 120) -> Told:
+def live(seconds: float = 120, megabytes: int | None = 100) -> Told:
     """What `/v1/queue/stats` told twice a second of clients without think time, against their `X-Queue-Ms`."""
     told = Told()
     hears: dict[str, list[tuple[float, float | None]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
-        files = {alias: model_file(alias, megabytes=100, seed=number) for number, alias in enumerate("abc")}
+        files = {alias: model_file(alias, megabytes=megabytes, seed=number) for number, alias in enumerate("abc")}
         flags = {"ctx-size": "1024", "threads": "1"}
         with router(files, flags, engine_or_embedded(), folder=Path(folder)) as server:
             until_sec = time.monotonic() + seconds
@@ -222,6 +229,9 @@ def live(seconds: float = 120) -> Told:
                     for request in stats["waiting"]:
                         hears[request["id"]].append((request["waited_sec"], request["expected_wait_sec"]))
                 time.sleep(0.5)
+                for client in clients:
+                    if client.died_of is not None:
+                        raise SystemExit(f"a client of {client.alias} died: {client.died_of!r}")
     for client in clients:
         for request_id, waited_sec in client.waited_sec.items():
             for after_sec, told_sec in hears[request_id]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from benchmarks.waits import MEDIAN_ERROR, MOST_BELOW, MOST_UNKNOWN, listen, stated
+import pytest
+from conftest import fake
+
+from benchmarks.waits import MEDIAN_ERROR, MOST_BELOW, MOST_UNKNOWN, listen, live, stated
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -15,3 +18,11 @@ def test_what_people_are_told_of_waiting_is_true(name: str, seed: int) -> None:
     assert told.median_error <= MEDIAN_ERROR
     assert told.below <= MOST_BELOW, "who waits twice as long as he was told"
     assert told.unknown_share <= MOST_UNKNOWN
+
+
+def test_on_real_engines_it_is_not_measured_without_one_of_the_clients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMA_SERVER_PATH", fake(tmp_path, status="500"))
+    with pytest.raises(SystemExit, match=r"a client of [abc] died: .* is not served: 500"):
+        live(seconds=20, megabytes=None)
