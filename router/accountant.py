@@ -149,6 +149,7 @@ class Accountant:
             tuple(one.placement for one in found.alternatives),
             need=found.alternatives[0].need,
             expected_load_sec=found.expected_load_sec,
+            load_is_known=found.load_is_known,
             advice=found.advice,
         )
 
@@ -206,6 +207,10 @@ class Accountant:
         account.is_settled = True
         await asyncio.sleep(_ANSWER_SEC)
         await self.look(mapped=True)
+        identity, model = account.chosen.size.identity, self._scheduler.models.get(account.alias)
+        if identity is not None and model is not None and model.load_is_known:
+            self._learned.loaded(identity, model.load_sec)
+            await self._save()
 
     async def answered(self, account: Account) -> None:
         """It has answered for the first time, and has all that it takes late: remember what that is."""
@@ -224,7 +229,7 @@ class Accountant:
         if wanted is None:
             return None
         chosen = account.chosen
-        if chosen.size.identity is not None:
+        if chosen.size.identity is not None and not chosen.is_given:
             self._learned.ran_out(chosen.size.identity, chosen.as_counted(account.booked()), wanted)
             await self._save()
         ground, placement = self._ground(), chosen.placement

@@ -206,7 +206,7 @@ class _Rehearsal:
         if engine is None:
             return
         course.state, course.placement, course.ready_at = engine.state, engine.placement, engine.ready_sec
-        course.is_guess = not model.loads
+        course.is_guess = not model.load_is_known
         in_flight = [granted[request_id].granted_sec or now for request_id in engine.in_flight]
         ends = [now + remaining_sec for remaining_sec in model.remaining_sec(now - since for since in in_flight)]
         course.slots = sorted([*ends, *[now] * (engine.spec.slots - len(ends))])
@@ -297,7 +297,7 @@ class _Rehearsal:
     def start(self, course: _Course, placement: Placement) -> None:
         course.state, course.placement = EngineState.LOADING, placement
         course.until = self.now + course.model.load_sec
-        course.is_guess |= not course.model.loads
+        course.is_guess |= not course.model.load_is_known
 
     def leave(self, course: _Course) -> None:
         """Who comes from now on waits; those who were served without a pause come at once."""

@@ -1,4 +1,4 @@
-"""What engines were measured to take, remembered for the next load and the next start of the router.
+"""What engines were measured to take, and how long they load, remembered for the next start of the router, too.
 
 An entry belongs to a model's files, its flags, the engine's build and the number of GPUs: while none of these
 changes, what was measured counts. Other flags of the same files profit from its ratio to what was estimated.
@@ -7,6 +7,9 @@ On the GPU a measurement is the truth: llama.cpp takes everything when it loads.
 buffers that no long prompt has come by yet were never touched, and as pages that two engines share count half in
 each. So there it can only raise an estimate that knows the buffers, never lower it. Nor does what an engine held
 once keep out the next one, if the estimate lets it in (`placing.py`).
+
+How long a load takes is up to the files more than to flags or build, and most of all to whether the system still
+has them in memory: so what was measured before the machine was started is forgotten.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import Annotated, Protocol
 
 import msgspec
+from msgspec.structs import replace
 
 HOST = "host"
 MOST_ENTRIES = 500
@@ -28,6 +32,7 @@ _RAISED_BY = 1.1
 _MOST_RAISED = 2.0
 _RATIO_BOUNDS = (0.5, 2.0)
 _Mib = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+_Seconds = Annotated[float, msgspec.Meta(ge=0, lt=1 << 31)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +59,12 @@ class Entry(msgspec.Struct, frozen=True):
     build: str
     flags: tuple[str, ...]
     gpus: int
-    estimated: Mapping[str, _Mib]
+    estimated: Mapping[str, _Mib] = {}
     measured: Mapping[str, _Mib] = {}
     raised: Mapping[str, _Mib] = {}
     """What it wants at least: it ran out of memory with less."""
+    load_sec: _Seconds = 0.0
+    """What loading it takes; 0 while that is not known."""
     at: float = 0.0
     """Seconds since the epoch."""
     rule: int = 0
@@ -81,21 +88,24 @@ class Learned:
     place of all that was known, in one assignment.
     """
 
-    def __init__(self, store: Store | None = None) -> None:
+    def __init__(self, store: Store | None = None, machine_since: float = 0.0) -> None:
+        """`machine_since`: when the machine was started, in seconds since the epoch."""
         self._store = store
         read = (store.read() if store is not None else None) or []
-        known = [entry for entry in read if entry.rule == _RULE]
+        known = [
+            entry if entry.at >= machine_since else replace(entry, load_sec=0.0)
+            for entry in read
+            if entry.rule == _RULE
+        ]
         self._entries: dict[Identity, Entry] = {entry.identity: entry for entry in known[-MOST_ENTRIES:]}
 
     def measured(self, identity: Identity) -> Mapping[str, int] | None:
         """What an engine of this kind was measured to take, per device; None if none ever was."""
-        entry = self._entries.get(identity)
-        return entry.measured if entry is not None and entry.measured else None
+        return self._entry(identity).measured or None
 
     def raised(self, identity: Identity) -> Mapping[str, int]:
         """What it wants at least since it ran out of memory."""
-        entry = self._entries.get(identity)
-        return entry.raised if entry is not None else {}
+        return self._entry(identity).raised
 
     def ratio(self, identity: Identity) -> Mapping[str, float]:
         """Measured to estimated, on `gpu` and `host`, of the same files with whatever flags; the latest counts."""
@@ -104,11 +114,22 @@ class Learned:
                 return _ratio(entry)
         return {}
 
+    def load_sec(self, identity: Identity) -> float | None:
+        """What loading takes; with these files at least, if with these flags and this build nothing was loaded."""
+        if load_sec := self._entry(identity).load_sec:
+            return load_sec
+        of_files = (entry.load_sec for entry in reversed(self._entries.values()) if entry.files == identity.files)
+        return next(filter(None, of_files), None)
+
     def learn(self, identity: Identity, estimated: Mapping[str, int], measured: Mapping[str, int]) -> None:
         """An engine is there and takes this. Of several measurements the largest counts."""
-        known = self.measured(identity) or {}
-        most = {device: max(mib, known.get(device, 0)) for device, mib in measured.items()}
-        self._know(identity, dict(estimated), {**known, **most}, {})
+        entry = self._entry(identity)
+        most = {device: max(mib, entry.measured.get(device, 0)) for device, mib in measured.items()}
+        self._know(replace(entry, estimated=dict(estimated), measured={**entry.measured, **most}, raised={}))
+
+    def loaded(self, identity: Identity, load_sec: float) -> None:
+        """An engine is there, and this is what loading one takes."""
+        self._know(replace(self._entry(identity), load_sec=load_sec))
 
     def ran_out(self, identity: Identity, booked: Mapping[str, int], wanted: Mapping[str, int]) -> None:
         """It did not get by with `booked`; `wanted` is what it asked for last, as far as it has said.
@@ -117,9 +138,9 @@ class Learned:
         however often it happens: it may be others who take the memory. GPUs that are not booked, such as Apple's,
         have their memory from the host.
         """
-        entry = self._entries.get(identity)
-        estimated = entry.estimated if entry is not None else dict(booked)
-        raised = dict(self.raised(identity))
+        entry = self._entry(identity)
+        estimated = entry.estimated or dict(booked)
+        raised = dict(entry.raised)
         short: dict[str, int] = {}
         for device, mib in wanted.items():
             place = device if device in booked else HOST
@@ -129,18 +150,15 @@ class Learned:
                 least = max(round(mib * _RAISED_BY), short.get(device, 0), mib + 1)
                 most = round(max(1, estimated.get(device, mib)) * _MOST_RAISED)
                 raised[device] = max(mib, min(least, most))
-        self._know(identity, estimated, {}, raised)
+        self._know(replace(entry, estimated=estimated, measured={}, raised=raised))
 
-    def _know(
-        self,
-        identity: Identity,
-        estimated: Mapping[str, int],
-        measured: Mapping[str, int],
-        raised: Mapping[str, int],
-    ) -> None:
-        kind = identity.files, identity.build, identity.flags, identity.gpus
-        latest = Entry(*kind, estimated, measured, raised, time.time(), _RULE)
-        others = (entry for entry in self._entries.values() if entry.identity != identity)
+    def _entry(self, identity: Identity) -> Entry:
+        known = self._entries.get(identity)
+        return known or Entry(identity.files, identity.build, identity.flags, identity.gpus)
+
+    def _know(self, changed: Entry) -> None:
+        latest = replace(changed, at=time.time(), rule=_RULE)
+        others = (entry for entry in self._entries.values() if entry.identity != latest.identity)
         self._entries = {entry.identity: entry for entry in [*others, latest][-MOST_ENTRIES:]}
 
     def entries(self) -> list[Entry]:

@@ -204,7 +204,9 @@ class Inspected:
     need: str = ""
     """The footprint in words, with its source, for people."""
     expected_load_sec: float | None = None
-    """A guess from its size, for a model that was never loaded."""
+    """What loading it takes, as far as earlier loads or its size tell."""
+    load_is_known: bool = False
+    """That was measured; else it is a guess."""
     advice: str = ""
     """What would fit, when it does not."""
 

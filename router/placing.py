@@ -117,6 +117,8 @@ class Inspection:
     alternatives: tuple[Alternative, ...]
     """Those that fit if others leave; else the best of those that never will."""
     expected_load_sec: float
+    load_is_known: bool
+    """That was measured; else it is a guess from the size of the files."""
     advice: str = ""
     """What would fit, if none does."""
 
@@ -141,9 +143,12 @@ def inspect(
         what = f"cannot be read: {error.strerror or type(error).__name__}"
         raise Unusable(f"{error.filename or model.model_path} {what}", f"its file {what}") from error
     fitting = [one for one in found if ground.holds(one.placement)]
+    best = (fitting or found)[0].identity
+    load_sec = learned.load_sec(best) if best is not None else None
     return Inspection(
         alternatives=tuple(fitting or found[:1]),
-        expected_load_sec=_START_SEC + places.nbytes / _LOAD_BYTES_PER_SEC,
+        expected_load_sec=load_sec or _START_SEC + places.nbytes / _LOAD_BYTES_PER_SEC,
+        load_is_known=load_sec is not None,
         advice="" if fitting else places.advice(),
     )
 

@@ -272,7 +272,8 @@ class Model:
     returns: Returns = field(default_factory=Returns)
     last_used_sec: float = -math.inf
     mean_gap_sec: float = 3600.0
-    loads: int = 0
+    load_is_known: bool = False
+    """What loading takes was measured, for this engine or an earlier one; else it is a guess."""
     recent_sec: deque[float] = field(default_factory=lambda: deque(maxlen=64))
     """How long the last requests took that were computed."""
 
@@ -319,8 +320,8 @@ class Model:
             self.busy.pause(now)
 
     def loaded(self, took_sec: float) -> None:
-        self.load_sec = took_sec if self.loads == 0 else self.load_sec + 0.3 * (took_sec - self.load_sec)
-        self.loads += 1
+        self.load_sec += (0.3 if self.load_is_known else 1.0) * (took_sec - self.load_sec)
+        self.load_is_known = True
 
     def computed(self, took_sec: float) -> None:
         """A request whose tokens were computed is over."""

@@ -734,8 +734,8 @@ class Scheduler:
             places = tuple({**place, ENGINES: 1} for place in event.placements)
             model.places = places
             model.inspected = Inspected(self._now, event.alias, places, None, event.need, advice=event.advice)
-            if event.expected_load_sec is not None and not model.loads:
-                model.load_sec = event.expected_load_sec
+            if event.expected_load_sec is not None and not model.load_is_known:
+                model.load_sec, model.load_is_known = event.expected_load_sec, event.load_is_known
         elif model.wants_engine:
             model.last_error = event.problem
             model.comes_back = False
@@ -891,7 +891,7 @@ class Scheduler:
         model.spec = spec
         model.comes_back = model.comes_back and spec.kept
         if changed or model.retired:
-            model.retired = False
+            model.retired = model.load_is_known = False
             self._forgive(model, "its configuration changed")
             if spec.alias in self._fleet.swaps:
                 self._end_swap(spec.alias)  # it may need more now, or less

@@ -153,8 +153,9 @@ def _serve(loaded: Loaded, load: Load, log: Logs) -> None:
         record.end_leftovers()  # before anybody asks how much memory is free
         devices = Devices(config.system.gpu_devices if kind.uses_gpus else (), engine=kind)
         devices.read_blocking()
-        store = state.file("footprints", list[Entry], "what engines were measured to take is forgotten at the end")
-        _run(_Service(loaded, load, binary, devices, Learned(store), listeners, record, state, log).run())
+        store = state.file("footprints", list[Entry], "what was measured of engines is forgotten at the end")
+        learned = Learned(store, psutil.boot_time())
+        _run(_Service(loaded, load, binary, devices, learned, listeners, record, state, log).run())
 
 
 def _tracing() -> Tracing:

@@ -224,7 +224,7 @@ class Size:
     estimated: Mapping[str, int]
     """By the tool or the formulas, before anything measured was taken into account."""
     identity: Identity | None = None
-    """By which a measurement of an engine with these flags can be remembered."""
+    """By which what is measured of an engine with these flags can be remembered."""
     details: Footprint | None = None
 
 
@@ -266,9 +266,9 @@ class Sizer:
         figures: Mapping[str, int] = {HOST: mib}
         if rooms:
             figures = {f"gpu{place}": round(mib * room / total) for place, room in enumerate(rooms)}
-        if self.given_mib is not None:
-            return Size(figures, source, figures)
         identity = self._identity((), len(rooms))
+        if self.given_mib is not None:
+            return Size(figures, source, figures, identity)
         measured = self._learned.measured(identity)
         if measured is not None:
             ours = {name: mib for name, mib in measured.items() if name in figures or name == HOST}

@@ -18,7 +18,7 @@ def why(model: Model, now: float, *, slotless: bool = False) -> str:
     busy = len(engine.in_flight) + len(engine.slotless)
     match engine.state:
         case EngineState.LOADING:
-            expected = f"~{model.load_sec:.1f} s" if model.loads else f"perhaps {model.load_sec:.1f} s"
+            expected = f"~{model.load_sec:.1f} s" if model.load_is_known else f"perhaps {model.load_sec:.1f} s"
             return f"{alias} is loading ({now - engine.started_sec:.1f} of {expected})"
         case EngineState.DRAINING:
             return f"{alias} leaves once the {busy} in flight are done, then it is started again"

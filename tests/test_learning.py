@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 from hypothesis import given
@@ -28,6 +29,30 @@ def test_what_was_measured_outlives_the_router(tmp_path: Path) -> None:
     assert Learned(store(tmp_path)).measured(identity()) == {"gpu0": 1100}
 
 
+def test_how_long_loads_take_outlives_the_router_but_not_the_machine(tmp_path: Path) -> None:
+    """After a start of the machine the first load comes from its disk, and may take many times as long."""
+    learned = Learned(store(tmp_path))
+    assert learned.load_sec(identity()) is None
+    learned.loaded(identity(), 7.5)
+    learned.learn(identity(), {"gpu0": 1000}, {"gpu0": 1100})
+    learned.ran_out(identity(), {"gpu0": 1100}, {})
+    learned.save(learned.entries())
+    assert Learned(store(tmp_path)).load_sec(identity()) == 7.5
+    later = Learned(store(tmp_path), machine_since=time.time() + 60)
+    assert later.load_sec(identity()) is None
+    assert later.raised(identity())
+
+
+def test_a_load_takes_what_it_took_with_other_flags() -> None:
+    learned = Learned()
+    learned.loaded(identity("a", "-c", "1"), 5.0)
+    learned.loaded(identity("a", "-c", "2"), 6.0)
+    learned.loaded(identity("b"), 70.0)
+    assert learned.load_sec(identity("a", "-c", "1")) == 5.0
+    assert learned.load_sec(identity("a", "-c", "3")) == 6.0, "the latest"
+    assert learned.measured(identity("a", "-c", "1")) is None, "of its memory nothing is known"
+
+
 def test_other_files_builds_and_flags_are_others(tmp_path: Path) -> None:
     learned = Learned()
     learned.learn(identity(), {"gpu0": 1000}, {"gpu0": 1100})
@@ -39,7 +64,7 @@ def test_other_files_builds_and_flags_are_others(tmp_path: Path) -> None:
 
 def test_a_file_that_makes_no_sense_is_forgotten(tmp_path: Path) -> None:
     entry = {"files": [["/m", 1, 2]], "build": "", "flags": [], "gpus": 1, "estimated": {"gpu0": 5}}
-    wrong = [{"measured": {"gpu0": -5}}, {"raised": {"gpu0": 1 << 40}}, {"measured": {"gpu0": None}}]
+    wrong = [{"measured": {"gpu0": -5}}, {"raised": {"gpu0": 1 << 40}}, {"measured": {"gpu0": None}}, {"load_sec": -1}]
     lies = [json.dumps([{**entry, "rule": 1, **one}]).encode() for one in wrong]
     for junk in (b"", b"{", b'[{"files": 3}]', b"\xff\xfe", b"null", *lies):
         (tmp_path / "footprints.json").write_bytes(junk)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from conftest import Start, eventually, fake, models
+from conftest import Router, Start, eventually, fake, models
 from test_scheduler import LOW, NORMAL, Machine
 
 from router.messages import Eject, EngineExited, EngineLost, ModelSpec, Policy
@@ -135,25 +135,28 @@ def test_after_a_failure_it_says_what_failed_and_when_it_is_tried_again() -> Non
     assert "(next try in " in text
 
 
+def ask(router: Router, request_id: str, priority: str = "normal") -> socket.socket:
+    """Ask for a, and leave the answer for later."""
+    body = b'{"model": "a", "messages": []}'
+    host, port = router.url.removeprefix("http://").split(":")
+    client = socket.create_connection((host, int(port)))
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nx-request-id: {request_id}\r\n"
+    client.sendall(f"{head}x-request-priority: {priority}\r\ncontent-length: {len(body)}\r\n\r\n".encode())
+    client.sendall(body)
+    return client
+
+
+def waiting(router: Router) -> list[Mapping[str, Any]]:
+    queue: list[Mapping[str, Any]] = router.http.get("/v1/queue/stats").json()["per_model"]["a"]["waiting"]
+    return queue
+
+
 def test_everybody_who_waits_can_be_seen(start: Start, tiny: Path, tmp_path: Path) -> None:
     system = {"llama_server_path": fake(tmp_path, ready="never"), "queue_timeout_sec": 60}
     router = start({"system": system, "models": models(tiny, "a")})
-    body = b'{"model": "a", "messages": []}'
-    host, port = router.url.removeprefix("http://").split(":")
-    clients = []
-    for request_id, priority in (("one", "low"), ("two", "high")):
-        client = socket.create_connection((host, int(port)))
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nx-request-id: {request_id}\r\n"
-        client.sendall(f"{head}x-request-priority: {priority}\r\ncontent-length: {len(body)}\r\n\r\n".encode())
-        client.sendall(body)
-        clients.append(client)
-
-    def waiting() -> list[Mapping[str, Any]]:
-        queue: list[Mapping[str, Any]] = router.http.get("/v1/queue/stats").json()["per_model"]["a"]["waiting"]
-        return queue
-
-    eventually(lambda: len(waiting()) == 2 and "loading" in waiting()[0]["why"])
-    first, second = waiting()
+    clients = [ask(router, "one", "low"), ask(router, "two", "high")]
+    eventually(lambda: len(waiting(router)) == 2 and "loading" in waiting(router)[0]["why"])
+    first, second = waiting(router)
     assert (first["id"], first["priority"], first["position"]) == ("two", "high", 1)
     assert (second["id"], second["priority"], second["position"]) == ("one", "low", 2)
     assert first["why"].startswith("a is loading (")
@@ -162,3 +165,22 @@ def test_everybody_who_waits_can_be_seen(start: Start, tiny: Path, tmp_path: Pat
     assert first["expected_wait_sec"] is None, "it was never loaded"
     for client in clients:
         client.close()
+
+
+def test_a_restarted_router_knows_how_long_a_load_takes(start: Start, tiny: Path, tmp_path: Path) -> None:
+    footprints = tmp_path / "state" / "footprints.json"
+    system = {"llama_server_path": fake(tmp_path, load_sec="2")}
+    config = {"system": system, "models": models(tiny, "a", footprint_mb=100)}
+    router = start(config, LLAMA_ROUTER_STATE_DIR=str(footprints.parent))
+    assert router.status("a")["load_sec"] is None
+    assert router.chat("a").status_code == 200
+    eventually(footprints.exists)
+    assert router.stop() == 0
+    router = start(config, LLAMA_ROUTER_STATE_DIR=str(footprints.parent))
+    with ask(router, "one"):
+        eventually(lambda: any(request["expected_wait_sec"] for request in waiting(router)))
+        (told,) = waiting(router)
+    took_sec = router.status("a")["load_sec"]
+    assert took_sec > 2
+    assert f" of ~{took_sec:.1f} s)" in told["why"]
+    assert took_sec - 1 < told["waited_sec"] + told["expected_wait_sec"] < took_sec + 1

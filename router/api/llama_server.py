@@ -44,7 +44,7 @@ def _as_an_earlier_host(card: dict[str, Any], request: Request) -> dict[str, Any
         "loaded": card["status"]["value"] == "loaded",
         "backend": "llama.cpp",
         "size_bytes": card.get("size"),
-        "load_duration": round(model.load_sec * 1e9) if model is not None and model.loads else None,
+        "load_duration": round(model.load_sec * 1e9) if model is not None and model.load_is_known else None,
     }
 
 

@@ -266,7 +266,7 @@ def status_of(dispatcher: Dispatcher, alias: str, *, full: bool) -> dict[str, An
         "unload_at": _wall(unload_at_sec) if unload_at_sec is not None else None,
         "load_progress": 100 if state in ("ready", "draining") else round(100 * (progress or 0)),
         "load": _load(model, running) if state == "loading" else None,
-        "load_sec": round(model.load_sec, 3) if model.loads else None,
+        "load_sec": round(model.load_sec, 3) if model.load_is_known else None,
         "error_message": _error(dispatcher, alias, full=full),
         "vram_used_mb": account.main_mib if account is not None else 0,
         "vram_mb": account.main_mib if account is not None else 0,  # an earlier router's word for it
