@@ -80,6 +80,7 @@ class Loop:
     think_sec: Callable[[random.Random], float] = lambda rng: 0.0
     priority: Priority = NORMAL
     begins_sec: float = 0.0
+    ends_sec: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -422,7 +423,7 @@ class Simulation:
         heapq.heappush(self.happenings, (at, next(self.seq), happening))
 
     def ask_again(self, loop: Loop, at: float) -> None:
-        if at < self.workload.seconds:
+        if at < min(self.workload.seconds, loop.ends_sec):
             self.later(at, lambda: self.ask(Ask(at, loop.alias, loop.service_sec, loop.priority), loop))
 
     def ask(self, ask: Ask, loop: Loop | None) -> Event:

@@ -4,12 +4,12 @@ In the simulation of `policies.py`, with the router's own scheduler: each waiter
 after 1, 3, 10, 30, 100 and 300 s, how long it will be yet; once it has its slot, that is compared. What is told
 may be "unknown"; how often is shown. Services and loads spread around their means, and who comes, comes by chance.
 
-Waits below a second, told or real, count as a second. The goals, for each of the first eight workloads: half of
-what is told is wrong by 25 % at most, in 5 % of the cases at most it was less than half of the real wait, and
-20 % at most is unknown.
+Waits below a second, told or real, count as a second. The goals, for each workload: half of what is told is wrong
+by 25 % at most, in 5 % of the cases at most it was less than half of the real wait, and 20 % at most is unknown.
 
-`--all` also has the workloads of `policies.py`, where some depend on chance alone; `--seed` has other chances.
-`--live` asks a real router with real engines for two minutes: six clients on three models with room for one.
+`--all` also has the workloads of `policies.py`, of which the traces are about first loads, and these are unknown.
+`--seed` has other chances. `--live` asks a real router with real engines for two minutes: six clients on three
+models with room for one; it ends when one of them does.
 """
 
 from __future__ import annotations
@@ -60,20 +60,20 @@ class Told:
 
     @property
     def median_error(self) -> float:
-        return statistics.median(self.errors)
+        return statistics.median(self.errors or [0.0])
 
     @property
     def below(self) -> float:
         """The share of those who waited more than twice as long as they were told."""
-        return sum(told < LEAST_SHARE * real for told, real in self.pairs) / len(self.pairs)
+        return sum(told < LEAST_SHARE * real for told, real in self.pairs) / max(1, len(self.pairs))
 
     @property
     def above(self) -> float:
-        return sum(told > real / LEAST_SHARE for told, real in self.pairs) / len(self.pairs)
+        return sum(told > real / LEAST_SHARE for told, real in self.pairs) / max(1, len(self.pairs))
 
     @property
     def unknown_share(self) -> float:
-        return self.unknown / (self.unknown + len(self.pairs))
+        return self.unknown / max(1, self.unknown + len(self.pairs))
 
     @property
     def is_true(self) -> bool:
@@ -127,7 +127,7 @@ class Listening(Simulation):
 
 
 def stated(seed: int) -> Iterator[Workload]:
-    """Those that the goals are for."""
+    """Those that are about waiting."""
     rng = random.Random(seed)
     three, one = dict.fromkeys("ABC", 8.0), {"A": 8.0}
     twelve = tuple(Loop("A", 3.0) for _ in range(12))
@@ -163,6 +163,17 @@ def stated(seed: int) -> Iterator[Workload]:
     stream = poisson(rng, 1800, {"A": 0.45}, 2.0, mix)
     yield Workload(
         "low-behind", "a stream of normal requests that takes 81 % of one model, and some low ones", one, stream
+    )
+    short = tuple(Loop("A", 1.5, ends_sec=200) for _ in range(8))
+    long = tuple(Loop("A", 12.0, begins_sec=200) for _ in range(8))
+    yield Workload(
+        "longer",
+        "eight clients without think time, two slots; answers take eight times as long from one moment on",
+        one,
+        (),
+        short + long,
+        600,
+        slots=2,
     )
     seldom = poisson(rng, 3600, evenly(0.02, "ABCDEF"), 2.0)
     yield Workload(
@@ -264,7 +275,7 @@ def main() -> None:
             continue
         told = listen(workload, args.seed)
         print(line(workload.name, told), flush=True)
-        if not told.is_true and any(workload.name == other.name for other in stated(args.seed)):
+        if not told.is_true and not workload.name.startswith("trace"):
             missed.append(workload.name)
     if missed:
         raise SystemExit(f"the goals are missed by {', '.join(missed)}")

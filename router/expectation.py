@@ -122,6 +122,10 @@ class _Course:
     """When each is free."""
     idle_at: float = math.inf
     """When all that wait now are served."""
+    newcomers: int = 0
+    """Those who have come by then."""
+    others_until: float = -math.inf
+    """Until when somebody of more than low priority has a slot."""
     is_guess: bool = False
     """Its future rests on something never measured."""
 
@@ -136,6 +140,16 @@ class _Course:
 
     def oldest(self, priority: Priority, at: float) -> float:
         return self.lines[priority].oldest(at, is_here=self.is_here)
+
+    @property
+    def more_urgent_at(self) -> float:
+        """When somebody comes whose class nobody waits in, nor in one before it."""
+        at = math.inf
+        for line in self.lines.values():
+            if line.served < len(line.arrivals):
+                break
+            at = min(at, line.coming_at)
+        return at
 
     def head(self, at: float) -> tuple[float, Priority]:
         """The virtual deadline of who is served next, and the class."""
@@ -152,15 +166,23 @@ class _Course:
         per_sec = sum(1 / line.gap_here_sec for line in self.lines.values())
         return per_sec * self.service_sec / self.model.spec.slots
 
-    def never_idles(self, at: float) -> bool:
-        """As far as was seen, somebody has come before the last was served, as long as it was ready."""
+    def come_by(self, at: float) -> int:
+        """How many will wait then of those who do not yet."""
+        for priority in self.lines:
+            self.oldest(priority, at)
+        return sum(len(line.arrivals) - line.served for line in self.lines.values())
+
+    def busy_sec(self, at: float) -> float:
+        """How long somebody is there, once nobody waits; infinite if as many come as it can serve."""
         use = self.use()
-        return use >= _SATURATED or (use > 0 and not self.model.busy.falls_per_sec(at))
+        if use >= _SATURATED:
+            return math.inf
+        return self.model.busy.goes_on_sec(self.service_sec / (1 - use), at)
 
     def has_only_low(self, at: float) -> bool:
-        return all(
-            math.isinf(self.oldest(priority, at)) and math.isinf(self.lines[priority].gap_here_sec)
-            for priority in (Priority.HIGH, Priority.NORMAL)
+        """Nobody on it or in line for it has more than low priority."""
+        return self.others_until <= at and all(
+            math.isinf(self.oldest(priority, at)) for priority in (Priority.HIGH, Priority.NORMAL)
         )
 
 
@@ -178,6 +200,7 @@ class _Rehearsal:
 
     def add(self, model: Model, granted: Mapping[str, Request], newcomer: Request | None) -> None:
         now, engine = self.now, model.engine
+        is_here = engine is not None and engine.state is EngineState.READY
         lines: dict[Priority, _Line] = {}
         slotless: list[str] = []
         for priority in Priority:
@@ -186,6 +209,8 @@ class _Rehearsal:
                 waiting.append(newcomer)
             slotless += [request.id for request in waiting if request.slotless]
             waiting = [request for request in waiting if not request.slotless]
+            # The first who comes while the model is away comes after half a gap, so that as many come as do on
+            # average: a high one among them may send another model away.
             gap_here_sec, gap_away_sec = (flow.gap_sec(priority, now) for flow in (model.busy, model.away))
             lines[priority] = _Line(
                 self.policy.patience_sec[priority],
@@ -193,27 +218,30 @@ class _Rehearsal:
                 [request.arrival_sec for request in waiting],
                 gap_here_sec,
                 gap_away_sec,
-                now + (gap_here_sec if engine is not None and engine.state is EngineState.READY else gap_away_sec),
+                now + (gap_here_sec if is_here else gap_away_sec / 2),
             )
+        in_flight = engine.in_flight if engine is not None else {}
+        elapsed_sec = [now - (granted[request_id].granted_sec or now) for request_id in in_flight]
         course = _Course(
             model,
             lines,
             sum(len(line.ids) for line in lines.values()),
             slotless,
-            model.mean_service_sec or _SERVICE_SEC,
+            model.service_sec(elapsed_sec) or _SERVICE_SEC,
         )
         self.courses[model.spec.alias] = course
         if engine is None:
             return
         course.state, course.placement, course.ready_at = engine.state, engine.placement, engine.ready_sec
         course.is_guess = not model.load_is_known
-        in_flight = [granted[request_id].granted_sec or now for request_id in engine.in_flight]
-        ends = [now + remaining_sec for remaining_sec in model.remaining_sec(now - since for since in in_flight)]
+        ends = [now + remaining_sec for remaining_sec in model.remaining_sec(elapsed_sec)]
+        if any(priority is not Priority.LOW for priority in engine.in_flight.values()):
+            course.others_until = max(ends)
         course.slots = sorted([*ends, *[now] * (engine.spec.slots - len(ends))])
         match engine.state:
             case EngineState.LOADING:
-                elapsed_sec = now - engine.started_sec
-                course.until = now + max(model.load_sec - elapsed_sec, _OVERDUE * elapsed_sec)
+                loading_sec = now - engine.started_sec
+                course.until = now + max(model.load_sec - loading_sec, _OVERDUE * loading_sec)
             case EngineState.READY:
                 if not course.left:
                     course.idle_at = max(course.slots) if engine.idle_since_sec is None else engine.idle_since_sec
@@ -247,28 +275,47 @@ class _Rehearsal:
                 next_at = min(next_at, course.until)
             for course in self.courses.values():
                 if course.is_here and course.left:
-                    self.serve(course, next_at)
-                    if not course.left:
-                        next_at = min(next_at, course.idle_at)
+                    next_at = min(next_at, self.serve(course, next_at))
             if math.isinf(next_at):
                 return
             self.now = max(self.now, next_at)
             self.settle()
 
-    def serve(self, course: _Course, until: float) -> None:
+    def serve(self, course: _Course, until: float) -> float:
+        """Until then, at most; returns when others may get its room: all that wait now are served, or low ones are
+        left and nobody else."""
         slots = course.slots
+        may_leave_at = self.may_leave_low_at(course)
         while course.left and slots[0] <= until and self.steps < _MOST_STEPS:
             self.steps += 1
             at = slots[0]
-            line = course.lines[course.head(at)[1]]
+            priority = course.head(at)[1]
+            line = course.lines[priority]
+            is_let_go = priority is Priority.LOW and at >= may_leave_at and course.has_only_low(at)
+            if priority is not Priority.LOW:
+                course.others_until = max(course.others_until, at + course.service_sec)
             if line.served < len(line.ids):
                 course.left -= 1
                 if not course.is_guess and (course.model.recent_sec or at <= course.ready_at):
                     self.granted_at[line.ids[line.served]] = at
             line.served += 1
             heapq.heapreplace(slots, at + course.service_sec)
-        if not course.left:
-            course.idle_at = max(slots)
+            if is_let_go and course.left and at > self.now:  # only once it has the slot that became free
+                return at
+        if course.left:
+            return math.inf
+        course.idle_at = max(slots)
+        course.newcomers = course.come_by(course.idle_at)
+        return course.idle_at
+
+    def may_leave_low_at(self, course: _Course) -> float:
+        """From when on high requests for another model send it away as soon as only low ones are left."""
+        urgent = (
+            other
+            for other in self.courses.values()
+            if other.state is None and other.oldest(Priority.HIGH, self.now) < math.inf
+        )
+        return min((self.turn_ends_at(other, course, only_low=True) for other in urgent), default=math.inf)
 
     def admit_slotless(self, course: _Course) -> None:
         if not course.is_guess:
@@ -302,7 +349,7 @@ class _Rehearsal:
     def leave(self, course: _Course) -> None:
         """Who comes from now on waits; those who were served without a pause come at once."""
         if course.is_here:
-            goes_on = course.never_idles(self.now)
+            goes_on = math.isinf(course.busy_sec(self.now))
             busy_until = max(self.now, *course.slots)
             if not course.left:
                 if goes_on:
@@ -331,8 +378,7 @@ class _Rehearsal:
                 deadline, _ = course.head(self.now)
                 if course.slotless or deadline < math.inf:
                     candidates.append((deadline, number, course))
-                else:
-                    again_at = min(again_at, *(line.coming_at for line in course.lines.values()))
+                again_at = min(again_at, course.more_urgent_at)
         for _, _, course in sorted(candidates):
             if course.model.retry_at_sec > self.now:
                 again_at = min(again_at, course.model.retry_at_sec)
@@ -394,13 +440,10 @@ class _Rehearsal:
             return math.inf
         if other.state is EngineState.STOPPING:
             return self.now
-        due = self.due_at(course, other)
         if other.state is EngineState.DRAINING:
-            return due
-        factor = self.policy.residency_factor
-        if course.oldest(Priority.HIGH, self.now) < math.inf and other.has_only_low(self.now):
-            factor = min(1.0, factor)
-        by_turn = max(due, other.ready_at + factor * (course.model.load_sec + other.model.load_sec))
+            return self.due_at(course, other)
+        urgent = course.oldest(Priority.HIGH, self.now) < math.inf
+        by_turn = self.turn_ends_at(course, other, only_low=urgent and other.has_only_low(self.now))
         if other.left:
             return by_turn
         waiting = sum(len(line.arrivals) - line.served for line in course.lines.values())
@@ -408,15 +451,20 @@ class _Rehearsal:
         linger_sec = other.model.returns.linger_sec(worth_sec, self.policy.max_linger_sec)
         return min(by_turn, other.idle_at + self.stays_sec(other, linger_sec))
 
+    def turn_ends_at(self, course: _Course, other: _Course, *, only_low: bool) -> float:
+        factor = self.policy.residency_factor
+        if only_low:
+            factor = min(1.0, factor)
+        turn_sec = factor * (course.model.load_sec + other.model.load_sec)
+        return max(self.due_at(course, other), other.ready_at + turn_sec)
+
     def stays_sec(self, other: _Course, linger_sec: float) -> float:
         """How long, after those who wait now are served, until nobody comes for the time of the linger."""
-        if other.never_idles(self.now):
-            return math.inf
-        falls_per_sec = other.model.busy.falls_per_sec(self.now)
+        busy_sec = other.busy_sec(self.now)
         longer = other.model.returns.share_beyond(linger_sec)
-        if not falls_per_sec:
-            return linger_sec
-        if not longer:
+        if math.isinf(busy_sec) or not longer:
             return math.inf
-        busy_sec = 1 / falls_per_sec
-        return linger_sec + other.use() * busy_sec + (1 - longer) / longer * (busy_sec + linger_sec / 2)
+        use = other.use()
+        behind_sec = other.newcomers * other.service_sec / other.model.spec.slots / (1 - use)
+        busy_again_sec = (1 - longer) / longer * (busy_sec + linger_sec / 2)
+        return max(behind_sec, use * busy_sec) + linger_sec + busy_again_sec

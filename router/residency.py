@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
@@ -19,6 +19,10 @@ from router.queue import Priority, PriorityQueue, Request
 _FLOW_MEMORY_SEC = 240
 _FLOW_KNOWN_SEC = 10
 """What came in less time counts as having come in this: not every crowd is the first of many."""
+
+_FEWEST_ALIKE = 3
+_MOST_BY_CHANCE = 4.0
+"""Standard errors between the means before and after, at the place where they differ most."""
 
 ENGINES = "engines"
 """The resource that `max_concurrent_models` and the ports limit: every placement takes one of it."""
@@ -78,6 +82,22 @@ class Returns:
             if gain > best_gain:
                 best_gain, best = gain, length
         return best
+
+
+def since_it_changed(values: Sequence[float]) -> Sequence[float]:
+    """The latest of these, from where they differ from those before by more than chance does; else all."""
+    count, total = len(values), sum(values)
+    mean = total / max(1, count)
+    around = sum((value - mean) ** 2 for value in values)
+    earlier, best, since = 0.0, _MOST_BY_CHANCE, 0
+    for place in range(1, count - _FEWEST_ALIKE + 1):
+        earlier += values[place - 1]
+        later_mean, earlier_mean = (total - earlier) / (count - place), earlier / place
+        between = (later_mean - earlier_mean) ** 2 * place * (count - place) / count
+        within = (around - between) / (count - 2) if count > 2 else 0.0
+        if between > best**2 * max(within, 1e-9):
+            best, since = math.sqrt(between / max(within, 1e-9)), place
+    return values[since:]
 
 
 @dataclass(slots=True, eq=False)
@@ -176,13 +196,16 @@ class Why:
 class Flow:
     """How often somebody comes for a model in the time that is counted here, over its last minutes."""
 
-    __slots__ = ("_counts", "_falls", "_seconds", "_since")
+    __slots__ = ("_clear_sec", "_clear_since", "_counts", "_falls", "_seconds", "_since")
 
     def __init__(self) -> None:
         self._counts = dict.fromkeys(Priority, 0.0)
         self._falls = 0.0
         self._seconds = 0.0
         self._since: float | None = None
+        self._clear_sec = 0.0
+        """Of that, what came after those were served who had waited at the beginning."""
+        self._clear_since: float | None = None
 
     def go_on(self, now: float) -> None:
         if self._since is None:
@@ -191,7 +214,12 @@ class Flow:
     def pause(self, now: float) -> None:
         if self._since is not None:
             self._fold(now)
-            self._since = None
+            self._since = self._clear_since = None
+
+    def clear(self, now: float) -> None:
+        """Nobody waits."""
+        if self._clear_since is None:
+            self._clear_since = now
 
     def fall_idle(self, now: float) -> None:
         self._falls += 1
@@ -207,9 +235,10 @@ class Flow:
         count = self._counts[priority]
         return self._lasted_sec(now) / count if count else math.inf
 
-    def falls_per_sec(self, now: float) -> float:
-        """How often nobody is there any more, until the next one comes."""
-        return self._falls / self._lasted_sec(now)
+    def goes_on_sec(self, guess_sec: float, now: float) -> float:
+        """How long somebody is there once nobody waits; the guess counts as one time that it was seen."""
+        running_sec = now - self._clear_since if self._clear_since is not None else 0.0
+        return (self._clear_sec + running_sec + guess_sec) / (self._falls + 1)
 
     def _lasted_sec(self, now: float) -> float:
         running_sec = now - self._since if self._since is not None else 0.0
@@ -219,10 +248,14 @@ class Flow:
         assert self._since is not None
         self._seconds += now - self._since
         self._since = now
+        if self._clear_since is not None:
+            self._clear_sec += now - self._clear_since
+            self._clear_since = now
         if self._seconds > _FLOW_MEMORY_SEC:  # what was an hour ago says little of now
             share = _FLOW_MEMORY_SEC / 2 / self._seconds
             self._seconds *= share
             self._falls *= share
+            self._clear_sec *= share
             for priority in self._counts:
                 self._counts[priority] *= share
 
@@ -276,11 +309,27 @@ class Model:
     """What loading takes was measured, for this engine or an earlier one; else it is a guess."""
     recent_sec: deque[float] = field(default_factory=lambda: deque(maxlen=64))
     """How long the last requests took that were computed."""
+    _lately_sec: Sequence[float] | None = None
 
     @property
-    def mean_service_sec(self) -> float | None:
-        """None: nothing was computed yet."""
-        return sum(self.recent_sec) / len(self.recent_sec) if self.recent_sec else None
+    def lately_sec(self) -> Sequence[float]:
+        """How long those took of the last requests that are like the latest."""
+        if self._lately_sec is None:
+            self._lately_sec = since_it_changed(list(self.recent_sec))
+        return self._lately_sec
+
+    def service_sec(self, elapsed_sec: Sequence[float]) -> float | None:
+        """What a request takes that comes now, while others have been in flight for so long. None: nobody knows.
+
+        Several that take longer than any ever did are the first of many; one may always be another.
+        """
+        lately_sec = self.lately_sec
+        if not lately_sec:
+            return None
+        mean_sec = sum(lately_sec) / len(lately_sec)
+        longest_sec = max(self.recent_sec)
+        longer = sorted(1.5 * elapsed - mean_sec for elapsed in elapsed_sec if elapsed > longest_sec)
+        return mean_sec + sum(longer[:-1]) / (len(elapsed_sec) + 1)
 
     @property
     def urgent(self) -> bool:
@@ -326,6 +375,7 @@ class Model:
     def computed(self, took_sec: float) -> None:
         """A request whose tokens were computed is over."""
         self.recent_sec.append(took_sec)
+        self._lately_sec = None
 
     def remaining_sec(self, elapsed_sec: Iterable[float]) -> list[float]:
         """What requests in flight take yet, by how long they have taken: as those did that took longer.
@@ -335,7 +385,7 @@ class Model:
         longest_first = sorted(elapsed_sec, reverse=True)
         remaining: list[float] = []
         for place, elapsed in enumerate(longest_first):
-            longer = sorted(took_sec - elapsed for took_sec in self.recent_sec if took_sec > elapsed)
+            longer = sorted(took_sec - elapsed for took_sec in self.lately_sec if took_sec > elapsed)
             if not longer:
                 remaining.append(elapsed / 2)
             elif len(longest_first) == 1:

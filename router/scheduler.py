@@ -313,9 +313,12 @@ class Scheduler:
             engine.slotless.add(request.id)
         else:
             engine.in_flight[request.id] = request.priority
+        model = self.models[engine.alias]
         if engine.idle_since_sec is not None:
             engine.idle_since_sec = None
-            self.models[engine.alias].busy.go_on(self._now)
+            model.busy.go_on(self._now)
+        if not model.queue:
+            model.busy.clear(self._now)
         self._effects.append(Grant(request.id, engine.id))
         self._used(engine)
 

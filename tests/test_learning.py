@@ -64,7 +64,12 @@ def test_other_files_builds_and_flags_are_others(tmp_path: Path) -> None:
 
 def test_a_file_that_makes_no_sense_is_forgotten(tmp_path: Path) -> None:
     entry = {"files": [["/m", 1, 2]], "build": "", "flags": [], "gpus": 1, "estimated": {"gpu0": 5}}
-    wrong = [{"measured": {"gpu0": -5}}, {"raised": {"gpu0": 1 << 40}}, {"measured": {"gpu0": None}}, {"load_sec": -1}]
+    wrong = [
+        {"measured": {"gpu0": -5}},
+        {"raised": {"gpu0": 1 << 40}},
+        {"measured": {"gpu0": None}},
+        {"load_sec": -1},
+    ]
     lies = [json.dumps([{**entry, "rule": 1, **one}]).encode() for one in wrong]
     for junk in (b"", b"{", b'[{"files": 3}]', b"\xff\xfe", b"null", *lies):
         (tmp_path / "footprints.json").write_bytes(junk)

@@ -49,7 +49,7 @@ from router.messages import (
 )
 from router.placement import Room, Verdict, decide
 from router.queue import Priority, Request
-from router.residency import Model
+from router.residency import Model, since_it_changed
 from router.scheduler import Scheduler
 
 HIGH, NORMAL, LOW = Priority
@@ -1205,6 +1205,65 @@ def test_expected_waits_know_who_will_overtake() -> None:
     assert told == pytest.approx(waited_sec, rel=0.15)
 
 
+def test_expected_waits_know_that_low_ones_are_left_behind_where_a_high_one_waits() -> None:
+    """Once only low ones are left on an engine, a high request for another model sends it away long before its
+    turn ends."""
+    machine = Machine("a", "b", load_sec=5.0, service_sec=1.0)
+    for alias in "ab":
+        machine.served(alias)
+        machine.wait(12)
+        machine.ask(alias, HIGH)
+        machine.wait(3)
+    for _ in range(4):
+        machine.ask("b")
+    low = [machine.ask("b", LOW) for _ in range(3)]
+    high = machine.ask("a", HIGH)
+    forecast = machine.scheduler.forecast(machine.now)
+    told = {request_id: forecast.wait_sec(request_id, machine.now) for request_id in (high, *low)}
+    asked_sec = machine.now
+    machine.wait(60)
+    assert told == pytest.approx({each: machine.granted_sec[each] - asked_sec for each in told}, abs=2.5)
+    assert machine.granted_sec[high] - asked_sec == 10, (
+        "four normal ones, the low one that gets their slot, the load"
+    )
+    assert machine.granted_sec[low[1]] > machine.granted_sec[high]
+
+
+def test_several_that_take_longer_than_ever_may_be_the_first_of_many() -> None:
+    machine = Machine(ModelSpec("a", slots=4), service_sec=1.0)
+    for _ in range(10):
+        machine.ask("a")
+        machine.wait(10)
+    machine.service_sec = None
+    for _ in range(8):  # four have their slots, four wait
+        machine.ask("a")
+    machine.wait(20)
+    told_sec = expected_sec(machine, "a")
+    assert told_sec is not None
+    assert 20 < told_sec < 30, "ten until those in flight are done, then more than a second"
+
+
+def test_answers_that_are_others_than_before_are_followed_at_once() -> None:
+    """Three long ones after sixty short ones: the mean of all says little of what comes."""
+    machine = Machine("a", service_sec=1.0)
+    for service_sec in [1.0, 1.2] * 30 + [20.0, 24.0, 22.0]:
+        machine.service_sec = service_sec
+        machine.ask("a")
+        machine.wait(30)
+    assert machine.scheduler.models["a"].service_sec([]) == 22
+
+
+def test_chance_is_no_change() -> None:
+    chance = random.Random(5)
+    changes = 0
+    for _ in range(200):
+        values = [chance.expovariate(1) for _ in range(64)]
+        changes += len(since_it_changed(values)) < 64
+    assert changes < 20
+    assert since_it_changed([]) == []
+    assert since_it_changed([1, 2, 3, 40]) == [1, 2, 3, 40], "one may always be another"
+
+
 def test_how_long_requests_take_is_learnt_of_computed_tokens_only() -> None:
     machine = Machine(ModelSpec("a", slots=2))
     model = machine.scheduler.models["a"]
@@ -1215,7 +1274,7 @@ def test_how_long_requests_take_is_learnt_of_computed_tokens_only() -> None:
         quick = machine.ask("a")
         machine.wait(0.002)
         machine.tell(Finished(machine.now, quick, computed=False))
-    assert model.mean_service_sec == 20
+    assert model.service_sec([]) == 20
 
 
 def test_an_engine_that_answers_but_never_computes_has_proved_nothing() -> None:
