@@ -145,6 +145,8 @@ class Survey:
             reason = str(error)
         except OSError as error:
             reason = error.strerror or str(error)
+        except Exception as error:  # whatever is in it, the others are found
+            reason = f"is unreadable: {error!r}"
         self.skip(path, reason)
         return None
 

@@ -93,6 +93,18 @@ def read_files(path: Path, flags: Flags) -> Files:
     return Files(tuple(paths), nbytes, model, projector, draft, tuple(filter(None, lora)))
 
 
+@contextlib.contextmanager
+def _sized(files: Files) -> Iterator[None]:
+    """No header says anything that there is a formula for, but it may say anything. Raises Unusable."""
+    try:
+        yield
+    except (FlagError, OSError):
+        raise
+    except Exception as error:
+        name = files.paths[0] if files.paths else "the model"
+        raise Unusable(f"{name} is unreadable: its header makes no sense ({error!r})") from error
+
+
 def _named(flags: Flags, name: str) -> Path | None:
     flag = flags.last(name)
     return None if flag is None else Path(flag.text)
@@ -309,16 +321,18 @@ class Sizer:
         return Size(corrected, source, figures, identity, taken)
 
     def by_formula(self, flags: Flags, gpus: int) -> Footprint:
+        """Raises Unusable."""
         files = self.files
         assert files.model is not None
-        return footprint.estimate(
-            files.model,
-            flags,
-            projector=files.projector,
-            draft=files.draft,
-            adapters=files.adapters,
-            gpus=gpus,
-        )
+        with _sized(files):
+            return footprint.estimate(
+                files.model,
+                flags,
+                projector=files.projector,
+                draft=files.draft,
+                adapters=files.adapters,
+                gpus=gpus,
+            )
 
     def largest_context(self, added: tuple[str, ...], free_mib: Mapping[str, int]) -> int:
         """The largest `-c` with which it fits, by formula; 0 if with none."""
@@ -329,14 +343,15 @@ class Sizer:
             name: int(mib / factors[name]) - (PROCESS_MIB if name == HOST else DRIVER_MIB)
             for name, mib in free_mib.items()
         }
-        return footprint.largest_context(
-            files.model,
-            self.flags_with(added),
-            usable,
-            projector=files.projector,
-            draft=files.draft,
-            adapters=files.adapters,
-        )
+        with _sized(files):
+            return footprint.largest_context(
+                files.model,
+                self.flags_with(added),
+                usable,
+                projector=files.projector,
+                draft=files.draft,
+                adapters=files.adapters,
+            )
 
     def flags_with(self, added: tuple[str, ...]) -> Flags:
         own = argv(flag for flag in self.flags.given if flag.index >= 0)

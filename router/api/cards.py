@@ -15,7 +15,7 @@ from typing import Any
 from router import gguf
 from router.config import ModelConfig
 from router.dispatcher import EngineProps
-from router.flags import FlagError, Flags, as_started
+from router.flags import Flags, as_started
 from router.footprint import slot_context
 from router.readings import apart
 
@@ -105,7 +105,7 @@ def card_of(model: ModelConfig) -> Card:
         flags = as_started(model.flags, model.env)
         context = slot_context(header, flags, is_sized=model.footprint_mb is not None) or None
         capabilities = _capabilities(header, flags)
-    except (OSError, gguf.GGUFError, FlagError):
+    except Exception:  # whatever is wrong with its file or flags, who loads it is told
         return card
     return {
         **card,
