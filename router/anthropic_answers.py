@@ -7,12 +7,10 @@ from typing import Any
 
 import msgspec
 
-from router.answer import NotUnderstood, Translator
-from router.api.errors import ApiError
+from router.answer import BrokenAnswer, Translator
 from router.capability import error_of_engine
 from router.meter import Timings
 
-_PATH = "/v1/messages"
 _REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 _NOTHING = msgspec.Raw(b"null")
 
@@ -72,7 +70,6 @@ class Translation(Translator):
         super().__init__()
         self._stops = stops
         self._begun = False
-        self._ended = False
         self._block = ""
         """The kind of block that is open."""
         self._call = -1
@@ -83,11 +80,7 @@ class Translation(Translator):
         self._timings = Timings()
 
     def document(self, body: bytes) -> bytes:
-        """Raises NotUnderstood."""
-        try:
-            part = _decode_part(body)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise NotUnderstood(_unreadable(error).body(_PATH)) from None
+        part = _decode_part(body)
         choice = part.choices[0] if part.choices else _Answer()
         said = choice.message or _Said()
         content: list[dict[str, Any]] = []
@@ -106,9 +99,6 @@ class Translation(Translator):
         )
 
     def last_events(self) -> bytes:
-        if self._ended:
-            return b""
-        self._ended = True
         reason, stop = _told(self._reason, self._word, self._stops)
         delta = {"stop_reason": reason, "stop_sequence": stop}
         usage = _usage(self._timings)
@@ -122,14 +112,11 @@ class Translation(Translator):
         )
 
     def _event(self, data: bytes) -> bytes:
-        if self._ended or data == b"[DONE]":
+        if data == b"[DONE]":
             return b""
-        try:
-            part = _decode_part(data)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            return self._fail(_unreadable(error))
+        part = _decode_part(data)
         if part.error is not _NO_ERROR:
-            return self._fail(error_of_engine(500, data))
+            raise BrokenAnswer(error_of_engine(500, data))
         if part.timings is not None:
             self._timings = part.timings
         self._word = part.verbose.stopping_word or self._word
@@ -140,10 +127,6 @@ class Translation(Translator):
             if choice.delta is not None:
                 events += self._said(choice.delta)
         return events
-
-    def _fail(self, error: ApiError) -> bytes:
-        self._ended = True
-        return error.event(_PATH).lstrip()
 
     def _begin(self, part: _Part) -> bytes:
         self._begun = True
@@ -195,18 +178,16 @@ class StopReasons(Translator):
         self._stops = stops
 
     def document(self, body: bytes) -> bytes:
+        fields = _fields_of(body)
         try:
-            return _encode(self._told(_fields_of(body)))
+            return _encode(self._told(fields))
         except (msgspec.MsgspecError, UnicodeDecodeError):  # the engine's new ways, and its client's to understand
             return body
 
     def last_events(self) -> bytes:
-        return self._rest
+        return b"".join(self._rest)
 
-    def events(self, part: bytes) -> bytes:
-        return b"".join(map(self._passed, self._lines(part)))
-
-    def _passed(self, line: bytes) -> bytes:
+    def _line(self, line: bytes) -> bytes:
         if line.startswith(b"data:") and b'"stop_reason"' in line:
             return self._event(line[5:].strip())
         return line + b"\n"
@@ -216,7 +197,7 @@ class StopReasons(Translator):
             fields = _fields_of(data)
             if "delta" in fields:
                 data = _encode({**fields, "delta": self._told(_fields_of(fields["delta"]))})
-        except (msgspec.MsgspecError, UnicodeDecodeError):
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             pass
         return b"data: %b\n" % data
 
@@ -241,15 +222,11 @@ def _told(reason: str, word: str | None, stops: Sequence[str]) -> tuple[str, str
     return ("stop_sequence", word) if reason == "end_turn" and word in stops else (reason, None)
 
 
-def _unreadable(error: Exception) -> ApiError:
-    return ApiError(502, "engine_lost", f"The engine's answer cannot be read: {error}.")
-
-
 def _input(arguments: str | None) -> dict[str, msgspec.Raw]:
     """Of a call; empty for one that was cut off in the middle, as on the engine's own route."""
     try:
         return _fields_of(arguments or "{}")
-    except (msgspec.MsgspecError, UnicodeError):
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
         return {}
 
 

@@ -30,7 +30,7 @@ class MessagesExchange(Exchange):
         asked = self._asked
         if asked.is_chat or asked.stops:
             translator = Translation(asked.stops) if asked.is_chat else StopReasons(asked.stops)
-            self._answer = TranslatedAnswer(self._answer, translator)
+            self._answer = TranslatedAnswer(self._answer, translator, streams=wish.streams)
         super()._submit(wish)
 
     def _asked_of_engine(self) -> tuple[bytes, bytes]:

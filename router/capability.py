@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
 
@@ -19,6 +19,8 @@ from router.flags import Purpose
 from router.routing import some_of
 
 _LONGEST_REFUSAL = 1000
+_LONGEST_WORDS = 4000
+"""Of an error that is no document of the engine's API."""
 
 _CODES = {400: "invalid_request", 404: "not_found", 501: "not_supported", 503: "unavailable"}
 """For errors that name no kind."""
@@ -35,20 +37,23 @@ _MISTAKES = (
 )
 """What an engine finds wrong with a request and nevertheless calls its own error, a 500, which clients repeat."""
 _LARGER_THAN_A_BATCH = re.compile(
-    r"input \((\d+) tokens\) is too large to process\. increase [^(]*\(current batch size: (\d+)\)"
+    r"input \((\d{1,12}) tokens\) is too large to process\. increase [^(]*\(current batch size: (\d{1,12})\)"
 )
 """Of what embeds or reranks, the batch is as long as the context, unless its flags say otherwise."""
+
+
+_Tokens = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
 
 
 class _Error(msgspec.Struct):
     message: str = ""
     type: str = ""
-    n_prompt_tokens: int | None = None
-    n_ctx: int | None = None
+    n_prompt_tokens: _Tokens | None = None
+    n_ctx: _Tokens | None = None
 
 
 class _Answer(msgspec.Struct):
-    error: _Error
+    error: _Error | str
 
 
 _decode = msgspec.json.Decoder(_Answer).decode
@@ -57,11 +62,11 @@ _decode = msgspec.json.Decoder(_Answer).decode
 def error_of_engine(status: int, body: bytes) -> ApiError:
     """What an engine has answered instead of what it was asked for."""
     try:
-        error = _decode(body).error
-    except (msgspec.MsgspecError, UnicodeDecodeError):  # some errors have no body at all
-        error = _Error(
-            body.decode("utf-8", "replace").strip() or f"The engine answers {status}, without a reason."
-        )
+        said = _decode(body).error
+        error = _Error(said) if isinstance(said, str) else said
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # some errors have no body at all
+        text = body[:_LONGEST_WORDS].decode("utf-8", "replace").strip()
+        error = _Error(text or f"The engine answers {status}, without a reason.")
     if error.type == "exceed_context_size_error" and error.n_ctx is not None:
         return ContextExceeded.of(error.n_prompt_tokens or 0, error.n_ctx)
     if (told := _LARGER_THAN_A_BATCH.search(error.message)) is not None:

@@ -17,13 +17,16 @@ from typing import Any
 
 import msgspec
 
-from router.answer import Translator
+from router.answer import BrokenAnswer, Translator
+from router.capability import error_of_engine
 from router.meter import AnswerMeter, Timings, Usage
 from router.routing import Shape
 from router.shortening import Text
 
 _MOST_COUNTED = 1 << 16
 """Choices of one answer. No engine has as many slots, nor takes as many prompts."""
+_MOST_COLLECTED = 64 << 20
+"""Bytes of events of which a document is made: of 20,000 tokens, each with 20 alternatives, or of many more."""
 
 
 class _Wanted(msgspec.Struct):
@@ -49,10 +52,39 @@ class _Numbered(msgspec.Struct):
     index: int = 0
 
 
+class _CallPiece(msgspec.Struct, omit_defaults=True):
+    index: int = 0
+    id: str | None = None
+    type: str | None = None
+    function: dict[str, str | None] = {}
+
+
+class _Logprobs(msgspec.Struct):
+    content: list[Any] | None = None
+
+
+class _Piece(msgspec.Struct):
+    """Of a choice."""
+
+    index: int = 0
+    finish_reason: str | None = None
+    text: str | None = None
+    delta: dict[str, Any] | None = None
+    logprobs: _Logprobs | None = None
+
+
+class _Event(msgspec.Struct):
+    """One that is put together with the others into a document."""
+
+    choices: list[_Piece] = []
+    error: msgspec.Raw = msgspec.Raw(b"")
+
+
 _decode_wanted = msgspec.json.Decoder(_Wanted).decode
 _decode_figures = msgspec.json.Decoder(_Figures).decode
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_decode = msgspec.json.Decoder().decode
+_decode_kind = msgspec.json.Decoder(str).decode
+_decode_event = msgspec.json.Decoder(_Event).decode
 _encode = msgspec.json.encode
 
 
@@ -75,14 +107,14 @@ class Several(Translator):
 
     def forget(self) -> None:
         """What has come so far: the engine is asked again."""
-        self._rest = b""
+        self._rest, self._rest_size = [], 0
+        self._collected = 0
+        """Bytes of events, of which a document is made."""
         self._ended = 0
         """The choice whose end was told last: its usage follows."""
         self._counted: dict[int, _Figures] = {}
         self._envelope: dict[str, Any] = {}
         self._choices: dict[int, dict[str, Any]] = {}
-        self.error: bytes = b""
-        """The engine's, within its stream."""
 
     def document(self, body: bytes) -> bytes:
         """An engine that gives no stream has said all of it."""
@@ -93,6 +125,9 @@ class Several(Translator):
 
     def _event(self, data: bytes) -> bytes:
         if not self.streams:
+            self._collected += len(data)
+            if self._collected > _MOST_COLLECTED:
+                raise BrokenAnswer.unreadable("it does not end")
             self._take(data)
             return b""
         if data == b"[DONE]":
@@ -119,7 +154,7 @@ class Several(Translator):
     def _count(self, data: bytes) -> _Figures | None:
         try:
             figures = _decode_figures(data)
-        except (msgspec.MsgspecError, UnicodeDecodeError):
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return None
         if figures.choices:
             self._ended = figures.choices[0].index
@@ -136,22 +171,22 @@ class Several(Translator):
     def _take(self, data: bytes) -> None:
         if data in (b"[DONE]", b"null"):
             return
-        try:
-            fields = _decode(data)
-        except (msgspec.MsgspecError, UnicodeDecodeError):
-            return
-        if "error" in fields:
-            self.error = data
-            return
+        event = _decode_event(data)
+        if event.error:
+            raise BrokenAnswer(error_of_engine(500, data))
         self._count(data)
+        fields = _decode_fields(data)
         self._envelope |= {key: fields[key] for key in _ENVELOPE if key in fields}
-        for choice in fields.get("choices", ()):
-            _add(self._choices.setdefault(choice.get("index", 0), {}), choice)
+        for piece in event.choices:
+            if not 0 <= piece.index < _MOST_COUNTED:
+                raise BrokenAnswer.unreadable(f"choice {piece.index} of an answer")
+            _add(self._choices.setdefault(piece.index, {}), piece)
 
     def _document(self) -> bytes:
         """All choices, in their order, with the figures of all of them."""
         choices = [{"index": index, **_finished(self._choices[index])} for index in sorted(self._choices)]
-        envelope = {**self._envelope, "object": str(self._envelope.get("object", "")).removesuffix(".chunk")}
+        kind = _decode_kind(self._envelope.get("object", msgspec.Raw(b'""'))).removesuffix(".chunk")
+        envelope = {**self._envelope, "object": kind}
         return _encode({"choices": choices, **envelope, "usage": self._told(), "timings": self._timings()})
 
     # --- figures ------------------------------------------------------------------------------------------
@@ -204,44 +239,58 @@ def _together(told: Mapping[int, Timings], per_prompt: int) -> Timings:
 _ENVELOPE = ("id", "object", "created", "model", "system_fingerprint")
 
 
-def _add(choice: dict[str, Any], piece: dict[str, Any]) -> None:
+class _Text(list[str]):
+    """Pieces of one, until all are here."""
+
+    def whole(self) -> str:
+        return "".join(self)
+
+
+def _add(choice: dict[str, Any], piece: _Piece) -> None:
     """A piece of a choice to what there is of it."""
-    if piece.get("finish_reason") is not None:
-        choice["finish_reason"] = piece["finish_reason"]
-    if piece.get("logprobs"):
+    if piece.finish_reason is not None:
+        choice["finish_reason"] = piece.finish_reason
+    if piece.logprobs is not None:
         tokens = choice.setdefault("logprobs", {"content": []})["content"]
-        tokens += piece["logprobs"].get("content") or ()
-    if "text" in piece:
-        choice["text"] = choice.get("text", "") + piece["text"]
-    if "delta" not in piece:
+        tokens += piece.logprobs.content or ()
+    if piece.text is not None:
+        choice.setdefault("text", _Text()).append(piece.text)
+    if piece.delta is None:
         return
     message = choice.setdefault("message", {"role": "assistant", "content": None})
-    for key, value in piece["delta"].items():
+    for key, value in piece.delta.items():
         if key == "tool_calls":
-            calls = message.setdefault("tool_calls", {})
-            for call in value:
-                _add_call(calls.setdefault(call.get("index", 0), {}), call)
+            calls = message.setdefault(key, {})
+            for call in msgspec.convert(value, list[_CallPiece]):
+                _add_call(calls.setdefault(call.index, {"function": {}}), call)
         elif isinstance(value, str) and key != "role":
-            message[key] = (message.get(key) or "") + value
+            if not isinstance(message.get(key), _Text):
+                message[key] = _Text()
+            message[key].append(value)
         elif value is not None:
             message[key] = value
 
 
-def _add_call(call: dict[str, Any], piece: dict[str, Any]) -> None:
-    for key, value in piece.items():
-        if key == "function":
-            function = call.setdefault("function", {})
-            for name, text in value.items():
-                function[name] = function.get(name, "") + text
-        elif key != "index":
-            call[key] = value
+def _add_call(call: dict[str, Any], piece: _CallPiece) -> None:
+    for name, text in piece.function.items():
+        call["function"].setdefault(name, _Text()).append(text or "")
+    call |= {key: value for key, value in (("id", piece.id), ("type", piece.type)) if value is not None}
 
 
 def _finished(choice: dict[str, Any]) -> dict[str, Any]:
+    if "text" in choice:
+        return {"logprobs": None, **choice, "text": choice["text"].whole()}
     message = choice.get("message")
-    if message is not None and isinstance(message.get("tool_calls"), dict):
-        message["tool_calls"] = [message["tool_calls"][index] for index in sorted(message["tool_calls"])]
-    return {"logprobs": None, **choice} if "text" in choice else choice
+    if message is None:
+        return choice
+    whole = {key: value.whole() if isinstance(value, _Text) else value for key, value in message.items()}
+    if "tool_calls" in message:
+        whole["tool_calls"] = [_finished_call(call) for _, call in sorted(message["tool_calls"].items())]
+    return {**choice, "message": whole}
+
+
+def _finished_call(call: dict[str, Any]) -> dict[str, Any]:
+    return {**call, "function": {name: text.whole() for name, text in call["function"].items()}}
 
 
 # --- the engine's own routes --------------------------------------------------------------------------------
@@ -273,7 +322,7 @@ class ChoicesMeter(AnswerMeter, kw_only=True):
             elif said[2] is not None:
                 self._ended.add(self._index)
             else:
-                with suppress(msgspec.MsgspecError):
+                with suppress(msgspec.MsgspecError, RecursionError):
                     self._timings[self._index] = _decode_timings(said[3])
         self._seen = text[max(looked_at, len(text) - _LONGEST_SAID) :]
 

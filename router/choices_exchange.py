@@ -4,8 +4,6 @@ counted; others pass as they are.
 
 from __future__ import annotations
 
-import msgspec
-
 from router.answer import TranslatedAnswer
 from router.api.errors import ApiError
 from router.choices import ChoicesMeter, Several
@@ -13,7 +11,6 @@ from router.exchange import Exchange
 from router.meter import AnswerMeter, Usage
 from router.routing import Shape, Wish, lists_prompts, shape_of
 from router.shortening import Shortened, Text
-from router.upstream import Head
 
 OPENAIS_ROUTES = frozenset({"/v1/chat/completions", "/chat/completions", "/v1/completions", "/completions"})
 ENGINES_ROUTES = frozenset({"/completion", "/infill"})
@@ -46,7 +43,7 @@ class ChoicesExchange(Exchange):
 
     def _submit(self, wish: Wish) -> None:
         if self._several is not None:
-            self._answer = TranslatedAnswer(self._answer, self._several)
+            self._answer = TranslatedAnswer(self._answer, self._several, streams=wish.streams)
         super()._submit(wish)
 
     def _check(self, answers: Shape, alias: str) -> None:
@@ -58,17 +55,6 @@ class ChoicesExchange(Exchange):
                 "Ask for fewer, or send several requests."
             )
             raise ApiError(400, "invalid_request", message, "n")
-
-    def _end_relaying(self, head: Head, part: bytes) -> None:
-        several = self._several
-        if several is not None:
-            self._answer.write(part)  # its figures come before the account that is given of it
-            part = b""
-            if several.error and not several.streams:  # as the engine would answer who asks for a document
-                self._meter = AnswerMeter()
-                self._answer_whole(msgspec.structs.replace(head, status=500), several.error)
-                return
-        super()._end_relaying(head, part)
 
     def lost(self, reason: str) -> None:
         if self._several is not None and not self._answer.started:  # nothing has reached the client

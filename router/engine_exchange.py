@@ -65,6 +65,8 @@ class EngineExchange(Exchange):
 
     __slots__ = ()
 
+    _takes_encoded = True
+
     def _check_head(self) -> None:
         super()._check_head()
         check_size(*self._asked_of_engine())

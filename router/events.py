@@ -98,7 +98,8 @@ class RequestDone(msgspec.Struct, frozen=True):
     priority: str
     """Empty likewise."""
     outcome: str
-    """served, cancelled, engine_refused (it answered 4xx), engine_error (5xx), or the code of our own error"""
+    """served, cancelled, engine_refused (it answered 4xx), engine_error (5xx, or what cannot be read), or the code
+    of our own error"""
     status: int
     queue_sec: float
     load_sec: float

@@ -18,17 +18,18 @@ import logging
 import math
 import re
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from random import getrandbits
 from urllib.parse import quote
 
-from router.answer import Answer
+from router.answer import Answer, BrokenAnswer
 from router.api.auth import Client, Keyring
 from router.api.browsers import Browsers
 from router.api.cards import Cards
-from router.api.errors import ApiError, error_event, refused
+from router.api.errors import ApiError, refused
 from router.capability import error_of_engine, refused_by_engine
 from router.config import System
 from router.crowd import Bodies
@@ -37,7 +38,7 @@ from router.events import RequestDone
 from router.forms import is_form
 from router.heads import Admission, RequestHead, check_size
 from router.large_memory import LargeMemory
-from router.meter import AnswerMeter, Usage
+from router.meter import NO_USAGE, AnswerMeter, Usage
 from router.queue import NAMES, Priority
 from router.rewriting import depth_of, rewritten
 from router.routing import WITHOUT_TOKENS, Wish, priority_of, read_wish, shortened
@@ -62,6 +63,18 @@ _BUFFERED_ANSWER = 4 << 20
 _WOULD_SHOW_PROMPT = (
     "The answer would hold the alias's system prompt, which this API key may not see; ask for {!r} instead."
 )
+_WITH_LAST_EVENT = frozenset(
+    {
+        "/v1/chat/completions",
+        "/chat/completions",
+        "/v1/completions",
+        "/v1/messages",
+        "/v1/responses",
+        "/responses",
+    }
+)
+"""Where a stream that ends without its last event is not whole, however properly the engine has ended it."""
+
 _EVENT_STREAM = b"content-type: text/event-stream\r\ncache-control: no-cache\r\n"
 
 
@@ -99,7 +112,7 @@ class Exchanges:
         now, system = time.monotonic(), self.dispatcher.config.system
         try:
             for exchange in list(self._watched):
-                exchange.must_have_moved(now, system)
+                exchange.attempt(exchange.must_have_moved, now, system)
         finally:
             if self._watched:
                 self._set_timer()
@@ -114,6 +127,7 @@ class Exchange:
         "_client",
         "_connection",
         "_dispatcher",
+        "_gathered",
         "_head",
         "_heartbeat",
         "_held",
@@ -123,7 +137,6 @@ class Exchange:
         "_large",
         "_lines",
         "_meter",
-        "_parts",
         "_reason",
         "_received",
         "_relays",
@@ -153,7 +166,7 @@ class Exchange:
         self._to_come = 0
         self._held = 0
         """Bytes of the body, as they count in the sum over all requests."""
-        self._parts: list[bytes] = []
+        self._gathered = bytearray()
         """Of an answer that is read whole before any of it is sent."""
         self._body: Body = b""
         self._streams = False
@@ -273,7 +286,7 @@ class Exchange:
         """A large one, on a thread; one after the other, as several threads would leave the event loop less."""
         loop = asyncio.get_running_loop()
         reading = self._shared.readers.submit(self._read_large, body)
-        reading.add_done_callback(lambda reading: loop.call_soon_threadsafe(self._was_read, reading))
+        reading.add_done_callback(lambda reading: loop.call_soon_threadsafe(self.attempt, self._was_read, reading))
 
     def _read_large(self, body: memoryview) -> tuple[Wish, Pieces]:
         """The same in steps, between which other threads get their turns."""
@@ -303,9 +316,6 @@ class Exchange:
             self._hold(self._body.copied)
         except ApiError as error:
             self._refuse(error)
-        except Exception as error:
-            _log.error("a request broke the router", exc_info=error)
-            self._refuse(ApiError(500, "internal_error", "The router made a mistake; see its log."))
         else:
             self._submit(wish)
 
@@ -395,7 +405,7 @@ class Exchange:
         if ticket.decided:
             self._decided()
             return
-        ticket.when_decided(self._decided)
+        ticket.when_decided(partial(self.attempt, self._decided))
         self._shared.bodies.wait(self, ticket.priority, self._held)
         if self._streams and self._heartbeat is None:
             self._set_heartbeat()
@@ -433,7 +443,7 @@ class Exchange:
     def _set_heartbeat(self) -> None:
         beat_sec = self._dispatcher.config.api.heartbeat_sec
         if beat_sec > 0:
-            self._heartbeat = asyncio.get_running_loop().call_later(beat_sec, self._beat)
+            self._heartbeat = asyncio.get_running_loop().call_later(beat_sec, self.attempt, self._beat)
 
     def _beat(self) -> None:
         """A stream that waits says so, lest clients and proxies give up."""
@@ -478,10 +488,10 @@ class Exchange:
         if last:
             self._connection = None  # it is back in its pool
         if not self._relays:
+            if head.is_encoded and not self._takes_encoded:
+                raise BrokenAnswer.unreadable("it is compressed, which nobody has asked for")
             if self._is_read_whole(head):
-                self._parts.append(part)
-                if last:
-                    self._answer_whole(head, b"".join(self._parts))
+                self._gather(head, part, last)
                 return
             self._start_relaying(head)
         if part:
@@ -491,10 +501,28 @@ class Exchange:
         else:
             self._answer.write(part)
 
+    def _gather(self, head: Head, part: bytes, last: bool) -> None:
+        """More of an answer that is read whole."""
+        if last:
+            self._answer_whole(head, bytes(self._gathered + part) if self._gathered else part)
+            return
+        self._gathered += part
+        if head.content_length is None and len(self._gathered) > _BUFFERED_ANSWER:
+            raise BrokenAnswer.unreadable("it does not end")
+
     def _end_relaying(self, head: Head, part: bytes) -> None:
         """`part` is the last of it, if anything."""
+        if head.streams and not (self._meter.has_ended or self._meter.ends_in_error) and self._has_last_event():
+            if part:
+                self._answer.write(part)
+            raise BrokenAnswer(ApiError(502, "engine_lost", "The engine ended the stream before its last event."))
+        part = self._answer.rest(part)
         self._end(self._outcome_of_stream())
         self._answer.end(part)
+
+    def _has_last_event(self) -> bool:
+        """Whether a stream of this route says where it ends."""
+        return self._path_of_engine() in _WITH_LAST_EVENT
 
     def _outcome_of_stream(self) -> str:
         if not self._meter.ends_in_error:
@@ -510,19 +538,32 @@ class Exchange:
         if self._relays:
             self._break_off(ApiError(502, "engine_lost", f"The engine broke off: {reason}."))
         else:
-            self._parts.clear()
+            self._gathered.clear()
             self._dispatcher.requeue(self._ticket, reason)
             self._wait_for_slot(self._ticket)
 
-    def failed(self) -> None:
-        """A mistake of the router's: its client gets an error, or sees that the answer is not whole."""
-        _log.exception("request %s: its answer could not be passed on", self._request_id)
-        self._connection = None
+    def attempt(self, step: Callable[..., None], *arguments: object) -> None:
+        """One that the event loop takes: nobody else would hear that it has failed."""
+        try:
+            step(*arguments)
+        except Exception as error:
+            self.failed(error)
+
+    def failed(self, error: Exception) -> None:
+        """What the engine says makes no sense, or the router has made a mistake: its client gets an error, or sees
+        that the answer is not whole.
+        """
+        if isinstance(error, BrokenAnswer) and not self._is_over:
+            said, outcome = error.error, _outcome(error.error.status)
+        else:
+            _log.error("request %s: its answer could not be passed on", self._request_id, exc_info=error)
+            said = ApiError(500, "internal_error", "The router made a mistake; see its log.")
+            outcome = said.code
         if self._is_over:
             self._answer.abort()
             return
         try:
-            self._fail(ApiError(500, "internal_error", "The router made a mistake; see its log."))
+            self._fail(said, outcome)
         except Exception:
             _log.exception("request %s: nor could its error", self._request_id)
             self._answer.abort()
@@ -548,6 +589,8 @@ class Exchange:
             self._answer.abort()
         elif connection is None or not connection.is_open:
             self._time_out(f"The engine could not be reached for {limit_sec:g} s (request_timeout_sec).")
+        elif connection.stopped_midway:  # it computes no more of it, whatever it says to probes
+            self._time_out(f"The engine stopped in its answer for {limit_sec:g} s (request_timeout_sec).")
         elif engine.failed_probes and now - engine.alive_sec >= limit_sec:
             self._time_out(
                 f"The engine sent nothing, not even to probes, for {limit_sec:g} s (request_timeout_sec)."
@@ -559,15 +602,21 @@ class Exchange:
     def _break_off(self, error: ApiError) -> None:
         """No more of the answer will come. Of a stream whose last event has passed, nothing is missing."""
         if self._relays and self._streams and not self._answer.has_length and self._meter.has_ended:
+            rest = self._answer.rest(b"")
             self._end(self._outcome_of_stream())
-            self._answer.end()
+            self._answer.end(rest)
         else:
             self._fail(error)
+
+    _takes_encoded = False
+    """The client has said which encodings it takes."""
 
     def _is_read_whole(self, head: Head) -> bool:
         if self._answer.started:  # with heartbeats: nothing but events may follow
             return head.status != 200 or not head.streams
-        return head.content_length is not None and head.content_length <= _BUFFERED_ANSWER
+        if head.content_length is None:
+            return head.status >= 400
+        return head.content_length <= _BUFFERED_ANSWER
 
     def _answer_whole(self, head: Head, body: bytes) -> None:
         ticket = self._ticket
@@ -579,12 +628,14 @@ class Exchange:
                 return
         error = error_of_engine(head.status, body) if head.status >= 400 else None
         self._status = head.status if error is None else error.status
+        if error is None and self._answer.started:
+            raise BrokenAnswer.unreadable("it is a document, and a stream was asked for")
         if not self._answer.started:
             self._meter.note(body)
+        if error is None:
+            body = self._answer.told(body)
         self._end(_outcome(self._status))
-        if error is None and self._answer.started:
-            self._answer.end(error_event(body.replace(b"\n", b" "), self._head.path))
-        elif error is None:
+        if error is None:
             self._answer.whole(head.status, head.lines + self._lines_of(ticket), body)
         elif self._answer.started:
             self._answer.break_off(self._event_of(error))
@@ -616,11 +667,12 @@ class Exchange:
         self._received = b""
         self._write_error(error, self._id_line + self._lines)
 
-    def _fail(self, error: ApiError) -> None:
+    def _fail(self, error: ApiError, outcome: str = "") -> None:
+        """`outcome`: what it counts as, if not by the error's code."""
         self._reason = error.message
         if not self._answer.started:
             self._status = error.status
-        self._end(error.code)
+        self._end(outcome or error.code)
         if not self._answer.started:
             self._write_error(error, self._id_line + self._lines)
         elif self._streams and not self._answer.has_length:
@@ -699,7 +751,7 @@ class Exchange:
                 meter.size,
                 ticket.retries,
                 self._resends,
-                self._usage(),
+                self._usage_if_readable(),
                 ticket.client,
                 self._answer.peer if ticket.rejection is not None else "",
             )
@@ -708,6 +760,14 @@ class Exchange:
     def _usage(self) -> Usage:
         """What the answer says of its tokens."""
         return self._meter.usage()
+
+    def _usage_if_readable(self) -> Usage:
+        """A request is over once, and gives back what it holds, whatever its engine says of it."""
+        try:
+            return self._usage()
+        except Exception:
+            _log.exception("request %s: its tokens could not be counted", self._request_id)
+            return NO_USAGE
 
     def _trace(self) -> str:
         """The client's trace context, if it has one."""

@@ -95,6 +95,9 @@ class Turn(Protocol):
     def hang_up(self) -> None:
         """Close the connection after the answer."""
 
+    def failed(self, error: Exception) -> None:
+        """One of these methods has raised this."""
+
 
 class HttpProtocol(asyncio.Protocol):
     """One client's connection. uvicorn makes it, and ends it by `shutdown`."""
@@ -350,6 +353,11 @@ class HttpProtocol(asyncio.Protocol):
             self._unreadable = _not_understood()
 
     def _broke(self, cause: BaseException) -> None:
+        turn = self._turn
+        if turn is not None and isinstance(cause, Exception):  # it accounts for itself, and knows how it is told
+            turn.hang_up()
+            turn.failed(cause)
+            return
         _log.error("a request broke the router", exc_info=cause)
         self._refuse(ApiError(500, "internal_error", "The router made a mistake; see its log."))
 
@@ -661,6 +669,10 @@ class _Page:
 
     def hang_up(self) -> None:
         self._cycle.keep_alive = False
+
+    def failed(self, error: Exception) -> None:
+        _log.error("a request broke the router", exc_info=error)
+        self._connection.abort()
 
     def _answered(self) -> None:
         self._connection.answered(keep_alive=self._cycle.keep_alive)

@@ -27,11 +27,20 @@ _TAIL_BYTES = 4096
 _TAIL_PARTS = 4
 """The figures, `[DONE]`, and two more in case that the network has torn them."""
 _FIGURES_BYTES = 512
+_MOST = 1 << 40
+"""Tokens, or milliseconds, of one answer."""
 _FIGURE = re.compile(
     rb'"(prompt_tokens|completion_tokens|cached_tokens|input_tokens|output_tokens|cache_read_input_tokens)"'
     rb": ?(\d{1,12})\b"
 )
-_ENDS = (b"data: [DONE]\n", b"event: message_stop\n", b"event: response.completed\n", b'"stop":true')
+_ENDS = (
+    b"data: [DONE]\n",
+    b"event: message_stop\n",
+    b"event: response.completed\n",
+    b"event: response.incomplete\n",
+    b"event: response.failed\n",
+    b'"stop":true',
+)
 """In the last event of a stream: of OpenAI's chats and completions, Anthropic's, responses, and `/completion`."""
 _PIECE = re.compile(rb'"(?:arguments|content|delta|partial_json|reasoning_content|text|thinking)": ?"(?!")')
 """Text in an event of a stream; hardly ever is one not a token."""
@@ -64,7 +73,10 @@ class Timings(msgspec.Struct):
     predicted_ms: float = 0.0
 
     def usage(self) -> Usage:
-        """The same, as all answers are counted."""
+        """The same, as all answers are counted; figures that cannot be true count as nothing."""
+        figures = (self.prompt_n, self.cache_n, self.predicted_n, self.prompt_ms, self.predicted_ms)
+        if min(figures) < 0 or max(figures) > _MOST:
+            return NO_USAGE
         return Usage(
             self.prompt_n + self.cache_n,
             self.cache_n,
@@ -139,7 +151,7 @@ def _of_timings(tail: bytes) -> Usage | None:
         return None
     try:
         return _decode_timings(tail[begin + 10 : tail.find(b"}", begin) + 1]).usage()
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):
         return None
 
 

@@ -15,7 +15,9 @@ from typing import Any
 
 import msgspec
 
-from router.answer import NotUnderstood, Translator
+from router.answer import LONGEST_EVENT, BrokenAnswer, Translator
+from router.api.errors import ApiError
+from router.capability import error_of_engine
 from router.meter import Timings
 from router.ollama_requests import Asked
 
@@ -44,6 +46,14 @@ class _ToolCall(msgspec.Struct):
     index: int | None = None
     """Only in a stream, where it tells which call a piece belongs to."""
     id: str | None = None
+
+
+class _Call(msgspec.Struct):
+    """As much of a call as is here."""
+
+    id: str = ""
+    name: str = ""
+    arguments: list[str] = []
 
 
 class _Message(msgspec.Struct):
@@ -81,28 +91,15 @@ class _Part(msgspec.Struct):
     error: msgspec.Raw = _NO_ERROR
     # `/completion` and `/infill`
     content: str | None = None
+    stop: bool = False
     stop_type: str | None = None
     completion_probabilities: list[_Token] | None = None
     # `/v1/embeddings`
     data: list[_Embedding] | None = None
 
 
-class _Said(msgspec.Struct):
-    message: str = ""
-
-
 _decode = msgspec.json.Decoder(_Part).decode
 _decode_vector = msgspec.json.Decoder(list[float]).decode
-_decode_said = msgspec.json.Decoder(_Said).decode
-
-
-def _message_of(error: msgspec.Raw) -> str:
-    try:
-        if bytes(error).startswith(b'"'):
-            return str(msgspec.json.decode(error))
-        return _decode_said(error).message
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        return bytes(error).decode("utf-8", "replace")
 
 
 class Translation(Translator):
@@ -117,29 +114,31 @@ class Translation(Translator):
         self._chats = asked.kind in ("chat", "earlier_chat")
         self._waited_sec = waited_sec
         self._begun_sec = time.monotonic()
-        self._calls: dict[int, _ToolCall] = {}
+        self._calls: dict[int, _Call] = {}
+        self._collected = 0
+        """Characters of all their arguments, and pieces."""
         self._reason = "stop"
         self._timings: Timings | None = None
         self._usage: _Usage | None = None
-        self._failed = False
+        self._ended = False
+        """The engine has said that this was its last event."""
 
     # --- streams ----------------------------------------------------------------------------------------
 
     def last_events(self) -> bytes:
-        if self._failed:
-            return b""
+        if not self._ended:
+            raise BrokenAnswer(ApiError(502, "engine_lost", "The engine ended the stream before its last event."))
         calls = self._tool_calls()
         return (self._written(calls) if calls else b"") + self._written({}, done=True)
 
     def _event(self, data: bytes) -> bytes:
-        if self._failed or data == b"[DONE]":
+        if data == b"[DONE]":
+            self._ended = True
             return b""
-        try:
-            part = _decode(data)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            return self._fail(f"the engine's answer cannot be read: {error}")
+        part = _decode(data)
         if part.error is not _NO_ERROR:
-            return self._fail(_message_of(part.error))
+            raise BrokenAnswer(error_of_engine(500, data))
+        self._ended |= part.stop
         said = self._take_in(part)
         return self._written(said) if said else b""
 
@@ -147,20 +146,12 @@ class Translation(Translator):
         """Lines of JSON have none."""
         return b""
 
-    def _fail(self, message: str) -> bytes:
-        self._failed = True
-        return _encode({"error": message}) + b"\n"
-
     # --- documents --------------------------------------------------------------------------------------
 
     def document(self, body: bytes) -> bytes:
-        """Raises NotUnderstood."""
-        try:
-            part = _decode(body)
-            if part.data is not None:
-                return self._embedded(part.data, part.usage)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise NotUnderstood(_encode({"error": f"the engine's answer cannot be read: {error}"})) from None
+        part = _decode(body)
+        if part.data is not None:
+            return self._embedded(part.data, part.usage)
         said, calls = self._take_in(part), self._tool_calls()
         text = said.get("content", "") + calls.get("content", "")
         return self._written({**said, **calls, "content": text}, done=True)
@@ -226,23 +217,27 @@ class Translation(Translator):
         return said
 
     def _collect(self, index: int, piece: _ToolCall) -> None:
-        call = self._calls.setdefault(index, _ToolCall(_Function()))
-        call.id = call.id or piece.id
-        call.function.name = call.function.name or piece.function.name
-        call.function.arguments = (call.function.arguments or "") + (piece.function.arguments or "")
+        call = self._calls.setdefault(index, _Call())
+        call.id = call.id or piece.id or ""
+        call.name = call.name or piece.function.name or ""
+        arguments = piece.function.arguments or ""
+        call.arguments.append(arguments)
+        self._collected += len(arguments) + 1
+        if self._collected > LONGEST_EVENT:
+            raise BrokenAnswer.unreadable("its calls of tools do not end")
 
     def _tool_calls(self) -> dict[str, Any]:
         """The calls that are whole; what was cut off in the middle is content, as with Ollama."""
         whole: list[dict[str, Any]] = []
         torn = ""
         for index, call in self._calls.items():
-            text = call.function.arguments or "{}"
+            text = "".join(call.arguments) or "{}"
             try:
                 arguments = msgspec.json.decode(text)
-            except msgspec.DecodeError:
+            except (msgspec.DecodeError, RecursionError):
                 torn += text
                 continue
-            function = {"index": index, "name": call.function.name or "", "arguments": arguments}
+            function = {"index": index, "name": call.name, "arguments": arguments}
             whole.append({"id": call.id or f"call_{index}", "function": function})
         said: dict[str, Any] = {"content": torn} if torn else {}
         return {**said, "tool_calls": whole} if whole else said

@@ -59,7 +59,7 @@ class OllamaExchange(Exchange):
             self._unload(wish.alias)
         elif self._asked.needs:
             self._look = asyncio.ensure_future(self._shared.cards.of([self._dispatcher.config.models[wish.alias]]))
-            self._look.add_done_callback(lambda look: self._submit_if_capable(wish, look))
+            self._look.add_done_callback(lambda look: self.attempt(self._submit_if_capable, wish, look))
         else:
             super()._submit(wish)
 
@@ -103,7 +103,7 @@ class OllamaExchange(Exchange):
             if not self._asked.target:
                 self._answer_without_engine("load")
                 return
-            self._answer = TranslatedAnswer(self._answer, self._translation)
+            self._answer = TranslatedAnswer(self._answer, self._translation, streams=self._streams)
         super()._decided()
 
     def _asked_of_engine(self) -> tuple[bytes, bytes]:
@@ -131,8 +131,8 @@ class OllamaExchange(Exchange):
     def _refuse(self, error: ApiError) -> None:
         super()._refuse(_with_ollamas_status(error))
 
-    def _fail(self, error: ApiError) -> None:
-        super()._fail(_with_ollamas_status(error))
+    def _fail(self, error: ApiError, outcome: str = "") -> None:
+        super()._fail(_with_ollamas_status(error), outcome)
 
 
 def _with_ollamas_status(error: ApiError) -> ApiError:

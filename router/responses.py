@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from router.answer import Translator
+from router.answer import BrokenAnswer, Translator
 from router.api.errors import ApiError
 from router.capability import error_of_engine
 from router.rewriting import joined
@@ -68,6 +68,8 @@ _LIMITS = ("max_output_tokens", "max_tokens", "max_completion_tokens", "n_predic
 """The engine's names for the most tokens of an answer, the one that counts first."""
 _OWN_FORMS = frozenset({"response_format", "json_schema", "grammar"})
 """The engine's own names for the form of a text: who uses them is taken at their word."""
+_MOST_ITEMS = 1 << 16
+"""Of one response, whose names are kept."""
 _NO_DETAILS = {"reasoning_tokens": 0}
 
 
@@ -140,7 +142,7 @@ def read(body: Text) -> Asked:
     """What is not of the API's shape is left for the engine to refuse."""
     try:
         fields: _Fields = dict(_fields_of(body))
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return Asked(body, {})
     repeated = {key: raw for key, raw in fields.items() if key in _REPEATED and bytes(raw) != b"null"}
     return Asked(_with_form(body, fields), repeated, _most_tokens(fields), "text" in fields)
@@ -160,7 +162,7 @@ def _with_form(body: Text, fields: _Fields) -> Text:
         return body
     try:
         wanted = _decode_wanted(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return body
     form = wanted.text.format if wanted.text is not None else None
     if form is None or form.type not in ("json_schema", "json_object"):
@@ -201,8 +203,9 @@ class Completion(Translator):
 
     def document(self, body: bytes) -> bytes:
         """A whole answer."""
+        said = _fields_of(body)
         try:
-            return _encode(self._response(_fields_of(body))[0])
+            return _encode(self._response(said)[0])
         except (msgspec.MsgspecError, UnicodeDecodeError):  # the engine's new ways, and its client's to understand
             return body
 
@@ -212,7 +215,7 @@ class Completion(Translator):
         """What is still to be said when the engine has said its last."""
         if self._ended:
             return b""
-        return self.failed(
+        raise BrokenAnswer(
             ApiError(502, "engine_lost", "The engine ended the stream before the response was complete.")
         )
 
@@ -241,9 +244,9 @@ class Completion(Translator):
         try:
             fields: _Fields = dict(_fields_of(data))
             if "type" not in fields and "error" in fields:
-                return self.failed(error_of_engine(500, data))
+                raise BrokenAnswer(error_of_engine(500, data))
             return self._completed(_decode_text(fields["type"]), fields)
-        except (msgspec.MsgspecError, UnicodeDecodeError, KeyError):  # no event of this API
+        except (msgspec.ValidationError, KeyError):  # no event of this API
             return b"data: %b\n\n" % data
 
     def _completed(self, kind: str, fields: _Fields) -> bytes:
@@ -314,6 +317,8 @@ class Completion(Translator):
         begin = b"" if self._begun else self._begin({})
         item = _decode_item(fields["item"])
         identity = _identity(item)
+        if len(self._items) == _MOST_ITEMS:
+            raise BrokenAnswer.unreadable("its items do not end")
         index = self._items[identity] = len(self._items)
         fields["item"] = {"id": identity, **_fields_of(fields["item"])}
         begin += self._written("response.output_item.added", {"output_index": index, **fields})

@@ -35,7 +35,7 @@ class ResponsesExchange(Exchange):
 
     def _submit(self, wish: Wish) -> None:
         self._completion = Completion(self._asked, lambda: self._bounds(wish.alias))
-        self._answer = TranslatedAnswer(self._answer, self._completion)
+        self._answer = TranslatedAnswer(self._answer, self._completion, streams=wish.streams)
         super()._submit(wish)
 
     def _event_of(self, error: ApiError) -> bytes:

@@ -8,6 +8,9 @@ the rest.
 llama-server closes idle connections whenever it likes. A request that was written to a pooled connection and
 saw no byte of an answer is therefore sent again, on a fresh connection. When a fresh one fails, too, the engine
 is lost, and what to do about it is the receiver's business.
+
+Nothing that an engine sends is believed to end: its head, and whatever else is no body, is bounded. What comes
+before it was asked for ends the connection, so that it is nobody's answer.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import asyncio
 import math
 import os
 import re
+import select
 import time
 from collections import deque
 from collections.abc import Callable
@@ -47,6 +51,11 @@ _NOT_RELAYED = frozenset(
 _KEEP_ALIVE_MAX = re.compile(rb"max=(\d+)")
 _DYING_SEC = 0.05
 """Until an engine that has died is known to be dead."""
+_LONGEST_HEAD = 64 * 1024
+"""Of an answer, with all announcements before it; and of what goes with a body and is none: extensions of chunks,
+and trailers."""
+_ENDS_OF_CHUNKS = 32
+"""A read up to this size that brings nothing of the body has torn the end of one chunk from the next."""
 _ONE_WRITE = 65536
 """Head and body are joined up to this size; beyond it the copy costs more than a second buffer."""
 
@@ -64,6 +73,8 @@ class Head(msgspec.Struct):
     is_chunked: bool
     streams: bool
     """`text/event-stream`"""
+    is_encoded: bool
+    """The body is compressed (`Content-Encoding`)."""
     keep_alive_max: float
     """Requests that the engine takes on one connection (`Keep-Alive: max=100`), before it closes it."""
 
@@ -80,8 +91,8 @@ class Receiver(Protocol):
     def lost(self, reason: str) -> None:
         """The engine cannot be reached, broke off, or does not speak HTTP."""
 
-    def failed(self) -> None:
-        """Take in what was received has raised the exception that is being handled."""
+    def failed(self, error: Exception) -> None:
+        """One of these methods has raised this."""
 
 
 class Connection(asyncio.Protocol):
@@ -89,6 +100,7 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_answered",
+        "_beside_body",
         "_complete",
         "_head",
         "_headers",
@@ -96,6 +108,7 @@ class Connection(asyncio.Protocol):
         "_may_stay",
         "_parser",
         "_parts",
+        "_poll",
         "_pool",
         "_receiver",
         "_request",
@@ -116,6 +129,10 @@ class Connection(asyncio.Protocol):
         self._known: Known[Head] | None = None
         """The head of the last answer, if the next one may have it, too."""
         self._parts: list[bytes] = []
+        self._beside_body = 0
+        """Bytes of this answer that came without any of its body."""
+        self._poll: select.poll | None = None
+        """Tells what lies in the socket, unread."""
         self._answered = False
         self._complete = False
         self._may_stay = False
@@ -129,6 +146,16 @@ class Connection(asyncio.Protocol):
     @property
     def is_open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether it may be used again: nothing has come since the last answer, neither bytes nor an end."""
+        return self.is_open and not (self._poll is not None and self._poll.poll(0))
+
+    @property
+    def stopped_midway(self) -> bool:
+        """Whether of an answer that an engine computes before it sends it a part is here. A stream has no such."""
+        return self._answered and (self._head is None or self._head.content_length is not None)
 
     def send(self, head: bytes, body: Body, receiver: Receiver) -> None:
         assert self._transport is not None
@@ -166,12 +193,14 @@ class Connection(asyncio.Protocol):
         receiver = self._receiver
         self.close()
         if receiver is not None:
-            receiver.lost("it was stopped")
+            _tell_lost(receiver, "it was stopped")
 
     # --- asyncio.Protocol -------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one only by its methods
+        self._poll = select.poll()
+        self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
         self._pool.opened(self)
 
     def data_received(self, data: bytes) -> None:
@@ -193,12 +222,13 @@ class Connection(asyncio.Protocol):
                     return
             try:
                 self._parser.feed_data(data)
-            except httptools.HttpParserError as error:
+            except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
                 self.close()
-                receiver.lost(f"the engine does not speak HTTP: {error}")
+                receiver.lost(f"the engine does not speak HTTP: {_told(error)}")
                 return
             head = self._head
             if head is None:
+                self._note_beside_body(len(data), receiver)
                 return
             if head.status == 401:  # our engine knows our key
                 self.close()
@@ -214,9 +244,18 @@ class Connection(asyncio.Protocol):
                 receiver.received(head, part, True)
             elif part:
                 receiver.received(head, part, False)
-        except Exception:  # whatever it is, nobody must wait for the rest of the answer
+            elif len(data) > _ENDS_OF_CHUNKS:
+                self._note_beside_body(len(data), receiver)
+        except Exception as error:  # whatever it is, nobody must wait for the rest of the answer
             self.close()
-            receiver.failed()
+            receiver.failed(error)
+
+    def _note_beside_body(self, size: int, receiver: Receiver) -> None:
+        self._beside_body += size
+        if self._beside_body > _LONGEST_HEAD:
+            self.close()
+            part = "head" if self._head is None else "chunks without any content"
+            receiver.lost(f"the engine sends more than {_LONGEST_HEAD >> 10} KiB of {part}")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
@@ -226,11 +265,14 @@ class Connection(asyncio.Protocol):
             return
         head = self._head
         if head is not None and head.content_length is None and not head.is_chunked:  # such a body ends here
-            receiver.received(head, b"", True)
+            try:
+                receiver.received(head, b"", True)
+            except Exception as error:
+                receiver.failed(error)
         elif self._uses > 1 and not self._answered:
             self._pool.connect(*self._request, receiver)
         else:
-            receiver.lost(str(exc) if exc else "the engine closed the connection")
+            _tell_lost(receiver, str(exc) if exc else "the engine closed the connection")
 
     # --- httptools --------------------------------------------------------------------------------------
 
@@ -243,19 +285,25 @@ class Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
+        if not 100 <= status <= 599:
+            raise ValueError(f"status {status}")
         if status < 200:  # 100 Continue and its like announce the real one
             self._headers = []
             return
         fields = dict(self._headers)
         length = fields.get(b"content-length")
+        coding = fields.get(b"transfer-encoding", b"").lower()
+        if coding not in (b"", b"chunked"):
+            raise ValueError("a transfer coding that nobody has asked for")
         streams = fields.get(b"content-type", b"").startswith(b"text/event-stream")
         most = _KEEP_ALIVE_MAX.search(fields.get(b"keep-alive", b""))
         self._head = Head(
             status,
             _relayed(self._headers),
             int(length) if length is not None else None,
-            b"chunked" in fields.get(b"transfer-encoding", b"").lower(),
+            coding == b"chunked",
             streams,
+            fields.get(b"content-encoding", b"identity") != b"identity",
             int(most[1]) if most is not None else math.inf,
         )
 
@@ -271,11 +319,27 @@ class Connection(asyncio.Protocol):
         self._request = (b"", b"")
         self._head = None
         self._headers = []
+        self._beside_body = 0
         self._answered = self._complete = False
         if self._may_stay:
             self._pool.give_back(self)
         else:
             self.close()
+
+
+def _told(error: Exception) -> str:
+    """In few words, whatever an engine has sent."""
+    cause = error.__context__  # what one of the parser's callbacks has raised
+    if isinstance(error, httptools.HttpParserUpgrade):
+        return "it switches to another protocol"
+    return str(cause) if isinstance(cause, ValueError) else str(error)[:200]
+
+
+def _tell_lost(receiver: Receiver, reason: str) -> None:
+    try:
+        receiver.lost(reason)
+    except Exception as error:
+        receiver.failed(error)
 
 
 def _relayed(headers: Headers) -> bytes:
@@ -311,9 +375,10 @@ class EnginePool:
         head = b"%b %b%b%bcontent-length: %d\r\n\r\n" % (method, target, self._lines, lines, len(body))
         while self._idle:
             connection = self._idle.pop()  # the one used last is the likeliest to live
-            if connection.is_open:
+            if connection.is_fresh:
                 connection.send(head, body, receiver)
                 return
+            connection.close()
         self.connect(head, body, receiver)
 
     @property
@@ -329,19 +394,27 @@ class EnginePool:
 
     async def _connect(self, head: bytes, body: Body, receiver: Receiver) -> None:
         if self._closed or not self._is_alive():  # its port may be somebody else's by now
-            receiver.lost("the engine is stopped")
+            _tell_lost(receiver, "the engine is stopped")
             return
         try:
             connection = await self._open()
-            if self._closed:
-                connection.close()
-                receiver.lost("the engine is stopped")
-            else:
-                connection.send(head, body, receiver)
         except Exception as error:  # nobody else would tell the receiver
             number = error.errno if isinstance(error, OSError) else None  # its text may hold the address
             reason = type(error).__name__ if number is None else os.strerror(number)
-            receiver.lost(f"cannot connect to the engine: {reason}")
+            _tell_lost(receiver, f"cannot connect to the engine: {reason}")
+            return
+        if self._closed:
+            connection.close()
+            _tell_lost(receiver, "the engine is stopped")
+            return
+        if not connection.is_open:
+            _tell_lost(receiver, "the engine closed the connection")
+            return
+        try:
+            connection.send(head, body, receiver)
+        except Exception as error:
+            connection.close()
+            receiver.failed(error)
 
     async def _open(self) -> Connection:
         """Raises OSError."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from router.answer import BrokenAnswer
 from router.api.errors import ApiError
 from router.ollama_answers import Translation
 from router.ollama_requests import Asked, duration_sec, translate
@@ -105,10 +106,18 @@ def test_a_completion_ends_by_its_limit() -> None:
     assert json.loads(translation.last_events())["done_reason"] == "length"
 
 
-def test_what_cannot_be_read_ends_the_stream_with_an_error() -> None:
+def test_a_stream_that_ends_without_its_last_event_is_not_whole() -> None:
     translation = Translation(asked(), lambda: 0.0)
-    lines = translation.events(b'data: {"choices": [\n\ndata: {"choices": []}\n\n') + translation.last_events()
-    assert set(json.loads(lines)) == {"error"}
+    translation.events(b'data: {"choices": [{"delta": {"content": "a"}}]}\n\n')
+    with pytest.raises(BrokenAnswer, match="before its last event"):
+        translation.last_events()
+
+
+def test_what_came_before_an_event_that_cannot_be_read_is_told() -> None:
+    translation = Translation(asked(), lambda: 0.0)
+    with pytest.raises(BrokenAnswer, match="cannot be read") as broken:
+        translation.events(b'data: {"choices": [{"delta": {"content": "a"}}]}\n\ndata: {"choices": [\n\n')
+    assert json.loads(broken.value.before)["message"]["content"] == "a"
 
 
 @pytest.mark.parametrize("image", [3, "a", "é" * 40, None])
@@ -132,8 +141,9 @@ def test_calls_of_a_whole_answer_are_as_many_as_there_are() -> None:
 
 
 def test_errors_of_any_shape_are_a_text() -> None:
-    texts = ((b'{"message": "no"}', "no"), (b'"no"', "no"), (b"3", "3"), (b'["no"]', '["no"]'))
-    torn = ((b'"\xff"', '"\ufffd"'), (b'{"message":"\xff"}', '{"message":"\ufffd"}'))
-    for error, text in (*texts, *torn):
-        said = Translation(asked(), lambda: 0.0).events(b'data: {"error": %b}\n' % error)
-        assert json.loads(said) == {"error": text}
+    shown = {b'"\xff"': '{"error": "\ufffd"}', b'{"message":"\xff"}': '{"error": {"message":"\ufffd"}}'}
+    for error, text in ((b'{"message": "no"}', "no"), (b'"no"', "no"), (b"3", '{"error": 3}'), *shown.items()):
+        with pytest.raises(BrokenAnswer) as broken:
+            Translation(asked(), lambda: 0.0).events(b'data: {"error": %b}\n' % error)
+        said = broken.value.error.message
+        assert said == text or "cannot be read" in said
