@@ -126,7 +126,7 @@ class RequestDone(msgspec.Struct, frozen=True):
     client: str = ""
     """Its name, if its key has one."""
     peer: str = ""
-    """Its address, if the router refused it: no engine was asked."""
+    """Its address, if the router refused it, or it left before it asked for a slot: no engine was asked."""
 
     @property
     def stream_sec(self) -> float:

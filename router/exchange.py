@@ -728,7 +728,7 @@ class Exchange:
                 streamed=self._streams,
                 request_bytes=len(self._body),
                 client=self._client_name,
-                peer=self._answer.peer if self._status >= 400 else "",
+                peer=self._answer.peer if outcome != "served" else "",
             )
         else:
             meter, arrival_sec = self._meter, ticket.arrival_sec

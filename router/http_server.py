@@ -176,6 +176,7 @@ class HttpProtocol(asyncio.Protocol):
         self.server_state.connections.discard(cast(Any, self))
         self._is_gone = True
         self._unread = b""
+        del self._parser  # they hold each other, and a parser holds what it has read of a head: 64 KiB perhaps
         if self._patience is not None:
             self._patience.cancel()
         if self._turn is not None:
@@ -304,6 +305,9 @@ class HttpProtocol(asyncio.Protocol):
                 self._unreadable = head_too_large(f"A request has more than {MOST_HEADERS} headers.")
             elif self._head is not None and len(self._url) > LONGEST_TARGET:
                 self._unreadable = target_too_long()
+            elif self._beside_bodies > _LONGEST_HEAD and not self._parts:
+                said = f"What a request has beside its body takes more than {_LONGEST_HEAD} bytes."
+                self._unreadable = head_too_large(said)
             if self._unreadable is not None:
                 self._refuse(self._unreadable)
                 return
@@ -322,11 +326,6 @@ class HttpProtocol(asyncio.Protocol):
                     self._turn.end_body()
         except Exception as cause:
             self._broke(cause)
-            return
-        if self._reading is not None and self._beside_bodies > _LONGEST_HEAD:
-            self._refuse(
-                head_too_large(f"What a request has beside its body takes more than {_LONGEST_HEAD} bytes.")
-            )
 
     def _end_of_step(self) -> int:
         """Where to stop, so that no two heads are in what is read: a parser cannot be held up between them."""
@@ -641,9 +640,8 @@ class _Page:
     def begin(self, to_come: int) -> None:
         work = self._cycle.run_asgi(self._connection.config.loaded_app)
         task = self._connection.loop.create_task(work)
-        tasks = self._connection.server_state.tasks
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
+        self._connection.server_state.tasks.add(task)
+        task.add_done_callback(self._ended)
 
     def add_body(self, part: bytes) -> None:
         if self._cycle.response_complete:
@@ -673,6 +671,11 @@ class _Page:
     def failed(self, error: Exception) -> None:
         _log.error("a request broke the router", exc_info=error)
         self._connection.abort()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._connection.server_state.tasks.discard(task)
+        scope = cast(dict[str, Any], self._cycle.scope)
+        scope.clear()  # with it and its cycle, headers would wait for the garbage collector
 
     def _answered(self) -> None:
         self._connection.answered(keep_alive=self._cycle.keep_alive)

@@ -48,7 +48,7 @@ REQUESTS = {
 """What is answered, and sent again on the same connection, as often as it fits."""
 LAST_REQUESTS = {
     "invalid": b"NONSENSE\r\n\r\n",
-    "414": request(b"GET", b"/live?" + b"x" * 9000),
+    "414": request(b"GET", b"/live?" + b"x" * 33_000),
     "431": request(b"GET", b"/live", *[b"x: y"] * 120),
     "431, long": request(b"GET", b"/live", b"x: " + b"y" * 70_000),
 }
