@@ -218,8 +218,8 @@ class Translator(ABC):
         """What an event comes to, of which this is the data."""
 
     def _comment(self, line: bytes) -> bytes:
-        """A sign of life, the engine's or the router's."""
-        return line + b"\n\n"
+        """A sign of life, the engine's or the router's. A document has none."""
+        return line + b"\n\n" if self.streams else b""
 
 
 class TranslatedAnswer(Answer):

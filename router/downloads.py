@@ -121,7 +121,8 @@ class Downloads:
                 last = msgspec.structs.replace(last, status="failed", error=problem)
         except asyncio.CancelledError:
             last = msgspec.structs.replace(last, status="cancelled", eta_sec=None, bytes_per_sec=0.0)
-        except (OSError, msgspec.DecodeError) as error:
+        except Exception as error:  # whatever it is, nobody must wait for more
+            _log.exception("pull of %s: the download broke", pull.progress.reference)
             problem = Problem("internal_error", f"The download broke: {error}")
             last = msgspec.structs.replace(last, status="failed", error=problem)
         finally:

@@ -25,6 +25,8 @@ from functools import lru_cache, partial
 from random import getrandbits
 from urllib.parse import quote
 
+import msgspec
+
 from router.answer import Answer, BrokenAnswer
 from router.api.auth import Client, Keyring
 from router.api.browsers import Browsers
@@ -75,6 +77,8 @@ _WITH_LAST_EVENT = frozenset(
 )
 """Where a stream that ends without its last event is not whole, however properly the engine has ended it."""
 
+_UNREADABLE = (msgspec.MsgspecError, UnicodeError, RecursionError)
+"""Raised by whoever looks into a body, and more deeply than who looked before."""
 _EVENT_STREAM = b"content-type: text/event-stream\r\ncache-control: no-cache\r\n"
 
 
@@ -243,6 +247,8 @@ class Exchange:
             wish, self._body = self._read(body)
         except ApiError as error:
             self._refuse(error)
+        except _UNREADABLE as error:
+            self._refuse(_unreadable(error))
         else:
             self._submit(wish)
 
@@ -316,6 +322,8 @@ class Exchange:
             self._hold(self._body.copied)
         except ApiError as error:
             self._refuse(error)
+        except _UNREADABLE as error:
+            self._refuse(_unreadable(error))
         else:
             self._submit(wish)
 
@@ -778,6 +786,10 @@ def _give_back(large: LargeMemory, body: Body) -> None:
     if isinstance(body, Pieces):
         body.give_back()
     large.give_back()
+
+
+def _unreadable(error: Exception) -> ApiError:
+    return ApiError(400, "invalid_json", f"The body cannot be read: {error}.")
 
 
 def _new_id() -> str:

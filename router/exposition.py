@@ -9,8 +9,11 @@ OpenMetrics 1.0 (prometheus.io/docs/specs/om), which differ in how counters are 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from itertools import accumulate
+from typing import TypeVar
+
+_Cell = TypeVar("_Cell")
 
 
 def label_text(names: Sequence[str], values: Sequence[str]) -> str:
@@ -93,6 +96,10 @@ class Counter:
         some._cells = {values: cell for values, cell in self._cells.items() if values[0] == value}
         return some
 
+    def forget(self, label: str, values: Container[str]) -> None:
+        """Those of which the label has one of these values."""
+        self._cells = _without(self._cells, self.labels, label, values)
+
     def text(self) -> list[bytes]:
         return ["".join([f"{cell.name} {cell.value}\n" for cell in self._cells.values()]).encode()]
 
@@ -116,8 +123,21 @@ class Histogram:
             cell = self._cells[values] = HistogramCell(self.name, label_text(self.labels, values), self._bounds)
         return cell
 
+    def forget(self, label: str, values: Container[str]) -> None:
+        """Those of which the label has one of these values."""
+        self._cells = _without(self._cells, self.labels, label, values)
+
     def text(self) -> list[bytes]:
         return [cell.text() for cell in self._cells.values()]
+
+
+def _without(
+    cells: Mapping[tuple[str, ...], _Cell], labels: Sequence[str], label: str, values: Container[str]
+) -> dict[tuple[str, ...], _Cell]:
+    if label not in labels:
+        return dict(cells)
+    place = labels.index(label)
+    return {of: cell for of, cell in cells.items() if of[place] not in values}
 
 
 class Gauges:

@@ -378,8 +378,8 @@ class HttpProtocol(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         if not self._parser.should_upgrade():  # see _parse_without_upgrade
-            self._reading = "body"
             self._head = head = RequestHead(self._parser, self._url, self._headers)
+            self._reading = "body"
             self._to_come = head.declared
 
     def on_message_complete(self) -> None:

@@ -26,6 +26,8 @@ import msgspec
 _TAIL_BYTES = 4096
 _TAIL_PARTS = 4
 """The figures, `[DONE]`, and two more in case that the network has torn them."""
+_CRUMB = 32
+"""Bytes of a part that is no event: the network has torn it, perhaps into many. No token has as few."""
 _FIGURES_BYTES = 512
 _MOST = 1 << 40
 """Tokens, or milliseconds, of one answer."""
@@ -104,9 +106,13 @@ class AnswerMeter(msgspec.Struct, eq=False):
     """None while there is but one part."""
 
     def note(self, part: bytes) -> None:
-        self.size += len(part)
+        size = len(part)
+        self.size += size
         if self._tail is not None:
-            self._tail.append(part)
+            if size < _CRUMB and len(self._tail[-1]) < _TAIL_BYTES:
+                self._tail[-1] += part
+            else:
+                self._tail.append(part)
         elif self.first_sec is None:
             self.first_sec = time.monotonic()
             self._first = part

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -39,6 +39,10 @@ _MIB = 1 << 20
 _UNWANTED = ("crashed", "hung", "load_failed")
 
 
+class NotAcceptable(Exception):
+    """What a client says that it accepts makes no sense."""
+
+
 class Metrics:
     """Everything under `/metrics`. Create it on the router's event loop."""
 
@@ -66,9 +70,12 @@ class Metrics:
     async def exposition(self, accept: str = "", client: str | None = None) -> tuple[bytes, str]:
         """The text and its content type: OpenMetrics for those who ask for it. For a `client`, without what is
         counted for others by name. Written in several turns of the event loop: with many models it takes longer
-        than a token may wait."""
+        than a token may wait. Raises NotAcceptable."""
         self._dispatcher.events.settle()
-        encode, content_type = choose_encoder(accept)
+        try:
+            encode, content_type = choose_encoder(accept)
+        except Exception as error:  # it compares what need not be numbers
+            raise NotAcceptable from error
         openmetrics = content_type.startswith("application/openmetrics-text")
         self._engines.know(self._dispatcher.scheduler.models)
         self._requests.know(self._dispatcher.scheduler.models)
@@ -175,7 +182,7 @@ class _Requests:
             self.received,
             self.sent,
         )
-        self.families: tuple[Family, ...] = (
+        self.families: tuple[Counter | Histogram, ...] = (
             self.requests,
             *self._per_model,
             self.client_requests,
@@ -196,8 +203,13 @@ class _Requests:
             return family.beginning_with(client)
         return family
 
-    def know(self, aliases: Iterable[str]) -> None:
-        """Counters begin at 0, so that a rate sees the first count."""
+    def know(self, aliases: Collection[str]) -> None:
+        """Counters begin at 0, so that a rate sees the first count; those of models that are gone go, too."""
+        if gone := self._known.difference(aliases):
+            self._known -= gone
+            self._found = {labels: cells for labels, cells in self._found.items() if labels.alias not in gone}
+            for family in self.families:
+                family.forget("model", gone)
         for alias in aliases:
             if alias not in self._known:
                 self._known.add(alias)
@@ -209,6 +221,8 @@ class _Requests:
             cells = self._found.get(labels)
             if cells is None:
                 cells = self._found[labels] = _Cells(self, labels)
+                if labels.alias:
+                    self._known.add(labels.alias)
             cells.note(requests)
 
 
@@ -293,6 +307,7 @@ class _Engines:
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
+        self._known: set[str] = set()
         self._loading: set[str] = set()
         self._broken: set[str] = set()
         self.load = Histogram(
@@ -309,10 +324,24 @@ class _Engines:
             "model",
             "reason",
         )
-        self.families: tuple[Family, ...] = (self.load, self.loads, self.restarts, self.ejects, self.exits)
+        self.families: tuple[Counter | Histogram, ...] = (
+            self.load,
+            self.loads,
+            self.restarts,
+            self.ejects,
+            self.exits,
+        )
 
-    def know(self, aliases: Iterable[str]) -> None:
+    def know(self, aliases: Collection[str]) -> None:
+        """The same."""
+        if gone := self._known.difference(aliases):
+            self._known -= gone
+            self._broken -= gone
+            self._loading -= gone
+            for family in self.families:
+                family.forget("model", gone)
         for alias in aliases:
+            self._known.add(alias)
             self.loads.of(alias)
             self.restarts.of(alias)
             for cause in _UNWANTED:
@@ -320,6 +349,7 @@ class _Engines:
 
     def note(self, happening: ModelChanged | EngineEnded) -> None:
         alias = happening.alias
+        self._known.add(alias)
         if isinstance(happening, EngineEnded):
             self.exits.of(alias, happening.cause).value += 1
             if happening.wanted:

@@ -87,6 +87,8 @@ def parse(text: str, environ: Mapping[str, str]) -> Reference:
     mirror = urllib.parse.urlsplit(environ.get("HF_ENDPOINT", "")).netloc
     _, _, rest = text.strip().rpartition("://")
     rest = urllib.parse.unquote(rest.partition("?")[0].partition("#")[0]).strip("/")
+    if not rest.isprintable():
+        raise BadReference(f"{text!r} has characters that no name has")
     host, _, path = rest.partition("/")
     if host.lower() in HUB_HOSTS or (mirror and host == mirror):
         rest = path

@@ -57,7 +57,7 @@ from router.residency import ENGINES, Engine, EngineState, Model, Swap, Why, cla
 from router.waiting import why
 
 INSPECTION_PATIENCE_SEC = 1.0
-_LOOKED_AT = 32
+_LOOKED_AT = 16
 """Of models that wait for an engine, so many of the first are looked at in a step, and as many of the others."""
 _LOOK_ON_SEC = 0.25
 _NOT_LOOKED_AT = Why("it has yet to be seen whether there is room")
@@ -234,7 +234,16 @@ class Scheduler:
         self._enqueue(request, model)
         if displaced is not None:
             self._displace(displaced, f"{reason}, and one of a higher priority has come")
-        return engine is None or displaced is not None
+            return True
+        return engine is None and (event.priority is Priority.HIGH or not self._can_wait_for_a_look())
+
+    def _can_wait_for_a_look(self) -> bool:
+        """Whether very many models wait, of which it is looked soon who gets room: a thousand may come, or go, at
+        once."""
+        crowded = len(self._waiting) > 2 * _LOOKED_AT
+        if crowded:
+            self._wake(self._now + _LOOK_ON_SEC)
+        return crowded
 
     def _queue_full(self, model: Model) -> str | None:
         """Why nobody may join the line; None when there is room."""
@@ -340,7 +349,7 @@ class Scheduler:
         if request.granted_sec is None or request.engine_id is None:
             model.queue.remove(request)
             self._left_queue(model)
-            return True
+            return not self._can_wait_for_a_look()
         engine = self.engines.get(request.engine_id)
         computed = event.served and event.computed and not request.slotless
         if computed:

@@ -83,6 +83,11 @@ class Pieces:
             self.parts.append(self._block.view(self._begin))
             self._begin = len(self._block)
 
+    def in_parts(self, longest: int) -> Iterator[memoryview]:
+        for part in self.parts:
+            for begin in range(0, len(part), longest):
+                yield part[begin : begin + longest]
+
     def give_back(self) -> None:
         """What was copied; one block after the other, so that other threads get their turns."""
         self._block = None

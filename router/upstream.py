@@ -22,7 +22,7 @@ import re
 import select
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -58,6 +58,9 @@ _ENDS_OF_CHUNKS = 32
 """A read up to this size that brings nothing of the body has torn the end of one chunk from the next."""
 _ONE_WRITE = 65536
 """Head and body are joined up to this size; beyond it the copy costs more than a second buffer."""
+_PART = 256 << 10
+_PARTS_AT_ONCE = 4
+"""Of a large body, so much is written in a turn of the event loop: a fast engine would take all of it at once."""
 
 
 Body = bytes | memoryview | Pieces
@@ -104,6 +107,7 @@ class Connection(asyncio.Protocol):
         "_complete",
         "_head",
         "_headers",
+        "_is_full",
         "_known",
         "_may_stay",
         "_parser",
@@ -113,6 +117,7 @@ class Connection(asyncio.Protocol):
         "_receiver",
         "_request",
         "_transport",
+        "_unsent",
         "_uses",
         "last_byte_sec",
         "on_body",
@@ -123,6 +128,10 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._receiver: Receiver | None = None
         self._request: tuple[bytes, Body] = (b"", b"")
+        self._unsent: Iterator[memoryview] | None = None
+        """What is still to be written of a large body."""
+        self._is_full = False
+        """More than enough is waiting to be sent."""
         self._uses = 0
         self._headers: Headers = []
         self._head: Head | None = None
@@ -167,11 +176,24 @@ class Connection(asyncio.Protocol):
         if self._receiver is None:  # it has thought better of it
             return
         if isinstance(body, Pieces):
-            self._transport.writelines((head, *body.parts))
+            self._transport.write(head)
+            self._unsent = body.in_parts(_PART)
+            self._send_on()
         elif len(body) < _ONE_WRITE:
             self._transport.write(head + body)
         else:
             self._transport.writelines((head, body))
+
+    def _send_on(self) -> None:
+        for _ in range(_PARTS_AT_ONCE):
+            if self._is_full or self._unsent is None or self._transport is None:
+                return
+            part = next(self._unsent, None)
+            if part is None:
+                self._unsent = None
+                return
+            self._transport.write(part)
+        asyncio.get_running_loop().call_soon(self._send_on)
 
     def pause(self) -> None:
         """Read no more until `resume`: the engine waits, and nothing piles up here."""
@@ -184,7 +206,7 @@ class Connection(asyncio.Protocol):
 
     def close(self) -> None:
         """At once, so that the engine notices and frees its slot."""
-        self._receiver = None
+        self._receiver = self._unsent = None
         if self._transport is not None:
             self._transport.abort()
 
@@ -257,8 +279,15 @@ class Connection(asyncio.Protocol):
             part = "head" if self._head is None else "chunks without any content"
             receiver.lost(f"the engine sends more than {_LONGEST_HEAD >> 10} KiB of {part}")
 
+    def pause_writing(self) -> None:
+        self._is_full = True
+
+    def resume_writing(self) -> None:
+        self._is_full = False
+        self._send_on()
+
     def connection_lost(self, exc: Exception | None) -> None:
-        self._transport = None
+        self._transport = self._unsent = None
         self._pool.lost(self)
         receiver, self._receiver = self._receiver, None
         if receiver is None:
@@ -313,7 +342,7 @@ class Connection(asyncio.Protocol):
             self._may_stay = self._parser.should_keep_alive() and self._uses < self._head.keep_alive_max
 
     def _give_back(self) -> None:
-        if self._transport is not None and self._transport.get_write_buffer_size():
+        if self._unsent is not None or (self._transport is not None and self._transport.get_write_buffer_size()):
             self._may_stay = False  # it has answered before it has read all
         self._receiver = None
         self._request = (b"", b"")

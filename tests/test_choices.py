@@ -261,3 +261,9 @@ def test_calls_and_thoughts_of_two_choices_are_put_together() -> None:
         assert document["usage"]["completion_tokens"] == 9
         assert document["usage"]["prompt_tokens"] == 5
         assert several.usage().output_tokens == 9
+
+
+def test_signs_of_life_are_no_part_of_a_document() -> None:
+    several = Several(b'{"n": 2}', Shape(2, 1))
+    assert several.events(b": still here\n\n") == b""
+    assert Several(b'{"n": 2, "stream": true}', Shape(2, 1)).events(b": still here\n\n") == b": still here\n\n"

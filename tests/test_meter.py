@@ -157,3 +157,12 @@ def test_huge_vectors_do_not_hide_the_figures_before_them() -> None:
 def test_spaces_between_names_and_figures_are_no_hindrance() -> None:
     answer = json.dumps({"usage": {"prompt_tokens": 3, "completion_tokens": 4}, "id": "x"}).encode()
     assert metered(answer, 1000) == Usage(prompt_tokens=3, output_tokens=4)
+
+
+def test_an_end_in_crumbs_is_an_end() -> None:
+    meter = AnswerMeter()
+    stream = b"data: {}\n\ndata: [DONE]\n\n"
+    for begin in range(len(stream)):
+        meter.note(stream[begin : begin + 1])
+    assert meter.has_ended
+    assert len(meter._tail or ()) <= 4

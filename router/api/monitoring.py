@@ -14,11 +14,12 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from router.api.auth import sees_all
 from router.api.documents import Document
 from router.api.engines import ERRORS, ModelQuery, said_by_engine
+from router.api.errors import ApiError
 from router.api.streams import EventStream
 from router.devices import Devices
 from router.dispatcher import Dispatcher, LastExit, Waiting
 from router.engine import LogRing, signal_name
-from router.metrics import Metrics
+from router.metrics import Metrics, NotAcceptable
 from router.queue import NAMES
 from router.routing import model_of
 from router.turns import in_turns
@@ -86,7 +87,10 @@ async def metrics(request: Request, model: ModelQuery = None) -> Response:
     await asyncio.gather(devices.read(READING_SEC), collected.of_engines.read(READING_SEC))
     client = request.state.client
     whose = None if client is None else client.name
-    text, content_type = await collected.exposition(request.headers.get("accept", ""), whose)
+    try:
+        text, content_type = await collected.exposition(request.headers.get("accept", ""), whose)
+    except NotAcceptable:
+        raise ApiError(400, "invalid_request", "The Accept header cannot be understood.", "accept") from None
     return Response(text, headers={"content-type": content_type})
 
 

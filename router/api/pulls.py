@@ -22,6 +22,7 @@ from router.config import Config
 from router.creations import Creations
 from router.dispatcher import Dispatcher
 from router.downloads import MOST_AT_ONCE, Downloads, Pull, TooManyPulls
+from router.hub import is_alias
 from router.names import candidates, same_name
 from router.routing import check_name, some_of
 
@@ -86,6 +87,9 @@ def begin(request: Request, model: str, alias: str | None, quantize: str | None 
     system = dispatcher.config.system
     if dispatcher.status == "shutting_down":
         raise ApiError(503, "shutting_down", "The router is shutting down.", retry_after_sec=5)
+    if alias is not None and not is_alias(alias):
+        message = f"{alias!r}: an alias is one or more printable characters without spaces."
+        raise ApiError(400, "invalid_alias", message, "alias")
     try:
         reference, listed_as = repository.permitted(model, system.allowed_models, os.environ)
         if quantize is not None:

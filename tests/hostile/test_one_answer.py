@@ -67,6 +67,12 @@ def test_what_comes_after_a_request_does_not_become_its_answer(router: Router) -
         assert re.findall(rb"HTTP/1\.1 (\d+) ", answer) == [b"200", b"400"]
 
 
+def test_what_is_asked_for_that_is_no_path_is_told_so(router: Router) -> None:
+    for target in (b"/\xff", b"http://", b"a:b"):
+        answer = read_to_the_answer(router, head(b"GET", target), b"")
+        assert re.findall(rb"HTTP/1\.1 (\d+) ", answer) == [b"400"], target
+
+
 PARTS = {
     b"200": head(*POST, KEY, b"content-length: %d" % len(CHAT)) + CHAT,
     b"200 in chunks": head(*POST, KEY, CHUNKED)
