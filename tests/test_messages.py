@@ -38,7 +38,8 @@ TALK: list[dict[str, Any]] = [
     },
 ]
 TEMPLATE = (
-    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{{ reasoning_effort or '' }}{% if tools %}{{ tools | tojson }}{% endif %}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}"
     "{% for c in m.tool_calls or [] %}{{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}\n"
     "{% endfor %}"
 )
@@ -144,6 +145,13 @@ def test_a_seed_counts(client: Any) -> None:
     assert cut.stop_reason == "max_tokens"
 
 
+def test_what_only_llama_server_has_counts(client: Any) -> None:
+    def said(**more: Any) -> str:
+        return client.messages.create(**{**ASKED, "max_tokens": 6}, extra_body=more).content[0].text
+
+    assert said(temperature=9.0, mirostat=2, mirostat_tau=9.0) != said(temperature=9.0) == said(temperature=0.0)
+
+
 def test_a_model_is_asked_the_same_on_both_ways(router: Router) -> None:
     def prompt_tokens(**more: Any) -> int:
         body = {
@@ -156,6 +164,7 @@ def test_a_model_is_asked_the_same_on_both_ways(router: Router) -> None:
         return int(usage["input_tokens"] + usage["cache_read_input_tokens"])
 
     assert prompt_tokens() == prompt_tokens(seed=1) > 100
+    assert prompt_tokens(reasoning_effort="a word of many bytes") > prompt_tokens()
 
 
 @pytest.mark.parametrize("more", [{}, {"seed": 1}])
