@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def played(start_shared: Start, tiny: Path, tmp_path_factory: pytest.TempPathFac
         "bodiless": {"FAKE_STATUS": "204"},
     }
     entries = {alias: models(tiny, alias, env=way)[alias] for alias, way in ways.items()}
+    entries["loads"]["model_path"] = str(shutil.copy(tiny, tmp_path_factory.mktemp("never-loaded")))
     engine = fake(tmp_path_factory.mktemp("engine"))
     system = {"llama_server_path": engine, "max_concurrent_models": len(ways), **timeouts}
     return start_shared({"api": {"heartbeat_sec": 0.2}, "system": system, "models": entries})
