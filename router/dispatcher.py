@@ -71,7 +71,7 @@ from router.readings import apart
 from router.reasons import Reason, Reasons
 from router.residency import Model
 from router.scheduler import Scheduler
-from router.sizing import Unusable
+from router.sizing import Unusable, WrongFlags
 from router.upstream import EnginePool
 from router.waiting import why
 
@@ -592,7 +592,8 @@ class Dispatcher:
             except Unusable as unusable:
                 told = f"{alias!r}: {unusable.reason.told}"
                 self._reasons.note(alias, Reason(unusable.reason.full, told))
-                answer = Inspected(time.monotonic(), alias, problem=told)
+                for_good = isinstance(unusable, WrongFlags)
+                answer = Inspected(time.monotonic(), alias, problem=told, for_good=for_good)
         if answer is not None:
             self._post(answer)
 

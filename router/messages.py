@@ -209,6 +209,8 @@ class Inspected:
     """That was measured; else it is a guess."""
     advice: str = ""
     """What would fit, when it does not."""
+    for_good: bool = False
+    """The problem stays until the model's flags or its file are others."""
 
 
 @dataclass(frozen=True, slots=True)

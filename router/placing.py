@@ -23,7 +23,7 @@ from router.flags import FlagError, as_started
 from router.footprint import HOST, gpu_numbers
 from router.learning import Identity, Learned
 from router.messages import Placement
-from router.sizing import EngineKind, Size, Sizer, Unusable, read_files
+from router.sizing import EngineKind, Size, Sizer, Unusable, WrongFlags, read_files
 
 T = TypeVar("T")
 
@@ -138,7 +138,7 @@ def inspect(
         places = _places(model, system, engine, ground, learned)
         found = places.alternatives()
     except FlagError as error:
-        raise Unusable(f"its flags: {error.message}", "its flags are wrong") from error
+        raise WrongFlags(error.message) from error
     except OSError as error:
         what = f"cannot be read: {error.strerror or type(error).__name__}"
         raise Unusable(f"{error.filename or model.model_path} {what}", f"its file {what}") from error

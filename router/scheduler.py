@@ -745,13 +745,13 @@ class Scheduler:
         if event.problem is None:
             places = tuple({**place, ENGINES: 1} for place in event.placements)
             model.places = places
-            model.inspected = Inspected(self._now, event.alias, places, None, event.need, advice=event.advice)
+            model.inspected = Inspected(self._now, event.alias, places, need=event.need, advice=event.advice)
             if event.expected_load_sec is not None and not model.load_is_known:
                 model.load_sec, model.load_is_known = event.expected_load_sec, event.load_is_known
         elif model.wants_engine:
             model.last_error = event.problem
             model.comes_back = False
-            self._fail(model, self.policy.inspection_valid_sec)
+            self._fail(model, self.policy.inspection_valid_sec, for_good=event.for_good)
 
     # --- time -------------------------------------------------------------------------------------------
 

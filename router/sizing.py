@@ -55,6 +55,13 @@ class Unusable(Problem):
     """The model cannot be loaded."""
 
 
+class WrongFlags(Unusable):
+    """Nor will it be, until its flags or its file are others."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"its flags: {what}", "its flags are wrong")
+
+
 @dataclass(frozen=True, slots=True)
 class Files:
     """All that an engine loads, with the headers of what is in a format that we know."""

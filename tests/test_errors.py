@@ -34,6 +34,7 @@ def router(start_shared: Start, tiny: Path, tmp_path_factory: pytest.TempPathFac
                 **models(MODEL_PATH, "demo", flags=["-c", str(CONTEXT), "-t", "1", "-np", "1"]),
                 **models(embeds, "embed", flags=["-t", "1"]),
                 **models(tiny, "misled", flags=["--nonsense"]),
+                **models(tiny, "boundless", flags=["-c", "99999999999"]),
                 **models(tiny, "giant", flags=["-t", "1"], footprint_mb=10**9),
                 **models(tiny, "packed", flags=["-ctk", "q8_0"]),
                 **models(tiny, "packed-unseen", flags=["-ctk", "q8_0"], footprint_mb=100),
@@ -164,7 +165,10 @@ def test_who_would_try_in_vain_is_told_not_to(router: Router, start: Start, tiny
     assert (misled.status_code, misled.headers["x-should-retry"]) == (503, "false")
     again = router.chat("misled")  # in its cooldown
     assert (again.status_code, again.headers["x-should-retry"]) == (503, "false")
-    assert "retry-after" not in {**misled.headers, **again.headers}  # which Codex heeds, and not the other
+    boundless = router.chat("boundless")  # is not even started
+    assert (boundless.status_code, boundless.headers["x-should-retry"]) == (503, "false")
+    for answer in (misled, again, boundless):
+        assert "retry-after" not in answer.headers  # which Codex heeds, and not the other
     giant = router.chat("giant")
     assert (giant.status_code, giant.headers["x-should-retry"]) == (507, "false")
     body = {"model": "giant", "max_tokens": 1, "messages": []}
