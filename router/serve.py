@@ -40,6 +40,7 @@ from router.engine import Binary
 from router.events import Events, RequestsDone
 from router.exchange import Exchanges
 from router.health import HealthMonitor
+from router.heap import give_memory_back
 from router.http_server import HttpProtocol, PagesProtocol
 from router.launcher import LocalLauncher, find_binary
 from router.learning import Entry, Learned
@@ -306,6 +307,7 @@ class _Service:
             keep("health monitor", HealthMonitor(self._dispatcher).run),
             keep("word to systemd", lambda: self._notifier.keep_telling(self._status)),
             keep("question for our own names", browsers.ask_for_own_names),
+            keep("return of memory", give_memory_back),
         ]
         if os.getpid() == 1:
             kept.append(keep("reaping of orphans", reap_orphans))
