@@ -31,17 +31,12 @@ _MAY_PASS = (408, 409, 429)
 """Of the 4xx those that another try may not get."""
 
 _TYPES = {
-    400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
-    405: "invalid_request_error",
-    409: "invalid_request_error",
-    413: "invalid_request_error",
-    415: "invalid_request_error",
-    422: "invalid_request_error",
     429: "rate_limit_error",
 }
+"""Of the 4xx those that are more than an invalid request."""
 
 
 @dataclass(slots=True)
@@ -61,7 +56,7 @@ class ApiError(Exception):
 
     @property
     def type(self) -> str:
-        return _TYPES.get(self.status, "server_error")
+        return _TYPES.get(self.status, "invalid_request_error") if self.status < 500 else "server_error"
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         headers = [(b"content-type", b"application/json")]

@@ -57,6 +57,7 @@ def test_what_an_engine_would_not_take_never_reaches_it(
     got, answer = ask(router, line, *headers, body=body)
     assert (got, code in answer) == (status, True), answer[:500]
     assert b"x-should-retry: false" in answer
+    assert b'"type":"invalid_request_error"' in answer, "it is not the server's fault"
     assert unharmed(router)
 
 
