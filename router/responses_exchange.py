@@ -8,7 +8,7 @@ from router.answer import TranslatedAnswer
 from router.api.errors import ApiError
 from router.exchange import Exchange
 from router.responses import Asked, Bounds, Completion, read
-from router.routing import Wish
+from router.routing import Wish, shape_of
 from router.shortening import Shortened, Text
 
 
@@ -22,6 +22,10 @@ class ResponsesExchange(Exchange):
 
     def _read(self, body: Text) -> tuple[Wish, Text]:
         wish, body = super()._read(body)
+        answers = wish.answers if wish.asked_as is None else shape_of(body)
+        if answers.per_prompt > 1:  # the engine would compute them, and tell what is no response
+            message = f"`n` is {answers.per_prompt}, and a response is one. Send several requests."
+            raise ApiError(400, "invalid_request", message, "n")
         self._asked = read(body)
         return wish, self._asked.body
 

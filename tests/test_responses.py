@@ -54,9 +54,9 @@ def router(start_shared: Start) -> Router:
     entries = {
         **models(MODEL_PATH, "demo", flags=flags[:-1]),
         **models(MODEL_PATH, "endless", flags=flags),
-        **models(MODEL_PATH, "brief", flags=[*flags, "-n", "5"]),
+        **models(MODEL_PATH, "brief", flags=[*flags, "-n", "5", "-np", "2"]),
     }
-    return start_shared({"models": entries})
+    return start_shared({"models": entries, "aliases": {"twice": {"uses": "brief", "forced": {"n": 2}}}})
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +180,13 @@ def test_a_schema_is_only_told_where_tools_may_be_called(player: Router, router:
     mute = json.loads(read(json.dumps({**body, "tool_choice": "none"}).encode()).body)
     assert mute["response_format"]["json_schema"]["schema"] == SCHEMA
     assert mute["instructions"] == "Be brief."
+
+
+@pytest.mark.parametrize("asked", [{"model": "brief", "n": 2}, {"model": "twice"}])
+def test_several_choices_are_refused_as_no_response_has_them(router: Router, asked: dict[str, Any]) -> None:
+    answer = router.http.post("/v1/responses", json={"input": "Hello", **asked})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
+    assert answer.json()["error"]["message"] == "`n` is 2, and a response is one. Send several requests."
 
 
 def test_what_asks_for_no_form_goes_to_the_engine_byte_for_byte() -> None:
