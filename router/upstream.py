@@ -61,6 +61,8 @@ _ONE_WRITE = 65536
 _PART = 256 << 10
 _PARTS_AT_ONCE = 4
 """Of a large body, so much is written in a turn of the event loop: a fast engine would take all of it at once."""
+_CRUMBS = 256
+"""Where more chunks than that come at once, it is their number that takes time: others have their turns then."""
 
 
 Body = bytes | memoryview | Pieces
@@ -108,6 +110,7 @@ class Connection(asyncio.Protocol):
         "_head",
         "_headers",
         "_is_full",
+        "_is_held",
         "_known",
         "_may_stay",
         "_parser",
@@ -132,6 +135,8 @@ class Connection(asyncio.Protocol):
         """What is still to be written of a large body."""
         self._is_full = False
         """More than enough is waiting to be sent."""
+        self._is_held = False
+        """The receiver has enough for now."""
         self._uses = 0
         self._headers: Headers = []
         self._head: Head | None = None
@@ -197,12 +202,24 @@ class Connection(asyncio.Protocol):
 
     def pause(self) -> None:
         """Read no more until `resume`: the engine waits, and nothing piles up here."""
+        self._is_held = True
         if self._transport is not None:
             self._transport.pause_reading()
 
     def resume(self) -> None:
+        self._is_held = False
         if self._transport is not None:
             self._transport.resume_reading()
+
+    def _let_others_read(self) -> None:
+        """uvloop reads from a socket that is never empty up to 32 times before it turns to the next."""
+        if self.is_open:
+            cast(asyncio.Transport, self._transport).pause_reading()
+            asyncio.get_running_loop().call_soon(self._read_on)
+
+    def _read_on(self) -> None:
+        if self.is_open and not self._is_held:
+            cast(asyncio.Transport, self._transport).resume_reading()
 
     def close(self) -> None:
         """At once, so that the engine notices and frees its slot."""
@@ -257,7 +274,12 @@ class Connection(asyncio.Protocol):
                 receiver.lost("its port is somebody else's: the key of the engine is not known there")
                 return
             parts = self._parts
-            part = parts[0] if len(parts) == 1 else b"".join(parts)
+            if len(parts) == 1:
+                part = parts[0]
+            else:
+                part = b"".join(parts)
+                if len(parts) > _CRUMBS:
+                    self._let_others_read()
             parts.clear()
             if self._complete:
                 if is_first and head.status == 200 and self._may_stay:
