@@ -15,7 +15,7 @@ import math
 import os
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Coroutine, Hashable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -470,7 +470,11 @@ class Dispatcher:
         scheduler = self.scheduler
         try:
             while True:
-                for effect in self._step(event):
+                try:
+                    effects = scheduler.step(event)
+                except Exception:
+                    effects = self._broken_at(event)
+                for effect in effects:
                     try:
                         self._carry_out(effect)
                     except Exception:  # it must keep neither the others nor those whom it concerns waiting
@@ -484,15 +488,12 @@ class Dispatcher:
         if scheduler.wake_at < self._timer_at:
             self._set_timer()
 
-    def _step(self, event: Event) -> Sequence[Effect]:
-        """What must be done about an event; if the scheduler breaks at it, what it has wanted until then."""
-        try:
-            return self.scheduler.step(event)
-        except Exception:
-            _log.exception("the scheduler broke at %s", event)
-            if isinstance(event, Submit | Requeue):
-                self._turn_away(event.request_id)
-            return self.scheduler.wanted
+    def _broken_at(self, event: Event) -> list[Effect]:
+        """The scheduler has raised the exception that is being handled: what it had wanted until then."""
+        _log.exception("the scheduler broke at %s", event)
+        if isinstance(event, Submit | Requeue):
+            self._turn_away(event.request_id)
+        return self.scheduler.wanted
 
     def _make_good(self, effect: Effect) -> None:
         """Tell whoever waits for what could not be done."""

@@ -151,6 +151,7 @@ class Exchange:
         "_streams",
         "_ticket",
         "_to_come",
+        "_waits",
     )
 
     def __init__(self, shared: Exchanges, answer: Answer, head: RequestHead) -> None:
@@ -186,6 +187,8 @@ class Exchange:
         """Of what the engine says, some has reached the client, and the rest follows as it comes."""
         self._is_paused = False
         self._is_over = False
+        self._waits = False
+        """For a slot; others who need the memory of its body may end that."""
 
     # --- the client -------------------------------------------------------------------------------------
 
@@ -414,6 +417,7 @@ class Exchange:
             self._decided()
             return
         ticket.when_decided(partial(self.attempt, self._decided))
+        self._waits = True
         self._shared.bodies.wait(self, ticket.priority, self._held)
         if self._streams and self._heartbeat is None:
             self._set_heartbeat()
@@ -422,10 +426,8 @@ class Exchange:
         ticket = self._ticket
         if self._is_over or ticket is None:
             return
-        if self._heartbeat is not None:
-            self._heartbeat.cancel()
-            self._heartbeat = None
-        self._shared.bodies.wait_no_more(self, ticket.priority)
+        if self._waits:
+            self._wait_no_more(ticket)
         if ticket.rejection is not None:
             said = ticket.rejection
             reason = self._told(ticket, said.reason)
@@ -436,6 +438,13 @@ class Exchange:
         self._shared.watch(self)
         target, lines = self._asked_of_engine()
         engine.pool.ask(self._head.method, target, self._id_line + lines, self._body, self)
+
+    def _wait_no_more(self, ticket: Ticket) -> None:
+        self._waits = False
+        self._shared.bodies.wait_no_more(self, ticket.priority)
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
+            self._heartbeat = None
 
     def give_way(self, reason: str) -> None:
         """Somebody of a higher priority needs the memory that its body takes."""
@@ -699,16 +708,14 @@ class Exchange:
     def _end(self, outcome: str) -> None:
         """Give back what it holds, and account for it. What is left to write may still be written."""
         self._is_over = True
-        if self._heartbeat is not None:
-            self._heartbeat.cancel()
-            self._heartbeat = None
         self._shared.unwatch(self)
         self._shared.bodies.release(self._held)
         if self._connection is not None:
             self._connection.close()
             self._connection = None
         if self._ticket is not None:
-            self._shared.bodies.wait_no_more(self, self._ticket.priority)
+            if self._waits:
+                self._wait_no_more(self._ticket)
             served = outcome == "served"
             computed = served and self._meter.size > 0 and not self._ticket.slotless
             self._dispatcher.finish(self._ticket, served=served or outcome == "engine_refused", computed=computed)
@@ -740,6 +747,11 @@ class Exchange:
             )
         else:
             meter, arrival_sec = self._meter, ticket.arrival_sec
+            try:
+                usage = self._usage()
+            except Exception:  # a request is over once, whatever its engine says of it
+                _log.exception("request %s: its tokens could not be counted", self._request_id)
+                usage = NO_USAGE
             done = RequestDone(  # by position: keywords would take as long as all metrics
                 self._request_id,
                 ticket.alias,
@@ -759,7 +771,7 @@ class Exchange:
                 meter.size,
                 ticket.retries,
                 self._resends,
-                self._usage_if_readable(),
+                usage,
                 ticket.client,
                 self._answer.peer if ticket.rejection is not None else "",
             )
@@ -768,14 +780,6 @@ class Exchange:
     def _usage(self) -> Usage:
         """What the answer says of its tokens."""
         return self._meter.usage()
-
-    def _usage_if_readable(self) -> Usage:
-        """A request is over once, and gives back what it holds, whatever its engine says of it."""
-        try:
-            return self._usage()
-        except Exception:
-            _log.exception("request %s: its tokens could not be counted", self._request_id)
-            return NO_USAGE
 
     def _trace(self) -> str:
         """The client's trace context, if it has one."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from zlib import crc32
 
 from router.expectation import Forecast, forecast
@@ -156,7 +156,7 @@ class Scheduler:
         return effects
 
     @property
-    def wanted(self) -> Sequence[Effect]:
+    def wanted(self) -> list[Effect]:
         """The effects of the last step, of one that broke, too: what it has changed until then goes with them."""
         return self._effects
 

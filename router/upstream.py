@@ -164,7 +164,8 @@ class Connection(asyncio.Protocol):
     @property
     def is_fresh(self) -> bool:
         """Whether it may be used again: nothing has come since the last answer, neither bytes nor an end."""
-        return self.is_open and not (self._poll is not None and self._poll.poll(0))
+        transport, poll = self._transport, self._poll
+        return transport is not None and not transport.is_closing() and not (poll is not None and poll.poll(0))
 
     @property
     def stopped_midway(self) -> bool:
