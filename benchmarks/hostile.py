@@ -34,7 +34,7 @@ import event_loop  # noqa: E402
 from honest import BARE, Tally, be_honest  # noqa: E402
 from trial import ATTACKS, LOADED, attacked, configuration  # noqa: E402
 
-CYCLE_SEC = 60.0
+ROUND_SEC = 60.0
 PAUSE_SEC = 5.0
 """For what attackers have left behind: nobody is alone with it before."""
 SETTLED_SEC = 30.0
@@ -231,16 +231,16 @@ def main() -> int:
         bare = stack.enter_context(bare_server())
         trial = Trial(server, bare, configuration_file, held)
         asyncio.run(be_honest(port, 3))
-        cycles = max(1, round(asked.minutes * 60 / CYCLE_SEC))
-        for cycle in range(cycles):
-            trial.be_alone(asked.minutes * 60 / cycles / 3)
-            trial.be_attacked(asked.minutes * 60 / cycles * 2 / 3, asked.attacks)
+        round_sec = min(ROUND_SEC, asked.minutes * 60)
+        began, took_sec = time.monotonic(), 0.0
+        while took_sec < asked.minutes * 60 - PAUSE_SEC:
+            trial.be_alone(round_sec / 3)
+            trial.be_attacked(round_sec * 2 / 3, asked.attacks)
             server.must_live()
             time.sleep(PAUSE_SEC)
-            print(
-                f"{cycle + 1} of {cycles}: {len(trial.beside.tally.lost)} lost, {server.rss_mib():.0f} MiB",
-                flush=True,
-            )
+            took_sec = time.monotonic() - began
+            lost = len(trial.beside.tally.lost)
+            print(f"after {took_sec / 60:.1f} minutes: {lost} lost, {server.rss_mib():.0f} MiB", flush=True)
         time.sleep(SETTLED_SEC)
         settled_mib = server.rss_mib()
         if asked.log:
