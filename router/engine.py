@@ -72,10 +72,11 @@ _OF_DEBUGGER = re.compile(
 _LEVEL_OF_ERROR = re.compile(r"^[\d.]+ E ")
 """How llama.cpp begins a line that tells an error, whatever its words."""
 _CONSEQUENCE = re.compile(
-    r"failed to (?:create|load)[ _](?:context|model)|due to model loading error|trying to fit params"
+    r"failed to create[ _](?:context|model)|failed to load[ _](?:context|model)(?! ')|due to model loading error"
+    r"|trying to fit params"
     r"|the lines above say why"
 )
-"""What it says after that, on its way out."""
+"""What it says after that, on its way out; not where it quotes the file."""
 _WRONG = ("error", "fail", "unable", "couldn't", "could not", "cannot", "can't")
 _LINES_OF_REASON = 60
 _LONGEST_LINE = 16 * 1024

@@ -38,13 +38,17 @@ async def list_with_engines(request: Request) -> Document:
 def _as_an_earlier_host(card: dict[str, Any], request: Request) -> dict[str, Any]:
     dispatcher: Dispatcher = request.app.state.dispatcher
     model = dispatcher.scheduler.models.get(card.get("uses", card["id"]))
+    engine = model.engine if model is not None else None
+    took_sec = (
+        engine.ready_sec - engine.started_sec if engine is not None and engine.ready_sec is not None else None
+    )
     return {
         "model": card["id"],
         "description": card.get("description"),
         "loaded": card["status"]["value"] == "loaded",
         "backend": "llama.cpp",
         "size_bytes": card.get("size"),
-        "load_duration": round(model.load_sec * 1e9) if model is not None and model.load_is_known else None,
+        "load_duration": round(took_sec * 1e9) if took_sec is not None else None,
     }
 
 
