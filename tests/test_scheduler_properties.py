@@ -63,7 +63,7 @@ from router.queue import Priority
 from router.residency import EngineState
 from router.scheduler import Scheduler
 
-EVENTS = int(os.environ.get("SCHEDULER_EVENTS", "200000"))
+EVENTS = int(os.environ.get("SCHEDULER_EVENTS", "120000"))
 SEED = int(os.environ.get("SCHEDULER_SEED", "1"))
 
 MAY_FOLLOW = {

@@ -107,12 +107,13 @@ async def slow_reader(mob: Mob) -> str:
 async def unread_pages(mob: Mob) -> str:
     """Asks for many pages at once, and reads none."""
     paths = ("/v1/models", "/metrics", "/v1/queue/stats", "/openapi.json", "/v1/telemetry/summary")
-    pages = b"".join(request("GET", path, **FULL) for path in paths * 40)
-    _, writer = await asyncio.open_connection("127.0.0.1", mob.port, limit=1)
-    writer.transport.pause_reading()
-    writer.write(pages)
-    await asyncio.sleep(_PATIENCE_SEC)
-    writer.transport.abort()
+    pages = b"".join(request("GET", path, None, **FULL) for path in paths * 40)
+    with socket.socket() as deaf:
+        deaf.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(deaf, ("127.0.0.1", mob.port))
+        with contextlib.suppress(TimeoutError, asyncio.TimeoutError, OSError):
+            await asyncio.wait_for(asyncio.get_running_loop().sock_sendall(deaf, pages), _PATIENCE_SEC)
+        await asyncio.sleep(_PATIENCE_SEC)
     return "left"
 
 

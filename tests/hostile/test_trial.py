@@ -15,7 +15,7 @@ from honest import FULL_KEY, be_honest
 from mutations import LONG
 from trial import ATTACKS, LOADED, attacked, configuration
 
-SECONDS = 60 if LONG else 6
+SECONDS = 60 if LONG else 4
 
 
 def test_honest_clients_lose_nothing_beside_all_attacks_at_once(start: Start, tiny: Path, tmp_path: Path) -> None:
