@@ -16,7 +16,6 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from enum import IntEnum
-from itertools import takewhile
 
 import msgspec
 
@@ -141,13 +140,6 @@ class PriorityQueue:
 
     def count(self, priority: Priority) -> int:
         return len(self._lines[priority])
-
-    def count_before(self, priority: Priority, deadline_sec: float, whole_class: bool) -> int:
-        """How many of a class come before a deadline; `whole_class` when it is known that all do."""
-        line = self._lines[priority]
-        if whole_class:
-            return len(line)
-        return sum(1 for _ in takewhile(lambda request: request.deadline_sec <= deadline_sec, line.values()))
 
     def line(self, priority: Priority) -> Iterable[Request]:
         """Those of a class, in order."""
