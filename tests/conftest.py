@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -233,6 +234,22 @@ def models(path: Path, *aliases: str, **entry: Any) -> dict[str, Any]:
     """The same file under several aliases."""
     flags = entry.pop("flags", ["-c", "1024", "-t", "1", "--ignore-eos"])
     return {alias: {"model_path": str(path), "flags": flags, **entry} for alias in aliases}
+
+
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+
+
+@contextmanager
+def chromium(*arguments: str) -> Iterator[Any]:
+    """A browser; the test is skipped where none is installed."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if program is None:
+        pytest.skip(f"none of these browsers is installed: {', '.join(BROWSERS)}")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox", *arguments])
+        yield browser
+        browser.close()
 
 
 def fake(tmp_path: Path, **behaviour: str) -> str:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FAKE_ENGINE, Router, Start, models, starting
+from conftest import FAKE_ENGINE, Router, Start, chromium, models, starting
 
 FOLDER = Path(__file__).parent.parent / "router" / "page"
 FROM_BROWSER = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
-BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 MARKUP = "<img src=x onerror=document.title='broken'>"
 HOSTILE = "<img/src=x/onerror=document.title='broken'>"
 
@@ -112,14 +110,8 @@ Open = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    program = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if program is None:
-        pytest.skip(f"none of these browsers is installed: {', '.join(BROWSERS)}")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

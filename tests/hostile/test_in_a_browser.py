@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Router, Start, models
-from test_page import BROWSERS
+from conftest import Router, Start, chromium, models
 
 TRIES = """async router => {
   const text = body => ({method: "POST", mode: "no-cors", body});
@@ -72,15 +70,8 @@ def site() -> Iterator[int]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """To which every name is this machine."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    program = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if program is None:
-        pytest.skip(f"none of these browsers is installed: {', '.join(BROWSERS)}")
-    with playwright.sync_playwright() as driver:
-        names = "--host-resolver-rules=MAP * 127.0.0.1"
-        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox", names])
+    with chromium("--host-resolver-rules=MAP * 127.0.0.1") as browser:
         yield browser
-        browser.close()
 
 
 def test_a_page_of_another_site_gets_nothing_done_and_one_of_this_machine_all(
