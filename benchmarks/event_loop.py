@@ -35,7 +35,7 @@ import uvloop
 from overhead import FLAGS
 from peers import Goals, Server, model_file, print_table, router
 
-from router.engine import Binary
+from router.engines.process import Binary
 
 GOAL_MS = 20.0
 JSON = "application/json"
@@ -65,7 +65,8 @@ HELD = struct.Struct("ddd")
 
 def watched(place: str, arguments: list[str]) -> None:
     """Serves as `llama-router`, and keeps the longest times that its event loop was held in a file."""
-    from router import cli, serve
+    from router import server as serve
+    from router.cli import main as cli
 
     with Path(place).open("r+b") as file:
         longest = mmap.mmap(file.fileno(), HELD.size)

@@ -41,8 +41,8 @@ from peers import (
     router,
 )
 
-from router.config import Scheduling
-from router.engine import Binary
+from router.config.schema import Scheduling
+from router.engines.process import Binary
 
 MEGABYTES = 340
 FLAGS = {"ctx-size": "2048", "threads": "1", "parallel": "4"}

@@ -38,9 +38,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from tiny_models import Blueprint  # noqa: E402
 
-from router import footprint, gguf  # noqa: E402
-from router.flags import FlagError, Flags  # noqa: E402
-from router.gguf import GGUF  # noqa: E402
+from router.engines.llamacpp import footprint  # noqa: E402
+from router.engines.llamacpp.flags import FlagError, Flags  # noqa: E402
+from router.formats import gguf  # noqa: E402
+from router.formats.gguf import GGUF  # noqa: E402
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from tiny_models import RawTensor, gguf_bytes, write_llama  # noqa: E402
 
-from router import gguf  # noqa: E402
+from router.formats import gguf  # noqa: E402
 
 
 def write_bpe(path: Path, tokens: int) -> Path:
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=150_000)
     parser.add_argument("--repeat", type=int, default=9)
     arguments = parser.parse_args()
-    print(f"{'header':<44}{'router.gguf':>14}{'gguf package':>14}{'ratio':>8}")
+    print(f"{'header':<44}{'router.formats.gguf':>14}{'gguf package':>14}{'ratio':>8}")
     with tempfile.TemporaryDirectory() as folder:
         for title, path in (
             ("tiny model", write_llama(Path(folder, "tiny.gguf"))),

@@ -32,14 +32,14 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.par
 # ruff: noqa: E402
 from tiny_models import write_llama
 
-from router.engine import Binary
-from router.flags import Flags
-from router.host import process_memory
-from router.launcher import NoEngine, find_binary
-from router.learning import Learned
-from router.memory import Account
-from router.placing import Alternative
-from router.sizing import EngineKind, Size, Sizer, read_files
+from router.engines.launcher import NoEngine, find_binary
+from router.engines.llamacpp.flags import Flags
+from router.engines.llamacpp.plan import Alternative
+from router.engines.llamacpp.sizing import EngineKind, Size, Sizer, read_files
+from router.engines.process import Binary
+from router.hardware.ram import process_memory
+from router.memory.ledger import Account
+from router.memory.measurements import Learned
 
 FLAGS = (
     ("-c", "4096", "-np", "1"),
@@ -55,7 +55,7 @@ MODELS: tuple[tuple[int, Literal["F16", "Q4_0"]], ...] = ((300, "F16"), (600, "F
 
 
 def engines() -> Iterator[Binary]:
-    from router import embedded
+    from router.engines.llamacpp import embedded
 
     if version := embedded.available():
         yield Binary(tuple(embedded.command()), "embedded", version)

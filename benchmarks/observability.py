@@ -26,21 +26,21 @@ import uvloop
 from overhead import FLAGS, TOKENS, InstantEngine, measure, serve_instantly
 from peers import Goals, Server, chat_body, generator, model_file, print_table, router
 
-from router import logs
-from router.config import Config, ModelConfig
-from router.devices import Devices
-from router.dispatcher import Dispatcher
-from router.engine import Binary, EngineFailed, EngineOrder, EngineProcess, LogRing
-from router.events import Events, RequestDone
-from router.learning import Learned
-from router.meter import AnswerMeter, Usage
-from router.metrics import Metrics
-from router.telemetry import Telemetry
+from router.config.schema import Config, ModelConfig
+from router.engines.llamacpp.usage import AnswerMeter, Usage
+from router.engines.process import Binary, EngineFailed, EngineOrder, EngineProcess, LogRing
+from router.hardware.devices import Devices
+from router.memory.measurements import Learned
+from router.observe import logs
+from router.observe.events import Events, RequestDone
+from router.observe.metrics import Metrics
+from router.observe.statistics import Telemetry
+from router.runtime.dispatcher import Dispatcher
 
 
 def without_observers() -> None:
     """Makes this process one in which nobody listens and nothing is noted; then serves as `llama-router`."""
-    from router.cli import main
+    from router.cli.main import main
 
     Events.listen = lambda self, kind, listener: None  # type: ignore[method-assign]
     AnswerMeter.note = lambda self, part: None  # type: ignore[method-assign]

@@ -1,7 +1,7 @@
 """Which model should live in memory? Compares answers by simulation, with the router's own scheduler as one.
 
 A discrete-event simulation: clients ask, engines load, serve and stop; the policy under test decides. Ours is
-the very code that runs in the router (`router.scheduler`), fed with simulated time. The others are
+the very code that runs in the router (`router.scheduling.scheduler`), fed with simulated time. The others are
 
   fifo        serves in order of arrival and swaps whenever the next request is for another model
   deadline    the same in order of virtual deadlines
@@ -30,7 +30,7 @@ from typing import Protocol
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from router.messages import (
+from router.scheduling.messages import (
     ByPriority,
     Configured,
     Effect,
@@ -51,8 +51,8 @@ from router.messages import (
     Submit,
     Tick,
 )
-from router.queue import Priority
-from router.scheduler import Scheduler
+from router.scheduling.queue import Priority
+from router.scheduling.scheduler import Scheduler
 
 HIGH, NORMAL, LOW = Priority
 STOP_SEC = 0.2

@@ -33,7 +33,7 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).parent.parent
-MODEL = ROOT / "router" / "demo" / "demo.gguf"
+MODEL = ROOT / "router" / "store" / "demo" / "demo.gguf"
 OBSERVER = ROOT / "tests" / "chaos" / "observer"
 ALIASES = ("a", "b", "c")
 ANSWER_LIMIT_SEC = 120

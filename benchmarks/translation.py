@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import time
 
-from router.ollama_answers import Translation
-from router.ollama_requests import Asked
+from router.dialects.ollama.answers import Translation
+from router.dialects.ollama.requests import Asked
 
 _EVENT = (
     b'data: {"choices":[{"finish_reason":null,"index":0,"delta":{"content":" token"}}],"created":1795270132,'

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from peers import Server, chat_body, engine_or_embedded, model_file, router
 from policies import LOW, NORMAL, PRESENT, Ask, Loop, Simulation, Workload, evenly, ours, poisson, workloads
 
-from router.messages import Event, Tick
+from router.scheduling.messages import Event, Tick
 
 MOMENTS_SEC = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 SHORTEST_SEC = 1.0

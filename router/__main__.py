@@ -2,13 +2,13 @@
 
 import sys
 
-from router import hang_up
+from router.system import sighup as hang_up
 
 
 def main() -> None:
     hang_up.hold()
     try:
-        from router import cli  # most of a start goes by here
+        from router.cli import main as cli  # most of a start goes by here
 
         cli.main()
     except KeyboardInterrupt:

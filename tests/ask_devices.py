@@ -10,7 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
-from router.devices import Devices
+from router.hardware.devices import Devices
 
 
 async def main() -> None:

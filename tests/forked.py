@@ -156,11 +156,11 @@ def _become(command: list[str], cwd: str, environ: dict[str, str], files: list[i
 
 
 if __name__ == "__main__":
-    import router.config_cli
-    import router.serve
+    import router.cli.check
+    import router.server
 
-    assert router.config_cli
-    assert router.serve
+    assert router.cli.check
+    assert router.server
     gc.collect()
     gc.freeze()
     _fork_on_demand()

@@ -126,7 +126,7 @@ def build(folder: Path) -> Path:
 def llama_server(folder: Path, *, behind_a_shell: bool = False) -> str:
     """Path of the embedded engine, dressed as a llama-server, which the router believes able to use GPUs."""
     script = folder / "llama-server"
-    command = f'{sys.executable} -m router.embedded "$@"'
+    command = f'{sys.executable} -m router.engines.llamacpp.embedded "$@"'
     script.write_text(f"#!/bin/sh\n{f'{command}; exit $?' if behind_a_shell else f'exec {command}'}\n")
     script.chmod(0o755)
     return str(script)

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 from test_devices import card, lay_out
 
-from router.accountant import Accountant
-from router.config import ModelConfig, System
-from router.devices import Devices
-from router.engine import Binary, EngineFailed
-from router.host import ProcessMemory
-from router.learning import Identity, Learned
-from router.messages import Event
-from router.placing import Alternative
-from router.scheduler import Scheduler
-from router.sizing import EngineKind, Size, Unusable
+from router.config.schema import ModelConfig, System
+from router.engines.llamacpp.plan import Alternative
+from router.engines.llamacpp.sizing import EngineKind, Size, Unusable
+from router.engines.process import Binary, EngineFailed
+from router.hardware.devices import Devices
+from router.hardware.ram import ProcessMemory
+from router.memory.manager import Accountant
+from router.memory.measurements import Identity, Learned
+from router.scheduling.messages import Event
+from router.scheduling.scheduler import Scheduler
 
 EMBEDDED = Binary(("python",), "embedded", "xllamacpp")
 
@@ -80,7 +80,7 @@ def test_however_often_a_disk_that_hangs_is_looked_at_one_thread_waits_for_it(
     accountant: Accountant, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     back = threading.Event()
-    monkeypatch.setattr("router.accountant.inspect", lambda *_: back.wait())
+    monkeypatch.setattr("router.memory.manager.inspect", lambda *_: back.wait())
 
     async def story() -> None:
         accountant.looks.limit_sec = 0.05

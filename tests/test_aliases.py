@@ -11,10 +11,10 @@ import pytest
 from conftest import Router, Start, eventually, models
 from tiny_models import write_lora
 
-from router.config import AliasConfig, Config, ModelConfig
-from router.queue import Priority
-from router.rewriting import rewritten
-from router.routing import Wish, read_wish
+from router.config.schema import AliasConfig, Config, ModelConfig
+from router.dataplane.rewriting import rewritten
+from router.dataplane.routing import Wish, read_wish
+from router.scheduling.queue import Priority
 
 EXAMPLES = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
 ALIASES: dict[str, Any] = {

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import Router, Start, models
 
-from router.api.auth import Keyring
-from router.api.browsers import Browsers
-from router.api.errors import ApiError
-from router.config import Api
+from router.config.schema import Api
+from router.http.auth import Keyring
+from router.http.errors import ApiError
+from router.http.origins import Browsers
 
 PATTERNS = (
     "http://localhost:*",

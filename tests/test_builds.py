@@ -21,10 +21,10 @@ import psutil
 import pytest
 from conftest import Router, eventually, models, starting
 
-from router import embedded
-from router.engine import Binary, EngineOrder, EngineProcess, LogRing
-from router.flags import AUTO_SLOTS
-from router.messages import Retry
+from router.engines.llamacpp import embedded
+from router.engines.llamacpp.flags import AUTO_SLOTS
+from router.engines.process import Binary, EngineOrder, EngineProcess, LogRing
+from router.scheduling.messages import Retry
 
 FOUND = os.environ.get("LLAMA_SERVER_PATH") or shutil.which("llama-server")
 BUILDS = ["embedded", *([FOUND] if FOUND else []), *engine_builds.asked_for()]

@@ -15,8 +15,8 @@ import pytest
 from conftest import models
 
 from router.api.cards import Cards
-from router.config import ModelConfig
-from router.config_load import load
+from router.config.schema import ModelConfig
+from router.config.sources import load
 
 Kept = Callable[..., list[ModelConfig]]
 

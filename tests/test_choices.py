@@ -11,8 +11,8 @@ import openai
 import pytest
 from conftest import Router, Start, eventually, fake, models
 
-from router.choices import Several
-from router.routing import ONE, Shape, shape_of
+from router.dataplane.routing import ONE, Shape, shape_of
+from router.dialects.openai.choices import Several
 
 HELLO = [{"role": "user", "content": "hi"}]
 FORCED = {"uses": "a", "forced": {"n": 2}}

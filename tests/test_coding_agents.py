@@ -24,7 +24,7 @@ from conftest import Router, models, starting
 from test_agents import install
 from test_clients import with_index
 
-from router.demo import MODEL_PATH
+from router.store.demo import MODEL_PATH
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("AGENTS") != "long", reason="only with AGENTS=long"),

@@ -16,13 +16,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import write_llama, write_projector
 
-from router import config, flags, hub
-from router.config import Config, ModelConfig
-from router.config_errors import LLAMA_SWAP
-from router.config_file import read_file
-from router.config_load import Loaded, load
-from router.config_problems import ConfigError
-from router.config_show import render
+from router.config import schema as config
+from router.config.errors import LLAMA_SWAP
+from router.config.file import read_file
+from router.config.problems import ConfigError
+from router.config.schema import Config, ModelConfig
+from router.config.show import render
+from router.config.sources import Loaded, load
+from router.engines.llamacpp import flags
+from router.store import discovery as hub
 
 PROJECT = Path(__file__).parent.parent
 EXAMPLES = [*sorted((PROJECT / "config").glob("*.yaml")), PROJECT / "config.example.json"]

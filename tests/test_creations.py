@@ -19,7 +19,7 @@ import pytest
 from conftest import ROOT, Router, Start, eventually, models, starting
 from tiny_models import write_llama, write_projector
 
-from router.blobs import Blobs
+from router.store.blobs import Blobs
 
 USER = {"role": "user", "content": "hi"}
 EXAMPLES = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from router.demo import MODEL_PATH
+from router.store.demo import MODEL_PATH
 
 GREETING = (
     "Hello! I am a tiny demo model that ships with llama-router. "

@@ -34,9 +34,9 @@ from played_nvml import (
     PlayedGpus,
 )
 
-from router import host
-from router.amd import Amd
-from router.devices import Devices
+from router.hardware import ram as host
+from router.hardware.amd import Amd
+from router.hardware.devices import Devices
 
 MIB = 1 << 20
 

@@ -13,20 +13,20 @@ from typing import Any
 import pytest
 from conftest import BASE_PORT
 
-from router import embedded
-from router.background import Background
-from router.config import Config, ModelConfig
-from router.devices import Devices
-from router.dispatcher import Dispatcher, RunningEngine, Ticket
-from router.engine import Binary
-from router.events import Events
-from router.launcher import LocalLauncher
-from router.learning import Learned
-from router.leftovers import EngineRecord
-from router.messages import Placement, Refusal
-from router.queue import Priority
-from router.sizing import EngineKind
-from router.state import State
+from router.config.schema import Config, ModelConfig
+from router.engines.launcher import LocalLauncher
+from router.engines.llamacpp import embedded
+from router.engines.llamacpp.sizing import EngineKind
+from router.engines.orphans import EngineRecord
+from router.engines.process import Binary
+from router.hardware.devices import Devices
+from router.memory.measurements import Learned
+from router.observe.events import Events
+from router.runtime.background import Background
+from router.runtime.dispatcher import Dispatcher, RunningEngine, Ticket
+from router.scheduling.messages import Placement, Refusal
+from router.scheduling.queue import Priority
+from router.system.state import State
 
 
 @asynccontextmanager

@@ -19,8 +19,8 @@ import psutil
 import pytest
 from tiny_models import write_embedding, write_llama
 
-from router import embedded, embedded_flags
-from router.flags import FORMS, Flags
+from router.engines.llamacpp import embedded, embedded_flags
+from router.engines.llamacpp.flags import FORMS, Flags
 
 KEY = "key-of-this-engine"
 STATE = "cmd_child_to_router:state:"

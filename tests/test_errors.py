@@ -10,7 +10,7 @@ import pytest
 from conftest import Router, Start, fake, models
 from tiny_models import write_embedding
 
-from router.demo import MODEL_PATH
+from router.store.demo import MODEL_PATH
 
 CONTEXT = 256
 LONG = "Hello world " * CONTEXT

@@ -11,11 +11,12 @@ import pytest
 from tiny_models import Blueprint, write_embedding, write_llama, write_projector
 
 from benchmarks.footprints import MODELS
-from router import estimate, gguf
-from router.cli import main
-from router.engine import Binary
-from router.placing import Ground, Site
-from router.sizing import EngineKind
+from router.cli import estimate
+from router.cli.main import main
+from router.engines.llamacpp.plan import Ground, Site
+from router.engines.llamacpp.sizing import EngineKind
+from router.engines.process import Binary
+from router.formats import gguf
 
 GRANITE = MODELS["granite-4-tiny"]
 FAR = "http://127.0.0.1:9"  # the discard port: nobody listens

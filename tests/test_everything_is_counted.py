@@ -16,7 +16,7 @@ import pytest
 from conftest import FAKE_ENGINE, Router, Start, eventually, models
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from router import embedded
+from router.engines.llamacpp import embedded
 
 Ends = Counter[tuple[str, str, str]]
 """Alias, priority, outcome: how many."""

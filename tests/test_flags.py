@@ -14,11 +14,10 @@ from pathlib import Path
 import pytest
 from conftest import Start, eventually, models, run
 
-from router.build_flags import read_help, spoken
-from router.capability import refused_by_engine
-from router.config_load import load
-from router.engine import Binary
-from router.flags import (
+from router.config.sources import load
+from router.engines.llamacpp.build_flags import read_help, spoken
+from router.engines.llamacpp.capability import refused_by_engine
+from router.engines.llamacpp.flags import (
     ENGINE_BUILD,
     FORMS,
     OWNED,
@@ -30,7 +29,8 @@ from router.flags import (
     from_environment,
     parse,
 )
-from router.sizing import EngineKind
+from router.engines.llamacpp.sizing import EngineKind
+from router.engines.process import Binary
 
 
 @pytest.mark.parametrize(
@@ -397,7 +397,7 @@ def test_what_models_are_for_is_not_read_from_their_flags_when_an_engine_refuses
     entries = {**models(tiny, "a"), **models(tiny, "embed", flags=["--embedding"])}
     (tmp_path / "config.json").write_text(json.dumps({"models": entries}))
     config = load(environ={}, cwd=tmp_path).config
-    monkeypatch.setattr("router.flags.parse", lambda flags: pytest.fail("they are read again"))
+    monkeypatch.setattr("router.engines.llamacpp.flags.parse", lambda flags: pytest.fail("they are read again"))
     refusal = refused_by_engine(b"This server does not support embeddings", "a", config.models)
     assert refusal is not None
     assert "Ask 'embed' instead" in refusal.message

@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from tiny_models import Blueprint, gguf_bytes, write_llama, write_projector
 
 from benchmarks.footprints import FLAGS, MODELS, by_formula, compare, find_fit_params, percentile
-from router import fit_params, footprint, gguf
-from router.flags import FlagError, Flags
-from router.footprint import Footprint, Share
-from router.gguf import GGUF
+from router.engines.llamacpp import fit_params, footprint
+from router.engines.llamacpp.flags import FlagError, Flags
+from router.engines.llamacpp.footprint import Footprint, Share
+from router.formats import gguf
+from router.formats.gguf import GGUF
 
 FIT_PARAMS = find_fit_params()
 needs_the_tool = pytest.mark.skipif(FIT_PARAMS is None, reason="no llama-fit-params on this machine")

@@ -24,8 +24,8 @@ from tiny_models import (
     write_projector,
 )
 
-from router import ggml, gguf
-from router.gguf import GGUF, ArrayStub, GGUFError, NotGGUF, TruncatedGGUF, UnsupportedGGUF, capabilities
+from router.formats import ggml, gguf
+from router.formats.gguf import GGUF, ArrayStub, GGUFError, NotGGUF, TruncatedGGUF, UnsupportedGGUF, capabilities
 
 ARCHITECTURE = ("general.architecture", "str", "llama")
 WEIGHT = RawTensor("token_embd.weight", (32, 4), type=2, nbytes=4 * 18)

@@ -9,7 +9,7 @@ import ctypes
 import psutil
 import pytest
 
-from router import heap
+from router.system import heap
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not glibc")

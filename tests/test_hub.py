@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from tiny_models import RawTensor, gguf_bytes, write_embedding, write_llama, write_projector
 
-from router import gguf
-from router.gguf import GGUF
-from router.hub import SETTLE_SEC, Discovery, Headers, discover, fits, projector_of
+from router.formats import gguf
+from router.formats.gguf import GGUF
+from router.store.discovery import SETTLE_SEC, Discovery, Headers, discover, fits, projector_of
 
 
 def model(path: Path) -> Path:

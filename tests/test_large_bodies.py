@@ -16,11 +16,11 @@ from conftest import Router, Start, eventually, fake, models
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from router import shortening
-from router.api.errors import ApiError
-from router.forms import text_fields
-from router.routing import shortened
-from router.shortening import ALL_DEPTHS, Pieces, Shortened
+from router.dataplane import shortening
+from router.dataplane.forms import text_fields
+from router.dataplane.routing import shortened
+from router.dataplane.shortening import ALL_DEPTHS, Pieces, Shortened
+from router.http.errors import ApiError
 
 LONG = 'All "work" and no play\\\n\u00e9 ' * 60_000
 IMAGE = "iVBORw0KGgo" + "A" * 1_500_000

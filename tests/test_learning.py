@@ -9,9 +9,9 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.learning import MOST_ENTRIES, Entry, Identity, Learned
-from router.out_of_memory import ran_out
-from router.state import StateFile
+from router.engines.llamacpp.out_of_memory import ran_out
+from router.memory.measurements import MOST_ENTRIES, Entry, Identity, Learned
+from router.system.state import StateFile
 
 
 def identity(name: str = "a", *flags: str) -> Identity:

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.config import System
-from router.devices import Readings
-from router.footprint import Footprint, Share
-from router.host import ProcessMemory
-from router.memory import Account, Ledger, Line
-from router.placing import Alternative
-from router.readings import Device
-from router.sizing import Size
+from router.config.schema import System
+from router.engines.llamacpp.footprint import Footprint, Share
+from router.engines.llamacpp.plan import Alternative
+from router.engines.llamacpp.sizing import Size
+from router.hardware.devices import Readings
+from router.hardware.ram import ProcessMemory
+from router.memory.ledger import Account, Ledger, Line
+from router.system.readings import Device
 
 
 def gpu(number: int, used_mib: int, total_mib: int = 10000, used_by: Mapping[int, int] | None = None) -> Device:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from conftest import Start, eventually, fake, models
 
-from router.platforms import birth
+from router.system.processes import birth
 
 linux_only = pytest.mark.skipif(
     sys.platform != "linux", reason="the fake engine outlives its router by Linux's prctl"

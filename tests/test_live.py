@@ -13,7 +13,7 @@ import pytest
 from conftest import Router, Start, eventually, fake, models, starting
 
 from router.api.streams import Feed
-from router.events import Events, ServerChanged
+from router.observe.events import Events, ServerChanged
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import httpx2 as httpx
 import pytest
 from conftest import ROOT, Start, eventually, fake, models
 
-from router import logs
+from router.observe import logs
 
 SECRET = "the launch code is swordfish"
 KEY = "sk-very-secret"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from router.looks import DiskHangs, FolderHangs, FolderLooks, Looks
+from router.config.snapshots import DiskHangs, FolderHangs, FolderLooks, Looks
 
 
 def test_a_look_that_hangs_is_told_and_keeps_no_further_ones_once_it_has_ended(tmp_path: Path) -> None:

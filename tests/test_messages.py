@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from conftest import Router, Start, fake, models
 
-from router.anthropic_requests import read
-from router.demo import MODEL_PATH
+from router.dialects.anthropic.requests import read
+from router.store.demo import MODEL_PATH
 
 anthropic = pytest.importorskip("anthropic", reason="the package anthropic is not installed")
 

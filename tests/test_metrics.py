@@ -14,8 +14,8 @@ from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from router.engine_metrics import relayed
-from router.exposition import exposition
+from router.engines.llamacpp.metrics import relayed
+from router.observe.prometheus import exposition
 
 ROW = re.compile(r"\| `(?P<name>\w+)` \| (?P<kind>\w+) \| (?P<labels>[^|]*) \| (?P<text>.*) \|")
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import Router, Start, models, run, starting
 
-from router.names import candidates, listed_name, meant
+from router.config.names import candidates, listed_name, meant
 
 NAMES = ["demo", "llama3:8b", "other/llama3:latest", "USER/Repo-GGUF:Q4_K_M"]
 NAMES += ["two/of-them:Q4_0", "two/of-them:Q8_0"]

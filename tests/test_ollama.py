@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from router.answer import BrokenAnswer
-from router.api.errors import ApiError
-from router.ollama_answers import Translation
-from router.ollama_requests import Asked, duration_sec, translate
+from router.dataplane.answer import BrokenAnswer
+from router.dialects.ollama.answers import Translation
+from router.dialects.ollama.requests import Asked, duration_sec, translate
+from router.http.errors import ApiError
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from conftest import Router, Start, eventually, fake, models
 from sse_starlette import ServerSentEvent
 
 from router.api.streams import EventStream
-from router.turns import in_turns
+from router.system.turns import in_turns
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def test_a_reader_who_does_not_read_is_let_go() -> None:
 
 
 def test_what_takes_long_leaves_others_their_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("router.turns._TURN_SEC", 0.0)
+    monkeypatch.setattr("router.system.turns._TURN_SEC", 0.0)
     turns = 0
 
     async def others() -> None:

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from tiny_models import Blueprint, gguf_bytes
 
 from benchmarks.footprints import MODELS
-from router.config import ModelConfig, System
-from router.engine import Binary
-from router.learning import Learned
-from router.placing import Alternative, Ground, Inspection, Site, advise, inspect
-from router.sizing import DRIVER_MIB, EngineKind, Unusable
+from router.config.schema import ModelConfig, System
+from router.engines.llamacpp.plan import Alternative, Ground, Inspection, Site, advise, inspect
+from router.engines.llamacpp.sizing import DRIVER_MIB, EngineKind, Unusable
+from router.engines.process import Binary
+from router.memory.measurements import Learned
 
 SERVER = EngineKind(Binary((str(Path(__file__)),), "llama-server", "any file will do: it is never run"))
 EMBEDDED = EngineKind(Binary(("python",), "embedded", "xllamacpp"))

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from conftest import eventually
 
-from router import platforms
+from router.system import processes as platforms
 
 
 def test_what_a_child_has_started_dies_with_it_and_its_exit_code_is_kept(

@@ -19,10 +19,11 @@ from conftest import ROOT, Router, Start, eventually, run
 from fake_hub import Hub, serving
 from tiny_models import write_llama, write_projector
 
-from router import estimate, pulled, repository
-from router.downloads import Downloads, Pull
-from router.progress import Progress
-from router.pull import pull
+from router.cli import estimate
+from router.store import pulled, repository
+from router.store.downloads import Downloads, Pull
+from router.store.progress import Progress
+from router.store.pull import pull
 
 REPO = "org/tiny-GGUF"
 ALIAS = f"{REPO}:Q4_K_M"

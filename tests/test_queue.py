@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.queue import Priority, PriorityQueue, Request
+from router.scheduling.queue import Priority, PriorityQueue, Request
 
 PATIENCE_SEC = {Priority.HIGH: 0, Priority.NORMAL: 15, Priority.LOW: 120}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from router.reasons import Problem, Reason, Reasons
+from router.observe.reasons import Problem, Reason, Reasons
 
 
 def test_a_reason_is_put_in_in_full_where_it_is_told_of_its_model_only() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from router.repository import (
+from router.store.repository import (
     BadReference,
     Choice,
     NoChoice,

@@ -17,9 +17,9 @@ from conftest import Router, Start, fake, models
 from played_responses import played, stories, stream_of
 from pydantic import BaseModel
 
-from router.api.errors import ApiError
-from router.demo import MODEL_PATH
-from router.responses import Completion, read
+from router.dialects.openai.responses import Completion, read
+from router.http.errors import ApiError
+from router.store.demo import MODEL_PATH
 
 GREETING = "Hello! I am a tiny demo model"
 SCHEMA: dict[str, Any] = {

@@ -11,7 +11,7 @@ import pytest
 from conftest import Router, Start, eventually, fake, models
 from played_nvml import DRIVER_NOT_LOADED, Fault, Gpu, PlayedGpus, llama_server
 
-from router.devices import DEADLINE_SEC
+from router.hardware.devices import DEADLINE_SEC
 
 Environ = dict[str, str]
 

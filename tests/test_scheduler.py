@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import pytest
 
-from router.expectation import Forecast
-from router.messages import (
+from router.scheduling.eviction import Room, Verdict, decide
+from router.scheduling.messages import (
     ByPriority,
     Configured,
     Displace,
@@ -47,10 +47,10 @@ from router.messages import (
     Tick,
     Transition,
 )
-from router.placement import Room, Verdict, decide
-from router.queue import Priority, Request
-from router.residency import Model, since_it_changed
-from router.scheduler import Scheduler
+from router.scheduling.queue import Priority, Request
+from router.scheduling.residency import Model, since_it_changed
+from router.scheduling.scheduler import Scheduler
+from router.scheduling.wait_estimate import Forecast
 
 HIGH, NORMAL, LOW = Priority
 GPU = {"gpu0": 10}
@@ -348,7 +348,7 @@ def test_of_very_many_models_that_wait_few_are_looked_at_in_a_step_and_all_befor
         looks.append(candidate.spec.alias)
         return decide(candidate, inspected, room)
 
-    monkeypatch.setattr("router.scheduler.decide", watched)
+    monkeypatch.setattr("router.scheduling.scheduler.decide", watched)
     crowd = [f"crowd-{number}" for number in range(100)]
     places = {"elsewhere": ({"gpu1": 6},)}
     machine = Machine("a", *crowd, "elsewhere", places=places, budgets={"gpu0": 10, "gpu1": 10})

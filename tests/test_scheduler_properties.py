@@ -24,7 +24,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from router.messages import (
+from router.scheduling.messages import (
     ByPriority,
     Configured,
     Displace,
@@ -59,9 +59,9 @@ from router.messages import (
     Tick,
     Transition,
 )
-from router.queue import Priority
-from router.residency import EngineState
-from router.scheduler import Scheduler
+from router.scheduling.queue import Priority
+from router.scheduling.residency import EngineState
+from router.scheduling.scheduler import Scheduler
 
 EVENTS = int(os.environ.get("SCHEDULER_EVENTS", "120000"))
 SEED = int(os.environ.get("SCHEDULER_SEED", "1"))

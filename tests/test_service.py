@@ -24,7 +24,7 @@ import psutil
 import pytest
 from conftest import ROOT, Start, eventually, fake, models
 
-from router.platforms import birth
+from router.system.processes import birth
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
 

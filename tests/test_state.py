@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Start, eventually, models
 
-from router.state import State, StateHeld, default_path
+from router.system.state import State, StateHeld, default_path
 
 
 def test_what_is_written_is_read_by_the_next_one(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_without_a_directory_nothing_is_remembered(tmp_path: Path) -> None:
 
 
 def test_a_lock_ends_with_its_holder_however_it_ends(tmp_path: Path) -> None:
-    hold = "from pathlib import Path; from router.state import State; state = State.open(Path('.'), 4711)"
+    hold = "from pathlib import Path; from router.system.state import State; state = State.open(Path('.'), 4711)"
     command = [sys.executable, "-c", f"{hold}; print(flush=True); input()"]
     environ = {"PYTHONPATH": str(ROOT)}
     pipe = subprocess.PIPE
@@ -107,7 +107,7 @@ def test_a_lock_ends_with_its_holder_however_it_ends(tmp_path: Path) -> None:
 
 
 def test_it_is_where_programs_keep_such_things(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("router.state._HOME_FOLDERS", (".local", "state"))
+    monkeypatch.setattr("router.system.state._HOME_FOLDERS", (".local", "state"))
     home = {"HOME": "/home/ann"}
     assert default_path(8000, home) == Path("/home/ann/.local/state/llama-router/8000")
     assert default_path(8000, home | {"XDG_STATE_HOME": "/var/x"}) == Path("/var/x/llama-router/8000")

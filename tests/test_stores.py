@@ -10,8 +10,8 @@ import pytest
 from conftest import Start
 from tiny_models import write_llama, write_projector
 
-from router import stores
-from router.hub import Discovery
+from router.store import external as stores
+from router.store.discovery import Discovery
 
 COMMITS = ("a" * 40, "b" * 40)
 

@@ -20,8 +20,8 @@ import psutil
 import pytest
 from conftest import Router, Start, eventually, fake, models
 
-from router.engine import LogRing
-from router.host import oom_kills
+from router.engines.process import LogRing
+from router.hardware.ram import oom_kills
 
 
 @pytest.fixture(scope="module")

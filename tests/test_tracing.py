@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import Start, fake, models
 
-from router.events import RequestDone, RequestsDone
-from router.meter import Usage
+from router.engines.llamacpp.usage import Usage
+from router.observe.events import RequestDone, RequestsDone
 
 pytest.importorskip("opentelemetry.sdk", reason="the extra `otel` is not installed")
 
@@ -21,7 +21,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from router.tracing import Tracing
+from router.observe.tracing import Tracing
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = "b7ad6b7169203331"

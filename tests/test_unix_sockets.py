@@ -10,14 +10,14 @@ import psutil
 import pytest
 from conftest import Start, eventually, models
 
-from router import embedded
-from router.engine import Binary, EngineOrder, EngineProcess, LogRing
-from router.launcher import LocalLauncher
-from router.leftovers import EngineRecord
-from router.messages import Retry
-from router.sizing import EngineKind
-from router.state import State
-from router.upstream import Connection, EnginePool, Head
+from router.engines.launcher import LocalLauncher
+from router.engines.llamacpp import embedded
+from router.engines.llamacpp.sizing import EngineKind
+from router.engines.orphans import EngineRecord
+from router.engines.process import Binary, EngineOrder, EngineProcess, LogRing
+from router.engines.upstream import Connection, EnginePool, Head
+from router.scheduling.messages import Retry
+from router.system.state import State
 
 
 def connections(engine: psutil.Process, path: Path) -> tuple[int, int]:

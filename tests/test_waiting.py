@@ -10,8 +10,8 @@ from typing import Any
 from conftest import Router, Start, eventually, fake, models
 from test_scheduler import LOW, NORMAL, Machine
 
-from router.messages import Eject, EngineExited, EngineLost, ModelSpec, Policy
-from router.waiting import why
+from router.scheduling.messages import Eject, EngineExited, EngineLost, ModelSpec, Policy
+from router.scheduling.wait_reason import why
 
 
 def reason(machine: Machine, alias: str) -> str:

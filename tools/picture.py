@@ -21,7 +21,7 @@ import httpx2
 from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).parent.parent
-DEMO = str(ROOT / "router" / "demo" / "demo.gguf")
+DEMO = str(ROOT / "router" / "store" / "demo" / "demo.gguf")
 BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome")
 SEEN_SEC = 14
 QUESTION = "Why does my request wait?"

@@ -4,7 +4,7 @@ The demo lets a first run serve a real chat with nothing downloaded. It is a lla
 of about a million parameters that has read only `demo_text.txt`: it answers questions about llama-router, and
 says so when it cannot answer. It is no general language model, and this is no general trainer.
 
-    python tools/train_demo.py            # train, write router/demo/demo.gguf, measure it
+    python tools/train_demo.py            # train, write router/store/demo/demo.gguf, measure it
     python tools/train_demo.py --measure  # only measure the file that is there
 
 The measurement asks the written file, through llama.cpp's own server, the questions that training never saw.
@@ -37,7 +37,7 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT_PATH = ROOT / "tools" / "demo_text.txt"
-MODEL_PATH = ROOT / "router" / "demo" / "demo.gguf"
+MODEL_PATH = ROOT / "router" / "store" / "demo" / "demo.gguf"
 
 SEED = 7
 VOCABULARY = 1536

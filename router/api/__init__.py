@@ -1,0 +1,1 @@
+"""Pages beside the data plane: lists, management, status, metrics, and the web page."""

@@ -12,12 +12,12 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from router import gguf
-from router.config import ModelConfig
-from router.dispatcher import EngineProps
-from router.flags import Flags, as_started
-from router.footprint import slot_context
-from router.readings import apart
+from router.config.schema import ModelConfig
+from router.engines.llamacpp.flags import Flags, as_started
+from router.engines.llamacpp.footprint import slot_context
+from router.formats import gguf
+from router.runtime.dispatcher import EngineProps
+from router.system.readings import apart
 
 Card = dict[str, Any]
 

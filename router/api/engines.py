@@ -17,12 +17,12 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from router import __version__
-from router.api.auth import sees_all
-from router.api.errors import ApiError
-from router.capability import error_of_engine
-from router.dispatcher import Dispatcher, RunningEngine
-from router.names import meant
-from router.routing import model_of, named_by_nobody
+from router.config.names import meant
+from router.dataplane.routing import model_of, named_by_nobody
+from router.engines.llamacpp.capability import error_of_engine
+from router.http.auth import sees_all
+from router.http.errors import ApiError
+from router.runtime.dispatcher import Dispatcher, RunningEngine
 
 router = APIRouter(tags=["monitoring"])
 

@@ -16,15 +16,15 @@ from typing import Any
 from fastapi import APIRouter, Request
 from sse_starlette import ServerSentEvent
 
-from router.api.auth import sees_all
 from router.api.models import iso, status_of, status_of_all
 from router.api.monitoring import READING_SEC
 from router.api.openai import further_names, loading_status
 from router.api.streams import EventStream, Feed, Shared, frame, unnamed
-from router.dispatcher import Dispatcher
-from router.events import LoadMoved, ModelChanged, ModelsListed, RequestsDone, ServerChanged
-from router.messages import Refusal
-from router.readings import Device
+from router.http.auth import sees_all
+from router.observe.events import LoadMoved, ModelChanged, ModelsListed, RequestsDone, ServerChanged
+from router.runtime.dispatcher import Dispatcher
+from router.scheduling.messages import Refusal
+from router.system.readings import Device
 
 router = APIRouter(tags=["monitoring"])
 

@@ -12,13 +12,13 @@ import msgspec
 from fastapi import APIRouter, Request
 
 from router.api.documents import Document
-from router.api.errors import ApiError
 from router.api.models import to_load
-from router.api.ollama import NAMES_A_MODEL, read_body
 from router.api.openai import all_cards
-from router.dispatcher import Dispatcher
-from router.routing import model_of
-from router.turns import in_turns
+from router.dataplane.routing import model_of
+from router.dialects.ollama.pages import NAMES_A_MODEL, read_body
+from router.http.errors import ApiError
+from router.runtime.dispatcher import Dispatcher
+from router.system.turns import in_turns
 
 router = APIRouter(tags=["llama-server"])
 

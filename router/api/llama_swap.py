@@ -16,14 +16,14 @@ import msgspec
 from fastapi import APIRouter, Query, Request
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
 
-from router.api.errors import ApiError
 from router.api.openai import further_names
 from router.api.streams import EventStream, Feed, frame
-from router.dispatcher import Dispatcher
-from router.engine import LogRing
-from router.events import ModelChanged, ModelsListed, ServerChanged
-from router.residency import Model
-from router.routing import model_of
+from router.dataplane.routing import model_of
+from router.engines.process import LogRing
+from router.http.errors import ApiError
+from router.observe.events import ModelChanged, ModelsListed, ServerChanged
+from router.runtime.dispatcher import Dispatcher
+from router.scheduling.residency import Model
 
 router = APIRouter(tags=["llama-swap"])
 

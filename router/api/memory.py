@@ -6,11 +6,11 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from router.api.auth import sees_all
 from router.api.models import memory
-from router.dispatcher import Dispatcher
-from router.memory import Account, Line
-from router.routing import model_of
+from router.dataplane.routing import model_of
+from router.http.auth import sees_all
+from router.memory.ledger import Account, Line
+from router.runtime.dispatcher import Dispatcher
 
 router = APIRouter(tags=["monitoring"])
 

@@ -10,21 +10,21 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse
 
-from router.api.auth import sees_all
 from router.api.documents import Document
-from router.api.errors import ApiError, refused
 from router.api.openai import show_model
-from router.config import ModelConfig
-from router.config_problems import ConfigError
-from router.devices import HOST
-from router.dispatcher import Dispatcher, RunningEngine
-from router.flags import Flags
-from router.memory import Account
-from router.messages import Refusal
-from router.residency import Model
-from router.routing import model_of
-from router.turns import in_turns
-from router.waiting import why
+from router.config.problems import ConfigError
+from router.config.schema import ModelConfig
+from router.dataplane.routing import model_of
+from router.engines.llamacpp.flags import Flags
+from router.hardware.devices import HOST
+from router.http.auth import sees_all
+from router.http.errors import ApiError, refused
+from router.memory.ledger import Account
+from router.runtime.dispatcher import Dispatcher, RunningEngine
+from router.scheduling.messages import Refusal
+from router.scheduling.residency import Model
+from router.scheduling.wait_reason import why
+from router.system.turns import in_turns
 
 router = APIRouter(tags=["management"])
 

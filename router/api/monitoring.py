@@ -11,18 +11,18 @@ from fastapi import APIRouter, Query, Request
 from sse_starlette import ServerSentEvent
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from router.api.auth import sees_all
 from router.api.documents import Document
 from router.api.engines import ERRORS, ModelQuery, said_by_engine
-from router.api.errors import ApiError
 from router.api.streams import EventStream
-from router.devices import Devices
-from router.dispatcher import Dispatcher, LastExit, Waiting
-from router.engine import LogRing, signal_name
-from router.metrics import Metrics, NotAcceptable
-from router.queue import NAMES
-from router.routing import model_of
-from router.turns import in_turns
+from router.dataplane.routing import model_of
+from router.engines.process import LogRing, signal_name
+from router.hardware.devices import Devices
+from router.http.auth import sees_all
+from router.http.errors import ApiError
+from router.observe.metrics import Metrics, NotAcceptable
+from router.runtime.dispatcher import Dispatcher, LastExit, Waiting
+from router.scheduling.queue import NAMES
+from router.system.turns import in_turns
 
 router = APIRouter(tags=["monitoring"])
 

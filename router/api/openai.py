@@ -12,11 +12,11 @@ from fastapi import APIRouter, Request
 
 from router.api.cards import Card, Cards, as_it_runs
 from router.api.documents import Document
-from router.config import AliasConfig, Config, ModelConfig
-from router.created import SOURCE as CREATED
-from router.dispatcher import Dispatcher
-from router.routing import known_as
-from router.turns import in_turns
+from router.config.schema import AliasConfig, Config, ModelConfig
+from router.dataplane.routing import known_as
+from router.runtime.dispatcher import Dispatcher
+from router.store.created import SOURCE as CREATED
+from router.system.turns import in_turns
 
 router = APIRouter(tags=["models"])
 

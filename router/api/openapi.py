@@ -14,9 +14,9 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from router.api.auth import OPEN_PATHS
-from router.api.errors import is_ollama
-from router.routing import TRANSLATED_ROUTES
+from router.dataplane.routing import TRANSLATED_ROUTES
+from router.http.auth import OPEN_PATHS
+from router.http.errors import is_ollama
 
 _ERRORS = {
     400: "Something is wrong with the request; `message` says what.",

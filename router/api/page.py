@@ -66,7 +66,7 @@ def _read_of_docs(name: str) -> _File:
     return _read(Path(package.origin).with_name("static") / name)
 
 
-_FILES = {path.name: _read(path) for path in (Path(__file__).parent.parent / "page").iterdir()}
+_FILES = {path.name: _read(path) for path in (Path(__file__).parent / "assets").iterdir()}
 
 
 def _drawn_by(tags: bytes) -> _File:

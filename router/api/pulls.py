@@ -14,17 +14,17 @@ from pydantic import BaseModel, Field
 from sse_starlette import ServerSentEvent
 from starlette.responses import JSONResponse, Response
 
-from router import created, pulled, repository
-from router.api.errors import ApiError
 from router.api.models import LoadRequest, load_model
 from router.api.streams import EventStream
-from router.config import Config
-from router.creations import Creations
-from router.dispatcher import Dispatcher
-from router.downloads import MOST_AT_ONCE, Downloads, Pull, TooManyPulls
-from router.hub import is_alias
-from router.names import candidates, same_name
-from router.routing import check_name, some_of
+from router.config.names import candidates, same_name
+from router.config.schema import Config
+from router.dataplane.routing import check_name, some_of
+from router.http.errors import ApiError
+from router.runtime.dispatcher import Dispatcher
+from router.store import created, pulled, repository
+from router.store.creations import Creations
+from router.store.discovery import is_alias
+from router.store.downloads import MOST_AT_ONCE, Downloads, Pull, TooManyPulls
 
 router = APIRouter(tags=["management"])
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import Router, Start
 from storm import LONG
 
-from router.routing import ROUTES
+from router.dataplane.routing import ROUTES
 
 CHECKS = ("status_code_conformance", "content_type_conformance", "response_headers_conformance")
 CHECKS += ("response_schema_conformance", "allow_header_conformance")

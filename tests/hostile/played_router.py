@@ -13,16 +13,16 @@ from typing import Any, cast
 import uvicorn
 from uvicorn.server import ServerState
 
-from router.api.auth import Keyring
-from router.api.browsers import Browsers
 from router.api.cards import Cards
-from router.config import Config, ModelConfig
-from router.dispatcher import Ticket
-from router.events import RequestDone
-from router.exchange import Exchanges
-from router.http_server import HttpProtocol
-from router.messages import Refusal, Reject
-from router.upstream import Body, Connection, EnginePool, Receiver
+from router.config.schema import Config, ModelConfig
+from router.dataplane.exchange import Exchanges
+from router.dataplane.server import HttpProtocol
+from router.engines.upstream import Body, Connection, EnginePool, Receiver
+from router.http.auth import Keyring
+from router.http.origins import Browsers
+from router.observe.events import RequestDone
+from router.runtime.dispatcher import Ticket
+from router.scheduling.messages import Refusal, Reject
 
 CONFIG = Config(models={"a": ModelConfig("a", Path("a.gguf"), (), slots=4)})
 _MOST_TRIES = 2

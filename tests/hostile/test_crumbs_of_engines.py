@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from router.upstream import Connection, EnginePool, Head
+from router.engines.upstream import Connection, EnginePool, Head
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 CRUMBS = b"1\r\nx\r\n" * 200_000

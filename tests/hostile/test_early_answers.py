@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from router.upstream import Connection, EnginePool, Head
+from router.engines.upstream import Connection, EnginePool, Head
 
 LARGE = b"x" * 8_000_000
 ANSWER = b"HTTP/1.1 400 Bad Request\r\ncontent-length: 4\r\n\r\nnope"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import Router, Start, models
 
-from router.api.errors import is_anthropic, is_ollama
 from router.api.llama_swap import DONE_BY_GET
+from router.http.errors import is_anthropic, is_ollama
 
 EVIL = "https://evil.example"
 BODY = json.dumps({"model": "a", "messages": [], "keep_alive": -1, "source": "a", "destination": "b"})

@@ -13,13 +13,13 @@ from mutations import LONG, SEED, mutated
 from tiny_models import QUANTIZED_TYPES, RawTensor, gguf_bytes
 
 from router.api.cards import card_of
-from router.config import ModelConfig
-from router.flags import FlagError, Flags
-from router.gguf import GGUFError
-from router.hub import Headers, Survey
-from router.learning import Learned
-from router.purpose import flags_for
-from router.sizing import Sizer, Unusable, read_files
+from router.config.schema import ModelConfig
+from router.engines.llamacpp.flags import FlagError, Flags
+from router.engines.llamacpp.purpose import flags_for
+from router.engines.llamacpp.sizing import Sizer, Unusable, read_files
+from router.formats.gguf import GGUFError
+from router.memory.measurements import Learned
+from router.store.discovery import Headers, Survey
 
 _COUNT = 50_000 if LONG else 300
 _FLAGS: tuple[tuple[str, ...], ...] = (

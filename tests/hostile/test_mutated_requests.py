@@ -20,7 +20,7 @@ from conftest import Router, Start
 from mutations import LONG, SEED, mutated
 from played_router import PlayedRouter
 
-from router.routing import DATA_PLANE
+from router.dataplane.routing import DATA_PLANE
 
 _COUNT = 50_000 if LONG else 800
 _COUNT_OF_ALL_ROUTES = 50_000 if LONG else 120

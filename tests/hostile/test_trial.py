@@ -19,7 +19,7 @@ SECONDS = 60 if LONG else 4
 
 
 def test_honest_clients_lose_nothing_beside_all_attacks_at_once(start: Start, tiny: Path, tmp_path: Path) -> None:
-    router = start(configuration(tmp_path, large=ROOT / "router" / "demo" / "demo.gguf", small=tiny))
+    router = start(configuration(tmp_path, large=ROOT / "router" / "store" / "demo" / "demo.gguf", small=tiny))
     process, port = psutil.Process(router.process.pid), int(router.url.rpartition(":")[2])
     for model in LOADED:
         headers = {"authorization": f"Bearer {FULL_KEY}"}

@@ -17,14 +17,14 @@ from typing import Any, cast
 import pytest
 import uvicorn
 
-from router import http_server
-from router.answer import Answer
-from router.events import ClientRefused, Events
-from router.exchange import Exchanges
-from router.heads import RequestHead
-from router.http_server import HttpProtocol
-from router.logs import Logs
-from router.turns import Rounds
+from router.dataplane import server as http_server
+from router.dataplane.answer import Answer
+from router.dataplane.exchange import Exchanges
+from router.dataplane.heads import RequestHead
+from router.dataplane.server import HttpProtocol
+from router.observe.events import ClientRefused, Events
+from router.observe.logs import Logs
+from router.system.turns import Rounds
 
 PAGE = b"x" * 1_000_000
 ASK = b"GET /page HTTP/1.1\r\nhost: localhost\r\n\r\n"

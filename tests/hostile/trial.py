@@ -20,7 +20,7 @@ from typing import Any
 import attack
 import mob
 
-from router import embedded
+from router.engines.llamacpp import embedded
 
 FLOODS = "floods"
 ATTACKS = (*mob.ATTACKS, FLOODS)

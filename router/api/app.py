@@ -1,0 +1,249 @@
+"""The ASGI application: everything but the data plane, which has no need of ASGI (see `exchange`)."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.routing import Match
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from router import __version__
+from router.api import (
+    engines,
+    live,
+    llama_server,
+    llama_swap,
+    memory,
+    models,
+    monitoring,
+    openai,
+    page,
+    pulls,
+)
+from router.api.cards import Cards
+from router.api.documents import Document
+from router.api.live import Live
+from router.api.llama_swap import DONE_BY_GET
+from router.api.openapi import describe
+from router.dataplane.routing import DATA_PLANE
+from router.dataplane.shortening import most_values
+from router.dialects.ollama import create as creating
+from router.dialects.ollama import pages as ollama
+from router.http.auth import OPEN_PATHS, Keyring
+from router.http.errors import ApiError
+from router.http.origins import Browsers
+from router.observe.metrics import Metrics
+from router.observe.statistics import Telemetry
+from router.runtime.dispatcher import Dispatcher
+from router.store.creations import Creations
+from router.store.downloads import Downloads
+
+_BLOBS = "/api/blobs/"
+Reload = Callable[[], Awaitable[dict[str, Any]]]
+_OPERATORS_PAGES = ("/v1/logs/", "/logs", "/v1/health/models", "/v1/models/pull", _BLOBS)
+"""They quote what engines say, or tell of downloads and uploads."""
+
+_SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+_READ_BY_POST = frozenset({"/api/show"})
+_PAGES = tuple(
+    module.router
+    for module in (
+        pulls,
+        live,
+        models,
+        openai,
+        llama_server,
+        llama_swap,
+        engines,
+        ollama,
+        creating,
+        memory,
+        monitoring,
+        page,
+    )
+)
+_LARGEST_PAGE_BODY = 1 << 20
+_MOST_VALUES_OF_PAGE = 1 << 14
+"""In such a body: to make objects of a million takes a fifth of a second."""
+
+
+def create_app(
+    dispatcher: Dispatcher,
+    keyring: Keyring,
+    browsers: Browsers,
+    reload: Reload,
+    downloads: Downloads,
+    creations: Creations,
+    cards: Cards,
+) -> ASGIApp:
+    """Wire it up. The dispatcher is started and stopped by whoever runs the server."""
+    pages = _pages(dispatcher, keyring, reload, downloads, creations, cards)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        is_file = scope["path"].startswith(_BLOBS)  # which goes to the disk as it comes
+        await pages(scope, receive if is_file else _bounded(receive), send)
+
+    for_browsers = browsers.cross_origin(app)
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        try:
+            version, path = scope["http_version"], scope["path"]
+            browsers.check(scope["headers"], version, path, has_effect=not _is_safe(scope))
+        except ApiError as error:
+            await _answer(scope["path"], error)(scope, receive, send)
+            return
+        await (for_browsers if b"origin" in headers else app)(scope, receive, send)
+
+    return application
+
+
+def _is_safe(scope: Scope) -> bool:
+    return scope["method"] in _SAFE and not (scope["method"] == "GET" and scope["path"] in DONE_BY_GET)
+
+
+def _bounded(receive: Receive) -> Receive:
+    """Requests to manage are a line or two; a body without end must not fill the memory."""
+    size = values = 0
+
+    async def receive_some() -> Message:
+        nonlocal size, values
+        message = await receive()
+        body = message.get("body", b"")
+        size += len(body)
+        values += most_values(body)
+        if size > _LARGEST_PAGE_BODY or values > _MOST_VALUES_OF_PAGE:
+            raise HTTPException(413, "The body is too large.")
+        return message
+
+    return receive_some
+
+
+def _pages(
+    dispatcher: Dispatcher,
+    keyring: Keyring,
+    reload: Reload,
+    downloads: Downloads,
+    creations: Creations,
+    cards: Cards,
+) -> FastAPI:
+    app = FastAPI(title="llama-router", version=__version__, openapi_url=None, docs_url=None, redoc_url=None)
+
+    @app.api_route("/openapi.json", methods=["GET", "HEAD"], include_in_schema=False)
+    async def description() -> Document:
+        names, keys_required = dispatcher.config.names, keyring.required
+        return Document(await asyncio.to_thread(describe, app, DATA_PLANE, names, keys_required=keys_required))
+
+    app.state.dispatcher = dispatcher
+    app.state.reload = reload
+    app.state.downloads = downloads
+    app.state.creations = creations
+    app.state.cards = cards
+    app.state.metrics = Metrics(dispatcher)
+    app.state.live = Live(dispatcher)
+    app.state.as_llama_swap = llama_swap.Events(dispatcher)
+    app.state.telemetry = Telemetry(dispatcher.events, time.monotonic)
+    for pages in _PAGES:
+        for route in pages.routes:
+            if not isinstance(route, APIRoute) or route.path in DONE_BY_GET:
+                continue
+            if route.methods and "GET" in route.methods:
+                route.methods.add("HEAD")  # what monitors and load balancers like to ask with
+        app.include_router(pages)
+
+    app.add_middleware(_Doorkeeper, keyring=keyring)
+
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError) -> Response:
+        return _answer(request.scope["path"], error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body" and not isinstance(part, int))
+        message = f"{where}: {first['msg']}" if where else first["msg"]
+        if first["type"] == "model_attributes_type":
+            message = "The body must be a JSON object, sent with Content-Type: application/json"
+        return _answer(request.scope["path"], ApiError(400, "invalid_request", f"{message}.", where or None))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        path = request.scope["path"]
+        if path in DATA_PLANE:
+            return _answer(
+                path, ApiError(405, "method_not_allowed", f"{path} takes POST only."), {"allow": "POST"}
+            )
+        if error.status_code == 405:
+            methods = _methods_of(request)
+            allowed = {"allow": ", ".join(methods)} if methods else error.headers  # /openapi.json is FastAPI's own
+            message = f"{path} does not take {request.method}; see the Allow header."
+            return _answer(path, ApiError(405, "method_not_allowed", message), allowed)
+        if error.status_code == 404:
+            return _answer(
+                request.scope["path"], ApiError(404, "route_not_found", f"There is no {request.method} {path}.")
+            )
+        code = "body_too_large" if error.status_code == 413 else "invalid_request"
+        return _answer(path, ApiError(error.status_code, code, str(error.detail)))
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(_: Request, __: ClientDisconnect) -> Response:  # in the middle of its request
+        return Response(status_code=400)  # which nobody reads
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, _: Exception) -> Response:  # uvicorn logs the traceback
+        return _answer(
+            request.scope["path"], ApiError(500, "internal_error", "The router made a mistake; see its log.")
+        )
+
+    return app
+
+
+class _Doorkeeper:
+    """Lets nobody in without the key that a page asks for. (FastAPI's own middleware hands on every part of every
+    answer through a queue and a task.)"""
+
+    def __init__(self, app: ASGIApp, keyring: Keyring) -> None:
+        self._app = app
+        self._keyring = keyring
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        if path not in OPEN_PATHS and not page.is_asked_for(scope):
+            reads = _is_safe(scope) or path in _READ_BY_POST
+            try:
+                manages = not reads or path.startswith(_OPERATORS_PAGES)
+                scope["state"]["client"] = self._keyring.check(scope["headers"], manages=manages)
+            except ApiError as error:
+                await _answer(path, error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def _methods_of(request: Request) -> list[str]:
+    """Of the routes for its path that say most of it: what ends with `/status` asks how a model is, though a name
+    could end so, too."""
+    methods: dict[int, set[str]] = defaultdict(set)
+    for route in (route for pages in _PAGES for route in pages.routes):
+        if isinstance(route, APIRoute) and route.matches(request.scope)[0] is not Match.NONE:
+            said = len(re.sub(r"{.*?}", "", route.path))
+            methods[said] |= route.methods or set()
+    return sorted(methods[max(methods)]) if methods else []
+
+
+def _answer(path: str, error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
+    response = Response(error.body(path), error.status)
+    for name, value in error.headers():
+        response.headers[name.decode()] = value.decode()
+    response.headers.update(headers or {})
+    return response

@@ -1,0 +1,91 @@
+"""The configuration that a command line asks for, and `llama-router check`, which shows it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from router.config.schema import Config
+from router.config.show import render
+from router.config.sources import Loaded, load
+from router.engines.launcher import NoEngine, find_binary
+from router.engines.llamacpp import footprint
+from router.engines.llamacpp.embedded_flags import UsageError, parameters
+from router.engines.llamacpp.flags import FlagError, Flags, as_started
+from router.engines.llamacpp.sizing import EngineKind, Unusable, read_files
+from router.store import created
+from router.store.demo import MODEL_PATH
+from router.system.printable import line
+
+_DEMO = "built in, nothing is configured"
+
+
+def asked_for(options: argparse.Namespace, state_dir: Path | None = None, before: Loaded | None = None) -> Loaded:
+    """Without any, the demo. `state_dir` and `before` as for `load`. Raises ConfigError."""
+    overrides: dict[str, tuple[str, Any]] = {}
+    if options.host is not None:
+        overrides["api.host"] = ("--host", options.host)
+    if options.port is not None:
+        overrides["api.port"] = ("--port", options.port)
+    if options.ollama_port is not None:
+        overrides["api.ollama_port"] = ("--ollama-port", options.ollama_port)
+    if options.hf_cache:
+        overrides["system.hf_cache"] = ("--hf-cache", True)
+    if options.ollama_store:
+        overrides["system.ollama_store"] = ("--ollama-store", True)
+    read = partial(
+        load,
+        options.config,
+        environ=os.environ,
+        cwd=Path.cwd(),
+        models_dirs=options.models_dir,
+        state_dir=state_dir,
+        before=before,
+    )
+    loaded = read(overrides=overrides)
+    folders = options.models_dir or options.hf_cache or options.ollama_store
+    own = [model for model in loaded.config.models.values() if model.source != created.SOURCE]
+    if loaded.source is not None or folders or own:  # what was created may be made from the demo
+        return loaded
+    demo: dict[str, Any] = {"model_path": str(MODEL_PATH), "description": "A tiny model to try the router with."}
+    overrides["models.demo"] = (_DEMO, {**demo, "flags": ["-np", "2"]})
+    overrides["models.demo-embed"] = (_DEMO, {**demo, "flags": ["--embedding", "--pooling", "mean"]})
+    return read(overrides=overrides)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises ConfigError."""
+    loaded = asked_for(options)
+    print("\n".join(map(line, render(loaded.config, loaded.origins))))
+    for warning in (*loaded.warnings, *_would_not_load(loaded.config)):
+        print(line(f"warning: {warning}"), file=sys.stderr)
+
+
+def _would_not_load(config: Config) -> Iterator[str]:
+    """Models whose file or flags are found to be wrong only when somebody asks for them."""
+    try:
+        binary = find_binary(config.system.llama_server_path)
+        engine = EngineKind(binary)
+        engine.check_runs()
+    except (NoEngine, Unusable) as error:
+        yield f"no model will load: {error}"
+        return
+    yield from engine.unknown_flags(config.models, os.environ)
+    for alias, model in config.models.items():
+        flags = as_started(model.flags, model.env)
+        try:
+            files = read_files(model.model_path, flags)
+            if files.model is not None:
+                footprint.estimate(files.model, flags, projector=files.projector, draft=files.draft)
+            if binary.kind == "embedded":
+                parameters(Flags(("-m", str(model.model_path), *model.flags), model.env))
+        except (Unusable, FlagError, UsageError, OSError) as error:
+            yield f"models.{alias} will not load: {error}"
+        except ImportError as error:
+            yield f"no model will load: xllamacpp can't be imported: {error}"
+            return

@@ -1,0 +1,220 @@
+"""The command line: `llama-router [serve]` and its other commands.
+
+A command is imported when it is run: what `serve` needs takes most of a second, and `ps` is to answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from io import TextIOWrapper
+from pathlib import Path
+from typing import NoReturn
+
+from router.cli import remote as terminal
+from router.cli.client import CannotAsk
+from router.config.problems import ConfigError
+from router.system import sighup as hang_up
+from router.system.printable import printable
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point.
+
+    Exit codes: 0 ended in order, 1 cannot serve or ask, 2 wrong configuration or command line; interrupted: 130.
+    """
+    _open_standard_files()
+    options = _parser().parse_args(_with_command(sys.argv[1:] if arguments is None else list(arguments)))
+    if options.run is not _serve:
+        hang_up.release()
+    try:
+        options.run(options)
+    except ConfigError as error:
+        print(printable(str(error)), file=sys.stderr)
+        sys.exit(2)
+    except CannotAsk as error:
+        _give_up(error)
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_standard_files() -> None:
+    """Who starts us may have closed them: no socket must get their numbers, and what is said there is lost."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+    if isinstance(sys.stdout, TextIOWrapper):  # as standard error does with what it has no characters for
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _give_up(error: Exception) -> NoReturn:
+    print(printable(f"llama-router: {error}"), file=sys.stderr)
+    sys.exit(1)
+
+
+def _with_command(arguments: list[str]) -> list[str]:
+    """`serve` is the default command."""
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help", "--version")):
+        return ["serve", *arguments]
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llama-router",
+        usage="llama-router [COMMAND] [--config FILE] [--models-dir DIR] [--hf-cache] [--ollama-store] "
+        "[--host HOST] [--port PORT] [--ollama-port PORT]",
+        description="One OpenAI-compatible endpoint in front of any number of GGUF models.",
+        epilog="Without a command it serves. `llama-router COMMAND --help` tells what a command takes.",
+    )
+    parser.add_argument("--version", action=_Version, help="show the version and exit")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", prog="llama-router")
+
+    source = argparse.ArgumentParser(add_help=False)
+    source.add_argument("--config", type=Path, metavar="FILE", help="configuration, JSON or YAML")
+    source.add_argument(
+        "--models-dir",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="serve every GGUF in this folder under its file name; may be repeated",
+    )
+    source.add_argument(
+        "--hf-cache", action="store_true", help="serve the models in the Hugging Face cache (system.hf_cache)"
+    )
+    source.add_argument(
+        "--ollama-store", action="store_true", help="serve the models of Ollama (system.ollama_store)"
+    )
+    source.add_argument("--host", help="address to listen on (api.host)")
+    source.add_argument("--port", type=int, help="port to listen on (api.port)")
+    source.add_argument("--ollama-port", type=int, help="a second one, for Ollama's clients (api.ollama_port)")
+
+    run = commands.add_parser("serve", parents=[source], help="serve models (the default command)")
+    run.set_defaults(run=_serve)
+
+    check = commands.add_parser("check", parents=[source], help="validate the configuration and show it")
+    check.set_defaults(run=_check)
+
+    _add_pull_and_rm(commands)
+    terminal.add_parsers(commands)
+    _add_estimate(commands)
+
+    show = commands.add_parser("schema", help="print the JSON Schema of the configuration")
+    show.set_defaults(run=_schema)
+    return parser
+
+
+def _add_pull_and_rm(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    pull = commands.add_parser(
+        "pull",
+        help="download a model from the Hugging Face hub",
+        description="Download a model into the Hugging Face cache (HF_HOME), to be served from now on. A download "
+        "that was broken off goes on where it was. HF_TOKEN opens gated and private repositories.",
+    )
+    pull.add_argument(
+        "model",
+        metavar="MODEL",
+        help="hf.co/USER/REPO[:QUANT], or hf.co/USER/REPO/FILE.gguf; without QUANT Q4_K_M, or what comes closest",
+    )
+    pull.add_argument("--alias", metavar="NAME", help="serve it under this name instead of USER/REPO:QUANT")
+    pull.add_argument("--json", action="store_true", help="print progress as JSON, a line each")
+    pull.add_argument("--config", type=Path, metavar="FILE", help="configuration whose names it must not take")
+    pull.set_defaults(run=_pull)
+
+    remove = commands.add_parser(
+        "rm",
+        help="remove a pulled or created model",
+        description="Remove a pulled model, also one of which only a part has come, or what a client has created "
+        "(`ollama create`, `ollama cp`). Files that were in the cache before, or that another model needs, stay.",
+    )
+    remove.add_argument("alias", metavar="ALIAS")
+    remove.add_argument(
+        "--config", type=Path, metavar="FILE", help="configuration of the router it was created at"
+    )
+    remove.add_argument("--port", type=int, help="port of that router, if it is not the configuration's")
+    remove.set_defaults(run=_remove)
+
+
+def _add_estimate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    estimate = commands.add_parser(
+        "estimate",
+        prog="llama-router estimate",
+        help="say how much memory a model would take, before it is downloaded",
+        usage="llama-router estimate MODEL [flags of llama-server]",
+        description="How much memory a model takes on each device, and the largest context that fits.",
+    )
+    estimate.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a file, an http(s) URL, hf.co/USER/REPO/FILE.gguf or hf.co/USER/REPO[:QUANT]",
+    )
+    flags = estimate.add_argument(
+        "flags", metavar="FLAGS", nargs=argparse.REMAINDER, help="as llama-server takes them"
+    )
+    flags.required = False  # or argparse complains of their absence, too, when MODEL is missing
+    estimate.set_defaults(run=_estimate)
+
+
+class _Version(argparse.Action):
+    """As argparse's own, but it is looked up only when asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from router import __version__
+
+        print(f"llama-router {__version__}")
+        parser.exit()
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from router.cli.check import asked_for
+    from router.engines.launcher import NoEngine
+    from router.server import CannotServe, serve
+
+    try:
+        serve(partial(asked_for, options))
+    except (CannotServe, NoEngine) as error:
+        _give_up(error)
+    finally:
+        try:
+            sys.stderr.flush()
+        except OSError:  # what cannot be written must not be the exit code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+def _check(options: argparse.Namespace) -> None:
+    from router.cli.check import check
+
+    check(options)
+
+
+def _pull(options: argparse.Namespace) -> None:
+    from router.cli.store import pull
+
+    pull(options)
+
+
+def _remove(options: argparse.Namespace) -> None:
+    from router.cli.store import remove
+
+    remove(options)
+
+
+def _estimate(options: argparse.Namespace) -> None:
+    from router.cli.estimate import run
+
+    run(options)
+
+
+def _schema(_: argparse.Namespace) -> None:
+    from router.config.schema import schema
+
+    print(json.dumps(schema(), indent=2))

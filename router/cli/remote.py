@@ -1,0 +1,208 @@
+"""`llama-router top`, `ps`, `queue`, `logs`: a look at a running router from a shell, here or on another machine.
+
+The router is the one at `--url` or `LLAMA_ROUTER_URL`, else the one that the configuration speaks of. Keys come
+from the environment or the configuration, never from the command line, which everybody on the machine can read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from router.cli.client import KEY_VARIABLE, CannotAsk, RouterClient
+from router.system.printable import line, printable
+
+if TYPE_CHECKING:
+    from router.config.schema import Api
+
+URL_VARIABLE = "LLAMA_ROUTER_URL"
+_ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
+
+
+def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    place = argparse.ArgumentParser(add_help=False)
+    place.add_argument("--url", metavar="URL", help=f"the router; else {URL_VARIABLE}, else as configured here")
+    place.add_argument("--config", type=Path, metavar="FILE", help="configuration that names the router's address")
+    key = f"An API key is taken from {KEY_VARIABLE}."
+    as_json = argparse.ArgumentParser(add_help=False)
+    as_json.add_argument("--json", action="store_true", help="print the router's own answer")
+
+    def add(
+        name: str, run: Callable[[argparse.Namespace], None], text: str, *more: argparse.ArgumentParser
+    ) -> argparse.ArgumentParser:
+        parser = commands.add_parser(name, parents=[place, *more], help=text, description=text, epilog=key)
+        parser.set_defaults(run=run)
+        return parser
+
+    add("top", _top, "watch a running router: models, memory, queues, decisions")
+    add("ps", _ps, "show the models of a running router", as_json)
+    add("queue", _queue, "show who waits at a running router, how long, and for what", as_json)
+    logs = add("logs", _logs, "show what the engines of a model said")
+    logs.add_argument("alias", metavar="ALIAS")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on with what they say from now on")
+    logs.add_argument("-n", "--lines", type=_positive, default=200, metavar="N", help="begin N lines back (200)")
+
+
+def connect(options: argparse.Namespace) -> RouterClient:
+    """The router that the command line, the environment or the configuration names. Raises CannotAsk, ConfigError.
+
+    A key of the configuration goes only to the address of the configuration.
+    """
+    if url := options.url or os.environ.get(URL_VARIABLE):
+        return _client(url, os.environ.get(KEY_VARIABLE))
+    from router.config.sources import load  # 0.2 s that whoever names a URL need not wait
+
+    return connect_here(load(options.config, environ=os.environ, cwd=Path.cwd(), check_files=False).config.api)
+
+
+def connect_here(api: Api) -> RouterClient:
+    """The router of a configuration."""
+    configured = api.api_keys[0].get_secret_value() if api.api_keys else None
+    return _client(_own_url(api), os.environ.get(KEY_VARIABLE) or configured)
+
+
+def _client(url: str, key: str | None) -> RouterClient:
+    try:
+        return RouterClient(url, key)
+    except ValueError as error:
+        raise CannotAsk(f"{error}.") from None
+
+
+def _own_url(api: Api) -> str:
+    host = _ANY_ADDRESS.get(api.host, api.host)
+    return f"http://[{host}]:{api.port}" if ":" in host else f"http://{host}:{api.port}"
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def _top(options: argparse.Namespace) -> None:
+    from router.cli import top  # rich takes its time to import
+
+    top.run(connect(options))
+
+
+def _ps(options: argparse.Namespace) -> None:
+    status = connect(options).get("/v1/models/status")
+    if options.json:
+        print(json.dumps(status, indent=2))
+        return
+    head = ("MODEL", "STATE", "PID", "PORT", "MEMORY", "SLOTS", "QUEUE", "UP", "UNLOADS IN")
+    print_columns([head, *(model_row(model) for model in status["models"].values())])
+
+
+def model_row(model: dict[str, Any]) -> tuple[str, ...]:
+    """One model of the status: alias, state, pid, port, memory, slots, queue, up, unloads in."""
+    resident = model["started_at"] is not None
+    return (
+        model["alias"],
+        state_text(model),
+        str(model["pid"] or "-"),
+        str(model["port"] or "-"),
+        memory(model["vram_used_mb"]) if resident else "-",
+        f"{model['in_flight']}/{model['slots']}",
+        str(model["waiting"]),
+        duration(seconds_between(model["started_at"], model["updated_at"])) if resident else "-",
+        unload_text(model),
+    )
+
+
+def state_text(model: dict[str, Any]) -> str:
+    """Its state; of one that loads, how far it is, where the engine tells."""
+    percent = model["load_progress"] if model["status"] == "loading" else 0
+    return f"loading({percent}%)" if percent else str(model["status"])
+
+
+def unload_text(model: dict[str, Any]) -> str:
+    """How long until an idle model goes, or why it stays."""
+    if model["unload_at"] is not None:
+        return duration(max(0.0, seconds_between(model["updated_at"], model["unload_at"])))
+    if model["status"] != "ready":
+        return "-"
+    if model["pinned"]:
+        return "pinned"
+    return "busy" if model["in_flight"] or model["slotless"] or model["waiting"] else "kept"
+
+
+def _queue(options: argparse.Namespace) -> None:
+    stats = connect(options).get("/v1/queue/stats")
+    if options.json:
+        print(json.dumps(stats, indent=2))
+        return
+    queues = [model["waiting"] for model in stats["per_model"].values() if model["waiting"]]
+    if not queues:
+        print(f"Nobody waits; {stats['summary']['total_processing']} in flight.")
+        return
+    queues.sort(key=lambda queue: -max(request["waited_sec"] for request in queue))
+    waiting = [request for queue in queues for request in queue]
+    head = ("MODEL", "PRIORITY", "POSITION", "WAITED", "EXPECTED", "REQUEST", "WHY")
+    print_columns([head, *(_request_row(request) for request in waiting)])
+    if (more := stats["summary"]["total_queued"] - len(waiting)) > 0:
+        print(f"… and {more} more")
+
+
+def _request_row(request: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        request["alias"],
+        request["priority"],
+        str(request["position"]),
+        duration(request["waited_sec"]),
+        "unknown" if request["expected_wait_sec"] is None else duration(request["expected_wait_sec"]),
+        request["id"],
+        request["why"],
+    )
+
+
+def _logs(options: argparse.Namespace) -> None:
+    client = connect(options)
+    path = f"/v1/logs/{quote(options.alias, safe='')}"
+    # What an engine says of a model file may hold sequences that a terminal would obey.
+    shown = printable if sys.stdout.isatty() else str
+    if not options.follow:
+        sys.stdout.write(shown(client.text(f"{path}?lines={options.lines}")))
+        return
+    for event in client.events(f"{path}/stream?lines={options.lines}"):
+        if event.name == "log":
+            print(shown(event.text), flush=True)
+        elif event.name == "missed":
+            print(f"… {shown(event.text)} lines missed", flush=True)
+    raise CannotAsk(f"The router at {client.url} has ended the stream.")
+
+
+def print_columns(rows: Sequence[Sequence[str]]) -> None:
+    """Left-aligned, two blanks between, no blank in a cell but in the last: for people, and for awk."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        print(line("  ".join([*cells, row[-1]]).rstrip()))
+
+
+def seconds_between(earlier: str, later: str) -> float:
+    """From one moment to another, both as the router writes them, so that no clock of ours matters."""
+    return (datetime.fromisoformat(later) - datetime.fromisoformat(earlier)).total_seconds()
+
+
+def duration(sec: float) -> str:
+    """Two units at most: `0.4s`, `12s`, `3m05s`, `2h10m`, `4d03h`."""
+    if sec < 9.95:
+        return f"{sec:.1f}s"
+    whole = round(sec)
+    for unit, size, part, part_size in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
+        if whole >= size:
+            return f"{whole // size}{unit}{whole % size // part_size:02d}{part}"
+    return f"{whole}s"
+
+
+def memory(mib: float) -> str:
+    return f"{mib / 1024:.1f}GiB" if mib >= 1024 else f"{mib:.0f}MiB"

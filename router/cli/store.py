@@ -1,0 +1,199 @@
+"""`llama-router pull` and `llama-router rm`: models from the Hugging Face hub, and away again, or created ones.
+
+Both work on the cache themselves, whether a router runs or not; one that does notices by the files. What was
+created lies in the state directory of one router: while that runs, it is asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import quote
+
+import msgspec
+
+from router.cli import remote as terminal
+from router.config.names import same_name
+from router.config.problems import ConfigError
+from router.config.schema import Config
+from router.config.sources import load
+from router.dataplane.routing import some_of
+from router.store import created, pulled
+from router.store.created import Created
+from router.store.creations import Creations
+from router.store.progress import MemoryNote, Progress
+from router.system.printable import line, printable
+from router.system.state import State, StateHeld, configured_path
+
+_LINE_EVERY_SEC = 10.0
+"""Where the line can't be drawn again: in a log."""
+
+
+def pull(options: argparse.Namespace) -> None:
+    """Exits with 1 if it failed, with 130 if it was broken off from the keyboard. Raises ConfigError."""
+    from router.store import pull as pulling  # here, because it takes 0.3 s that `rm` need not wait for
+
+    say = _Json() if options.json else _Lines()
+    taken = _configured_names(options.config)
+    try:
+        ended = pulling.pull(options.model, say, environ=os.environ, alias=options.alias, taken=taken)
+    except KeyboardInterrupt:
+        print("\nllama-router: what has arrived is kept; pull again to go on", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(130)  # a connection may be waiting for its next byte
+    if ended.error is not None:
+        print(printable(f"llama-router: {ended.error.message}"), file=sys.stderr)
+        sys.exit(1)
+
+
+def _configured_names(path: Path | None) -> dict[str, str]:
+    """Names under which a pulled model would not be served, with where those who have them are from."""
+    try:
+        config = load(path, environ=os.environ, cwd=Path.cwd(), check_files=False).config
+    except ConfigError:
+        if path is not None:
+            raise
+        return {}  # models come with a config.json of their own
+    sources = config.sources
+    state = configured_path(config.system.state_dir, config.api.port, os.environ)
+    with contextlib.suppress(OSError):
+        there = created.read(state) if state is not None else {}
+        sources = {**dict.fromkeys(there, created.SOURCE), **sources}
+    return sources
+
+
+def remove(options: argparse.Namespace) -> None:
+    """Exits with 1 if there is no such model, or if another one needs it. Raises CannotAsk, ConfigError."""
+    port = {} if options.port is None else {"api.port": ("--port", options.port)}
+    loaded = load(options.config, environ=os.environ, cwd=Path.cwd(), overrides=port, check_files=False)
+    config = loaded.config
+    state = configured_path(config.system.state_dir, config.api.port, os.environ)
+    try:
+        records = {} if state is None else created.read(state)
+        name = same_name(options.alias, records) or options.alias
+        if state is not None and name in records:
+            freed = _remove_created(name, state, config)
+        else:
+            freed = _remove_pulled(name, records, config)
+    except (pulled.NotPulled, pulled.BeingPulled, StateHeld, OSError) as error:
+        print(printable(f"llama-router: {error}"), file=sys.stderr)
+        sys.exit(1)
+    print(line(f"{name} is removed, {size_text(freed)} are free again"))
+
+
+def _remove_created(name: str, folder: Path, config: Config) -> int:
+    """By the router that works with the folder, if one does. Raises CannotAsk, StateHeld, OSError."""
+    if (holder := State.holder(folder)) is not None:
+        router = terminal.connect_here(config.api.model_copy(update={"port": holder.port}))
+        return int(router.delete(f"/v1/models/pulled/{quote(name, safe='')}")["freed_bytes"])
+    with contextlib.closing(State.open(folder, config.api.port)) as state:
+        return asyncio.run(Creations(state, _nobody_looks).remove(name)) or 0
+
+
+async def _nobody_looks() -> None:
+    """No router serves them."""
+
+
+def _remove_pulled(name: str, records: Mapping[str, Created], config: Config) -> int:
+    """Raises NotPulled, BeingPulled, OSError."""
+    cache = pulled.cache_folder(os.environ)
+    if cache is None:
+        raise pulled.NotPulled("there is no home for the Hugging Face cache: set HF_HOME")
+    if name not in config.names and name in pulled.read(cache) and (needed := created.made_from(records, name)):
+        raise pulled.NotPulled(f"{some_of(needed)} was created from {name!r}: remove that first")
+    try:
+        return pulled.remove(cache, name)
+    except pulled.NotPulled as error:
+        raise pulled.NotPulled(f"{error}; created are: {', '.join(sorted(records)) or 'none'}") from None
+
+
+class _Json:
+    def __call__(self, progress: Progress) -> None:
+        print(msgspec.json.encode(progress).decode(), flush=True)
+
+
+class _Lines:
+    """What is found first, then one line that is drawn again and again."""
+
+    def __init__(self) -> None:
+        self._drawn = False
+        self._told = False
+        self._last_sec = 0.0
+        self._terminal = sys.stdout.isatty()
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.status == "resolving":
+            return
+        if not self._told and progress.alias and progress.total_bytes:
+            self._told = True
+            self._tell(progress)
+        if progress.status == "downloading":
+            if self._drawn or progress.completed_bytes < progress.total_bytes:
+                self._draw(progress)
+            return
+        if self._drawn and progress.status == "success":
+            self._draw(progress, at_once=True)
+        if self._drawn and self._terminal:
+            print()
+        if progress.status == "success":
+            print(line(f"{progress.alias} is there: {progress.path}"))
+
+    def _tell(self, progress: Progress) -> None:
+        left = progress.total_bytes - progress.completed_bytes
+        files = f"{len(progress.files)} files" if len(progress.files) > 1 else progress.files[0].path
+        there = f", {size_text(left)} to go" if progress.completed_bytes else ""
+        print(line(f"{progress.alias}: {files}, {size_text(progress.total_bytes)}{there}"))
+        print(memory_text(progress.memory) if progress.memory else f"memory: unknown ({progress.memory_unknown})")
+
+    def _draw(self, progress: Progress, *, at_once: bool = False) -> None:
+        now = time.monotonic()
+        if not self._terminal and not at_once and now - self._last_sec < _LINE_EVERY_SEC:
+            return
+        self._last_sec, self._drawn = now, True
+        line = progress_line(progress, shutil.get_terminal_size().columns)
+        print(f"\r{line}\x1b[K" if self._terminal else line, end="" if self._terminal else "\n", flush=True)
+
+
+def progress_line(progress: Progress, columns: int) -> str:
+    """` 42 % ████░░░░  1.2 of 2.9 GB  83.1 MB/s  0:20`"""
+    share = progress.completed_bytes / progress.total_bytes if progress.total_bytes else 1.0
+    left = "" if progress.eta_sec is None else f"  {_clock(progress.eta_sec)} left"
+    figures = f"{size_text(progress.completed_bytes)} of {size_text(progress.total_bytes)}"
+    text = f"  {figures}  {size_text(progress.bytes_per_sec)}/s{left}"
+    width = max(0, min(40, columns - len(text) - 7))
+    full = int(share * width)
+    return f"{int(share * 100):>3} % {'█' * full}{'░' * (width - full)}{text}"
+
+
+def memory_text(note: MemoryNote) -> str:
+    need = ", ".join(
+        f"{mib:,} MiB on {device} ({note.free_mib[device]:,} free)" for device, mib in note.need_mib.items()
+    )
+    if note.fits:
+        verdict = "fits now"
+    elif note.largest_context:
+        verdict = f"does not fit now, but does with a context of up to {note.largest_context:,} (-c)"
+    else:
+        verdict = "does not fit now, with no context"
+    return f"memory: {need} for a context of {note.context:,}: {verdict}"
+
+
+def size_text(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _clock(sec: float) -> str:
+    minutes, seconds = divmod(round(sec), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

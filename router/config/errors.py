@@ -1,0 +1,156 @@
+"""What is wrong with a configuration, in words: what pydantic's errors mean, and what was meant by unknown keys.
+
+No value that may be a secret ever gets into a message.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from router.config.problems import KeyPath
+from router.config.schema import Api, ConfigFile, ModelEntry, Scheduling, Section, System
+
+
+def explain(error: ErrorDetails, path: KeyPath) -> str:
+    match error["type"]:
+        case "extra_forbidden":
+            return unknown_key(section_at(path[:-1]), str(path[-1]))
+        case "missing":
+            return "is required"
+        case "value_error":
+            return str(error["ctx"]["error"])
+        case "model_type" | "dict_type":
+            return "should hold keys with values" + _SHAPES.get(str(path[-1] if path[2:] else path[0]), "")
+        case "tuple_type":
+            return "should be a list" + _SHAPES.get(str(path[-1]), "")
+        case "string_type" if isinstance(error["input"], int | float):
+            return "should be text: put it in quotes"
+        case "literal_error" if path[0] == "models" and path[2:] == ("device",):
+            return "should be cpu or auto: which GPU it takes is decided by memory, or by --device in its flags"
+        case "string_pattern_mismatch" if "cors_origins" in path:
+            return "should be *, or like http://localhost:3000 or https://*.example.com, without a path"
+        case "string_pattern_mismatch" if "allowed_hosts" in path:
+            return "should be a name like gpubox.lan or *.example.com, without scheme and port"
+    message = (
+        error["msg"]
+        .replace("Input should", "should")
+        .replace("String should", "should")
+        .replace("a valid string", "text")
+    )
+    value = error["input"]
+    if error["type"] in ("int_type", "float_type", "int_parsing", "float_parsing") and isinstance(value, str):
+        message += _unit(path)
+    shown = isinstance(value, str | int | float) and not _is_secret(path)
+    return f"{message}, not {_short(json.dumps(value, ensure_ascii=False))}" if shown else message
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
+
+
+_LONGEST_SHOWN = 80
+_SHAPES = {
+    "flags": ": [-c, 8192, --jinja], not one line of text",
+    "env": ", as {CUDA_VISIBLE_DEVICES: 0}",
+    "models": ", as {model_path: FILE.gguf}",
+}
+
+
+def _unit(path: KeyPath) -> str:
+    """Of a number, by the name of its key: `5m` and `24GiB` are what people write there."""
+    for name in map(str, path[-2:]):  # of patience_sec.high, too
+        if name.endswith(("_sec", "_mb")):
+            return " (seconds)" if name.endswith("_sec") else " (MiB)"
+    return ""
+
+
+def unknown_key(section: type[Section] | None, key: str) -> str:
+    for name, other in (("api", Api), ("system", System), ("scheduling", Scheduling)):
+        if key in other.model_fields:
+            return f"unknown key here; it belongs to {name}"
+    if section and (counterpart := LLAMA_SWAP.get(section, {}).get(key)):
+        return f"unknown key; it is llama-swap's, and here: {counterpart} (docs/llama-swap.md)"
+    known = list(section.model_fields) if section else []
+    if close := did_you_mean(key, known):
+        return f"unknown key{close}"
+    return f"unknown key; there are {', '.join(known)}" if 0 < len(known) <= 12 else "unknown key"
+
+
+_NOTHING = "nothing to set"
+LLAMA_SWAP: Mapping[type[Section], Mapping[str, str]] = {
+    ConfigFile: {
+        "healthCheckTimeout": "system.wait_ready_sec",
+        "startPort": "system.base_port",
+        "globalTTL": "system.idle_timeout_sec",
+        "apiKeys": "api.api_keys, api.inference_keys or api.clients",
+        "logLevel": "system.debug",
+        "sendLoadingState": "api.heartbeat_sec",
+        "macros": "YAML anchors",
+        "groups": "left to memory, and pinned in a model's entry",
+        "matrix": "left to memory, and pinned in a model's entry",
+        "hooks": "system.preload_models",
+        **dict.fromkeys(("includeAliasesInList", "logToStdout", "logTimeFormat", "peers"), _NOTHING),
+        **dict.fromkeys(("metricsMaxInMemory", "captureBuffer"), _NOTHING),
+    },
+    ModelEntry: {
+        "cmd": "model_path and flags",
+        "ttl": "idle_timeout_sec",
+        "aliases": "{NAME: MODEL} in the section aliases",
+        "filters": "removed and forced of an entry in the section aliases",
+        "macros": "YAML anchors",
+        "name": "description",
+        "concurrencyLimit": "system.max_queue_size_per_model",
+        "sendLoadingState": "api.heartbeat_sec",
+        **dict.fromkeys(("proxy", "checkEndpoint", "cmdStop", "useModelName", "unlisted", "metadata"), _NOTHING),
+    },
+}
+"""What those who come from there write, and what it is called here; docs/llama-swap.md has it at length."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _is_secret(path: KeyPath) -> bool:
+    if path[0] == "api":
+        return path[1:2] in (("api_keys",), ("inference_keys",), ("clients",))
+    return path[0] == "models" and "env" in path[2:]
+
+
+def section_at(path: KeyPath) -> type[Section] | None:
+    here: type[Section] | None = ConfigFile
+    for part in _without_name(path):
+        field = here.model_fields.get(str(part)) if here else None
+        here = _nested_section(field.annotation) if field else None
+    return here
+
+
+def _without_name(path: KeyPath) -> KeyPath:
+    """Without the part that users may choose."""
+    for named in (("models",), ("aliases",), ("api", "clients")):
+        if path[: len(named)] == named:
+            return named + path[len(named) + 1 :]
+    return path
+
+
+def _nested_section(annotation: Any) -> type[Section] | None:
+    if args := get_args(annotation):  # dict[Alias, ModelEntry], Params | None
+        return next(filter(None, map(_nested_section, args)), None)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+def single_value(path: KeyPath) -> FieldInfo | None:
+    """The field at `path` if it holds one value, not a list or keys of its own."""
+    section = section_at(path[:-1])
+    field = section.model_fields.get(str(path[-1])) if section else None
+    if field is None or _nested_section(field.annotation):
+        return None
+    kinds = (field.annotation, *get_args(field.annotation))
+    return None if any(get_origin(kind) is tuple for kind in kinds) else field

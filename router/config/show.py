@@ -1,0 +1,89 @@
+"""The resolved configuration as text, a line for each key with its origin. Secrets are not shown."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import SecretStr
+
+from router.config.problems import KeyPath, dotted
+from router.config.schema import Config, Section
+from router.engines.llamacpp.flags import argv, parse
+
+_SECRET_NAME = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
+
+
+_DERIVED = frozenset({"alias", "slots", "source", "files", "projector_was_found", "purposes", "most_tokens"})
+
+
+def render(config: Config, origins: Mapping[str, str]) -> list[str]:
+    lines = ((dotted(path), text) for path, text in leaves(config))
+    return [f"{key} = {text}   ({origins[key]})" for key, text in lines]
+
+
+def leaves(config: Config) -> Iterator[tuple[KeyPath, str]]:
+    """Every key of the configuration with its value as text."""
+    for name, section in (("api", config.api), ("system", config.system), ("scheduling", config.scheduling)):
+        yield from _section_leaves((name,), section)
+    for alias, model in config.models.items():
+        for field in fields(model):
+            path, value = ("models", alias, field.name), getattr(model, field.name)
+            if field.name == "env":
+                for name, text in value.items():
+                    yield (*path, name), "(not shown)" if _SECRET_NAME.search(name) else _text(text)
+            elif field.name == "flags":
+                yield path, _command_line(value)
+            elif field.name not in _DERIVED:
+                yield path, _text(value)
+    for name, named in config.aliases.items():
+        for field in fields(named):
+            value = getattr(named, field.name)
+            if field.name not in ("alias", "source") and value:  # most are no more than a name
+                yield from _parameters(("aliases", name, field.name), value)
+
+
+def _parameters(path: KeyPath, value: Any) -> Iterator[tuple[KeyPath, str]]:
+    if isinstance(value, Mapping) and value:
+        for name, item in value.items():
+            yield from _parameters((*path, name), item)
+    else:
+        yield path, value if isinstance(value, str) and value.isprintable() else json.dumps(value)
+
+
+def _section_leaves(path: KeyPath, section: Section) -> Iterator[tuple[KeyPath, str]]:
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            yield from _section_leaves((*path, name), value)
+        elif isinstance(value, Mapping) and value:
+            for key, item in value.items():
+                if isinstance(item, Section):
+                    yield from _section_leaves((*path, name, key), item)
+                else:
+                    yield from _parameters((*path, name, key), item)
+        elif value is not None or not field.json_schema_extra:  # the older keys only if they are used
+            yield (*path, name), _text(value)
+
+
+def _command_line(flags: Sequence[str]) -> str:
+    shown = [replace(flag, values=("(not-shown)",)) if flag.name == "hf-token" else flag for flag in parse(flags)]
+    return shlex.join(argv(shown))
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, SecretStr):
+        return "(not shown)"
+    if isinstance(value, tuple) and any(isinstance(item, SecretStr) for item in value):
+        return f"({len(value)} not shown)"
+    if isinstance(value, float):
+        return "never" if math.isinf(value) else str(value).removesuffix(".0")
+    if isinstance(value, Path) or (isinstance(value, str) and value):
+        return str(value)
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,109 @@
+"""`/upstream/MODEL/…`, as llama-swap has it: whatever the engine of that model has, at its own path.
+
+What is a route of the data plane is exchanged as it is without that prefix; only its model is named elsewhere.
+All else is passed on beside the slots, and loads the model as a chat does. Who may only use models may not change
+what an engine goes by for all: such requests want a full key.
+"""
+
+from __future__ import annotations
+
+import copy
+from urllib.parse import quote
+
+from router.api.engines import for_clients
+from router.config.names import LONGEST, meant, same_name
+from router.config.schema import Config
+from router.dataplane.exchange import Exchange
+from router.dataplane.heads import RequestHead, check_size
+from router.dataplane.routing import Wish, wish_of
+from router.dataplane.shortening import Pieces, Text
+from router.engines.upstream import Head
+from router.http.errors import ApiError
+
+_PREFIX = "/upstream/"
+_METHODS = frozenset({b"GET", b"POST", b"PUT", b"DELETE"})
+_LOOKS = frozenset(
+    {"/", "/health", "/v1/health", "/props", "/slots", "/metrics", "/lora-adapters", "/models", "/v1/models"}
+)
+"""That change nothing when they are read."""
+_TELL_OF_THE_MACHINE = frozenset({"/props", "/slots", "/lora-adapters", "/models", "/v1/models"})
+_MOST_PARTS = 8
+"""Of a name, that are looked at."""
+
+
+def is_for_engine(head: RequestHead) -> bool:
+    return head.path.startswith(_PREFIX) and head.method in _METHODS
+
+
+def of_engine(head: RequestHead, config: Config) -> RequestHead:
+    """The same request without the prefix, and with the model that is named there."""
+    name, path = _parted(head.path.removeprefix(_PREFIX), config)
+    inner = copy.copy(head)
+    inner.admission = None
+    inner.model = name
+    inner.path = path
+    inner.target = quote(path, safe="/:@!$&'()*+,;=~").encode() + (b"?" + head.query if head.query else b"")
+    return inner
+
+
+def _parted(path: str, config: Config) -> tuple[str, str]:
+    """The longest beginning that is a name, and the path that is left; all of it, if none is."""
+    parts = path.split("/")
+    ends = range(min(len(parts), _MOST_PARTS), 0, -1)
+    beginnings = [(name, end) for end in ends if len(name := "/".join(parts[:end])) <= LONGEST]
+    for name, end in beginnings:
+        if same_name(name, config) is not None:
+            return name, "/" + "/".join(parts[end:])
+    for name, end in beginnings[-4:]:
+        if meant(name, config) is not None:
+            return name, "/" + "/".join(parts[end:])
+    return path, "/"
+
+
+class EngineExchange(Exchange):
+    """An exchange of whatever an engine has that is no route of the data plane."""
+
+    __slots__ = ()
+
+    _takes_encoded = True
+
+    def _check_head(self) -> None:
+        super()._check_head()
+        check_size(*self._asked_of_engine())
+        looks = self._head.method == b"GET" and self._head.path in _LOOKS
+        self._shared.keyring.check(self._head.headers, manages=not looks)
+
+    def _read(self, body: Text) -> tuple[Wish, Text]:
+        wish = wish_of(self._head.model, False, self._head.fields, self._dispatcher.config, self._client)
+        return wish._replace(asked_as=None), body
+
+    def _read_large(self, body: memoryview) -> tuple[Wish, Pieces]:
+        return self._read(body)[0], Pieces(body)
+
+    def _is_slotless(self) -> bool:
+        return True
+
+    def _asked_of_engine(self) -> tuple[bytes, bytes]:
+        """llama-server has its web page in gzip only."""
+        target, lines = super()._asked_of_engine()
+        encodings = self._head.fields.get(b"accept-encoding")
+        return target, lines if encodings is None else b"%baccept-encoding: %b\r\n" % (lines, encodings)
+
+    def _is_for_less(self, head: Head) -> bool:
+        """Whether its client must not see all of what the engine says there."""
+        return self._client is not None and head.status < 400 and self._head.path in _TELL_OF_THE_MACHINE
+
+    def _is_read_whole(self, head: Head) -> bool:
+        return self._is_for_less(head) or super()._is_read_whole(head)
+
+    def _answer_whole(self, head: Head, body: bytes) -> None:
+        if self._is_for_less(head):
+            try:
+                body = for_clients(body)
+            except ApiError as error:
+                self._fail(error)
+                return
+        super()._answer_whole(head, body)
+
+    def _route(self) -> str:
+        return _PREFIX.rstrip("/")

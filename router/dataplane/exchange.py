@@ -1,0 +1,815 @@
+"""One request of the data plane on its way through the router: admitted, routed, queued, sent, answered.
+
+There is no task and no coroutine here. A request is moved on by whatever happens to it, which calls a method:
+its client sends or leaves, it is granted a slot, its engine answers or breaks. Only large bodies are read on a
+thread. What it promises:
+
+- A client that goes away frees its place at once: in the queue, or in the engine by closing the connection.
+- A request whose engine died before anything reached the client goes back to the head of its queue.
+- A stream that has begun ends with an error event, never with silence or a torn chunk.
+- Every request ends in exactly one `RequestDone`, whatever happens to it. For that, all of an engine's answer goes
+  through `AnswerMeter.note`, right before it is sent; the meter is read once, when all is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import lru_cache, partial
+from random import getrandbits
+from urllib.parse import quote
+
+import msgspec
+
+from router.api.cards import Cards
+from router.config.schema import System
+from router.dataplane.answer import Answer, BrokenAnswer
+from router.dataplane.forms import is_form
+from router.dataplane.heads import Admission, RequestHead, check_size
+from router.dataplane.limits import Bodies
+from router.dataplane.rewriting import depth_of, rewritten
+from router.dataplane.routing import WITHOUT_TOKENS, Wish, priority_of, read_wish, shortened
+from router.dataplane.shortening import Pieces, Shortened, Text, most_values
+from router.engines.llamacpp.capability import error_of_engine, refused_by_engine
+from router.engines.llamacpp.usage import NO_USAGE, AnswerMeter, Usage
+from router.engines.upstream import Body, Connection, Head
+from router.http.auth import Client, Keyring
+from router.http.errors import ApiError, refused
+from router.http.origins import Browsers
+from router.observe.events import RequestDone
+from router.runtime.dispatcher import Dispatcher, Ticket, Waiting
+from router.scheduling.queue import NAMES, Priority
+from router.system.large_memory import LargeMemory
+from router.system.turns import Rounds
+
+_log = logging.getLogger("router")
+
+_READ_AT_ONCE = 1 << 20
+"""Bodies up to this size are read on the event loop, in a few milliseconds, unless there is too much in them."""
+_LITTLE = 64 << 10
+"""Not in one of this size."""
+_MOST_VALUES = 1 << 14
+"""To be made into objects on the event loop."""
+_PLACE = re.compile(r" \(byte \d+\)")
+"""Of a mistake, in what was read instead of a large body."""
+
+_BUFFERED_ANSWER = 4 << 20
+"""Answers up to this size are read whole before the client sees any of it, so that they can be tried again."""
+
+_WOULD_SHOW_PROMPT = (
+    "The answer would hold the alias's system prompt, which this API key may not see; ask for {!r} instead."
+)
+_WITH_LAST_EVENT = frozenset(
+    {
+        "/v1/chat/completions",
+        "/chat/completions",
+        "/v1/completions",
+        "/v1/messages",
+        "/v1/responses",
+        "/responses",
+    }
+)
+"""Where a stream that ends without its last event is not whole, however properly the engine has ended it."""
+
+_UNREADABLE = (msgspec.MsgspecError, UnicodeError, RecursionError)
+"""Raised by whoever looks into a body, and more deeply than who looked before."""
+_EVENT_STREAM = b"content-type: text/event-stream\r\ncache-control: no-cache\r\n"
+
+
+class Exchanges:
+    """What all exchanges share, and those of them that are with an engine."""
+
+    def __init__(self, dispatcher: Dispatcher, keyring: Keyring, browsers: Browsers, cards: Cards) -> None:
+        self.dispatcher = dispatcher
+        self.keyring = keyring
+        self.browsers = browsers
+        self.cards = cards
+        self.bodies = Bodies()
+        self.rounds = Rounds()
+        """Of connections that have sent more than is read at once."""
+        self.readers = ThreadPoolExecutor(1, "large bodies")  # several would leave the event loop less
+        self._watched: set[Exchange] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def watch(self, exchange: Exchange) -> None:
+        """One timer looks after all of them: one each would be set and cancelled with every request."""
+        self._watched.add(exchange)
+        if self._timer is None:
+            self._set_timer()
+
+    def unwatch(self, exchange: Exchange) -> None:
+        self._watched.discard(exchange)
+
+    def _set_timer(self) -> None:
+        system = self.dispatcher.config.system
+        limit_sec = min(system.request_timeout_sec, system.answer_timeout_sec or math.inf)
+        self._timer = asyncio.get_running_loop().call_later(min(1.0, limit_sec / 4), self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        now, system = time.monotonic(), self.dispatcher.config.system
+        try:
+            for exchange in list(self._watched):
+                exchange.attempt(exchange.must_have_moved, now, system)
+        finally:
+            if self._watched:
+                self._set_timer()
+
+
+class Exchange:
+    """A turn of a client's connection, and the receiver of an engine's answer."""
+
+    __slots__ = (
+        "_answer",
+        "_body",
+        "_client",
+        "_connection",
+        "_dispatcher",
+        "_gathered",
+        "_head",
+        "_heartbeat",
+        "_held",
+        "_id_line",
+        "_is_over",
+        "_is_paused",
+        "_large",
+        "_lines",
+        "_meter",
+        "_reason",
+        "_received",
+        "_relays",
+        "_request_id",
+        "_resends",
+        "_shared",
+        "_status",
+        "_streams",
+        "_ticket",
+        "_to_come",
+        "_waits",
+    )
+
+    def __init__(self, shared: Exchanges, answer: Answer, head: RequestHead) -> None:
+        self._shared = shared
+        self._dispatcher = shared.dispatcher
+        self._answer = answer
+        self._head = head
+        self._client: Client | None = None
+        self._request_id = ""
+        self._id_line = b""
+        self._lines = b""
+        """Headers of every answer, besides that one."""
+        self._received: bytes | bytearray = b""
+        """Of the body, while it comes."""
+        self._large: LargeMemory | None = None
+        """The same of a large one, until the request is over."""
+        self._to_come = 0
+        self._held = 0
+        """Bytes of the body, as they count in the sum over all requests."""
+        self._gathered = bytearray()
+        """Of an answer that is read whole before any of it is sent."""
+        self._body: Body = b""
+        self._streams = False
+        self._ticket: Ticket | None = None
+        self._connection: Connection | None = None
+        self._heartbeat: asyncio.TimerHandle | None = None
+        self._meter = AnswerMeter()
+        self._resends = 0
+        self._reason = ""
+        """What the client was told when it was not served."""
+        self._status = 0
+        self._relays = False
+        """Of what the engine says, some has reached the client, and the rest follows as it comes."""
+        self._is_paused = False
+        self._is_over = False
+        self._waits = False
+        """For a slot; others who need the memory of its body may end that."""
+
+    # --- the client -------------------------------------------------------------------------------------
+
+    def begin(self, to_come: int) -> None:
+        self._to_come = to_come
+        self._be_called(self._identify())
+        try:
+            self._admit(to_come)
+        except ApiError as error:
+            self._refuse(error)
+        else:
+            if self._head.fields.get(b"expect", b"").lower() == b"100-continue":
+                self._answer.invite_body()
+
+    def add_body(self, part: bytes) -> None:
+        if self._is_over:
+            return
+        api = self._dispatcher.config.api
+        size = len(part)
+        try:
+            if self._held + size > api.max_body_mb << 20:
+                raise self._too_large()
+            self._hold(size)
+        except ApiError as error:
+            self._refuse(error)
+            return
+        if self._large is not None:
+            self._large.add(part)
+        elif self._held > _READ_AT_ONCE:
+            self._large = LargeMemory(self._to_come + self._held if self._to_come else api.max_body_mb << 20)
+            self._large.add(self._received)
+            self._large.add(part)
+            self._received = b""
+        elif size == self._held:
+            self._received = part
+        else:
+            if isinstance(self._received, bytes):
+                self._received = bytearray(self._received)  # not a list: crumbs would take many times their size
+            self._received += part
+
+    def _hold(self, size: int) -> None:
+        """Raises ApiError 503."""
+        self._shared.bodies.hold(size, self._dispatcher.config.api.max_bodies_mb << 20, self._priority_of_head)
+        self._held += size
+
+    def end_body(self) -> None:
+        if self._is_over:
+            return
+        if self._large is not None:
+            self._body = Pieces(self._large.view())
+            self._read_apart(self._large.view())
+            return
+        body = self._body = bytes(self._received)
+        self._received = b""
+        if len(body) > _LITTLE and (self._is_form() or most_values(body) > _MOST_VALUES):
+            self._read_apart(memoryview(body))
+            return
+        try:
+            wish, self._body = self._read(body)
+        except ApiError as error:
+            self._refuse(error)
+        except _UNREADABLE as error:
+            self._refuse(_unreadable(error))
+        else:
+            self._submit(wish)
+
+    def _is_form(self) -> bool:
+        return is_form(self._head.fields.get(b"content-type", b""))
+
+    def _read(self, body: Text) -> tuple[Wish, Text]:
+        """What is asked for, and the body for the engine. Raises ApiError."""
+        head = self._head
+        wish = read_wish(body, head.fields, self._dispatcher.config, self._client, head.model)
+        if wish.asked_as is not None:
+            if self._client is not None and head.path == "/apply-template" and wish.asked_as.speaks:
+                raise ApiError(403, "insufficient_permissions", _WOULD_SHOW_PROMPT.format(wish.alias))
+            body = rewritten(body, head.path, wish.asked_as)
+        return wish, body
+
+    def _path_of_engine(self) -> str:
+        """Where the body, once it was read, goes."""
+        return self._head.path
+
+    def _route(self) -> str:
+        """What it is counted for."""
+        return self._head.path
+
+    def _is_slotless(self) -> bool:
+        """Whether an engine answers it beside what its slots compute."""
+        return self._head.path in WITHOUT_TOKENS
+
+    def _depth(self) -> int:
+        """How deep one has to look into a body at first."""
+        return 1
+
+    def _depth_of(self, wish: Wish, short: Shortened) -> int:
+        """How deep one has to look into a body, as far as is known from this short form of it."""
+        return 1 if wish.asked_as is None else depth_of(self._path_of_engine(), wish.asked_as)
+
+    def _restore(self, short: Shortened) -> None:
+        """What was read of the short form of a large body besides."""
+
+    def _read_apart(self, body: memoryview) -> None:
+        """A large one, on a thread; one after the other, as several threads would leave the event loop less."""
+        loop = asyncio.get_running_loop()
+        reading = self._shared.readers.submit(self._read_large, body)
+        reading.add_done_callback(lambda reading: loop.call_soon_threadsafe(self.attempt, self._was_read, reading))
+
+    def _read_large(self, body: memoryview) -> tuple[Wish, Pieces]:
+        """The same in steps, between which other threads get their turns."""
+        if self._is_form():
+            wish, _ = self._read(body)  # which changes nothing of it
+            return wish, Pieces(body)
+        depth = self._depth()
+        while True:
+            short = shortened(body, depth)
+            try:
+                wish, text = self._read(short.text)
+            except ApiError as error:
+                raise replace(error, message=_PLACE.sub("", error.message)) from None
+            needed = self._depth_of(wish, short)
+            if needed <= depth:
+                self._restore(short)
+                return wish, short.restored(text)
+            depth = needed
+
+    def _was_read(self, reading: Future[tuple[Wish, Pieces]]) -> None:
+        if self._is_over:  # its client has left
+            if reading.exception() is None:
+                self._shared.readers.submit(reading.result()[1].give_back)
+            return
+        try:
+            wish, self._body = reading.result()
+            self._hold(self._body.copied)
+        except ApiError as error:
+            self._refuse(error)
+        except _UNREADABLE as error:
+            self._refuse(_unreadable(error))
+        else:
+            self._submit(wish)
+
+    def _submit(self, wish: Wish) -> None:
+        if b"x-request-id" in self._head.fields and self._dispatcher.is_taken(self._request_id):
+            self._be_called(_new_id())  # by one that came while the body was read
+        self._streams = wish.streams
+        if self._client_name:
+            self._lines += b"x-request-priority: %b\r\n" % NAMES[wish.priority].encode()
+        ticket = self._dispatcher.submit(
+            self._request_id, wish.alias, wish.priority, self._client_name, slotless=self._is_slotless()
+        )
+        self._ticket = ticket
+        self._wait_for_slot(ticket)
+
+    def leave(self) -> None:
+        """The client is gone. Who has got the last event of a stream needs no more of it."""
+        if not self._is_over:
+            has_all = self._relays and self._meter.has_ended and not self._meter.ends_in_error
+            self._end("served" if has_all else "cancelled")
+
+    def pause(self) -> None:
+        """The client does not read as fast as the engine writes."""
+        self._is_paused = True
+        if self._connection is not None:
+            self._connection.pause()
+
+    def resume(self) -> None:
+        self._is_paused = False
+        if self._connection is not None:
+            self._connection.resume()
+
+    def hang_up(self) -> None:
+        """Close the connection after this answer."""
+        self._answer.keep_alive = False
+
+    @property
+    def _client_name(self) -> str:
+        return "" if self._client is None else self._client.name
+
+    def _be_called(self, request_id: str) -> None:
+        self._request_id = request_id
+        self._id_line = f"x-request-id: {request_id}\r\n".encode()
+
+    def _identify(self) -> str:
+        given = self._head.fields.get(b"x-request-id", b"")
+        if 0 < len(given) <= 128 and all(0x21 <= byte <= 0x7E for byte in given):
+            request_id = given.decode("ascii")
+            if not self._dispatcher.is_taken(request_id):
+                return request_id
+        return _new_id()
+
+    def _admit(self, to_come: int) -> None:
+        """Raises ApiError, before the body is read."""
+        config = self._dispatcher.config
+        admission = self._head.admission
+        if admission is None or admission.config is not config:
+            self._check_head()
+            admission = self._head.admission = Admission(config, self._client, self._lines)
+        self._client, self._lines = admission.client, admission.lines
+        if to_come:  # no use to begin with what is too large
+            if to_come > config.api.max_body_mb << 20:
+                raise self._too_large()
+            self._shared.bodies.check(to_come, config.api.max_bodies_mb << 20, self._priority_of_head)
+
+    def _priority_of_head(self) -> Priority:
+        return priority_of(self._head.fields, self._client)
+
+    def _check_head(self) -> None:
+        """Raises ApiError."""
+        fields = self._head.fields
+        if (origin := fields.get(b"origin")) is not None:
+            self._lines = self._shared.browsers.origin_lines(origin, self._head.path)
+        self._shared.browsers.check(self._head.headers, self._head.http_version, self._head.path, has_effect=True)
+        self._client = self._shared.keyring.check(self._head.headers, manages=False)
+        if fields.get(b"content-encoding", b"identity") != b"identity":
+            raise ApiError(415, "unsupported_encoding", "Send the body without Content-Encoding.")
+        check_size(self._head.target, self._head.forwarded)
+
+    def _too_large(self) -> ApiError:
+        limit = self._dispatcher.config.api.max_body_mb
+        return ApiError(413, "body_too_large", f"The body is larger than {limit} MiB (api.max_body_mb).")
+
+    # --- the queue --------------------------------------------------------------------------------------
+
+    def _wait_for_slot(self, ticket: Ticket) -> None:
+        if ticket.decided:
+            self._decided()
+            return
+        ticket.when_decided(partial(self.attempt, self._decided))
+        self._waits = True
+        self._shared.bodies.wait(self, ticket.priority, self._held)
+        if self._streams and self._heartbeat is None:
+            self._set_heartbeat()
+
+    def _decided(self) -> None:
+        ticket = self._ticket
+        if self._is_over or ticket is None:
+            return
+        if self._waits:
+            self._wait_no_more(ticket)
+        if ticket.rejection is not None:
+            said = ticket.rejection
+            reason = self._told(ticket, said.reason)
+            self._fail(refused(said.refusal, reason, said.retry_after_sec, is_final=said.is_final))
+            return
+        engine = ticket.engine
+        assert engine is not None
+        self._shared.watch(self)
+        target, lines = self._asked_of_engine()
+        engine.pool.ask(self._head.method, target, self._id_line + lines, self._body, self)
+
+    def _wait_no_more(self, ticket: Ticket) -> None:
+        self._waits = False
+        self._shared.bodies.wait_no_more(self, ticket.priority)
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
+            self._heartbeat = None
+
+    def give_way(self, reason: str) -> None:
+        """Somebody of a higher priority needs the memory that its body takes."""
+        assert self._ticket is not None
+        self._dispatcher.displace(self._ticket, reason)
+        if self._ticket.rejection is not None:
+            self._decided()
+
+    def _asked_of_engine(self) -> tuple[bytes, bytes]:
+        """The target, and those of the client's headers that an engine gets to see."""
+        return self._head.target, self._head.forwarded
+
+    def _set_heartbeat(self) -> None:
+        beat_sec = self._dispatcher.config.api.heartbeat_sec
+        if beat_sec > 0:
+            self._heartbeat = asyncio.get_running_loop().call_later(beat_sec, self.attempt, self._beat)
+
+    def _beat(self) -> None:
+        """A stream that waits says so, lest clients and proxies give up."""
+        ticket = self._ticket
+        assert ticket is not None
+        wait = self._dispatcher.wait_of(ticket)
+        if not self._answer.started:
+            self._status = 200
+            self._answer.start(200, _EVENT_STREAM + self._lines_of(ticket) + self._lines_of_wait(ticket, wait))
+        if wait is not None and not self._is_paused:
+            to_go = "time to go unknown" if wait.expected_sec is None else f"~{wait.expected_sec:.0f} s to go"
+            figures = f"position {wait.position}, waited {wait.waited_sec:.0f} s, {to_go}"
+            self._answer.write(f": {figures}: {_one_line(self._told(ticket, wait.why))}\n\n".encode())
+        self._set_heartbeat()
+
+    def _told(self, ticket: Ticket, text: str) -> str:
+        """What its client may know of a reason."""
+        return text if self._client is not None else self._dispatcher.in_full(ticket.alias, text)
+
+    def _lines_of_wait(self, ticket: Ticket, wait: Waiting | None) -> bytes:
+        """How it was waiting when the first of its answer left."""
+        if wait is None:
+            return b""
+        expected = b"unknown" if wait.expected_sec is None else b"%d" % round(wait.expected_sec * 1000)
+        reason = _one_line(self._told(ticket, wait.why)).encode("ascii", "replace")
+        figures = (wait.position, expected, reason)
+        return b"x-queue-position: %d\r\nx-queue-expected-ms: %b\r\nx-queue-reason: %b\r\n" % figures
+
+    # --- the engine -------------------------------------------------------------------------------------
+
+    def connected(self, connection: Connection) -> None:
+        if self._is_over:
+            connection.close()
+            return
+        if self._connection is not None:  # the one that it was sent on before was just being closed
+            self._resends += 1
+        self._connection = connection
+        if self._is_paused:
+            connection.pause()
+
+    def received(self, head: Head, part: bytes, last: bool) -> None:
+        if last:
+            self._connection = None  # it is back in its pool
+        if not self._relays:
+            if head.is_encoded and not self._takes_encoded:
+                raise BrokenAnswer.unreadable("it is compressed, which nobody has asked for")
+            if self._is_read_whole(head):
+                self._gather(head, part, last)
+                return
+            self._start_relaying(head)
+        if part:
+            self._meter.note(part)
+        if last:
+            self._end_relaying(head, part)
+        else:
+            self._answer.write(part)
+
+    def _gather(self, head: Head, part: bytes, last: bool) -> None:
+        """More of an answer that is read whole."""
+        if last:
+            self._answer_whole(head, bytes(self._gathered + part) if self._gathered else part)
+            return
+        self._gathered += part
+        if head.content_length is None and len(self._gathered) > _BUFFERED_ANSWER:
+            raise BrokenAnswer.unreadable("it does not end")
+
+    def _end_relaying(self, head: Head, part: bytes) -> None:
+        """`part` is the last of it, if anything."""
+        if head.streams and not (self._meter.has_ended or self._meter.ends_in_error) and self._has_last_event():
+            if part:
+                self._answer.write(part)
+            raise BrokenAnswer(ApiError(502, "engine_lost", "The engine ended the stream before its last event."))
+        part = self._answer.rest(part)
+        self._end(self._outcome_of_stream())
+        self._answer.end(part)
+
+    def _has_last_event(self) -> bool:
+        """Whether a stream of this route says where it ends."""
+        return self._path_of_engine() in _WITH_LAST_EVENT
+
+    def _outcome_of_stream(self) -> str:
+        if not self._meter.ends_in_error:
+            return _outcome(self._status)
+        self._reason = "the engine has ended the stream with an error"  # its words may quote the prompt
+        return "engine_error"
+
+    def lost(self, reason: str) -> None:
+        if self._is_over or self._ticket is None:
+            return
+        self._connection = None
+        self._shared.unwatch(self)
+        if self._relays:
+            self._break_off(ApiError(502, "engine_lost", f"The engine broke off: {reason}."))
+        else:
+            self._gathered.clear()
+            self._dispatcher.requeue(self._ticket, reason)
+            self._wait_for_slot(self._ticket)
+
+    def attempt(self, step: Callable[..., None], *arguments: object) -> None:
+        """One that the event loop takes: nobody else would hear that it has failed."""
+        try:
+            step(*arguments)
+        except Exception as error:
+            self.failed(error)
+
+    def failed(self, error: Exception) -> None:
+        """What the engine says makes no sense, or the router has made a mistake: its client gets an error, or sees
+        that the answer is not whole.
+        """
+        if isinstance(error, BrokenAnswer) and not self._is_over:
+            said, outcome = error.error, _outcome(error.error.status)
+        else:
+            _log.error("request %s: its answer could not be passed on", self._request_id, exc_info=error)
+            said = ApiError(500, "internal_error", "The router made a mistake; see its log.")
+            outcome = said.code
+        if self._is_over:
+            self._answer.abort()
+            return
+        try:
+            self._fail(said, outcome)
+        except Exception:
+            _log.exception("request %s: nor could its error", self._request_id)
+            self._answer.abort()
+
+    def must_have_moved(self, now: float, system: System) -> None:
+        """Nobody may hold a slot for nothing: neither an engine that hangs nor a client that does not read.
+
+        An engine that is silent, but alive, computes: a long prompt, or an answer that is sent whole.
+        """
+        ticket = self._ticket
+        assert ticket is not None
+        connection = self._connection
+        moved_sec = ticket.granted_sec if connection is None else connection.last_byte_sec
+        limit_sec, longest_sec = system.request_timeout_sec, system.answer_timeout_sec
+        engine = ticket.engine
+        assert engine is not None
+        if longest_sec is not None and now - moved_sec >= longest_sec:
+            self._time_out(f"The engine sent nothing for {longest_sec:g} s (answer_timeout_sec).")
+        elif now - moved_sec < limit_sec:
+            return
+        elif self._is_paused:
+            self._end("cancelled")
+            self._answer.abort()
+        elif connection is None or not connection.is_open:
+            self._time_out(f"The engine could not be reached for {limit_sec:g} s (request_timeout_sec).")
+        elif connection.stopped_midway:  # it computes no more of it, whatever it says to probes
+            self._time_out(f"The engine stopped in its answer for {limit_sec:g} s (request_timeout_sec).")
+        elif engine.failed_probes and now - engine.alive_sec >= limit_sec:
+            self._time_out(
+                f"The engine sent nothing, not even to probes, for {limit_sec:g} s (request_timeout_sec)."
+            )
+
+    def _time_out(self, reason: str) -> None:
+        self._break_off(ApiError(504, "request_timeout", reason))
+
+    def _break_off(self, error: ApiError) -> None:
+        """No more of the answer will come. Of a stream whose last event has passed, nothing is missing."""
+        if self._relays and self._streams and not self._answer.has_length and self._meter.has_ended:
+            rest = self._answer.rest(b"")
+            self._end(self._outcome_of_stream())
+            self._answer.end(rest)
+        else:
+            self._fail(error)
+
+    _takes_encoded = False
+    """The client has said which encodings it takes."""
+
+    def _is_read_whole(self, head: Head) -> bool:
+        if self._answer.started:  # with heartbeats: nothing but events may follow
+            return head.status != 200 or not head.streams
+        if head.content_length is None:
+            return head.status >= 400
+        return head.content_length <= _BUFFERED_ANSWER
+
+    def _answer_whole(self, head: Head, body: bytes) -> None:
+        ticket = self._ticket
+        assert ticket is not None
+        if head.status >= 500:
+            refusal = refused_by_engine(body, ticket.alias, self._dispatcher.config.models)
+            if refusal is not None:
+                self._fail(refusal)
+                return
+        error = error_of_engine(head.status, body) if head.status >= 400 else None
+        self._status = head.status if error is None else error.status
+        if error is None and self._answer.started:
+            raise BrokenAnswer.unreadable("it is a document, and a stream was asked for")
+        if not self._answer.started:
+            self._meter.note(body)
+        if error is None:
+            body = self._answer.told(body)
+        self._end(_outcome(self._status))
+        if error is None:
+            self._answer.whole(head.status, head.lines + self._lines_of(ticket), body)
+        elif self._answer.started:
+            self._answer.break_off(self._event_of(error))
+        else:
+            self._write_error(error, self._lines_of(ticket))
+
+    def _start_relaying(self, head: Head) -> None:
+        assert self._ticket is not None
+        self._relays = True
+        self._status = head.status
+        if not self._answer.started:
+            lines = head.lines + self._lines_of(self._ticket)
+            self._answer.start(head.status, lines, head.content_length)
+
+    def _lines_of(self, ticket: Ticket) -> bytes:
+        lines = self._id_line + self._lines + _alias_line(ticket.alias)
+        if ticket.engine is None:
+            return lines
+        figures = (lines, ticket.queue_sec * 1000 + 0.5, ticket.load_sec * 1000 + 0.5)
+        return b"%bx-queue-ms: %d\r\nx-load-ms: %d\r\n" % figures
+
+    # --- the end ----------------------------------------------------------------------------------------
+
+    def _refuse(self, error: ApiError) -> None:
+        """An answer to a request that never was in any queue."""
+        self._status = error.status
+        self._reason = error.message
+        self._end(error.code)
+        self._received = b""
+        self._write_error(error, self._id_line + self._lines)
+
+    def _fail(self, error: ApiError, outcome: str = "") -> None:
+        """`outcome`: what it counts as, if not by the error's code."""
+        self._reason = error.message
+        if not self._answer.started:
+            self._status = error.status
+        self._end(outcome or error.code)
+        if not self._answer.started:
+            self._write_error(error, self._id_line + self._lines)
+        elif self._streams and not self._answer.has_length:
+            self._answer.break_off(self._event_of(error))
+        else:
+            self._answer.abort()  # half a document must not look whole
+
+    def _write_error(self, error: ApiError, lines: bytes) -> None:
+        own = b"".join(b"%b: %b\r\n" % header for header in error.headers())
+        self._answer.whole(error.status, own + lines, error.body(self._head.path))
+
+    def _event_of(self, error: ApiError) -> bytes:
+        """What ends a stream that has begun."""
+        return error.event(self._head.path)
+
+    def _end(self, outcome: str) -> None:
+        """Give back what it holds, and account for it. What is left to write may still be written."""
+        self._is_over = True
+        self._shared.unwatch(self)
+        self._shared.bodies.release(self._held)
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        if self._ticket is not None:
+            if self._waits:
+                self._wait_no_more(self._ticket)
+            served = outcome == "served"
+            computed = served and self._meter.size > 0 and not self._ticket.slotless
+            self._dispatcher.finish(self._ticket, served=served or outcome == "engine_refused", computed=computed)
+        self._publish(self._ticket, outcome)
+        if self._large is not None:
+            self._shared.readers.submit(_give_back, self._large, self._body)
+
+    def _publish(self, ticket: Ticket | None, outcome: str) -> None:
+        """Once. Without a ticket: the request was turned away before it asked for a slot."""
+        now, at = time.monotonic(), time.time()
+        if ticket is None:
+            done = RequestDone(
+                request_id=self._request_id,
+                alias="",
+                route=self._route(),
+                priority="",
+                outcome=outcome,
+                status=self._status,
+                queue_sec=0.0,
+                load_sec=0.0,
+                total_sec=0.0,
+                at=at,
+                trace=self._trace(),
+                reason=self._reason,
+                streamed=self._streams,
+                request_bytes=len(self._body),
+                client=self._client_name,
+                peer=self._answer.peer if outcome != "served" else "",
+            )
+        else:
+            meter, arrival_sec = self._meter, ticket.arrival_sec
+            try:
+                usage = self._usage()
+            except Exception:  # a request is over once, whatever its engine says of it
+                _log.exception("request %s: its tokens could not be counted", self._request_id)
+                usage = NO_USAGE
+            done = RequestDone(  # by position: keywords would take as long as all metrics
+                self._request_id,
+                ticket.alias,
+                self._route(),
+                NAMES[ticket.priority],
+                outcome,
+                self._status,
+                ticket.queue_sec if ticket.decided else now - arrival_sec,
+                ticket.load_sec,
+                now - arrival_sec,
+                at,
+                self._trace(),
+                self._reason,
+                None if meter.first_sec is None else meter.first_sec - arrival_sec,
+                self._streams,
+                len(self._body),
+                meter.size,
+                ticket.retries,
+                self._resends,
+                usage,
+                ticket.client,
+                self._answer.peer if ticket.rejection is not None else "",
+            )
+        self._dispatcher.events.done(done)
+
+    def _usage(self) -> Usage:
+        """What the answer says of its tokens."""
+        return self._meter.usage()
+
+    def _trace(self) -> str:
+        """The client's trace context, if it has one."""
+        return self._head.fields.get(b"traceparent", b"").decode("latin-1")
+
+
+def _give_back(large: LargeMemory, body: Body) -> None:
+    if isinstance(body, Pieces):
+        body.give_back()
+    large.give_back()
+
+
+def _unreadable(error: Exception) -> ApiError:
+    return ApiError(400, "invalid_json", f"The body cannot be read: {error}.")
+
+
+def _new_id() -> str:
+    return f"{getrandbits(96):024x}"
+
+
+def _one_line(text: str) -> str:
+    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
+
+
+def _outcome(status: int) -> str:
+    if status < 400:
+        return "served"
+    return "engine_refused" if status < 500 else "engine_error"
+
+
+@lru_cache(maxsize=1024)
+def _alias_line(alias: str) -> bytes:
+    return f"x-model-alias: {quote(alias, safe='/:@ ')}\r\n".encode()

@@ -1,0 +1,229 @@
+"""Bounds on what all clients together may take of the router itself: connections, and memory for their bodies.
+
+At `api.max_connections`, who comes takes the place of who has been idle for the longest, or has only sent half a
+request. Where all wait for an answer, or get one, a few more are let in for pages only, so that whoever looks
+after the router still reaches it when it is full; these places change hands in the same way. What is beyond those,
+too, is told so and closed. A queue of requests is bounded by the scheduler; this bounds what never gets as far.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable, Iterable
+from heapq import nsmallest
+from itertools import chain, islice
+from typing import Any, Protocol, cast
+
+import uvicorn
+from uvicorn.protocols.utils import get_remote_addr
+from uvicorn.server import ServerState
+
+from router.http.errors import ApiError
+from router.observe.events import ClientRefused, Events
+from router.scheduling.queue import Priority
+
+_log = logging.getLogger("router")
+
+SPARE = 32
+"""Connections for pages only."""
+_TURNED_AWAY = 256
+_TURNED_AWAY_SEC = 2.0
+_COME_BACK_SEC = 5.0
+_TELL_AGAIN_SEC = 60.0
+_FOUND_AT_ONCE = 256
+_MOST_GIVE_WAY = 64
+"""Requests, for the body of one."""
+_LOOK_AGAIN_SEC = 0.1
+"""For idle ones, when there was none."""
+_JUST_COME_SEC = 0.05
+"""What such a one has sent may not have been read yet."""
+
+
+class Guest(Protocol):
+    """A client's connection."""
+
+    @property
+    def idle_since_sec(self) -> float | None:
+        """Since when nothing has come from its client; None while an answer is asked for or on its way."""
+
+    @property
+    def is_gone(self) -> bool: ...
+
+    def give_way(self) -> None:
+        """End it: others need its place."""
+
+
+class Door:
+    """A protocol factory for uvicorn: `protocol` while there is or can be room, else `pages`, else a refusal."""
+
+    def __init__(
+        self,
+        protocol: Callable[..., asyncio.Protocol],
+        pages: Callable[..., asyncio.Protocol],
+        limit: int,
+        events: Events,
+    ) -> None:
+        self._protocol = protocol
+        self._pages = pages
+        self._limit = limit
+        self._events = events
+        self._spare: list[Guest] = []
+        self._idle: list[tuple[float, Guest]] = []
+        """Some who were idle, the longest last."""
+        self._look_again_sec = -math.inf
+        self._turned_away = 0
+        self._told_sec = -math.inf
+
+    def __call__(
+        self,
+        config: uvicorn.Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> asyncio.Protocol:
+        guests = cast(set[Guest], server_state.connections)
+        now = asyncio.get_running_loop().time()
+        protocol = self._protocol
+        if len(guests) >= self._limit:
+            self._spare = [guest for guest in self._spare if not guest.is_gone]
+            if len(guests) - len(self._spare) >= self._limit and not self._someone_gives_way(guests, now):
+                self._tell(now)
+                if len(self._spare) >= SPARE:
+                    idle = min(_idle(self._spare), key=_since, default=None)
+                    if idle is None:
+                        return _TurnedAway(self)
+                    idle[1].give_way()
+                    self._spare.remove(idle[1])
+                protocol = self._pages
+        made = protocol(config=config, server_state=server_state, app_state=app_state, _loop=_loop)
+        if protocol is self._pages:
+            self._spare.append(cast(Guest, made))
+        return made
+
+    def enter(self, peer: str) -> bool:
+        """Whether one more may wait to hear that there is no room."""
+        self._turned_away += 1
+        said = "it was turned away, as too many clients are connected"
+        self._events.publish(ClientRefused("too_many_connections", peer, said))
+        return self._turned_away <= _TURNED_AWAY
+
+    def leave(self) -> None:
+        self._turned_away -= 1
+
+    def _someone_gives_way(self, guests: set[Guest], now: float) -> bool:
+        """Whoever has been idle for the longest. Many are found at once, as thousands may come."""
+        if not self._idle and now >= self._look_again_sec:
+            spare = set(self._spare)
+            idle = _idle(guest for guest in guests if guest not in spare)
+            found = nsmallest(_FOUND_AT_ONCE, idle, key=_since)
+            self._idle = [each for each in reversed(found) if each[0] <= now - _JUST_COME_SEC]
+            if not self._idle:
+                self._look_again_sec = now + _LOOK_AGAIN_SEC
+        while self._idle:
+            since, guest = self._idle.pop()
+            if not guest.is_gone and guest.idle_since_sec == since:
+                guest.give_way()
+                return True
+        return False
+
+    def _tell(self, now: float) -> None:
+        if now - self._told_sec > _TELL_AGAIN_SEC:
+            self._told_sec = now
+            _log.warning("%d clients are connected (api.max_connections): more are turned away", self._limit)
+
+
+def _idle(guests: Iterable[Guest]) -> Iterable[tuple[float, Guest]]:
+    return ((since, guest) for guest in guests if (since := guest.idle_since_sec) is not None)
+
+
+def _since(found: tuple[float, Guest]) -> float:
+    return found[0]
+
+
+class _TurnedAway(asyncio.Protocol):
+    """Says why, once the client has said something: an answer before the question would be lost with it."""
+
+    def __init__(self, door: Door) -> None:
+        self._door = door
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        address = get_remote_addr(self._transport)
+        if self._door.enter(address[0] if address is not None else "unknown"):
+            asyncio.get_running_loop().call_later(_TURNED_AWAY_SEC, self._transport.abort)
+        else:
+            self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            error = no_connection_left()
+            body = error.body(data[:64].decode("latin-1").partition(" ")[2])
+            lines = [b"HTTP/1.1 503 Service Unavailable", *(b"%b: %b" % header for header in error.headers())]
+            lines += [b"content-length: %d" % len(body), b"connection: close", b"", body]
+            transport.write(b"\r\n".join(lines))
+            transport.write_eof()  # closed by the client, or in two seconds
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._door.leave()
+
+
+def no_connection_left() -> ApiError:
+    message = "Too many clients are connected (api.max_connections)."
+    return ApiError(503, "too_many_connections", message, retry_after_sec=_COME_BACK_SEC)
+
+
+class Holder(Protocol):
+    """A request that waits for its engine, and holds its body."""
+
+    def give_way(self, reason: str) -> None:
+        """Let go of it, and tell the client why."""
+
+
+class Bodies:
+    """Bytes of all the request bodies that are held, from their first part to the end of their request."""
+
+    def __init__(self) -> None:
+        self.held = 0
+        self._waiting: dict[Priority, dict[Holder, int]] = {priority: {} for priority in Priority}
+
+    def check(self, size: int, limit: int, priority: Callable[[], Priority]) -> None:
+        """Raises ApiError 503 when all together would be more than `limit` bytes, even if those who wait with a
+        lower priority gave way."""
+        if self.held + size > limit:
+            self._who_give_way(self.held + size - limit, limit, priority())
+
+    def hold(self, size: int, limit: int, priority: Callable[[], Priority]) -> None:
+        """Raises ApiError 503 like `check`. Who has to give way, does."""
+        if self.held + size > limit:
+            for holder in self._who_give_way(self.held + size - limit, limit, priority()):
+                holder.give_way(f"{_too_many(limit)} One of a higher priority has come.")
+        self.held += size
+
+    def release(self, size: int) -> None:
+        self.held -= size
+
+    def wait(self, holder: Holder, priority: Priority, size: int) -> None:
+        """It holds so much, and may have to give way."""
+        self._waiting[priority][holder] = size
+
+    def wait_no_more(self, holder: Holder, priority: Priority) -> None:
+        self._waiting[priority].pop(holder, None)
+
+    def _who_give_way(self, missing: int, limit: int, priority: Priority) -> list[Holder]:
+        """Raises ApiError 503 when nobody, or more than a few, would have to."""
+        lower = [self._waiting[below] for below in (Priority.LOW, Priority.NORMAL) if below > priority]
+        found: list[Holder] = []
+        for holder, size in islice(chain.from_iterable(reversed(line.items()) for line in lower), _MOST_GIVE_WAY):
+            found.append(holder)
+            missing -= size
+            if missing <= 0:
+                return found
+        raise ApiError(503, "too_many_bodies", _too_many(limit), retry_after_sec=_COME_BACK_SEC)
+
+
+def _too_many(limit: int) -> str:
+    return f"The bodies of all requests together would take more than {limit >> 20} MiB (api.max_bodies_mb)."

@@ -1,0 +1,164 @@
+"""What an alias changes in a request: parameters set, replaced or removed, a system prompt, and examples.
+
+Only top-level keys and the list of messages are looked at; all other values are copied as the bytes that they are.
+Knows no routes but by where they keep a system prompt, and nothing of multipart bodies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import msgspec
+
+from router.config.schema import AliasConfig
+from router.dataplane.shortening import Text
+from router.engines.llamacpp.adapters import PARAMETER as ADAPTERS
+from router.http.errors import ApiError
+
+_MESSAGES = frozenset({"/chat/completions", "/chat/completions/input_tokens", "/apply-template"})
+"""Where a system prompt is the first of the messages. (Paths without /v1.)"""
+_FIELDS = {
+    "/messages": ("system", "messages"),
+    "/messages/count_tokens": ("system", "messages"),
+    "/responses": ("instructions", "input"),
+    "/responses/input_tokens": ("instructions", "input"),
+}
+"""Where it has a field of its own: that, and the field of the messages."""
+_SAME = (
+    frozenset({"max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict"}),
+    frozenset({"n", "n_cmpl"}),
+)
+"""The engine's names for one thing, of which none may get past another."""
+_SYSTEM_ROLES = ("system", "developer")
+
+
+class _Role(msgspec.Struct):
+    role: Any = None
+
+
+_fields_of = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_items_of = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_value_of = msgspec.json.Decoder().decode
+_role_of = msgspec.json.Decoder(_Role).decode
+_encode = msgspec.json.encode
+
+
+def depth_of(path: str, alias: AliasConfig) -> int:
+    """How deep in a body it is changed: 1 is the depth of the parameters, 3 that of what a message consists of."""
+    plain = path.removeprefix("/v1")
+    return 3 if alias.speaks and (plain in _MESSAGES or plain in _FIELDS) else 1
+
+
+def rewritten(body: Text, path: str, alias: AliasConfig) -> bytes:
+    """The body, a JSON object, as the engine is to get it. Of a key that is there twice, the last one counts.
+
+    Parameters go before the messages. What is not of the shape that its route demands stays as it is, for
+    the engine to refuse. Raises ApiError for a body that cannot be read.
+    """
+    try:
+        fields: dict[str, Any] = dict(_fields_of(body))
+        for key in (*alias.removed, *alias.forced):
+            for name in _names_of(key):
+                fields.pop(name, None)
+        fields.update(alias.forced)
+        for key, value in alias.defaults.items():
+            if not any(_is_set(fields.get(name)) for name in _names_of(key)) or _names_none(key, fields):
+                fields[key] = value
+        if alias.speaks:
+            _instruct(fields, path.removeprefix("/v1"), alias)
+        return _encode(fields)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise ApiError(400, "invalid_json", f"The body cannot be read: {error}") from None
+
+
+def _names_of(key: str) -> Iterable[str]:
+    return next((names for names in _SAME if key in names), (key,))
+
+
+def _names_none(key: str, fields: Mapping[str, Any]) -> bool:
+    """Whether a client says in so many words that it names no scales of adapters."""
+    return key == ADAPTERS and _value(fields[key]) == []
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None and not (isinstance(value, msgspec.Raw) and bytes(value) == b"null")
+
+
+def _instruct(fields: dict[str, Any], path: str, alias: AliasConfig) -> None:
+    if path in _MESSAGES:
+        turns = _turns(fields.get("messages"))
+        if turns is not None:
+            fields["messages"] = _with_examples(_with_prompt(turns, alias), alias.messages)
+    elif path in _FIELDS:
+        own, messages = _FIELDS[path]
+        turns, examples = _turns(fields.get(messages)), alias.messages
+        if examples and messages == "input":
+            examples = tuple({"type": "message", **turn} for turn in examples)
+            if isinstance(_value(fields.get(messages)), str):  # what the user says
+                turns = [{"role": "user", "content": fields[messages]}]
+        said = _value(fields.get(own))
+        if alias.system_prompt and alias.system_prompt_replaces:
+            said = None
+            turns = turns and _without_prompts(turns)
+        if alias.system_prompt and not (alias.system_prompt_yields and (said or _begins_with_prompt(turns))):
+            fields[own] = joined(alias.system_prompt, said)
+        if turns is not None:
+            fields[messages] = _with_examples(turns, examples)
+
+
+def _with_prompt(turns: list[Any], alias: AliasConfig) -> list[Any]:
+    """One system prompt, and first: many chat templates take no other."""
+    prompt = alias.system_prompt
+    if not prompt:
+        return turns
+    if alias.system_prompt_replaces:
+        return [{"role": "system", "content": prompt}, *_without_prompts(turns)]
+    if not _begins_with_prompt(turns):
+        return [{"role": "system", "content": prompt}, *turns]
+    if alias.system_prompt_yields:
+        return turns
+    first = _fields_of(turns[0])
+    return [{**first, "content": joined(prompt, _value(first.get("content")))}, *turns[1:]]
+
+
+def _with_examples(turns: list[Any], examples: Iterable[Mapping[str, str]]) -> list[Any]:
+    prompts = 1 if _begins_with_prompt(turns) else 0
+    return [*turns[:prompts], *examples, *turns[prompts:]]
+
+
+def _begins_with_prompt(turns: list[Any] | None) -> bool:
+    return turns is not None and turns != [] and _is_prompt(turns[0])
+
+
+def _without_prompts(turns: list[Any]) -> list[Any]:
+    return [turn for turn in turns if not _is_prompt(turn)]
+
+
+def _is_prompt(turn: msgspec.Raw | dict[str, Any]) -> bool:
+    if isinstance(turn, dict):
+        return turn["role"] in _SYSTEM_ROLES
+    try:
+        return _role_of(turn).role in _SYSTEM_ROLES
+    except msgspec.ValidationError:  # not an object
+        return False
+
+
+def joined(prompt: str, said: Any) -> Any:
+    """Text, or a list of parts of which each is an object with a type."""
+    if said is None or said == "":
+        return prompt
+    if isinstance(said, str):
+        return f"{prompt}\n\n{said}"
+    return [{"type": "text", "text": f"{prompt}\n\n"}, *said] if isinstance(said, list) else said
+
+
+def _turns(raw: Any) -> list[Any] | None:
+    try:
+        return list(_items_of(raw)) if isinstance(raw, msgspec.Raw) else None
+    except msgspec.ValidationError:  # not a list
+        return None
+
+
+def _value(raw: Any) -> Any:
+    return _value_of(raw) if isinstance(raw, msgspec.Raw) else raw  # else the configuration has set it

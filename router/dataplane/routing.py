@@ -1,0 +1,313 @@
+"""What a request of the data plane asks for: the model, whether it wants a stream, and its priority.
+
+Here names become models: all that comes later, the queues and the metrics too, knows models only.
+Only `model` and `stream` are picked out of a body, which is never built into objects.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+
+from router.config.names import LONGEST, meant
+from router.config.schema import AliasConfig, Config, ModelConfig
+from router.dataplane.forms import is_form, text_fields
+from router.dataplane.near_names import near
+from router.dataplane.shortening import MOST_VALUES, Shortened, Text, TooManyValues
+from router.http.auth import Client
+from router.http.errors import ApiError
+from router.scheduling.messages import Refusal
+from router.scheduling.queue import BY_NAME, NAMES, Priority
+from router.store.repository import BadReference, NotAllowed, permitted
+
+ROUTES = frozenset(
+    {
+        "/v1/chat/completions",
+        "/v1/chat/completions/input_tokens",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/responses/input_tokens",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/v1/embeddings",
+        "/v1/rerank",
+        "/v1/reranking",
+        "/v1/audio/transcriptions",
+        "/chat/completions",
+        "/chat/completions/input_tokens",
+        "/completions",
+        "/completion",
+        "/responses",
+        "/responses/input_tokens",
+        "/embeddings",
+        "/embedding",
+        "/rerank",
+        "/reranking",
+        "/audio/transcriptions",
+        "/infill",
+        "/tokenize",
+        "/detokenize",
+        "/apply-template",
+    }
+)
+"""Everything that llama-server answers for one model, and that names the model in its body. All POST."""
+
+WITHOUT_TOKENS = frozenset(
+    {
+        "/v1/chat/completions/input_tokens",
+        "/v1/responses/input_tokens",
+        "/v1/messages/count_tokens",
+        "/chat/completions/input_tokens",
+        "/responses/input_tokens",
+        "/tokenize",
+        "/detokenize",
+        "/apply-template",
+    }
+)
+"""Those of them for which an engine computes nothing: it answers beside what its slots do."""
+
+TRANSLATED_ROUTES = frozenset({"/api/chat", "/api/generate", "/api/embed", "/api/embeddings", "/chat"})
+"""Ollama's, and one of earlier hosts in its words. What they ask for is translated to a route of the engine's, and
+its answer back. All POST.
+"""
+DATA_PLANE = ROUTES | TRANSLATED_ROUTES
+
+_PRIORITIES = {
+    **{name.encode(): priority for priority, name in NAMES.items()},
+    **{str(priority.value).encode(): priority for priority in Priority},
+}
+
+
+class Shape(NamedTuple):
+    """How many answers a request asks for, where its route can give several."""
+
+    per_prompt: int = 1
+    prompts: int = 1
+
+    @property
+    def several(self) -> bool:
+        return self.per_prompt * self.prompts > 1
+
+
+ONE = Shape()
+
+
+class Wish(NamedTuple):
+    """What a request asks for."""
+
+    alias: str
+    """The model's own."""
+    streams: bool
+    priority: Priority
+    asked_as: AliasConfig | None = None
+    """The name that it was asked for by, if that changes the request."""
+    answers: Shape = ONE
+
+
+_NO_PROMPT = msgspec.Raw(b"")
+_LIST_OF_PROMPTS = re.compile(rb'\[\s*["\[{]')
+"""What else begins like a list is one prompt, of tokens, which may be many: they are not looked at."""
+
+
+class _Envelope(msgspec.Struct):
+    model: Any = None
+    stream: Any = None
+    n: Any = None
+    n_cmpl: Any = None
+    """The engine's name of `n`."""
+    prompt: msgspec.Raw = _NO_PROMPT
+
+
+_decode = msgspec.json.Decoder(_Envelope).decode
+_decode_prompts = msgspec.json.Decoder(list[msgspec.Raw]).decode
+
+
+def read_wish(
+    body: Text,
+    headers: Mapping[bytes, bytes],
+    config: Config,
+    client: Client | None = None,
+    model: str = "",
+) -> Wish:
+    """`model` is the one that was named elsewhere than in the body, if it was.
+
+    Raises ApiError for what is not to be understood, and for models that are not there.
+    """
+    content_type = headers.get(b"content-type", b"")
+    if is_form(content_type):
+        fields = text_fields(body, content_type, ("model", "stream"))
+        streams = fields.get("stream", "").lower() in ("true", "1")
+        wish = wish_of(model or fields.get("model"), streams, headers, config, client)
+        return wish._replace(asked_as=None)  # forms are not rewritten
+    envelope = _read_envelope(body)
+    wish = wish_of(model or envelope.model, envelope.stream is True, headers, config, client)
+    answers = _shape_of(envelope)
+    return wish if answers is ONE else wish._replace(answers=answers)
+
+
+def shape_of(body: Text) -> Shape:
+    """How many answers it asks for. Raises ApiError for what is no JSON object."""
+    return _shape_of(_read_envelope(body))
+
+
+def _shape_of(envelope: _Envelope) -> Shape:
+    """What an engine would refuse counts as one."""
+    prompt, wanted = envelope.prompt, envelope.n if envelope.n_cmpl is None else envelope.n_cmpl
+    if wanted is None and prompt is _NO_PROMPT:
+        return ONE
+    if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1:
+        wanted = 1
+    prompts = 1
+    if _LIST_OF_PROMPTS.match(prompt):
+        parts = _decode_prompts(prompt)
+        if all(_first(part) in (b'"', b"[", b"{") for part in parts):  # else it is one, of tokens
+            prompts = max(1, len(parts))
+    return Shape(wanted, prompts) if wanted * prompts > 1 else ONE
+
+
+def _first(raw: msgspec.Raw) -> bytes:
+    return bytes(memoryview(raw)[:1])
+
+
+def wish_of(
+    model: object, streams: bool, headers: Mapping[bytes, bytes], config: Config, client: Client | None = None
+) -> Wish:
+    """Raises ApiError for a model that is not there, and for a priority that is none."""
+    if not model and (model is None or model == ""):
+        model = named_by_nobody(config)
+    if not isinstance(model, str):
+        raise ApiError(400, "invalid_model", f"`model` must be a string, not {type(model).__name__}.", "model")
+    check_name(model)
+    asked_as = config.aliases.get(model)
+    known = config.models.get(model) if asked_as is None else None
+    if known is None:
+        if asked_as is None:
+            model = known_as(model, config)
+            asked_as = config.aliases.get(model)
+        known = config.model_of(model)
+    wanted = headers.get(b"x-request-priority")
+    if wanted is not None:
+        priority = _priority(wanted)
+    else:
+        own = client.priority if client is not None else None
+        priority = BY_NAME[(asked_as and asked_as.priority) or own or known.priority]
+    if client is not None:
+        priority = max(priority, client.highest)
+    return Wish(known.alias, streams, priority, asked_as if asked_as is not None and asked_as.rewrites else None)
+
+
+def check_name(name: str) -> None:
+    """Before it is looked for. Raises ApiError 400."""
+    if len(name) > LONGEST:
+        said = f"this one, which begins {name[:40]!r}, has more"
+        message = f"The name of a model has at most {LONGEST} characters; {said}."
+        raise ApiError(400, "invalid_model", message, "model")
+
+
+def priority_of(headers: Mapping[bytes, bytes], client: Client | None) -> Priority:
+    """Of a request whose body, which names its model, is still to come: as far as its head and its key tell."""
+    wanted = _PRIORITIES.get(headers.get(b"x-request-priority", b"").strip().lower())
+    if client is None:
+        return wanted or Priority.NORMAL
+    return max(wanted or BY_NAME[client.priority or "normal"], client.highest)
+
+
+def named_by_nobody(config: Config) -> str:
+    """What a request means that names no model. Raises ApiError 400."""
+    if config.default_model is None:
+        raise ApiError(400, "model_required", f"Name a `model`: {some_of(config.names)}.", "model")
+    return config.default_model
+
+
+def model_of(name: str, config: Config) -> ModelConfig:
+    """The model that a client means. Raises ApiError 404 naming what is there."""
+    return config.model_of(known_as(name, config))
+
+
+def known_as(name: str, config: Config) -> str:
+    """What is called here as a client calls it: a model or an alias. Raises ApiError 404 naming what is there, and
+    400."""
+    check_name(name)
+    known = meant(name, config)
+    if known is None:
+        raise ApiError(404, Refusal.MODEL_NOT_FOUND.value, _unknown_model(name, config), "model")
+    return known
+
+
+def _unknown_model(name: str, config: Config) -> str:
+    """In the words that Ollama's clients look for, with what to do about it."""
+    if (lost := meant(name, config.lost)) is not None:
+        advice = f"That name stands for {config.lost[lost]!r}, which is not here any more."
+    elif not config.names:
+        advice = "There is none yet: pull one, or put GGUF files where the router looks for them."
+    elif close := near(name, config.names):
+        advice = f"Did you mean {some_of(close)}?"
+    else:
+        advice = f"There are: {some_of(config.names)}."
+    return f"model {name!r} not found. {advice}{_how_to_pull(name, config)}"
+
+
+def _how_to_pull(name: str, config: Config) -> str:
+    """Of a name that may be one on the hub; nobody asks there."""
+    try:
+        permitted(name, config.system.allowed_models, os.environ)
+    except (BadReference, NotAllowed):
+        return ""
+    command = shlex.join(["llama-router", "pull", *(["--"] if name.startswith("-") else []), name])
+    return f" To pull it from the Hugging Face hub: POST /pull, or `{command}`."
+
+
+def some_of(aliases: list[str]) -> str:
+    """For people: the first ten."""
+    shown = ", ".join(repr(alias) for alias in aliases[:10])
+    return f"{shown} and {len(aliases) - 10} more (GET /v1/models)" if len(aliases) > 10 else shown
+
+
+def _priority(wanted: bytes) -> Priority:
+    priority = _PRIORITIES.get(wanted.strip().lower())
+    if priority is None:
+        raise ApiError(
+            400,
+            "invalid_priority",
+            "X-Request-Priority must be high, normal or low (1, 2 or 3).",
+            "X-Request-Priority",
+        )
+    return priority
+
+
+def lists_prompts(short: Shortened) -> bool:
+    """Whether a request has a list of prompts, which are to be counted, and not one of tokens. Raises ApiError."""
+    return short.first_of_list(bytes(_read_envelope(short.text).prompt)) in (b'"', b"[", b"{")
+
+
+def shortened(body: Text, depth: int) -> Shortened:
+    """A JSON document down to a depth. Raises ApiError."""
+    try:
+        return Shortened(body, depth)
+    except TooManyValues:
+        message = (
+            f"The body has too many values to be taken apart: besides long texts, at most {MOST_VALUES} in 8 MiB."
+        )
+        raise ApiError(413, "body_too_large", message) from None
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise _unreadable(error) from None
+
+
+def _read_envelope(body: Text) -> _Envelope:
+    try:
+        return _decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        if not body:
+            raise ApiError(400, "invalid_json", "The body is empty.") from None
+        raise _unreadable(error) from None
+
+
+def _unreadable(error: Exception) -> ApiError:
+    is_deep = isinstance(error, RecursionError)
+    what = "is nested too deeply" if is_deep else f"is not a JSON object: {error}"
+    return ApiError(400, "invalid_json", f"The body {what}.")

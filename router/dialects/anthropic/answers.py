@@ -1,0 +1,247 @@
+"""An engine's answers as Anthropic's: of a chat all of it, of its own route for messages why it has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from router.dataplane.answer import BrokenAnswer, Translator
+from router.engines.llamacpp.capability import error_of_engine
+from router.engines.llamacpp.usage import Timings
+
+_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
+_NOTHING = msgspec.Raw(b"null")
+
+_encode = msgspec.json.encode
+_fields_of = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+
+class _Function(msgspec.Struct):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class _Call(msgspec.Struct):
+    function: _Function
+    index: int = 0
+    id: str | None = None
+
+
+class _Said(msgspec.Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[_Call] | None = None
+
+
+class _Answer(msgspec.Struct):
+    finish_reason: str | None = None
+    message: _Said | None = None
+    delta: _Said | None = None
+
+
+_NO_ERROR = msgspec.Raw(b"")
+
+
+class _Verbose(msgspec.Struct):
+    stopping_word: str | None = None
+
+
+class _Part(msgspec.Struct):
+    """A whole answer, or an event of a stream."""
+
+    id: str = ""
+    model: str = ""
+    choices: list[_Answer] = []
+    timings: Timings | None = None
+    verbose: _Verbose = msgspec.field(default_factory=_Verbose, name="__verbose")
+    """Of who asks for it; not from older builds, such as 9294."""
+    error: msgspec.Raw = _NO_ERROR
+
+
+_decode_part = msgspec.json.Decoder(_Part).decode
+
+
+class Translation(Translator):
+    """A chat's answer as Anthropic's."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        super().__init__()
+        self._stops = stops
+        self._begun = False
+        self._block = ""
+        """The kind of block that is open."""
+        self._call = -1
+        """Of the calls, the one whose block that is."""
+        self._blocks = 0
+        self._reason = "end_turn"
+        self._word: str | None = None
+        self._timings = Timings()
+
+    def document(self, body: bytes) -> bytes:
+        part = _decode_part(body)
+        choice = part.choices[0] if part.choices else _Answer()
+        said = choice.message or _Said()
+        content: list[dict[str, Any]] = []
+        if said.reasoning_content:
+            content.append({"type": "thinking", "thinking": said.reasoning_content, "signature": ""})
+        if said.content:
+            content.append({"type": "text", "text": said.content})
+        for call in said.tool_calls or ():
+            named = {"type": "tool_use", "id": call.id or "", "name": call.function.name or ""}
+            content.append({**named, "input": _input(call.function.arguments)})
+        ended = _REASONS.get(choice.finish_reason or "", "end_turn")
+        reason, stop = _told(ended, part.verbose.stopping_word, self._stops)
+        usage = _usage(part.timings or Timings())
+        return _encode(
+            {**_message(part), "content": content, "stop_reason": reason, "stop_sequence": stop, "usage": usage}
+        )
+
+    def last_events(self) -> bytes:
+        reason, stop = _told(self._reason, self._word, self._stops)
+        delta = {"stop_reason": reason, "stop_sequence": stop}
+        usage = _usage(self._timings)
+        return b"".join(
+            (
+                b"" if self._begun else self._begin(_Part()),
+                self._close(),
+                _written("message_delta", {"delta": delta, "usage": usage}),
+                _written("message_stop", {}),
+            )
+        )
+
+    def _event(self, data: bytes) -> bytes:
+        if data == b"[DONE]":
+            return b""
+        part = _decode_part(data)
+        if part.error is not _NO_ERROR:
+            raise BrokenAnswer(error_of_engine(500, data))
+        if part.timings is not None:
+            self._timings = part.timings
+        self._word = part.verbose.stopping_word or self._word
+        events = b"" if self._begun else self._begin(part)
+        for choice in part.choices:
+            if choice.finish_reason is not None:
+                self._reason = _REASONS.get(choice.finish_reason, "end_turn")
+            if choice.delta is not None:
+                events += self._said(choice.delta)
+        return events
+
+    def _begin(self, part: _Part) -> bytes:
+        self._begun = True
+        begun = {**_message(part), "content": [], "stop_reason": None, "usage": _usage(Timings())}
+        return _written("message_start", {"message": begun})
+
+    def _said(self, said: _Said) -> bytes:
+        events = b""
+        if said.reasoning_content:
+            events += self._piece("thinking", "thinking_delta", "thinking", said.reasoning_content)
+        if said.content:
+            events += self._piece("text", "text_delta", "text", said.content)
+        for call in said.tool_calls or ():
+            if call.index != self._call:
+                self._call = call.index
+                named = {"id": call.id or "", "name": call.function.name or "", "input": {}}
+                events += self._close() + self._open("tool_use", named)
+            if call.function.arguments:
+                events += self._delta("input_json_delta", "partial_json", call.function.arguments)
+        return events
+
+    def _piece(self, block: str, kind: str, name: str, text: str) -> bytes:
+        begin = b"" if self._block == block else self._close() + self._open(block, {name: ""})
+        return begin + self._delta(kind, name, text)
+
+    def _open(self, block: str, fields: dict[str, Any]) -> bytes:
+        self._block = block
+        if block == "thinking":
+            fields = {**fields, "signature": ""}
+        opened = {"index": self._blocks, "content_block": {"type": block, **fields}}
+        return _written("content_block_start", opened)
+
+    def _delta(self, kind: str, name: str, text: str) -> bytes:
+        return _written("content_block_delta", {"index": self._blocks, "delta": {"type": kind, name: text}})
+
+    def _close(self) -> bytes:
+        if not self._block:
+            return b""
+        self._block = ""
+        self._blocks += 1
+        return _written("content_block_stop", {"index": self._blocks - 1})
+
+
+class StopReasons(Translator):
+    """An engine's own answer to a request with stop sequences."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        super().__init__()
+        self._stops = stops
+
+    def document(self, body: bytes) -> bytes:
+        fields = _fields_of(body)
+        try:
+            return _encode(self._told(fields))
+        except (msgspec.MsgspecError, UnicodeDecodeError):  # the engine's new ways, and its client's to understand
+            return body
+
+    def last_events(self) -> bytes:
+        return b"".join(self._rest)
+
+    def _line(self, line: bytes) -> bytes:
+        if line.startswith(b"data:") and b'"stop_reason"' in line:
+            return self._event(line[5:].strip())
+        return line + b"\n"
+
+    def _event(self, data: bytes) -> bytes:
+        try:
+            fields = _fields_of(data)
+            if "delta" in fields:
+                data = _encode({**fields, "delta": self._told(_fields_of(fields["delta"]))})
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            pass
+        return b"data: %b\n" % data
+
+    def _told(self, fields: dict[str, msgspec.Raw]) -> dict[str, Any]:
+        if bytes(fields.get("stop_sequence", _NOTHING)) == bytes(_NOTHING):
+            return fields
+        ended = _decode_ended(_encode(fields))
+        reason, stop = _told(ended.stop_reason, ended.stop_sequence, self._stops)
+        return {**fields, "stop_reason": reason, "stop_sequence": stop}
+
+
+class _Ended(msgspec.Struct):
+    stop_reason: str = ""
+    stop_sequence: str | None = None
+
+
+_decode_ended = msgspec.json.Decoder(_Ended).decode
+
+
+def _told(reason: str, word: str | None, stops: Sequence[str]) -> tuple[str, str | None]:
+    """Why an answer has ended, and at which sequence of the client's. Templates have others."""
+    return ("stop_sequence", word) if reason == "end_turn" and word in stops else (reason, None)
+
+
+def _input(arguments: str | None) -> dict[str, msgspec.Raw]:
+    """Of a call; empty for one that was cut off in the middle, as on the engine's own route."""
+    try:
+        return _fields_of(arguments or "{}")
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        return {}
+
+
+def _message(part: _Part) -> dict[str, Any]:
+    named = {"id": part.id, "type": "message", "role": "assistant", "model": part.model}
+    return {**named, "stop_sequence": None}
+
+
+def _usage(timings: Timings) -> dict[str, int]:
+    return {
+        "input_tokens": timings.prompt_n,
+        "cache_read_input_tokens": timings.cache_n,
+        "output_tokens": timings.predicted_n,
+    }
+
+
+def _written(kind: str, fields: dict[str, Any]) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (kind.encode(), _encode({"type": kind, **fields}))

@@ -1,0 +1,304 @@
+"""`/v1/messages` where the engine's own route would lose something: asked as a chat, answered as Anthropic does.
+
+llama-server translates Anthropic's requests itself, and drops what that translation does not know: the schema of
+an answer, a seed, a grammar. Requests with any of these are translated here, to the route that knows all of them,
+and so are their answers; all other requests go as they are, but for two things. It puts what is said beside the
+results of tools before them, where it parts them from their calls. And it tells of an answer that one of the
+client's stop sequences has ended which that was, but not that it was one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from router.dataplane.rewriting import joined
+from router.dataplane.shortening import ALL_DEPTHS, Text
+from router.dialects.openai.responses import told
+
+_KEPT = ("model", "stream", "temperature", "top_p", "top_k", "chat_template_kwargs")
+_DROPPED = (
+    "adaptive_decay",
+    "adaptive_target",
+    "cache_prompt",
+    "dry_allowed_length",
+    "dry_base",
+    "dry_multiplier",
+    "dry_penalty_last_n",
+    "dry_sequence_breakers",
+    "dynatemp_exponent",
+    "dynatemp_range",
+    "frequency_penalty",
+    "grammar",
+    "ignore_eos",
+    "json_schema",
+    "logit_bias",
+    "lora",
+    "min_keep",
+    "min_p",
+    "mirostat",
+    "mirostat_eta",
+    "mirostat_tau",
+    "n_keep",
+    "presence_penalty",
+    "reasoning_budget_message",
+    "reasoning_budget_tokens",
+    "reasoning_effort",
+    "reasoning_format",
+    "repeat_last_n",
+    "repeat_penalty",
+    "response_format",
+    "samplers",
+    "seed",
+    "t_max_predict_ms",
+    "top_n_sigma",
+    "typical_p",
+    "xtc_probability",
+    "xtc_threshold",
+)
+"""Parameters of chats that the engine does not take over from Anthropic's requests."""
+_FORMS = ("output_config", "output_format")
+"""Where the form of an answer is told; the second is its name in the API's beta."""
+TOOL_RESULT = b'"tool_result"'
+"""In whose messages there is one, they may have to change their places."""
+_NOTHING = msgspec.Raw(b"null")
+
+_encode = msgspec.json.encode
+
+
+class _Format(msgspec.Struct):
+    type: str = ""
+    schema: msgspec.Raw = msgspec.Raw(b"{}")
+
+
+class _Config(msgspec.Struct):
+    format: _Format | None = None
+
+
+class _Source(msgspec.Struct):
+    type: str = ""
+    media_type: str = "image/jpeg"
+    data: str = ""
+    url: str = ""
+
+
+class _Block(msgspec.Struct):
+    type: str = ""
+    text: str = ""
+    thinking: str = ""
+    source: _Source | None = None
+    id: str = ""
+    name: str = ""
+    input: msgspec.Raw = msgspec.Raw(b"{}")
+    tool_use_id: str = ""
+    content: str | list[_Block] | None = None
+
+
+class _Shown(msgspec.Struct):
+    """What decides about the place of a block."""
+
+    type: str = ""
+
+
+class _Message(msgspec.Struct):
+    role: str
+    content: str | list[_Block]
+
+
+class _Tool(msgspec.Struct):
+    name: str = ""
+    description: str = ""
+    input_schema: msgspec.Raw = msgspec.Raw(b"{}")
+
+
+class _Choice(msgspec.Struct):
+    type: str = "auto"
+    disable_parallel_tool_use: bool = False
+
+
+class _Thinking(msgspec.Struct):
+    type: str = ""
+    budget_tokens: int = 10_000
+
+
+class _Request(msgspec.Struct):
+    messages: list[_Message]
+    system: str | list[_Block] | None = None
+    max_tokens: int = 4096
+    stop_sequences: list[str] | None = None
+    tools: list[_Tool] | None = None
+    tool_choice: _Choice | None = None
+    thinking: _Thinking | None = None
+
+
+_fields_of = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode_request = msgspec.json.Decoder(_Request).decode
+_decode_config = msgspec.json.Decoder(_Config | None).decode
+_decode_format = msgspec.json.Decoder(_Format | None).decode
+_decode_tools = msgspec.json.Decoder(list[_Tool] | None).decode
+_decode_choice = msgspec.json.Decoder(_Choice | None).decode
+_decode_messages = msgspec.json.Decoder(list[dict[str, msgspec.Raw]]).decode
+_decode_blocks = msgspec.json.Decoder(str | list[msgspec.Raw]).decode
+_decode_shown = msgspec.json.Decoder(_Shown).decode
+_decode_stops = msgspec.json.Decoder(list[str] | None).decode
+_value_of = msgspec.json.Decoder().decode
+
+
+class Asked(NamedTuple):
+    """What the engine is asked for."""
+
+    body: Text
+    is_chat: bool = False
+    """On the route of chats; else on its own."""
+    stops: Sequence[str] = ()
+    """The client's stop sequences."""
+    depth: int = 1
+    """How deep one has to look into a body with these parameters to know all that."""
+
+
+def read(body: Text) -> Asked:
+    """What is not of the API's shape is left for the engine to refuse."""
+    depth = 1
+    try:
+        fields = _fields_of(body)
+        depth = 2 if "stop_sequences" in fields else 1
+        depth = depth if fields.keys().isdisjoint((*_DROPPED, *_FORMS)) else ALL_DEPTHS
+        if TOOL_RESULT in body and (ordered := _ordered(fields)) is not None:
+            fields = ordered
+            body = _encode(fields)
+        stops: list[str] = _decode_stops(fields.get("stop_sequences", _NOTHING)) or []
+        kept: dict[str, Any] = {name: fields[name] for name in _DROPPED if name in fields}
+        form = _form_of(fields)
+        if form is not None and form.type == "json_schema" and not kept.keys() & {"grammar", "json_schema"}:
+            if _may_call(fields):  # an engine that is held to a schema calls nothing: there it is only told
+                system = joined(told(form.schema), _value_of(fields.get("system", _NOTHING)))
+                body = _encode({**fields, "system": system})
+            else:
+                kept["response_format"] = {"type": "json_schema", "json_schema": {"schema": form.schema}}
+        if not kept:
+            return Asked(body, stops=stops, depth=depth)
+        chat = {**_chat(fields, _decode_request(body)), **kept}
+        if stops:
+            chat |= {"verbose": True, "response_fields": ["stopping_word"]}
+        return Asked(_encode(chat), is_chat=True, stops=stops, depth=depth)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return Asked(body, depth=depth)
+
+
+def in_order(body: Text) -> Text:
+    """The same as far as it is about the order of what is said."""
+    try:
+        ordered = _ordered(_fields_of(body)) if TOOL_RESULT in body else None
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return body
+    return body if ordered is None else _encode(ordered)
+
+
+def _ordered(fields: dict[str, msgspec.Raw]) -> dict[str, msgspec.Raw] | None:
+    """So that results of tools come right after their calls, and what else their message says in one of its own
+    after them: Anthropic's API wants it so within a message. None if that is how it is."""
+    ordered: list[dict[str, Any]] = []
+    messages = _decode_messages(fields.get("messages", _NOTHING))
+    for message in messages:
+        results, others = _parted(message.get("content", _NOTHING))
+        if results and others:
+            ordered += [{**message, "content": results}, {**message, "content": others}]
+        else:
+            ordered.append(message)
+    return {**fields, "messages": msgspec.Raw(_encode(ordered))} if len(ordered) > len(messages) else None
+
+
+def _parted(content: msgspec.Raw) -> tuple[list[msgspec.Raw], list[msgspec.Raw]]:
+    """The results of tools, and what else there is."""
+    results: list[msgspec.Raw] = []
+    others: list[msgspec.Raw] = []
+    if TOOL_RESULT in bytes(content):
+        blocks = _decode_blocks(content)
+        for block in () if isinstance(blocks, str) else blocks:
+            (results if _decode_shown(block).type == "tool_result" else others).append(block)
+    return results, others
+
+
+def _form_of(fields: dict[str, msgspec.Raw]) -> _Format | None:
+    config: _Config | None = _decode_config(fields.get(_FORMS[0], _NOTHING))
+    if config is not None and config.format is not None:
+        return config.format
+    form: _Format | None = _decode_format(fields.get(_FORMS[1], _NOTHING))
+    return form
+
+
+def _may_call(fields: dict[str, msgspec.Raw]) -> bool:
+    choice: _Choice | None = _decode_choice(fields.get("tool_choice", _NOTHING))
+    return bool(_decode_tools(fields.get("tools", _NOTHING))) and (choice is None or choice.type != "none")
+
+
+def _chat(fields: dict[str, msgspec.Raw], request: _Request) -> dict[str, Any]:
+    chat: dict[str, Any] = {name: fields[name] for name in _KEPT if name in fields}
+    chat["max_tokens"] = request.max_tokens
+    messages = [] if request.system is None else [{"role": "system", "content": _text(request.system)}]
+    for message in request.messages:
+        messages += _turns(message)
+    chat["messages"] = messages
+    if request.stop_sequences:
+        chat["stop"] = request.stop_sequences
+    if request.tools:
+        chat["tools"] = [
+            {
+                "type": "function",
+                "function": {"name": tool.name, "description": tool.description, "parameters": tool.input_schema},
+            }
+            for tool in request.tools
+        ]
+    if request.tool_choice is not None:
+        choice = request.tool_choice
+        chat["tool_choice"] = {"any": "required", "tool": "required"}.get(choice.type, choice.type)
+        if choice.disable_parallel_tool_use:
+            chat["parallel_tool_calls"] = False
+    if request.thinking is not None and request.thinking.type == "enabled":
+        chat["thinking_budget_tokens"] = request.thinking.budget_tokens
+    return chat
+
+
+def _text(said: str | Iterable[_Block]) -> str:
+    return said if isinstance(said, str) else "".join(block.text for block in said if block.type == "text")
+
+
+def _turns(message: _Message) -> Iterable[dict[str, Any]]:
+    """One of Anthropic's messages is several of a chat's when it has several results of tools."""
+    if isinstance(message.content, str):
+        yield {"role": message.role, "content": message.content}
+        return
+    parts, calls, results = [], [], []
+    thoughts = ""
+    for block in message.content:
+        match block.type:
+            case "text" | "image":
+                parts.append(_part(block))
+            case "thinking":
+                thoughts += block.thinking
+            case "tool_use":
+                function = {"name": block.name, "arguments": bytes(block.input).decode()}
+                calls.append({"id": block.id, "type": "function", "function": function})
+            case "tool_result":
+                content = block.content or ""
+                has_images = not isinstance(content, str) and any(inner.type == "image" for inner in content)
+                said: Any = [_part(inner) for inner in content] if has_images else _text(content)
+                results.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": said})
+    if parts or calls or thoughts:
+        turn: dict[str, Any] = {"role": message.role, "content": parts or ""}
+        if calls:
+            turn["tool_calls"] = calls
+        if thoughts:
+            turn["reasoning_content"] = thoughts
+        yield turn
+    yield from results
+
+
+def _part(block: Any) -> dict[str, Any]:
+    if block.type != "image" or block.source is None:
+        return {"type": "text", "text": block.text}
+    source = block.source
+    url = source.url if source.type == "url" else f"data:{source.media_type};base64,{source.data}"
+    return {"type": "image_url", "image_url": {"url": url}}

@@ -1,0 +1,143 @@
+"""Ollama's requests on the data plane: translated once they are read, then exchanged like all others.
+
+The engine is asked in its own words, and its answer is metered as it comes; the translation stands between there
+and the client's connection. So queues, priorities, retries, cancellation and events are those of every request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from router.api.cards import Card
+from router.dataplane.answer import DOCUMENT, TranslatedAnswer, with_type
+from router.dataplane.exchange import Exchange
+from router.dataplane.rewriting import rewritten
+from router.dataplane.routing import Wish, wish_of
+from router.dataplane.shortening import ALL_DEPTHS, Text
+from router.dialects.ollama.answers import Translation
+from router.dialects.ollama.requests import Asked, translate
+from router.http.errors import ApiError
+
+_log = logging.getLogger("router")
+
+
+class OllamaExchange(Exchange):
+    """An exchange whose client speaks another language than the engine."""
+
+    __slots__ = ("_asked", "_look", "_translation")
+
+    _asked: Asked
+    _look: asyncio.Future[dict[str, Card]]
+    """At what its model is capable of, where that matters."""
+    _translation: Translation
+
+    # --- the client -------------------------------------------------------------------------------------
+
+    def _read(self, body: Text) -> tuple[Wish, Text]:
+        path = self._head.path
+        asked = translate(path, body)
+        wish = wish_of(asked.model, asked.streams, self._head.fields, self._dispatcher.config, self._client)
+        asked = self._asked = asked._replace(model=asked.model or wish.alias)
+        self._translation = Translation(asked, self._waited_sec)
+        question: Text = asked.body(wish.alias)
+        if wish.asked_as is not None and question:
+            question = rewritten(question, asked.target, wish.asked_as)
+        return wish, question
+
+    def _path_of_engine(self) -> str:
+        return self._asked.target
+
+    def _is_slotless(self) -> bool:
+        return not self._asked.target  # a load is all that it asks for
+
+    def _depth(self) -> int:
+        return 1 if self._head.path.startswith("/api/embed") else ALL_DEPTHS
+
+    def _submit(self, wish: Wish) -> None:
+        if self._asked.unloads:
+            self._unload(wish.alias)
+        elif self._asked.needs:
+            self._look = asyncio.ensure_future(self._shared.cards.of([self._dispatcher.config.models[wish.alias]]))
+            self._look.add_done_callback(lambda look: self.attempt(self._submit_if_capable, wish, look))
+        else:
+            super()._submit(wish)
+
+    def _submit_if_capable(self, wish: Wish, look: asyncio.Future[dict[str, Card]]) -> None:
+        """As Ollama does. Of a model that could not be looked into, the engine knows."""
+        if self._is_over or look.cancelled():
+            return
+        failed = look.exception()
+        if failed is not None:
+            _log.error("what %s is capable of could not be found out", wish.alias, exc_info=failed)
+        capabilities = None if failed is not None else look.result()[wish.alias].get("capabilities")
+        missing = [need for need in self._asked.needs if capabilities is not None and need not in capabilities]
+        if missing:
+            message = f"{self._asked.model!r} does not support {missing[0]}"
+            self._refuse(ApiError(400, "not_supported", message, "model"))
+        else:
+            super()._submit(wish)
+
+    def _unload(self, alias: str) -> None:
+        """Once nobody uses it. There is nothing to wait for."""
+        try:
+            self._shared.keyring.check(self._head.headers, manages=True)
+        except ApiError as error:
+            self._refuse(error)
+            return
+        self._dispatcher.keep_alive(alias, 0.0)
+        self._answer_without_engine("unload")
+
+    def _answer_without_engine(self, reason: str) -> None:
+        """With a document, also to who would take a stream: so does Ollama."""
+        self._status = 200
+        self._end("served")
+        self._answer.whole(200, DOCUMENT + self._id_line + self._lines, self._translation.loaded(reason))
+
+    # --- the queue --------------------------------------------------------------------------------------
+
+    def _decided(self) -> None:
+        ticket = self._ticket
+        if not self._is_over and ticket is not None and ticket.engine is not None:
+            self._heed_keep_alive(ticket.alias)
+            if not self._asked.target:
+                self._answer_without_engine("load")
+                return
+            self._answer = TranslatedAnswer(self._answer, self._translation, streams=self._streams)
+        super()._decided()
+
+    def _asked_of_engine(self) -> tuple[bytes, bytes]:
+        """In its own words. What is sent as a form, as `curl -d` does, engines take 8 KiB of."""
+        return self._asked.target.encode(), with_type(self._head.forwarded, b"content-type: application/json\r\n")
+
+    def _heed_keep_alive(self, alias: str) -> None:
+        """Of those who may manage: how long a model stays is everybody's business."""
+        if self._asked.keep_alive_sec is None:
+            return
+        try:
+            self._shared.keyring.check(self._head.headers, manages=True)
+        except ApiError:
+            return
+        self._dispatcher.keep_alive(alias, self._asked.keep_alive_sec)
+
+    def _waited_sec(self) -> float:
+        return 0.0 if self._ticket is None else self._ticket.queue_sec
+
+    def _set_heartbeat(self) -> None:
+        """Lines of JSON have no comments: as with Ollama, nothing is heard until the answer begins."""
+
+    # --- the end ----------------------------------------------------------------------------------------
+
+    def _refuse(self, error: ApiError) -> None:
+        super()._refuse(_with_ollamas_status(error))
+
+    def _fail(self, error: ApiError, outcome: str = "") -> None:
+        super()._fail(_with_ollamas_status(error), outcome)
+
+
+def _with_ollamas_status(error: ApiError) -> ApiError:
+    """Its clients wait and come again at 503, where OpenAI's do at 429."""
+    if error.status != 429:
+        return error
+    message = f"server busy, please try again. {error.message}"
+    return ApiError(503, error.code, message, error.param, error.retry_after_sec)

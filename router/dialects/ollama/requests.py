@@ -1,0 +1,370 @@
+"""Requests in Ollama's words, in llama-server's: `/api/chat`, `/api/generate`, `/api/embed`, `/api/embeddings`,
+and `/chat`, which earlier hosts have: it streams only when asked to, and refuses what it does not know.
+
+Pure functions. Only what the client has set is passed on, so that the model's own defaults hold for all else.
+What Ollama decides when it loads a model (`num_ctx`, `num_gpu`, …) is decided here by the configuration: such
+options are read over, and the engine refuses what does not fit its context instead of cutting it off.
+
+The surface is that of Ollama's api/types.go and docs/api.md; llama-server's that of build 11434.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import re
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from router.dataplane.shortening import Text
+from router.dialects.ollama.options import BadOption, request_parameters
+from router.http.errors import ApiError
+
+Kind = Literal["chat", "earlier_chat", "generate", "raw", "embed", "embeddings"]
+"""`earlier_chat` is `/chat` of earlier hosts."""
+
+
+class Asked(NamedTuple):
+    """One request, translated."""
+
+    kind: Kind
+    model: str
+    """As the client calls it."""
+    streams: bool
+    keep_alive_sec: float | None
+    """None: it does not say."""
+    target: str
+    """The engine's route; empty when there is nothing to ask it: the model is to be loaded, or to go."""
+    question: dict[str, Any]
+    """The engine's body, but for its `model`."""
+    dimensions: int | None = None
+    """What embeddings are cut to."""
+    most_alternatives: int = 0
+    """`top_logprobs`"""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What the model must be capable of, as lists call it. To think no is asked of nobody."""
+        thinks = self.question.get("chat_template_kwargs", {}).get("enable_thinking")
+        return (*(("tools",) if self.question.get("tools") else ()), *(("thinking",) if thinks else ()))
+
+    @property
+    def unloads(self) -> bool:
+        return not self.target and self.keep_alive_sec == 0
+
+    def body(self, alias: str) -> bytes:
+        """For the engine."""
+        return msgspec.json.encode({"model": alias, **self.question}) if self.target else b""
+
+
+class _Common(msgspec.Struct):
+    model: str | None = None
+    name: str | None = None
+    """Older name of `model`."""
+    options: dict[str, Any] | None = None
+    keep_alive: float | str | None = None
+
+
+class _Generating(_Common):
+    stream: bool | None = None
+    format: Any = None
+    think: bool | str | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+
+class _Function(msgspec.Struct):
+    name: str
+    arguments: msgspec.Raw = msgspec.Raw(b"{}")
+
+
+class _Call(msgspec.Struct):
+    function: _Function
+    id: str | None = None
+
+
+class _Message(msgspec.Struct):
+    role: str
+    content: str | None = None
+    thinking: str | None = None
+    images: list[str] | None = None
+    tool_calls: list[_Call] | None = None
+    tool_name: str | None = None
+    tool_call_id: str | None = None
+
+
+class _Chat(_Generating):
+    messages: list[_Message] | None = None
+    tools: list[Any] | None = None
+
+
+class _EarlierChat(_Chat, forbid_unknown_fields=True):
+    """`/chat`, where the parameters of the answer stand beside the messages."""
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+
+    def with_options(self) -> _Chat:
+        """Say the same as Ollama's clients do."""
+        beside = {
+            "num_predict": self.max_tokens,
+            **{name: getattr(self, name) for name in ("temperature", "top_p", "seed", "stop")},
+        }
+        given = {name: value for name, value in beside.items() if value is not None}
+        self.options = {**(self.options or {}), **given}
+        self.stream = self.stream is True  # who reads lines reads one, too
+        return self
+
+
+class _Generate(_Generating):
+    prompt: str | None = None
+    suffix: str | None = None
+    system: str | None = None
+    template: str | None = None
+    context: list[int] | None = None
+    raw: bool | None = None
+    images: list[str] | None = None
+
+
+class _Embed(_Common):
+    input: str | list[str] | None = None
+    dimensions: int | None = None
+
+
+class _Embeddings(_Common):
+    prompt: str | None = None
+
+
+_chat = msgspec.json.Decoder(_Chat).decode
+_earlier_chat = msgspec.json.Decoder(_EarlierChat).decode
+_generate = msgspec.json.Decoder(_Generate).decode
+_embed = msgspec.json.Decoder(_Embed).decode
+_embeddings = msgspec.json.Decoder(_Embeddings).decode
+
+
+def translate(path: str, body: Text) -> Asked:
+    """What a request asks for. Raises ApiError 400 for what is not to be understood."""
+    try:
+        if path == "/api/chat":
+            return _asked_chat(_chat(body), "chat")
+        if path == "/chat":
+            return _asked_chat(_earlier_chat(body).with_options(), "earlier_chat")
+        if path == "/api/generate":
+            return _asked_generate(_generate(body))
+        if path == "/api/embed":
+            embed = _embed(body)
+            return _asked_embeddings(embed, "embed", embed.input, embed.dimensions)
+        legacy = _embeddings(body)
+        return _asked_embeddings(legacy, "embeddings", legacy.prompt or None)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ApiError(
+            400, "invalid_json", f"invalid request: {error}" if body else "missing request body"
+        ) from None
+
+
+# --- chat and generate ----------------------------------------------------------------------------------
+
+
+def _asked_chat(asked: _Chat, kind: Kind) -> Asked:
+    if not asked.messages:
+        return _to_load(asked, kind)
+    question = {
+        "messages": [_message(message) for message in asked.messages],
+        **_thinking(asked.think),
+        **_response_format(asked.format),
+    }
+    if asked.tools:
+        question["tools"] = asked.tools
+    return _to_generate(asked, kind, "/v1/chat/completions", question, _logprobs(asked))
+
+
+def _asked_generate(asked: _Generate) -> Asked:
+    for name in ("template", "context"):
+        if getattr(asked, name):
+            raise ApiError(400, "invalid_request", f"`{name}` is not supported: {_INSTEAD[name]}.", name)
+    if not asked.prompt and not asked.suffix and not asked.images:
+        return _to_load(asked, "generate")
+    prompt = asked.prompt or ""
+    most = asked.top_logprobs or 0
+    if asked.raw or asked.suffix:
+        if asked.images:
+            raise ApiError(400, "invalid_request", "`images` need a chat template: leave out `raw` and `suffix`.")
+        question = {"prompt": prompt, **_schema(asked.format)}
+        target = "/completion"
+        if asked.suffix:
+            target = "/infill"
+            question = {"input_prefix": prompt, "input_suffix": asked.suffix, "prompt": ""}
+        probabilities = {"n_probs": max(1, most)} if asked.logprobs else {}
+        return _to_generate(asked, "raw", target, question, probabilities)
+    messages = [] if not asked.system else [{"role": "system", "content": asked.system}]
+    messages.append(_message(_Message("user", prompt, images=asked.images)))
+    question = {"messages": messages, **_thinking(asked.think), **_response_format(asked.format)}
+    return _to_generate(asked, "generate", "/v1/chat/completions", question, _logprobs(asked))
+
+
+_INSTEAD = {
+    "template": "a model's chat template is set in the router's configuration (flags: --chat-template-file), or "
+    "send a prompt that is laid out already, with `raw`",
+    "context": "send the conversation to /api/chat",
+}
+
+
+def _to_generate(
+    asked: _Generating, kind: Kind, target: str, question: dict[str, Any], probabilities: dict[str, Any]
+) -> Asked:
+    streams = asked.stream is not False
+    try:
+        parameters = request_parameters(asked.options)
+    except BadOption as error:
+        raise ApiError(400, "invalid_request", str(error), error.param) from None
+    question |= {**parameters, **probabilities, "stream": streams, "cache_prompt": True}
+    keep_alive_sec = duration_sec(asked.keep_alive)
+    most = asked.top_logprobs or 0
+    if not 0 <= most <= _MOST_ALTERNATIVES:
+        message = f"`top_logprobs` must be between 0 and {_MOST_ALTERNATIVES}."
+        raise ApiError(400, "invalid_request", message, "top_logprobs")
+    return Asked(kind, _name(asked), streams, keep_alive_sec, target, question, most_alternatives=most)
+
+
+_MOST_ALTERNATIVES = 20
+
+
+def _to_load(asked: _Generating, kind: Kind) -> Asked:
+    keep_alive_sec = duration_sec(asked.keep_alive)
+    return Asked(kind, _name(asked), asked.stream is not False, keep_alive_sec, "", {})
+
+
+def _name(asked: _Common) -> str:
+    return asked.model or asked.name or ""
+
+
+def _message(message: _Message) -> dict[str, Any]:
+    translated: dict[str, Any] = {"role": message.role, "content": message.content or ""}
+    if message.images:
+        text = [{"type": "text", "text": message.content}] if message.content else []
+        translated["content"] = [*text, *map(_medium, message.images)]
+    if message.thinking:
+        translated["reasoning_content"] = message.thinking
+    if message.tool_calls:
+        translated["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
+    if message.tool_name:
+        translated["name"] = message.tool_name
+    if message.tool_call_id:
+        translated["tool_call_id"] = message.tool_call_id
+    return translated
+
+
+def _tool_call(call: _Call) -> dict[str, Any]:
+    """Ollama has the arguments as an object, OpenAI as a text with that object in it."""
+    arguments = bytes(call.function.arguments)
+    text = msgspec.json.decode(arguments) if arguments.startswith(b'"') else arguments.decode()
+    translated = {"type": "function", "function": {"name": call.function.name, "arguments": text}}
+    return {**translated, "id": call.id} if call.id else translated
+
+
+_MAGIC = (
+    (b"\x89PNG", "image/png"),
+    (b"\xff\xd8\xff", "image/jpeg"),
+    (b"GIF8", "image/gif"),
+    (b"BM", "image/bmp"),
+    (b"ID3", "audio/mp3"),
+    (b"\xff\xfb", "audio/mp3"),
+    (b"fLaC", "audio/flac"),
+)
+
+
+def _medium(encoded: str) -> dict[str, Any]:
+    """A part of a message's content, from base64. What it is, its first bytes tell."""
+    if encoded.startswith("data:"):
+        return {"type": "image_url", "image_url": {"url": encoded}}
+    try:
+        head = base64.b64decode(encoded[:24], validate=True)
+    except ValueError as error:
+        raise ApiError(400, "invalid_request", f"an image is not base64: {error}", "images") from None
+    if head.startswith(b"RIFF"):
+        kind = "audio/wav" if head[8:12] == b"WAVE" else "image/webp"
+    else:
+        kind = next((kind for magic, kind in _MAGIC if head.startswith(magic)), "image/png")
+    medium, _, subtype = kind.partition("/")
+    if medium == "audio":
+        return {"type": "input_audio", "input_audio": {"data": encoded, "format": subtype}}
+    return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{encoded}"}}
+
+
+def _thinking(think: bool | str | None) -> dict[str, Any]:
+    if think is None or think == "":
+        return {}
+    if isinstance(think, bool):
+        return {"chat_template_kwargs": {"enable_thinking": think}}
+    if think not in _EFFORTS:
+        raise ApiError(400, "invalid_request", f"`think` must be true, false or one of {', '.join(_EFFORTS)}.")
+    return {"chat_template_kwargs": {"enable_thinking": True, "reasoning_effort": think}}
+
+
+_EFFORTS = ("low", "medium", "high", "max")
+
+
+def _response_format(wanted: Any) -> dict[str, Any]:
+    if schema := _schema(wanted):
+        wrapped = {"name": "format", "schema": schema["json_schema"]}
+        return {"response_format": {"type": "json_schema", "json_schema": wrapped}}
+    return {}
+
+
+def _schema(wanted: Any) -> dict[str, Any]:
+    if wanted is None or wanted == "":
+        return {}
+    if wanted == "json":
+        return {"json_schema": {"type": "object"}}
+    if isinstance(wanted, dict):
+        return {"json_schema": wanted}
+    raise ApiError(400, "invalid_request", '`format` must be "json" or a JSON schema.', "format")
+
+
+def _logprobs(asked: _Generating) -> dict[str, Any]:
+    if not asked.logprobs:
+        return {}
+    return {"logprobs": True, "top_logprobs": max(1, asked.top_logprobs or 0)}  # with 0 it sends none at all
+
+
+# --- embeddings -----------------------------------------------------------------------------------------
+
+
+def _asked_embeddings(
+    asked: _Common, kind: Kind, texts: str | list[str] | None, dimensions: int | None = None
+) -> Asked:
+    keep_alive_sec = duration_sec(asked.keep_alive)
+    given = ([texts] if texts else []) if isinstance(texts, str) else texts
+    target = "/v1/embeddings" if given else ""
+    question = {"input": given, "encoding_format": "float"} if given else {}
+    return Asked(kind, _name(asked), False, keep_alive_sec, target, question, dimensions)
+
+
+# --- keep_alive -----------------------------------------------------------------------------------------
+
+_UNITS_SEC = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_QUANTITY = r"(\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h)"
+_DURATION = re.compile(rf"(?P<sign>[+-]?)(?P<quantities>(?:{_QUANTITY})+|0)")
+_PLAIN_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
+
+
+def duration_sec(keep_alive: float | str | None) -> float | None:
+    """Seconds, of a number or of a duration as Go writes them (`1h30m`); `math.inf` when it is negative."""
+    if keep_alive is None or keep_alive == "":
+        return None
+    if isinstance(keep_alive, str):
+        if _PLAIN_NUMBER.fullmatch(keep_alive):
+            seconds = float(keep_alive)
+        elif found := _DURATION.fullmatch(keep_alive):
+            seconds = sum(float(n) * _UNITS_SEC[unit] for n, unit in re.findall(_QUANTITY, found["quantities"]))
+            seconds = -seconds if found["sign"] == "-" else seconds
+        else:
+            message = f'keep_alive: invalid duration {keep_alive[:40]!r}: use seconds, or a text such as "5m"'
+            raise ApiError(400, "invalid_request", message, "keep_alive")
+    else:
+        seconds = keep_alive
+    return math.inf if seconds < 0 else seconds

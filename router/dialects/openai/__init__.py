@@ -1,0 +1,1 @@
+"""OpenAI's APIs that an engine serves only in part: responses, and several choices."""

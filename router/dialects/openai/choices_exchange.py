@@ -1,0 +1,69 @@
+"""Chats and completions on the data plane: of several choices, OpenAI's are put together and the engine's own only
+counted; others pass as they are.
+"""
+
+from __future__ import annotations
+
+from router.dataplane.answer import TranslatedAnswer
+from router.dataplane.exchange import Exchange
+from router.dataplane.routing import Shape, Wish, lists_prompts, shape_of
+from router.dataplane.shortening import Shortened, Text
+from router.dialects.openai.choices import ChoicesMeter, Several
+from router.engines.llamacpp.usage import AnswerMeter, Usage
+from router.http.errors import ApiError
+
+OPENAIS_ROUTES = frozenset({"/v1/chat/completions", "/chat/completions", "/v1/completions", "/completions"})
+ENGINES_ROUTES = frozenset({"/completion", "/infill"})
+
+
+class ChoicesExchange(Exchange):
+    """An exchange whose client may ask for several answers at once."""
+
+    __slots__ = ("_several",)
+
+    _several: Several | None
+
+    def _read(self, body: Text) -> tuple[Wish, Text]:
+        self._several = None
+        wish, body = super()._read(body)
+        answers = wish.answers if wish.asked_as is None else shape_of(body)
+        if answers.several:
+            self._check(answers, wish.alias)
+            if self._head.path in OPENAIS_ROUTES:
+                self._several = Several(body, answers)
+                body = self._several.body
+            else:
+                self._meter = ChoicesMeter(shape=answers)
+        return wish, body
+
+    def _depth_of(self, wish: Wish, short: Shortened) -> int:
+        needed = super()._depth_of(wish, short)
+        is_chat = self._head.path.endswith("/chat/completions")
+        return max(needed, 2) if not is_chat and lists_prompts(short) else needed  # prompts are counted
+
+    def _submit(self, wish: Wish) -> None:
+        if self._several is not None:
+            self._answer = TranslatedAnswer(self._answer, self._several, streams=wish.streams)
+        super()._submit(wish)
+
+    def _check(self, answers: Shape, alias: str) -> None:
+        """Raises ApiError 400."""
+        slots = self._dispatcher.config.models[alias].slots
+        if answers.per_prompt > slots:
+            message = (
+                f"`n` is {answers.per_prompt}, and {alias!r} computes {slots} at once (--parallel in its flags). "
+                "Ask for fewer, or send several requests."
+            )
+            raise ApiError(400, "invalid_request", message, "n")
+
+    def lost(self, reason: str) -> None:
+        if self._several is not None and not self._answer.started:  # nothing has reached the client
+            self._several.forget()
+            self._meter = AnswerMeter()
+            self._relays = False
+        super().lost(reason)
+
+    def _usage(self) -> Usage:
+        """Of a stream that was broken off before any choice had ended, as of all such streams."""
+        usage = None if self._several is None else self._several.usage()
+        return usage if usage is not None and usage.output_tokens else super()._usage()

@@ -1,0 +1,128 @@
+"""The health monitor: finds engines that live but do not answer, and ends them.
+
+An exit needs no monitor; the engine's process is watched for that. This looks at every ready engine now and then,
+and sooner at one that has requests in flight and is silent: so much sooner that it is known whether it lives when
+it has been silent for `stall_timeout_sec`, or for `request_timeout_sec`. Silence alone is no fault: a long prompt
+is computed without a word, as is an answer that is sent whole.
+
+Three probes in a row without an answer, and an engine is killed; one that is at work not before it has given no
+sign of life for `stall_timeout_sec`, as it may be too busy to take a further connection. Then it is a crash like
+any other, and what waited for it is served by the next engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+
+from router.engines.process import PROBE_LIMIT_SEC
+from router.runtime.dispatcher import Dispatcher, RunningEngine
+from router.scheduling.residency import EngineState
+
+_log = logging.getLogger("router")
+
+_PROBES = 3
+_LOOK_SEC = 1.0
+_SHORTEST_LIMIT_SEC = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast an engine that hangs is found out: so that three probes fit into the time that it may be silent."""
+
+    limit_sec: float
+    """For the answer to a probe."""
+    look_sec: float
+    """Between two looks."""
+
+    @classmethod
+    def within(cls, silence_sec: float) -> Pace:
+        limit_sec = min(PROBE_LIMIT_SEC, max(_SHORTEST_LIMIT_SEC, silence_sec / (2 * _PROBES)))
+        return cls(limit_sec, min(_LOOK_SEC, limit_sec))
+
+    @property
+    def verdict_sec(self) -> float:
+        """From the first look to the end of the engine."""
+        return _PROBES * (self.limit_sec + self.look_sec)
+
+
+class HealthMonitor:
+    """Probes the engines of a dispatcher for as long as `run` runs."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+        self._probing: dict[int, asyncio.Task[None]] = {}
+
+    async def run(self) -> None:
+        try:
+            while True:
+                await asyncio.sleep(self._pace.look_sec)
+                for running in list(self._dispatcher.running.values()):
+                    if running.id not in self._probing and self._is_due(running):
+                        self._start_probe(running)
+        finally:
+            for task in self._probing.values():
+                task.cancel()
+
+    @property
+    def _silence_sec(self) -> float:
+        """By then it must be known of an engine that is at work whether it lives."""
+        system = self._dispatcher.config.system
+        return min(system.stall_timeout_sec, system.request_timeout_sec)
+
+    @property
+    def _pace(self) -> Pace:
+        return Pace.within(self._silence_sec)
+
+    def _is_due(self, running: RunningEngine) -> bool:
+        engine = self._dispatcher.scheduler.engines.get(running.id)
+        if running.ready_sec is None or engine is None or engine.state is EngineState.STOPPING:
+            return False
+        now = time.monotonic()
+        probed_sec = running.probed_sec or running.ready_sec
+        interval_sec = self._dispatcher.config.system.health_check_interval_sec
+        if running.failed_probes or now - probed_sec >= interval_sec:
+            return True
+        silent_sec = now - max(probed_sec, running.pool.silent_since_sec)
+        pace = self._pace
+        patience_sec = max(pace.look_sec, self._silence_sec - pace.verdict_sec)
+        return engine.is_busy and silent_sec >= patience_sec
+
+    def _start_probe(self, running: RunningEngine) -> None:
+        task = asyncio.create_task(self._probe(running), name=f"probe of {running.alias}")
+        self._probing[running.id] = task
+        task.add_done_callback(lambda ended: self._ended(running, ended))
+
+    def _ended(self, running: RunningEngine, probe: asyncio.Task[None]) -> None:
+        self._probing.pop(running.id, None)
+        if not probe.cancelled() and (error := probe.exception()) is not None:
+            _log.error("%s broke: %s", probe.get_name(), error, exc_info=error)
+
+    async def _probe(self, running: RunningEngine) -> None:
+        began = time.monotonic()
+        limit_sec = self._pace.limit_sec
+        answers = await running.process.healthy(limit_sec)
+        now = running.probed_sec = time.monotonic()
+        running.probe_latency_sec = now - began
+        if answers:
+            running.answered_sec = now
+        if running.alive_sec >= began:  # with an answer to the probe, or with more of one to a request
+            running.failed_probes = 0
+            return
+        running.failed_probes += 1
+        if not running.process.alive:
+            return
+        if running.failed_probes <= _PROBES:
+            figures = running.failed_probes, _PROBES, limit_sec
+            _log.warning("model %s: no answer to probe %d of %d within %g s", running.alias, *figures)
+        if running.failed_probes >= _PROBES and self._may_go(running, now):
+            _log.error("model %s: its engine (pid %d) hangs and is killed", running.alias, running.process.pid)
+            running.process.kill(f"it hung: {running.failed_probes} probes without an answer")
+
+    def _may_go(self, running: RunningEngine, now: float) -> bool:
+        """Whether nobody loses an answer that may yet come."""
+        engine = self._dispatcher.scheduler.engines.get(running.id)
+        stall_timeout_sec = self._dispatcher.config.system.stall_timeout_sec
+        return engine is None or not engine.is_busy or now - running.alive_sec >= stall_timeout_sec

@@ -1,0 +1,131 @@
+"""What an engine refuses, as one of the router's own errors: in the words of the API that its client speaks.
+
+The engine decides: the router neither looks into bodies for images nor knows better which routes a build serves.
+It only answers better, as it knows the other models, and what clients make of an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Annotated, NamedTuple
+
+import msgspec
+
+from router.config.schema import ModelConfig
+from router.dataplane.routing import some_of
+from router.engines.llamacpp.flags import Purpose
+from router.http.errors import ApiError, ContextExceeded
+
+_LONGEST_REFUSAL = 1000
+_LONGEST_WORDS = 4000
+"""Of an error that is no document of the engine's API."""
+
+_CODES = {400: "invalid_request", 404: "not_found", 501: "not_supported", 503: "unavailable"}
+"""For errors that name no kind."""
+_MISTAKES = (
+    "'messages' is required",
+    '"prompt" is required',
+    "Cannot use both json_schema and grammar",
+    "Failed to parse messages",
+    "Failed to tokenize prompt",
+    "Invalid base64 value",
+    "Only no echo is supported",
+    "Unsupported param: ",
+    "is too large to process",
+)
+"""What an engine finds wrong with a request and nevertheless calls its own error, a 500, which clients repeat."""
+_LARGER_THAN_A_BATCH = re.compile(
+    r"input \((\d{1,12}) tokens\) is too large to process\. increase [^(]*\(current batch size: (\d{1,12})\)"
+)
+"""Of what embeds or reranks, the batch is as long as the context, unless its flags say otherwise."""
+
+
+_Tokens = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
+
+
+class _Error(msgspec.Struct):
+    message: str = ""
+    type: str = ""
+    n_prompt_tokens: _Tokens | None = None
+    n_ctx: _Tokens | None = None
+
+
+class _Answer(msgspec.Struct):
+    error: _Error | str
+
+
+_decode = msgspec.json.Decoder(_Answer).decode
+
+
+def error_of_engine(status: int, body: bytes) -> ApiError:
+    """What an engine has answered instead of what it was asked for."""
+    try:
+        said = _decode(body).error
+        error = _Error(said) if isinstance(said, str) else said
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # some errors have no body at all
+        text = body[:_LONGEST_WORDS].decode("utf-8", "replace").strip()
+        error = _Error(text or f"The engine answers {status}, without a reason.")
+    if error.type == "exceed_context_size_error" and error.n_ctx is not None:
+        return ContextExceeded.of(error.n_prompt_tokens or 0, error.n_ctx)
+    if (told := _LARGER_THAN_A_BATCH.search(error.message)) is not None:
+        return ContextExceeded.of(int(told[1]), int(told[2]), flags="-c, and -b and -ub if they are there,")
+    if status >= 500 and any(mistake in error.message for mistake in _MISTAKES):
+        return ApiError(400, "invalid_request", error.message)
+    kind = error.type.removesuffix("_error")
+    code = kind if kind and kind != "server" else _CODES.get(status, "engine_error")
+    return ApiError(status, code, error.message, is_final=status == 501)
+
+
+class _Need(NamedTuple):
+    said: bytes
+    """The engine's words (tools/server/server-context.cpp and server-common.cpp, build 11434)."""
+    what: str
+    flag: Purpose
+
+
+_NEEDS = (
+    _Need(b"does not support embeddings", "embeddings", "embedding"),
+    _Need(b"does not support reranking", "reranking", "rerank"),
+    _Need(b"image input is not supported", "images", "mmproj"),
+    _Need(b"audio input is not supported", "audio", "mmproj"),
+)
+
+_WRITES_NOTHING = b"does not support logits computation"
+"""What the engine says when an encoder such as BERT is asked for text."""
+
+
+def refused_by_engine(body: bytes, alias: str, models: Mapping[str, ModelConfig]) -> ApiError | None:
+    """An engine's error as one that says what helps; None if it is about something else."""
+    if len(body) > _LONGEST_REFUSAL:
+        return None
+    able: Callable[[ModelConfig], bool]
+    if _WRITES_NOTHING in body:
+        reason, nobody, able = (
+            f"{alias!r} is made for embeddings and writes no text",
+            "No model here does",
+            _writes,
+        )
+    else:
+        need = next((need for need in _NEEDS if need.said in body), None)
+        if need is None:
+            return None
+        reason = f"{alias!r} was not started for {need.what} (--{need.flag} in its flags)"
+        nobody, able = "No model here is", partial(_is_for, purpose=need.flag)
+    others = [other for other, model in models.items() if other != alias and able(model)]
+    advice = f"Ask {some_of(others)} instead" if others else nobody
+    return ApiError(400, "not_supported", f"{reason}. {advice}.", "model")
+
+
+def _writes(model: ModelConfig) -> bool:
+    return purpose_of(model) == "completion"
+
+
+def purpose_of(model: ModelConfig) -> str:
+    """What its engine is started for: `completion`, `embedding` or `rerank`."""
+    return next((purpose for purpose in ("embedding", "rerank") if purpose in model.purposes), "completion")
+
+
+def _is_for(model: ModelConfig, purpose: Purpose) -> bool:
+    return purpose in model.purposes

@@ -1,0 +1,210 @@
+"""GPUs that only the engine knows, by what its Vulkan build says itself: `llama-server --list-devices`.
+
+It takes a process of some 0.2 s to ask, and that wakes GPUs which sleep: an answer may be as old as whoever asks
+allows. Nobody tells which process holds what of these GPUs. Where their driver does not tell what is in use either
+(VK_EXT_memory_budget), the reading stands still, and free is what our engines are not booked with.
+
+GPUs are counted as the list does, `gpu1` is Vulkan1. An engine is shown some of them by GGML_VK_VISIBLE_DEVICES,
+which counts as Vulkan's loader does: the list may leave some out. Blocking.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from router.system.privacy import without_secrets
+from router.system.readings import Device
+
+if TYPE_CHECKING:
+    from router.engines.llamacpp.sizing import EngineKind
+
+SHOWS = "GGML_VK_VISIBLE_DEVICES"
+TIMEOUT_SEC = 10.0
+_PAUSE_SEC = 60.0
+"""Before a list that hung is asked for again; twice as long each time that it hangs again."""
+_LONGEST_PAUSE_SEC = 3600.0
+_MOST = 16
+_LINE = re.compile(r"\s+([A-Za-z]+)(\d*): (.*) \((\d+) MiB, (\d+) MiB free\)")
+_READ_BY_DRIVERS = ("CUDA", "ROCm", "MTL", "BLAS")
+"""Devices of which this list is not needed, or that are none with memory of its own."""
+_INTEL = "0x8086"
+_SAME_SIZE = 0.05
+"""Drivers differ in what they keep for themselves."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    backend: str
+    label: str
+    total_mib: int
+    free_mib: int
+
+
+class Listed:
+    """What the engine lists. `asked` are numbers of GPUs to offer also where they share memory with the
+    processor; `root` is where `/sys` is."""
+
+    def __init__(
+        self, engine: EngineKind, environ: Mapping[str, str], asked: Collection[int] = (), root: Path = Path("/")
+    ) -> None:
+        self._engine = engine
+        known = without_secrets(environ)
+        self._environ = {name: value for name, value in known.items() if not name.startswith("LLAMA_ARG_")}
+        self._asked = asked
+        self._root = root
+        self._last: tuple[list[Device], list[str]] = [], []
+        self._taken_sec = -math.inf
+        self._hung: subprocess.TimeoutExpired | None = None
+        self._pause_sec = 0.0
+        self._again_sec = -math.inf
+        """How long, and until when, it is left alone since it hung."""
+        self._counted: dict[tuple[str, ...], list[int | None]] = {}
+        """How the loader counts the GPUs of lists of labels that were seen before."""
+        self._others: dict[tuple[str, ...], dict[str, str]] = {}
+
+    def read(self, within_sec: float, *, amd_shares: bool) -> tuple[list[Device], list[str]]:
+        """All GPUs that can be used, and for people what is left out, and why; an answer of the last `within_sec`
+        seconds will do. `amd_shares` says that AMD's GPUs here are processors' own graphics.
+
+        Builds that list none are not asked again: most are for the CPU. Raises TimeoutExpired, also while one that
+        hung is left alone.
+        """
+        now = time.monotonic()
+        lists_some = bool(self._counted) or math.isinf(self._taken_sec)
+        if lists_some and now - self._taken_sec > within_sec:
+            if self._hung is not None and now < self._again_sec:
+                raise self._hung
+            try:
+                self._last = self._read(amd_shares)
+            except subprocess.TimeoutExpired as hung:
+                self._pause_sec = min(2 * self._pause_sec, _LONGEST_PAUSE_SEC) or _PAUSE_SEC
+                self._again_sec = time.monotonic() + self._pause_sec
+                self._hung = hung.with_traceback(None)
+                raise
+            self._hung, self._pause_sec = None, 0.0
+            self._taken_sec = now
+        return self._last
+
+    def numbers_of(self, devices: Sequence[Device]) -> dict[str, str]:
+        """By name, how Vulkan's loader counts GPUs that another driver tells of; empty where one is not found.
+
+        Those of the same name and size are taken for the same, else those of the same size, in their order. The
+        engine is asked once.
+        """
+        names = tuple(device.name for device in devices)
+        if names not in self._others:
+            try:
+                listed = self.read(0, amd_shares=False)[0]
+            except subprocess.TimeoutExpired:
+                return {}
+            self._others[names] = {}
+            found = dict(_matched(devices, listed))
+            if len(found) == len(devices):
+                self._others[names] = found
+        return self._others[names]
+
+    def _read(self, amd_shares: bool) -> tuple[list[Device], list[str]]:
+        lines = self._list(self._environ)
+        left_out = [
+            f"{line.backend} device {line.label} is known to the engine alone: its models count as in RAM"
+            for line in lines or ()
+            if line.backend not in ("Vulkan", *_READ_BY_DRIVERS)
+        ]
+        found = [line for line in lines or () if line.backend == "Vulkan"]
+        labels = tuple(line.label for line in found)
+        if labels and labels not in self._counted:
+            self._counted[labels] = list(self._numbers(labels))
+        sharing = self._sharing(labels, amd_shares)
+        devices = []
+        for number, (line, counted) in enumerate(zip(found, self._counted.get(labels, ()), strict=True)):
+            if counted is None:
+                left_out.append(f"{line.label} cannot be shown to an engine alone: its models count as in RAM")
+            elif number in sharing and number not in self._asked:
+                left_out.append(f"{line.label} shares the processor's memory: its models count as in RAM")
+            else:
+                devices.append(
+                    Device(
+                        name=f"gpu{number}",
+                        kind="vulkan",
+                        label=line.label,
+                        uuid=str(counted),
+                        total_mib=line.total_mib,
+                        free_mib=min(line.free_mib, line.total_mib),
+                        number=number,
+                    )
+                )
+        return devices, left_out
+
+    def _numbers(self, labels: Sequence[str]) -> Iterator[int | None]:
+        """As the loader counts the listed GPUs, in their order; None for one that is not found. Each that it has
+        is looked at alone, until it is the next of the list."""
+        spelled = self._environ.get(SHOWS)
+        if spelled is not None:
+            named = [int(word) for word in re.findall(r"\d+", spelled)]
+            yield from named if len(named) == len(labels) else [None] * len(labels)
+            return
+        number = -1
+        for label in labels:
+            while number < _MOST:
+                number += 1
+                alone = self._list({**self._environ, SHOWS: str(number)})
+                if alone is None:  # it goes beyond those that there are
+                    number = _MOST
+                elif [line.label for line in alone if line.backend == "Vulkan"] == [label]:
+                    break
+            yield number if number < _MOST else None
+
+    def _sharing(self, labels: Sequence[str], amd_shares: bool) -> set[int]:
+        """Numbers of those that are processors' own graphics. Vulkan's loader counts these last, and Intel's are
+        always at the same place of the bus."""
+        sharing = {place for place, label in enumerate(labels) if amd_shares and "AMD" in label}
+        intel = [place for place, label in enumerate(labels) if "Intel" in label]
+        if intel and _text(self._root / "sys/bus/pci/devices/0000:00:02.0/vendor") == _INTEL:
+            sharing.add(intel[-1])
+        return sharing
+
+    def _list(self, environ: Mapping[str, str]) -> list[_Line] | None:
+        """None if it cannot tell, or is to show what is not there."""
+        if not self._engine.lists_devices:
+            return None
+        try:
+            done = subprocess.run(  # noqa: S603
+                [str(self._engine.program), "--list-devices"],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=TIMEOUT_SEC,
+                env=environ,
+                check=False,
+            )
+        except OSError:  # why it cannot be run, who loads a model is told
+            return None
+        if done.returncode != 0 or "Invalid device index" in done.stderr:
+            return None
+        found = (_LINE.fullmatch(line) for line in done.stdout.splitlines())
+        return [_Line(each[1], each[3], int(each[4]), int(each[5])) for each in found if each is not None]
+
+
+def _matched(devices: Sequence[Device], listed: Sequence[Device]) -> Iterator[tuple[str, str]]:
+    left = list(listed)
+    for device in devices:
+        alike = [one for one in left if abs(one.total_mib / max(1, device.total_mib) - 1) < _SAME_SIZE]
+        if alike:
+            one = min(alike, key=lambda one: one.label != device.label)
+            left.remove(one)
+            yield device.name, one.uuid
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

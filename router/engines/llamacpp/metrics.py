@@ -1,0 +1,76 @@
+"""llama-server's own metrics, in `/metrics` with the model's alias: of engines that are started with `--metrics`.
+
+Only engines that are ready are asked, all at once and not for long. One that is in the middle of a batch answers
+after it: if that is too late, what it said last counts, as long as it lives. Lines that are no samples of
+llama.cpp's are left out, so that no engine can spoil a scrape.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+
+from router.engines.llamacpp.flags import Flags
+from router.observe.prometheus import Gauges, label_text
+from router.runtime.dispatcher import Dispatcher, RunningEngine
+
+_HEAD = re.compile(r'# (HELP|TYPE) (llamacpp:\w+) ([^"\\]+)')
+_SAMPLE = re.compile(r'(llamacpp:\w+)(?:\{((?:(?!model=)\w+="[^"\\]*",?)+)\})? ([-+.\w]+)')
+
+
+class EngineMetrics:
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+        self._said: dict[int, str] = {}
+
+    async def read(self, limit_sec: float) -> None:
+        """Ask them; it takes no longer than `limit_sec`."""
+        tell = [running for running in self._dispatcher.running.values() if self._tells(running)]
+        self._said = {running.id: self._said[running.id] for running in tell if running.id in self._said}
+        await asyncio.gather(*(self._ask(running, limit_sec) for running in tell))
+
+    def families(self) -> list[Gauges]:
+        """Those of all engines, each once."""
+        running = self._dispatcher.running
+        said = {running[number].alias: text for number, text in self._said.items() if number in running}
+        return relayed(said)
+
+    def _tells(self, running: RunningEngine) -> bool:
+        model = self._dispatcher.config.models.get(running.alias)
+        if model is None or running.ready_sec is None:
+            return False
+        return _wants_metrics(tuple(model.flags), tuple(sorted(model.env.items())))
+
+    async def _ask(self, running: RunningEngine, limit_sec: float) -> None:
+        answer = await running.process.document("/metrics", limit_sec)
+        if answer is not None and answer.status == 200:
+            self._said[running.id] = answer.body.decode(errors="replace")
+
+
+@lru_cache(maxsize=1024)
+def _wants_metrics(flags: tuple[str, ...], env: tuple[tuple[str, str], ...]) -> bool:
+    return Flags(flags, dict(env)).switch("metrics", False)
+
+
+def relayed(texts: Mapping[str, str]) -> list[Gauges]:
+    """What engines said, by alias, as families with the alias as their first label."""
+    families: dict[str, Gauges] = {}
+    for alias, text in texts.items():
+        label = label_text(("model",), (alias,))
+        for line in text.splitlines():
+            if (told := _HEAD.fullmatch(line)) is not None:
+                what, name, words = told.groups()
+                family = families.setdefault(name, Gauges(name, "", "model"))
+                if what == "HELP":
+                    family.help = words
+                elif words == "counter" and name.endswith("_total"):  # `n_tokens_max` is none, by any format
+                    family.kind = words
+            elif (sample := _SAMPLE.fullmatch(line)) is not None and sample[1] in families:
+                labels = f"{label},{sample[2]}" if sample[2] else label
+                try:
+                    families[sample[1]].lines([(labels, float(sample[3]))])
+                except ValueError:
+                    continue
+    return list(families.values())

@@ -1,0 +1,509 @@
+"""Where a model could live: its alternatives, best first, each with what it takes and the flags that make it so.
+
+An alternative settles what llama-server would otherwise settle by itself when it loads, by what it finds free then
+(`--fit`): the context if the flags name none, how layers are divided among GPUs, how many stay on the host.
+
+Best is one GPU, the one that is left with the least. Then as few together as possible. A context cut short is
+worse than one more GPU, and layers on the host are the last resort. Which alternative is taken, and when, is for
+the scheduler to say. What the flags of a model settle stays as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
+from typing import TypeVar
+
+from router.config.schema import ModelConfig, System
+from router.engines.llamacpp.flags import FlagError, as_started
+from router.engines.llamacpp.footprint import HOST, gpu_numbers
+from router.engines.llamacpp.sizing import EngineKind, Size, Sizer, Unusable, WrongFlags, read_files
+from router.hardware.devices import visible
+from router.memory.measurements import Identity, Learned
+from router.scheduling.messages import Placement
+
+T = TypeVar("T")
+
+LEAST_CONTEXT = 4096
+"""As in llama-server's `--fit` (common/common.h)."""
+_CONTEXT_STEP = 1024
+NAMES_GPUS = ("device", "spec-draft-device", "mmproj-device")
+"""Flags whose values are GPUs as the engine counts them."""
+_VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+_VISIBLE_TO_VULKAN = ("GGML_VK_VISIBLE_DEVICES",)
+_NO_GPU = ("", "-1", "none", "NoDevFiles")
+
+# A first guess, from a fast disk; what is measured replaces it.
+_START_SEC = 0.1
+_LOAD_BYTES_PER_SEC = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A device as a place for engines, in MiB."""
+
+    name: str
+    budget_mib: int
+    """What our engines may use of it together."""
+    free_mib: int
+    """What of that none of them is booked with."""
+    number: int | None = None
+    """The driver's, for a GPU."""
+    uuid: str = ""
+    kind: str = "cuda"
+    divisible: bool = True
+    """Whether a model may have other parts of itself on other GPUs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """The machine, as far as a model cares."""
+
+    gpus: tuple[Site, ...]
+    host: Site
+    environment: Callable[[Sequence[str]], Mapping[str, str]] = field(default=lambda _: {})
+    """What shows an engine the named GPUs and no others."""
+
+    def holds(self, placement: Placement) -> bool:
+        """Whether it fits if all our engines leave."""
+        budgets = {site.name: site.budget_mib for site in (*self.gpus, self.host)}
+        return all(mib <= budgets[name] for name, mib in placement.items())
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """One way to run a model."""
+
+    gpus: tuple[str, ...]
+    """The GPUs that the engine is shown, in the order in which it counts them; none: it runs on the host."""
+    size: Size
+    placement: Placement
+    flags: tuple[str, ...] = ()
+    """To be added to the model's own."""
+    context: int | None = None
+    """Of all slots together, where it was settled here."""
+    remark: str = ""
+    """What was cut to make it fit."""
+    is_given: bool = False
+    """The figure comes from the configuration: no measurement replaces it."""
+
+    @property
+    def identity(self) -> Identity | None:
+        return self.size.identity
+
+    @property
+    def need(self) -> str:
+        """For people: `5000 MiB on gpu0 and 300 MiB on host (llama-fit-params)`."""
+        parts = [f"{mib} MiB on {name}" for name, mib in sorted(self.placement.items())]
+        return f"{' and '.join(parts)} ({self.size.source})"
+
+    def named(self, counted: Mapping[str, T]) -> dict[str, T]:
+        """By the names of devices what is by the engine's counting of GPUs."""
+        return {HOST if name == HOST else self.gpus[int(name[3:])]: each for name, each in counted.items()}
+
+    def as_counted(self, by_device: Mapping[str, int]) -> dict[str, int]:
+        """The other way round."""
+        counted = {name: f"gpu{place}" for place, name in enumerate(self.gpus)} | {HOST: HOST}
+        return {counted[name]: mib for name, mib in by_device.items() if name in counted}
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a look at a model says before anything is stopped or started for it."""
+
+    alternatives: tuple[Alternative, ...]
+    """Those that fit if others leave; else the best of those that never will."""
+    expected_load_sec: float
+    load_is_known: bool
+    """That was measured; else it is a guess from the size of the files."""
+    advice: str = ""
+    """What would fit, if none does."""
+
+
+def shown(ours: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
+    """Variables of an engine: those of its entry win, and one that names GPUs leaves no say to its kin of ours."""
+    if any(name in own for name in _VISIBLE):
+        ours = {name: value for name, value in ours.items() if name not in _VISIBLE}
+    return {**ours, **own}
+
+
+def inspect(
+    model: ModelConfig, system: System, engine: EngineKind, ground: Ground, learned: Learned
+) -> Inspection:
+    """Read the headers and find the alternatives. Blocking: call it in a thread. Raises Unusable."""
+    try:
+        places = _places(model, system, engine, ground, learned)
+        found = places.alternatives()
+    except FlagError as error:
+        raise WrongFlags(error.message) from error
+    except OSError as error:
+        what = f"cannot be read: {error.strerror or type(error).__name__}"
+        raise Unusable(f"{error.filename or model.model_path} {what}", f"its file {what}") from error
+    fitting = [one for one in found if ground.holds(one.placement)]
+    best = (fitting or found)[0].identity
+    load_sec = learned.load_sec(best) if best is not None else None
+    return Inspection(
+        alternatives=tuple(fitting or found[:1]),
+        expected_load_sec=load_sec or _START_SEC + places.nbytes / _LOAD_BYTES_PER_SEC,
+        load_is_known=load_sec is not None,
+        advice="" if fitting else places.advice(),
+    )
+
+
+def alternatives(sizer: Sizer, engine: EngineKind | None, ground: Ground) -> list[Alternative]:
+    """All there are for a model that is not configured, best first, also those that do not fit; at least one."""
+    return _Places(sizer, engine, ground, {}).alternatives()
+
+
+def advise(
+    model: ModelConfig,
+    system: System,
+    engine: EngineKind,
+    ground: Ground,
+    learned: Learned,
+    too_much: Placement,
+) -> str:
+    """What would fit where a placement proved to be too much; empty if nobody can tell. Blocking."""
+
+    def smaller(site: Site) -> Site:
+        return replace(site, budget_mib=int(0.9 * too_much.get(site.name, 0)))
+
+    gpus = tuple(smaller(site) for site in ground.gpus if site.name in too_much)
+    host = ground.host if gpus else smaller(ground.host)
+    try:
+        return _places(model, system, engine, Ground(gpus, host), learned).advice()
+    except (Unusable, FlagError, OSError):
+        return ""
+
+
+def _places(model: ModelConfig, system: System, engine: EngineKind, ground: Ground, learned: Learned) -> _Places:
+    environ = {**os.environ, **model.env}
+    flags = as_started(model.flags, model.env)
+    sizer = Sizer(
+        read_files(model.model_path, flags),
+        flags,
+        environ,
+        engine,
+        learned,
+        given_mib=model.footprint_mb,
+        multiplier=system.vram_multiplier,
+    )
+    return _Places(sizer, engine, ground if engine.uses_gpus else Ground((), ground.host), model.env)
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """GPUs to be used together, with the shares that they have in the model."""
+
+    sites: tuple[Site, ...]
+    rooms: tuple[float, ...]
+    added: tuple[str, ...] = ()
+    """Flags with which the engine counts them as they are here."""
+
+
+def _group(sites: Sequence[Site], added: tuple[str, ...] = ()) -> _Group:
+    return _Group(tuple(sites), tuple(max(1.0, site.budget_mib) for site in sites), added)
+
+
+class _Places:
+    """The alternatives of one model on this ground."""
+
+    def __init__(
+        self, sizer: Sizer, engine: EngineKind | None, ground: Ground, own_env: Mapping[str, str]
+    ) -> None:
+        self._sizer = sizer
+        self._flags = sizer.flags
+        self._engine = engine
+        self._ground = ground
+        self._own_env = own_env
+
+    @property
+    def nbytes(self) -> int:
+        """Of all files that are loaded."""
+        return self._sizer.files.nbytes
+
+    def alternatives(self) -> list[Alternative]:
+        """All there are, best first, also those that never fit; at least one."""
+        if not self._ground.gpus:
+            return [self._on_host()]
+        if self._stays_on_host:  # an engine takes a GPU for an error that it is not shown
+            named = self._flags.last("device")
+            return [self._on_host(() if named is None or named.text == "none" else ("--device", "none"))]
+        groups = list(self._groups())
+        found: list[Alternative] = []
+        for group in groups:
+            one = self._on_gpus(group)
+            if one is None:  # this build has no use for GPUs
+                self._ground = replace(self._ground, gpus=())
+                return [self._on_host()]
+            if all(one.placement != other.placement for other in found):
+                found.append(one)
+        found.sort(key=self._rank)
+        if not self._ground.holds(found[0].placement):
+            roomiest = max(reversed(groups), key=lambda group: sum(site.budget_mib for site in group.sites))
+            less = self._partly(roomiest) or self._without_gpus()
+            found[:0] = [] if less is None else [less]
+        return found
+
+    def advice(self) -> str:
+        """What would fit instead of what the flags ask for."""
+        if not self._sizer.knows_parts:
+            return ""
+        sites = () if self._stays_on_host else self._together()
+        free = {f"gpu{place}": site.budget_mib for place, site in enumerate(sites)}
+        free[HOST] = self._ground.host.budget_mib
+        if largest := self._sizer.largest_context((), free):
+            return f"it would fit with -c {largest}"
+        for layers in range(self._layers - 1, -1, -1) if sites else ():
+            if largest := self._sizer.largest_context(("-ngl", str(layers)), free):
+                return f"it would fit with -ngl {layers} -c {largest}"
+        return "no context is small enough for it to fit"
+
+    # --- what the flags say -----------------------------------------------------------------------------
+
+    @property
+    def _stays_on_host(self) -> bool:
+        device, layers = self._flags.last("device"), self._flags.last("n-gpu-layers")
+        return (
+            (device is not None and device.text == "none")
+            or (layers is not None and layers.text == "0")
+            or self._named_by_variables() == []
+        )
+
+    def _own_group(self) -> _Group | None:
+        """The GPUs of a model whose flags or variables name some, counted as they are there.
+
+        What names some of them is shown those only, and counts anew.
+        """
+        gpus = self._ground.gpus
+        device, main = self._flags.last("device"), self._flags.last("main-gpu")
+        if (named := self._named_by_variables()) is not None:
+            return _group(named)
+        overrides = self._flags.last("override-tensor")
+        if self._flags.last("rpc") or (overrides is not None and re.search(r"=[A-Za-z]+\d", overrides.text)):
+            return _group(gpus)
+        if device is not None:
+            return self._named_by_flags()
+        if any(self._flags.last(name) for name in ("tensor-split", *NAMES_GPUS)):
+            return _group(gpus)
+        if main is not None and not self._may_divide and main.integer(low=0) < len(gpus):
+            return _group([gpus[main.integer()]], ("--main-gpu", "0"))
+        return _group(gpus) if main is not None else None
+
+    def _named_by_flags(self) -> _Group:
+        """The GPUs of `--device`, then those that other flags name besides. All, where it is not their own kind of
+        build that counts them: others cannot be shown some."""
+        gpus = self._ground.gpus
+        flags = [flag for name in NAMES_GPUS if (flag := self._flags.last(name)) is not None]
+        backend = "Vulkan" if self._are_of_vulkan else "CUDA|ROCm"
+        if not all(re.fullmatch(rf"none|(({backend})\d+,?)+", flag.text) for flag in flags):
+            return _group(gpus)
+        shown = list(dict.fromkeys(number for flag in flags for number in gpu_numbers(flag.text)))
+        if max(shown, default=-1) >= len(gpus):
+            ours = ", ".join(site.name for site in gpus)
+            wrong = " ".join(word for flag in flags for word in flag.words)
+            raise Unusable(f"its flags: {wrong} goes beyond the GPUs that there are ({ours}, counted from 0)")
+        added: list[str] = []
+        for flag in flags:
+            added += [f"--{flag.name}", re.sub(r"\d+", lambda found: str(shown.index(int(found[0]))), flag.text)]
+        return _group([gpus[number] for number in shown], tuple(added))
+
+    def _named_by_variables(self) -> list[Site] | None:
+        """The GPUs that variables of the entry show to the engine; None if they say nothing of that."""
+        for name in _VISIBLE_TO_VULKAN if self._are_of_vulkan else _VISIBLE:
+            spelled = self._own_env.get(name)
+            if spelled is None or (name == "HIP_VISIBLE_DEVICES" and not spelled):  # HIP takes "" for none given
+                continue
+            if spelled.split(",")[0].strip() in _NO_GPU:
+                return []
+            by_number: dict[int, list[Site]] = {}
+            for site in self._ground.gpus:
+                if self._are_of_vulkan:
+                    by_number.setdefault(int(site.uuid), [site])
+                elif site.number is not None:
+                    by_number.setdefault(site.number, []).append(site)
+            named = visible(by_number, spelled)
+            if not named:
+                ours = ", ".join(site.name for site in self._ground.gpus)
+                raise Unusable(f"{name}={spelled} in its env begins with none of the GPUs that there are ({ours})")
+            return named
+        return None
+
+    @property
+    def _are_of_vulkan(self) -> bool:
+        return bool(self._ground.gpus) and self._ground.gpus[0].kind == "vulkan"
+
+    @property
+    def _may_divide(self) -> bool:
+        return self._flags.text("split-mode", "layer") != "none"
+
+    @property
+    def _layers(self) -> int:
+        header = self._sizer.files.model
+        return (header.block_count or 0) + 1 if header is not None else 0
+
+    @property
+    def _whole_context(self) -> int | None:
+        """The context to settle, for all slots together; None where there is nothing to settle."""
+        header, flags, asked = self._sizer.files.model, self._flags, self._flags.last("ctx-size")
+        if header is None or not header.context_length or flags.last("kv-unified-per-slot"):
+            return None
+        if asked is not None and asked.integer(low=0) > 0:
+            return None
+        return header.context_length * (1 if flags.kv_unified else flags.slots)
+
+    # --- groups of GPUs ---------------------------------------------------------------------------------
+
+    def _groups(self) -> Iterator[_Group]:
+        """Each alone; then two, three, … with the most room: by what is free, and by what there is in all."""
+        own = self._own_group()
+        if own is not None:
+            yield own
+            return
+        sites = self._ground.gpus
+        for site in sites:
+            yield _group([site])
+        divisible = [site for site in sites if site.divisible] if self._may_divide else []
+        for count in range(2, len(divisible) + 1):
+            for figure in ("free_mib", "budget_mib"):
+                room = attrgetter(figure)
+                most = sorted(divisible, key=room, reverse=True)[:count]
+                chosen = tuple(site for site in divisible if site in most)
+                yield _Group(chosen, tuple(max(1.0, room(site)) for site in chosen))
+
+    def _together(self) -> tuple[Site, ...]:
+        """As much of the GPUs as one model can have."""
+        own = self._own_group()
+        gpus = self._ground.gpus if own is None else own.sites
+        several = tuple(site for site in gpus if site.divisible) if self._may_divide else ()
+        return several or tuple(sorted(gpus, key=lambda site: site.budget_mib, reverse=True)[:1])
+
+    def _rank(self, one: Alternative) -> tuple[bool, bool, int, bool, int]:
+        """What fits comes first, then what is whole, then fewer GPUs; of those, where it fits now and snugly."""
+        free = {site.name: site.free_mib for site in self._ground.gpus}
+        left = sum(free[name] - one.placement.get(name, 0) for name in one.gpus)
+        return not self._ground.holds(one.placement), bool(one.remark), len(one.gpus), left < 0, left
+
+    # --- alternatives -----------------------------------------------------------------------------------
+
+    def _on_host(self, added: tuple[str, ...] = ()) -> Alternative:
+        one = self._settled(_Group((), (), added), ())
+        assert one is not None
+        return one
+
+    def _on_gpus(self, group: _Group) -> Alternative | None:
+        if len(group.sites) == 1 or not self._may_divide or self._flags.last("tensor-split"):
+            return self._settled(group, ())
+        rooms = list(group.rooms)
+        one: Alternative | None = None
+        for _ in range(4):  # layers are lumps: whoever got too much gets less
+            one = self._settled(group, ("--tensor-split", _percentages(rooms)))
+            if one is None or not self._sizer.knows_parts:
+                break
+            over = [max(0, one.placement.get(site.name, 0) - site.budget_mib) for site in group.sites]
+            if not any(over):
+                break
+            rooms = [max(1.0, room - 1.1 * mib) for room, mib in zip(rooms, over, strict=True)]
+        return one
+
+    def _partly(self, group: _Group) -> Alternative | None:
+        """As many layers on the GPUs as fit; None if none fit, or if the flags say how many."""
+        if not self._sizer.knows_parts or self._flags.last("n-gpu-layers"):
+            return None
+        own_split = len(group.sites) == 1 or not self._may_divide or self._flags.last("tensor-split")
+        split = () if own_split else ("--tensor-split", _percentages(group.rooms))
+        context = self._whole_context
+        least = None if context is None else min(context, LEAST_CONTEXT)
+        best: Alternative | None = None
+        low, high = 0, self._layers
+        while low < high:
+            middle = (low + high + 1) // 2
+            remark = f"{middle} of {self._layers} layers on the GPU"
+            one = self._one(group, (*split, "-ngl", str(middle)), least, remark)
+            if one is not None and self._ground.holds(one.placement):
+                best, low = one, middle
+            else:
+                high = middle - 1
+        return best
+
+    def _without_gpus(self) -> Alternative | None:
+        """In RAM, where not even one layer fits on a GPU; None if that does not fit, or if the flags want GPUs."""
+        if not self._sizer.knows_parts or self._flags.last("n-gpu-layers") or self._own_group() is not None:
+            return None
+        one = self._on_host()
+        remark = ", ".join(filter(None, (f"0 of {self._layers} layers on the GPU", one.remark)))
+        return replace(one, remark=remark) if self._ground.holds(one.placement) else None
+
+    def _settled(self, group: _Group, added: tuple[str, ...]) -> Alternative | None:
+        """With the whole context if that fits, else with the largest that does."""
+        if not self._sizer.knows_parts:
+            size = self._sizer.whole(group.rooms)
+            return self._alternative(group, size, group.added, None, "")
+        whole = self._whole_context
+        one = self._one(group, added, whole, "")
+        if one is None or whole is None or self._ground.holds(one.placement) or self._flags.last("ctx-size"):
+            return one
+        low, high = 0, whole // _CONTEXT_STEP
+        while low < high:
+            middle = (low + high + 1) // 2
+            cut = self._one(group, added, middle * _CONTEXT_STEP, "", exact=False)
+            low, high = (
+                (middle, high) if cut is not None and self._ground.holds(cut.placement) else (low, middle - 1)
+            )
+        context = _rounded(low * _CONTEXT_STEP)
+        while context >= min(LEAST_CONTEXT, whole):  # the tool may say more than the formulas
+            cut = self._one(group, added, context, f"context {context} of {whole}")
+            if cut is not None and self._ground.holds(cut.placement):
+                return cut
+            context = _rounded(context - _CONTEXT_STEP)
+        return one
+
+    @property
+    def _as_placed(self) -> tuple[str, ...]:
+        """It must not be changed behind our back."""
+        own = self._flags.last("fit") or self._flags.last("fit-target") or self._flags.last("fit-ctx")
+        return () if own or self._engine is None or not self._engine.fits_by_itself else ("--fit", "off")
+
+    def _one(
+        self, group: _Group, added: tuple[str, ...], context: int | None, remark: str, *, exact: bool = True
+    ) -> Alternative | None:
+        added = (*group.added, *added, *(self._as_placed if group.sites else ()))
+        if context is not None:
+            added = (*added, "-c", str(context))
+        variables = shown(self._ground.environment([site.name for site in group.sites]), self._own_env)
+        size = self._sizer.parts(added, len(group.sites), variables, exact=exact)
+        return None if size is None else self._alternative(group, size, added, context, remark)
+
+    def _alternative(
+        self, group: _Group, size: Size, added: tuple[str, ...], context: int | None, remark: str
+    ) -> Alternative:
+        names = tuple(site.name for site in group.sites)
+        one = Alternative(names, size, {}, added, context, remark, is_given=self._sizer.given_mib is not None)
+        figures = one.named(size.mib)
+        if size.source == "measured":
+            figures = self._let_in(figures, one.named(size.estimated))
+        return replace(one, placement=figures)
+
+    def _let_in(self, measured: Mapping[str, int], estimated: Mapping[str, int]) -> dict[str, int]:
+        """What an engine held when it ran keeps none out that the estimate lets in: it gets all that there is."""
+        budgets = {site.name: site.budget_mib for site in (*self._ground.gpus, self._ground.host)}
+        return {
+            name: budgets[name] if estimated.get(name, mib) <= budgets[name] < mib else mib
+            for name, mib in measured.items()
+        }
+
+
+def _percentages(rooms: Sequence[float]) -> str:
+    """Coarse, so that a few MiB more or less make the same flags."""
+    return ",".join(str(max(1, round(100 * room / sum(rooms)))) for room in rooms)
+
+
+def _rounded(context: int) -> int:
+    """Down to three significant bits and a multiple of 1024, for the same reason."""
+    if context < 8 * _CONTEXT_STEP:
+        return context // _CONTEXT_STEP * _CONTEXT_STEP
+    step = 1 << (context.bit_length() - 4)
+    return context // step * step

@@ -1,0 +1,416 @@
+"""What a model takes, from the best source there is, and which source that was.
+
+Best first: `footprint_mb` of its entry; what an engine of the same kind was measured to take; llama.cpp's own
+tool; formulas; the size of its files. Tool and formulas are corrected by what was measured with other flags.
+
+GPUs are counted as the engine counts them: `gpu0` is the first that it is shown. Which those are is up to
+`placing.py`. Reads files and asks the tool: blocking.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import math
+import os
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+
+from router.config.schema import ModelConfig
+from router.engines.llamacpp import adapters, fit_params, footprint
+from router.engines.llamacpp.build_flags import Has, Spoken, default_slots, read_help, slots_told, spoken
+from router.engines.llamacpp.flags import OWNED, FlagError, Flags, argv, replaced
+from router.engines.llamacpp.footprint import HOST, Footprint, Share
+from router.engines.llamacpp.purpose import unserved
+from router.engines.process import KEY_VARIABLE, Binary, signal_name
+from router.formats import gguf
+from router.formats.gguf import GGUF
+from router.memory.measurements import Identity, Learned, files_of
+from router.observe.reasons import Problem
+from router.system.privacy import without_secrets
+
+_MIB = 1 << 20
+
+DRIVER_MIB = 512
+"""What CUDA or ROCm takes of a GPU for a process beyond what llama.cpp asks for: 300 to 500 MiB. With Vulkan it is
+less, but its backend asks for more at work."""
+PROCESS_MIB = 16
+"""What llama-server takes of RAM besides the model."""
+_MOST_MEASURED = 4
+
+_KEPT_OUT = {*OWNED, "hf-token"}
+"""What the environment may set that no engine of ours gets, or that is a secret: it is not to be remembered."""
+_NEVER_RAN = (126, 127)
+"""What shells and loaders exit with when they cannot start a program."""
+_TAKES_UNIX_SOCKETS = "IP addresses to listen on, comma-separated, or UNIX socket paths"
+"""What `--help` says of `--host` in builds that take several."""
+
+_log = logging.getLogger("router")
+
+
+class Unusable(Problem):
+    """The model cannot be loaded."""
+
+
+class WrongFlags(Unusable):
+    """Nor will it be, until its flags or its file are others."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"its flags: {what}", "its flags are wrong")
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """All that an engine loads, with the headers of what is in a format that we know."""
+
+    paths: tuple[Path, ...]
+    nbytes: int
+    model: GGUF | None
+    projector: GGUF | None = None
+    draft: GGUF | None = None
+    adapters: tuple[GGUF, ...] = ()
+
+
+def read_files(path: Path, flags: Flags) -> Files:
+    """Raises Unusable for a broken file, OSError for one that can't be opened."""
+    paths: list[Path] = []
+    nbytes = 0
+    headers: list[GGUF | None] = []
+    named = (_named(flags, name) for name in ("mmproj", "spec-draft-model"))
+    for file in (path, *named, *map(Path, adapters.files(flags))):
+        header = None
+        if file is not None:
+            try:
+                header = gguf.read(file)
+            except gguf.UnsupportedGGUF:  # newer than we are; the engine may know it
+                paths.append(file)
+                nbytes += file.stat().st_size
+            except gguf.GGUFError as error:
+                raise Unusable(str(error), f"its file cannot be loaded: {error.reason}") from error
+            else:
+                paths += header.files or (file,)
+                nbytes += header.file_bytes
+        headers.append(header)
+    if headers[0] is not None and (reason := unserved(path, headers[0])):
+        raise Unusable(f"{path} {reason}", f"its file {reason}")
+    model, projector, draft, *lora = headers
+    return Files(tuple(paths), nbytes, model, projector, draft, tuple(filter(None, lora)))
+
+
+@contextlib.contextmanager
+def _sized(files: Files) -> Iterator[None]:
+    """No header says anything that there is a formula for, but it may say anything. Raises Unusable."""
+    try:
+        yield
+    except (FlagError, OSError):
+        raise
+    except Exception as error:
+        name = files.paths[0] if files.paths else "the model"
+        raise Unusable(f"{name} is unreadable: its header makes no sense ({error!r})") from error
+
+
+def _named(flags: Flags, name: str) -> Path | None:
+    flag = flags.last(name)
+    return None if flag is None else Path(flag.text)
+
+
+class EngineKind:
+    """What must be known of the engine's build to size and place models for it."""
+
+    def __init__(self, binary: Binary) -> None:
+        self.program = Path(binary.argv[0])
+        self._origin = binary.origin
+        self._is_server = binary.kind == "llama-server"
+        self.uses_gpus = self._is_server
+        self.tool = fit_params.beside(self.program) if self._is_server else None
+
+    @property
+    def build(self) -> str:
+        """Changes when the engine is replaced. Raises OSError when it is gone."""
+        if not self._is_server:
+            return self._origin
+        status = self.program.stat()
+        return f"{self.program} {status.st_size} {status.st_mtime_ns}"
+
+    def check_runs(self) -> None:
+        """Raises Unusable. Every build is tried once, which takes llama-server 0.1 s."""
+        if not self._is_server:
+            return
+        try:
+            said = _help_of(str(self.program), self.build)
+            if not os.access(self.program, os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            reason = f"{self.program} cannot be run: {error.strerror or error}"
+            raise Unusable(reason, "the engine cannot be run") from error
+        if said.has and KEY_VARIABLE not in said.line:
+            raise Unusable(
+                f"{self.program} is too old: it takes no key from {KEY_VARIABLE}; install a newer llama-server",
+                "the engine is too old",
+            )
+
+    @property
+    def fits_by_itself(self) -> bool:
+        """Whether it has `--fit`, which changes what the flags leave open by what is free when it loads."""
+        return self.tool is not None or "--fit" in self._help.line
+
+    @property
+    def lists_devices(self) -> bool:
+        """Whether it says which GPUs it knows. Blocking, like `check_runs`."""
+        return "--list-devices" in self._help.line
+
+    @property
+    def default_slots(self) -> int:
+        """Of an engine that is told nothing; negative: it decides that itself. Blocking, like `check_runs`."""
+        return self._help.default_slots
+
+    @property
+    def takes_unix_sockets(self) -> bool:
+        """Whether it can listen on several addresses, Unix sockets among them. Blocking, like `check_runs`."""
+        return not self._is_server or _TAKES_UNIX_SOCKETS in self._help.line
+
+    def in_its_words(self, flags: Sequence[str], environ: Mapping[str, str]) -> Spoken:
+        """The same for its build, of which `environ` sets some. Blocking, like `check_runs`. Raises FlagError."""
+        given = Flags(flags, environ).given
+        if has := self._help.has:
+            return spoken(given if self.default_slots < 0 else slots_told(given, has), has)
+        return Spoken(tuple(argv(flag for flag in given if flag.index >= 0)), ())
+
+    def unknown_flags(self, models: Mapping[str, ModelConfig], environ: Mapping[str, str]) -> Iterator[str]:
+        """For people: whose flags its build has no words for. Blocking, like `check_runs`."""
+        told = ((f"models.{alias}", model.flags, model.env) for alias, model in models.items())
+        for who, flags, variables in (("the environment", (), environ), *told):
+            with contextlib.suppress(FlagError):  # that is told elsewhere
+                if unknown := self.in_its_words(flags, variables).unknown:
+                    yield f"{who}: {self.program} does not know {', '.join(unknown)} (see its --help)"
+
+    @property
+    def _help(self) -> _Help:
+        if not self._is_server:
+            return _Help()
+        try:
+            return _help_of(str(self.program), self.build)
+        except OSError:
+            return _Help()
+
+
+@dataclass(frozen=True, slots=True)
+class _Help:
+    """What a llama-server says of itself."""
+
+    line: str = ""
+    """All of it, in one line."""
+    has: Has = field(default_factory=dict)
+    default_slots: int = -1
+
+
+@lru_cache(maxsize=8)
+def _help_of(program: str, build: str) -> _Help:
+    """Raises OSError if it ends before it has begun: no program for this machine, no library, no such
+    instruction.
+
+    That is not remembered: what it lacks may come without a change to the program.
+    """
+    try:
+        done = subprocess.run(  # noqa: S603
+            [program, "--help"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=10,
+            env=without_secrets(os.environ),
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        _log.warning("%s --help says nothing for 10 s", program)
+        return _Help()
+    if done.returncode >= 0 and done.returncode not in _NEVER_RAN:
+        text = done.stdout.decode("utf-8", "replace")
+        return _Help(" ".join(text.split()), read_help(text), default_slots(text))
+    said = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+    code = f"exit code {done.returncode}" if done.returncode > 0 else signal_name(done.returncode)
+    raise OSError(errno.ENOEXEC, said or code)
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """MiB per device, and where the figures come from."""
+
+    mib: Mapping[str, int]
+    source: str
+    estimated: Mapping[str, int]
+    """By the tool or the formulas, before anything measured was taken into account."""
+    identity: Identity | None = None
+    """By which what is measured of an engine with these flags can be remembered."""
+    details: Footprint | None = None
+
+
+class Sizer:
+    """One model: the same question, asked for other flags and GPUs. Its answers may raise FlagError or OSError."""
+
+    def __init__(
+        self,
+        files: Files,
+        flags: Flags,
+        environ: Mapping[str, str],
+        engine: EngineKind | None,
+        learned: Learned,
+        *,
+        given_mib: int | None = None,
+        multiplier: float = 1.1,
+    ) -> None:
+        self.files = files
+        self.flags = flags
+        self.given_mib = given_mib
+        self._environ = environ
+        self._engine = engine
+        self._learned = learned
+        self._multiplier = multiplier
+
+    @property
+    def knows_parts(self) -> bool:
+        """Whether it is known what goes where; else there is one figure for the whole."""
+        return self.given_mib is None and self.files.model is not None
+
+    def whole(self, rooms: Sequence[float]) -> Size:
+        """By one figure, divided among GPUs as `rooms` are, or on the host."""
+        if self.given_mib is not None:
+            mib, source = self.given_mib, "footprint_mb"
+        else:
+            mib = max(1, round(self.files.nbytes * self._multiplier / _MIB))
+            source = f"file size × {self._multiplier:g}"
+        total = sum(rooms)
+        figures: Mapping[str, int] = {HOST: mib}
+        if rooms:
+            figures = {f"gpu{place}": round(mib * room / total) for place, room in enumerate(rooms)}
+        identity = self._identity((), len(rooms))
+        if self.given_mib is not None:
+            return Size(figures, source, figures, identity)
+        measured = self._learned.measured(identity)
+        if measured is not None:
+            ours = {name: mib for name, mib in measured.items() if name in figures or name == HOST}
+            return Size({**figures, **ours}, "measured", figures, identity)
+        figures, source = self._raised(figures, source, identity)
+        return Size(figures, source, figures, identity)
+
+    def parts(
+        self, added: tuple[str, ...], gpus: int, visible: Mapping[str, str], *, exact: bool = True
+    ) -> Size | None:
+        """With these further flags on so many GPUs; None if the engine has no use for GPUs.
+
+        `visible` are the variables that show the engine those GPUs; they win over `environ`. `exact=False` asks
+        only the formulas.
+        """
+        flags = self.flags_with(added)
+        identity = self._identity(added, gpus) if exact else None
+        said = self._ask(flags, visible) if exact else None
+        if said is not None and gpus and set(said.devices) == {HOST}:
+            return None
+        taken = said or self.by_formula(flags, gpus)
+        taken = replace(taken, devices=_known(taken.devices, gpus))
+        figures = {name: mib + (PROCESS_MIB if name == HOST else DRIVER_MIB) for name, mib in taken.mib().items()}
+        source = "llama-fit-params" if said else "formulas"
+        measured = self._learned.measured(identity) if identity is not None else None
+        if measured is not None:
+            return Size(_within_reason(measured, figures, taken), "measured", figures, identity, taken)
+        factors = self.ratio(gpus)
+        # Never less than what llama.cpp asks for: only what comes on top of it varies.
+        asked = taken.mib()
+        corrected: Mapping[str, int] = {
+            name: max(asked[name], round(mib * factors[name])) for name, mib in figures.items()
+        }
+        if corrected != figures:
+            source += ", corrected as measured with other flags"
+        if identity is not None:
+            corrected, source = self._raised(corrected, source, identity)
+        return Size(corrected, source, figures, identity, taken)
+
+    def by_formula(self, flags: Flags, gpus: int) -> Footprint:
+        """Raises Unusable."""
+        files = self.files
+        assert files.model is not None
+        with _sized(files):
+            return footprint.estimate(
+                files.model,
+                flags,
+                projector=files.projector,
+                draft=files.draft,
+                adapters=files.adapters,
+                gpus=gpus,
+            )
+
+    def largest_context(self, added: tuple[str, ...], free_mib: Mapping[str, int]) -> int:
+        """The largest `-c` with which it fits, by formula; 0 if with none."""
+        files = self.files
+        assert files.model is not None
+        factors = self.ratio(len(free_mib) - 1)
+        usable = {
+            name: int(mib / factors[name]) - (PROCESS_MIB if name == HOST else DRIVER_MIB)
+            for name, mib in free_mib.items()
+        }
+        with _sized(files):
+            return footprint.largest_context(
+                files.model,
+                self.flags_with(added),
+                usable,
+                projector=files.projector,
+                draft=files.draft,
+                adapters=files.adapters,
+            )
+
+    def flags_with(self, added: tuple[str, ...]) -> Flags:
+        own = argv(flag for flag in self.flags.given if flag.index >= 0)
+        return Flags(replaced(own, added), self._environ)
+
+    def ratio(self, gpus: int) -> Mapping[str, float]:
+        """Measured to estimated, per device."""
+        known = self._learned.ratio(self._identity((), gpus))
+        return {HOST: known.get(HOST, 1.0), **{f"gpu{place}": known.get("gpu", 1.0) for place in range(gpus)}}
+
+    def _ask(self, flags: Flags, visible: Mapping[str, str]) -> Footprint | None:
+        files, tool = self.files, self._engine.tool if self._engine else None
+        if tool is None or files.model is None or files.model.path is None:
+            return None
+        environ = {**self._environ, **visible}
+        return tool.footprint(
+            files.model,
+            flags,
+            projector=files.projector,
+            draft=files.draft,
+            adapters=files.adapters,
+            environ=environ,
+        )
+
+    def _raised(
+        self, figures: Mapping[str, int], source: str, identity: Identity
+    ) -> tuple[Mapping[str, int], str]:
+        raised = self._learned.raised(identity)
+        if all(mib <= figures.get(name, 0) for name, mib in raised.items()):
+            return figures, source
+        more = {name: max(mib, raised.get(name, 0)) for name, mib in figures.items()}
+        return more, f"{source}, raised since it ran out of memory"
+
+    def _identity(self, added: tuple[str, ...], gpus: int) -> Identity:
+        own = tuple(word for flag in self.flags.given if flag.name not in _KEPT_OUT for word in flag.words)
+        build = self._engine.build if self._engine else ""
+        return Identity(files_of(*self.files.paths), build, (*own, *added), gpus)
+
+
+def _within_reason(measured: Mapping[str, int], estimated: Mapping[str, int], asked: Footprint) -> dict[str, int]:
+    """What cannot be true must not count for ever: it is the weights at least, and not many times the estimate."""
+    return {
+        name: min(max(measured.get(name, mib), math.ceil(asked.devices[name].weights)), _MOST_MEASURED * mib)
+        for name, mib in estimated.items()
+    }
+
+
+def _known(shares: Mapping[str, Share], gpus: int) -> dict[str, Share]:
+    """GPUs that we do not know, such as Apple's, have their memory from the host."""
+    known: dict[str, Share] = {}
+    for name, share in shares.items():
+        place = HOST if name == HOST or int(name[3:]) >= gpus else name
+        known[place] = known.get(place, Share()) + share
+    return known

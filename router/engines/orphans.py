@@ -1,0 +1,154 @@
+"""The engines that run now, written down for the next router, in case this one is killed and they live on.
+
+They die with their router (`platforms.spawn`), but not everywhere, and not every engine can be made to. So a
+router that starts ends what a dead one has left on its state directory. An engine is known by its key, which it
+and all that it has started carry in their environment; where the system does not show that, by its number together
+with the moment of its birth. A number alone, which may be somebody else's by now, is never enough.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Sequence
+
+import msgspec
+import psutil
+
+from router.engines.process import KEY_VARIABLE, EngineProcess
+from router.system.processes import birth
+from router.system.state import State
+
+_log = logging.getLogger("router")
+
+_TERM_SEC = 2.0
+_KILL_SEC = 3.0
+_LOOK_AGAIN_SEC = 0.02
+
+
+class _Engine(msgspec.Struct, frozen=True):
+    alias: str
+    pid: int
+    born: str
+    port: int
+    key_sha256: str
+
+
+class _Record(msgspec.Struct, frozen=True):
+    router_pid: int
+    router_born: str
+    engines: tuple[_Engine, ...]
+
+
+class EngineRecord:
+    """Add engines as they start; they leave by themselves. Use it on one event loop."""
+
+    def __init__(self, state: State) -> None:
+        loss = "an engine that outlives this router, should it be killed, is not found by the next one."
+        self._file = state.file("engines", _Record, loss)
+        self._router = os.getpid(), birth(os.getpid()) or ""
+        self._engines: dict[EngineProcess, _Engine] = {}
+        self._unsaved = False
+        self._writer: asyncio.Task[None] | None = None
+
+    def end_leftovers(self) -> None:
+        """End what a dead router has left. Blocking, for seconds at most: for the time before there is a loop."""
+        record = self._file.read()
+        if record is None or not record.engines:
+            return
+        if birth(record.router_pid) == record.router_born:
+            _log.warning(
+                "the state directory tells of engines of a router that lives (pid %d); they are left alone",
+                record.router_pid,
+            )
+            return
+        left = _leftovers(record.engines)
+        if left:
+            _log.warning("a router that was killed has left engines; ending %s", _named(left))
+            survivors = _end(left)
+            if survivors:
+                _log.error("%s cannot be ended, and may hold memory and ports", _named(survivors))
+        self._file.write(_Record(*self._router, ()))
+
+    def add(self, engine: EngineProcess) -> None:
+        born = birth(engine.pid)
+        if born is None:  # it is gone already
+            return
+        self._engines[engine] = _Engine(engine.order.alias, engine.pid, born, engine.port, _sha256(engine.key))
+        engine.exited.add_done_callback(lambda _: self._remove(engine))
+        self._save()
+
+    def _remove(self, engine: EngineProcess) -> None:
+        del self._engines[engine]
+        self._save()
+
+    def _save(self) -> None:
+        """Disks may be slow: all changes that happen during a write are one write after it."""
+        self._unsaved = True
+        if self._writer is None or self._writer.done():
+            self._writer = asyncio.create_task(self._write(), name="record of engines")
+
+    async def _write(self) -> None:
+        while self._unsaved:
+            self._unsaved = False
+            await asyncio.to_thread(self._file.write, _Record(*self._router, tuple(self._engines.values())))
+
+    async def saved(self) -> None:
+        if self._writer is not None:
+            await self._writer
+
+
+def _leftovers(engines: Sequence[_Engine]) -> list[psutil.Process]:
+    keys = {engine.key_sha256 for engine in engines}
+    births = {engine.pid: engine.born for engine in engines}
+    left = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            key = None
+            with contextlib.suppress(psutil.AccessDenied):
+                key = process.environ().get(KEY_VARIABLE)
+            born = birth(process.pid)
+            if _sha256(key) in keys if key is not None else born is not None and births.get(process.pid) == born:
+                left.append(process)
+    return left
+
+
+def _end(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """Those that can't be ended."""
+    for process in processes:
+        with contextlib.suppress(psutil.Error):  # psutil looks again whether the number is still its own
+            process.terminate()
+    left = _wait(processes, _TERM_SEC)
+    for process in left:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    return _wait(left, _KILL_SEC)
+
+
+def _wait(processes: Sequence[psutil.Process], limit_sec: float) -> list[psutil.Process]:
+    """Those that are still there in the end."""
+    deadline = time.monotonic() + limit_sec
+    while True:
+        processes = [process for process in processes if process.is_running() and birth(process.pid)]
+        if not processes or time.monotonic() >= deadline:
+            return list(processes)
+        time.sleep(_LOOK_AGAIN_SEC)
+
+
+def _named(processes: Sequence[psutil.Process]) -> str:
+    return ", ".join(f"pid {process.pid} ({_name(process)})" for process in processes)
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.Error:
+        return "gone"
+
+
+def _sha256(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()

@@ -1,0 +1,85 @@
+"""Who may do what: full keys, keys for inference, or everybody when none is set. Compared in constant time.
+
+Who may only use models is told nothing of the machine that runs them: no files, processes or ports, nothing that
+an engine has said there, nobody else's name, and no alias's system prompt.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from starlette.requests import Request
+
+from router.config.schema import Api, PriorityName
+from router.http.errors import ApiError
+from router.scheduling.queue import BY_NAME, Priority
+
+OPEN_PATHS = frozenset({"/health", "/v1/health", "/ready", "/live"})
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Who may use models, and no more: whose key for inference a request came with."""
+
+    name: str
+    """Empty for a key that has none."""
+    priority: PriorityName | None
+    """Of requests that name none; None: their model's."""
+    highest: Priority
+
+
+_NOBODY_IN_PARTICULAR = Client("", None, Priority.HIGH)
+
+
+def sees_all(request: Request) -> bool:
+    """Whether a page is for who runs the router: with a full key, or where there are no keys."""
+    return request.state.client is None
+
+
+class Keyring:
+    """The configured keys."""
+
+    def __init__(self, api: Api) -> None:
+        self.set(api)
+
+    def set(self, api: Api) -> None:
+        self._full = [key.get_secret_value().encode() for key in api.api_keys]
+        self._inference = [(key.get_secret_value().encode(), _NOBODY_IN_PARTICULAR) for key in api.inference_keys]
+        for name, entry in api.clients.items():
+            client = Client(name, entry.priority, BY_NAME[entry.highest_priority])
+            self._inference.append((entry.key.get_secret_value().encode(), client))
+        self.required = bool(self._full or self._inference)
+
+    def check(self, headers: Iterable[tuple[bytes, bytes]], *, manages: bool) -> Client | None:
+        """Who it is; None for who may do everything. Of two keys, any valid one lets in.
+
+        Raises ApiError 401 without a valid key, 403 if none of them may manage.
+        """
+        if not self.required:
+            return None
+        given = _given_keys(headers)
+        if not given:
+            raise ApiError(401, "missing_api_key", "Send the API key as `Authorization: Bearer KEY`.")
+        # Every key is compared, so that the time tells nothing.
+        full = [hmac.compare_digest(one, key) for one in given for key in self._full]
+        inference = [client for one in given for key, client in self._inference if hmac.compare_digest(one, key)]
+        if any(full):
+            return None
+        if not inference:
+            raise ApiError(401, "invalid_api_key", "This API key is not valid.")
+        if manages:
+            raise ApiError(403, "insufficient_permissions", "This API key is for inference only.")
+        return inference[0]
+
+
+def _given_keys(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
+    """One from each header that may hold one: Anthropic's clients send both, of which one may be for others."""
+    given: dict[bytes, bytes] = {}
+    for name, value in headers:
+        if name == b"authorization" and value[:7].lower() == b"bearer ":
+            given.setdefault(name, value[7:].strip())
+        elif name == b"x-api-key":
+            given.setdefault(name, value.strip())
+    return list(given.values())

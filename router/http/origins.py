@@ -1,0 +1,228 @@
+"""What pages in a browser may do here: by which names they may call the router, and from which origins.
+
+A browser lets pages of any site send requests to a machine that perhaps only this one reaches, and keeps no more
+than the answers from them. So who presents no key is asked where he comes from: `Host` must be a name that no such
+page can have pointed here, and where a request has an effect, the origin of its page must be the router's own, or
+allowed. What sends no Origin, such as curl and the SDKs, is no page. With keys set nothing of this is asked: no
+browser adds one by itself, as it does cookies. A page that sends one was trusted with it; others get nothing.
+
+Every request passes by here, those of the data plane too; where no browser sent it, that costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import re
+import socket
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from router.config.schema import OLLAMAS_ORIGINS, Api
+from router.http.auth import Keyring
+from router.http.errors import ApiError
+from router.system.readings import apart
+
+_ONE_HOST = "Name the router in a Host header, and in one only."
+_UNKNOWN_HOST = (
+    "This router does not answer to the name {0!r} in the Host header, as any web page can point a name here. If "
+    "it is yours, add {0!r} to api.allowed_hosts in the configuration and restart the router; or call it by its "
+    "IP address, or set api.api_keys."
+)
+_FOREIGN_PAGE = (
+    "Pages of {0!r} may not use this router. If they are yours, add {0!r} to api.cors_origins in the "
+    "configuration and restart the router."
+)
+_NAMELESS_PAGE = (
+    "A page without an origin of its own, such as a file or a sandboxed frame, may not use this router. Serve it "
+    "from http://localhost, or set api.api_keys and have it send one."
+)
+_FOREIGN_LINK = (
+    "Links, pictures and frames of another site may not do this. If you have followed a link: enter its address."
+)
+_LONGEST_HOST = 300
+"""Longer than any name with its port."""
+
+
+_EXPOSED = (
+    "X-Request-Id",
+    "X-Model-Alias",
+    "X-Queue-Ms",
+    "X-Load-Ms",
+    "X-Queue-Position",
+    "X-Queue-Expected-Ms",
+    "X-Queue-Reason",
+    "X-Request-Priority",
+    "Retry-After",
+    "X-Should-Retry",
+)
+_OLLAMAS_ROUTES = "/api/"
+_DEFAULT_PORTS = {"http": "80", "https": "443"}
+
+
+class _Host(NamedTuple):
+    """What a Host header says."""
+
+    place: str
+    """All of it, in lower case."""
+    name: str
+    """Without a port."""
+    cannot_be_rebound: bool
+    """No page can have pointed that name at us."""
+
+
+class Browsers:
+    """The configured names and origins, and whether keys keep the rest out."""
+
+    def __init__(self, api: Api, keyring: Keyring) -> None:
+        self._keyring = keyring
+        self._hosts = _any_of(map(_host_expression, api.allowed_hosts))
+        self._own = _names_of_this_machine(asks=False)
+        self._all_may = "*" in api.cors_origins
+        self._configured = _matching(api.cors_origins)
+        self._ollamas = _matching((*api.cors_origins, *OLLAMAS_ORIGINS))
+
+    async def ask_for_own_names(self) -> None:
+        """The name with its domain, which name servers may have to tell, and may take their time for."""
+        self._own = await apart(lambda: _names_of_this_machine(asks=True))
+
+    def check(self, headers: Sequence[tuple[bytes, bytes]], version: str, path: str, *, has_effect: bool) -> None:
+        """Raises ApiError: 400 without just one Host (HTTP/1.0 may have none), 403 for foreign names and pages."""
+        hosts, origin, site = [], b"", b""
+        for name, value in headers:
+            if name == b"host":
+                hosts.append(value)
+            elif name == b"origin":
+                origin = value
+            elif name == b"sec-fetch-site":
+                site = value
+        if len(hosts) > 1 or (version != "1.0" and not any(hosts)):
+            raise ApiError(400, "invalid_request", _ONE_HOST)
+        if self._keyring.required:
+            return
+        host = _read(hosts[0][:_LONGEST_HOST] if hosts else b"localhost")
+        if not (host.cannot_be_rebound or host.name in self._own or self._hosts.fullmatch(host.name)):
+            raise ApiError(403, "unknown_host", _UNKNOWN_HOST.format(host.name))
+        if has_effect and (origin or site):
+            self._check_page(origin.decode("latin-1").lower(), site, host, path)
+
+    def _check_page(self, origin: str, site: bytes, host: _Host, path: str) -> None:
+        """Raises ApiError 403.
+
+        Sec-Fetch-Site, which browsers send over TLS or to their own machine only, knows our page behind a proxy
+        that has changed Host, and links and pictures, which have no Origin.
+        """
+        if site == b"same-origin" or self._all_may:
+            return
+        if not origin:
+            if site == b"cross-site":
+                raise ApiError(403, "unknown_origin", _FOREIGN_LINK)
+        elif not (_is_at(origin, host.place) or self._allowed(path).fullmatch(origin)):
+            foreign = _NAMELESS_PAGE if origin == "null" else _FOREIGN_PAGE.format(origin[:_LONGEST_HOST])
+            raise ApiError(403, "unknown_origin", foreign)
+
+    def cross_origin(self, app: ASGIApp) -> ASGIApp:
+        """`app`, for requests with an Origin header."""
+        of_ollama, of_others = (self._middleware(app, path) for path in (_OLLAMAS_ROUTES, "/"))
+
+        async def for_browsers(scope: Scope, receive: Receive, send: Send) -> None:
+            of_its_path = of_ollama if scope["path"].startswith(_OLLAMAS_ROUTES) else of_others
+            await of_its_path(scope, receive, send)
+
+        return for_browsers
+
+    def _middleware(self, app: ASGIApp, path: str) -> CORSMiddleware:
+        return CORSMiddleware(
+            app,
+            allow_origins=["*"] if self._all_may else [],
+            allow_origin_regex=self._allowed(path).pattern,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=_EXPOSED,
+        )
+
+    def origin_lines(self, origin: bytes, path: str) -> bytes:
+        """Headers of an answer to a page of this origin, as `cross_origin` adds them to its app's."""
+        lines = b"access-control-expose-headers: %b\r\nvary: Origin\r\n" % ", ".join(_EXPOSED).encode()
+        if self._all_may:
+            return lines + b"access-control-allow-origin: *\r\n"
+        if self._allowed(path).fullmatch(origin.decode("latin-1")):
+            return lines + b"access-control-allow-origin: %b\r\n" % origin
+        return lines
+
+    def _allowed(self, path: str) -> re.Pattern[str]:
+        return self._ollamas if path.startswith(_OLLAMAS_ROUTES) else self._configured
+
+
+def _matching(origins: Iterable[str]) -> re.Pattern[str]:
+    """What an origin must match in full to be one of these, as `api.cors_origins` has them, but for `*`."""
+    return _any_of(_expression(origin) for origin in origins if origin != "*")
+
+
+def _any_of(expressions: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(expressions) or "(?!)")
+
+
+def _expression(origin: str) -> str:
+    """`*` is any part of a host, and as a port any, also the default one, which browsers leave out."""
+    scheme, _, rest = origin.lower().partition("://")
+    host, colon, port = rest.rpartition(":")
+    if not colon or rest.endswith("]"):
+        host, port = rest, ""
+    numbers = "[0-9]+" if port == "*" else port
+    wanted = f":{numbers}" if numbers else ""
+    if port == "*" or (port and port == _DEFAULT_PORTS.get(scheme)):
+        wanted = f"(?:{wanted})?"
+    return f"{re.escape(scheme)}://" + re.escape(host).replace(r"\*", "[^/:]*") + wanted
+
+
+def _is_at(origin: str, host: str) -> bool:
+    """Whether a page of this origin was got from what is called so in `Host`; a proxy may have taken TLS off."""
+    scheme, _, place = origin.partition("://")
+    port = _DEFAULT_PORTS.get(scheme)
+    return port is not None and _with_port(place, port) == _with_port(host, port)
+
+
+def _with_port(place: str, port: str) -> str:
+    return place if place.rpartition(":")[2].isdecimal() else f"{place.rstrip(':')}:{port}"
+
+
+def _host_expression(name: str) -> str:
+    """`*` is any part of it, or all."""
+    return re.escape(name.lower()).replace(r"\*", ".*")
+
+
+def _cannot_be_rebound(name: str) -> bool:
+    """An address is no name. One without a dot is known in this network only, as that of a container is: public
+    name servers have none. Nor will they ever have one under .localhost or .internal (RFC 6761; ICANN, 2024).
+    """
+    if name.endswith((".localhost", ".internal")) or not ("." in name or ":" in name):
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+@lru_cache(maxsize=128)
+def _read(value: bytes) -> _Host:
+    place = value.decode("latin-1").strip().lower()
+    name = place[1:].partition("]")[0] if place.startswith("[") else place.partition(":")[0]
+    name = name.rstrip(".")
+    return _Host(place, name, _cannot_be_rebound(name))
+
+
+def _names_of_this_machine(*, asks: bool) -> frozenset[str]:
+    """Its own, and as others find it by mDNS; and with its domain, if who knows may be asked."""
+    name = socket.gethostname().lower()
+    names = {name, f"{name.partition('.')[0]}.local"}
+    if asks:
+        with contextlib.suppress(OSError, UnicodeError):
+            found = socket.getaddrinfo(name, None, flags=socket.AI_CANONNAME)
+            names |= {canonical.lower().rstrip(".") for *_, canonical, _ in found if canonical}
+    return frozenset(names)

@@ -1,0 +1,274 @@
+"""All about memory that takes time: reads devices, sizes models, measures engines, sees to it that memory is back.
+
+It keeps the ledger, and tells the scheduler, through `post`, what of it changes: budgets and what engines really
+take. It decides nothing. Everything here runs on the event loop; what blocks is done in threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+from router.config.schema import ModelConfig, System
+from router.config.snapshots import FolderHangs, FolderLooks
+from router.engines.llamacpp.flags import FORMS, Flags
+from router.engines.llamacpp.out_of_memory import ran_out
+from router.engines.llamacpp.plan import NAMES_GPUS, Alternative, Ground, Inspection, advise, inspect
+from router.engines.llamacpp.plan import shown as variables
+from router.engines.llamacpp.sizing import EngineKind, Size, Unusable
+from router.engines.process import Binary, EngineFailed
+from router.hardware.devices import Devices
+from router.hardware.ram import ProcessMemory
+from router.memory.ledger import Account, Ledger, is_news
+from router.memory.measurements import Learned
+from router.scheduling.messages import EngineMeasured, Event, Inspected, MemoryChanged, Placement
+from router.scheduling.residency import ENGINES
+from router.scheduling.scheduler import Scheduler
+
+INSPECTION_LIMIT_SEC = 60
+_REMEMBERED = 4
+_LOOK_SEC = (2.0, 30.0)
+"""Pause between two looks at the devices: while there are engines or somebody waits, and else."""
+_MAPPED_SEC = 30.0
+"""Pause between two looks at what of their files engines have mapped: the kernel walks through all of it."""
+_LISTED_SEC = 10.0
+"""How old an engine's list of GPUs may be, which takes a process to make."""
+_OLD_SEC = 30.0
+_ANSWER_SEC = 0.1
+_BACK_SEC = 5.0
+_BACK_LOOK_SEC = 0.05
+
+_log = logging.getLogger("router")
+
+
+class Accountant:
+    """One per dispatcher; `scheduler` is only read."""
+
+    def __init__(
+        self,
+        system: System,
+        binary: Binary,
+        devices: Devices,
+        learned: Learned,
+        scheduler: Scheduler,
+        post: Callable[[Event], None],
+    ) -> None:
+        self.ledger = Ledger(system)
+        self.kind = EngineKind(binary)
+        self.looks = FolderLooks(INSPECTION_LIMIT_SEC)
+        self._devices = devices
+        self._learned = learned
+        self._scheduler = scheduler
+        self._post = post
+        self._found: dict[str, deque[tuple[Alternative, ...]]] = {}
+        """Per alias what the last looks found, the latest first: room may be made for what an earlier one did."""
+        self._saving = asyncio.Lock()
+        self._processes: dict[int, ProcessMemory] = {}
+        self._mapped_sec = 0.0
+        self.ledger.observe(devices.last, {})
+
+    def configure(self, system: System) -> None:
+        self.ledger.system = system
+        self._tell_budgets()
+
+    # --- looking ----------------------------------------------------------------------------------------
+
+    async def watch(self) -> None:
+        """For ever: notice when others take memory or give it back, and when engines grow."""
+        while True:
+            busy = self._scheduler.engines or any(model.queue for model in self._scheduler.models.values())
+            await asyncio.sleep(_LOOK_SEC[0] if busy else _LOOK_SEC[1])
+            mapped = time.monotonic() - self._mapped_sec >= _MAPPED_SEC
+            await self.look(mapped=mapped, within_sec=_LISTED_SEC if busy else math.inf)
+
+    async def look(self, *, mapped: bool = False, within_sec: float = 0.0) -> bool:
+        """Read everything afresh, and tell what has changed. Whether the devices have answered.
+
+        What engines have mapped is only looked at if `mapped`. That may take long, so it comes first: what this
+        look says of the devices must not be older than what another one has said meanwhile.
+        """
+        await self._read_processes(mapped)
+        readings = await self._devices.read(within_sec=within_sec)
+        self.ledger.observe(readings, self._processes)
+        for account in tuple(self.ledger.accounts.values()):
+            engine = self._scheduler.engines.get(account.engine_id)
+            booked = account.booked()
+            if engine is not None and is_news(_memory(engine.placement), booked):
+                self._post(EngineMeasured(time.monotonic(), account.engine_id, booked))
+        if self.ledger.has_news:
+            self._tell_budgets()
+        return not readings.is_stale
+
+    async def _read_processes(self, mapped: bool) -> None:
+        """Whoever cannot be read in time is taken to hold what it held last.
+
+        A reading without `mapped` counts pages that engines share once for each: of a file, what the last full
+        one said stays.
+        """
+        pids = self.ledger.pids
+        held = await self._devices.held_by(pids, mapped=mapped) if pids else {}
+        known = {pid: memory for pid, memory in self._processes.items() if pid in self.ledger.pids}
+        if mapped:
+            self._mapped_sec = time.monotonic()
+        else:
+            files = {pid: memory.file_mib for pid, memory in known.items()}
+            held = {pid: replace(memory, file_mib=files.get(pid, 0)) for pid, memory in held.items()}
+        self._processes = {**known, **held}
+
+    def _tell_budgets(self) -> None:
+        budgets, capacity = self.ledger.budgets()
+        self._post(MemoryChanged(time.monotonic(), budgets, capacity))
+
+    # --- before a start ---------------------------------------------------------------------------------
+
+    async def inspect(self, model: ModelConfig, system: System) -> Inspected:
+        """Where it could live, by what is free now. Raises Unusable."""
+        try:
+            await self.look()
+            look = partial(self._look_at, model, system, self._ground(), bool(self._scheduler.engines))
+            found = await self.looks.take(look, model.model_path.parent)
+        except Unusable:
+            raise
+        except FolderHangs:
+            what = f"could not be looked at within {self.looks.limit_sec:g} s"
+            raise Unusable(f"{model.model_path} {what}", f"its file {what}") from None
+        except Exception as error:  # whatever it is, the model must not wait for ever
+            _log.exception("looking at %s failed", model.model_path)
+            reason = f"{model.model_path} cannot be looked at: {error!r}"
+            raise Unusable(reason, "its file cannot be looked at") from error
+        self._found.setdefault(model.alias, deque(maxlen=_REMEMBERED)).appendleft(found.alternatives)
+        return Inspected(
+            time.monotonic(),
+            model.alias,
+            tuple(one.placement for one in found.alternatives),
+            need=found.alternatives[0].need,
+            expected_load_sec=found.expected_load_sec,
+            load_is_known=found.load_is_known,
+            advice=found.advice,
+        )
+
+    def _look_at(self, model: ModelConfig, system: System, ground: Ground, beside_others: bool) -> Inspection:
+        """Blocks for as long as its disk does not answer."""
+        if beside_others:  # none of them is to go for one that won't run
+            self.kind.check_runs()
+        return inspect(model, system, self.kind, ground, self._learned)
+
+    def _ground(self) -> Ground:
+        return self.ledger.ground(self._scheduler.free(), self._devices.environment)
+
+    # --- an engine's life -------------------------------------------------------------------------------
+
+    def open(self, engine_id: int, alias: str, placement: Placement) -> Account:
+        """An engine is about to start where the scheduler wants it."""
+        looks = self._found.get(alias, ())
+        chosen = next((one for found in looks for one in found if one.placement == placement), None)
+        if chosen is None:
+            account = self.ledger.open(
+                engine_id, alias, Alternative((), Size(placement, "", placement), placement)
+            )
+            account.problem = "its memory was planned anew meanwhile"
+            return account
+        if chosen.remark:
+            _log.warning("model %s: %s, for want of memory", alias, chosen.remark)
+        return self.ledger.open(engine_id, alias, chosen)
+
+    def environment(self, account: Account, own: Mapping[str, str]) -> Mapping[str, str]:
+        """The variables that show the engine the GPUs that were chosen for it and no others, with `own` of its
+        entry. Raises EngineFailed if that cannot be."""
+        gpus = account.chosen.gpus
+        gone = [name for name in gpus if name not in self.ledger.devices]
+        problem = account.problem or (
+            f"{', '.join(gone)} {'is' if len(gone) == 1 else 'are'} gone" if gone else ""
+        )
+        if problem:
+            raise EngineFailed(problem, problem)
+        age_sec = self._devices.last.age_sec
+        if gpus and age_sec > _OLD_SEC:
+            _log.warning(
+                "model %s: starts on %s by what was free %.0f s ago, as the driver does not answer",
+                *(account.alias, ", ".join(gpus), age_sec),
+            )
+        shown = variables(self._devices.environment(self.ledger.devices[name] for name in gpus), own)
+        anew = Flags(account.chosen.flags)  # inherited ones name what it is not shown
+        for name in NAMES_GPUS:
+            flag, variable = anew.last(name), FORMS[name].variable
+            if flag is not None and variable:
+                shown[variable] = flag.text
+        return shown
+
+    async def ready(self, account: Account) -> None:
+        """It has loaded. Whoever waited for that gets an answer before anybody looks at what it took."""
+        account.is_settled = True
+        await asyncio.sleep(_ANSWER_SEC)
+        await self.look(mapped=True)
+        identity, model = account.chosen.size.identity, self._scheduler.models.get(account.alias)
+        if identity is not None and model is not None and model.load_is_known:
+            self._learned.loaded(identity, model.load_sec)
+            await self._save()
+
+    async def answered(self, account: Account) -> None:
+        """It has answered for the first time, and has all that it takes late: remember what that is."""
+        is_fresh = await self.look(mapped=True)
+        chosen, lesson = account.chosen, account.lesson
+        if lesson is not None and is_fresh and chosen.size.identity is not None:
+            self._learned.learn(chosen.size.identity, chosen.size.estimated, chosen.as_counted(lesson))
+            await self._save()
+
+    async def ran_out(
+        self, account: Account, model: ModelConfig, system: System, log: Sequence[str]
+    ) -> str | None:
+        """Whether the log of an engine that broke tells that memory ran out. Then its next estimate is larger, and
+        this is what would fit in what there was (empty if nobody knows); else None."""
+        wanted = ran_out(log)
+        if wanted is None:
+            return None
+        chosen = account.chosen
+        if chosen.size.identity is not None and not chosen.is_given:
+            self._learned.ran_out(chosen.size.identity, chosen.as_counted(account.booked()), wanted)
+            await self._save()
+        ground, placement = self._ground(), chosen.placement
+        look = partial(advise, model, system, self.kind, ground, self._learned, placement)
+        try:
+            return await self.looks.take(look, model.model_path.parent)
+        except FolderHangs:
+            return ""
+
+    async def close(self, account: Account) -> None:
+        """Its process is gone: until its memory is back, or for a few seconds; then the books are right again.
+
+        Nobody waits for it when the router ends, or while the driver does not say what is in use.
+        """
+        account.is_gone = True
+        try:
+            await self._until_back(account)
+        finally:
+            self.ledger.close(account.engine_id)
+            self.ledger.observe(self._devices.last, self._processes)
+            self._tell_budgets()
+
+    async def _until_back(self, account: Account) -> None:
+        deadline = time.monotonic() + _BACK_SEC
+        while account.pid is not None and not self._scheduler.shutting_down and await self.look():
+            if self.ledger.memory_is_back(account):
+                return
+            if time.monotonic() > deadline:
+                _log.warning(
+                    "model %s: its engine is gone, but after %g s not all of its memory on %s is back",
+                    *(account.alias, _BACK_SEC, ", ".join(account.chosen.gpus)),
+                )
+                return
+            await asyncio.sleep(_BACK_LOOK_SEC)
+
+    async def _save(self) -> None:
+        async with self._saving:
+            await asyncio.to_thread(self._learned.save, self._learned.entries())
+
+
+def _memory(placement: Placement) -> dict[str, int]:
+    return {name: mib for name, mib in placement.items() if name != ENGINES}

@@ -1,0 +1,1 @@
+"""What happened, told: the event bus, metrics, statistics of requests, logs, traces."""

@@ -1,0 +1,235 @@
+"""How requests fared: since the start, and in the last one and five minutes.
+
+Counts are exact; percentiles are within 2 %, from histograms whose steps grow by 4 % (as in DDSketch, Masson, Rim
+and Lee, VLDB 2019), so that memory is bounded by the number of models, not of requests. Longer windows are
+Prometheus's business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from math import log
+from typing import Any
+
+from router.observe.events import Events, RequestDone, RequestsDone
+
+_SLICE_SEC = 10.0
+WINDOWS_SEC = {"1m": 60, "5m": 300}
+_SLICES = int(max(WINDOWS_SEC.values()) / _SLICE_SEC) + 1
+_GROWTH = 1.04
+_SCALE = 1 / math.log(_GROWTH)
+_SHORTEST_SEC = 1e-4
+_SETTLED_AT_ONCE = 256
+
+
+class Durations:
+    """A distribution of times, in steps of 4 %.
+
+    Times are kept as they are until there are some, or somebody asks: many at once take a third of the time.
+    """
+
+    __slots__ = ("_new", "_steps")
+
+    def __init__(self) -> None:
+        self._steps: Counter[int] = Counter()
+        self._new: list[float] = []
+
+    def add(self, times: list[float]) -> None:
+        self._new += times
+        if len(self._new) >= _SETTLED_AT_ONCE:
+            self.settle()
+
+    def settle(self) -> None:
+        shortest = _SHORTEST_SEC
+        self._steps.update([int(log(sec / shortest) * _SCALE) if sec > shortest else 0 for sec in self._new])
+        self._new.clear()
+
+    def take(self, other: Durations) -> None:
+        other.settle()
+        self._steps.update(other._steps)
+
+    def quantile(self, share: float) -> float | None:
+        """None when there is nothing; 0 for what is too short to matter."""
+        self.settle()
+        rank = max(1, math.ceil(share * sum(self._steps.values())))
+        for step in sorted(self._steps):
+            rank -= self._steps[step]
+            if rank <= 0:
+                return round(_SHORTEST_SEC * _GROWTH ** (step + 0.5), 4) if step else 0.0
+        return None
+
+
+@dataclass(slots=True)
+class Tally:
+    """Requests that have something in common. What a client cancels is neither served nor failed."""
+
+    requests: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    total_sec: float = 0.0
+    shortest_sec: float = math.inf
+    longest_sec: float = 0.0
+    total: Durations = field(default_factory=Durations)
+    queue: Durations = field(default_factory=Durations)
+    ttft: Durations = field(default_factory=Durations)
+
+    @property
+    def served(self) -> int:
+        return self.outcomes["served"]
+
+    @property
+    def failed(self) -> int:
+        return self.requests - self.served - self.outcomes["cancelled"]
+
+    @property
+    def error_rate(self) -> float:
+        return self.failed / (self.served + self.failed) if self.served + self.failed else 0.0
+
+    def note(self, outcome: str, requests: Sequence[RequestDone]) -> None:
+        usages = [done.usage for done in requests]
+        times = [done.total_sec for done in requests]
+        self.requests += len(requests)
+        self.outcomes[outcome] += len(requests)
+        self.prompt_tokens += sum([usage.prompt_tokens for usage in usages])
+        self.cached_tokens += sum([usage.cached_tokens for usage in usages])
+        self.output_tokens += sum([usage.output_tokens for usage in usages])
+        self.total_sec += sum(times)
+        self.shortest_sec = min(self.shortest_sec, *times)
+        self.longest_sec = max(self.longest_sec, *times)
+        self.total.add(times)
+        self.queue.add([done.queue_sec for done in requests])
+        self.ttft.add([done.ttft_sec for done in requests if done.ttft_sec is not None])
+
+    def count(self, other: Tally) -> None:
+        """All of it but the distributions."""
+        self.requests += other.requests
+        self.outcomes.update(other.outcomes)
+        self.prompt_tokens += other.prompt_tokens
+        self.cached_tokens += other.cached_tokens
+        self.output_tokens += other.output_tokens
+        self.total_sec += other.total_sec
+        self.shortest_sec = min(self.shortest_sec, other.shortest_sec)
+        self.longest_sec = max(self.longest_sec, other.longest_sec)
+
+    def take(self, other: Tally) -> None:
+        self.count(other)
+        self.total.take(other.total)
+        self.queue.take(other.queue)
+        self.ttft.take(other.ttft)
+
+
+_Slice = defaultdict[tuple[str, str], Tally]
+
+
+class Telemetry:
+    """Counts the requests that `events` tells of. `clock` is monotonic."""
+
+    def __init__(self, events: Events, clock: Callable[[], float]) -> None:
+        events.listen(RequestsDone, self._note)
+        self._settle = events.settle
+        self._clock = clock
+        self._turned_away: Counter[str] = Counter()
+        self._past: defaultdict[tuple[str, str], Tally] = defaultdict(Tally)
+        """Of everything before the slices."""
+        self._slices: deque[tuple[float, _Slice]] = deque()
+        self._slice: _Slice = defaultdict(Tally)
+        self._slice_ends_sec = -math.inf
+
+    def _note(self, happening: RequestsDone) -> None:
+        now = self._clock()
+        if now >= self._slice_ends_sec:
+            self._begin_slice(now)
+        for (alias, _route, priority, outcome, _client), requests in happening.by_labels.items():
+            if priority:
+                self._slice[alias, priority].note(outcome, requests)
+            elif outcome != "served":  # Ollama's unload asks for no slot
+                self._turned_away[outcome] += len(requests)
+
+    def _begin_slice(self, now: float) -> None:
+        if len(self._slices) == _SLICES:
+            for key, tally in self._slices.popleft()[1].items():
+                self._past[key].take(tally)
+        self._slice = defaultdict(Tally)
+        self._slices.append((now, self._slice))
+        self._slice_ends_sec = now + _SLICE_SEC
+
+    def summary(self) -> dict[str, Any]:
+        """Of requests that asked for a slot: since the start, with the windows, by model and by priority."""
+        self._settle()
+        everything = Tally()
+        models: defaultdict[str, Tally] = defaultdict(Tally)
+        for tallies in (self._past, *(tallies for _, tallies in self._slices)):
+            for (alias, _priority), tally in tallies.items():
+                everything.count(tally)
+                models[alias].count(tally)
+        requests = everything.requests
+        return {
+            "total_requests": requests,
+            "successful": everything.served,
+            "failed": everything.failed,
+            "cancelled": everything.outcomes["cancelled"],
+            "success_rate": 1.0 - everything.error_rate,
+            "response_time": {
+                "avg": round(everything.total_sec / requests, 4) if requests else 0.0,
+                "min": round(everything.shortest_sec, 4) if requests else 0.0,
+                "max": round(everything.longest_sec, 4),
+            },
+            "turned_away": dict(self._turned_away),
+            "by_model": {
+                alias: {
+                    "total_requests": model.requests,
+                    "total_errors": model.failed,
+                    "error_rate": model.error_rate,
+                    "total_tokens": model.prompt_tokens + model.output_tokens,
+                }
+                for alias, model in models.items()
+            },
+            "windows": {name: self.window(seconds) for name, seconds in WINDOWS_SEC.items()},
+        }
+
+    def window(self, seconds: float) -> dict[str, Any]:
+        """The last `seconds`, up to a slice of 10 s more: all, by model, by priority."""
+        self._settle()
+        since = self._clock() - seconds - _SLICE_SEC
+        found: defaultdict[tuple[str, str], Tally] = defaultdict(Tally)
+        for began, tallies in self._slices:
+            if began > since:
+                for key, tally in tallies.items():
+                    found[key].take(tally)
+        everything = Tally()
+        by_model: defaultdict[str, Tally] = defaultdict(Tally)
+        by_priority: defaultdict[str, Tally] = defaultdict(Tally)
+        for (alias, priority), tally in found.items():
+            for into in (everything, by_model[alias], by_priority[priority]):
+                into.take(tally)
+        return {
+            **_report(everything),
+            "by_model": _reports(by_model.items()),
+            "by_priority": _reports(by_priority.items()),
+        }
+
+
+def _reports(tallies: Iterable[tuple[str, Tally]]) -> dict[str, Any]:
+    return {name: _report(tally) for name, tally in tallies}
+
+
+def _report(tally: Tally) -> dict[str, Any]:
+    return {
+        "requests": tally.requests,
+        "outcomes": dict(tally.outcomes),
+        "prompt_tokens": tally.prompt_tokens,
+        "cached_tokens": tally.cached_tokens,
+        "output_tokens": tally.output_tokens,
+        "total_sec": _percentiles(tally.total),
+        "queue_sec": _percentiles(tally.queue),
+        "ttft_sec": _percentiles(tally.ttft),
+    }
+
+
+def _percentiles(times: Durations) -> dict[str, float | None]:
+    return {f"p{percent}": times.quantile(percent / 100) for percent in (50, 95, 99)}

@@ -1,0 +1,1 @@
+"""The dispatcher, which turns the world into the scheduler's events and carries its effects out."""

@@ -1,0 +1,845 @@
+"""The one writer of the scheduler: turns the world into events, and carries its effects out.
+
+Everything here runs on one event loop and nothing in `_post` waits: spawning, stopping, probing and looking at
+files happen in tasks of their own, whose results come back as events. So no lock is needed, and a slow load or
+stop of one model never delays a request to another. A request that meets a ready engine with a free slot is
+granted within the call that submits it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import os
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Coroutine, Hashable, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import msgspec
+
+from router.config.schema import Config, MaxWait, ModelConfig, Patience, WaitFactor
+from router.engines.launcher import LAST_PORT, Launcher
+from router.engines.llamacpp.flags import FlagError, replaced
+from router.engines.llamacpp.sizing import Unusable, WrongFlags
+from router.engines.process import PROBE_LIMIT_SEC, Binary, EngineFailed, EngineOrder, EngineProcess, LogRing
+from router.engines.upstream import EnginePool
+from router.hardware.devices import Devices
+from router.memory.ledger import Account, Ledger
+from router.memory.manager import Accountant
+from router.memory.measurements import Learned
+from router.observe.events import EngineEnded, Events, LoadMoved, ModelChanged, ModelsListed, ServerChanged
+from router.observe.reasons import Reason, Reasons
+from router.runtime.background import Background
+from router.scheduling.messages import (
+    ByPriority,
+    Configured,
+    Displace,
+    Effect,
+    Eject,
+    EngineAlive,
+    EngineExited,
+    EngineLost,
+    EngineReady,
+    Event,
+    Finished,
+    Grant,
+    Inspect,
+    Inspected,
+    KeepAlive,
+    Load,
+    ModelSpec,
+    Policy,
+    Probe,
+    Refusal,
+    Reject,
+    Requeue,
+    Reset,
+    Retry,
+    ShutDown,
+    StartEngine,
+    StopCause,
+    StopEngine,
+    Submit,
+    Tick,
+    Transition,
+)
+from router.scheduling.queue import Priority, Request
+from router.scheduling.residency import Model
+from router.scheduling.scheduler import Scheduler
+from router.scheduling.wait_estimate import Forecast
+from router.scheduling.wait_reason import why
+from router.system.readings import apart
+
+_log = logging.getLogger("router")
+
+_POSITIONS_VALID_SEC = 1
+_LOG_OF_AN_END = 200
+_SEE_LOG = "the router's log says why"
+_DYING_SEC = 1.0
+"""For one that does not answer because it is on its way out, so that its end gets its own reason and not ours."""
+
+
+class EngineContext(msgspec.Struct):
+    n_ctx: int | None = None
+    """Of one slot."""
+
+
+class EngineProps(msgspec.Struct):
+    """What an engine says of itself at `/props`."""
+
+    default_generation_settings: EngineContext = msgspec.field(default_factory=EngineContext)
+    modalities: dict[str, bool] = {}
+
+
+@dataclass(slots=True, eq=False)
+class RunningEngine:
+    """An engine's process with the connections to it."""
+
+    id: int
+    alias: str
+    process: EngineProcess
+    pool: EnginePool
+    account: Account
+    started_sec: float
+    ready_sec: float | None = None
+    props: EngineProps | None = None
+    """Once it is ready and has answered that."""
+    probed_sec: float | None = None
+    probe_latency_sec: float | None = None
+    answered_sec: float = 0.0
+    """When it last answered a probe (monotonic)."""
+    failed_probes: int = 0
+    """In a row."""
+
+    @property
+    def alive_sec(self) -> float:
+        """When it last gave a sign of life: a byte of any answer, or an answer to a probe."""
+        return max(self.ready_sec or 0.0, self.answered_sec, self.pool.heard_sec)
+
+    def loading_sec(self, *, since: float) -> float:
+        """How long it was loading from then on."""
+        if self.ready_sec is None or self.ready_sec <= since:
+            return 0.0
+        return self.ready_sec - max(since, self.started_sec)
+
+
+@dataclass(frozen=True, slots=True)
+class LastExit:
+    """How the last engine of a model ended."""
+
+    reason: str
+    at: float
+    """Seconds since the epoch."""
+    wanted: bool
+    """We had asked it to go."""
+    code: int | None = None
+    """Negative: the signal that ended it; None when it could not even be started."""
+    out_of_memory: bool = False
+    log_tail: tuple[str, ...] = ()
+
+
+class Ticket(msgspec.Struct, eq=False):
+    """A request's place: in the queue, then with `engine`, or turned away with `rejection`."""
+
+    id: str
+    alias: str
+    priority: Priority
+    arrival_sec: float
+    granted_sec: float
+    client: str = ""
+    """Its name, if its key has one."""
+    slotless: bool = False
+    queue_sec: float = 0.0
+    """How long it has waited, once it is decided."""
+    load_sec: float = 0.0
+    """The part of the wait in which the model was loading."""
+    engine: RunningEngine | None = None
+    rejection: Reject | None = None
+    retries: int = 0
+    """How often its engine broke and it was sent back to the queue."""
+    _listener: Callable[[], None] | None = None
+
+    @property
+    def decided(self) -> bool:
+        return self.engine is not None or self.rejection is not None
+
+    def when_decided(self, listener: Callable[[], None]) -> None:
+        """Have it called, once, soon after it is granted or rejected: in a turn of its own of the event loop."""
+        self._listener = listener
+
+    def decide(self, now: float, engine: RunningEngine | None, rejection: Reject | None) -> None:
+        self.granted_sec = now
+        self.queue_sec = now - self.arrival_sec
+        self.engine = engine
+        self.rejection = rejection
+        if engine is not None:
+            self.load_sec = engine.loading_sec(since=self.arrival_sec)
+        if self._listener is not None:
+            asyncio.get_running_loop().call_soon(self._listener)
+            self._listener = None
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A request in the queue, for people."""
+
+    id: str
+    alias: str
+    priority: Priority
+    position: int
+    """1: it is served next."""
+    waited_sec: float
+    expected_sec: float | None
+    """Until it gets a slot, as far as what was measured tells; None: it does not tell."""
+    why: str
+    client: str
+    """Its name, if its key has one."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """Requests to one alias since the start."""
+
+    submitted: int = 0
+    served: int = 0
+    rejected: int = 0
+
+
+class Dispatcher:
+    """Owns the scheduler, the engines and everybody who waits. Create and use it on one event loop."""
+
+    def __init__(
+        self,
+        config: Config,
+        launcher: Launcher,
+        binary: Binary,
+        devices: Devices,
+        learned: Learned,
+        events: Events,
+    ) -> None:
+        self.config = config
+        self.events = events
+        self.binary = binary
+        self.devices = devices
+        self.scheduler = Scheduler()
+        self._accountant = Accountant(config.system, binary, devices, learned, self.scheduler, self._post)
+        self.logs: dict[str, LogRing] = {}
+        self.engine_file: Callable[[str], Callable[[bytes], None] | None] = lambda alias: None
+        """Where what an alias's engines say is to go besides its ring."""
+        self.running: dict[int, RunningEngine] = {}
+        self.status = "initializing"
+        self.started_at = time.time()
+        """For people, in seconds since the epoch. How long ago that is, `uptime_sec` knows."""
+        self._started_sec = time.monotonic()
+        self.counts: dict[str, Counts] = defaultdict(Counts)
+        self.exits: dict[str, LastExit] = {}
+        self._reasons = Reasons()
+        self.crashes: dict[str, int] = defaultdict(int)
+        self.restarts: dict[str, int] = defaultdict(int)
+        """Engines that were started because the one before had died."""
+        self._launcher = launcher
+        self._tickets: dict[str, Ticket] = {}
+        self._positions: dict[str, tuple[float, dict[str, int]]] = {}
+        self._forecast = Forecast(-math.inf, {}, 0)
+        self.background = Background()
+        self._pending: deque[Event] = deque()
+        self._posting = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = math.inf
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._inspections: set[asyncio.Task[None]] = set()
+        self._stopping: set[int] = set()
+        self._projector_failed: dict[str, Hashable] = {}
+        """By alias what the engine was started with that did not load with a projector that was only found."""
+        self._preloading: set[str] = set()
+        self._told: set[str] = set()
+        """What is wrong with flags."""
+        self._changes: dict[str, set[asyncio.Future[None]]] = {}
+        """Who waits for a change of a model, or (under an empty name) of any."""
+        self._preload: asyncio.Task[None] | None = None
+        self._watch: asyncio.Task[None] | None = None
+
+    @property
+    def uptime_sec(self) -> float:
+        return time.monotonic() - self._started_sec
+
+    @property
+    def ledger(self) -> Ledger:
+        """Who holds what of each device."""
+        return self._accountant.ledger
+
+    # --- life -------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Take up work: know the models, begin to preload."""
+        self._configure()
+        self._watch = self.background.keep("watch of memory", self._accountant.watch)
+        self.status = "ready"
+        self.events.publish(ServerChanged(self.status, time.time()))
+        if self._to_preload():
+            self._preload = self._spawn(self._preload_models(), "preload")
+
+    async def shut_down(self) -> None:
+        """Refuse what waits, let what is in flight finish within the grace time, stop every engine."""
+        self.status = "shutting_down"
+        self.events.publish(ServerChanged(self.status, time.time()))
+        for task in (self._preload, self._watch, *self._inspections):
+            if task is not None:
+                task.cancel()
+        self._post(ShutDown(time.monotonic()))
+        deadline = time.monotonic() + self.config.system.shutdown_grace_sec
+        while self.scheduler.engines and (left := deadline - time.monotonic()) > 0:
+            await self._next_change(None, left)
+        for engine_id in list(self.scheduler.engines):
+            self._stop(engine_id)
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def kill_engines(self) -> None:
+        """Without any grace: the last resort of an impatient operator."""
+        for running in self.running.values():
+            running.process.kill()
+
+    def apply(self, config: Config) -> None:
+        """Go by a new configuration. Engines whose entry did not change are not touched."""
+        models = {alias: self._as_it_loads(model) for alias, model in config.models.items()}
+        self.config = replace(config, models=models)
+        self._configure()
+        self.events.publish(ModelsListed(time.time()))
+
+    # --- requests ---------------------------------------------------------------------------------------
+
+    def submit(
+        self, request_id: str, alias: str, priority: Priority, client: str = "", *, slotless: bool = False
+    ) -> Ticket:
+        """Ask for a slot, or for an engine only. All must come back through `finish`, cancelled ones, too."""
+        now = time.monotonic()
+        ticket = Ticket(request_id, alias, priority, now, now, client, slotless)
+        self._tickets[request_id] = ticket
+        self.counts[alias].submitted += 1
+        self._post(Submit(now, request_id, alias, priority, slotless))
+        return ticket
+
+    def finish(self, ticket: Ticket, *, served: bool, computed: bool) -> None:
+        """The request is over, wherever it is: answered, with tokens or without, failed, or given up."""
+        if self._tickets.pop(ticket.id, None) is not None:
+            self.counts[ticket.alias].served += served
+            self._post(Finished(time.monotonic(), ticket.id, served, computed))
+            engine = ticket.engine
+            if computed and engine is not None and not engine.account.has_answered:
+                engine.account.has_answered = True
+                self._spawn(self._accountant.answered(engine.account), f"measuring of {ticket.alias}")
+
+    def displace(self, ticket: Ticket, reason: str) -> None:
+        """Have a request that waits turned away, at once: one of a higher priority needs what it holds."""
+        self._post(Displace(time.monotonic(), ticket.id, reason))
+
+    def requeue(self, ticket: Ticket, reason: str) -> None:
+        """Its engine broke before the first byte of an answer: back to the head of its queue."""
+        ticket.engine = None
+        ticket.retries += 1
+        self._post(Requeue(time.monotonic(), ticket.id, reason))
+
+    def is_taken(self, request_id: str) -> bool:
+        return request_id in self._tickets
+
+    def position(self, ticket: Ticket) -> int | None:
+        """1 for the request that is served next; None when it does not wait. At most a second old."""
+        now = time.monotonic()
+        counted_sec, positions = self._positions.get(ticket.alias, (-math.inf, {}))
+        if now - counted_sec > _POSITIONS_VALID_SEC or ticket.id not in positions:
+            model = self.scheduler.models.get(ticket.alias)
+            positions = {request.id: place for place, request in model.queue.places()} if model is not None else {}
+            self._positions[ticket.alias] = now, positions
+        return positions.get(ticket.id)
+
+    def waits(self, alias: str, most: int) -> list[Waiting]:
+        """Who waits for a model, in the order of service: the first of them."""
+        model = self.scheduler.models.get(alias)
+        if model is None or not model.queue:
+            return []
+        now = time.monotonic()
+        reasons = [why(model, now, slotless=slotless) for slotless in (False, True)]
+        return [
+            self._wait(model, request, place, reasons[request.slotless], now)
+            for place, request in islice(model.queue.places(), most)
+        ]
+
+    def wait_of(self, ticket: Ticket) -> Waiting | None:
+        """How a request that waits is doing; None when it does not."""
+        model = self.scheduler.models.get(ticket.alias)
+        position = self.position(ticket)
+        if model is None or position is None:
+            return None
+        now = time.monotonic()
+        return self._wait(model, ticket, position, why(model, now, slotless=ticket.slotless), now)
+
+    def _forecast_with(self, waiting: Ticket | Request, now: float) -> Forecast:
+        """One for all who wait, as long as it is told (see the scheduler), and nobody asks who came since."""
+        known = self._forecast
+        if now - known.at > known.told_sec or waiting.arrival_sec > known.at:
+            self._forecast = self.scheduler.forecast(now)
+        return self._forecast
+
+    def _wait(self, model: Model, waiting: Ticket | Request, position: int, reason: str, now: float) -> Waiting:
+        return Waiting(
+            id=waiting.id,
+            alias=waiting.alias,
+            priority=waiting.priority,
+            position=position,
+            waited_sec=now - waiting.arrival_sec,
+            expected_sec=self._forecast_with(waiting, now).wait_sec(waiting.id, now),
+            why=reason if position == 1 else f"{position - 1} before it; {reason}",
+            client=self._tickets[waiting.id].client,
+        )
+
+    def in_full(self, alias: str, text: str) -> str:
+        """What is told of a model, for who runs the router: with paths, and what engines have said."""
+        return self._reasons.in_full(alias, text)
+
+    # --- operators --------------------------------------------------------------------------------------
+
+    def ask_to_load(self, alias: str) -> str | None:
+        """Have a model loaded by hand. Its state, if that is the last word already; `eject` takes it back."""
+        self._post(Load(time.monotonic(), alias))
+        self.events.publish(LoadMoved(alias, time.time()))  # it may wait for long in the state that it is in
+        return self._settled(alias)
+
+    async def load(self, alias: str) -> str:
+        """Load a model by hand; returns its state once it is ready, failed, or given up."""
+        self.ask_to_load(alias)
+        return await self._until_settled(alias)
+
+    def begin_eject(self, alias: str) -> None:
+        """Let it finish what is in flight, then unload it."""
+        self._post(Eject(time.monotonic(), alias))
+
+    async def eject(self, alias: str) -> None:
+        """The same; returns when that engine is gone."""
+        engine = self.scheduler.models[alias].engine
+        self.begin_eject(alias)
+        while engine is not None and engine.id in self.scheduler.engines:
+            await self._next_change(alias)
+
+    def keep_alive(self, alias: str, idle_sec: float) -> None:
+        """How long the engine of now is to stay when idle; 0: it goes as soon as nobody uses it."""
+        self._post(KeepAlive(time.monotonic(), alias, idle_sec))
+
+    def reset(self, alias: str) -> None:
+        self._post(Reset(time.monotonic(), alias))
+
+    async def _until_settled(self, alias: str) -> str:
+        while (state := self._settled(alias)) is None:
+            await self._next_change(alias)
+        return state
+
+    def _settled(self, alias: str) -> str | None:
+        """Its state, if no load is on its way or asked for."""
+        model = self.scheduler.models.get(alias)
+        if model is None:
+            return "off"
+        state = self.scheduler.state(alias)
+        is_settled = state in ("ready", "failed") or (model.engine is None and model.wanted_since_sec is None)
+        return state if is_settled else None
+
+    async def _next_change(self, alias: str | None, timeout_sec: float | None = None) -> None:
+        """Until the state of a model (None: of any) changes."""
+        changed = asyncio.get_running_loop().create_future()
+        waiters = self._changes.setdefault(alias or "", set())
+        waiters.add(changed)
+        try:
+            await asyncio.wait({changed}, timeout=timeout_sec)
+        finally:  # also of those who wait no more
+            waiters.discard(changed)
+
+    # --- the loop ---------------------------------------------------------------------------------------
+
+    def _post(self, event: Event) -> None:
+        """One event at a time, also when carrying out an effect brings the next."""
+        if self._posting:
+            self._pending.append(event)
+            return
+        self._posting = True
+        scheduler = self.scheduler
+        try:
+            while True:
+                try:
+                    effects = scheduler.step(event)
+                except Exception:
+                    effects = self._broken_at(event)
+                for effect in effects:
+                    try:
+                        self._carry_out(effect)
+                    except Exception:  # it must keep neither the others nor those whom it concerns waiting
+                        _log.exception("%s could not be carried out", effect)
+                        self._make_good(effect)
+                if not self._pending:
+                    break
+                event = self._pending.popleft()
+        finally:
+            self._posting = False
+        if scheduler.wake_at < self._timer_at:
+            self._set_timer()
+
+    def _broken_at(self, event: Event) -> list[Effect]:
+        """The scheduler has raised the exception that is being handled: what it had wanted until then."""
+        _log.exception("the scheduler broke at %s", event)
+        if isinstance(event, Submit | Requeue):
+            self._turn_away(event.request_id)
+        return self.scheduler.wanted
+
+    def _make_good(self, effect: Effect) -> None:
+        """Tell whoever waits for what could not be done."""
+        now = time.monotonic()
+        match effect:
+            case Grant(request_id) | Reject(request_id):
+                self._turn_away(request_id)
+            case Inspect(alias):
+                self._pending.append(
+                    Inspected(now, alias, problem=f"{alias!r} could not be looked at; {_SEE_LOG}")
+                )
+            case StartEngine(engine_id):
+                self._pending.append(EngineExited(now, engine_id, f"it could not be started; {_SEE_LOG}"))
+            case StopEngine(engine_id) | Probe(engine_id):
+                if (running := self.running.get(engine_id)) is not None:
+                    running.process.kill()
+
+    def _turn_away(self, request_id: str) -> None:
+        """A request that the router cannot serve by its own fault. It is over once its client has heard that."""
+        ticket = self._tickets.get(request_id)
+        if ticket is not None:
+            reason = "The router made a mistake; see its log."
+            ticket.decide(time.monotonic(), None, Reject(request_id, Refusal.INTERNAL_ERROR, reason))
+
+    def _carry_out(self, effect: Effect) -> None:
+        match effect:
+            case Grant(request_id, engine_id):
+                ticket = self._tickets.get(request_id)
+                if ticket is None:
+                    self._pending.append(Finished(time.monotonic(), request_id, served=False))
+                else:
+                    ticket.decide(time.monotonic(), self.running[engine_id], None)
+            case Reject(request_id):
+                ticket = self._tickets.get(request_id)
+                if ticket is not None:
+                    self.counts[ticket.alias].rejected += 1
+                    ticket.decide(time.monotonic(), None, effect)
+            case Inspect(alias):
+                inspection = self._spawn(self._inspect(alias), f"inspection of {alias}")
+                self._inspections.add(inspection)
+                inspection.add_done_callback(self._inspections.discard)
+            case StartEngine(engine_id, alias, placement):
+                model = self.config.models[alias]
+                account = self._accountant.open(engine_id, alias, placement)
+                self._spawn(self._live(account, model), f"engine {engine_id} of {alias}")
+            case StopEngine(engine_id):
+                self._stop(engine_id)
+            case Probe(engine_id):
+                self._spawn(self._probe(engine_id), f"probe of engine {engine_id}")
+            case Transition(alias, state, reason):
+                for waiter in (*self._changes.pop(alias, ()), *self._changes.pop("", ())):
+                    if not waiter.done():
+                        waiter.set_result(None)
+                full = self.in_full(alias, reason)
+                self._log_change(alias, state, full)
+                self.events.publish(ModelChanged(alias, state, full, time.time(), reason))
+
+    def _log_change(self, alias: str, state: str, reason: str) -> None:
+        model = self.scheduler.models.get(alias)
+        first = model.queue.head() if model is not None else None
+        fields = {"alias": alias, "state": state, "reason": reason, "request_id": first.id if first else None}
+        _log.info("model %s: %s (%s)", alias, state, reason, extra=fields)
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = self.scheduler.wake_at
+        delay = max(0.0, self._timer_at - time.monotonic())
+        self._timer = asyncio.get_running_loop().call_later(delay, self._tick)
+
+    def _tick(self) -> None:
+        self._timer_at = math.inf
+        self._post(Tick(time.monotonic()))
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("%s broke: %s", task.get_name(), error, exc_info=error)
+
+    # --- the world --------------------------------------------------------------------------------------
+
+    async def _inspect(self, alias: str) -> None:
+        """Answer the scheduler's question; when the configuration changes meanwhile, look again."""
+        answer: Inspected | None = None
+        model: ModelConfig | None = None
+        while model != self.config.models.get(alias):
+            model = self.config.models.get(alias)
+            system = self.config.system
+            try:
+                answer = await self._accountant.inspect(model, system) if model is not None else None
+            except Unusable as unusable:
+                told = f"{alias!r}: {unusable.reason.told}"
+                self._reasons.note(alias, Reason(unusable.reason.full, told))
+                for_good = isinstance(unusable, WrongFlags)
+                answer = Inspected(time.monotonic(), alias, problem=told, for_good=for_good)
+        if answer is not None:
+            self._post(answer)
+
+    async def _live(self, account: Account, model: ModelConfig) -> None:
+        """An engine from its start to its end. Whatever happens, its exit is reported."""
+        engine_id = account.engine_id
+        unwatched = f"the router failed to watch it; {_SEE_LOG}"
+        reason = Reason(unwatched, unwatched)
+        before = self.exits.get(model.alias)
+        self.restarts[model.alias] += before is not None and not before.wanted
+        running: RunningEngine | None = None
+        ended_itself = False
+        try:
+            started = time.monotonic()
+            process = await self._launcher.launch(await self._order(model, account), self.log_of(model.alias))
+            most_idle = self.config.system.http_max_keepalive
+            pool = EnginePool(process.port, process.key, most_idle, process.unix_socket, lambda: process.alive)
+            running = RunningEngine(engine_id, model.alias, process, pool, account, started)
+            self.running[engine_id] = running
+            account.pid = process.pid
+            if engine_id in self._stopping:
+                await process.stop()
+            process.when_load_moves = lambda: self.events.publish(LoadMoved(model.alias, time.time()))
+            await process.ready()
+            running.ready_sec = time.monotonic()
+            self._post(EngineReady(running.ready_sec, engine_id))
+            self._spawn(self._accountant.ready(account), f"measuring of {model.alias}")
+            self._spawn(self._ask_what_it_has(running), f"question to the engine of {model.alias}")
+            reason = await process.exited
+        except EngineFailed as failed:
+            reason = failed.reason
+            ended_itself = running is not None and not running.process.alive
+        except Exception:
+            _log.exception("the engine of %s cannot be watched", model.alias)
+        finally:
+            if running is not None:
+                await running.process.stop()
+            self._post(EngineLost(time.monotonic(), engine_id))
+            wanted = engine_id in self._stopping
+            self._reasons.note(model.alias, reason)
+            self.exits[model.alias] = _exit_of(running, reason.full, wanted)
+            retry = running.process.retry if running is not None and running.ready_sec is None else Retry.LATER
+            self.crashes[model.alias] += not wanted and retry is not Retry.AT_ONCE
+            cause = self._cause_of_end(engine_id, running, wanted=wanted)
+            self.events.publish(EngineEnded(model.alias, cause, wanted, reason.full, time.time()))
+            self._stopping.discard(engine_id)
+            if running is not None:
+                running.pool.close_idle()
+                del self.running[engine_id]
+            advice = await self._look_for_memory(account, model, running, wanted=wanted)
+            if ended_itself and not wanted and advice is None and retry is Retry.LATER:
+                retry = self._without_projector(model, reason.full)
+            told = f"{reason.told}; {advice}" if advice else reason.told
+            self._post(EngineExited(time.monotonic(), engine_id, told, advice is not None, retry))
+
+    def _without_projector(self, model: ModelConfig, reason: str) -> Retry:
+        """When to try again after a load that failed: at once, without its projector, if nobody has named that."""
+        if not model.projector_was_found or "mmproj" not in model.purposes:
+            return Retry.LATER
+        _log.warning(
+            "model %s did not load, and is started without the projector that was found beside it (name the right "
+            "one by `mmproj` in its entry, or give it the flag --no-mmproj): %s",
+            *(model.alias, reason),
+        )
+        self._projector_failed[model.alias] = model.revision
+        self.apply(self.config)
+        return Retry.AT_ONCE
+
+    def _as_it_loads(self, model: ModelConfig) -> ModelConfig:
+        failed = self._projector_failed.get(model.alias)
+        return model.without_projector() if failed is not None and failed == model.revision else model
+
+    async def _look_for_memory(
+        self, account: Account, model: ModelConfig, running: RunningEngine | None, *, wanted: bool
+    ) -> str | None:
+        """What helps, or an empty text, if it ended for want of memory. Returns when what it held is back."""
+        advice = None
+        try:
+            if running is not None and not wanted:
+                process = running.process
+                log = [*process.last_words(_LOG_OF_AN_END), *(["out of memory"] if process.out_of_memory else ())]
+                advice = await self._accountant.ran_out(account, model, self.config.system, log)
+        except Exception:  # whatever it is, its end must be told
+            _log.exception("why the engine of %s ended could not be found out", model.alias)
+        try:
+            await self._accountant.close(account)
+        except Exception:
+            _log.exception("whether the memory of the engine of %s is back could not be found out", model.alias)
+        return advice
+
+    def _cause_of_end(self, engine_id: int, running: RunningEngine | None, *, wanted: bool) -> str:
+        engine = self.scheduler.engines.get(engine_id)
+        if wanted:
+            cause = engine.cause if engine is not None else None
+            return (cause or StopCause.SHUTDOWN).value
+        if running is None or running.ready_sec is None:
+            return "load_failed"
+        return "hung" if running.process.was_killed else "crashed"
+
+    def _stop(self, engine_id: int) -> None:
+        """Have an engine stopped; one that is just being spawned stops as soon as it is."""
+        if engine_id in self._stopping:
+            return
+        self._stopping.add(engine_id)
+        running = self.running.get(engine_id)
+        if running is not None:
+            running.pool.break_off()
+            self._spawn(running.process.stop(), f"stop of {running.alias}")
+
+    async def _probe(self, engine_id: int) -> None:
+        running = self.running.get(engine_id)
+        if running is None:
+            return
+        process = running.process
+        began = time.monotonic()
+        if await process.healthy() or running.pool.heard_sec >= began:
+            self._post(EngineAlive(time.monotonic(), engine_id))
+            return
+        await asyncio.wait({process.exited}, timeout=_DYING_SEC)
+        process.kill("it broke a request off and does not answer")
+
+    async def _ask_what_it_has(self, running: RunningEngine) -> None:
+        """The truth, whatever its flags, its variables and the memory that it found have made of it."""
+        document = await running.process.document("/props", PROBE_LIMIT_SEC)
+        with contextlib.suppress(msgspec.MsgspecError):  # it is older, or another one
+            running.props = msgspec.json.decode(document.body if document else b"", type=EngineProps)
+
+    def props_of(self, alias: str) -> EngineProps | None:
+        """What its engine says of itself; None if there is none that is ready."""
+        model = self.scheduler.models.get(alias)
+        running = self.running.get(model.engine.id) if model is not None and model.engine is not None else None
+        return running.props if running is not None else None
+
+    async def _order(self, model: ModelConfig, account: Account) -> EngineOrder:
+        """Raises EngineFailed."""
+        env = self._accountant.environment(account, model.env)
+        written = replaced(model.flags, account.chosen.flags)
+        try:
+            flags = await apart(lambda: self._accountant.kind.in_its_words(written, {**os.environ, **env}))
+        except FlagError as error:
+            raise EngineFailed(f"its flags: {error.message}", "its flags are wrong") from error
+        system = self.config.system
+        limit = system.timeout_warmup_sec if model.alias in self._preloading else system.wait_ready_sec
+        return EngineOrder(
+            alias=model.alias,
+            argv=(
+                *self.binary.argv,
+                "-m",
+                str(model.model_path),
+                "--alias",
+                model.alias,
+                *flags.words,
+            ),
+            env=env,
+            load_stall_sec=system.load_stall_sec,
+            load_limit_sec=limit,
+            stop_grace_sec=system.stop_grace_sec,
+        )
+
+    def log_of(self, alias: str) -> LogRing:
+        if alias not in self.logs:
+            self.logs[alias] = LogRing(self.config.system.log_ring_lines, self.engine_file(alias))
+        return self.logs[alias]
+
+    # --- configuration ----------------------------------------------------------------------------------
+
+    async def _tell_unknown_flags(self) -> None:
+        """Before a model is asked for that will not load."""
+        models, kind = self.config.models, self._accountant.kind
+        for problem in await apart(lambda: list(kind.unknown_flags(models, os.environ))):
+            if problem not in self._told:
+                self._told.add(problem)
+                _log.warning("%s", problem)
+
+    def _configure(self) -> None:
+        self._post(Configured(time.monotonic(), self._specs(), _policy(self.config)))
+        self._accountant.configure(self.config.system)
+        self._spawn(self._tell_unknown_flags(), "look at flags")
+
+    def _specs(self) -> Mapping[str, ModelSpec]:
+        connections = self.config.system.http_max_connections
+        preloaded = frozenset(self._to_preload())
+        return {
+            alias: ModelSpec(
+                alias,
+                slots=min(model.slots, connections),
+                most_slotless=connections,
+                pinned=model.pinned,
+                kept=model.pinned or alias in preloaded,
+                idle_timeout_sec=model.idle_timeout_sec,
+                revision=model.revision,
+            )
+            for alias, model in self.config.models.items()
+        }
+
+    def _to_preload(self) -> list[str]:
+        names = self.config.system.preload_models
+        return list(self.config.models) if "*" in names else list(names)
+
+    async def _preload_models(self) -> None:
+        for index, alias in enumerate(self._to_preload()):
+            if index:
+                await asyncio.sleep(self.config.system.preload_delay_sec)
+            if alias not in self.config.models:
+                continue
+            self._preloading.add(alias)
+            try:
+                self._post(Load(time.monotonic(), alias, evict=False))
+                await self._until_settled(alias)
+            finally:
+                self._preloading.discard(alias)
+
+
+def _exit_of(running: RunningEngine | None, reason: str, wanted: bool) -> LastExit:
+    if running is None:
+        return LastExit(reason, time.time(), wanted)
+    process = running.process
+    tail = tuple(process.last_words())
+    return LastExit(reason, time.time(), wanted, process.exit_code, process.out_of_memory, tail)
+
+
+def _policy(config: Config) -> Policy:
+    system, scheduling = config.system, config.scheduling
+    unload = system.enable_idle_timeout and system.idle_timeout_sec > 0
+    return Policy(
+        patience_sec=_by_priority(scheduling.patience_sec),
+        max_wait_sec=_by_priority(scheduling.max_wait_sec),
+        wait_factor=_by_priority(scheduling.wait_factor),
+        residency_factor=scheduling.residency_factor,
+        max_linger_sec=scheduling.max_linger_sec,
+        max_concurrent_models=system.max_concurrent_models,
+        ports=LAST_PORT + 1 - system.base_port,
+        max_queue_size_per_model=system.max_queue_size_per_model,
+        max_queue_size_total=system.max_queue_size_total,
+        queue_timeout_sec=system.queue_timeout_sec,
+        idle_timeout_sec=system.idle_timeout_sec if unload else None,
+        keep_warm_models=system.keep_warm_models,
+        max_drain_sec=system.max_drain_sec,
+        model_load_max_retries=system.model_load_max_retries,
+        model_max_crashes=system.model_max_crashes,
+        model_crash_window_sec=system.model_crash_window_sec,
+        model_load_cooldown_sec=system.model_load_cooldown_sec,
+        max_request_retries=system.max_request_retries,
+    )
+
+
+def _by_priority(figures: Patience | MaxWait | WaitFactor) -> ByPriority:
+    return ByPriority(figures.high, figures.normal, figures.low)

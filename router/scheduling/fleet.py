@@ -1,0 +1,102 @@
+"""The engines of one machine: which there are, what they take, and the room that is being made for others.
+
+Keeps the books of memory and the states of engines, and says what must be done to processes. Who gets room
+and whose turn it is are decided elsewhere; requests are not known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from router.scheduling.messages import Effect, Placement, StartEngine, StopCause, StopEngine, Transition
+from router.scheduling.residency import ENGINES, Engine, EngineState, Model, Swap, amounts, claim, take, total
+
+
+class Fleet:
+    """Engines and memory. `effects` collects what is to be done; the scheduler hands it out step by step."""
+
+    def __init__(self) -> None:
+        self.engines: dict[int, Engine] = {}
+        self.budgets: dict[str, int] = {}
+        self.capacity: dict[str, int] = {}
+        self.swaps: dict[str, Swap] = {}
+        self.effects: list[Effect] = []
+        self._last_id = 0
+
+    def set_budgets(self, budgets: Mapping[str, int], capacity: Mapping[str, int], engines: int) -> None:
+        self.budgets = {**budgets, ENGINES: engines}
+        self.capacity = {**budgets, **capacity, ENGINES: engines}
+
+    def free(self) -> dict[str, int]:
+        """What is neither used, nor reserved for an engine that loads, nor promised to a swap."""
+        free = dict(self.budgets)
+        for engine in self.engines.values():
+            take(free, engine.placement)
+        for swap in self.swaps.values():
+            take(free, claim(swap.placement, self._still_there(swap)))
+        return free
+
+    def obtainable_by(self, swap: Swap) -> dict[str, int]:
+        """What will be free for a swap when all its victims have gone."""
+        obtainable = self.free()
+        for resource, amount in total(victim.placement for victim in self._still_there(swap)).items():
+            obtainable[resource] = obtainable.get(resource, 0) + amount
+        return obtainable
+
+    def start(self, model: Model, placement: Placement, now: float) -> None:
+        self._last_id += 1
+        engine = Engine(self._last_id, model.spec, placement, now)
+        self.engines[engine.id] = model.engine = engine
+        memory = {resource: amount for resource, amount in placement.items() if resource != ENGINES}
+        self.effects.append(StartEngine(engine.id, engine.alias, memory))
+        self.enter(engine, EngineState.LOADING, f"takes {amounts(memory)}")
+
+    def drain(self, engine: Engine, cause: StopCause, reason: str, now: float) -> None:
+        """Admit nobody new, let what is in flight finish, then stop."""
+        if engine.state is EngineState.STOPPING:
+            return
+        engine.cause, engine.leaves_for = cause, reason
+        if not engine.is_busy:
+            self.stop(engine, cause, now)
+        elif engine.state is not EngineState.DRAINING:
+            engine.draining_since_sec = now
+            self.enter(engine, EngineState.DRAINING, reason)
+
+    def stop(self, engine: Engine, cause: StopCause, now: float) -> None:
+        engine.cause = cause
+        engine.stopping_since_sec = now
+        self.effects.append(StopEngine(engine.id, cause))
+        self.enter(engine, EngineState.STOPPING, engine.departure)
+
+    def lose(self, engine: Engine) -> None:
+        """Its process is gone; what it held will be back soon."""
+        if engine.state is not EngineState.STOPPING:
+            engine.died_while = engine.state
+            self.enter(engine, EngineState.STOPPING, "its process is gone")
+
+    def swap(self, alias: str, swap: Swap, now: float) -> None:
+        """Record whose room is meant for whom, then ask the victims to leave."""
+        self.swaps[alias] = swap
+        for victim in sorted(swap.victims, key=lambda engine: engine.id):
+            if victim.state is EngineState.READY:
+                cause = StopCause.DRAINED if victim.is_busy else StopCause.EVICTED
+                self.drain(victim, cause, f"makes room for {alias!r}", now)
+
+    def end_swap(self, alias: str) -> list[Engine]:
+        """The room is not needed any more, or has been made: victims that still drain serve again."""
+        spared = [
+            victim
+            for victim in sorted(self._still_there(self.swaps.pop(alias)), key=lambda engine: engine.id)
+            if victim.state is EngineState.DRAINING and victim.cause is StopCause.DRAINED
+        ]
+        for engine in spared:
+            engine.cause, engine.leaves_for = None, ""
+            self.enter(engine, EngineState.READY, "its room is not needed any more")
+        return spared
+
+    def enter(self, engine: Engine, state: EngineState, reason: str) -> None:
+        engine.state = state
+        self.effects.append(Transition(engine.alias, state.value, reason, engine.id))
+
+    def _still_there(self, swap: Swap) -> list[Engine]:
+        return [victim for victim in swap.victims if victim.id in self.engines]

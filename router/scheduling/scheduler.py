@@ -1,0 +1,948 @@
+"""The heart: one state, changed by events, that says who is served next and which engines live.
+
+Pure. No clock, no I/O, no asyncio: `step(event)` takes what happened, with its time in seconds on any
+monotonic clock, and returns the effects that somebody else carries out. Same events, same effects.
+
+Who gives way to whom is decided in `placement`, the books of engines and memory are kept in `fleet`. This
+module keeps these promises: every request gets exactly one outcome, an engine never has more in flight than
+slots, a draining engine admits nobody, room that is being made for one model is taken by no other, and no
+ready engine idles while its own queue is not empty.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect
+from collections.abc import Iterable, Mapping
+from zlib import crc32
+
+from router.scheduling.eviction import Fits, MakeRoom, NeverFits, Room, Wait, decide
+from router.scheduling.fleet import Fleet
+from router.scheduling.messages import (
+    Configured,
+    Displace,
+    Effect,
+    Eject,
+    EngineAlive,
+    EngineExited,
+    EngineLost,
+    EngineMeasured,
+    EngineReady,
+    Event,
+    Finished,
+    Grant,
+    Inspect,
+    Inspected,
+    KeepAlive,
+    Load,
+    MemoryChanged,
+    ModelSpec,
+    Placement,
+    Policy,
+    Probe,
+    Refusal,
+    Reject,
+    Requeue,
+    Reset,
+    Retry,
+    ShutDown,
+    StopCause,
+    Submit,
+    Tick,
+    Transition,
+)
+from router.scheduling.queue import Priority, Request
+from router.scheduling.residency import ENGINES, Engine, EngineState, Model, Swap, Why, claim, shortage, take
+from router.scheduling.wait_estimate import Forecast, forecast
+from router.scheduling.wait_reason import why
+
+INSPECTION_PATIENCE_SEC = 1.0
+_LOOKED_AT = 16
+"""Of models that wait for an engine, so many of the first are looked at in a step, and as many of the others."""
+_LOOK_ON_SEC = 0.25
+_NOT_LOOKED_AT = Why("it has yet to be seen whether there is room")
+_NO_MEMORY_KNOWN = Why("it is being found out how much memory there is")
+_FOR_EVER_SEC = 100 * 365 * 86_400.0
+"""An idle engine that may stay longer is one that stays: calendars end."""
+_STEPS_AT_ONCE = 8_000.0
+_STEPS_PER_SEC = 4_000.0
+"""Of forecasts for those who are turned away. A step takes some 10 µs."""
+
+
+_InLine = tuple[float, int, int, Model]
+"""The virtual deadline of the first who waits for a model, its number, the place of the model among its like."""
+
+
+class Scheduler:
+    """State of the policy. `models`, `engines` and `budgets` may be read between steps, not written."""
+
+    def __init__(self) -> None:
+        self.policy = Policy()
+        self.models: dict[str, Model] = {}
+        self.wake_at: float = math.inf
+        """When the next `Tick` is due; may be too early, never too late."""
+        self.shutting_down = False
+        self._fleet = Fleet()
+        self.engines: Mapping[int, Engine] = self._fleet.engines
+        self._requests: dict[str, Request] = {}
+        self._waiting: dict[str, Model] = {}
+        """Models that want an engine."""
+        self._looked_until: tuple[float, ...] = ()
+        """How far those that are not the first of them have been looked at, by their place in the line."""
+        self._recent: set[Engine] = set()
+        self._stop_sec = 0.0
+        """From the stop of an engine until its memory is back: a mean."""
+        self._come_back: dict[tuple[str, Priority], tuple[float, float | None]] = {}
+        self._steps_left, self._steps_at = _STEPS_AT_ONCE, 0.0
+        """What forecasts for those who are turned away may cost, and since when that is known."""
+        """What those were told who were turned away, and until when others are told the same."""
+        self._joined = 0
+        """How often anybody has joined a line."""
+        self._none_below: tuple[int, Priority] = (-1, Priority.HIGH)
+        """While nobody has joined since, there is no request below this priority in any line."""
+        self._now = 0.0
+        self._seq = 0
+        self._effects: list[Effect] = []
+
+    def step(self, event: Event) -> list[Effect]:
+        """Take one event, return what must be done about it, in this order."""
+        if event.at > self._now:
+            self._now = event.at
+        effects: list[Effect] = []
+        self._effects = self._fleet.effects = effects
+        room_may_change = True
+        match event:
+            case Submit():
+                room_may_change = self._submit(event)
+            case Finished():
+                room_may_change = self._finish(event)
+            case Displace():
+                self._displace(self._requests.get(event.request_id), event.reason)
+            case Requeue():
+                self._requeue(event)
+            case Inspected():
+                self._inspected(event)
+            case EngineReady():
+                self._ready(event)
+            case EngineMeasured():
+                room_may_change = self._measured(event)
+            case EngineAlive():
+                self._alive(event)
+            case EngineLost():
+                self._lost(event)
+            case EngineExited():
+                self._exited(event)
+            case Tick():
+                self._tick()
+            case Load():
+                self._load(event)
+            case Eject():
+                self._eject(event)
+            case KeepAlive():
+                self._keep_alive(event)
+            case Reset():
+                self._reset(event)
+            case MemoryChanged():
+                self._memory_changed(event)
+            case Configured():
+                self._configure(event)
+            case ShutDown():
+                self._shut_down()
+        if room_may_change and (self._waiting or self._fleet.swaps) and self.budgets:
+            self._place_all()
+        for effect in effects:
+            if type(effect) is Transition and (changed := self.models.get(effect.alias)) is not None:
+                changed.turn(self._now, is_here=effect.state == "ready")
+        return effects
+
+    @property
+    def wanted(self) -> list[Effect]:
+        """The effects of the last step, of one that broke, too: what it has changed until then goes with them."""
+        return self._effects
+
+    # --- reading ----------------------------------------------------------------------------------------
+
+    @property
+    def budgets(self) -> Mapping[str, int]:
+        """What our engines may use together, per resource; empty until `MemoryChanged` has told."""
+        return self._fleet.budgets
+
+    def state(self, alias: str) -> str:
+        """One of off, loading, ready, draining, stopping, failed."""
+        model = self.models[alias]
+        if model.engine is not None:
+            return model.engine.state.value
+        return "failed" if model.failed_until_sec > self._now else "off"
+
+    def unload_at_sec(self, alias: str) -> float | None:
+        """When its idle engine goes if nobody asks for it any more; None when it does not go for that."""
+        model = self.models[alias]
+        engine = model.engine
+        if engine is None or engine.idle_since_sec is None or engine.state is not EngineState.READY:
+            return None
+        limit_sec = self._idle_limit_sec(engine, self._most_recent())
+        return None if limit_sec > _FOR_EVER_SEC else engine.idle_since_sec + limit_sec
+
+    def free(self) -> dict[str, int]:
+        """What is neither used, nor reserved for an engine that loads, nor promised to a swap."""
+        return self._fleet.free()
+
+    def forecast(self, now: float, newcomer: Request | None = None) -> Forecast:
+        """When those who wait will be served, as far as what was measured tells; with somebody who comes now."""
+        swaps, stop_sec = self._fleet.swaps, self._stop_sec
+        models = self.models.values()
+        return forecast(models, self._requests, swaps, self.budgets, self.policy, stop_sec, now, newcomer)
+
+    def waiting(self) -> int:
+        """How many requests wait, for all models together."""
+        granted = sum(len(engine.in_flight) + len(engine.slotless) for engine in self.engines.values())
+        return len(self._requests) - granted
+
+    # --- requests ---------------------------------------------------------------------------------------
+
+    def _submit(self, event: Submit) -> bool:
+        model = self.models.get(event.alias)
+        if self.shutting_down:
+            self._reject(event.request_id, Refusal.SHUTTING_DOWN, "the router is shutting down", 5)
+            return False
+        if model is None or model.retired:
+            self._reject(event.request_id, Refusal.MODEL_NOT_FOUND, f"no model is called {event.alias!r}")
+            return False
+        if model.failed_until_sec > event.at:
+            self._reject_failed(event.request_id, model)
+            return False
+        model.arrival(event.at)
+        self._seq += 1
+        deadline_sec = event.at + self.policy.patience_sec[event.priority]
+        request = Request(event.request_id, event.alias, event.priority, event.at, deadline_sec, self._seq)
+        request.slotless = event.slotless
+        engine = model.engine
+        if engine is not None and engine.admits(slotless=event.slotless):  # so none of its kind waits
+            self._requests[request.id] = request
+            model.joined(request, self._now)
+            self._grant(request, engine)
+            return False
+        displaced = None
+        if (full := self._queue_full(model)) is not None:
+            reason, displaced = full, self._who_gives_way(model, event.priority)
+            if displaced is None:
+                come_back_sec = self._come_back_sec(model, event.priority)
+                self._reject(event.request_id, Refusal.QUEUE_FULL, reason, come_back_sec)
+                return False
+        self._requests[request.id] = request
+        model.joined(request, self._now)
+        self._enqueue(request, model)
+        if displaced is not None:
+            self._displace(displaced, f"{reason}, and one of a higher priority has come")
+            return True
+        return engine is None and (event.priority is Priority.HIGH or not self._can_wait_for_a_look())
+
+    def _can_wait_for_a_look(self) -> bool:
+        """Whether very many models wait, of which it is looked soon who gets room: a thousand may come, or go, at
+        once."""
+        crowded = len(self._waiting) > 2 * _LOOKED_AT
+        if crowded:
+            self._wake(self._now + _LOOK_ON_SEC)
+        return crowded
+
+    def _queue_full(self, model: Model) -> str | None:
+        """Why nobody may join the line; None when there is room."""
+        if self._is_full(model):
+            return f"{len(model.queue)} requests wait for {model.spec.alias!r} already (max_queue_size_per_model)"
+        waiting = self.waiting()
+        if waiting >= self.policy.max_queue_size_total:
+            ours = f"{len(model.queue)} of them for {model.spec.alias!r}"
+            return f"{waiting} requests wait already, {ours} (max_queue_size_total)"
+        return None
+
+    def _is_full(self, model: Model) -> bool:
+        return len(model.queue) >= self.policy.max_queue_size_per_model
+
+    def _who_gives_way(self, model: Model, priority: Priority) -> Request | None:
+        """Of those who wait with a lower priority than somebody who finds no room: the lowest, and newest."""
+        if self._is_full(model):
+            return _lowest((model,), priority)
+        joined, none_below = self._none_below
+        if joined == self._joined and none_below <= priority:
+            return None
+        lowest = _lowest(self.models.values(), priority)
+        if lowest is None:
+            self._none_below = self._joined, priority
+        return lowest
+
+    def _displace(self, request: Request | None, reason: str) -> None:
+        if request is None or request.granted_sec is not None:
+            return
+        model = self.models[request.alias]
+        model.queue.remove(request)
+        come_back_sec = self._come_back_sec(model, request.priority)
+        self._reject(request.id, Refusal.DISPLACED, reason, come_back_sec)
+        self._left_queue(model)
+
+    def _come_back_sec(self, model: Model, priority: Priority) -> float | None:
+        """Until a request that comes now would be served; None: unknown.
+
+        Thousands may be told in the same moment, of hundreds of models: who asks when the budget of steps is used
+        up is told nothing, as everybody else would have to wait for the answer.
+        """
+        key, now = (model.spec.alias, priority), self._now
+        told_until, at = self._come_back.get(key, (-math.inf, None))
+        if told_until <= now:
+            self._steps_left = min(_STEPS_AT_ONCE, self._steps_left + (now - self._steps_at) * _STEPS_PER_SEC)
+            self._steps_at = now
+            if self._steps_left <= 0:
+                return None
+            deadline_sec = now + self.policy.patience_sec[priority]
+            newcomer = Request("", model.spec.alias, priority, now, deadline_sec, self._seq)
+            found = self.forecast(now, newcomer)
+            at = found.granted_at.get(newcomer.id)
+            self._steps_left -= found.steps
+            self._come_back[key] = now + found.told_sec, at
+        return None if at is None else max(1.0, at - now)
+
+    def _enqueue(self, request: Request, model: Model) -> None:
+        request.queued_sec = self._now
+        self._joined += 1
+        model.queue.push(request)
+        if model.engine is None:
+            self._want_engine(model)
+        else:
+            model.engine.nobody_waits_since_sec = None
+        self._wake(self._now + self.policy.queue_timeout_sec)
+
+    def _want_engine(self, model: Model) -> None:
+        if model.spec.alias not in self._waiting:
+            model.why_waiting = _NOT_LOOKED_AT if self.budgets else _NO_MEMORY_KNOWN
+        self._waiting[model.spec.alias] = model
+
+    def _grant(self, request: Request, engine: Engine) -> None:
+        request.granted_sec = self._now
+        request.engine_id = engine.id
+        if request.slotless:
+            engine.slotless.add(request.id)
+        else:
+            engine.in_flight[request.id] = request.priority
+        model = self.models[engine.alias]
+        if engine.idle_since_sec is not None:
+            engine.idle_since_sec = None
+            model.busy.go_on(self._now)
+        if not model.queue:
+            model.busy.clear(self._now)
+        self._effects.append(Grant(request.id, engine.id))
+        self._used(engine)
+
+    def _admit(self, model: Model) -> None:
+        engine = model.engine
+        if engine is None or not model.queue:
+            return
+        for slotless in (False, True):
+            while (
+                engine.admits(slotless=slotless) and (request := model.queue.take(slotless=slotless)) is not None
+            ):
+                self._grant(request, engine)
+
+    def _finish(self, event: Finished) -> bool:
+        request = self._requests.pop(event.request_id, None)
+        model = self.models.get(request.alias) if request is not None else None
+        if request is None or model is None:
+            return False
+        if request.granted_sec is None or request.engine_id is None:
+            model.queue.remove(request)
+            self._left_queue(model)
+            return not self._can_wait_for_a_look()
+        engine = self.engines.get(request.engine_id)
+        computed = event.served and event.computed and not request.slotless
+        if computed:
+            model.computed(self._now - request.granted_sec)
+        if engine is None:
+            return False
+        if computed:
+            engine.served += 1
+            model.attempts = 0
+        self._release(request, model, engine)
+        # A high request may send an engine away sooner that has only low ones left.
+        return not engine.is_busy or (request.priority is not Priority.LOW and not request.slotless)
+
+    def _release(self, request: Request, model: Model, engine: Engine) -> None:
+        if request.slotless:
+            engine.slotless.remove(request.id)
+        else:
+            del engine.in_flight[request.id]
+        model.last_used_sec = self._now
+        self._admit(model)
+        if not engine.is_busy:
+            engine.idle_since_sec = self._now
+            model.busy.fall_idle(self._now)
+            if engine.state is EngineState.DRAINING:
+                self._fleet.stop(engine, engine.cause or StopCause.DRAINED, self._now)
+            else:
+                self._wake(self._now + model.idle_timeout_sec(self.policy))
+
+    def _left_queue(self, model: Model) -> None:
+        """A waiting request is gone; so may be the reason to load."""
+        if model.queue or model.wanted_since_sec is not None:
+            return
+        self._waiting.pop(model.spec.alias, None)
+        model.cramped_since_sec = None
+        engine = model.engine
+        if engine is not None and engine.state is EngineState.LOADING:
+            engine.nobody_waits_since_sec = self._now
+            self._wake(self._now + self.policy.abandoned_load_grace_sec)
+
+    def _requeue(self, event: Requeue) -> None:
+        request = self._requests.get(event.request_id)
+        if request is None or request.engine_id is None:
+            return
+        model = self.models.get(request.alias)
+        engine = self.engines.get(request.engine_id)
+        request.engine_id = request.granted_sec = None
+        if engine is not None and model is not None:
+            if engine.state in (EngineState.READY, EngineState.DRAINING) and not engine.suspect:
+                engine.suspect = True
+                self._effects.append(Probe(engine.id))
+            self._release(request, model, engine)
+        if model is None or model.retired:
+            self._reject_removed(request)
+        elif self.shutting_down:
+            self._reject(request.id, Refusal.SHUTTING_DOWN, "the router is shutting down", 5)
+        elif request.retries >= self.policy.max_request_retries:
+            reason = f"the engine of {request.alias!r} broke {request.retries + 1} times: {event.reason}"
+            pause_sec = self._come_back_sec(model, request.priority) or 1  # unknown of one that never answered
+            self._reject(request.id, Refusal.MODEL_FAILED, reason, pause_sec)
+        elif model.failed_until_sec > self._now:
+            self._reject_failed(request.id, model)
+        else:
+            request.retries += 1
+            self._enqueue(request, model)
+            self._admit(model)
+
+    def _reject(
+        self,
+        request_id: str,
+        refusal: Refusal,
+        reason: str,
+        retry_after_sec: float | None = None,
+        is_final: bool = False,
+    ) -> None:
+        self._requests.pop(request_id, None)
+        self._effects.append(Reject(request_id, refusal, reason, retry_after_sec, is_final))
+
+    def _reject_failed(self, request_id: str, model: Model) -> None:
+        reason = model.last_error or f"{model.spec.alias!r} failed"
+        pause_sec = model.failed_until_sec - self._now
+        self._reject(request_id, Refusal.MODEL_FAILED, reason, pause_sec, model.failed_for_good)
+
+    def _reject_removed(self, request: Request) -> None:
+        reason = f"{request.alias!r} was removed from the configuration"
+        self._reject(request.id, Refusal.MODEL_NOT_FOUND, reason)
+
+    def _reject_waiting(
+        self,
+        model: Model,
+        refusal: Refusal,
+        reason: str,
+        retry_after_sec: float | None = None,
+        is_final: bool = False,
+    ) -> None:
+        while model.queue:
+            self._reject(model.queue.pop().id, refusal, reason, retry_after_sec, is_final)
+        model.forget_wish()
+        self._left_queue(model)
+
+    # --- engines ----------------------------------------------------------------------------------------
+
+    def _ready(self, event: EngineReady) -> None:
+        engine = self.engines.get(event.engine_id)
+        if engine is None or engine.state is not EngineState.LOADING:
+            return
+        model = self.models[engine.alias]
+        took_sec = self._now - engine.started_sec
+        model.loaded(took_sec)
+        model.forget_wish()
+        model.ran_out = model.comes_back = False
+        model.ports_lost = 0
+        engine.ready_sec = engine.idle_since_sec = model.last_used_sec = self._now
+        engine.nobody_waits_since_sec = None
+        self._fleet.enter(engine, EngineState.READY, f"loaded in {took_sec:.1f} s")
+        self._serve(model, engine)
+
+    def _serve(self, model: Model, engine: Engine) -> None:
+        """The engine is ready (again)."""
+        self._used(engine)
+        self._admit(model)
+        if engine.idle_since_sec is not None:
+            self._wake(engine.idle_since_sec + model.idle_timeout_sec(self.policy))
+
+    def _measured(self, event: EngineMeasured) -> bool:
+        engine = self.engines.get(event.engine_id)
+        if engine is None or engine.state is EngineState.STOPPING:
+            return False
+        engine.placement = {**event.placement, ENGINES: 1}
+        return True
+
+    def _alive(self, event: EngineAlive) -> None:
+        engine = self.engines.get(event.engine_id)
+        if engine is not None and engine.suspect:
+            engine.suspect = False
+            if engine.state is EngineState.READY:
+                self._serve(self.models[engine.alias], engine)
+
+    def _lost(self, event: EngineLost) -> None:
+        engine = self.engines.get(event.engine_id)
+        if engine is not None:
+            self._fleet.lose(engine)
+
+    def _exited(self, event: EngineExited) -> None:
+        engine = self._fleet.engines.pop(event.engine_id, None)
+        if engine is None:
+            return
+        model = self.models[engine.alias]
+        model.engine = None
+        if engine.state is EngineState.STOPPING and engine.died_while is None:
+            self._stop_sec += 0.3 * (self._now - engine.stopping_since_sec - self._stop_sec)
+            self._off(model, engine.departure or event.reason)
+        else:
+            self._engine_failed(model, engine, event)
+        if model.retired:
+            del self.models[engine.alias]
+            return
+        self._want_back(model)
+        if model.wants_engine:
+            self._want_engine(model)
+
+    def _want_back(self, model: Model) -> None:
+        """As if it were preloaded; while it is in its cooldown, not before that has ended."""
+        if model.comes_back and model.engine is None and model.failed_until_sec <= self._now:
+            model.wanted_since_sec = self._now
+            self._want_engine(model)
+
+    def _engine_failed(self, model: Model, engine: Engine, event: EngineExited) -> None:
+        """It ended unasked: another one after a pause, or none for long when it happens too often.
+
+        Two ways to be hopeless: never to serve anybody, and to serve somebody now and then and die again.
+        """
+        policy = self.policy
+        loading = (engine.died_while or engine.state) is EngineState.LOADING
+        crashes = 0 if loading else model.crashed(self._now, policy.model_crash_window_sec)
+        model.last_error = f"{engine.alias!r} {'did not load' if loading else 'crashed'}: {event.reason}"
+        if not loading:
+            model.comes_back = model.spec.kept and engine.cause is None and not self.shutting_down
+        if event.retry is Retry.AT_ONCE and model.ports_lost < policy.most_port_races:
+            model.ports_lost += 1
+            model.retry_at_sec = self._now + self._backoff_sec(model.ports_lost > policy.free_port_races, engine)
+            self._off(model, model.last_error)
+            return
+        model.attempts += not engine.served
+        if loading and event.out_of_memory and not model.ran_out:
+            model.ran_out = True  # it needs more than was thought, and gets one try with that
+            self._off(model, model.last_error)
+        elif (
+            model.attempts > policy.model_load_max_retries
+            or (loading and event.out_of_memory)
+            or event.retry is Retry.NEVER
+        ):
+            self._fail(model, policy.model_load_cooldown_sec, for_good=event.retry is Retry.NEVER)
+        elif crashes >= policy.model_max_crashes:
+            often = f"crashed {crashes} times in {self._now - model.crashes_sec[0]:.0f} s"
+            model.last_error = f"{engine.alias!r} {often}, the last time: {event.reason}"
+            self._fail(model, policy.model_load_cooldown_sec)
+        else:
+            # An engine that has served deserves to be back at once, the first time.
+            model.retry_at_sec = self._now + self._backoff_sec(max(model.attempts, crashes - 1), engine)
+            self._off(model, model.last_error)
+
+    def _backoff_sec(self, tries: int, engine: Engine) -> float:
+        """Doubles with every try, and up to half as much again: who failed together does not return together."""
+        if not tries:
+            return 0.0
+        jitter = crc32(f"{engine.alias} {engine.id}".encode()) / 2**33
+        return min(self.policy.max_backoff_sec, self.policy.backoff_sec * 2.0 ** min(tries - 1, 32)) * (1 + jitter)
+
+    def _fail(self, model: Model, cooldown_sec: float, *, for_good: bool = False) -> None:
+        model.ports_lost = 0
+        model.ran_out = False
+        model.failed_until_sec = self._now + cooldown_sec
+        model.failed_for_good = for_good
+        self._wake(model.failed_until_sec)
+        reason = model.last_error or "failed"
+        self._effects.append(Transition(model.spec.alias, "failed", reason))
+        self._reject_waiting(model, Refusal.MODEL_FAILED, reason, cooldown_sec, for_good)
+
+    def _off(self, model: Model, reason: str) -> None:
+        self._effects.append(Transition(model.spec.alias, "off", reason))
+
+    def _drain(self, engine: Engine, cause: StopCause, reason: str) -> None:
+        self._fleet.drain(engine, cause, reason, self._now)
+        if self.policy.max_drain_sec is not None:
+            self._wake(self._now + self.policy.max_drain_sec)
+
+    # --- placement: carrying out the policy -------------------------------------------------------------
+
+    def _place_all(self) -> None:
+        """Until nothing changes: what one candidate gets may matter to another that was asked before it."""
+        while True:
+            before = len(self._effects), len(self._fleet.swaps)
+            self._settle_swaps()
+            self._place_each()
+            if before == (len(self._effects), len(self._fleet.swaps)):
+                return
+
+    def _place_each(self) -> None:
+        free = self._fleet.free()
+        taken = {victim: alias for alias, swap in self._fleet.swaps.items() for victim in swap.victims}
+        line = sorted((*self._order(model), place, model) for place, model in enumerate(self._waiting.values()))
+        for number, (deadline_sec, seq, place, model) in enumerate(self._to_look_at(line)):
+            if model.spec.alias in self._fleet.swaps:
+                continue
+            if model.retry_at_sec > self._now:
+                model.why_waiting = Why(f"its next try comes after a pause: {model.last_error}")
+                self._wake(model.retry_at_sec)
+                continue
+            self._place(model, free, taken)
+            if model.inspecting_since_sec is not None:
+                # Nobody overtakes it for want of a look, unless its disk keeps us waiting.
+                patience_ends = model.inspecting_since_sec + INSPECTION_PATIENCE_SEC
+                if patience_ends > self._now:
+                    self._wake(patience_ends)
+                    first_looked_at = Why(f"the file of {model.spec.alias}, whose turn is first, is looked at")
+                    for *_, behind in line[bisect(line, (deadline_sec, seq, place + 1)) :]:
+                        if behind.spec.alias not in self._fleet.swaps:
+                            behind.why_waiting = first_looked_at
+                    return
+            if number >= _LOOKED_AT:
+                self._looked_until = deadline_sec, seq, place + 1
+
+    def _to_look_at(self, line: list[_InLine]) -> list[_InLine]:
+        """Those who come first, and when there are very many, a few of the others in turn: a thousand at once
+        would keep every token waiting. What is reserved and held for the first, the others never get."""
+        if len(line) <= 2 * _LOOKED_AT:
+            return line
+        self._wake(self._now + _LOOK_ON_SEC)
+        begin = bisect(line, self._looked_until, _LOOKED_AT)
+        begin = begin if begin < len(line) else _LOOKED_AT
+        return line[:_LOOKED_AT] + line[begin : begin + _LOOKED_AT]
+
+    def _settle_swaps(self) -> None:
+        """Start those whose room is there; give up those that nobody wants or that can't succeed any more."""
+        for alias, swap in list(self._fleet.swaps.items()):
+            model = self.models[alias]
+            if not model.wants_engine:
+                self._end_swap(alias)
+                continue
+            del self._fleet.swaps[alias]  # its own claim must not stand in its way
+            there = not shortage(swap.placement, self._fleet.free())
+            will_be = not shortage(swap.placement, self._fleet.obtainable_by(swap))
+            self._fleet.swaps[alias] = swap
+            if there:
+                self._start(model, swap.placement)
+            if there or not will_be:  # the budget may have shrunk
+                self._end_swap(alias)
+
+    def _end_swap(self, alias: str) -> None:
+        for engine in self._fleet.end_swap(alias):
+            model = self.models[engine.alias]
+            model.forget_wish()
+            self._serve(model, engine)
+
+    def _order(self, model: Model) -> tuple[float, int]:
+        head = model.queue.head()
+        if head is not None:
+            return head.deadline_sec, head.seq
+        wanted = model.wanted_since_sec if model.wanted_since_sec is not None else self._now
+        return wanted + self.policy.patience_sec[Priority.NORMAL], 0
+
+    def _place(self, model: Model, free: dict[str, int], taken: dict[Engine, str]) -> None:
+        """Carry out the policy's verdict on a candidate; `free` and `taken` remember what is kept for it."""
+        inspected = model.inspected
+        if inspected is None:
+            self._inspect(model)
+            return
+        fleet = self._fleet
+        room = Room(
+            self._now, self.policy, self.models, self.engines.values(), fleet.budgets, fleet.capacity, free, taken
+        )
+        verdict = decide(model, inspected, room)
+        if not isinstance(verdict, NeverFits):
+            model.cramped_since_sec = None
+        elif verdict.others_hold_it and self._may_get_back(model):
+            model.why_waiting = Why(f"other programs hold the memory: {verdict.reason}")
+            return
+        if isinstance(verdict, Wait | MakeRoom) and not model.queue and not model.may_evict:
+            if model.comes_back:
+                return
+            model.forget_wish()
+            self._waiting.pop(model.spec.alias)
+            self._off(model, f"not preloaded: {verdict.reason}")
+            return
+        if not isinstance(verdict, Wait) and self._now - inspected.at > self.policy.inspection_valid_sec:
+            self._inspect(model)  # look again before anybody goes
+            return
+        match verdict:
+            case Fits(placement):
+                self._start(model, placement)
+                take(free, placement)
+            case MakeRoom(placement, victims):
+                self._swap(model, Swap(placement, victims))
+                take(free, claim(placement, victims))
+                taken |= dict.fromkeys(victims, model.spec.alias)
+            case Wait(again_at, reason, reserve, hold, departures):
+                model.why_waiting = Why(reason, departures)
+                for at in again_at:
+                    self._wake(at)
+                take(free, reserve)
+                taken |= dict.fromkeys(hold, model.spec.alias)
+            case NeverFits(reason, others_hold_it):
+                model.last_error = reason
+                model.too_big = True
+                model.inspected = model.cramped_since_sec = None
+                model.comes_back = False
+                self._off(model, reason)
+                self._reject_waiting(model, Refusal.INSUFFICIENT_MEMORY, reason, is_final=not others_hold_it)
+
+    def _memory_changed(self, event: MemoryChanged) -> None:
+        self._fleet.set_budgets(event.budgets, event.capacity, self.policy.places)
+        for model in self._waiting.values():
+            if model.cramped_since_sec is not None:
+                model.inspected = None  # there may be other ways to place it now
+
+    def _may_get_back(self, model: Model) -> bool:
+        """Whether it is worth waiting for memory that others than our engines hold: once, and not for long."""
+        if model.too_big:
+            return False
+        if model.cramped_since_sec is None:
+            model.cramped_since_sec = self._now
+        until = model.cramped_since_sec + self.policy.others_patience_sec
+        if until > self._now:
+            self._wake(until)
+        return until > self._now
+
+    def _start(self, model: Model, placement: Placement) -> None:
+        model.too_big = False
+        self._fleet.start(model, placement, self._now)
+        self._waiting.pop(model.spec.alias)
+        model.inspected = None
+        model.why_waiting = Why("it is loading")
+
+    def _swap(self, model: Model, swap: Swap) -> None:
+        names = ", ".join(sorted(victim.alias for victim in swap.victims))
+        model.why_waiting = Why(f"room is being made for it by {names}")
+        self._fleet.swap(model.spec.alias, swap, self._now)
+        if self.policy.max_drain_sec is not None:
+            self._wake(self._now + self.policy.max_drain_sec)
+
+    def _inspect(self, model: Model) -> None:
+        if model.inspecting_since_sec is None:
+            model.inspecting_since_sec = self._now
+            model.why_waiting = Why("its file is being looked at")
+            self._effects.append(Inspect(model.spec.alias))
+
+    def _inspected(self, event: Inspected) -> None:
+        model = self.models.get(event.alias)
+        if model is None:
+            return
+        model.inspecting_since_sec = None
+        model.inspected = None
+        if event.problem is None:
+            places = tuple({**place, ENGINES: 1} for place in event.placements)
+            model.places = places
+            model.inspected = Inspected(self._now, event.alias, places, need=event.need, advice=event.advice)
+            if event.expected_load_sec is not None and not model.load_is_known:
+                model.load_sec, model.load_is_known = event.expected_load_sec, event.load_is_known
+        elif model.wants_engine:
+            model.last_error = event.problem
+            model.comes_back = False
+            self._fail(model, self.policy.inspection_valid_sec, for_good=event.for_good)
+
+    # --- time -------------------------------------------------------------------------------------------
+
+    def _wake(self, at: float) -> None:
+        if at < self.wake_at:
+            self.wake_at = at
+
+    def _tick(self) -> None:
+        """Do what is due, and find out anew when the next thing is."""
+        self.wake_at = math.inf
+        for model in self.models.values():
+            self._expire_waiting(model)
+            if model.failed_until_sec > self._now:
+                self._wake(model.failed_until_sec)
+            elif model.failed_until_sec:
+                model.failed_until_sec = 0.0
+                model.forget_tries()
+                self._off(model, "may be tried again")
+                self._want_back(model)
+        self._recent = self._most_recent()
+        for engine in list(self.engines.values()):
+            since_sec, limit_sec, cause = self._time_limit(engine)
+            if since_sec is not None:
+                if since_sec + limit_sec <= self._now:
+                    self._fleet.stop(engine, cause, self._now)
+                else:
+                    self._wake(since_sec + limit_sec)
+
+    def _expire_waiting(self, model: Model) -> None:
+        come_back_sec: dict[Priority, float | None] = {}  # thousands may go at once
+        while (request := model.queue.longest_here()) is not None:
+            expiry = request.queued_sec + self.policy.queue_timeout_sec
+            if expiry > self._now:
+                self._wake(expiry)
+                return
+            reason = f"waited {self._now - request.arrival_sec:.0f} s (queue_timeout_sec) for {request.alias!r}"
+            if model.engine is None or model.engine.state is not EngineState.READY:
+                reason += f": {why(model, self._now)}"
+            model.queue.remove(request)
+            if request.priority not in come_back_sec:
+                come_back_sec[request.priority] = self._come_back_sec(model, request.priority)
+            self._reject(request.id, Refusal.QUEUE_TIMEOUT, reason, come_back_sec[request.priority])
+            self._left_queue(model)
+
+    def _time_limit(self, engine: Engine) -> tuple[float | None, float, StopCause]:
+        """Since when the engine has been in a state that must not last, how long it may, and why it ends."""
+        match engine.state:
+            case EngineState.LOADING:
+                grace_sec = self.policy.abandoned_load_grace_sec
+                return engine.nobody_waits_since_sec, grace_sec, StopCause.ABANDONED
+            case EngineState.DRAINING if self.policy.max_drain_sec is not None:
+                cause = engine.cause or StopCause.DRAINED
+                return engine.draining_since_sec, self.policy.max_drain_sec, cause
+            case EngineState.READY if not engine.suspect:
+                return engine.idle_since_sec, self._idle_limit_sec(engine, self._recent), StopCause.IDLE
+        return None, math.inf, StopCause.IDLE
+
+    def _most_recent(self) -> set[Engine]:
+        """The most recently used engines, which the global idle timeout (but no other) spares."""
+        ready = [engine for engine in self.engines.values() if engine.state is EngineState.READY]
+        ready.sort(
+            key=lambda engine: (engine.idle_since_sec is None, self.models[engine.alias].last_used_sec),
+            reverse=True,
+        )
+        return set(ready[: self.policy.keep_warm_models])
+
+    def _idle_limit_sec(self, engine: Engine, most_recent: set[Engine]) -> float:
+        model = self.models[engine.alias]
+        has_its_own = engine.keep_alive_sec is not None or model.spec.idle_timeout_sec is not None
+        spared = engine in most_recent and not has_its_own
+        return math.inf if spared else model.idle_timeout_sec(self.policy)
+
+    def _used(self, engine: Engine) -> None:
+        """It is one of the most recently used now; in time, another may have to go that was spared instead."""
+        limit_sec = self.policy.idle_timeout_sec
+        if engine not in self._recent and limit_sec is not None:
+            for other in self._recent:
+                if other.idle_since_sec is not None:
+                    self._wake(other.idle_since_sec + limit_sec)
+
+    # --- operators --------------------------------------------------------------------------------------
+
+    def _load(self, event: Load) -> None:
+        model = self.models.get(event.alias)
+        if model is None or model.retired or self.shutting_down:
+            return
+        engine = model.engine
+        if model.failed_until_sec > self._now or (engine is not None and engine.state is EngineState.READY):
+            return
+        model.wanted_since_sec = self._now
+        model.may_evict = model.may_evict or event.evict
+        if engine is None:
+            self._want_engine(model)
+        else:
+            engine.nobody_waits_since_sec = None
+
+    def _eject(self, event: Eject) -> None:
+        model = self.models.get(event.alias)
+        if model is None:
+            return
+        self._give_up(model, "ejected by hand")
+        self._left_queue(model)
+        if model.engine is not None:
+            self._drain(model.engine, StopCause.MANUAL, "ejected by hand")
+
+    def _give_up(self, model: Model, reason: str) -> None:
+        """No load is asked for any more. Who waits for one is told, also where no engine has to go for it."""
+        if model.engine is None and model.wanted_since_sec is not None:
+            self._off(model, reason)
+        model.comes_back = False
+        model.forget_wish()
+
+    def _keep_alive(self, event: KeepAlive) -> None:
+        model = self.models.get(event.alias)
+        if model is not None and model.engine is not None:
+            model.engine.keep_alive_sec = event.idle_sec
+            if model.engine.idle_since_sec is not None:
+                self._wake(model.engine.idle_since_sec + model.idle_timeout_sec(self.policy))
+
+    def _reset(self, event: Reset) -> None:
+        model = self.models.get(event.alias)
+        if model is not None:
+            self._forgive(model, "reset")
+
+    def _forgive(self, model: Model, reason: str) -> None:
+        if model.failed_until_sec:
+            self._off(model, reason)
+        model.forget_failures()
+        self._want_back(model)
+
+    def _configure(self, event: Configured) -> None:
+        self.policy = event.policy
+        if self.budgets:
+            self._fleet.set_budgets(self.budgets, self._fleet.capacity, event.policy.places)
+        for alias, model in list(self.models.items()):
+            if alias not in event.models and not model.retired:
+                self._retire(model)
+        for alias, spec in event.models.items():
+            known = self.models.get(alias)
+            if known is None:
+                self.models[alias] = Model(spec, spec.expected_load_sec)
+                self.models[alias].turn(self._now, is_here=False)
+            else:
+                self._reconfigure(known, spec)
+        self._wake(self._now)  # timeouts may be shorter now
+
+    def _reconfigure(self, model: Model, spec: ModelSpec) -> None:
+        changed = (model.spec.revision, model.spec.slots) != (spec.revision, spec.slots)
+        model.spec = spec
+        model.comes_back = model.comes_back and spec.kept
+        if changed or model.retired:
+            model.retired = model.load_is_known = False
+            self._forgive(model, "its configuration changed")
+            if spec.alias in self._fleet.swaps:
+                self._end_swap(spec.alias)  # it may need more now, or less
+            if model.engine is not None:
+                self._drain(model.engine, StopCause.RELOAD, "its configuration changed")
+        elif model.engine is not None:
+            model.engine.spec = spec
+            self._admit(model)
+
+    def _retire(self, model: Model) -> None:
+        model.retired = True
+        self._give_up(model, "removed from the configuration")
+        while model.queue:
+            self._reject_removed(model.queue.pop())
+        self._left_queue(model)
+        if model.engine is not None:
+            self._drain(model.engine, StopCause.RELOAD, "removed from the configuration")
+            return
+        if model.spec.alias in self._fleet.swaps:
+            self._end_swap(model.spec.alias)
+        del self.models[model.spec.alias]
+
+    def _shut_down(self) -> None:
+        self.shutting_down = True
+        for model in self.models.values():
+            self._give_up(model, "the router is shutting down")
+            self._reject_waiting(model, Refusal.SHUTTING_DOWN, "the router is shutting down", 5)
+        for alias in list(self._fleet.swaps):
+            self._end_swap(alias)
+        for engine in list(self.engines.values()):
+            self._drain(engine, StopCause.SHUTDOWN, "the router is shutting down")
+
+
+def _lowest(models: Iterable[Model], above: Priority) -> Request | None:
+    """The request of the lowest priority below this one that came last."""
+    for priority in (Priority.LOW, Priority.NORMAL):
+        if priority <= above:
+            break
+        newest = [request for model in models if (request := model.queue.newest(priority)) is not None]
+        if newest:
+            return max(newest, key=lambda request: request.seq)
+    return None

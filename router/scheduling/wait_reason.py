@@ -1,0 +1,59 @@
+"""Why a request waits, in words with figures: the same in the queue statistics, in heartbeats and in headers.
+
+The figures are the scheduler's; nothing is decided here. Pure functions.
+"""
+
+from __future__ import annotations
+
+from router.scheduling.residency import Departure, EngineState, Hold, Model
+
+
+def why(model: Model, now: float, *, slotless: bool = False) -> str:
+    """One clause that tells what the first in line for this model waits for: for a slot, or only for an engine."""
+    alias, engine = model.spec.alias, model.engine
+    if engine is None:
+        if model.retry_at_sec > now:
+            return f"{model.why_waiting} (next try in {_seconds(model.retry_at_sec - now)})"
+        return _for_room(model, now)
+    busy = len(engine.in_flight) + len(engine.slotless)
+    match engine.state:
+        case EngineState.LOADING:
+            expected = f"~{model.load_sec:.1f} s" if model.load_is_known else f"perhaps {model.load_sec:.1f} s"
+            return f"{alias} is loading ({now - engine.started_sec:.1f} of {expected})"
+        case EngineState.DRAINING:
+            return f"{alias} leaves once the {busy} in flight are done, then it is started again"
+        case EngineState.STOPPING if engine.died_while is not None:
+            return f"the engine of {alias} is gone; once its memory is back, it is started again"
+        case EngineState.STOPPING:
+            return f"{alias} is being stopped, then it is started again"
+        case EngineState.READY if engine.suspect:
+            return f"a request broke on the engine of {alias}; it is being asked whether it lives"
+    slots = model.spec.slots
+    if slotless:
+        return f"{len(engine.slotless)} requests that need no slot are with {alias} already (http_max_connections)"
+    return f"all {slots} slots of {alias} are taken" if slots > 1 else f"{alias} answers one request at a time"
+
+
+def _for_room(model: Model, now: float) -> str:
+    """`no room until a can go: needs 6000 MiB …, 500 MiB free; a has its turn for 12 s more`"""
+    held = "; ".join(_held(departure, now) for departure in model.why_waiting.departures)
+    words = str(model.why_waiting) or "it is about to be started"
+    return f"{words}; {held}" if held else words
+
+
+def _held(departure: Departure, now: float) -> str:
+    alias, left = departure.alias, _seconds(departure.at - now)
+    if departure.hold is Hold.LOADING:
+        return f"{alias} is loading"
+    if departure.at <= now:
+        return f"{alias} can go now"
+    match departure.hold:
+        case Hold.QUANTUM:
+            return f"{alias}'s quantum ends in {left}"
+        case Hold.LINGER:
+            return f"{alias} fell idle just now and is spared for {left}"
+    return f"{alias} is asked to go in {left}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"

@@ -1,0 +1,546 @@
+"""`llama-router serve`: from a configuration to a listening router, and from a signal to its orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import gc
+import json
+import logging
+import os
+import shlex
+import signal
+import socket
+import sys
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import psutil
+import uvicorn
+
+from router.api.app import create_app
+from router.api.cards import Cards
+from router.config.problems import ConfigError
+from router.config.schema import AliasConfig, Api, Config, ModelConfig, System
+from router.config.snapshots import Looks
+from router.config.sources import Loaded
+from router.dataplane.exchange import Exchanges
+from router.dataplane.limits import Door
+from router.dataplane.server import HttpProtocol, PagesProtocol
+from router.engines.health import HealthMonitor
+from router.engines.launcher import LocalLauncher, find_binary
+from router.engines.llamacpp.capability import purpose_of
+from router.engines.llamacpp.sizing import EngineKind
+from router.engines.orphans import EngineRecord
+from router.engines.process import Binary
+from router.hardware.devices import Devices
+from router.http.auth import Keyring
+from router.http.origins import Browsers
+from router.memory.measurements import Entry, Learned
+from router.observe import logs
+from router.observe.events import Events, RequestsDone
+from router.observe.logs import Logs
+from router.runtime.dispatcher import Dispatcher
+from router.store.creations import Creations
+from router.store.downloads import Downloads
+from router.store.watch import watch, watch_files
+from router.system import printable as harmless
+from router.system import sighup as hang_up
+from router.system.heap import give_memory_back
+from router.system.processes import allow_many_files, notice_vanished_peers, reap_orphans
+from router.system.state import State, StateHeld, configured_path
+from router.system.systemd import Notifier
+
+if TYPE_CHECKING:
+    from router.observe.tracing import Tracing
+
+_log = logging.getLogger("router")
+
+_BACKLOG = 2048
+_OTHER_FILES = 512
+"""Open files that are not clients: connections to engines, their pipes, spare and refused connections."""
+_KEEP_ALIVE_SEC = 75
+_TICK_SEC = 1.0
+_THREADS_TURN_SEC = 0.0005
+"""How long a thread that looks at files or memory may keep the event loop waiting."""
+_YOUNG_OBJECTS = 20_000
+"""That are there before the garbage collector looks for cycles among them."""
+_FIRST_MODEL = "hf.co/ggml-org/Qwen3-4B-GGUF:Q4_K_M"
+"""What is proposed to somebody who has none."""
+_LAST_WORDS_SEC = 10
+"""What the end may take beside the graces for requests and engines."""
+
+_NEEDS_RESTART = {
+    "api": ("host", "port", "ollama_port", "cors_origins", "allowed_hosts", "max_connections"),
+    "system": (
+        "llama_server_path",
+        "base_port",
+        "gpu_devices",
+        "preload_models",
+        "preload_delay_sec",
+        "state_dir",
+        "log_ring_lines",
+        "debug",
+        "structured_logs",
+        "access_log",
+        "log_dir",
+        "tracing",
+    ),
+}
+
+
+class CannotServe(Exception):
+    """The router can't start. The message is one clear sentence."""
+
+
+class _Server(uvicorn.Server):
+    """Signals are ours: requests are answered, by 503, until those in flight are done."""
+
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+        self._is_to_end = asyncio.Event()
+
+    def end(self) -> None:
+        self.should_exit = True
+        self._is_to_end.set()
+
+    async def main_loop(self) -> None:
+        """Makes a new Date header every second. uvicorn's looks ten times a second whether it is to end."""
+        while not await self.on_tick(0):
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._is_to_end.wait(), _TICK_SEC)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+Load = Callable[[Path | None, Loaded | None], Loaded]
+"""Gives the configuration, with the state directory that is in use and the configuration that is gone by."""
+
+
+def serve(load: Load) -> None:
+    """Serve until a signal. Raises CannotServe."""
+    loaded = load(None, None)
+    with contextlib.closing(_set_up_logs(loaded.config.system)) as log:
+        _serve(loaded, load, log)
+
+
+def _set_up_logs(system: System) -> Logs:
+    log_dir = Path(system.log_dir) if system.log_dir is not None else None
+    try:
+        return logs.set_up(debug=system.debug, structured=system.structured_logs, log_dir=log_dir)
+    except OSError as error:
+        raise CannotServe(f"log_dir: {log_dir} cannot be made: {error.strerror}.") from error
+
+
+def _serve(loaded: Loaded, load: Load, log: Logs) -> None:
+    config = loaded.config
+    binary = find_binary(config.system.llama_server_path)
+    kind = EngineKind(binary)
+    with contextlib.ExitStack() as opened:
+        api = config.api
+        ports = (api.port,) if api.ollama_port is None else (api.port, api.ollama_port)
+        listeners = [opened.enter_context(contextlib.closing(_listen(config, port))) for port in ports]
+        state = opened.enter_context(contextlib.closing(_open_state(config, listeners[0].getsockname()[1])))
+        record = EngineRecord(state)
+        record.end_leftovers()  # before anybody asks how much memory is free
+        devices = Devices(config.system.gpu_devices if kind.uses_gpus else (), engine=kind)
+        devices.read_blocking()
+        store = state.file("footprints", list[Entry], "what was measured of engines is forgotten at the end")
+        learned = Learned(store, psutil.boot_time())
+        _run(_Service(loaded, load, binary, devices, learned, listeners, record, state, log).run())
+
+
+def _tracing() -> Tracing:
+    try:
+        from router.observe.tracing import Tracing
+    except ImportError as error:
+        raise CannotServe("system.tracing needs OpenTelemetry: pip install 'llama-router[otel]'.") from error
+    return Tracing()
+
+
+def _run(service: Coroutine[Any, Any, None]) -> None:
+    try:
+        import uvloop
+    except ImportError:  # where there is none for the platform
+        asyncio.run(service)
+    else:
+        uvloop.run(service)
+
+
+def _listen(config: Config, port: int) -> socket.socket:
+    host = config.api.host
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    notice_vanished_peers(listener)
+    try:
+        listener.bind((host, port))
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            user = _user_of_port(config, port) or "perhaps another llama-router"
+            flag = "--port" if port == config.api.port else "--ollama-port"
+            raise CannotServe(f"Port {port} on {host} is in use: {user}. Choose another with {flag}.") from error
+        raise CannotServe(f"Cannot listen on {host}:{port}: {error.strerror}.") from error
+    return listener
+
+
+def _user_of_port(config: Config, port: int) -> str | None:
+    """Who listens on a port of ours, as far as we may know."""
+    path = configured_path(config.system.state_dir, port, os.environ)
+    holder = State.holder(path) if path is not None else None
+    if holder is not None and holder.port == port:
+        return str(holder)
+    with contextlib.suppress(psutil.Error, OSError):
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,) and connection.pid:
+                process = psutil.Process(connection.pid)
+                since = datetime.fromtimestamp(process.create_time()).astimezone().isoformat(" ", "seconds")
+                return f"{process.name()} with pid {process.pid}, which runs since {since}"
+    return None
+
+
+def _open_state(config: Config, port: int) -> State:
+    """The state directory. One that was asked for must be there; without the usual one, it serves all the same."""
+    system = config.system
+    path = configured_path(system.state_dir, port, os.environ)
+    if config.api.port == 0 and not system.state_dir:
+        return State()  # the next router will have another port, and would not find it
+    try:
+        if path is None:
+            raise FileNotFoundError(errno.ENOENT, "HOME is not set")
+        return State.open(path, port)
+    except StateHeld as held:
+        raise CannotServe(f"{held}. Stop that one, or give this one a state_dir of its own.") from held
+    except OSError as error:
+        reason = f"{path or 'state_dir'} cannot be used: {error.strerror or error}"
+        if system.state_dir:
+            raise CannotServe(f"system.state_dir: {reason}.") from error
+        _log.warning(
+            "%s. Nothing will be remembered: neither what is measured nor which engines run, should they outlive "
+            "a router that is killed. Set LLAMA_ROUTER_STATE_DIR to a folder that can be written.",
+            reason,
+        )
+        return State()
+
+
+class _Service:
+    def __init__(
+        self,
+        loaded: Loaded,
+        load: Load,
+        binary: Binary,
+        devices: Devices,
+        learned: Learned,
+        listeners: list[socket.socket],
+        record: EngineRecord,
+        state: State,
+        log: Logs,
+    ) -> None:
+        config = loaded.config
+        self._loaded = loaded
+        self._started_with = config
+        self._load = partial(load, state.path)
+        self._listeners = listeners
+        self._stop = asyncio.Event()
+        self._record = record
+        self._notifier = Notifier(os.environ)
+        launcher = LocalLauncher(config.system.base_port, record, EngineKind(binary), state.path)
+        self._dispatcher = Dispatcher(config, launcher, binary, devices, learned, Events())
+        self._dispatcher.engine_file = log.engine_file
+        log.log_refusals(self._dispatcher.events)
+        if config.system.access_log:
+            log.log_requests(self._dispatcher.events)
+        self._log = log
+        self._tracing = _tracing() if config.system.tracing else None
+        if self._tracing is not None:
+            self._dispatcher.events.listen(RequestsDone, self._tracing.note)
+        self._keyring = Keyring(config.api)
+        self._creations = Creations(state, self.look_again)
+        self._reloading = asyncio.Lock()
+        self._looks = Looks()
+        self._reloads: asyncio.Task[None] | None = None
+        self._reload_wanted = False
+        self._look_failed = ""
+
+    async def run(self) -> None:
+        downloads = Downloads(self.look_again)
+        browsers = Browsers(self._loaded.config.api, self._keyring)
+        cards = Cards()
+        app = create_app(self._dispatcher, self._keyring, browsers, self.reload, downloads, self._creations, cards)
+        exchanges = Exchanges(self._dispatcher, self._keyring, browsers, cards)
+        protocols = partial(HttpProtocol, exchanges), partial(PagesProtocol, exchanges)
+        most_clients = _most_clients(self._loaded.config.api)
+        server = _Server(
+            uvicorn.Config(
+                app,
+                http=cast(Any, Door(*protocols, most_clients, self._dispatcher.events)),
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=_KEEP_ALIVE_SEC,
+                timeout_graceful_shutdown=2,
+            ),
+            self._on_ready,
+        )
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._terminate)
+        loop.add_signal_handler(signal.SIGHUP, self._hang_up)
+        hang_up.release()
+        self._dispatcher.start()
+        keep = self._dispatcher.background.keep
+        kept = [
+            keep("health monitor", HealthMonitor(self._dispatcher).run),
+            keep("word to systemd", lambda: self._notifier.keep_telling(self._status)),
+            keep("question for our own names", browsers.ask_for_own_names),
+            keep("return of memory", give_memory_back),
+        ]
+        if os.getpid() == 1:
+            kept.append(keep("reaping of orphans", reap_orphans))
+        watching = (
+            keep("watch of model files", lambda: watch(lambda: self._loaded.folders, self.look_again)),
+            keep("watch of configured files", lambda: watch_files(lambda: self._loaded.files, self.look_again)),
+        )
+        serving = asyncio.create_task(server.serve(self._listeners))
+        stopping = asyncio.create_task(self._stop.wait())
+        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        for task in watching:
+            task.cancel()
+        try:
+            await downloads.shut_down()
+            await self._dispatcher.shut_down()
+        finally:
+            for task in kept:
+                task.cancel()
+            server.end()
+            await serving
+            await self._record.saved()
+            self._dispatcher.events.settle()
+            if self._tracing is not None:
+                self._tracing.close()
+        _log.info("stopped")
+
+    async def reload(self) -> dict[str, Any]:
+        """Read the configuration again and go by it. Raises ConfigError and then changes nothing."""
+        async with self._reloading:
+            loaded = await self._looks.take(partial(self._load, self._loaded), self._places())
+            before, after = self._loaded.config, loaded.config
+            self._keyring.set(after.api)
+            self._dispatcher.apply(after)
+            self._loaded = loaded
+        changes = {**_changes(before, after), "needs_restart": _needs_restart(self._started_with, after)}
+        _log.info("configuration reloaded: %s", _told(changes))
+        for warning in loaded.warnings:
+            _log.warning("%s", warning)
+        return {"status": "success", **changes, "warnings": list(loaded.warnings)}
+
+    async def look_again(self) -> bool:
+        """Go by the model files that are there now; nothing else of the configuration is read again.
+
+        Returns whether one of them is still being written.
+        """
+        async with self._reloading:
+            before = self._loaded
+            try:
+                loaded = await self._looks.take(before.look_again, self._places())
+            except ConfigError as error:
+                if str(error) != self._look_failed:
+                    _log.error("the folders of models cannot be read, the models stay as they were:\n%s", error)
+                self._look_failed = str(error)
+                return False
+            self._look_failed = ""
+            self._loaded = loaded
+            changes = _changes(before.config, loaded.config)
+            if any(changes.values()) or before.config.lost != loaded.config.lost:
+                self._dispatcher.apply(loaded.config)
+                _log.info("models have changed: %s", _told(changes))
+        for warning in loaded.warnings:
+            if warning not in before.warnings:
+                _log.warning("%s", warning)
+        return loaded.settling
+
+    def _places(self) -> set[Path]:
+        """Where the files of the configuration and of its models are."""
+        loaded = self._loaded
+        files = (
+            *([loaded.source] if loaded.source else []),
+            *(m.model_path for m in loaded.config.models.values()),
+        )
+        return {*loaded.folders, *(file.parent for file in files)}
+
+    def _terminate(self) -> None:
+        if self._stop.is_set():
+            _log.warning("second signal: not waiting any longer")
+            self._dispatcher.kill_engines()
+            self._dispatcher.events.settle()
+            self._log.close()
+            os._exit(1)
+        system = self._loaded.config.system
+        grace = system.shutdown_grace_sec
+        _log.info("shutting down; requests in flight have %g s (a second signal cuts that short)", grace)
+        self._notifier.stopping(grace + system.stop_grace_sec + _LAST_WORDS_SEC)
+        self._stop.set()
+
+    def _on_ready(self) -> None:
+        _tune_the_interpreter()
+        with contextlib.suppress(OSError):  # nobody can read it: the disk is full, or the reader is gone
+            print(*map(harmless.line, self._announcement()), sep="\n", file=sys.stderr, flush=True)
+        self._notifier.ready()
+
+    def _status(self) -> str:
+        """In a line, for `systemctl status`."""
+        models = self._dispatcher.scheduler.models
+        states = [self._dispatcher.scheduler.state(alias) for alias in models]
+        waiting = sum(len(model.queue) for model in models.values())
+        return f"{states.count('ready')} of {len(states)} models ready, {waiting} requests waiting"
+
+    def _hang_up(self) -> None:
+        """SIGHUP: reload. However many come during a reload, they are one reload after it."""
+        if hang_up.terminal_is_gone():
+            if not self._stop.is_set():
+                _log.info("the terminal was closed")
+                self._terminate()
+            return
+        self._reload_wanted = True
+        if self._reloads is None or self._reloads.done():
+            self._reloads = asyncio.create_task(self._reload_while_wanted())
+
+    async def _reload_while_wanted(self) -> None:
+        self._notifier.reloading()
+        try:
+            while self._reload_wanted:
+                self._reload_wanted = False
+                try:
+                    await self.reload()
+                except ConfigError as error:
+                    _log.error("configuration not reloaded, nothing was changed:\n%s", error)
+                except Exception:
+                    _log.exception("configuration not reloaded")
+        finally:
+            self._notifier.ready()
+
+    def _announcement(self) -> Iterator[str]:
+        config, dispatcher = self._loaded.config, self._dispatcher
+        host, port = self._listeners[0].getsockname()[:2]
+        shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host  # noqa: S104
+        url = f"http://{shown}:{port}"
+        aliases = list(config.models)
+        names = ", ".join(aliases[:8]) + (f" and {len(aliases) - 8} more" if len(aliases) > 8 else "")
+        names = names or "none yet: pull one, or put GGUF files where the router looks for them"
+        yield f"llama-router listens on {url}"
+        if config.api.ollama_port is not None:
+            yield f"  Ollama  also on port {config.api.ollama_port}"
+        yield f"  engine  {dispatcher.binary.kind} ({dispatcher.binary.origin})"
+        yield f"  memory  {'; '.join(map(str, dispatcher.ledger.devices.values()))}"
+        yield f"  models  {names}"
+        authorization = ""
+        if self._keyring.required:
+            authorization = " -H 'Authorization: Bearer YOUR_KEY'"
+        elif host not in ("127.0.0.1", "::1", "localhost"):
+            yield f"  WARNING everybody who reaches {host}:{port} can use and manage this router: set API_KEY"
+        for warning in self._loaded.warnings:
+            yield f"  WARNING {warning}"
+        yield "Try:"
+        if not aliases:
+            wanted = f"-H 'Content-Type: application/json' -d '{{\"model\": \"{_FIRST_MODEL}\"}}'"
+            yield f"  curl {url}/v1/models/pull{authorization} {wanted}"
+            return
+        yield f"  curl {url}{_example(config.models.values(), authorization)}"
+
+
+_EXAMPLES: dict[str, tuple[str, dict[str, Any]]] = {
+    "completion": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}),
+    "embedding": ("/v1/embeddings", {"input": "Hello"}),
+    "rerank": ("/v1/rerank", {"query": "Hello", "documents": ["Good day", "Goodbye"]}),
+}
+
+
+def _example(models: Iterable[ModelConfig], options: str) -> str:
+    """The path of a request, and what goes with it: of a model that chats, if there is one."""
+    by_purpose = {purpose_of(model): model.alias for model in reversed(list(models))}
+    purpose = next(each for each in _EXAMPLES if each in by_purpose)
+    path, asked = _EXAMPLES[purpose]
+    document = json.dumps({"model": by_purpose[purpose], **asked}, ensure_ascii=False)
+    return f"{path}{options} -d {shlex.quote(document)}"
+
+
+def _tune_the_interpreter() -> None:
+    """For one event loop that has many small things to do, beside threads that have few and larger ones.
+
+    Python gives a thread 5 ms, and as late would every token of every stream then be.
+
+    What is here now stays, and need not be looked through again, which would keep every request waiting. Nor do
+    requests leave cycles behind: yet by Python's default all that is in flight would be looked through after every
+    ten or twenty of them, which takes several percent of the time that they take.
+    """
+    sys.setswitchinterval(_THREADS_TURN_SEC)
+    gc.freeze()
+    gc.set_threshold(_YOUNG_OBJECTS)
+
+
+def _changes(before: Config, after: Config) -> dict[str, list[str]]:
+    """Aliases, by what became of them."""
+    old, new = ({name: _what_is(name, config) for name in config.names} for config in (before, after))
+    return {
+        "added": sorted(new.keys() - old.keys()),
+        "removed": sorted(old.keys() - new.keys()),
+        "changed": sorted(alias for alias in old.keys() & new.keys() if old[alias] != new[alias]),
+    }
+
+
+def _told(changes: Mapping[str, Sequence[str]]) -> str:
+    """For people: `added a, b; removed c`."""
+    words = {"needs_restart": "a restart is needed for"}
+    parts = [f"{words.get(how, how)} {', '.join(names)}" for how, names in changes.items() if names]
+    return "; ".join(parts) or "nothing has changed"
+
+
+def _what_is(name: str, config: Config) -> tuple[ModelConfig | None, AliasConfig | None]:
+    return config.models.get(name), config.aliases.get(name)
+
+
+def _most_clients(api: Api) -> int:
+    """As many as are wanted, or as open files allow, which is said then."""
+    files = allow_many_files()
+    most = min(api.max_connections, max(16, files - _OTHER_FILES))
+    if most < api.max_connections:
+        _log.warning(
+            "only %d clients may connect at once, not %d (api.max_connections): the limit of open files is %d "
+            "(ulimit -n; LimitNOFILE= in a unit file), and %d of them are needed for engines and logs",
+            most,
+            api.max_connections,
+            files,
+            _OTHER_FILES,
+        )
+    return most
+
+
+def _needs_restart(running: Config, wanted: Config) -> list[str]:
+    """The keys that this process goes by as they were when it started, however often it has read others since."""
+    sections: tuple[tuple[str, Api | System, Api | System], ...] = (
+        ("api", running.api, wanted.api),
+        ("system", running.system, wanted.system),
+    )
+    return [
+        f"{name}.{key}"
+        for name, old, new in sections
+        for key in _NEEDS_RESTART[name]
+        if getattr(old, key) != getattr(new, key)
+    ]

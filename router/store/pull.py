@@ -1,0 +1,459 @@
+"""A model from the Hugging Face hub into the cache that other programs share.
+
+Talks to the hub through `huggingface_hub` (errors, tokens, the layout of the cache), but moves the bytes
+itself: the library begins anew after a cut, and does not compare checksums. Files arrive beside the blobs, under
+the library's own locks. On network drives these may exclude nobody, so nothing depends on them: each pull writes
+to a file of its own, and takes over what another has left by renaming it. Only what has, on the disk, the checksum
+that the hub promises gets its name, and only a model of which all is there is written down as pulled. All of this
+blocks: the router runs it in a process of its own (`downloads.py`).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import queue
+import re
+import shutil
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO
+
+import httpx2
+import huggingface_hub
+import msgspec
+from filelock import Timeout
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+from router import __version__
+from router.cli import estimate
+from router.engines.llamacpp.flags import Flags
+from router.formats import gguf
+from router.store import pulled
+from router.store.discovery import is_alias
+from router.store.hub_api import ANSWER_SEC, PAUSES_SEC, HubError, HubFile, HubRepository
+from router.store.progress import FileProgress, MemoryNote, Problem, Progress
+from router.store.pulled import PulledFile, PulledModel
+from router.store.repository import BadReference, Choice, NoChoice, Reference, parse
+
+AT_ONCE = 4
+"""Files that are fetched at the same time."""
+_TELL_SEC = 0.25
+_RATE_SEC = 5.0
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_HASH_BYTES = 1 << 20
+
+
+class PullFailed(HubError):
+    """The hub is not to blame."""
+
+
+class Cancelled(Exception):
+    """Somebody said stop. What has arrived is kept."""
+
+
+def pull(
+    text: str,
+    say: Callable[[Progress], None],
+    *,
+    environ: Mapping[str, str],
+    alias: str | None = None,
+    taken: Mapping[str, str] | None = None,
+    stop: threading.Event | None = None,
+) -> Progress:
+    """Fetch a model and write down that it is there; `say` gets the progress a few times a second.
+
+    `taken` are names under which something else would be served, each with where that is from.
+
+    Returns the last progress: `success`, `failed` with the error, or `cancelled`. Of several processes that want
+    the same file one downloads it; the others wait and find it there.
+    """
+    progress = Progress(text, alias)
+    try:
+        cache = pulled.cache_folder(environ)
+        if cache is None:
+            raise PullFailed("no_cache", "there is no home for the Hugging Face cache: set HF_HOME")
+        if alias is not None and not is_alias(alias):
+            raise PullFailed(
+                "invalid_alias", f"{alias!r}: an alias is up to 256 printable characters without spaces"
+            )
+        _check_free(alias, taken or {})
+        _Pull(parse(text, environ), progress, cache, environ, say, stop or threading.Event()).run(
+            alias, taken or {}
+        )
+    except Cancelled:
+        progress.status = "cancelled"
+    except (BadReference, NoChoice) as error:
+        code = "invalid_reference" if isinstance(error, BadReference) else "no_such_file"
+        progress.status, progress.error = "failed", Problem(code, str(error))
+    except HubError as error:
+        progress.status, progress.error = "failed", Problem(error.code, str(error))
+    except OSError as error:
+        progress.status, progress.error = "failed", _problem_of_disk(error)
+    progress.eta_sec = None
+    say(progress)
+    return progress
+
+
+def _check_free(alias: str | None, taken: Mapping[str, str]) -> None:
+    if alias is not None and alias in taken:
+        message = f"{alias!r} is taken by a model of this name, from {taken[alias]}: give this one an alias"
+        raise PullFailed("name_taken", message)
+
+
+def _problem_of_disk(error: OSError) -> Problem:
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno in _NO_ROOM:
+        message = f"{where}no room for more: {error.strerror}. What has arrived is kept: make room and pull again."
+        return Problem("disk_full", message)
+    if error.errno == errno.ENOENT:
+        return Problem("disk_error", f"{where}was removed while it was pulled. Pull again.")
+    return Problem("disk_error", f"{where}{error.strerror or error}")
+
+
+class _Pull:
+    """One pull, from a reference to a model that can be served."""
+
+    def __init__(
+        self,
+        reference: Reference,
+        progress: Progress,
+        cache: Path,
+        environ: Mapping[str, str],
+        say: Callable[[Progress], None],
+        stop: threading.Event,
+    ) -> None:
+        self.hub = HubRepository(reference, environ)
+        self.reference = reference
+        self.progress = progress
+        self.cache = cache
+        self.environ = environ
+        self.say = say
+        self.stop = stop
+        self.folder = pulled.repository_folder(cache, reference.repo)
+
+    def run(self, alias: str | None, taken: Mapping[str, str]) -> None:
+        self.say(self.progress)
+        found = self.hub.find(self._wait)
+        commit, choice, files = found.commit, found.choice, found.files
+        alias = alias or choice.alias
+        _check_free(alias, taken)
+        progress = self.progress
+        progress.alias, progress.revision = alias, commit
+        progress.files = [FileProgress(file.path, file.size, self._arrived(commit, file)) for file in files]
+        progress.total_bytes = sum(file.size for file in files)
+        progress.cached = all(self._is_there(commit, file) for file in files)
+        self._add_up()
+        model = self._planned(alias, commit, choice, files)
+        self._check_room()
+        self._estimate(commit, choice)
+        progress.status = "downloading"
+        self.say(progress)
+        if not self._is_pulled(alias, model):
+            pulled.write_down(self.cache, alias, self._begun(alias, model))
+            self._fetch_all(commit, files)
+            self._name_revision(commit)
+            pulled.write_down(self.cache, alias, msgspec.structs.replace(model, complete=True))
+        progress.status = "success"
+        progress.path = str(pulled.snapshot_path(self.cache, model, choice.model))
+
+    # --- what there is ------------------------------------------------------------------------------------
+
+    def _planned(self, alias: str, commit: str, choice: Choice, files: tuple[HubFile, ...]) -> PulledModel:
+        known = pulled.read(self.cache)
+        taken = known.get(alias)
+        if taken is not None and (taken.repo, taken.model) != (self.reference.repo, choice.model):
+            name = f"{taken.repo}/{taken.model}"
+            message = f"{alias!r} is the alias of {name}: choose another one, or remove that model first"
+            raise PullFailed("alias_taken", message)
+        here = [each for model in known.values() if model.repo == self.reference.repo for each in model.revisions]
+        ours = {file.blob for model in here for file in model.files if file.ours}
+        return PulledModel(
+            self.reference.repo,
+            commit,
+            choice.model,
+            choice.mmproj,
+            tuple(
+                PulledFile(file.path, file.blob, file.size, file.blob in ours or not self._is_there(commit, file))
+                for file in files
+            ),
+            complete=False,
+        )
+
+    def _begun(self, alias: str, model: PulledModel) -> PulledModel:
+        """What is written down while it is on its way, so that `rm` finds what is broken off."""
+        known = pulled.read(self.cache).get(alias)
+        if known is None or known.revision == model.revision:
+            return known or model
+        return msgspec.structs.replace(known, arriving=model)
+
+    def _is_pulled(self, alias: str, model: PulledModel) -> bool:
+        there = all(self._pointer(model.revision, file.path).exists() for file in model.files)
+        return there and pulled.read(self.cache).get(alias) == msgspec.structs.replace(model, complete=True)
+
+    def _check_room(self) -> None:
+        needed = self.progress.total_bytes - self.progress.completed_bytes
+        place = next(folder for folder in (self.cache, *self.cache.parents) if folder.exists())
+        free = shutil.disk_usage(place).free
+        if needed > free:
+            message = (
+                f"{self.cache} has {free / 1e9:.1f} GB free, and the download needs {needed / 1e9:.1f} GB more"
+            )
+            raise PullFailed("disk_full", message)
+
+    def _estimate(self, commit: str, choice: Choice) -> None:
+        """Whether it will fit. It informs, and forbids nothing: so whatever is wrong here is only told."""
+        token = huggingface_hub.get_token()
+        environ = {**self.environ, **({"HF_TOKEN": token} if token else {})}
+
+        def header(path: str) -> gguf.GGUF:
+            local = self._pointer(commit, path)
+            if local.exists():
+                return gguf.read(local)
+            return estimate.read(self.hub.url(commit, path), environ)
+
+        try:
+            model = header(choice.model)
+            projector = header(choice.mmproj) if choice.mmproj else None
+            found = estimate.forecast(model, Flags(("-np", "1")), projector=projector)
+        except (estimate.CannotEstimate, ValueError, ArithmeticError, OSError) as error:
+            self.progress.memory_unknown = str(error)
+            return
+        needs = dict(found.best.placement)
+        self.progress.memory = MemoryNote(
+            needs,
+            {device: found.free_mib[device] for device in needs},
+            found.need.context,
+            not found.short_mib,
+            found.largest_context,
+        )
+
+    # --- fetching -----------------------------------------------------------------------------------------
+
+    def _fetch_all(self, commit: str, files: tuple[HubFile, ...]) -> None:
+        waiting: queue.SimpleQueue[tuple[HubFile, FileProgress]] = queue.SimpleQueue()
+        for each in zip(files, self.progress.files, strict=True):
+            waiting.put(each)
+        errors: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                while not self.stop.is_set():
+                    file, progress = waiting.get_nowait()
+                    self._fetch(commit, file, progress)
+            except queue.Empty:
+                pass
+            except BaseException as error:
+                errors.append(error)
+                self.stop.set()
+
+        workers = [threading.Thread(target=work, daemon=True) for _ in range(min(AT_ONCE, len(files)))]
+        try:
+            for worker in workers:
+                worker.start()
+            rate = _Rate(self.progress.completed_bytes)
+            for worker in workers:
+                while worker.is_alive():
+                    worker.join(_TELL_SEC)
+                    self._add_up()
+                    rate.tell(self.progress)
+                    self.say(self.progress)
+        except BaseException:
+            self.stop.set()
+            raise
+        if errors:
+            raise next((error for error in errors if not isinstance(error, Cancelled)), errors[0])
+        if self.stop.is_set():
+            raise Cancelled
+
+    def _fetch(self, commit: str, file: HubFile, progress: FileProgress) -> None:
+        """Have one file in the cache, checked, under its name. Another process may be just about to."""
+        blob, pointer = self.folder / "blobs" / file.blob, self._pointer(commit, file.path)
+        lock = pulled.blob_lock(self.folder, file.blob)
+        for path in (blob, pointer):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                lock.acquire(timeout=_TELL_SEC)
+                break
+            except Timeout:
+                self._check_stop()
+                progress.completed_bytes = self._arrived(commit, file)
+        try:
+            if not self._is_there(commit, file):
+                self._download(commit, file, blob, progress)
+            if _size(pointer) != file.size:
+                _link(pointer, blob)
+            progress.completed_bytes = file.size
+        finally:
+            lock.release()
+
+    def _download(self, commit: str, file: HubFile, blob: Path, progress: FileProgress) -> None:
+        """Until its checksum is right. What was left by a broken try may be wrong, too."""
+        partial = pulled.own_part(blob)
+        try:
+            resumes = pulled.take_over(blob, partial)
+            while not self._complete(commit, file, partial, progress):
+                is_blameless = resumes or not partial.exists()  # another pull has taken it over
+                partial.unlink(missing_ok=True)
+                if not is_blameless:
+                    message = "what arrived is not what the hub promises, and was thrown away. Pull again."
+                    raise PullFailed("checksum_mismatch", f"{file.path}: {message}")
+                resumes = False
+            os.replace(partial, blob)
+        finally:
+            pulled.leave(partial, blob)
+
+    def _complete(self, commit: str, file: HubFile, partial: Path, progress: FileProgress) -> bool:
+        """Fetch what is missing of a file; whether it is right then, as it is on the disk."""
+        with partial.open("ab") as out:
+            progress.completed_bytes = out.tell()
+            tries = 0
+            while progress.completed_bytes < file.size:
+                before = progress.completed_bytes
+                with self.hub.explained(last_try=tries == len(PAUSES_SEC)):
+                    self._receive(commit, file, out, progress)
+                out.flush()
+                if progress.completed_bytes < file.size:
+                    tries = 1 if progress.completed_bytes > before else tries + 1
+                    if tries > len(PAUSES_SEC):
+                        raise HubError("unreachable", f"{self.hub.endpoint} sends no more of {file.path}")
+                    self._wait(PAUSES_SEC[tries - 1])
+            out.flush()
+            os.fsync(out.fileno())
+        return self._is_right(partial, file)
+
+    def _is_right(self, path: Path, file: HubFile) -> bool:
+        if _size(path) != file.size:  # or another pull has taken it over
+            return False
+        digest = _digest(file)
+        with path.open("rb") as written:
+            while chunk := written.read(_HASH_BYTES):
+                self._check_stop()
+                digest.update(chunk)
+        return digest.hexdigest() == file.blob
+
+    def _receive(self, commit: str, file: HubFile, out: IO[bytes], progress: FileProgress) -> None:
+        """One request for the rest of a file."""
+        start = progress.completed_bytes
+        headers = build_hf_headers(library_name="llama-router", library_version=__version__)
+        headers["Accept-Encoding"] = "identity"
+        if start:
+            headers["Range"] = f"bytes={start}-"
+        url = self.hub.url(commit, file.path)
+        with get_session().stream("GET", url, headers=headers, timeout=ANSWER_SEC) as response:
+            hf_raise_for_status(response)
+            if start and (response.status_code != 206 or _first_byte(response) != start):
+                out.truncate(0)  # the server sends the whole file, whatever it was asked for
+                progress.completed_bytes = 0
+            for chunk in response.iter_raw():
+                self._check_stop()
+                out.write(chunk)
+                progress.completed_bytes += len(chunk)
+                if progress.completed_bytes > file.size:
+                    return
+
+    def _name_revision(self, commit: str) -> None:
+        """So that other programs find it without asking the hub."""
+        if self.reference.revision == commit:
+            return
+        ref = self.folder / "refs" / self.reference.revision
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        fresh = ref.with_name(f"{ref.name}.{uuid.uuid4().hex}")
+        fresh.write_text(commit)
+        os.replace(fresh, ref)
+
+    # --- small questions ----------------------------------------------------------------------------------
+
+    def _pointer(self, commit: str, path: str) -> Path:
+        return self.folder / "snapshots" / commit / path
+
+    def _is_there(self, commit: str, file: HubFile) -> bool:
+        places = (self.folder / "blobs" / file.blob, self._pointer(commit, file.path))
+        return any(_size(place) == file.size for place in places)
+
+    def _arrived(self, commit: str, file: HubFile) -> int:
+        if self._is_there(commit, file):
+            return file.size
+        parts = pulled.parts(self.folder / "blobs" / file.blob)
+        return min(file.size, max((_size(part) or 0 for part in parts), default=0))
+
+    def _add_up(self) -> None:
+        self.progress.completed_bytes = sum(file.completed_bytes for file in self.progress.files)
+
+    def _check_stop(self) -> None:
+        if self.stop.is_set():
+            raise Cancelled
+
+    def _wait(self, sec: float) -> None:
+        if self.stop.wait(sec):
+            raise Cancelled
+
+
+class _Rate:
+    """Bytes per second over the last seconds, and how long the rest takes at that."""
+
+    def __init__(self, completed_bytes: int) -> None:
+        self._points = [(time.monotonic(), completed_bytes)]
+
+    def tell(self, progress: Progress) -> None:
+        now = time.monotonic()
+        self._points.append((now, progress.completed_bytes))
+        while self._points[1][0] < now - _RATE_SEC:
+            del self._points[0]
+        (since, before), left = self._points[0], progress.total_bytes - progress.completed_bytes
+        progress.bytes_per_sec = max(0.0, (progress.completed_bytes - before) / max(now - since, 1e-3))
+        progress.eta_sec = round(left / progress.bytes_per_sec, 1) if progress.bytes_per_sec else None
+
+
+def _digest(file: HubFile) -> hashlib._Hash:
+    # git hashes a blob together with its kind and size.
+    return hashlib.sha256() if file.is_large else hashlib.sha1(b"blob %d\0" % file.size)  # noqa: S324
+
+
+def _link(pointer: Path, blob: Path) -> None:
+    """Have the name in a snapshot stand for the blob. Another pull may be just about to."""
+    fresh = pointer.with_name(f"{pointer.name}.{uuid.uuid4().hex}")
+    try:
+        fresh.symlink_to(os.path.relpath(blob, pointer.parent))
+    except OSError:  # a file system without links: as the library does
+        os.replace(blob, pointer)
+    else:
+        os.replace(fresh, pointer)
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _first_byte(response: httpx2.Response) -> int | None:
+    found = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+    return int(found[1]) if found else None
+
+
+def child(text: str, taken: str, alias: str | None = None) -> None:
+    """In a process of the router's: progress goes to standard output as JSON lines; its end of input ends us.
+
+    `taken` is a JSON document.
+    """
+
+    def end_with_parent() -> None:
+        while os.read(sys.stdin.fileno(), 4096):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+    def say(progress: Progress) -> None:
+        sys.stdout.buffer.write(msgspec.json.encode(progress) + b"\n")
+        sys.stdout.buffer.flush()
+
+    pull(text, say, environ=os.environ, alias=alias, taken=msgspec.json.decode(taken, type=dict[str, str]))

@@ -1,0 +1,265 @@
+"""What to take of a repository on the Hugging Face hub: how one is named, and which of its files make the model.
+
+Pure: knows names and sizes of files, and asks nobody. The naming is that of `llama-server -hf` and `ollama pull`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import urllib.parse
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+
+from router.config.names import HUB_HOSTS, same_name, untagged
+from router.engines.llamacpp.purpose import DRAFT_PREFIXES
+from router.formats import gguf
+from router.formats.quantizations import BITS, DEFAULT, bits_of, closeness
+from router.store.discovery import projector_of, quantization
+from router.store.external import repository_aliases
+
+Q4_ABOVE_BYTES = 14_000_000_000
+"""What AUTO takes unquantized is no larger than this, unless it is told otherwise."""
+
+AUTO = "auto"
+_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
+_REPOSITORY = re.compile(f"{_NAME}/{_NAME}")
+_QUANT = re.compile(r"[A-Za-z0-9_.-]+")
+_UNQUANTIZED = (16, 32)
+_BITS_OF = {
+    **{f"Q{bits}": (bits,) for bits in BITS if bits < 16},
+    "FP16": (16,),
+    "FP32": (32,),
+    "NO": _UNQUANTIZED,
+}
+"""Words that leave the kind open. FP16 is BF16, too."""
+
+
+class BadReference(ValueError):
+    """It names no repository; the message says what would."""
+
+
+class NotAllowed(Exception):
+    """It is not on the list of what may be pulled; the message names what is."""
+
+
+class NoChoice(Exception):
+    """The repository has no such file, or several; the message names what there is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A model on the hub: a repository, and which of its files: by quantization, by path, or by our default."""
+
+    repo: str
+    quant: str | None = None
+    """A label such as Q4_K_M; or any of so many bits: `q4`, `q8`, …, `fp16`, `fp32`, `no`; or `auto`."""
+    file: str | None = None
+    revision: str = "main"
+
+    def __str__(self) -> str:
+        kind = "resolve" if self.file else "tree"
+        revision = "" if self.revision == "main" else f"{kind}/{self.revision}"
+        path = "/".join(part for part in ("hf.co", self.repo, revision, self.file) if part)
+        return f"{path}:{self.quant}" if self.quant else path
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    alias: str
+    model: str
+    """The file to load; of a split model the first part."""
+    parts: tuple[str, ...]
+    mmproj: str | None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (*self.parts, self.mmproj) if self.mmproj else self.parts
+
+
+def parse(text: str, environ: Mapping[str, str]) -> Reference:
+    """`[hf.co/]USER/REPO[:QUANT]`, `[hf.co/]USER/REPO/FILE.gguf`, or an address copied from the browser.
+
+    `:latest`, which Ollama's clients put behind what has no tag, says nothing. Raises BadReference.
+    """
+    mirror = urllib.parse.urlsplit(environ.get("HF_ENDPOINT", "")).netloc
+    _, _, rest = text.strip().rpartition("://")
+    rest = urllib.parse.unquote(rest.partition("?")[0].partition("#")[0]).strip("/")
+    if not rest.isprintable():
+        raise BadReference(f"{text!r} has characters that no name has")
+    host, _, path = rest.partition("/")
+    if host.lower() in HUB_HOSTS or (mirror and host == mirror):
+        rest = path
+    elif "://" in text:
+        raise BadReference(f"{text!r} is not on the Hugging Face hub: give hf.co/USER/REPO[:QUANT]")
+    rest, _, quant = untagged(rest).partition(":")
+    user, _, rest = rest.partition("/")
+    name, _, file = rest.partition("/")
+    repo, revision = f"{user}/{name}", "main"
+    taken = re.fullmatch(r"(?:blob|resolve|raw)/([^/]+)/(.+)", file)
+    if taken is not None:
+        revision, file = taken[1], taken[2]
+    elif re.fullmatch(r"tree/[^/]+/?", file):
+        revision, file = file.split("/")[1], ""
+    if not _REPOSITORY.fullmatch(repo) or "--" in repo or ".." in repo:
+        raise BadReference(
+            f"{text!r} names no repository: give hf.co/USER/REPO[:QUANT], as in hf.co/ggml-org/gemma-3-4b-it-GGUF"
+        )
+    if file and (quant or not file.lower().endswith(".gguf") or not is_plain(file)):
+        raise BadReference(f"{text!r}: after the repository comes :QUANT, or /FILE.gguf")
+    if quant:
+        _check_quantization(quant, text)
+    return Reference(repo, quant or None, file or None, revision)
+
+
+def _check_quantization(quant: str, text: str) -> None:
+    if not _QUANT.fullmatch(quant):
+        raise BadReference(f"{text!r}: {quant!r} is not a quantization such as {DEFAULT}")
+
+
+def permitted(
+    text: str, allowed: Mapping[str, str] | None, environ: Mapping[str, str]
+) -> tuple[Reference, str | None]:
+    """What a client means, and the alias to serve it under, if it has asked by one that is `allowed`.
+
+    `allowed` maps aliases to references; None allows every reference. One without quantization or file allows all
+    of its repository. Raises BadReference, NotAllowed.
+    """
+    if allowed is None:
+        return parse(text, environ), None
+    alias = same_name(text, allowed)
+    if alias is not None:
+        return parse(allowed[alias], environ), alias
+    listed = [parse(each, environ) for each in allowed.values()]
+    with contextlib.suppress(BadReference):
+        reference = parse(text, environ)
+        if reference in listed or Reference(reference.repo, revision=reference.revision) in listed:
+            return reference, None
+    raise NotAllowed(
+        f"{text!r} may not be pulled here (system.allowed_models); what may: {', '.join(allowed) or 'none'}"
+    )
+
+
+def is_of(repo: str, alias: str) -> bool:
+    """Whether an alias is one that a model of the repository has if nobody gives it another."""
+    return alias == repo or alias.startswith((f"{repo}:", f"{repo}/"))
+
+
+def quantized(reference: Reference, quantize: str) -> Reference:
+    """The model in a certain quantization; AUTO leaves a reference that has one as it is. Raises BadReference."""
+    if reference.quant is None and reference.file is None:
+        _check_quantization(quantize, quantize)
+        return replace(reference, quant=quantize)
+    if quantize.lower() != AUTO:
+        raise BadReference(f"{reference} says which file it is: leave out `quantize`")
+    return reference
+
+
+def is_quantized(path: str) -> bool:
+    """As far as its name tells."""
+    return 0 < _bits(PurePosixPath(path)) < min(_UNQUANTIZED)
+
+
+def gated(page: str) -> str:
+    """What there is to do for a repository, of which `page` is the address."""
+    repo = "/".join(page.split("/")[-2:])
+    return f"{repo} is gated: accept its terms on {page}, then set HF_TOKEN to your token"
+
+
+def is_plain(path: str) -> bool:
+    """Whether a path of the hub's stays below the folder that it is put into."""
+    return "\\" not in path and "\0" not in path and all(part not in ("", ".", "..") for part in path.split("/"))
+
+
+def choose(reference: Reference, sizes: Mapping[str, int], q4_above_bytes: int = Q4_ABOVE_BYTES) -> Choice:
+    """The files of a model and its projector, and the alias to serve it under. Raises NoChoice.
+
+    Without a quantization: Q4_K_M, else another with 4 bits, then 5, 6, 8, 3, 2, 16, 32 and 1 bit; of the same
+    bits K before others, and M before XL, L and S. Never another one than was asked for. `auto` is what is not
+    quantized, unless that is larger than `q4_above_bytes` or not there: then as without.
+    """
+    paths = [PurePosixPath(path) for path in sorted(sizes) if path.lower().endswith(".gguf")]
+    projectors = {path: sizes[str(path)] for path in paths if "mmproj" in path.name.lower()}
+    models = [path for path in paths if path not in projectors and _is_model(path)]
+    firsts = [path for path in models if _part(path) == 1]
+    if reference.quant is not None and reference.quant.lower() == AUTO:
+        reference = replace(reference, quant=_automatic(firsts, sizes, q4_above_bytes))
+    chosen = _wanted(reference, firsts)
+    parts = _parts(chosen)
+    missing = [part for part in parts if part not in sizes]
+    if missing:
+        raise NoChoice(f"{chosen} is incomplete on the hub: {missing[0]} is missing")
+    near = {path: size for path, size in projectors.items() if path.parent in (chosen.parent, *chosen.parents)}
+    mmproj = projector_of(chosen, firsts, near)
+    alias = repository_aliases(reference.repo, firsts)[chosen]
+    return Choice(alias, str(chosen), parts, str(mmproj) if mmproj else None)
+
+
+def _automatic(models: Sequence[PurePosixPath], sizes: Mapping[str, int], q4_above_bytes: int) -> str | None:
+    full = _closest(path for path in models if _bits(path) in _UNQUANTIZED)
+    bytes_of_full = sum(sizes.get(part, 0) for part in _parts(full[0])) if full else math.inf
+    return "NO" if bytes_of_full <= q4_above_bytes else None
+
+
+def _wanted(reference: Reference, models: list[PurePosixPath]) -> PurePosixPath:
+    there = ", ".join(_labels(models)) or "none"
+    if not models:
+        raise NoChoice(f"{reference.repo} has no GGUF model; look for a repository whose name ends in -GGUF")
+    if reference.file is not None:
+        if PurePosixPath(reference.file) not in models:
+            names = ", ".join(map(str, models))
+            raise NoChoice(f"{reference.repo} has no model {reference.file}; it has {names}")
+        return PurePosixPath(reference.file)
+    if reference.quant is not None:
+        asked = reference.quant.upper()
+        labels = {path: quantization(path) for path in models}
+        fits = [path for path in models if labels[path] == asked]
+        fits = fits or [path for path in models if labels[path] == f"UD-{asked}"]
+        fits = fits or _closest(path for path in models if _bits(path) in _BITS_OF.get(asked, ()))
+        if not fits:
+            raise NoChoice(f"{reference.repo} has no {reference.quant}; it has {there}")
+    else:
+        fits = _closest(models)
+    if len(fits) > 1:
+        names = ", ".join(map(str, fits))
+        raise NoChoice(
+            f"{reference.repo} has several such models: name one, as in hf.co/{reference.repo}/{fits[0]} ({names})"
+        )
+    return fits[0]
+
+
+def _is_model(path: PurePosixPath) -> bool:
+    name = path.name.lower()
+    return "imatrix" not in name and not name.startswith(DRAFT_PREFIXES)
+
+
+def _part(path: PurePosixPath) -> int:
+    split = gguf.SPLIT_NAME.fullmatch(path.name)
+    return int(split["part"]) if split else 1
+
+
+def _parts(first: PurePosixPath) -> tuple[str, ...]:
+    split = gguf.SPLIT_NAME.fullmatch(first.name)
+    if split is None:
+        return (str(first),)
+    count = int(split["parts"])
+    return tuple(
+        str(first.with_name(f"{split['stem']}-{n:05}-of-{split['parts']}.gguf")) for n in range(1, count + 1)
+    )
+
+
+def _labels(models: Iterable[PurePosixPath]) -> list[str]:
+    return sorted({quantization(path) or path.name for path in models})
+
+
+def _closest(models: Iterable[PurePosixPath]) -> list[PurePosixPath]:
+    """To what we take without being told; several if nothing tells them apart."""
+    ranked = [(closeness(quantization(path) or ""), path) for path in models]
+    best = min((closeness for closeness, _ in ranked), default=None)
+    return [path for closeness, path in ranked if closeness == best]
+
+
+def _bits(path: PurePosixPath) -> int:
+    return bits_of(quantization(path) or "")

@@ -1,0 +1,1 @@
+"""The operating system: processes, the state directory, the service manager, signals, calls that may hang."""

@@ -1,0 +1,199 @@
+"""What a router leaves to the next one: a directory of its own, with a lock and small JSON files.
+
+One directory per listening port, so that two routers on one machine do not meet; `system.state_dir` names another.
+The lock is the kernel's: it ends with its holder, however that ends, and is never stale. Files are replaced as a
+whole, so that a reader sees the old or the new. What they mean is known to who writes them.
+
+A router without a directory (a read-only home, say) serves all the same; it only remembers nothing. All of this
+blocks: on the event loop, call `StateFile` in a thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import msgspec
+
+from router.system.privacy import FILE_MODE, FOLDER_MODE, keep_to_owner
+
+_log = logging.getLogger("router")
+_T = TypeVar("_T")
+
+_TRIES = 10  # a router that was killed just now may still be on its way out
+_TRY_AGAIN_SEC = 0.05
+_OURS = re.compile(r"lock|blobs|\w+\.json(\.new|\.broken)?|\d+\.sock")
+"""Names of what a router puts into its directory."""
+_HOME_FOLDERS = ("Library", "Application Support") if sys.platform == "darwin" else (".local", "state")
+
+
+class Holder(msgspec.Struct, frozen=True):
+    """The router that works with a directory."""
+
+    pid: int
+    port: int
+    since: str
+    """Wall clock, for people."""
+
+    def __str__(self) -> str:
+        return f"the llama-router with pid {self.pid}, which listens on port {self.port} since {self.since}"
+
+
+class StateHeld(Exception):
+    """Another router works with the directory."""
+
+    def __init__(self, path: Path, holder: Holder | None) -> None:
+        super().__init__(f"{path} is held by {holder or 'another llama-router'}")
+
+
+def default_path(port: int, environ: Mapping[str, str]) -> Path | None:
+    """Where programs keep such things for this user; None if the user has no home."""
+    home = environ.get("HOME", "")
+    base = environ.get("XDG_STATE_HOME", "")
+    if not os.path.isabs(base):  # a relative one is to be ignored (XDG Base Directory Specification 0.8)
+        if not os.path.isabs(home):
+            return None
+        base = os.path.join(home, *_HOME_FOLDERS)
+    return Path(base, "llama-router", str(port))
+
+
+def configured_path(named: str | None, port: int, environ: Mapping[str, str]) -> Path | None:
+    """Where the router on a port keeps it: where the configuration (`system.state_dir`) says, else as usual."""
+    return Path(named) if named else default_path(port, environ)
+
+
+class State:
+    """The directory of this router, locked; or none at all, and then nothing is remembered."""
+
+    def __init__(self, path: Path | None = None, lock: int | None = None) -> None:
+        self.path = path
+        self._lock = lock
+
+    @classmethod
+    def open(cls, path: Path, port: int) -> State:
+        """Make the directory, for its owner only, and lock it. Raises StateHeld; OSError if it can't be used."""
+        path.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
+        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, FILE_MODE)
+        _keep_to_owner(path)
+        try:
+            for last in (*[False] * _TRIES, True):
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if last:
+                        raise StateHeld(path, _holder(lock)) from None
+                    time.sleep(_TRY_AGAIN_SEC)
+            since = datetime.now().astimezone().isoformat(" ", "seconds")
+            with contextlib.suppress(OSError):  # on a full disk it still locks, it only doesn't say for whom
+                os.truncate(lock, 0)
+                os.write(lock, msgspec.json.encode(Holder(os.getpid(), port, since)))
+            return cls(path, lock)
+        except BaseException:
+            os.close(lock)
+            raise
+
+    @staticmethod
+    def holder(path: Path) -> Holder | None:
+        """The live router that works with a directory, if there is one and it can be seen."""
+        try:
+            lock = os.open(path / "lock", os.O_RDONLY)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _holder(lock)
+        except OSError:
+            pass
+        finally:
+            os.close(lock)
+        return None
+
+    def file(self, name: str, kind: type[_T], purpose: str) -> StateFile[_T]:
+        """`name`.json, which holds a `kind` (whatever msgspec reads); `purpose` ends "without it, …"."""
+        return StateFile(self.path and self.path / f"{name}.json", kind, purpose)
+
+    def close(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+class StateFile(Generic[_T]):
+    """One value of one type. It has one writer at a time."""
+
+    def __init__(self, path: Path | None, kind: type[_T], purpose: str) -> None:
+        self._path = path
+        self._kind = kind
+        self._purpose = purpose
+        self._failing = False
+
+    def read(self) -> _T | None:
+        """What was written last. What can't be read is set aside under a name of its own, and it is None."""
+        if self._path is None:
+            return None
+        try:
+            return msgspec.json.decode(self._path.read_bytes(), type=self._kind)
+        except FileNotFoundError:
+            return None
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+            aside = self._path.with_suffix(".json.broken")
+            with contextlib.suppress(OSError):
+                os.replace(self._path, aside)
+            _log.warning("%s cannot be read (%s); a copy stays in %s", self._path, error, aside.name)
+            return None
+
+    def replace(self, value: _T) -> None:
+        """Raises OSError, and then the file is what it was."""
+        if self._path is None:
+            return
+        new = self._path.with_suffix(".json.new")
+        try:
+            new.unlink(missing_ok=True)  # whatever its mode
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE), "wb") as file:
+                file.write(msgspec.json.format(msgspec.json.encode(value)) + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(new, self._path)
+        except OSError:
+            new.unlink(missing_ok=True)
+            raise
+
+    def write(self, value: _T) -> None:
+        """As `replace`. A disk that is full or read-only is told once, and tried again at the next change."""
+        try:
+            self.replace(value)
+        except OSError as error:
+            if not self._failing:
+                reason = error.strerror or error
+                _log.warning("%s cannot be written: %s. Without it, %s", self._path, reason, self._purpose)
+            self._failing = True
+        else:
+            if self._failing:
+                _log.info("%s can be written again", self._path)
+            self._failing = False
+
+
+def _keep_to_owner(folder: Path) -> None:
+    """What is in it of ours, and the directory itself, unless somebody else keeps things there, too."""
+    places = list(folder.iterdir())
+    ours = [place for place in places if _OURS.fullmatch(place.name)]
+    for place in (*ours, *([folder] if len(ours) == len(places) else ())):
+        keep_to_owner(place)
+
+
+def _holder(lock: int) -> Holder | None:
+    try:
+        return msgspec.json.decode(os.pread(lock, 4096, 0), type=Holder)
+    except (OSError, msgspec.MsgspecError):  # it has not written it yet
+        return None
