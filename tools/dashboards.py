@@ -1,8 +1,8 @@
 """Writes the Grafana dashboards: `python tools/dashboards.py`, after every change here.
 
 Each panel says in its description when one looks at it. Names and fields are those of Grafana's own SDK, so that a
-dashboard cannot have an option that Grafana does not know. `tests/test_monitoring.py` runs every query on a real
-Prometheus.
+dashboard cannot have an option that Grafana does not know. `tests/observe/test_monitoring.py` runs every query on
+a real Prometheus.
 """
 
 from __future__ import annotations

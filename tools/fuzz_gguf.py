@@ -3,7 +3,7 @@
     python tools/fuzz_gguf.py --runs 100000
 
 Guided by coverage where atheris is installed, else by blind mutation of valid files (`--blind` to insist).
-The property is the one in `tests/test_gguf.py`; an input that breaks it is written to `--crashes`.
+The property is the one in `tests/formats/test_gguf.py`; an input that breaks it is written to `--crashes`.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ _FLAGS: tuple[tuple[str, ...], ...] = (
     ("-ngl", "1"),
     ("-c", "0", "--swa-full"),
 )
-_ARCHITECTURES = json.loads((Path(__file__).parent.parent / "archs_11434.json").read_text())
+_ARCHITECTURES = json.loads((Path(__file__).parents[1] / "engines" / "llamacpp" / "archs_11434.json").read_text())
 _ODD: tuple[tuple[str, Any], ...] = (
     *(("u32", value) for value in (0, 1, 2, 3, 7, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1)),
     *(("i32", value) for value in (-1, -(1 << 31))),

@@ -37,7 +37,7 @@ class Engine:
     """The recording engine behind a router."""
 
     def __init__(self, folder: Path) -> None:
-        script = Path(__file__).parent / "chaos" / "recording_engine.py"
+        script = Path(__file__).parents[1] / "chaos" / "recording_engine.py"
         self._record = folder / "requests.jsonl"
         launch = folder / "recording-llama-server"
         launch.write_text(f"#!/bin/sh\nRECORD='{self._record}' exec {sys.executable} {script} \"$@\"\n")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import FAKE_ENGINE, Router, Start, chromium, models, starting
 
-FOLDER = Path(__file__).parent.parent / "router" / "api" / "assets"
+FOLDER = Path(__file__).parents[2] / "router" / "api" / "assets"
 FROM_BROWSER = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 MARKUP = "<img src=x onerror=document.title='broken'>"
 HOSTILE = "<img/src=x/onerror=document.title='broken'>"

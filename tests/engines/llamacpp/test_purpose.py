@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import Router, Start, eventually, models
-from test_stores import ollama_model
+from ollama_store import ollama_model
 from tiny_models import write_embedding, write_llama, write_projector
 
 from router.config.schema import ModelConfig

@@ -4,7 +4,7 @@
 only what effects tell it, keeps its own books from them, and checks every promise after every event.
 Hypothesis drives it rule by rule (small failures), a seeded generator drives it in bulk (rare ones).
 
-`SCHEDULER_EVENTS=3000000 python -m pytest tests/test_scheduler_properties.py` looks longer, and with
+`SCHEDULER_EVENTS=3000000 python -m pytest tests/scheduling/test_scheduler_properties.py` looks longer, and with
 `SCHEDULER_SEED=7` elsewhere.
 """
 

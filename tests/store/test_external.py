@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Start
+from ollama_store import ollama_model
 from tiny_models import write_llama, write_projector
 
 from router.store import external as stores
@@ -74,17 +75,6 @@ def test_a_projector_of_a_repository_goes_with_models_in_its_folders(tmp_path: P
     cached(tmp_path, "org/sees", COMMITS[0], "mmproj-F16.gguf")
     (found,) = stores.hugging_face(tmp_path).models
     assert found.capabilities == ("completion", "vision")
-
-
-def ollama_model(store: Path, name: str, *layers: tuple[str, str]) -> None:
-    """`name` is host/namespace/model/tag; each layer is a kind and the digest of a blob."""
-    manifest = store / "manifests" / name
-    manifest.parent.mkdir(parents=True, exist_ok=True)
-    kinds = [
-        {"mediaType": f"application/vnd.ollama.image.{kind}", "digest": f"sha256:{digest}", "size": 1}
-        for kind, digest in layers
-    ]
-    manifest.write_text(json.dumps({"schemaVersion": 2, "layers": kinds}))
 
 
 @pytest.fixture

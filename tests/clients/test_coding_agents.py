@@ -1,7 +1,7 @@
 """Coding agents themselves, from npm and PyPI, against a running router. Only with AGENTS=long in the environment:
 they are 2 GB, and read prompts of up to 20,000 tokens.
 
-    AGENTS=long pytest tests/test_coding_agents.py
+    AGENTS=long pytest tests/clients/test_coding_agents.py
 
 The demo model, with more room than it was made for, says something to whatever it is asked. What matters is that
 an agent takes it, and what it makes of a context that is too small and of a key that is wrong.

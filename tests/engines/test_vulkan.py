@@ -44,7 +44,7 @@ def vulkan(tmp_path_factory: pytest.TempPathFactory) -> Environ:
     made = subprocess.run([*uv, *wanted], env=environ, stderr=subprocess.PIPE, text=True)
     if made.returncode:
         pytest.skip(f"{PACKAGE} cannot be installed: {made.stderr}")
-    path = os.pathsep.join((str(Path(__file__).parent.parent), str(folder)))
+    path = os.pathsep.join((str(Path(__file__).parents[2]), str(folder)))
     return {"PYTHONPATH": path, "VK_DRIVER_FILES": str(LAVAPIPE[0]), "GGML_VK_VISIBLE_DEVICES": "0,0"}
 
 

@@ -1,6 +1,7 @@
 """Real engines under a budget that holds three of five: the ledger never exceeds it, and no load fails for memory.
 
-`MEMORY_STORM=long python -m pytest tests/test_memory_storm.py` does so for longer, with 300 MB models in 1.2 GB.
+`MEMORY_STORM=long python -m pytest tests/memory/test_memory_storm.py` does so for longer, with 300 MB models in
+1.2 GB.
 """
 
 from __future__ import annotations

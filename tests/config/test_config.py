@@ -26,7 +26,7 @@ from router.config.sources import Loaded, load
 from router.engines.llamacpp import flags
 from router.store import discovery as hub
 
-PROJECT = Path(__file__).parent.parent
+PROJECT = Path(__file__).parents[2]
 EXAMPLES = [*sorted((PROJECT / "config").glob("*.yaml")), PROJECT / "config.example.json"]
 
 
