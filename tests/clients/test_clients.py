@@ -1,4 +1,4 @@
-"""What people's programs are written with, against a running router: each test is a cell of README's matrix.
+"""People's client libraries against a running router: each test is a cell of the matrix in docs/clients.md.
 
 The router is as it comes, with its demo models on the embedded engine, whose grammar makes them keep to a schema.
 The demo model calls no tools: there a fake engine does, in llama-server's words.

@@ -1,0 +1,41 @@
+"""The documents point at what is there: pages, headings in them, and files of the project that they name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+DOCUMENTS = sorted(
+    path
+    for pattern in ("*.md", "docs/*.md", "benchmarks/*.md", "monitoring/*.md", "tests/hostile/*.md", "tools/*.md")
+    for path in ROOT.glob(pattern)
+)
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
+NAMED_FILE = re.compile(
+    r"\b(?:router|tests|benchmarks|config|monitoring|tools|docs)/[\w./-]+\.(?:py|md|json|yaml|yml|service|mjs)\b"
+)
+
+
+def anchors(document: Path) -> set[str]:
+    """How GitHub names the headings of a document."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    broken = []
+    for path, anchor in LINK.findall(document.read_text()):
+        target = (document.parent / path).resolve() if path else document
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(f"{path}#{anchor}")
+    assert not broken
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_are_named_exist(document: Path) -> None:
+    named = set(NAMED_FILE.findall(document.read_text()))
+    assert not {name for name in named if not (ROOT / name).exists() and not (document.parent / name).exists()}
