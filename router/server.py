@@ -34,6 +34,7 @@ from router.dataplane.server import HttpProtocol, PagesProtocol
 from router.engines.health import HealthMonitor
 from router.engines.launcher import LocalLauncher, find_binary
 from router.engines.llamacpp.capability import purpose_of
+from router.engines.llamacpp.listed_devices import Listed
 from router.engines.llamacpp.sizing import EngineKind
 from router.engines.orphans import EngineRecord
 from router.engines.process import Binary
@@ -154,7 +155,8 @@ def _serve(loaded: Loaded, load: Load, log: Logs) -> None:
         state = opened.enter_context(contextlib.closing(_open_state(config, listeners[0].getsockname()[1])))
         record = EngineRecord(state)
         record.end_leftovers()  # before anybody asks how much memory is free
-        devices = Devices(config.system.gpu_devices if kind.uses_gpus else (), engine=kind)
+        gpu_devices = config.system.gpu_devices if kind.uses_gpus else ()
+        devices = Devices(gpu_devices, listed=Listed(kind, os.environ, gpu_devices or ()))
         devices.read_blocking()
         store = state.file("footprints", list[Entry], "what was measured of engines is forgotten at the end")
         learned = Learned(store, psutil.boot_time())
@@ -305,8 +307,13 @@ class _Service:
         hang_up.release()
         self._dispatcher.start()
         keep = self._dispatcher.background.keep
+        health = HealthMonitor(
+            lambda: self._dispatcher.running.values(),
+            self._dispatcher.scheduler,
+            lambda: self._dispatcher.config.system,
+        )
         kept = [
-            keep("health monitor", HealthMonitor(self._dispatcher).run),
+            keep("health monitor", health.run),
             keep("word to systemd", lambda: self._notifier.keep_telling(self._status)),
             keep("question for our own names", browsers.ask_for_own_names),
             keep("return of memory", give_memory_back),

@@ -15,8 +15,8 @@ from typing import Any
 from router.config.schema import ModelConfig
 from router.engines.llamacpp.flags import Flags, as_started
 from router.engines.llamacpp.footprint import slot_context
+from router.engines.running import EngineProps
 from router.formats import gguf
-from router.runtime.dispatcher import EngineProps
 from router.system.readings import apart
 
 Card = dict[str, Any]

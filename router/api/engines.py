@@ -20,9 +20,10 @@ from router import __version__
 from router.config.names import meant
 from router.dataplane.routing import model_of, named_by_nobody
 from router.engines.llamacpp.capability import error_of_engine
+from router.engines.running import RunningEngine
 from router.http.auth import sees_all
 from router.http.errors import ApiError
-from router.runtime.dispatcher import Dispatcher, RunningEngine
+from router.runtime.dispatcher import Dispatcher
 
 router = APIRouter(tags=["monitoring"])
 

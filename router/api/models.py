@@ -16,11 +16,12 @@ from router.config.problems import ConfigError
 from router.config.schema import ModelConfig
 from router.dataplane.routing import model_of
 from router.engines.llamacpp.flags import Flags
+from router.engines.running import RunningEngine
 from router.hardware.devices import HOST
 from router.http.auth import sees_all
 from router.http.errors import ApiError, refused
 from router.memory.ledger import Account
-from router.runtime.dispatcher import Dispatcher, RunningEngine
+from router.runtime.dispatcher import Dispatcher
 from router.scheduling.messages import Refusal
 from router.scheduling.residency import Model
 from router.scheduling.wait_reason import why

@@ -16,9 +16,9 @@ from starlette.responses import JSONResponse, Response
 
 from router.api.models import LoadRequest, load_model
 from router.api.streams import EventStream
-from router.config.names import candidates, same_name
+from router.config.names import candidates, same_name, some_of
 from router.config.schema import Config
-from router.dataplane.routing import check_name, some_of
+from router.dataplane.routing import check_name
 from router.http.errors import ApiError
 from router.runtime.dispatcher import Dispatcher
 from router.store import created, pulled, repository

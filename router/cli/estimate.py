@@ -30,6 +30,7 @@ from router.engines.launcher import NoEngine, find_binary
 from router.engines.llamacpp import adapters, footprint
 from router.engines.llamacpp.flags import FlagError, Flags, argv
 from router.engines.llamacpp.footprint import HOST, Footprint, Share
+from router.engines.llamacpp.listed_devices import Listed
 from router.engines.llamacpp.plan import Alternative, Ground, alternatives
 from router.engines.llamacpp.purpose import flags_for
 from router.engines.llamacpp.sizing import EngineKind, Files, Sizer, Unusable
@@ -309,7 +310,7 @@ def _engine() -> EngineKind | None:
 
 def _ground(engine: EngineKind | None) -> Ground:
     """The machine as it is now, as a router without engines and with every GPU would see it."""
-    devices = Devices(engine=engine)
+    devices = Devices(listed=None if engine is None else Listed(engine, os.environ))
     ledger = Ledger(System())
     ledger.observe(devices.read_blocking(), {})
     return ledger.ground(ledger.budgets()[0], devices.environment)

@@ -91,3 +91,9 @@ def untagged(name: str) -> str:
 def listed_name(alias: str) -> str:
     """How Ollama lists it: no name is without a tag."""
     return alias if ":" in alias.rpartition("/")[2] else f"{alias}{_TAG}"
+
+
+def some_of(aliases: list[str]) -> str:
+    """For people: the first ten."""
+    shown = ", ".join(repr(alias) for alias in aliases[:10])
+    return f"{shown} and {len(aliases) - 10} more (GET /v1/models)" if len(aliases) > 10 else shown

@@ -16,9 +16,10 @@ from router.config.schema import Config
 from router.dataplane.exchange import Exchange
 from router.dataplane.heads import RequestHead, check_size
 from router.dataplane.routing import Wish, wish_of
-from router.dataplane.shortening import Pieces, Text
+from router.dataplane.shortening import Text
 from router.engines.upstream import Head
 from router.http.errors import ApiError
+from router.system.large_memory import Pieces
 
 _PREFIX = "/upstream/"
 _METHODS = frozenset({b"GET", b"POST", b"PUT", b"DELETE"})

@@ -35,7 +35,7 @@ from router.dataplane.heads import Admission, RequestHead, check_size
 from router.dataplane.limits import Bodies
 from router.dataplane.rewriting import depth_of, rewritten
 from router.dataplane.routing import WITHOUT_TOKENS, Wish, priority_of, read_wish, shortened
-from router.dataplane.shortening import Pieces, Shortened, Text, most_values
+from router.dataplane.shortening import Shortened, Text, most_values
 from router.engines.llamacpp.capability import error_of_engine, refused_by_engine
 from router.engines.llamacpp.usage import NO_USAGE, AnswerMeter, Usage
 from router.engines.upstream import Body, Connection, Head
@@ -45,7 +45,7 @@ from router.http.origins import Browsers
 from router.observe.events import RequestDone
 from router.runtime.dispatcher import Dispatcher, Ticket, Waiting
 from router.scheduling.queue import NAMES, Priority
-from router.system.large_memory import LargeMemory
+from router.system.large_memory import LargeMemory, Pieces
 from router.system.turns import Rounds
 
 _log = logging.getLogger("router")

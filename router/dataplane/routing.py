@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from router.config.names import LONGEST, meant
+from router.config.names import LONGEST, meant, some_of
 from router.config.schema import AliasConfig, Config, ModelConfig
 from router.dataplane.forms import is_form, text_fields
 from router.dataplane.near_names import near
@@ -260,12 +260,6 @@ def _how_to_pull(name: str, config: Config) -> str:
         return ""
     command = shlex.join(["llama-router", "pull", *(["--"] if name.startswith("-") else []), name])
     return f" To pull it from the Hugging Face hub: POST /pull, or `{command}`."
-
-
-def some_of(aliases: list[str]) -> str:
-    """For people: the first ten."""
-    shown = ", ".join(repr(alias) for alias in aliases[:10])
-    return f"{shown} and {len(aliases) - 10} more (GET /v1/models)" if len(aliases) > 10 else shown
 
 
 def _priority(wanted: bytes) -> Priority:

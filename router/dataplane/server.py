@@ -32,8 +32,6 @@ from router.dataplane.heads import (
     LONGEST_TARGET,
     MOST_HEADERS,
     BadTarget,
-    Headers,
-    Known,
     RequestHead,
     head_too_large,
     target_too_long,
@@ -45,6 +43,7 @@ from router.dialects.ollama.exchange import OllamaExchange
 from router.dialects.openai.choices_exchange import ENGINES_ROUTES, OPENAIS_ROUTES, ChoicesExchange
 from router.dialects.openai.responses_exchange import ResponsesExchange
 from router.http.errors import ApiError
+from router.http.known_heads import Headers, Known
 from router.observe.events import ClientRefused
 
 _log = logging.getLogger("router.http")

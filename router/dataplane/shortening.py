@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from router.system.large_memory import LargeMemory
+from router.system.large_memory import Pieces
 
 Text = bytes | memoryview
 """What lies together."""
@@ -32,9 +32,6 @@ _BEGINNING = 260
 """Bytes of a long string that stay, by which an image is told from another. Where fewer do, what stands for the
 rest is longer: a name that is too long is so in the short form, too."""
 _DEEPEST = 200
-_APART = 64 << 10
-"""What was taken out and is longer than this is sent from where it lies; what is shorter is copied."""
-_BLOCK = 1 << 20
 _LONGEST_TEXT = 8 << 20
 """Of the short form. To go through it once, in one go, takes some milliseconds."""
 MOST_VALUES = 1 << 16
@@ -48,51 +45,6 @@ _BRACKET = re.compile(rb"[\[\]{}]")
 _ALL_BUT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _ALL_BUT_MARKS = bytes(set(range(256)) - set(b",[{"))
 """Nearly every value of a document has one of these before it."""
-
-
-class Pieces:
-    """Bytes that follow one another, and need not lie together."""
-
-    __slots__ = ("_begin", "_block", "copied", "parts")
-
-    def __init__(self, *parts: memoryview) -> None:
-        self.parts: list[memoryview] = list(parts)
-        self.copied = 0
-        """How many of them are not where they came from."""
-        self._block: LargeMemory | None = None
-        self._begin = 0
-        """Of what is in the block, and not among the parts yet."""
-
-    def __len__(self) -> int:
-        return sum(map(len, self.parts))
-
-    def add(self, part: memoryview) -> None:
-        if len(part) >= _APART:
-            self.end()
-            self.parts.append(part)
-            return
-        if self._block is None or self._block.room < len(part):
-            self.end()
-            self._block, self._begin = LargeMemory(_BLOCK), 0
-        self._block.add(part)
-        self.copied += len(part)
-
-    def end(self) -> None:
-        """All that was added is among the parts."""
-        if self._block is not None and len(self._block) > self._begin:
-            self.parts.append(self._block.view(self._begin))
-            self._begin = len(self._block)
-
-    def in_parts(self, longest: int) -> Iterator[memoryview]:
-        for part in self.parts:
-            for begin in range(0, len(part), longest):
-                yield part[begin : begin + longest]
-
-    def give_back(self) -> None:
-        """What was copied; one block after the other, so that other threads get their turns."""
-        self._block = None
-        while self.parts:
-            self.parts.pop()
 
 
 class TooManyValues(Exception):

@@ -15,11 +15,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from router.config.schema import System
 from router.engines.process import PROBE_LIMIT_SEC
-from router.runtime.dispatcher import Dispatcher, RunningEngine
+from router.engines.running import RunningEngine
 from router.scheduling.residency import EngineState
+from router.scheduling.scheduler import Scheduler
 
 _log = logging.getLogger("router")
 
@@ -49,17 +52,21 @@ class Pace:
 
 
 class HealthMonitor:
-    """Probes the engines of a dispatcher for as long as `run` runs."""
+    """Probes engines for as long as `run` runs; of the scheduler it only reads which are at work."""
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
-        self._dispatcher = dispatcher
+    def __init__(
+        self, running: Callable[[], Iterable[RunningEngine]], scheduler: Scheduler, system: Callable[[], System]
+    ) -> None:
+        self._running = running
+        self._scheduler = scheduler
+        self._system = system
         self._probing: dict[int, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
         try:
             while True:
                 await asyncio.sleep(self._pace.look_sec)
-                for running in list(self._dispatcher.running.values()):
+                for running in list(self._running()):
                     if running.id not in self._probing and self._is_due(running):
                         self._start_probe(running)
         finally:
@@ -69,7 +76,7 @@ class HealthMonitor:
     @property
     def _silence_sec(self) -> float:
         """By then it must be known of an engine that is at work whether it lives."""
-        system = self._dispatcher.config.system
+        system = self._system()
         return min(system.stall_timeout_sec, system.request_timeout_sec)
 
     @property
@@ -77,12 +84,12 @@ class HealthMonitor:
         return Pace.within(self._silence_sec)
 
     def _is_due(self, running: RunningEngine) -> bool:
-        engine = self._dispatcher.scheduler.engines.get(running.id)
+        engine = self._scheduler.engines.get(running.id)
         if running.ready_sec is None or engine is None or engine.state is EngineState.STOPPING:
             return False
         now = time.monotonic()
         probed_sec = running.probed_sec or running.ready_sec
-        interval_sec = self._dispatcher.config.system.health_check_interval_sec
+        interval_sec = self._system().health_check_interval_sec
         if running.failed_probes or now - probed_sec >= interval_sec:
             return True
         silent_sec = now - max(probed_sec, running.pool.silent_since_sec)
@@ -123,6 +130,6 @@ class HealthMonitor:
 
     def _may_go(self, running: RunningEngine, now: float) -> bool:
         """Whether nobody loses an answer that may yet come."""
-        engine = self._dispatcher.scheduler.engines.get(running.id)
-        stall_timeout_sec = self._dispatcher.config.system.stall_timeout_sec
+        engine = self._scheduler.engines.get(running.id)
+        stall_timeout_sec = self._system().stall_timeout_sec
         return engine is None or not engine.is_busy or now - running.alive_sec >= stall_timeout_sec

@@ -29,8 +29,8 @@ from typing import Protocol, cast
 import httptools
 import msgspec
 
-from router.dataplane.heads import Headers, Known
-from router.dataplane.shortening import Pieces
+from router.http.known_heads import Headers, Known
+from router.system.large_memory import Pieces
 
 _NOT_RELAYED = frozenset(
     {

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from router.engines.llamacpp.listed_devices import SHOWS, Listed
 from router.hardware import ram as host
 from router.hardware.amd import Amd
 from router.hardware.ram import ProcessMemory
@@ -25,10 +24,11 @@ from router.system.processes import descendants
 from router.system.readings import Device, Watch
 
 if TYPE_CHECKING:
-    from router.engines.llamacpp.sizing import EngineKind
     from router.hardware.nvidia import Nvidia
 
 HOST = "host"
+SHOWS = "GGML_VK_VISIBLE_DEVICES"
+"""Which of its GPUs Vulkan's backend of ggml uses, as Vulkan's loader counts them."""
 DEADLINE_SEC = 2.0
 """For a reading; NVML takes a few ms."""
 FIRST_DEADLINE_SEC = 15.0
@@ -61,11 +61,22 @@ class Readings:
         return self.devices[HOST]
 
 
+class ListedGpus(Protocol):
+    """GPUs that no driver tells of, as whoever knows them lists them. Blocking; raises TimeoutExpired."""
+
+    def read(self, within_sec: float, *, amd_shares: bool) -> tuple[list[Device], list[str]]:
+        """Those that can be used, and for people what is left out; an answer so old will do. `amd_shares`: AMD's
+        GPUs here are processors' own graphics."""
+
+    def numbers_of(self, devices: Sequence[Device]) -> Mapping[str, str]:
+        """By name, how the same list counts GPUs that a driver tells of; empty where one is not found."""
+
+
 class Devices:
     """`gpu_devices`: numbers of the GPUs that may be used, None for all that have memory of their own.
 
     As in any CUDA or ROCm program, GPUs that `environ` hides (CUDA_VISIBLE_DEVICES and the like) are not there.
-    `root` is where `/proc` and `/sys` are. `engine` is asked for GPUs that no driver tells of.
+    `root` is where `/proc` and `/sys` are. `listed` is asked for GPUs that no driver tells of.
     """
 
     def __init__(
@@ -73,16 +84,16 @@ class Devices:
         gpu_devices: Sequence[int] | None = None,
         environ: Mapping[str, str] = os.environ,
         root: Path = Path("/"),
-        engine: EngineKind | None = None,
+        listed: ListedGpus | None = None,
     ) -> None:
         self._wanted = gpu_devices
         self._environ = environ
         self._root = root
         self._nvidia: Nvidia | None = None
         self._amd = Amd(gpu_devices or (), root)
-        self._listed = None if engine is None else Listed(engine, environ, gpu_devices or (), root)
+        self._listed = listed
         self._within_sec = 0.0
-        self._numbers_in_vulkan: dict[str, str] = {}
+        self._numbers_in_vulkan: Mapping[str, str] = {}
         self._seen: dict[str, Device] = {}
         self._present: set[str] = set()
         self._remarks: list[str] = []

@@ -19,9 +19,10 @@ from prometheus_client.exposition import choose_encoder
 from router import __version__
 from router.engines.llamacpp.metrics import EngineMetrics
 from router.engines.llamacpp.usage import Usage
+from router.engines.running import RunningEngine
 from router.observe.events import ClientRefused, EngineEnded, Labels, ModelChanged, RequestDone, RequestsDone
 from router.observe.prometheus import Counter, CounterCell, Family, Gauges, Histogram, exposition, label_text
-from router.runtime.dispatcher import Dispatcher, RunningEngine
+from router.runtime.dispatcher import Dispatcher
 from router.scheduling.messages import Refusal
 from router.scheduling.queue import NAMES, Priority
 from router.scheduling.residency import Engine, Model
@@ -53,7 +54,7 @@ class Metrics:
         self._refused = Counter(
             "router_clients_refused_total", "Connections closed for what their clients do, or do not", "reason"
         )
-        self.of_engines = EngineMetrics(dispatcher)
+        self.of_engines = EngineMetrics(lambda: dispatcher.running, lambda: dispatcher.config)
         self._lag = Histogram(
             "router_event_loop_lag_seconds", "How late the event loop came to a timer", bounds=_LAG_SECONDS
         )

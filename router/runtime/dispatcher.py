@@ -26,7 +26,8 @@ from router.config.schema import Config, MaxWait, ModelConfig, Patience, WaitFac
 from router.engines.launcher import LAST_PORT, Launcher
 from router.engines.llamacpp.flags import FlagError, replaced
 from router.engines.llamacpp.sizing import Unusable, WrongFlags
-from router.engines.process import PROBE_LIMIT_SEC, Binary, EngineFailed, EngineOrder, EngineProcess, LogRing
+from router.engines.process import PROBE_LIMIT_SEC, Binary, EngineFailed, EngineOrder, LogRing
+from router.engines.running import EngineProps, RunningEngine
 from router.engines.upstream import EnginePool
 from router.hardware.devices import Devices
 from router.memory.ledger import Account, Ledger
@@ -82,50 +83,6 @@ _LOG_OF_AN_END = 200
 _SEE_LOG = "the router's log says why"
 _DYING_SEC = 1.0
 """For one that does not answer because it is on its way out, so that its end gets its own reason and not ours."""
-
-
-class EngineContext(msgspec.Struct):
-    n_ctx: int | None = None
-    """Of one slot."""
-
-
-class EngineProps(msgspec.Struct):
-    """What an engine says of itself at `/props`."""
-
-    default_generation_settings: EngineContext = msgspec.field(default_factory=EngineContext)
-    modalities: dict[str, bool] = {}
-
-
-@dataclass(slots=True, eq=False)
-class RunningEngine:
-    """An engine's process with the connections to it."""
-
-    id: int
-    alias: str
-    process: EngineProcess
-    pool: EnginePool
-    account: Account
-    started_sec: float
-    ready_sec: float | None = None
-    props: EngineProps | None = None
-    """Once it is ready and has answered that."""
-    probed_sec: float | None = None
-    probe_latency_sec: float | None = None
-    answered_sec: float = 0.0
-    """When it last answered a probe (monotonic)."""
-    failed_probes: int = 0
-    """In a row."""
-
-    @property
-    def alive_sec(self) -> float:
-        """When it last gave a sign of life: a byte of any answer, or an answer to a probe."""
-        return max(self.ready_sec or 0.0, self.answered_sec, self.pool.heard_sec)
-
-    def loading_sec(self, *, since: float) -> float:
-        """How long it was loading from then on."""
-        if self.ready_sec is None or self.ready_sec <= since:
-            return 0.0
-        return self.ready_sec - max(since, self.started_sec)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from router.dataplane.heads import Known
+from router.http.known_heads import Known
 
 LINES = st.sampled_from(
     (

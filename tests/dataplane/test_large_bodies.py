@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from router.dataplane import shortening
 from router.dataplane.forms import text_fields
 from router.dataplane.routing import shortened
-from router.dataplane.shortening import ALL_DEPTHS, Pieces, Shortened
+from router.dataplane.shortening import ALL_DEPTHS, Shortened
 from router.http.errors import ApiError
+from router.system.large_memory import Pieces
 
 LONG = 'All "work" and no play\\\n\u00e9 ' * 60_000
 IMAGE = "iVBORw0KGgo" + "A" * 1_500_000

@@ -177,6 +177,12 @@ def read(
     return {f"{device.name} {device.label}": device.uuid for device in devices}, left_out
 
 
+def devices_listed_by(program: EngineKind, root: Path) -> Devices:
+    """A machine of which no driver tells anything."""
+    environ = {"PATH": os.defpath}
+    return Devices(environ=environ, root=root, listed=Listed(program, environ, root=root))
+
+
 def test_gpus_that_the_list_leaves_out_are_counted_by_the_loader(tmp_path: Path) -> None:
     program = engine(tmp_path, lines("Arc A770", "Arc A380"), "Arc A770", "Arc A770 (other driver)", "Arc A380")
     assert read(program) == ({"gpu0 Arc A770": "0", "gpu1 Arc A380": "2"}, [])
@@ -242,7 +248,7 @@ def test_gpus_that_a_vulkan_build_does_not_list_are_shown_as_before(tmp_path: Pa
 
 @pytest.mark.parametrize("listed", ["  (none)", "  CUDA0: NVIDIA GeForce RTX 3090 (24123 MiB, 23800 MiB free)"])
 def test_a_build_that_lists_none_is_asked_once(tmp_path: Path, listed: str) -> None:
-    devices = Devices(environ={"PATH": os.defpath}, root=tmp_path, engine=engine(tmp_path, listed))
+    devices = devices_listed_by(engine(tmp_path, listed), tmp_path)
     for _ in range(2):
         assert devices.read_blocking().gpus == ()
     assert (tmp_path / "asked").read_text().count("x") == 1
@@ -251,7 +257,7 @@ def test_a_build_that_lists_none_is_asked_once(tmp_path: Path, listed: str) -> N
 
 def test_while_the_list_hangs_the_last_one_counts_and_is_old(tmp_path: Path) -> None:
     program = engine(tmp_path, lines("Arc A770"), "Arc A770")
-    devices = Devices(environ={"PATH": os.defpath}, root=tmp_path, engine=program)
+    devices = devices_listed_by(program, tmp_path)
     devices.read_blocking()
     (tmp_path / "hangs").touch()
     hanging = devices.read_blocking(deadline_sec=0.2)
@@ -283,7 +289,7 @@ def test_a_list_that_hangs_is_asked_for_less_and_less_often(
 
 def test_a_list_is_not_made_more_often_than_is_asked(tmp_path: Path) -> None:
     program = engine(tmp_path, lines("Arc A770"), "Arc A770")
-    devices = Devices(environ={"PATH": os.defpath}, root=tmp_path, engine=program)
+    devices = devices_listed_by(program, tmp_path)
     asked = tmp_path / "asked"
     assert [gpu.name for gpu in devices.read_blocking().gpus] == ["gpu0"]
     assert asked.read_text().count("x") == 2, "once for all, once for each"

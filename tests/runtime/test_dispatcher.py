@@ -19,11 +19,12 @@ from router.engines.llamacpp import embedded
 from router.engines.llamacpp.sizing import EngineKind
 from router.engines.orphans import EngineRecord
 from router.engines.process import Binary
+from router.engines.running import RunningEngine
 from router.hardware.devices import Devices
 from router.memory.measurements import Learned
 from router.observe.events import Events
 from router.runtime.background import Background
-from router.runtime.dispatcher import Dispatcher, RunningEngine, Ticket
+from router.runtime.dispatcher import Dispatcher, Ticket
 from router.scheduling.messages import Placement, Refusal
 from router.scheduling.queue import Priority
 from router.system.state import State

@@ -25,12 +25,13 @@ from router.config.schema import AliasConfig, Config, ModelConfig
 from router.dataplane.routing import known_as
 from router.dialects.ollama.options import as_options, option_lines
 from router.engines.llamacpp.flags import FlagError, as_started
+from router.engines.running import EngineProps
 from router.formats import gguf
 from router.formats.gguf import GGUF, ArrayStub, GGUFError
 from router.hardware.devices import HOST
 from router.http.auth import sees_all
 from router.http.errors import ApiError
-from router.runtime.dispatcher import Dispatcher, EngineProps
+from router.runtime.dispatcher import Dispatcher
 from router.store.created import Created
 from router.store.creations import Creations
 from router.store.downloads import Pull

@@ -13,8 +13,8 @@ from typing import Annotated, NamedTuple
 
 import msgspec
 
+from router.config.names import some_of
 from router.config.schema import ModelConfig
-from router.dataplane.routing import some_of
 from router.engines.llamacpp.flags import Purpose
 from router.http.errors import ApiError, ContextExceeded
 

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from router.hardware.devices import SHOWS
 from router.system.privacy import without_secrets
 from router.system.readings import Device
 
 if TYPE_CHECKING:
     from router.engines.llamacpp.sizing import EngineKind
 
-SHOWS = "GGML_VK_VISIBLE_DEVICES"
 TIMEOUT_SEC = 10.0
 _PAUSE_SEC = 60.0
 """Before a list that hung is asked for again; twice as long each time that it hangs again."""

@@ -9,36 +9,38 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 
+from router.config.schema import Config
 from router.engines.llamacpp.flags import Flags
+from router.engines.running import RunningEngine
 from router.observe.prometheus import Gauges, label_text
-from router.runtime.dispatcher import Dispatcher, RunningEngine
 
 _HEAD = re.compile(r'# (HELP|TYPE) (llamacpp:\w+) ([^"\\]+)')
 _SAMPLE = re.compile(r'(llamacpp:\w+)(?:\{((?:(?!model=)\w+="[^"\\]*",?)+)\})? ([-+.\w]+)')
 
 
 class EngineMetrics:
-    def __init__(self, dispatcher: Dispatcher) -> None:
-        self._dispatcher = dispatcher
+    def __init__(self, running: Callable[[], Mapping[int, RunningEngine]], config: Callable[[], Config]) -> None:
+        self._running = running
+        self._config = config
         self._said: dict[int, str] = {}
 
     async def read(self, limit_sec: float) -> None:
         """Ask them; it takes no longer than `limit_sec`."""
-        tell = [running for running in self._dispatcher.running.values() if self._tells(running)]
+        tell = [running for running in self._running().values() if self._tells(running)]
         self._said = {running.id: self._said[running.id] for running in tell if running.id in self._said}
         await asyncio.gather(*(self._ask(running, limit_sec) for running in tell))
 
     def families(self) -> list[Gauges]:
         """Those of all engines, each once."""
-        running = self._dispatcher.running
+        running = self._running()
         said = {running[number].alias: text for number, text in self._said.items() if number in running}
         return relayed(said)
 
     def _tells(self, running: RunningEngine) -> bool:
-        model = self._dispatcher.config.models.get(running.alias)
+        model = self._config().models.get(running.alias)
         if model is None or running.ready_sec is None:
             return False
         return _wants_metrics(tuple(model.flags), tuple(sorted(model.env.items())))
