@@ -32,7 +32,6 @@ from router.api import (
     pulls,
 )
 from router.api.cards import Cards
-from router.api.documents import Document
 from router.api.live import Live
 from router.api.llama_swap import DONE_BY_GET
 from router.api.openapi import describe
@@ -41,6 +40,7 @@ from router.dataplane.shortening import most_values
 from router.dialects.ollama import create as creating
 from router.dialects.ollama import pages as ollama
 from router.http.auth import OPEN_PATHS, Keyring
+from router.http.documents import Document
 from router.http.errors import ApiError
 from router.http.origins import Browsers
 from router.observe.metrics import Metrics

@@ -10,7 +10,6 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse
 
-from router.api.documents import Document
 from router.api.openai import show_model
 from router.config.problems import ConfigError
 from router.config.schema import ModelConfig
@@ -19,6 +18,7 @@ from router.engines.llamacpp.flags import Flags
 from router.engines.running import RunningEngine
 from router.hardware.devices import HOST
 from router.http.auth import sees_all
+from router.http.documents import Document
 from router.http.errors import ApiError, refused
 from router.memory.ledger import Account
 from router.runtime.dispatcher import Dispatcher

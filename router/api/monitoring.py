@@ -11,13 +11,13 @@ from fastapi import APIRouter, Query, Request
 from sse_starlette import ServerSentEvent
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from router.api.documents import Document
 from router.api.engines import ERRORS, ModelQuery, said_by_engine
 from router.api.streams import EventStream
 from router.dataplane.routing import model_of
 from router.engines.process import LogRing, signal_name
 from router.hardware.devices import Devices
 from router.http.auth import sees_all
+from router.http.documents import Document
 from router.http.errors import ApiError
 from router.observe.metrics import Metrics, NotAcceptable
 from router.runtime.dispatcher import Dispatcher, LastExit, Waiting

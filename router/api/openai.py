@@ -11,9 +11,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from router.api.cards import Card, Cards, as_it_runs
-from router.api.documents import Document
 from router.config.schema import AliasConfig, Config, ModelConfig
 from router.dataplane.routing import known_as
+from router.http.documents import Document
 from router.runtime.dispatcher import Dispatcher
 from router.store.created import SOURCE as CREATED
 from router.system.turns import in_turns

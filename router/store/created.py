@@ -17,7 +17,7 @@ from typing import Any, Literal
 import msgspec
 
 from router.config.schema import AliasConfig
-from router.dialects.ollama.options import BadOption, request_parameters
+from router.formats.ollama_options import BadOption, request_parameters
 from router.store.blobs import Blobs
 
 SOURCE = "created"

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from router.dialects.ollama.options import BadOption, load_flags, request_parameters
+from router.formats.ollama_options import BadOption, load_flags, request_parameters
 from router.store import pulled
 from router.store.created import Created, Example
 from router.store.discovery import Discovery, Found, Headers, Survey, quantization, stem

@@ -22,10 +22,10 @@ from router.api.cards import card_of, template_of
 from router.config.names import same_name, untagged
 from router.config.schema import Config, ModelConfig
 from router.dataplane.routing import known_as
-from router.dialects.ollama.options import BadOption, load_flags, request_parameters, unknown_options
 from router.dialects.ollama.pages import read_body
 from router.engines.llamacpp.flags import as_started
 from router.formats.gguf import GGUF
+from router.formats.ollama_options import BadOption, load_flags, request_parameters, unknown_options
 from router.http.errors import ApiError
 from router.runtime.dispatcher import Dispatcher
 from router.store.blobs import Blobs, Upload, WrongDigest, hexadecimal

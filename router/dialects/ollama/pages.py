@@ -19,17 +19,17 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from router.api import pulls
 from router.api.cards import Card, Cards, as_it_runs, card_of, header_of, template_of
-from router.api.documents import Document
 from router.config.names import listed_name
 from router.config.schema import AliasConfig, Config, ModelConfig
 from router.dataplane.routing import known_as
-from router.dialects.ollama.options import as_options, option_lines
 from router.engines.llamacpp.flags import FlagError, as_started
 from router.engines.running import EngineProps
 from router.formats import gguf
 from router.formats.gguf import GGUF, ArrayStub, GGUFError
+from router.formats.ollama_options import as_options, option_lines
 from router.hardware.devices import HOST
 from router.http.auth import sees_all
+from router.http.documents import Document
 from router.http.errors import ApiError
 from router.runtime.dispatcher import Dispatcher
 from router.store.created import Created

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from router.dataplane.shortening import Text
-from router.dialects.ollama.options import BadOption, request_parameters
+from router.formats.ollama_options import BadOption, request_parameters
 from router.http.errors import ApiError
 
 Kind = Literal["chat", "earlier_chat", "generate", "raw", "embed", "embeddings"]
