@@ -66,7 +66,7 @@ HELD = struct.Struct("ddd")
 def watched(place: str, arguments: list[str]) -> None:
     """Serves as `llama-router`, and keeps the longest times that its event loop was held in a file."""
     from router import server as serve
-    from router.cli import main as cli
+    from router.__main__ import main
 
     with Path(place).open("r+b") as file:
         longest = mmap.mmap(file.fileno(), HELD.size)
@@ -95,7 +95,7 @@ def watched(place: str, arguments: list[str]) -> None:
         tick()
 
     serve._tune_the_interpreter = begin
-    cli.main(arguments)
+    main(arguments)
 
 
 class Engine(asyncio.Protocol):

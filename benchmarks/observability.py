@@ -40,7 +40,7 @@ from router.runtime.dispatcher import Dispatcher
 
 def without_observers() -> None:
     """Makes this process one in which nobody listens and nothing is noted; then serves as `llama-router`."""
-    from router.cli.main import main
+    from router.__main__ import main
 
     Events.listen = lambda self, kind, listener: None  # type: ignore[method-assign]
     AnswerMeter.note = lambda self, part: None  # type: ignore[method-assign]

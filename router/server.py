@@ -24,15 +24,15 @@ import uvicorn
 
 from router.api.app import create_app
 from router.api.cards import Cards
-from router.config.problems import ConfigError
+from router.config.problems import CannotServe, ConfigError
 from router.config.schema import AliasConfig, Api, Config, ModelConfig, System
 from router.config.snapshots import Looks
-from router.config.sources import Loaded
+from router.config.sources import Load, Loaded
 from router.dataplane.exchange import Exchanges
 from router.dataplane.limits import Door
 from router.dataplane.server import HttpProtocol, PagesProtocol
 from router.engines.health import HealthMonitor
-from router.engines.launcher import LocalLauncher, find_binary
+from router.engines.launcher import LocalLauncher, NoEngine, find_binary
 from router.engines.llamacpp.capability import purpose_of
 from router.engines.llamacpp.listed_devices import Listed
 from router.engines.llamacpp.sizing import EngineKind
@@ -94,10 +94,6 @@ _NEEDS_RESTART = {
 }
 
 
-class CannotServe(Exception):
-    """The router can't start. The message is one clear sentence."""
-
-
 class _Server(uvicorn.Server):
     """Signals are ours: requests are answered, by 503, until those in flight are done."""
 
@@ -125,10 +121,6 @@ class _Server(uvicorn.Server):
         yield
 
 
-Load = Callable[[Path | None, Loaded | None], Loaded]
-"""Gives the configuration, with the state directory that is in use and the configuration that is gone by."""
-
-
 def serve(load: Load) -> None:
     """Serve until a signal. Raises CannotServe."""
     loaded = load(None, None)
@@ -146,7 +138,10 @@ def _set_up_logs(system: System) -> Logs:
 
 def _serve(loaded: Loaded, load: Load, log: Logs) -> None:
     config = loaded.config
-    binary = find_binary(config.system.llama_server_path)
+    try:
+        binary = find_binary(config.system.llama_server_path)
+    except NoEngine as error:
+        raise CannotServe(str(error)) from error
     kind = EngineKind(binary)
     with contextlib.ExitStack() as opened:
         api = config.api

@@ -9,30 +9,35 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from router.cli import remote as terminal
 from router.cli.client import CannotAsk
-from router.config.problems import ConfigError
+from router.config.problems import CannotServe, ConfigError
 from router.system import sighup as hang_up
 from router.system.printable import printable
 
+if TYPE_CHECKING:
+    from router.config.sources import Load
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point.
+
+def main(serve: Callable[[Load], None], arguments: Sequence[str] | None = None) -> None:
+    """Run the command of the arguments, by default those of the process; `serve` runs the router.
 
     Exit codes: 0 ended in order, 1 cannot serve or ask, 2 wrong configuration or command line; interrupted: 130.
     """
     _open_standard_files()
     options = _parser().parse_args(_with_command(sys.argv[1:] if arguments is None else list(arguments)))
-    if options.run is not _serve:
-        hang_up.release()
     try:
-        options.run(options)
+        if options.run is None:
+            _serve(options, serve)
+        else:
+            hang_up.release()
+            options.run(options)
     except ConfigError as error:
         print(printable(str(error)), file=sys.stderr)
         sys.exit(2)
@@ -96,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--ollama-port", type=int, help="a second one, for Ollama's clients (api.ollama_port)")
 
     run = commands.add_parser("serve", parents=[source], help="serve models (the default command)")
-    run.set_defaults(run=_serve)
+    run.set_defaults(run=None)
 
     check = commands.add_parser("check", parents=[source], help="validate the configuration and show it")
     check.set_defaults(run=_check)
@@ -174,14 +179,12 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _serve(options: argparse.Namespace) -> None:
+def _serve(options: argparse.Namespace, serve: Callable[[Load], None]) -> None:
     from router.cli.check import asked_for
-    from router.engines.launcher import NoEngine
-    from router.server import CannotServe, serve
 
     try:
         serve(partial(asked_for, options))
-    except (CannotServe, NoEngine) as error:
+    except CannotServe as error:
         _give_up(error)
     finally:
         try:

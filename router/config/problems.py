@@ -1,6 +1,6 @@
-"""`ConfigError`, and what it holds: the problems of a configuration, with their places.
+"""`ConfigError`, and what it holds: the problems of a configuration, with their places; and `CannotServe`.
 
-The words for most of them are in `config_errors`. Here nothing is imported, so that a command which may meet one
+The words for most of them are in `errors.py`. Here nothing is imported, so that a command which may meet one
 need not know what a configuration is.
 """
 
@@ -30,6 +30,10 @@ class ConfigError(Exception):
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
         super().__init__("\n".join(map(str, self.problems)))
+
+
+class CannotServe(Exception):
+    """The configuration is right, but the router can't serve it here. The message is one clear sentence."""
 
 
 def dotted(path: Sequence[str | int]) -> str:

@@ -118,6 +118,10 @@ class Loaded:
         return self.headers.settling
 
 
+Load = Callable[[Path | None, Loaded | None], Loaded]
+"""Gives the configuration, with the state directory that is in use and the configuration that is gone by."""
+
+
 def load(
     path: Path | None = None,
     *,

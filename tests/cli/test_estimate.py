@@ -11,8 +11,8 @@ import pytest
 from tiny_models import Blueprint, write_embedding, write_llama, write_projector
 
 from benchmarks.footprints import MODELS
+from router.__main__ import main
 from router.cli import estimate
-from router.cli.main import main
 from router.engines.llamacpp.plan import Ground, Site
 from router.engines.llamacpp.sizing import EngineKind
 from router.engines.process import Binary

@@ -18,7 +18,7 @@ import httpx2 as httpx
 import pytest
 from conftest import ROOT, Router, Start, eventually, fake, models, run
 
-from router.cli.main import main
+from router.__main__ import main
 
 KEY = "sesame-open"
 
