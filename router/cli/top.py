@@ -29,7 +29,7 @@ from rich.table import Table
 from rich.text import Text
 
 from router.cli.client import CannotAsk, Happened, RouterClient
-from router.cli.remote import duration, memory, model_row
+from router.cli.columns import duration, memory, model_row
 from router.system.printable import printable
 
 _LOOK_SEC = 1.0

@@ -1,0 +1,70 @@
+"""What a router says of itself in columns for a terminal: models, durations, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from router.system.printable import line
+
+
+def print_columns(rows: Sequence[Sequence[str]]) -> None:
+    """Left-aligned, two blanks between, no blank in a cell but in the last: for people, and for awk."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        print(line("  ".join([*cells, row[-1]]).rstrip()))
+
+
+def _seconds_between(earlier: str, later: str) -> float:
+    """From one moment to another, both as the router writes them, so that no clock of ours matters."""
+    return (datetime.fromisoformat(later) - datetime.fromisoformat(earlier)).total_seconds()
+
+
+def duration(sec: float) -> str:
+    """Two units at most: `0.4s`, `12s`, `3m05s`, `2h10m`, `4d03h`."""
+    if sec < 9.95:
+        return f"{sec:.1f}s"
+    whole = round(sec)
+    for unit, size, part, part_size in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
+        if whole >= size:
+            return f"{whole // size}{unit}{whole % size // part_size:02d}{part}"
+    return f"{whole}s"
+
+
+def memory(mib: float) -> str:
+    return f"{mib / 1024:.1f}GiB" if mib >= 1024 else f"{mib:.0f}MiB"
+
+
+def model_row(model: dict[str, Any]) -> tuple[str, ...]:
+    """One model of the status: alias, state, pid, port, memory, slots, queue, up, unloads in."""
+    resident = model["started_at"] is not None
+    return (
+        model["alias"],
+        _state_text(model),
+        str(model["pid"] or "-"),
+        str(model["port"] or "-"),
+        memory(model["vram_used_mb"]) if resident else "-",
+        f"{model['in_flight']}/{model['slots']}",
+        str(model["waiting"]),
+        duration(_seconds_between(model["started_at"], model["updated_at"])) if resident else "-",
+        _unload_text(model),
+    )
+
+
+def _state_text(model: dict[str, Any]) -> str:
+    """Its state; of one that loads, how far it is, where the engine tells."""
+    percent = model["load_progress"] if model["status"] == "loading" else 0
+    return f"loading({percent}%)" if percent else str(model["status"])
+
+
+def _unload_text(model: dict[str, Any]) -> str:
+    """How long until an idle model goes, or why it stays."""
+    if model["unload_at"] is not None:
+        return duration(max(0.0, _seconds_between(model["updated_at"], model["unload_at"])))
+    if model["status"] != "ready":
+        return "-"
+    if model["pinned"]:
+        return "pinned"
+    return "busy" if model["in_flight"] or model["slotless"] or model["waiting"] else "kept"
