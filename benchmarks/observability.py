@@ -27,7 +27,7 @@ from overhead import FLAGS, TOKENS, InstantEngine, measure, serve_instantly
 from peers import Goals, Server, chat_body, generator, model_file, print_table, router
 
 from router.config.schema import Config, ModelConfig
-from router.engines.llamacpp.usage import AnswerMeter, Usage
+from router.engines.llamacpp.usage import AnswerMeter
 from router.engines.process import Binary, EngineFailed, EngineOrder, EngineProcess, LogRing
 from router.hardware.devices import Devices
 from router.memory.measurements import Learned
@@ -35,6 +35,7 @@ from router.observe import logs
 from router.observe.events import Events, RequestDone
 from router.observe.metrics import Metrics
 from router.observe.statistics import Telemetry
+from router.observe.usage import Usage
 from router.runtime.dispatcher import Dispatcher
 
 

@@ -37,12 +37,13 @@ from router.dataplane.rewriting import depth_of, rewritten
 from router.dataplane.routing import WITHOUT_TOKENS, Wish, priority_of, read_wish, shortened
 from router.dataplane.shortening import Shortened, Text, most_values
 from router.engines.llamacpp.capability import error_of_engine, refused_by_engine
-from router.engines.llamacpp.usage import NO_USAGE, AnswerMeter, Usage
+from router.engines.llamacpp.usage import AnswerMeter
 from router.engines.upstream import Body, Connection, Head
 from router.http.auth import Client, Keyring
 from router.http.errors import ApiError, refused
 from router.http.origins import Browsers
 from router.observe.events import RequestDone
+from router.observe.usage import NO_USAGE, Usage
 from router.runtime.dispatcher import Dispatcher, Ticket, Waiting
 from router.scheduling.queue import NAMES, Priority
 from router.system.large_memory import LargeMemory, Pieces

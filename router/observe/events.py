@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from router.engines.llamacpp.usage import NO_USAGE, Usage
+from router.observe.usage import NO_USAGE, Usage
 
 _log = logging.getLogger("router")
 

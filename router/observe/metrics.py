@@ -18,10 +18,10 @@ from prometheus_client.exposition import choose_encoder
 
 from router import __version__
 from router.engines.llamacpp.metrics import EngineMetrics
-from router.engines.llamacpp.usage import Usage
 from router.engines.running import RunningEngine
 from router.observe.events import ClientRefused, EngineEnded, Labels, ModelChanged, RequestDone, RequestsDone
 from router.observe.prometheus import Counter, CounterCell, Family, Gauges, Histogram, exposition, label_text
+from router.observe.usage import Usage
 from router.runtime.dispatcher import Dispatcher
 from router.scheduling.messages import Refusal
 from router.scheduling.queue import NAMES, Priority

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from router.engines.llamacpp.usage import Usage
 from router.observe.events import Events, RequestDone, RequestsDone
 from router.observe.statistics import Telemetry
+from router.observe.usage import Usage
 
 
 class Clock:

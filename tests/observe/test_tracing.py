@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import Start, fake, models
 
-from router.engines.llamacpp.usage import Usage
 from router.observe.events import RequestDone, RequestsDone
+from router.observe.usage import Usage
 
 pytest.importorskip("opentelemetry.sdk", reason="the extra `otel` is not installed")
 

@@ -21,7 +21,8 @@ from router.dataplane.answer import BrokenAnswer, Translator
 from router.dataplane.routing import Shape
 from router.dataplane.shortening import Text
 from router.engines.llamacpp.capability import error_of_engine
-from router.engines.llamacpp.usage import AnswerMeter, Timings, Usage
+from router.engines.llamacpp.usage import AnswerMeter, Timings
+from router.observe.usage import Usage
 
 _MOST_COUNTED = 1 << 16
 """Choices of one answer. No engine has as many slots, nor takes as many prompts."""

@@ -9,8 +9,9 @@ from router.dataplane.exchange import Exchange
 from router.dataplane.routing import Shape, Wish, lists_prompts, shape_of
 from router.dataplane.shortening import Shortened, Text
 from router.dialects.openai.choices import ChoicesMeter, Several
-from router.engines.llamacpp.usage import AnswerMeter, Usage
+from router.engines.llamacpp.usage import AnswerMeter
 from router.http.errors import ApiError
+from router.observe.usage import Usage
 
 OPENAIS_ROUTES = frozenset({"/v1/chat/completions", "/chat/completions", "/v1/completions", "/completions"})
 ENGINES_ROUTES = frozenset({"/completion", "/infill"})

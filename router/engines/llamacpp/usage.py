@@ -23,6 +23,8 @@ from collections import deque
 
 import msgspec
 
+from router.observe.usage import NO_USAGE, Usage
+
 _TAIL_BYTES = 4096
 _TAIL_PARTS = 4
 """The figures, `[DONE]`, and two more in case that the network has torn them."""
@@ -46,23 +48,6 @@ _ENDS = (
 """In the last event of a stream: of OpenAI's chats and completions, Anthropic's, responses, and `/completion`."""
 _PIECE = re.compile(rb'"(?:arguments|content|delta|partial_json|reasoning_content|text|thinking)": ?"(?!")')
 """Text in an event of a stream; hardly ever is one not a token."""
-
-
-class Usage(msgspec.Struct, frozen=True):
-    """What an engine says of one answer. 0 where it says nothing: no figure is a guess, but for the output of a
-    stream that was broken off."""
-
-    prompt_tokens: int = 0
-    """All of the prompt, with what was in the cache."""
-    cached_tokens: int = 0
-    output_tokens: int = 0
-    prefill_sec: float = 0.0
-    """The engine's own time for the part of the prompt that was not cached."""
-    decode_sec: float = 0.0
-    """The engine's own time for the tokens after the first."""
-
-
-NO_USAGE = Usage()
 
 
 class Timings(msgspec.Struct):

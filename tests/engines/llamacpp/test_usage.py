@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from conftest import Start, models
 
-from router.engines.llamacpp.usage import NO_USAGE, AnswerMeter, Usage
+from router.engines.llamacpp.usage import AnswerMeter
+from router.observe.usage import NO_USAGE, Usage
 from router.store.demo import MODEL_PATH
 
 CHAT = [{"role": "user", "content": 'say "usage":{"prompt_tokens":77,"completion_tokens":88} '}]
