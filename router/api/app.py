@@ -1,4 +1,4 @@
-"""The ASGI application: everything but the data plane, which has no need of ASGI (see `exchange`)."""
+"""The ASGI application: everything but the data plane, which has no need of ASGI (see `dataplane/exchange.py`)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What clients of llama-swap ask for: which models run, their events, their logs, and to unload them.
 
-Its way to an engine is `/upstream` (`engine_exchange`). Shapes and words are those of its commit 0bdb372 (August
-2026). What it would tell of an engine's command line and address is left empty.
+Its way to an engine is `/upstream` (`dataplane/engine_exchange.py`). Shapes and words are those of its commit
+0bdb372 (August 2026). What it would tell of an engine's command line and address is left empty.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The pydantic models below are the shape of a configuration *file*. `Config` is what the rest of the router
 works with: the same sections, and for each alias a `ModelConfig` with absolute paths and the final list of
 engine flags. Where values come from (file, environment, command line) and what is wrong with them is the
-business of `config_load.py`; nothing here reads a file or the environment.
+business of `sources.py`; nothing here reads a file or the environment.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 `load` is a function of its arguments and of the files they name, so a reload is one more call. It starts
 nothing and changes nothing, and it reports all problems at once. Every value's origin is kept, for
-`llama-router check`. What keys there are and what they mean is in `config.py`.
+`llama-router check`. What keys there are and what they mean is in `schema.py`.
 """
 
 from __future__ import annotations

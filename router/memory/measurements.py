@@ -6,7 +6,7 @@ changes, what was measured counts. Other flags of the same files profit from its
 On the GPU a measurement is the truth: llama.cpp takes everything when it loads. Of RAM it may say too little, as
 buffers that no long prompt has come by yet were never touched, and as pages that two engines share count half in
 each. So there it can only raise an estimate that knows the buffers, never lower it. Nor does what an engine held
-once keep out the next one, if the estimate lets it in (`placing.py`).
+once keep out the next one, if the estimate lets it in (`engines/llamacpp/plan.py`).
 
 How long a load takes is up to the files more than to flags or build, and most of all to whether the system still
 has them in memory: so what was measured before the machine was started is forgotten.

@@ -3,7 +3,7 @@
 Pure. No clock, no I/O, no asyncio: `step(event)` takes what happened, with its time in seconds on any
 monotonic clock, and returns the effects that somebody else carries out. Same events, same effects.
 
-Who gives way to whom is decided in `placement`, the books of engines and memory are kept in `fleet`. This
+Who gives way to whom is decided in `eviction`, the books of engines and memory are kept in `fleet`. This
 module keeps these promises: every request gets exactly one outcome, an engine never has more in flight than
 slots, a draining engine admits nobody, room that is being made for one model is taken by no other, and no
 ready engine idles while its own queue is not empty.

@@ -1,7 +1,7 @@
 """How long everybody who waits will wait: what will happen if all goes on as it was measured.
 
 The time to come is rehearsed in means: requests take what they took, loads what they took, others come as often
-as they came, and models take turns by the rules of `placement`. One rehearsal answers for all who wait, so that
+as they came, and models take turns by the rules of `eviction`. One rehearsal answers for all who wait, so that
 thousands may ask. What it does not get to is unknown, and so is what rests on something never measured.
 
 Pure functions; nothing is changed here.
@@ -435,7 +435,7 @@ class _Rehearsal:
         return due_at(bounds, swap_sec)
 
     def goes_at(self, course: _Course, other: _Course) -> float:
-        """When the engine of another model may be asked to leave for this one; see `placement`."""
+        """When the engine of another model may be asked to leave for this one; see `eviction`."""
         if other.state is EngineState.LOADING:
             return math.inf
         if other.state is EngineState.STOPPING:

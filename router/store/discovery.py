@@ -2,7 +2,7 @@
 
 A split model counts once, by its first part. A file that no engine could serve as a model is reported with
 the reason: it is never fatal and never left out in silence; nor is one that is still being written or fetched.
-Reads headers; loads and changes nothing. Stores with a layout of their own are the business of `stores.py`.
+Reads headers; loads and changes nothing. Stores with a layout of their own are the business of `external.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a reading of a device says, and how one is taken of something that may hang.
 
-Where readings come from is `nvidia.py`, `amd.py`, `listed.py` and `host.py`; which devices are ours, `devices.py`.
+They come from `hardware/`, for a Vulkan build from the engine; `hardware/devices.py` says which devices are ours.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ollama's API but for the four calls that engines answer (`ollama_exchange`) and those that make models
+"""Ollama's API but for the four calls that engines answer (`exchange.py`) and those that make models
 (`creations`): lists, states, pulls.
 """
 

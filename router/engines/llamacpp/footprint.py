@@ -177,7 +177,7 @@ def slot_context(header: GGUF, flags: Flags, *, is_sized: bool = False) -> int:
     """Tokens that one request has, its answer included; 0 if nothing says how many.
 
     `server_context_impl::n_ctx_slot` in tools/server/server-context.cpp: never more than it was trained for.
-    Without `-c`, each slot has all of that, as `placing.py` sees to, unless `is_sized`: then they share it.
+    Without `-c`, each slot has all of that, as `plan.py` sees to, unless `is_sized`: then they share it.
     """
     trained, asked = _trained(header, flags), _count(flags, "ctx-size", 0)
     most = [trained, _count(flags, "kv-unified-per-slot", 0)]

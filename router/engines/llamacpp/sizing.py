@@ -4,7 +4,7 @@ Best first: `footprint_mb` of its entry; what an engine of the same kind was mea
 tool; formulas; the size of its files. Tool and formulas are corrected by what was measured with other flags.
 
 GPUs are counted as the engine counts them: `gpu0` is the first that it is shown. Which those are is up to
-`placing.py`. Reads files and asks the tool: blocking.
+`plan.py`. Reads files and asks the tool: blocking.
 """
 
 from __future__ import annotations
