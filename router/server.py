@@ -23,7 +23,7 @@ import psutil
 import uvicorn
 
 from router.api.app import create_app
-from router.api.cards import Cards
+from router.catalog.cards import Cards
 from router.config.problems import CannotServe, ConfigError
 from router.config.schema import AliasConfig, Api, Config, ModelConfig, System
 from router.config.snapshots import Looks

@@ -31,10 +31,10 @@ from router.api import (
     page,
     pulls,
 )
-from router.api.cards import Cards
 from router.api.live import Live
 from router.api.llama_swap import DONE_BY_GET
 from router.api.openapi import describe
+from router.catalog.cards import Cards
 from router.dataplane.routing import DATA_PLANE
 from router.dataplane.shortening import most_values
 from router.dialects.ollama import create as creating

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from router.api.cards import Card, Cards, as_it_runs
+from router.catalog.cards import Card, Cards, as_it_runs
 from router.config.schema import AliasConfig, Config, ModelConfig
 from router.dataplane.routing import known_as
 from router.http.documents import Document

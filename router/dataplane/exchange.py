@@ -27,7 +27,7 @@ from urllib.parse import quote
 
 import msgspec
 
-from router.api.cards import Cards
+from router.catalog.cards import Cards
 from router.config.schema import System
 from router.dataplane.answer import Answer, BrokenAnswer
 from router.dataplane.forms import is_form

@@ -13,7 +13,7 @@ from typing import Any, cast
 import uvicorn
 from uvicorn.server import ServerState
 
-from router.api.cards import Cards
+from router.catalog.cards import Cards
 from router.config.schema import Config, ModelConfig
 from router.dataplane.exchange import Exchanges
 from router.dataplane.server import HttpProtocol

@@ -12,7 +12,7 @@ from typing import Any
 from mutations import LONG, SEED, mutated
 from tiny_models import QUANTIZED_TYPES, RawTensor, gguf_bytes
 
-from router.api.cards import card_of
+from router.catalog.cards import card_of
 from router.config.schema import ModelConfig
 from router.engines.llamacpp.flags import FlagError, Flags
 from router.engines.llamacpp.purpose import flags_for

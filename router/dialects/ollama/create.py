@@ -18,7 +18,7 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from router.api.cards import card_of, template_of
+from router.catalog.cards import card_of, template_of
 from router.config.names import same_name, untagged
 from router.config.schema import Config, ModelConfig
 from router.dataplane.routing import known_as

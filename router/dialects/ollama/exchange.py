@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from router.api.cards import Card
+from router.catalog.cards import Card
 from router.dataplane.answer import DOCUMENT, TranslatedAnswer, with_type
 from router.dataplane.exchange import Exchange
 from router.dataplane.rewriting import rewritten

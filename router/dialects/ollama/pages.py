@@ -18,7 +18,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from router.api import pulls
-from router.api.cards import Card, Cards, as_it_runs, card_of, header_of, template_of
+from router.catalog.cards import Card, Cards, as_it_runs, card_of, header_of, template_of
 from router.config.names import listed_name
 from router.config.schema import AliasConfig, Config, ModelConfig
 from router.dataplane.routing import known_as

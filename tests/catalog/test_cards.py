@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import models
 
-from router.api.cards import Cards
+from router.catalog.cards import Cards
 from router.config.schema import ModelConfig
 from router.config.sources import load
 
