@@ -8,8 +8,6 @@ loaded.
 from __future__ import annotations
 
 import contextlib
-import re
-from pathlib import PureWindowsPath
 from typing import Annotated, Any
 
 import msgspec
@@ -20,6 +18,7 @@ from router import __version__
 from router.config.names import meant
 from router.dataplane.routing import model_of, named_by_nobody
 from router.engines.llamacpp.capability import error_of_engine
+from router.engines.llamacpp.redaction import for_clients
 from router.engines.running import RunningEngine
 from router.http.auth import sees_all
 from router.http.errors import ApiError
@@ -90,32 +89,6 @@ async def said_by_engine(request: Request, model: str | None, path: str) -> Resp
         raise error_of_engine(answer.status, answer.body)
     body = answer.body if sees_all(request) or path == "/metrics" else for_clients(answer.body)
     return Response(body, answer.status, media_type=answer.content_type)
-
-
-def for_clients(document: bytes) -> bytes:
-    """What an engine says of itself, for who may only use it: of files the names, and of others' requests nothing.
-
-    Raises ApiError 502 for what is no JSON.
-    """
-    try:
-        return msgspec.json.encode(_for_clients("", msgspec.json.decode(document)))
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        raise ApiError(502, "engine_error", "The engine does not say that in JSON.") from None
-
-
-def _for_clients(key: str, value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _for_clients(key, item) for key, item in value.items() if key not in _OF_OTHERS}
-    if isinstance(value, list):
-        return [_for_clients(key, item) for item in value]
-    if isinstance(value, str) and (key.endswith("path") or _PATH.match(value)):
-        return PureWindowsPath(value).name  # which knows both separators
-    return value
-
-
-_PATH = re.compile(r"(?:/|~/|[A-Za-z]:[\\/]|\\\\)[^\n]*\Z")
-_OF_OTHERS = ("prompt", "generated")
-"""What a slot is at work on; told if llama-server is started so that it is (LLAMA_SERVER_SLOTS_DEBUG)."""
 
 
 def _engine_of(dispatcher: Dispatcher, model: str | None) -> RunningEngine:

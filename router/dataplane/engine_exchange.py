@@ -10,13 +10,13 @@ from __future__ import annotations
 import copy
 from urllib.parse import quote
 
-from router.api.engines import for_clients
 from router.config.names import LONGEST, meant, same_name
 from router.config.schema import Config
 from router.dataplane.exchange import Exchange
 from router.dataplane.heads import RequestHead, check_size
 from router.dataplane.routing import Wish, wish_of
 from router.dataplane.shortening import Text
+from router.engines.llamacpp.redaction import for_clients
 from router.engines.upstream import Head
 from router.http.errors import ApiError
 from router.system.large_memory import Pieces
