@@ -44,6 +44,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return workers if workers > 1 else 0
 
 
+def http_client(url: str, *, timeout: float = 60, **more: Any) -> httpx.Client:
+    """Of a server of this machine: it reads no certificates, which would take longer than most of what it asks."""
+    return httpx.Client(base_url=url, timeout=timeout, verify=False, **more)
+
+
 class Router:
     """A router in a process of its own, from its start on."""
 
@@ -56,7 +61,7 @@ class Router:
         self._reader.start()
         self._listening.wait(60)
         assert self.url, "".join(self.output)
-        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.http = http_client(self.url)
 
     def _read(self) -> None:
         assert self.process.stderr is not None

@@ -18,7 +18,7 @@ from typing import Any
 
 import httpx2 as httpx
 import psutil
-from conftest import ROOT, Router, eventually
+from conftest import ROOT, Router, eventually, http_client
 
 LONG = os.environ.get("CHAOS") == "long"
 OBSERVER = Path(__file__).parent / "observer"
@@ -108,7 +108,7 @@ class Crowd:
 
     def _live(self, number: int, ask: Callable[[httpx.Client, random.Random], str]) -> None:
         chance = random.Random(number)
-        with httpx.Client(base_url=self.router.url, timeout=60) as http:
+        with http_client(self.router.url) as http:
             while not self.over.is_set():
                 try:
                     outcome = ask(http, chance)

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx2 as httpx
 import psutil
 import pytest
-from conftest import Router, Start, eventually, models
+from conftest import Router, Start, eventually, http_client, models
 from storm import LONG, books, eject_all, observed, scale, settle
 from tiny_models import write_llama
 
@@ -33,12 +33,12 @@ def test_every_third_client_leaves_at_a_random_point(start: Start, tiny: Path, t
         assert router.chat(alias).status_code == 200
     eject_all(router, *ALIASES)
     router.http.close()
-    router.http = httpx.Client(base_url=router.url, timeout=60, headers={"connection": "close"})
+    router.http = http_client(router.url, headers={"connection": "close"})
     eventually(lambda: books(router, tmp_path)["HttpProtocol"] == 0)
     before = books(router, tmp_path)
 
     seed = random.randrange(1 << 32)
-    wrong = asyncio.run(everybody(router, random.Random(seed), scale(300, 2000)))
+    wrong = asyncio.run(everybody(router, random.Random(seed), scale(150, 2000)))
     assert wrong == [], seed
 
     eventually(lambda: not any(occupied(router, alias) for alias in ALIASES))
@@ -56,8 +56,8 @@ def test_a_slot_is_free_a_moment_after_its_client_left(start: Start, tmp_path: P
     router.chat("a")
     status = router.status("a")
     key = psutil.Process(status["pid"]).environ()["LLAMA_API_KEY"]
-    engine = httpx.Client(
-        base_url=f"http://127.0.0.1:{status['port']}", headers={"authorization": f"Bearer {key}"}, timeout=10
+    engine = http_client(
+        f"http://127.0.0.1:{status['port']}", headers={"authorization": f"Bearer {key}"}, timeout=10
     )
 
     def works() -> bool:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Start, eventually, models
+from conftest import Start, eventually, http_client, models
 from storm import LONG, Crowd, books, eject_all, observed, scale, settle
 
 
 @pytest.mark.timeout(900 if LONG else 120)
 def test_kill_9_of_random_engines(start: Start, tiny: Path, tmp_path: Path) -> None:
-    kills = scale(30, 100)
+    kills = scale(12, 100)
     system = {
         # One request can meet every one of the kills, and one model all of them before it serves anybody. With
         # these bounds out of reach the promise is absolute: no plain request fails, and no stream before it began.
@@ -32,7 +32,7 @@ def test_kill_9_of_random_engines(start: Start, tiny: Path, tmp_path: Path) -> N
         assert router.chat(alias).status_code == 200
     eject_all(router, *entries)
     router.http.close()
-    router.http = type(router.http)(base_url=router.url, timeout=60, headers={"connection": "close"})
+    router.http = http_client(router.url, headers={"connection": "close"})
     eventually(lambda: books(router, tmp_path)["HttpProtocol"] == 0)
     before = books(router, tmp_path)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx2 as httpx
 import pytest
-from conftest import Router, Start, eventually, models
+from conftest import Router, Start, eventually, http_client, models
 from storm import LONG, processes_about, scale
 
 
@@ -42,7 +42,7 @@ def ask(router: Router, *aliases: str) -> None:
     def chat(alias: str) -> None:
         body = {"model": alias, "messages": [{"role": "user", "content": "x"}], "max_tokens": 500}
         with contextlib.suppress(httpx.HTTPError):  # its router was killed
-            httpx.post(f"{router.url}/v1/chat/completions", json=body, timeout=10)
+            http_client(router.url, timeout=10).post("/v1/chat/completions", json=body)
 
     for alias in aliases:
         threading.Thread(target=chat, args=(alias,), daemon=True).start()

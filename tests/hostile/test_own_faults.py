@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx2 as httpx
 import pytest
-from conftest import ROOT, Router, Start, models
+from conftest import ROOT, Router, Start, http_client, models
 from faults.sitecustomize import SEAMS
 from test_garbage_engines import CLIENTS, FULL_KEY, WAYS, ended, outcomes
 
@@ -42,7 +42,7 @@ def asked(router: Router, way: str, request_id: str) -> tuple[int, bytes, bool]:
     """The status, the body, and whether the answer is whole."""
     route, streams = WAYS[way]
     headers = {"x-request-id": request_id, "x-api-key": f"key-of-{way}"}
-    with contextlib.suppress(httpx.RemoteProtocolError), httpx.Client(base_url=router.url, timeout=10) as http:
+    with contextlib.suppress(httpx.RemoteProtocolError), http_client(router.url, timeout=10) as http:
         answer = http.post(route.path, json=route.body("hi", streams=streams), headers=headers)
         return answer.status_code, answer.content, True
     return 0, b"", False

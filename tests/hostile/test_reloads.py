@@ -6,9 +6,8 @@ import json
 import threading
 from pathlib import Path
 
-import httpx2 as httpx
 import pytest
-from conftest import Router, Start, eventually, models
+from conftest import Router, Start, eventually, http_client, models
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +34,7 @@ def test_reloads_without_end_keep_no_model_from_loading(router: Router) -> None:
 
     def reload() -> None:
         nonlocal reloads
-        with httpx.Client(base_url=router.url, timeout=20) as http:
+        with http_client(router.url, timeout=20) as http:
             while not over.wait(0.05):
                 assert http.post("/v1/config/reload", json={}).status_code == 200
                 reloads += 1

@@ -63,7 +63,7 @@ from router.scheduling.queue import Priority
 from router.scheduling.residency import EngineState
 from router.scheduling.scheduler import Scheduler
 
-EVENTS = int(os.environ.get("SCHEDULER_EVENTS", "120000"))
+EVENTS = int(os.environ.get("SCHEDULER_EVENTS", "40000"))
 SEED = int(os.environ.get("SCHEDULER_SEED", "1"))
 
 MAY_FOLLOW = {
