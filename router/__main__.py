@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from router.system import sighup as hang_up
 
 if TYPE_CHECKING:
-    from router.config.sources import Load
+    from router.catalog.load import Load
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -24,10 +24,10 @@ import uvicorn
 
 from router.api.app import create_app
 from router.catalog.cards import Cards
+from router.catalog.load import Load, Loaded
 from router.config.problems import CannotServe, ConfigError
 from router.config.schema import AliasConfig, Api, Config, ModelConfig, System
 from router.config.snapshots import Looks
-from router.config.sources import Load, Loaded
 from router.dataplane.exchange import Exchanges
 from router.dataplane.limits import Door
 from router.dataplane.server import HttpProtocol, PagesProtocol

@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from router.catalog.load import Loaded, load
 from router.config.schema import Config
 from router.config.show import render
-from router.config.sources import Loaded, load
 from router.engines.launcher import NoEngine, find_binary
 from router.engines.llamacpp import footprint
 from router.engines.llamacpp.embedded_flags import UsageError, parameters

@@ -22,7 +22,7 @@ from router.system import sighup as hang_up
 from router.system.printable import printable
 
 if TYPE_CHECKING:
-    from router.config.sources import Load
+    from router.catalog.load import Load
 
 
 def main(serve: Callable[[Load], None], arguments: Sequence[str] | None = None) -> None:

@@ -57,7 +57,7 @@ def connect(options: argparse.Namespace) -> RouterClient:
     """
     if url := options.url or os.environ.get(URL_VARIABLE):
         return _client(url, os.environ.get(KEY_VARIABLE))
-    from router.config.sources import load  # 0.2 s that whoever names a URL need not wait
+    from router.catalog.load import load  # 0.2 s that whoever names a URL need not wait
 
     return connect_here(load(options.config, environ=os.environ, cwd=Path.cwd(), check_files=False).config.api)
 

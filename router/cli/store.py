@@ -19,11 +19,11 @@ from urllib.parse import quote
 
 import msgspec
 
+from router.catalog.load import load
 from router.cli import remote as terminal
 from router.config.names import same_name, some_of
 from router.config.problems import ConfigError
 from router.config.schema import Config
-from router.config.sources import load
 from router.store import created, pulled
 from router.store.created import Created
 from router.store.creations import Creations

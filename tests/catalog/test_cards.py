@@ -15,8 +15,8 @@ import pytest
 from conftest import models
 
 from router.catalog.cards import Cards
+from router.catalog.load import load
 from router.config.schema import ModelConfig
-from router.config.sources import load
 
 Kept = Callable[..., list[ModelConfig]]
 

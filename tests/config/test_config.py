@@ -16,13 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import write_llama, write_projector
 
+from router.catalog.load import Loaded, load
 from router.config import schema as config
 from router.config.errors import LLAMA_SWAP
 from router.config.file import read_file
 from router.config.problems import ConfigError
 from router.config.schema import Config, ModelConfig
 from router.config.show import render
-from router.config.sources import Loaded, load
 from router.engines.llamacpp import flags
 from router.store import discovery as hub
 

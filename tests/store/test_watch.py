@@ -11,7 +11,7 @@ import pytest
 from conftest import Router, Start, eventually, fake, models
 from tiny_models import write_llama
 
-from router.config.sources import load
+from router.catalog.load import load
 
 
 @pytest.fixture

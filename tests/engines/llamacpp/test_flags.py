@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import Start, eventually, models, run
 
-from router.config.sources import load
+from router.catalog.load import load
 from router.engines.llamacpp.build_flags import read_help, spoken
 from router.engines.llamacpp.capability import refused_by_engine
 from router.engines.llamacpp.flags import (
