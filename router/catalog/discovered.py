@@ -1,0 +1,212 @@
+"""Models that nobody named: those in folders and stores, and those that clients created.
+
+They are added to a draft as the configuration would name them, so that all that is checked of an entry is checked
+of them, too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from router.config.draft import Draft
+from router.config.schema import AliasConfig, Api
+from router.store import created, pulled
+from router.store import discovery as hub
+from router.store import external as stores
+from router.system.state import default_path
+
+ORIGINS = frozenset({"pulled", "--models-dir", "models_dirs", "hf_cache", "ollama_store"})
+"""Where models come from that nobody has named, and their projectors."""
+
+
+class Discovered:
+    """What one look finds, and adds to the draft."""
+
+    def __init__(self, draft: Draft, state_dir: Path | None, headers: hub.Headers) -> None:
+        self.draft = draft
+        self.state_dir = state_dir
+        self.headers = headers
+        self.folders: list[Path] = []
+        """That were looked into."""
+        self.lost: dict[str, str] = {}
+        """Names that cannot be served, with what they lack."""
+        self._layers: dict[str, tuple[created.Created, str]] = {}
+        """What stores add to the models that they hold, and which store."""
+        self._created: dict[str, created.Created] = {}
+        self._engines: dict[str, str] = {}
+        """Which of them have an engine of their own, and under which name that is."""
+
+    def add(self, models_dirs: Sequence[Path]) -> None:
+        """Models that nobody named. What the configuration names wins, then the place that comes first."""
+        models = self.draft.values.setdefault("models", {})
+        if not isinstance(models, dict):
+            return
+        aliases = self.draft.values.get("aliases")
+        self._read_created(models, aliases if isinstance(aliases, dict) else {})
+        base = self.draft.models_folder()
+        served = {
+            os.path.realpath(self.draft.resolve(entry["model_path"], base))
+            for entry in models.values()
+            if isinstance(entry, dict) and isinstance(entry.get("model_path"), str)
+        }
+        for origin, folder, look in self._places(models_dirs):
+            self.folders.append(folder)
+            try:
+                discovery = look()
+            except OSError as error:
+                self.draft.problem((), f"{folder}: {error.strerror or error}", origin)
+                continue
+            self.draft.warnings += [
+                f"{skipped.path} is not served: {skipped.reason}" for skipped in discovery.skipped
+            ]
+            for found in discovery.models:
+                # A pulled model has the alias that it was asked for, whatever else its file is called.
+                if origin != "pulled" and os.path.realpath(found.path) in served:
+                    continue
+                if not hub.is_alias(found.alias):
+                    self.draft.warnings.append(
+                        f"{found.path} is not served: nothing can be called {found.alias!r}"
+                    )
+                    continue
+                if isinstance(aliases, dict) and _model_named(aliases, found.alias) not in (None, found.alias):
+                    self.draft.warnings.append(f"{found.path} is not served: an alias has the same name")
+                    continue
+                if found.alias in self._created:
+                    self.draft.warnings.append(f"{found.path} is not served: what was created has the same name")
+                    continue
+                files = {"model_path": str(found.path)}
+                if found.projector is not None:
+                    files["mmproj"] = str(found.projector.path)
+                entry = models.setdefault(found.alias, {})
+                if not isinstance(entry, dict):
+                    continue
+                if first := entry.get("model_path"):
+                    if not isinstance(first, str) or self.draft.resolve(first, base) != found.path:
+                        self.draft.warnings.append(f"{found.path} is not served: {first} has the same name")
+                    continue
+                for key, file in files.items():
+                    if key not in entry:
+                        self.draft.put(("models", found.alias, key), file, origin)
+                if found.made is not None:
+                    self._add_layers(found.alias, found.made, origin)
+            served |= {os.path.realpath(found.path) for found in discovery.models}
+        self._add_created(models, aliases if isinstance(aliases, dict) else {})
+
+    def _add_layers(self, alias: str, made: created.Created, origin: str) -> None:
+        """What a store adds to a model's file. The flags that the configuration gives it count more."""
+        self._layers[alias] = made, origin
+        words = [word for flag in made.flags.items() for word in flag]
+        own = self.draft.values["models"][alias].get("flags", [])
+        if words and isinstance(own, list):
+            self.draft.put(("models", alias, "flags"), [*words, *own], origin)
+
+    def _read_created(self, models: Mapping[str, Any], aliases: Mapping[str, Any]) -> None:
+        """What clients have made, but for names that the configuration uses."""
+        folder = self._state_folder() if self.draft.is_for_here else None
+        if folder is None:
+            return
+        try:
+            records = created.read(folder)
+        except OSError as error:
+            self.draft.warnings.append(f"what was created cannot be read: {error}")
+            return
+        for name, made in records.items():
+            entry = models.get(name)
+            if name in aliases or (isinstance(entry, dict) and "model_path" in entry):
+                self.draft.warnings.append(
+                    f"{name!r}, which was created, is not served: the configuration uses its name"
+                )
+            elif missing := created.missing_file(made, folder):
+                self.draft.warnings.append(
+                    f"{name!r}, which was created, is not served: there is no file {missing}"
+                )
+                self.lost[name] = str(missing)
+            else:
+                self._created[name] = made
+
+    def _add_created(self, models: dict[str, Any], aliases: Mapping[str, Any]) -> None:
+        """Those that have an engine of their own. What the configuration says of them wins."""
+        folder = self._state_folder()
+        if folder is None:
+            return
+
+        def model_of(name: str) -> str:
+            return str(_model_named(aliases, name) or name)
+
+        self._engines = created.engines(self._created, tuple(models))
+        for name, entry in created.model_entries(self._created, self._engines, folder, models, model_of):
+            configured = models.setdefault(name, {})
+            if not isinstance(configured, dict):
+                continue
+            if isinstance(configured.get("flags"), list):
+                entry["flags"] = [*entry.get("flags", ()), *configured["flags"]]
+            for key, value in entry.items():
+                if key == "flags" or key not in configured:
+                    self.draft.put(("models", name, key), value, created.SOURCE)
+
+    def _state_folder(self) -> Path | None:
+        """Where the router of this configuration keeps its state; None if it keeps none."""
+        if self.state_dir is not None:
+            return self.state_dir
+        system, api = self.draft.values.get("system"), self.draft.values.get("api")
+        named = system.get("state_dir") if isinstance(system, dict) else None
+        if isinstance(named, str) and named:
+            return self.draft.resolve(named, self.draft.base_of(("system", "state_dir")))
+        port = api.get("port", Api().port) if isinstance(api, dict) else Api().port
+        return default_path(port, self.draft.environ) if isinstance(port, int) and port else None
+
+    def _places(self, models_dirs: Sequence[Path]) -> Iterator[tuple[str, Path, Callable[[], hub.Discovery]]]:
+        """Where models may be found: what the place is called, its folder, and how to look into it."""
+        system = self.draft.values.get("system")
+        system = system if isinstance(system, dict) and self.draft.is_for_here else {}
+        cache = pulled.cache_folder(self.draft.environ) if self.draft.is_for_here else None
+        if cache is not None:
+            yield "pulled", cache, partial(pulled.discover, cache, self.headers)
+        key = ("system", "models_dirs")
+        named = system.get("models_dirs")
+        texts = named if isinstance(named, list) and all(isinstance(text, str) for text in named) else []
+        dirs = [("--models-dir", self.draft.resolve(str(folder), self.draft.cwd)) for folder in models_dirs]
+        dirs += [("models_dirs", self.draft.resolve(text, self.draft.base_of(key))) for text in texts]
+        for origin, folder in dirs:
+            yield origin, folder, partial(hub.discover, folder, self.headers, settle_sec=hub.SETTLE_SEC)
+        if system.get("hf_cache") is True and cache is not None:
+            yield "hf_cache", cache, partial(stores.hugging_face, cache, self.headers, settle_sec=hub.SETTLE_SEC)
+        store = stores.ollama_folder(self.draft.environ)
+        if system.get("ollama_store") is True and store is not None:
+            yield "ollama_store", store, partial(stores.ollama, store, self.headers, settle_sec=hub.SETTLE_SEC)
+
+    def stored_aliases(self, aliases: Container[str], models: Container[str]) -> Iterator[tuple[str, AliasConfig]]:
+        """What stores add to requests, but where the configuration has an alias of the model's name."""
+        for name, (made, origin) in self._layers.items():
+            named = replace(created.alias(name, made, name, None), source=origin)
+            if name in models and name not in aliases and named.rewrites:
+                self.draft.origins["aliases", name] = origin
+                yield name, named
+
+    def created_aliases(
+        self, aliases: Mapping[str, AliasConfig], models: Container[str]
+    ) -> Iterator[tuple[str, AliasConfig]]:
+        for name, made in self._created.items():
+            base = aliases.get(made.base)
+            model = self._engines.get(name) or (made.base if base is None else base.uses)
+            if model not in models:
+                self.draft.warnings.append(
+                    f"{name!r}, which was created, is not served: there is no {made.base!r} any more"
+                )
+                self.lost[name] = made.base
+                continue
+            named = created.alias(name, made, model, base)
+            if name != model or named.rewrites:
+                self.draft.origins["aliases", name] = created.SOURCE
+                yield name, named
+
+
+def _model_named(aliases: Mapping[str, Any], name: str) -> object:
+    """What an alias stands for, as it is written; None if there is none of this name."""
+    entry = aliases.get(name)
+    return entry.get("uses") if isinstance(entry, dict) else entry

@@ -1,0 +1,110 @@
+"""A configuration while it is put together: its values, where each comes from, and all that is wrong with them.
+
+`sources.py` fills it, then the catalog with the models that it finds. Whoever checks it notes what is wrong and
+goes on, so that one look tells of everything.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from router.config.errors import explain, single_value
+from router.config.problems import KeyPath, Problem, dotted
+from router.config.schema import Section
+
+DEFAULT = "default"
+"""The origin of what nobody has set."""
+_S = TypeVar("_S", bound=Section)
+
+
+class Draft:
+    """The values as they come in, each with its origin, and everything that was found wrong with them."""
+
+    def __init__(self, environ: Mapping[str, str], cwd: Path, check_files: bool) -> None:
+        self.cwd = Path(os.path.abspath(cwd))
+        self.check_files = check_files
+        self.is_for_here = check_files
+        self.values: dict[str, Any] = {}
+        self.origins: dict[KeyPath, str] = {}
+        self.problems: list[Problem] = []
+        self.warnings: list[str] = []
+        self.foreign: dict[str, str] = {}
+        """Variables whose values can only be meant for another program, and what is wrong with them for us."""
+        self.environ = dict(environ)
+        self.file_name = ""
+        self.folder = self.cwd
+        self.home = environ.get("HOME", "~")
+
+    def put(self, path: KeyPath, value: Any, origin: str) -> None:
+        *parents, key = path
+        at: Any = self.values
+        for parent in parents:
+            at = at.setdefault(parent, {})
+            if not isinstance(at, dict):
+                return  # reported when the section is checked
+        at[key] = value
+        for known in [known for known in self.origins if known[: len(path)] == path]:
+            del self.origins[known]
+        self._mark(path, value, origin)
+
+    def _mark(self, path: KeyPath, value: Any, origin: str) -> None:
+        if isinstance(value, dict) and (value or single_value(path) is None):
+            for key, item in value.items():
+                self._mark((*path, key), item, origin)
+        else:
+            self.origins[path] = origin
+
+    def origin_of(self, path: KeyPath) -> str:
+        """Of the value itself, or of the list that it is in."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.origins:
+                return self.origins[path[:length]]
+        return DEFAULT
+
+    def problem(self, path: KeyPath, message: str, source: str | None = None) -> None:
+        if source is None:
+            origin = self.origin_of(path)
+            source = self.file_name if origin == DEFAULT else origin
+        self.problems.append(Problem(dotted(path), message, source))
+
+    def warn(self, path: KeyPath, message: str) -> None:
+        self.warnings.append(str(Problem(dotted(path), message, self.origin_of(path))))
+
+    def resolve(self, text: str, base: Path) -> Path:
+        """Absolute, without `..`, symbolic links left as they are."""
+        if text == "~" or text.startswith("~/"):
+            text = self.home + text[1:]
+        return Path(os.path.normpath(base / text))
+
+    def base_of(self, path: KeyPath) -> Path:
+        """Where a relative path starts: in the folder of its file, else in the working directory."""
+        return self.folder if self.origin_of(path) == self.file_name else self.cwd
+
+    def models_folder(self) -> Path:
+        path = ("system", "base_models_path")
+        system = self.values.get("system")
+        text = system.get(path[1]) if isinstance(system, dict) else None
+        return self.resolve(text, self.base_of(path)) if text and isinstance(text, str) else self.folder
+
+    def section(self, kind: type[_S], path: KeyPath, **stand_in: Any) -> _S | None:
+        """Validate the values at `path`. Where some are wrong, go on without them, to find what else is."""
+        values: Any = self.values
+        for part in path:
+            values = values.get(part, {})
+        try:
+            return kind.model_validate(values)
+        except ValidationError as error:
+            errors = error.errors(include_url=False)
+        wrong: set[str | int] = set()
+        for each in errors:
+            where = (*path, *each["loc"])
+            self.problem(where, explain(each, where))
+            wrong.update(each["loc"][:1])
+        if not isinstance(values, dict) or not wrong:
+            return None
+        return kind.model_validate({**stand_in, **{key: values[key] for key in values if key not in wrong}})

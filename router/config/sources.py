@@ -1,0 +1,180 @@
+"""Where configured values come from: the file, then `.env` and the environment, then the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from router.config.draft import Draft
+from router.config.errors import section_at, single_value, unknown_key
+from router.config.file import read_file
+from router.config.problems import ConfigError, KeyPath, dotted
+from router.config.schema import ConfigFile, Key
+
+_VARIABLES: dict[str, KeyPath] = {
+    "LLAMA_SERVER_PATH": ("system", "llama_server_path"),
+    "BASE_MODELS_PATH": ("system", "base_models_path"),
+    "LLAMA_ROUTER_STATE_DIR": ("system", "state_dir"),
+    "MAX_CACHE_MODELS": ("system", "max_concurrent_models"),
+    "MODEL_LOAD_COOLDOWN": ("system", "model_load_cooldown_sec"),
+    "ALLOWED_MODELS_JSON": ("system", "allowed_models"),
+    "MODEL_Q4_THRESHOLD_BYTES": ("system", "q4_threshold_bytes"),
+    "API_KEY": ("api", "api_keys"),
+    "DEBUG": ("system", "debug"),
+    "STRUCTURED_LOGS": ("system", "structured_logs"),
+}
+_PREFIX = "LLAMA_ROUTER__"
+"""`LLAMA_ROUTER__SYSTEM__BASE_PORT` sets `system.base_port`; so for every key that is not a list."""
+
+_OWN_FILE_NAMES = ("llama-router.yaml", "llama-router.yml", "llama-router.json")
+_FILE_NAMES = (*_OWN_FILE_NAMES, "config.json", "config.yaml", "config.yml")
+_MISSPELT_NAME = "konfig.json"
+"""What the documents of an earlier router call its configuration in one place."""
+_SECTION = re.compile(rf"""(?:^|[\s{{,])["']?(?:{"|".join(ConfigFile.model_fields)})["']?\s*:""")
+_ANYBODYS = frozenset({"API_KEY", "DEBUG", "STRUCTURED_LOGS"})
+"""Variables that other programs know by the same name, with values of their own."""
+
+_DOTENV = re.compile(r"""(?:export\s+)?(\w+)\s*=(?:\s+#.*|\s*(?:"(.*?)"|'(.*?)'|(.*?))(?:\s+#.*)?)""")
+_Variables = Mapping[str, tuple[str, str]]
+"""The value of each, and where it was set."""
+
+
+def read_values(draft: Draft, path: Path | None, overrides: Mapping[str, tuple[str, Any]]) -> Path | None:
+    """Fill a draft; what comes later counts more. Returns the file that was read, if there is one.
+
+    `path` is the one that the command line names; `overrides` are as `load` takes them.
+    """
+    variables = {name: (value, f".env {name}") for name, value in _dotenv(draft)}
+    # Set to nothing is not set, as a variable that a container's file passes on and nobody has set.
+    variables |= {name: (value, f"env {name}") for name, value in draft.environ.items() if value}
+    source = _find_file(draft, variables, path)
+    if source is not None:
+        _read(draft, source)
+    _apply_environment(draft, variables)
+    for key, (option, value) in overrides.items():
+        parts = key.split(".", 1) if key.startswith("models.") else key.split(".")
+        draft.put(tuple(parts), value, option)
+    return source
+
+
+def _dotenv(draft: Draft) -> Iterator[tuple[str, str]]:
+    try:
+        lines = (draft.cwd / ".env").read_text("utf-8-sig").splitlines()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        return
+    except (OSError, UnicodeDecodeError) as error:
+        # Going on without it might serve everybody without the API key that it holds.
+        draft.problem((), f"cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8'}", ".env")
+        return
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if not line or line.startswith("#"):
+            continue
+        if "\0" in line:
+            draft.problem((), "holds a NUL character, which no variable can", f".env:{number}")
+            continue
+        match = _DOTENV.fullmatch(line)
+        if match is None:
+            draft.warnings.append(f".env:{number}: is not NAME=VALUE; ignored")
+        else:
+            yield match[1], match[2] or match[3] or match[4] or ""
+
+
+def _find_file(draft: Draft, variables: _Variables, path: Path | None) -> Path | None:
+    named, _ = variables.get("CONFIG_PATH", ("", ""))
+    if path is not None or named:
+        return draft.resolve(str(path or named), draft.cwd)
+    there = [name for name in _FILE_NAMES if (draft.cwd / name).is_file()]
+    ours = [name for name in there if name in _OWN_FILE_NAMES or _speaks_of_models(draft.cwd / name)]
+    for name in there:
+        if name not in ours:
+            draft.warnings.append(
+                f"{name} has none of the keys {', '.join(ConfigFile.model_fields)}: it is taken for another "
+                "program's; if it is this router's, name it with --config"
+            )
+    if len(ours) > 1:
+        draft.warnings.append(f"{ours[0]} is used, {' and '.join(ours[1:])} is not")
+    if not ours and (draft.cwd / _MISSPELT_NAME).is_file():
+        draft.warnings.append(
+            f"{_MISSPELT_NAME} is not read: call it config.json, or name it with --config or CONFIG_PATH"
+        )
+    return draft.cwd / ours[0] if ours else None
+
+
+def _read(draft: Draft, source: Path) -> None:
+    inside = source.is_relative_to(draft.cwd)
+    draft.file_name = str(source.relative_to(draft.cwd) if inside else source)
+    draft.folder = source.parent
+    for key, value in read_file(source, draft.file_name).items():
+        if key in ConfigFile.model_fields:
+            draft.put((key,), {} if value is None else value, draft.file_name)
+        elif key != "$schema":
+            draft.problem((key,), unknown_key(ConfigFile, key), draft.file_name)
+
+
+def _apply_environment(draft: Draft, variables: _Variables) -> None:
+    for name, key in _VARIABLES.items():
+        value, origin = variables.get(name, ("", ""))
+        if not value:
+            continue
+        field = single_value(key)  # None for API_KEY: one key of a list
+        if name in _ANYBODYS and (problem := _not_one_of_ours(key, field, value)):
+            draft.foreign[name] = f"{origin} {problem}"
+        else:
+            draft.put(key, [value] if field is None else _from_text(field, value), origin)
+    for name, (value, origin) in variables.items():
+        if not name.startswith(_PREFIX):
+            continue
+        path: tuple[str, ...] = tuple(name.removeprefix(_PREFIX).lower().split("__"))
+        named = path[0] in ("models", "aliases")
+        field = None if named else single_value(path)
+        section = section_at(path[:-1])
+        if field is not None:
+            draft.put(path, _from_text(field, value), origin)
+        elif named or (section and path[-1] in section.model_fields):
+            draft.problem((), "a variable can set a single value only; write this into a file", origin)
+        else:
+            draft.problem((), unknown_key(section, path[-1]), origin)
+
+
+def _speaks_of_models(file: Path) -> bool:
+    """Whether a file with a name that many programs use is the router's: one that cannot be read may be."""
+    try:
+        return not (tree := read_file(file, file.name)) or any(key in ConfigFile.model_fields for key in tree)
+    except ConfigError:
+        pass
+    try:
+        return _SECTION.search(file.read_text("utf-8-sig")) is not None
+    except (OSError, UnicodeDecodeError):
+        return True
+
+
+def _not_one_of_ours(key: KeyPath, field: FieldInfo | None, text: str) -> str:
+    """Why a variable's value cannot be one for this key; empty if it can."""
+    if field is None:
+        try:
+            TypeAdapter[Any](Key).validate_python(text)
+        except ValidationError:
+            return "is no API key: that is one or more printable ASCII characters without spaces"
+    elif not isinstance(_from_text(field, text), bool):
+        return f"is neither true nor false, which {dotted(key)} is"
+    return ""
+
+
+def _from_text(field: FieldInfo, text: str) -> Any:
+    """The text of a variable as the type of its key; text that does not fit is reported with all the rest."""
+    annotation: Any = field.annotation
+    if any(get_origin(kind) is dict for kind in get_args(annotation)):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(text)
+        return text
+    try:
+        return TypeAdapter[Any](annotation).validate_python(text)
+    except ValidationError:
+        return text
