@@ -42,6 +42,7 @@ from router.engines.llamacpp import footprint  # noqa: E402
 from router.engines.llamacpp.flags import FlagError, Flags  # noqa: E402
 from router.formats import gguf  # noqa: E402
 from router.formats.gguf import GGUF  # noqa: E402
+from router.system.devices import HOST  # noqa: E402
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -740,7 +741,7 @@ def by_formula(header: GGUF, flags: Sequence[str]) -> Figures | None:
     """As the tool is asked, which reserves room for the logits of every token of a batch, as a server does only to
     embed. None if the flags are refused."""
     try:
-        share = footprint.estimate(header, Flags([*flags, "--no-repack", "--embedding"]), gpus=0).devices["host"]
+        share = footprint.estimate(header, Flags([*flags, "--no-repack", "--embedding"]), gpus=0).devices[HOST]
     except FlagError:
         return None
     return Figures(share.weights, share.kv + share.recurrent, share.compute)

@@ -40,6 +40,7 @@ from router.engines.process import Binary
 from router.hardware.ram import process_memory
 from router.memory.ledger import Account
 from router.memory.measurements import Learned
+from router.system.devices import HOST
 
 FLAGS = (
     ("-c", "4096", "-np", "1"),
@@ -91,7 +92,7 @@ def held_mib(binary: Binary, model: Path, words: tuple[str, ...], size: Size) ->
         held_now()
         ask(f"http://127.0.0.1:{port}", "word " * 300)
         held = held_now()
-        if held > 0.9 * size.mib["host"]:
+        if held > 0.9 * size.mib[HOST]:
             return held, None
         flags = Flags(words)
         tokens = flags.integer("ctx-size", 0) // (1 if flags.kv_unified else flags.slots) - 16
@@ -144,7 +145,7 @@ def main() -> None:
                     if not " ".join(flags).startswith(options.flags):
                         continue
                     size = estimated(binary, model, flags)
-                    ours = size.mib["host"]
+                    ours = size.mib[HOST]
                     held, full = held_mib(binary, model, flags, size)
                     errors.append(abs(ours / (full or held) - 1))
                     shown = f"{binary.kind:<14}{f'{megabytes} MB {quantization}':<12}{' '.join(flags):<40}"

@@ -53,6 +53,7 @@ from router.scheduling.messages import (
 )
 from router.scheduling.queue import Priority
 from router.scheduling.scheduler import Scheduler
+from router.system.devices import Device
 
 HIGH, NORMAL, LOW = Priority
 STOP_SEC = 0.2
@@ -257,7 +258,7 @@ def ours(workload: Workload, policy: Policy) -> Scheduler:
         for alias, load_sec in workload.models.items()
     }
     scheduler.step(Configured(0.0, specs, policy))
-    scheduler.step(MemoryChanged(0.0, {"gpu0": workload.memory}))
+    scheduler.step(MemoryChanged(0.0, {Device.gpu(0): workload.memory}))
     return scheduler
 
 
@@ -442,7 +443,7 @@ class Simulation:
                     self.outcome.rejected += 1
                     self.over(request_id)
                 case Inspect(alias):
-                    places = ({"gpu0": self.workload.size(alias)},)
+                    places = ({Device.gpu(0): self.workload.size(alias)},)
                     self.later(self.now, lambda alias=alias, places=places: Inspected(self.now, alias, places))  # type: ignore[misc]
                 case StartEngine(engine_id, alias):
                     self.outcome.loads += 1
@@ -563,7 +564,7 @@ def speed() -> None:
         engines = 0
         for number, alias in enumerate(aliases[: residents + waiting]):
             scheduler.step(Submit(0.0, f"first-{alias}", alias))
-            scheduler.step(Inspected(0.0, alias, ({"gpu0": 1},)))
+            scheduler.step(Inspected(0.0, alias, ({Device.gpu(0): 1},)))
             if number < residents:
                 engines += 1
                 scheduler.step(EngineReady(10.0, engines))

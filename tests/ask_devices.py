@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 from router.hardware.devices import Devices
+from router.system.readings import Reading
 
 
 async def main() -> None:
@@ -25,13 +26,20 @@ async def main() -> None:
         else:
             readings = await devices.read(asked["deadline_sec"])
             answer = {
-                "devices": {name: dataclasses.asdict(device) for name, device in readings.devices.items()},
+                "devices": {str(device): as_told(reading) for device, reading in readings.devices.items()},
                 "age_sec": readings.age_sec,
                 "threads": threading.active_count(),
-                "environments": {name: devices.environment([device]) for name, device in readings.devices.items()},
+                "environments": {
+                    str(device): devices.environment([reading]) for device, reading in readings.devices.items()
+                },
                 "environment_of_all": devices.environment(readings.devices.values()),
             }
         print(json.dumps(answer), flush=True)
+
+
+def as_told(reading: Reading) -> dict[str, object]:
+    fields = {field.name: getattr(reading, field.name) for field in dataclasses.fields(reading)}
+    return {**fields, "device": str(reading.device)}
 
 
 asyncio.run(main())

@@ -24,7 +24,7 @@ from router.http.auth import sees_all
 from router.observe.events import LoadMoved, ModelChanged, ModelsListed, RequestsDone, ServerChanged
 from router.runtime.dispatcher import Dispatcher
 from router.scheduling.messages import Refusal
-from router.system.readings import Device
+from router.system.readings import Reading
 
 router = APIRouter(tags=["monitoring"])
 
@@ -252,7 +252,7 @@ def figures(dispatcher: Dispatcher) -> dict[str, Any]:
     }
 
 
-def _gpu(gpus: Sequence[Device]) -> dict[str, Any]:
+def _gpu(gpus: Sequence[Reading]) -> dict[str, Any]:
     """All GPUs together, as they were read last."""
     total, free = sum(gpu.total_mib for gpu in gpus), sum(gpu.free_mib for gpu in gpus)
     busy = [gpu.utilization for gpu in gpus if gpu.utilization is not None]

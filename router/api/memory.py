@@ -49,7 +49,7 @@ async def vram_of_model(alias: str, request: Request) -> dict[str, Any]:
 def _summary(dispatcher: Dispatcher) -> dict[str, Any]:
     ledger = dispatcher.ledger
     lines = _main(ledger.lines())
-    total, used = sum(line.device.total_mib for line in lines), sum(line.used_mib for line in lines)
+    total, used = sum(line.reading.total_mib for line in lines), sum(line.used_mib for line in lines)
     free = max((line.free_mib for line in lines), default=0)
     allocated = sum(account.main_mib for account in ledger.accounts.values())
     percentage = _percentage(used, total)
@@ -74,27 +74,27 @@ def _summary(dispatcher: Dispatcher) -> dict[str, Any]:
 
 def _main(lines: list[Line]) -> list[Line]:
     """Where models compute."""
-    return [line for line in lines if line.device.kind != "host"] or lines
+    return [line for line in lines if line.device.is_gpu] or lines
 
 
 def _device(line: Line) -> dict[str, Any]:
-    device = line.device
+    reading = line.reading
     return {
-        "name": device.name,
-        "kind": device.kind,
-        "label": device.label,
-        "total_mb": device.total_mib,
+        "name": str(line.device),
+        "kind": reading.kind,
+        "label": reading.label,
+        "total_mb": reading.total_mib,
         "used_mb": line.used_mib,
-        "free_mb": device.free_mib,
+        "free_mb": reading.free_mib,
         "external_mb": line.external_mib,
         "reserve_mb": line.reserve_mib,
         "budget_mb": line.budget_mib,
         "booked_mb": line.booked_mib,
         "reserved_mb": line.reserved_mib,
         "free_for_new_model_mb": line.free_mib,
-        "utilization": device.utilization,
-        "temperature_c": device.temperature_c,
-        "power_w": device.power_w,
+        "utilization": reading.utilization,
+        "temperature_c": reading.temperature_c,
+        "power_w": reading.power_w,
     }
 
 
@@ -102,7 +102,7 @@ def _model(request: Request, account: Account) -> dict[str, Any]:
     dispatcher: Dispatcher = request.app.state.dispatcher
     running = dispatcher.running.get(account.engine_id)
     ready_sec = running.ready_sec if running is not None else None
-    total = sum(line.device.total_mib for line in _main(dispatcher.ledger.lines()))
+    total = sum(line.reading.total_mib for line in _main(dispatcher.ledger.lines()))
     return {
         "model_alias": account.alias,
         "port": running.process.port if running is not None and sees_all(request) else None,

@@ -16,7 +16,6 @@ from router.config.schema import ModelConfig
 from router.dataplane.routing import model_of
 from router.engines.llamacpp.flags import Flags
 from router.engines.running import RunningEngine
-from router.hardware.devices import HOST
 from router.http.auth import sees_all
 from router.http.documents import Document
 from router.http.errors import ApiError, refused
@@ -25,6 +24,7 @@ from router.runtime.dispatcher import Dispatcher
 from router.scheduling.messages import Refusal
 from router.scheduling.residency import Model
 from router.scheduling.wait_reason import why
+from router.system.devices import by_name
 from router.system.turns import in_turns
 
 router = APIRouter(tags=["management"])
@@ -109,7 +109,11 @@ async def load_and_show_model(body: ModelToLoad, request: Request) -> dict[str, 
         _check_device(body.device, model_of(body.model, dispatcher.config), dispatcher)
     await load_model(LoadRequest(model=body.model), request)
     account = dispatcher.ledger.account_of(model_of(body.model, dispatcher.config).alias)
-    return {**await show_model(body.model, request), "devices": sorted(account.booked()) if account else []}
+    return {**await show_model(body.model, request), "devices": _devices(account)}
+
+
+def _devices(account: Account | None) -> list[str]:
+    return [str(device) for device in sorted(account.booked())] if account is not None else []
 
 
 def _check_device(device: str, model: ModelConfig, dispatcher: Dispatcher) -> None:
@@ -118,7 +122,7 @@ def _check_device(device: str, model: ModelConfig, dispatcher: Dispatcher) -> No
     flags = Flags(model.flags, model.env)
     chosen = flags.last("device")
     kept_off = flags.text("n-gpu-layers", "") == "0" or (chosen is not None and chosen.text == "none")
-    there = any(name != HOST for name in dispatcher.ledger.devices)
+    there = any(known.is_gpu for known in dispatcher.ledger.devices)
     if kind not in ("cpu", "cuda", "gpu", "auto"):
         problem = f"There is no device {device!r}: name `cpu` or `cuda`, or leave it out"
     elif kind in ("cuda", "gpu") and not there:
@@ -301,10 +305,10 @@ def memory(account: Account) -> dict[str, Any]:
     chosen = account.chosen
     return {
         "source": chosen.size.source,
-        "gpus": list(chosen.gpus),
-        "estimated_mb": dict(chosen.placement),
-        "measured_mb": account.measured or None,
-        "booked_mb": account.booked(),
+        "gpus": [str(gpu) for gpu in chosen.gpus],
+        "estimated_mb": by_name(chosen.placement),
+        "measured_mb": by_name(account.measured) or None,
+        "booked_mb": by_name(account.booked()),
         "context": chosen.context,
         "added_flags": list(chosen.flags),
         "remark": chosen.remark or None,

@@ -41,7 +41,7 @@ async def health(request: Request) -> JSONResponse:
     answer = {
         "status": "ok" if working else "degraded",
         "checks": {
-            "gpu": {"available": any(device.kind != "host" for device in dispatcher.ledger.devices.values())},
+            "gpu": {"available": any(device.is_gpu for device in dispatcher.ledger.devices)},
             "manager": {"status": dispatcher.status, "active_models": len(dispatcher.scheduler.engines)},
             "http_client": _connections(dispatcher),
             "background": _background(dispatcher),

@@ -29,7 +29,7 @@ from router.config.schema import System
 from router.engines.launcher import NoEngine, find_binary
 from router.engines.llamacpp import adapters, footprint
 from router.engines.llamacpp.flags import FlagError, Flags, argv
-from router.engines.llamacpp.footprint import HOST, Footprint, Share
+from router.engines.llamacpp.footprint import Footprint, Share
 from router.engines.llamacpp.listed_devices import Listed
 from router.engines.llamacpp.plan import Alternative, Ground, alternatives
 from router.engines.llamacpp.purpose import flags_for
@@ -39,7 +39,9 @@ from router.formats.gguf import GGUF, GGUFError, TruncatedGGUF
 from router.hardware.devices import Devices
 from router.memory.ledger import Ledger
 from router.memory.measurements import Learned
+from router.scheduling.messages import Placement
 from router.store.repository import BadReference, Choice, NoChoice, Reference, gated, parse
+from router.system.devices import Device
 from router.system.printable import line, printable
 
 FIRST_BYTES = 8 << 20
@@ -96,17 +98,17 @@ class Forecast:
 
     best: Alternative
     need: Footprint
-    free_mib: Mapping[str, int]
+    free_mib: Placement
     largest_context: int
     """The largest `-c` that fits; 0 if with none."""
     flags: tuple[str, ...]
     """That the router would add to those that were given."""
 
     @property
-    def short_mib(self) -> dict[str, int]:
+    def short_mib(self) -> dict[Device, int]:
         """What is missing; empty if it fits."""
         free = self.free_mib
-        return {name: mib - free[name] for name, mib in self.best.placement.items() if mib > free[name]}
+        return {device: mib - free[device] for device, mib in self.best.placement.items() if mib > free[device]}
 
 
 def forecast(
@@ -139,8 +141,8 @@ def forecast(
     best = alternatives(sizer, engine, ground)[0]
     need = best.size.details
     assert need is not None  # a model whose header is known has no figure but by its parts
-    free = {site.name: site.budget_mib for site in (*ground.gpus, ground.host)}
-    used = {HOST: free[HOST], **{f"gpu{place}": free[name] for place, name in enumerate(best.gpus)}}
+    free = {site.device: site.budget_mib for site in (*ground.gpus, ground.host)}
+    used = best.as_counted(free)
     return Forecast(best, need, free, sizer.largest_context((), used), (*asked_for, *best.flags))
 
 
@@ -160,7 +162,7 @@ def report(header: GGUF, flags: Flags, found: Forecast) -> Iterable[str]:
     if found.flags:
         yield f"flags that the router would add: {' '.join(found.flags)}"
     if short := found.short_mib:
-        yield "does not fit now: " + ", ".join(f"{name} lacks {mib} MiB" for name, mib in short.items())
+        yield "does not fit now: " + ", ".join(f"{device} lacks {mib} MiB" for device, mib in short.items())
     if found.largest_context:
         yield f"largest context that fits now: -c {found.largest_context}"
     else:
@@ -320,18 +322,20 @@ _TITLES = {"kv": "KV", "recurrent": "state", "projector": "mmproj"}
 _COUNTED_BESIDES = "work"
 
 
-def _table(best: Alternative, need: Footprint, usable: Mapping[str, int]) -> Iterable[str]:
+def _table(best: Alternative, need: Footprint, usable: Placement) -> Iterable[str]:
     """Up to 80 columns wide."""
-    shares = best.named(need.devices)
+    shares = best.as_driven(need.devices)
     whole = sum(shares.values(), Share())
     columns = [part.name for part in fields(Share) if getattr(whole, part.name) and part.name != _COUNTED_BESIDES]
-    besides = {name: best.placement[name] - math.ceil(share.total - share.work) for name, share in shares.items()}
+    besides = {
+        device: best.placement[device] - math.ceil(share.total - share.work) for device, share in shares.items()
+    }
     titles = (_TITLES.get(name, name) for name in columns)
     yield "MiB     " + "".join(f"{title:>9}" for title in (*titles, "besides", "total", "usable"))
     for device, share in shares.items():
         figures = [f"{getattr(share, name):>9,.0f}" for name in columns]
         figures += [f"{mib:>9,}" for mib in (besides[device], best.placement[device], usable[device])]
-        yield f"{device:<8}" + "".join(figures)
+        yield f"{device!s:<8}" + "".join(figures)
     if len(shares) > 1:
         figures = [f"{getattr(whole, name):>9,.0f}" for name in columns]
         figures += [f"{sum(amounts.values()):>9,}" for amounts in (besides, best.placement)]

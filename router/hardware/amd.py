@@ -12,7 +12,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from router.system.readings import Device
+from router.system.devices import Device
+from router.system.readings import Reading
 
 _MIB = 1 << 20
 _AMD = "0x1002"
@@ -42,12 +43,12 @@ class Amd:
         self._asked = asked
         self._root = root
 
-    def read(self, pids: Callable[[], Iterable[int]]) -> tuple[list[Device], list[str]]:
+    def read(self, pids: Callable[[], Iterable[int]]) -> tuple[list[Reading], list[str]]:
         """All GPUs that can be used, with their use by `pids`, and for people what is left out, and why.
 
         To find those takes milliseconds, and nobody needs them where there is no GPU.
         """
-        devices: list[Device] = []
+        devices: list[Reading] = []
         left_out: list[str] = []
         cards = self._by_compute_driver() or self._by_display_driver()
         self.count = len(cards)
@@ -67,7 +68,7 @@ class Amd:
                 devices.append(self._device(card, total, used, clients))
         return devices, left_out
 
-    def _device(self, card: _Card, total: int, used: int, clients: list[_Client]) -> Device:
+    def _device(self, card: _Card, total: int, used: int, clients: list[_Client]) -> Reading:
         slot = _slot(card)
         unique = _text(card.folder / "unique_id")
         held: dict[int, int] = {}
@@ -82,14 +83,13 @@ class Amd:
         temperature = _number(sensors / "temp1_input")
         power = _number(sensors / "power1_average") or _number(sensors / "power1_input")
         limit = _number(sensors / "power1_cap")
-        return Device(
-            name=f"gpu{card.number}",
+        return Reading(
+            Device.gpu(card.number),
             kind="rocm",
             label=card.label,
             uuid=f"GPU-{unique}" if unique else slot,
             total_mib=total // _MIB,
             free_mib=max(0, total - used) // _MIB,
-            number=card.number,
             used_by={pid: -(-vram // _MIB) for pid, vram in held.items() if vram} or None,
             utilization=None if busy is None else busy / 100,
             temperature_c=None if temperature is None else temperature / 1000,

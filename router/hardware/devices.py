@@ -17,16 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from router.hardware import ram as host
+from router.hardware import ram
 from router.hardware.amd import Amd
 from router.hardware.ram import ProcessMemory
+from router.system.devices import HOST, Device
 from router.system.processes import descendants
-from router.system.readings import Device, Watch
+from router.system.readings import Reading, Watch
 
 if TYPE_CHECKING:
     from router.hardware.nvidia import Nvidia
 
-HOST = "host"
 SHOWS = "GGML_VK_VISIBLE_DEVICES"
 """Which of its GPUs Vulkan's backend of ggml uses, as Vulkan's loader counts them."""
 DEADLINE_SEC = 2.0
@@ -42,9 +42,9 @@ _Held = tuple[frozenset[int], Mapping[int, ProcessMemory]]  # of which processes
 
 @dataclass(frozen=True, slots=True)
 class Readings:
-    """The devices by name, `host` last, as they were `age_sec` ago (the oldest of them)."""
+    """What is known of each device, of RAM last, as they were `age_sec` ago (the oldest of them)."""
 
-    devices: Mapping[str, Device]
+    devices: Mapping[Device, Reading]
     age_sec: float
 
     @property
@@ -53,23 +53,23 @@ class Readings:
         return self.age_sec > DEADLINE_SEC
 
     @property
-    def gpus(self) -> tuple[Device, ...]:
-        return tuple(device for device in self.devices.values() if device.kind != "host")
+    def gpus(self) -> tuple[Reading, ...]:
+        return tuple(reading for device, reading in self.devices.items() if device.is_gpu)
 
     @property
-    def host(self) -> Device:
+    def host(self) -> Reading:
         return self.devices[HOST]
 
 
 class ListedGpus(Protocol):
     """GPUs that no driver tells of, as whoever knows them lists them. Blocking; raises TimeoutExpired."""
 
-    def read(self, within_sec: float, *, amd_shares: bool) -> tuple[list[Device], list[str]]:
+    def read(self, within_sec: float, *, amd_shares: bool) -> tuple[list[Reading], list[str]]:
         """Those that can be used, and for people what is left out; an answer so old will do. `amd_shares`: AMD's
         GPUs here are processors' own graphics."""
 
-    def numbers_of(self, devices: Sequence[Device]) -> Mapping[str, str]:
-        """By name, how the same list counts GPUs that a driver tells of; empty where one is not found."""
+    def numbers_of(self, gpus: Sequence[Reading]) -> Mapping[Device, str]:
+        """How the same list counts GPUs that a driver tells of; empty where one is not found."""
 
 
 class Devices:
@@ -93,13 +93,13 @@ class Devices:
         self._amd = Amd(gpu_devices or (), root)
         self._listed = listed
         self._within_sec = 0.0
-        self._numbers_in_vulkan: Mapping[str, str] = {}
-        self._seen: dict[str, Device] = {}
-        self._present: set[str] = set()
+        self._numbers_in_vulkan: Mapping[Device, str] = {}
+        self._seen: dict[Device, Reading] = {}
+        self._present: set[Device] = set()
         self._remarks: list[str] = []
-        self._gpus = Watch[Sequence[Device]](self._take_gpus, (), "GPU driver")
-        self._host = Watch[Sequence[Device]](
-            self._take_host, (Device(HOST, "host", "", "", 0, 0),), "reading of RAM"
+        self._gpus = Watch[Sequence[Reading]](self._take_gpus, (), "GPU driver")
+        self._host = Watch[Sequence[Reading]](
+            self._take_host, (Reading(HOST, "host", "", "", 0, 0),), "reading of RAM"
         )
         self._counters = _Processes("reading of engines' RAM", mapped=False)
         self._walk = _Processes("walk through engines' RAM", mapped=True)
@@ -122,7 +122,7 @@ class Devices:
     @property
     def last(self) -> Readings:
         """The last readings, without asking again."""
-        devices = {device.name: device for device in (*self._gpus.last, *self._host.last)}
+        devices = {reading.device: reading for reading in (*self._gpus.last, *self._host.last)}
         oldest_sec = min(-math.inf if w.taken_sec is None else w.taken_sec for w in self._watches)
         return Readings(devices, time.monotonic() - oldest_sec)
 
@@ -135,19 +135,19 @@ class Devices:
         """
         return await (self._walk if mapped else self._counters).held_by(frozenset(pids), deadline_sec)
 
-    def environment(self, chosen: Iterable[Device]) -> dict[str, str]:
+    def environment(self, chosen: Iterable[Reading]) -> dict[str, str]:
         """Variables with which an engine sees the chosen GPUs, in this order, and no others; none for RAM alone.
 
         Builds for Vulkan count GPUs in an order of their own.
         """
-        gpus = [device for device in chosen if device.kind != "host"]
+        gpus = [reading for reading in chosen if reading.device.is_gpu]
         if not gpus:
             if self._uses_no_gpus or self._seen:
                 return {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "-1", SHOWS: ""}
             return {}  # what uses GPUs we don't know of shall go on doing so
         if gpus[0].kind == "vulkan":
             return {SHOWS: ",".join(gpu.uuid for gpu in gpus)}
-        numbers = [self._numbers_in_vulkan.get(gpu.name, "") for gpu in gpus]
+        numbers = [self._numbers_in_vulkan.get(gpu.device, "") for gpu in gpus]
         for_vulkan = {SHOWS: ",".join(numbers)} if all(numbers) else {}
         if gpus[0].kind == "cuda":
             return {
@@ -157,7 +157,7 @@ class Devices:
             }
         return {
             **for_vulkan,
-            "ROCR_VISIBLE_DEVICES": ",".join(str(gpu.number) for gpu in gpus),
+            "ROCR_VISIBLE_DEVICES": ",".join(str(gpu.device.index) for gpu in gpus),
             "HIP_VISIBLE_DEVICES": ",".join(str(place) for place in range(len(gpus))),  # of those
         }
 
@@ -166,19 +166,19 @@ class Devices:
         return self._wanted is not None and not self._wanted
 
     @property
-    def _watches(self) -> tuple[Watch[Sequence[Device]], ...]:
+    def _watches(self) -> tuple[Watch[Sequence[Reading]], ...]:
         return (self._host,) if self._uses_no_gpus else (self._gpus, self._host)
 
-    def _take_host(self) -> Sequence[Device]:
-        return (host.device(self._root),)
+    def _take_host(self) -> Sequence[Reading]:
+        return (ram.reading(self._root),)
 
-    def _take_gpus(self) -> Sequence[Device]:
+    def _take_gpus(self) -> Sequence[Reading]:
         if self._nvidia is None:
             from router.hardware.nvidia import Nvidia  # 20 ms that nobody pays who wants no GPUs
 
             self._nvidia = Nvidia()
         found, remarks = self._nvidia.read()
-        if found or any(device.kind == "cuda" for device in self._seen.values()):
+        if found or any(gpu.kind == "cuda" for gpu in self._seen.values()):
             ours = self._visible_to_cuda(found, remarks)
         else:
             found, more = self._amd.read(lambda: descendants(os.getpid()))
@@ -191,54 +191,55 @@ class Devices:
         if len(found) > 1 and found[0].kind != "vulkan" and self._listed is not None:
             self._numbers_in_vulkan = self._listed.numbers_of(found)
         if self._wanted is not None:
-            ours = [device for device in ours if device.number in self._wanted]
+            ours = [gpu for gpu in ours if gpu.device.index in self._wanted]
         if found and not ours and not self._seen:
             remarks.append(
-                f"none of {', '.join(device.name for device in found)} may be used: "
+                f"none of {', '.join(str(gpu.device) for gpu in found)} may be used: "
                 "gpu_devices and the environment (CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES) name others"
             )
         self._tell(ours, remarks)
         return ours
 
-    def _visible_to_cuda(self, found: list[Device], remarks: list[str]) -> list[Device]:
+    def _visible_to_cuda(self, found: list[Reading], remarks: list[str]) -> list[Reading]:
         spelled = self._environ.get("CUDA_VISIBLE_DEVICES")
         order = self._environ.get("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
-        are_alike = len({device.label for device in found}) < 2
+        are_alike = len({gpu.label for gpu in found}) < 2
         if not are_alike and order != "PCI_BUS_ID" and any(c.isdecimal() for c in (spelled or "").split(",")):
             remarks.append(
                 f"CUDA_VISIBLE_DEVICES={spelled} is taken as nvidia-smi counts, where CUDA puts the fastest GPU "
                 "first: UUIDs, or CUDA_DEVICE_ORDER=PCI_BUS_ID, leave no doubt"
             )
-        by_number: dict[int, list[Device]] = {}
-        for device in found:
-            assert device.number is not None
-            by_number.setdefault(device.number, []).append(device)
+        by_number: dict[int, list[Reading]] = {}
+        for gpu in found:
+            by_number.setdefault(gpu.device.index, []).append(gpu)
         return visible(by_number, spelled)
 
-    def _visible_to_rocm(self, found: list[Device]) -> list[Device]:
+    def _visible_to_rocm(self, found: list[Reading]) -> list[Reading]:
         environ = self._environ
-        usable = {device.number: device for device in found}
-        counted = {n: [usable.get(n) or Device("", "rocm", "", "", 0, 0, n)] for n in range(self._amd.count)}
+        usable = {gpu.device.index: gpu for gpu in found}
+        counted = {
+            n: [usable.get(n) or Reading(Device.gpu(n), "rocm", "", "", 0, 0)] for n in range(self._amd.count)
+        }
         shown = visible(counted, environ.get("ROCR_VISIBLE_DEVICES"))
         # HIP takes an empty variable for none, and then CUDA's, likewise.
         spelled = environ.get("HIP_VISIBLE_DEVICES") or environ.get("CUDA_VISIBLE_DEVICES") or None
-        ours = visible({n: [device] for n, device in enumerate(shown)}, spelled)
-        return [device for device in ours if device.number in usable]
+        ours = visible({n: [gpu] for n, gpu in enumerate(shown)}, spelled)
+        return [gpu for gpu in ours if gpu.device.index in usable]
 
-    def _tell(self, ours: Sequence[Device], remarks: list[str]) -> None:
+    def _tell(self, ours: Sequence[Reading], remarks: list[str]) -> None:
         """One line for each remark that is new, and for each GPU that goes or comes back."""
         for remark in remarks:
             if remark not in self._remarks:
                 _log.log(logging.WARNING if self._seen else logging.INFO, "%s", remark)
         self._remarks = remarks
-        present = {device.name for device in ours}
-        for name, device in self._seen.items():
-            if name in self._present - present:
-                _log.warning("%s (%s) is gone", name, device.label)
-            elif name in present - self._present:
-                _log.warning("%s (%s) is back", name, device.label)
+        present = {gpu.device for gpu in ours}
+        for device, gpu in self._seen.items():
+            if device in self._present - present:
+                _log.warning("%s (%s) is gone", device, gpu.label)
+            elif device in present - self._present:
+                _log.warning("%s (%s) is back", device, gpu.label)
         self._present = present
-        self._seen.update((device.name, device) for device in ours)
+        self._seen.update((gpu.device, gpu) for gpu in ours)
 
 
 class _Processes:
@@ -262,7 +263,7 @@ class _Processes:
 
     def _take(self) -> _Held:
         pids = self._pids
-        return pids, host.process_memory(pids, mapped=self._mapped)
+        return pids, ram.process_memory(pids, mapped=self._mapped)
 
 
 class HasUuid(Protocol):

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import psutil
 import pynvml
 
-from router.system.readings import Device
+from router.system.devices import Device
+from router.system.readings import Reading
 
 T = TypeVar("T")
 
@@ -43,7 +44,7 @@ class Nvidia:
         self._reopened_sec = -math.inf
         self._numbers: dict[str, int] = {}
 
-    def read(self) -> tuple[list[Device], list[str]]:
+    def read(self) -> tuple[list[Reading], list[str]]:
         """All GPUs that can be used, in the driver's order, and for people what is left out, and why."""
         try:
             return self._read()
@@ -60,17 +61,17 @@ class Nvidia:
             self._close()
             return [], [_driver_trouble(error)]
 
-    def _read(self) -> tuple[list[Device], list[str]]:
+    def _read(self) -> tuple[list[Reading], list[str]]:
         if not self._is_open:
             pynvml.nvmlInit()
             self._is_open = True
-        devices: list[Device] = []
+        devices: list[Reading] = []
         left_out: list[str] = []
         is_troubled = False
         for index in range(pynvml.nvmlDeviceGetCount()):
             try:
                 for found in self._devices(index):
-                    if isinstance(found, Device):
+                    if isinstance(found, Reading):
                         devices.append(found)
                     else:
                         left_out.append(found)
@@ -84,7 +85,7 @@ class Nvidia:
             self._reopened_sec = time.monotonic()
         return devices, left_out
 
-    def _devices(self, index: int) -> Iterator[Device | str]:
+    def _devices(self, index: int) -> Iterator[Reading | str]:
         """One GPU, or its parts when it is partitioned; a sentence for what can't be used."""
         gpu = pynvml.nvmlDeviceGetHandleByIndex(index)
         number = self._number(pynvml.nvmlDeviceGetUUID(gpu), index)
@@ -117,30 +118,28 @@ class Nvidia:
             _told(pynvml.nvmlShutdown, _Error)
 
 
-def _device(handle: Any, gpu: Any, number: int, place: int | None) -> Device | str:
-    name = f"gpu{number}" if place is None else f"gpu{number}:{place}"
+def _device(handle: Any, gpu: Any, number: int, place: int | None) -> Reading | str:
+    device = Device.gpu(number, place)
     label = pynvml.nvmlDeviceGetName(handle)
     memory = _told(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2))
     reserved = memory.reserved if memory is not None else 0
     if memory is None:
         memory = _told(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle))
     if memory is None:  # such as GB10 and Jetson
-        return f"{name} ({label}) has no memory of its own that the driver tells of: its models count as in RAM"
+        return f"{device} ({label}) has no memory of its own that the driver tells of: its models count as in RAM"
     used_by = _used_by(handle)
     if not used_by and memory.total - memory.free - reserved > _UNSEEN_MIB * _MIB:
         used_by = None
     busy = _told(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
     power_mw = _told(lambda: pynvml.nvmlDeviceGetPowerUsage(gpu))
     limit_mw = _told(lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(gpu))
-    return Device(
-        name=name,
+    return Reading(
+        device,
         kind="cuda",
         label=label,
         uuid=pynvml.nvmlDeviceGetUUID(handle),
         total_mib=memory.total // _MIB,
         free_mib=memory.free // _MIB,
-        number=number,
-        is_part=place is not None,
         used_by=used_by,
         utilization=None if busy is None else busy / 100,
         temperature_c=_told(lambda: float(pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU))),

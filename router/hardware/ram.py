@@ -12,8 +12,9 @@ from pathlib import Path, PurePosixPath
 
 import psutil
 
+from router.system.devices import HOST
 from router.system.processes import descendants
-from router.system.readings import Device
+from router.system.readings import Reading
 
 _MIB = 1 << 20
 _ROOT = Path("/")
@@ -36,10 +37,10 @@ class ProcessMemory:
     """The process and all that it started: an engine behind a wrapper holds GPU memory under another number."""
 
 
-def device(root: Path = _ROOT) -> Device:
+def reading(root: Path = _ROOT) -> Reading:
     """RAM as a device. Page cache counts as free. `root` is where `/proc` and `/sys` are."""
     total, available = memory(root)
-    return Device("host", "host", platform.machine(), "", total, available)
+    return Reading(HOST, "host", platform.machine(), "", total, available)
 
 
 def memory(root: Path = _ROOT) -> tuple[int, int]:

@@ -25,10 +25,11 @@ from dataclasses import dataclass, field
 from router.config.schema import System
 from router.engines.llamacpp.footprint import Share
 from router.engines.llamacpp.plan import Alternative, Ground, Site
-from router.hardware.devices import HOST, Readings
+from router.hardware.devices import Readings
 from router.hardware.ram import ProcessMemory
 from router.scheduling.messages import Placement
-from router.system.readings import Device
+from router.system.devices import HOST, Device
+from router.system.readings import Reading
 
 _SHARE_OF_RAM = 0.8
 _NEWS_MIB = 32
@@ -52,9 +53,9 @@ class Account:
     """Its process is, if not all of its memory."""
     has_answered: bool = False
     """It has everything that it takes late."""
-    holds: dict[str, int] = field(default_factory=dict)
+    holds: dict[Device, int] = field(default_factory=dict)
     """MiB now, of the devices that tell."""
-    measured: dict[str, int] = field(default_factory=dict)
+    measured: dict[Device, int] = field(default_factory=dict)
     """The most that it held."""
     mapped_mib: int | None = None
     """Of its weights in RAM those that it uses as they are mapped; None until that is known."""
@@ -63,10 +64,10 @@ class Account:
     def main_mib(self) -> int:
         """What it is booked with where it computes: on its GPUs, or without any in RAM."""
         booked = self.booked()
-        return sum(booked.get(name, 0) for name in self.chosen.gpus or (HOST,))
+        return sum(booked.get(device, 0) for device in self.chosen.gpus or (HOST,))
 
     @property
-    def lesson(self) -> dict[str, int] | None:
+    def lesson(self) -> dict[Device, int] | None:
         """What is to be remembered for the next engine of its kind; None while not all is known."""
         known = self.has_answered and set(self.chosen.placement) <= set(self.measured)
         return self.booked() if known and not self.chosen.is_given else None
@@ -92,18 +93,18 @@ class Account:
         mapped_mib = memory.file_mib if self.mapped_mib is None else min(memory.file_mib, self.mapped_mib)
         return memory.anonymous_mib + mapped_mib
 
-    def booked(self) -> dict[str, int]:
+    def booked(self) -> dict[Device, int]:
         """What the ledger counts it with."""
         estimated = self.chosen.placement
         if self.chosen.is_given:
             return dict(estimated)
         knows_parts = self.chosen.size.details is not None
         booked = {}
-        for name in {**estimated, **self.measured}:
-            least = estimated.get(name, 0)
-            if name in self.measured and self.has_answered and (name != HOST or not knows_parts):
+        for device in {**estimated, **self.measured}:
+            least = estimated.get(device, 0)
+            if device in self.measured and self.has_answered and (device.is_gpu or not knows_parts):
                 least = 0  # buffers in RAM that were not touched yet are still promised
-            booked[name] = max(least, self.measured.get(name, 0))
+            booked[device] = max(least, self.measured.get(device, 0))
         return booked
 
 
@@ -111,7 +112,7 @@ class Account:
 class Line:
     """One device, in MiB."""
 
-    device: Device
+    reading: Reading
     used_mib: int
     external_mib: int
     reserve_mib: int
@@ -126,6 +127,10 @@ class Line:
     """Of that, by those that still load."""
 
     @property
+    def device(self) -> Device:
+        return self.reading.device
+
+    @property
     def free_mib(self) -> int:
         """What a further engine could have."""
         return max(0, self.budget_mib - self.booked_mib)
@@ -137,11 +142,11 @@ class Ledger:
     def __init__(self, system: System) -> None:
         self.system = system
         self.accounts: dict[int, Account] = {}
-        self.devices: Mapping[str, Device] = {}
-        self._external: dict[str, int] = {}
-        self._returning: dict[str, int] = {}
+        self.devices: Mapping[Device, Reading] = {}
+        self._external: dict[Device, int] = {}
+        self._returning: dict[Device, int] = {}
         """What engines that are gone have not given back yet."""
-        self._told: dict[str, int] = {}
+        self._told: dict[Device, int] = {}
 
     def open(self, engine_id: int, alias: str, chosen: Alternative) -> Account:
         account = self.accounts[engine_id] = Account(engine_id, alias, chosen)
@@ -165,20 +170,20 @@ class Ledger:
         for account in self.accounts.values():
             held = _held(account, readings.devices, processes)
             if readings.is_stale:
-                held |= {name: mib for name, mib in account.holds.items() if name != HOST}
+                held |= {device: mib for device, mib in account.holds.items() if device.is_gpu}
             account.holds = held
-            for name, mib in account.holds.items():
-                account.measured[name] = max(mib, account.measured.get(name, 0))
-        for device in self.devices.values():
-            if device.kind == "host" or not readings.is_stale or device.name not in self._external:
-                self._external[device.name] = self._others(device, processes)
+            for device, mib in account.holds.items():
+                account.measured[device] = max(mib, account.measured.get(device, 0))
+        for device, reading in self.devices.items():
+            if device == HOST or not readings.is_stale or device not in self._external:
+                self._external[device] = self._others(reading, processes)
 
     def memory_is_back(self, account: Account) -> bool:
         """Whether nobody holds what an engine held that is gone."""
         booked = account.booked()
         return all(
-            self._returning.get(name, 0) <= max(_NEWS_MIB, _REST * booked.get(name, 0))
-            for name in account.chosen.gpus
+            self._returning.get(gpu, 0) <= max(_NEWS_MIB, _REST * booked.get(gpu, 0))
+            for gpu in account.chosen.gpus
         )
 
     # --- reading ----------------------------------------------------------------------------------------
@@ -186,23 +191,23 @@ class Ledger:
     def lines(self) -> list[Line]:
         """Every device, GPUs first."""
         cap = self.system.memory_budget_mb
-        has_gpus = any(device.kind != "host" for device in self.devices.values())
+        has_gpus = any(device.is_gpu for device in self.devices)
         lines = []
-        for device in sorted(self.devices.values(), key=lambda device: device.kind == "host"):
-            external = self._external.get(device.name, 0)
-            capacity, budget = self._limits(device, 0), self._limits(device, external)
-            if cap is not None and (device.kind != "host" or not has_gpus):
+        for device in sorted(self.devices, key=lambda device: not device.is_gpu):
+            reading, external = self.devices[device], self._external.get(device, 0)
+            capacity, budget = self._limits(reading, 0), self._limits(reading, external)
+            if cap is not None and (device.is_gpu or not has_gpus):
                 capacity, budget = min(capacity, cap), min(budget, cap)
                 cap -= capacity
             bookings = [
-                (account.booked().get(device.name, 0), account.is_settled) for account in self.accounts.values()
+                (account.booked().get(device, 0), account.is_settled) for account in self.accounts.values()
             ]
             lines.append(
                 Line(
-                    device,
-                    used_mib=device.total_mib - device.free_mib,
+                    reading,
+                    used_mib=reading.total_mib - reading.free_mib,
                     external_mib=external,
-                    reserve_mib=device.total_mib - external - budget,
+                    reserve_mib=reading.total_mib - external - budget,
                     capacity_mib=capacity,
                     budget_mib=budget,
                     booked_mib=sum(mib for mib, _ in bookings),
@@ -211,88 +216,84 @@ class Ledger:
             )
         return lines
 
-    def budgets(self) -> tuple[dict[str, int], dict[str, int]]:
+    def budgets(self) -> tuple[dict[Device, int], dict[Device, int]]:
         """What our engines may use of each device, and what they could if nobody else used anything."""
         lines = self.lines()
-        self._told = {line.device.name: line.budget_mib for line in lines}
-        return dict(self._told), {line.device.name: line.capacity_mib for line in lines}
+        self._told = {line.device: line.budget_mib for line in lines}
+        return dict(self._told), {line.device: line.capacity_mib for line in lines}
 
     @property
     def has_news(self) -> bool:
         """Whether the budgets differ noticeably from those that were told last."""
-        return is_news(self._told, {line.device.name: line.budget_mib for line in self.lines()})
+        return is_news(self._told, {line.device: line.budget_mib for line in self.lines()})
 
-    def ground(
-        self, free_mib: Mapping[str, int], environment: Callable[[Iterable[Device]], Mapping[str, str]]
-    ) -> Ground:
+    def ground(self, free_mib: Placement, environment: Callable[[Iterable[Reading]], Mapping[str, str]]) -> Ground:
         """What placing goes by. `free_mib` is what of the budgets nobody was promised."""
         sites = {
-            line.device.name: Site(
-                line.device.name,
+            line.device: Site(
+                line.device,
                 budget_mib=line.budget_mib,
-                free_mib=free_mib.get(line.device.name, 0),
-                number=line.device.number,
-                uuid=line.device.uuid,
-                kind=line.device.kind,
-                divisible=not line.device.is_part,
+                free_mib=free_mib.get(line.device, 0),
+                uuid=line.reading.uuid,
+                kind=line.reading.kind,
             )
             for line in self.lines()
         }
-        devices = self.devices
+        readings = self.devices
 
-        def shows(names: Sequence[str]) -> Mapping[str, str]:
-            return environment(devices[name] for name in names)
+        def shows(gpus: Sequence[Device]) -> Mapping[str, str]:
+            return environment(readings[gpu] for gpu in gpus)
 
         host = sites.pop(HOST)
         return Ground(tuple(sites.values()), host, shows)
 
     # --- sums -------------------------------------------------------------------------------------------
 
-    def _limits(self, device: Device, external_mib: int) -> int:
-        left = device.total_mib - external_mib
+    def _limits(self, reading: Reading, external_mib: int) -> int:
+        left = reading.total_mib - external_mib
         if left < self.system.min_vram_required:
             return 0
-        if device.kind == "host":
+        if reading.device == HOST:
             left = int(left * _SHARE_OF_RAM)
         return max(0, left - self.system.vram_reserve_mb)
 
-    def _others(self, device: Device, processes: Mapping[int, ProcessMemory]) -> int:
-        used = device.total_mib - device.free_mib
-        if device.kind == "host":
+    def _others(self, reading: Reading, processes: Mapping[int, ProcessMemory]) -> int:
+        device, used = reading.device, reading.total_mib - reading.free_mib
+        if device == HOST:
             if any(pid not in processes for pid in self.pids):  # just started
                 return min(used, self._external.get(HOST, used))
             return max(0, used - sum(processes[pid].anonymous_mib for pid in self.pids))
-        before = self._external.get(device.name, 0)
-        self._returning[device.name] = ours = gone = 0
+        before = self._external.get(device, 0)
+        self._returning[device] = ours = gone = 0
         for account in self.accounts.values():
-            if device.name not in account.chosen.gpus:
+            if device not in account.chosen.gpus:
                 continue
             if account.is_gone:
-                gone += account.booked().get(device.name, 0)
-            elif device.name in account.holds:
-                ours += account.holds[device.name]
+                gone += account.booked().get(device, 0)
+            elif device in account.holds:
+                ours += account.holds[device]
             elif account.is_settled:
-                ours += account.booked().get(device.name, 0)
+                ours += account.booked().get(device, 0)
             else:
                 return min(used, before)
         rest = max(0, used - ours)
-        self._returning[device.name] = returning = min(gone, max(0, rest - before))
+        self._returning[device] = returning = min(gone, max(0, rest - before))
         return rest - returning
 
 
 def _held(
-    account: Account, devices: Mapping[str, Device], processes: Mapping[int, ProcessMemory]
-) -> dict[str, int]:
+    account: Account, devices: Mapping[Device, Reading], processes: Mapping[int, ProcessMemory]
+) -> dict[Device, int]:
     if account.pid is None or account.is_gone:
         return {}
     memory = processes.get(account.pid)
     family = {account.pid, *(memory.family if memory is not None else ())}
     held = {}
-    for name in account.chosen.gpus:
-        device = devices.get(name)
-        used_by = (device.used_by if device is not None else None) or {}
+    for gpu in account.chosen.gpus:
+        reading = devices.get(gpu)
+        used_by = (reading.used_by if reading is not None else None) or {}
         if not family.isdisjoint(used_by):
-            held[name] = sum(used_by.get(pid, 0) for pid in family)
+            held[gpu] = sum(used_by.get(pid, 0) for pid in family)
     if memory is not None:
         held[HOST] = account.in_ram(memory)
     return held
@@ -301,6 +302,6 @@ def _held(
 def is_news(before: Placement, now: Placement) -> bool:
     """Whether the difference matters."""
     return any(
-        abs(now.get(name, 0) - before.get(name, 0)) > max(_NEWS_MIB, _NEWS_SHARE * before.get(name, 0))
-        for name in {**before, **now}
+        abs(now.get(device, 0) - before.get(device, 0)) > max(_NEWS_MIB, _NEWS_SHARE * before.get(device, 0))
+        for device in {**before, **now}
     ) or bool(before) != bool(now)

@@ -30,6 +30,7 @@ from router.memory.measurements import Learned
 from router.scheduling.messages import EngineMeasured, Event, Inspected, MemoryChanged, Placement
 from router.scheduling.residency import ENGINES
 from router.scheduling.scheduler import Scheduler
+from router.system.devices import Device
 
 INSPECTION_LIMIT_SEC = 60
 _REMEMBERED = 4
@@ -182,7 +183,7 @@ class Accountant:
         """The variables that show the engine the GPUs that were chosen for it and no others, with `own` of its
         entry. Raises EngineFailed if that cannot be."""
         gpus = account.chosen.gpus
-        gone = [name for name in gpus if name not in self.ledger.devices]
+        gone = [str(gpu) for gpu in gpus if gpu not in self.ledger.devices]
         problem = account.problem or (
             f"{', '.join(gone)} {'is' if len(gone) == 1 else 'are'} gone" if gone else ""
         )
@@ -192,9 +193,9 @@ class Accountant:
         if gpus and age_sec > _OLD_SEC:
             _log.warning(
                 "model %s: starts on %s by what was free %.0f s ago, as the driver does not answer",
-                *(account.alias, ", ".join(gpus), age_sec),
+                *(account.alias, ", ".join(map(str, gpus)), age_sec),
             )
-        shown = variables(self._devices.environment(self.ledger.devices[name] for name in gpus), own)
+        shown = variables(self._devices.environment(self.ledger.devices[gpu] for gpu in gpus), own)
         anew = Flags(account.chosen.flags)  # inherited ones name what it is not shown
         for name in NAMES_GPUS:
             flag, variable = anew.last(name), FORMS[name].variable
@@ -260,7 +261,7 @@ class Accountant:
             if time.monotonic() > deadline:
                 _log.warning(
                     "model %s: its engine is gone, but after %g s not all of its memory on %s is back",
-                    *(account.alias, _BACK_SEC, ", ".join(account.chosen.gpus)),
+                    *(account.alias, _BACK_SEC, ", ".join(map(str, account.chosen.gpus))),
                 )
                 return
             await asyncio.sleep(_BACK_LOOK_SEC)
@@ -270,5 +271,5 @@ class Accountant:
             await asyncio.to_thread(self._learned.save, self._learned.entries())
 
 
-def _memory(placement: Placement) -> dict[str, int]:
-    return {name: mib for name, mib in placement.items() if name != ENGINES}
+def _memory(placement: Placement) -> dict[Device, int]:
+    return {device: mib for device, mib in placement.items() if device != ENGINES}

@@ -23,7 +23,8 @@ from typing import Annotated, Protocol
 import msgspec
 from msgspec.structs import replace
 
-HOST = "host"
+from router.system.devices import HOST, Device, by_name
+
 MOST_ENTRIES = 500
 
 _RULE = 1
@@ -52,8 +53,17 @@ def files_of(*paths: Path) -> tuple[tuple[str, int, int], ...]:
     return tuple((str(path), status.st_size, status.st_mtime_ns) for path in paths for status in (path.stat(),))
 
 
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """Measured to estimated."""
+
+    gpus: float = 1.0
+    """All of them together."""
+    host: float = 1.0
+
+
 class Entry(msgspec.Struct, frozen=True):
-    """MiB per device, with the GPUs counted as the engine does: `gpu0` is the first that it was shown."""
+    """MiB by the name of the device, as a file has it. `gpu0` is the first GPU that the engine was shown."""
 
     files: tuple[tuple[str, int, int], ...]
     build: str
@@ -95,24 +105,24 @@ class Learned:
         known = [
             entry if entry.at >= machine_since else replace(entry, load_sec=0.0)
             for entry in read
-            if entry.rule == _RULE
+            if entry.rule == _RULE and _is_readable(entry)
         ]
         self._entries: dict[Identity, Entry] = {entry.identity: entry for entry in known[-MOST_ENTRIES:]}
 
-    def measured(self, identity: Identity) -> Mapping[str, int] | None:
+    def measured(self, identity: Identity) -> Mapping[Device, int] | None:
         """What an engine of this kind was measured to take, per device; None if none ever was."""
-        return self._entry(identity).measured or None
+        return _by_device(self._entry(identity).measured) or None
 
-    def raised(self, identity: Identity) -> Mapping[str, int]:
+    def raised(self, identity: Identity) -> Mapping[Device, int]:
         """What it wants at least since it ran out of memory."""
-        return self._entry(identity).raised
+        return _by_device(self._entry(identity).raised)
 
-    def ratio(self, identity: Identity) -> Mapping[str, float]:
-        """Measured to estimated, on `gpu` and `host`, of the same files with whatever flags; the latest counts."""
+    def ratio(self, identity: Identity) -> Ratio:
+        """Measured to estimated, of the same files with whatever flags; the latest counts."""
         for entry in reversed(self._entries.values()):
             if (entry.files, entry.build) == (identity.files, identity.build) and entry.measured:
                 return _ratio(entry)
-        return {}
+        return Ratio()
 
     def load_sec(self, identity: Identity) -> float | None:
         """What loading takes; with these files at least, if with these flags and this build nothing was loaded."""
@@ -121,17 +131,17 @@ class Learned:
         of_files = (entry.load_sec for entry in reversed(self._entries.values()) if entry.files == identity.files)
         return next(filter(None, of_files), None)
 
-    def learn(self, identity: Identity, estimated: Mapping[str, int], measured: Mapping[str, int]) -> None:
+    def learn(self, identity: Identity, estimated: Mapping[Device, int], measured: Mapping[Device, int]) -> None:
         """An engine is there and takes this. Of several measurements the largest counts."""
         entry = self._entry(identity)
-        most = {device: max(mib, entry.measured.get(device, 0)) for device, mib in measured.items()}
-        self._know(replace(entry, estimated=dict(estimated), measured={**entry.measured, **most}, raised={}))
+        most = {name: max(mib, entry.measured.get(name, 0)) for name, mib in by_name(measured).items()}
+        self._know(replace(entry, estimated=by_name(estimated), measured={**entry.measured, **most}, raised={}))
 
     def loaded(self, identity: Identity, load_sec: float) -> None:
         """An engine is there, and this is what loading one takes."""
         self._know(replace(self._entry(identity), load_sec=load_sec))
 
-    def ran_out(self, identity: Identity, booked: Mapping[str, int], wanted: Mapping[str, int]) -> None:
+    def ran_out(self, identity: Identity, booked: Mapping[Device, int], wanted: Mapping[Device, int]) -> None:
         """It did not get by with `booked`; `wanted` is what it asked for last, as far as it has said.
 
         Raises by a tenth at least, where it was short, and to no more than twice what was thought at first,
@@ -139,9 +149,9 @@ class Learned:
         have their memory from the host.
         """
         entry = self._entry(identity)
-        estimated = entry.estimated or dict(booked)
-        raised = dict(entry.raised)
-        short: dict[str, int] = {}
+        estimated = _by_device(entry.estimated) or booked
+        raised = _by_device(entry.raised)
+        short: dict[Device, int] = {}
         for device, mib in wanted.items():
             place = device if device in booked else HOST
             short[place] = max(mib, short.get(place, 0))
@@ -150,7 +160,7 @@ class Learned:
                 least = max(round(mib * _RAISED_BY), short.get(device, 0), mib + 1)
                 most = round(max(1, estimated.get(device, mib)) * _MOST_RAISED)
                 raised[device] = max(mib, min(least, most))
-        self._know(replace(entry, estimated=estimated, measured={}, raised=raised))
+        self._know(replace(entry, estimated=by_name(estimated), measured={}, raised=by_name(raised)))
 
     def _entry(self, identity: Identity) -> Entry:
         known = self._entries.get(identity)
@@ -170,15 +180,30 @@ class Learned:
             self._store.write(entries)
 
 
-def _ratio(entry: Entry) -> dict[str, float]:
-    low, high = _RATIO_BOUNDS
-    found = {}
-    for kind in ("gpu", HOST):
-        estimated, measured = (
-            sum(mib for device, mib in figures.items() if device.startswith(kind))
-            for figures in (entry.estimated, entry.measured)
+def _is_readable(entry: Entry) -> bool:
+    """Whether all its devices have names that we give."""
+    try:
+        for figures in (entry.estimated, entry.measured, entry.raised):
+            _by_device(figures)
+    except ValueError:
+        return False
+    return True
+
+
+def _by_device(figures: Mapping[str, int]) -> dict[Device, int]:
+    """Raises ValueError."""
+    return {Device.named(name, counted_by="engine"): mib for name, mib in figures.items()}
+
+
+def _ratio(entry: Entry) -> Ratio:
+    estimated, measured = _by_device(entry.estimated), _by_device(entry.measured)
+
+    def ratio(of_gpus: bool) -> float:
+        before, after = (
+            sum(mib for device, mib in figures.items() if device.is_gpu is of_gpus)
+            for figures in (estimated, measured)
         )
-        if estimated and measured:
-            ratio = min(high, max(low, measured / estimated))
-            found[kind] = max(1.0, ratio) if kind == HOST else ratio
-    return found
+        low, high = _RATIO_BOUNDS
+        return min(high, max(low, after / before)) if before and after else 1.0
+
+    return Ratio(gpus=ratio(True), host=max(1.0, ratio(False)))

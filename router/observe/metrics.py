@@ -26,7 +26,7 @@ from router.runtime.dispatcher import Dispatcher
 from router.scheduling.messages import Refusal
 from router.scheduling.queue import NAMES, Priority
 from router.scheduling.residency import Engine, Model
-from router.system.readings import Device
+from router.system.readings import Reading
 from router.system.turns import in_turns
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -502,21 +502,21 @@ def _memory_gauges(dispatcher: Dispatcher) -> Iterator[Gauges]:
     for alias in dispatcher.scheduler.models:
         by_model.set(booked.get(alias, 0) * _MIB, alias)
     yield by_model
-    held = {(a.alias, device): mib for a in ledger.accounts.values() for device, mib in a.holds.items()}
+    held = {(a.alias, str(device)): mib for a in ledger.accounts.values() for device, mib in a.holds.items()}
     measured = Gauges("router_model_memory_bytes", "What its engine holds, as measured last", "model", "device")
     for labels, mib in held.items():
         measured.set(mib * _MIB, *labels)
     yield measured
     lines = ledger.lines()
     for name, text, amounts in (
-        ("router_memory_total_bytes", "Memory of a device", [line.device.total_mib for line in lines]),
+        ("router_memory_total_bytes", "Memory of a device", [line.reading.total_mib for line in lines]),
         ("router_memory_budget_bytes", "What all engines together may use", [line.budget_mib for line in lines]),
         ("router_memory_reserved_bytes", "What engines are booked with", [line.booked_mib for line in lines]),
         ("router_memory_external_bytes", "What others hold", [line.external_mib for line in lines]),
     ):
         gauges = Gauges(name, text, "device")
         for line, mib in zip(lines, amounts, strict=True):
-            gauges.set(mib * _MIB, line.device.name)
+            gauges.set(mib * _MIB, str(line.device))
         yield gauges
 
 
@@ -541,17 +541,17 @@ def _scheduler_gauges(dispatcher: Dispatcher) -> Iterator[Gauges]:
     yield _single("router_models_limit", "Engines that may be resident", policy.places)
 
 
-def _gpu_gauges(gpus: Sequence[Device]) -> Iterator[Gauges]:
+def _gpu_gauges(gpus: Sequence[Reading]) -> Iterator[Gauges]:
     """As the drivers said last; without a line where they do not tell."""
     for name, text, value in _PER_GPU:
         gauges = Gauges(name, text, "gpu")
         for gpu in gpus:
             if (figure := value(gpu)) is not None:
-                gauges.set(figure, gpu.name)
+                gauges.set(figure, str(gpu.device))
         yield gauges
 
 
-_PER_GPU: tuple[tuple[str, str, Callable[[Device], float | None]], ...] = (
+_PER_GPU: tuple[tuple[str, str, Callable[[Reading], float | None]], ...] = (
     ("router_gpu_vram_total_bytes", "Memory of a GPU", lambda gpu: gpu.total_mib * _MIB),
     (
         "router_gpu_vram_used_bytes",

@@ -50,10 +50,10 @@ class Room:
     policy: Policy
     models: Mapping[str, Model]
     engines: Collection[Engine]
-    budgets: Mapping[str, int]
-    capacity: Mapping[str, int]
+    budgets: Placement
+    capacity: Placement
     """The budgets as they would be if nobody else used any memory."""
-    free: Mapping[str, int]
+    free: Placement
     taken: Mapping[Engine, str]
     """Engines that make room for others already, or are held for them: and for whom."""
 
@@ -147,7 +147,7 @@ def decide(candidate: Model, inspected: Inspected, room: Room) -> Verdict:
     )
 
 
-def cheapest_victims(short: Mapping[str, int], costs: Mapping[Engine, float]) -> frozenset[Engine] | None:
+def cheapest_victims(short: Placement, costs: Mapping[Engine, float]) -> frozenset[Engine] | None:
     """The cheapest set of engines that gives back what is short, or None when all of them would not do.
 
     The better of the cheapest single engine and the cheapest ones together less those not needed; a set
@@ -164,7 +164,7 @@ def cheapest_victims(short: Mapping[str, int], costs: Mapping[Engine, float]) ->
     return frozenset(several)
 
 
-def sufficient(short: Mapping[str, int], preferred: Iterable[_Holder]) -> list[_Holder] | None:
+def sufficient(short: Placement, preferred: Iterable[_Holder]) -> list[_Holder] | None:
     """The most preferred engines that give back what is short, less those that turn out not to be needed."""
     chosen: list[_Holder] = []
     still_short = short
@@ -252,7 +252,7 @@ def _eviction_cost(engine: Engine, room: Room) -> float:
     return model.load_sec / max(model.mean_gap_sec, unused_sec, 0.1)
 
 
-def _possible(placements: Iterable[Placement], room: Room, budgets: Mapping[str, int]) -> list[Placement]:
+def _possible(placements: Iterable[Placement], room: Room, budgets: Placement) -> list[Placement]:
     """Those that fit if everybody leaves who can be made to."""
     pinned = total(engine.placement for engine in room.engines if _stays(engine))
     obtainable = {resource: budget - pinned.get(resource, 0) for resource, budget in budgets.items()}

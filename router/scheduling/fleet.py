@@ -6,10 +6,9 @@ and whose turn it is are decided elsewhere; requests are not known here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from router.scheduling.messages import Effect, Placement, StartEngine, StopCause, StopEngine, Transition
 from router.scheduling.residency import ENGINES, Engine, EngineState, Model, Swap, amounts, claim, take, total
+from router.system.devices import Device
 
 
 class Fleet:
@@ -17,17 +16,17 @@ class Fleet:
 
     def __init__(self) -> None:
         self.engines: dict[int, Engine] = {}
-        self.budgets: dict[str, int] = {}
-        self.capacity: dict[str, int] = {}
+        self.budgets: dict[Device, int] = {}
+        self.capacity: dict[Device, int] = {}
         self.swaps: dict[str, Swap] = {}
         self.effects: list[Effect] = []
         self._last_id = 0
 
-    def set_budgets(self, budgets: Mapping[str, int], capacity: Mapping[str, int], engines: int) -> None:
+    def set_budgets(self, budgets: Placement, capacity: Placement, engines: int) -> None:
         self.budgets = {**budgets, ENGINES: engines}
         self.capacity = {**budgets, **capacity, ENGINES: engines}
 
-    def free(self) -> dict[str, int]:
+    def free(self) -> dict[Device, int]:
         """What is neither used, nor reserved for an engine that loads, nor promised to a swap."""
         free = dict(self.budgets)
         for engine in self.engines.values():
@@ -36,18 +35,18 @@ class Fleet:
             take(free, claim(swap.placement, self._still_there(swap)))
         return free
 
-    def obtainable_by(self, swap: Swap) -> dict[str, int]:
+    def obtainable_by(self, swap: Swap) -> dict[Device, int]:
         """What will be free for a swap when all its victims have gone."""
         obtainable = self.free()
-        for resource, amount in total(victim.placement for victim in self._still_there(swap)).items():
-            obtainable[resource] = obtainable.get(resource, 0) + amount
+        for device, amount in total(victim.placement for victim in self._still_there(swap)).items():
+            obtainable[device] = obtainable.get(device, 0) + amount
         return obtainable
 
     def start(self, model: Model, placement: Placement, now: float) -> None:
         self._last_id += 1
         engine = Engine(self._last_id, model.spec, placement, now)
         self.engines[engine.id] = model.engine = engine
-        memory = {resource: amount for resource, amount in placement.items() if resource != ENGINES}
+        memory = {device: amount for device, amount in placement.items() if device != ENGINES}
         self.effects.append(StartEngine(engine.id, engine.alias, memory))
         self.enter(engine, EngineState.LOADING, f"takes {amounts(memory)}")
 

@@ -13,9 +13,10 @@ from enum import Enum
 import msgspec
 
 from router.scheduling.queue import Priority
+from router.system.devices import Device
 
-Placement = Mapping[str, int]
-"""Where a model may live and what it takes there: device name -> MiB."""
+Placement = Mapping[Device, int]
+"""Where a model may live, and the MiB that it takes there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +151,8 @@ class MemoryChanged:
     """What our engines together may use of each device from now on."""
 
     at: float
-    budgets: Mapping[str, int]
-    capacity: Mapping[str, int] = field(default_factory=dict)
+    budgets: Placement
+    capacity: Placement = field(default_factory=dict)
     """What they might use if nobody else used anything; for devices that are missing, the budget."""
 
 

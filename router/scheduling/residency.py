@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
 from router.scheduling.messages import Inspected, ModelSpec, Placement, Policy, StopCause
 from router.scheduling.queue import Priority, PriorityQueue, Request
+from router.system.devices import Device
 
 _FLOW_MEMORY_SEC = 240
 _FLOW_KNOWN_SEC = 10
@@ -24,7 +25,7 @@ _FEWEST_ALIKE = 3
 _MOST_BY_CHANCE = 4.0
 """Standard errors between the means before and after, at the place where they differ most."""
 
-ENGINES = "engines"
+ENGINES = Device(kind="engine")
 """The resource that `max_concurrent_models` and the ports limit: every placement takes one of it."""
 
 
@@ -440,31 +441,33 @@ class Swap:
     victims: frozenset[Engine]
 
 
-def total(placements: Iterable[Placement]) -> dict[str, int]:
+def total(placements: Iterable[Placement]) -> dict[Device, int]:
     """Sum of placements per resource."""
-    amounts: dict[str, int] = {}
+    amounts: dict[Device, int] = {}
     for placement in placements:
-        for resource, amount in placement.items():
-            amounts[resource] = amounts.get(resource, 0) + amount
+        for device, amount in placement.items():
+            amounts[device] = amounts.get(device, 0) + amount
     return amounts
 
 
-def shortage(need: Mapping[str, int], free: Mapping[str, int]) -> dict[str, int]:
+def shortage(need: Placement, free: Placement) -> dict[Device, int]:
     """What is missing, per resource; empty when `need` fits."""
-    return {name: amount - free.get(name, 0) for name, amount in need.items() if amount > free.get(name, 0)}
+    return {
+        device: amount - free.get(device, 0) for device, amount in need.items() if amount > free.get(device, 0)
+    }
 
 
-def take(free: dict[str, int], placement: Placement) -> None:
-    for resource, amount in placement.items():
-        free[resource] = free.get(resource, 0) - amount
+def take(free: dict[Device, int], placement: Placement) -> None:
+    for device, amount in placement.items():
+        free[device] = free.get(device, 0) - amount
 
 
-def claim(need: Placement, victims: Iterable[Holder]) -> dict[str, int]:
+def claim(need: Placement, victims: Iterable[Holder]) -> dict[Device, int]:
     """What a swap takes beyond what its victims give back when they go."""
     return shortage(need, total(victim.placement for victim in victims))
 
 
 def amounts(placement: Placement) -> str:
     """For people: `5000 MiB on gpu0 and 300 MiB on host`."""
-    memory = [f"{amount} MiB on {name}" for name, amount in sorted(placement.items()) if name != ENGINES]
+    memory = [f"{amount} MiB on {device}" for device, amount in sorted(placement.items()) if device != ENGINES]
     return " and ".join(memory) or "nothing"

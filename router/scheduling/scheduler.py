@@ -55,6 +55,7 @@ from router.scheduling.queue import Priority, Request
 from router.scheduling.residency import ENGINES, Engine, EngineState, Model, Swap, Why, claim, shortage, take
 from router.scheduling.wait_estimate import Forecast, forecast
 from router.scheduling.wait_reason import why
+from router.system.devices import Device
 
 INSPECTION_PATIENCE_SEC = 1.0
 _LOOKED_AT = 16
@@ -163,7 +164,7 @@ class Scheduler:
     # --- reading ----------------------------------------------------------------------------------------
 
     @property
-    def budgets(self) -> Mapping[str, int]:
+    def budgets(self) -> Placement:
         """What our engines may use together, per resource; empty until `MemoryChanged` has told."""
         return self._fleet.budgets
 
@@ -183,7 +184,7 @@ class Scheduler:
         limit_sec = self._idle_limit_sec(engine, self._most_recent())
         return None if limit_sec > _FOR_EVER_SEC else engine.idle_since_sec + limit_sec
 
-    def free(self) -> dict[str, int]:
+    def free(self) -> dict[Device, int]:
         """What is neither used, nor reserved for an engine that loads, nor promised to a swap."""
         return self._fleet.free()
 
@@ -651,7 +652,7 @@ class Scheduler:
         wanted = model.wanted_since_sec if model.wanted_since_sec is not None else self._now
         return wanted + self.policy.patience_sec[Priority.NORMAL], 0
 
-    def _place(self, model: Model, free: dict[str, int], taken: dict[Engine, str]) -> None:
+    def _place(self, model: Model, free: dict[Device, int], taken: dict[Engine, str]) -> None:
         """Carry out the policy's verdict on a candidate; `free` and `taken` remember what is kept for it."""
         inspected = model.inspected
         if inspected is None:

@@ -18,6 +18,7 @@ from router.scheduling.eviction import due_at, sufficient
 from router.scheduling.messages import Placement, Policy
 from router.scheduling.queue import Priority, Request
 from router.scheduling.residency import EngineState, Model, Swap, claim, shortage, take
+from router.system.devices import Device
 
 _MOST_STEPS = 4000
 """Requests served and departures weighed: some milliseconds."""
@@ -59,7 +60,7 @@ def forecast(
     models: Iterable[Model],
     granted: Mapping[str, Request],
     swaps: Mapping[str, Swap],
-    budgets: Mapping[str, int],
+    budgets: Placement,
     policy: Policy,
     stop_sec: float,
     now: float,
@@ -187,7 +188,7 @@ class _Course:
 
 
 class _Rehearsal:
-    def __init__(self, policy: Policy, budgets: Mapping[str, int], stop_sec: float, now: float) -> None:
+    def __init__(self, policy: Policy, budgets: Placement, stop_sec: float, now: float) -> None:
         self.policy = policy
         self.budgets = budgets
         self.stop_sec = stop_sec
@@ -387,7 +388,7 @@ class _Rehearsal:
         return again_at
 
     def place_one(
-        self, course: _Course, residents: list[_Course], free: dict[str, int], taken: set[_Course]
+        self, course: _Course, residents: list[_Course], free: dict[Device, int], taken: set[_Course]
     ) -> float:
         now = self.now
         for placement in course.model.places:

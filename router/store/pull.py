@@ -40,6 +40,7 @@ from router.store.hub_api import ANSWER_SEC, PAUSES_SEC, HubError, HubFile, HubR
 from router.store.progress import FileProgress, MemoryNote, Problem, Progress
 from router.store.pulled import PulledFile, PulledModel
 from router.store.repository import BadReference, Choice, NoChoice, Reference, parse
+from router.system.devices import by_name
 
 AT_ONCE = 4
 """Files that are fetched at the same time."""
@@ -224,10 +225,11 @@ class _Pull:
         except (estimate.CannotEstimate, ValueError, ArithmeticError, OSError) as error:
             self.progress.memory_unknown = str(error)
             return
-        needs = dict(found.best.placement)
+        needs = by_name(found.best.placement)
+        free = by_name(found.free_mib)
         self.progress.memory = MemoryNote(
             needs,
-            {device: found.free_mib[device] for device in needs},
+            {device: free[device] for device in needs},
             found.need.context,
             not found.short_mib,
             found.largest_context,

@@ -15,17 +15,18 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
+from router.system.devices import Device
+
 T = TypeVar("T")
 
 _log = logging.getLogger("router")
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
-    """Memory that engines live in, as its driver sees it now. None where the driver does not tell."""
+class Reading:
+    """What the driver of a device says of it now. None where it does not tell."""
 
-    name: str
-    """`gpu0`, `gpu1`, … by the driver's number; `gpu0:1` is a part of a partitioned GPU; `host`."""
+    device: Device
     kind: Literal["cuda", "rocm", "vulkan", "host"]
     label: str
     """The product's name."""
@@ -33,10 +34,6 @@ class Device:
     """By which an engine is shown it; with Vulkan its number among all that Vulkan's loader has."""
     total_mib: int
     free_mib: int
-    number: int | None = None
-    """The driver's, as in `gpu_devices`; None for the host."""
-    is_part: bool = False
-    """A part of a GPU (MIG): one process can use one part only, so a model can't be split over several."""
     used_by: Mapping[int, int] | None = None
     """Process id -> MiB, by those processes of which the driver tells."""
     utilization: float | None = None
@@ -46,9 +43,9 @@ class Device:
     power_limit_w: float | None = None
 
     def __str__(self) -> str:
-        if self.kind == "host":
+        if not self.device.is_gpu:
             return f"{self.free_mib} of {self.total_mib} MiB RAM free"
-        return f"{self.free_mib} of {self.total_mib} MiB free on {self.name} ({self.label})"
+        return f"{self.free_mib} of {self.total_mib} MiB free on {self.device} ({self.label})"
 
 
 async def apart(work: Callable[[], T]) -> T:

@@ -17,6 +17,7 @@ from router.engines.llamacpp.plan import Ground, Site
 from router.engines.llamacpp.sizing import EngineKind
 from router.engines.process import Binary
 from router.formats import gguf
+from router.system.devices import HOST, Device
 
 GRANITE = MODELS["granite-4-tiny"]
 FAR = "http://127.0.0.1:9"  # the discard port: nobody listens
@@ -85,7 +86,7 @@ def web() -> Iterator[Web]:
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """The command on a machine with 8 GB of free RAM and no GPU, whose engine is not asked."""
-    monkeypatch.setattr(estimate, "_ground", lambda _: Ground((), Site("host", 8000, 8000)))
+    monkeypatch.setattr(estimate, "_ground", lambda _: Ground((), Site(HOST, 8000, 8000)))
     monkeypatch.setattr(estimate, "_engine", lambda: None)
     return lambda *arguments: main(["estimate", *arguments])
 
@@ -128,8 +129,8 @@ def test_the_widest_table_fits_a_terminal(
 ) -> None:
     model = MODELS["granite-4-tiny"].write(tmp_path / "granite.gguf")  # it has recurrent layers, too
     projector = write_projector(tmp_path / "mmproj.gguf")
-    gpus = tuple(Site(f"gpu{number}", 4000, 4000, number=number) for number in range(2))
-    monkeypatch.setattr(estimate, "_ground", lambda _: Ground(gpus, Site("host", 800000, 800000)))
+    gpus = tuple(Site(Device.gpu(number), 4000, 4000) for number in range(2))
+    monkeypatch.setattr(estimate, "_ground", lambda _: Ground(gpus, Site(HOST, 800000, 800000)))
 
     command(str(model), "-c", "16384", "--mmproj", str(projector), "-fa", "off", "-np", "4")
 

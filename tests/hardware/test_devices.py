@@ -34,7 +34,7 @@ from played_nvml import (
     PlayedGpus,
 )
 
-from router.hardware import ram as host
+from router.hardware import ram
 from router.hardware.amd import Amd
 from router.hardware.devices import Devices
 
@@ -125,14 +125,12 @@ def test_every_figure_of_every_gpu_is_read(gpus: PlayedGpus, ask: Ask) -> None:
 
     assert list(read["devices"]) == ["gpu0", "gpu1", "host"]
     assert read["devices"]["gpu0"] == {
-        "name": "gpu0",
+        "device": "gpu0",
         "kind": "cuda",
         "label": "NVIDIA GeForce RTX 3090",
         "uuid": big.uuid,
         "total_mib": 24576,
         "free_mib": 24576 - 3000 - 500,
-        "number": 0,
-        "is_part": False,
         "used_by": {str(os.getpid()): 2500, str(os.getppid()): 300},
         "utilization": 0.37,
         "temperature_c": 61.0,
@@ -216,7 +214,6 @@ def test_a_gpu_in_mig_mode_gives_its_parts(gpus: PlayedGpus, ask: Ask) -> None:
     asker = ask(gpus)
     found = asker.gpus()
     assert list(found) == ["gpu0", "gpu1:0", "gpu1:1"]
-    assert [found[name]["is_part"] for name in found] == [False, True, True]
     assert found["gpu1:0"]["uuid"] == parts[0].uuid
     assert (found["gpu1:0"]["total_mib"], found["gpu1:0"]["free_mib"]) == (20096, 20000)
     assert found["gpu1:0"]["temperature_c"] == 40  # of the whole
@@ -423,7 +420,7 @@ def test_the_gpus_that_may_be_used(
     gpus.set(*(Gpu(uuid=f"GPU-{letter}0000000-0000-0000-0000-000000000000") for letter in "abc"))
     environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     found = ask(gpus, gpu_devices=gpu_devices, **environ).gpus()
-    assert [gpu["number"] for gpu in found.values()] == ours
+    assert list(found) == [f"gpu{number}" for number in ours]
 
 
 @pytest.mark.parametrize(
@@ -517,13 +514,13 @@ def test_an_amd_gpu_is_read_from_its_files(tmp_path: Path) -> None:
     lay_out(
         tmp_path, {"sys/class/drm/card1-DP-1/status": "connected", "sys/class/drm/card0/device/vendor": "0x8086"}
     )
-    ((device,), left_out) = Amd(root=tmp_path).read(list)
-    assert (device.name, device.kind, device.label) == ("gpu0", "rocm", "AMD GPU")
-    assert device.uuid == "GPU-7d4c9a0b1e2f3a4b"
-    assert (device.total_mib, device.free_mib) == (24560, 23000)
-    assert (device.utilization, device.temperature_c) == (0.12, 48.0)
-    assert (device.power_w, device.power_limit_w) == (96.0, 303.0)
-    assert device.used_by is None
+    ((reading,), left_out) = Amd(root=tmp_path).read(list)
+    assert (str(reading.device), reading.kind, reading.label) == ("gpu0", "rocm", "AMD GPU")
+    assert reading.uuid == "GPU-7d4c9a0b1e2f3a4b"
+    assert (reading.total_mib, reading.free_mib) == (24560, 23000)
+    assert (reading.utilization, reading.temperature_c) == (0.12, 48.0)
+    assert (reading.power_w, reading.power_limit_w) == (96.0, 303.0)
+    assert reading.used_by is None
     assert left_out == []
 
 
@@ -533,8 +530,8 @@ def test_amd_gpus_are_counted_as_rocm_counts_them(tmp_path: Path) -> None:
     lay_out(tmp_path, {"sys/class/kfd/kfd/topology/nodes/0/gpu_id": 0})  # the processor
     node(tmp_path, 1, card=1, gpu_id="51821", target=90012)
     node(tmp_path, 2, card=0, gpu_id="4711", target=100302)
-    devices, _ = Amd(root=tmp_path).read(list)
-    assert [(device.name, device.label, device.total_mib) for device in devices] == [
+    gpus, _ = Amd(root=tmp_path).read(list)
+    assert [(str(gpu.device), gpu.label, gpu.total_mib) for gpu in gpus] == [
         ("gpu0", "AMD gfx90c", 16000),
         ("gpu1", "AMD gfx1032", 8000),
     ]
@@ -592,7 +589,7 @@ def test_a_graphics_card_beside_a_processors_own_graphics(tmp_path: Path, ask: A
 def test_graphics_that_are_left_out_keep_their_number(tmp_path: Path, environ: dict[str, str]) -> None:
     lay_out(tmp_path, card(0, vram_mib=512, apu=True, slot="0000:c5:00.0"))
     lay_out(tmp_path, card(1, vram_mib=20464, slot="0000:03:00.0"))
-    assert [device.name for device in Devices(environ=environ, root=tmp_path).read_blocking().gpus] == ["gpu1"]
+    assert [str(gpu.device) for gpu in Devices(environ=environ, root=tmp_path).read_blocking().gpus] == ["gpu1"]
 
 
 @pytest.mark.parametrize(
@@ -653,20 +650,20 @@ def test_the_tightest_of_our_cgroups_counts(tmp_path: Path) -> None:
         ),
     )
     lay_out(tmp_path, group("user.slice/app.slice/router.service", **NOT_LIMITED))
-    assert host.memory(tmp_path) == (1000, 1000 - (800 - 450))
+    assert ram.memory(tmp_path) == (1000, 1000 - (800 - 450))
 
 
 def test_a_parent_may_have_less_left_than_a_child_with_a_lower_limit(tmp_path: Path) -> None:
     lay_out(tmp_path, {"proc/self/cgroup": "0::/a/b"})
     lay_out(tmp_path, group("a", memory_max=900 * MIB, memory_current=850 * MIB, memory_stat="inactive_file 0"))
     lay_out(tmp_path, group("a/b", memory_max=500 * MIB, memory_current=100 * MIB, memory_stat="inactive_file 0"))
-    assert host.memory(tmp_path) == (500, 50)
+    assert ram.memory(tmp_path) == (500, 50)
 
 
 def test_in_a_container_the_mount_is_our_own_cgroup(tmp_path: Path) -> None:
     lay_out(tmp_path, {"proc/self/cgroup": "0::/../../docker/abc"})
     lay_out(tmp_path, group("", memory_max=700 * MIB, memory_current=200 * MIB, memory_stat="inactive_file 0"))
-    assert host.memory(tmp_path) == (700, 500)
+    assert ram.memory(tmp_path) == (700, 500)
 
 
 def test_the_older_cgroups(tmp_path: Path) -> None:
@@ -681,7 +678,7 @@ def test_the_older_cgroups(tmp_path: Path) -> None:
             "sys/fs/cgroup/memory/memory.usage_in_bytes": 500 * MIB,
         },
     )
-    assert host.memory(tmp_path) == (600, 200)
+    assert ram.memory(tmp_path) == (600, 200)
 
 
 @given(content=st.binary(max_size=60), name=st.sampled_from(["proc/self/cgroup", "memory.max", "memory.stat"]))
@@ -690,7 +687,7 @@ def test_no_content_of_a_cgroup_raises(tmp_path: Path, content: bytes, name: str
     lay_out(tmp_path, {"proc/self/cgroup": "0::/"})
     lay_out(tmp_path, group("", memory_max=700 * MIB, memory_current=200 * MIB, memory_stat="inactive_file 0"))
     lay_out(tmp_path, {name if "/" in name else f"sys/fs/cgroup/{name}": content})
-    total, available = host.memory(tmp_path)
+    total, available = ram.memory(tmp_path)
     assert 0 <= available <= total
 
 
@@ -734,8 +731,8 @@ def test_a_light_look_walks_through_nobodys_mappings(tmp_path: Path) -> None:
     weights = tmp_path / "weights"
     weights.write_bytes(os.urandom(MIB) * 80)
     with holder(1, weights) as first, holder(1, weights) as second:
-        thorough = host.process_memory([first, second])
-        light = host.process_memory([first, second], mapped=False)
+        thorough = ram.process_memory([first, second])
+        light = ram.process_memory([first, second], mapped=False)
     assert all(memory.file_mib < 60 for memory in thorough.values()), "what they share counts half in each"
     assert all(memory.file_mib >= 80 for memory in light.values()), "only counters were read"
     assert list(thorough) == list(light) == [first, second]
@@ -748,24 +745,24 @@ def test_weights_that_are_locked_into_ram_stay_there(tmp_path: Path, mapped: boo
     weights.write_bytes(os.urandom(6 * MIB))
     with weights.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapping:
         sum(mapping[::4096])
-        before = host.process_memory([os.getpid()], mapped=mapped)[os.getpid()]
+        before = ram.process_memory([os.getpid()], mapped=mapped)[os.getpid()]
         address = ctypes.c_char.from_buffer(mapping)
         if ctypes.CDLL(None).mlock(ctypes.byref(address), ctypes.c_size_t(len(mapping))) != 0:
             pytest.skip("this user may not lock so much (ulimit -l)")
-        locked = host.process_memory([os.getpid()], mapped=mapped)[os.getpid()]
+        locked = ram.process_memory([os.getpid()], mapped=mapped)[os.getpid()]
         del address
     assert locked.anonymous_mib - before.anonymous_mib == pytest.approx(6, abs=2), "nobody else's"
     assert before.file_mib - locked.file_mib == pytest.approx(6, abs=2), "and not to be had for the asking"
 
 
 def test_a_walk_through_large_mappings_keeps_no_light_look_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    look, pid, arrives = host.process_memory, os.getpid(), threading.Event()
+    look, pid, arrives = ram.process_memory, os.getpid(), threading.Event()
 
-    def walk(pids: Iterable[int], *, mapped: bool) -> dict[int, host.ProcessMemory]:
+    def walk(pids: Iterable[int], *, mapped: bool) -> dict[int, ram.ProcessMemory]:
         assert not mapped or arrives.wait(10)
         return look(pids, mapped=mapped)
 
-    monkeypatch.setattr(host, "process_memory", walk)
+    monkeypatch.setattr(ram, "process_memory", walk)
 
     async def story() -> None:
         devices = Devices(())

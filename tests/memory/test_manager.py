@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
+from gpus import GPU0, GPU1
 from test_devices import card, lay_out
 
 from router.config.schema import ModelConfig, System
@@ -20,6 +21,7 @@ from router.memory.manager import Accountant
 from router.memory.measurements import Identity, Learned
 from router.scheduling.messages import Event
 from router.scheduling.scheduler import Scheduler
+from router.system.devices import HOST, Device
 
 EMBEDDED = Binary(("python",), "embedded", "xllamacpp")
 
@@ -34,7 +36,7 @@ def accountant(tmp_path: Path) -> Accountant:
 
 
 def test_an_engine_whose_gpu_is_gone_is_not_started_elsewhere(accountant: Accountant) -> None:
-    chosen = Alternative(("gpu0", "gpu1"), Size({}, "", {}), {"gpu0": 500, "gpu1": 500})
+    chosen = Alternative((GPU0, GPU1), Size({}, "", {}), {GPU0: 500, GPU1: 500})
     account = accountant.ledger.open(1, "a", chosen)
     with pytest.raises(EngineFailed, match="gpu0, gpu1 are gone"):
         accountant.environment(account, {})
@@ -43,7 +45,7 @@ def test_an_engine_whose_gpu_is_gone_is_not_started_elsewhere(accountant: Accoun
 def test_an_engine_gets_what_was_found_when_room_was_made_for_it_also_after_a_later_look(
     accountant: Accountant, tiny: Path
 ) -> None:
-    async def look(*flags: str) -> dict[str, int]:
+    async def look(*flags: str) -> dict[Device, int]:
         found = await accountant.inspect(ModelConfig("a", tiny, flags), System())
         assert found.problem is None
         return dict(found.placements[0])
@@ -70,10 +72,10 @@ def test_an_engine_that_lacked_a_library_is_not_refused_once_it_has_it(tmp_path:
 
 
 def test_an_engine_for_which_nothing_was_found_says_so(accountant: Accountant) -> None:
-    account = accountant.open(1, "a", {"host": 500})
+    account = accountant.open(1, "a", {HOST: 500})
     with pytest.raises(EngineFailed, match="planned anew"):
         accountant.environment(account, {})
-    assert account.booked() == {"host": 500}, "until its end is told"
+    assert account.booked() == {HOST: 500}, "until its end is told"
 
 
 def test_however_often_a_disk_that_hangs_is_looked_at_one_thread_waits_for_it(
@@ -118,7 +120,7 @@ def test_a_look_that_takes_long_does_not_bring_back_what_a_later_one_saw_gone(tm
         devices = SlowWalk(tmp_path)
         uses(12000)
         accountant = Accountant(System(), EMBEDDED, devices, Learned(), Scheduler(), lambda event: None)
-        account = accountant.ledger.open(1, "a", Alternative((), Size({}, "", {}), {"host": 100}))
+        account = accountant.ledger.open(1, "a", Alternative((), Size({}, "", {}), {HOST: 100}))
         account.pid = 4194303
         slow = asyncio.create_task(accountant.look(mapped=True))
         await devices.walks.wait()
@@ -126,7 +128,7 @@ def test_a_look_that_takes_long_does_not_bring_back_what_a_later_one_saw_gone(tm
         await accountant.look()
         devices.goes_on.set()
         await slow
-        assert accountant.ledger.budgets()[0]["gpu0"] == 16000
+        assert accountant.ledger.budgets()[0][GPU0] == 16000
 
     asyncio.run(story())
 
@@ -145,14 +147,14 @@ def test_what_an_engine_has_mapped_is_remembered_also_when_it_answers_at_once(tm
         learned, identity = Learned(), Identity((), "xllamacpp", (), 0)
         devices = Mapped([], root=tmp_path)
         accountant = Accountant(System(), EMBEDDED, devices, learned, Scheduler(), lambda event: None)
-        size = Size({"host": 110}, "file size", {"host": 110}, identity)
-        account = accountant.ledger.open(1, "a", Alternative((), size, {"host": 110}))
+        size = Size({HOST: 110}, "file size", {HOST: 110}, identity)
+        account = accountant.ledger.open(1, "a", Alternative((), size, {HOST: 110}))
         account.pid = 4194303
         ready = asyncio.create_task(accountant.ready(account))
         await asyncio.sleep(0)  # as long as it takes to send it a request
         account.has_answered = True
         await accountant.answered(account)
-        assert learned.measured(identity) == {"host": 140}
+        assert learned.measured(identity) == {HOST: 140}
         await ready
 
     asyncio.run(story())

@@ -6,11 +6,13 @@ import json
 import time
 from pathlib import Path
 
+from gpus import SHOWN0, SHOWN1
 from hypothesis import given
 from hypothesis import strategies as st
 
 from router.engines.llamacpp.out_of_memory import ran_out
-from router.memory.measurements import MOST_ENTRIES, Entry, Identity, Learned
+from router.memory.measurements import MOST_ENTRIES, Entry, Identity, Learned, Ratio
+from router.system.devices import HOST, Device
 from router.system.state import StateFile
 
 
@@ -24,9 +26,9 @@ def store(folder: Path) -> StateFile[list[Entry]]:
 
 def test_what_was_measured_outlives_the_router(tmp_path: Path) -> None:
     learned = Learned(store(tmp_path))
-    learned.learn(identity(), {"gpu0": 1000}, {"gpu0": 1100})
+    learned.learn(identity(), {SHOWN0: 1000}, {SHOWN0: 1100})
     learned.save(learned.entries())
-    assert Learned(store(tmp_path)).measured(identity()) == {"gpu0": 1100}
+    assert Learned(store(tmp_path)).measured(identity()) == {SHOWN0: 1100}
 
 
 def test_how_long_loads_take_outlives_the_router_but_not_the_machine(tmp_path: Path) -> None:
@@ -34,8 +36,8 @@ def test_how_long_loads_take_outlives_the_router_but_not_the_machine(tmp_path: P
     learned = Learned(store(tmp_path))
     assert learned.load_sec(identity()) is None
     learned.loaded(identity(), 7.5)
-    learned.learn(identity(), {"gpu0": 1000}, {"gpu0": 1100})
-    learned.ran_out(identity(), {"gpu0": 1100}, {})
+    learned.learn(identity(), {SHOWN0: 1000}, {SHOWN0: 1100})
+    learned.ran_out(identity(), {SHOWN0: 1100}, {})
     learned.save(learned.entries())
     assert Learned(store(tmp_path)).load_sec(identity()) == 7.5
     later = Learned(store(tmp_path), machine_since=time.time() + 60)
@@ -55,11 +57,11 @@ def test_a_load_takes_what_it_took_with_other_flags() -> None:
 
 def test_other_files_builds_and_flags_are_others(tmp_path: Path) -> None:
     learned = Learned()
-    learned.learn(identity(), {"gpu0": 1000}, {"gpu0": 1100})
+    learned.learn(identity(), {SHOWN0: 1000}, {SHOWN0: 1100})
     assert learned.measured(identity("b")) is None
     assert learned.measured(identity("a", "-c", "9")) is None
-    assert learned.ratio(identity("a", "-c", "9")) == {"gpu": 1.1}
-    assert learned.ratio(identity("b")) == {}
+    assert learned.ratio(identity("a", "-c", "9")) == Ratio(gpus=1.1)
+    assert learned.ratio(identity("b")) == Ratio()
 
 
 def test_a_file_that_makes_no_sense_is_forgotten(tmp_path: Path) -> None:
@@ -68,6 +70,7 @@ def test_a_file_that_makes_no_sense_is_forgotten(tmp_path: Path) -> None:
         {"measured": {"gpu0": -5}},
         {"raised": {"gpu0": 1 << 40}},
         {"measured": {"gpu0": None}},
+        {"measured": {"gpu": 5}},
         {"load_sec": -1},
     ]
     lies = [json.dumps([{**entry, "rule": 1, **one}]).encode() for one in wrong]
@@ -75,7 +78,7 @@ def test_a_file_that_makes_no_sense_is_forgotten(tmp_path: Path) -> None:
         (tmp_path / "footprints.json").write_bytes(junk)
         learned = Learned(store(tmp_path))
         assert learned.entries() == []
-        learned.learn(identity(), {"host": 1}, {"host": 2})
+        learned.learn(identity(), {HOST: 1}, {HOST: 2})
         learned.save(learned.entries())
         assert len(Learned(store(tmp_path)).entries()) == 1
 
@@ -89,8 +92,8 @@ def test_what_was_measured_in_another_way_is_forgotten(tmp_path: Path) -> None:
 def test_the_oldest_are_forgotten(tmp_path: Path) -> None:
     learned = Learned()
     for number in range(MOST_ENTRIES + 10):
-        learned.learn(identity(str(number)), {"host": 1}, {"host": 2})
-        learned.learn(identity("0"), {"host": 1}, {"host": 2})
+        learned.learn(identity(str(number)), {HOST: 1}, {HOST: 2})
+        learned.learn(identity("0"), {HOST: 1}, {HOST: 2})
     assert len(learned.entries()) == MOST_ENTRIES
     assert learned.measured(identity("0"))
     assert learned.measured(identity("5")) is None
@@ -102,7 +105,7 @@ class LearnsMeanwhile(str):
     learned: Learned
 
     def __eq__(self, other: object) -> bool:
-        self.learned.learn(identity(f"another {len(self.learned.entries())}"), {"host": 1}, {"host": 2, "gpu0": 3})
+        self.learned.learn(identity(f"another {len(self.learned.entries())}"), {HOST: 1}, {HOST: 2, SHOWN0: 3})
         return super().__eq__(other)
 
     __hash__ = str.__hash__
@@ -110,32 +113,34 @@ class LearnsMeanwhile(str):
 
 def test_what_is_learnt_while_a_thread_reads_does_not_disturb_it() -> None:
     learned = Learned()
-    learned.learn(identity("a"), {"gpu0": 1000}, {"gpu0": 900})
-    learned.learn(Identity(identity("a").files, "older build", (), 1), {"gpu0": 1000}, {"gpu0": 800})
+    learned.learn(identity("a"), {SHOWN0: 1000}, {SHOWN0: 900})
+    learned.learn(Identity(identity("a").files, "older build", (), 1), {SHOWN0: 1000}, {SHOWN0: 800})
     known, entries = learned.measured(identity("a")), learned.entries()
     build = LearnsMeanwhile("build")
     build.learned = learned
-    assert learned.ratio(Identity(identity("a").files, build, ("-c", "9"), 1)) == {"gpu": 0.9}
+    assert learned.ratio(Identity(identity("a").files, build, ("-c", "9"), 1)) == Ratio(gpus=0.9)
     assert len(learned.entries()) > 2
-    learned.learn(identity("a"), {"gpu0": 1000}, {"gpu0": 950, "host": 50})
-    assert known == entries[0].measured == {"gpu0": 900}
+    learned.learn(identity("a"), {SHOWN0: 1000}, {SHOWN0: 950, HOST: 50})
+    assert (known, entries[0].measured) == ({SHOWN0: 900}, {"gpu0": 900})
 
 
 def test_ram_never_corrects_downwards() -> None:
     learned = Learned()
-    learned.learn(identity(), {"gpu0": 1000, "host": 1000}, {"gpu0": 900, "host": 700})
-    assert learned.ratio(identity()) == {"gpu": 0.9, "host": 1.0}
+    learned.learn(identity(), {SHOWN0: 1000, HOST: 1000}, {SHOWN0: 900, HOST: 700})
+    assert learned.ratio(identity()) == Ratio(gpus=0.9, host=1.0)
 
 
 @given(
-    booked=st.dictionaries(st.sampled_from(("gpu0", "gpu1", "host")), st.integers(0, 10**6), min_size=1),
-    wanted=st.dictionaries(st.sampled_from(("gpu0", "gpu1", "host")), st.integers(0, 10**7)),
+    booked=st.dictionaries(st.sampled_from((SHOWN0, SHOWN1, HOST)), st.integers(0, 10**6), min_size=1),
+    wanted=st.dictionaries(st.sampled_from((SHOWN0, SHOWN1, HOST)), st.integers(0, 10**7)),
 )
-def test_running_out_raises_the_estimate_within_bounds(booked: dict[str, int], wanted: dict[str, int]) -> None:
+def test_running_out_raises_the_estimate_within_bounds(
+    booked: dict[Device, int], wanted: dict[Device, int]
+) -> None:
     learned = Learned()
     learned.ran_out(identity(), booked, wanted)
     raised = learned.raised(identity())
-    short = {name if name in booked else "host" for name in wanted}
+    short = {device if device in booked else HOST for device in wanted}
     assert set(raised) == (set(booked) & short if wanted else set(booked))
     assert all(booked[name] < mib <= max(2 * booked[name], 2) for name, mib in raised.items())
     assert all(mib >= min(wanted.get(name, 0), 2 * booked[name]) for name, mib in raised.items())
@@ -145,28 +150,28 @@ def test_a_gpu_without_memory_of_its_own_runs_out_of_ram() -> None:
     wanted = ran_out(["ggml_gallocr_reserve_n_impl: failed to allocate MTL0 buffer of size 1610612736"])
     assert wanted is not None
     learned = Learned()
-    learned.ran_out(identity(), {"host": 1000}, wanted)
-    assert learned.raised(identity()) == {"host": 1536}
+    learned.ran_out(identity(), {HOST: 1000}, wanted)
+    assert learned.raised(identity()) == {HOST: 1536}
 
 
 def test_running_out_again_and_again_raises_no_further() -> None:
     learned = Learned()
     booked = 1000
     for _ in range(20):  # another program takes the memory each time
-        learned.ran_out(identity(), {"gpu0": booked}, {})
-        booked = learned.raised(identity())["gpu0"]
+        learned.ran_out(identity(), {SHOWN0: booked}, {})
+        booked = learned.raised(identity())[SHOWN0]
     assert booked == 2000
 
 
 def test_the_texts_of_llama_cpp_are_understood() -> None:
     cuda = "alloc_buffer: allocating 4403.49 MiB on device 1: cudaMalloc failed: out of memory"
-    assert ran_out(["loading", cuda]) == {"gpu1": 4403}
+    assert ran_out(["loading", cuda]) == {SHOWN1: 4403}
     compute = "ggml_gallocr_reserve_n_impl: failed to allocate CUDA0 buffer of size 321908736"
-    assert ran_out([compute, cuda]) == {"gpu0": 307, "gpu1": 4403}
+    assert ran_out([compute, cuda]) == {SHOWN0: 307, SHOWN1: 4403}
     assert (
         ran_out(["ggml_backend_cpu_buffer_type_alloc_buffer: failed to allocate buffer of size 321908736"]) == {}
     )
-    assert ran_out(["alloc_tensor_range: failed to allocate CPU buffer of size 321908736"]) == {"host": 307}
+    assert ran_out(["alloc_tensor_range: failed to allocate CPU buffer of size 321908736"]) == {HOST: 307}
     for line in (
         "llama_model_load: error loading model: unable to allocate CUDA0 buffer",
         "llama_init_from_model: failed to initialize the context: failed to allocate buffer for kv cache",

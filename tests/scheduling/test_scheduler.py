@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import pytest
+from gpus import GPU0, GPU1
 
 from router.scheduling.eviction import Room, Verdict, decide
 from router.scheduling.messages import (
@@ -48,15 +49,16 @@ from router.scheduling.messages import (
     Transition,
 )
 from router.scheduling.queue import Priority, Request
-from router.scheduling.residency import Model, since_it_changed
+from router.scheduling.residency import ENGINES, Model, since_it_changed
 from router.scheduling.scheduler import Scheduler
 from router.scheduling.wait_estimate import Forecast
+from router.system.devices import HOST
 
 HIGH, NORMAL, LOW = Priority
-GPU = {"gpu0": 10}
-BIG = ({"gpu0": 6},)
+GPU = {GPU0: 10}
+BIG = ({GPU0: 6},)
 """Two of them do not fit on the GPU together."""
-SMALL = ({"gpu0": 5},)
+SMALL = ({GPU0: 5},)
 """Two of them do, three do not."""
 
 
@@ -285,7 +287,7 @@ def test_the_least_valuable_idle_model_goes() -> None:
 
 
 def test_no_more_engines_go_than_must() -> None:
-    places = {"a": ({"gpu0": 2},), "b": ({"gpu0": 5},), "c": ({"gpu0": 3},), "d": ({"gpu0": 5},)}
+    places = {"a": ({GPU0: 2},), "b": ({GPU0: 5},), "c": ({GPU0: 3},), "d": ({GPU0: 5},)}
     machine = Machine(*"abcd", places=places, policy=Policy(max_concurrent_models=4))
     for alias in "abc":
         machine.finish(machine.served(alias))
@@ -295,8 +297,8 @@ def test_no_more_engines_go_than_must() -> None:
 
 
 def test_engines_on_another_device_are_left_alone() -> None:
-    places = {"a": ({"gpu0": 6},), "b": ({"gpu1": 6},), "c": ({"gpu1": 6},)}
-    machine = Machine(*"abc", places=places, budgets={"gpu0": 10, "gpu1": 10})
+    places = {"a": ({GPU0: 6},), "b": ({GPU1: 6},), "c": ({GPU1: 6},)}
+    machine = Machine(*"abc", places=places, budgets={GPU0: 10, GPU1: 10})
     for alias in "ab":
         machine.finish(machine.served(alias))
         machine.wait(30)
@@ -305,24 +307,24 @@ def test_engines_on_another_device_are_left_alone() -> None:
 
 
 def test_devices_load_in_parallel() -> None:
-    places = {"a": ({"gpu0": 6},), "b": ({"gpu1": 6},)}
-    machine = Machine("a", "b", places=places, budgets={"gpu0": 10, "gpu1": 10})
+    places = {"a": ({GPU0: 6},), "b": ({GPU1: 6},)}
+    machine = Machine("a", "b", places=places, budgets={GPU0: 10, GPU1: 10})
     machine.ask("a")
     machine.ask("b")
     assert machine.states() == "loading loading"
 
 
 def test_the_second_best_place_will_do_when_it_is_free() -> None:
-    places = {"a": ({"gpu0": 6},), "b": ({"gpu0": 6}, {"host": 6})}
-    machine = Machine("a", "b", places=places, budgets={"gpu0": 10, "host": 8})
+    places = {"a": ({GPU0: 6},), "b": ({GPU0: 6}, {HOST: 6})}
+    machine = Machine("a", "b", places=places, budgets={GPU0: 10, HOST: 8})
     machine.served("a")
     machine.ask("b")
     assert machine.states() == "ready loading"
-    assert machine.scheduler.free() == {"gpu0": 4, "host": 2, "engines": 1}
+    assert machine.scheduler.free() == {GPU0: 4, HOST: 2, ENGINES: 1}
 
 
 def test_max_concurrent_models_is_a_limit_like_memory() -> None:
-    tiny = ({"gpu0": 1},)
+    tiny = ({GPU0: 1},)
     machine = Machine(*"ab", places={"a": tiny, "b": tiny}, policy=Policy(max_concurrent_models=1))
     machine.finish(machine.served("a"))
     machine.wait(30)
@@ -331,7 +333,7 @@ def test_max_concurrent_models_is_a_limit_like_memory() -> None:
 
 
 def test_ports_are_a_limit_like_memory() -> None:
-    tiny = ({"gpu0": 1},)
+    tiny = ({GPU0: 1},)
     machine = Machine(*"ab", places={"a": tiny, "b": tiny}, policy=Policy(ports=1))
     machine.finish(machine.served("a"))
     machine.wait(30)
@@ -350,8 +352,8 @@ def test_of_very_many_models_that_wait_few_are_looked_at_in_a_step_and_all_befor
 
     monkeypatch.setattr("router.scheduling.scheduler.decide", watched)
     crowd = [f"crowd-{number}" for number in range(100)]
-    places = {"elsewhere": ({"gpu1": 6},)}
-    machine = Machine("a", *crowd, "elsewhere", places=places, budgets={"gpu0": 10, "gpu1": 10})
+    places = {"elsewhere": ({GPU1: 6},)}
+    machine = Machine("a", *crowd, "elsewhere", places=places, budgets={GPU0: 10, GPU1: 10})
     machine.served("a")
     waiting = [machine.ask(alias) for alias in crowd]
     machine.ask("elsewhere")
@@ -465,7 +467,7 @@ def test_room_made_for_one_model_is_not_snatched_by_the_victims_own_queue() -> N
 
 
 def test_room_made_for_one_model_is_not_taken_by_a_third() -> None:
-    places = {"a": ({"gpu0": 6},), "b": ({"gpu0": 10},), "c": ({"gpu0": 4},)}
+    places = {"a": ({GPU0: 6},), "b": ({GPU0: 10},), "c": ({GPU0: 4},)}
     machine = Machine(*"abc", places=places)
     machine.served("a")
     machine.ask("b")
@@ -505,12 +507,12 @@ def test_engine_serves_on_when_room_turns_up_elsewhere() -> None:
     machine.served("a")
     machine.ask("b")
     machine.wait(60)
-    machine.tell(MemoryChanged(machine.now, {"gpu0": 20}))
+    machine.tell(MemoryChanged(machine.now, {GPU0: 20}))
     assert machine.states() == "ready loading"
 
 
 def test_small_models_do_not_keep_a_big_one_out_by_taking_turns() -> None:
-    places = {**dict.fromkeys("abcd", SMALL), "big": ({"gpu0": 10},)}
+    places = {**dict.fromkeys("abcd", SMALL), "big": ({GPU0: 10},)}
     machine = Machine(*"abcd", "big", places=places, load_sec=2.0, service_sec=9.0)
     machine.ask("a")
     machine.wait(5)
@@ -630,7 +632,7 @@ def test_slow_disk_of_one_model_does_not_hold_up_the_others() -> None:
 
 
 def test_a_model_that_can_never_fit_is_refused_at_once_with_the_figures() -> None:
-    machine = Machine("small", "huge", places={"huge": ({"gpu0": 11},)})
+    machine = Machine("small", "huge", places={"huge": ({GPU0: 11},)})
     machine.served("small")
     huge = machine.ask("huge")
     refusal = machine.rejected[huge]
@@ -714,17 +716,17 @@ def test_requests_wait_until_memory_is_known() -> None:
 
 def test_memory_that_another_program_holds_is_waited_for_a_moment() -> None:
     machine = Machine("a")
-    machine.tell(MemoryChanged(machine.now, {"gpu0": 3}, {"gpu0": 10}))
+    machine.tell(MemoryChanged(machine.now, {GPU0: 3}, {GPU0: 10}))
     patient = machine.ask("a")
     machine.wait(5)
     assert patient not in machine.rejected
-    machine.tell(MemoryChanged(machine.now, GPU, {"gpu0": 10}))
+    machine.tell(MemoryChanged(machine.now, GPU, {GPU0: 10}))
     assert machine.states() == "loading"
 
 
 def test_memory_that_another_program_keeps_is_not_waited_for_twice() -> None:
     machine = Machine("a")
-    machine.tell(MemoryChanged(machine.now, {"gpu0": 3}, {"gpu0": 10}))
+    machine.tell(MemoryChanged(machine.now, {GPU0: 3}, {GPU0: 10}))
     first = machine.ask("a")
     machine.wait(11)
     refusal = machine.rejected[first]
@@ -732,7 +734,7 @@ def test_memory_that_another_program_keeps_is_not_waited_for_twice() -> None:
     assert "other programs hold 7 MiB on gpu0" in refusal.reason
     assert not refusal.is_final
     assert machine.ask("a") in machine.rejected
-    machine.tell(MemoryChanged(machine.now, GPU, {"gpu0": 10}))
+    machine.tell(MemoryChanged(machine.now, GPU, {GPU0: 10}))
     machine.ask("a")
     assert machine.states() == "loading"
 
@@ -742,21 +744,21 @@ def test_an_engine_that_takes_less_than_was_thought_leaves_room_for_another() ->
     machine.served("a")
     machine.ask("b")
     assert machine.states() == "ready off"
-    machine.tell(EngineMeasured(machine.now, machine.engine("a"), {"gpu0": 4}))
+    machine.tell(EngineMeasured(machine.now, machine.engine("a"), {GPU0: 4}))
     assert machine.states() == "ready loading"
 
 
 def test_an_engine_that_takes_more_than_was_thought_is_booked_with_it() -> None:
     machine = Machine("a", "b", places={"a": SMALL, "b": SMALL})
     machine.finish(machine.served("a"))
-    machine.tell(EngineMeasured(machine.now, machine.engine("a"), {"gpu0": 6}))
+    machine.tell(EngineMeasured(machine.now, machine.engine("a"), {GPU0: 6}))
     machine.wait(60)
     machine.ask("b")
     assert machine.states() == "off loading"
 
 
 def test_load_that_ran_out_of_memory_is_tried_once_more_with_room_for_what_it_wanted() -> None:
-    machine = Machine("a", "b", places={"a": SMALL, "b": ({"gpu0": 5},)}, load_sec=None)
+    machine = Machine("a", "b", places={"a": SMALL, "b": ({GPU0: 5},)}, load_sec=None)
     request = machine.ask("b")
     machine.tell(EngineReady(machine.now, machine.engine("b")))
     machine.finish(request)
@@ -778,7 +780,7 @@ def test_a_swap_is_given_up_when_memory_shrinks_below_its_need() -> None:
     hopeless = machine.ask("b")
     machine.wait(60)
     assert machine.states() == "draining off"
-    machine.tell(MemoryChanged(machine.now, {"gpu0": 5}))
+    machine.tell(MemoryChanged(machine.now, {GPU0: 5}))
     assert machine.states() == "ready off"
     assert machine.rejected[hopeless].refusal is Refusal.INSUFFICIENT_MEMORY
 
@@ -840,7 +842,7 @@ def test_failed_load_is_tried_again_after_a_pause_that_doubles() -> None:
 
 def test_models_that_failed_together_do_not_return_together() -> None:
     aliases = [f"m{number}" for number in range(8)]
-    machine = Machine(*aliases, places=dict.fromkeys(aliases, ({"gpu0": 1},)), load_sec=None)
+    machine = Machine(*aliases, places=dict.fromkeys(aliases, ({GPU0: 1},)), load_sec=None)
     machine.policy = Policy(max_concurrent_models=8)
     machine.configure(*aliases)
     for alias in aliases:
@@ -894,7 +896,7 @@ def test_reset_forgets_crashes_too() -> None:
 
 
 def test_a_crashed_engine_comes_back_for_those_who_wait_and_for_nobody_else() -> None:
-    machine = Machine("a", "b", budgets={"gpu0": 12})
+    machine = Machine("a", "b", budgets={GPU0: 12})
     machine.finish(machine.served("a"), machine.served("b"))
     waiting = machine.ask("b")
     for alias in "ab":
@@ -1440,7 +1442,7 @@ def test_an_engine_that_is_kept_does_not_come_back_from_where_it_was_sent() -> N
 
 
 def test_idle_models_go_except_the_most_recently_used() -> None:
-    tiny = ({"gpu0": 1},)
+    tiny = ({GPU0: 1},)
     policy = Policy(idle_timeout_sec=60, keep_warm_models=2)
     machine = Machine(*"abc", places=dict.fromkeys("abc", tiny), policy=policy)
     for alias in "abc":
@@ -1451,7 +1453,7 @@ def test_idle_models_go_except_the_most_recently_used() -> None:
 
 
 def test_a_warm_model_goes_when_another_takes_its_place() -> None:
-    tiny = ({"gpu0": 1},)
+    tiny = ({GPU0: 1},)
     policy = Policy(idle_timeout_sec=60, keep_warm_models=1)
     machine = Machine(*"ab", places=dict.fromkeys("ab", tiny), policy=policy)
     machine.finish(machine.served("a"))
@@ -1468,7 +1470,7 @@ def test_a_models_own_idle_timeout_counts_even_when_it_is_warm() -> None:
 
 
 def test_no_request_costs_a_look_at_all_models() -> None:
-    tiny = ({"gpu0": 1},)
+    tiny = ({GPU0: 1},)
     machine = Machine(ModelSpec("a", idle_timeout_sec=600), *"bcd", places=dict.fromkeys("abcd", tiny))
     for alias in "abcd":
         machine.finish(machine.served(alias))
@@ -1601,7 +1603,7 @@ def test_reload_of_a_model_room_is_made_for_looks_at_it_afresh() -> None:
     machine.ask("b")
     machine.wait(60)
     assert machine.states() == "draining off"
-    machine.places = {"b": ({"gpu0": 4},)}
+    machine.places = {"b": ({GPU0: 4},)}
     machine.configure("a", ModelSpec("b", revision="smaller context"))
     assert machine.states() == "ready loading"
 

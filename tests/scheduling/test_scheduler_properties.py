@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import pytest
+from gpus import GPU0, GPU1
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
@@ -62,6 +63,7 @@ from router.scheduling.messages import (
 from router.scheduling.queue import Priority
 from router.scheduling.residency import EngineState
 from router.scheduling.scheduler import Scheduler
+from router.system.devices import HOST
 
 EVENTS = int(os.environ.get("SCHEDULER_EVENTS", "40000"))
 SEED = int(os.environ.get("SCHEDULER_SEED", "1"))
@@ -99,7 +101,7 @@ class World:
         self.rng = rng
         self.scheduler = Scheduler()
         self.now = rng.uniform(0, 1000)
-        self.devices = rng.choice((("host",), ("gpu0", "host"), ("gpu0", "gpu1", "host")))
+        self.devices = rng.choice(((HOST,), (GPU0, HOST), (GPU0, GPU1, HOST)))
         self.capacity = {name: rng.choice((6, 10, 16)) for name in self.devices}
         self.others = dict.fromkeys(self.devices, 0)
         """What other programs hold."""
@@ -633,7 +635,7 @@ LONGEST_WAIT_SEC = 4 + CLIENTS * (TURN_SEC + SERVICE_SEC)
 
 def longest_wait(rng: random.Random, seconds: float) -> float:
     """The longest wait of clients without think time, each of whom may want any model at any priority."""
-    devices = ("gpu0", "host")[: rng.randint(1, 2)]
+    devices = (GPU0, HOST)[: rng.randint(1, 2)]
     files = [{name: rng.choice((2, 3, 5, 9)) for name in devices} for _ in range(rng.randint(2, 6))]
     scheduler = Scheduler()
     specs = {f"m{number}": ModelSpec(f"m{number}", expected_load_sec=LOAD_SEC) for number in range(len(files))}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from conftest import Router, Start, eventually, fake, models
+from gpus import GPU0
 from test_scheduler import LOW, NORMAL, Machine
 
 from router.scheduling.messages import Eject, EngineExited, EngineLost, ModelSpec, Policy
@@ -41,7 +42,7 @@ def test_while_another_has_its_turn_it_says_when_that_ends() -> None:
     assert reason(machine, "b").endswith("a's quantum ends in 42 s")
 
 
-TINY = ({"gpu0": 1},)
+TINY = ({GPU0: 1},)
 
 
 def test_where_a_place_is_lacking_memory_is_not_blamed() -> None:
@@ -67,7 +68,7 @@ def test_where_two_limits_hold_both_are_named() -> None:
 
 
 def test_who_is_pinned_on_what_is_lacking_is_named() -> None:
-    five = dict.fromkeys("pab", ({"gpu0": 5},))
+    five = dict.fromkeys("pab", ({GPU0: 5},))
     machine = Machine(ModelSpec("p", pinned=True), *"ab", places=five)
     machine.served("p")
     machine.served("a")

@@ -27,7 +27,6 @@ from router.engines.running import EngineProps
 from router.formats import gguf
 from router.formats.gguf import GGUF, ArrayStub, GGUFError
 from router.formats.ollama_options import as_options, option_lines
-from router.hardware.devices import HOST
 from router.http.auth import sees_all
 from router.http.documents import Document
 from router.http.errors import ApiError
@@ -238,7 +237,7 @@ def _residency(dispatcher: Dispatcher, alias: str) -> dict[str, Any]:
     left = _FOR_EVER if unload_at_sec is None else timedelta(seconds=unload_at_sec - time.monotonic())
     return {
         "size": sum(booked.values()) << 20,
-        "size_vram": sum(mib for name, mib in booked.items() if name != HOST) << 20,
+        "size_vram": sum(mib for device, mib in booked.items() if device.is_gpu) << 20,
         "expires_at": (datetime.now(timezone.utc) + left).isoformat(),
     }
 

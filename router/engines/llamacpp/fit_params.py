@@ -24,9 +24,10 @@ from pathlib import Path
 
 from router.engines.llamacpp import footprint
 from router.engines.llamacpp.flags import FORMS, Flags
-from router.engines.llamacpp.footprint import HOST, Footprint, Share
+from router.engines.llamacpp.footprint import Footprint, Share
 from router.engines.process import LogRing
 from router.formats.gguf import GGUF
+from router.system.devices import HOST, Device
 from router.system.privacy import without_secrets
 
 TOOL = "llama-fit-params"
@@ -94,11 +95,11 @@ class FitParams:
         # As the tool understands the question; to embed, every token of a batch has an output.
         asked = footprint.estimate(header, Flags([*question, _NOT_REPACKED, "--embedding"]), gpus=gpus)
         wanted = footprint.estimate(header, flags, projector=projector, draft=draft, adapters=adapters, gpus=gpus)
-        names = [*(f"gpu{number}" for number in numbers), HOST]
+        devices = [*(Device.shown(number) for number in numbers), HOST]
         return Footprint(
             devices={
-                name: _corrected(share, wanted.devices.get(name, Share()), asked.devices.get(name, Share()))
-                for name, share in zip(names, answer, strict=True)
+                device: _corrected(share, wanted.devices.get(device, Share()), asked.devices.get(device, Share()))
+                for device, share in zip(devices, answer, strict=True)
             },
             provenance=f"{TOOL} of the installed engine",
             context=wanted.context,

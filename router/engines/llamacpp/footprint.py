@@ -33,9 +33,9 @@ from router.engines.llamacpp.flags import Flag, Flags
 from router.engines.llamacpp.selection import Batch, selection
 from router.formats.ggml import EMBEDDING_ARCHITECTURES, TENSOR_TYPES, TensorType
 from router.formats.gguf import GGUF, Tensor
+from router.system.devices import HOST, Device
 
 MIB = 1 << 20
-HOST = "host"
 
 # llama-server's defaults: common/common.h.
 _BATCH, _MICRO_BATCH, _CACHE_RAM_MIB, _DRAFT_TOKENS = 2048, 512, 8192, 3
@@ -78,9 +78,9 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What a model takes of each device: `gpu0`, `gpu1`, … and `host`."""
+    """What a model takes of each device, with GPUs as the engine counts them."""
 
-    devices: Mapping[str, Share]
+    devices: Mapping[Device, Share]
     provenance: str
     """Where the figures come from, in one line."""
     context: int
@@ -88,9 +88,9 @@ class Footprint:
     host_cache_mib: int | None = 0
     """What the engine's cache of past prompts may grow to on the host, beyond the above; None: unlimited."""
 
-    def mib(self) -> dict[str, int]:
+    def mib(self) -> dict[Device, int]:
         """Whole MiB per device, rounded up, without the devices of which it takes nothing."""
-        return {name: math.ceil(share.total) for name, share in self.devices.items() if share.total > 0}
+        return {device: math.ceil(share.total) for device, share in self.devices.items() if share.total > 0}
 
 
 def estimate(
@@ -110,7 +110,7 @@ def estimate(
 def largest_context(
     header: GGUF,
     flags: Flags,
-    free_mib: Mapping[str, int],
+    free_mib: Mapping[Device, int],
     *,
     projector: GGUF | None = None,
     draft: GGUF | None = None,
@@ -120,7 +120,7 @@ def largest_context(
 
     `free_mib` is by device, as in `Footprint.devices`; the GPUs it names are the ones to use.
     """
-    gpus = sum(name.startswith("gpu") for name in free_mib)
+    gpus = sum(device.is_gpu for device in free_mib)
     parts = _parts(header, flags, draft, adapters, gpus)
 
     def fits(steps: int) -> bool:
@@ -204,10 +204,10 @@ class _Part:
 
     header: GGUF
     layout: Layout
-    weights: Mapping[str, int]
-    device_of: Callable[[int], str]
+    weights: Mapping[Device, int]
+    device_of: Callable[[int], Device]
     """Where a layer's weights, cache and state live; the one past the last is the output."""
-    cache_on: Callable[[int], str]
+    cache_on: Callable[[int], Device]
     k_bytes: float
     v_bytes: float
     flags: Flags
@@ -230,14 +230,14 @@ class _Part:
     def _own(self, cells: _Cells) -> _Cells:
         return replace(cells, streams=cells.slots) if self.layout.slots_apart else cells
 
-    def cache(self, cells: _Cells) -> dict[str, Share]:
+    def cache(self, cells: _Cells) -> dict[Device, Share]:
         """`llama_kv_cache::llama_kv_cache` in src/llama-kv-cache.cpp, `llama_memory_recurrent` in its file."""
         cells = self._own(cells)
         window_cells = cells.of_window(self.layout.window, whole=self.flags.switch("swa-full", False))
         layers = self.layout.layers[: None if _predicts_tokens(self.flags) else self.layout.trunk]
         widest_v = max((layer.v for layer in layers), default=0)
         states = cells.slots * (1 + self._past_states)
-        shares: dict[str, Share] = {}
+        shares: dict[Device, Share] = {}
         for index, layer in enumerate(layers):
             count = (window_cells if layer.windowed else cells.per_stream) * cells.streams
             v = widest_v if layer.has_v and not self.flash_attention else layer.v
@@ -252,7 +252,7 @@ class _Part:
             shares[device] = shares.get(device, Share()) + share
         return shares
 
-    def compute(self, cells: _Cells) -> dict[str, Share]:
+    def compute(self, cells: _Cells) -> dict[Device, Share]:
         """The buffer for intermediate results, by a rule that was fitted to what the engine prints.
 
         Per token of a micro-batch: five rows as wide as the embedding (one of them as often as there are
@@ -359,9 +359,9 @@ def _check_cache(part: _Part, flags: tuple[str, str], types: tuple[TensorType, T
 
 
 def _estimate(parts: Iterable[_Part], cells: _Cells, projector: GGUF | None) -> Footprint:
-    devices: dict[str, Share] = {}
+    devices: dict[Device, Share] = {}
 
-    def add(shares: Mapping[str, Share]) -> None:
+    def add(shares: Mapping[Device, Share]) -> None:
         for device, share in shares.items():
             devices[device] = devices.get(device, Share()) + share
 
@@ -376,7 +376,7 @@ def _estimate(parts: Iterable[_Part], cells: _Cells, projector: GGUF | None) -> 
         add({_projector_device(flags, _gpus_of(devices)): Share(projector=_projector_bytes(projector) / MIB)})
     cache_ram = flags.integer("cache-ram", _CACHE_RAM_MIB)
     return Footprint(
-        devices={name: devices[name] for name in (*_gpus_of(devices), HOST)},
+        devices={device: devices[device] for device in (*_gpus_of(devices), HOST)},
         provenance="llama.cpp's formulas applied to the file's header",
         context=cells.per_stream * cells.streams,
         host_cache_mib=None if cache_ram < 0 else cache_ram,
@@ -387,12 +387,12 @@ def _weights(
     header: GGUF,
     plan: Layout,
     flags: Flags,
-    device_of: Callable[[int], str],
+    device_of: Callable[[int], Device],
     adapters: Sequence[GGUF],
     *,
     draft: bool,
     repacks: bool,
-) -> dict[str, int]:
+) -> dict[Device, int]:
     """Bytes per device (`llama_model_loader::create_tensor` in src/llama-model-loader.cpp).
 
     What adapts a tensor lives where it does (`llama_adapter_lora_init_impl` in src/llama-adapter.cpp). What the
@@ -447,7 +447,7 @@ def _locks_mapped(flags: Flags) -> bool:
     return flags.switch("mlock", False) and flags.switch("mmap", True)
 
 
-def _placement(layers: int, flags: Flags, gpus: Sequence[int], *, draft: bool) -> Callable[[int], str]:
+def _placement(layers: int, flags: Flags, gpus: Sequence[int], *, draft: bool) -> Callable[[int], Device]:
     """The device of each layer (`get_layer_buft_list` in src/llama-model.cpp).
 
     Without `--tensor-split`, llama.cpp divides by free memory, which is not known here: GPUs count as equal.
@@ -461,7 +461,7 @@ def _placement(layers: int, flags: Flags, gpus: Sequence[int], *, draft: bool) -
     if not gpus or on_gpu == 0:
         return lambda _: HOST
     if flags.text("split-mode", "layer") == "none":
-        only = f"gpu{gpus[main] if 0 <= main < len(gpus) else gpus[0]}"
+        only = Device.shown(gpus[main] if 0 <= main < len(gpus) else gpus[0])
         return lambda layer: HOST if layer < first else only
     split = flags.last("tensor-split")
     parts = list(split.numbers() if split else ())[: len(gpus)]
@@ -470,8 +470,10 @@ def _placement(layers: int, flags: Flags, gpus: Sequence[int], *, draft: bool) -
         parts = [1.0] * len(gpus)
     ends = [end / sum(parts) for end in accumulate(parts)]
 
-    def device_of(layer: int) -> str:
-        return HOST if layer < first else f"gpu{gpus[bisect_right(ends[:-1], (layer - first) / on_gpu)]}"
+    def device_of(layer: int) -> Device:
+        if layer < first:
+            return HOST
+        return Device.shown(gpus[bisect_right(ends[:-1], (layer - first) / on_gpu)])
 
     return device_of
 
@@ -492,7 +494,7 @@ def _usable_gpus(flags: Flags, gpus: int, *, draft: bool) -> list[int]:
     return numbers if all(0 <= number < gpus for number in numbers) else list(range(min(gpus, len(numbers))))
 
 
-def _overrides(flags: Flags, *, draft: bool) -> list[tuple[re.Pattern[str], str]]:
+def _overrides(flags: Flags, *, draft: bool) -> list[tuple[re.Pattern[str], Device]]:
     """Tensors that are kept elsewhere than their layer; the first pattern that matches counts (common/arg.cpp)."""
     prefix = "spec-draft-" if draft else ""
     found = []
@@ -508,7 +510,7 @@ def _overrides(flags: Flags, *, draft: bool) -> list[tuple[re.Pattern[str], str]
             for item in flag.text.split(","):
                 pattern, _, buffer = item.rpartition("=")
                 number = re.fullmatch(r"[A-Za-z]+(\d+)", buffer)
-                found.append((_pattern(flag, pattern), f"gpu{number[1]}" if number else HOST))
+                found.append((_pattern(flag, pattern), Device.shown(int(number[1])) if number else HOST))
     return found
 
 
@@ -538,17 +540,17 @@ def _predicts_tokens(flags: Flags) -> bool:
     return "draft-mtp" in flags.text("spec-type", "").split(",")
 
 
-def _gpus_of(devices: Iterable[str]) -> list[str]:
-    return sorted((name for name in devices if name != HOST), key=lambda name: int(name[3:]))
+def _gpus_of(devices: Iterable[Device]) -> list[Device]:
+    return sorted(device for device in devices if device.is_gpu)
 
 
-def _projector_device(flags: Flags, used: Sequence[str]) -> str:
+def _projector_device(flags: Flags, used: Sequence[Device]) -> Device:
     """`used` are the GPUs that the model itself is on."""
     named = flags.last("mmproj-device")
     if not used or not flags.switch("mmproj-offload", True) or (named is not None and named.text == "none"):
         return HOST
     number = gpu_numbers(named.text)[0] if named is not None else -1
-    return f"gpu{number}" if number >= 0 else used[0]
+    return Device.shown(number) if number >= 0 else used[0]
 
 
 def _projector_bytes(projector: GGUF) -> int:

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from router.hardware.devices import SHOWS
+from router.system.devices import Device
 from router.system.privacy import without_secrets
-from router.system.readings import Device
+from router.system.readings import Reading
 
 if TYPE_CHECKING:
     from router.engines.llamacpp.sizing import EngineKind
@@ -59,7 +60,7 @@ class Listed:
         self._environ = {name: value for name, value in known.items() if not name.startswith("LLAMA_ARG_")}
         self._asked = asked
         self._root = root
-        self._last: tuple[list[Device], list[str]] = [], []
+        self._last: tuple[list[Reading], list[str]] = [], []
         self._taken_sec = -math.inf
         self._hung: subprocess.TimeoutExpired | None = None
         self._pause_sec = 0.0
@@ -67,9 +68,9 @@ class Listed:
         """How long, and until when, it is left alone since it hung."""
         self._counted: dict[tuple[str, ...], list[int | None]] = {}
         """How the loader counts the GPUs of lists of labels that were seen before."""
-        self._others: dict[tuple[str, ...], dict[str, str]] = {}
+        self._others: dict[tuple[Device, ...], dict[Device, str]] = {}
 
-    def read(self, within_sec: float, *, amd_shares: bool) -> tuple[list[Device], list[str]]:
+    def read(self, within_sec: float, *, amd_shares: bool) -> tuple[list[Reading], list[str]]:
         """All GPUs that can be used, and for people what is left out, and why; an answer of the last `within_sec`
         seconds will do. `amd_shares` says that AMD's GPUs here are processors' own graphics.
 
@@ -92,25 +93,25 @@ class Listed:
             self._taken_sec = now
         return self._last
 
-    def numbers_of(self, devices: Sequence[Device]) -> dict[str, str]:
-        """By name, how Vulkan's loader counts GPUs that another driver tells of; empty where one is not found.
+    def numbers_of(self, gpus: Sequence[Reading]) -> dict[Device, str]:
+        """How Vulkan's loader counts GPUs that another driver tells of; empty where one is not found.
 
         Those of the same name and size are taken for the same, else those of the same size, in their order. The
         engine is asked once.
         """
-        names = tuple(device.name for device in devices)
-        if names not in self._others:
+        devices = tuple(gpu.device for gpu in gpus)
+        if devices not in self._others:
             try:
                 listed = self.read(0, amd_shares=False)[0]
             except subprocess.TimeoutExpired:
                 return {}
-            self._others[names] = {}
-            found = dict(_matched(devices, listed))
+            self._others[devices] = {}
+            found = dict(_matched(gpus, listed))
             if len(found) == len(devices):
-                self._others[names] = found
-        return self._others[names]
+                self._others[devices] = found
+        return self._others[devices]
 
-    def _read(self, amd_shares: bool) -> tuple[list[Device], list[str]]:
+    def _read(self, amd_shares: bool) -> tuple[list[Reading], list[str]]:
         lines = self._list(self._environ)
         left_out = [
             f"{line.backend} device {line.label} is known to the engine alone: its models count as in RAM"
@@ -122,25 +123,24 @@ class Listed:
         if labels and labels not in self._counted:
             self._counted[labels] = list(self._numbers(labels))
         sharing = self._sharing(labels, amd_shares)
-        devices = []
+        gpus = []
         for number, (line, counted) in enumerate(zip(found, self._counted.get(labels, ()), strict=True)):
             if counted is None:
                 left_out.append(f"{line.label} cannot be shown to an engine alone: its models count as in RAM")
             elif number in sharing and number not in self._asked:
                 left_out.append(f"{line.label} shares the processor's memory: its models count as in RAM")
             else:
-                devices.append(
-                    Device(
-                        name=f"gpu{number}",
+                gpus.append(
+                    Reading(
+                        Device.gpu(number),
                         kind="vulkan",
                         label=line.label,
                         uuid=str(counted),
                         total_mib=line.total_mib,
                         free_mib=min(line.free_mib, line.total_mib),
-                        number=number,
                     )
                 )
-        return devices, left_out
+        return gpus, left_out
 
     def _numbers(self, labels: Sequence[str]) -> Iterator[int | None]:
         """As the loader counts the listed GPUs, in their order; None for one that is not found. Each that it has
@@ -193,14 +193,14 @@ class Listed:
         return [_Line(each[1], each[3], int(each[4]), int(each[5])) for each in found if each is not None]
 
 
-def _matched(devices: Sequence[Device], listed: Sequence[Device]) -> Iterator[tuple[str, str]]:
+def _matched(gpus: Sequence[Reading], listed: Sequence[Reading]) -> Iterator[tuple[Device, str]]:
     left = list(listed)
-    for device in devices:
-        alike = [one for one in left if abs(one.total_mib / max(1, device.total_mib) - 1) < _SAME_SIZE]
+    for gpu in gpus:
+        alike = [one for one in left if abs(one.total_mib / max(1, gpu.total_mib) - 1) < _SAME_SIZE]
         if alike:
-            one = min(alike, key=lambda one: one.label != device.label)
+            one = min(alike, key=lambda one: one.label != gpu.label)
             left.remove(one)
-            yield device.name, one.uuid
+            yield gpu.device, one.uuid
 
 
 def _text(path: Path) -> str:

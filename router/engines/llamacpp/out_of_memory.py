@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+from router.system.devices import HOST, Device
+
 _MIB = 1 << 20
 _SIGNS = re.compile(
     r"out of memory|insufficient memory|MemoryError"
@@ -31,20 +33,20 @@ _BUFFER = re.compile(r"allocate (\w+) buffer of size (\d+)")
 _NUMBER = re.compile(r"\D(\d+)$")
 
 
-def ran_out(log: Iterable[str]) -> Mapping[str, int] | None:
+def ran_out(log: Iterable[str]) -> Mapping[Device, int] | None:
     """What it asked for last on each device that had no more, in MiB, as far as it says; None: not for memory.
 
     GPUs are counted as the engine does.
     """
     found = False
-    wanted: dict[str, int] = {}
+    wanted: dict[Device, int] = {}
     for line in log:
         if not _SIGNS.search(line) or _HARMLESS.search(line):
             continue
         found = True
         if (asked := _ON_DEVICE.search(line)) is not None:
-            wanted[f"gpu{asked[2]}"] = round(float(asked[1]))
+            wanted[Device.shown(int(asked[2]))] = round(float(asked[1]))
         elif (buffer := _BUFFER.search(line)) is not None:
             number = _NUMBER.search(buffer[1])
-            wanted[f"gpu{number[1]}" if number else "host"] = -(-int(buffer[2]) // _MIB)
+            wanted[Device.shown(int(number[1])) if number else HOST] = -(-int(buffer[2]) // _MIB)
     return wanted if found else None

@@ -19,11 +19,12 @@ from typing import TypeVar
 
 from router.config.schema import ModelConfig, System
 from router.engines.llamacpp.flags import FlagError, as_started
-from router.engines.llamacpp.footprint import HOST, gpu_numbers
+from router.engines.llamacpp.footprint import gpu_numbers
 from router.engines.llamacpp.sizing import EngineKind, Size, Sizer, Unusable, WrongFlags, read_files
 from router.hardware.devices import visible
 from router.memory.measurements import Identity, Learned
 from router.scheduling.messages import Placement
+from router.system.devices import HOST, Device
 
 T = TypeVar("T")
 
@@ -45,17 +46,13 @@ _LOAD_BYTES_PER_SEC = 1 << 30
 class Site:
     """A device as a place for engines, in MiB."""
 
-    name: str
+    device: Device
     budget_mib: int
     """What our engines may use of it together."""
     free_mib: int
     """What of that none of them is booked with."""
-    number: int | None = None
-    """The driver's, for a GPU."""
     uuid: str = ""
     kind: str = "cuda"
-    divisible: bool = True
-    """Whether a model may have other parts of itself on other GPUs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,20 +61,20 @@ class Ground:
 
     gpus: tuple[Site, ...]
     host: Site
-    environment: Callable[[Sequence[str]], Mapping[str, str]] = field(default=lambda _: {})
-    """What shows an engine the named GPUs and no others."""
+    environment: Callable[[Sequence[Device]], Mapping[str, str]] = field(default=lambda _: {})
+    """What shows an engine these GPUs and no others."""
 
     def holds(self, placement: Placement) -> bool:
         """Whether it fits if all our engines leave."""
-        budgets = {site.name: site.budget_mib for site in (*self.gpus, self.host)}
-        return all(mib <= budgets[name] for name, mib in placement.items())
+        budgets = {site.device: site.budget_mib for site in (*self.gpus, self.host)}
+        return all(mib <= budgets[device] for device, mib in placement.items())
 
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
     """One way to run a model."""
 
-    gpus: tuple[str, ...]
+    gpus: tuple[Device, ...]
     """The GPUs that the engine is shown, in the order in which it counts them; none: it runs on the host."""
     size: Size
     placement: Placement
@@ -97,17 +94,17 @@ class Alternative:
     @property
     def need(self) -> str:
         """For people: `5000 MiB on gpu0 and 300 MiB on host (llama-fit-params)`."""
-        parts = [f"{mib} MiB on {name}" for name, mib in sorted(self.placement.items())]
+        parts = [f"{mib} MiB on {device}" for device, mib in sorted(self.placement.items())]
         return f"{' and '.join(parts)} ({self.size.source})"
 
-    def named(self, counted: Mapping[str, T]) -> dict[str, T]:
-        """By the names of devices what is by the engine's counting of GPUs."""
-        return {HOST if name == HOST else self.gpus[int(name[3:])]: each for name, each in counted.items()}
+    def as_driven(self, counted: Mapping[Device, T]) -> dict[Device, T]:
+        """By the driver's counting what is by the engine's."""
+        return {self.gpus[device.index] if device.is_gpu else device: each for device, each in counted.items()}
 
-    def as_counted(self, by_device: Mapping[str, int]) -> dict[str, int]:
-        """The other way round."""
-        counted = {name: f"gpu{place}" for place, name in enumerate(self.gpus)} | {HOST: HOST}
-        return {counted[name]: mib for name, mib in by_device.items() if name in counted}
+    def as_counted(self, driven: Mapping[Device, T]) -> dict[Device, T]:
+        """The other way round, of those devices that it has."""
+        counted = {gpu: Device.shown(place) for place, gpu in enumerate(self.gpus)} | {HOST: HOST}
+        return {counted[device]: each for device, each in driven.items() if device in counted}
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,9 +166,9 @@ def advise(
     """What would fit where a placement proved to be too much; empty if nobody can tell. Blocking."""
 
     def smaller(site: Site) -> Site:
-        return replace(site, budget_mib=int(0.9 * too_much.get(site.name, 0)))
+        return replace(site, budget_mib=int(0.9 * too_much.get(site.device, 0)))
 
-    gpus = tuple(smaller(site) for site in ground.gpus if site.name in too_much)
+    gpus = tuple(smaller(site) for site in ground.gpus if site.device in too_much)
     host = ground.host if gpus else smaller(ground.host)
     try:
         return _places(model, system, engine, Ground(gpus, host), learned).advice()
@@ -253,7 +250,7 @@ class _Places:
         if not self._sizer.knows_parts:
             return ""
         sites = () if self._stays_on_host else self._together()
-        free = {f"gpu{place}": site.budget_mib for place, site in enumerate(sites)}
+        free = {Device.shown(place): site.budget_mib for place, site in enumerate(sites)}
         free[HOST] = self._ground.host.budget_mib
         if largest := self._sizer.largest_context((), free):
             return f"it would fit with -c {largest}"
@@ -303,7 +300,7 @@ class _Places:
             return _group(gpus)
         shown = list(dict.fromkeys(number for flag in flags for number in gpu_numbers(flag.text)))
         if max(shown, default=-1) >= len(gpus):
-            ours = ", ".join(site.name for site in gpus)
+            ours = ", ".join(str(site.device) for site in gpus)
             wrong = " ".join(word for flag in flags for word in flag.words)
             raise Unusable(f"its flags: {wrong} goes beyond the GPUs that there are ({ours}, counted from 0)")
         added: list[str] = []
@@ -323,11 +320,11 @@ class _Places:
             for site in self._ground.gpus:
                 if self._are_of_vulkan:
                     by_number.setdefault(int(site.uuid), [site])
-                elif site.number is not None:
-                    by_number.setdefault(site.number, []).append(site)
+                else:
+                    by_number.setdefault(site.device.index, []).append(site)
             named = visible(by_number, spelled)
             if not named:
-                ours = ", ".join(site.name for site in self._ground.gpus)
+                ours = ", ".join(str(site.device) for site in self._ground.gpus)
                 raise Unusable(f"{name}={spelled} in its env begins with none of the GPUs that there are ({ours})")
             return named
         return None
@@ -366,7 +363,7 @@ class _Places:
         sites = self._ground.gpus
         for site in sites:
             yield _group([site])
-        divisible = [site for site in sites if site.divisible] if self._may_divide else []
+        divisible = [site for site in sites if not site.device.is_part] if self._may_divide else []
         for count in range(2, len(divisible) + 1):
             for figure in ("free_mib", "budget_mib"):
                 room = attrgetter(figure)
@@ -378,13 +375,13 @@ class _Places:
         """As much of the GPUs as one model can have."""
         own = self._own_group()
         gpus = self._ground.gpus if own is None else own.sites
-        several = tuple(site for site in gpus if site.divisible) if self._may_divide else ()
+        several = tuple(site for site in gpus if not site.device.is_part) if self._may_divide else ()
         return several or tuple(sorted(gpus, key=lambda site: site.budget_mib, reverse=True)[:1])
 
     def _rank(self, one: Alternative) -> tuple[bool, bool, int, bool, int]:
         """What fits comes first, then what is whole, then fewer GPUs; of those, where it fits now and snugly."""
-        free = {site.name: site.free_mib for site in self._ground.gpus}
-        left = sum(free[name] - one.placement.get(name, 0) for name in one.gpus)
+        free = {site.device: site.free_mib for site in self._ground.gpus}
+        left = sum(free[gpu] - one.placement.get(gpu, 0) for gpu in one.gpus)
         return not self._ground.holds(one.placement), bool(one.remark), len(one.gpus), left < 0, left
 
     # --- alternatives -----------------------------------------------------------------------------------
@@ -403,7 +400,7 @@ class _Places:
             one = self._settled(group, ("--tensor-split", _percentages(rooms)))
             if one is None or not self._sizer.knows_parts:
                 break
-            over = [max(0, one.placement.get(site.name, 0) - site.budget_mib) for site in group.sites]
+            over = [max(0, one.placement.get(site.device, 0) - site.budget_mib) for site in group.sites]
             if not any(over):
                 break
             rooms = [max(1.0, room - 1.1 * mib) for room, mib in zip(rooms, over, strict=True)]
@@ -473,26 +470,26 @@ class _Places:
         added = (*group.added, *added, *(self._as_placed if group.sites else ()))
         if context is not None:
             added = (*added, "-c", str(context))
-        variables = shown(self._ground.environment([site.name for site in group.sites]), self._own_env)
+        variables = shown(self._ground.environment([site.device for site in group.sites]), self._own_env)
         size = self._sizer.parts(added, len(group.sites), variables, exact=exact)
         return None if size is None else self._alternative(group, size, added, context, remark)
 
     def _alternative(
         self, group: _Group, size: Size, added: tuple[str, ...], context: int | None, remark: str
     ) -> Alternative:
-        names = tuple(site.name for site in group.sites)
-        one = Alternative(names, size, {}, added, context, remark, is_given=self._sizer.given_mib is not None)
-        figures = one.named(size.mib)
+        gpus = tuple(site.device for site in group.sites)
+        one = Alternative(gpus, size, {}, added, context, remark, is_given=self._sizer.given_mib is not None)
+        figures = one.as_driven(size.mib)
         if size.source == "measured":
-            figures = self._let_in(figures, one.named(size.estimated))
+            figures = self._let_in(figures, one.as_driven(size.estimated))
         return replace(one, placement=figures)
 
-    def _let_in(self, measured: Mapping[str, int], estimated: Mapping[str, int]) -> dict[str, int]:
+    def _let_in(self, measured: Placement, estimated: Placement) -> dict[Device, int]:
         """What an engine held when it ran keeps none out that the estimate lets in: it gets all that there is."""
-        budgets = {site.name: site.budget_mib for site in (*self._ground.gpus, self._ground.host)}
+        budgets = {site.device: site.budget_mib for site in (*self._ground.gpus, self._ground.host)}
         return {
-            name: budgets[name] if estimated.get(name, mib) <= budgets[name] < mib else mib
-            for name, mib in measured.items()
+            device: budgets[device] if estimated.get(device, mib) <= budgets[device] < mib else mib
+            for device, mib in measured.items()
         }
 
 

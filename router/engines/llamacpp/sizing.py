@@ -3,7 +3,7 @@
 Best first: `footprint_mb` of its entry; what an engine of the same kind was measured to take; llama.cpp's own
 tool; formulas; the size of its files. Tool and formulas are corrected by what was measured with other flags.
 
-GPUs are counted as the engine counts them: `gpu0` is the first that it is shown. Which those are is up to
+GPUs are counted as the engine counts them, from the first that it is shown. Which those are is up to
 `plan.py`. Reads files and asks the tool: blocking.
 """
 
@@ -24,13 +24,14 @@ from router.config.schema import ModelConfig
 from router.engines.llamacpp import adapters, fit_params, footprint
 from router.engines.llamacpp.build_flags import Has, Spoken, default_slots, read_help, slots_told, spoken
 from router.engines.llamacpp.flags import OWNED, FlagError, Flags, argv, replaced
-from router.engines.llamacpp.footprint import HOST, Footprint, Share
+from router.engines.llamacpp.footprint import Footprint, Share
 from router.engines.llamacpp.purpose import unserved
 from router.engines.process import KEY_VARIABLE, Binary, signal_name
 from router.formats import gguf
 from router.formats.gguf import GGUF
 from router.memory.measurements import Identity, Learned, files_of
 from router.observe.reasons import Problem
+from router.system.devices import HOST, Device
 from router.system.privacy import without_secrets
 
 _MIB = 1 << 20
@@ -239,9 +240,9 @@ def _help_of(program: str, build: str) -> _Help:
 class Size:
     """MiB per device, and where the figures come from."""
 
-    mib: Mapping[str, int]
+    mib: Mapping[Device, int]
     source: str
-    estimated: Mapping[str, int]
+    estimated: Mapping[Device, int]
     """By the tool or the formulas, before anything measured was taken into account."""
     identity: Identity | None = None
     """By which what is measured of an engine with these flags can be remembered."""
@@ -283,15 +284,15 @@ class Sizer:
             mib = max(1, round(self.files.nbytes * self._multiplier / _MIB))
             source = f"file size × {self._multiplier:g}"
         total = sum(rooms)
-        figures: Mapping[str, int] = {HOST: mib}
+        figures: Mapping[Device, int] = {HOST: mib}
         if rooms:
-            figures = {f"gpu{place}": round(mib * room / total) for place, room in enumerate(rooms)}
+            figures = {Device.shown(place): round(mib * room / total) for place, room in enumerate(rooms)}
         identity = self._identity((), len(rooms))
         if self.given_mib is not None:
             return Size(figures, source, figures, identity)
         measured = self._learned.measured(identity)
         if measured is not None:
-            ours = {name: mib for name, mib in measured.items() if name in figures or name == HOST}
+            ours = {device: mib for device, mib in measured.items() if device in figures or device == HOST}
             return Size({**figures, **ours}, "measured", figures, identity)
         figures, source = self._raised(figures, source, identity)
         return Size(figures, source, figures, identity)
@@ -311,7 +312,9 @@ class Sizer:
             return None
         taken = said or self.by_formula(flags, gpus)
         taken = replace(taken, devices=_known(taken.devices, gpus))
-        figures = {name: mib + (PROCESS_MIB if name == HOST else DRIVER_MIB) for name, mib in taken.mib().items()}
+        figures = {
+            device: mib + (DRIVER_MIB if device.is_gpu else PROCESS_MIB) for device, mib in taken.mib().items()
+        }
         source = "llama-fit-params" if said else "formulas"
         measured = self._learned.measured(identity) if identity is not None else None
         if measured is not None:
@@ -319,8 +322,8 @@ class Sizer:
         factors = self.ratio(gpus)
         # Never less than what llama.cpp asks for: only what comes on top of it varies.
         asked = taken.mib()
-        corrected: Mapping[str, int] = {
-            name: max(asked[name], round(mib * factors[name])) for name, mib in figures.items()
+        corrected: Mapping[Device, int] = {
+            device: max(asked[device], round(mib * factors[device])) for device, mib in figures.items()
         }
         if corrected != figures:
             source += ", corrected as measured with other flags"
@@ -342,14 +345,14 @@ class Sizer:
                 gpus=gpus,
             )
 
-    def largest_context(self, added: tuple[str, ...], free_mib: Mapping[str, int]) -> int:
+    def largest_context(self, added: tuple[str, ...], free_mib: Mapping[Device, int]) -> int:
         """The largest `-c` with which it fits, by formula; 0 if with none."""
         files = self.files
         assert files.model is not None
         factors = self.ratio(len(free_mib) - 1)
         usable = {
-            name: int(mib / factors[name]) - (PROCESS_MIB if name == HOST else DRIVER_MIB)
-            for name, mib in free_mib.items()
+            device: int(mib / factors[device]) - (DRIVER_MIB if device.is_gpu else PROCESS_MIB)
+            for device, mib in free_mib.items()
         }
         with _sized(files):
             return footprint.largest_context(
@@ -365,10 +368,10 @@ class Sizer:
         own = argv(flag for flag in self.flags.given if flag.index >= 0)
         return Flags(replaced(own, added), self._environ)
 
-    def ratio(self, gpus: int) -> Mapping[str, float]:
+    def ratio(self, gpus: int) -> Mapping[Device, float]:
         """Measured to estimated, per device."""
         known = self._learned.ratio(self._identity((), gpus))
-        return {HOST: known.get(HOST, 1.0), **{f"gpu{place}": known.get("gpu", 1.0) for place in range(gpus)}}
+        return {HOST: known.host, **{Device.shown(place): known.gpus for place in range(gpus)}}
 
     def _ask(self, flags: Flags, visible: Mapping[str, str]) -> Footprint | None:
         files, tool = self.files, self._engine.tool if self._engine else None
@@ -385,12 +388,12 @@ class Sizer:
         )
 
     def _raised(
-        self, figures: Mapping[str, int], source: str, identity: Identity
-    ) -> tuple[Mapping[str, int], str]:
+        self, figures: Mapping[Device, int], source: str, identity: Identity
+    ) -> tuple[Mapping[Device, int], str]:
         raised = self._learned.raised(identity)
-        if all(mib <= figures.get(name, 0) for name, mib in raised.items()):
+        if all(mib <= figures.get(device, 0) for device, mib in raised.items()):
             return figures, source
-        more = {name: max(mib, raised.get(name, 0)) for name, mib in figures.items()}
+        more = {device: max(mib, raised.get(device, 0)) for device, mib in figures.items()}
         return more, f"{source}, raised since it ran out of memory"
 
     def _identity(self, added: tuple[str, ...], gpus: int) -> Identity:
@@ -399,18 +402,20 @@ class Sizer:
         return Identity(files_of(*self.files.paths), build, (*own, *added), gpus)
 
 
-def _within_reason(measured: Mapping[str, int], estimated: Mapping[str, int], asked: Footprint) -> dict[str, int]:
+def _within_reason(
+    measured: Mapping[Device, int], estimated: Mapping[Device, int], asked: Footprint
+) -> dict[Device, int]:
     """What cannot be true must not count for ever: it is the weights at least, and not many times the estimate."""
     return {
-        name: min(max(measured.get(name, mib), math.ceil(asked.devices[name].weights)), _MOST_MEASURED * mib)
-        for name, mib in estimated.items()
+        device: min(max(measured.get(device, mib), math.ceil(asked.devices[device].weights)), _MOST_MEASURED * mib)
+        for device, mib in estimated.items()
     }
 
 
-def _known(shares: Mapping[str, Share], gpus: int) -> dict[str, Share]:
+def _known(shares: Mapping[Device, Share], gpus: int) -> dict[Device, Share]:
     """GPUs that we do not know, such as Apple's, have their memory from the host."""
-    known: dict[str, Share] = {}
-    for name, share in shares.items():
-        place = HOST if name == HOST or int(name[3:]) >= gpus else name
+    known: dict[Device, Share] = {}
+    for device, share in shares.items():
+        place = HOST if device.index >= gpus else device
         known[place] = known.get(place, Share()) + share
     return known

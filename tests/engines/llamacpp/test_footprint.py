@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gpus import SHOWN0, SHOWN1
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import Blueprint, gguf_bytes, write_llama, write_projector
@@ -23,6 +24,7 @@ from router.engines.llamacpp.flags import FlagError, Flags
 from router.engines.llamacpp.footprint import Footprint, Share
 from router.formats import gguf
 from router.formats.gguf import GGUF
+from router.system.devices import HOST
 
 FIT_PARAMS = find_fit_params()
 needs_the_tool = pytest.mark.skipif(FIT_PARAMS is None, reason="no llama-fit-params on this machine")
@@ -132,7 +134,7 @@ def test_sparse_attention_computes_with_what_the_engine_says(model: str, flags: 
 def test_a_server_needs_what_its_log_says(
     model: str, flags: str, kv: float, recurrent: float, compute: float
 ) -> None:
-    host = need(model, flags).devices["host"]
+    host = need(model, flags).devices[HOST]
 
     assert (host.kv, host.recurrent) == pytest.approx((kv, recurrent), abs=0.01)
     assert host.compute == pytest.approx(compute, rel=0.15)
@@ -150,30 +152,30 @@ def test_the_installed_engine_says_the_same() -> None:
 
 class TestPlacement:
     def test_without_gpus_everything_is_on_the_host(self) -> None:
-        assert set(need("llama-3.1-8b", "-c 8192 -ngl 99").devices) == {"host"}
+        assert set(need("llama-3.1-8b", "-c 8192 -ngl 99").devices) == {HOST}
 
     def test_the_last_layers_go_to_the_gpu_first_and_the_input_embedding_never(self) -> None:
         half = need("llama-3.1-8b", "-c 8192 -ngl 17", gpus=1).devices
         all_of_it = need("llama-3.1-8b", "-c 8192", gpus=1).devices
         embedding = 128256 * 4096 * 210 / 256 / footprint.MIB
 
-        assert half["gpu0"].kv == half["host"].kv == 512
-        assert half["gpu0"].weights - half["host"].weights == pytest.approx(0, abs=1)  # output there, input here
-        assert all_of_it["host"].weights == pytest.approx(embedding)
-        assert all_of_it["host"].kv == 0
+        assert half[SHOWN0].kv == half[HOST].kv == 512
+        assert half[SHOWN0].weights - half[HOST].weights == pytest.approx(0, abs=1)  # output there, input here
+        assert all_of_it[HOST].weights == pytest.approx(embedding)
+        assert all_of_it[HOST].kv == 0
 
     def test_a_tied_embedding_is_on_both_sides(self) -> None:
         there = need("qwen3-4b", "-c 8192", gpus=1).devices
-        here = need("qwen3-4b", "-c 8192").devices["host"]
+        here = need("qwen3-4b", "-c 8192").devices[HOST]
 
-        assert there["gpu0"].weights == pytest.approx(here.weights)
-        assert there["host"].weights == pytest.approx(151936 * 2560 * 210 / 256 / footprint.MIB)
+        assert there[SHOWN0].weights == pytest.approx(here.weights)
+        assert there[HOST].weights == pytest.approx(151936 * 2560 * 210 / 256 / footprint.MIB)
 
     def test_a_tied_embedding_that_the_processor_repacks_is_there_twice(self, tmp_path: Path) -> None:
         header = gguf.read(write_llama(tmp_path / "tied.gguf", n_vocab=1024, quantization="Q4_0", tied=True))
         (embedding,) = (tensor.nbytes for tensor in header.tensors if tensor.name == "token_embd.weight")
         weights = {
-            flag: footprint.estimate(header, Flags(flag.split()), gpus=0).devices["host"].weights * footprint.MIB
+            flag: footprint.estimate(header, Flags(flag.split()), gpus=0).devices[HOST].weights * footprint.MIB
             for flag in ("", "--no-repack", "--load-mode mmap+mlock", "--mlock")
         }
         assert weights[""] - weights["--no-repack"] == embedding
@@ -188,33 +190,33 @@ class TestPlacement:
         half = need("qwen3-30b-a3b", "-c 8192 --n-cpu-moe 24", gpus=1)
         none = need("qwen3-30b-a3b", "-c 8192 --n-cpu-moe 0", gpus=1)
 
-        experts = none.devices["gpu0"].weights - all_experts.devices["gpu0"].weights
+        experts = none.devices[SHOWN0].weights - all_experts.devices[SHOWN0].weights
         assert experts == pytest.approx(48 * 3 * 128 * 768 * 2048 * 144 / 256 / footprint.MIB)
-        assert none.devices["gpu0"].weights - half.devices["gpu0"].weights == pytest.approx(experts / 2)
+        assert none.devices[SHOWN0].weights - half.devices[SHOWN0].weights == pytest.approx(experts / 2)
         assert by_pattern.devices == all_experts.devices
 
     def test_a_split_gives_each_gpu_its_part_of_the_layers(self) -> None:
         three_to_one = need("qwen3-30b-a3b", "-c 8192 -ts 3,1", gpus=2).devices
         only_second = need("qwen3-30b-a3b", "-c 8192 -sm none -mg 1", gpus=2).devices
 
-        assert (three_to_one["gpu0"].kv, three_to_one["gpu1"].kv) == (37 * 16, 11 * 16)
-        assert only_second["gpu1"].kv == 768
-        assert "gpu0" not in only_second
+        assert (three_to_one[SHOWN0].kv, three_to_one[SHOWN1].kv) == (37 * 16, 11 * 16)
+        assert only_second[SHOWN1].kv == 768
+        assert SHOWN0 not in only_second
 
     def test_the_cache_stays_on_the_host_when_told_to(self) -> None:
         devices = need("llama-3.1-8b", "-c 8192 -nkvo", gpus=1).devices
 
-        assert (devices["gpu0"].kv, devices["host"].kv) == (0, 1024)
+        assert (devices[SHOWN0].kv, devices[HOST].kv) == (0, 1024)
 
     def test_without_flash_attention_the_cpu_has_the_scores_of_a_full_context_twice(self) -> None:
         heads, context, batch, half = 32, 8192, 512, 2
         scores = heads * context * batch * half / footprint.MIB
-        assert need("qwen3-8b", "-c 8192 -fa off").devices["host"].work == scores
-        assert need("qwen3-8b", "-c 8192").devices["host"].work == 0
-        assert need("qwen3-8b", "-c 8192 -fa off", gpus=1).devices["host"].work == 0
+        assert need("qwen3-8b", "-c 8192 -fa off").devices[HOST].work == scores
+        assert need("qwen3-8b", "-c 8192").devices[HOST].work == 0
+        assert need("qwen3-8b", "-c 8192 -fa off", gpus=1).devices[HOST].work == 0
 
     def test_no_device_means_the_host(self) -> None:
-        assert set(need("llama-3.1-8b", "-c 8192 -dev none", gpus=2).devices) == {"host"}
+        assert set(need("llama-3.1-8b", "-c 8192 -dev none", gpus=2).devices) == {HOST}
 
 
 class TestContext:
@@ -230,35 +232,35 @@ class TestContext:
 
     def test_the_largest_that_fits_fits_and_the_next_does_not(self) -> None:
         header, flags = header_of("qwen3-8b"), Flags([])
-        largest = footprint.largest_context(header, flags, {"host": 8000})
+        largest = footprint.largest_context(header, flags, {HOST: 8000})
 
         assert 0 < largest < 40960
-        assert need("qwen3-8b", f"-c {largest}").mib()["host"] <= 8000
-        assert need("qwen3-8b", f"-c {largest + 256}").mib()["host"] > 8000
+        assert need("qwen3-8b", f"-c {largest}").mib()[HOST] <= 8000
+        assert need("qwen3-8b", f"-c {largest + 256}").mib()[HOST] > 8000
 
     def test_no_context_fits_where_the_weights_do_not(self) -> None:
-        assert footprint.largest_context(header_of("qwen3-8b"), Flags([]), {"host": 4000}) == 0
+        assert footprint.largest_context(header_of("qwen3-8b"), Flags([]), {HOST: 4000}) == 0
 
     def test_every_device_must_have_room(self) -> None:
-        header, free = header_of("qwen3-8b"), {"gpu0": 8000, "host": 8000}
+        header, free = header_of("qwen3-8b"), {SHOWN0: 8000, HOST: 8000}
 
         assert footprint.largest_context(header, Flags([]), free) > 0
-        assert footprint.largest_context(header, Flags([]), {**free, "host": 100}) == 0
+        assert footprint.largest_context(header, Flags([]), {**free, HOST: 100}) == 0
 
     def test_nobody_gets_more_than_the_model_was_trained_for(self) -> None:
-        assert footprint.largest_context(header_of("qwen3-0.6b"), Flags([]), {"host": 10**6}) == 40960
+        assert footprint.largest_context(header_of("qwen3-0.6b"), Flags([]), {HOST: 10**6}) == 40960
 
 
 class TestCompanions:
     def test_a_projector_counts_its_tensors_and_its_work(self, tmp_path: Path) -> None:
         projector = gguf.read(write_projector(tmp_path / "mmproj.gguf"))
-        share = need("gemma-3-4b", "-c 8192", gpus=1, projector=projector).devices["gpu0"].projector
+        share = need("gemma-3-4b", "-c 8192", gpus=1, projector=projector).devices[SHOWN0].projector
         on_host = need("gemma-3-4b", "-c 8192 --no-mmproj-offload", gpus=1, projector=projector).devices
 
         assert share == pytest.approx(
             1024 + 64 * 64 * 2 / footprint.MIB
         )  # it does not say how large its pictures are
-        assert (on_host["gpu0"].projector, on_host["host"].projector) == (0, share)
+        assert (on_host[SHOWN0].projector, on_host[HOST].projector) == (0, share)
 
     def test_a_large_picture_takes_room(self) -> None:
         keys = {"image_size": 896, "patch_size": 14, "embedding_length": 1152, "feed_forward_length": 4304}
@@ -266,20 +268,20 @@ class TestCompanions:
         siglip = Blueprint("clip", metadata, {"v.blk.0.ffn_up.weight": (1152, 4304)}, "F16")
         header = gguf.parse(siglip.header(), file_bytes=siglip.file_bytes())
 
-        assert need("gemma-3-4b", "-c 8192", projector=header).devices["host"].projector > 1024
+        assert need("gemma-3-4b", "-c 8192", projector=header).devices[HOST].projector > 1024
 
     def test_a_draft_has_weights_and_a_cache_of_the_same_length_with_types_of_its_own(self) -> None:
-        alone = need("qwen3-8b", "-c 8192").devices["host"]
-        draft = need("qwen3-0.6b", "-c 8192 -ctk q8_0 -ctv q8_0").devices["host"]
-        both = need("qwen3-8b", "-c 8192 -ctkd q8_0 -ctvd q8_0", draft=header_of("qwen3-0.6b")).devices["host"]
+        alone = need("qwen3-8b", "-c 8192").devices[HOST]
+        draft = need("qwen3-0.6b", "-c 8192 -ctk q8_0 -ctv q8_0").devices[HOST]
+        both = need("qwen3-8b", "-c 8192 -ctkd q8_0 -ctvd q8_0", draft=header_of("qwen3-0.6b")).devices[HOST]
 
         assert both == alone + draft
 
     def test_a_draft_may_live_elsewhere(self) -> None:
         devices = need("qwen3-8b", "-c 8192 -ngld 0", gpus=1, draft=header_of("qwen3-0.6b")).devices
 
-        assert devices["gpu0"].weights == need("qwen3-8b", "-c 8192", gpus=1).devices["gpu0"].weights
-        assert devices["host"].kv == 896
+        assert devices[SHOWN0].weights == need("qwen3-8b", "-c 8192", gpus=1).devices[SHOWN0].weights
+        assert devices[HOST].kv == 896
 
     @pytest.mark.parametrize(
         ("flags", "mib"), [("", 8192), ("-cram 100", 100), ("-cram 0", 0), ("-cram -1", None)]
@@ -334,7 +336,7 @@ def test_a_file_may_say_anything(architecture: str, said: dict[str, tuple[str, A
     header = gguf.parse(raw, file_bytes=len(raw))
 
     found = footprint.estimate(header, Flags([]), gpus=2)
-    largest = footprint.largest_context(header, Flags([]), {"gpu0": 1000, "gpu1": 1000, "host": 1000})
+    largest = footprint.largest_context(header, Flags([]), {SHOWN0: 1000, SHOWN1: 1000, HOST: 1000})
 
     assert all(mib >= 0 for mib in found.mib().values())
     assert largest >= 0
@@ -394,7 +396,7 @@ class TestFitParams:
             for environ in ({variable: "-1"}, {variable: "0"}, {})
         ]
 
-        assert [found and list(found.devices) for found in shown] == [["host"], ["gpu0", "host"], ["gpu0", "host"]]
+        assert [found and list(found.devices) for found in shown] == [[HOST], [SHOWN0, HOST], [SHOWN0, HOST]]
 
     def test_gpus_come_in_their_order(self, tmp_path: Path, model: GGUF) -> None:
         tool = self.tool(tmp_path, "echo CUDA0 500 30 600; echo CUDA1 300 57 600; echo Host 300 0 20")
@@ -403,9 +405,9 @@ class TestFitParams:
 
         assert found is not None
         assert [(name, share.weights) for name, share in found.devices.items()] == [
-            ("gpu0", 500),
-            ("gpu1", 300),
-            ("host", 300),
+            (SHOWN0, 500),
+            (SHOWN1, 300),
+            (HOST, 300),
         ]
 
     @pytest.mark.parametrize(
@@ -462,12 +464,12 @@ class TestFitParams:
         ours = footprint.estimate(model, Flags(flags.split()), gpus=0)
 
         assert said is not None
-        assert said.devices["host"].total == pytest.approx(ours.devices["host"].total, rel=0.01)
+        assert said.devices[HOST].total == pytest.approx(ours.devices[HOST].total, rel=0.01)
 
 
 def test_a_model_that_is_really_there_is_counted_to_the_byte(tmp_path: Path) -> None:
     header = gguf.read(write_llama(tmp_path / "tiny.gguf"))
-    host = footprint.estimate(header, Flags(["-c", "512", "-np", "1"]), gpus=0).devices["host"]
+    host = footprint.estimate(header, Flags(["-c", "512", "-np", "1"]), gpus=0).devices[HOST]
 
     assert host.weights * footprint.MIB == sum(tensor.nbytes for tensor in header.tensors)
     assert host.kv * footprint.MIB == 512 * 2 * 2 * 64 * 2
@@ -487,7 +489,7 @@ def of_architecture(name: str, flags: str) -> Share:
         key: tuple(v) if isinstance(v, list) else v for key, v in EVERY_ARCHITECTURE[name]["metadata"].items()
     }
     header = GGUF(None, 3, "little", metadata, (), (), 0, ())
-    return footprint.estimate(header, Flags(flags.split()), gpus=0).devices["host"]
+    return footprint.estimate(header, Flags(flags.split()), gpus=0).devices[HOST]
 
 
 @pytest.mark.parametrize("name", EVERY_ARCHITECTURE)
