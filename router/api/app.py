@@ -35,7 +35,6 @@ from router.api.live import Live
 from router.api.llama_swap import DONE_BY_GET
 from router.api.openapi import describe
 from router.catalog.cards import Cards
-from router.dataplane.routing import DATA_PLANE
 from router.dataplane.shortening import most_values
 from router.dialects.ollama import create as creating
 from router.dialects.ollama import pages as ollama
@@ -43,6 +42,7 @@ from router.http.auth import OPEN_PATHS, Keyring
 from router.http.documents import Document
 from router.http.errors import ApiError
 from router.http.origins import Browsers
+from router.http.routes import ROUTES
 from router.observe.metrics import Metrics
 from router.observe.statistics import Telemetry
 from router.runtime.dispatcher import Dispatcher
@@ -143,7 +143,7 @@ def _pages(
     @app.api_route("/openapi.json", methods=["GET", "HEAD"], include_in_schema=False)
     async def description() -> Document:
         names, keys_required = dispatcher.config.names, keyring.required
-        return Document(await asyncio.to_thread(describe, app, DATA_PLANE, names, keys_required=keys_required))
+        return Document(await asyncio.to_thread(describe, app, names, keys_required=keys_required))
 
     app.state.dispatcher = dispatcher
     app.state.reload = reload
@@ -180,7 +180,7 @@ def _pages(
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         path = request.scope["path"]
-        if path in DATA_PLANE:
+        if path in ROUTES:
             return _answer(
                 path, ApiError(405, "method_not_allowed", f"{path} takes POST only."), {"allow": "POST"}
             )

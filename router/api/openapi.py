@@ -14,9 +14,8 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from router.dataplane.routing import TRANSLATED_ROUTES
 from router.http.auth import OPEN_PATHS
-from router.http.errors import is_ollama
+from router.http.routes import OLLAMAS_PAGES, ROUTES, Ask, Dialect, Route, Stream, dialect_of
 
 _ERRORS = {
     400: "Something is wrong with the request; `message` says what.",
@@ -38,13 +37,22 @@ _ERRORS = {
 _DATA_PLANE = (400, 401, 403, 404, 413, 415, 422, 429, 500, 501, 502, 503, 504, 507)
 _FURTHER = {"/v1/models/pull": (409, 429), "/pull": (409, 429, 500, 502)}
 _OF_ENGINES = "Answered by the engine of `model`; its alias may be configured to change the request."
+_TRANSLATED = "Translated for the engine of `model`, and its answer back."
+_ASKS: dict[Ask, str] = {
+    "chat": "The next message of a conversation.",
+    "completion": "What follows a prompt.",
+    "response": "The next message of a conversation.",
+    "embedding": "Vectors for texts.",
+    "ranking": "How well documents answer a query.",
+    "transcription": "What is said in a recording.",
+    "count": "How many tokens such a request has.",
+    "text": "What the tokenizer or the chat template of a model makes of a text.",
+}
 _RETRY_AFTER = {"description": "Seconds after which it may be tried again.", "schema": {"type": "integer"}}
 
 
-def describe(
-    app: FastAPI, routes: Iterable[str], aliases: Iterable[str], *, keys_required: bool
-) -> dict[str, Any]:
-    """The OpenAPI document of now. `routes` are the paths of the data plane, `aliases` what models are called."""
+def describe(app: FastAPI, aliases: Iterable[str], *, keys_required: bool) -> dict[str, Any]:
+    """The OpenAPI document of now. `aliases` is what models are called."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Duplicate Operation ID")  # of HEAD, which is dropped below
         document = get_openapi(title=app.title, version=app.version, summary=_SUMMARY, routes=app.routes)
@@ -72,9 +80,8 @@ def describe(
         item.pop("head", None)  # as GET, without a body
         for method, operation in item.items():
             _complete_page(path, method, operation)
-    for path in sorted(routes):
-        described = _translated(path) if path in TRANSLATED_ROUTES else _of_the_data_plane(path)
-        document["paths"][path] = {"post": described}
+    for path, route in sorted(ROUTES.items()):
+        document["paths"][path] = {"post": _of_the_data_plane(path, route)}
     document["paths"]["/upstream/{alias}/{path}"] = {
         method: _of_an_engine(method) for method in ("get", "post", "put", "delete")
     }
@@ -102,76 +109,77 @@ def _complete_page(path: str, method: str, operation: dict[str, Any]) -> None:
         expected += [413, 507, *_FURTHER.get(path, ())]
     for status in expected:
         answers.setdefault(str(status), _error(status, path))
-    if is_ollama(path):
+    if dialect_of(path) is Dialect.OLLAMA:
         answers |= {status: _error(int(status), path) for status in answers if int(status) >= 400}
 
 
-def _of_the_data_plane(path: str) -> dict[str, Any]:
-    if path.endswith("/audio/transcriptions"):
-        fields = {"model": _ALIAS, "file": {"type": "string", "format": "binary"}}
-        form = {"type": "object", "required": ["model", "file"], "properties": fields}
-        content = {"multipart/form-data": {"schema": form}}
-    else:
-        properties = {"model": _ALIAS, "stream": {"type": "boolean"}}
-        content = {
-            "application/json": {"schema": {"type": "object", "required": ["model"], "properties": properties}}
-        }
+def _of_the_data_plane(path: str, route: Route) -> dict[str, Any]:
+    is_translated = route.dialect is Dialect.OLLAMA
     return {
         "tags": ["data plane"],
-        "summary": f"llama-server's {path}",
-        "description": _OF_ENGINES,
-        "operationId": "engine" + path.replace("/", "_").replace("-", "_"),
+        "summary": _summary(path, route),
+        "description": f"{_ASKS[route.asks]} {_TRANSLATED if is_translated else _OF_ENGINES}",
+        "operationId": ("ollama" if is_translated else "engine") + path.replace("/", "_").replace("-", "_"),
         "parameters": [_PRIORITY, _REQUEST_ID],
-        "requestBody": {"required": True, "content": content},
-        "responses": {
-            "200": {
-                "description": "The engine's answer; with `stream`, as server-sent events.",
-                "headers": _ANSWER_HEADERS,
-                "content": {"application/json": {}, "text/event-stream": {}, "text/plain": {}},
-            },
-            **{str(status): _error(status, path) for status in _DATA_PLANE},
-        },
+        "requestBody": {"required": True, "content": _bodies(route)},
+        "responses": _answers(path, _kinds(route)),
     }
 
 
+def _summary(path: str, route: Route) -> str:
+    if route.dialect is not Dialect.OLLAMA:
+        return f"llama-server's {path}"
+    first = route.paths[0]
+    return f"Ollama's {path}" if path.startswith(OLLAMAS_PAGES) else f"As {first}, but streams only when asked to"
+
+
+def _bodies(route: Route) -> dict[str, Any]:
+    fields: dict[str, Any] = {"model": _ALIAS}
+    if route.stream is not Stream.NONE:
+        fields["stream"] = {"type": "boolean"}
+    if route.body == "form":
+        fields["file"] = {"type": "string", "format": "binary"}
+        form = {"type": "object", "required": ["model", "file"], "properties": fields}
+        return {"multipart/form-data": {"schema": form}}
+    return {"application/json": {"schema": {"type": "object", "required": ["model"], "properties": fields}}}
+
+
+def _kinds(route: Route) -> tuple[str, ...]:
+    """Content types of what is answered."""
+    if route.stream is Stream.NONE:
+        return ("application/json",)
+    if route.dialect is Dialect.OLLAMA:
+        return ("application/json", "application/x-ndjson")
+    return ("application/json", "text/event-stream", *(("text/plain",) if route.body == "form" else ()))
+
+
+def _answers(path: str, kinds: Iterable[str]) -> dict[str, Any]:
+    answered = {
+        "description": "The answer; with `stream`, as it comes, where the route has streams.",
+        "headers": _ANSWER_HEADERS,
+        "content": {kind: {} for kind in kinds},
+    }
+    return {"200": answered, **{str(status): _error(status, path) for status in _DATA_PLANE}}
+
+
 def _of_an_engine(method: str) -> dict[str, Any]:
-    operation = _of_the_data_plane("/upstream")
-    del operation["requestBody"]
     return {
-        **operation,
+        "tags": ["data plane"],
         "summary": "Whatever the engine of a model has at its own path",
         "description": "As it is there. What may change an engine for all is for full keys.",
         "operationId": f"engine_upstream_{method}",
         "parameters": [
             {"name": "alias", "in": "path", "required": True, "schema": _ALIAS},
             {"name": "path", "in": "path", "required": True, "schema": {"type": "string"}},
-            *operation["parameters"],
+            _PRIORITY,
+            _REQUEST_ID,
         ],
-    }
-
-
-def _translated(path: str) -> dict[str, Any]:
-    properties = {"model": _ALIAS, "stream": {"type": "boolean"}}
-    schema = {"type": "object", "required": ["model"], "properties": properties}
-    kinds: dict[str, Any] = {"application/json": {}, "application/x-ndjson": {}}
-    return {
-        "tags": ["data plane"],
-        "summary": f"Ollama's {path}"
-        if path.startswith("/api/")
-        else "As /api/chat, but streams only when asked to",
-        "description": "Translated for the engine of `model`, and its answer back.",
-        "operationId": "ollama" + path.replace("/", "_"),
-        "parameters": [_PRIORITY, _REQUEST_ID],
-        "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
-        "responses": {
-            "200": {"description": "The answer; lines of JSON if it is a stream.", "content": kinds},
-            **{str(status): _error(status, path) for status in _DATA_PLANE},
-        },
+        "responses": _answers("/upstream", ("application/json", "text/event-stream", "text/plain")),
     }
 
 
 def _error(status: int, path: str) -> dict[str, Any]:
-    envelope = "OllamaError" if is_ollama(path) else "Error"
+    envelope = "OllamaError" if dialect_of(path) is Dialect.OLLAMA else "Error"
     content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{envelope}"}}}
     answer: dict[str, Any] = {"description": _ERRORS[status], "content": content}
     if status in (429, 503):

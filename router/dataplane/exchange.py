@@ -34,7 +34,7 @@ from router.dataplane.forms import is_form
 from router.dataplane.heads import Admission, RequestHead, check_size
 from router.dataplane.limits import Bodies
 from router.dataplane.rewriting import depth_of, rewritten
-from router.dataplane.routing import WITHOUT_TOKENS, Wish, priority_of, read_wish, shortened
+from router.dataplane.routing import Wish, priority_of, read_wish, shortened
 from router.dataplane.shortening import Shortened, Text, most_values
 from router.engines.llamacpp.capability import error_of_engine, refused_by_engine
 from router.engines.llamacpp.usage import AnswerMeter
@@ -42,6 +42,7 @@ from router.engines.upstream import Body, Connection, Head
 from router.http.auth import Client, Keyring
 from router.http.errors import ApiError, refused
 from router.http.origins import Browsers
+from router.http.routes import ROUTES, Route, Stream
 from router.observe.events import RequestDone
 from router.observe.usage import NO_USAGE, Usage
 from router.runtime.dispatcher import Dispatcher, Ticket, Waiting
@@ -66,18 +67,6 @@ _BUFFERED_ANSWER = 4 << 20
 _WOULD_SHOW_PROMPT = (
     "The answer would hold the alias's system prompt, which this API key may not see; ask for {!r} instead."
 )
-_WITH_LAST_EVENT = frozenset(
-    {
-        "/v1/chat/completions",
-        "/chat/completions",
-        "/v1/completions",
-        "/v1/messages",
-        "/v1/responses",
-        "/responses",
-    }
-)
-"""Where a stream that ends without its last event is not whole, however properly the engine has ended it."""
-
 _UNREADABLE = (msgspec.MsgspecError, UnicodeError, RecursionError)
 """Raised by whoever looks into a body, and more deeply than who looked before."""
 _EVENT_STREAM = b"content-type: text/event-stream\r\ncache-control: no-cache\r\n"
@@ -262,16 +251,23 @@ class Exchange:
     def _read(self, body: Text) -> tuple[Wish, Text]:
         """What is asked for, and the body for the engine. Raises ApiError."""
         head = self._head
+        route = ROUTES[head.path]
         wish = read_wish(body, head.fields, self._dispatcher.config, self._client, head.model)
+        if wish.streams and route.stream is Stream.NONE:  # its engine answers with a document all the same
+            wish = wish._replace(streams=False)
         if wish.asked_as is not None:
-            if self._client is not None and head.path == "/apply-template" and wish.asked_as.speaks:
+            if self._client is not None and route.shows_prompt and wish.asked_as.speaks:
                 raise ApiError(403, "insufficient_permissions", _WOULD_SHOW_PROMPT.format(wish.alias))
-            body = rewritten(body, head.path, wish.asked_as)
+            body = rewritten(body, route.conversation, wish.asked_as)
         return wish, body
 
     def _path_of_engine(self) -> str:
         """Where the body, once it was read, goes."""
         return self._head.path
+
+    def _route_of_engine(self) -> Route | None:
+        """None: its engine is asked at a path that is no route of the data plane, or not at all."""
+        return ROUTES.get(self._path_of_engine())
 
     def _route(self) -> str:
         """What it is counted for."""
@@ -279,7 +275,7 @@ class Exchange:
 
     def _is_slotless(self) -> bool:
         """Whether an engine answers it beside what its slots compute."""
-        return self._head.path in WITHOUT_TOKENS
+        return not ROUTES[self._head.path].needs_slot
 
     def _depth(self) -> int:
         """How deep one has to look into a body at first."""
@@ -287,7 +283,10 @@ class Exchange:
 
     def _depth_of(self, wish: Wish, short: Shortened) -> int:
         """How deep one has to look into a body, as far as is known from this short form of it."""
-        return 1 if wish.asked_as is None else depth_of(self._path_of_engine(), wish.asked_as)
+        if wish.asked_as is None:
+            return 1
+        route = self._route_of_engine()
+        return depth_of(None if route is None else route.conversation, wish.asked_as)
 
     def _restore(self, short: Shortened) -> None:
         """What was read of the short form of a large body besides."""
@@ -540,7 +539,8 @@ class Exchange:
 
     def _has_last_event(self) -> bool:
         """Whether a stream of this route says where it ends."""
-        return self._path_of_engine() in _WITH_LAST_EVENT
+        route = self._route_of_engine()
+        return route is not None and route.stream is Stream.CLOSED
 
     def _outcome_of_stream(self) -> str:
         if not self._meter.ends_in_error:

@@ -1,7 +1,7 @@
 """What an alias changes in a request: parameters set, replaced or removed, a system prompt, and examples.
 
 Only top-level keys and the list of messages are looked at; all other values are copied as the bytes that they are.
-Knows no routes but by where they keep a system prompt, and nothing of multipart bodies.
+Knows nothing of routes but where they keep their conversations, and nothing of multipart bodies.
 """
 
 from __future__ import annotations
@@ -15,16 +15,8 @@ from router.config.schema import AliasConfig
 from router.dataplane.shortening import Text
 from router.engines.llamacpp.adapters import PARAMETER as ADAPTERS
 from router.http.errors import ApiError
+from router.http.routes import Conversation
 
-_MESSAGES = frozenset({"/chat/completions", "/chat/completions/input_tokens", "/apply-template"})
-"""Where a system prompt is the first of the messages. (Paths without /v1.)"""
-_FIELDS = {
-    "/messages": ("system", "messages"),
-    "/messages/count_tokens": ("system", "messages"),
-    "/responses": ("instructions", "input"),
-    "/responses/input_tokens": ("instructions", "input"),
-}
-"""Where it has a field of its own: that, and the field of the messages."""
 _SAME = (
     frozenset({"max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict"}),
     frozenset({"n", "n_cmpl"}),
@@ -44,13 +36,12 @@ _role_of = msgspec.json.Decoder(_Role).decode
 _encode = msgspec.json.encode
 
 
-def depth_of(path: str, alias: AliasConfig) -> int:
+def depth_of(conversation: Conversation | None, alias: AliasConfig) -> int:
     """How deep in a body it is changed: 1 is the depth of the parameters, 3 that of what a message consists of."""
-    plain = path.removeprefix("/v1")
-    return 3 if alias.speaks and (plain in _MESSAGES or plain in _FIELDS) else 1
+    return 3 if alias.speaks and conversation is not None else 1
 
 
-def rewritten(body: Text, path: str, alias: AliasConfig) -> bytes:
+def rewritten(body: Text, conversation: Conversation | None, alias: AliasConfig) -> bytes:
     """The body, a JSON object, as the engine is to get it. Of a key that is there twice, the last one counts.
 
     Parameters go before the messages. What is not of the shape that its route demands stays as it is, for
@@ -65,8 +56,8 @@ def rewritten(body: Text, path: str, alias: AliasConfig) -> bytes:
         for key, value in alias.defaults.items():
             if not any(_is_set(fields.get(name)) for name in _names_of(key)) or _names_none(key, fields):
                 fields[key] = value
-        if alias.speaks:
-            _instruct(fields, path.removeprefix("/v1"), alias)
+        if alias.speaks and conversation is not None:
+            _instruct(fields, conversation, alias)
         return _encode(fields)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise ApiError(400, "invalid_json", f"The body cannot be read: {error}") from None
@@ -85,13 +76,13 @@ def _is_set(value: Any) -> bool:
     return value is not None and not (isinstance(value, msgspec.Raw) and bytes(value) == b"null")
 
 
-def _instruct(fields: dict[str, Any], path: str, alias: AliasConfig) -> None:
-    if path in _MESSAGES:
-        turns = _turns(fields.get("messages"))
+def _instruct(fields: dict[str, Any], conversation: Conversation, alias: AliasConfig) -> None:
+    messages, own = conversation
+    if own is None:
+        turns = _turns(fields.get(messages))
         if turns is not None:
-            fields["messages"] = _with_examples(_with_prompt(turns, alias), alias.messages)
-    elif path in _FIELDS:
-        own, messages = _FIELDS[path]
+            fields[messages] = _with_examples(_with_prompt(turns, alias), alias.messages)
+    else:
         turns, examples = _turns(fields.get(messages)), alias.messages
         if examples and messages == "input":
             examples = tuple({"type": "message", **turn} for turn in examples)

@@ -25,58 +25,6 @@ from router.scheduling.messages import Refusal
 from router.scheduling.queue import BY_NAME, NAMES, Priority
 from router.store.repository import BadReference, NotAllowed, permitted
 
-ROUTES = frozenset(
-    {
-        "/v1/chat/completions",
-        "/v1/chat/completions/input_tokens",
-        "/v1/completions",
-        "/v1/responses",
-        "/v1/responses/input_tokens",
-        "/v1/messages",
-        "/v1/messages/count_tokens",
-        "/v1/embeddings",
-        "/v1/rerank",
-        "/v1/reranking",
-        "/v1/audio/transcriptions",
-        "/chat/completions",
-        "/chat/completions/input_tokens",
-        "/completions",
-        "/completion",
-        "/responses",
-        "/responses/input_tokens",
-        "/embeddings",
-        "/embedding",
-        "/rerank",
-        "/reranking",
-        "/audio/transcriptions",
-        "/infill",
-        "/tokenize",
-        "/detokenize",
-        "/apply-template",
-    }
-)
-"""Everything that llama-server answers for one model, and that names the model in its body. All POST."""
-
-WITHOUT_TOKENS = frozenset(
-    {
-        "/v1/chat/completions/input_tokens",
-        "/v1/responses/input_tokens",
-        "/v1/messages/count_tokens",
-        "/chat/completions/input_tokens",
-        "/responses/input_tokens",
-        "/tokenize",
-        "/detokenize",
-        "/apply-template",
-    }
-)
-"""Those of them for which an engine computes nothing: it answers beside what its slots do."""
-
-TRANSLATED_ROUTES = frozenset({"/api/chat", "/api/generate", "/api/embed", "/api/embeddings", "/chat"})
-"""Ollama's, and one of earlier hosts in its words. What they ask for is translated to a route of the engine's, and
-its answer back. All POST.
-"""
-DATA_PLANE = ROUTES | TRANSLATED_ROUTES
-
 _PRIORITIES = {
     **{name.encode(): priority for priority, name in NAMES.items()},
     **{str(priority.value).encode(): priority for priority in Priority},

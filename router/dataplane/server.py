@@ -37,13 +37,13 @@ from router.dataplane.heads import (
     target_too_long,
 )
 from router.dataplane.limits import no_connection_left
-from router.dataplane.routing import ROUTES, TRANSLATED_ROUTES
 from router.dialects.anthropic.exchange import CountExchange, MessagesExchange
 from router.dialects.ollama.exchange import OllamaExchange
-from router.dialects.openai.choices_exchange import ENGINES_ROUTES, OPENAIS_ROUTES, ChoicesExchange
+from router.dialects.openai.choices_exchange import ChoicesExchange
 from router.dialects.openai.responses_exchange import ResponsesExchange
 from router.http.errors import ApiError
 from router.http.known_heads import Headers, Known
+from router.http.routes import ROUTES, Ask, Dialect
 from router.observe.events import ClientRefused
 
 _log = logging.getLogger("router.http")
@@ -62,15 +62,22 @@ _STEPS_AT_ONCE = 2
 _END_OF_HEAD = b"\r\n\r\n"
 """Of a trailer, too: nothing else ends a request, but for the length of its body."""
 
-_OF_ENGINES: dict[str, type[Exchange]] = {
-    **dict.fromkeys(ROUTES, Exchange),
-    **dict.fromkeys(OPENAIS_ROUTES | ENGINES_ROUTES, ChoicesExchange),
-    "/v1/messages": MessagesExchange,
-    "/v1/messages/count_tokens": CountExchange,
-    **dict.fromkeys(("/v1/responses", "/responses"), ResponsesExchange),
+_TRANSLATORS: dict[tuple[Dialect, Ask], type[Exchange]] = {
+    (Dialect.OPENAI, "chat"): ChoicesExchange,
+    (Dialect.OPENAI, "completion"): ChoicesExchange,
+    (Dialect.LLAMA_SERVER, "completion"): ChoicesExchange,
+    (Dialect.OPENAI, "response"): ResponsesExchange,
+    (Dialect.ANTHROPIC, "chat"): MessagesExchange,
+    (Dialect.ANTHROPIC, "count"): CountExchange,
+    (Dialect.OLLAMA, "chat"): OllamaExchange,
+    (Dialect.OLLAMA, "completion"): OllamaExchange,
+    (Dialect.OLLAMA, "embedding"): OllamaExchange,
 }
-_EXCHANGES: dict[str, type[Exchange]] = {**_OF_ENGINES, **dict.fromkeys(TRANSLATED_ROUTES, OllamaExchange)}
+"""Of what does not go to an engine, and come from it, as it is."""
+_EXCHANGES = {path: _TRANSLATORS.get((route.dialect, route.asks), Exchange) for path, route in ROUTES.items()}
 """The data plane; all else are pages."""
+_OF_ENGINES = {path: each for path, each in _EXCHANGES.items() if ROUTES[path].dialect is not Dialect.OLLAMA}
+"""Those of its paths that an engine has, too."""
 
 
 class Turn(Protocol):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from router.http.routes import Dialect, dialect_of
 from router.scheduling.messages import Refusal
 from router.system.printable import printable
 
@@ -83,9 +84,10 @@ class ApiError(Exception):
         return {"error": self.message}
 
     def body(self, path: str) -> bytes:
-        if is_anthropic(path):
+        dialect = dialect_of(path)
+        if dialect is Dialect.ANTHROPIC:
             return msgspec.json.encode(self.anthropic())
-        return msgspec.json.encode(self.ollama() if is_ollama(path) else self.openai())
+        return msgspec.json.encode(self.ollama() if dialect is Dialect.OLLAMA else self.openai())
 
     def event(self, path: str) -> bytes:
         """The same inside a stream that has begun: one event, then the end that the route's clients expect.
@@ -93,7 +95,7 @@ class ApiError(Exception):
         An event that the engine was in the middle of ends before it, or would swallow it; lines are whole anyway.
         """
         event = error_event(self.body(path), path)
-        return event if is_ollama(path) else b"\n\n" + event
+        return event if dialect_of(path) is Dialect.OLLAMA else b"\n\n" + event
 
 
 @dataclass(slots=True)
@@ -136,19 +138,12 @@ def _fields(error: ApiError) -> dict[str, object]:
 
 
 def error_event(body: bytes, path: str) -> bytes:
-    if is_anthropic(path):
+    dialect = dialect_of(path)
+    if dialect is Dialect.ANTHROPIC:
         return b"event: error\ndata: %b\n\n" % body
-    if is_ollama(path):
+    if dialect is Dialect.OLLAMA:
         return body + b"\n"
     return b"data: %b\n\ndata: [DONE]\n\n" % body
-
-
-def is_anthropic(path: str) -> bool:
-    return path.startswith("/v1/messages")
-
-
-def is_ollama(path: str) -> bool:
-    return path.startswith("/api/") or path == "/chat"
 
 
 def refused(refusal: Refusal, reason: str, retry_after_sec: float | None, *, is_final: bool = False) -> ApiError:

@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from router.config.schema import OLLAMAS_ORIGINS, Api
 from router.http.auth import Keyring
 from router.http.errors import ApiError
+from router.http.routes import OLLAMAS_PAGES
 from router.system.readings import apart
 
 _ONE_HOST = "Name the router in a Host header, and in one only."
@@ -60,7 +61,6 @@ _EXPOSED = (
     "Retry-After",
     "X-Should-Retry",
 )
-_OLLAMAS_ROUTES = "/api/"
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
 
 
@@ -127,10 +127,10 @@ class Browsers:
 
     def cross_origin(self, app: ASGIApp) -> ASGIApp:
         """`app`, for requests with an Origin header."""
-        of_ollama, of_others = (self._middleware(app, path) for path in (_OLLAMAS_ROUTES, "/"))
+        of_ollama, of_others = (self._middleware(app, path) for path in (OLLAMAS_PAGES, "/"))
 
         async def for_browsers(scope: Scope, receive: Receive, send: Send) -> None:
-            of_its_path = of_ollama if scope["path"].startswith(_OLLAMAS_ROUTES) else of_others
+            of_its_path = of_ollama if scope["path"].startswith(OLLAMAS_PAGES) else of_others
             await of_its_path(scope, receive, send)
 
         return for_browsers
@@ -155,7 +155,7 @@ class Browsers:
         return lines
 
     def _allowed(self, path: str) -> re.Pattern[str]:
-        return self._ollamas if path.startswith(_OLLAMAS_ROUTES) else self._configured
+        return self._ollamas if path.startswith(OLLAMAS_PAGES) else self._configured
 
 
 def _matching(origins: Iterable[str]) -> re.Pattern[str]:

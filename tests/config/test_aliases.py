@@ -14,6 +14,7 @@ from tiny_models import write_lora
 from router.config.schema import AliasConfig, Config, ModelConfig
 from router.dataplane.rewriting import rewritten
 from router.dataplane.routing import Wish, read_wish
+from router.http.routes import ROUTES
 from router.scheduling.queue import Priority
 
 EXAMPLES = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
@@ -232,14 +233,16 @@ def test_an_alias_with_the_name_of_its_model_holds_for_all_who_ask_for_it() -> N
 
 def change(body: Any, path: str = "/v1/chat/completions", **alias: Any) -> Any:
     raw = body if isinstance(body, bytes) else msgspec.json.encode(body)
-    return msgspec.json.decode(rewritten(raw, path, AliasConfig("x", "a", **alias)))
+    return msgspec.json.decode(rewritten(raw, ROUTES[path].conversation, AliasConfig("x", "a", **alias)))
 
 
 def test_what_is_not_changed_stays_as_its_bytes_are() -> None:
     odd = b'{"model":"x","n":1.50e+01,"messages":[ {"content" : "\\u00e9"} ],"seed":1}'
-    kept = rewritten(odd, "/v1/chat/completions", AliasConfig("x", "a", removed=("seed",)))
+    kept = rewritten(odd, None, AliasConfig("x", "a", removed=("seed",)))
     assert kept == b'{"model":"x","n":1.50e+01,"messages":[ {"content" : "\\u00e9"} ]}'
-    prompted = rewritten(odd, "/v1/chat/completions", AliasConfig("x", "a", system_prompt="P"))
+    prompted = rewritten(
+        odd, ROUTES["/v1/chat/completions"].conversation, AliasConfig("x", "a", system_prompt="P")
+    )
     assert b'{"content" : "\\u00e9"}]' in prompted
     assert b"1.50e+01" in prompted
 

@@ -116,8 +116,11 @@ def test_the_metrics_count_all_choices(router: Router) -> None:
     eventually(lambda: counted() == before + 30)
 
 
+@pytest.mark.parametrize("path", ["/completion", "/completions"])
 @pytest.mark.parametrize("stream", [False, True])
-def test_choices_on_the_engines_own_route_are_counted_and_pass_as_they_are(router: Router, stream: bool) -> None:
+def test_choices_on_the_engines_own_route_are_counted_and_pass_as_they_are(
+    router: Router, path: str, stream: bool
+) -> None:
     def counted(kind: str) -> int:
         lines = router.http.get("/metrics").text.splitlines()
         metric = f'router_{kind}_tokens_total{{model="a"}}'
@@ -125,7 +128,7 @@ def test_choices_on_the_engines_own_route_are_counted_and_pass_as_they_are(route
 
     before = counted("output"), counted("input")
     asked = {"model": "a", "prompt": ["one", "two and more"], "n_cmpl": 2, "n_predict": 5, "stream": stream}
-    answer = router.http.post("/completion", json=asked)
+    answer = router.http.post(path, json=asked)
     if stream:
         said = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
         ended = [event for event in said if event["stop"]]
@@ -134,7 +137,7 @@ def test_choices_on_the_engines_own_route_are_counted_and_pass_as_they_are(route
     assert sorted(choice["index"] for choice in ended) == [0, 1, 2, 3]
     prompts = sum(choice["tokens_evaluated"] for choice in ended if choice["index"] % 2 == 0)
     eventually(lambda: (counted("output") - before[0], counted("input") - before[1]) == (20, prompts))
-    assert router.http.post("/completion", json={**asked, "n_cmpl": 3}).status_code == 400
+    assert router.http.post(path, json={**asked, "n_cmpl": 3}).status_code == 400
 
 
 def test_more_choices_than_slots_are_refused_with_what_to_do(router: Router) -> None:

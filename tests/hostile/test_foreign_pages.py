@@ -11,7 +11,7 @@ import pytest
 from conftest import Router, Start, models
 
 from router.api.llama_swap import DONE_BY_GET
-from router.http.errors import is_anthropic, is_ollama
+from router.http.routes import Dialect, dialect_of
 
 EVIL = "https://evil.example"
 BODY = json.dumps({"model": "a", "messages": [], "keep_alive": -1, "source": "a", "destination": "b"})
@@ -41,9 +41,9 @@ def test_nothing_that_has_an_effect_is_done_for_it(router: Router) -> None:
             assert answer.status_code == 403, (method, path)
             assert "access-control-allow-origin" not in answer.headers
         error = router.http.request(method, path, content=BODY, headers={"origin": EVIL}).json()["error"]
-        if is_ollama(path):
+        if dialect_of(path) is Dialect.OLLAMA:
             assert EVIL in error
-        elif is_anthropic(path):
+        elif dialect_of(path) is Dialect.ANTHROPIC:
             assert error["type"] == "permission_error"
         else:
             assert error["code"] == "unknown_origin"

@@ -20,7 +20,7 @@ from conftest import Router, Start
 from mutations import LONG, SEED, mutated
 from played_router import PlayedRouter
 
-from router.dataplane.routing import DATA_PLANE
+from router.http.routes import ROUTES
 
 _COUNT = 50_000 if LONG else 800
 _COUNT_OF_ALL_ROUTES = 50_000 if LONG else 120
@@ -139,7 +139,7 @@ async def ask(router: PlayedRouter, told: bytes, chance: random.Random) -> list[
 
 def test_every_request_to_an_engine_is_answered_or_refused(caplog: pytest.LogCaptureFixture) -> None:
     chance = random.Random(SEED)
-    routes = sorted(DATA_PLANE)
+    routes = sorted(ROUTES)
     ends: Counter[int] = Counter()
 
     async def run() -> None:

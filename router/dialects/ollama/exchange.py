@@ -18,6 +18,7 @@ from router.dataplane.shortening import ALL_DEPTHS, Text
 from router.dialects.ollama.answers import Translation
 from router.dialects.ollama.requests import Asked, translate
 from router.http.errors import ApiError
+from router.http.routes import ROUTES
 
 _log = logging.getLogger("router")
 
@@ -42,7 +43,7 @@ class OllamaExchange(Exchange):
         self._translation = Translation(asked, self._waited_sec)
         question: Text = asked.body(wish.alias)
         if wish.asked_as is not None and question:
-            question = rewritten(question, asked.target, wish.asked_as)
+            question = rewritten(question, ROUTES[asked.target].conversation, wish.asked_as)
         return wish, question
 
     def _path_of_engine(self) -> str:
@@ -52,7 +53,7 @@ class OllamaExchange(Exchange):
         return not self._asked.target  # a load is all that it asks for
 
     def _depth(self) -> int:
-        return 1 if self._head.path.startswith("/api/embed") else ALL_DEPTHS
+        return 1 if ROUTES[self._head.path].asks == "embedding" else ALL_DEPTHS
 
     def _submit(self, wish: Wish) -> None:
         if self._asked.unloads:

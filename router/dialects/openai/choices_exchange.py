@@ -11,10 +11,8 @@ from router.dataplane.shortening import Shortened, Text
 from router.dialects.openai.choices import ChoicesMeter, Several
 from router.engines.llamacpp.usage import AnswerMeter
 from router.http.errors import ApiError
+from router.http.routes import ROUTES, Dialect
 from router.observe.usage import Usage
-
-OPENAIS_ROUTES = frozenset({"/v1/chat/completions", "/chat/completions", "/v1/completions", "/completions"})
-ENGINES_ROUTES = frozenset({"/completion", "/infill"})
 
 
 class ChoicesExchange(Exchange):
@@ -30,7 +28,7 @@ class ChoicesExchange(Exchange):
         answers = wish.answers if wish.asked_as is None else shape_of(body)
         if answers.several:
             self._check(answers, wish.alias)
-            if self._head.path in OPENAIS_ROUTES:
+            if ROUTES[self._head.path].dialect is Dialect.OPENAI:
                 self._several = Several(body, answers)
                 body = self._several.body
             else:
@@ -39,8 +37,8 @@ class ChoicesExchange(Exchange):
 
     def _depth_of(self, wish: Wish, short: Shortened) -> int:
         needed = super()._depth_of(wish, short)
-        is_chat = self._head.path.endswith("/chat/completions")
-        return max(needed, 2) if not is_chat and lists_prompts(short) else needed  # prompts are counted
+        has_prompts = ROUTES[self._head.path].asks != "chat"
+        return max(needed, 2) if has_prompts and lists_prompts(short) else needed  # prompts are counted
 
     def _submit(self, wish: Wish) -> None:
         if self._several is not None:
