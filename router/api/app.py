@@ -6,12 +6,11 @@ import asyncio
 import re
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -38,10 +37,11 @@ from router.catalog.cards import Cards
 from router.dataplane.shortening import most_values
 from router.dialects.ollama import create as creating
 from router.dialects.ollama import pages as ollama
-from router.http.auth import OPEN_PATHS, Keyring
+from router.http.auth import Keyring
 from router.http.documents import Document
 from router.http.errors import ApiError
 from router.http.origins import Browsers
+from router.http.pages import Page, Right, let_in, needs
 from router.http.routes import ROUTES
 from router.observe.metrics import Metrics
 from router.observe.statistics import Telemetry
@@ -51,12 +51,9 @@ from router.store.downloads import Downloads
 
 _BLOBS = "/api/blobs/"
 Reload = Callable[[], Awaitable[dict[str, Any]]]
-_OPERATORS_PAGES = ("/v1/logs/", "/logs", "/v1/health/models", "/v1/models/pull", _BLOBS)
-"""They quote what engines say, or tell of downloads and uploads."""
 
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
-_READ_BY_POST = frozenset({"/api/show"})
-_PAGES = tuple(
+PAGES = tuple(
     module.router
     for module in (
         pulls,
@@ -73,6 +70,7 @@ _PAGES = tuple(
         page,
     )
 )
+"""All but the description of them."""
 _LARGEST_PAGE_BODY = 1 << 20
 _MOST_VALUES_OF_PAGE = 1 << 14
 """In such a body: to make objects of a million takes a fifth of a second."""
@@ -140,11 +138,16 @@ def _pages(
 ) -> FastAPI:
     app = FastAPI(title="llama-router", version=__version__, openapi_url=None, docs_url=None, redoc_url=None)
 
-    @app.api_route("/openapi.json", methods=["GET", "HEAD"], include_in_schema=False)
-    async def description() -> Document:
-        names, keys_required = dispatcher.config.names, keyring.required
-        return Document(await asyncio.to_thread(describe, app, names, keys_required=keys_required))
+    app.router.route_class = Page
 
+    @app.api_route("/openapi.json", methods=["GET", "HEAD"], include_in_schema=False)
+    @needs(Right.USE)
+    async def description() -> Document:
+        names, pages = dispatcher.config.names, [page for group in PAGES for page in group.routes]
+        told = await asyncio.to_thread(describe, app, pages, names, keys_required=keyring.required)
+        return Document(told)
+
+    app.state.keyring = keyring
     app.state.dispatcher = dispatcher
     app.state.reload = reload
     app.state.downloads = downloads
@@ -154,15 +157,13 @@ def _pages(
     app.state.live = Live(dispatcher)
     app.state.as_llama_swap = llama_swap.Events(dispatcher)
     app.state.telemetry = Telemetry(dispatcher.events, time.monotonic)
-    for pages in _PAGES:
+    for pages in PAGES:
         for route in pages.routes:
-            if not isinstance(route, APIRoute) or route.path in DONE_BY_GET:
+            if not isinstance(route, Page) or route.path in DONE_BY_GET:
                 continue
             if route.methods and "GET" in route.methods:
                 route.methods.add("HEAD")  # what monitors and load balancers like to ask with
         app.include_router(pages)
-
-    app.add_middleware(_Doorkeeper, keyring=keyring)
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
@@ -180,6 +181,11 @@ def _pages(
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         path = request.scope["path"]
+        if error.status_code == 405 or "endpoint" not in request.scope:
+            try:
+                _let_in_where_no_page_is(request)
+            except ApiError as refusal:
+                return _answer(path, refusal)
         if path in ROUTES:
             return _answer(
                 path, ApiError(405, "method_not_allowed", f"{path} takes POST only."), {"allow": "POST"}
@@ -209,36 +215,28 @@ def _pages(
     return app
 
 
-class _Doorkeeper:
-    """Lets nobody in without the key that a page asks for. (FastAPI's own middleware hands on every part of every
-    answer through a queue and a task.)"""
-
-    def __init__(self, app: ASGIApp, keyring: Keyring) -> None:
-        self._app = app
-        self._keyring = keyring
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"]
-        if path not in OPEN_PATHS and not page.is_asked_for(scope):
-            reads = _is_safe(scope) or path in _READ_BY_POST
-            try:
-                manages = not reads or path.startswith(_OPERATORS_PAGES)
-                scope["state"]["client"] = self._keyring.check(scope["headers"], manages=manages)
-            except ApiError as error:
-                await _answer(path, error)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
+def _let_in_where_no_page_is(request: Request) -> None:
+    """Raises ApiError for who might not have asked, either, had there been one."""
+    rights = [page.right for page in _pages_at(request)]
+    if Right.NONE not in rights:
+        let_in(request, max(rights, default=Right.USE) if request.method in _SAFE else Right.MANAGE)
 
 
 def _methods_of(request: Request) -> list[str]:
     """Of the routes for its path that say most of it: what ends with `/status` asks how a model is, though a name
     could end so, too."""
     methods: dict[int, set[str]] = defaultdict(set)
-    for route in (route for pages in _PAGES for route in pages.routes):
-        if isinstance(route, APIRoute) and route.matches(request.scope)[0] is not Match.NONE:
-            said = len(re.sub(r"{.*?}", "", route.path))
-            methods[said] |= route.methods or set()
+    for route in _pages_at(request):
+        said = len(re.sub(r"{.*?}", "", route.path))
+        methods[said] |= route.methods or set()
     return sorted(methods[max(methods)]) if methods else []
+
+
+def _pages_at(request: Request) -> Iterator[Page]:
+    """Those that have its path, by whatever method."""
+    for route in (route for pages in PAGES for route in pages.routes):
+        if isinstance(route, Page) and route.matches(request.scope)[0] is not Match.NONE:
+            yield route
 
 
 def _answer(path: str, error: ApiError, headers: Mapping[str, str] | None = None) -> Response:

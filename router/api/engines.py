@@ -22,9 +22,10 @@ from router.engines.llamacpp.redaction import for_clients
 from router.engines.running import RunningEngine
 from router.http.auth import sees_all
 from router.http.errors import ApiError
+from router.http.pages import Page, Right, needs
 from router.runtime.dispatcher import Dispatcher
 
-router = APIRouter(tags=["monitoring"])
+router = APIRouter(tags=["monitoring"], route_class=Page)
 
 _ANSWER_SEC = 10.0
 """An engine in the middle of a batch answers after it."""
@@ -34,6 +35,7 @@ ModelQuery = Annotated[str | None, Query(description="A model's name; nothing is
 
 
 @router.get("/props", responses=ERRORS)
+@needs(Right.USE)
 async def props(request: Request, model: ModelQuery = None) -> Response:
     """As llama-server's: of a model's engine; without `model` those of a llama-server in router mode."""
     if model:
@@ -67,12 +69,14 @@ _NO_ENGINE = {
 
 
 @router.get("/slots", responses=ERRORS)
+@needs(Right.USE)
 async def slots(request: Request, model: ModelQuery = None) -> Response:
     """As llama-server's: what each slot of a model's engine is doing."""
     return await said_by_engine(request, model, "/slots")
 
 
 @router.get("/lora-adapters", responses=ERRORS)
+@needs(Right.USE)
 async def lora_adapters(request: Request, model: ModelQuery = None) -> Response:
     """As llama-server's: the adapters of a model's engine."""
     return await said_by_engine(request, model, "/lora-adapters")

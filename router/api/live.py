@@ -21,12 +21,13 @@ from router.api.monitoring import READING_SEC
 from router.api.openai import further_names, loading_status
 from router.api.streams import EventStream, Feed, Shared, frame, unnamed
 from router.http.auth import sees_all
+from router.http.pages import Page, Right, needs
 from router.observe.events import LoadMoved, ModelChanged, ModelsListed, RequestsDone, ServerChanged
 from router.runtime.dispatcher import Dispatcher
 from router.scheduling.messages import Refusal
 from router.system.readings import Reading
 
-router = APIRouter(tags=["monitoring"])
+router = APIRouter(tags=["monitoring"], route_class=Page)
 
 _KEEP_ALIVE_SEC = 30
 _FIGURES_SEC = 2.0
@@ -158,6 +159,7 @@ class Live:
 
 
 @router.get("/v1/decisions")
+@needs(Right.USE)
 async def decisions(request: Request) -> dict[str, Any]:
     """The last changes of models' states and of the router's, the earliest first: what became what, and why.
 
@@ -179,6 +181,7 @@ def _progress(dispatcher: Dispatcher, alias: str) -> dict[str, Any] | None:
 
 
 @router.get("/models/sse")
+@needs(Right.USE)
 async def models_sse(request: Request) -> EventStream:
     """SSE, as llama-server's in router mode: `status_change` of models, `models_reload` when the list is another.
 
@@ -189,6 +192,7 @@ async def models_sse(request: Request) -> EventStream:
 
 
 @router.get("/v1/models/status/stream")
+@needs(Right.USE)
 async def status_stream(request: Request) -> EventStream:
     """SSE: `full_status` first, then `model_update` and `server_update` as things change.
 
@@ -205,6 +209,7 @@ def _heartbeat() -> ServerSentEvent:
 
 
 @router.get("/metrics/stream")
+@needs(Right.USE)
 async def metrics_stream(request: Request) -> EventStream:
     """SSE: `metrics` every two seconds, `shutdown` at the end."""
     return EventStream(_figures(request.app.state.dispatcher, request.app.state.live))

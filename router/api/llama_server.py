@@ -17,10 +17,11 @@ from router.dataplane.routing import model_of
 from router.dialects.ollama.pages import NAMES_A_MODEL, read_body
 from router.http.documents import Document
 from router.http.errors import ApiError
+from router.http.pages import Page, Right, needs
 from router.runtime.dispatcher import Dispatcher
 from router.system.turns import in_turns
 
-router = APIRouter(tags=["llama-server"])
+router = APIRouter(tags=["llama-server"], route_class=Page)
 
 
 class _Named(msgspec.Struct):
@@ -28,6 +29,7 @@ class _Named(msgspec.Struct):
 
 
 @router.get("/models")
+@needs(Right.USE)
 async def list_with_engines(request: Request) -> Document:
     """As `/v1/models`; and `models`, in the words of an earlier host. `load_duration` is in nanoseconds."""
     cards = await all_cards(request)
@@ -53,6 +55,7 @@ def _as_an_earlier_host(card: dict[str, Any], request: Request) -> dict[str, Any
 
 
 @router.post("/models/load", openapi_extra=NAMES_A_MODEL)
+@needs(Right.MANAGE)
 async def load(request: Request) -> dict[str, bool]:
     """Load a model; answers at once."""
     dispatcher: Dispatcher = request.app.state.dispatcher
@@ -64,6 +67,7 @@ async def load(request: Request) -> dict[str, bool]:
 
 
 @router.post("/models/unload", openapi_extra=NAMES_A_MODEL)
+@needs(Right.MANAGE)
 async def unload(request: Request) -> dict[str, bool]:
     """Unload a model once its requests in flight are answered; answers at once."""
     dispatcher: Dispatcher = request.app.state.dispatcher

@@ -21,11 +21,12 @@ from router.api.streams import EventStream, Feed, frame
 from router.dataplane.routing import model_of
 from router.engines.process import LogRing
 from router.http.errors import ApiError
+from router.http.pages import Page, Right, needs
 from router.observe.events import ModelChanged, ModelsListed, ServerChanged
 from router.runtime.dispatcher import Dispatcher
 from router.scheduling.residency import Model
 
-router = APIRouter(tags=["llama-swap"])
+router = APIRouter(tags=["llama-swap"], route_class=Page)
 
 DONE_BY_GET = frozenset({"/unload"})
 """Reads nothing: it wants what a POST wants."""
@@ -78,6 +79,7 @@ def _told(dispatcher: Dispatcher) -> dict[str, str]:
 
 
 @router.get("/api/events")
+@needs(Right.USE)
 async def events(request: Request) -> EventStream:
     """SSE: `modelStatus`, the states of all models, at first and whenever one changes."""
     told: Events = request.app.state.as_llama_swap
@@ -85,6 +87,7 @@ async def events(request: Request) -> EventStream:
 
 
 @router.get("/running")
+@needs(Right.USE)
 async def running(request: Request) -> dict[str, Any]:
     """The models that have an engine. `ttl` is in seconds; 0: they are not unloaded for being idle."""
     dispatcher: Dispatcher = request.app.state.dispatcher
@@ -113,6 +116,7 @@ def _running(dispatcher: Dispatcher, alias: str, model: Model) -> dict[str, Any]
 
 
 @router.get("/unload", response_class=PlainTextResponse)
+@needs(Right.MANAGE)
 async def unload(request: Request) -> Response:
     """Unload all models, each once its requests in flight are answered; answers when they are gone."""
     await _unload_all(request.app.state.dispatcher)
@@ -120,6 +124,7 @@ async def unload(request: Request) -> Response:
 
 
 @router.post("/api/models/unload")
+@needs(Right.MANAGE)
 async def unload_all(request: Request) -> JSONResponse:
     """The same."""
     await _unload_all(request.app.state.dispatcher)
@@ -127,6 +132,7 @@ async def unload_all(request: Request) -> JSONResponse:
 
 
 @router.post("/api/models/unload/{alias:path}", response_class=PlainTextResponse)
+@needs(Right.MANAGE)
 async def unload_one(alias: str, request: Request) -> Response:
     """Unload a model once its requests in flight are answered; answers when it is gone."""
     dispatcher: Dispatcher = request.app.state.dispatcher
@@ -145,6 +151,7 @@ async def _unload_all(dispatcher: Dispatcher) -> None:
 
 
 @router.get("/logs", response_class=PlainTextResponse)
+@needs(Right.MANAGE)
 async def logs(request: Request) -> Response:
     """The last lines that engines said, model by model. Browsers are sent to the page, which has them, too."""
     if "text/html" in request.headers.get("accept", ""):
@@ -156,6 +163,7 @@ async def logs(request: Request) -> Response:
 
 @router.get("/logs/stream", response_class=PlainTextResponse)
 @router.get("/logs/stream/upstream", response_class=PlainTextResponse)
+@needs(Right.MANAGE)
 async def stream_all(request: Request, no_history: _NoHistory = None) -> StreamingResponse:
     """The last lines that engines said, and what they say from now on."""
     dispatcher: Dispatcher = request.app.state.dispatcher
@@ -163,6 +171,7 @@ async def stream_all(request: Request, no_history: _NoHistory = None) -> Streami
 
 
 @router.get("/logs/stream/{alias:path}", response_class=PlainTextResponse)
+@needs(Right.MANAGE)
 async def stream_one(alias: str, request: Request, no_history: _NoHistory = None) -> StreamingResponse:
     """The same of one model."""
     dispatcher: Dispatcher = request.app.state.dispatcher

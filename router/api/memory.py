@@ -9,15 +9,17 @@ from fastapi import APIRouter, Request
 from router.api.models import memory
 from router.dataplane.routing import model_of
 from router.http.auth import sees_all
+from router.http.pages import Page, Right, needs
 from router.memory.ledger import Account, Line
 from router.runtime.dispatcher import Dispatcher
 
-router = APIRouter(tags=["monitoring"])
+router = APIRouter(tags=["monitoring"], route_class=Page)
 
 _WARNING, _CRITICAL = 80, 95
 
 
 @router.get("/vram")
+@needs(Right.USE)
 async def vram(request: Request) -> dict[str, Any]:
     """Every device and every loaded model. The figures at the top are of all GPUs; without any, of RAM."""
     dispatcher: Dispatcher = request.app.state.dispatcher
@@ -30,12 +32,14 @@ async def vram(request: Request) -> dict[str, Any]:
 
 
 @router.get("/vram/summary")
+@needs(Right.USE)
 async def vram_summary(request: Request) -> dict[str, Any]:
     """The figures at the top of `/vram` alone."""
     return _summary(request.app.state.dispatcher)
 
 
 @router.get("/vram/models/{alias:path}")
+@needs(Right.USE)
 async def vram_of_model(alias: str, request: Request) -> dict[str, Any]:
     """What one model takes; nothing while it is not loaded."""
     dispatcher: Dispatcher = request.app.state.dispatcher

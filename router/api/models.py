@@ -19,6 +19,7 @@ from router.engines.running import RunningEngine
 from router.http.auth import sees_all
 from router.http.documents import Document
 from router.http.errors import ApiError, refused
+from router.http.pages import Page, Right, needs
 from router.memory.ledger import Account
 from router.runtime.dispatcher import Dispatcher
 from router.scheduling.messages import Refusal
@@ -27,7 +28,7 @@ from router.scheduling.wait_reason import why
 from router.system.devices import by_name
 from router.system.turns import in_turns
 
-router = APIRouter(tags=["management"])
+router = APIRouter(tags=["management"], route_class=Page)
 
 _STATES = ("off", "loading", "ready", "draining", "stopping", "failed")
 
@@ -57,6 +58,7 @@ class ModelToLoad(ModelName):
         202: {"description": "With `wait: false`: it waits, or is loading, and for what. Eject takes it back."}
     },
 )
+@needs(Right.MANAGE)
 async def load_model(body: LoadRequest, request: Request) -> JSONResponse:
     """Load a model now, making room if need be; answers when it is ready, unless it is not to wait for that."""
     dispatcher: Dispatcher = request.app.state.dispatcher
@@ -85,6 +87,7 @@ def to_load(name: str, dispatcher: Dispatcher) -> str:
 
 
 @router.post("/v1/models/eject", responses={404: {"description": "It is unknown, or not loaded: `not_found`."}})
+@needs(Right.MANAGE)
 async def eject_model(body: ModelName, request: Request) -> JSONResponse:
     """Unload a model once its requests in flight are answered, or take back that it is to be loaded."""
     dispatcher: Dispatcher = request.app.state.dispatcher
@@ -102,6 +105,7 @@ async def eject_model(body: ModelName, request: Request) -> JSONResponse:
 
 
 @router.post("/v1/models")
+@needs(Right.MANAGE)
 async def load_and_show_model(body: ModelToLoad, request: Request) -> dict[str, Any]:
     """Load a model now; answers with its entry in the list, and the devices that it takes memory of."""
     dispatcher: Dispatcher = request.app.state.dispatcher
@@ -137,12 +141,14 @@ def _check_device(device: str, model: ModelConfig, dispatcher: Dispatcher) -> No
 
 
 @router.delete("/v1/models/{alias:path}", responses={404: {"description": "It is unknown, or not loaded."}})
+@needs(Right.MANAGE)
 async def unload_model(alias: str, request: Request) -> JSONResponse:
     """As `/v1/models/eject`; the model's files stay."""
     return await eject_model(ModelName(model=alias), request)
 
 
 @router.post("/v1/models/{alias:path}/reset")
+@needs(Right.MANAGE)
 async def reset_model(alias: str, request: Request) -> dict[str, Any]:
     """Forget the failures of a model, so that it may be tried again at once."""
     dispatcher: Dispatcher = request.app.state.dispatcher
@@ -153,6 +159,7 @@ async def reset_model(alias: str, request: Request) -> dict[str, Any]:
 
 
 @router.get("/v1/models/failed")
+@needs(Right.USE)
 async def failed_models(request: Request) -> dict[str, Any]:
     """Models in their cooldown after failed loads or crashes."""
     dispatcher: Dispatcher = request.app.state.dispatcher
@@ -167,12 +174,14 @@ async def failed_models(request: Request) -> dict[str, Any]:
 
 
 @router.get("/v1/models/status")
+@needs(Right.USE)
 async def all_status(request: Request) -> Document:
     """Every model's state."""
     return Document(await _status_in_turns(request))
 
 
 @router.get("/status")
+@needs(Right.USE)
 async def diagnostics(request: Request) -> Document:
     """Every model's state; which engine runs them, how many at once, which failed, and what the variables of
     earlier hosts come to."""
@@ -198,6 +207,7 @@ async def diagnostics(request: Request) -> Document:
 
 @router.get("/v1/models/{alias:path}/status")
 @router.get("/status/{alias:path}")
+@needs(Right.USE)
 async def model_status(alias: str, request: Request) -> dict[str, Any]:
     """One model's state."""
     dispatcher: Dispatcher = request.app.state.dispatcher
@@ -206,6 +216,7 @@ async def model_status(alias: str, request: Request) -> dict[str, Any]:
 
 
 @router.post("/v1/config/reload")
+@needs(Right.MANAGE)
 async def reload_config(request: Request) -> dict[str, Any]:
     """Apply the configuration file as it is now; a broken one changes nothing."""
     try:

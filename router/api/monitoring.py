@@ -19,12 +19,13 @@ from router.hardware.devices import Devices
 from router.http.auth import sees_all
 from router.http.documents import Document
 from router.http.errors import ApiError
+from router.http.pages import Page, Right, needs
 from router.observe.metrics import Metrics, NotAcceptable
 from router.runtime.dispatcher import Dispatcher, LastExit, Waiting
 from router.scheduling.queue import NAMES
 from router.system.turns import in_turns
 
-router = APIRouter(tags=["monitoring"])
+router = APIRouter(tags=["monitoring"], route_class=Page)
 
 _LOG_LOOK_SEC = 0.25
 _MOST_SHOWN = 100
@@ -34,6 +35,7 @@ READING_SEC = 0.5
 
 @router.get("/health")
 @router.get("/v1/health")
+@needs(Right.NONE)
 async def health(request: Request) -> JSONResponse:
     """Whether the router works. A machine without a GPU is healthy."""
     dispatcher: Dispatcher = request.app.state.dispatcher
@@ -65,12 +67,14 @@ def _background(dispatcher: Dispatcher) -> dict[str, Any]:
 
 
 @router.get("/live")
+@needs(Right.NONE)
 async def live() -> dict[str, str]:
     """The process answers."""
     return {"status": "ok"}
 
 
 @router.get("/ready")
+@needs(Right.NONE)
 async def ready(request: Request) -> JSONResponse:
     """Whether requests are taken: 503 before the start is complete and from the begin of the shutdown on."""
     dispatcher: Dispatcher = request.app.state.dispatcher
@@ -78,6 +82,7 @@ async def ready(request: Request) -> JSONResponse:
 
 
 @router.get("/metrics", response_class=PlainTextResponse, responses=ERRORS)
+@needs(Right.USE)
 async def metrics(request: Request, model: ModelQuery = None) -> Response:
     """Prometheus text format, or OpenMetrics for those who accept it; with `model`, what its engine says."""
     if model:
@@ -95,6 +100,7 @@ async def metrics(request: Request, model: ModelQuery = None) -> Response:
 
 
 @router.get("/metrics/report")
+@needs(Right.USE)
 async def metrics_report(request: Request) -> dict[str, Any]:
     """The last five minutes, aggregated."""
     report: dict[str, Any] = request.app.state.telemetry.window(300)
@@ -102,6 +108,7 @@ async def metrics_report(request: Request) -> dict[str, Any]:
 
 
 @router.get("/v1/telemetry/summary")
+@needs(Right.USE)
 async def telemetry(request: Request) -> dict[str, Any]:
     """How requests fared: since the start, and in the last one and five minutes."""
     summary: dict[str, Any] = request.app.state.telemetry.summary()
@@ -109,6 +116,7 @@ async def telemetry(request: Request) -> dict[str, Any]:
 
 
 @router.get("/v1/logs/{alias:path}/stream")
+@needs(Right.MANAGE)
 async def log_stream(alias: str, request: Request, lines: Annotated[int, Query(ge=0)] = 0) -> EventStream:
     """SSE: the last lines that a model's engines said, and what they say from now on, a line an event.
 
@@ -132,6 +140,7 @@ async def _follow(dispatcher: Dispatcher, log: LogRing, lines: int) -> AsyncIter
 
 
 @router.get("/v1/logs/{alias:path}", response_class=PlainTextResponse)
+@needs(Right.MANAGE)
 async def logs(alias: str, request: Request, lines: Annotated[int, Query(ge=1)] = 200) -> PlainTextResponse:
     """The last lines that a model's engines said, also after they are gone."""
     dispatcher: Dispatcher = request.app.state.dispatcher
@@ -140,6 +149,7 @@ async def logs(alias: str, request: Request, lines: Annotated[int, Query(ge=1)] 
 
 
 @router.get("/v1/health/models")
+@needs(Right.MANAGE)
 async def model_health(request: Request) -> dict[str, Any]:
     """Each model's engine: how long it is up, whether it answers, how the last one ended."""
     dispatcher: Dispatcher = request.app.state.dispatcher
@@ -185,6 +195,7 @@ def _exit(ended: LastExit) -> dict[str, Any]:
 
 
 @router.get("/v1/queue/stats")
+@needs(Right.USE)
 async def queue_stats(request: Request) -> Document:
     """Who waits and who is served, per model; of those who wait, the next hundred with what they wait for."""
     dispatcher: Dispatcher = request.app.state.dispatcher

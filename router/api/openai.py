@@ -14,11 +14,12 @@ from router.catalog.cards import Card, Cards, as_it_runs
 from router.config.schema import AliasConfig, Config, ModelConfig
 from router.dataplane.routing import known_as
 from router.http.documents import Document
+from router.http.pages import Page, Right, needs
 from router.runtime.dispatcher import Dispatcher
 from router.store.created import SOURCE as CREATED
 from router.system.turns import in_turns
 
-router = APIRouter(tags=["models"])
+router = APIRouter(tags=["models"], route_class=Page)
 
 _VALUES = {
     "off": "unloaded",
@@ -33,6 +34,7 @@ _REMOVABLE = ("pulled", CREATED)
 
 
 @router.get("/v1/models")
+@needs(Right.USE)
 async def list_models(request: Request) -> Document:
     """Every alias, loaded or not."""
     return Document({"object": "list", "data": await all_cards(request)})
@@ -53,6 +55,7 @@ async def all_cards(request: Request) -> list[Card]:
 
 
 @router.get("/v1/models/{alias:path}")
+@needs(Right.USE)
 async def show_model(alias: str, request: Request) -> dict[str, Any]:
     """One alias."""
     dispatcher: Dispatcher = request.app.state.dispatcher

@@ -13,8 +13,9 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from starlette.routing import BaseRoute
 
-from router.http.auth import OPEN_PATHS
+from router.http.pages import Page, Right
 from router.http.routes import OLLAMAS_PAGES, ROUTES, Ask, Dialect, Route, Stream, dialect_of
 
 _ERRORS = {
@@ -51,7 +52,9 @@ _ASKS: dict[Ask, str] = {
 _RETRY_AFTER = {"description": "Seconds after which it may be tried again.", "schema": {"type": "integer"}}
 
 
-def describe(app: FastAPI, aliases: Iterable[str], *, keys_required: bool) -> dict[str, Any]:
+def describe(
+    app: FastAPI, pages: Iterable[BaseRoute], aliases: Iterable[str], *, keys_required: bool
+) -> dict[str, Any]:
     """The OpenAPI document of now. `aliases` is what models are called."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Duplicate Operation ID")  # of HEAD, which is dropped below
@@ -76,10 +79,11 @@ def describe(app: FastAPI, aliases: Iterable[str], *, keys_required: bool) -> di
     }
     keys: list[dict[str, list[str]]] = [{"bearer": []}, {"x-api-key": []}]
     document["security"] = keys if keys_required else [*keys, {}]
+    open_paths = {page.path for page in pages if isinstance(page, Page) and page.right is Right.NONE}
     for path, item in document["paths"].items():
         item.pop("head", None)  # as GET, without a body
         for method, operation in item.items():
-            _complete_page(path, method, operation)
+            _complete_page(path, method, operation, is_open=path in open_paths)
     for path, route in sorted(ROUTES.items()):
         document["paths"][path] = {"post": _of_the_data_plane(path, route)}
     document["paths"]["/upstream/{alias}/{path}"] = {
@@ -88,7 +92,7 @@ def describe(app: FastAPI, aliases: Iterable[str], *, keys_required: bool) -> di
     return document
 
 
-def _complete_page(path: str, method: str, operation: dict[str, Any]) -> None:
+def _complete_page(path: str, method: str, operation: dict[str, Any], *, is_open: bool) -> None:
     for parameter in operation.get("parameters", ()):
         if parameter["name"] == "alias":
             parameter["schema"] = _ALIAS
@@ -96,7 +100,7 @@ def _complete_page(path: str, method: str, operation: dict[str, Any]) -> None:
     answers.pop("422", None)  # ours are 400
     if path.endswith(("/stream", "/sse", "/events")) and "text/plain" not in answers["200"]["content"]:
         answers["200"]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
-    if path in OPEN_PATHS:
+    if is_open:
         operation["security"] = []
         answers |= {"400": _error(400, path), "403": _error(403, path)}
         if path != "/live":

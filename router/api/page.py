@@ -15,9 +15,10 @@ from typing import NamedTuple
 from fastapi import APIRouter, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response
-from starlette.types import Scope
 
-router = APIRouter(tags=["page"], include_in_schema=False)
+from router.http.pages import Page, Right, let_in, needs
+
+router = APIRouter(tags=["page"], include_in_schema=False, route_class=Page)
 
 _KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _POLICY = (
@@ -79,31 +80,22 @@ _BY_SWAGGER_UI = _drawn_by(
 _BY_REDOC = _drawn_by(b'<script src="docs/redoc.standalone.js" defer></script>')
 
 
-def is_asked_for(scope: Scope) -> bool:
-    """Whether a request is about the page or the description of the API, which need no key."""
-    path = scope["path"]
-    if path.startswith(("/page/", "/docs/")) or path in ("/docs", "/redoc"):
-        return True
-    return path == "/" and _from_browser(Request(scope))
-
-
-def _from_browser(request: Request) -> bool:
-    return "text/html" in request.headers.get("accept", "")
-
-
 @router.get("/")
+@needs(Right.NONE)
 async def root(request: Request) -> Response:
-    """For browsers the page; for all others what Ollama's clients look for."""
-    answer = (
-        _answer(request, _FILES["index.html"])
-        if _from_browser(request)
-        else PlainTextResponse("Ollama is running")
-    )
+    """For browsers the page; for all others, if they have a key, what Ollama's clients look for."""
+    answer: Response
+    if "text/html" in request.headers.get("accept", ""):
+        answer = _answer(request, _FILES["index.html"])
+    else:
+        let_in(request, Right.USE)
+        answer = PlainTextResponse("Ollama is running")
     answer.headers["vary"] = "Accept"
     return answer
 
 
 @router.get("/page/{name}")
+@needs(Right.NONE)
 async def file(name: str, request: Request) -> Response:
     """What the page consists of."""
     if name not in _FILES:
@@ -112,18 +104,21 @@ async def file(name: str, request: Request) -> Response:
 
 
 @router.get("/docs")
+@needs(Right.NONE)
 async def docs(request: Request) -> Response:
     """The API, described and tried by Swagger UI."""
     return _answer(request, _BY_SWAGGER_UI, _POLICY_OF_DOCS)
 
 
 @router.get("/redoc")
+@needs(Right.NONE)
 async def redoc(request: Request) -> Response:
     """The API, described by Redoc."""
     return _answer(request, _BY_REDOC, _POLICY_OF_DOCS)
 
 
 @router.get("/docs/{name}")
+@needs(Right.NONE)
 async def file_of_docs(name: str, request: Request) -> Response:
     """What those two are drawn by."""
     if name not in _DOCS_FILES:

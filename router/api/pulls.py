@@ -20,13 +20,14 @@ from router.config.names import candidates, same_name, some_of
 from router.config.schema import Config
 from router.dataplane.routing import check_name
 from router.http.errors import ApiError
+from router.http.pages import Page, Right, needs
 from router.runtime.dispatcher import Dispatcher
 from router.store import created, pulled, repository
 from router.store.creations import Creations
 from router.store.discovery import is_alias
 from router.store.downloads import MOST_AT_ONCE, Downloads, Pull, TooManyPulls
 
-router = APIRouter(tags=["management"])
+router = APIRouter(tags=["management"], route_class=Page)
 
 _KEEP_ALIVE_SEC = 30
 _STATUS = {
@@ -70,6 +71,7 @@ class PullAndWait(BaseModel):
     response_model=None,
     responses={200: {"description": "With `stream`.", "content": {"text/event-stream": {}}}},
 )
+@needs(Right.MANAGE)
 async def pull_model(body: PullRequest, request: Request) -> Response:
     """Begin to pull a model, or join the pull that does so already; 202 with how far it is."""
     pull = begin(request, body.model, body.alias)
@@ -120,6 +122,7 @@ def _taken(config: Config, repo: str) -> dict[str, str]:
 
 
 @router.post("/pull")
+@needs(Right.MANAGE)
 async def pull_and_wait(body: PullAndWait, request: Request) -> dict[str, Any]:
     """Pull a model as `/v1/models/pull` does; answers when it is there, and with `init` when it is loaded."""
     pull = begin(request, body.model, None, body.quantize)
@@ -145,6 +148,7 @@ async def pull_and_wait(body: PullAndWait, request: Request) -> dict[str, Any]:
 
 
 @router.get("/v1/models/pull")
+@needs(Right.MANAGE)
 async def list_pulls(request: Request) -> dict[str, Any]:
     """The pulls that run, and the last ones that are over."""
     downloads: Downloads = request.app.state.downloads
@@ -152,18 +156,21 @@ async def list_pulls(request: Request) -> dict[str, Any]:
 
 
 @router.get("/v1/models/pull/{pull_id}")
+@needs(Right.MANAGE)
 async def show_pull(pull_id: str, request: Request) -> dict[str, Any]:
     """How far a pull is."""
     return _shown(_known(request, pull_id))
 
 
 @router.get("/v1/models/pull/{pull_id}/stream")
+@needs(Right.MANAGE)
 async def follow_pull(pull_id: str, request: Request) -> EventStream:
     """SSE: `progress` until a last `success`, `failed` or `cancelled`."""
     return _stream(_known(request, pull_id))
 
 
 @router.delete("/v1/models/pull/{pull_id}")
+@needs(Right.MANAGE)
 async def cancel_pull(pull_id: str, request: Request) -> dict[str, Any]:
     """Cancel a pull; the next one goes on with what has arrived."""
     downloads: Downloads = request.app.state.downloads
@@ -173,6 +180,7 @@ async def cancel_pull(pull_id: str, request: Request) -> dict[str, Any]:
 
 
 @router.delete("/v1/models/pulled/{alias:path}", responses={409: {}})
+@needs(Right.MANAGE)
 async def remove_pulled(alias: str, request: Request) -> dict[str, Any]:
     """Remove a pulled or created model and the files that are only its own; its engine finishes its work first.
 

@@ -16,8 +16,6 @@ from router.config.schema import Api, PriorityName
 from router.http.errors import ApiError
 from router.scheduling.queue import BY_NAME, Priority
 
-OPEN_PATHS = frozenset({"/health", "/v1/health", "/ready", "/live"})
-
 
 @dataclass(frozen=True, slots=True)
 class Client:

@@ -27,6 +27,7 @@ from router.engines.llamacpp.flags import as_started
 from router.formats.gguf import GGUF
 from router.formats.ollama_options import BadOption, load_flags, request_parameters, unknown_options
 from router.http.errors import ApiError
+from router.http.pages import Page, Right, needs
 from router.runtime.dispatcher import Dispatcher
 from router.store.blobs import Blobs, Upload, WrongDigest, hexadecimal
 from router.store.created import Created, Example
@@ -34,7 +35,7 @@ from router.store.creations import Creations
 from router.store.discovery import Survey
 from router.system.readings import apart
 
-router = APIRouter(tags=["Ollama"])
+router = APIRouter(tags=["Ollama"], route_class=Page)
 
 _NAME = re.compile(r"([A-Za-z0-9][\w.-]*(:\d+)?/)?([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*(:\w[\w.-]*)?", re.ASCII)
 """`HOST:PORT/NAMESPACE/MODEL:TAG`, of which only the model is needed."""
@@ -109,6 +110,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {409: {}, 500: {}, 501: {}}
 
 
 @router.post("/api/create", response_model=None, openapi_extra=_BODY, responses=_ERRORS)
+@needs(Right.MANAGE)
 async def create(request: Request) -> Response:
     """Make a model out of one that is here, or of files that were sent; or make it anew."""
     asked = await read_body(request, _Create)
@@ -137,6 +139,7 @@ async def create(request: Request) -> Response:
 
 
 @router.post("/api/copy", response_model=None, openapi_extra=_BODY, responses=_ERRORS)
+@needs(Right.MANAGE)
 async def copy(request: Request) -> Response:
     """Make a further name of a model, with the behaviour of now."""
     asked = await read_body(request, _Copy)
@@ -272,6 +275,7 @@ def _examples(messages: Sequence[_Message] | None) -> tuple[Example, ...]:
 
 
 @router.head("/api/blobs/{digest}", response_model=None)
+@needs(Right.MANAGE)
 async def has_blob(digest: str, request: Request) -> Response:
     """Whether a file is here already."""
     there = await asyncio.to_thread(_store(_creations(request)).has, _digest(digest))
@@ -285,6 +289,7 @@ async def has_blob(digest: str, request: Request) -> Response:
     openapi_extra={"requestBody": {"required": True, "content": {"application/octet-stream": {}}}},
     responses={200: {"description": "It is here already."}, 500: {}, 501: {}},
 )
+@needs(Right.MANAGE)
 async def send_blob(digest: str, request: Request) -> Response:
     """Take a file in, if it is what its digest says."""
     blobs, digits = _store(_creations(request)), _digest(digest)

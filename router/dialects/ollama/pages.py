@@ -30,6 +30,7 @@ from router.formats.ollama_options import as_options, option_lines
 from router.http.auth import sees_all
 from router.http.documents import Document
 from router.http.errors import ApiError
+from router.http.pages import Page, Right, needs
 from router.runtime.dispatcher import Dispatcher
 from router.store.created import Created
 from router.store.creations import Creations
@@ -38,7 +39,7 @@ from router.store.progress import Progress
 from router.system.readings import apart
 from router.system.turns import in_turns
 
-router = APIRouter(tags=["Ollama"])
+router = APIRouter(tags=["Ollama"], route_class=Page)
 
 _T = TypeVar("_T")
 
@@ -68,12 +69,14 @@ class _Named(msgspec.Struct):
 
 
 @router.get("/api/version")
+@needs(Right.USE)
 async def version() -> dict[str, str]:
     """The version of Ollama's API."""
     return {"version": API_VERSION}
 
 
 @router.get("/api/tags")
+@needs(Right.USE)
 async def tags(request: Request) -> Document:
     """Every alias, loaded or not."""
     config: Config = request.app.state.dispatcher.config
@@ -82,6 +85,7 @@ async def tags(request: Request) -> Document:
 
 
 @router.get("/api/ps")
+@needs(Right.USE)
 async def running(request: Request) -> dict[str, Any]:
     """The models that are loaded; the one that stays longest comes first."""
     dispatcher: Dispatcher = request.app.state.dispatcher
@@ -95,6 +99,7 @@ async def running(request: Request) -> dict[str, Any]:
 
 
 @router.post("/api/show", openapi_extra=NAMES_A_MODEL, responses={500: {}})
+@needs(Right.USE)
 async def show(request: Request) -> dict[str, Any]:
     """One model: what its file says of it, and what its name adds to that; system prompts with full keys only."""
     asked = await _named(request)
@@ -112,6 +117,7 @@ async def show(request: Request) -> dict[str, Any]:
 
 
 @router.post("/api/pull", response_model=None, openapi_extra=NAMES_A_MODEL, responses={409: {}, 429: {}, 500: {}})
+@needs(Right.MANAGE)
 async def pull(request: Request) -> Response:
     """Pull a model from the Hugging Face hub, or join the pull that does so already."""
     asked = await _named(request)
@@ -128,6 +134,7 @@ async def pull(request: Request) -> Response:
 @router.delete(
     "/api/delete", response_model=None, openapi_extra=NAMES_A_MODEL, responses={404: {}, 409: {}, 500: {}}
 )
+@needs(Right.MANAGE)
 async def delete(request: Request) -> Response:
     """Remove a pulled or created model and the files that are only its own."""
     asked = await _named(request)
@@ -136,6 +143,7 @@ async def delete(request: Request) -> Response:
 
 
 @router.post("/api/push", responses={501: {}})
+@needs(Right.MANAGE)
 async def push() -> None:
     """Always an error: this router has no registry to push to."""
     raise ApiError(501, "not_supported", "not supported here: upload models with the hub's own tools (hf upload)")
