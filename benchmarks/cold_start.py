@@ -32,7 +32,7 @@ from peers import (
     router,
 )
 
-from router.engines.process import Binary
+from router.engines.llamacpp.binary import Binary
 
 FLAGS = {"ctx-size": "1024", "threads": "1", "parallel": "1"}
 PROMPT = {"model": "m", "prompt": "hello", "max_tokens": 1}

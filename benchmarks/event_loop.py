@@ -35,7 +35,7 @@ import uvloop
 from overhead import FLAGS
 from peers import Goals, Server, model_file, print_table, router
 
-from router.engines.process import Binary
+from router.engines.llamacpp.binary import Binary
 
 GOAL_MS = 20.0
 JSON = "application/json"

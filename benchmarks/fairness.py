@@ -42,7 +42,7 @@ from peers import (
 )
 
 from router.config.schema import Scheduling
-from router.engines.process import Binary
+from router.engines.llamacpp.binary import Binary
 
 MEGABYTES = 340
 FLAGS = {"ctx-size": "2048", "threads": "1", "parallel": "4"}

@@ -32,14 +32,13 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.par
 # ruff: noqa: E402
 from tiny_models import write_llama
 
-from router.engines.launcher import NoEngine, find_binary
+from router.engines.llamacpp.binary import Binary, NoEngine, find_binary
 from router.engines.llamacpp.flags import Flags
-from router.engines.llamacpp.plan import Alternative
-from router.engines.llamacpp.sizing import EngineKind, Size, Sizer, read_files
-from router.engines.process import Binary
+from router.engines.llamacpp.sizing import EngineKind, Sizer, read_files
 from router.hardware.ram import process_memory
 from router.memory.ledger import Account
 from router.memory.measurements import Learned
+from router.memory.plan import Alternative, Size
 from router.system.devices import HOST
 
 FLAGS = (

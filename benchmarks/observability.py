@@ -27,8 +27,11 @@ from overhead import FLAGS, TOKENS, InstantEngine, measure, serve_instantly
 from peers import Goals, Server, chat_body, generator, model_file, print_table, router
 
 from router.config.schema import Config, ModelConfig
+from router.engines.launcher import LocalLauncher
+from router.engines.llamacpp.backend import LlamaCpp
+from router.engines.llamacpp.binary import Binary
 from router.engines.llamacpp.usage import AnswerMeter
-from router.engines.process import Binary, EngineFailed, EngineOrder, EngineProcess, LogRing
+from router.engines.orphans import EngineRecord
 from router.hardware.devices import Devices
 from router.memory.measurements import Learned
 from router.observe import logs
@@ -37,6 +40,7 @@ from router.observe.metrics import Metrics
 from router.observe.statistics import Telemetry
 from router.observe.usage import Usage
 from router.runtime.dispatcher import Dispatcher
+from router.system.state import State
 
 
 def without_observers() -> None:
@@ -108,11 +112,6 @@ def compare(paths: dict[str, Server], rounds: int, seconds: float, goals: Goals)
         goals.at_most(f"{title}: what it costs (minimum)", min(on) - min(off), limit_us, " µs")
 
 
-class _NoLauncher:
-    async def launch(self, order: EngineOrder, log: LogRing) -> EngineProcess:
-        raise EngineFailed("nothing is launched here")
-
-
 class _World:
     """A dispatcher with models and everything that listens, in this process."""
 
@@ -121,8 +120,9 @@ class _World:
         devices = Devices(())
         devices.read_blocking()
         self.events = Events()
-        binary = Binary(("none",), "embedded", "this benchmark")
-        dispatcher = Dispatcher(Config(models=models), _NoLauncher(), binary, devices, Learned(), self.events)
+        learned, launcher = Learned(), LocalLauncher(8085, EngineRecord(State()), None)  # nothing is launched
+        backend = LlamaCpp(Binary(("none",), "embedded", "this benchmark"), launcher, learned)
+        dispatcher = Dispatcher(Config(models=models), backend, devices, learned, self.events)
         self.metrics = Metrics(dispatcher)
         dispatcher.start()
 

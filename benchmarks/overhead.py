@@ -55,7 +55,7 @@ from peers import (
 )
 from starlette.responses import StreamingResponse
 
-from router.engines.process import Binary
+from router.engines.llamacpp.binary import Binary
 
 TOKENS = 200
 PAUSE_SEC = 0.1

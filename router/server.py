@@ -32,12 +32,12 @@ from router.dataplane.exchange import Exchanges
 from router.dataplane.limits import Door
 from router.dataplane.server import HttpProtocol, PagesProtocol
 from router.engines.health import HealthMonitor
-from router.engines.launcher import LocalLauncher, NoEngine, find_binary
+from router.engines.launcher import LocalLauncher
+from router.engines.llamacpp.backend import LlamaCpp
+from router.engines.llamacpp.binary import NoEngine, find_binary
 from router.engines.llamacpp.capability import purpose_of
 from router.engines.llamacpp.listed_devices import Listed
-from router.engines.llamacpp.sizing import EngineKind
 from router.engines.orphans import EngineRecord
-from router.engines.process import Binary
 from router.hardware.devices import Devices
 from router.http.auth import Keyring
 from router.http.origins import Browsers
@@ -142,7 +142,6 @@ def _serve(loaded: Loaded, load: Load, log: Logs) -> None:
         binary = find_binary(config.system.llama_server_path)
     except NoEngine as error:
         raise CannotServe(str(error)) from error
-    kind = EngineKind(binary)
     with contextlib.ExitStack() as opened:
         api = config.api
         ports = (api.port,) if api.ollama_port is None else (api.port, api.ollama_port)
@@ -150,12 +149,15 @@ def _serve(loaded: Loaded, load: Load, log: Logs) -> None:
         state = opened.enter_context(contextlib.closing(_open_state(config, listeners[0].getsockname()[1])))
         record = EngineRecord(state)
         record.end_leftovers()  # before anybody asks how much memory is free
-        gpu_devices = config.system.gpu_devices if kind.uses_gpus else ()
-        devices = Devices(gpu_devices, listed=Listed(kind, os.environ, gpu_devices or ()))
-        devices.read_blocking()
         store = state.file("footprints", list[Entry], "what was measured of engines is forgotten at the end")
         learned = Learned(store, psutil.boot_time())
-        _run(_Service(loaded, load, binary, devices, learned, listeners, record, state, log).run())
+        launcher = LocalLauncher(config.system.base_port, record, state.path)
+        llamacpp = LlamaCpp(binary, launcher, learned)
+        gpu_devices = config.system.gpu_devices if llamacpp.build.uses_gpus else ()
+        devices = Devices(gpu_devices, listed=Listed(llamacpp.build, os.environ, gpu_devices or ()))
+        devices.read_blocking()
+        dispatcher = Dispatcher(config, llamacpp, devices, learned, Events())
+        _run(_Service(loaded, load, dispatcher, listeners, record, state, log).run())
 
 
 def _tracing() -> Tracing:
@@ -238,9 +240,7 @@ class _Service:
         self,
         loaded: Loaded,
         load: Load,
-        binary: Binary,
-        devices: Devices,
-        learned: Learned,
+        dispatcher: Dispatcher,
         listeners: list[socket.socket],
         record: EngineRecord,
         state: State,
@@ -254,8 +254,7 @@ class _Service:
         self._stop = asyncio.Event()
         self._record = record
         self._notifier = Notifier(os.environ)
-        launcher = LocalLauncher(config.system.base_port, record, EngineKind(binary), state.path)
-        self._dispatcher = Dispatcher(config, launcher, binary, devices, learned, Events())
+        self._dispatcher = dispatcher
         self._dispatcher.engine_file = log.engine_file
         log.log_refusals(self._dispatcher.events)
         if config.system.access_log:
@@ -449,7 +448,7 @@ class _Service:
         yield f"llama-router listens on {url}"
         if config.api.ollama_port is not None:
             yield f"  Ollama  also on port {config.api.ollama_port}"
-        yield f"  engine  {dispatcher.binary.kind} ({dispatcher.binary.origin})"
+        yield f"  engine  {dispatcher.backend.name} ({dispatcher.backend.origin})"
         yield f"  memory  {'; '.join(map(str, dispatcher.ledger.devices.values()))}"
         yield f"  models  {names}"
         authorization = ""

@@ -17,6 +17,7 @@ from starlette.responses import Response
 from router import __version__
 from router.config.names import meant
 from router.dataplane.routing import model_of, named_by_nobody
+from router.engines import questions
 from router.engines.llamacpp.capability import error_of_engine
 from router.engines.llamacpp.redaction import for_clients
 from router.engines.running import RunningEngine
@@ -42,7 +43,7 @@ async def props(request: Request, model: ModelQuery = None) -> Response:
         return await said_by_engine(request, model, "/props")
     dispatcher: Dispatcher = request.app.state.dispatcher
     running = _watched(dispatcher)
-    answer = None if running is None else await running.process.document("/props", _ANSWER_SEC)
+    answer = None if running is None else await questions.document(running.handle.endpoint, "/props", _ANSWER_SEC)
     said: dict[str, Any] = {}
     if answer is not None and answer.status == 200:
         body = answer.body if sees_all(request) else for_clients(answer.body)
@@ -86,7 +87,7 @@ async def said_by_engine(request: Request, model: str | None, path: str) -> Resp
     """What the engine of a model has at that path. Raises ApiError."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     running = _engine_of(dispatcher, model)
-    answer = await running.process.document(path, _ANSWER_SEC)
+    answer = await questions.document(running.handle.endpoint, path, _ANSWER_SEC)
     if answer is None:
         raise ApiError(504, "request_timeout", f"The engine of {running.alias!r} did not answer.")
     if answer.status >= 400:

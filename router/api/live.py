@@ -173,11 +173,10 @@ def _progress(dispatcher: Dispatcher, alias: str) -> dict[str, Any] | None:
     """Of a load whose engine tells how far it is."""
     engine = dispatcher.scheduler.models[alias].engine
     running = dispatcher.running.get(engine.id) if engine is not None else None
-    stage = running.process.load_stage if running is not None else None
-    if running is None or stage is None:
+    progress = running.handle.load_progress if running is not None else None
+    if progress is None or progress.stage is None:
         return None
-    stages = running.process.load_stages or [stage]
-    return {"stages": stages, "current": stage, "value": running.process.load_progress}
+    return {"stages": progress.stages or [progress.stage], "current": progress.stage, "value": progress.value}
 
 
 @router.get("/models/sse")

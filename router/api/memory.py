@@ -109,7 +109,7 @@ def _model(request: Request, account: Account) -> dict[str, Any]:
     total = sum(line.reading.total_mib for line in _main(dispatcher.ledger.lines()))
     return {
         "model_alias": account.alias,
-        "port": running.process.port if running is not None and sees_all(request) else None,
+        "port": running.handle.endpoint.port if running is not None and sees_all(request) else None,
         "status": dispatcher.scheduler.state(account.alias),
         **_both("vram_used", account.main_mib),
         "average_usage_mb": account.main_mib,

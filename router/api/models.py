@@ -189,7 +189,7 @@ async def diagnostics(request: Request) -> Document:
     system, scheduler = dispatcher.config.system, dispatcher.scheduler
     told = {
         **await _status_in_turns(request),
-        "engine": dispatcher.binary.kind,
+        "engine": dispatcher.backend.name,
         "cache": {
             "limit": system.max_concurrent_models,
             "models": [alias for alias, model in scheduler.models.items() if model.engine is not None],
@@ -264,23 +264,25 @@ def status_of(dispatcher: Dispatcher, alias: str, *, full: bool) -> dict[str, An
     running = dispatcher.running.get(engine.id) if engine is not None else None
     state = scheduler.state(alias)
     account = dispatcher.ledger.accounts.get(engine.id) if engine is not None else None
-    progress = running.process.load_progress if running is not None else None
+    progress = running.handle.load_progress if running is not None else None
+    fraction = progress.value if progress is not None else 0
     unload_at_sec = scheduler.unload_at_sec(alias)
     first = model.queue.head()
     waiting: str | None = None
     if first is not None or model.wants_engine:
         waiting = why(model, time.monotonic(), slotless=first is not None and first.slotless)
     shown = running if full else None
+    facts = running.facts if running is not None else None
     return {
         "alias": alias,
         "source": dispatcher.config.models[alias].source if alias in dispatcher.config.models else None,
         "status": state,
-        "port": shown.process.port if shown is not None else None,
-        "pid": shown.process.pid if shown is not None else None,
+        "port": shown.handle.endpoint.port if shown is not None else None,
+        "pid": shown.pid if shown is not None else None,
         "started_at": _wall(engine.started_sec) if engine is not None else None,
         "last_used_at": _wall(model.last_used_sec),
         "unload_at": _wall(unload_at_sec) if unload_at_sec is not None else None,
-        "load_progress": 100 if state in ("ready", "draining") else round(100 * (progress or 0)),
+        "load_progress": 100 if state in ("ready", "draining") else round(100 * fraction),
         "load": _load(model, running) if state == "loading" else None,
         "load_sec": round(model.load_sec, 3) if model.load_is_known else None,
         "error_message": _error(dispatcher, alias, full=full),
@@ -288,7 +290,7 @@ def status_of(dispatcher: Dispatcher, alias: str, *, full: bool) -> dict[str, An
         "vram_mb": account.main_mib if account is not None else 0,  # an earlier router's word for it
         "memory": memory(account) if account is not None else None,
         "slots": model.spec.slots,
-        "context_length": running.props.default_generation_settings.n_ctx if running and running.props else None,
+        "context_length": facts.context if facts is not None else None,
         "in_flight": len(engine.in_flight) if engine is not None else 0,
         "slotless": len(engine.slotless) if engine is not None else 0,
         "waiting": len(model.queue),
@@ -302,10 +304,10 @@ def status_of(dispatcher: Dispatcher, alias: str, *, full: bool) -> dict[str, An
 def _load(model: Model, running: RunningEngine | None) -> dict[str, Any]:
     """How a load goes on: the engine's own words and share, where it tells; what it took before, or a guess."""
     engine = model.engine
-    process = running.process if running is not None else None
+    progress = running.handle.load_progress if running is not None else None
     return {
-        "stage": process.load_stage if process is not None else None,
-        "fraction": process.load_progress if process is not None else None,
+        "stage": progress.stage if progress is not None else None,
+        "fraction": progress.value if progress is not None else None,
         "elapsed_sec": round(time.monotonic() - engine.started_sec, 2) if engine is not None else 0.0,
         "expected_sec": round(model.load_sec, 2),
     }

@@ -14,7 +14,8 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from router.api.engines import ERRORS, ModelQuery, said_by_engine
 from router.api.streams import EventStream
 from router.dataplane.routing import model_of
-from router.engines.process import LogRing, signal_name
+from router.engines.log_ring import LogRing
+from router.engines.process import signal_name
 from router.hardware.devices import Devices
 from router.http.auth import sees_all
 from router.http.documents import Document

@@ -46,7 +46,7 @@ async def all_cards(request: Request) -> list[Card]:
     config = dispatcher.config
     cards: Cards = request.app.state.cards
     found = await cards.of(config.models.values())
-    models = {alias: as_it_runs(card, dispatcher.props_of(alias)) async for alias, card in in_turns(found.items())}
+    models = {alias: as_it_runs(card, dispatcher.facts_of(alias)) async for alias, card in in_turns(found.items())}
     further = further_names(config)
     async for alias, card in in_turns(models.items()):
         card |= _now(dispatcher, config.models[alias], further.get(alias, []))
@@ -63,7 +63,7 @@ async def show_model(alias: str, request: Request) -> dict[str, Any]:
     alias = known_as(alias, config)
     model = config.model_of(alias)
     cards: Cards = request.app.state.cards
-    card = as_it_runs((await cards.of([model]))[model.alias], dispatcher.props_of(model.alias))
+    card = as_it_runs((await cards.of([model]))[model.alias], dispatcher.facts_of(model.alias))
     card = {**card, **_now(dispatcher, model, further_names(config).get(model.alias, []))}
     return _named(card, config.aliases[alias]) if alias in config.aliases else card
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from router.config.schema import ModelConfig
+from router.engines.base import Facts
 from router.engines.llamacpp.flags import Flags, as_started
 from router.engines.llamacpp.footprint import slot_context
-from router.engines.running import EngineProps
 from router.formats import gguf
 from router.system.readings import apart
 
@@ -121,16 +121,16 @@ def card_of(model: ModelConfig) -> Card:
     }
 
 
-def as_it_runs(card: Card, props: EngineProps | None) -> Card:
+def as_it_runs(card: Card, facts: Facts | None) -> Card:
     """With what the model's engine says of itself, if it has one."""
-    if props is None:
+    if facts is None:
         return card
     card = dict(card)
-    if context := props.default_generation_settings.n_ctx:
+    if context := facts.context:
         card["n_ctx"] = card["context_length"] = context
         card["meta"] = {**card.get("meta", {}), "n_ctx": context}
     if "capabilities" in card:
-        card["capabilities"] = [each for each in card["capabilities"] if props.modalities.get(each, True)]
+        card["capabilities"] = [each for each in card["capabilities"] if facts.modalities.get(each, True)]
         card["architecture"] = _modalities(card["capabilities"])
     return card
 

@@ -13,14 +13,16 @@ from typing import Any
 from router.catalog.load import Loaded, load
 from router.config.schema import Config
 from router.config.show import render
-from router.engines.launcher import NoEngine, find_binary
-from router.engines.llamacpp import footprint
-from router.engines.llamacpp.embedded_flags import UsageError, parameters
-from router.engines.llamacpp.flags import FlagError, Flags, as_started
-from router.engines.llamacpp.sizing import EngineKind, Unusable, read_files
+from router.engines.launcher import LocalLauncher
+from router.engines.llamacpp.backend import LlamaCpp
+from router.engines.llamacpp.binary import NoEngine, find_binary
+from router.engines.orphans import EngineRecord
+from router.memory.measurements import Learned
+from router.memory.plan import Unusable
 from router.store import created
 from router.store.demo import MODEL_PATH
 from router.system.printable import line
+from router.system.state import State
 
 _DEMO = "built in, nothing is configured"
 
@@ -68,24 +70,17 @@ def check(options: argparse.Namespace) -> None:
 
 def _would_not_load(config: Config) -> Iterator[str]:
     """Models whose file or flags are found to be wrong only when somebody asks for them."""
+    launcher = LocalLauncher(config.system.base_port, EngineRecord(State()), None)
     try:
-        binary = find_binary(config.system.llama_server_path)
-        engine = EngineKind(binary)
+        engine = LlamaCpp(find_binary(config.system.llama_server_path), launcher, Learned())
         engine.check_runs()
     except (NoEngine, Unusable) as error:
         yield f"no model will load: {error}"
         return
-    yield from engine.unknown_flags(config.models, os.environ)
+    yield from engine.warnings(config.models)
     for alias, model in config.models.items():
-        flags = as_started(model.flags, model.env)
         try:
-            files = read_files(model.model_path, flags)
-            if files.model is not None:
-                footprint.estimate(files.model, flags, projector=files.projector, draft=files.draft)
-            if binary.kind == "embedded":
-                parameters(Flags(("-m", str(model.model_path), *model.flags), model.env))
-        except (Unusable, FlagError, UsageError, OSError) as error:
-            yield f"models.{alias} will not load: {error}"
+            yield from (f"models.{alias} will not load: {problem}" for problem in engine.validate(model))
         except ImportError as error:
             yield f"no model will load: xllamacpp can't be imported: {error}"
             return

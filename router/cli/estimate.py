@@ -26,19 +26,19 @@ from pathlib import Path
 from router import __version__
 from router.config.names import HUB_HOSTS
 from router.config.schema import System
-from router.engines.launcher import NoEngine, find_binary
 from router.engines.llamacpp import adapters, footprint
+from router.engines.llamacpp.binary import NoEngine, find_binary
 from router.engines.llamacpp.flags import FlagError, Flags, argv
-from router.engines.llamacpp.footprint import Footprint, Share
 from router.engines.llamacpp.listed_devices import Listed
-from router.engines.llamacpp.plan import Alternative, Ground, alternatives
+from router.engines.llamacpp.plan import alternatives
 from router.engines.llamacpp.purpose import flags_for
-from router.engines.llamacpp.sizing import EngineKind, Files, Sizer, Unusable
+from router.engines.llamacpp.sizing import EngineKind, Files, Sizer
 from router.formats import gguf
 from router.formats.gguf import GGUF, GGUFError, TruncatedGGUF
 from router.hardware.devices import Devices
 from router.memory.ledger import Ledger
 from router.memory.measurements import Learned
+from router.memory.plan import Alternative, Footprint, Ground, Share, Unusable
 from router.scheduling.messages import Placement
 from router.store.repository import BadReference, Choice, NoChoice, Reference, gated, parse
 from router.system.devices import Device

@@ -9,7 +9,7 @@ business of `sources.py`; nothing here reads a file or the environment.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -26,7 +26,7 @@ from pydantic import (
 from pydantic.json_schema import GenerateJsonSchema
 
 from router.config.names import LONGEST
-from router.engines.llamacpp.flags import Purpose, argv, parse
+from router.engines.llamacpp.flags import Purpose
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -638,10 +638,6 @@ class ModelConfig:
     """By its flags, which take too long to be read for each request."""
     most_tokens: int | None = field(default=None, compare=False)
     """Of an answer to who asks for no other number; by its flags, too."""
-
-    def without_projector(self) -> ModelConfig:
-        flags = argv(flag for flag in parse(self.flags) if flag.name != "mmproj")
-        return replace(self, flags=tuple(flags), purposes=self.purposes - {"mmproj"})
 
     @property
     def revision(self) -> Hashable:

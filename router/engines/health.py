@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from router.config.schema import System
-from router.engines.process import PROBE_LIMIT_SEC
+from router.engines.base import PROBE_LIMIT_SEC
 from router.engines.running import RunningEngine
 from router.scheduling.residency import EngineState
 from router.scheduling.scheduler import Scheduler
@@ -110,7 +110,7 @@ class HealthMonitor:
     async def _probe(self, running: RunningEngine) -> None:
         began = time.monotonic()
         limit_sec = self._pace.limit_sec
-        answers = await running.process.healthy(limit_sec)
+        answers = await running.handle.healthy(limit_sec)
         now = running.probed_sec = time.monotonic()
         running.probe_latency_sec = now - began
         if answers:
@@ -119,14 +119,14 @@ class HealthMonitor:
             running.failed_probes = 0
             return
         running.failed_probes += 1
-        if not running.process.alive:
+        if not running.handle.alive:
             return
         if running.failed_probes <= _PROBES:
             figures = running.failed_probes, _PROBES, limit_sec
             _log.warning("model %s: no answer to probe %d of %d within %g s", running.alias, *figures)
         if running.failed_probes >= _PROBES and self._may_go(running, now):
-            _log.error("model %s: its engine (pid %d) hangs and is killed", running.alias, running.process.pid)
-            running.process.kill(f"it hung: {running.failed_probes} probes without an answer")
+            _log.error("model %s: its engine (%s) hangs and is killed", running.alias, running.known_by)
+            running.handle.kill(f"it hung: {running.failed_probes} probes without an answer")
 
     def _may_go(self, running: RunningEngine, now: float) -> bool:
         """Whether nobody loses an answer that may yet come."""

@@ -1,7 +1,7 @@
 """The engines that run now, written down for the next router, in case this one is killed and they live on.
 
 They die with their router (`platforms.spawn`), but not everywhere, and not every engine can be made to. So a
-router that starts ends what a dead one has left on its state directory. An engine is known by its key, which it
+router that starts ends what a dead one has left on its state directory. An engine is known by its mark, which it
 and all that it has started carry in their environment; where the system does not show that, by its number together
 with the moment of its birth. A number alone, which may be somebody else's by now, is never enough.
 """
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import msgspec
 import psutil
 
-from router.engines.process import KEY_VARIABLE, EngineProcess
+from router.engines.process import EngineProcess
 from router.system.processes import birth
 from router.system.state import State
 
@@ -36,6 +36,8 @@ class _Engine(msgspec.Struct, frozen=True):
     born: str
     port: int
     key_sha256: str
+    """Of the value of the variable that marks it."""
+    marked_by: str = "LLAMA_API_KEY"
 
 
 class _Record(msgspec.Struct, frozen=True):
@@ -78,7 +80,8 @@ class EngineRecord:
         born = birth(engine.pid)
         if born is None:  # it is gone already
             return
-        self._engines[engine] = _Engine(engine.order.alias, engine.pid, born, engine.port, _sha256(engine.key))
+        alias, (variable, value) = engine.order.alias, engine.mark
+        self._engines[engine] = _Engine(alias, engine.pid, born, engine.endpoint.port, _sha256(value), variable)
         engine.exited.add_done_callback(lambda _: self._remove(engine))
         self._save()
 
@@ -103,16 +106,18 @@ class EngineRecord:
 
 
 def _leftovers(engines: Sequence[_Engine]) -> list[psutil.Process]:
-    keys = {engine.key_sha256 for engine in engines}
+    marks = {(engine.marked_by, engine.key_sha256) for engine in engines}
+    variables = {engine.marked_by for engine in engines}
     births = {engine.pid: engine.born for engine in engines}
     left = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            key = None
+            carried: set[tuple[str, str]] = set()
             with contextlib.suppress(psutil.AccessDenied):
-                key = process.environ().get(KEY_VARIABLE)
+                environ = process.environ()
+                carried = {(name, _sha256(environ[name])) for name in variables if name in environ}
             born = birth(process.pid)
-            if _sha256(key) in keys if key is not None else born is not None and births.get(process.pid) == born:
+            if carried & marks if carried else born is not None and births.get(process.pid) == born:
                 left.append(process)
     return left
 

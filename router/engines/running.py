@@ -1,47 +1,43 @@
-"""An engine that runs: its process, the connections to it, its part of the memory, and how it was doing lately."""
+"""An engine that runs: its handle, the connections to it, its part of the memory, and how it was doing lately."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import msgspec
-
-from router.engines.process import EngineProcess
+from router.engines.base import EngineHandle, Facts
 from router.engines.upstream import EnginePool
 from router.memory.ledger import Account
 
 
-class EngineContext(msgspec.Struct):
-    n_ctx: int | None = None
-    """Of one slot."""
-
-
-class EngineProps(msgspec.Struct):
-    """What an engine says of itself at `/props`."""
-
-    default_generation_settings: EngineContext = msgspec.field(default_factory=EngineContext)
-    modalities: dict[str, bool] = {}
-
-
 @dataclass(slots=True, eq=False)
 class RunningEngine:
-    """An engine's process with the connections to it."""
+    """An engine with the connections to it."""
 
     id: int
     alias: str
-    process: EngineProcess
+    handle: EngineHandle
     pool: EnginePool
     account: Account
     started_sec: float
     ready_sec: float | None = None
-    props: EngineProps | None = None
-    """Once it is ready and has answered that."""
+    facts: Facts | None = None
+    """Once it is ready and has told."""
     probed_sec: float | None = None
     probe_latency_sec: float | None = None
     answered_sec: float = 0.0
     """When it last answered a probe (monotonic)."""
     failed_probes: int = 0
     """In a row."""
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process, or of the first; None where there is none here."""
+        return next(iter(self.handle.pids), None)
+
+    @property
+    def known_by(self) -> str:
+        """For people."""
+        return f"port {self.handle.endpoint.port}" if self.pid is None else f"pid {self.pid}"
 
     @property
     def alive_sec(self) -> float:

@@ -23,12 +23,12 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Protocol, cast
 
 import httptools
 import msgspec
 
+from router.engines.base import Endpoint
 from router.http.known_heads import Headers, Known
 from router.system.large_memory import Pieces
 
@@ -270,7 +270,7 @@ class Connection(asyncio.Protocol):
             if head is None:
                 self._note_beside_body(len(data), receiver)
                 return
-            if head.status == 401:  # our engine knows our key
+            if head.status == 401 and self._pool.endpoint.knows_key:
                 self.close()
                 receiver.lost("its port is somebody else's: the key of the engine is not known there")
                 return
@@ -402,20 +402,24 @@ def _relayed(headers: Headers) -> bytes:
     return lines
 
 
+def _first_lines(endpoint: Endpoint) -> bytes:
+    """After the target."""
+    headers = (("host", f"{endpoint.host}:{endpoint.port}"), *endpoint.headers)
+    lines = "".join(f"{name.lower()}: {value}\r\n" for name, value in headers)
+    return f" HTTP/1.1\r\n{lines}".encode()
+
+
 class EnginePool:
     """Connections to one engine. Not more idle ones than `max_idle`; the number in use is the slots' business."""
 
-    def __init__(
-        self, port: int, key: str, max_idle: int, unix_socket: Path | None, is_alive: Callable[[], bool]
-    ) -> None:
+    def __init__(self, endpoint: Endpoint, max_idle: int, is_alive: Callable[[], bool]) -> None:
         self.asked_sec = 0.0
         """When the engine was last sent a request (monotonic)."""
         self.heard_sec = 0.0
         """When it last sent a byte."""
-        self._port = port
-        self._unix_socket = unix_socket
+        self.endpoint = endpoint
         self._is_alive = is_alive
-        self._lines = b" HTTP/1.1\r\nhost: 127.0.0.1:%d\r\nauthorization: Bearer %b\r\n" % (port, key.encode())
+        self._lines = _first_lines(endpoint)
         self._max_idle = max_idle
         self._idle: deque[Connection] = deque()
         self._connections: set[Connection] = set()
@@ -423,7 +427,7 @@ class EnginePool:
         self._closed = False
 
     def ask(self, method: bytes, target: bytes, lines: bytes, body: Body, receiver: Receiver) -> None:
-        """Send a request. `lines` are headers, each with its end; Host, Content-Length and the key are added."""
+        """Send a request. `lines` are headers, each with its end; those of the endpoint and of HTTP are added."""
         head = b"%b %b%b%bcontent-length: %d\r\n\r\n" % (method, target, self._lines, lines, len(body))
         while self._idle:
             connection = self._idle.pop()  # the one used last is the likeliest to live
@@ -470,10 +474,12 @@ class EnginePool:
 
     async def _open(self) -> Connection:
         """Raises OSError."""
-        loop = asyncio.get_running_loop()
-        if self._unix_socket is not None:
+        loop, endpoint = asyncio.get_running_loop(), self.endpoint
+        if endpoint.unix_socket is not None:
             try:
-                _, connection = await loop.create_unix_connection(lambda: Connection(self), str(self._unix_socket))
+                _, connection = await loop.create_unix_connection(
+                    lambda: Connection(self), str(endpoint.unix_socket)
+                )
             except ConnectionRefusedError:  # it has died just now, or (macOS) too many knock at once
                 await asyncio.sleep(_DYING_SEC)
                 if not self._is_alive():
@@ -482,7 +488,7 @@ class EnginePool:
                 pass
             else:
                 return connection
-        _, connection = await loop.create_connection(lambda: Connection(self), "127.0.0.1", self._port)
+        _, connection = await loop.create_connection(lambda: Connection(self), endpoint.host, endpoint.port)
         return connection
 
     def give_back(self, connection: Connection) -> None:

@@ -27,6 +27,8 @@ from router.system.readings import Reading, Watch
 if TYPE_CHECKING:
     from router.hardware.nvidia import Nvidia
 
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+"""Variables that show GPUs to a program, some of all."""
 SHOWS = "GGML_VK_VISIBLE_DEVICES"
 """Which of its GPUs Vulkan's backend of ggml uses, as Vulkan's loader counts them."""
 DEADLINE_SEC = 2.0
@@ -264,6 +266,13 @@ class _Processes:
     def _take(self) -> _Held:
         pids = self._pids
         return pids, ram.process_memory(pids, mapped=self._mapped)
+
+
+def shown(ours: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
+    """Variables of an engine: those of its entry win, and one that names GPUs leaves no say to its kin of ours."""
+    if any(name in own for name in VISIBLE):
+        ours = {name: value for name, value in ours.items() if name not in VISIBLE}
+    return {**ours, **own}
 
 
 class HasUuid(Protocol):

@@ -23,10 +23,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from router.config.schema import System
-from router.engines.llamacpp.footprint import Share
-from router.engines.llamacpp.plan import Alternative, Ground, Site
 from router.hardware.devices import Readings
 from router.hardware.ram import ProcessMemory
+from router.memory.plan import Alternative, Ground, Share, Site
 from router.scheduling.messages import Placement
 from router.system.devices import HOST, Device
 from router.system.readings import Reading
@@ -44,7 +43,8 @@ class Account:
     engine_id: int
     alias: str
     chosen: Alternative
-    pid: int | None = None
+    pids: tuple[int, ...] = ()
+    """Whose RAM, with what they have started, is its own; none before it is started, and where nobody can look."""
     problem: str | None = None
     """Why it cannot even be started."""
     is_settled: bool = False
@@ -161,8 +161,7 @@ class Ledger:
     @property
     def pids(self) -> list[int]:
         """Of those that may still hold RAM."""
-        alive = (account for account in self.accounts.values() if not account.is_gone)
-        return [account.pid for account in alive if account.pid is not None]
+        return [pid for account in self.accounts.values() if not account.is_gone for pid in account.pids]
 
     def observe(self, readings: Readings, processes: Mapping[int, ProcessMemory]) -> None:
         """Take in what was read. `processes` is the latest of each that is known."""
@@ -284,18 +283,19 @@ class Ledger:
 def _held(
     account: Account, devices: Mapping[Device, Reading], processes: Mapping[int, ProcessMemory]
 ) -> dict[Device, int]:
-    if account.pid is None or account.is_gone:
+    if not account.pids or account.is_gone:
         return {}
-    memory = processes.get(account.pid)
-    family = {account.pid, *(memory.family if memory is not None else ())}
+    known = [processes[pid] for pid in account.pids if pid in processes]
+    family = {*account.pids, *(member for memory in known for member in memory.family)}
     held = {}
     for gpu in account.chosen.gpus:
         reading = devices.get(gpu)
         used_by = (reading.used_by if reading is not None else None) or {}
         if not family.isdisjoint(used_by):
             held[gpu] = sum(used_by.get(pid, 0) for pid in family)
-    if memory is not None:
-        held[HOST] = account.in_ram(memory)
+    if known:
+        anonymous_mib = sum(memory.anonymous_mib for memory in known)
+        held[HOST] = account.in_ram(ProcessMemory(anonymous_mib, sum(memory.file_mib for memory in known)))
     return held
 
 

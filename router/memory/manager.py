@@ -11,22 +11,17 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
 from router.config.schema import ModelConfig, System
 from router.config.snapshots import FolderHangs, FolderLooks
-from router.engines.llamacpp.flags import FORMS, Flags
-from router.engines.llamacpp.out_of_memory import ran_out
-from router.engines.llamacpp.plan import NAMES_GPUS, Alternative, Ground, Inspection, advise, inspect
-from router.engines.llamacpp.plan import shown as variables
-from router.engines.llamacpp.sizing import EngineKind, Size, Unusable
-from router.engines.process import Binary, EngineFailed
 from router.hardware.devices import Devices
 from router.hardware.ram import ProcessMemory
 from router.memory.ledger import Account, Ledger, is_news
 from router.memory.measurements import Learned
+from router.memory.plan import Alternative, Ground, Planner, Size, Unusable
 from router.scheduling.messages import EngineMeasured, Event, Inspected, MemoryChanged, Placement
 from router.scheduling.residency import ENGINES
 from router.scheduling.scheduler import Scheduler
@@ -49,20 +44,20 @@ _log = logging.getLogger("router")
 
 
 class Accountant:
-    """One per dispatcher; `scheduler` is only read."""
+    """One per dispatcher; `scheduler` is only read, and `planner_of` knows the kind of a model's engine."""
 
     def __init__(
         self,
         system: System,
-        binary: Binary,
+        planner_of: Callable[[ModelConfig], Planner],
         devices: Devices,
         learned: Learned,
         scheduler: Scheduler,
         post: Callable[[Event], None],
     ) -> None:
         self.ledger = Ledger(system)
-        self.kind = EngineKind(binary)
         self.looks = FolderLooks(INSPECTION_LIMIT_SEC)
+        self._planner_of = planner_of
         self._devices = devices
         self._learned = learned
         self._scheduler = scheduler
@@ -132,7 +127,8 @@ class Accountant:
         """Where it could live, by what is free now. Raises Unusable."""
         try:
             await self.look()
-            look = partial(self._look_at, model, system, self._ground(), bool(self._scheduler.engines))
+            plan, beside_others = self._planner_of(model).plan, bool(self._scheduler.engines)
+            look = partial(plan, model, system, self._ground(), beside_others=beside_others)
             found = await self.looks.take(look, model.model_path.parent)
         except Unusable:
             raise
@@ -154,12 +150,6 @@ class Accountant:
             advice=found.advice,
         )
 
-    def _look_at(self, model: ModelConfig, system: System, ground: Ground, beside_others: bool) -> Inspection:
-        """Blocks for as long as its disk does not answer."""
-        if beside_others:  # none of them is to go for one that won't run
-            self.kind.check_runs()
-        return inspect(model, system, self.kind, ground, self._learned)
-
     def _ground(self) -> Ground:
         return self.ledger.ground(self._scheduler.free(), self._devices.environment)
 
@@ -179,29 +169,23 @@ class Accountant:
             _log.warning("model %s: %s, for want of memory", alias, chosen.remark)
         return self.ledger.open(engine_id, alias, chosen)
 
-    def environment(self, account: Account, own: Mapping[str, str]) -> Mapping[str, str]:
-        """The variables that show the engine the GPUs that were chosen for it and no others, with `own` of its
-        entry. Raises EngineFailed if that cannot be."""
+    def shows(self, account: Account) -> Mapping[str, str]:
+        """The variables that show the engine the GPUs that were chosen for it and no others. Raises Unusable if
+        they are not there any more."""
         gpus = account.chosen.gpus
         gone = [str(gpu) for gpu in gpus if gpu not in self.ledger.devices]
         problem = account.problem or (
             f"{', '.join(gone)} {'is' if len(gone) == 1 else 'are'} gone" if gone else ""
         )
         if problem:
-            raise EngineFailed(problem, problem)
+            raise Unusable(problem, problem)
         age_sec = self._devices.last.age_sec
         if gpus and age_sec > _OLD_SEC:
             _log.warning(
                 "model %s: starts on %s by what was free %.0f s ago, as the driver does not answer",
                 *(account.alias, ", ".join(map(str, gpus)), age_sec),
             )
-        shown = variables(self._devices.environment(self.ledger.devices[gpu] for gpu in gpus), own)
-        anew = Flags(account.chosen.flags)  # inherited ones name what it is not shown
-        for name in NAMES_GPUS:
-            flag, variable = anew.last(name), FORMS[name].variable
-            if flag is not None and variable:
-                shown[variable] = flag.text
-        return shown
+        return self._devices.environment(self.ledger.devices[gpu] for gpu in gpus)
 
     async def ready(self, account: Account) -> None:
         """It has loaded. Whoever waited for that gets an answer before anybody looks at what it took."""
@@ -222,19 +206,16 @@ class Accountant:
             await self._save()
 
     async def ran_out(
-        self, account: Account, model: ModelConfig, system: System, log: Sequence[str]
-    ) -> str | None:
-        """Whether the log of an engine that broke tells that memory ran out. Then its next estimate is larger, and
-        this is what would fit in what there was (empty if nobody knows); else None."""
-        wanted = ran_out(log)
-        if wanted is None:
-            return None
+        self, account: Account, model: ModelConfig, system: System, wanted_mib: Mapping[Device, int]
+    ) -> str:
+        """An engine broke for want of memory, of which it wanted so much last, by device as it counts them. Its
+        next estimate is larger. Returns what would fit in what there was; empty if nobody knows."""
         chosen = account.chosen
         if chosen.size.identity is not None and not chosen.is_given:
-            self._learned.ran_out(chosen.size.identity, chosen.as_counted(account.booked()), wanted)
+            self._learned.ran_out(chosen.size.identity, chosen.as_counted(account.booked()), wanted_mib)
             await self._save()
         ground, placement = self._ground(), chosen.placement
-        look = partial(advise, model, system, self.kind, ground, self._learned, placement)
+        look = partial(self._planner_of(model).advise, model, system, ground, placement)
         try:
             return await self.looks.take(look, model.model_path.parent)
         except FolderHangs:
@@ -255,7 +236,7 @@ class Accountant:
 
     async def _until_back(self, account: Account) -> None:
         deadline = time.monotonic() + _BACK_SEC
-        while account.pid is not None and not self._scheduler.shutting_down and await self.look():
+        while account.pids and not self._scheduler.shutting_down and await self.look():
             if self.ledger.memory_is_back(account):
                 return
             if time.monotonic() > deadline:

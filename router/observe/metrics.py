@@ -444,7 +444,7 @@ def _gauges(dispatcher: Dispatcher) -> Iterator[Family]:
     yield _single("router_uptime_seconds", "Since the start", dispatcher.uptime_sec)
     yield _failures(dispatcher)
     build = Gauges("router_build_info", "Version of the router, and what runs the models", "version", "engine")
-    build.set(1, __version__, dispatcher.binary.kind)
+    build.set(1, __version__, dispatcher.backend.name)
     yield build
 
 

@@ -9,10 +9,8 @@ granted within the call that submits it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
-import os
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Coroutine, Hashable, Mapping
@@ -23,18 +21,18 @@ from typing import Any
 import msgspec
 
 from router.config.schema import Config, MaxWait, ModelConfig, Patience, WaitFactor
-from router.engines.launcher import LAST_PORT, Launcher
-from router.engines.llamacpp.flags import FlagError, replaced
-from router.engines.llamacpp.sizing import Unusable, WrongFlags
-from router.engines.process import PROBE_LIMIT_SEC, Binary, EngineFailed, EngineOrder, LogRing
-from router.engines.running import EngineProps, RunningEngine
+from router.engines.base import EngineBackend, Facts, Launch
+from router.engines.launcher import LAST_PORT
+from router.engines.log_ring import LogRing
+from router.engines.running import RunningEngine
 from router.engines.upstream import EnginePool
 from router.hardware.devices import Devices
 from router.memory.ledger import Account, Ledger
 from router.memory.manager import Accountant
 from router.memory.measurements import Learned
+from router.memory.plan import Unusable
 from router.observe.events import EngineEnded, Events, LoadMoved, ModelChanged, ModelsListed, ServerChanged
-from router.observe.reasons import Reason, Reasons
+from router.observe.reasons import Problem, Reason, Reasons
 from router.runtime.background import Background
 from router.scheduling.messages import (
     ByPriority,
@@ -79,7 +77,6 @@ from router.system.readings import apart
 _log = logging.getLogger("router")
 
 _POSITIONS_VALID_SEC = 1
-_LOG_OF_AN_END = 200
 _SEE_LOG = "the router's log says why"
 _DYING_SEC = 1.0
 """For one that does not answer because it is on its way out, so that its end gets its own reason and not ours."""
@@ -173,18 +170,18 @@ class Dispatcher:
     def __init__(
         self,
         config: Config,
-        launcher: Launcher,
-        binary: Binary,
+        backend: EngineBackend,
         devices: Devices,
         learned: Learned,
         events: Events,
     ) -> None:
         self.config = config
         self.events = events
-        self.binary = binary
+        self.backend = backend
         self.devices = devices
         self.scheduler = Scheduler()
-        self._accountant = Accountant(config.system, binary, devices, learned, self.scheduler, self._post)
+        planner_of = self.backend_of
+        self._accountant = Accountant(config.system, planner_of, devices, learned, self.scheduler, self._post)
         self.logs: dict[str, LogRing] = {}
         self.engine_file: Callable[[str], Callable[[bytes], None] | None] = lambda alias: None
         """Where what an alias's engines say is to go besides its ring."""
@@ -199,7 +196,6 @@ class Dispatcher:
         self.crashes: dict[str, int] = defaultdict(int)
         self.restarts: dict[str, int] = defaultdict(int)
         """Engines that were started because the one before had died."""
-        self._launcher = launcher
         self._tickets: dict[str, Ticket] = {}
         self._positions: dict[str, tuple[float, dict[str, int]]] = {}
         self._forecast = Forecast(-math.inf, {}, 0)
@@ -211,11 +207,11 @@ class Dispatcher:
         self._tasks: set[asyncio.Task[None]] = set()
         self._inspections: set[asyncio.Task[None]] = set()
         self._stopping: set[int] = set()
-        self._projector_failed: dict[str, Hashable] = {}
-        """By alias what the engine was started with that did not load with a projector that was only found."""
+        self._fallen_back: dict[str, Hashable] = {}
+        """By alias what the engine was started with that did not load, where its kind knew another way."""
         self._preloading: set[str] = set()
         self._told: set[str] = set()
-        """What is wrong with flags."""
+        """What is odd about models."""
         self._changes: dict[str, set[asyncio.Future[None]]] = {}
         """Who waits for a change of a model, or (under an empty name) of any."""
         self._preload: asyncio.Task[None] | None = None
@@ -224,6 +220,10 @@ class Dispatcher:
     @property
     def uptime_sec(self) -> float:
         return time.monotonic() - self._started_sec
+
+    def backend_of(self, model: ModelConfig) -> EngineBackend:
+        """The kind of a model's engine."""
+        return self.backend
 
     @property
     def ledger(self) -> Ledger:
@@ -262,7 +262,7 @@ class Dispatcher:
     def kill_engines(self) -> None:
         """Without any grace: the last resort of an impatient operator."""
         for running in self.running.values():
-            running.process.kill()
+            running.handle.kill()
 
     def apply(self, config: Config) -> None:
         """Go by a new configuration. Engines whose entry did not change are not touched."""
@@ -466,7 +466,7 @@ class Dispatcher:
                 self._pending.append(EngineExited(now, engine_id, f"it could not be started; {_SEE_LOG}"))
             case StopEngine(engine_id) | Probe(engine_id):
                 if (running := self.running.get(engine_id)) is not None:
-                    running.process.kill()
+                    running.handle.kill()
 
     def _turn_away(self, request_id: str) -> None:
         """A request that the router cannot serve by its own fault. It is over once its client has heard that."""
@@ -550,8 +550,7 @@ class Dispatcher:
             except Unusable as unusable:
                 told = f"{alias!r}: {unusable.reason.told}"
                 self._reasons.note(alias, Reason(unusable.reason.full, told))
-                for_good = isinstance(unusable, WrongFlags)
-                answer = Inspected(time.monotonic(), alias, problem=told, for_good=for_good)
+                answer = Inspected(time.monotonic(), alias, problem=told, for_good=unusable.for_good)
         if answer is not None:
             self._post(answer)
 
@@ -566,34 +565,36 @@ class Dispatcher:
         ended_itself = False
         try:
             started = time.monotonic()
-            process = await self._launcher.launch(await self._order(model, account), self.log_of(model.alias))
+            order, log = self._order(model, account), self.log_of(model.alias)
+            handle = await self.backend_of(model).launch(order, log)
             most_idle = self.config.system.http_max_keepalive
-            pool = EnginePool(process.port, process.key, most_idle, process.unix_socket, lambda: process.alive)
-            running = RunningEngine(engine_id, model.alias, process, pool, account, started)
+            pool = EnginePool(handle.endpoint, most_idle, lambda: handle.alive)
+            running = RunningEngine(engine_id, model.alias, handle, pool, account, started)
             self.running[engine_id] = running
-            account.pid = process.pid
+            account.pids = handle.pids
             if engine_id in self._stopping:
-                await process.stop()
-            process.when_load_moves = lambda: self.events.publish(LoadMoved(model.alias, time.time()))
-            await process.ready()
+                await handle.stop()
+            handle.when_load_moves = lambda: self.events.publish(LoadMoved(model.alias, time.time()))
+            await handle.ready()
             running.ready_sec = time.monotonic()
             self._post(EngineReady(running.ready_sec, engine_id))
             self._spawn(self._accountant.ready(account), f"measuring of {model.alias}")
             self._spawn(self._ask_what_it_has(running), f"question to the engine of {model.alias}")
-            reason = await process.exited
-        except EngineFailed as failed:
+            reason = await handle.exited
+        except Problem as failed:
             reason = failed.reason
-            ended_itself = running is not None and not running.process.alive
+            ended_itself = running is not None and not running.handle.alive
         except Exception:
             _log.exception("the engine of %s cannot be watched", model.alias)
         finally:
             if running is not None:
-                await running.process.stop()
+                await running.handle.stop()
             self._post(EngineLost(time.monotonic(), engine_id))
             wanted = engine_id in self._stopping
             self._reasons.note(model.alias, reason)
             self.exits[model.alias] = _exit_of(running, reason.full, wanted)
-            retry = running.process.retry if running is not None and running.ready_sec is None else Retry.LATER
+            loads = running is not None and running.ready_sec is None
+            retry = running.handle.ending.retry if running is not None and loads else Retry.LATER
             self.crashes[model.alias] += not wanted and retry is not Retry.AT_ONCE
             cause = self._cause_of_end(engine_id, running, wanted=wanted)
             self.events.publish(EngineEnded(model.alias, cause, wanted, reason.full, time.time()))
@@ -603,26 +604,26 @@ class Dispatcher:
                 del self.running[engine_id]
             advice = await self._look_for_memory(account, model, running, wanted=wanted)
             if ended_itself and not wanted and advice is None and retry is Retry.LATER:
-                retry = self._without_projector(model, reason.full)
+                retry = self._fall_back(model, reason.full)
             told = f"{reason.told}; {advice}" if advice else reason.told
             self._post(EngineExited(time.monotonic(), engine_id, told, advice is not None, retry))
 
-    def _without_projector(self, model: ModelConfig, reason: str) -> Retry:
-        """When to try again after a load that failed: at once, without its projector, if nobody has named that."""
-        if not model.projector_was_found or "mmproj" not in model.purposes:
+    def _fall_back(self, model: ModelConfig, reason: str) -> Retry:
+        """When to try again after a load that failed: at once, if the kind of its engine knows another way."""
+        other = self.backend_of(model).fallback(model)
+        if other is None:
             return Retry.LATER
-        _log.warning(
-            "model %s did not load, and is started without the projector that was found beside it (name the right "
-            "one by `mmproj` in its entry, or give it the flag --no-mmproj): %s",
-            *(model.alias, reason),
-        )
-        self._projector_failed[model.alias] = model.revision
+        _log.warning("model %s did not load, and %s: %s", model.alias, other.why, reason)
+        self._fallen_back[model.alias] = model.revision
         self.apply(self.config)
         return Retry.AT_ONCE
 
     def _as_it_loads(self, model: ModelConfig) -> ModelConfig:
-        failed = self._projector_failed.get(model.alias)
-        return model.without_projector() if failed is not None and failed == model.revision else model
+        failed = self._fallen_back.get(model.alias)
+        if failed is None or failed != model.revision:
+            return model
+        other = self.backend_of(model).fallback(model)
+        return model if other is None else other.model
 
     async def _look_for_memory(
         self, account: Account, model: ModelConfig, running: RunningEngine | None, *, wanted: bool
@@ -631,9 +632,9 @@ class Dispatcher:
         advice = None
         try:
             if running is not None and not wanted:
-                process = running.process
-                log = [*process.last_words(_LOG_OF_AN_END), *(["out of memory"] if process.out_of_memory else ())]
-                advice = await self._accountant.ran_out(account, model, self.config.system, log)
+                wanted_mib = running.handle.ending.wanted_mib
+                if wanted_mib is not None:
+                    advice = await self._accountant.ran_out(account, model, self.config.system, wanted_mib)
         except Exception:  # whatever it is, its end must be told
             _log.exception("why the engine of %s ended could not be found out", model.alias)
         try:
@@ -649,7 +650,7 @@ class Dispatcher:
             return (cause or StopCause.SHUTDOWN).value
         if running is None or running.ready_sec is None:
             return "load_failed"
-        return "hung" if running.process.was_killed else "crashed"
+        return "hung" if running.handle.was_killed else "crashed"
 
     def _stop(self, engine_id: int) -> None:
         """Have an engine stopped; one that is just being spawned stops as soon as it is."""
@@ -659,53 +660,37 @@ class Dispatcher:
         running = self.running.get(engine_id)
         if running is not None:
             running.pool.break_off()
-            self._spawn(running.process.stop(), f"stop of {running.alias}")
+            self._spawn(running.handle.stop(), f"stop of {running.alias}")
 
     async def _probe(self, engine_id: int) -> None:
         running = self.running.get(engine_id)
         if running is None:
             return
-        process = running.process
+        handle = running.handle
         began = time.monotonic()
-        if await process.healthy() or running.pool.heard_sec >= began:
+        if await handle.healthy() or running.pool.heard_sec >= began:
             self._post(EngineAlive(time.monotonic(), engine_id))
             return
-        await asyncio.wait({process.exited}, timeout=_DYING_SEC)
-        process.kill("it broke a request off and does not answer")
+        await asyncio.wait({handle.exited}, timeout=_DYING_SEC)
+        handle.kill("it broke a request off and does not answer")
 
     async def _ask_what_it_has(self, running: RunningEngine) -> None:
-        """The truth, whatever its flags, its variables and the memory that it found have made of it."""
-        document = await running.process.document("/props", PROBE_LIMIT_SEC)
-        with contextlib.suppress(msgspec.MsgspecError):  # it is older, or another one
-            running.props = msgspec.json.decode(document.body if document else b"", type=EngineProps)
+        running.facts = await running.handle.facts()
 
-    def props_of(self, alias: str) -> EngineProps | None:
+    def facts_of(self, alias: str) -> Facts | None:
         """What its engine says of itself; None if there is none that is ready."""
         model = self.scheduler.models.get(alias)
         running = self.running.get(model.engine.id) if model is not None and model.engine is not None else None
-        return running.props if running is not None else None
+        return running.facts if running is not None else None
 
-    async def _order(self, model: ModelConfig, account: Account) -> EngineOrder:
-        """Raises EngineFailed."""
-        env = self._accountant.environment(account, model.env)
-        written = replaced(model.flags, account.chosen.flags)
-        try:
-            flags = await apart(lambda: self._accountant.kind.in_its_words(written, {**os.environ, **env}))
-        except FlagError as error:
-            raise EngineFailed(f"its flags: {error.message}", "its flags are wrong") from error
+    def _order(self, model: ModelConfig, account: Account) -> Launch:
+        """Raises Unusable."""
         system = self.config.system
         limit = system.timeout_warmup_sec if model.alias in self._preloading else system.wait_ready_sec
-        return EngineOrder(
-            alias=model.alias,
-            argv=(
-                *self.binary.argv,
-                "-m",
-                str(model.model_path),
-                "--alias",
-                model.alias,
-                *flags.words,
-            ),
-            env=env,
+        return Launch(
+            model=model,
+            chosen=account.chosen,
+            shows=self._accountant.shows(account),
             load_stall_sec=system.load_stall_sec,
             load_limit_sec=limit,
             stop_grace_sec=system.stop_grace_sec,
@@ -718,10 +703,10 @@ class Dispatcher:
 
     # --- configuration ----------------------------------------------------------------------------------
 
-    async def _tell_unknown_flags(self) -> None:
+    async def _tell_what_is_odd(self) -> None:
         """Before a model is asked for that will not load."""
-        models, kind = self.config.models, self._accountant.kind
-        for problem in await apart(lambda: list(kind.unknown_flags(models, os.environ))):
+        models, backend = self.config.models, self.backend
+        for problem in await apart(lambda: list(backend.warnings(models))):
             if problem not in self._told:
                 self._told.add(problem)
                 _log.warning("%s", problem)
@@ -729,7 +714,7 @@ class Dispatcher:
     def _configure(self) -> None:
         self._post(Configured(time.monotonic(), self._specs(), _policy(self.config)))
         self._accountant.configure(self.config.system)
-        self._spawn(self._tell_unknown_flags(), "look at flags")
+        self._spawn(self._tell_what_is_odd(), "look at what is configured of models")
 
     def _specs(self) -> Mapping[str, ModelSpec]:
         connections = self.config.system.http_max_connections
@@ -768,9 +753,9 @@ class Dispatcher:
 def _exit_of(running: RunningEngine | None, reason: str, wanted: bool) -> LastExit:
     if running is None:
         return LastExit(reason, time.time(), wanted)
-    process = running.process
-    tail = tuple(process.last_words())
-    return LastExit(reason, time.time(), wanted, process.exit_code, process.out_of_memory, tail)
+    handle = running.handle
+    tail = tuple(handle.last_words())
+    return LastExit(reason, time.time(), wanted, handle.exit_code, handle.out_of_memory, tail)
 
 
 def _policy(config: Config) -> Policy:

@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import psutil
 
@@ -39,8 +40,17 @@ def log_pipe() -> tuple[int, int]:
     return reading, writing
 
 
-def spawn(argv: Sequence[str], env: Mapping[str, str], stderr: int) -> subprocess.Popen[bytes]:
-    """Start a child in a session of its own, with pipes for input and output, that dies with us. Raises OSError.
+def spawn(
+    argv: Sequence[str],
+    env: Mapping[str, str],
+    stderr: int,
+    *,
+    stdout: int = subprocess.PIPE,
+    cwd: Path | None = None,
+    death_signal: signal.Signals = signal.SIGKILL,
+) -> subprocess.Popen[bytes]:
+    """Start a child in a session of its own, with a pipe for its input, that gets a signal when we die. Raises
+    OSError.
 
     Linux has a signal for the death of a parent (strictly: of the thread that started the child, so call this on
     the main thread). `setpriv` asks for it, because a function to run after the fork would cost a fork of all our
@@ -50,14 +60,15 @@ def spawn(argv: Sequence[str], env: Mapping[str, str], stderr: int) -> subproces
     if setpriv is not None and not _sets_death_signal(setpriv):
         setpriv = None
     return subprocess.Popen(  # noqa: S603 - what is configured is trusted
-        [setpriv, "--pdeathsig", "KILL", "--", *argv] if setpriv else argv,
+        [setpriv, "--pdeathsig", death_signal.name.removeprefix("SIG"), "--", *argv] if setpriv else argv,
         env=env,
+        cwd=cwd,
         stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=stderr,
         bufsize=0,
         start_new_session=True,
-        preexec_fn=None if setpriv else _tie_to_parent(),
+        preexec_fn=None if setpriv else _tie_to_parent(death_signal),
     )
 
 
@@ -79,7 +90,7 @@ def is_foreign(program: str) -> bool:
     return all(head[:4] == b"\x7fELF" for head in heads) and heads[0][18:] != heads[1][18:]
 
 
-def _tie_to_parent() -> Callable[[], None] | None:
+def _tie_to_parent(death_signal: signal.Signals) -> Callable[[], None] | None:
     if sys.platform != "linux":
         return None
     # Loaded here, before the fork: the child must not allocate, import or take locks.
@@ -87,7 +98,7 @@ def _tie_to_parent() -> Callable[[], None] | None:
     parent = os.getpid()
 
     def die_with_parent() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        prctl(_PR_SET_PDEATHSIG, death_signal, 0, 0, 0)
         if os.getppid() != parent:  # it died before the call above
             os._exit(1)
 

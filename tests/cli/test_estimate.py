@@ -13,10 +13,10 @@ from tiny_models import Blueprint, write_embedding, write_llama, write_projector
 from benchmarks.footprints import MODELS
 from router.__main__ import main
 from router.cli import estimate
-from router.engines.llamacpp.plan import Ground, Site
+from router.engines.llamacpp.binary import Binary
 from router.engines.llamacpp.sizing import EngineKind
-from router.engines.process import Binary
 from router.formats import gguf
+from router.memory.plan import Ground, Site
 from router.system.devices import HOST, Device
 
 GRANITE = MODELS["granite-4-tiny"]

@@ -10,12 +10,18 @@ import psutil
 import pytest
 from conftest import Start, eventually, models
 
+from router.engines.base import Endpoint
 from router.engines.launcher import LocalLauncher
 from router.engines.llamacpp import embedded
+from router.engines.llamacpp.backend import LlamaCpp
+from router.engines.llamacpp.binary import Binary
+from router.engines.llamacpp.server import LlamaServer
 from router.engines.llamacpp.sizing import EngineKind
+from router.engines.log_ring import LogRing
 from router.engines.orphans import EngineRecord
-from router.engines.process import Binary, EngineOrder, EngineProcess, LogRing
+from router.engines.process import EngineOrder
 from router.engines.upstream import Connection, EnginePool, Head
+from router.memory.measurements import Learned
 from router.scheduling.messages import Retry
 from router.system.state import State
 
@@ -79,13 +85,13 @@ def test_a_dead_engine_takes_nobodys_socket_away(tmp_path: Path, free_port: int)
     holds_output = f"setsid sh -c 'touch {apart}; exec sleep 1' & until [ -e {apart} ]; do sleep 0.01; done"
 
     async def start_another_before_its_end() -> tuple[int, int]:
-        kind = EngineKind(Binary(("sh",), "embedded", ""))
-        launcher = LocalLauncher(free_port, EngineRecord(State()), kind, tmp_path)
-        first = await launcher.launch(EngineOrder("a", ("sh", "-c", holds_output)), LogRing(10))
+        launcher = LocalLauncher(free_port, EngineRecord(State()), tmp_path)
+        backend = LlamaCpp(Binary(("sh",), "embedded", ""), launcher, Learned())
+        first = await backend.start(EngineOrder("a", ("sh", "-c", holds_output)), LogRing(10))
         await asyncio.to_thread(eventually, lambda: not first.alive)
-        second = await launcher.launch(EngineOrder("b", ("true",)), LogRing(10))
+        second = await backend.start(EngineOrder("b", ("true",)), LogRing(10))
         await asyncio.gather(first.exited, second.exited)
-        return first.port, second.port
+        return first.endpoint.port, second.endpoint.port
 
     first, second = asyncio.run(start_another_before_its_end())
     assert first != second
@@ -133,7 +139,9 @@ def test_a_stranger_on_a_dead_engines_port_answers_nobody(
             writer.write(b"HTTP/1.1 %d Whatever\r\ncontent-length: 2\r\n\r\n{}" % status)
 
         stranger = await asyncio.start_server(answer, "127.0.0.1", 0)
-        pool = EnginePool(stranger.sockets[0].getsockname()[1], "key", 1, path, lambda: next(looks))
+        port = stranger.sockets[0].getsockname()[1]
+        endpoint = Endpoint(port, unix_socket=path, headers=(("Authorization", "Bearer key"),), knows_key=True)
+        pool = EnginePool(endpoint, 1, lambda: next(looks))
         told = Outcome()
         pool.ask(b"POST", b"/v1/chat/completions", b"", b"{}", told)
         reason = await told.told
@@ -149,9 +157,9 @@ def test_a_stranger_on_a_dead_engines_port_answers_nobody(
 def test_a_port_that_another_program_takes_first_costs_no_pause(tiny: Path) -> None:
     async def lose(port: int) -> tuple[Retry, str]:
         order = EngineOrder("a", (*embedded.command(), "-m", str(tiny)))
-        engine = await EngineProcess.start(order, port, LogRing(100), None)
+        engine = await LlamaServer.start(order, port, LogRing(100), None)
         reason = await engine.exited
-        return engine.retry, reason.full
+        return engine.ending.retry, reason.full
 
     with socket.create_server(("127.0.0.1", 0)) as other:
         retry, reason = asyncio.run(lose(other.getsockname()[1]))

@@ -22,8 +22,11 @@ import pytest
 from conftest import Router, eventually, models, starting
 
 from router.engines.llamacpp import embedded
+from router.engines.llamacpp.binary import Binary
 from router.engines.llamacpp.flags import AUTO_SLOTS
-from router.engines.process import Binary, EngineOrder, EngineProcess, LogRing
+from router.engines.llamacpp.server import LlamaServer
+from router.engines.log_ring import LogRing
+from router.engines.process import EngineOrder
 from router.scheduling.messages import Retry
 
 FOUND = os.environ.get("LLAMA_SERVER_PATH") or shutil.which("llama-server")
@@ -131,9 +134,9 @@ def test_a_port_that_another_program_has_is_left_to_it(server: str, tiny: Path, 
 
     async def lose(port: int) -> tuple[Retry, str]:
         order = EngineOrder("a", command if speaks else silenced)
-        engine = await EngineProcess.start(order, port, LogRing(100), None)
+        engine = await LlamaServer.start(order, port, LogRing(100), None)
         reason = await engine.exited
-        return engine.retry, reason.told
+        return engine.ending.retry, reason.told
 
     with socket.create_server(("127.0.0.1", 0)) as other:
         assert asyncio.run(lose(other.getsockname()[1])) == (Retry.AT_ONCE, "exited with code 1")

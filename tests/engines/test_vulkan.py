@@ -16,9 +16,9 @@ from conftest import Router, Start, fake, models, run
 from played_nvml import Gpu, PlayedGpus
 from tiny_models import write_llama
 
+from router.engines.llamacpp.binary import Binary
 from router.engines.llamacpp.listed_devices import Listed
 from router.engines.llamacpp.sizing import EngineKind
-from router.engines.process import Binary
 from router.hardware.devices import Devices
 from router.system.devices import Device
 from router.system.readings import Reading

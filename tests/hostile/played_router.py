@@ -17,6 +17,7 @@ from router.catalog.cards import Cards
 from router.config.schema import Config, ModelConfig
 from router.dataplane.exchange import Exchanges
 from router.dataplane.server import HttpProtocol
+from router.engines.base import Endpoint
 from router.engines.upstream import Body, Connection, EnginePool, Receiver
 from router.http.auth import Keyring
 from router.http.origins import Browsers
@@ -72,6 +73,7 @@ class _PlayedPool:
     def __init__(self, router: PlayedRouter) -> None:
         self._router = router
         self.asked_sec = self.heard_sec = 0.0
+        self.endpoint = Endpoint(0, knows_key=True)
 
     def ask(self, method: bytes, target: bytes, lines: bytes, body: Body, receiver: Receiver) -> None:
         router = self._router
@@ -156,7 +158,7 @@ class PlayedRouter:
 
     def wait_of(self, ticket: Ticket) -> None: ...
 
-    def props_of(self, alias: str) -> None: ...
+    def facts_of(self, alias: str) -> None: ...
 
     def in_full(self, alias: str, text: str) -> str:
         return text

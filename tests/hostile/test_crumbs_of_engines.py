@@ -9,6 +9,7 @@ import threading
 
 import pytest
 
+from router.engines.base import Endpoint
 from router.engines.upstream import Connection, EnginePool, Head
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -60,7 +61,7 @@ def test_crumbs_are_read_once_in_a_turn() -> None:
                 engine.sendall(CRUMBS)
 
     async def story(port: int) -> list[int]:
-        pool = EnginePool(port, "key", 1, None, lambda: True)
+        pool = EnginePool(Endpoint(port), 1, lambda: True)
         listener = Listener()
         pool.ask(b"POST", b"/v1/chat/completions", b"", b"{}", listener)
         await asyncio.wait_for(listener.has_enough, 20)
@@ -91,7 +92,7 @@ def test_who_has_enough_of_crumbs_gets_no_more_until_he_asks_for_it() -> None:
         nonlocal parts
         parts = asyncio.Queue()
         server = await asyncio.start_server(say, "127.0.0.1", 0)
-        pool = EnginePool(server.sockets[0].getsockname()[1], "key", 1, None, lambda: True)
+        pool = EnginePool(Endpoint(server.sockets[0].getsockname()[1]), 1, lambda: True)
         listener = Pausing()
         pool.ask(b"POST", b"/v1/chat/completions", b"", b"{}", listener)
         for _ in range(3):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from router.engines.base import Endpoint
 from router.engines.upstream import Connection, EnginePool, Head
 
 LARGE = b"x" * 8_000_000
@@ -42,7 +43,7 @@ def test_who_comes_next_gets_another_connection() -> None:
 
         server = await asyncio.start_server(engine, "127.0.0.1", 0, limit=1000)
         port = server.sockets[0].getsockname()[1]
-        pool = EnginePool(port, "key", 4, None, lambda: True)
+        pool = EnginePool(Endpoint(port), 4, lambda: True)
         for body in (LARGE, b"{}", b"{}"):
             asker = Asker()
             pool.ask(b"POST", b"/completion", b"", body, asker)

@@ -16,9 +16,10 @@ from router.catalog.cards import card_of
 from router.config.schema import ModelConfig
 from router.engines.llamacpp.flags import FlagError, Flags
 from router.engines.llamacpp.purpose import flags_for
-from router.engines.llamacpp.sizing import Sizer, Unusable, read_files
+from router.engines.llamacpp.sizing import Sizer, read_files
 from router.formats.gguf import GGUFError
 from router.memory.measurements import Learned
+from router.memory.plan import Unusable
 from router.store.discovery import Headers, Survey
 
 _COUNT = 50_000 if LONG else 300

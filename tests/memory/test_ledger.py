@@ -11,12 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.config.schema import System
-from router.engines.llamacpp.footprint import Footprint, Share
-from router.engines.llamacpp.plan import Alternative
-from router.engines.llamacpp.sizing import Size
 from router.hardware.devices import Readings
 from router.hardware.ram import ProcessMemory
 from router.memory.ledger import Account, Ledger, Line
+from router.memory.plan import Alternative, Footprint, Share, Size
 from router.system.devices import HOST, Device, by_name
 from router.system.readings import Reading
 
@@ -40,7 +38,7 @@ def book(
 ) -> Account:
     mib = {Device.named(name): figure for name, figure in figures.items()}
     account = ledger.open(engine_id, f"m{engine_id}", Alternative(gpus, Size(mib, "", mib), mib, is_given=given))
-    account.pid = engine_id
+    account.pids = (engine_id,)
     return account
 
 
@@ -257,11 +255,11 @@ class World:
         used_by = {pid: held[GPU0] for pid, held in self.held.items() if GPU0 in held}
         reading = gpu(0, used[GPU0], used_by=used_by if by_process else None)
         processes = {
-            account.pid: ProcessMemory(self.held[account.pid].get(HOST, 0), 100)
+            account.engine_id: ProcessMemory(self.held[account.engine_id].get(HOST, 0), 100)
             for account in ledger.accounts.values()
-            if account.pid in self.held and not account.is_gone
+            if account.engine_id in self.held and not account.is_gone
         }
-        ledger.observe(readings(reading, ram(used[HOST])), {pid: each for pid, each in processes.items() if pid})
+        ledger.observe(readings(reading, ram(used[HOST])), processes)
 
 
 def check(ledger: Ledger, world: World) -> None:
@@ -299,16 +297,16 @@ def test_the_books_add_up_whatever_happens(
             world.held[engine_id] = {device: data.draw(st.integers(1, mib)) for device, mib in placement.items()}
         elif step == "settle" and accounts:
             account = data.draw(st.sampled_from(accounts), "whose")
-            if account.pid in world.held:
+            if account.engine_id in world.held:
                 settle(account)
-                world.held[account.pid] = dict(account.chosen.placement)
+                world.held[account.engine_id] = dict(account.chosen.placement)
         elif step == "die" and accounts:
             account = data.draw(st.sampled_from(accounts), "whose")
             account.is_gone = True
-            world.held.get(account.pid or 0, {}).pop(HOST, None)
+            world.held.get(account.engine_id, {}).pop(HOST, None)
             world.tell(ledger, by_process=by_process)  # a driver is slow: others are not blamed
             check(ledger, world)
-            world.held.pop(account.pid or 0, None)
+            world.held.pop(account.engine_id, None)
             world.tell(ledger, by_process=by_process)
             assert ledger.memory_is_back(account)
             ledger.close(account.engine_id)

@@ -12,18 +12,25 @@ from gpus import GPU0, GPU1
 from test_devices import card, lay_out
 
 from router.config.schema import ModelConfig, System
-from router.engines.llamacpp.plan import Alternative
-from router.engines.llamacpp.sizing import EngineKind, Size, Unusable
-from router.engines.process import Binary, EngineFailed
+from router.engines.launcher import LocalLauncher
+from router.engines.llamacpp.backend import LlamaCpp
+from router.engines.llamacpp.binary import Binary
+from router.engines.llamacpp.sizing import EngineKind
+from router.engines.orphans import EngineRecord
 from router.hardware.devices import Devices
 from router.hardware.ram import ProcessMemory
 from router.memory.manager import Accountant
 from router.memory.measurements import Identity, Learned
+from router.memory.plan import Alternative, Planner, Size, Unusable
 from router.scheduling.messages import Event
 from router.scheduling.scheduler import Scheduler
 from router.system.devices import HOST, Device
+from router.system.state import State
 
-EMBEDDED = Binary(("python",), "embedded", "xllamacpp")
+
+def embedded(_: ModelConfig) -> Planner:
+    launcher = LocalLauncher(8085, EngineRecord(State()), None)
+    return LlamaCpp(Binary(("python",), "embedded", "xllamacpp"), launcher, Learned())
 
 
 @pytest.fixture
@@ -32,14 +39,14 @@ def accountant(tmp_path: Path) -> Accountant:
     devices = Devices([], root=tmp_path)
     devices.read_blocking()
     posted: list[Event] = []
-    return Accountant(System(), EMBEDDED, devices, Learned(), Scheduler(), posted.append)
+    return Accountant(System(), embedded, devices, Learned(), Scheduler(), posted.append)
 
 
 def test_an_engine_whose_gpu_is_gone_is_not_started_elsewhere(accountant: Accountant) -> None:
     chosen = Alternative((GPU0, GPU1), Size({}, "", {}), {GPU0: 500, GPU1: 500})
     account = accountant.ledger.open(1, "a", chosen)
-    with pytest.raises(EngineFailed, match="gpu0, gpu1 are gone"):
-        accountant.environment(account, {})
+    with pytest.raises(Unusable, match="gpu0, gpu1 are gone"):
+        accountant.shows(account)
 
 
 def test_an_engine_gets_what_was_found_when_room_was_made_for_it_also_after_a_later_look(
@@ -73,8 +80,8 @@ def test_an_engine_that_lacked_a_library_is_not_refused_once_it_has_it(tmp_path:
 
 def test_an_engine_for_which_nothing_was_found_says_so(accountant: Accountant) -> None:
     account = accountant.open(1, "a", {HOST: 500})
-    with pytest.raises(EngineFailed, match="planned anew"):
-        accountant.environment(account, {})
+    with pytest.raises(Unusable, match="planned anew"):
+        accountant.shows(account)
     assert account.booked() == {HOST: 500}, "until its end is told"
 
 
@@ -82,7 +89,7 @@ def test_however_often_a_disk_that_hangs_is_looked_at_one_thread_waits_for_it(
     accountant: Accountant, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     back = threading.Event()
-    monkeypatch.setattr("router.memory.manager.inspect", lambda *_: back.wait())
+    monkeypatch.setattr(LlamaCpp, "plan", lambda *_, **__: back.wait())
 
     async def story() -> None:
         accountant.looks.limit_sec = 0.05
@@ -119,9 +126,9 @@ def test_a_look_that_takes_long_does_not_bring_back_what_a_later_one_saw_gone(tm
     async def story() -> None:
         devices = SlowWalk(tmp_path)
         uses(12000)
-        accountant = Accountant(System(), EMBEDDED, devices, Learned(), Scheduler(), lambda event: None)
+        accountant = Accountant(System(), embedded, devices, Learned(), Scheduler(), lambda event: None)
         account = accountant.ledger.open(1, "a", Alternative((), Size({}, "", {}), {HOST: 100}))
-        account.pid = 4194303
+        account.pids = (4194303,)
         slow = asyncio.create_task(accountant.look(mapped=True))
         await devices.walks.wait()
         uses(0)
@@ -146,10 +153,10 @@ def test_what_an_engine_has_mapped_is_remembered_also_when_it_answers_at_once(tm
     async def story() -> None:
         learned, identity = Learned(), Identity((), "xllamacpp", (), 0)
         devices = Mapped([], root=tmp_path)
-        accountant = Accountant(System(), EMBEDDED, devices, learned, Scheduler(), lambda event: None)
+        accountant = Accountant(System(), embedded, devices, learned, Scheduler(), lambda event: None)
         size = Size({HOST: 110}, "file size", {HOST: 110}, identity)
         account = accountant.ledger.open(1, "a", Alternative((), size, {HOST: 110}))
-        account.pid = 4194303
+        account.pids = (4194303,)
         ready = asyncio.create_task(accountant.ready(account))
         await asyncio.sleep(0)  # as long as it takes to send it a request
         account.has_answered = True

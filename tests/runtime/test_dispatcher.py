@@ -16,9 +16,9 @@ from conftest import BASE_PORT
 from router.config.schema import Config, ModelConfig
 from router.engines.launcher import LocalLauncher
 from router.engines.llamacpp import embedded
-from router.engines.llamacpp.sizing import EngineKind
+from router.engines.llamacpp.backend import LlamaCpp
+from router.engines.llamacpp.binary import Binary
 from router.engines.orphans import EngineRecord
-from router.engines.process import Binary
 from router.engines.running import RunningEngine
 from router.hardware.devices import Devices
 from router.memory.measurements import Learned
@@ -38,8 +38,8 @@ async def dispatching(tiny: Path, *aliases: str, slots: int = 1) -> AsyncIterato
     binary = Binary(tuple(embedded.command()), "embedded", "here")
     devices = Devices(())
     devices.read_blocking()
-    launcher = LocalLauncher(BASE_PORT, EngineRecord(State()), EngineKind(binary), None)
-    dispatcher = Dispatcher(config, launcher, binary, devices, Learned(), Events())
+    learned, launcher = Learned(), LocalLauncher(BASE_PORT, EngineRecord(State()), None)
+    dispatcher = Dispatcher(config, LlamaCpp(binary, launcher, learned), devices, learned, Events())
     dispatcher.start()
     try:
         yield dispatcher

@@ -22,8 +22,8 @@ from router.catalog.cards import Card, Cards, as_it_runs, card_of, header_of, te
 from router.config.names import listed_name
 from router.config.schema import AliasConfig, Config, ModelConfig
 from router.dataplane.routing import known_as
+from router.engines.base import Facts
 from router.engines.llamacpp.flags import FlagError, as_started
-from router.engines.running import EngineProps
 from router.formats import gguf
 from router.formats.gguf import GGUF, ArrayStub, GGUFError
 from router.formats.ollama_options import as_options, option_lines
@@ -109,8 +109,8 @@ async def show(request: Request) -> dict[str, Any]:
         where = str(known.model.model_path.parent) if full else f"The folder of {known.name!r}"
         raise ApiError(500, "model_failed", f"{where} does not answer: is its disk there?")
     try:
-        props = request.app.state.dispatcher.props_of(known.model.alias)
-        return await apart(lambda: _described(known, props, full=full))
+        facts = request.app.state.dispatcher.facts_of(known.model.alias)
+        return await apart(lambda: _described(known, facts, full=full))
     except (OSError, GGUFError, FlagError) as error:
         reason = f": {error}" if full else "."
         raise ApiError(500, "model_failed", f"{known.name!r} cannot be read{reason}") from None
@@ -197,7 +197,7 @@ async def _listed(names: list[_Known], request: Request) -> list[dict[str, Any]]
     cards: Cards = request.app.state.cards
     dispatcher: Dispatcher = request.app.state.dispatcher
     found = await cards.of(known.model for known in names)
-    models = {alias: as_it_runs(card, dispatcher.props_of(alias)) async for alias, card in in_turns(found.items())}
+    models = {alias: as_it_runs(card, dispatcher.facts_of(alias)) async for alias, card in in_turns(found.items())}
     return [_entry(known, models[known.model.alias]) async for known in in_turns(names)]
 
 
@@ -250,9 +250,9 @@ def _residency(dispatcher: Dispatcher, alias: str) -> dict[str, Any]:
     }
 
 
-def _described(known: _Known, props: EngineProps | None, *, full: bool) -> dict[str, Any]:
+def _described(known: _Known, facts: Facts | None, *, full: bool) -> dict[str, Any]:
     header = header_of(known.model)
-    card = as_it_runs(card_of(known.model), props)
+    card = as_it_runs(card_of(known.model), facts)
     context = card.get("context_length")
     named = known.named or AliasConfig(known.name, known.name)
     if not full:

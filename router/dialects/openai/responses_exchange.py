@@ -46,8 +46,8 @@ class ResponsesExchange(Exchange):
         return self._completion.failed(error)
 
     def _bounds(self, alias: str) -> Bounds:
-        props, model = self._dispatcher.props_of(alias), self._dispatcher.config.models.get(alias)
+        facts, model = self._dispatcher.facts_of(alias), self._dispatcher.config.models.get(alias)
         return Bounds(
-            None if props is None else props.default_generation_settings.n_ctx,
+            None if facts is None else facts.context,
             None if model is None else model.most_tokens,
         )

@@ -22,11 +22,11 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from router.engines.complaints import complaints
 from router.engines.llamacpp import footprint
 from router.engines.llamacpp.flags import FORMS, Flags
-from router.engines.llamacpp.footprint import Footprint, Share
-from router.engines.process import LogRing
 from router.formats.gguf import GGUF
+from router.memory.plan import Footprint, Share
 from router.system.devices import HOST, Device
 from router.system.privacy import without_secrets
 
@@ -153,9 +153,8 @@ class FitParams:
             answer = parse(done.stdout) if done.returncode == 0 else None
             if answer is not None:
                 return answer
-            said = LogRing(1000)
-            said.feed(f"{done.stderr or done.stdout}\n".encode())
-            reason = f"exit code {done.returncode}, it said: {said.complaints()[:_LONGEST_REASON] or 'nothing'}"
+            said = complaints((done.stderr or done.stdout).splitlines())
+            reason = f"exit code {done.returncode}, it said: {said[:_LONGEST_REASON] or 'nothing'}"
         _log.warning("%s does not tell what %s takes, formulas do instead: %s", TOOL, model.name, reason)
         return None
 

@@ -12,12 +12,11 @@ Pure functions, no I/O.
 
 from __future__ import annotations
 
-import math
 import platform
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 
 from router.engines.llamacpp.architectures import (
@@ -33,6 +32,7 @@ from router.engines.llamacpp.flags import Flag, Flags
 from router.engines.llamacpp.selection import Batch, selection
 from router.formats.ggml import EMBEDDING_ARCHITECTURES, TENSOR_TYPES, TensorType
 from router.formats.gguf import GGUF, Tensor
+from router.memory.plan import Footprint, Share
 from router.system.devices import HOST, Device
 
 MIB = 1 << 20
@@ -54,43 +54,6 @@ _DENSE = r"\.ffn_(up|down|gate)\."
 _SPECULATES_WITH_STATES = frozenset({"draft-mtp", "draft-eagle3", "draft-dflash", "draft-dspark"})
 # When a projector does not say how large its pictures are.
 _PROJECTOR_WORK_BYTES = 1 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """What a model takes of one device, in MiB. A draft model's part is in each figure."""
-
-    weights: float = 0.0
-    kv: float = 0.0
-    recurrent: float = 0.0
-    compute: float = 0.0
-    work: float = 0.0
-    """What the CPU backend takes besides for itself, when a long prompt comes."""
-    projector: float = 0.0
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.kv + self.recurrent + self.compute + self.work + self.projector
-
-    def __add__(self, other: Share) -> Share:
-        return Share(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(Share)))
-
-
-@dataclass(frozen=True, slots=True)
-class Footprint:
-    """What a model takes of each device, with GPUs as the engine counts them."""
-
-    devices: Mapping[Device, Share]
-    provenance: str
-    """Where the figures come from, in one line."""
-    context: int
-    """Cells of the KV cache, all slots together."""
-    host_cache_mib: int | None = 0
-    """What the engine's cache of past prompts may grow to on the host, beyond the above; None: unlimited."""
-
-    def mib(self) -> dict[Device, int]:
-        """Whole MiB per device, rounded up, without the devices of which it takes nothing."""
-        return {device: math.ceil(share.total) for device, share in self.devices.items() if share.total > 0}
 
 
 def estimate(

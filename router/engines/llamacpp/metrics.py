@@ -14,6 +14,7 @@ from functools import lru_cache
 
 from router.config.schema import Config
 from router.engines.llamacpp.flags import Flags
+from router.engines.questions import document
 from router.engines.running import RunningEngine
 from router.observe.prometheus import Gauges, label_text
 
@@ -46,7 +47,7 @@ class EngineMetrics:
         return _wants_metrics(tuple(model.flags), tuple(sorted(model.env.items())))
 
     async def _ask(self, running: RunningEngine, limit_sec: float) -> None:
-        answer = await running.process.document("/metrics", limit_sec)
+        answer = await document(running.handle.endpoint, "/metrics", limit_sec)
         if answer is not None and answer.status == 200:
             self._said[running.id] = answer.body.decode(errors="replace")
 

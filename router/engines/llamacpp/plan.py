@@ -12,119 +12,31 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import TypeVar
 
 from router.config.schema import ModelConfig, System
 from router.engines.llamacpp.flags import FlagError, as_started
 from router.engines.llamacpp.footprint import gpu_numbers
-from router.engines.llamacpp.sizing import EngineKind, Size, Sizer, Unusable, WrongFlags, read_files
-from router.hardware.devices import visible
-from router.memory.measurements import Identity, Learned
+from router.engines.llamacpp.sizing import EngineKind, Sizer, WrongFlags, read_files
+from router.hardware.devices import VISIBLE, shown, visible
+from router.memory.measurements import Learned
+from router.memory.plan import Alternative, Ground, Inspection, Site, Size, Unusable
 from router.scheduling.messages import Placement
 from router.system.devices import HOST, Device
-
-T = TypeVar("T")
 
 LEAST_CONTEXT = 4096
 """As in llama-server's `--fit` (common/common.h)."""
 _CONTEXT_STEP = 1024
 NAMES_GPUS = ("device", "spec-draft-device", "mmproj-device")
 """Flags whose values are GPUs as the engine counts them."""
-_VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 _VISIBLE_TO_VULKAN = ("GGML_VK_VISIBLE_DEVICES",)
 _NO_GPU = ("", "-1", "none", "NoDevFiles")
 
 # A first guess, from a fast disk; what is measured replaces it.
 _START_SEC = 0.1
 _LOAD_BYTES_PER_SEC = 1 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """A device as a place for engines, in MiB."""
-
-    device: Device
-    budget_mib: int
-    """What our engines may use of it together."""
-    free_mib: int
-    """What of that none of them is booked with."""
-    uuid: str = ""
-    kind: str = "cuda"
-
-
-@dataclass(frozen=True, slots=True)
-class Ground:
-    """The machine, as far as a model cares."""
-
-    gpus: tuple[Site, ...]
-    host: Site
-    environment: Callable[[Sequence[Device]], Mapping[str, str]] = field(default=lambda _: {})
-    """What shows an engine these GPUs and no others."""
-
-    def holds(self, placement: Placement) -> bool:
-        """Whether it fits if all our engines leave."""
-        budgets = {site.device: site.budget_mib for site in (*self.gpus, self.host)}
-        return all(mib <= budgets[device] for device, mib in placement.items())
-
-
-@dataclass(frozen=True, slots=True)
-class Alternative:
-    """One way to run a model."""
-
-    gpus: tuple[Device, ...]
-    """The GPUs that the engine is shown, in the order in which it counts them; none: it runs on the host."""
-    size: Size
-    placement: Placement
-    flags: tuple[str, ...] = ()
-    """To be added to the model's own."""
-    context: int | None = None
-    """Of all slots together, where it was settled here."""
-    remark: str = ""
-    """What was cut to make it fit."""
-    is_given: bool = False
-    """The figure comes from the configuration: no measurement replaces it."""
-
-    @property
-    def identity(self) -> Identity | None:
-        return self.size.identity
-
-    @property
-    def need(self) -> str:
-        """For people: `5000 MiB on gpu0 and 300 MiB on host (llama-fit-params)`."""
-        parts = [f"{mib} MiB on {device}" for device, mib in sorted(self.placement.items())]
-        return f"{' and '.join(parts)} ({self.size.source})"
-
-    def as_driven(self, counted: Mapping[Device, T]) -> dict[Device, T]:
-        """By the driver's counting what is by the engine's."""
-        return {self.gpus[device.index] if device.is_gpu else device: each for device, each in counted.items()}
-
-    def as_counted(self, driven: Mapping[Device, T]) -> dict[Device, T]:
-        """The other way round, of those devices that it has."""
-        counted = {gpu: Device.shown(place) for place, gpu in enumerate(self.gpus)} | {HOST: HOST}
-        return {counted[device]: each for device, each in driven.items() if device in counted}
-
-
-@dataclass(frozen=True, slots=True)
-class Inspection:
-    """What a look at a model says before anything is stopped or started for it."""
-
-    alternatives: tuple[Alternative, ...]
-    """Those that fit if others leave; else the best of those that never will."""
-    expected_load_sec: float
-    load_is_known: bool
-    """That was measured; else it is a guess from the size of the files."""
-    advice: str = ""
-    """What would fit, if none does."""
-
-
-def shown(ours: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
-    """Variables of an engine: those of its entry win, and one that names GPUs leaves no say to its kin of ours."""
-    if any(name in own for name in _VISIBLE):
-        ours = {name: value for name, value in ours.items() if name not in _VISIBLE}
-    return {**ours, **own}
 
 
 def inspect(
@@ -310,7 +222,7 @@ class _Places:
 
     def _named_by_variables(self) -> list[Site] | None:
         """The GPUs that variables of the entry show to the engine; None if they say nothing of that."""
-        for name in _VISIBLE_TO_VULKAN if self._are_of_vulkan else _VISIBLE:
+        for name in _VISIBLE_TO_VULKAN if self._are_of_vulkan else VISIBLE:
             spelled = self._own_env.get(name)
             if spelled is None or (name == "HIP_VISIBLE_DEVICES" and not spelled):  # HIP takes "" for none given
                 continue

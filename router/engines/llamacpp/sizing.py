@@ -22,15 +22,16 @@ from pathlib import Path
 
 from router.config.schema import ModelConfig
 from router.engines.llamacpp import adapters, fit_params, footprint
+from router.engines.llamacpp.binary import Binary
 from router.engines.llamacpp.build_flags import Has, Spoken, default_slots, read_help, slots_told, spoken
 from router.engines.llamacpp.flags import OWNED, FlagError, Flags, argv, replaced
-from router.engines.llamacpp.footprint import Footprint, Share
 from router.engines.llamacpp.purpose import unserved
-from router.engines.process import KEY_VARIABLE, Binary, signal_name
+from router.engines.llamacpp.server import KEY_VARIABLE
+from router.engines.process import signal_name
 from router.formats import gguf
 from router.formats.gguf import GGUF
 from router.memory.measurements import Identity, Learned, files_of
-from router.observe.reasons import Problem
+from router.memory.plan import Footprint, Share, Size, Unusable
 from router.system.devices import HOST, Device
 from router.system.privacy import without_secrets
 
@@ -53,12 +54,10 @@ _TAKES_UNIX_SOCKETS = "IP addresses to listen on, comma-separated, or UNIX socke
 _log = logging.getLogger("router")
 
 
-class Unusable(Problem):
-    """The model cannot be loaded."""
-
-
 class WrongFlags(Unusable):
-    """Nor will it be, until its flags or its file are others."""
+    """The engine will not take these."""
+
+    for_good = True
 
     def __init__(self, what: str) -> None:
         super().__init__(f"its flags: {what}", "its flags are wrong")
@@ -234,19 +233,6 @@ def _help_of(program: str, build: str) -> _Help:
     said = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
     code = f"exit code {done.returncode}" if done.returncode > 0 else signal_name(done.returncode)
     raise OSError(errno.ENOEXEC, said or code)
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """MiB per device, and where the figures come from."""
-
-    mib: Mapping[Device, int]
-    source: str
-    estimated: Mapping[Device, int]
-    """By the tool or the formulas, before anything measured was taken into account."""
-    identity: Identity | None = None
-    """By which what is measured of an engine with these flags can be remembered."""
-    details: Footprint | None = None
 
 
 class Sizer:

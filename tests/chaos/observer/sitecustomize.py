@@ -11,7 +11,7 @@ import signal
 from collections import Counter
 from pathlib import Path
 
-COUNTED = ("Ticket", "Request", "Connection", "EnginePool", "EngineProcess", "RunningEngine", "Exchange")
+COUNTED = ("Ticket", "Request", "Connection", "EnginePool", "LlamaServer", "RunningEngine", "Exchange")
 COUNTED += ("Answer", "HttpProtocol", "RequestResponseCycle")
 
 

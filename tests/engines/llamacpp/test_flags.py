@@ -15,6 +15,7 @@ import pytest
 from conftest import Start, eventually, models, run
 
 from router.catalog.load import load
+from router.engines.llamacpp.binary import Binary
 from router.engines.llamacpp.build_flags import read_help, spoken
 from router.engines.llamacpp.capability import refused_by_engine
 from router.engines.llamacpp.flags import (
@@ -30,7 +31,6 @@ from router.engines.llamacpp.flags import (
     parse,
 )
 from router.engines.llamacpp.sizing import EngineKind
-from router.engines.process import Binary
 
 
 @pytest.mark.parametrize(

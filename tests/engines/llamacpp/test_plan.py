@@ -13,10 +13,11 @@ from tiny_models import Blueprint, gguf_bytes
 
 from benchmarks.footprints import MODELS
 from router.config.schema import ModelConfig, System
-from router.engines.llamacpp.plan import Alternative, Ground, Inspection, Site, advise, inspect
-from router.engines.llamacpp.sizing import DRIVER_MIB, EngineKind, Unusable
-from router.engines.process import Binary
+from router.engines.llamacpp.binary import Binary
+from router.engines.llamacpp.plan import advise, inspect
+from router.engines.llamacpp.sizing import DRIVER_MIB, EngineKind
 from router.memory.measurements import Learned
+from router.memory.plan import Alternative, Ground, Inspection, Site, Unusable
 from router.system.devices import HOST, Device
 
 SERVER = EngineKind(Binary((str(Path(__file__)),), "llama-server", "any file will do: it is never run"))

@@ -1,0 +1,122 @@
+"""llama-server and the embedded engine as a kind of engine: see `EngineBackend`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from router.config.schema import ModelConfig, System
+from router.engines.base import Ending, EngineFailed, Fallback, Launch
+from router.engines.launcher import LocalLauncher
+from router.engines.llamacpp import footprint, plan, server
+from router.engines.llamacpp.binary import Binary
+from router.engines.llamacpp.embedded_flags import UsageError, parameters
+from router.engines.llamacpp.flags import FORMS, FlagError, Flags, argv, as_started, parse, replaced
+from router.engines.llamacpp.sizing import EngineKind, read_files
+from router.engines.log_ring import LogRing
+from router.engines.process import EngineOrder
+from router.hardware.devices import shown
+from router.memory.measurements import Learned
+from router.memory.plan import Ground, Inspection, Unusable
+from router.scheduling.messages import Placement
+from router.system.readings import apart
+
+
+class LlamaCpp:
+    """One binary for all its models."""
+
+    def __init__(self, binary: Binary, launcher: LocalLauncher, learned: Learned) -> None:
+        self.build = EngineKind(binary)
+        self._binary = binary
+        self._launcher = launcher
+        self._learned = learned
+
+    @property
+    def name(self) -> str:
+        return self._binary.kind
+
+    @property
+    def origin(self) -> str:
+        return self._binary.origin
+
+    def check_runs(self) -> None:
+        self.build.check_runs()
+
+    def validate(self, model: ModelConfig) -> Iterator[str]:
+        flags = as_started(model.flags, model.env)
+        try:
+            files = read_files(model.model_path, flags)
+            if files.model is not None:
+                footprint.estimate(files.model, flags, projector=files.projector, draft=files.draft)
+            if self.name == "embedded":
+                parameters(Flags(("-m", str(model.model_path), *model.flags), model.env))
+        except (Unusable, FlagError, UsageError, OSError) as error:
+            yield str(error)
+
+    def warnings(self, models: Mapping[str, ModelConfig]) -> Iterator[str]:
+        return self.build.unknown_flags(models, os.environ)
+
+    def plan(self, model: ModelConfig, system: System, ground: Ground, *, beside_others: bool) -> Inspection:
+        if beside_others:  # none of them is to go for one that won't run
+            self.check_runs()
+        return plan.inspect(model, system, self.build, ground, self._learned)
+
+    def advise(self, model: ModelConfig, system: System, ground: Ground, too_much: Placement) -> str:
+        return plan.advise(model, system, self.build, ground, self._learned, too_much)
+
+    async def launch(self, order: Launch, log: LogRing) -> server.LlamaServer:
+        model, env = order.model, _environment(order)
+        written = replaced(model.flags, order.chosen.flags)
+        try:
+            flags = await apart(lambda: self.build.in_its_words(written, {**os.environ, **env}))
+        except FlagError as error:
+            raise EngineFailed(f"its flags: {error.message}", "its flags are wrong") from error
+        command = EngineOrder(
+            alias=model.alias,
+            argv=(*self._binary.argv, "-m", str(model.model_path), "--alias", model.alias, *flags.words),
+            env=env,
+            load_stall_sec=order.load_stall_sec,
+            load_limit_sec=order.load_limit_sec,
+            stop_grace_sec=order.stop_grace_sec,
+        )
+        return await self.start(command, log)
+
+    async def start(self, command: EngineOrder, log: LogRing) -> server.LlamaServer:
+        launcher = self._launcher
+        takes_sockets = launcher.has_sockets and await apart(lambda: self.build.takes_unix_sockets)
+
+        async def start(port: int) -> server.LlamaServer:
+            unix_socket = launcher.unix_socket(port) if takes_sockets else None
+            return await server.LlamaServer.start(command, port, log, unix_socket)
+
+        return await launcher.launch(start)
+
+    def explain_exit(self, code: int, log: Sequence[str]) -> Ending:
+        return server.explain_exit(code, log)
+
+    def fallback(self, model: ModelConfig) -> Fallback | None:
+        """Without its projector, if nobody has named that."""
+        if not model.projector_was_found or "mmproj" not in model.purposes:
+            return None
+        why = (
+            "is started without the projector that was found beside it (name the right one by `mmproj` in its "
+            "entry, or give it the flag --no-mmproj)"
+        )
+        return Fallback(_without_projector(model), why)
+
+
+def _without_projector(model: ModelConfig) -> ModelConfig:
+    flags = argv(flag for flag in parse(model.flags) if flag.name != "mmproj")
+    return replace(model, flags=tuple(flags), purposes=model.purposes - {"mmproj"})
+
+
+def _environment(order: Launch) -> Mapping[str, str]:
+    """Variables of its own, among them those that show it its GPUs."""
+    env = shown(order.shows, order.model.env)
+    anew = Flags(order.chosen.flags)  # inherited ones name what it is not shown
+    for name in plan.NAMES_GPUS:
+        flag, variable = anew.last(name), FORMS[name].variable
+        if flag is not None and variable:
+            env[variable] = flag.text
+    return env

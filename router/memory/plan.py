@@ -1,0 +1,166 @@
+"""How a model could be run: alternatives, each with the memory that it takes, and the machine that they are for.
+
+Values only. Which alternatives a model has is known to the kind of its engine, a `Planner`; which of them is
+taken, and when, is for the scheduler to say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Protocol, TypeVar
+
+from router.config.schema import ModelConfig, System
+from router.memory.measurements import Identity
+from router.observe.reasons import Problem
+from router.scheduling.messages import Placement
+from router.system.devices import HOST, Device
+
+T = TypeVar("T")
+
+
+class Unusable(Problem):
+    """The model cannot be loaded."""
+
+    for_good = False
+    """Nor will it be, until its entry or its file is another."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a model takes of one device, in MiB. A draft model's part is in each figure."""
+
+    weights: float = 0.0
+    kv: float = 0.0
+    recurrent: float = 0.0
+    compute: float = 0.0
+    work: float = 0.0
+    """What the CPU backend takes besides for itself, when a long prompt comes."""
+    projector: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.kv + self.recurrent + self.compute + self.work + self.projector
+
+    def __add__(self, other: Share) -> Share:
+        return Share(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(Share)))
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What a model takes of each device, with GPUs as the engine counts them."""
+
+    devices: Mapping[Device, Share]
+    provenance: str
+    """Where the figures come from, in one line."""
+    context: int
+    """Cells of the KV cache, all slots together."""
+    host_cache_mib: int | None = 0
+    """What the engine's cache of past prompts may grow to on the host, beyond the above; None: unlimited."""
+
+    def mib(self) -> dict[Device, int]:
+        """Whole MiB per device, rounded up, without the devices of which it takes nothing."""
+        return {device: math.ceil(share.total) for device, share in self.devices.items() if share.total > 0}
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """MiB per device, and where the figures come from."""
+
+    mib: Mapping[Device, int]
+    source: str
+    estimated: Mapping[Device, int]
+    """By the tool or the formulas, before anything measured was taken into account."""
+    identity: Identity | None = None
+    """By which what is measured of an engine with these flags can be remembered."""
+    details: Footprint | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A device as a place for engines, in MiB."""
+
+    device: Device
+    budget_mib: int
+    """What our engines may use of it together."""
+    free_mib: int
+    """What of that none of them is booked with."""
+    uuid: str = ""
+    kind: str = "cuda"
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """The machine, as far as a model cares."""
+
+    gpus: tuple[Site, ...]
+    host: Site
+    environment: Callable[[Sequence[Device]], Mapping[str, str]] = field(default=lambda _: {})
+    """What shows an engine these GPUs and no others."""
+
+    def holds(self, placement: Placement) -> bool:
+        """Whether it fits if all our engines leave."""
+        budgets = {site.device: site.budget_mib for site in (*self.gpus, self.host)}
+        return all(mib <= budgets[device] for device, mib in placement.items())
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """One way to run a model."""
+
+    gpus: tuple[Device, ...]
+    """The GPUs that the engine is shown, in the order in which it counts them; none: it runs on the host."""
+    size: Size
+    placement: Placement
+    flags: tuple[str, ...] = ()
+    """To be added to the model's own."""
+    context: int | None = None
+    """Of all slots together, where it was settled here."""
+    remark: str = ""
+    """What was cut to make it fit."""
+    is_given: bool = False
+    """The figure comes from the configuration: no measurement replaces it."""
+
+    @property
+    def identity(self) -> Identity | None:
+        return self.size.identity
+
+    @property
+    def need(self) -> str:
+        """For people: `5000 MiB on gpu0 and 300 MiB on host (llama-fit-params)`."""
+        parts = [f"{mib} MiB on {device}" for device, mib in sorted(self.placement.items())]
+        return f"{' and '.join(parts)} ({self.size.source})"
+
+    def as_driven(self, counted: Mapping[Device, T]) -> dict[Device, T]:
+        """By the driver's counting what is by the engine's."""
+        return {self.gpus[device.index] if device.is_gpu else device: each for device, each in counted.items()}
+
+    def as_counted(self, driven: Mapping[Device, T]) -> dict[Device, T]:
+        """The other way round, of those devices that it has."""
+        counted = {gpu: Device.shown(place) for place, gpu in enumerate(self.gpus)} | {HOST: HOST}
+        return {counted[device]: each for device, each in driven.items() if device in counted}
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a look at a model says before anything is stopped or started for it."""
+
+    alternatives: tuple[Alternative, ...]
+    """Those that fit if others leave; else the best of those that never will."""
+    expected_load_sec: float
+    load_is_known: bool
+    """That was measured; else it is a guess from the size of the files."""
+    advice: str = ""
+    """What would fit, if none does."""
+
+
+class Planner(Protocol):
+    """What a kind of engine knows of the memory that its models take. Blocking."""
+
+    def plan(self, model: ModelConfig, system: System, ground: Ground, *, beside_others: bool) -> Inspection:
+        """The alternatives of a model on this machine. `beside_others`: some engine may have to go for it, so it
+        is to be sure first that its own would run. Raises Unusable."""
+
+    def advise(self, model: ModelConfig, system: System, ground: Ground, too_much: Placement) -> str:
+        """What would fit where a placement proved to be too much; empty if nobody can tell."""
