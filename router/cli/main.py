@@ -109,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_pull_and_rm(commands)
     terminal.add_parsers(commands)
     _add_estimate(commands)
+    _add_import(commands)
 
     show = commands.add_parser("schema", help="print the JSON Schema of the configuration")
     show.set_defaults(run=_schema)
@@ -166,6 +167,24 @@ def _add_estimate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     estimate.set_defaults(run=_estimate)
 
 
+def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    bring = commands.add_parser(
+        "import",
+        help="make a configuration of one of llama-swap's",
+        description="Write a configuration that does what llama-swap's does. Whatever has no counterpart is named "
+        "on standard error, with its line.",
+    )
+    bring.add_argument("file", type=Path, metavar="FILE", help="llama-swap's configuration")
+    bring.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="where to write it, if nothing is there; without it, to standard output",
+    )
+    bring.set_defaults(run=_import)
+
+
 class _Version(argparse.Action):
     """As argparse's own, but it is looked up only when asked for."""
 
@@ -213,6 +232,12 @@ def _remove(options: argparse.Namespace) -> None:
 
 def _estimate(options: argparse.Namespace) -> None:
     from router.cli.estimate import run
+
+    run(options)
+
+
+def _import(options: argparse.Namespace) -> None:
+    from router.cli.llama_swap import run
 
     run(options)
 

@@ -1,0 +1,565 @@
+"""`llama-router import`: our configuration, made of one of llama-swap's, and a word on what has no counterpart.
+
+What is read is a configuration of August 2026 (llama-swap's `config-schema.json`), its macros replaced as there.
+A model whose command is llama-server's becomes an entry with a file and flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
+
+import yaml
+
+from router.config.file import read_file
+from router.config.names import LONGEST
+from router.config.problems import ConfigError, KeyPath, Problem, dotted
+from router.engines.llamacpp.flags import OWNED, OWNED_VARIABLES, Flag, FlagError, parse
+from router.system.printable import line as printable_line
+
+_MACRO = re.compile(r"\$\{([a-zA-Z0-9_-]+)\}")
+_OF_ENVIRONMENT = re.compile(r"\$\{env\.([a-zA-Z_][a-zA-Z0-9_]*)\}")
+_AT_START = ("PORT", "PID")
+"""Macros that llama-swap replaces when it starts a model, or stops it."""
+_ENGINE = re.compile(r"llama-server([-_.].*)?")
+_HERE = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:|/|$)")
+_UNTOUCHABLE = ("model", "stream", "messages")
+_SHORTEST_LOAD_SEC = 15
+"""llama-swap takes less for that."""
+_USUAL_PLACES = 3
+"""`system.max_concurrent_models`, unless it is set."""
+
+_NONE_OF_ALL = {
+    "captureBuffer": "bodies are not recorded",
+    "includeAliasesInList": "aliases are always listed",
+    "logRequests": "system.access_log is on unless it is turned off",
+    "logTimeFormat": "log lines have the time as it is usual",
+    "logToStdout": "the router's log goes to its standard error, an engine's to `llama-router logs` and log_dir",
+    "matrix": "memory decides which models stay beside each other",
+    "metricsMaxInMemory": "figures are kept by /metrics and /v1/telemetry/summary",
+    "peers": "other servers are not called",
+    "performance": "/vram and /metrics tell of the machine",
+    "profiles": "an alias always means the same model",
+    "sendLoadingState": "who waits in a stream is told by comments (api.heartbeat_sec), not by words of the model",
+    "store": "requests are not recorded; log_dir and tracing keep what is to last",
+    "ui": "the page has nothing to set",
+    "upstream": "/upstream loads its model whatever is asked for there",
+}
+_NONE_OF_MODEL = {
+    "capabilities": "read from the model's file",
+    "compat": "there are no WebSockets to engines",
+    "concurrencyLimit": "-np says how many are served at once, system.max_queue_size_per_model how many may wait",
+    "metadata": "lists tell what the model's file says",
+    "sendLoadingState": _NONE_OF_ALL["sendLoadingState"],
+    "timeouts": "system.request_timeout_sec and answer_timeout_sec hold for all models",
+    "unlisted": "all models are listed",
+    "unloadTimeout": "system.stop_grace_sec holds for all models",
+}
+_NONE_OF_ENGINE = {
+    "checkEndpoint": "llama-server says itself when it is ready",
+    "cmdStop": "the router ends llama-server itself",
+    "proxy": "where engines listen is the router's business",
+    "useModelName": "llama-server goes by no name",
+}
+"""Of a model whose command is llama-server's."""
+
+
+class Remark(NamedTuple):
+    """What could not be brought, or not as it was."""
+
+    line: int
+    path: KeyPath
+    message: str
+
+
+class _Words(list[Any]):
+    """Written on one line."""
+
+
+def imported(
+    tree: Mapping[str, Any], lines: Mapping[KeyPath, int], folder: Path, environ: Mapping[str, str]
+) -> tuple[dict[str, Any], list[Remark]]:
+    """Our configuration and the remarks, in the order of their lines. `folder` is where relative paths start.
+
+    Raises ConfigError where a variable is not set that llama-swap would want, too: perhaps it is a key.
+    """
+    work = _Import(tree, lines, folder, environ)
+    document = work.document()
+    if work.unset:
+        raise ConfigError(
+            Problem(dotted(path), f"the variable {name} is not set", f"line {work.line_of(path)}")
+            for path, name in work.unset
+        )
+    return document, sorted(work.remarks)
+
+
+class _Import:
+    def __init__(
+        self, tree: Mapping[str, Any], lines: Mapping[KeyPath, int], folder: Path, environ: Mapping[str, str]
+    ) -> None:
+        self._tree = tree
+        self._lines = lines
+        self._folder = folder
+        self._environ = environ
+        self.remarks: list[Remark] = []
+        self.unset: list[tuple[KeyPath, str]] = []
+        """Variables of the environment that are not there, and where they are wanted."""
+        self._api: dict[str, Any] = {}
+        self._system: dict[str, Any] = {}
+        self._models: dict[str, dict[str, Any]] = {}
+        self._aliases: dict[str, Any] = {}
+        self._binaries: dict[str, list[KeyPath]] = {}
+
+    def document(self) -> dict[str, Any]:
+        self._macros = self._list_of_macros(self._tree.get("macros"), ("macros",))
+        top = {key: self._filled(value, self._macros, (key,)) for key, value in self._apart("macros", "models")}
+        self._read_models(_mapping(self._tree.get("models")))
+        self._read_all(top)
+        self._choose_binary()
+        sections = {"api": self._api, "system": self._system, "models": self._models, "aliases": self._aliases}
+        return {name: section for name, section in sections.items() if section}
+
+    def _apart(self, *keys: str) -> Iterator[tuple[str, Any]]:
+        return ((key, value) for key, value in self._tree.items() if key not in keys)
+
+    def _note(self, path: KeyPath, message: str) -> None:
+        self.remarks.append(Remark(self.line_of(path), path, message))
+
+    def line_of(self, path: KeyPath) -> int:
+        """Or of what it belongs to, if it comes from elsewhere by an anchor."""
+        while path and path not in self._lines:
+            path = path[:-1]
+        return self._lines.get(path, 1)
+
+    def _drop(self, path: KeyPath, reason: str) -> None:
+        self._note(path, f"has no counterpart: {reason}")
+
+    # --- macros -----------------------------------------------------------------------------------------
+
+    def _list_of_macros(self, written: Any, path: KeyPath) -> list[tuple[str, Any]]:
+        return [(name, self._with_environment(value, (*path, name))) for name, value in _mapping(written).items()]
+
+    def _filled(self, value: Any, macros: Sequence[tuple[str, Any]], path: KeyPath) -> Any:
+        """With its macros replaced: those of the environment first, of the others the last one first."""
+        value = self._with_environment(value, path)
+        for name, replacement in reversed(macros):
+            value = _replaced(value, f"${{{name}}}", replacement)
+        for left in _left_in(value):
+            if left not in _AT_START:
+                self._note(path, f"there is no macro {left!r}; it stays as it is")
+        return value
+
+    def _with_environment(self, value: Any, path: KeyPath) -> Any:
+        if isinstance(value, str):
+            return _OF_ENVIRONMENT.sub(lambda found: self._variable(found, path), value)
+        if isinstance(value, list):
+            return [self._with_environment(item, (*path, index)) for index, item in enumerate(value)]
+        if isinstance(value, dict):
+            return {key: self._with_environment(item, (*path, key)) for key, item in value.items()}
+        return value
+
+    def _variable(self, found: re.Match[str], path: KeyPath) -> str:
+        name = found[1]
+        if name in self._environ:
+            return self._environ[name]
+        self.unset.append((path, name))
+        return found[0]
+
+    # --- what holds for all -----------------------------------------------------------------------------
+
+    def _read_all(self, top: Mapping[str, Any]) -> None:
+        routing = _mapping(top.get("routing"))
+        settings = _mapping(_mapping(routing.get("router")).get("settings"))
+        for key, value in top.items():
+            path = (key,)
+            if key in _NONE_OF_ALL:
+                self._drop(path, _NONE_OF_ALL[key])
+            elif key == "apiKeys":
+                self._api["api_keys"] = _texts(value)
+                if _OF_ENVIRONMENT.search(str(self._tree[key])):
+                    self._note(path, "the value of a variable stands in the file now")
+            elif key == "healthCheckTimeout" and _is_number(value):
+                self._system["wait_ready_sec"] = max(value, _SHORTEST_LOAD_SEC)
+            elif key == "startPort" and _is_number(value):
+                self._system["base_port"] = value
+            elif key == "unloadTimeout" and _is_number(value):
+                self._system["stop_grace_sec"] = value
+            elif key == "logLevel":
+                if value == "debug":
+                    self._system["debug"] = True
+            elif key == "groups":
+                self._read_groups(_mapping(value), path)
+            elif key == "hooks":
+                self._read_hooks(_mapping(value), path)
+            elif key == "selectors":
+                self._read_selectors(_mapping(value), path)
+            elif key == "routing":
+                self._read_groups(_mapping(settings.get("groups")), ("routing", "router", "settings", "groups"))
+                if settings.get("matrix"):
+                    self._drop(("routing", "router", "settings", "matrix"), _NONE_OF_ALL["matrix"])
+                self._read_priorities(_mapping(routing.get("scheduler")))
+            elif key != "globalTTL":
+                self._note(path, "is unknown, or not of the kind that llama-swap takes")
+        self._read_idle_time(top.get("globalTTL", 0))
+
+    def _read_idle_time(self, ttl: Any) -> None:
+        """Without a word on it, llama-swap keeps a model for ever; and it spares none."""
+        if self._models:
+            self._system["idle_timeout_sec"] = ttl if _is_number(ttl) else 0
+        if ttl or any(entry.get("idle_timeout_sec") for entry in self._models.values()):
+            self._system["keep_warm_models"] = 0
+
+    def _read_groups(self, groups: Mapping[str, Any], path: KeyPath) -> None:
+        together = 0
+        for name, written in groups.items():
+            group = _mapping(written)
+            members = [member for member in _texts(group.get("members")) if member in self._models]
+            stay = group.get("swap") is False
+            together += len(members) if stay else min(1, len(members))
+            if group.get("persistent") is True:
+                for member in members:
+                    self._models[member]["pinned"] = True
+            elif not stay:
+                reason = "its models stay beside each other as far as memory allows"
+                self._drop((*path, name), f"{reason} (system.max_concurrent_models: 1 keeps one at a time)")
+        if together > _USUAL_PLACES:
+            self._system["max_concurrent_models"] = together
+
+    def _read_hooks(self, hooks: Mapping[str, Any], path: KeyPath) -> None:
+        for name, written in hooks.items():
+            if name != "on_startup":
+                self._drop((*path, name), "models can be preloaded, and no more")
+                continue
+            wanted = [name.strip() for name in _texts(_mapping(written).get("preload"))]
+            for missing in (name for name in wanted if name not in self._models and name not in self._aliases):
+                self._note((*path, name, "preload"), f"{missing!r} is not preloaded: there is no such model")
+            there = [name for name in wanted if name in self._models or name in self._aliases]
+            if there:
+                self._system["preload_models"] = there
+
+    def _read_selectors(self, selectors: Mapping[str, Any], path: KeyPath) -> None:
+        for name, written in selectors.items():
+            selector = _mapping(written)
+            target = next(iter(_texts(selector.get("targets"))), None)
+            if selector.get("strategy") == "pin" and target is not None:
+                meant = self._aliases.get(target, target)  # what is changed for that name is for this one, too
+                changes = {key: value for key, value in _mapping(meant).items() if key != "uses"}
+                self._alias(name, meant["uses"] if changes else meant, (*path, name), changes)
+            else:
+                self._drop((*path, name), "an alias means one model, whichever are loaded")
+
+    def _read_priorities(self, scheduler: Mapping[str, Any]) -> None:
+        path = ("routing", "scheduler", "settings", "fifo", "priority")
+        fifo = _mapping(_mapping(scheduler.get("settings")).get("fifo"))
+        for name, number in _mapping(fifo.get("priority")).items():
+            if name not in self._models or not _is_number(number):
+                self._note((*path, name), "is no model with a number")
+            elif number:
+                self._models[name]["priority"] = "high" if number > 0 else "low"
+
+    def _choose_binary(self) -> None:
+        """One runs all models here: that of the most of them."""
+        if not self._binaries:
+            return
+        chosen = max(self._binaries, key=lambda binary: len(self._binaries[binary]))
+        if "/" in chosen:
+            self._system["llama_server_path"] = chosen
+        for other, places in self._binaries.items():
+            for path in places if other != chosen else ():
+                self._note(path, f"all models are run by {chosen}, and not by {other}")
+
+    # --- models -----------------------------------------------------------------------------------------
+
+    def _read_models(self, models: Mapping[str, Any]) -> None:
+        for name, written in models.items():
+            path = ("models", name)
+            if not isinstance(written, dict):
+                self._note(path, "is no model: it has no keys")
+                continue
+            own = dict(self._list_of_macros(written.get("macros"), (*path, "macros")))
+            macros = dict([("MODEL_ID", name), *self._macros]) | own
+            model = {key: value for key, value in written.items() if key != "macros"}
+            for key in ("cmd", "cmdStop"):
+                if isinstance(model.get(key), str):
+                    model[key] = _without_comments(model[key])
+            filled = {key: self._filled(value, list(macros.items()), (*path, key)) for key, value in model.items()}
+            self._read_model(name, filled, path)
+
+    def _read_model(self, name: str, model: Mapping[str, Any], path: KeyPath) -> None:
+        if not _is_name(name):
+            self._note(path, "is left out: a name has no blanks, and does not begin with _")
+            return
+        entry = self._entry(model, path)
+        if entry is None:
+            return
+        self._models[name] = entry
+        for key, value in model.items():
+            at = (*path, key)
+            if key == "ttl":
+                if _is_number(value) and value >= 0:
+                    entry["idle_timeout_sec"] = value
+            elif key == "env":
+                entry["env"] = self._environment(_texts(value), at)
+            elif key in ("proxy", "checkEndpoint", "cmdStop", "useModelName"):
+                self._check_address(key, value, at)
+            elif key in _NONE_OF_MODEL:
+                if value not in (0, False, None):
+                    self._drop(at, _NONE_OF_MODEL[key])
+            elif key not in ("cmd", "name", "description", "aliases", "filters"):
+                self._note(at, "is unknown to llama-swap, too")
+        told = ": ".join(str(model[key]) for key in ("name", "description") if model.get(key))
+        if told:
+            entry["description"] = told
+        self._read_names(name, model, path)
+
+    def _check_address(self, key: str, value: Any, path: KeyPath) -> None:
+        """What says how to reach the engine says nothing that matters if it is reached here."""
+        usual = {"proxy": bool(_HERE.match(str(value))), "checkEndpoint": value in ("/health", "none", "")}
+        if value and not usual.get(key, False):
+            self._drop(path, _NONE_OF_ENGINE[key])
+
+    def _entry(self, model: Mapping[str, Any], path: KeyPath) -> dict[str, Any] | None:
+        """The file and the flags of a model. None: it is none that could be run here."""
+        at = (*path, "cmd")
+        try:
+            words = shlex.split(str(model.get("cmd") or "").replace("\\\n", " "))
+        except ValueError as error:
+            self._note(at, f"cannot be read: {error}; the model is left out")
+            return None
+        set_before: list[str] = []
+        if words and PurePath(words[0]).name == "env":
+            words = words[1:]
+            while words and "=" in words[0] and not words[0].startswith("-"):
+                set_before.append(words.pop(0))
+        if not words or not _ENGINE.fullmatch(PurePath(words[0]).name):
+            what = PurePath(words[0]).name if words else "nothing"
+            self._note(at, f"the model is left out: only llama-server can be run, and this runs {what}")
+            return None
+        try:
+            flags = parse(words[1:])
+        except FlagError as error:
+            self._note(at, f"the model is left out: {error.message}")
+            return None
+        entry = self._file_and_flags(flags, at)
+        if entry is not None:
+            self._binaries.setdefault(words[0], []).append(at)
+            if set_before:
+                entry["env"] = self._environment(set_before, at)
+        return entry
+
+    def _file_and_flags(self, flags: Sequence[Flag], path: KeyPath) -> dict[str, Any] | None:
+        entry: dict[str, Any] = {}
+        kept: list[Flag] = []
+        downloaded = None
+        for flag in flags:
+            if flag.name == "model":  # the last one counts
+                entry["model_path"] = self._path(flag.text, path)
+            elif flag.name == "mmproj":
+                entry["mmproj"] = self._path(flag.text, path)
+            elif flag.name == "hf-repo":
+                downloaded = flag.text
+            elif flag.name not in OWNED:
+                kept.append(flag)
+            elif flag.name not in ("host", "port"):
+                self._drop(path, f"{flag.spelling}: {OWNED[flag.name]}")
+        words = [word for flag in kept for word in flag.words]
+        if "model_path" in entry and downloaded is not None:
+            self._drop(path, f"-hf {downloaded}: {OWNED['hf-repo']}")
+        if "model_path" not in entry:
+            how = "it names no file (-m)"
+            if downloaded is not None:
+                pull = f"llama-router pull hf.co/{downloaded} --alias {shlex.quote(str(path[1]))}"
+                how = f"get it by `{pull}`; its flags are {shlex.join(words)}"
+            self._note(path, f"the model is left out: {how}")
+            return None
+        if words:
+            entry["flags"] = _Words(_as_number(word) for word in words)
+        return entry
+
+    def _path(self, text: str, path: KeyPath) -> str:
+        if PurePath(text).is_absolute():
+            return text
+        self._note(path, f"{text!r} is looked for in {self._folder}; llama-swap goes by where it was started")
+        return str(self._folder / text)
+
+    def _environment(self, settings: Sequence[str], path: KeyPath) -> dict[str, str]:
+        environment = {}
+        for setting in settings:
+            name, equals, value = setting.partition("=")
+            if name in OWNED_VARIABLES:
+                self._drop(path, f"{name} is the router's to set")
+            elif not equals or not name.isidentifier():
+                self._note(path, f"{name!r} is no variable with a value")
+            else:
+                environment[name] = value
+        return environment
+
+    # --- names and filters ------------------------------------------------------------------------------
+
+    def _read_names(self, name: str, model: Mapping[str, Any], path: KeyPath) -> None:
+        filters, at = _mapping(model.get("filters")), (*path, "filters")
+        strip = str(filters.get("stripParams") or filters.get("strip_params") or "")
+        removed = sorted({word.strip() for word in strip.split(",") if word.strip()})
+        removed = [word for word in removed if self._may_change(word, (*at, "stripParams"))]
+        for_all = self._parameters(filters.get("setParams"), (*at, "setParams"))
+        by_name = _mapping(filters.get("setParamsByID"))
+        names = [name, *_texts(model.get("aliases")), *by_name]
+        for alias in dict.fromkeys(names):
+            forced = {**for_all, **self._parameters(by_name.get(alias), (*at, "setParamsByID", alias))}
+            changes = {"removed": removed, "forced": forced}
+            changes = {key: value for key, value in changes.items() if value}
+            if alias != name or changes:
+                self._alias(alias, name, path, changes)
+
+    def _alias(self, alias: str, uses: str, path: KeyPath, changes: Mapping[str, Any] | None = None) -> None:
+        if not _is_name(alias):
+            self._note(path, f"the alias {alias!r} is left out: a name has no blanks, and does not begin with _")
+        elif alias in self._aliases or (alias != uses and alias in self._models):
+            self._note(path, f"the alias {alias!r} is left out: there is one already")
+        else:
+            self._aliases[alias] = {"uses": uses, **changes} if changes else uses
+
+    def _parameters(self, written: Any, path: KeyPath) -> dict[str, Any]:
+        parameters = _mapping(written)
+        return {name: value for name, value in parameters.items() if self._may_change(name, (*path, name))}
+
+    def _may_change(self, name: str, path: KeyPath) -> bool:
+        if name in _UNTOUCHABLE:
+            if name != "model":  # which llama-swap leaves alone, too
+                self._drop(path, f"{name!r} cannot be changed: clients and router go by it")
+            return False
+        if "." in name:
+            self._drop(path, "only whole parameters can be changed, and nothing inside of them")
+            return False
+        return True
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _texts(value: Any) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, list) else []
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_name(text: str) -> bool:
+    return bool(re.fullmatch(r"[^_\s]\S*", text)) and len(text) <= LONGEST
+
+
+def _as_number(word: str) -> str | int:
+    return int(word) if re.fullmatch(r"0|[1-9][0-9]{0,9}", word) else word
+
+
+def _without_comments(command: str) -> str:
+    return "\n".join(line for line in command.split("\n") if not line.strip().startswith("#"))
+
+
+def _replaced(value: Any, macro: str, replacement: Any) -> Any:
+    if isinstance(value, str):
+        if value == macro:
+            return replacement
+        said = str(replacement).lower() if isinstance(replacement, bool) else str(replacement)
+        return value.replace(macro, said)
+    if isinstance(value, list):
+        return [_replaced(item, macro, replacement) for item in value]
+    if isinstance(value, dict):  # macros stand in the keys of setParamsByID, too
+        keys = {key: str(_replaced(key, macro, replacement)) for key in value}
+        return {keys[key]: _replaced(item, macro, replacement) for key, item in value.items()}
+    return value
+
+
+def _left_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield from _MACRO.findall(value)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _left_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _left_in(item)
+
+
+# --- files ----------------------------------------------------------------------------------------------
+
+
+def run(options: argparse.Namespace) -> None:
+    """Raises ConfigError."""
+    source: Path = options.file
+    tree = read_file(source, str(source))
+    document, remarks = imported(
+        tree, _lines_of(source.read_text("utf-8-sig")), source.absolute().parent, os.environ
+    )
+    if not document.get("models"):
+        _tell(source, remarks)
+        raise ConfigError([Problem("models", "there is none that could be brought", str(source))])
+    _write(options.output, f"# Made of {source} by `llama-router import`.\n{_dumped(document)}")
+    _tell(source, remarks)
+
+
+def _tell(source: Path, remarks: Sequence[Remark]) -> None:
+    for remark in remarks:
+        text = f"{source}:{remark.line}: {dotted(remark.path)}: {remark.message}"
+        print(printable_line(text), file=sys.stderr)
+
+
+def _write(path: Path | None, text: str) -> None:
+    """For its owner only, as there may be keys in it. Raises ConfigError, also if it is there already."""
+    if path is None:
+        print(text, end="")
+        return
+    try:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        problem = "is there already, and stays as it is: name another file by -o, or remove it"
+        raise ConfigError([Problem("", problem, str(path))]) from None
+    except OSError as error:
+        raise ConfigError([Problem("", f"cannot be written: {error.strerror}", str(path))]) from None
+
+
+def _lines_of(text: str) -> dict[KeyPath, int]:
+    """Where each key stands. The text is YAML, or JSON."""
+    lines: dict[KeyPath, int] = {}
+
+    def note(value: yaml.Node, path: KeyPath, mark: yaml.Mark) -> None:
+        lines[path] = mark.line + 1
+        walk(value, path)
+
+    def walk(node: yaml.Node | None, path: KeyPath) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                note(value, (*path, str(key.value)), key.start_mark)
+        elif isinstance(node, yaml.SequenceNode):
+            for index, item in enumerate(node.value):
+                note(item, (*path, index), item.start_mark)
+
+    walk(yaml.compose(text, yaml.SafeLoader), ())
+    return lines
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what any YAML, of 1.1 or 1.2, would take for more than text; and has no anchors."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+_Dumper.add_representer(
+    _Words, lambda dumper, words: dumper.represent_sequence("tag:yaml.org,2002:seq", words, flow_style=True)
+)
+
+
+def _dumped(document: Mapping[str, Any]) -> str:
+    return yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)

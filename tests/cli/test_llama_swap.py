@@ -1,0 +1,187 @@
+"""Those who come from llama-swap: their configuration becomes ours, and what does not is named with its line."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import Start, run
+
+from router.cli.llama_swap import imported
+from router.config.schema import ConfigFile
+
+SWAP = """\
+healthCheckTimeout: 5
+logLevel: debug
+globalTTL: 0
+apiKeys: [sk-one, "${env.SECOND}"]
+macros:
+  server: llama-server --host 127.0.0.1 --port ${PORT}
+  ctx: 1024
+  usual: "--ctx-size ${ctx} --temp 1e0"
+models:
+  chat:
+    macros: {ctx: 512}
+    cmd: |
+      # ${server} is replaced nowhere but below
+      ${server} ${usual} \\
+      --model FOLDER/tiny.gguf -t 1 --ignore-eos --api-key secret
+    env: [LLAMA_LOG_VERBOSITY=1, LLAMA_ARG_PORT=9]
+    ttl: 600
+    name: Chat
+    description: of a kind
+    aliases: [gpt-4o-mini]
+    useModelName: another
+    filters:
+      stripParams: "n, model"
+      setParams: {max_tokens: 3, "a.b": 1}
+      setParamsByID:
+        "${MODEL_ID}:short": {max_tokens: 1}
+  near:
+    cmd: env TZ=UTC llama-server -m tiny.gguf -c 256 -t 1
+    checkEndpoint: none
+    unlisted: true
+  container:
+    cmd: docker run --name ${MODEL_ID} image -m /models/a.gguf
+    cmdStop: docker stop ${MODEL_ID}
+  hub:
+    cmd: llama-server -hf ggml-org/Qwen3-4B-GGUF:Q4_K_M -c 2048
+groups:
+  forever: {persistent: true, swap: false, exclusive: false, members: [near]}
+  chats: {swap: true, members: [chat]}
+hooks: {on_startup: {preload: [near, container]}}
+selectors:
+  best: {strategy: pin, targets: [chat, near]}
+peers: {there: {proxy: http://192.0.2.1, models: [x]}}
+"""
+
+
+@pytest.fixture
+def theirs(tmp_path: Path, tiny: Path) -> Path:
+    (tmp_path / "tiny.gguf").symlink_to(tiny)
+    path = tmp_path / "llama-swap.yaml"
+    path.write_text(SWAP.replace("FOLDER", str(tmp_path)))
+    return path
+
+
+def test_what_is_brought_is_served(theirs: Path, start: Start) -> None:
+    done = run("import", str(theirs), "-o", "ours.yaml", cwd=theirs.parent, SECOND="sk-two")
+    assert done.returncode == 0, done.stderr
+    ours = theirs.parent / "ours.yaml"
+    assert stat.S_IMODE(ours.stat().st_mode) == 0o600, "there are keys in it"
+    checked = run("check", "--config", str(ours), cwd=theirs.parent)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    router = start(yaml.safe_load(ours.read_text()))
+    router.http.headers["authorization"] = "Bearer sk-two"
+    listed = {card["id"]: card for card in router.http.get("/v1/models").json()["data"]}
+    assert set(listed) == {"chat", "near", "gpt-4o-mini", "chat:short", "best"}
+    assert listed["chat"]["description"] == "Chat: of a kind"
+    for name, tokens in (("chat", 3), ("gpt-4o-mini", 3), ("chat:short", 1), ("best", 3)):
+        answer = router.chat(name, max_tokens=50, n=7).json()
+        assert answer["usage"]["completion_tokens"] == tokens, name
+
+
+def test_what_has_no_counterpart_is_named_with_its_line(theirs: Path) -> None:
+    done = run("import", str(theirs), cwd=theirs.parent, SECOND="sk-two")
+    told = [line.removeprefix(f"{theirs}:") for line in done.stderr.splitlines()]
+    assert [line.partition(" has ")[0].partition(" the model ")[0] for line in told] == [
+        "4: apiKeys: the value of a variable stands in the file now",
+        "12: models.chat.cmd:",
+        "16: models.chat.env:",
+        "21: models.chat.useModelName:",
+        "24: models.chat.filters.setParams.a.b:",
+        f"28: models.near.cmd: 'tiny.gguf' is looked for in {theirs.parent}; "
+        "llama-swap goes by where it was started",
+        "30: models.near.unlisted:",
+        "32: models.container.cmd:",
+        "35: models.hub.cmd:",
+        "38: groups.chats:",
+        "39: hooks.on_startup.preload: 'container' is not preloaded: there is no such model",
+        "42: peers:",
+    ]
+    assert "--api-key: the router gives every engine a key of its own" in told[1]
+    assert "only llama-server can be run, and this runs docker" in told[7]
+    assert "`llama-router pull hf.co/ggml-org/Qwen3-4B-GGUF:Q4_K_M --alias hub`" in told[8]
+
+
+def test_nothing_that_is_there_is_written_over(theirs: Path) -> None:
+    there = theirs.parent / "config.yaml"
+    there.write_text("mine")
+    done = run("import", str(theirs), "-o", str(there), cwd=theirs.parent, SECOND="sk-two")
+    assert (done.returncode, there.read_text()) == (2, "mine")
+    assert done.stderr.startswith(f"{there}: is there already")
+
+
+def brought(**theirs: Any) -> tuple[dict[str, Any], list[str]]:
+    """Of a configuration with two models, and more."""
+    models = {name: {"cmd": f"llama-server -m /m/{name}.gguf"} for name in ("a", "b")}
+    document, remarks = imported({"models": models, **theirs}, {}, Path("/here"), {})
+    ConfigFile.model_validate(document)
+    return document, [remark.message for remark in remarks]
+
+
+def test_models_stay_for_as_long_as_they_did() -> None:
+    assert brought()[0]["system"] == {"idle_timeout_sec": 0}
+    assert brought(globalTTL=60)[0]["system"] == {"idle_timeout_sec": 60, "keep_warm_models": 0}
+    one = {"a": {"cmd": "llama-server -m /m/a.gguf", "ttl": 60}}
+    document, _ = brought(models=one)
+    assert document["models"]["a"]["idle_timeout_sec"] == 60
+    assert document["system"] == {"idle_timeout_sec": 0, "keep_warm_models": 0}
+
+
+def test_groups_say_who_stays_in_the_older_place_and_the_newer() -> None:
+    groups = {"g": {"persistent": True, "swap": False, "members": ["a"]}}
+    for theirs in ({"groups": groups}, {"routing": {"router": {"use": "group", "settings": {"groups": groups}}}}):
+        document, remarks = brought(**theirs)
+        pinned = [name for name, model in document["models"].items() if model.get("pinned")]
+        assert (pinned, remarks) == (["a"], [])
+    many = {str(number): {"cmd": f"llama-server -m /m/{number}.gguf"} for number in range(5)}
+    document, _ = brought(models=many, groups={"g": {"swap": False, "members": list(many)}})
+    assert document["system"]["max_concurrent_models"] == 5
+
+
+def test_a_priority_of_a_model_is_that_of_its_requests() -> None:
+    fifo = {"scheduler": {"use": "fifo", "settings": {"fifo": {"priority": {"a": 10, "b": -1, "none": 1}}}}}
+    document, remarks = brought(routing=fifo)
+    assert [document["models"][name]["priority"] for name in ("a", "b")] == ["high", "low"]
+    assert remarks == ["is no model with a number"]
+
+
+def test_the_binary_of_most_models_runs_all() -> None:
+    commands = {"a": "/opt/new/llama-server", "b": "/opt/new/llama-server", "c": "/opt/old/llama-server-b1"}
+    models = {name: {"cmd": f"{binary} -m /m/{name}.gguf"} for name, binary in commands.items()}
+    document, remarks = brought(models=models)
+    assert document["system"]["llama_server_path"] == "/opt/new/llama-server"
+    assert remarks == ["all models are run by /opt/new/llama-server, and not by /opt/old/llama-server-b1"]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "told"),
+    [
+        ({"matrix": {"sets": {"s": "a & b"}}}, "has no counterpart: memory decides"),
+        ({"nonsense": 1}, "is unknown"),
+        ({"macros": {"x": "1"}, "healthCheckTimeout": "${y}"}, "there is no macro 'y'"),
+        ({"selectors": {"s": {"strategy": "warm", "targets": ["a"]}}}, "has no counterpart: an alias means one"),
+    ],
+)
+def test_nothing_is_lost_without_a_word(theirs: dict[str, Any], told: str) -> None:
+    _, remarks = brought(**theirs)
+    assert any(remark.startswith(told) for remark in remarks), remarks
+
+
+def test_a_variable_that_is_not_set_is_no_key(theirs: Path) -> None:
+    done = run("import", str(theirs), "-o", "ours.yaml", cwd=theirs.parent)
+    assert (done.returncode, done.stderr) == (2, "line 4: apiKeys[1]: the variable SECOND is not set\n")
+    assert not (theirs.parent / "ours.yaml").exists()
+
+
+def test_where_no_model_can_be_brought_nothing_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "llama-swap.yaml"
+    path.write_text("models:\n  a:\n    cmd: vllm serve x --port ${PORT}\n")
+    done = run("import", str(path), "-o", "ours.yaml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"{path}:3: models.a.cmd: the model is left out" in done.stderr
+    assert not (tmp_path / "ours.yaml").exists()
