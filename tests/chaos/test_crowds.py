@@ -19,6 +19,7 @@ from conftest import Router, Start, eventually, fake, http_client, models
 from storm import LONG, scale
 
 WAITING = scale(2000, 10_000)
+GUESTS = scale(600, 10_000)
 SUBSCRIBERS = scale(200, 1000)
 
 
@@ -47,7 +48,7 @@ def many_connections(router: Router, count: int, request: bytes) -> Iterator[lis
 def descriptors() -> None:
     """For the clients here, and for the router, which inherits it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = max(WAITING, SUBSCRIBERS) + 1000
+    needed = max(WAITING, SUBSCRIBERS) + scale(1000, 6000)
     if soft < needed:
         if hard != resource.RLIM_INFINITY and hard < needed:
             pytest.skip(f"needs {needed} file descriptors, and {hard} are allowed")
@@ -110,9 +111,9 @@ WAITS = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-lengt
 
 
 def test_a_full_house_keeps_a_door_for_its_keeper(start: Start, tiny: Path, tmp_path: Path) -> None:
-    most, spare = 50, 32
-    config = {"api": {"max_connections": most}, "system": {"llama_server_path": fake(tmp_path, ready="never")}}
-    router = start({**config, "models": models(tiny, "a")})
+    most, spare = scale(50, 10_000), 32
+    system = {"llama_server_path": fake(tmp_path, ready="never"), "max_queue_size_per_model": most}
+    router = start({"api": {"max_connections": most}, "system": system, "models": models(tiny, "a")})
     router.http.close()
     router.http = http_client(router.url, timeout=10, headers={"connection": "close"})
     before = psutil.Process(router.process.pid).num_fds()
@@ -192,6 +193,47 @@ def test_who_is_idle_gives_way_to_who_comes(start: Start, tiny: Path) -> None:
     refused = dict(re.findall(r'router_clients_refused_total{reason="(\w+)"} ([\d.]+)', counted))
     assert float(refused["too_many_connections"]) >= 4
     assert float(refused["gave_way"]) >= 2
+    assert "Traceback" not in router.log
+
+
+@pytest.mark.timeout(900 if LONG else 120)
+def test_a_house_full_of_idle_clients_costs_little_and_lets_in_who_comes(start: Start, tiny: Path) -> None:
+    """Half of them keep their connection after an answer, the others have sent half a request."""
+    router = start({"api": {"max_connections": GUESTS}, "models": models(tiny, "a")})
+    router.http.close()
+    router.http = http_client(router.url, timeout=10, headers={"connection": "close"})
+    router.chat("a")
+    empty_mib, alone_sec = memory_mib(router), cpu_of_requests(router, 100)
+    page = b"GET /live HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    before_sec = cpu_sec(router)
+    with (
+        many_connections(router, GUESTS // 2, page) as idle,
+        many_connections(router, GUESTS // 2, WAITS[:-5]),
+    ):
+        assert all(whole_page(client) for client in idle)
+        assert router.http.get("/live").status_code == 200
+        came_sec, full_mib = cpu_sec(router) - before_sec, memory_mib(router)
+        before_sec, began = cpu_sec(router), time.monotonic()
+        time.sleep(scale(1, 10))
+        at_rest = (cpu_sec(router) - before_sec) / (time.monotonic() - began)
+        assert psutil.Process(router.process.pid).num_fds() >= GUESTS, "they are all still here"
+        crowded_sec = cpu_of_requests(router, 100)
+        before_sec = cpu_sec(router)
+        with many_connections(router, GUESTS // 2, WAITS[:-5]):
+            for path in ("/live", "/metrics", "/v1/queue/stats", "/v1/models/status"):
+                assert router.http.get(path).status_code == 200
+            assert router.chat("a").status_code == 200
+        others_sec = cpu_sec(router) - before_sec
+    each_kib = (full_mib - empty_mib) * 1024 / GUESTS
+    figures = (
+        f"{GUESTS} connections: {each_kib:.1f} KiB and {came_sec * 1e6 / GUESTS:.0f} µs each; at rest "
+        f"{at_rest:.1%} of a processor; 100 chats {crowded_sec:.2f} s of its time, {alone_sec:.2f} alone; "
+        f"{GUESTS // 2} more {others_sec:.2f} s"
+    )
+    print(figures)
+    assert each_kib < 40, figures
+    assert at_rest < 0.2, figures
+    assert crowded_sec < 2 * alone_sec + 0.1, figures
     assert "Traceback" not in router.log
 
 
