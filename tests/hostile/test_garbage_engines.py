@@ -39,23 +39,33 @@ class Route:
     """Its answers are read on their way; else their bytes pass."""
     asks: str = "messages"
     """The field of the text."""
+    brief: tuple[str, Any] = ("max_tokens", 5)
+    """How its API says that a few tokens are enough: engines that never end by themselves go by it, too."""
     also: tuple[tuple[str, Any], ...] = ()
 
     def body(self, text: str, *, streams: bool) -> dict[str, Any]:
         said: Any = [{"role": "user", "content": text}] if self.asks == "messages" else text
-        return {"model": "a", self.asks: said, "stream": streams, "max_tokens": 5, **dict(self.also)}
+        return {"model": "a", self.asks: said, "stream": streams, **dict((self.brief, *self.also))}
 
 
+_OLLAMAS_BRIEF = ("options", {"num_predict": 5})
 ROUTES = {
     "chat": Route("/v1/chat/completions"),
     "chat of two": Route("/v1/chat/completions", reads_documents=True, also=(("n", 2),)),
     "completion": Route("/v1/completions", asks="prompt"),
     "message": Route("/v1/messages"),
     "message as chat": Route("/v1/messages", reads_documents=True, reads_events=True, also=(("seed", 1),)),
-    "response": Route("/v1/responses", reads_documents=True, reads_events=True, asks="input"),
-    "Ollama's chat": Route("/api/chat", reads_documents=True, reads_events=True),
+    "response": Route(
+        "/v1/responses", reads_documents=True, reads_events=True, asks="input", brief=("max_output_tokens", 5)
+    ),
+    "Ollama's chat": Route("/api/chat", reads_documents=True, reads_events=True, brief=_OLLAMAS_BRIEF),
     "Ollama's completion": Route(
-        "/api/generate", reads_documents=True, reads_events=True, asks="prompt", also=(("raw", True),)
+        "/api/generate",
+        reads_documents=True,
+        reads_events=True,
+        asks="prompt",
+        brief=_OLLAMAS_BRIEF,
+        also=(("raw", True),),
     ),
 }
 

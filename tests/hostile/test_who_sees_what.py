@@ -94,7 +94,7 @@ def answers(router: Router, who: str) -> Iterator[tuple[str, str]]:
         for alias in ("coder", "words", "cut", "gone-coder"):
             for streams in (False, True):
                 texts = {"messages": HELLO, "prompt": "hi", "input": "hi", "content": "hi"}
-                more = {"max_tokens": 1, "stream": streams, "options": {"num_predict": 1}}
+                more = {"max_tokens": 1, "max_output_tokens": 1, "stream": streams, "options": {"num_predict": 1}}
                 answer = router.http.post(path, json={"model": alias, **texts, **more}, headers=key(who))
                 yield told(f"{path} {alias} {streams}", answer)
     for wrong in ([{"role": "user", "content": 5}], [5], {"role": "user"}, [{"role": "user"}]):
