@@ -316,19 +316,22 @@ class Exchange:
             depth = needed
 
     def _was_read(self, reading: Future[tuple[Wish, Pieces]]) -> None:
+        failure = reading.exception()  # raised here, it and this frame would hold each other, and what was read
         if self._is_over:  # its client has left
-            if reading.exception() is None:
+            if failure is None:
                 self._shared.readers.submit(reading.result()[1].give_back)
-            return
-        try:
-            wish, self._body = reading.result()
-            self._hold(self._body.copied)
-        except ApiError as error:
-            self._refuse(error)
-        except _UNREADABLE as error:
-            self._refuse(_unreadable(error))
+        elif isinstance(failure, ApiError):
+            self._refuse(failure)
+        elif isinstance(failure, _UNREADABLE):
+            self._refuse(_unreadable(failure))
         else:
-            self._submit(wish)
+            wish, self._body = reading.result()
+            try:
+                self._hold(self._body.copied)
+            except ApiError as error:
+                self._refuse(error)
+            else:
+                self._submit(wish)
 
     def _submit(self, wish: Wish) -> None:
         if b"x-request-id" in self._head.fields and self._dispatcher.is_taken(self._request_id):

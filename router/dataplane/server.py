@@ -680,8 +680,9 @@ class _Page:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._connection.server_state.tasks.discard(task)
-        scope = cast(dict[str, Any], self._cycle.scope)
-        scope.clear()  # with it and its cycle, headers would wait for the garbage collector
+        cycle = self._cycle
+        cast(dict[str, Any], cycle.scope).clear()  # by these, headers would wait for the garbage collector
+        del cycle.transport, cycle.flow
 
     def _answered(self) -> None:
         self._connection.answered(keep_alive=self._cycle.keep_alive)

@@ -311,6 +311,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = self._unsent = None
+        del self._parser  # they hold each other, and what was read
         self._pool.lost(self)
         receiver, self._receiver = self._receiver, None
         if receiver is None:

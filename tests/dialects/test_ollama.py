@@ -86,7 +86,8 @@ def test_a_stream_may_come_in_any_pieces() -> None:
     ]
     stream = ": a comment\n\n" + "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
     for size in (1, 2, 7, 10_000):
-        translation = Translation(asked(), lambda: 2.0)
+        translation = Translation(asked())
+        translation.waited_sec = 2.0
         raw = stream.encode()
         lines = b"".join(translation.events(raw[at : at + size]) for at in range(0, len(raw), size))
         *said, last = map(json.loads, (lines + translation.last_events()).splitlines())
@@ -99,7 +100,7 @@ def test_a_stream_may_come_in_any_pieces() -> None:
 
 
 def test_a_completion_ends_by_its_limit() -> None:
-    translation = Translation(asked("raw"), lambda: 0.0)
+    translation = Translation(asked("raw"))
     said = json.loads(translation.events(b'data: {"content": "a", "stop": false}\n\n'))
     assert said["response"] == "a"
     assert translation.events(b'data: {"content": "", "stop": true, "stop_type": "limit"}\n\n') == b""
@@ -107,14 +108,14 @@ def test_a_completion_ends_by_its_limit() -> None:
 
 
 def test_a_stream_that_ends_without_its_last_event_is_not_whole() -> None:
-    translation = Translation(asked(), lambda: 0.0)
+    translation = Translation(asked())
     translation.events(b'data: {"choices": [{"delta": {"content": "a"}}]}\n\n')
     with pytest.raises(BrokenAnswer, match="before its last event"):
         translation.last_events()
 
 
 def test_what_came_before_an_event_that_cannot_be_read_is_told() -> None:
-    translation = Translation(asked(), lambda: 0.0)
+    translation = Translation(asked())
     with pytest.raises(BrokenAnswer, match="cannot be read") as broken:
         translation.events(b'data: {"choices": [{"delta": {"content": "a"}}]}\n\ndata: {"choices": [\n\n')
     assert json.loads(broken.value.before)["message"]["content"] == "a"
@@ -131,7 +132,7 @@ def test_calls_of_a_whole_answer_are_as_many_as_there_are() -> None:
     said = (("a", "{}"), ("b", '{"x": 1}'), ("c", "{"))
     calls = [{"id": "", "type": "function", "function": {"name": name, "arguments": text}} for name, text in said]
     message = {"role": "assistant", "content": "So: ", "tool_calls": calls}
-    translation = Translation(asked(), lambda: 0.0)
+    translation = Translation(asked())
     answer = json.loads(translation.document(json.dumps({"choices": [{"message": message}]}).encode()))
     called = [
         (call["function"]["name"], call["function"]["arguments"]) for call in answer["message"]["tool_calls"]
@@ -144,6 +145,6 @@ def test_errors_of_any_shape_are_a_text() -> None:
     shown = {b'"\xff"': '{"error": "\ufffd"}', b'{"message":"\xff"}': '{"error": {"message":"\ufffd"}}'}
     for error, text in ((b'{"message": "no"}', "no"), (b'"no"', "no"), (b"3", '{"error": 3}'), *shown.items()):
         with pytest.raises(BrokenAnswer) as broken:
-            Translation(asked(), lambda: 0.0).events(b'data: {"error": %b}\n' % error)
+            Translation(asked()).events(b'data: {"error": %b}\n' % error)
         said = broken.value.error.message
         assert said == text or "cannot be read" in said

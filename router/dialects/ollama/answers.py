@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any
 
@@ -107,12 +106,12 @@ class Translation(Translator):
 
     stream_type = b"content-type: application/x-ndjson\r\n"
 
-    def __init__(self, asked: Asked, waited_sec: Callable[[], float]) -> None:
-        """`waited_sec`: how long the request waited for its model."""
+    def __init__(self, asked: Asked) -> None:
         super().__init__()
+        self.waited_sec = 0.0
+        """For which the request waited for its model."""
         self._asked = asked
         self._chats = asked.kind in ("chat", "earlier_chat")
-        self._waited_sec = waited_sec
         self._begun_sec = time.monotonic()
         self._calls: dict[int, _Call] = {}
         self._collected = 0
@@ -178,7 +177,7 @@ class Translation(Translator):
                 "model": self._asked.model,
                 "embeddings": raw,
                 "total_duration": round((time.monotonic() - self._begun_sec) * _NS),
-                "load_duration": round(self._waited_sec() * _NS),
+                "load_duration": round(self.waited_sec * _NS),
                 "prompt_eval_count": usage.prompt_tokens if usage is not None else 0,
             }
         )
@@ -266,7 +265,7 @@ class Translation(Translator):
         return {
             "done_reason": self._reason,
             "total_duration": round((time.monotonic() - self._begun_sec) * _NS),
-            "load_duration": round(self._waited_sec() * _NS),
+            "load_duration": round(self.waited_sec * _NS),
             "prompt_eval_count": timings.cache_n + timings.prompt_n or usage.prompt_tokens,
             "prompt_eval_duration": round(timings.prompt_ms * 1e6),
             "eval_count": timings.predicted_n or usage.completion_tokens,

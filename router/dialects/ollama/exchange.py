@@ -40,7 +40,7 @@ class OllamaExchange(Exchange):
         asked = translate(path, body)
         wish = wish_of(asked.model, asked.streams, self._head.fields, self._dispatcher.config, self._client)
         asked = self._asked = asked._replace(model=asked.model or wish.alias)
-        self._translation = Translation(asked, self._waited_sec)
+        self._translation = Translation(asked)
         question: Text = asked.body(wish.alias)
         if wish.asked_as is not None and question:
             question = rewritten(question, ROUTES[asked.target].conversation, wish.asked_as)
@@ -100,6 +100,7 @@ class OllamaExchange(Exchange):
     def _decided(self) -> None:
         ticket = self._ticket
         if not self._is_over and ticket is not None and ticket.engine is not None:
+            self._translation.waited_sec = ticket.queue_sec
             self._heed_keep_alive(ticket.alias)
             if not self._asked.target:
                 self._answer_without_engine("load")
@@ -120,9 +121,6 @@ class OllamaExchange(Exchange):
         except ApiError:
             return
         self._dispatcher.keep_alive(alias, self._asked.keep_alive_sec)
-
-    def _waited_sec(self) -> float:
-        return 0.0 if self._ticket is None else self._ticket.queue_sec
 
     def _set_heartbeat(self) -> None:
         """Lines of JSON have no comments: as with Ollama, nothing is heard until the answer begins."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import msgspec
 
 from router.dataplane.answer import TranslatedAnswer
@@ -10,6 +12,7 @@ from router.dataplane.routing import Wish, shape_of
 from router.dataplane.shortening import Shortened, Text
 from router.dialects.openai.responses import Asked, Bounds, Completion, read
 from router.http.errors import ApiError
+from router.runtime.dispatcher import Dispatcher
 
 
 class ResponsesExchange(Exchange):
@@ -38,16 +41,17 @@ class ResponsesExchange(Exchange):
         self._asked.repeated = {key: msgspec.Raw(b"".join(whole.parts)) for key, whole in repeated.items()}
 
     def _submit(self, wish: Wish) -> None:
-        self._completion = Completion(self._asked, lambda: self._bounds(wish.alias))
+        self._completion = Completion(self._asked, partial(_bounds, self._dispatcher, wish.alias))
         self._answer = TranslatedAnswer(self._answer, self._completion, streams=wish.streams)
         super()._submit(wish)
 
     def _event_of(self, error: ApiError) -> bytes:
         return self._completion.failed(error)
 
-    def _bounds(self, alias: str) -> Bounds:
-        facts, model = self._dispatcher.facts_of(alias), self._dispatcher.config.models.get(alias)
-        return Bounds(
-            None if facts is None else facts.context,
-            None if model is None else model.most_tokens,
-        )
+
+def _bounds(dispatcher: Dispatcher, alias: str) -> Bounds:
+    facts, model = dispatcher.facts_of(alias), dispatcher.config.models.get(alias)
+    return Bounds(
+        None if facts is None else facts.context,
+        None if model is None else model.most_tokens,
+    )

@@ -1,0 +1,65 @@
+"""What is over is gone: nothing stays of a request, whatever has become of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx2 as httpx
+import psutil
+import pytest
+from conftest import Router, Start, models
+from storm import books, eject_all, observed
+
+SAID = {"messages": [{"role": "user", "content": "How are you?"}]}
+ROUTES = {
+    "/v1/chat/completions": {**SAID, "n": 2},
+    "/v1/completions": {"prompt": "How are you?"},
+    "/v1/messages": {**SAID, "seed": 1},
+    "/v1/responses": {"input": "How are you?", "max_output_tokens": 2},
+    "/api/chat": SAID,
+    "/api/generate": {"prompt": "How are you?", "raw": True},
+}
+"""And what is asked there: all that the router puts into words of its own."""
+MANY_VALUES = (
+    b'{"model": "a", "messages": [{"role": "user", "content": "a"}], %b}' % (b'"key": 1, ' * 250_000)[:-2]
+)
+"""Too many to be read, which is found out when most of them are."""
+MORE_MIB = 12
+"""That a second round may add to the first: what the allocator keeps of one body or two."""
+
+
+@pytest.fixture
+def router(start: Start, tiny: Path, tmp_path: Path) -> Router:
+    entries = models(tiny, "a", flags=["-c", "4096", "-np", "2", "-t", "1"])
+    return start({"models": entries}, **observed(tmp_path))
+
+
+def test_nothing_of_a_request_waits_for_the_garbage_collector(router: Router, tmp_path: Path) -> None:
+    router.chat("a")
+    books(router, tmp_path)
+    with httpx.Client(base_url=router.url, timeout=60, headers={"connection": "close"}) as http:
+        for path, asked in ROUTES.items():
+            for streams in (False, True):
+                body = {"model": "a", "stream": streams, "max_tokens": 2, **asked}
+                assert http.post(path, json=body).status_code == 200
+                assert http.post(path, json={**body, "model": "nobody"}).status_code == 404
+        for path in ("/v1/chat/completions", "/v1/messages", "/api/chat"):
+            assert http.post(path, content=MANY_VALUES).status_code == 413
+        for path in ("/v1/models", "/api/tags", "/metrics", "/v1/nonsense"):
+            http.get(path)
+        for path in ("/v1/models/load", "/api/show"):
+            assert http.post(path, content=b"{").status_code == 400
+    eject_all(router, "a")  # and its connections
+    assert books(router, tmp_path)["waiting for the garbage collector"] <= 1
+
+
+def test_a_second_round_of_bodies_that_are_refused_takes_no_more_memory(router: Router) -> None:
+    process = psutil.Process(router.process.pid)
+
+    def refused() -> float:
+        for path in ("/v1/chat/completions", "/v1/messages", "/api/chat") * 3:
+            assert router.http.post(path, content=MANY_VALUES).status_code == 413
+        return float(process.memory_info().rss / 2**20)
+
+    first_mib, second_mib = refused(), refused()
+    assert second_mib - first_mib < MORE_MIB
