@@ -51,7 +51,7 @@ from router.store.downloads import Downloads
 from router.store.watch import watch, watch_files
 from router.system import printable as harmless
 from router.system import sighup as hang_up
-from router.system.heap import give_memory_back
+from router.system.heap import give_memory_back, share_one_heap
 from router.system.processes import allow_many_files, notice_vanished_peers, reap_orphans
 from router.system.state import State, StateHeld, configured_path
 from router.system.systemd import Notifier
@@ -123,6 +123,7 @@ class _Server(uvicorn.Server):
 
 def serve(load: Load) -> None:
     """Serve until a signal. Raises CannotServe."""
+    share_one_heap()
     loaded = load(None, None)
     with contextlib.closing(_set_up_logs(loaded.config.system)) as log:
         _serve(loaded, load, log)

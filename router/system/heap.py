@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-
-import psutil
+import time
 
 _LOOK_SEC = 10.0
-_MOST_LOOK_SEC = 320.0
-_MUCH = 16 << 20
-_LITTLE = 4 << 20
-"""Bytes. Looking for what can be given back keeps others who need memory waiting for some milliseconds: it is done
-when the process has grown by much, and less and less often while it gives little."""
+_SHARE = 0.001
+"""Of the time, which it may take at most: who needs memory meanwhile waits."""
+_M_ARENA_MAX = -8
+
+
+def share_one_heap() -> None:
+    """Have all threads take memory from one heap; to be called before there are any.
+
+    They hardly ever run at once, and glibc would keep the end of each one's own, whatever it is asked.
+    """
+    if (set_option := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        set_option(_M_ARENA_MAX, 1)
 
 
 async def give_memory_back() -> None:
@@ -24,18 +30,12 @@ async def give_memory_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is None:
         return
-    process = psutil.Process()
-    least, pause_sec = _resident(process), _LOOK_SEC
+
+    def took_sec() -> float:
+        before = time.thread_time()
+        trim(0)
+        return time.thread_time() - before
+
     while True:
-        await asyncio.sleep(pause_sec)
-        before = after = _resident(process)
-        if before > least + _MUCH:
-            await asyncio.to_thread(trim, 0)
-            after = _resident(process)
-        is_in_use = before > least + _MUCH and before - after < _LITTLE
-        pause_sec = min(2 * pause_sec, _MOST_LOOK_SEC) if is_in_use else _LOOK_SEC
-        least = min(least, after)
-
-
-def _resident(process: psutil.Process) -> int:
-    return int(process.memory_info().rss)
+        pause_sec = await asyncio.to_thread(took_sec) / _SHARE
+        await asyncio.sleep(max(pause_sec, _LOOK_SEC))
