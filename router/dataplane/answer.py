@@ -153,6 +153,13 @@ class BrokenAnswer(Exception):
     def unreadable(cls, why: object) -> BrokenAnswer:
         return cls(ApiError(502, "engine_error", f"The engine's answer cannot be read: {why}."))
 
+    @classmethod
+    def of(cls, error: Exception, before: bytes = b"") -> BrokenAnswer:
+        """That, or what cannot be read. No frame that raises it may name it: each would hold the other."""
+        broken = error if isinstance(error, cls) else cls.unreadable(error)
+        broken.before = before
+        return broken
+
 
 _UNREADABLE = (msgspec.MsgspecError, UnicodeError, OverflowError, RecursionError)
 """JSON that is none, or too deep, or has numbers beyond all bounds."""
@@ -185,9 +192,7 @@ class Translator(ABC):
             for line in self._lines(part):
                 events += self._line(line)
         except (BrokenAnswer, *_UNREADABLE) as error:
-            broken = error if isinstance(error, BrokenAnswer) else BrokenAnswer.unreadable(error)
-            broken.before = events
-            raise broken from None
+            raise BrokenAnswer.of(error, events) from None
         return events
 
     def last_events(self) -> bytes:
@@ -256,7 +261,7 @@ class TranslatedAnswer(Answer):
         except (BrokenAnswer, *_UNREADABLE) as error:
             if said and self.started:
                 super().write(said)
-            raise error if isinstance(error, BrokenAnswer) else BrokenAnswer.unreadable(error) from error
+            raise BrokenAnswer.of(error) from None
 
     def whole(self, status: int, lines: bytes, body: bytes) -> None:
         super().whole(status, with_type(lines, DOCUMENT), body)
