@@ -123,7 +123,5 @@ def _watched(dispatcher: Dispatcher) -> RunningEngine | None:
 
 
 def _ready(dispatcher: Dispatcher, alias: str) -> RunningEngine | None:
-    model = dispatcher.scheduler.models.get(alias)
-    engine = None if model is None else model.engine
-    running = None if engine is None else dispatcher.running.get(engine.id)
+    running = dispatcher.front_of(alias)
     return running if running is not None and running.ready_sec is not None else None

@@ -171,8 +171,7 @@ async def decisions(request: Request) -> dict[str, Any]:
 
 def _progress(dispatcher: Dispatcher, alias: str) -> dict[str, Any] | None:
     """Of a load whose engine tells how far it is."""
-    engine = dispatcher.scheduler.models[alias].engine
-    running = dispatcher.running.get(engine.id) if engine is not None else None
+    running = dispatcher.front_of(alias)
     progress = running.handle.load_progress if running is not None else None
     if progress is None or progress.stage is None:
         return None
@@ -229,13 +228,12 @@ def figures(dispatcher: Dispatcher) -> dict[str, Any]:
     scheduler = dispatcher.scheduler
     models: dict[str, dict[str, Any]] = {}
     for alias, model in scheduler.models.items():
-        engine = model.engine
-        account = dispatcher.ledger.accounts.get(engine.id) if engine is not None else None
+        accounts = [a for engine in model.engines if (a := dispatcher.ledger.accounts.get(engine.id)) is not None]
         models[alias] = {
             "status": scheduler.state(alias),
             "queue_length": len(model.queue),
-            "active_requests": len(engine.in_flight) + len(engine.slotless) if engine is not None else 0,
-            "vram_used_mb": account.main_mib if account is not None else 0,
+            "active_requests": sum(engine.load for engine in model.engines),
+            "vram_used_mb": sum(account.main_mib for account in accounts),
         }
     counts = dispatcher.counts.values()
     return {

@@ -40,7 +40,7 @@ async def list_with_engines(request: Request) -> Document:
 def _as_an_earlier_host(card: dict[str, Any], request: Request) -> dict[str, Any]:
     dispatcher: Dispatcher = request.app.state.dispatcher
     model = dispatcher.scheduler.models.get(card.get("uses", card["id"]))
-    engine = model.engine if model is not None else None
+    engine = model.front if model is not None else None
     took_sec = (
         engine.ready_sec - engine.started_sec if engine is not None and engine.ready_sec is not None else None
     )

@@ -16,6 +16,7 @@ import msgspec
 from fastapi import APIRouter, Query, Request
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
 
+from router.api.monitoring import log_named
 from router.api.openai import further_names
 from router.api.streams import EventStream, Feed, frame
 from router.dataplane.routing import model_of
@@ -24,7 +25,7 @@ from router.http.errors import ApiError
 from router.http.pages import Page, Right, needs
 from router.observe.events import ModelChanged, ModelsListed, ServerChanged
 from router.runtime.dispatcher import Dispatcher
-from router.scheduling.residency import Model
+from router.scheduling.residency import Engine
 
 router = APIRouter(tags=["llama-swap"], route_class=Page)
 
@@ -92,15 +93,15 @@ async def running(request: Request) -> dict[str, Any]:
     """The models that have an engine. `ttl` is in seconds; 0: they are not unloaded for being idle."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     models = dispatcher.scheduler.models.items()
-    resident = [(alias, model) for alias, model in models if model.engine is not None]
+    resident = [(alias, engine) for alias, model in models if (engine := model.front) is not None]
     return {
-        "running": [_running(dispatcher, alias, model) for alias, model in sorted(resident, key=itemgetter(0))]
+        "running": [_running(dispatcher, alias, engine) for alias, engine in sorted(resident, key=itemgetter(0))]
     }
 
 
-def _running(dispatcher: Dispatcher, alias: str, model: Model) -> dict[str, Any]:
+def _running(dispatcher: Dispatcher, alias: str, engine: Engine) -> dict[str, Any]:
     config = dispatcher.config.models.get(alias)
-    idle_sec = model.idle_timeout_sec(dispatcher.scheduler.policy)
+    idle_sec = engine.idle_timeout_sec(dispatcher.scheduler.policy)
     return {
         "model": alias,
         "state": _STATES[dispatcher.scheduler.state(alias)],
@@ -143,7 +144,7 @@ async def unload_one(alias: str, request: Request) -> Response:
 async def _unload_all(dispatcher: Dispatcher) -> None:
     """Those that are only to be loaded are not, any more."""
     models = dispatcher.scheduler.models.items()
-    going = [alias for alias, model in models if model.engine is not None or model.wanted_since_sec is not None]
+    going = [alias for alias, model in models if model.engines or model.wanted_since_sec is not None]
     await asyncio.gather(*map(dispatcher.eject, going))
 
 
@@ -177,7 +178,7 @@ async def stream_one(alias: str, request: Request, no_history: _NoHistory = None
     dispatcher: Dispatcher = request.app.state.dispatcher
     if alias == "proxy":
         raise ApiError(404, "not_found", "The router's own log goes to its standard error, and is not kept.")
-    log = dispatcher.log_of(model_of(alias, dispatcher.config).alias)
+    log = log_named(alias, dispatcher)
     return _stream(dispatcher, lambda: (log,), no_history)
 
 

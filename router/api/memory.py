@@ -12,6 +12,7 @@ from router.http.auth import sees_all
 from router.http.pages import Page, Right, needs
 from router.memory.ledger import Account, Line
 from router.runtime.dispatcher import Dispatcher
+from router.scheduling.residency import engine_name
 
 router = APIRouter(tags=["monitoring"], route_class=Page)
 
@@ -44,10 +45,10 @@ async def vram_of_model(alias: str, request: Request) -> dict[str, Any]:
     """What one model takes; nothing while it is not loaded."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     alias = model_of(alias, dispatcher.config).alias
-    account = dispatcher.ledger.account_of(alias)
-    if account is None:
+    accounts = dispatcher.ledger.accounts_of(alias)
+    if not accounts:
         return {"model_alias": alias, "status": dispatcher.scheduler.state(alias), "vram_used_mb": 0}
-    return _model(request, account)
+    return _model(request, accounts[0])
 
 
 def _summary(dispatcher: Dispatcher) -> dict[str, Any]:
@@ -109,6 +110,7 @@ def _model(request: Request, account: Account) -> dict[str, Any]:
     total = sum(line.reading.total_mib for line in _main(dispatcher.ledger.lines()))
     return {
         "model_alias": account.alias,
+        "engine": engine_name(account.alias, account.engine_id),
         "port": running.handle.endpoint.port if running is not None and sees_all(request) else None,
         "status": dispatcher.scheduler.state(account.alias),
         **_both("vram_used", account.main_mib),

@@ -23,7 +23,7 @@ from router.http.pages import Page, Right, needs
 from router.memory.ledger import Account
 from router.runtime.dispatcher import Dispatcher
 from router.scheduling.messages import Refusal
-from router.scheduling.residency import Model
+from router.scheduling.residency import Engine, Model
 from router.scheduling.wait_reason import why
 from router.system.devices import by_name
 from router.system.turns import in_turns
@@ -66,7 +66,7 @@ async def load_model(body: LoadRequest, request: Request) -> JSONResponse:
     state = await dispatcher.load(alias) if body.wait else dispatcher.ask_to_load(alias)
     model = dispatcher.scheduler.models.get(alias)
     if state is None and model is not None:
-        status = "waiting" if model.engine is None else model.engine.state.value
+        status = dispatcher.scheduler.state(alias) if model.engines else "waiting"
         reason = dispatcher.in_full(alias, why(model, time.monotonic()))
         return JSONResponse({"status": status, "model": alias, "message": reason}, 202)
     if state != "ready":
@@ -93,11 +93,11 @@ async def eject_model(body: ModelName, request: Request) -> JSONResponse:
     dispatcher: Dispatcher = request.app.state.dispatcher
     alias = model_of(body.model, dispatcher.config).alias
     model = dispatcher.scheduler.models[alias]
-    if model.engine is None and model.wanted_since_sec is not None:
+    if not model.engines and model.wanted_since_sec is not None:
         await dispatcher.eject(alias)
         answer = {"status": "success", "model_ejected": None, "message": f"{alias} is not to be loaded any more"}
         return JSONResponse(answer)
-    if model.engine is None:
+    if not model.engines:
         answer = {"status": "not_found", "model_ejected": None, "message": f"{alias} is not loaded"}
         return JSONResponse(answer, 404)
     await dispatcher.eject(alias)
@@ -112,12 +112,9 @@ async def load_and_show_model(body: ModelToLoad, request: Request) -> dict[str, 
     if body.device:
         _check_device(body.device, model_of(body.model, dispatcher.config), dispatcher)
     await load_model(LoadRequest(model=body.model), request)
-    account = dispatcher.ledger.account_of(model_of(body.model, dispatcher.config).alias)
-    return {**await show_model(body.model, request), "devices": _devices(account)}
-
-
-def _devices(account: Account | None) -> list[str]:
-    return [str(device) for device in sorted(account.booked())] if account is not None else []
+    accounts = dispatcher.ledger.accounts_of(model_of(body.model, dispatcher.config).alias)
+    devices = {device for account in accounts for device in account.booked()}
+    return {**await show_model(body.model, request), "devices": [str(device) for device in sorted(devices)]}
 
 
 def _check_device(device: str, model: ModelConfig, dispatcher: Dispatcher) -> None:
@@ -192,7 +189,7 @@ async def diagnostics(request: Request) -> Document:
         "engine": dispatcher.backend.name,
         "cache": {
             "limit": system.max_concurrent_models,
-            "models": [alias for alias, model in scheduler.models.items() if model.engine is not None],
+            "models": [alias for alias, model in scheduler.models.items() if model.engines],
         },
         **await failed_models(request),
         "variables": {
@@ -260,10 +257,11 @@ def status_of(dispatcher: Dispatcher, alias: str, *, full: bool) -> dict[str, An
     """`full`: with what is for who runs the router alone."""
     scheduler = dispatcher.scheduler
     model = scheduler.models[alias]
-    engine = model.engine
-    running = dispatcher.running.get(engine.id) if engine is not None else None
+    engines = [_engine(dispatcher, engine, full=full) for engine in model.engines]
+    engine, running = model.front, dispatcher.front_of(alias)
     state = scheduler.state(alias)
     account = dispatcher.ledger.accounts.get(engine.id) if engine is not None else None
+    vram_mib = sum(each["vram_used_mb"] for each in engines)
     progress = running.handle.load_progress if running is not None else None
     fraction = progress.value if progress is not None else 0
     unload_at_sec = scheduler.unload_at_sec(alias)
@@ -286,24 +284,43 @@ def status_of(dispatcher: Dispatcher, alias: str, *, full: bool) -> dict[str, An
         "load": _load(model, running) if state == "loading" else None,
         "load_sec": round(model.load_sec, 3) if model.load_is_known else None,
         "error_message": _error(dispatcher, alias, full=full),
-        "vram_used_mb": account.main_mib if account is not None else 0,
-        "vram_mb": account.main_mib if account is not None else 0,  # an earlier router's word for it
+        "vram_used_mb": vram_mib,
+        "vram_mb": vram_mib,  # an earlier router's word for it
         "memory": memory(account) if account is not None else None,
         "slots": model.spec.slots,
         "context_length": facts.context if facts is not None else None,
-        "in_flight": len(engine.in_flight) if engine is not None else 0,
-        "slotless": len(engine.slotless) if engine is not None else 0,
+        "in_flight": sum(each["in_flight"] for each in engines),
+        "slotless": sum(each["slotless"] for each in engines),
         "waiting": len(model.queue),
         "load_asked_at": _wall(model.wanted_since_sec) if model.wanted_since_sec is not None else None,
         "why_waiting": dispatcher.in_full(alias, waiting) if waiting is not None and full else waiting,
         "pinned": model.spec.pinned,
+        "engines": engines,
         "updated_at": iso(time.time()),
+    }
+
+
+def _engine(dispatcher: Dispatcher, engine: Engine, *, full: bool) -> dict[str, Any]:
+    """One of a model's engines; what is said of the model besides is of the one that serves it, or will first."""
+    running = dispatcher.running.get(engine.id) if full else None
+    account = dispatcher.ledger.accounts.get(engine.id)
+    return {
+        "name": engine.name,
+        "status": engine.state.value,
+        "port": running.handle.endpoint.port if running is not None else None,
+        "pid": running.pid if running is not None else None,
+        "started_at": _wall(engine.started_sec),
+        "slots": engine.spec.slots,
+        "in_flight": len(engine.in_flight),
+        "slotless": len(engine.slotless),
+        "served": engine.served,
+        "vram_used_mb": account.main_mib if account is not None else 0,
     }
 
 
 def _load(model: Model, running: RunningEngine | None) -> dict[str, Any]:
     """How a load goes on: the engine's own words and share, where it tells; what it took before, or a guess."""
-    engine = model.engine
+    engine = model.front
     progress = running.handle.load_progress if running is not None else None
     return {
         "stage": progress.stage if progress is not None else None,

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from router.api.engines import ERRORS, ModelQuery, said_by_engine
 from router.api.streams import EventStream
+from router.config.names import meant
 from router.dataplane.routing import model_of
 from router.engines.log_ring import LogRing
 from router.engines.process import signal_name
@@ -124,8 +125,7 @@ async def log_stream(alias: str, request: Request, lines: Annotated[int, Query(g
     `missed` tells how many lines came so fast that they were gone before they could be sent.
     """
     dispatcher: Dispatcher = request.app.state.dispatcher
-    model = model_of(alias, dispatcher.config)
-    return EventStream(_follow(dispatcher, dispatcher.log_of(model.alias), lines))
+    return EventStream(_follow(dispatcher, log_named(alias, dispatcher), lines))
 
 
 async def _follow(dispatcher: Dispatcher, log: LogRing, lines: int) -> AsyncIterator[ServerSentEvent]:
@@ -143,10 +143,21 @@ async def _follow(dispatcher: Dispatcher, log: LogRing, lines: int) -> AsyncIter
 @router.get("/v1/logs/{alias:path}", response_class=PlainTextResponse)
 @needs(Right.MANAGE)
 async def logs(alias: str, request: Request, lines: Annotated[int, Query(ge=1)] = 200) -> PlainTextResponse:
-    """The last lines that a model's engines said, also after they are gone."""
+    """The last lines that a model's engines said, also after they are gone.
+
+    One of them that runs is read alone by the name that it has in the model's status, such as `a#3` (`a%233`)."""
     dispatcher: Dispatcher = request.app.state.dispatcher
-    model = model_of(alias, dispatcher.config)
-    return PlainTextResponse("".join(f"{line}\n" for line in dispatcher.log_of(model.alias).tail(lines)))
+    return PlainTextResponse("".join(f"{line}\n" for line in log_named(alias, dispatcher).tail(lines)))
+
+
+def log_named(name: str, dispatcher: Dispatcher) -> LogRing:
+    """The log of a model, of all its engines; or of one that runs, by the name that its status has: `a#3`.
+    Raises ApiError."""
+    if meant(name, dispatcher.config) is None:
+        for running in dispatcher.running.values():
+            if running.name == name:
+                return running.log
+    return dispatcher.log_of(model_of(name, dispatcher.config).alias)
 
 
 @router.get("/v1/health/models")
@@ -157,7 +168,7 @@ async def model_health(request: Request) -> dict[str, Any]:
     now = time.monotonic()
     health: dict[str, Any] = {}
     for alias, model in dispatcher.scheduler.models.items():
-        running = dispatcher.running.get(model.engine.id) if model.engine is not None else None
+        running = dispatcher.front_of(alias)
         ended = dispatcher.exits.get(alias)
         if running is None and ended is None:
             continue
@@ -203,7 +214,7 @@ async def queue_stats(request: Request) -> Document:
     per_model: dict[str, dict[str, Any]] = {}
     async for alias, model in in_turns(list(dispatcher.scheduler.models.items())):
         counts = dispatcher.counts[alias]
-        in_flight = list(model.engine.in_flight) if model.engine is not None else []
+        in_flight = [request_id for engine in model.engines for request_id in engine.in_flight]
         per_model[alias] = {
             "queue_length": len(model.queue),
             "by_priority": {name: model.queue.count(priority) for priority, name in NAMES.items()},

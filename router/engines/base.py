@@ -142,7 +142,7 @@ class EngineHandle(Protocol):
         """At once; `reason` is what will be said of its end."""
 
     def last_words(self, lines: int = 10) -> list[str]:
-        """The end of what it has said itself; the ring also keeps what the engines before it said."""
+        """The end of what it has said."""
 
 
 class Fallback(NamedTuple):

@@ -11,7 +11,7 @@ _LONGEST_LINE = 16 * 1024
 class LogRing:
     """The last lines of an engine's output, whatever it writes. Taken raw: most are never looked at.
 
-    `copy` gets all of it, too, as it comes.
+    `copy` gets all of it, too, in whole lines: those of several engines may come to the same place.
     """
 
     def __init__(self, lines: int, copy: Callable[[bytes], None] | None = None) -> None:
@@ -22,8 +22,6 @@ class LogRing:
         """Lines ever written; tells a reader what it has missed."""
 
     def feed(self, chunk: bytes) -> None:
-        if self._copy is not None:
-            self._copy(chunk)
         *lines, rest = (self._rest + chunk).split(b"\n")
         if len(rest) > _LONGEST_LINE:
             lines.append(rest)
@@ -31,6 +29,13 @@ class LogRing:
         self._rest = rest
         self._lines.extend(lines)
         self.total += len(lines)
+        if self._copy is not None and lines:
+            self._copy(b"\n".join([*lines, b""]))
+
+    def end(self) -> None:
+        """Nothing more comes: what was begun is a line, too."""
+        if self._rest:
+            self.feed(b"\n")
 
     def since(self, total: int) -> list[str]:
         """What was written after `total` lines, as far as it is still here."""

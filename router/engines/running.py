@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from router.engines.base import EngineHandle, Facts
+from router.engines.log_ring import LogRing
 from router.engines.upstream import EnginePool
 from router.memory.ledger import Account
+from router.scheduling.residency import engine_name
 
 
 @dataclass(slots=True, eq=False)
@@ -18,6 +20,8 @@ class RunningEngine:
     handle: EngineHandle
     pool: EnginePool
     account: Account
+    log: LogRing
+    """What it has said itself."""
     started_sec: float
     ready_sec: float | None = None
     facts: Facts | None = None
@@ -38,6 +42,11 @@ class RunningEngine:
     def known_by(self) -> str:
         """For people."""
         return f"port {self.handle.endpoint.port}" if self.pid is None else f"pid {self.pid}"
+
+    @property
+    def name(self) -> str:
+        """As the scheduler calls it: `a#3`."""
+        return engine_name(self.alias, self.id)
 
     @property
     def alive_sec(self) -> float:

@@ -155,8 +155,9 @@ class Ledger:
     def close(self, engine_id: int) -> None:
         self.accounts.pop(engine_id, None)
 
-    def account_of(self, alias: str) -> Account | None:
-        return next((account for account in self.accounts.values() if account.alias == alias), None)
+    def accounts_of(self, alias: str) -> list[Account]:
+        """Those of a model's engines."""
+        return [account for account in self.accounts.values() if account.alias == alias]
 
     @property
     def pids(self) -> list[int]:

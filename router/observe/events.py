@@ -35,12 +35,15 @@ class ModelChanged:
     """Seconds since the epoch."""
     told: str
     """The reason as everybody may hear it."""
+    engine_id: int | None = None
+    """Of the engine whose state that is; None where the model has none."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineEnded:
     """An engine's process is gone."""
 
+    engine_id: int
     alias: str
     cause: str
     """Why it was stopped (a `StopCause`); or `crashed`, `hung`, `load_failed`, which nobody wanted."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import TypeVar
 
 import psutil
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -28,6 +30,8 @@ from router.scheduling.queue import NAMES, Priority
 from router.scheduling.residency import Engine, Model
 from router.system.readings import Reading
 from router.system.turns import in_turns
+
+K = TypeVar("K")
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -309,8 +313,10 @@ class _Engines:
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
         self._known: set[str] = set()
-        self._loading: set[str] = set()
+        self._loading: set[int] = set()
+        """Engines that have yet to become ready for the first time."""
         self._broken: set[str] = set()
+        """Models whose last engine that ended was not meant to."""
         self.load = Histogram(
             "router_model_load_duration_seconds", "From start to ready", "model", bounds=_SECONDS
         )
@@ -338,7 +344,6 @@ class _Engines:
         if gone := self._known.difference(aliases):
             self._known -= gone
             self._broken -= gone
-            self._loading -= gone
             for family in self.families:
                 family.forget("model", gone)
         for alias in aliases:
@@ -357,18 +362,18 @@ class _Engines:
                 self.ejects.of(alias, happening.cause).value += 1
             (self._broken.discard if happening.wanted else self._broken.add)(alias)
             return
-        was_loading = alias in self._loading
-        self._loading.discard(alias)
-        if happening.state == "loading":
-            self._loading.add(alias)
-        elif happening.state == "ready" and was_loading:
-            self._note_load(alias)
+        engine_id = happening.engine_id
+        if happening.state == "loading" and engine_id is not None:
+            self._loading.add(engine_id)
+        elif engine_id in self._loading:
+            self._loading.discard(engine_id)
+            if happening.state == "ready":
+                self._note_load(self._dispatcher.scheduler.engines[engine_id])
 
-    def _note_load(self, alias: str) -> None:
-        engine = self._dispatcher.scheduler.models[alias].engine
-        if engine is not None:
-            self.loads.of(alias).value += 1
-            self.load.of(alias).observe([engine.ready_sec - engine.started_sec])
+    def _note_load(self, engine: Engine) -> None:
+        alias = engine.alias
+        self.loads.of(alias).value += 1
+        self.load.of(alias).observe([engine.ready_sec - engine.started_sec])
         if alias in self._broken:
             self._broken.discard(alias)
             self.restarts.of(alias).value += 1
@@ -379,21 +384,32 @@ class _Engines:
 
 @dataclass(slots=True)
 class _Look:
-    """One model, now."""
+    """One model, now, and the processes of its engines."""
 
     model: Model
-    engine: Engine | None
-    running: RunningEngine | None
+    running: Sequence[RunningEngine]
     state: str
     now: float
 
+    def active(self) -> int:
+        return sum(engine.load for engine in self.model.engines)
+
+    def slots(self) -> int:
+        return sum(engine.spec.slots for engine in self.model.engines)
+
+    def slots_used(self) -> int:
+        return sum(len(engine.in_flight) for engine in self.model.engines)
+
     def resident_sec(self) -> float:
-        return self.now - self.engine.ready_sec if self.engine is not None and self.engine.ready_sec else 0
+        return max((self.now - engine.ready_sec for engine in self.model.engines if engine.ready_sec), default=0)
+
+    def failed_probes(self) -> int:
+        return max((running.failed_probes for running in self.running), default=0)
 
     def silent_sec(self) -> float:
-        if self.engine is None or self.running is None or not self.engine.is_busy:
-            return 0
-        return max(0.0, self.now - self.running.pool.silent_since_sec)
+        busy = {engine.id for engine in self.model.engines if engine.is_busy}
+        silent_sec = (self.now - each.pool.silent_since_sec for each in self.running if each.id in busy)
+        return max(0.0, max(silent_sec, default=0.0))
 
 
 _PER_MODEL: tuple[tuple[str, str, Callable[[_Look], float]], ...] = (
@@ -401,18 +417,18 @@ _PER_MODEL: tuple[tuple[str, str, Callable[[_Look], float]], ...] = (
     (
         "router_active_requests",
         "Requests in flight, those that need no slot among them",
-        lambda look: len(look.engine.in_flight) + len(look.engine.slotless) if look.engine is not None else 0,
+        _Look.active,
     ),
     ("router_model_status", "0 stopped, 1 loading, 2 ready, 3 error", lambda look: _STATUS[look.state]),
     (
         "router_model_slots_total",
         "Requests that its engine serves at once; 0 without one",
-        lambda look: look.model.spec.slots if look.engine is not None else 0,
+        _Look.slots,
     ),
     (
         "router_model_slots_used",
         "Slots that are taken",
-        lambda look: len(look.engine.in_flight) if look.engine is not None else 0,
+        _Look.slots_used,
     ),
     ("router_model_resident_seconds", "For how long its engine has been ready", _Look.resident_sec),
     ("router_model_expected_load_seconds", "What loading it takes, learnt", lambda look: look.model.load_sec),
@@ -424,7 +440,7 @@ _PER_MODEL: tuple[tuple[str, str, Callable[[_Look], float]], ...] = (
     (
         "router_engine_failed_probes",
         "Probes in a row that its engine did not answer",
-        lambda look: look.running.failed_probes if look.running is not None else 0,
+        _Look.failed_probes,
     ),
     (
         "router_engine_silent_seconds",
@@ -464,10 +480,9 @@ def _model_gauges(dispatcher: Dispatcher) -> Iterator[Gauges]:
     depths: list[tuple[str, float]] = []
     oldest: list[tuple[str, float]] = []
     for alias, model in scheduler.models.items():
-        engine = model.engine
-        running = dispatcher.running.get(engine.id) if engine is not None else None
+        running = [each for engine in model.engines if (each := dispatcher.running.get(engine.id)) is not None]
         label = label_text(("model",), (alias,))
-        looks.append((label, _Look(model, engine, running, scheduler.state(alias), now)))
+        looks.append((label, _Look(model, running, scheduler.state(alias), now)))
         for priority, priority_label in _PRIORITY_LABELS:
             first = model.queue.oldest(priority)
             depths.append((label + priority_label, model.queue.count(priority)))
@@ -497,12 +512,13 @@ _STATES = tuple(
 
 def _memory_gauges(dispatcher: Dispatcher) -> Iterator[Gauges]:
     ledger = dispatcher.ledger
-    booked = {account.alias: account.main_mib for account in ledger.accounts.values()}
+    accounts = ledger.accounts.values()
+    booked = _summed((account.alias, account.main_mib) for account in accounts)
     by_model = Gauges("router_model_vram_bytes", "What its engine takes of GPUs; without any, of RAM", "model")
     for alias in dispatcher.scheduler.models:
         by_model.set(booked.get(alias, 0) * _MIB, alias)
     yield by_model
-    held = {(a.alias, str(device)): mib for a in ledger.accounts.values() for device, mib in a.holds.items()}
+    held = _summed(((each.alias, str(device)), mib) for each in accounts for device, mib in each.holds.items())
     measured = Gauges("router_model_memory_bytes", "What its engine holds, as measured last", "model", "device")
     for labels, mib in held.items():
         measured.set(mib * _MIB, *labels)
@@ -518,6 +534,14 @@ def _memory_gauges(dispatcher: Dispatcher) -> Iterator[Gauges]:
         for line, mib in zip(lines, amounts, strict=True):
             gauges.set(mib * _MIB, str(line.device))
         yield gauges
+
+
+def _summed(figures: Iterable[tuple[K, int]]) -> dict[K, int]:
+    """Of each model, whose engines may be several."""
+    sums: defaultdict[K, int] = defaultdict(int)
+    for key, figure in figures:
+        sums[key] += figure
+    return sums
 
 
 def _scheduler_gauges(dispatcher: Dispatcher) -> Iterator[Gauges]:

@@ -183,6 +183,7 @@ class Dispatcher:
         planner_of = self.backend_of
         self._accountant = Accountant(config.system, planner_of, devices, learned, self.scheduler, self._post)
         self.logs: dict[str, LogRing] = {}
+        """By model; an engine that runs has its own, too."""
         self.engine_file: Callable[[str], Callable[[bytes], None] | None] = lambda alias: None
         """Where what an alias's engines say is to go besides its ring."""
         self.running: dict[int, RunningEngine] = {}
@@ -379,14 +380,14 @@ class Dispatcher:
         self._post(Eject(time.monotonic(), alias))
 
     async def eject(self, alias: str) -> None:
-        """The same; returns when that engine is gone."""
-        engine = self.scheduler.models[alias].engine
+        """The same; returns when its engines are gone."""
+        going = {engine.id for engine in self.scheduler.models[alias].engines}
         self.begin_eject(alias)
-        while engine is not None and engine.id in self.scheduler.engines:
+        while not going.isdisjoint(self.scheduler.engines):
             await self._next_change(alias)
 
     def keep_alive(self, alias: str, idle_sec: float) -> None:
-        """How long the engine of now is to stay when idle; 0: it goes as soon as nobody uses it."""
+        """How long its engines of now are to stay when idle; 0: it goes as soon as nobody uses it."""
         self._post(KeepAlive(time.monotonic(), alias, idle_sec))
 
     def reset(self, alias: str) -> None:
@@ -403,7 +404,7 @@ class Dispatcher:
         if model is None:
             return "off"
         state = self.scheduler.state(alias)
-        is_settled = state in ("ready", "failed") or (model.engine is None and model.wanted_since_sec is None)
+        is_settled = state in ("ready", "failed") or (not model.engines and model.wanted_since_sec is None)
         return state if is_settled else None
 
     async def _next_change(self, alias: str | None, timeout_sec: float | None = None) -> None:
@@ -500,13 +501,13 @@ class Dispatcher:
                 self._stop(engine_id)
             case Probe(engine_id):
                 self._spawn(self._probe(engine_id), f"probe of engine {engine_id}")
-            case Transition(alias, state, reason):
+            case Transition(alias, state, reason, engine_id):
                 for waiter in (*self._changes.pop(alias, ()), *self._changes.pop("", ())):
                     if not waiter.done():
                         waiter.set_result(None)
                 full = self.in_full(alias, reason)
                 self._log_change(alias, state, full)
-                self.events.publish(ModelChanged(alias, state, full, time.time(), reason))
+                self.events.publish(ModelChanged(alias, state, full, time.time(), reason, engine_id))
 
     def _log_change(self, alias: str, state: str, reason: str) -> None:
         model = self.scheduler.models.get(alias)
@@ -565,11 +566,12 @@ class Dispatcher:
         ended_itself = False
         try:
             started = time.monotonic()
-            order, log = self._order(model, account), self.log_of(model.alias)
+            log = LogRing(self.config.system.log_ring_lines, self.log_of(model.alias).feed)
+            order, log = self._order(model, account), log
             handle = await self.backend_of(model).launch(order, log)
             most_idle = self.config.system.http_max_keepalive
             pool = EnginePool(handle.endpoint, most_idle, lambda: handle.alive)
-            running = RunningEngine(engine_id, model.alias, handle, pool, account, started)
+            running = RunningEngine(engine_id, model.alias, handle, pool, account, log, started)
             self.running[engine_id] = running
             account.pids = handle.pids
             if engine_id in self._stopping:
@@ -589,6 +591,7 @@ class Dispatcher:
         finally:
             if running is not None:
                 await running.handle.stop()
+                running.log.end()
             self._post(EngineLost(time.monotonic(), engine_id))
             wanted = engine_id in self._stopping
             self._reasons.note(model.alias, reason)
@@ -597,7 +600,7 @@ class Dispatcher:
             retry = running.handle.ending.retry if running is not None and loads else Retry.LATER
             self.crashes[model.alias] += not wanted and retry is not Retry.AT_ONCE
             cause = self._cause_of_end(engine_id, running, wanted=wanted)
-            self.events.publish(EngineEnded(model.alias, cause, wanted, reason.full, time.time()))
+            self.events.publish(EngineEnded(engine_id, model.alias, cause, wanted, reason.full, time.time()))
             self._stopping.discard(engine_id)
             if running is not None:
                 running.pool.close_idle()
@@ -679,9 +682,14 @@ class Dispatcher:
 
     def facts_of(self, alias: str) -> Facts | None:
         """What its engine says of itself; None if there is none that is ready."""
-        model = self.scheduler.models.get(alias)
-        running = self.running.get(model.engine.id) if model is not None and model.engine is not None else None
+        running = self.front_of(alias)
         return running.facts if running is not None else None
+
+    def front_of(self, alias: str) -> RunningEngine | None:
+        """The engine that serves a model, or will first, if it runs."""
+        model = self.scheduler.models.get(alias)
+        front = model.front if model is not None else None
+        return self.running.get(front.id) if front is not None else None
 
     def _order(self, model: ModelConfig, account: Account) -> Launch:
         """Raises Unusable."""
@@ -697,6 +705,7 @@ class Dispatcher:
         )
 
     def log_of(self, alias: str) -> LogRing:
+        """What the engines of a model have said, whole lines in the order in which they came."""
         if alias not in self.logs:
             self.logs[alias] = LogRing(self.config.system.log_ring_lines, self.engine_file(alias))
         return self.logs[alias]

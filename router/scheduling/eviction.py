@@ -185,24 +185,24 @@ def sufficient(short: Placement, preferred: Iterable[_Holder]) -> list[_Holder] 
 def _departure(candidate: Model, bounds: Bounds, engine: Engine, room: Room) -> Departure:
     """When an engine may be asked to leave for the candidate, or be counted on if it leaves anyway."""
     if engine.state is EngineState.LOADING:
-        return Departure(engine.alias, math.inf, Hold.LOADING)
+        return Departure(engine.id, engine.alias, math.inf, Hold.LOADING)
     if engine.state is EngineState.STOPPING:
-        return Departure(engine.alias, room.now, Hold.BOUND)
+        return Departure(engine.id, engine.alias, room.now, Hold.BOUND)
     model = room.models[engine.alias]
     swap_sec = candidate.load_sec + model.load_sec
     due = due_at(bounds, swap_sec)
     if engine.state is EngineState.DRAINING:
-        return Departure(engine.alias, due, Hold.BOUND)
+        return Departure(engine.id, engine.alias, due, Hold.BOUND)
     factor = room.policy.residency_factor
     if candidate.urgent and _only_low(engine, model):
         factor = min(1.0, factor)
     turn_ends_at = engine.ready_sec + factor * swap_sec
     by_turn = max(due, turn_ends_at)
     if engine.idle_since_sec is None or model.queue:
-        return Departure(engine.alias, by_turn, Hold.QUANTUM if turn_ends_at > due else Hold.BOUND)
+        return Departure(engine.id, engine.alias, by_turn, Hold.QUANTUM if turn_ends_at > due else Hold.BOUND)
     worth_sec = candidate.load_sec / max(1, len(candidate.queue))
     linger_sec = model.returns.linger_sec(worth_sec, room.policy.max_linger_sec)
-    return Departure(engine.alias, min(by_turn, engine.idle_since_sec + linger_sec), Hold.LINGER)
+    return Departure(engine.id, engine.alias, min(by_turn, engine.idle_since_sec + linger_sec), Hold.LINGER)
 
 
 def _bounds(candidate: Model, policy: Policy) -> Bounds:

@@ -18,7 +18,8 @@ class Fleet:
         self.engines: dict[int, Engine] = {}
         self.budgets: dict[Device, int] = {}
         self.capacity: dict[Device, int] = {}
-        self.swaps: dict[str, Swap] = {}
+        self.swaps: dict[int, Swap] = {}
+        """By the engine that is to come."""
         self.effects: list[Effect] = []
         self._last_id = 0
 
@@ -42,10 +43,14 @@ class Fleet:
             obtainable[device] = obtainable.get(device, 0) + amount
         return obtainable
 
-    def start(self, model: Model, placement: Placement, now: float) -> None:
+    def next_id(self) -> int:
         self._last_id += 1
-        engine = Engine(self._last_id, model.spec, placement, now)
-        self.engines[engine.id] = model.engine = engine
+        return self._last_id
+
+    def start(self, engine_id: int, model: Model, placement: Placement, now: float) -> None:
+        engine = Engine(engine_id, model.spec, placement, now)
+        self.engines[engine_id] = engine
+        model.engines.append(engine)
         memory = {device: amount for device, amount in placement.items() if device != ENGINES}
         self.effects.append(StartEngine(engine.id, engine.alias, memory))
         self.enter(engine, EngineState.LOADING, f"takes {amounts(memory)}")
@@ -73,19 +78,19 @@ class Fleet:
             engine.died_while = engine.state
             self.enter(engine, EngineState.STOPPING, "its process is gone")
 
-    def swap(self, alias: str, swap: Swap, now: float) -> None:
+    def swap(self, swap: Swap, now: float) -> None:
         """Record whose room is meant for whom, then ask the victims to leave."""
-        self.swaps[alias] = swap
+        self.swaps[self.next_id()] = swap
         for victim in sorted(swap.victims, key=lambda engine: engine.id):
             if victim.state is EngineState.READY:
                 cause = StopCause.DRAINED if victim.is_busy else StopCause.EVICTED
-                self.drain(victim, cause, f"makes room for {alias!r}", now)
+                self.drain(victim, cause, f"makes room for {swap.alias!r}", now)
 
-    def end_swap(self, alias: str) -> list[Engine]:
+    def end_swap(self, engine_id: int) -> list[Engine]:
         """The room is not needed any more, or has been made: victims that still drain serve again."""
         spared = [
             victim
-            for victim in sorted(self._still_there(self.swaps.pop(alias)), key=lambda engine: engine.id)
+            for victim in sorted(self._still_there(self.swaps.pop(engine_id)), key=lambda engine: engine.id)
             if victim.state is EngineState.DRAINING and victim.cause is StopCause.DRAINED
         ]
         for engine in spared:

@@ -373,12 +373,14 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """A model's state changed; `state` is one of off, loading, ready, draining, stopping, failed."""
+    """The state of a model's engine changed, or of a model that has none; `state` is one of off, loading, ready,
+    draining, stopping, failed."""
 
     alias: str
     state: str
     reason: str
     engine_id: int | None = None
+    """None: the model has none, or is not to have one."""
 
 
 Effect = Grant | Reject | Inspect | StartEngine | StopEngine | Probe | Transition

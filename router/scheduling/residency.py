@@ -36,6 +36,15 @@ class EngineState(str, Enum):
     STOPPING = "stopping"
 
 
+_NEARNESS = {
+    state: place
+    for place, state in enumerate(
+        (EngineState.READY, EngineState.LOADING, EngineState.DRAINING, EngineState.STOPPING)
+    )
+}
+"""How near an engine of each state is to serving, the nearest first."""
+
+
 class Returns:
     """How soon a model is wanted again after it fell idle: its last sixteen gaps, in seconds."""
 
@@ -101,6 +110,11 @@ def since_it_changed(values: Sequence[float]) -> Sequence[float]:
     return values[since:]
 
 
+def engine_name(alias: str, engine_id: int) -> str:
+    """For people, of one engine among all that there were since the start: `a#3`."""
+    return f"{alias}#{engine_id}"
+
+
 @dataclass(slots=True, eq=False)
 class Engine:
     """One llama-server process from the decision to start it until its memory is back."""
@@ -136,6 +150,10 @@ class Engine:
         return self.spec.alias
 
     @property
+    def name(self) -> str:
+        return engine_name(self.spec.alias, self.id)
+
+    @property
     def departure(self) -> str:
         """Why it is asked to go: `evicted: makes room for 'b'`; empty while it is not."""
         if self.cause is None:
@@ -145,6 +163,21 @@ class Engine:
     @property
     def is_busy(self) -> bool:
         return bool(self.in_flight or self.slotless)
+
+    @property
+    def load(self) -> int:
+        """How many requests are with it."""
+        return len(self.in_flight) + len(self.slotless)
+
+    def idle_timeout_sec(self, policy: Policy) -> float:
+        if self.spec.pinned:
+            return math.inf
+        if self.keep_alive_sec is not None:
+            return self.keep_alive_sec
+        timeout = self.spec.idle_timeout_sec
+        if timeout is None:
+            timeout = policy.idle_timeout_sec
+        return math.inf if timeout is None else timeout
 
     def admits(self, *, slotless: bool = False) -> bool:
         if self.state is not EngineState.READY or self.suspect:
@@ -176,6 +209,7 @@ class Hold(str, Enum):
 class Departure:
     """When an engine may be asked to go, and what it has until then."""
 
+    engine_id: int
     alias: str
     at: float
     """Infinite: nobody can tell."""
@@ -263,14 +297,15 @@ class Flow:
 
 @dataclass(slots=True, eq=False)
 class Model:
-    """What is known of one alias: its waiting line, its engine, and how both have behaved."""
+    """What is known of one alias: its waiting line, its engines, and how both have behaved."""
 
     spec: ModelSpec
     load_sec: float
     queue: PriorityQueue = field(default_factory=PriorityQueue)
-    engine: Engine | None = None
+    engines: list[Engine] = field(default_factory=list)
+    """In the order of their starts. The policy starts one at a time, see `wants_engine`."""
     retired: bool = False
-    """Gone from the configuration; forgotten once its engine is."""
+    """Gone from the configuration; forgotten once its engines are."""
     wanted_since_sec: float | None = None
     """A load was asked for by hand or preload."""
     comes_back: bool = False
@@ -298,7 +333,7 @@ class Model:
     last_error: str | None = None
     why_waiting: Why = Why()
     busy: Flow = field(default_factory=Flow)
-    """Who comes while its engine is at work."""
+    """Who comes while an engine of it is at work."""
     away: Flow = field(default_factory=Flow)
     """Who comes while it has none that is ready."""
     places: tuple[Placement, ...] = ()
@@ -339,31 +374,63 @@ class Model:
 
     @property
     def wants_engine(self) -> bool:
-        return self.engine is None and (self.wanted_since_sec is not None or len(self.queue) > 0)
+        return not self.engines and (self.wanted_since_sec is not None or len(self.queue) > 0)
+
+    @property
+    def front(self) -> Engine | None:
+        """The engine by which the state of the model is told: that which serves, or will first."""
+        return min(self.engines, key=lambda engine: _NEARNESS[engine.state], default=None)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether an engine of it is ready."""
+        return any(engine.state is EngineState.READY for engine in self.engines)
+
+    def admitting(self, *, slotless: bool) -> Engine | None:
+        """The engine to which a request may go that comes now: of several that with the least to do."""
+        chosen = None
+        for engine in self.engines:
+            if engine.admits(slotless=slotless) and (chosen is None or engine.load < chosen.load):
+                chosen = engine
+        return chosen
 
     def arrival(self, now: float) -> None:
         """A request comes; if nothing was in flight or waiting, it ends a gap."""
-        idle_since_sec = self.last_used_sec if self.engine is None else self.engine.idle_since_sec
+        idle_since_sec = self._idle_since_sec()
         if idle_since_sec is None or self.queue or math.isinf(idle_since_sec):
             self.mean_gap_sec *= 0.8
         else:
             self.returns.add(now - idle_since_sec)
             self.mean_gap_sec += 0.2 * (now - idle_since_sec - self.mean_gap_sec)
 
+    def _idle_since_sec(self) -> float | None:
+        """Since when nobody has used it; None while somebody does, or it loads."""
+        latest = None
+        for engine in self.engines:
+            if engine.idle_since_sec is None:
+                return None
+            latest = engine.idle_since_sec if latest is None else max(latest, engine.idle_since_sec)
+        return self.last_used_sec if latest is None else latest
+
     def joined(self, request: Request, now: float) -> None:
         """A request has a slot or a place in the line: it was not turned away."""
         if request.slotless:
             return
-        if self.engine is None or self.engine.state is not EngineState.READY:
+        is_here = False
+        for engine in self.engines:
+            if engine.state is EngineState.READY:
+                is_here = True
+                if engine.is_busy:
+                    self.busy.come(request.priority, now)
+                    return
+        if not is_here:
             self.away.come(request.priority, now)
-        elif self.engine.is_busy:
-            self.busy.come(request.priority, now)
 
     def turn(self, now: float, *, is_here: bool) -> None:
-        """Its engine is ready from now on, or is not."""
+        """An engine of it is ready from now on, or none is."""
         if is_here:
             self.away.pause(now)
-            if self.engine is not None and self.engine.is_busy:  # it was to leave, and stays
+            if any(engine.is_busy for engine in self.engines):  # it was to leave, and stays
                 self.busy.go_on(now)
         else:
             self.away.go_on(now)
@@ -422,21 +489,14 @@ class Model:
         self.wanted_since_sec = None
         self.may_evict = False
 
-    def idle_timeout_sec(self, policy: Policy) -> float:
-        if self.spec.pinned:
-            return math.inf
-        if self.engine is not None and self.engine.keep_alive_sec is not None:
-            return self.engine.keep_alive_sec
-        timeout = self.spec.idle_timeout_sec
-        if timeout is None:
-            timeout = policy.idle_timeout_sec
-        return math.inf if timeout is None else timeout
-
 
 @dataclass(slots=True, eq=False)
 class Swap:
-    """Room that is being made. It is recorded before anybody is asked to leave, so nobody else takes it."""
+    """Room that is being made for an engine to come. It is recorded before anybody is asked to leave, so nobody
+    else takes it."""
 
+    alias: str
+    """Whose engine that will be."""
     placement: Placement
     victims: frozenset[Engine]
 

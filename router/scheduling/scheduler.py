@@ -153,7 +153,7 @@ class Scheduler:
             self._place_all()
         for effect in effects:
             if type(effect) is Transition and (changed := self.models.get(effect.alias)) is not None:
-                changed.turn(self._now, is_here=effect.state == "ready")
+                changed.turn(self._now, is_here=changed.is_here)
         return effects
 
     @property
@@ -171,18 +171,22 @@ class Scheduler:
     def state(self, alias: str) -> str:
         """One of off, loading, ready, draining, stopping, failed."""
         model = self.models[alias]
-        if model.engine is not None:
-            return model.engine.state.value
+        if (engine := model.front) is not None:
+            return engine.state.value
         return "failed" if model.failed_until_sec > self._now else "off"
 
     def unload_at_sec(self, alias: str) -> float | None:
-        """When its idle engine goes if nobody asks for it any more; None when it does not go for that."""
-        model = self.models[alias]
-        engine = model.engine
-        if engine is None or engine.idle_since_sec is None or engine.state is not EngineState.READY:
-            return None
-        limit_sec = self._idle_limit_sec(engine, self._most_recent())
-        return None if limit_sec > _FOR_EVER_SEC else engine.idle_since_sec + limit_sec
+        """When the last of its engines goes if nobody asks for it any more; None when none goes for that."""
+        most_recent = self._most_recent()
+        goes_at_sec: list[float] = []
+        for engine in self.models[alias].engines:
+            if engine.idle_since_sec is None or engine.state is not EngineState.READY:
+                return None
+            limit_sec = self._idle_limit_sec(engine, most_recent)
+            if limit_sec > _FOR_EVER_SEC:
+                return None
+            goes_at_sec.append(engine.idle_since_sec + limit_sec)
+        return max(goes_at_sec, default=None)
 
     def free(self) -> dict[Device, int]:
         """What is neither used, nor reserved for an engine that loads, nor promised to a swap."""
@@ -190,13 +194,13 @@ class Scheduler:
 
     def forecast(self, now: float, newcomer: Request | None = None) -> Forecast:
         """When those who wait will be served, as far as what was measured tells; with somebody who comes now."""
-        swaps, stop_sec = self._fleet.swaps, self._stop_sec
+        swaps, stop_sec = self._fleet.swaps.values(), self._stop_sec
         models = self.models.values()
         return forecast(models, self._requests, swaps, self.budgets, self.policy, stop_sec, now, newcomer)
 
     def waiting(self) -> int:
         """How many requests wait, for all models together."""
-        granted = sum(len(engine.in_flight) + len(engine.slotless) for engine in self.engines.values())
+        granted = sum(engine.load for engine in self.engines.values())
         return len(self._requests) - granted
 
     # --- requests ---------------------------------------------------------------------------------------
@@ -217,8 +221,8 @@ class Scheduler:
         deadline_sec = event.at + self.policy.patience_sec[event.priority]
         request = Request(event.request_id, event.alias, event.priority, event.at, deadline_sec, self._seq)
         request.slotless = event.slotless
-        engine = model.engine
-        if engine is not None and engine.admits(slotless=event.slotless):  # so none of its kind waits
+        engine = model.admitting(slotless=event.slotless)
+        if engine is not None:  # so none of its kind waits
             self._requests[request.id] = request
             model.joined(request, self._now)
             self._grant(request, engine)
@@ -236,7 +240,7 @@ class Scheduler:
         if displaced is not None:
             self._displace(displaced, f"{reason}, and one of a higher priority has come")
             return True
-        return engine is None and (event.priority is Priority.HIGH or not self._can_wait_for_a_look())
+        return not model.engines and (event.priority is Priority.HIGH or not self._can_wait_for_a_look())
 
     def _can_wait_for_a_look(self) -> bool:
         """Whether very many models wait, of which it is looked soon who gets room: a thousand may come, or go, at
@@ -305,11 +309,15 @@ class Scheduler:
         request.queued_sec = self._now
         self._joined += 1
         model.queue.push(request)
-        if model.engine is None:
-            self._want_engine(model)
-        else:
-            model.engine.nobody_waits_since_sec = None
+        self._want_engine_or_keep(model)
         self._wake(self._now + self.policy.queue_timeout_sec)
+
+    def _want_engine_or_keep(self, model: Model) -> None:
+        """Somebody wants it: an engine that loads for nobody any more is wanted again."""
+        if not model.engines:
+            self._want_engine(model)
+        for engine in model.engines:
+            engine.nobody_waits_since_sec = None
 
     def _want_engine(self, model: Model) -> None:
         if model.spec.alias not in self._waiting:
@@ -333,13 +341,13 @@ class Scheduler:
         self._used(engine)
 
     def _admit(self, model: Model) -> None:
-        engine = model.engine
-        if engine is None or not model.queue:
+        if not model.queue:
             return
         for slotless in (False, True):
-            while (
-                engine.admits(slotless=slotless) and (request := model.queue.take(slotless=slotless)) is not None
-            ):
+            while (engine := model.admitting(slotless=slotless)) is not None:
+                request = model.queue.take(slotless=slotless)
+                if request is None:
+                    break
                 self._grant(request, engine)
 
     def _finish(self, event: Finished) -> bool:
@@ -377,7 +385,7 @@ class Scheduler:
             if engine.state is EngineState.DRAINING:
                 self._fleet.stop(engine, engine.cause or StopCause.DRAINED, self._now)
             else:
-                self._wake(self._now + model.idle_timeout_sec(self.policy))
+                self._wake(self._now + engine.idle_timeout_sec(self.policy))
 
     def _left_queue(self, model: Model) -> None:
         """A waiting request is gone; so may be the reason to load."""
@@ -385,10 +393,10 @@ class Scheduler:
             return
         self._waiting.pop(model.spec.alias, None)
         model.cramped_since_sec = None
-        engine = model.engine
-        if engine is not None and engine.state is EngineState.LOADING:
-            engine.nobody_waits_since_sec = self._now
-            self._wake(self._now + self.policy.abandoned_load_grace_sec)
+        for engine in model.engines:
+            if engine.state is EngineState.LOADING:
+                engine.nobody_waits_since_sec = self._now
+                self._wake(self._now + self.policy.abandoned_load_grace_sec)
 
     def _requeue(self, event: Requeue) -> None:
         request = self._requests.get(event.request_id)
@@ -472,7 +480,7 @@ class Scheduler:
         self._used(engine)
         self._admit(model)
         if engine.idle_since_sec is not None:
-            self._wake(engine.idle_since_sec + model.idle_timeout_sec(self.policy))
+            self._wake(engine.idle_since_sec + engine.idle_timeout_sec(self.policy))
 
     def _measured(self, event: EngineMeasured) -> bool:
         engine = self.engines.get(event.engine_id)
@@ -498,14 +506,15 @@ class Scheduler:
         if engine is None:
             return
         model = self.models[engine.alias]
-        model.engine = None
+        model.engines.remove(engine)
         if engine.state is EngineState.STOPPING and engine.died_while is None:
             self._stop_sec += 0.3 * (self._now - engine.stopping_since_sec - self._stop_sec)
-            self._off(model, engine.departure or event.reason)
+            self._off(model, engine.departure or event.reason, engine)
         else:
             self._engine_failed(model, engine, event)
         if model.retired:
-            del self.models[engine.alias]
+            if not model.engines:
+                del self.models[engine.alias]
             return
         self._want_back(model)
         if model.wants_engine:
@@ -513,7 +522,7 @@ class Scheduler:
 
     def _want_back(self, model: Model) -> None:
         """As if it were preloaded; while it is in its cooldown, not before that has ended."""
-        if model.comes_back and model.engine is None and model.failed_until_sec <= self._now:
+        if model.comes_back and not model.engines and model.failed_until_sec <= self._now:
             model.wanted_since_sec = self._now
             self._want_engine(model)
 
@@ -531,12 +540,12 @@ class Scheduler:
         if event.retry is Retry.AT_ONCE and model.ports_lost < policy.most_port_races:
             model.ports_lost += 1
             model.retry_at_sec = self._now + self._backoff_sec(model.ports_lost > policy.free_port_races, engine)
-            self._off(model, model.last_error)
+            self._off(model, model.last_error, engine)
             return
         model.attempts += not engine.served
         if loading and event.out_of_memory and not model.ran_out:
             model.ran_out = True  # it needs more than was thought, and gets one try with that
-            self._off(model, model.last_error)
+            self._off(model, model.last_error, engine)
         elif (
             model.attempts > policy.model_load_max_retries
             or (loading and event.out_of_memory)
@@ -550,7 +559,7 @@ class Scheduler:
         else:
             # An engine that has served deserves to be back at once, the first time.
             model.retry_at_sec = self._now + self._backoff_sec(max(model.attempts, crashes - 1), engine)
-            self._off(model, model.last_error)
+            self._off(model, model.last_error, engine)
 
     def _backoff_sec(self, tries: int, engine: Engine) -> float:
         """Doubles with every try, and up to half as much again: who failed together does not return together."""
@@ -569,8 +578,14 @@ class Scheduler:
         self._effects.append(Transition(model.spec.alias, "failed", reason))
         self._reject_waiting(model, Refusal.MODEL_FAILED, reason, cooldown_sec, for_good)
 
-    def _off(self, model: Model, reason: str) -> None:
-        self._effects.append(Transition(model.spec.alias, "off", reason))
+    def _off(self, model: Model, reason: str, engine: Engine | None = None) -> None:
+        """An engine of it is gone, or none is to come."""
+        engine_id = None if engine is None else engine.id
+        self._effects.append(Transition(model.spec.alias, "off", reason, engine_id))
+
+    def _drain_all(self, model: Model, cause: StopCause, reason: str) -> None:
+        for engine in tuple(model.engines):
+            self._drain(engine, cause, reason)
 
     def _drain(self, engine: Engine, cause: StopCause, reason: str) -> None:
         self._fleet.drain(engine, cause, reason, self._now)
@@ -590,10 +605,11 @@ class Scheduler:
 
     def _place_each(self) -> None:
         free = self._fleet.free()
-        taken = {victim: alias for alias, swap in self._fleet.swaps.items() for victim in swap.victims}
+        swaps = self._fleet.swaps
+        taken = {victim: swap.alias for swap in swaps.values() for victim in swap.victims}
         line = sorted((*self._order(model), place, model) for place, model in enumerate(self._waiting.values()))
         for number, (deadline_sec, seq, place, model) in enumerate(self._to_look_at(line)):
-            if model.spec.alias in self._fleet.swaps:
+            if self._has_swap(model):
                 continue
             if model.retry_at_sec > self._now:
                 model.why_waiting = Why(f"its next try comes after a pause: {model.last_error}")
@@ -607,7 +623,7 @@ class Scheduler:
                     self._wake(patience_ends)
                     first_looked_at = Why(f"the file of {model.spec.alias}, whose turn is first, is looked at")
                     for *_, behind in line[bisect(line, (deadline_sec, seq, place + 1)) :]:
-                        if behind.spec.alias not in self._fleet.swaps:
+                        if not self._has_swap(behind):
                             behind.why_waiting = first_looked_at
                     return
             if number >= _LOOKED_AT:
@@ -625,22 +641,32 @@ class Scheduler:
 
     def _settle_swaps(self) -> None:
         """Start those whose room is there; give up those that nobody wants or that can't succeed any more."""
-        for alias, swap in list(self._fleet.swaps.items()):
-            model = self.models[alias]
+        swaps = self._fleet.swaps
+        for engine_id, swap in list(swaps.items()):
+            model = self.models[swap.alias]
             if not model.wants_engine:
-                self._end_swap(alias)
+                self._end_swap(engine_id)
                 continue
-            del self._fleet.swaps[alias]  # its own claim must not stand in its way
+            del swaps[engine_id]  # its own claim must not stand in its way
             there = not shortage(swap.placement, self._fleet.free())
             will_be = not shortage(swap.placement, self._fleet.obtainable_by(swap))
-            self._fleet.swaps[alias] = swap
+            swaps[engine_id] = swap
             if there:
-                self._start(model, swap.placement)
+                self._start(model, swap.placement, engine_id)
             if there or not will_be:  # the budget may have shrunk
-                self._end_swap(alias)
+                self._end_swap(engine_id)
 
-    def _end_swap(self, alias: str) -> None:
-        for engine in self._fleet.end_swap(alias):
+    def _has_swap(self, model: Model) -> bool:
+        """Whether room is being made for an engine of it."""
+        return any(swap.alias == model.spec.alias for swap in self._fleet.swaps.values())
+
+    def _end_swaps_for(self, model: Model) -> None:
+        for engine_id, swap in list(self._fleet.swaps.items()):
+            if swap.alias == model.spec.alias:
+                self._end_swap(engine_id)
+
+    def _end_swap(self, engine_id: int) -> None:
+        for engine in self._fleet.end_swap(engine_id):
             model = self.models[engine.alias]
             model.forget_wish()
             self._serve(model, engine)
@@ -680,10 +706,10 @@ class Scheduler:
             return
         match verdict:
             case Fits(placement):
-                self._start(model, placement)
+                self._start(model, placement, fleet.next_id())
                 take(free, placement)
             case MakeRoom(placement, victims):
-                self._swap(model, Swap(placement, victims))
+                self._swap(model, Swap(model.spec.alias, placement, victims))
                 take(free, claim(placement, victims))
                 taken |= dict.fromkeys(victims, model.spec.alias)
             case Wait(again_at, reason, reserve, hold, departures):
@@ -717,9 +743,9 @@ class Scheduler:
             self._wake(until)
         return until > self._now
 
-    def _start(self, model: Model, placement: Placement) -> None:
+    def _start(self, model: Model, placement: Placement, engine_id: int) -> None:
         model.too_big = False
-        self._fleet.start(model, placement, self._now)
+        self._fleet.start(engine_id, model, placement, self._now)
         self._waiting.pop(model.spec.alias)
         model.inspected = None
         model.why_waiting = Why("it is loading")
@@ -727,7 +753,7 @@ class Scheduler:
     def _swap(self, model: Model, swap: Swap) -> None:
         names = ", ".join(sorted(victim.alias for victim in swap.victims))
         model.why_waiting = Why(f"room is being made for it by {names}")
-        self._fleet.swap(model.spec.alias, swap, self._now)
+        self._fleet.swap(swap, self._now)
         if self.policy.max_drain_sec is not None:
             self._wake(self._now + self.policy.max_drain_sec)
 
@@ -789,7 +815,7 @@ class Scheduler:
                 self._wake(expiry)
                 return
             reason = f"waited {self._now - request.arrival_sec:.0f} s (queue_timeout_sec) for {request.alias!r}"
-            if model.engine is None or model.engine.state is not EngineState.READY:
+            if not model.is_here:
                 reason += f": {why(model, self._now)}"
             model.queue.remove(request)
             if request.priority not in come_back_sec:
@@ -820,10 +846,9 @@ class Scheduler:
         return set(ready[: self.policy.keep_warm_models])
 
     def _idle_limit_sec(self, engine: Engine, most_recent: set[Engine]) -> float:
-        model = self.models[engine.alias]
-        has_its_own = engine.keep_alive_sec is not None or model.spec.idle_timeout_sec is not None
+        has_its_own = engine.keep_alive_sec is not None or engine.spec.idle_timeout_sec is not None
         spared = engine in most_recent and not has_its_own
-        return math.inf if spared else model.idle_timeout_sec(self.policy)
+        return math.inf if spared else engine.idle_timeout_sec(self.policy)
 
     def _used(self, engine: Engine) -> None:
         """It is one of the most recently used now; in time, another may have to go that was spared instead."""
@@ -839,15 +864,11 @@ class Scheduler:
         model = self.models.get(event.alias)
         if model is None or model.retired or self.shutting_down:
             return
-        engine = model.engine
-        if model.failed_until_sec > self._now or (engine is not None and engine.state is EngineState.READY):
+        if model.failed_until_sec > self._now or model.is_here:
             return
         model.wanted_since_sec = self._now
         model.may_evict = model.may_evict or event.evict
-        if engine is None:
-            self._want_engine(model)
-        else:
-            engine.nobody_waits_since_sec = None
+        self._want_engine_or_keep(model)
 
     def _eject(self, event: Eject) -> None:
         model = self.models.get(event.alias)
@@ -855,22 +876,21 @@ class Scheduler:
             return
         self._give_up(model, "ejected by hand")
         self._left_queue(model)
-        if model.engine is not None:
-            self._drain(model.engine, StopCause.MANUAL, "ejected by hand")
+        self._drain_all(model, StopCause.MANUAL, "ejected by hand")
 
     def _give_up(self, model: Model, reason: str) -> None:
         """No load is asked for any more. Who waits for one is told, also where no engine has to go for it."""
-        if model.engine is None and model.wanted_since_sec is not None:
+        if not model.engines and model.wanted_since_sec is not None:
             self._off(model, reason)
         model.comes_back = False
         model.forget_wish()
 
     def _keep_alive(self, event: KeepAlive) -> None:
         model = self.models.get(event.alias)
-        if model is not None and model.engine is not None:
-            model.engine.keep_alive_sec = event.idle_sec
-            if model.engine.idle_since_sec is not None:
-                self._wake(model.engine.idle_since_sec + model.idle_timeout_sec(self.policy))
+        for engine in model.engines if model is not None else ():
+            engine.keep_alive_sec = event.idle_sec
+            if engine.idle_since_sec is not None:
+                self._wake(engine.idle_since_sec + engine.idle_timeout_sec(self.policy))
 
     def _reset(self, event: Reset) -> None:
         model = self.models.get(event.alias)
@@ -906,12 +926,11 @@ class Scheduler:
         if changed or model.retired:
             model.retired = model.load_is_known = False
             self._forgive(model, "its configuration changed")
-            if spec.alias in self._fleet.swaps:
-                self._end_swap(spec.alias)  # it may need more now, or less
-            if model.engine is not None:
-                self._drain(model.engine, StopCause.RELOAD, "its configuration changed")
-        elif model.engine is not None:
-            model.engine.spec = spec
+            self._end_swaps_for(model)  # it may need more now, or less
+            self._drain_all(model, StopCause.RELOAD, "its configuration changed")
+        elif model.engines:
+            for engine in model.engines:
+                engine.spec = spec
             self._admit(model)
 
     def _retire(self, model: Model) -> None:
@@ -920,11 +939,10 @@ class Scheduler:
         while model.queue:
             self._reject_removed(model.queue.pop())
         self._left_queue(model)
-        if model.engine is not None:
-            self._drain(model.engine, StopCause.RELOAD, "removed from the configuration")
+        if model.engines:
+            self._drain_all(model, StopCause.RELOAD, "removed from the configuration")
             return
-        if model.spec.alias in self._fleet.swaps:
-            self._end_swap(model.spec.alias)
+        self._end_swaps_for(model)
         del self.models[model.spec.alias]
 
     def _shut_down(self) -> None:
@@ -932,8 +950,8 @@ class Scheduler:
         for model in self.models.values():
             self._give_up(model, "the router is shutting down")
             self._reject_waiting(model, Refusal.SHUTTING_DOWN, "the router is shutting down", 5)
-        for alias in list(self._fleet.swaps):
-            self._end_swap(alias)
+        for engine_id in list(self._fleet.swaps):
+            self._end_swap(engine_id)
         for engine in list(self.engines.values()):
             self._drain(engine, StopCause.SHUTDOWN, "the router is shutting down")
 

@@ -59,7 +59,7 @@ class Forecast:
 def forecast(
     models: Iterable[Model],
     granted: Mapping[str, Request],
-    swaps: Mapping[str, Swap],
+    swaps: Iterable[Swap],
     budgets: Placement,
     policy: Policy,
     stop_sec: float,
@@ -69,7 +69,7 @@ def forecast(
     """Rehearse until everybody who waits is served; `newcomer` stands behind those who are there."""
     rehearsal = _Rehearsal(policy, budgets, stop_sec, now)
     for model in models:
-        if model.engine is not None or model.queue or (newcomer and newcomer.alias == model.spec.alias):
+        if model.engines or model.queue or (newcomer and newcomer.alias == model.spec.alias):
             rehearsal.add(model, granted, newcomer)
     rehearsal.remember(swaps)
     rehearsal.run()
@@ -104,7 +104,7 @@ class _Line:
 
 @dataclass(slots=True, eq=False)
 class _Course:
-    """A model and its engine, as they go on."""
+    """A model and the engine that serves it, or will first, as they go on."""
 
     model: Model
     lines: dict[Priority, _Line]
@@ -200,7 +200,7 @@ class _Rehearsal:
     # --- as it is now -----------------------------------------------------------------------------------
 
     def add(self, model: Model, granted: Mapping[str, Request], newcomer: Request | None) -> None:
-        now, engine = self.now, model.engine
+        now, engine = self.now, model.front
         is_here = engine is not None and engine.state is EngineState.READY
         lines: dict[Priority, _Line] = {}
         slotless: list[str] = []
@@ -252,15 +252,15 @@ class _Rehearsal:
             case EngineState.STOPPING:
                 course.until = now + self.stop_sec
 
-    def remember(self, swaps: Mapping[str, Swap]) -> None:
-        for alias, swap in swaps.items():
-            course = self.courses.get(alias)
+    def remember(self, swaps: Iterable[Swap]) -> None:
+        for swap in swaps:
+            course = self.courses.get(swap.alias)
             if course is not None:
                 course.placement = swap.placement
                 course.victims = [
                     victim
                     for engine in swap.victims
-                    if (victim := self.courses.get(engine.alias)) is not None and victim.model.engine is engine
+                    if (victim := self.courses.get(engine.alias)) is not None and victim.model.front is engine
                 ]
 
     # --- as it goes on ----------------------------------------------------------------------------------

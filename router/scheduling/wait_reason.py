@@ -10,12 +10,12 @@ from router.scheduling.residency import Departure, EngineState, Hold, Model
 
 def why(model: Model, now: float, *, slotless: bool = False) -> str:
     """One clause that tells what the first in line for this model waits for: for a slot, or only for an engine."""
-    alias, engine = model.spec.alias, model.engine
+    alias, engine = model.spec.alias, model.front
     if engine is None:
         if model.retry_at_sec > now:
             return f"{model.why_waiting} (next try in {_seconds(model.retry_at_sec - now)})"
         return _for_room(model, now)
-    busy = len(engine.in_flight) + len(engine.slotless)
+    busy = engine.load
     match engine.state:
         case EngineState.LOADING:
             expected = f"~{model.load_sec:.1f} s" if model.load_is_known else f"perhaps {model.load_sec:.1f} s"

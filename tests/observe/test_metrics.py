@@ -164,6 +164,28 @@ def test_engines_that_are_told_to_tell_their_own_figures(start: Start, tiny: Pat
     assert counted(told(), "llamacpp:tokens_predicted_total", "model") == predicted
 
 
+def test_what_several_engines_of_a_model_say_adds_up() -> None:
+    def said(tokens: int, longest: int, busy: float) -> str:
+        return f"""# TYPE llamacpp:tokens_predicted_total counter
+llamacpp:tokens_predicted_total {tokens}
+# TYPE llamacpp:n_tokens_max gauge
+llamacpp:n_tokens_max {longest}
+# TYPE llamacpp:n_busy_slots_per_decode gauge
+llamacpp:n_busy_slots_per_decode {busy}
+"""
+
+    texts = [("a", said(100, 80, 1.5)), ("b", said(7, 7, 1.0)), ("a", said(20, 90, 1.0))]
+    text = b"".join(exposition(relayed(texts), openmetrics=False)).decode()
+    assert [line for line in text.splitlines() if not line.startswith("#")] == [
+        'llamacpp:tokens_predicted_total{model="a"} 120.0',
+        'llamacpp:tokens_predicted_total{model="b"} 7.0',
+        'llamacpp:n_tokens_max{model="a"} 90.0',
+        'llamacpp:n_tokens_max{model="b"} 7.0',
+        'llamacpp:n_busy_slots_per_decode{model="a"} 1.5',
+        'llamacpp:n_busy_slots_per_decode{model="b"} 1.0',
+    ]
+
+
 def test_no_engine_spoils_a_scrape() -> None:
     said = """# HELP llamacpp:good_total Good
 # TYPE llamacpp:good_total counter
@@ -178,13 +200,12 @@ router_requests_total 6
 {"error": 7}
 """
     text = b"".join(
-        exposition(relayed({"x": said, "y": "# TYPE llamacpp:good_total counter\n"}), openmetrics=False)
+        exposition(relayed([("x", said), ("y", "# TYPE llamacpp:good_total counter\n")]), openmetrics=False)
     )
     samples = [line for line in text.decode().splitlines() if not line.startswith("#")]
     assert samples == [
-        'llamacpp:good_total{model="x"} 1.0',
-        'llamacpp:good_total{model="x",position="0"} 2000.0',
         'llamacpp:good_total{model="x"} nan',
+        'llamacpp:good_total{model="x",position="0"} 2000.0',
     ]
     assert text.count(b"# TYPE") == 1
 

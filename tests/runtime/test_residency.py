@@ -215,7 +215,17 @@ def test_what_an_engine_says_can_be_read(start: Start, tiny: Path, tmp_path: Pat
     assert len(router.http.get("/v1/logs/a/b?lines=3", headers=full).text.splitlines()) == 3
     assert router.http.get("/v1/logs/a/b", headers=infer).status_code == 403
     assert router.http.get("/v1/logs/../a", headers=full).status_code == 404
+    (engine,) = router.http.get("/v1/models/a/b/status", headers=full).json()["engines"]
+    assert (engine["name"], engine["status"], engine["in_flight"]) == ("a/b#1", "ready", 0)
+    assert "llama" in router.http.get("/v1/logs/a/b%231", headers=full).text
+    assert router.http.get("/v1/logs/a/b%232", headers=full).status_code == 404, "there is none of that name"
     with router.http.stream("GET", "/v1/logs/a/b/stream", headers=full) as stream:
         router.http.post("/v1/models/eject", json={"model": "a/b"}, headers=full)
         router.chat("a/b", headers=full)
         assert next(line for line in stream.iter_lines() if line.startswith("data:"))
+    assert "llama" in router.http.get("/v1/logs/a/b%232", headers=full).text
+    assert router.http.get("/v1/logs/a/b%231", headers=full).status_code == 404, "it is gone"
+    both, latest = (
+        router.http.get(f"/v1/logs/{name}?lines=1000", headers=full).text for name in ("a/b", "a/b%232")
+    )
+    assert len(both) > len(latest) > 0, "of the model there is what its earlier engine said, too"

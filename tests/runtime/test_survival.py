@@ -21,6 +21,7 @@ import pytest
 from conftest import Router, Start, eventually, fake, models
 
 from router.engines.complaints import complaints
+from router.engines.log_ring import LogRing
 from router.hardware.ram import oom_kills
 
 
@@ -253,6 +254,20 @@ THROWN = "terminate called after throwing an instance of 'std::runtime_error'\n 
 )
 def test_the_reason_of_an_end_is_found_in_what_an_engine_said(said: str, reason: str) -> None:
     assert complaints(said.splitlines()) == reason
+
+
+def test_the_lines_of_several_engines_are_kept_apart_and_whole_together() -> None:
+    of_model = LogRing(10)
+    first, second = (LogRing(10, of_model.feed) for _ in range(2))
+    first.feed(b"load")
+    second.feed(b"also loading\nread")
+    first.feed(b"ing\nand ")
+    second.feed(b"y\n")
+    first.end()  # in the middle of a line
+    second.end()
+    assert first.tail(9) == ["loading", "and"]
+    assert second.tail(9) == ["also loading", "ready"]
+    assert of_model.tail(9) == ["also loading", "loading", "ready", "and"]
 
 
 def test_a_broken_file_costs_the_good_model_nothing(start: Start, tiny: Path, tmp_path: Path) -> None:

@@ -156,9 +156,9 @@ class Machine:
         return request_id
 
     def engine(self, alias: str) -> int:
-        engine = self.scheduler.models[alias].engine
-        assert engine is not None, f"{alias} has no engine"
-        return engine.id
+        engines = self.scheduler.models[alias].engines
+        assert engines, f"{alias} has no engine"
+        return engines[0].id
 
     def states(self, aliases: Iterable[str] | None = None) -> str:
         return " ".join(self.scheduler.state(alias) for alias in aliases or self.specs)
@@ -273,7 +273,7 @@ def test_an_idle_model_makes_room_at_once() -> None:
     machine.ask("b")
     assert machine.states() == "off loading"
     assert machine.stops("a") == ["evicted"]
-    assert Transition("a", "off", "evicted: makes room for 'b'") in machine.effects
+    assert Transition("a", "off", "evicted: makes room for 'b'", engine_id=1) in machine.effects
 
 
 def test_the_least_valuable_idle_model_goes() -> None:

@@ -327,7 +327,9 @@ class World:
                 assert state in MAY_FOLLOW[self.states.get(alias, "off")], (self.states.get(alias), state)
                 assert reason
                 self.states[alias] = state
-                if engine_id is not None:
+                if state == "off":
+                    assert engine_id not in self.processes, "off, and there"
+                elif engine_id is not None:
                     assert self.processes[engine_id].alias == alias
                     self.processes[engine_id].state = state
 
@@ -362,9 +364,9 @@ class World:
             self.looking.discard(alias)
         waiting = Counter(self.waiting.values())
         for alias, model in scheduler.models.items():
-            engine = model.engine
             assert len(model.queue) == waiting.pop(alias, 0), "a request is in no line, or in two"
-            if engine is not None:
+            assert model.engines == [engine for engine in scheduler.engines.values() if engine.alias == alias]
+            for engine in model.engines:
                 assert {*engine.in_flight, *engine.slotless} == self.processes[engine.id].in_flight
                 assert engine.slotless <= self.slotless
                 assert self.slotless.isdisjoint(engine.in_flight), "what needs no slot has one"
@@ -380,8 +382,9 @@ class World:
         assert not waiting, "somebody waits for a model that is gone"
         assert scheduler.engines.keys() == self.processes.keys()
         assert len(scheduler._requests) == len(self.waiting) + len(self.granted)
-        for alias, swap in scheduler._fleet.swaps.items():
-            assert alias in scheduler._waiting
+        for engine_id, swap in scheduler._fleet.swaps.items():
+            assert swap.alias in scheduler._waiting
+            assert engine_id not in scheduler.engines, "room is made for an engine that is there"
             for victim in swap.victims:
                 assert (
                     victim.state in (EngineState.DRAINING, EngineState.STOPPING) or victim.id not in self.processes

@@ -32,6 +32,7 @@ from router.http.documents import Document
 from router.http.errors import ApiError
 from router.http.pages import Page, Right, needs
 from router.runtime.dispatcher import Dispatcher
+from router.scheduling.residency import total
 from router.store.created import Created
 from router.store.creations import Creations
 from router.store.downloads import Pull
@@ -238,9 +239,8 @@ def _details(known: _Known, card: Card) -> dict[str, Any]:
 
 
 def _residency(dispatcher: Dispatcher, alias: str) -> dict[str, Any]:
-    engine = dispatcher.scheduler.models[alias].engine
-    account = dispatcher.ledger.accounts.get(engine.id) if engine is not None else None
-    booked = account.booked() if account is not None else {}
+    accounts = dispatcher.ledger.accounts_of(alias)
+    booked = total(account.booked() for account in accounts)
     unload_at_sec = dispatcher.scheduler.unload_at_sec(alias)
     left = _FOR_EVER if unload_at_sec is None else timedelta(seconds=unload_at_sec - time.monotonic())
     return {

@@ -8,8 +8,10 @@ llama.cpp's are left out, so that no engine can spoil a scrape.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 
 from router.config.schema import Config
@@ -19,6 +21,7 @@ from router.engines.running import RunningEngine
 from router.observe.prometheus import Gauges, label_text
 
 _HEAD = re.compile(r'# (HELP|TYPE) (llamacpp:\w+) ([^"\\]+)')
+_NO_SUM = re.compile("_max$|_ratio$|_per_")
 _SAMPLE = re.compile(r'(llamacpp:\w+)(?:\{((?:(?!model=)\w+="[^"\\]*",?)+)\})? ([-+.\w]+)')
 
 
@@ -37,8 +40,7 @@ class EngineMetrics:
     def families(self) -> list[Gauges]:
         """Those of all engines, each once."""
         running = self._running()
-        said = {running[number].alias: text for number, text in self._said.items() if number in running}
-        return relayed(said)
+        return relayed((running[number].alias, text) for number, text in self._said.items() if number in running)
 
     def _tells(self, running: RunningEngine) -> bool:
         model = self._config().models.get(running.alias)
@@ -57,11 +59,14 @@ def _wants_metrics(flags: tuple[str, ...], env: tuple[tuple[str, str], ...]) -> 
     return Flags(flags, dict(env)).switch("metrics", False)
 
 
-def relayed(texts: Mapping[str, str]) -> list[Gauges]:
-    """What engines said, by alias, as families with the alias as their first label."""
+def relayed(texts: Iterable[tuple[str, str]]) -> list[Gauges]:
+    """What engines said, each with its alias, as families with the alias as their first label. What several
+    engines of a model say adds up; of means, shares and maxima the largest counts."""
     families: dict[str, Gauges] = {}
-    for alias, text in texts.items():
+    figures: dict[str, dict[str, float]] = {}
+    for alias, text in texts:
         label = label_text(("model",), (alias,))
+        own: dict[tuple[str, str], float] = {}
         for line in text.splitlines():
             if (told := _HEAD.fullmatch(line)) is not None:
                 what, name, words = told.groups()
@@ -72,8 +77,11 @@ def relayed(texts: Mapping[str, str]) -> list[Gauges]:
                     family.kind = words
             elif (sample := _SAMPLE.fullmatch(line)) is not None and sample[1] in families:
                 labels = f"{label},{sample[2]}" if sample[2] else label
-                try:
-                    families[sample[1]].lines([(labels, float(sample[3]))])
-                except ValueError:
-                    continue
+                with contextlib.suppress(ValueError):
+                    own[sample[1], labels] = float(sample[3])
+        for (name, labels), figure in own.items():
+            known, add = figures.setdefault(name, {}), max if _NO_SUM.search(name) else operator.add
+            known[labels] = add(known[labels], figure) if labels in known else figure
+    for name, known in figures.items():
+        families[name].lines(known.items())
     return list(families.values())
