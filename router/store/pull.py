@@ -31,10 +31,10 @@ from filelock import Timeout
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from router import __version__
-from router.cli import estimate
 from router.engines.llamacpp.flags import Flags
+from router.engines.llamacpp.forecast import forecast
 from router.formats import gguf
-from router.store import pulled
+from router.store import pulled, remote_headers
 from router.store.discovery import is_alias
 from router.store.hub_api import ANSWER_SEC, PAUSES_SEC, HubError, HubFile, HubRepository
 from router.store.progress import FileProgress, MemoryNote, Problem, Progress
@@ -216,13 +216,13 @@ class _Pull:
             local = self._pointer(commit, path)
             if local.exists():
                 return gguf.read(local)
-            return estimate.read(self.hub.url(commit, path), environ)
+            return remote_headers.read(self.hub.url(commit, path), environ)
 
         try:
             model = header(choice.model)
             projector = header(choice.mmproj) if choice.mmproj else None
-            found = estimate.forecast(model, Flags(("-np", "1")), projector=projector)
-        except (estimate.CannotEstimate, ValueError, ArithmeticError, OSError) as error:
+            found = forecast(model, Flags(("-np", "1")), projector=projector)
+        except (remote_headers.CannotRead, ValueError, ArithmeticError, OSError) as error:
             self.progress.memory_unknown = str(error)
             return
         needs = by_name(found.best.placement)

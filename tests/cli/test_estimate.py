@@ -12,11 +12,12 @@ from tiny_models import Blueprint, write_embedding, write_llama, write_projector
 
 from benchmarks.footprints import MODELS
 from router.__main__ import main
-from router.cli import estimate
+from router.engines.llamacpp import forecast
 from router.engines.llamacpp.binary import Binary
 from router.engines.llamacpp.sizing import EngineKind
 from router.formats import gguf
 from router.memory.plan import Ground, Site
+from router.store import remote_headers
 from router.system.devices import HOST, Device
 
 GRANITE = MODELS["granite-4-tiny"]
@@ -86,8 +87,8 @@ def web() -> Iterator[Web]:
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """The command on a machine with 8 GB of free RAM and no GPU, whose engine is not asked."""
-    monkeypatch.setattr(estimate, "_ground", lambda _: Ground((), Site(HOST, 8000, 8000)))
-    monkeypatch.setattr(estimate, "_engine", lambda: None)
+    monkeypatch.setattr(forecast, "_ground", lambda _: Ground((), Site(HOST, 8000, 8000)))
+    monkeypatch.setattr(forecast, "_engine", lambda: None)
     return lambda *arguments: main(["estimate", *arguments])
 
 
@@ -130,7 +131,7 @@ def test_the_widest_table_fits_a_terminal(
     model = MODELS["granite-4-tiny"].write(tmp_path / "granite.gguf")  # it has recurrent layers, too
     projector = write_projector(tmp_path / "mmproj.gguf")
     gpus = tuple(Site(Device.gpu(number), 4000, 4000) for number in range(2))
-    monkeypatch.setattr(estimate, "_ground", lambda _: Ground(gpus, Site(HOST, 800000, 800000)))
+    monkeypatch.setattr(forecast, "_ground", lambda _: Ground(gpus, Site(HOST, 800000, 800000)))
 
     command(str(model), "-c", "16384", "--mmproj", str(projector), "-fa", "off", "-np", "4")
 
@@ -159,7 +160,7 @@ def test_the_slots_of_who_names_none_are_those_of_the_build(
         program.write_text(f"#!/bin/sh\necho '--model FNAME  path\n--port PORT  port\n{slots}'\n# {default}\n")
         program.chmod(0o755)
         engine = EngineKind(Binary((str(program),), "llama-server", ""))
-        monkeypatch.setattr(estimate, "_engine", lambda engine=engine: engine)
+        monkeypatch.setattr(forecast, "_engine", lambda engine=engine: engine)
         command(str(path), "-c", "4096")
         states.append(int(capsys.readouterr().out.splitlines()[3].split()[2]))
     assert states == [24, 95]
@@ -192,17 +193,17 @@ def test_a_projector_among_the_flags_is_counted(
 def test_one_request_is_enough_for_a_model_that_is_elsewhere(web: Web) -> None:
     web.publish("/models/granite.gguf", GRANITE)
 
-    header = estimate.read(f"{web.url}/models/granite.gguf", {})
+    header = remote_headers.read(f"{web.url}/models/granite.gguf", {})
 
     assert header == gguf.parse(GRANITE.header(), file_bytes=GRANITE.file_bytes())
     assert web.asked == [("/models/granite.gguf", "bytes=0-8388607", "")]
 
 
 def test_a_header_that_goes_on_is_fetched_on(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "FIRST_BYTES", 10_000)
+    monkeypatch.setattr(remote_headers, "FIRST_BYTES", 10_000)
     web.publish("/granite.gguf", GRANITE)
 
-    assert estimate.read(f"{web.url}/granite.gguf", {}).block_count == 40
+    assert remote_headers.read(f"{web.url}/granite.gguf", {}).block_count == 40
     assert [asked[1] for asked in web.asked] == [
         "bytes=0-9999",
         "bytes=10000-19999",
@@ -212,12 +213,12 @@ def test_a_header_that_goes_on_is_fetched_on(web: Web, monkeypatch: pytest.Monke
 
 
 def test_a_server_may_send_the_whole_file(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "FIRST_BYTES", 10_000)
+    monkeypatch.setattr(remote_headers, "FIRST_BYTES", 10_000)
     web.honours_ranges = False
     path = write_llama(tmp_path / "tiny.gguf")
     web.files["/tiny.gguf"] = path.read_bytes(), path.stat().st_size
 
-    assert estimate.read(f"{web.url}/tiny.gguf", {}).tensors == gguf.read(path).tensors
+    assert remote_headers.read(f"{web.url}/tiny.gguf", {}).tensors == gguf.read(path).tensors
 
 
 def test_all_parts_of_a_split_model_count(web: Web, tmp_path: Path) -> None:
@@ -225,7 +226,7 @@ def test_all_parts_of_a_split_model_count(web: Web, tmp_path: Path) -> None:
     for path in sorted(tmp_path.iterdir()):
         web.files[f"/{path.name}"] = path.read_bytes(), path.stat().st_size
 
-    header = estimate.read(f"{web.url}/{first.name}?download=true", {})
+    header = remote_headers.read(f"{web.url}/{first.name}?download=true", {})
     there = gguf.read(first)
 
     assert [asked[0] for asked in web.asked] == [f"/{path.name}?download=true" for path in there.files]
@@ -240,7 +241,7 @@ def test_the_hub_gets_the_token_and_its_storage_does_not(web: Web) -> None:
     storage.publish("/blob", GRANITE)
     web.redirects["/ibm/granite-GGUF/resolve/main/q4/granite.gguf"] = f"{storage.url}/blob"
 
-    estimate.read("hf.co/ibm/granite-GGUF/q4/granite.gguf", {"HF_ENDPOINT": web.url, "HF_TOKEN": "secret"})
+    remote_headers.read("hf.co/ibm/granite-GGUF/q4/granite.gguf", {"HF_ENDPOINT": web.url, "HF_TOKEN": "secret"})
 
     assert [asked[2] for asked in web.asked] == ["Bearer secret"]
     assert [asked[1:] for asked in storage.asked] == [("bytes=0-8388607", "")]
@@ -262,7 +263,7 @@ def test_the_hub_gets_the_token_and_its_storage_does_not(web: Web) -> None:
     ],
 )
 def test_what_a_model_is_called_says_where_it_is(model: str, url: str | None) -> None:
-    assert estimate.resolve(model, {}) == url
+    assert remote_headers.resolve(model, {}) == url
 
 
 @pytest.mark.parametrize(
@@ -309,5 +310,5 @@ def test_a_mistake_is_explained(
 def test_a_refusal_is_explained(web: Web, status: int, reason: str) -> None:
     web.refused["/a.gguf"] = status
 
-    with pytest.raises(estimate.CannotEstimate, match=reason):
-        estimate.read(f"{web.url}/a.gguf", {})
+    with pytest.raises(remote_headers.CannotRead, match=reason):
+        remote_headers.read(f"{web.url}/a.gguf", {})

@@ -19,8 +19,7 @@ from conftest import ROOT, Router, Start, eventually, run
 from fake_hub import Hub, serving
 from tiny_models import write_llama, write_projector
 
-from router.cli import estimate
-from router.store import pulled, repository
+from router.store import pulled, remote_headers, repository
 from router.store.downloads import Downloads, Pull
 from router.store.progress import Progress
 from router.store.pull import pull
@@ -355,14 +354,14 @@ def test_what_is_on_the_hub_is_estimated_without_a_download(
     ended = run("estimate", "hf.co/org/sees-GGUF", "-c", "512", cwd=tmp_path, **environ)
     assert ended.stdout.splitlines()[0] == "org/sees-GGUF:Q4_K_M: tiny-Q4_K_M.gguf with mmproj-F16.gguf"
     assert ("mmproj" in ended.stdout.splitlines()[3], "context: 512 tokens" in ended.stdout) == (True, True)
-    split, projector, choice = estimate.read_whole("org/split-GGUF:BF16", environ)
+    split, projector, choice = remote_headers.read_whole("org/split-GGUF:BF16", environ)
     parts = hub.repositories["org/split-GGUF"].values()
     assert (split.file_bytes, projector, choice and len(choice.parts)) == (sum(map(len, parts)), None, 3)
     assert (hub.fetched, list(tmp_path.glob("hf/**/*.gguf"))) == ([], [])
 
     def said(reference: str) -> str:
-        with pytest.raises(estimate.CannotEstimate) as error:
-            estimate.read_whole(reference, environ)
+        with pytest.raises(remote_headers.CannotRead) as error:
+            remote_headers.read_whole(reference, environ)
         return str(error.value)
 
     for reference in ("org/absent", f"{REPO}:Q5_0"):
@@ -370,7 +369,7 @@ def test_what_is_on_the_hub_is_estimated_without_a_download(
     hub.token = "hf_sesame"
     assert said(REPO) == said(f"hf.co/{REPO}/tiny-Q8_0.gguf") == refusal(REPO, environ)[1]
     monkeypatch.setenv("HF_TOKEN", "hf_sesame")
-    estimate.read_whole(REPO, environ)
+    remote_headers.read_whole(REPO, environ)
     assert hub.leaked_tokens == []
 
 

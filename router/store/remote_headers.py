@@ -1,0 +1,171 @@
+"""The headers of models that are files, or elsewhere: of these only their first bytes are fetched.
+
+A model is named by its path, an http(s) URL, `hf.co/USER/REPO/FILE.gguf`, or `hf.co/USER/REPO[:QUANT]` as `pull`
+takes it, with its projector.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import re
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from router import __version__
+from router.config.names import HUB_HOSTS
+from router.formats import gguf
+from router.formats.gguf import GGUF, TruncatedGGUF
+from router.store.repository import BadReference, Choice, NoChoice, Reference, gated, parse
+
+FIRST_BYTES = 8 << 20
+"""Enough for the header of nearly every model: a vocabulary of 150,000 tokens and its merges take 6 MB."""
+FIRST_BYTES_OF_OTHERS = 256 << 10
+"""The same for the parts after the first of a split model, which have no vocabulary."""
+MOST_BYTES = 256 << 20
+TIMEOUT_SEC = 30.0
+
+_REFUSALS = {
+    401: "it asks for a token: set HF_TOKEN",
+    403: "access is denied: check HF_TOKEN, and the model's licence on its page",
+    404: "there is no such file",
+}
+_PART_NUMBER = re.compile(r"-00001-of-(\d{5})\.gguf$", re.IGNORECASE)
+
+
+class CannotRead(Exception):
+    """The header can't be read; the message says why and what to do."""
+
+
+def read_whole(model: str, environ: Mapping[str, str]) -> tuple[GGUF, GGUF | None, Choice | None]:
+    """The header of a model. If its repository is named: also that of its projector, and which files these are."""
+    reference = _repository(model, environ)
+    if reference is None:
+        return read(model, environ), None, None
+    from huggingface_hub import get_token  # here, because it takes 0.3 s that a file need not wait for
+
+    from router.store.hub_api import HubError, HubRepository
+
+    hub = HubRepository(reference, environ)
+    try:
+        found = hub.find(time.sleep)
+    except (NoChoice, HubError) as error:
+        raise CannotRead(str(error)) from None
+    environ = {**environ, "HF_TOKEN": get_token() or ""}
+    model_path, projector_path = found.choice.model, found.choice.mmproj
+    header = read(hub.url(found.commit, model_path), environ)
+    projector = read(hub.url(found.commit, projector_path), environ) if projector_path else None
+    return header, projector, found.choice
+
+
+def _repository(model: str, environ: Mapping[str, str]) -> Reference | None:
+    """What names a repository, and leaves it to us which of its files that is."""
+    if model.startswith("/") or Path(model).exists():
+        return None
+    with contextlib.suppress(BadReference):
+        reference = parse(model, environ)
+        if reference.file is None and not reference.repo.lower().endswith(".gguf"):
+            return reference
+    return None
+
+
+def read(model: str, environ: Mapping[str, str]) -> GGUF:
+    """The header of a model that is a file, a URL or a file on the Hugging Face hub."""
+    url = resolve(model, environ)
+    if url is None:
+        try:
+            return gguf.read(Path(model))
+        except FileNotFoundError:
+            raise CannotRead(f"there is no file {model}") from None
+        except OSError as error:
+            raise CannotRead(f"{model} cannot be read: {error.strerror or error}") from None
+
+    token = environ.get("HF_TOKEN") if _is_hub(url, environ) else None
+    first = _fetch(url, token, FIRST_BYTES)
+    number = first.part_count
+    if number <= 1:
+        return first
+    named = _PART_NUMBER.search(urllib.parse.urlsplit(url).path)
+    if named is None or int(named[1]) != number:
+        raise CannotRead(f"{url} is one of {number} parts: give the first, …-00001-of-{number:05d}.gguf")
+    others = (url.replace(f"-00001-of-{named[1]}", f"-{part:05d}-of-{named[1]}") for part in range(2, number + 1))
+    parts = [first, *(_fetch(other, token, FIRST_BYTES_OF_OTHERS) for other in others)]
+    return replace(
+        first,
+        tensors=tuple(tensor for part in parts for tensor in part.tensors),
+        file_bytes=sum(part.file_bytes for part in parts),
+    )
+
+
+def resolve(model: str, environ: Mapping[str, str]) -> str | None:
+    """The URL to fetch; None for a file."""
+    endpoint = environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    scheme, _, rest = model.rpartition("://")
+    if scheme not in ("", "http", "https"):
+        raise CannotRead(f"{model}: {scheme} is not a protocol that is spoken here; give an http(s) URL")
+    host, *path = rest.split("/")
+    if host.lower() in HUB_HOSTS and (scheme or not Path(model).exists()):
+        if len(path) > 4 and path[2] in ("blob", "resolve", "raw"):  # as copied from the browser
+            path = [*path[:2], "resolve", *path[3:]]
+        elif len(path) >= 3:
+            path = [*path[:2], "resolve", "main", *path[2:]]
+        if len(path) < 5 or not path[-1].partition("?")[0].lower().endswith(".gguf"):
+            raise CannotRead(f"{model} names no model: give hf.co/USER/REPO[:QUANT] or hf.co/USER/REPO/FILE.gguf")
+        return f"{endpoint.rstrip('/')}/{'/'.join(path)}"
+    return model if scheme else None
+
+
+def _is_hub(url: str, environ: Mapping[str, str]) -> bool:
+    hubs = {"huggingface.co", urllib.parse.urlsplit(environ.get("HF_ENDPOINT", "")).netloc}
+    return urllib.parse.urlsplit(url).netloc in hubs
+
+
+def _fetch(url: str, token: str | None, wanted: int) -> GGUF:
+    """The header of one remote file: a single request for its `wanted` first bytes, unless it is longer."""
+    buffer = b""
+    while True:
+        more, size = _fetch_range(url, len(buffer), wanted, token)
+        buffer += more
+        try:
+            return gguf.parse(buffer, file_bytes=size, source=url)
+        except TruncatedGGUF:
+            if len(buffer) >= min(size, MOST_BYTES) or not more:
+                raise
+        wanted = 2 * len(buffer)
+
+
+def _fetch_range(url: str, start: int, end: int, token: str | None) -> tuple[bytes, int]:
+    """Bytes `start` to `end`, or as far as there are any, and the size of the whole file."""
+    headers = {"Range": f"bytes={start}-{end - 1}", "User-Agent": f"llama-router/{__version__}"}
+    request = urllib.request.Request(url, headers=headers)  # noqa: S310
+    if token:  # for the hub, not for the storage that it redirects to
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_SEC) as answer:  # noqa: S310
+            if answer.status == 206:
+                _, _, size = answer.headers.get("Content-Range", "").rpartition("/")
+                body = answer.read(end - start)
+            else:  # it sends the whole file; what is not read is not sent for long
+                size = answer.headers.get("Content-Length", "")
+                body = answer.read(end)[start:]
+    except urllib.error.HTTPError as error:
+        if error.headers.get("X-Error-Code") == "GatedRepo":
+            raise CannotRead(gated(url.partition("/resolve/")[0])) from None
+        reason = _REFUSALS.get(error.code, f"HTTP {error.code} {error.reason}")
+        raise CannotRead(f"{url}: {reason}") from None
+    except urllib.error.URLError as error:
+        raise CannotRead(f"{url} cannot be reached: {error.reason}") from None
+    except (
+        OSError,
+        ValueError,
+        http.client.HTTPException,
+    ) as error:  # a connection that breaks, a URL that is none
+        raise CannotRead(f"{url} cannot be read: {error}") from None
+    if not size.isdecimal():
+        raise CannotRead(f"{url}: the server does not say how large the file is")
+    return body, int(size)
