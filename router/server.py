@@ -31,6 +31,7 @@ from router.config.snapshots import Looks
 from router.dataplane.exchange import Exchanges
 from router.dataplane.limits import Door
 from router.dataplane.server import HttpProtocol, PagesProtocol
+from router.dialects.translators import TRANSLATORS
 from router.engines.health import HealthMonitor
 from router.engines.launcher import LocalLauncher
 from router.engines.llamacpp.backend import LlamaCpp
@@ -277,7 +278,7 @@ class _Service:
         browsers = Browsers(self._loaded.config.api, self._keyring)
         cards = Cards()
         app = create_app(self._dispatcher, self._keyring, browsers, self.reload, downloads, self._creations, cards)
-        exchanges = Exchanges(self._dispatcher, self._keyring, browsers, cards)
+        exchanges = Exchanges(self._dispatcher, self._keyring, browsers, cards, TRANSLATORS)
         protocols = partial(HttpProtocol, exchanges), partial(PagesProtocol, exchanges)
         most_clients = _most_clients(self._loaded.config.api)
         server = _Server(

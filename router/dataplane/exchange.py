@@ -18,7 +18,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -42,7 +42,7 @@ from router.engines.upstream import Body, Connection, Head
 from router.http.auth import Client, Keyring
 from router.http.errors import ApiError, refused
 from router.http.origins import Browsers
-from router.http.routes import ROUTES, Route, Stream
+from router.http.routes import ROUTES, Ask, Dialect, Route, Stream
 from router.observe.events import RequestDone
 from router.observe.usage import NO_USAGE, Usage
 from router.runtime.dispatcher import Dispatcher, Ticket, Waiting
@@ -75,7 +75,23 @@ _EVENT_STREAM = b"content-type: text/event-stream\r\ncache-control: no-cache\r\n
 class Exchanges:
     """What all exchanges share, and those of them that are with an engine."""
 
-    def __init__(self, dispatcher: Dispatcher, keyring: Keyring, browsers: Browsers, cards: Cards) -> None:
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        keyring: Keyring,
+        browsers: Browsers,
+        cards: Cards,
+        translators: Mapping[tuple[Dialect, Ask], type[Exchange]],
+    ) -> None:
+        """`translators` exchange what does not go to an engine, and come from it, as it is."""
+        self.by_path = {
+            path: translators.get((route.dialect, route.asks), Exchange) for path, route in ROUTES.items()
+        }
+        """The data plane; all else are pages."""
+        self.of_engines = {
+            path: each for path, each in self.by_path.items() if ROUTES[path].dialect is not Dialect.OLLAMA
+        }
+        """Those of its paths that an engine has, too."""
         self.dispatcher = dispatcher
         self.keyring = keyring
         self.browsers = browsers

@@ -27,7 +27,7 @@ from uvicorn.server import ServerState
 
 from router.dataplane.answer import Answer
 from router.dataplane.engine_exchange import EngineExchange, is_for_engine, of_engine
-from router.dataplane.exchange import Exchange, Exchanges
+from router.dataplane.exchange import Exchanges
 from router.dataplane.heads import (
     LONGEST_TARGET,
     MOST_HEADERS,
@@ -37,13 +37,9 @@ from router.dataplane.heads import (
     target_too_long,
 )
 from router.dataplane.limits import no_connection_left
-from router.dialects.anthropic.exchange import CountExchange, MessagesExchange
-from router.dialects.ollama.exchange import OllamaExchange
-from router.dialects.openai.choices_exchange import ChoicesExchange
-from router.dialects.openai.responses_exchange import ResponsesExchange
 from router.http.errors import ApiError
 from router.http.known_heads import Headers, Known
-from router.http.routes import ROUTES, Ask, Dialect
+from router.http.routes import ROUTES
 from router.observe.events import ClientRefused
 
 _log = logging.getLogger("router.http")
@@ -61,23 +57,6 @@ _STEPS_AT_ONCE = 2
 """A head, and a body."""
 _END_OF_HEAD = b"\r\n\r\n"
 """Of a trailer, too: nothing else ends a request, but for the length of its body."""
-
-_TRANSLATORS: dict[tuple[Dialect, Ask], type[Exchange]] = {
-    (Dialect.OPENAI, "chat"): ChoicesExchange,
-    (Dialect.OPENAI, "completion"): ChoicesExchange,
-    (Dialect.LLAMA_SERVER, "completion"): ChoicesExchange,
-    (Dialect.OPENAI, "response"): ResponsesExchange,
-    (Dialect.ANTHROPIC, "chat"): MessagesExchange,
-    (Dialect.ANTHROPIC, "count"): CountExchange,
-    (Dialect.OLLAMA, "chat"): OllamaExchange,
-    (Dialect.OLLAMA, "completion"): OllamaExchange,
-    (Dialect.OLLAMA, "embedding"): OllamaExchange,
-}
-"""Of what does not go to an engine, and come from it, as it is."""
-_EXCHANGES = {path: _TRANSLATORS.get((route.dialect, route.asks), Exchange) for path, route in ROUTES.items()}
-"""The data plane; all else are pages."""
-_OF_ENGINES = {path: each for path, each in _EXCHANGES.items() if ROUTES[path].dialect is not Dialect.OLLAMA}
-"""Those of its paths that an engine has, too."""
 
 
 class Turn(Protocol):
@@ -397,14 +376,15 @@ class HttpProtocol(asyncio.Protocol):
     def _begin(self, head: RequestHead, to_come: int, body: bytes = b"", *, is_whole: bool = False) -> None:
         """Give it its turn, with as much of its body as is here."""
         turn: Turn
-        exchange = _EXCHANGES.get(head.path) if head.method == b"POST" else None
+        exchanges, is_post = self._exchanges, head.method == b"POST"
+        exchange = exchanges.by_path.get(head.path) if is_post else None
         begun = head
         if exchange is None and is_for_engine(head):
-            head = of_engine(head, self._exchanges.dispatcher.config)
-            exchange = (_OF_ENGINES.get(head.path) if head.method == b"POST" else None) or EngineExchange
+            head = of_engine(head, exchanges.dispatcher.config)
+            exchange = (exchanges.of_engines.get(head.path) if is_post else None) or EngineExchange
         if exchange is not None:
             answer = Answer(self, keep_alive=head.keep_alive, http_1_0=head.http_version == "1.0")
-            turn = exchange(self._exchanges, answer, head)
+            turn = exchange(exchanges, answer, head)
             self._begun = begun
         else:
             turn = _Page(self, head)
@@ -585,7 +565,7 @@ class PagesProtocol(HttpProtocol):
         self.loop.call_later(_SPARE_SEC, self._leave)
 
     def _begin(self, head: RequestHead, to_come: int, body: bytes = b"", *, is_whole: bool = False) -> None:
-        if head.path not in _EXCHANGES and not head.path.endswith("/stream") and not is_for_engine(head):
+        if head.path not in ROUTES and not head.path.endswith("/stream") and not is_for_engine(head):
             super()._begin(head, to_come, body, is_whole=is_whole)
             return
         error = no_connection_left()

@@ -17,6 +17,7 @@ from router.catalog.cards import Cards
 from router.config.schema import Config, ModelConfig
 from router.dataplane.exchange import Exchanges
 from router.dataplane.server import HttpProtocol
+from router.dialects.translators import TRANSLATORS
 from router.engines.base import Endpoint
 from router.engines.upstream import Body, Connection, EnginePool, Receiver
 from router.http.auth import Keyring
@@ -114,7 +115,7 @@ class PlayedRouter:
         self.events = self
         self._engine: Any = _PlayedEngine(_PlayedPool(self))
         keyring = Keyring(CONFIG.api)
-        self._exchanges = Exchanges(cast(Any, self), keyring, Browsers(CONFIG.api, keyring), Cards())
+        self._exchanges = Exchanges(cast(Any, self), keyring, Browsers(CONFIG.api, keyring), Cards(), TRANSLATORS)
         self._state = ServerState()
 
     # --- what is played -----------------------------------------------------------------------------------

@@ -39,7 +39,9 @@ class Server:
         self.refused: list[str] = []
         events = Events()
         events.listen(ClientRefused, lambda happening: self.refused.append(happening.reason))
-        shared = SimpleNamespace(rounds=Rounds(), dispatcher=SimpleNamespace(events=events))
+        shared = SimpleNamespace(
+            rounds=Rounds(), dispatcher=SimpleNamespace(events=events), by_path={"/refused": Refused}
+        )
         protocol = partial(HttpProtocol, cast(Exchanges, shared))
         self._server = uvicorn.Server(
             uvicorn.Config(
@@ -145,9 +147,7 @@ class Refused:
     def end_body(self) -> None: ...
 
 
-def test_a_connection_stands_in_the_line_once(listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(http_server._EXCHANGES, "/refused", cast(Any, Refused))
-
+def test_a_connection_stands_in_the_line_once(listener: socket.socket) -> None:
     async def story() -> None:
         loop = asyncio.get_running_loop()
         clients = [connected(listener) for _ in range(3)]

@@ -1,0 +1,25 @@
+"""Which exchange speaks for which dialect: what the data plane is handed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from router.dataplane.exchange import Exchange
+from router.dialects.anthropic.exchange import CountExchange, MessagesExchange
+from router.dialects.ollama.exchange import OllamaExchange
+from router.dialects.openai.choices_exchange import ChoicesExchange
+from router.dialects.openai.responses_exchange import ResponsesExchange
+from router.http.routes import Ask, Dialect
+
+TRANSLATORS: Mapping[tuple[Dialect, Ask], type[Exchange]] = {
+    (Dialect.OPENAI, "chat"): ChoicesExchange,
+    (Dialect.OPENAI, "completion"): ChoicesExchange,
+    (Dialect.LLAMA_SERVER, "completion"): ChoicesExchange,
+    (Dialect.OPENAI, "response"): ResponsesExchange,
+    (Dialect.ANTHROPIC, "chat"): MessagesExchange,
+    (Dialect.ANTHROPIC, "count"): CountExchange,
+    (Dialect.OLLAMA, "chat"): OllamaExchange,
+    (Dialect.OLLAMA, "completion"): OllamaExchange,
+    (Dialect.OLLAMA, "embedding"): OllamaExchange,
+}
+"""What is not here goes to an engine, and comes from it, as it is."""
