@@ -60,8 +60,8 @@ class Door:
 
     def __init__(
         self,
-        protocol: Callable[..., asyncio.Protocol],
-        pages: Callable[..., asyncio.Protocol],
+        protocol: Callable[..., asyncio.BaseProtocol],
+        pages: Callable[..., asyncio.BaseProtocol],
         limit: int,
         events: Events,
     ) -> None:
@@ -82,7 +82,7 @@ class Door:
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
-    ) -> asyncio.Protocol:
+    ) -> asyncio.BaseProtocol:
         guests = cast(set[Guest], server_state.connections)
         now = asyncio.get_running_loop().time()
         protocol = self._protocol

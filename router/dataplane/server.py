@@ -53,6 +53,11 @@ _SPARE_SEC = 10.0
 _SPARE_MOST_SEC = 60.0
 _STEP = 8192
 """Bytes that are read at once, but for a body whose length is known: crumbs are worth a method's call each."""
+_ROOM = memoryview(bytearray(256 << 10))
+"""Where what is read lies until it is looked at, before anything else is read."""
+_LITTLE_ROOM = _ROOM[: 16 << 10]
+"""For what may have to be kept until its turn comes, on each of ten thousand connections. A head with its body is
+seldom larger; where one is, the rest is known to be a body."""
 _STEPS_AT_ONCE = 2
 """A head, and a body."""
 _END_OF_HEAD = b"\r\n\r\n"
@@ -84,8 +89,11 @@ class Turn(Protocol):
         """One of these methods has raised this."""
 
 
-class HttpProtocol(asyncio.Protocol):
-    """One client's connection. uvicorn makes it, and ends it by `shutdown`."""
+class HttpProtocol(asyncio.BufferedProtocol):
+    """One client's connection. uvicorn makes it, and ends it by `shutdown`.
+
+    It says how much is read at once, where uvloop would read 256 KB, of which most might have to wait here.
+    """
 
     def __init__(
         self,
@@ -149,7 +157,7 @@ class HttpProtocol(asyncio.Protocol):
         parser.set_dangerous_leniencies(lenient_data_after_close=True)  # it is never looked at
         return parser
 
-    # --- asyncio.Protocol -------------------------------------------------------------------------------
+    # --- asyncio.BufferedProtocol -----------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is one only by its methods
@@ -183,6 +191,16 @@ class HttpProtocol(asyncio.Protocol):
         if self._turn is not None:
             self._turn.resume()
         self._go_on()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        if self._missing > len(_LITTLE_ROOM) or (
+            self._to_come > len(_LITTLE_ROOM) and not (self._unread or self._is_full)
+        ):
+            return _ROOM
+        return _LITTLE_ROOM
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.data_received(bytes(_ROOM[:nbytes]))
 
     def data_received(self, data: bytes) -> None:
         if self._is_deaf:
@@ -268,7 +286,7 @@ class HttpProtocol(asyncio.Protocol):
         """Hear no more than a little beyond what can be read now; whether the client has left is part of it."""
         if self.transport.is_closing():
             return
-        if len(self._unread) - self._at > HIGH_WATER_LIMIT:
+        if len(self._unread) - self._at > _STEP:
             self.flow.pause_reading()
         else:
             self.flow.resume_reading()
