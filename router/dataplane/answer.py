@@ -82,7 +82,7 @@ class Answer:
 
     def whole(self, status: int, lines: bytes, body: bytes) -> None:
         """`lines` are headers, each with its end; those for the framing are added."""
-        self.started = True
+        self.started = self.has_length = True
         first = self._first_lines(status)
         if status in _BODILESS:
             self._wire.write(b"%b%b\r\n" % (first, lines))
@@ -128,7 +128,7 @@ class Answer:
         self._wire.abort()
 
     def _first_lines(self, status: int) -> bytes:
-        lines = (_STATUS.get(status) or b"HTTP/1.1 %d \r\n" % status) + self._wire.default_lines
+        lines = _STATUS[status] + self._wire.default_lines
         return lines if self.keep_alive else lines + b"connection: close\r\n"
 
 

@@ -63,6 +63,8 @@ _PLACE = re.compile(r" \(byte \d+\)")
 
 _BUFFERED_ANSWER = 4 << 20
 """Answers up to this size are read whole before the client sees any of it, so that they can be tried again."""
+_LONGEST_ANSWER = 4 << 30
+"""A million tokens, each with the twenty most likely instead of it, take three quarters of that."""
 
 _WOULD_SHOW_PROMPT = (
     "The answer would hold the alias's system prompt, which this API key may not see; ask for {!r} instead."
@@ -553,8 +555,9 @@ class Exchange:
                 self._answer.write(part)
             raise BrokenAnswer(ApiError(502, "engine_lost", "The engine ended the stream before its last event."))
         part = self._answer.rest(part)
-        self._end(self._outcome_of_stream())
+        outcome = self._outcome_of_stream()
         self._answer.end(part)
+        self._end(outcome)
 
     def _has_last_event(self) -> bool:
         """Whether a stream of this route says where it ends."""
@@ -606,7 +609,7 @@ class Exchange:
             self._answer.abort()
 
     def must_have_moved(self, now: float, system: System) -> None:
-        """Nobody may hold a slot for nothing: neither an engine that hangs nor a client that does not read.
+        """Nobody may hold a slot for nothing: no engine that hangs or babbles, and no client that does not read.
 
         An engine that is silent, but alive, computes: a long prompt, or an answer that is sent whole.
         """
@@ -617,7 +620,10 @@ class Exchange:
         limit_sec, longest_sec = system.request_timeout_sec, system.answer_timeout_sec
         engine = ticket.engine
         assert engine is not None
-        if longest_sec is not None and now - moved_sec >= longest_sec:
+        if self._meter.size > _LONGEST_ANSWER:
+            message = f"The engine's answer does not end: it has more than {_LONGEST_ANSWER >> 30} GiB."
+            self._break_off(ApiError(502, "engine_error", message))
+        elif longest_sec is not None and now - moved_sec >= longest_sec:
             self._time_out(f"The engine sent nothing for {longest_sec:g} s (answer_timeout_sec).")
         elif now - moved_sec < limit_sec:
             return
@@ -640,8 +646,9 @@ class Exchange:
         """No more of the answer will come. Of a stream whose last event has passed, nothing is missing."""
         if self._relays and self._streams and not self._answer.has_length and self._meter.has_ended:
             rest = self._answer.rest(b"")
-            self._end(self._outcome_of_stream())
+            outcome = self._outcome_of_stream()
             self._answer.end(rest)
+            self._end(outcome)
         else:
             self._fail(error)
 
@@ -671,13 +678,13 @@ class Exchange:
             self._meter.note(body)
         if error is None:
             body = self._answer.told(body)
-        self._end(_outcome(self._status))
         if error is None:
             self._answer.whole(head.status, head.lines + self._lines_of(ticket), body)
         elif self._answer.started:
             self._answer.break_off(self._event_of(error))
         else:
             self._write_error(error, self._lines_of(ticket))
+        self._end(_outcome(self._status))
 
     def _start_relaying(self, head: Head) -> None:
         assert self._ticket is not None

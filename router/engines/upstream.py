@@ -23,6 +23,7 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from typing import Protocol, cast
 
 import httptools
@@ -48,6 +49,8 @@ _NOT_RELAYED = frozenset(
         b"x-request-id",
     }
 )
+_STATUSES = frozenset(HTTPStatus)
+"""Those that mean something; another one is not passed on."""
 _KEEP_ALIVE_MAX = re.compile(rb"max=(\d+)")
 _DYING_SEC = 0.05
 """Until an engine that has died is known to be dead."""
@@ -338,7 +341,7 @@ class Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
-        if not 100 <= status <= 599:
+        if not 100 <= status < 200 and status not in _STATUSES:
             raise ValueError(f"status {status}")
         if status < 200:  # 100 Continue and its like announce the real one
             self._headers = []

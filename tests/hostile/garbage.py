@@ -209,5 +209,10 @@ KINDS: dict[str, Kind] = {
     "an error that is a page": _said("broken", _document(b"<html>" * 999, status=b"502 Bad Gateway")),
     "an error of megabytes": _said("broken", _document(b"x" * (3 << 20), status=b"500 X")),
     "an error of deep JSON": _said("broken", _document(_DEEP, status=b"400 X")),
-    "an error of nothing": _said("broken", _document(b"", status=b"599 X")),
+    "an error of nothing": _said("broken", _document(b"", status=b"500 X")),
+    "a success that there is not": _said("broken", _document(_HELLO, status=b"299 X")),
+    "an error that there is not": _said("broken", _document(b'{"error":{"message":"X"}}', status=b"599 X")),
+    "a stream of a status that there is not": _said(
+        "broken", _head(_SSE, _CHUNKED, status=b"299 X") + _chunk(_EVENT) + _chunk(_DONE) + _LAST
+    ),
 }

@@ -92,8 +92,8 @@ class OllamaExchange(Exchange):
     def _answer_without_engine(self, reason: str) -> None:
         """With a document, also to who would take a stream: so does Ollama."""
         self._status = 200
-        self._end("served")
         self._answer.whole(200, DOCUMENT + self._id_line + self._lines, self._translation.loaded(reason))
+        self._end("served")
 
     # --- the queue --------------------------------------------------------------------------------------
 
