@@ -195,6 +195,12 @@ class Api(Section):
         description="Clients connected at once, or as many as the limit of open files leaves room for; beyond, "
         "those give way that are idle, else 503, but for a few that look after the router.",
     )
+    remote_media: bool = Field(
+        default=False,
+        description="Requests with a key for inference or a client's may name images, audio and video by their "
+        "address, which the engine fetches from where it runs, also from addresses that only this machine "
+        "reaches; false: they send them as data: URLs. Who has full access may in any case.",
+    )
     heartbeat_sec: Seconds = Field(
         default=10,
         description="A stream that waits for its model gets an SSE comment this often, so that clients and "

@@ -33,6 +33,8 @@ from router.dataplane.answer import Answer, BrokenAnswer
 from router.dataplane.forms import is_form
 from router.dataplane.heads import Admission, RequestHead, check_size
 from router.dataplane.limits import Bodies
+from router.dataplane.media import DEPTH as DEPTH_OF_MEDIA
+from router.dataplane.media import LONGEST_NAME, check_media, may_name_media
 from router.dataplane.rewriting import depth_of, rewritten
 from router.dataplane.routing import Wish, priority_of, read_wish, shortened
 from router.dataplane.shortening import Shortened, Text, most_values
@@ -273,11 +275,17 @@ class Exchange:
         wish = read_wish(body, head.fields, self._dispatcher.config, self._client, head.model)
         if wish.streams and route.stream is Stream.NONE:  # its engine answers with a document all the same
             wish = wish._replace(streams=False)
+        if not self._may_name_addresses() and may_name_media(body) and not self._is_form():
+            check_media(body)
         if wish.asked_as is not None:
             if self._client is not None and route.shows_prompt and wish.asked_as.speaks:
                 raise ApiError(403, "insufficient_permissions", _WOULD_SHOW_PROMPT.format(wish.alias))
             body = rewritten(body, route.conversation, wish.asked_as)
         return wish, body
+
+    def _may_name_addresses(self) -> bool:
+        """Whether the engine may fetch for its client what lies at an address."""
+        return self._client is None or self._dispatcher.config.api.remote_media
 
     def _path_of_engine(self) -> str:
         """Where the body, once it was read, goes."""
@@ -301,10 +309,13 @@ class Exchange:
 
     def _depth_of(self, wish: Wish, short: Shortened) -> int:
         """How deep one has to look into a body, as far as is known from this short form of it."""
-        if wish.asked_as is None:
-            return 1
-        route = self._route_of_engine()
-        return depth_of(None if route is None else route.conversation, wish.asked_as)
+        depth = 1
+        if wish.asked_as is not None:
+            route = self._route_of_engine()
+            depth = depth_of(None if route is None else route.conversation, wish.asked_as)
+        if not self._may_name_addresses() and any(map(may_name_media, short.in_steps(LONGEST_NAME))):
+            return max(depth, DEPTH_OF_MEDIA)
+        return depth
 
     def _restore(self, short: Shortened) -> None:
         """What was read of the short form of a large body besides."""
@@ -736,10 +747,10 @@ class Exchange:
         """Give back what it holds, and account for it. What is left to write may still be written."""
         self._is_over = True
         self._shared.unwatch(self)
-        self._shared.bodies.release(self._held)
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+        self._shared.bodies.release(self._held)
         if self._ticket is not None:
             if self._waits:
                 self._wait_no_more(self._ticket)

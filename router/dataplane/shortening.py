@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -47,6 +48,16 @@ _ALL_BUT_MARKS = bytes(set(range(256)) - set(b",[{"))
 """Nearly every value of a document has one of these before it."""
 
 
+@dataclass(slots=True)
+class Count:
+    """How many values a document has, or a few more or less."""
+
+    values: int = 0
+    """Of all kinds."""
+    composed: int = 0
+    """Those that take most memory: texts, keys among them, lists and objects."""
+
+
 class TooManyValues(Exception):
     """A document has too many values to be made into objects."""
 
@@ -64,9 +75,11 @@ class Shortened:
         self._name = secrets.token_hex(8).encode()
         """Of the placeholders: none that a client could write."""
         self._taken: list[memoryview] = []
+        self.count = Count()
+        """Of the whole document."""
         kept: list[bytes] = []
         at = size = 0
-        for run in _long_runs(self._document, depth):
+        for run in _long_runs(self._document, depth, self.count):
             begin = run.begin
             if run.is_string:
                 plain = _PLAIN.match(self._document, begin, run.end)
@@ -120,8 +133,12 @@ class Shortened:
 
     def mentions(self, words: bytes) -> bool:
         """Whether the document has these somewhere, as they are written here."""
+        return any(words in step for step in self.in_steps(len(words)))
+
+    def in_steps(self, overlap: int) -> Iterator[bytes]:
+        """The document, each step with so much of the next one."""
         steps = range(0, len(self._document), _STEP)
-        return any(words in bytes(self._document[at : at + _STEP + len(words)]) for at in steps)
+        return (bytes(self._document[at : at + _STEP + overlap]) for at in steps)
 
     def first_of_list(self, text: bytes) -> bytes:
         """The first character of the first element of a list, of which `text` may be the short form."""
@@ -154,15 +171,19 @@ class _Run(NamedTuple):
     end: int
 
 
-def _long_runs(document: memoryview, depth: int) -> Iterator[_Run]:
-    """In their order."""
+def _long_runs(document: memoryview, depth: int, count: Count) -> Iterator[_Run]:
+    """In their order. Counts what there is besides."""
     level, in_string = 0, False
     string, value = 0, 0
     """Where the string and the value that we are in began, if they may have to be taken out."""
     begin = 0
     while begin < len(document):
         texts, end = _between_quotes(document, begin)
-        levels = _levels(texts[in_string::2], level)
+        outside = b"".join(texts[in_string::2])
+        brackets = outside.translate(None, _ALL_BUT_BRACKETS)
+        levels = _levels(brackets, level)
+        count.values += outside.count(b",") + len(brackets) // 2
+        count.composed += (len(brackets) + len(texts) - 1) // 2
         if levels.highest <= depth:
             yield from _long_strings(texts, begin, string if in_string else None)
         elif levels.lowest <= depth:
@@ -239,9 +260,8 @@ class _Levels(NamedTuple):
     last: int
 
 
-def _levels(texts: list[bytes], level: int) -> _Levels:
-    """Of these, which are no strings. Raises msgspec.DecodeError and RecursionError."""
-    brackets = b"".join(texts).translate(None, _ALL_BUT_BRACKETS)
+def _levels(brackets: bytes, level: int) -> _Levels:
+    """Of these. Raises msgspec.DecodeError and RecursionError."""
     for pairs in range(_DEEPEST):
         length = len(brackets)
         brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
