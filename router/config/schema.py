@@ -187,8 +187,8 @@ class Api(Section):
     )
     max_bodies_mb: PositiveCount = Field(
         default=1024,
-        description="All request bodies together in MiB, until they are answered; beyond, requests of lower "
-        "priority that wait are refused with 429, else 503.",
+        description="All request bodies together in MiB, until they are answered, with what engines take for "
+        "those of many values; beyond, requests of lower priority that wait are refused with 429, else 503.",
     )
     max_connections: PositiveCount = Field(
         default=10_000,

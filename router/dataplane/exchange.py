@@ -30,6 +30,7 @@ import msgspec
 from router.catalog.cards import Cards
 from router.config.schema import System
 from router.dataplane.answer import Answer, BrokenAnswer
+from router.dataplane.burden import burden
 from router.dataplane.forms import is_form
 from router.dataplane.heads import Admission, RequestHead, check_size
 from router.dataplane.limits import Bodies
@@ -63,6 +64,8 @@ _MOST_VALUES = 1 << 14
 _PLACE = re.compile(r" \(byte \d+\)")
 """Of a mistake, in what was read instead of a large body."""
 
+_STILL_READ_SEC = 30.0
+"""For so long an engine may be at a body that nobody waits for any more."""
 _BUFFERED_ANSWER = 4 << 20
 """Answers up to this size are read whole before the client sees any of it, so that they can be tried again."""
 _LONGEST_ANSWER = 4 << 30
@@ -107,6 +110,10 @@ class Exchanges:
         self._watched: set[Exchange] = set()
         self._timer: asyncio.TimerHandle | None = None
 
+    def release_later(self, size: int) -> None:
+        """What an engine takes for a body whose client has left: it reads it to its end."""
+        asyncio.get_running_loop().call_later(_STILL_READ_SEC, self.bodies.release, size)
+
     def watch(self, exchange: Exchange) -> None:
         """One timer looks after all of them: one each would be set and cancelled with every request."""
         self._watched.add(exchange)
@@ -138,6 +145,7 @@ class Exchange:
     __slots__ = (
         "_answer",
         "_body",
+        "_burden",
         "_client",
         "_connection",
         "_dispatcher",
@@ -181,6 +189,8 @@ class Exchange:
         self._to_come = 0
         self._held = 0
         """Bytes of the body, as they count in the sum over all requests."""
+        self._burden = 0
+        """Those of them that its engine takes for it, if it has many values."""
         self._gathered = bytearray()
         """Of an answer that is read whole before any of it is sent."""
         self._body: Body = b""
@@ -334,6 +344,7 @@ class Exchange:
         depth = self._depth()
         while True:
             short = shortened(body, depth)
+            self._burden = burden(short.count, ROUTES[self._head.path])
             try:
                 wish, text = self._read(short.text)
             except ApiError as error:
@@ -356,11 +367,25 @@ class Exchange:
         else:
             wish, self._body = reading.result()
             try:
+                self._hold_burden()
                 self._hold(self._body.copied)
             except ApiError as error:
                 self._refuse(error)
             else:
                 self._submit(wish)
+
+    def _hold_burden(self) -> None:
+        """Raises ApiError 503, and 413 if even by itself it is too much."""
+        limit, carried = self._dispatcher.config.api.max_bodies_mb << 20, self._burden
+        self._burden = 0
+        if carried > limit:
+            message = (
+                f"The body has so many values that an engine takes {carried >> 20} MiB for them, and "
+                f"all bodies together may have {limit >> 20} MiB (api.max_bodies_mb)."
+            )
+            raise ApiError(413, "body_too_large", message)
+        self._hold(carried)
+        self._burden = carried
 
     def _submit(self, wish: Wish) -> None:
         if b"x-request-id" in self._head.fields and self._dispatcher.is_taken(self._request_id):
@@ -748,6 +773,9 @@ class Exchange:
         self._is_over = True
         self._shared.unwatch(self)
         if self._connection is not None:
+            if self._burden:
+                self._held -= self._burden
+                self._shared.release_later(self._burden)
             self._connection.close()
             self._connection = None
         self._shared.bodies.release(self._held)

@@ -215,7 +215,11 @@ def wordy(number: int = 40_000, **more: Any) -> bytes:
 
 
 MANY = b", ".join([b'"a"'] * 400_000)
+SOME = b", ".join([b'"a"'] * 60_000)
 TOKENS = b", ".join([b"12345"] * 300_000)
+A_MILLION = b", ".join([b"12345"] * 1_000_000)
+BIASES = b", ".join([b"[12345, -100]"] * 262_144)
+"""One for each token of a large vocabulary."""
 
 
 @pytest.mark.parametrize(
@@ -226,8 +230,10 @@ TOKENS = b", ".join([b"12345"] * 300_000)
         ("/v1/messages", wordy(model="a")),
         ("/v1/responses", wordy(model="a").replace(b"messages", b"input", 1)),
         ("/v1/completions", b'{"model": "cool", "prompt": [%b]}' % TOKENS),
-        ("/v1/embeddings", b'{"model": "a", "input": [%b]}' % MANY),
-        ("/api/embed", b'{"model": "a", "input": [%b]}' % MANY),
+        ("/v1/completions", b'{"model": "a", "prompt": [%b]}' % A_MILLION),
+        ("/v1/chat/completions", b'{"model": "a", "messages": [], "logit_bias": [%b]}' % BIASES),
+        ("/v1/embeddings", b'{"model": "a", "input": [%b]}' % SOME),
+        ("/api/embed", b'{"model": "a", "input": [%b]}' % SOME),
     ],
 )
 def test_values_that_need_not_be_looked_at_may_be_many(router: Router, path: str, body: bytes) -> None:
@@ -250,6 +256,27 @@ def test_values_that_need_not_be_looked_at_may_be_many(router: Router, path: str
 def test_of_values_that_have_to_be_taken_apart_there_is_a_bound(router: Router, path: str, body: bytes) -> None:
     answer = router.http.post(path, content=body)
     assert (answer.status_code, "too many values" in answer.text) == (413, True)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", b'{"model": "a", "messages": [], "x": [%b]}' % b",".join([b"1"] * 4_200_000)),
+        ("/v1/chat/completions", b'{"model": "a", "messages": [], "x": [%b]}' % b",".join([b"{}"] * 600_000)),
+        ("/v1/messages", b'{"model": "a", "messages": [], "x": [%b]}' % b",".join([b"[]"] * 600_000)),
+        ("/tokenize", b'{"model": "a", "content": [%b]}' % b",".join([b'""'] * 600_000)),
+        ("/v1/embeddings", b'{"model": "a", "input": [%b]}' % MANY),
+        ("/api/embed", b'{"model": "a", "input": [%b]}' % MANY),
+        ("/v1/rerank", b'{"model": "a", "query": "a", "documents": [%b]}' % MANY),
+    ],
+)
+def test_so_there_is_of_those_that_an_engine_makes_objects_of(
+    router: Router, notes: Path, path: str, body: bytes
+) -> None:
+    notes.write_bytes(b"")
+    answer = router.http.post(path, content=body)
+    assert (answer.status_code, "Send less at once" in answer.text) == (413, True)
+    assert notes.read_bytes() == b""
 
 
 @pytest.mark.parametrize("path", ["/v1/models/load", "/api/create", "/api/show", "/v1/models/pull"])

@@ -97,6 +97,27 @@ def test_a_stream_that_is_displaced_ends_with_an_event_that_says_so(full: Router
         assert b'"code":"displaced"' in last
 
 
+def test_what_an_engine_takes_for_many_values_counts_as_their_body(
+    start: Start, tiny: Path, tmp_path: Path
+) -> None:
+    system = {"llama_server_path": fake(tmp_path, ready="never")}
+    router = start({"api": {**API, "max_bodies_mb": 64}, "system": system, "models": models(tiny, "a")})
+    with ExitStack() as stack:
+        for number in (1, 2):
+            ask(router, stack, "/v1/completions", "full", prompt=[1] * 200_000)
+            eventually(lambda number=number: len(waiting(router)) == number)
+        refused = ask(router, stack, "/v1/completions", "full", prompt=[1] * 400_000)
+        assert answer(refused)[1]["error"]["code"] == "too_many_bodies"
+    eventually(lambda: waiting(router) == [])
+    with ExitStack() as stack:
+        ask(router, stack, "/v1/completions", "full", prompt=[1] * 400_000)
+        eventually(lambda: len(waiting(router)) == 1)
+        refused = ask(router, stack, "/v1/completions", "full", prompt=[1] * 1_000_000)  # it would never fit
+        head, document = answer(refused)
+        assert head.startswith("HTTP/1.1 413 ")
+        assert "max_bodies_mb" in document["error"]["message"]
+
+
 def test_bodies_that_wait_make_room_for_those_of_a_higher_priority(
     start: Start, tiny: Path, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ counted; others pass as they are.
 from __future__ import annotations
 
 from router.dataplane.answer import TranslatedAnswer
+from router.dataplane.burden import MOST_PROMPTS
 from router.dataplane.exchange import Exchange
 from router.dataplane.routing import Shape, Wish, lists_prompts, shape_of
 from router.dataplane.shortening import Shortened, Text
@@ -54,6 +55,12 @@ class ChoicesExchange(Exchange):
                 "Ask for fewer, or send several requests."
             )
             raise ApiError(400, "invalid_request", message, "n")
+        if answers.per_prompt * answers.prompts > MOST_PROMPTS:
+            message = (
+                f"{answers.prompts} prompts with {answers.per_prompt} answers each are more than {MOST_PROMPTS}, "
+                "and each is computed by itself. Send several requests."
+            )
+            raise ApiError(400, "invalid_request", message, "prompt")
 
     def lost(self, reason: str) -> None:
         if self._several is not None and not self._answer.started:  # nothing has reached the client

@@ -1,0 +1,43 @@
+"""What a body takes in the engine that reads it, beyond its own size: objects are made of all of its values.
+
+Measured with llama-server (builds 10434 and 11434): up to a hundred bytes for a number, three hundred more for a
+text, a list or an object, and seven thousand for each of many prompts, which are requests of their own to it. It
+keeps much of that.
+"""
+
+from __future__ import annotations
+
+from router.dataplane.shortening import MOST_VALUES, Count
+from router.http.errors import ApiError
+from router.http.routes import Route
+
+_MOST_VALUES = 1 << 22
+"""A prompt of a million tokens has a quarter of that."""
+_MOST_COMPOSED = 1 << 19
+"""Texts, lists and objects: a bias for every token of a large vocabulary takes half of that, and forty thousand
+messages about as much."""
+_VALUE_BYTES = 100
+_COMPOSED_BYTES = 300
+_PROMPT_BYTES = 7000
+MOST_PROMPTS = MOST_VALUES
+"""Of one request."""
+_EACH_BY_ITSELF = ("embedding", "ranking")
+"""What is asked for where an engine makes a request of its own of each text."""
+
+
+def burden(count: Count, route: Route) -> int:
+    """Bytes that an engine takes for the values of a large body. Raises ApiError 413 where they are too many."""
+    if count.values > _MOST_VALUES:
+        raise _too_many(f"more than {_MOST_VALUES} values")
+    is_each_by_itself = route.asks in _EACH_BY_ITSELF
+    if is_each_by_itself and count.composed > MOST_PROMPTS:
+        raise _too_many(f"more than {MOST_PROMPTS} texts and lists, each of which is computed by itself")
+    if count.composed > _MOST_COMPOSED:
+        raise _too_many(f"more than {_MOST_COMPOSED} texts, lists and objects")
+    composed_bytes = _PROMPT_BYTES if is_each_by_itself else _COMPOSED_BYTES
+    return count.values * _VALUE_BYTES + count.composed * composed_bytes
+
+
+def _too_many(what: str) -> ApiError:
+    message = f"The body has {what}: an engine takes many times their size for that. Send less at once."
+    return ApiError(413, "body_too_large", message)
