@@ -52,6 +52,7 @@ from router.store.downloads import Downloads
 from router.store.watch import watch, watch_files
 from router.system import printable as harmless
 from router.system import sighup as hang_up
+from router.system import threads
 from router.system.heap import give_memory_back, share_one_heap
 from router.system.processes import allow_many_files, notice_vanished_peers, reap_orphans
 from router.system.state import State, StateHeld, configured_path
@@ -297,6 +298,7 @@ class _Service:
             self._on_ready,
         )
         loop = asyncio.get_running_loop()
+        loop.set_default_executor(threads.pool("files"))
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._terminate)
         loop.add_signal_handler(signal.SIGHUP, self._hang_up)

@@ -19,7 +19,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import lru_cache, partial
 from random import getrandbits
@@ -50,6 +50,7 @@ from router.observe.events import RequestDone
 from router.observe.usage import NO_USAGE, Usage
 from router.runtime.dispatcher import Dispatcher, Ticket, Waiting
 from router.scheduling.queue import NAMES, Priority
+from router.system import threads
 from router.system.large_memory import LargeMemory, Pieces
 from router.system.turns import Rounds
 
@@ -106,7 +107,7 @@ class Exchanges:
         self.bodies = Bodies()
         self.rounds = Rounds()
         """Of connections that have sent more than is read at once."""
-        self.readers = ThreadPoolExecutor(1, "large bodies")  # several would leave the event loop less
+        self.readers = threads.pool("large bodies", 1)  # several would leave the event loop less
         self._watched: set[Exchange] = set()
         self._timer: asyncio.TimerHandle | None = None
 

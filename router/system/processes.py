@@ -13,12 +13,13 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import psutil
+
+from router.system import threads
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _ORPHANS_SEC = 2.0
@@ -129,7 +130,7 @@ async def exit_code(process: subprocess.Popen[bytes]) -> int:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody asks any more
             loop.call_soon_threadsafe(reap)
 
-    threading.Thread(target=wait, name=f"exit of {process.pid}", daemon=True).start()
+    threads.begin(wait)
     return await reaped
 
 

@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
+from router.system import threads
 from router.system.devices import Device
 
 T = TypeVar("T")
@@ -62,7 +63,7 @@ async def apart(work: Callable[[], T]) -> T:
         except Exception as error:
             outcome.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
+    threads.begin(run)
     return await asyncio.wrap_future(outcome)
 
 
@@ -120,7 +121,7 @@ class Watch(Generic[T]):
                 return
             self._busy = True
         try:
-            threading.Thread(target=self._run, name=self._name, daemon=True).start()
+            threads.begin(self._run)
         except RuntimeError as error:  # no more threads
             _log.warning("%s: %s", self._name, error)
             self._done()

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 from conftest import ROOT, Router, Start, http_client, models
-from faults.sitecustomize import SEAMS
+from faults.sitecustomize import SEAMS, THREADS
 from test_garbage_engines import CLIENTS, FULL_KEY, WAYS, ended, outcomes
 
 _FAULTS = Path(__file__).parent / "faults"
@@ -75,3 +75,19 @@ def test_a_mistake_ends_the_answer(router: Router, faults: Path, seam: str) -> N
     assert any(f"request {request_id}: " in log for request_id in ids.values()), "nobody came there"
     assert router.chat("a").status_code == 200
     assert router.http.get("/v1/queue/stats").json()["summary"]["total_processing"] == 0
+
+
+def test_the_event_loop_waits_for_no_new_thread(router: Router, faults: Path) -> None:
+    """Which may take seconds where every processor is taken. Threads are begun all the same."""
+    router.chat("a")
+    faults.write_text(THREADS)
+    try:
+        assert router.http.post("/v1/models/eject", json={"model": "a"}).status_code == 200
+        assert router.chat("a").status_code == 200
+        assert router.chat("a", ignored="a" * 1_200_000).status_code == 200  # its body is read on a thread
+        assert router.http.post("/v1/config/reload", json={}).status_code == 200
+        for path in ("/openapi.json", "/metrics", "/v1/models", "/api/tags", "/vram"):
+            assert router.http.get(path).status_code == 200
+    finally:
+        faults.write_text("")
+    assert f"a fault at {THREADS}" not in router.log

@@ -39,6 +39,8 @@ SEAMS = (
     "router.dialects.openai.responses:Completion.document",
     "router.dialects.openai.responses:Completion.last_events",
 )
+THREADS = "threading:Thread.start"
+"""Which waits until the new thread has run."""
 
 
 def install(seam: str, faults: Path) -> None:
@@ -57,5 +59,5 @@ def install(seam: str, faults: Path) -> None:
 
 
 if "FAULTS" in os.environ and any(word.endswith("run.py") for word in sys.orig_argv):
-    for each in SEAMS:
+    for each in (*SEAMS, THREADS):
         install(each, Path(os.environ["FAULTS"]))
