@@ -105,7 +105,7 @@ async def metrics(request: Request, model: ModelQuery = None) -> Response:
 @needs(Right.USE)
 async def metrics_report(request: Request) -> dict[str, Any]:
     """The last five minutes, aggregated."""
-    report: dict[str, Any] = request.app.state.telemetry.window(300)
+    report: dict[str, Any] = await request.app.state.telemetry.window(300)
     return report
 
 
@@ -113,7 +113,7 @@ async def metrics_report(request: Request) -> dict[str, Any]:
 @needs(Right.USE)
 async def telemetry(request: Request) -> dict[str, Any]:
     """How requests fared: since the start, and in the last one and five minutes."""
-    summary: dict[str, Any] = request.app.state.telemetry.summary()
+    summary: dict[str, Any] = await request.app.state.telemetry.summary()
     return summary
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import log
 from typing import Any
 
 from router.observe.events import Events, RequestDone, RequestsDone
+from router.system.turns import in_turns
 
 _SLICE_SEC = 10.0
 WINDOWS_SEC = {"1m": 60, "5m": 300}
@@ -135,7 +136,7 @@ class Telemetry:
         self._clock = clock
         self._turned_away: Counter[str] = Counter()
         self._past: defaultdict[tuple[str, str], Tally] = defaultdict(Tally)
-        """Of everything before the slices."""
+        """Of everything before the slices, without distributions."""
         self._slices: deque[tuple[float, _Slice]] = deque()
         self._slice: _Slice = defaultdict(Tally)
         self._slice_ends_sec = -math.inf
@@ -153,20 +154,23 @@ class Telemetry:
     def _begin_slice(self, now: float) -> None:
         if len(self._slices) == _SLICES:
             for key, tally in self._slices.popleft()[1].items():
-                self._past[key].take(tally)
+                past = Tally()  # somebody may be counting what is in the old one
+                past.count(self._past[key])
+                past.count(tally)
+                self._past[key] = past
         self._slice = defaultdict(Tally)
         self._slices.append((now, self._slice))
         self._slice_ends_sec = now + _SLICE_SEC
 
-    def summary(self) -> dict[str, Any]:
+    async def summary(self) -> dict[str, Any]:
         """Of requests that asked for a slot: since the start, with the windows, by model and by priority."""
         self._settle()
         everything = Tally()
         models: defaultdict[str, Tally] = defaultdict(Tally)
-        for tallies in (self._past, *(tallies for _, tallies in self._slices)):
-            for (alias, _priority), tally in tallies.items():
-                everything.count(tally)
-                models[alias].count(tally)
+        slices = self._past, *(tallies for _, tallies in self._slices)
+        async for (alias, _priority), tally in in_turns([pair for tallies in slices for pair in tallies.items()]):
+            everything.count(tally)
+            models[alias].count(tally)
         requests = everything.requests
         return {
             "total_requests": requests,
@@ -189,33 +193,28 @@ class Telemetry:
                 }
                 for alias, model in models.items()
             },
-            "windows": {name: self.window(seconds) for name, seconds in WINDOWS_SEC.items()},
+            "windows": {name: await self.window(seconds) for name, seconds in WINDOWS_SEC.items()},
         }
 
-    def window(self, seconds: float) -> dict[str, Any]:
+    async def window(self, seconds: float) -> dict[str, Any]:
         """The last `seconds`, up to a slice of 10 s more: all, by model, by priority."""
         self._settle()
         since = self._clock() - seconds - _SLICE_SEC
         found: defaultdict[tuple[str, str], Tally] = defaultdict(Tally)
-        for began, tallies in self._slices:
-            if began > since:
-                for key, tally in tallies.items():
-                    found[key].take(tally)
+        slices = [tallies for began, tallies in self._slices if began > since]
+        async for key, tally in in_turns([pair for tallies in slices for pair in tallies.items()]):
+            found[key].take(tally)
         everything = Tally()
         by_model: defaultdict[str, Tally] = defaultdict(Tally)
         by_priority: defaultdict[str, Tally] = defaultdict(Tally)
-        for (alias, priority), tally in found.items():
+        async for (alias, priority), tally in in_turns(found.items()):
             for into in (everything, by_model[alias], by_priority[priority]):
                 into.take(tally)
         return {
             **_report(everything),
-            "by_model": _reports(by_model.items()),
-            "by_priority": _reports(by_priority.items()),
+            "by_model": {alias: _report(tally) async for alias, tally in in_turns(by_model.items())},
+            "by_priority": {name: _report(tally) async for name, tally in in_turns(by_priority.items())},
         }
-
-
-def _reports(tallies: Iterable[tuple[str, Tally]]) -> dict[str, Any]:
-    return {name: _report(tally) for name, tally in tallies}
 
 
 def _report(tally: Tally) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from typing import Any
 
@@ -34,7 +35,7 @@ def test_counts_are_exact_however_long_ago_and_windows_forget() -> None:
         events.publish(RequestsDone([done("b", "engine_lost", status=502, total_sec=0.5)]))
         events.publish(RequestsDone([done("a", "cancelled", total_sec=0.25, priority="low")]))
     events.publish(RequestsDone([done("", "model_not_found", priority="")]))
-    summary = telemetry.summary()
+    summary = asyncio.run(telemetry.summary())
     assert [summary[name] for name in ("total_requests", "successful", "failed", "cancelled")] == [180, 60, 60, 60]
     assert summary["success_rate"] == 0.5
     assert summary["response_time"] == {"avg": round((1830 + 30 + 15) / 180, 4), "min": 0.25, "max": 60.0}
@@ -47,8 +48,9 @@ def test_counts_are_exact_however_long_ago_and_windows_forget() -> None:
     assert last["outcomes"] == {"served": 2, "engine_lost": 2, "cancelled": 2}  # up to a slice more than a minute
     assert summary["windows"]["5m"]["by_priority"]["low"]["requests"] == 6
     clock.now += 3600
-    assert telemetry.summary()["windows"]["5m"]["requests"] == 0
-    assert telemetry.summary()["total_requests"] == 180
+    summary = asyncio.run(telemetry.summary())
+    assert summary["windows"]["5m"]["requests"] == 0
+    assert summary["total_requests"] == 180
 
 
 def test_percentiles_are_within_two_percent() -> None:
@@ -58,9 +60,34 @@ def test_percentiles_are_within_two_percent() -> None:
     times = sorted(chance.lognormvariate(0, 2) for _ in range(5000))
     for sec in chance.sample(times, len(times)):
         events.publish(RequestsDone([done(total_sec=sec, queue_sec=0.00001)]))
-    window = telemetry.window(60)
+    window = asyncio.run(telemetry.window(60))
     for percent in (50, 95, 99):
         exact = times[len(times) * percent // 100 - 1]
         assert window["total_sec"][f"p{percent}"] == pytest.approx(exact, rel=0.02)
     assert window["queue_sec"]["p99"] == 0.0
     assert window["ttft_sec"]["p50"] is None
+
+
+def test_a_summary_of_many_models_lets_others_have_their_turns() -> None:
+    """What is done meanwhile counts once, also when it is no more of the last minutes then."""
+    clock, events = Clock(), Events()
+    telemetry = Telemetry(events, clock)
+    for _ in range(40):
+        events.publish(RequestsDone([done(f"model-{number}") for number in range(100)]))
+        clock.now += 10
+
+    async def others() -> tuple[dict[str, Any], int]:
+        asked = asyncio.create_task(telemetry.summary())
+        turns = 0
+        while not asked.done():
+            await asyncio.sleep(0)
+            turns += 1
+            if turns == 2:
+                events.publish(RequestsDone([done("model-99")]))
+        return asked.result(), turns
+
+    summary, turns = asyncio.run(others())
+    assert turns > 10
+    assert summary["total_requests"] == 4000
+    assert {model["total_requests"] for model in summary["by_model"].values()} == {40}
+    assert asyncio.run(telemetry.summary())["total_requests"] == 4001
