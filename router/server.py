@@ -71,8 +71,8 @@ _TICK_SEC = 1.0
 _THREADS_TURN_SEC = 0.0005
 """How long a thread that looks at files or memory may keep the event loop waiting."""
 _YOUNG_OBJECTS = 5_000
-"""That are there before the garbage collector looks for cycles among them, and now and then among ten times as many:
-nobody is served meanwhile."""
+"""That are there before the garbage collector looks for cycles among them, and now and then among ten times as
+many: nobody is served meanwhile."""
 _FIRST_MODEL = "hf.co/ggml-org/Qwen3-4B-GGUF:Q4_K_M"
 """What is proposed to somebody who has none."""
 _LAST_WORDS_SEC = 10

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import time
 from collections import defaultdict
@@ -32,13 +31,12 @@ from router.api import (
 )
 from router.api.live import Live
 from router.api.llama_swap import DONE_BY_GET
-from router.api.openapi import describe
+from router.api.openapi import Description
 from router.catalog.cards import Cards
 from router.dataplane.shortening import most_values
 from router.dialects.ollama import create as creating
 from router.dialects.ollama import pages as ollama
 from router.http.auth import Keyring
-from router.http.documents import Document
 from router.http.errors import ApiError
 from router.http.origins import Browsers
 from router.http.pages import Page, Right, let_in, needs
@@ -137,15 +135,15 @@ def _pages(
     cards: Cards,
 ) -> FastAPI:
     app = FastAPI(title="llama-router", version=__version__, openapi_url=None, docs_url=None, redoc_url=None)
+    description = Description(app, [page for group in PAGES for page in group.routes])
 
     app.router.route_class = Page
 
     @app.api_route("/openapi.json", methods=["GET", "HEAD"], include_in_schema=False)
     @needs(Right.USE)
-    async def description() -> Document:
-        names, pages = dispatcher.config.names, [page for group in PAGES for page in group.routes]
-        told = await asyncio.to_thread(describe, app, pages, names, keys_required=keyring.required)
-        return Document(told)
+    async def describe() -> Response:
+        document = await description.of(dispatcher.config, keys_required=keyring.required)
+        return Response(document, media_type="application/json")
 
     app.state.keyring = keyring
     app.state.dispatcher = dispatcher

@@ -7,14 +7,17 @@ the envelope; anything else would be a mistake of the router.
 
 from __future__ import annotations
 
+import asyncio
 import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from starlette.routing import BaseRoute
 
+from router.config.schema import Config
 from router.http.pages import Page, Right
 from router.http.routes import OLLAMAS_PAGES, ROUTES, Ask, Dialect, Route, Stream, dialect_of
 
@@ -52,10 +55,44 @@ _ASKS: dict[Ask, str] = {
 _RETRY_AFTER = {"description": "Seconds after which it may be tried again.", "schema": {"type": "integer"}}
 
 
-def describe(
-    app: FastAPI, pages: Iterable[BaseRoute], aliases: Iterable[str], *, keys_required: bool
-) -> dict[str, Any]:
-    """The OpenAPI document of now. `aliases` is what models are called."""
+class Description:
+    """The OpenAPI document of now, as it is sent.
+
+    What of it stays the same takes long to find out: that is done once, when it is asked for first.
+    """
+
+    def __init__(self, app: FastAPI, pages: Iterable[BaseRoute]) -> None:
+        self._app = app
+        self._pages = list(pages)
+        self._being_made: asyncio.Task[dict[str, Any]] | None = None
+        self._of: tuple[Config, bool] | None = None
+        self._encoded = b""
+
+    async def of(self, config: Config, *, keys_required: bool) -> bytes:
+        if self._being_made is None:
+            work = asyncio.to_thread(_describe, self._app, self._pages)
+            self._being_made = asyncio.create_task(work)
+        document = await asyncio.shield(self._being_made)  # whoever asked first may leave
+        if self._of is None or self._of[0] is not config or self._of[1] is not keys_required:
+            self._of = config, keys_required
+            self._encoded = msgspec.json.encode(_of_now(document, config.names, keys_required=keys_required))
+        return self._encoded
+
+
+def _of_now(document: dict[str, Any], aliases: Iterable[str], *, keys_required: bool) -> dict[str, Any]:
+    """With what models are called, and whether keys are asked for."""
+    components = document["components"]
+    schemas = {**components["schemas"], "Alias": {"type": "string", "enum": list(aliases)}}
+    keys: list[dict[str, list[str]]] = [{"bearer": []}, {"x-api-key": []}]
+    return {
+        **document,
+        "components": {**components, "schemas": schemas},
+        "security": keys if keys_required else [*keys, {}],
+    }
+
+
+def _describe(app: FastAPI, pages: Iterable[BaseRoute]) -> dict[str, Any]:
+    """What is always the same."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Duplicate Operation ID")  # of HEAD, which is dropped below
         document = get_openapi(title=app.title, version=app.version, summary=_SUMMARY, routes=app.routes)
@@ -67,7 +104,6 @@ def describe(
     schemas["OllamaError"] = _OLLAMAS_ENVELOPE
     for named in ("ModelName", "LoadRequest", "ModelToLoad"):
         schemas[named]["properties"]["model"] = _ALIAS
-    schemas["Alias"] = {"type": "string", "enum": list(aliases)}
     components["securitySchemes"] = {
         "bearer": {"type": "http", "scheme": "bearer"},
         "x-api-key": {
@@ -77,8 +113,6 @@ def describe(
             "description": "As Anthropic's clients.",
         },
     }
-    keys: list[dict[str, list[str]]] = [{"bearer": []}, {"x-api-key": []}]
-    document["security"] = keys if keys_required else [*keys, {}]
     open_paths = {page.path for page in pages if isinstance(page, Page) and page.right is Right.NONE}
     for path, item in document["paths"].items():
         item.pop("head", None)  # as GET, without a body

@@ -7,12 +7,18 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 from conftest import Router, Start, eventually, fake, models
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
 from sse_starlette import ServerSentEvent
 
+from router.api import openapi
+from router.api.openapi import Description
 from router.api.streams import EventStream
+from router.config.schema import AliasConfig, Config
 from router.system.turns import in_turns
 
 
@@ -224,3 +230,28 @@ def test_a_load_that_has_to_wait_is_told_why_at_once_and_can_be_taken_back(
         assert router.http.post("/v1/models/eject", json={"model": "b"}).status_code == 404
     assert load("b")[0] == 202
     router.until("b", "ready")
+
+
+def test_the_description_is_made_once_and_tells_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes long, on threads that the event loop has to share the interpreter with."""
+    made = 0
+
+    def count(**asked: Any) -> dict[str, Any]:
+        nonlocal made
+        made += 1
+        return {**get_openapi(**asked), "components": {"schemas": {name: {"properties": {}} for name in asked_of}}}
+
+    asked_of = ("ModelName", "LoadRequest", "ModelToLoad")
+    monkeypatch.setattr(openapi, "get_openapi", count)
+    description = Description(FastAPI(), ())
+    before, after = (Config(aliases={name: AliasConfig(name, "m")}) for name in ("old", "new"))
+
+    async def ask() -> list[bytes]:
+        first = await asyncio.gather(*(description.of(before, keys_required=False) for _ in range(4)))
+        return [*first, await description.of(after, keys_required=True)]
+
+    *first, last = map(msgspec.json.decode, asyncio.run(ask()))
+    assert made == 1
+    assert all(said == first[0] for said in first)
+    assert [said["components"]["schemas"]["Alias"]["enum"] for said in (first[0], last)] == [["old"], ["new"]]
+    assert ({} in first[0]["security"], {} in last["security"]) == (True, False)
