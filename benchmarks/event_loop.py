@@ -21,6 +21,7 @@ import http.client
 import json
 import math
 import mmap
+import os
 import struct
 import sys
 import tempfile
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import uvloop
+from holders import Holders
 from overhead import FLAGS
 from peers import Goals, Server, model_file, print_table, router
 
@@ -80,8 +82,11 @@ def watched(place: str, arguments: list[str]) -> None:
             return time.perf_counter(), time.process_time(), time.thread_time()
 
         before = clocks()
+        holders = Holders(Path(os.environ["HOLDERS"])) if "HOLDERS" in os.environ else None
 
         def tick() -> None:
+            if holders is not None:
+                holders.tick()
             nonlocal before
             now = clocks()
             wall_sec, process_sec, thread_sec = (

@@ -5,7 +5,9 @@
 Honest clients chat, read streams, and look at lists and pages, for a while alone, then for twice as long beside
 everybody who means harm, and so on. What is attacked and who attacks is in `tests/hostile/`. Attackers run at the
 lowest priority (`nice 19`), and it is said what they took of the processor, as it is taken from the machine, too.
-Figures are those of honest clients beside the attacks, in multiples of what they are without.
+Figures are those of honest clients beside the attacks, in multiples of what they are without. How much of them is
+the machine's, three others tell: how long a server took that does nothing but answer; for how long the event loop
+had work and no processor (Linux); and for how long it was held by its own thread, which is the router's alone.
 
 Memory is compared with what the router takes after some seconds of all that is to come: the first page and the
 first large body have it make what it keeps, once. What it took before is said, too; whether it goes on growing is
@@ -82,12 +84,15 @@ class Cpu:
             except psutil.Error:
                 pass
         own, router, machine = os.times(), self._router.cpu_times(), psutil.cpu_times()
+        waited = Path(f"/proc/{self._router.pid}/task/{self._router.pid}/schedstat")
+        waited_ns = int(waited.read_text().split()[1]) if waited.exists() else 0
         return {
             "the router": router.user + router.system,
             "engines": sum(self._engines.values()),
             "honest clients": own.user + own.system,
             "attackers": own.children_user + own.children_system,
             "the machine, all together": sum(machine) - machine.idle - machine.iowait,
+            "(the event loop had work, and none)": waited_ns / 1e9,
         }
 
 
@@ -203,6 +208,8 @@ def judge(trial: Trial, settled_mib: float) -> int:
     for kind in sorted(alone.took_sec.keys() - {BARE}):
         goals.at_most(f"{kind}: p99, beside it alone", beside.slow_sec(kind) / alone.slow_sec(kind), 3)
     goals.at_most("/live: p99", beside.slow_sec("/live") * 1000, 50, " ms")
+    goals.at_most("/live: p99, beside a bare server's", beside.slow_sec("/live") / beside.slow_sec(BARE), 3)
+    goals.at_most("event loop held by its own thread", trial.beside.held_ms[2], 20, " ms")
     gap_sec = max(beside.gaps_sec) - max(alone.gaps_sec)
     goals.at_most("largest gap in a stream, over that alone", gap_sec * 1000, 100, " ms")
     first_mib = trial.alone.rss_mib[0]
@@ -223,6 +230,7 @@ def main() -> int:
     options.add_argument("--minutes", type=float, default=3)
     options.add_argument("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS))
     options.add_argument("--log", type=Path, help="a file for the router's log")
+    options.add_argument("--holders", type=Path, help="a file for who held the event loop; watching takes time")
     asked = options.parse_args()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -237,6 +245,8 @@ def main() -> int:
         command = [sys.executable, event_loop.__file__, "watched", str(place)]
         command += ["--config", str(configuration_file), "--port", str(port)]
         environ = {"LLAMA_ROUTER_STATE_DIR": str(folder / "state")}
+        if asked.holders:
+            environ["HOLDERS"] = str(asked.holders.absolute())
         server = stack.enter_context(Router("llama-router", command, port, key="full", environ=environ))
         for model in LOADED:
             answer = server.call("POST", "/v1/models/load", {"model": model})
