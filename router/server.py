@@ -13,14 +13,13 @@ import shlex
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import psutil
-import uvicorn
 
 from router.api.app import create_app
 from router.catalog.cards import Cards
@@ -30,6 +29,7 @@ from router.config.schema import AliasConfig, Api, Config, ModelConfig, System
 from router.config.snapshots import Looks
 from router.dataplane.exchange import Exchanges
 from router.dataplane.limits import Door
+from router.dataplane.on_uvicorn import Server
 from router.dataplane.server import HttpProtocol, PagesProtocol
 from router.dialects.translators import TRANSLATORS
 from router.engines.health import HealthMonitor
@@ -67,7 +67,6 @@ _BACKLOG = 2048
 _OTHER_FILES = 512
 """Open files that are not clients: connections to engines, their pipes, spare and refused connections."""
 _KEEP_ALIVE_SEC = 75
-_TICK_SEC = 1.0
 _THREADS_TURN_SEC = 0.0005
 """How long a thread that looks at files or memory may keep the event loop waiting."""
 _YOUNG_OBJECTS = 5_000
@@ -95,33 +94,6 @@ _NEEDS_RESTART = {
         "tracing",
     ),
 }
-
-
-class _Server(uvicorn.Server):
-    """Signals are ours: requests are answered, by 503, until those in flight are done."""
-
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._on_ready = on_ready
-        self._is_to_end = asyncio.Event()
-
-    def end(self) -> None:
-        self.should_exit = True
-        self._is_to_end.set()
-
-    async def main_loop(self) -> None:
-        """Makes a new Date header every second. uvicorn's looks ten times a second whether it is to end."""
-        while not await self.on_tick(0):
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._is_to_end.wait(), _TICK_SEC)
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._on_ready()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        yield
 
 
 def serve(load: Load) -> None:
@@ -283,21 +255,8 @@ class _Service:
         exchanges = Exchanges(self._dispatcher, self._keyring, browsers, cards, TRANSLATORS)
         protocols = partial(HttpProtocol, exchanges), partial(PagesProtocol, exchanges)
         most_clients = _most_clients(self._loaded.config.api)
-        server = _Server(
-            uvicorn.Config(
-                app,
-                http=cast(Any, Door(*protocols, most_clients, self._dispatcher.events)),
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                timeout_keep_alive=_KEEP_ALIVE_SEC,
-                timeout_graceful_shutdown=2,
-            ),
-            self._on_ready,
-        )
+        door = Door(*protocols, most_clients, self._dispatcher.events)
+        server = Server(app, door, self._on_ready, keep_alive_sec=_KEEP_ALIVE_SEC)
         loop = asyncio.get_running_loop()
         loop.set_default_executor(threads.pool("files"))
         for number in (signal.SIGINT, signal.SIGTERM):

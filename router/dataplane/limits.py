@@ -16,10 +16,7 @@ from heapq import nsmallest
 from itertools import chain, islice
 from typing import Any, Protocol, cast
 
-import uvicorn
-from uvicorn.protocols.utils import get_remote_addr
-from uvicorn.server import ServerState
-
+from router.dataplane.on_uvicorn import Config, ServerState, peer_of
 from router.http.errors import ApiError
 from router.observe.events import ClientRefused, Events
 from router.scheduling.queue import Priority
@@ -78,7 +75,7 @@ class Door:
 
     def __call__(
         self,
-        config: uvicorn.Config,
+        config: Config,
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
@@ -151,8 +148,7 @@ class _TurnedAway(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        address = get_remote_addr(self._transport)
-        if self._door.enter(address[0] if address is not None else "unknown"):
+        if self._door.enter(peer_of(self._transport)):
             asyncio.get_running_loop().call_later(_TURNED_AWAY_SEC, self._transport.abort)
         else:
             self._transport.abort()

@@ -19,11 +19,6 @@ from http import HTTPStatus
 from typing import Any, Protocol, cast
 
 import httptools
-import uvicorn
-from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
-from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
-from uvicorn.protocols.utils import get_local_addr, get_remote_addr
-from uvicorn.server import ServerState
 
 from router.dataplane.answer import Answer
 from router.dataplane.engine_exchange import EngineExchange, is_for_engine, of_engine
@@ -37,6 +32,7 @@ from router.dataplane.heads import (
     target_too_long,
 )
 from router.dataplane.limits import no_connection_left
+from router.dataplane.on_uvicorn import Config, FlowControl, Page, ServerState, peer_of
 from router.http.errors import ApiError
 from router.http.known_heads import Headers, Known
 from router.http.routes import ROUTES
@@ -98,7 +94,7 @@ class HttpProtocol(asyncio.BufferedProtocol):
     def __init__(
         self,
         exchanges: Exchanges,
-        config: uvicorn.Config,
+        config: Config,
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
@@ -405,7 +401,7 @@ class HttpProtocol(asyncio.BufferedProtocol):
             turn = exchange(exchanges, answer, head)
             self._begun = begun
         else:
-            turn = _Page(self, head)
+            turn = Page(self, head)
             self._begun = None
         self._turn = turn
         if self._closing:
@@ -449,8 +445,7 @@ class HttpProtocol(asyncio.BufferedProtocol):
 
     @property
     def peer(self) -> str:
-        address = get_remote_addr(self.transport)
-        return address[0] if address is not None else "unknown"
+        return peer_of(self.transport)
 
     @property
     def is_gone(self) -> bool:
@@ -601,108 +596,3 @@ class PagesProtocol(HttpProtocol):
 @lru_cache(maxsize=16)
 def _line(header: tuple[bytes, bytes]) -> bytes:
     return b"%b: %b\r\n" % header
-
-
-class _Page:
-    """A request for the ASGI application: a turn, and the transport of the cycle that uvicorn runs for it."""
-
-    def __init__(self, connection: HttpProtocol, request: RequestHead) -> None:
-        self._connection = connection
-        config, state = connection.config, connection.server_state
-        awaits_invitation = (b"expect", b"100-continue") in request.headers
-        scope = {
-            "type": "http",
-            "asgi": {"version": config.asgi_version, "spec_version": "2.3"},
-            "http_version": request.http_version,
-            "server": get_local_addr(connection.transport),
-            "client": get_remote_addr(connection.transport),
-            "scheme": "http",
-            "root_path": "",
-            "headers": request.headers,
-            "state": connection.app_state.copy(),
-            "method": request.method.decode("ascii"),
-            "path": request.path,
-            "raw_path": request.raw_path,
-            "query_string": request.query,
-        }
-        self._cycle = RequestResponseCycle(
-            scope=cast(Any, scope),
-            transport=cast(asyncio.Transport, self),
-            flow=cast(FlowControl, self),
-            logger=_log,
-            access_logger=_log,
-            access_log=False,
-            default_headers=state.default_headers,
-            message_event=asyncio.Event(),
-            expect_100_continue=awaits_invitation,
-            keep_alive=request.keep_alive,
-            on_response=self._answered,
-        )
-
-    # --- the turn ---------------------------------------------------------------------------------------
-
-    def begin(self, to_come: int) -> None:
-        work = self._cycle.run_asgi(self._connection.config.loaded_app)
-        task = self._connection.loop.create_task(work)
-        self._connection.server_state.tasks.add(task)
-        task.add_done_callback(self._ended)
-
-    def add_body(self, part: bytes) -> None:
-        if self._cycle.response_complete:
-            return
-        self._cycle.body += part
-        if len(self._cycle.body) > HIGH_WATER_LIMIT:
-            self._connection.hold_body()  # until the application asks for more
-        self._cycle.message_event.set()
-
-    def end_body(self) -> None:
-        self._cycle.more_body = False
-        self._cycle.message_event.set()
-
-    def leave(self) -> None:
-        self._cycle.disconnected = True
-        self._cycle.message_event.set()
-
-    def pause(self) -> None:
-        """The cycle looks at the connection's flow."""
-
-    def resume(self) -> None:
-        """The same."""
-
-    def hang_up(self) -> None:
-        self._cycle.keep_alive = False
-
-    def failed(self, error: Exception) -> None:
-        _log.error("a request broke the router", exc_info=error)
-        self._connection.abort()
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._connection.server_state.tasks.discard(task)
-        cycle = self._cycle
-        cast(dict[str, Any], cycle.scope).clear()  # by these, headers would wait for the garbage collector
-        del cycle.transport, cycle.flow
-
-    def _answered(self) -> None:
-        self._connection.answered(keep_alive=self._cycle.keep_alive)
-
-    # --- the flow, and the transport --------------------------------------------------------------------
-
-    @property
-    def write_paused(self) -> bool:
-        return self._connection.flow.write_paused
-
-    async def drain(self) -> None:
-        await self._connection.flow.drain()
-
-    def resume_reading(self) -> None:
-        self._connection.take_body()
-
-    def write(self, data: bytes) -> None:
-        self._connection.write(data)
-
-    def is_closing(self) -> bool:
-        return self._connection.transport.is_closing()
-
-    def close(self) -> None:
-        if not self._cycle.response_complete:  # half an answer must not look whole; `_answered` ends a whole one
-            self._connection.abort()
