@@ -19,7 +19,7 @@ from starlette.routing import BaseRoute
 
 from router.config.schema import Config
 from router.http.pages import Page, Right
-from router.http.routes import OLLAMAS_PAGES, ROUTES, Ask, Dialect, Route, Stream, dialect_of
+from router.http.routes import OLLAMAS_PAGES, ROUTES, Ask, Dialect, Route, Stream, dialect_of, is_endless
 
 _ERRORS = {
     400: "Something is wrong with the request; `message` says what.",
@@ -132,7 +132,7 @@ def _complete_page(path: str, method: str, operation: dict[str, Any], *, is_open
             parameter["schema"] = _ALIAS
     answers = operation["responses"]
     answers.pop("422", None)  # ours are 400
-    if path.endswith(("/stream", "/sse", "/events")) and "text/plain" not in answers["200"]["content"]:
+    if is_endless(path) and "text/plain" not in answers["200"]["content"]:
         answers["200"]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
     if is_open:
         operation["security"] = []

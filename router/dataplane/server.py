@@ -35,7 +35,7 @@ from router.dataplane.limits import no_connection_left
 from router.dataplane.on_uvicorn import Config, FlowControl, Page, ServerState, peer_of
 from router.http.errors import ApiError
 from router.http.known_heads import Headers, Known
-from router.http.routes import ROUTES
+from router.http.routes import ROUTES, is_endless
 from router.observe.events import ClientRefused
 
 _log = logging.getLogger("router.http")
@@ -578,7 +578,7 @@ class PagesProtocol(HttpProtocol):
         self.loop.call_later(_SPARE_SEC, self._leave)
 
     def _begin(self, head: RequestHead, to_come: int, body: bytes = b"", *, is_whole: bool = False) -> None:
-        if head.path not in ROUTES and not head.path.endswith("/stream") and not is_for_engine(head):
+        if head.path not in ROUTES and not is_endless(head.path) and not is_for_engine(head):
             super()._begin(head, to_come, body, is_whole=is_whole)
             return
         error = no_connection_left()

@@ -153,6 +153,11 @@ OLLAMAS_PAGES = "/api/"
 _ANTHROPICS_PAGES = "/v1/messages"
 
 
+def is_endless(path: str) -> bool:
+    """Whether a page there tells what happens for as long as somebody listens."""
+    return path.endswith(("/stream", "/sse", "/events")) or path.startswith("/logs/stream/")
+
+
 def dialect_of(path: str) -> Dialect:
     """How errors are told there: also of pages, and of paths where nothing is."""
     route = ROUTES.get(path)

@@ -123,7 +123,8 @@ def test_a_full_house_keeps_a_door_for_its_keeper(start: Start, tiny: Path, tmp_
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "too_many_connections"
         assert refused.headers["retry-after"]
-        assert router.http.get("/v1/models/status/stream").status_code == 503  # it would stay
+        for stream in ("/v1/models/status/stream", "/models/sse", "/api/events", "/logs/stream/a"):
+            assert router.http.get(stream).status_code == 503, stream  # it would stay
         assert router.http.get("/health").status_code == 200
         assert router.http.get("/metrics").status_code == 200
         before_flood = memory_mib(router)
