@@ -54,6 +54,10 @@ class Server:
             )
         )
 
+    @property
+    def connections(self) -> set[HttpProtocol]:
+        return cast(set[HttpProtocol], self._server.server_state.connections)
+
     async def _app(self, scope: Any, receive: Any, send: Any) -> None:
         self.begun += 1
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"1000000")]})
@@ -145,6 +149,29 @@ class Refused:
     def add_body(self, part: bytes) -> None: ...
 
     def end_body(self) -> None: ...
+
+
+@pytest.mark.parametrize("first", [ASK, ASK * 20_000], ids=["later", "at once"])
+def test_of_what_comes_before_its_turn_little_is_held(listener: socket.socket, first: bytes) -> None:
+    server = Server()
+
+    async def story() -> None:
+        loop = asyncio.get_running_loop()
+        client = connected(listener)
+
+        async def send() -> None:
+            await loop.sock_sendall(client, first)
+            await asyncio.sleep(0.1)
+            await loop.sock_sendall(client, ASK * 500_000)
+
+        sending = asyncio.create_task(send())
+        await asyncio.sleep(0.4)
+        (connection,) = server.connections
+        assert 0 < len(connection._unread) <= 24 << 10
+        sending.cancel()
+        client.close()
+
+    server.run(story(), listener)
 
 
 def test_a_connection_stands_in_the_line_once(listener: socket.socket) -> None:
