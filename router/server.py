@@ -47,6 +47,7 @@ from router.observe import logs
 from router.observe.events import Events, RequestsDone
 from router.observe.logs import Logs
 from router.runtime.dispatcher import Dispatcher
+from router.scheduling.messages import ModelState
 from router.store.creations import Creations
 from router.store.downloads import Downloads
 from router.store.watch import watch, watch_files
@@ -374,7 +375,7 @@ class _Service:
         models = self._dispatcher.scheduler.models
         states = [self._dispatcher.scheduler.state(alias) for alias in models]
         waiting = sum(len(model.queue) for model in models.values())
-        return f"{states.count('ready')} of {len(states)} models ready, {waiting} requests waiting"
+        return f"{states.count(ModelState.READY)} of {len(states)} models ready, {waiting} requests waiting"
 
     def _hang_up(self) -> None:
         """SIGHUP: reload. However many come during a reload, they are one reload after it."""

@@ -25,6 +25,7 @@ from router.http.auth import sees_all
 from router.http.errors import ApiError
 from router.http.pages import Page, Right, needs
 from router.runtime.dispatcher import Dispatcher
+from router.scheduling.messages import ModelState
 
 router = APIRouter(tags=["monitoring"], route_class=Page)
 
@@ -106,7 +107,7 @@ def _engine_of(dispatcher: Dispatcher, model: str | None) -> RunningEngine:
     running = _ready(dispatcher, alias)
     if running is not None:
         return running
-    if dispatcher.scheduler.state(alias) == "loading":
+    if dispatcher.scheduler.state(alias) is ModelState.LOADING:
         raise ApiError(503, "model_not_loaded", f"{alias!r} is loading.", "model", 1)
     message = f"{alias!r} is not loaded, and no question for this loads it: a chat does, and POST /v1/models/load."
     raise ApiError(400, "model_not_loaded", message, "model")

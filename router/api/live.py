@@ -22,9 +22,9 @@ from router.api.openai import further_names, loading_status
 from router.api.streams import EventStream, Feed, Shared, frame, unnamed
 from router.http.auth import sees_all
 from router.http.pages import Page, Right, needs
-from router.observe.events import LoadMoved, ModelChanged, ModelsListed, RequestsDone, ServerChanged
+from router.observe.events import LoadMoved, ModelChanged, ModelsListed, RequestsDone, ServerChanged, ServerState
 from router.runtime.dispatcher import Dispatcher
-from router.scheduling.messages import Refusal
+from router.scheduling.messages import ModelState, Refusal
 from router.system.readings import Reading
 
 router = APIRouter(tags=["monitoring"], route_class=Page)
@@ -74,7 +74,7 @@ class Live:
             for full, reason in reasons.items():
                 news = {"status": change.state, "reason": reason}
                 self._send(full, "model_update", {**self._status(change.alias, full), **news})
-            if change.state not in ("draining", "stopping"):  # it is loaded until it is gone
+            if change.state not in (ModelState.DRAINING, ModelState.STOPPING):  # it is loaded until it is gone
                 self._tell_as_llama_server(change.alias, change.state)
 
     def _load_moved(self, load: LoadMoved) -> None:
@@ -83,8 +83,8 @@ class Live:
         if any(states.followers for states in self.states.values()):
             for full in self.states:
                 self._send(full, "model_update", self._status(load.alias, full))
-        if self._dispatcher.scheduler.state(load.alias) == "loading":
-            self._tell_as_llama_server(load.alias, "loading")
+        if self._dispatcher.scheduler.state(load.alias) is ModelState.LOADING:
+            self._tell_as_llama_server(load.alias, ModelState.LOADING)
 
     def _models_listed(self, _: ModelsListed) -> None:
         for states in self.states.values():
@@ -92,7 +92,7 @@ class Live:
         self.as_llama_server.start_anew()
 
     def _server_changed(self, change: ServerChanged) -> None:
-        ends = change.status == "shutting_down"
+        ends = change.status is ServerState.SHUTTING_DOWN
         self._decided(None, change.status, dict.fromkeys(self.states, ""), change.at, is_event=True)
         for full in self.states:
             self._send(full, "server_update", {"status": change.status, "at": iso(change.at)}, last=ends)
@@ -102,7 +102,7 @@ class Live:
 
     def _requests_done(self, happening: RequestsDone) -> None:
         for labels, requests in happening.by_labels.items():
-            if labels.outcome == Refusal.DISPLACED.value:
+            if labels.outcome == Refusal.DISPLACED:
                 self._tell_of_displaced(labels.alias, len(requests), requests[-1].at)
 
     def _tell_of_displaced(self, alias: str, count: int, at: float) -> None:
@@ -132,16 +132,16 @@ class Live:
         states = self.states[full]
         states.send(frame(name, document, self._identity(states.last + 1)), last=last)
 
-    def _tell_as_llama_server(self, alias: str, state: str) -> None:
+    def _tell_as_llama_server(self, alias: str, state: ModelState) -> None:
         """By each of its names, as each has a card of its own."""
         feed, dispatcher = self.as_llama_server, self._dispatcher
         if not feed.followers:
             return
         status = loading_status(dispatcher, alias, state)
         data: dict[str, Any] = {"status": status["value"]}
-        if state == "loading" and (progress := _progress(dispatcher, alias)) is not None:
+        if state is ModelState.LOADING and (progress := _progress(dispatcher, alias)) is not None:
             data["progress"] = progress
-        elif state in ("off", "failed"):
+        elif state in (ModelState.OFF, ModelState.FAILED):
             data["exit_code"] = status.get("exit_code", 0)
         names = [alias, *further_names(dispatcher.config).get(alias, ())]
         for name in names:

@@ -19,6 +19,7 @@ from router.http.documents import Document
 from router.http.errors import ApiError
 from router.http.pages import Page, Right, needs
 from router.runtime.dispatcher import Dispatcher
+from router.scheduling.messages import ModelState
 from router.system.turns import in_turns
 
 router = APIRouter(tags=["llama-server"], route_class=Page)
@@ -60,7 +61,7 @@ async def load(request: Request) -> dict[str, bool]:
     """Load a model; answers at once."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     alias = to_load((await read_body(request, _Named)).model, dispatcher)
-    if dispatcher.scheduler.state(alias) in ("loading", "ready"):
+    if dispatcher.scheduler.state(alias) in (ModelState.LOADING, ModelState.READY):
         raise ApiError(400, "invalid_request", "model is already running", "model")
     dispatcher.ask_to_load(alias)
     return {"success": True}
@@ -74,9 +75,9 @@ async def unload(request: Request) -> dict[str, bool]:
     alias = model_of((await read_body(request, _Named)).model, dispatcher.config).alias
     model = dispatcher.scheduler.models[alias]
     if model.wanted_since_sec is None and dispatcher.scheduler.state(alias) not in (
-        "loading",
-        "ready",
-        "draining",
+        ModelState.LOADING,
+        ModelState.READY,
+        ModelState.DRAINING,
     ):
         raise ApiError(400, "invalid_request", "model is not running", "model")
     dispatcher.begin_eject(alias)

@@ -23,8 +23,9 @@ from router.dataplane.routing import model_of
 from router.engines.log_ring import LogRing
 from router.http.errors import ApiError
 from router.http.pages import Page, Right, needs
-from router.observe.events import ModelChanged, ModelsListed, ServerChanged
+from router.observe.events import ModelChanged, ModelsListed, ServerChanged, ServerState
 from router.runtime.dispatcher import Dispatcher
+from router.scheduling.messages import ModelState
 from router.scheduling.residency import Engine
 
 router = APIRouter(tags=["llama-swap"], route_class=Page)
@@ -33,12 +34,12 @@ DONE_BY_GET = frozenset({"/unload"})
 """Reads nothing: it wants what a POST wants."""
 
 _STATES = {
-    "off": "stopped",
-    "failed": "stopped",
-    "loading": "starting",
-    "ready": "ready",
-    "draining": "ready",
-    "stopping": "stopping",
+    ModelState.OFF: "stopped",
+    ModelState.FAILED: "stopped",
+    ModelState.LOADING: "starting",
+    ModelState.READY: "ready",
+    ModelState.DRAINING: "ready",
+    ModelState.STOPPING: "stopping",
 }
 """llama-swap's words for our states."""
 _KEEP_ALIVE_SEC = 30
@@ -57,7 +58,7 @@ class Events:
         dispatcher.events.listen(ServerChanged, self._server_changed)
 
     def _server_changed(self, change: ServerChanged) -> None:
-        if change.status == "shutting_down":
+        if change.status is ServerState.SHUTTING_DOWN:
             self.feed.end()
 
 
@@ -69,7 +70,7 @@ def _told(dispatcher: Dispatcher) -> dict[str, str]:
             "id": alias,
             "name": "",
             "description": model.description,
-            "state": _STATES[state(alias) if alias in known else "off"],
+            "state": _STATES[state(alias) if alias in known else ModelState.OFF],
             "unlisted": False,
             "peerID": "",
             "aliases": further.get(alias, []),
@@ -197,7 +198,7 @@ async def _follow(
     """`before` lines of each, and what comes; of a log that begins meanwhile, all."""
     seen = {id(log): log.total - len(log.tail(before)) for log in logs()}
     yield ""
-    while dispatcher.status != "shutting_down":
+    while dispatcher.status is not ServerState.SHUTTING_DOWN:
         for log in tuple(logs()):
             news = log.since(seen.get(id(log), 0))
             seen[id(log)] = log.total

@@ -21,16 +21,15 @@ from router.http.documents import Document
 from router.http.errors import ApiError, refused
 from router.http.pages import Page, Right, needs
 from router.memory.ledger import Account
+from router.observe.events import ServerState
 from router.runtime.dispatcher import Dispatcher
-from router.scheduling.messages import Refusal
+from router.scheduling.messages import ModelState, Refusal
 from router.scheduling.residency import Engine, Model
 from router.scheduling.wait_reason import why
 from router.system.devices import by_name
 from router.system.turns import in_turns
 
 router = APIRouter(tags=["management"], route_class=Page)
-
-_STATES = ("off", "loading", "ready", "draining", "stopping", "failed")
 
 
 class ModelName(BaseModel):
@@ -69,7 +68,7 @@ async def load_model(body: LoadRequest, request: Request) -> JSONResponse:
         status = dispatcher.scheduler.state(alias) if model.engines else "waiting"
         reason = dispatcher.in_full(alias, why(model, time.monotonic()))
         return JSONResponse({"status": status, "model": alias, "message": reason}, 202)
-    if state != "ready":
+    if state is not ModelState.READY:
         to_load(alias, dispatcher)  # unless that is why
         reason = (model.last_error if model else None) or f"it is {state}"
         if model is not None and model.too_big:
@@ -81,7 +80,7 @@ async def load_model(body: LoadRequest, request: Request) -> JSONResponse:
 
 def to_load(name: str, dispatcher: Dispatcher) -> str:
     """Raises ApiError: there is no such model (any more), or the router goes."""
-    if dispatcher.status == "shutting_down":
+    if dispatcher.status is ServerState.SHUTTING_DOWN:
         raise ApiError(503, "shutting_down", "The router is shutting down.", retry_after_sec=5)
     return model_of(name, dispatcher.config).alias
 
@@ -165,7 +164,7 @@ async def failed_models(request: Request) -> dict[str, Any]:
         "failed_models": [
             {"model": alias, "attempts": model.tries, "error": _error(dispatcher, alias, full=sees_all(request))}
             for alias, model in scheduler.models.items()
-            if scheduler.state(alias) == "failed"
+            if scheduler.state(alias) is ModelState.FAILED
         ]
     }
 
@@ -240,7 +239,7 @@ def status_of_all(dispatcher: Dispatcher, *, full: bool) -> dict[str, Any]:
 
 
 def _with_summary(dispatcher: Dispatcher, models: dict[str, Any]) -> dict[str, Any]:
-    by_status = {state: sum(m["status"] == state for m in models.values()) for state in _STATES}
+    by_status = {state: sum(m["status"] == state for m in models.values()) for state in ModelState}
     return {
         "server": {"status": dispatcher.status, "started_at": iso(dispatcher.started_at)},
         "models": models,
@@ -280,8 +279,8 @@ def status_of(dispatcher: Dispatcher, alias: str, *, full: bool) -> dict[str, An
         "started_at": _wall(engine.started_sec) if engine is not None else None,
         "last_used_at": _wall(model.last_used_sec),
         "unload_at": _wall(unload_at_sec) if unload_at_sec is not None else None,
-        "load_progress": 100 if state in ("ready", "draining") else round(100 * fraction),
-        "load": _load(model, running) if state == "loading" else None,
+        "load_progress": 100 if state in (ModelState.READY, ModelState.DRAINING) else round(100 * fraction),
+        "load": _load(model, running) if state is ModelState.LOADING else None,
         "load_sec": round(model.load_sec, 3) if model.load_is_known else None,
         "error_message": _error(dispatcher, alias, full=full),
         "vram_used_mb": vram_mib,

@@ -22,6 +22,7 @@ from router.http.auth import sees_all
 from router.http.documents import Document
 from router.http.errors import ApiError
 from router.http.pages import Page, Right, needs
+from router.observe.events import ServerState
 from router.observe.metrics import Metrics, NotAcceptable
 from router.runtime.dispatcher import Dispatcher, LastExit, Waiting
 from router.scheduling.queue import NAMES
@@ -41,7 +42,7 @@ READING_SEC = 0.5
 async def health(request: Request) -> JSONResponse:
     """Whether the router works. A machine without a GPU is healthy."""
     dispatcher: Dispatcher = request.app.state.dispatcher
-    working = dispatcher.status != "shutting_down"
+    working = dispatcher.status is not ServerState.SHUTTING_DOWN
     answer = {
         "status": "ok" if working else "degraded",
         "checks": {
@@ -80,7 +81,7 @@ async def live() -> dict[str, str]:
 async def ready(request: Request) -> JSONResponse:
     """Whether requests are taken: 503 before the start is complete and from the begin of the shutdown on."""
     dispatcher: Dispatcher = request.app.state.dispatcher
-    return JSONResponse({"status": dispatcher.status}, 200 if dispatcher.status == "ready" else 503)
+    return JSONResponse({"status": dispatcher.status}, 200 if dispatcher.status is ServerState.READY else 503)
 
 
 @router.get("/metrics", response_class=PlainTextResponse, responses=ERRORS)
@@ -130,7 +131,7 @@ async def log_stream(alias: str, request: Request, lines: Annotated[int, Query(g
 
 async def _follow(dispatcher: Dispatcher, log: LogRing, lines: int) -> AsyncIterator[ServerSentEvent]:
     seen = log.total - len(log.tail(lines))
-    while dispatcher.status != "shutting_down":
+    while dispatcher.status is not ServerState.SHUTTING_DOWN:
         news, missed = log.since(seen), log.total - seen
         seen += missed
         if missed > len(news):

@@ -12,25 +12,26 @@ from fastapi import APIRouter, Request
 
 from router.catalog.cards import Card, Cards, as_it_runs
 from router.config.schema import AliasConfig, Config, ModelConfig
+from router.config.source import Source
 from router.dataplane.routing import known_as
 from router.http.documents import Document
 from router.http.pages import Page, Right, needs
 from router.runtime.dispatcher import Dispatcher
-from router.store.created import SOURCE as CREATED
+from router.scheduling.messages import ModelState
 from router.system.turns import in_turns
 
 router = APIRouter(tags=["models"], route_class=Page)
 
 _VALUES = {
-    "off": "unloaded",
-    "loading": "loading",
-    "ready": "loaded",
-    "draining": "loaded",
-    "stopping": "unloaded",
-    "failed": "failed",
+    ModelState.OFF: "unloaded",
+    ModelState.LOADING: "loading",
+    ModelState.READY: "loaded",
+    ModelState.DRAINING: "loaded",
+    ModelState.STOPPING: "unloaded",
+    ModelState.FAILED: "failed",
 }
 """llama-server's words for our states."""
-_REMOVABLE = ("pulled", CREATED)
+_REMOVABLE = (Source.PULLED, Source.CREATED)
 
 
 @router.get("/v1/models")
@@ -77,9 +78,9 @@ def further_names(config: Config) -> dict[str, list[str]]:
     return names
 
 
-def loading_status(dispatcher: Dispatcher, alias: str, state: str) -> dict[str, Any]:
+def loading_status(dispatcher: Dispatcher, alias: str, state: ModelState) -> dict[str, Any]:
     """How llama-server says that a model is in that state; with how its last engine ended, if it failed."""
-    if state != "failed":
+    if state is not ModelState.FAILED:
         return {"value": _VALUES[state]}
     ended = dispatcher.exits.get(alias)
     return {"value": "failed", "failed": True, "exit_code": (ended and ended.code) or 1}
@@ -87,7 +88,7 @@ def loading_status(dispatcher: Dispatcher, alias: str, state: str) -> dict[str, 
 
 def _now(dispatcher: Dispatcher, model: ModelConfig, further: list[str]) -> Card:
     alias = model.alias
-    state = dispatcher.scheduler.state(alias) if alias in dispatcher.scheduler.models else "off"
+    state = dispatcher.scheduler.state(alias) if alias in dispatcher.scheduler.models else ModelState.OFF
     return {
         "state": state,
         "status": loading_status(dispatcher, alias, state),
@@ -101,5 +102,10 @@ def _named(card: Card, alias: AliasConfig) -> Card:
     described = {"description": alias.description} if alias.description else {}
     if alias.uses == alias.alias:
         return {**card, "source": alias.source, **described}
-    further: Card = {"id": alias.alias, "uses": alias.uses, "aliases": [], "can_remove": alias.source == CREATED}
+    further: Card = {
+        "id": alias.alias,
+        "uses": alias.uses,
+        "aliases": [],
+        "can_remove": alias.source == Source.CREATED,
+    }
     return {**card, **further, "source": alias.source, **described}

@@ -18,9 +18,11 @@ from router.api.models import LoadRequest, load_model
 from router.api.streams import EventStream
 from router.config.names import candidates, same_name, some_of
 from router.config.schema import Config
+from router.config.source import Source
 from router.dataplane.routing import check_name
 from router.http.errors import ApiError
 from router.http.pages import Page, Right, needs
+from router.observe.events import ServerState
 from router.runtime.dispatcher import Dispatcher
 from router.store import created, pulled, repository
 from router.store.creations import Creations
@@ -87,7 +89,7 @@ def begin(request: Request, model: str, alias: str | None, quantize: str | None 
     downloads: Downloads = request.app.state.downloads
     dispatcher: Dispatcher = request.app.state.dispatcher
     system = dispatcher.config.system
-    if dispatcher.status == "shutting_down":
+    if dispatcher.status is ServerState.SHUTTING_DOWN:
         raise ApiError(503, "shutting_down", "The router is shutting down.", retry_after_sec=5)
     if alias is not None and not is_alias(alias):
         message = f"{alias!r}: an alias is one or more printable characters without spaces."
@@ -117,7 +119,8 @@ def _taken(config: Config, repo: str) -> dict[str, str]:
     return {
         name: source
         for name, source in config.sources.items()
-        if source != "pulled" and not (source == "hf_cache" and repository.is_of(repo, name))  # the same file
+        if source != Source.PULLED
+        and not (source == Source.HF_CACHE and repository.is_of(repo, name))  # the same file
     }
 
 
@@ -201,7 +204,7 @@ async def remove_pulled(alias: str, request: Request) -> dict[str, Any]:
         if removed is not None:
             return {"status": "success", "model": alias, "freed_bytes": removed}
         needed = created.made_from(creations.records, alias)
-        if needed and there is not None and there.source == "pulled":
+        if needed and there is not None and there.source == Source.PULLED:
             message = f"{some_of(needed)} was created from {alias!r}: remove that first."
             raise ApiError(409, "model_in_use", message, "model")
         if cache is None:

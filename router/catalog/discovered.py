@@ -15,13 +15,11 @@ from typing import Any
 
 from router.config.draft import Draft
 from router.config.schema import AliasConfig, Api
+from router.config.source import Source
 from router.store import created, pulled
 from router.store import discovery as hub
 from router.store import external as stores
 from router.system.state import default_path
-
-ORIGINS = frozenset({"pulled", "--models-dir", "models_dirs", "hf_cache", "ollama_store"})
-"""Where models come from that nobody has named, and their projectors."""
 
 
 class Discovered:
@@ -66,7 +64,7 @@ class Discovered:
             ]
             for found in discovery.models:
                 # A pulled model has the alias that it was asked for, whatever else its file is called.
-                if origin != "pulled" and os.path.realpath(found.path) in served:
+                if origin is not Source.PULLED and os.path.realpath(found.path) in served:
                     continue
                 if not hub.is_alias(found.alias):
                     self.draft.warnings.append(
@@ -147,7 +145,7 @@ class Discovered:
                 entry["flags"] = [*entry.get("flags", ()), *configured["flags"]]
             for key, value in entry.items():
                 if key == "flags" or key not in configured:
-                    self.draft.put(("models", name, key), value, created.SOURCE)
+                    self.draft.put(("models", name, key), value, Source.CREATED)
 
     def _state_folder(self) -> Path | None:
         """Where the router of this configuration keeps its state; None if it keeps none."""
@@ -160,25 +158,35 @@ class Discovered:
         port = api.get("port", Api().port) if isinstance(api, dict) else Api().port
         return default_path(port, self.draft.environ) if isinstance(port, int) and port else None
 
-    def _places(self, models_dirs: Sequence[Path]) -> Iterator[tuple[str, Path, Callable[[], hub.Discovery]]]:
+    def _places(self, models_dirs: Sequence[Path]) -> Iterator[tuple[Source, Path, Callable[[], hub.Discovery]]]:
         """Where models may be found: what the place is called, its folder, and how to look into it."""
         system = self.draft.values.get("system")
         system = system if isinstance(system, dict) and self.draft.is_for_here else {}
         cache = pulled.cache_folder(self.draft.environ) if self.draft.is_for_here else None
         if cache is not None:
-            yield "pulled", cache, partial(pulled.discover, cache, self.headers)
+            yield Source.PULLED, cache, partial(pulled.discover, cache, self.headers)
         key = ("system", "models_dirs")
         named = system.get("models_dirs")
         texts = named if isinstance(named, list) and all(isinstance(text, str) for text in named) else []
-        dirs = [("--models-dir", self.draft.resolve(str(folder), self.draft.cwd)) for folder in models_dirs]
-        dirs += [("models_dirs", self.draft.resolve(text, self.draft.base_of(key))) for text in texts]
+        dirs = [
+            (Source.ON_COMMAND_LINE, self.draft.resolve(str(folder), self.draft.cwd)) for folder in models_dirs
+        ]
+        dirs += [(Source.MODELS_DIRS, self.draft.resolve(text, self.draft.base_of(key))) for text in texts]
         for origin, folder in dirs:
             yield origin, folder, partial(hub.discover, folder, self.headers, settle_sec=hub.SETTLE_SEC)
         if system.get("hf_cache") is True and cache is not None:
-            yield "hf_cache", cache, partial(stores.hugging_face, cache, self.headers, settle_sec=hub.SETTLE_SEC)
+            yield (
+                Source.HF_CACHE,
+                cache,
+                partial(stores.hugging_face, cache, self.headers, settle_sec=hub.SETTLE_SEC),
+            )
         store = stores.ollama_folder(self.draft.environ)
         if system.get("ollama_store") is True and store is not None:
-            yield "ollama_store", store, partial(stores.ollama, store, self.headers, settle_sec=hub.SETTLE_SEC)
+            yield (
+                Source.OLLAMA_STORE,
+                store,
+                partial(stores.ollama, store, self.headers, settle_sec=hub.SETTLE_SEC),
+            )
 
     def stored_aliases(self, aliases: Container[str], models: Container[str]) -> Iterator[tuple[str, AliasConfig]]:
         """What stores add to requests, but where the configuration has an alias of the model's name."""
@@ -202,7 +210,7 @@ class Discovered:
                 continue
             named = created.alias(name, made, model, base)
             if name != model or named.rewrites:
-                self.draft.origins["aliases", name] = created.SOURCE
+                self.draft.origins["aliases", name] = Source.CREATED
                 yield name, named
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from router.catalog.discovered import ORIGINS, Discovered
+from router.catalog.discovered import Discovered
 from router.catalog.engine_flags import files_of, final_flags, told_by
 from router.config.draft import DEFAULT
 from router.config.errors import did_you_mean
@@ -24,6 +24,7 @@ from router.config.schema import (
     Scheduling,
     System,
 )
+from router.config.source import FOUND
 from router.engines.llamacpp import adapters
 from router.engines.llamacpp.flags import FlagError, Flags
 from router.formats.gguf import GGUF, SPLIT_NAME, GGUFError
@@ -191,7 +192,7 @@ class _Validation:
             description=entry.description,
             source=self.draft.origin_of((*path, "model_path")),
             projector_was_found=mmproj is not None
-            and self.draft.origin_of((*path, "mmproj")) in ORIGINS
+            and self.draft.origin_of((*path, "mmproj")) in FOUND
             and str(mmproj) in flags,
             purposes=purposes,
             most_tokens=most_tokens,

@@ -13,13 +13,13 @@ from typing import Any
 from router.catalog.load import Loaded, load
 from router.config.schema import Config
 from router.config.show import render
+from router.config.source import Source
 from router.engines.launcher import LocalLauncher
 from router.engines.llamacpp.backend import LlamaCpp
 from router.engines.llamacpp.binary import NoEngine, find_binary
 from router.engines.orphans import EngineRecord
 from router.memory.measurements import Learned
 from router.memory.plan import Unusable
-from router.store import created
 from router.store.demo import MODEL_PATH
 from router.system.printable import line
 from router.system.state import State
@@ -51,7 +51,7 @@ def asked_for(options: argparse.Namespace, state_dir: Path | None = None, before
     )
     loaded = read(overrides=overrides)
     folders = options.models_dir or options.hf_cache or options.ollama_store
-    own = [model for model in loaded.config.models.values() if model.source != created.SOURCE]
+    own = [model for model in loaded.config.models.values() if model.source != Source.CREATED]
     if loaded.source is not None or folders or own:  # what was created may be made from the demo
         return loaded
     demo: dict[str, Any] = {"model_path": str(MODEL_PATH), "description": "A tiny model to try the router with."}

@@ -24,6 +24,7 @@ from router.cli import remote as terminal
 from router.config.names import same_name, some_of
 from router.config.problems import ConfigError
 from router.config.schema import Config
+from router.config.source import Source
 from router.store import created, pulled
 from router.store.created import Created
 from router.store.creations import Creations
@@ -64,7 +65,7 @@ def _configured_names(path: Path | None) -> dict[str, str]:
     state = configured_path(config.system.state_dir, config.api.port, os.environ)
     with contextlib.suppress(OSError):
         there = created.read(state) if state is not None else {}
-        sources = {**dict.fromkeys(there, created.SOURCE), **sources}
+        sources = {**dict.fromkeys(there, Source.CREATED), **sources}
     return sources
 
 

@@ -27,10 +27,10 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from router.config.names import LONGEST
 from router.engines.llamacpp.flags import Purpose
+from router.scheduling.queue import PriorityName
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
-PriorityName = Literal["high", "normal", "low"]
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 
 
@@ -637,7 +637,7 @@ class ModelConfig:
     priority: PriorityName = "normal"
     description: str = ""
     source: str = field(default="", compare=False)
-    """Where it comes from: a file's name, `pulled`, `--models-dir` …"""
+    """Where it comes from: a file's name, or a `Source`."""
     projector_was_found: bool = False
     """Nobody has named the projector in its flags: it lies beside the model, and may prove to be of no use."""
     purposes: frozenset[Purpose] = field(default=frozenset(), compare=False)

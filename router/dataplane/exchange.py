@@ -46,7 +46,7 @@ from router.http.auth import Client, Keyring
 from router.http.errors import ApiError, refused
 from router.http.origins import Browsers
 from router.http.routes import ROUTES, Ask, Dialect, Route, Stream
-from router.observe.events import RequestDone
+from router.observe.events import Outcome, RequestDone
 from router.observe.usage import NO_USAGE, Usage
 from router.runtime.dispatcher import Dispatcher, Ticket, Waiting
 from router.scheduling.queue import NAMES, Priority
@@ -56,6 +56,8 @@ from router.system.turns import Rounds
 
 _log = logging.getLogger("router")
 
+_SERVED = Outcome.SERVED
+"""(An enumeration takes its time to tell a member.)"""
 _READ_AT_ONCE = 1 << 20
 """Bodies up to this size are read on the event loop, in a few milliseconds, unless there is too much in them."""
 _LITTLE = 64 << 10
@@ -404,7 +406,7 @@ class Exchange:
         """The client is gone. Who has got the last event of a stream needs no more of it."""
         if not self._is_over:
             has_all = self._relays and self._meter.has_ended and not self._meter.ends_in_error
-            self._end("served" if has_all else "cancelled")
+            self._end(_SERVED if has_all else Outcome.CANCELLED)
 
     def pause(self) -> None:
         """The client does not read as fast as the engine writes."""
@@ -601,11 +603,11 @@ class Exchange:
         route = self._route_of_engine()
         return route is not None and route.stream is Stream.CLOSED
 
-    def _outcome_of_stream(self) -> str:
+    def _outcome_of_stream(self) -> Outcome:
         if not self._meter.ends_in_error:
             return _outcome(self._status)
         self._reason = "the engine has ended the stream with an error"  # its words may quote the prompt
-        return "engine_error"
+        return Outcome.ENGINE_ERROR
 
     def lost(self, reason: str) -> None:
         if self._is_over or self._ticket is None:
@@ -631,7 +633,8 @@ class Exchange:
         that the answer is not whole.
         """
         if isinstance(error, BrokenAnswer) and not self._is_over:
-            said, outcome = error.error, _outcome(error.error.status)
+            said = error.error
+            outcome: str = _outcome(said.status)
         else:
             _log.error("request %s: its answer could not be passed on", self._request_id, exc_info=error)
             said = ApiError(500, "internal_error", "The router made a mistake; see its log.")
@@ -665,7 +668,7 @@ class Exchange:
         elif now - moved_sec < limit_sec:
             return
         elif self._is_paused:
-            self._end("cancelled")
+            self._end(Outcome.CANCELLED)
             self._answer.abort()
         elif connection is None or not connection.is_open:
             self._time_out(f"The engine could not be reached for {limit_sec:g} s (request_timeout_sec).")
@@ -783,9 +786,11 @@ class Exchange:
         if self._ticket is not None:
             if self._waits:
                 self._wait_no_more(self._ticket)
-            served = outcome == "served"
+            served = outcome is _SERVED
             computed = served and self._meter.size > 0 and not self._ticket.slotless
-            self._dispatcher.finish(self._ticket, served=served or outcome == "engine_refused", computed=computed)
+            self._dispatcher.finish(
+                self._ticket, served=served or outcome is Outcome.ENGINE_REFUSED, computed=computed
+            )
         self._publish(self._ticket, outcome)
         if self._large is not None:
             self._shared.readers.submit(_give_back, self._large, self._body)
@@ -810,7 +815,7 @@ class Exchange:
                 streamed=self._streams,
                 request_bytes=len(self._body),
                 client=self._client_name,
-                peer=self._answer.peer if outcome != "served" else "",
+                peer=self._answer.peer if outcome is not _SERVED else "",
             )
         else:
             meter, arrival_sec = self._meter, ticket.arrival_sec
@@ -871,10 +876,10 @@ def _one_line(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
 
 
-def _outcome(status: int) -> str:
+def _outcome(status: int) -> Outcome:
     if status < 400:
-        return "served"
-    return "engine_refused" if status < 500 else "engine_error"
+        return _SERVED
+    return Outcome.ENGINE_REFUSED if status < 500 else Outcome.ENGINE_ERROR
 
 
 @lru_cache(maxsize=1024)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from router.config.schema import System
 from router.engines.base import PROBE_LIMIT_SEC
 from router.engines.running import RunningEngine
-from router.scheduling.residency import EngineState
+from router.scheduling.messages import EngineState
 from router.scheduling.scheduler import Scheduler
 
 _log = logging.getLogger("router")

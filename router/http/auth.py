@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from starlette.requests import Request
 
-from router.config.schema import Api, PriorityName
+from router.config.schema import Api
 from router.http.errors import ApiError
-from router.scheduling.queue import BY_NAME, Priority
+from router.scheduling.queue import BY_NAME, Priority, PriorityName
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 
 from router.observe.usage import NO_USAGE, Usage
+from router.scheduling.messages import ModelState, StopCause
+from router.system.words import Word
 
 _log = logging.getLogger("router")
 
@@ -24,12 +26,38 @@ _MOST_AT_ONCE = 64
 _TOLD_WITHIN_SEC = 0.2
 
 
+class ServerState(Word):
+    INITIALIZING = "initializing"
+    READY = "ready"
+    SHUTTING_DOWN = "shutting_down"
+
+
+class Outcome(Word):
+    """What came of a request; of one that an error of our own ended, that is the code of the error."""
+
+    SERVED = "served"
+    CANCELLED = "cancelled"
+    """Its client has left."""
+    ENGINE_REFUSED = "engine_refused"
+    """The engine has answered 4xx."""
+    ENGINE_ERROR = "engine_error"
+    """It has answered 5xx, or what cannot be read."""
+
+
+class Breakdown(Word):
+    """How an engine ended that nobody had asked to go."""
+
+    CRASHED = "crashed"
+    HUNG = "hung"
+    LOAD_FAILED = "load_failed"
+
+
 @dataclass(frozen=True, slots=True)
 class ModelChanged:
-    """A model entered a state (off, loading, ready, draining, stopping, failed)."""
+    """A model entered a state."""
 
     alias: str
-    state: str
+    state: ModelState
     reason: str
     at: float
     """Seconds since the epoch."""
@@ -45,8 +73,7 @@ class EngineEnded:
 
     engine_id: int
     alias: str
-    cause: str
-    """Why it was stopped (a `StopCause`); or `crashed`, `hung`, `load_failed`, which nobody wanted."""
+    cause: StopCause | Breakdown
     wanted: bool
     reason: str
     """For people: its exit and its last words."""
@@ -63,9 +90,9 @@ class LoadMoved:
 
 @dataclass(frozen=True, slots=True)
 class ServerChanged:
-    """initializing, ready or shutting_down."""
+    """The router starts, is there, or goes."""
 
-    status: str
+    status: ServerState
     at: float
 
 
@@ -101,8 +128,7 @@ class RequestDone(msgspec.Struct, frozen=True):
     priority: str
     """Empty likewise."""
     outcome: str
-    """served, cancelled, engine_refused (it answered 4xx), engine_error (5xx, or what cannot be read), or the code
-    of our own error"""
+    """An `Outcome`, or the code of our own error."""
     status: int
     queue_sec: float
     load_sec: float

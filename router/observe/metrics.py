@@ -21,11 +21,20 @@ from prometheus_client.exposition import choose_encoder
 from router import __version__
 from router.engines.llamacpp.metrics import EngineMetrics
 from router.engines.running import RunningEngine
-from router.observe.events import ClientRefused, EngineEnded, Labels, ModelChanged, RequestDone, RequestsDone
+from router.observe.events import (
+    Breakdown,
+    ClientRefused,
+    EngineEnded,
+    Labels,
+    ModelChanged,
+    Outcome,
+    RequestDone,
+    RequestsDone,
+)
 from router.observe.prometheus import Counter, CounterCell, Family, Gauges, Histogram, exposition, label_text
 from router.observe.usage import Usage
 from router.runtime.dispatcher import Dispatcher
-from router.scheduling.messages import Refusal
+from router.scheduling.messages import ModelState, Refusal
 from router.scheduling.queue import NAMES, Priority
 from router.scheduling.residency import Engine, Model
 from router.system.readings import Reading
@@ -37,11 +46,17 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _LAG_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _LAG_LOOK_SEC = 1.0
-_STATUS = {"off": 0, "loading": 1, "ready": 2, "draining": 2, "stopping": 0, "failed": 3}
-_REFUSALS = frozenset(refusal.value for refusal in Refusal)
-_TIMEOUTS = frozenset({Refusal.QUEUE_TIMEOUT.value, "request_timeout"})
+_STATUS = {
+    ModelState.OFF: 0,
+    ModelState.LOADING: 1,
+    ModelState.READY: 2,
+    ModelState.DRAINING: 2,
+    ModelState.STOPPING: 0,
+    ModelState.FAILED: 3,
+}
+_REFUSALS = frozenset(Refusal)
+_TIMEOUTS = frozenset({Refusal.QUEUE_TIMEOUT, "request_timeout"})
 _MIB = 1 << 20
-_UNWANTED = ("crashed", "hung", "load_failed")
 
 
 class NotAcceptable(Exception):
@@ -239,7 +254,7 @@ class _Cells:
         self._counts = [series.requests.of(alias, route, priority, outcome)]
         if client:
             self._counts.append(series.client_requests.of(client, outcome))
-        self._served = outcome == "served"
+        self._served = outcome == Outcome.SERVED
         self._client_errors = series.client_errors.of(alias)
         self._server_errors = series.server_errors.of(alias)
         self._had_tickets = bool(priority)
@@ -350,7 +365,7 @@ class _Engines:
             self._known.add(alias)
             self.loads.of(alias)
             self.restarts.of(alias)
-            for cause in _UNWANTED:
+            for cause in Breakdown:
                 self.exits.of(alias, cause)
 
     def note(self, happening: ModelChanged | EngineEnded) -> None:
@@ -363,11 +378,11 @@ class _Engines:
             (self._broken.discard if happening.wanted else self._broken.add)(alias)
             return
         engine_id = happening.engine_id
-        if happening.state == "loading" and engine_id is not None:
+        if happening.state is ModelState.LOADING and engine_id is not None:
             self._loading.add(engine_id)
         elif engine_id in self._loading:
             self._loading.discard(engine_id)
-            if happening.state == "ready":
+            if happening.state is ModelState.READY:
                 self._note_load(self._dispatcher.scheduler.engines[engine_id])
 
     def _note_load(self, engine: Engine) -> None:
@@ -388,7 +403,7 @@ class _Look:
 
     model: Model
     running: Sequence[RunningEngine]
-    state: str
+    state: ModelState
     now: float
 
     def active(self) -> int:
@@ -505,9 +520,7 @@ def _model_gauges(dispatcher: Dispatcher) -> Iterator[Gauges]:
 
 
 _PRIORITY_LABELS = tuple((priority, f',priority="{name}"') for priority, name in NAMES.items())
-_STATES = tuple(
-    (state, f',state="{state}"') for state in ("off", "loading", "ready", "draining", "stopping", "failed")
-)
+_STATES = tuple((state, f',state="{state}"') for state in ModelState)
 
 
 def _memory_gauges(dispatcher: Dispatcher) -> Iterator[Gauges]:

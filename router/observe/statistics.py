@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from math import log
 from typing import Any
 
-from router.observe.events import Events, RequestDone, RequestsDone
+from router.observe.events import Events, Outcome, RequestDone, RequestsDone
 from router.system.turns import in_turns
 
 _SLICE_SEC = 10.0
@@ -81,11 +81,11 @@ class Tally:
 
     @property
     def served(self) -> int:
-        return self.outcomes["served"]
+        return self.outcomes[Outcome.SERVED]
 
     @property
     def failed(self) -> int:
-        return self.requests - self.served - self.outcomes["cancelled"]
+        return self.requests - self.served - self.outcomes[Outcome.CANCELLED]
 
     @property
     def error_rate(self) -> float:
@@ -148,7 +148,7 @@ class Telemetry:
         for (alias, _route, priority, outcome, _client), requests in happening.by_labels.items():
             if priority:
                 self._slice[alias, priority].note(outcome, requests)
-            elif outcome != "served":  # Ollama's unload asks for no slot
+            elif outcome != Outcome.SERVED:  # Ollama's unload asks for no slot
                 self._turned_away[outcome] += len(requests)
 
     def _begin_slice(self, now: float) -> None:
@@ -176,7 +176,7 @@ class Telemetry:
             "total_requests": requests,
             "successful": everything.served,
             "failed": everything.failed,
-            "cancelled": everything.outcomes["cancelled"],
+            "cancelled": everything.outcomes[Outcome.CANCELLED],
             "success_rate": 1.0 - everything.error_rate,
             "response_time": {
                 "avg": round(everything.total_sec / requests, 4) if requests else 0.0,

@@ -17,7 +17,9 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer, set_span_in_context
 
 from router import __version__
-from router.observe.events import RequestDone, RequestsDone
+from router.observe.events import Outcome, RequestDone, RequestsDone
+
+_WELL = (Outcome.SERVED, Outcome.CANCELLED, Outcome.ENGINE_REFUSED)
 
 _NS = 1_000_000_000
 _CLOSE_SEC = 2.0
@@ -68,7 +70,7 @@ class Tracing:
             parts += [("prefill", granted, first), ("stream", first, done.at)]
         for name, start, end in parts:
             self._tracer.start_span(name, context=inside, start_time=_ns(start)).end(_ns(end))
-        if done.outcome not in ("served", "cancelled", "engine_refused"):
+        if done.outcome not in _WELL:
             span.set_status(Status(StatusCode.ERROR, done.outcome))
         span.end(_ns(done.at))
 

@@ -31,7 +31,16 @@ from router.memory.ledger import Account, Ledger
 from router.memory.manager import Accountant
 from router.memory.measurements import Learned
 from router.memory.plan import Unusable
-from router.observe.events import EngineEnded, Events, LoadMoved, ModelChanged, ModelsListed, ServerChanged
+from router.observe.events import (
+    Breakdown,
+    EngineEnded,
+    Events,
+    LoadMoved,
+    ModelChanged,
+    ModelsListed,
+    ServerChanged,
+    ServerState,
+)
 from router.observe.reasons import Problem, Reason, Reasons
 from router.runtime.background import Background
 from router.scheduling.messages import (
@@ -52,6 +61,7 @@ from router.scheduling.messages import (
     KeepAlive,
     Load,
     ModelSpec,
+    ModelState,
     Policy,
     Probe,
     Refusal,
@@ -187,7 +197,7 @@ class Dispatcher:
         self.engine_file: Callable[[str], Callable[[bytes], None] | None] = lambda alias: None
         """Where what an alias's engines say is to go besides its ring."""
         self.running: dict[int, RunningEngine] = {}
-        self.status = "initializing"
+        self.status = ServerState.INITIALIZING
         self.started_at = time.time()
         """For people, in seconds since the epoch. How long ago that is, `uptime_sec` knows."""
         self._started_sec = time.monotonic()
@@ -237,14 +247,14 @@ class Dispatcher:
         """Take up work: know the models, begin to preload."""
         self._configure()
         self._watch = self.background.keep("watch of memory", self._accountant.watch)
-        self.status = "ready"
+        self.status = ServerState.READY
         self.events.publish(ServerChanged(self.status, time.time()))
         if self._to_preload():
             self._preload = self._spawn(self._preload_models(), "preload")
 
     async def shut_down(self) -> None:
         """Refuse what waits, let what is in flight finish within the grace time, stop every engine."""
-        self.status = "shutting_down"
+        self.status = ServerState.SHUTTING_DOWN
         self.events.publish(ServerChanged(self.status, time.time()))
         for task in (self._preload, self._watch, *self._inspections):
             if task is not None:
@@ -364,13 +374,13 @@ class Dispatcher:
 
     # --- operators --------------------------------------------------------------------------------------
 
-    def ask_to_load(self, alias: str) -> str | None:
+    def ask_to_load(self, alias: str) -> ModelState | None:
         """Have a model loaded by hand. Its state, if that is the last word already; `eject` takes it back."""
         self._post(Load(time.monotonic(), alias))
         self.events.publish(LoadMoved(alias, time.time()))  # it may wait for long in the state that it is in
         return self._settled(alias)
 
-    async def load(self, alias: str) -> str:
+    async def load(self, alias: str) -> ModelState:
         """Load a model by hand; returns its state once it is ready, failed, or given up."""
         self.ask_to_load(alias)
         return await self._until_settled(alias)
@@ -393,18 +403,20 @@ class Dispatcher:
     def reset(self, alias: str) -> None:
         self._post(Reset(time.monotonic(), alias))
 
-    async def _until_settled(self, alias: str) -> str:
+    async def _until_settled(self, alias: str) -> ModelState:
         while (state := self._settled(alias)) is None:
             await self._next_change(alias)
         return state
 
-    def _settled(self, alias: str) -> str | None:
+    def _settled(self, alias: str) -> ModelState | None:
         """Its state, if no load is on its way or asked for."""
         model = self.scheduler.models.get(alias)
         if model is None:
-            return "off"
+            return ModelState.OFF
         state = self.scheduler.state(alias)
-        is_settled = state in ("ready", "failed") or (not model.engines and model.wanted_since_sec is None)
+        is_settled = state in (ModelState.READY, ModelState.FAILED) or (
+            not model.engines and model.wanted_since_sec is None
+        )
         return state if is_settled else None
 
     async def _next_change(self, alias: str | None, timeout_sec: float | None = None) -> None:
@@ -509,7 +521,7 @@ class Dispatcher:
                 self._log_change(alias, state, full)
                 self.events.publish(ModelChanged(alias, state, full, time.time(), reason, engine_id))
 
-    def _log_change(self, alias: str, state: str, reason: str) -> None:
+    def _log_change(self, alias: str, state: ModelState, reason: str) -> None:
         model = self.scheduler.models.get(alias)
         first = model.queue.head() if model is not None else None
         fields = {"alias": alias, "state": state, "reason": reason, "request_id": first.id if first else None}
@@ -646,14 +658,16 @@ class Dispatcher:
             _log.exception("whether the memory of the engine of %s is back could not be found out", model.alias)
         return advice
 
-    def _cause_of_end(self, engine_id: int, running: RunningEngine | None, *, wanted: bool) -> str:
+    def _cause_of_end(
+        self, engine_id: int, running: RunningEngine | None, *, wanted: bool
+    ) -> StopCause | Breakdown:
         engine = self.scheduler.engines.get(engine_id)
         if wanted:
             cause = engine.cause if engine is not None else None
-            return (cause or StopCause.SHUTDOWN).value
+            return cause or StopCause.SHUTDOWN
         if running is None or running.ready_sec is None:
-            return "load_failed"
-        return "hung" if running.handle.was_killed else "crashed"
+            return Breakdown.LOAD_FAILED
+        return Breakdown.HUNG if running.handle.was_killed else Breakdown.CRASHED
 
     def _stop(self, engine_id: int) -> None:
         """Have an engine stopped; one that is just being spawned stops as soon as it is."""

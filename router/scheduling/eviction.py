@@ -25,13 +25,12 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from router.scheduling.messages import Inspected, Placement, Policy
+from router.scheduling.messages import EngineState, Inspected, Placement, Policy
 from router.scheduling.queue import Priority
 from router.scheduling.residency import (
     ENGINES,
     Departure,
     Engine,
-    EngineState,
     Hold,
     Holder,
     Model,

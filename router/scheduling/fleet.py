@@ -6,8 +6,17 @@ and whose turn it is are decided elsewhere; requests are not known here.
 
 from __future__ import annotations
 
-from router.scheduling.messages import Effect, Placement, StartEngine, StopCause, StopEngine, Transition
-from router.scheduling.residency import ENGINES, Engine, EngineState, Model, Swap, amounts, claim, take, total
+from router.scheduling.messages import (
+    Effect,
+    EngineState,
+    ModelState,
+    Placement,
+    StartEngine,
+    StopCause,
+    StopEngine,
+    Transition,
+)
+from router.scheduling.residency import ENGINES, Engine, Model, Swap, amounts, claim, take, total
 from router.system.devices import Device
 
 
@@ -100,7 +109,7 @@ class Fleet:
 
     def enter(self, engine: Engine, state: EngineState, reason: str) -> None:
         engine.state = state
-        self.effects.append(Transition(engine.alias, state.value, reason, engine.id))
+        self.effects.append(Transition(engine.alias, ModelState(state), reason, engine.id))
 
     def _still_there(self, swap: Swap) -> list[Engine]:
         return [victim for victim in swap.victims if victim.id in self.engines]

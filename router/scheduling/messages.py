@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 
 import msgspec
 
 from router.scheduling.queue import Priority
 from router.system.devices import Device
+from router.system.words import Word
 
 Placement = Mapping[Device, int]
 """Where a model may live, and the MiB that it takes there."""
@@ -96,7 +96,25 @@ class ModelSpec:
     revision: Hashable = None
 
 
-class Refusal(str, Enum):
+class EngineState(Word):
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPING = "stopping"
+
+
+class ModelState(Word):
+    """That of its engine, or why it has none."""
+
+    OFF = "off"
+    LOADING = EngineState.LOADING.value
+    READY = EngineState.READY.value
+    DRAINING = EngineState.DRAINING.value
+    STOPPING = EngineState.STOPPING.value
+    FAILED = "failed"
+
+
+class Refusal(Word):
     """Why a request is not served."""
 
     DISPLACED = "displaced"
@@ -111,7 +129,7 @@ class Refusal(str, Enum):
     """The router made a mistake."""
 
 
-class StopCause(str, Enum):
+class StopCause(Word):
     """Why an engine is stopped by us."""
 
     IDLE = "idle"
@@ -123,7 +141,7 @@ class StopCause(str, Enum):
     SHUTDOWN = "shutdown"
 
 
-class Retry(str, Enum):
+class Retry(Word):
     """When to try again after a load that failed."""
 
     LATER = "later"
@@ -373,11 +391,10 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """The state of a model's engine changed, or of a model that has none; `state` is one of off, loading, ready,
-    draining, stopping, failed."""
+    """The state of a model's engine changed, or of a model that has none."""
 
     alias: str
-    state: str
+    state: ModelState
     reason: str
     engine_id: int | None = None
     """None: the model has none, or is not to have one."""

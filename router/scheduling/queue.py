@@ -16,6 +16,7 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from enum import IntEnum
+from typing import Literal, get_args
 
 import msgspec
 
@@ -28,9 +29,11 @@ class Priority(IntEnum):
     LOW = 3
 
 
-NAMES = {priority: priority.name.lower() for priority in Priority}
-"""As clients, configuration and metrics know them. (An enum takes its time to tell a name.)"""
-BY_NAME = {name: priority for priority, name in NAMES.items()}
+PriorityName = Literal["high", "normal", "low"]
+"""As clients, configuration and metrics know them, the most urgent first."""
+BY_NAME: dict[PriorityName, Priority] = dict(zip(get_args(PriorityName), Priority, strict=True))
+NAMES = {priority: name for name, priority in BY_NAME.items()}
+"""(An enum takes its time to tell a name.)"""
 
 
 class Request(msgspec.Struct, eq=False):

@@ -10,12 +10,12 @@ import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Protocol
 
-from router.scheduling.messages import Inspected, ModelSpec, Placement, Policy, StopCause
+from router.scheduling.messages import EngineState, Inspected, ModelSpec, Placement, Policy, StopCause
 from router.scheduling.queue import Priority, PriorityQueue, Request
 from router.system.devices import Device
+from router.system.words import Word
 
 _FLOW_MEMORY_SEC = 240
 _FLOW_KNOWN_SEC = 10
@@ -27,13 +27,6 @@ _MOST_BY_CHANCE = 4.0
 
 ENGINES = Device(kind="engine")
 """The resource that `max_concurrent_models` and the ports limit: every placement takes one of it."""
-
-
-class EngineState(str, Enum):
-    LOADING = "loading"
-    READY = "ready"
-    DRAINING = "draining"
-    STOPPING = "stopping"
 
 
 _NEARNESS = {
@@ -158,7 +151,7 @@ class Engine:
         """Why it is asked to go: `evicted: makes room for 'b'`; empty while it is not."""
         if self.cause is None:
             return ""
-        return f"{self.cause.value}: {self.leaves_for}" if self.leaves_for else self.cause.value
+        return f"{self.cause}: {self.leaves_for}" if self.leaves_for else self.cause.value
 
     @property
     def is_busy(self) -> bool:
@@ -193,7 +186,7 @@ class Holder(Protocol):
     def placement(self) -> Placement: ...
 
 
-class Hold(str, Enum):
+class Hold(Word):
     """What keeps an engine from making room for a candidate."""
 
     LOADING = "loading"

@@ -28,6 +28,7 @@ from router.scheduling.messages import (
     EngineLost,
     EngineMeasured,
     EngineReady,
+    EngineState,
     Event,
     Finished,
     Grant,
@@ -37,6 +38,7 @@ from router.scheduling.messages import (
     Load,
     MemoryChanged,
     ModelSpec,
+    ModelState,
     Placement,
     Policy,
     Probe,
@@ -52,7 +54,7 @@ from router.scheduling.messages import (
     Transition,
 )
 from router.scheduling.queue import Priority, Request
-from router.scheduling.residency import ENGINES, Engine, EngineState, Model, Swap, Why, claim, shortage, take
+from router.scheduling.residency import ENGINES, Engine, Model, Swap, Why, claim, shortage, take
 from router.scheduling.wait_estimate import Forecast, forecast
 from router.scheduling.wait_reason import why
 from router.system.devices import Device
@@ -168,12 +170,11 @@ class Scheduler:
         """What our engines may use together, per resource; empty until `MemoryChanged` has told."""
         return self._fleet.budgets
 
-    def state(self, alias: str) -> str:
-        """One of off, loading, ready, draining, stopping, failed."""
+    def state(self, alias: str) -> ModelState:
         model = self.models[alias]
         if (engine := model.front) is not None:
-            return engine.state.value
-        return "failed" if model.failed_until_sec > self._now else "off"
+            return ModelState(engine.state)
+        return ModelState.FAILED if model.failed_until_sec > self._now else ModelState.OFF
 
     def unload_at_sec(self, alias: str) -> float | None:
         """When the last of its engines goes if nobody asks for it any more; None when none goes for that."""
@@ -575,13 +576,13 @@ class Scheduler:
         model.failed_for_good = for_good
         self._wake(model.failed_until_sec)
         reason = model.last_error or "failed"
-        self._effects.append(Transition(model.spec.alias, "failed", reason))
+        self._effects.append(Transition(model.spec.alias, ModelState.FAILED, reason))
         self._reject_waiting(model, Refusal.MODEL_FAILED, reason, cooldown_sec, for_good)
 
     def _off(self, model: Model, reason: str, engine: Engine | None = None) -> None:
         """An engine of it is gone, or none is to come."""
         engine_id = None if engine is None else engine.id
-        self._effects.append(Transition(model.spec.alias, "off", reason, engine_id))
+        self._effects.append(Transition(model.spec.alias, ModelState.OFF, reason, engine_id))
 
     def _drain_all(self, model: Model, cause: StopCause, reason: str) -> None:
         for engine in tuple(model.engines):

@@ -5,7 +5,8 @@ The figures are the scheduler's; nothing is decided here. Pure functions.
 
 from __future__ import annotations
 
-from router.scheduling.residency import Departure, EngineState, Hold, Model
+from router.scheduling.messages import EngineState
+from router.scheduling.residency import Departure, Hold, Model
 
 
 def why(model: Model, now: float, *, slotless: bool = False) -> str:

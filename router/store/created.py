@@ -17,10 +17,10 @@ from typing import Any, Literal
 import msgspec
 
 from router.config.schema import AliasConfig
+from router.config.source import Source
 from router.formats.ollama_options import BadOption, request_parameters
 from router.store.blobs import Blobs
 
-SOURCE = "created"
 """Where such models come from, in lists."""
 FILE = "created"
 """Its name, to `State.file`."""
@@ -147,7 +147,7 @@ def _model_entry(made: Created, folder: Path, base: Mapping[str, Any]) -> dict[s
 
 def alias(name: str, made: Created, model: str, base: AliasConfig | None) -> AliasConfig:
     """What requests under its name are changed to. `base` is the alias that it was made from, if it was one."""
-    named = replace(base or AliasConfig(name, model), alias=name, uses=model, source=SOURCE)
+    named = replace(base or AliasConfig(name, model), alias=name, uses=model, source=Source.CREATED)
     settled = {*named.forced, *named.removed}
     own = request_parameters(made.parameters)
     defaults = {key: value for key, value in {**named.defaults, **own}.items() if key not in settled}

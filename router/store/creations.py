@@ -12,6 +12,7 @@ import math
 from collections.abc import Awaitable, Callable, Mapping
 
 from router.config.schema import Config
+from router.config.source import Source
 from router.store import created
 from router.store.blobs import Blobs
 from router.store.created import Created
@@ -41,7 +42,7 @@ class Creations:
     def named(self, name: str, config: Config) -> Created | None:
         """How what is served under a name was created; None if it was not."""
         served = config.aliases.get(name) or config.models.get(name)
-        return self.records.get(name) if served is not None and served.source == created.SOURCE else None
+        return self.records.get(name) if served is not None and served.source == Source.CREATED else None
 
     async def put(self, name: str, made: Created) -> None:
         """Add it, or put it in the place of what was created under that name before. Raises OSError."""

@@ -36,6 +36,7 @@ from router.scheduling.messages import (
     EngineLost,
     EngineMeasured,
     EngineReady,
+    EngineState,
     Event,
     Finished,
     Grant,
@@ -61,7 +62,6 @@ from router.scheduling.messages import (
     Transition,
 )
 from router.scheduling.queue import Priority
-from router.scheduling.residency import EngineState
 from router.scheduling.scheduler import Scheduler
 from router.system.devices import HOST
 

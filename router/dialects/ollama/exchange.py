@@ -19,6 +19,7 @@ from router.dialects.ollama.answers import Translation
 from router.dialects.ollama.requests import Asked, translate
 from router.http.errors import ApiError
 from router.http.routes import ROUTES
+from router.observe.events import Outcome
 
 _log = logging.getLogger("router")
 
@@ -93,7 +94,7 @@ class OllamaExchange(Exchange):
         """With a document, also to who would take a stream: so does Ollama."""
         self._status = 200
         self._answer.whole(200, DOCUMENT + self._id_line + self._lines, self._translation.loaded(reason))
-        self._end("served")
+        self._end(Outcome.SERVED)
 
     # --- the queue --------------------------------------------------------------------------------------
 

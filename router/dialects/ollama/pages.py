@@ -32,6 +32,7 @@ from router.http.documents import Document
 from router.http.errors import ApiError
 from router.http.pages import Page, Right, needs
 from router.runtime.dispatcher import Dispatcher
+from router.scheduling.messages import ModelState
 from router.scheduling.residency import total
 from router.store.created import Created
 from router.store.creations import Creations
@@ -92,7 +93,7 @@ async def running(request: Request) -> dict[str, Any]:
     dispatcher: Dispatcher = request.app.state.dispatcher
     state = dispatcher.scheduler.state
     models = dispatcher.config.models
-    loaded = [model for alias, model in models.items() if state(alias) in ("ready", "draining")]
+    loaded = [model for alias, model in models.items() if state(alias) in (ModelState.READY, ModelState.DRAINING)]
     states = [_residency(dispatcher, model.alias) for model in loaded]
     entries = await _listed([_known(model.alias, request) for model in loaded], request)
     entries = [{**entry, **state} for entry, state in zip(entries, states, strict=True)]
