@@ -31,7 +31,6 @@ from typing import Protocol
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from router.scheduling.messages import (
-    ByPriority,
     Configured,
     Effect,
     EngineExited,
@@ -43,7 +42,6 @@ from router.scheduling.messages import (
     Inspected,
     MemoryChanged,
     ModelSpec,
-    Policy,
     Reject,
     StartEngine,
     StopCause,
@@ -51,6 +49,7 @@ from router.scheduling.messages import (
     Submit,
     Tick,
 )
+from router.scheduling.policy import ByPriority, Policy
 from router.scheduling.queue import Priority
 from router.scheduling.scheduler import Scheduler
 from router.system.devices import Device

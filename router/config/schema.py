@@ -27,6 +27,7 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from router.config.names import LONGEST
 from router.engines.llamacpp.flags import Purpose
+from router.scheduling.policy import CONSTANTS, DEFAULTS
 from router.scheduling.queue import PriorityName
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -208,6 +209,12 @@ class Api(Section):
     )
 
 
+def _of_policy(name: str, **more: Any) -> Any:
+    """The field of a constant of the policy, which has its default and its meaning from there."""
+    default = {} if "default_factory" in more else {"default": getattr(DEFAULTS, name)}
+    return Field(description=CONSTANTS[name].words, **default, **more)
+
+
 class System(Section):
     """The machine: engines, the memory they may use, and how long anything may take."""
 
@@ -222,9 +229,7 @@ class System(Section):
         description="Folder that a relative model_path starts from; itself relative to the folder of the "
         "configuration file. The variable BASE_MODELS_PATH wins (relative to the working directory).",
     )
-    max_concurrent_models: int = Field(
-        default=3, ge=1, le=_MOST, description="Engines resident at once, whatever memory allows."
-    )
+    max_concurrent_models: int = _of_policy("max_concurrent_models", ge=1, le=_MOST)
     models_dirs: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         default=(),
         description="Folders whose GGUF files are served, each under its file's name; relative ones start from "
@@ -258,8 +263,8 @@ class System(Section):
     )
     preload_delay_sec: Seconds = Field(default=5, description="Pause between two preloads.")
     enable_idle_timeout: bool = Field(default=True, description="Unload models that nobody uses.")
-    idle_timeout_sec: Seconds = Field(default=300, description="Idle time before a model is unloaded; 0: never.")
-    keep_warm_models: Count = Field(default=2, description="The last used models, which idle unload spares.")
+    idle_timeout_sec: Seconds = _of_policy("idle_timeout_sec")
+    keep_warm_models: Count = _of_policy("keep_warm_models")
     request_timeout_sec: PositiveSeconds = Field(
         default=120,
         description="Longest silence of an engine that has a request and does not answer probes either, and of a "
@@ -271,19 +276,10 @@ class System(Section):
         description="Longest silence of an engine that has a request, also while it answers probes; then 504. "
         "null: as long as it computes.",
     )
-    queue_timeout_sec: PositiveSeconds = Field(default=300, description="Longest wait in the queue.")
-    max_queue_size_per_model: PositiveCount = Field(
-        default=500,
-        description="Requests that may wait for one model; beyond, those of the lowest priority that came last "
-        "are refused with 429.",
-    )
-    max_queue_size_total: PositiveCount = Field(
-        default=10_000, description="Requests that may wait for all models together; beyond, the same."
-    )
-    max_request_retries: Count = Field(
-        default=1,
-        description="How often a request goes back to its queue when its engine dies before the first byte.",
-    )
+    queue_timeout_sec: PositiveSeconds = _of_policy("queue_timeout_sec")
+    max_queue_size_per_model: PositiveCount = _of_policy("max_queue_size_per_model")
+    max_queue_size_total: PositiveCount = _of_policy("max_queue_size_total")
+    max_request_retries: Count = _of_policy("max_request_retries")
     default_parallel: PositiveCount = Field(
         default=1, description="Slots (requests served at once) of a model whose flags name no --parallel."
     )
@@ -325,18 +321,10 @@ class System(Section):
     load_stall_sec: PositiveSeconds = Field(
         default=60, description="A load without any progress for this long fails."
     )
-    model_load_max_retries: Count = Field(
-        default=2, description="Further tries after a failed load, then the model failed."
-    )
-    model_max_crashes: PositiveCount = Field(
-        default=5,
-        description="A model whose engine dies this often within model_crash_window_sec failed, even if it "
-        "serves requests in between.",
-    )
-    model_crash_window_sec: PositiveSeconds = Field(default=300, description="See model_max_crashes.")
-    model_load_cooldown_sec: Seconds = Field(
-        default=300, description="A failed model is tried again after this long, or after a reset."
-    )
+    model_load_max_retries: Count = _of_policy("model_load_max_retries")
+    model_max_crashes: PositiveCount = _of_policy("model_max_crashes")
+    model_crash_window_sec: PositiveSeconds = _of_policy("model_crash_window_sec")
+    model_load_cooldown_sec: Seconds = _of_policy("model_load_cooldown_sec")
     health_check_interval_sec: PositiveSeconds = Field(
         default=30,
         description="Pause between two looks at a ready engine; three without an answer, and it is killed.",
@@ -352,11 +340,7 @@ class System(Section):
         "those of 2026, has 0.3 s at most: it has nothing to lose.",
     )
     shutdown_grace_sec: Seconds = Field(default=30, description="For requests in flight at shutdown.")
-    max_drain_sec: PositiveSeconds | None = Field(
-        default=None,
-        description="Longest time that a model which has to make room may take for its requests in flight; "
-        "they are then cut off. null: they are never cut off.",
-    )
+    max_drain_sec: PositiveSeconds | None = _of_policy("max_drain_sec")
     http_max_connections: PositiveCount = Field(default=200, description="Connections to one engine.")
     http_max_keepalive: Count = Field(default=100, description="Idle connections kept open to one engine.")
     state_dir: str | None = Field(
@@ -422,59 +406,37 @@ class System(Section):
 class Patience(Section):
     """Seconds by which a request of each priority may be overtaken."""
 
-    high: Seconds = Field(default=0, description="For X-Request-Priority: high (1).")
-    normal: Seconds = Field(default=15, description="For X-Request-Priority: normal (2), the default.")
-    low: Seconds = Field(default=120, description="For X-Request-Priority: low (3).")
+    high: Seconds = Field(default=DEFAULTS.patience_sec.high, description="For X-Request-Priority: high (1).")
+    normal: Seconds = Field(
+        default=DEFAULTS.patience_sec.normal, description="For X-Request-Priority: normal (2), the default."
+    )
+    low: Seconds = Field(default=DEFAULTS.patience_sec.low, description="For X-Request-Priority: low (3).")
 
 
 class MaxWait(Section):
     """Seconds after which a waiting request lets a busy model drain."""
 
-    high: Seconds = Field(default=0, description="For high priority.")
-    normal: Seconds = Field(default=30, description="For normal priority.")
-    low: Seconds = Field(default=300, description="For low priority.")
+    high: Seconds = Field(default=DEFAULTS.max_wait_sec.high, description="For high priority.")
+    normal: Seconds = Field(default=DEFAULTS.max_wait_sec.normal, description="For normal priority.")
+    low: Seconds = Field(default=DEFAULTS.max_wait_sec.low, description="For low priority.")
 
 
 class WaitFactor(Section):
     """The same bound, in multiples of what the swap costs."""
 
-    high: Factor = Field(default=0, description="For high priority.")
-    normal: Factor = Field(default=4, description="For normal priority.")
-    low: Factor = Field(default=20, description="For low priority.")
+    high: Factor = Field(default=DEFAULTS.wait_factor.high, description="For high priority.")
+    normal: Factor = Field(default=DEFAULTS.wait_factor.normal, description="For normal priority.")
+    low: Factor = Field(default=DEFAULTS.wait_factor.low, description="For low priority.")
 
 
 class Scheduling(Section):
     """The trade between throughput and waiting when not every model fits into memory."""
 
-    patience_sec: Patience = Field(
-        default_factory=Patience,
-        description="Requests are served by arrival + patience, earliest first. So high goes before normal "
-        "before low, but a low request overtakes a high one that came patience.low - patience.high later. A "
-        "smaller difference is fairer to low; a larger one is kinder to high.",
-    )
-    max_wait_sec: MaxWait = Field(
-        default_factory=MaxWait,
-        description="A busy model is drained to make room once the waiting request has waited for the "
-        "smaller of this and wait_factor x the cost of the swap. Smaller: shorter waits, more time lost to "
-        "loading.",
-    )
-    wait_factor: WaitFactor = Field(
-        default_factory=WaitFactor,
-        description="See max_wait_sec: makes cheap swaps rotate quickly and dear ones rarely. 0 waits for "
-        "nothing but residency_factor.",
-    )
-    residency_factor: Factor = Field(
-        default=4,
-        description="A busy model is drained only after it was there for this many times the load times of "
-        "both models together, so that at most 1 / (1 + factor) of the time is lost to swapping. Larger: "
-        "more throughput, longer waits.",
-    )
-    max_linger_sec: Seconds = Field(
-        default=30,
-        description="A model that fell idle a moment ago is spared for a short while, because agents and "
-        "batch jobs send their next request right after the last answer. The time follows the think times "
-        "seen and is never longer than this; 0 turns it off. Larger: fewer swaps, longer waits for others.",
-    )
+    patience_sec: Patience = _of_policy("patience_sec", default_factory=Patience)
+    max_wait_sec: MaxWait = _of_policy("max_wait_sec", default_factory=MaxWait)
+    wait_factor: WaitFactor = _of_policy("wait_factor", default_factory=WaitFactor)
+    residency_factor: Factor = _of_policy("residency_factor")
+    max_linger_sec: Seconds = _of_policy("max_linger_sec")
 
 
 class Params(Section):

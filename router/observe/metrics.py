@@ -35,6 +35,7 @@ from router.observe.prometheus import Counter, CounterCell, Family, Gauges, Hist
 from router.observe.usage import Usage
 from router.runtime.dispatcher import Dispatcher
 from router.scheduling.messages import ModelState, Refusal
+from router.scheduling.policy import CONSTANTS, ByPriority
 from router.scheduling.queue import NAMES, Priority
 from router.scheduling.residency import Engine, Model
 from router.system.readings import Reading
@@ -559,22 +560,17 @@ def _summed(figures: Iterable[tuple[K, int]]) -> dict[K, int]:
 
 def _scheduler_gauges(dispatcher: Dispatcher) -> Iterator[Gauges]:
     policy = dispatcher.scheduler.policy
-    for name, text, figures in (
-        ("router_scheduler_patience_seconds", "By how much it may be overtaken", policy.patience_sec),
-        ("router_scheduler_max_wait_seconds", "Wait after which a busy model drains", policy.max_wait_sec),
-        ("router_scheduler_wait_factor", "The same in multiples of a swap's cost", policy.wait_factor),
-    ):
-        gauges = Gauges(name, text, "priority")
+    for name, constant in CONSTANTS.items():
+        if constant.metric is None:
+            continue
+        figures = getattr(policy, name)
+        if not isinstance(figures, ByPriority):
+            yield _single(*constant.metric, figures)
+            continue
+        gauges = Gauges(*constant.metric, "priority")
         for priority in Priority:
             gauges.set(figures[priority], NAMES[priority])
         yield gauges
-    yield _single(
-        "router_scheduler_residency_factor",
-        "Quantum of a busy model, in multiples of a swap's cost",
-        policy.residency_factor,
-    )
-    yield _single("router_queue_limit", "Requests that may wait for one model", policy.max_queue_size_per_model)
-    yield _single("router_queue_timeout_seconds", "Longest wait in the queue", policy.queue_timeout_sec)
     yield _single("router_models_limit", "Engines that may be resident", policy.places)
 
 

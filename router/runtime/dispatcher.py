@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from router.config.schema import Config, MaxWait, ModelConfig, Patience, WaitFactor
+from router.config.schema import Config, MaxWait, ModelConfig, Patience, Scheduling, WaitFactor
 from router.engines.base import EngineBackend, Facts, Launch
 from router.engines.launcher import LAST_PORT
 from router.engines.log_ring import LogRing
@@ -44,7 +44,6 @@ from router.observe.events import (
 from router.observe.reasons import Problem, Reason, Reasons
 from router.runtime.background import Background
 from router.scheduling.messages import (
-    ByPriority,
     Configured,
     Displace,
     Effect,
@@ -62,7 +61,6 @@ from router.scheduling.messages import (
     Load,
     ModelSpec,
     ModelState,
-    Policy,
     Probe,
     Refusal,
     Reject,
@@ -77,6 +75,7 @@ from router.scheduling.messages import (
     Tick,
     Transition,
 )
+from router.scheduling.policy import CONSTANTS, ByPriority, Policy
 from router.scheduling.queue import Priority, Request
 from router.scheduling.residency import Model
 from router.scheduling.scheduler import Scheduler
@@ -735,7 +734,7 @@ class Dispatcher:
                 _log.warning("%s", problem)
 
     def _configure(self) -> None:
-        self._post(Configured(time.monotonic(), self._specs(), _policy(self.config)))
+        self._post(Configured(time.monotonic(), self._specs(), policy_of(self.config)))
         self._accountant.configure(self.config.system)
         self._spawn(self._tell_what_is_odd(), "look at what is configured of models")
 
@@ -781,30 +780,18 @@ def _exit_of(running: RunningEngine | None, reason: str, wanted: bool) -> LastEx
     return LastExit(reason, time.time(), wanted, handle.exit_code, handle.out_of_memory, tail)
 
 
-def _policy(config: Config) -> Policy:
+def policy_of(config: Config) -> Policy:
     system, scheduling = config.system, config.scheduling
+    figures = {
+        name: _figure(getattr(scheduling if name in Scheduling.model_fields else system, name))
+        for name in CONSTANTS
+    }
     unload = system.enable_idle_timeout and system.idle_timeout_sec > 0
-    return Policy(
-        patience_sec=_by_priority(scheduling.patience_sec),
-        max_wait_sec=_by_priority(scheduling.max_wait_sec),
-        wait_factor=_by_priority(scheduling.wait_factor),
-        residency_factor=scheduling.residency_factor,
-        max_linger_sec=scheduling.max_linger_sec,
-        max_concurrent_models=system.max_concurrent_models,
-        ports=LAST_PORT + 1 - system.base_port,
-        max_queue_size_per_model=system.max_queue_size_per_model,
-        max_queue_size_total=system.max_queue_size_total,
-        queue_timeout_sec=system.queue_timeout_sec,
-        idle_timeout_sec=system.idle_timeout_sec if unload else None,
-        keep_warm_models=system.keep_warm_models,
-        max_drain_sec=system.max_drain_sec,
-        model_load_max_retries=system.model_load_max_retries,
-        model_max_crashes=system.model_max_crashes,
-        model_crash_window_sec=system.model_crash_window_sec,
-        model_load_cooldown_sec=system.model_load_cooldown_sec,
-        max_request_retries=system.max_request_retries,
-    )
+    figures["idle_timeout_sec"] = system.idle_timeout_sec if unload else None
+    return Policy(**figures, ports=LAST_PORT + 1 - system.base_port)
 
 
-def _by_priority(figures: Patience | MaxWait | WaitFactor) -> ByPriority:
-    return ByPriority(figures.high, figures.normal, figures.low)
+def _figure(configured: Any) -> Any:
+    if isinstance(configured, Patience | MaxWait | WaitFactor):
+        return ByPriority(configured.high, configured.normal, configured.low)
+    return configured

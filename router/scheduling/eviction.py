@@ -25,7 +25,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from router.scheduling.messages import EngineState, Inspected, Placement, Policy
+from router.scheduling.messages import EngineState, Inspected, Placement
+from router.scheduling.policy import Policy
 from router.scheduling.queue import Priority
 from router.scheduling.residency import (
     ENGINES,

@@ -1,4 +1,4 @@
-"""What the scheduler is told (events), what it answers (effects), and what it goes by (policy, models).
+"""What the scheduler is told (events), what it answers (effects), and which models there are.
 
 All immutable. Times are seconds on one monotonic clock, memory is MiB. Nothing here decides anything.
 What every request needs is a msgspec struct, which is made in a third of the time that a frozen dataclass takes.
@@ -11,71 +11,13 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from router.scheduling.policy import Policy
 from router.scheduling.queue import Priority
 from router.system.devices import Device
 from router.system.words import Word
 
 Placement = Mapping[Device, int]
 """Where a model may live, and the MiB that it takes there."""
-
-
-@dataclass(frozen=True, slots=True)
-class ByPriority:
-    """One figure per priority class."""
-
-    high: float
-    normal: float
-    low: float
-
-    def __getitem__(self, priority: Priority) -> float:
-        return (self.high, self.normal, self.low)[priority - 1]
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """The constants of the policy. `residency_factor`, `max_wait_sec` and `wait_factor` are the trade
-    between throughput and waiting: at most 1/(1 + residency_factor) of the time goes to swapping."""
-
-    patience_sec: ByPriority = ByPriority(0, 15, 120)
-    max_wait_sec: ByPriority = ByPriority(0, 30, 300)
-    wait_factor: ByPriority = ByPriority(0, 4, 20)
-    residency_factor: float = 4
-    max_linger_sec: float = 30
-    max_concurrent_models: int = 3
-    ports: int = 65_536
-    """How many there are for engines, from `base_port` on."""
-    max_queue_size_per_model: int = 500
-    max_queue_size_total: int = 10_000
-    queue_timeout_sec: float = 300
-    idle_timeout_sec: float | None = 300
-    keep_warm_models: int = 2
-    max_drain_sec: float | None = None
-    model_load_max_retries: int = 2
-    model_max_crashes: int = 5
-    model_crash_window_sec: float = 300
-    model_load_cooldown_sec: float = 300
-    max_request_retries: int = 1
-    backoff_sec: float = 1
-    max_backoff_sec: float = 60
-    free_port_races: int = 3
-    """Ports lost to other programs, in a row, before a pause of `backoff_sec` comes after each."""
-    most_port_races: int = 20
-    """More are no bad luck, and count like other loads that fail."""
-    abandoned_load_grace_sec: float = 5
-    inspection_valid_sec: float = 10
-    others_patience_sec: float = 10
-    """How long a model waits for memory that others than our engines hold, before it is refused."""
-
-    @property
-    def places(self) -> int:
-        """How many engines there may be at once, whatever memory allows."""
-        return min(self.max_concurrent_models, self.ports)
-
-    @property
-    def places_in_words(self) -> str:
-        if self.ports < self.max_concurrent_models:
-            return f"base_port leaves {self.ports} port{'s' if self.ports > 1 else ''} for engines"
-        return f"max_concurrent_models is {self.max_concurrent_models}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from router.scheduling.messages import EngineState, Inspected, ModelSpec, Placement, Policy, StopCause
+from router.scheduling.messages import EngineState, Inspected, ModelSpec, Placement, StopCause
+from router.scheduling.policy import Policy
 from router.scheduling.queue import Priority, PriorityQueue, Request
 from router.system.devices import Device
 from router.system.words import Word

@@ -40,7 +40,6 @@ from router.scheduling.messages import (
     ModelSpec,
     ModelState,
     Placement,
-    Policy,
     Probe,
     Refusal,
     Reject,
@@ -53,6 +52,7 @@ from router.scheduling.messages import (
     Tick,
     Transition,
 )
+from router.scheduling.policy import Policy
 from router.scheduling.queue import Priority, Request
 from router.scheduling.residency import ENGINES, Engine, Model, Swap, Why, claim, shortage, take
 from router.scheduling.wait_estimate import Forecast, forecast

@@ -15,7 +15,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from router.scheduling.eviction import due_at, sufficient
-from router.scheduling.messages import EngineState, Placement, Policy
+from router.scheduling.messages import EngineState, Placement
+from router.scheduling.policy import Policy
 from router.scheduling.queue import Priority, Request
 from router.scheduling.residency import Model, Swap, claim, shortage, take
 from router.system.devices import Device

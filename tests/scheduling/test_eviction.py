@@ -13,7 +13,8 @@ import pytest
 from gpus import GPU0, GPU1
 
 from router.scheduling.eviction import Fits, MakeRoom, NeverFits, Room, Wait, cheapest_victims, decide
-from router.scheduling.messages import EngineState, Inspected, ModelSpec, Placement, Policy
+from router.scheduling.messages import EngineState, Inspected, ModelSpec, Placement
+from router.scheduling.policy import Policy
 from router.scheduling.queue import Priority, Request
 from router.scheduling.residency import ENGINES, Engine, Hold, Model, take
 from router.system.devices import HOST, Device

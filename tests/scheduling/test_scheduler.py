@@ -14,7 +14,6 @@ from gpus import GPU0, GPU1
 
 from router.scheduling.eviction import Room, Verdict, decide
 from router.scheduling.messages import (
-    ByPriority,
     Configured,
     Displace,
     Effect,
@@ -33,7 +32,6 @@ from router.scheduling.messages import (
     Load,
     MemoryChanged,
     ModelSpec,
-    Policy,
     Probe,
     Refusal,
     Reject,
@@ -48,6 +46,7 @@ from router.scheduling.messages import (
     Tick,
     Transition,
 )
+from router.scheduling.policy import ByPriority, Policy
 from router.scheduling.queue import Priority, Request
 from router.scheduling.residency import ENGINES, Model, since_it_changed
 from router.scheduling.scheduler import Scheduler

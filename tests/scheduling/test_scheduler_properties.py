@@ -26,7 +26,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from router.scheduling.messages import (
-    ByPriority,
     Configured,
     Displace,
     Effect,
@@ -47,7 +46,6 @@ from router.scheduling.messages import (
     MemoryChanged,
     ModelSpec,
     Placement,
-    Policy,
     Probe,
     Refusal,
     Reject,
@@ -61,6 +59,7 @@ from router.scheduling.messages import (
     Tick,
     Transition,
 )
+from router.scheduling.policy import ByPriority, Policy
 from router.scheduling.queue import Priority
 from router.scheduling.scheduler import Scheduler
 from router.system.devices import HOST

@@ -11,7 +11,8 @@ from conftest import Router, Start, eventually, fake, models
 from gpus import GPU0
 from test_scheduler import LOW, NORMAL, Machine
 
-from router.scheduling.messages import Eject, EngineExited, EngineLost, ModelSpec, Policy
+from router.scheduling.messages import Eject, EngineExited, EngineLost, ModelSpec
+from router.scheduling.policy import Policy
 from router.scheduling.wait_reason import why
 
 
