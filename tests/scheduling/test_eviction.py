@@ -178,6 +178,12 @@ STORIES = [
         Candidate((on(4),)),
         "b goes",
     ),
+    (
+        "one that is idle, though one at work would be back sooner",
+        Machine((Resident("at work", on(6), idle_sec=None, load_sec=1), Resident("idle", on(4), load_sec=80))),
+        Candidate((on(4),), waits_sec=BOUND_SEC),
+        "idle goes",
+    ),
     ("one that is pinned stays", Machine((replace(IDLE, pinned=True),)), Candidate((on(4),)), "fits on gpu0"),
     (
         "not who is pinned, though it is idle and the other at work",
