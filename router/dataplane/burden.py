@@ -1,6 +1,6 @@
 """What a body takes in the engine that reads it, beyond its own size: objects are made of all of its values.
 
-Measured with llama-server (builds 10434 and 11434): up to a hundred bytes for a number, three hundred more for a
+Measured with llama-server (build 11434): up to a hundred bytes for a number, three hundred more for a
 text, a list or an object, and seven thousand for each of many prompts, which are requests of their own to it. It
 keeps much of that.
 """
