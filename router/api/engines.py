@@ -15,8 +15,8 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from router import __version__
+from router.catalog.lookup import model_of, named_by_nobody
 from router.config.names import meant
-from router.dataplane.routing import model_of, named_by_nobody
 from router.engines import questions
 from router.engines.llamacpp.capability import error_of_engine
 from router.engines.llamacpp.redaction import for_clients

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request
 
 from router.api.models import to_load
 from router.api.openai import all_cards
-from router.dataplane.routing import model_of
+from router.catalog.lookup import model_of
 from router.dialects.ollama.pages import NAMES_A_MODEL, read_body
 from router.http.documents import Document
 from router.http.errors import ApiError

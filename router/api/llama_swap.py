@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, RedirectRespons
 from router.api.monitoring import log_named
 from router.api.openai import further_names
 from router.api.streams import EventStream, Feed, frame
-from router.dataplane.routing import model_of
+from router.catalog.lookup import model_of
 from router.engines.log_ring import LogRing
 from router.http.errors import ApiError
 from router.http.pages import Page, Right, needs

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from router.api.models import memory
-from router.dataplane.routing import model_of
+from router.catalog.lookup import model_of
 from router.http.auth import sees_all
 from router.http.pages import Page, Right, needs
 from router.memory.ledger import Account, Line

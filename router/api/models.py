@@ -11,9 +11,9 @@ from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse
 
 from router.api.openai import show_model
+from router.catalog.lookup import model_of
 from router.config.problems import ConfigError
 from router.config.schema import ModelConfig
-from router.dataplane.routing import model_of
 from router.engines.llamacpp.flags import Flags
 from router.engines.running import RunningEngine
 from router.http.auth import sees_all

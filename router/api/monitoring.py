@@ -13,8 +13,8 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from router.api.engines import ERRORS, ModelQuery, said_by_engine
 from router.api.streams import EventStream
+from router.catalog.lookup import model_of
 from router.config.names import meant
-from router.dataplane.routing import model_of
 from router.engines.log_ring import LogRing
 from router.engines.process import signal_name
 from router.hardware.devices import Devices

@@ -16,10 +16,10 @@ from starlette.responses import JSONResponse, Response
 
 from router.api.models import LoadRequest, load_model
 from router.api.streams import EventStream
+from router.catalog.lookup import check_name
 from router.config.names import candidates, same_name, some_of
 from router.config.schema import Config
 from router.config.source import Source
-from router.dataplane.routing import check_name
 from router.http.errors import ApiError
 from router.http.pages import Page, Right, needs
 from router.observe.events import ServerState

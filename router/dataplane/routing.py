@@ -6,24 +6,19 @@ Only `model` and `stream` are picked out of a body, which is never built into ob
 
 from __future__ import annotations
 
-import os
 import re
-import shlex
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import msgspec
 
-from router.config.names import LONGEST, meant, some_of
-from router.config.schema import AliasConfig, Config, ModelConfig
+from router.catalog.lookup import check_name, known_as, named_by_nobody
+from router.config.schema import AliasConfig, Config
 from router.dataplane.forms import is_form, text_fields
-from router.dataplane.near_names import near
 from router.dataplane.shortening import MOST_VALUES, Shortened, Text, TooManyValues
 from router.http.auth import Client
 from router.http.errors import ApiError
-from router.scheduling.messages import Refusal
 from router.scheduling.queue import BY_NAME, NAMES, Priority
-from router.store.repository import BadReference, NotAllowed, permitted
 
 _PRIORITIES = {
     **{name.encode(): priority for priority, name in NAMES.items()},
@@ -149,65 +144,12 @@ def wish_of(
     return Wish(known.alias, streams, priority, asked_as if asked_as is not None and asked_as.rewrites else None)
 
 
-def check_name(name: str) -> None:
-    """Before it is looked for. Raises ApiError 400."""
-    if len(name) > LONGEST:
-        said = f"this one, which begins {name[:40]!r}, has more"
-        message = f"The name of a model has at most {LONGEST} characters; {said}."
-        raise ApiError(400, "invalid_model", message, "model")
-
-
 def priority_of(headers: Mapping[bytes, bytes], client: Client | None) -> Priority:
     """Of a request whose body, which names its model, is still to come: as far as its head and its key tell."""
     wanted = _PRIORITIES.get(headers.get(b"x-request-priority", b"").strip().lower())
     if client is None:
         return wanted or Priority.NORMAL
     return max(wanted or BY_NAME[client.priority or "normal"], client.highest)
-
-
-def named_by_nobody(config: Config) -> str:
-    """What a request means that names no model. Raises ApiError 400."""
-    if config.default_model is None:
-        raise ApiError(400, "model_required", f"Name a `model`: {some_of(config.names)}.", "model")
-    return config.default_model
-
-
-def model_of(name: str, config: Config) -> ModelConfig:
-    """The model that a client means. Raises ApiError 404 naming what is there."""
-    return config.model_of(known_as(name, config))
-
-
-def known_as(name: str, config: Config) -> str:
-    """What is called here as a client calls it: a model or an alias. Raises ApiError 404 naming what is there, and
-    400."""
-    check_name(name)
-    known = meant(name, config)
-    if known is None:
-        raise ApiError(404, Refusal.MODEL_NOT_FOUND.value, _unknown_model(name, config), "model")
-    return known
-
-
-def _unknown_model(name: str, config: Config) -> str:
-    """In the words that Ollama's clients look for, with what to do about it."""
-    if (lost := meant(name, config.lost)) is not None:
-        advice = f"That name stands for {config.lost[lost]!r}, which is not here any more."
-    elif not config.names:
-        advice = "There is none yet: pull one, or put GGUF files where the router looks for them."
-    elif close := near(name, config.names):
-        advice = f"Did you mean {some_of(close)}?"
-    else:
-        advice = f"There are: {some_of(config.names)}."
-    return f"model {name!r} not found. {advice}{_how_to_pull(name, config)}"
-
-
-def _how_to_pull(name: str, config: Config) -> str:
-    """Of a name that may be one on the hub; nobody asks there."""
-    try:
-        permitted(name, config.system.allowed_models, os.environ)
-    except (BadReference, NotAllowed):
-        return ""
-    command = shlex.join(["llama-router", "pull", *(["--"] if name.startswith("-") else []), name])
-    return f" To pull it from the Hugging Face hub: POST /pull, or `{command}`."
 
 
 def _priority(wanted: bytes) -> Priority:

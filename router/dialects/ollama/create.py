@@ -19,9 +19,9 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from router.catalog.cards import card_of, template_of
+from router.catalog.lookup import known_as
 from router.config.names import same_name, untagged
 from router.config.schema import Config, ModelConfig
-from router.dataplane.routing import known_as
 from router.dialects.ollama.pages import read_body
 from router.engines.llamacpp.flags import as_started
 from router.formats.gguf import GGUF

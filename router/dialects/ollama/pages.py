@@ -19,9 +19,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from router.api import pulls
 from router.catalog.cards import Card, Cards, as_it_runs, card_of, header_of, template_of
+from router.catalog.lookup import known_as
 from router.config.names import listed_name
 from router.config.schema import AliasConfig, Config, ModelConfig
-from router.dataplane.routing import known_as
 from router.engines.base import Facts
 from router.engines.llamacpp.flags import FlagError, as_started
 from router.formats import gguf

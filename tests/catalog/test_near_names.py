@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 
-from router.dataplane.near_names import near
+from router.catalog.near_names import near
 
 MANY = [
     f"{user}/{family}-{size}{kind}-GGUF:{quant}"

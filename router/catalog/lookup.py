@@ -1,0 +1,66 @@
+"""Which model a client means by a name, and what it is told when there is none."""
+
+from __future__ import annotations
+
+import os
+import shlex
+
+from router.catalog.near_names import near
+from router.config.names import LONGEST, meant, some_of
+from router.config.schema import Config, ModelConfig
+from router.http.errors import ApiError
+from router.scheduling.messages import Refusal
+from router.store.repository import BadReference, NotAllowed, permitted
+
+
+def check_name(name: str) -> None:
+    """Before it is looked for. Raises ApiError 400."""
+    if len(name) > LONGEST:
+        said = f"this one, which begins {name[:40]!r}, has more"
+        message = f"The name of a model has at most {LONGEST} characters; {said}."
+        raise ApiError(400, "invalid_model", message, "model")
+
+
+def named_by_nobody(config: Config) -> str:
+    """What a request means that names no model. Raises ApiError 400."""
+    if config.default_model is None:
+        raise ApiError(400, "model_required", f"Name a `model`: {some_of(config.names)}.", "model")
+    return config.default_model
+
+
+def model_of(name: str, config: Config) -> ModelConfig:
+    """The model that a client means. Raises ApiError 404 naming what is there."""
+    return config.model_of(known_as(name, config))
+
+
+def known_as(name: str, config: Config) -> str:
+    """What is called here as a client calls it: a model or an alias. Raises ApiError 404 naming what is there, and
+    400."""
+    check_name(name)
+    known = meant(name, config)
+    if known is None:
+        raise ApiError(404, Refusal.MODEL_NOT_FOUND.value, _unknown_model(name, config), "model")
+    return known
+
+
+def _unknown_model(name: str, config: Config) -> str:
+    """In the words that Ollama's clients look for, with what to do about it."""
+    if (lost := meant(name, config.lost)) is not None:
+        advice = f"That name stands for {config.lost[lost]!r}, which is not here any more."
+    elif not config.names:
+        advice = "There is none yet: pull one, or put GGUF files where the router looks for them."
+    elif close := near(name, config.names):
+        advice = f"Did you mean {some_of(close)}?"
+    else:
+        advice = f"There are: {some_of(config.names)}."
+    return f"model {name!r} not found. {advice}{_how_to_pull(name, config)}"
+
+
+def _how_to_pull(name: str, config: Config) -> str:
+    """Of a name that may be one on the hub; nobody asks there."""
+    try:
+        permitted(name, config.system.allowed_models, os.environ)
+    except (BadReference, NotAllowed):
+        return ""
+    command = shlex.join(["llama-router", "pull", *(["--"] if name.startswith("-") else []), name])
+    return f" To pull it from the Hugging Face hub: POST /pull, or `{command}`."
