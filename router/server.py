@@ -23,6 +23,7 @@ import psutil
 
 from router.api.app import create_app
 from router.catalog.cards import Cards
+from router.catalog.library import Library
 from router.catalog.load import Load, Loaded
 from router.config.problems import CannotServe, ConfigError
 from router.config.schema import AliasConfig, Api, Config, ModelConfig, System
@@ -252,7 +253,8 @@ class _Service:
         downloads = Downloads(self.look_again)
         browsers = Browsers(self._loaded.config.api, self._keyring)
         cards = Cards()
-        app = create_app(self._dispatcher, self._keyring, browsers, self.reload, downloads, self._creations, cards)
+        library = Library(lambda: self._dispatcher.config, downloads, self._creations)
+        app = create_app(self._dispatcher, self._keyring, browsers, self.reload, library, cards)
         exchanges = Exchanges(self._dispatcher, self._keyring, browsers, cards, TRANSLATORS)
         protocols = partial(HttpProtocol, exchanges), partial(PagesProtocol, exchanges)
         most_clients = _most_clients(self._loaded.config.api)

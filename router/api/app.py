@@ -33,6 +33,7 @@ from router.api.live import Live
 from router.api.llama_swap import DONE_BY_GET
 from router.api.openapi import Description
 from router.catalog.cards import Cards
+from router.catalog.library import Library
 from router.dataplane.shortening import most_values
 from router.dialects.ollama import create as creating
 from router.dialects.ollama import pages as ollama
@@ -44,8 +45,6 @@ from router.http.routes import ROUTES
 from router.observe.metrics import Metrics
 from router.observe.statistics import Telemetry
 from router.runtime.dispatcher import Dispatcher
-from router.store.creations import Creations
-from router.store.downloads import Downloads
 
 _BLOBS = "/api/blobs/"
 Reload = Callable[[], Awaitable[dict[str, Any]]]
@@ -79,12 +78,11 @@ def create_app(
     keyring: Keyring,
     browsers: Browsers,
     reload: Reload,
-    downloads: Downloads,
-    creations: Creations,
+    library: Library,
     cards: Cards,
 ) -> ASGIApp:
     """Wire it up. The dispatcher is started and stopped by whoever runs the server."""
-    pages = _pages(dispatcher, keyring, reload, downloads, creations, cards)
+    pages = _pages(dispatcher, keyring, reload, library, cards)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         is_file = scope["path"].startswith(_BLOBS)  # which goes to the disk as it comes
@@ -130,8 +128,7 @@ def _pages(
     dispatcher: Dispatcher,
     keyring: Keyring,
     reload: Reload,
-    downloads: Downloads,
-    creations: Creations,
+    library: Library,
     cards: Cards,
 ) -> FastAPI:
     app = FastAPI(title="llama-router", version=__version__, openapi_url=None, docs_url=None, redoc_url=None)
@@ -148,8 +145,7 @@ def _pages(
     app.state.keyring = keyring
     app.state.dispatcher = dispatcher
     app.state.reload = reload
-    app.state.downloads = downloads
-    app.state.creations = creations
+    app.state.library = library
     app.state.cards = cards
     app.state.metrics = Metrics(dispatcher)
     app.state.live = Live(dispatcher)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 from collections.abc import AsyncIterator
 from datetime import datetime, timezone
 from typing import Any
@@ -16,18 +14,11 @@ from starlette.responses import JSONResponse, Response
 
 from router.api.models import LoadRequest, load_model
 from router.api.streams import EventStream
-from router.catalog.lookup import check_name
-from router.config.names import candidates, same_name, some_of
-from router.config.schema import Config
-from router.config.source import Source
+from router.catalog.library import Library
 from router.http.errors import ApiError
 from router.http.pages import Page, Right, needs
-from router.observe.events import ServerState
-from router.runtime.dispatcher import Dispatcher
-from router.store import created, pulled, repository
-from router.store.creations import Creations
-from router.store.discovery import is_alias
-from router.store.downloads import MOST_AT_ONCE, Downloads, Pull, TooManyPulls
+from router.store import repository
+from router.store.downloads import Downloads, Pull
 
 router = APIRouter(tags=["management"], route_class=Page)
 
@@ -76,59 +67,19 @@ class PullAndWait(BaseModel):
 @needs(Right.MANAGE)
 async def pull_model(body: PullRequest, request: Request) -> Response:
     """Begin to pull a model, or join the pull that does so already; 202 with how far it is."""
-    pull = begin(request, body.model, body.alias)
+    library: Library = request.app.state.library
+    pull = library.pull(body.model, body.alias)
     if body.stream:
         return _stream(pull)
     return JSONResponse(_shown(pull), 202, headers={"Location": f"/v1/models/pull/{pull.id}"})
-
-
-def begin(request: Request, model: str, alias: str | None, quantize: str | None = None) -> Pull:
-    """Raises ApiError."""
-    for name in (model, alias or ""):
-        check_name(name)
-    downloads: Downloads = request.app.state.downloads
-    dispatcher: Dispatcher = request.app.state.dispatcher
-    system = dispatcher.config.system
-    if dispatcher.status is ServerState.SHUTTING_DOWN:
-        raise ApiError(503, "shutting_down", "The router is shutting down.", retry_after_sec=5)
-    if alias is not None and not is_alias(alias):
-        message = f"{alias!r}: an alias is one or more printable characters without spaces."
-        raise ApiError(400, "invalid_alias", message, "alias")
-    try:
-        reference, listed_as = repository.permitted(model, system.allowed_models, os.environ)
-        if quantize is not None:
-            reference = repository.quantized(reference, quantize)
-        alias = alias or listed_as
-        taken = _taken(dispatcher.config, reference.repo)
-        if alias in taken:
-            message = f"{alias!r} is taken by a model of this name, from {taken[alias]}: choose another alias."
-            raise ApiError(409, "name_taken", message, "alias")
-        taken = {name: source for name, source in taken.items() if repository.is_of(reference.repo, name)}
-        return downloads.start(reference, alias, taken, system.q4_threshold_bytes)
-    except repository.BadReference as error:
-        raise ApiError(400, "invalid_reference", f"{error}.", "model") from None
-    except repository.NotAllowed as error:
-        raise ApiError(403, "model_not_allowed", f"{error}.", "model") from None
-    except TooManyPulls:
-        message = f"{MOST_AT_ONCE} pulls are running already; wait for one, or cancel it."
-        raise ApiError(429, "too_many_pulls", message, retry_after_sec=30) from None
-
-
-def _taken(config: Config, repo: str) -> dict[str, str]:
-    """Names under which what is pulled would not be what is served, with where that is from."""
-    return {
-        name: source
-        for name, source in config.sources.items()
-        if source != Source.PULLED
-        and not (source == Source.HF_CACHE and repository.is_of(repo, name))  # the same file
-    }
 
 
 @router.post("/pull")
 @needs(Right.MANAGE)
 async def pull_and_wait(body: PullAndWait, request: Request) -> dict[str, Any]:
     """Pull a model as `/v1/models/pull` does; answers when it is there, and with `init` when it is loaded."""
-    pull = begin(request, body.model, None, body.quantize)
+    library: Library = request.app.state.library
+    pull = library.pull(body.model, quantize=body.quantize)
     async for _ in pull.follow():
         pass
     progress = pull.progress
@@ -154,7 +105,7 @@ async def pull_and_wait(body: PullAndWait, request: Request) -> dict[str, Any]:
 @needs(Right.MANAGE)
 async def list_pulls(request: Request) -> dict[str, Any]:
     """The pulls that run, and the last ones that are over."""
-    downloads: Downloads = request.app.state.downloads
+    downloads: Downloads = request.app.state.library.downloads
     return {"pulls": [_shown(pull) for pull in downloads.pulls.values()]}
 
 
@@ -176,7 +127,7 @@ async def follow_pull(pull_id: str, request: Request) -> EventStream:
 @needs(Right.MANAGE)
 async def cancel_pull(pull_id: str, request: Request) -> dict[str, Any]:
     """Cancel a pull; the next one goes on with what has arrived."""
-    downloads: Downloads = request.app.state.downloads
+    downloads: Downloads = request.app.state.library.downloads
     pull = _known(request, pull_id)
     await downloads.cancel(pull)
     return _shown(pull)
@@ -189,57 +140,13 @@ async def remove_pulled(alias: str, request: Request) -> dict[str, Any]:
 
     A pulled one that something was created from stays, as does one that is being pulled.
     """
-    creations: Creations = request.app.state.creations
-    config: Config = request.app.state.dispatcher.config
-    alias = _removable(alias, creations, config)
-    cache = pulled.cache_folder(os.environ)
-    there = config.aliases.get(alias) or config.models.get(alias)
-    downloads: Downloads = request.app.state.downloads
-    for pull in downloads.pulls.values():
-        if not pull.over and pull.progress.alias == alias:
-            message = f"{alias!r} is being pulled: cancel that first (DELETE /v1/models/pull/{pull.id})."
-            raise ApiError(409, "model_in_use", message, "model")
-    try:
-        removed = await creations.remove(alias)
-        if removed is not None:
-            return {"status": "success", "model": alias, "freed_bytes": removed}
-        needed = created.made_from(creations.records, alias)
-        if needed and there is not None and there.source == Source.PULLED:
-            message = f"{some_of(needed)} was created from {alias!r}: remove that first."
-            raise ApiError(409, "model_in_use", message, "model")
-        if cache is None:
-            raise pulled.NotPulled(f"no model was pulled as {alias!r}")
-        freed = await asyncio.to_thread(pulled.remove, cache, alias)
-    except pulled.NotPulled as error:
-        reason = f"model {alias!r} not found: {error}"
-        if there is not None:
-            reason = f"{alias!r} was neither pulled nor created, but is from {there.source}"
-        raise ApiError(404, "model_not_found", f"{reason}.", "model") from None
-    except pulled.BeingPulled as error:
-        raise ApiError(409, "model_in_use", f"{error}.", "model") from None
-    except OSError as error:
-        raise ApiError(500, "disk_error", f"{alias!r} could not be removed: {error}.") from None
-    await downloads.look_again()
+    library: Library = request.app.state.library
+    alias, freed = await library.remove(alias)
     return {"status": "success", "model": alias, "freed_bytes": freed}
 
 
-def _removable(name: str, creations: Creations, config: Config) -> str:
-    """The alias of what is to be removed. Raises ApiError 404 and 409.
-
-    What was created is gone for good: it has to be called by its name, not by what may stand for that.
-    """
-    check_name(name)
-    alike = [same] if (same := same_name(name, creations.records)) else candidates(name, config)
-    if len(alike) > 1:
-        raise ApiError(409, "name_taken", f"{name!r} may be {some_of(alike)}: say which is to go.", "model")
-    alias = alike[0] if alike else name
-    if alias in creations.records and not same_name(name, (alias,)):
-        raise ApiError(404, "model_not_found", f"model {name!r} not found. Did you mean {alias!r}?", "model")
-    return alias
-
-
 def _known(request: Request, pull_id: str) -> Pull:
-    downloads: Downloads = request.app.state.downloads
+    downloads: Downloads = request.app.state.library.downloads
     if pull_id not in downloads.pulls:
         raise ApiError(404, "pull_not_found", f"There is no pull {pull_id!r}; GET /v1/models/pull lists them.")
     return downloads.pulls[pull_id]

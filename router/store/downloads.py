@@ -34,6 +34,10 @@ class TooManyPulls(Exception):
     """As many as may are running."""
 
 
+class NoMorePulls(Exception):
+    """The router is about to end."""
+
+
 class Pull:
     """One download, running or over."""
 
@@ -74,14 +78,17 @@ class Downloads:
     def __init__(self, look_again: Callable[[], Awaitable[object]]) -> None:
         self.pulls: dict[str, Pull] = {}
         self.look_again = look_again
+        self._is_ending = False
 
     def start(
         self, reference: repository.Reference, alias: str | None, taken: Mapping[str, str], q4_above_bytes: int
     ) -> Pull:
-        """Pull a model, or join the pull that does so already. Raises TooManyPulls.
+        """Pull a model, or join the pull that does so already. Raises TooManyPulls, NoMorePulls.
 
         `taken` are names of its repository under which something else is served, each with where that is from.
         """
+        if self._is_ending:
+            raise NoMorePulls
         running = [pull for pull in self.pulls.values() if not pull.over]
         for pull in running:
             if pull.wanted == (reference, alias) and not pull.cancelled:
@@ -104,6 +111,7 @@ class Downloads:
             await asyncio.wait({pull.task})
 
     async def shut_down(self) -> None:
+        self._is_ending = True
         for pull in self.pulls.values():
             await self.cancel(pull)
 

@@ -344,7 +344,7 @@ def _config(request: Request) -> Config:
 
 
 def _creations(request: Request) -> Creations:
-    creations: Creations = request.app.state.creations
+    creations: Creations = request.app.state.library.creations
     return creations
 
 

@@ -17,8 +17,8 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from router.api import pulls
 from router.catalog.cards import Card, Cards, as_it_runs, card_of, header_of, template_of
+from router.catalog.library import Library
 from router.catalog.lookup import known_as
 from router.config.names import listed_name
 from router.config.schema import AliasConfig, Config, ModelConfig
@@ -123,7 +123,8 @@ async def show(request: Request) -> dict[str, Any]:
 async def pull(request: Request) -> Response:
     """Pull a model from the Hugging Face hub, or join the pull that does so already."""
     asked = await _named(request)
-    wanted = pulls.begin(request, asked.model or "", None)
+    library: Library = request.app.state.library
+    wanted = library.pull(asked.model or "")
     if asked.stream is not False:
         return StreamingResponse(_lines(wanted), media_type="application/x-ndjson")
     async for _ in wanted.follow():
@@ -140,7 +141,8 @@ async def pull(request: Request) -> Response:
 async def delete(request: Request) -> Response:
     """Remove a pulled or created model and the files that are only its own."""
     asked = await _named(request)
-    await pulls.remove_pulled(asked.model or "", request)
+    library: Library = request.app.state.library
+    await library.remove(asked.model or "")
     return Response()
 
 
@@ -190,7 +192,7 @@ class _Known(NamedTuple):
 def _known(name: str, request: Request, config: Config | None = None) -> _Known:
     """By the configuration of now, or by that. Raises ApiError 404."""
     config = config or request.app.state.dispatcher.config
-    creations: Creations = request.app.state.creations
+    creations: Creations = request.app.state.library.creations
     alias = known_as(name, config)
     return _Known(config.model_of(alias), config.aliases.get(alias), creations.named(alias, config))
 

@@ -1,0 +1,116 @@
+"""Models that come and go at a client's word: pulls from the hub, and removals of what was pulled or created."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+
+from router.catalog.lookup import check_name
+from router.config.names import candidates, same_name, some_of
+from router.config.schema import Config
+from router.config.source import Source
+from router.http.errors import ApiError
+from router.store import created, pulled, repository
+from router.store.creations import Creations
+from router.store.discovery import is_alias
+from router.store.downloads import MOST_AT_ONCE, Downloads, NoMorePulls, Pull, TooManyPulls
+
+
+class Library:
+    """What pages in any dialect ask to pull and to remove models."""
+
+    def __init__(self, config: Callable[[], Config], downloads: Downloads, creations: Creations) -> None:
+        self.downloads = downloads
+        self.creations = creations
+        self._config = config
+
+    def pull(self, model: str, alias: str | None = None, quantize: str | None = None) -> Pull:
+        """Begin to pull a model, or join the pull that does so already. Raises ApiError."""
+        for name in (model, alias or ""):
+            check_name(name)
+        config = self._config()
+        if alias is not None and not is_alias(alias):
+            message = f"{alias!r}: an alias is one or more printable characters without spaces."
+            raise ApiError(400, "invalid_alias", message, "alias")
+        try:
+            reference, listed_as = repository.permitted(model, config.system.allowed_models, os.environ)
+            if quantize is not None:
+                reference = repository.quantized(reference, quantize)
+            alias = alias or listed_as
+            taken = _taken(config, reference.repo)
+            if alias in taken:
+                message = f"{alias!r} is taken by a model of this name, from {taken[alias]}: choose another alias."
+                raise ApiError(409, "name_taken", message, "alias")
+            taken = {name: source for name, source in taken.items() if repository.is_of(reference.repo, name)}
+            return self.downloads.start(reference, alias, taken, config.system.q4_threshold_bytes)
+        except repository.BadReference as error:
+            raise ApiError(400, "invalid_reference", f"{error}.", "model") from None
+        except repository.NotAllowed as error:
+            raise ApiError(403, "model_not_allowed", f"{error}.", "model") from None
+        except NoMorePulls:
+            raise ApiError(503, "shutting_down", "The router is shutting down.", retry_after_sec=5) from None
+        except TooManyPulls:
+            message = f"{MOST_AT_ONCE} pulls are running already; wait for one, or cancel it."
+            raise ApiError(429, "too_many_pulls", message, retry_after_sec=30) from None
+
+    async def remove(self, name: str) -> tuple[str, int]:
+        """Remove a pulled or created model; its alias, and how many bytes that freed. Raises ApiError.
+
+        Files that another model needs stay, and its engine finishes its work first.
+        """
+        config, creations, downloads = self._config(), self.creations, self.downloads
+        alias = self._removable(name, config)
+        cache = pulled.cache_folder(os.environ)
+        there = config.aliases.get(alias) or config.models.get(alias)
+        for pull in downloads.pulls.values():
+            if not pull.over and pull.progress.alias == alias:
+                message = f"{alias!r} is being pulled: cancel that first (DELETE /v1/models/pull/{pull.id})."
+                raise ApiError(409, "model_in_use", message, "model")
+        try:
+            removed = await creations.remove(alias)
+            if removed is not None:
+                return alias, removed
+            needed = created.made_from(creations.records, alias)
+            if needed and there is not None and there.source == Source.PULLED:
+                message = f"{some_of(needed)} was created from {alias!r}: remove that first."
+                raise ApiError(409, "model_in_use", message, "model")
+            if cache is None:
+                raise pulled.NotPulled(f"no model was pulled as {alias!r}")
+            freed = await asyncio.to_thread(pulled.remove, cache, alias)
+        except pulled.NotPulled as error:
+            reason = f"model {alias!r} not found: {error}"
+            if there is not None:
+                reason = f"{alias!r} was neither pulled nor created, but is from {there.source}"
+            raise ApiError(404, "model_not_found", f"{reason}.", "model") from None
+        except pulled.BeingPulled as error:
+            raise ApiError(409, "model_in_use", f"{error}.", "model") from None
+        except OSError as error:
+            raise ApiError(500, "disk_error", f"{alias!r} could not be removed: {error}.") from None
+        await downloads.look_again()
+        return alias, freed
+
+    def _removable(self, name: str, config: Config) -> str:
+        """The alias of what is to be removed. Raises ApiError 404 and 409.
+
+        What was created is gone for good: it has to be called by its name, not by what may stand for that.
+        """
+        check_name(name)
+        records = self.creations.records
+        alike = [same] if (same := same_name(name, records)) else candidates(name, config)
+        if len(alike) > 1:
+            raise ApiError(409, "name_taken", f"{name!r} may be {some_of(alike)}: say which is to go.", "model")
+        alias = alike[0] if alike else name
+        if alias in records and not same_name(name, (alias,)):
+            raise ApiError(404, "model_not_found", f"model {name!r} not found. Did you mean {alias!r}?", "model")
+        return alias
+
+
+def _taken(config: Config, repo: str) -> dict[str, str]:
+    """Names under which what is pulled would not be what is served, with where that is from."""
+    return {
+        name: source
+        for name, source in config.sources.items()
+        if source != Source.PULLED
+        and not (source == Source.HF_CACHE and repository.is_of(repo, name))  # the same file
+    }
