@@ -40,6 +40,7 @@ from router.observe.metrics import Metrics
 from router.observe.statistics import Telemetry
 from router.observe.usage import Usage
 from router.runtime.dispatcher import Dispatcher
+from router.runtime.gauges import gauges_of
 from router.system.state import State
 
 
@@ -123,7 +124,7 @@ class _World:
         learned, launcher = Learned(), LocalLauncher(8085, EngineRecord(State()), None)  # nothing is launched
         backend = LlamaCpp(Binary(("none",), "embedded", "this benchmark"), launcher, learned)
         dispatcher = Dispatcher(Config(models=models), backend, devices, learned, self.events)
-        self.metrics = Metrics(dispatcher)
+        self.metrics = Metrics(self.events, dispatcher.scheduler, lambda: gauges_of(dispatcher))
         dispatcher.start()
 
 

@@ -6,6 +6,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -37,6 +38,7 @@ from router.catalog.library import Library
 from router.dataplane.shortening import most_values
 from router.dialects.ollama import create as creating
 from router.dialects.ollama import pages as ollama
+from router.engines.llamacpp.metrics import EngineMetrics
 from router.http.auth import Keyring
 from router.http.errors import ApiError
 from router.http.origins import Browsers
@@ -45,6 +47,7 @@ from router.http.routes import ROUTES
 from router.observe.metrics import Metrics
 from router.observe.statistics import Telemetry
 from router.runtime.dispatcher import Dispatcher
+from router.runtime.gauges import gauges_of
 
 _BLOBS = "/api/blobs/"
 Reload = Callable[[], Awaitable[dict[str, Any]]]
@@ -147,7 +150,11 @@ def _pages(
     app.state.reload = reload
     app.state.library = library
     app.state.cards = cards
-    app.state.metrics = Metrics(dispatcher)
+    of_engines = EngineMetrics(lambda: dispatcher.running, lambda: dispatcher.config)
+    app.state.engine_metrics = of_engines
+    app.state.metrics = Metrics(
+        dispatcher.events, dispatcher.scheduler, lambda: chain(gauges_of(dispatcher), of_engines.families())
+    )
     app.state.live = Live(dispatcher)
     app.state.as_llama_swap = llama_swap.Events(dispatcher)
     app.state.telemetry = Telemetry(dispatcher.events, time.monotonic)

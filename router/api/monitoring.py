@@ -15,6 +15,7 @@ from router.api.engines import ERRORS, ModelQuery, said_by_engine
 from router.api.streams import EventStream
 from router.catalog.lookup import model_of
 from router.config.names import meant
+from router.engines.llamacpp.metrics import EngineMetrics
 from router.engines.log_ring import LogRing
 from router.engines.process import signal_name
 from router.hardware.devices import Devices
@@ -91,8 +92,9 @@ async def metrics(request: Request, model: ModelQuery = None) -> Response:
     if model:
         return await said_by_engine(request, model, "/metrics")
     collected: Metrics = request.app.state.metrics
+    of_engines: EngineMetrics = request.app.state.engine_metrics
     devices: Devices = request.app.state.dispatcher.devices
-    await asyncio.gather(devices.read(READING_SEC), collected.of_engines.read(READING_SEC))
+    await asyncio.gather(devices.read(READING_SEC), of_engines.read(READING_SEC))
     client = request.state.client
     whose = None if client is None else client.name
     try:

@@ -1,0 +1,252 @@
+"""What Prometheus is told of the router as it is now: models, memory, the policy, GPUs, the machine."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import psutil
+
+from router import __version__
+from router.engines.running import RunningEngine
+from router.observe.prometheus import Counter, Family, Gauges, label_text
+from router.runtime.dispatcher import Dispatcher
+from router.scheduling.messages import ModelState
+from router.scheduling.policy import CONSTANTS, ByPriority
+from router.scheduling.queue import NAMES, Priority
+from router.scheduling.residency import Model
+from router.system.readings import Reading
+
+K = TypeVar("K")
+
+_STATUS = {
+    ModelState.OFF: 0,
+    ModelState.LOADING: 1,
+    ModelState.READY: 2,
+    ModelState.DRAINING: 2,
+    ModelState.STOPPING: 0,
+    ModelState.FAILED: 3,
+}
+_MIB = 1 << 20
+
+
+@dataclass(slots=True)
+class _Look:
+    """One model, now, and the processes of its engines."""
+
+    model: Model
+    running: Sequence[RunningEngine]
+    state: ModelState
+    now: float
+
+    def active(self) -> int:
+        return sum(engine.load for engine in self.model.engines)
+
+    def slots(self) -> int:
+        return sum(engine.spec.slots for engine in self.model.engines)
+
+    def slots_used(self) -> int:
+        return sum(len(engine.in_flight) for engine in self.model.engines)
+
+    def resident_sec(self) -> float:
+        return max((self.now - engine.ready_sec for engine in self.model.engines if engine.ready_sec), default=0)
+
+    def failed_probes(self) -> int:
+        return max((running.failed_probes for running in self.running), default=0)
+
+    def silent_sec(self) -> float:
+        busy = {engine.id for engine in self.model.engines if engine.is_busy}
+        silent_sec = (self.now - each.pool.silent_since_sec for each in self.running if each.id in busy)
+        return max(0.0, max(silent_sec, default=0.0))
+
+
+_PER_MODEL: tuple[tuple[str, str, Callable[[_Look], float]], ...] = (
+    ("router_queue_depth", "Requests that wait", lambda look: len(look.model.queue)),
+    (
+        "router_active_requests",
+        "Requests in flight, those that need no slot among them",
+        _Look.active,
+    ),
+    ("router_model_status", "0 stopped, 1 loading, 2 ready, 3 error", lambda look: _STATUS[look.state]),
+    (
+        "router_model_slots_total",
+        "Requests that its engine serves at once; 0 without one",
+        _Look.slots,
+    ),
+    (
+        "router_model_slots_used",
+        "Slots that are taken",
+        _Look.slots_used,
+    ),
+    ("router_model_resident_seconds", "For how long its engine has been ready", _Look.resident_sec),
+    ("router_model_expected_load_seconds", "What loading it takes, learnt", lambda look: look.model.load_sec),
+    (
+        "router_model_failed_attempts",
+        "Loads and crashes that failed in a row",
+        lambda look: look.model.attempts,
+    ),
+    (
+        "router_engine_failed_probes",
+        "Probes in a row that its engine did not answer",
+        _Look.failed_probes,
+    ),
+    (
+        "router_engine_silent_seconds",
+        "For how long an engine that has requests has sent nothing",
+        _Look.silent_sec,
+    ),
+)
+
+
+def gauges_of(dispatcher: Dispatcher) -> Iterator[Family]:
+    yield from _model_gauges(dispatcher)
+    yield from _memory_gauges(dispatcher)
+    yield from _scheduler_gauges(dispatcher)
+    yield from _gpu_gauges(dispatcher.devices.last.gpus)
+    yield from _machine_gauges()
+    yield _single("router_models_loaded_total", "Engines resident", len(dispatcher.scheduler.engines))
+    yield _single("router_uptime_seconds", "Since the start", dispatcher.uptime_sec)
+    yield _failures(dispatcher)
+    build = Gauges("router_build_info", "Version of the router, and what runs the models", "version", "engine")
+    build.set(1, __version__, dispatcher.backend.name)
+    yield build
+
+
+def _failures(dispatcher: Dispatcher) -> Counter:
+    failures = Counter(
+        "router_background_failures_total", "Background tasks that broke and were begun again", "task"
+    )
+    for each in dispatcher.background:
+        failures.of(each.name).value += each.failures
+    return failures
+
+
+def _model_gauges(dispatcher: Dispatcher) -> Iterator[Gauges]:
+    scheduler = dispatcher.scheduler
+    now = time.monotonic()
+    looks: list[tuple[str, _Look]] = []
+    depths: list[tuple[str, float]] = []
+    oldest: list[tuple[str, float]] = []
+    for alias, model in scheduler.models.items():
+        running = [each for engine in model.engines if (each := dispatcher.running.get(engine.id)) is not None]
+        label = label_text(("model",), (alias,))
+        looks.append((label, _Look(model, running, scheduler.state(alias), now)))
+        for priority, priority_label in _PRIORITY_LABELS:
+            first = model.queue.oldest(priority)
+            depths.append((label + priority_label, model.queue.count(priority)))
+            oldest.append((label + priority_label, now - first.arrival_sec if first is not None else 0))
+    states = Gauges("router_model_state", "1 for the state that a model is in", "model", "state")
+    states.lines(
+        (label + state_label, int(state == look.state)) for label, look in looks for state, state_label in _STATES
+    )
+    yield states
+    waiting = Gauges("router_queue_by_priority", "Requests that wait, by priority", "model", "priority")
+    waiting.lines(depths)
+    yield waiting
+    longest = Gauges("router_queue_oldest_wait_seconds", "Longest wait of those that wait", "model", "priority")
+    longest.lines(oldest)
+    yield longest
+    for name, text, value in _PER_MODEL:
+        gauges = Gauges(name, text, "model")
+        gauges.lines((label, value(look)) for label, look in looks)
+        yield gauges
+
+
+_PRIORITY_LABELS = tuple((priority, f',priority="{name}"') for priority, name in NAMES.items())
+_STATES = tuple((state, f',state="{state}"') for state in ModelState)
+
+
+def _memory_gauges(dispatcher: Dispatcher) -> Iterator[Gauges]:
+    ledger = dispatcher.ledger
+    accounts = ledger.accounts.values()
+    booked = _summed((account.alias, account.main_mib) for account in accounts)
+    by_model = Gauges("router_model_vram_bytes", "What its engine takes of GPUs; without any, of RAM", "model")
+    for alias in dispatcher.scheduler.models:
+        by_model.set(booked.get(alias, 0) * _MIB, alias)
+    yield by_model
+    held = _summed(((each.alias, str(device)), mib) for each in accounts for device, mib in each.holds.items())
+    measured = Gauges("router_model_memory_bytes", "What its engine holds, as measured last", "model", "device")
+    for labels, mib in held.items():
+        measured.set(mib * _MIB, *labels)
+    yield measured
+    lines = ledger.lines()
+    for name, text, amounts in (
+        ("router_memory_total_bytes", "Memory of a device", [line.reading.total_mib for line in lines]),
+        ("router_memory_budget_bytes", "What all engines together may use", [line.budget_mib for line in lines]),
+        ("router_memory_reserved_bytes", "What engines are booked with", [line.booked_mib for line in lines]),
+        ("router_memory_external_bytes", "What others hold", [line.external_mib for line in lines]),
+    ):
+        gauges = Gauges(name, text, "device")
+        for line, mib in zip(lines, amounts, strict=True):
+            gauges.set(mib * _MIB, str(line.device))
+        yield gauges
+
+
+def _summed(figures: Iterable[tuple[K, int]]) -> dict[K, int]:
+    """Of each model, whose engines may be several."""
+    sums: defaultdict[K, int] = defaultdict(int)
+    for key, figure in figures:
+        sums[key] += figure
+    return sums
+
+
+def _scheduler_gauges(dispatcher: Dispatcher) -> Iterator[Gauges]:
+    policy = dispatcher.scheduler.policy
+    for name, constant in CONSTANTS.items():
+        if constant.metric is None:
+            continue
+        figures = getattr(policy, name)
+        if not isinstance(figures, ByPriority):
+            yield _single(*constant.metric, figures)
+            continue
+        gauges = Gauges(*constant.metric, "priority")
+        for priority in Priority:
+            gauges.set(figures[priority], NAMES[priority])
+        yield gauges
+    yield _single("router_models_limit", "Engines that may be resident", policy.places)
+
+
+def _gpu_gauges(gpus: Sequence[Reading]) -> Iterator[Gauges]:
+    """As the drivers said last; without a line where they do not tell."""
+    for name, text, value in _PER_GPU:
+        gauges = Gauges(name, text, "gpu")
+        for gpu in gpus:
+            if (figure := value(gpu)) is not None:
+                gauges.set(figure, str(gpu.device))
+        yield gauges
+
+
+_PER_GPU: tuple[tuple[str, str, Callable[[Reading], float | None]], ...] = (
+    ("router_gpu_vram_total_bytes", "Memory of a GPU", lambda gpu: gpu.total_mib * _MIB),
+    (
+        "router_gpu_vram_used_bytes",
+        "What everybody uses of it",
+        lambda gpu: (gpu.total_mib - gpu.free_mib) * _MIB,
+    ),
+    ("router_gpu_vram_free_bytes", "What nobody uses of it", lambda gpu: gpu.free_mib * _MIB),
+    (
+        "router_gpu_utilization_percent",
+        "Share of the time in which it worked",
+        lambda gpu: None if gpu.utilization is None else 100 * gpu.utilization,
+    ),
+    ("router_gpu_temperature_celsius", "Temperature", lambda gpu: gpu.temperature_c),
+    ("router_gpu_power_watts", "Power drawn", lambda gpu: gpu.power_w),
+    ("router_gpu_power_limit_watts", "Power that it may draw", lambda gpu: gpu.power_limit_w),
+)
+
+
+def _machine_gauges() -> Iterator[Gauges]:
+    memory = psutil.virtual_memory()
+    yield _single("router_system_cpu_percent", "Of all cores, since the last scrape", psutil.cpu_percent())
+    yield _single("router_system_ram_total_bytes", "Memory of the machine", memory.total)
+    yield _single("router_system_ram_used_bytes", "Memory that is not available", memory.total - memory.available)
+    yield _single("router_system_ram_percent", "The same as a share", memory.percent)
+
+
+def _single(name: str, text: str, value: float) -> Gauges:
+    gauges = Gauges(name, text)
+    gauges.set(value)
+    return gauges
