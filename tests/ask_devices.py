@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import dataclasses
 import json
 import logging
 import sys
-import threading
 from pathlib import Path
 
 from router.hardware.devices import Devices
@@ -28,7 +28,7 @@ async def main() -> None:
             answer = {
                 "devices": {str(device): as_told(reading) for device, reading in readings.devices.items()},
                 "age_sec": readings.age_sec,
-                "threads": threading.active_count(),
+                "threads": _thread._count(),
                 "environments": {
                     str(device): devices.environment([reading]) for device, reading in readings.devices.items()
                 },
