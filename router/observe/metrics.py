@@ -55,11 +55,11 @@ class Metrics:
         self._requests = _Requests()
         self._engines = _Engines(scheduler)
         self._refused = Counter(
-            "router_clients_refused_total", "Connections closed for what their clients do, or do not", "reason"
+            "router_clients_refused_total",
+            "Client connections closed or refused by the router, by reason",
+            "reason",
         )
-        self._lag = Histogram(
-            "router_event_loop_lag_seconds", "How late the event loop came to a timer", bounds=_LAG_SECONDS
-        )
+        self._lag = Histogram("router_event_loop_lag_seconds", "Delay of event loop timers", bounds=_LAG_SECONDS)
         self._process = CollectorRegistry()
         ProcessCollector(registry=self._process)
         psutil.cpu_percent()  # it tells of the time since the last call
@@ -109,64 +109,68 @@ class _Requests:
 
     def __init__(self) -> None:
         self.requests = Counter(
-            "router_requests_total", "Requests, by outcome", "model", "endpoint", "priority", "status"
+            "router_requests_total", "Requests by outcome", "model", "endpoint", "priority", "status"
         )
-        self.rejected = Counter("router_queue_rejected_total", "Requests refused a slot", "model")
-        self.timeouts = Counter("router_timeout_requests_total", "Requests given up for time", "model")
-        self.client_errors = Counter("router_request_4xx_total", "Requests answered by 4xx", "model")
-        self.server_errors = Counter("router_request_5xx_total", "Requests answered by 5xx", "model")
+        self.rejected = Counter("router_queue_rejected_total", "Requests refused by the scheduler", "model")
+        self.timeouts = Counter("router_timeout_requests_total", "Requests that timed out", "model")
+        self.client_errors = Counter("router_request_4xx_total", "Requests answered with 4xx", "model")
+        self.server_errors = Counter("router_request_5xx_total", "Requests answered with 5xx", "model")
         self.retries = Counter(
-            "router_retry_attempts_total", "Requests sent back to the queue, as their engine broke", "model"
+            "router_retry_attempts_total", "Returns of requests to the queue after an engine failure", "model"
         )
-        self.retried = Counter("router_retry_success_total", "Requests served after a retry", "model")
+        self.retried = Counter(
+            "router_retry_success_total", "Requests served after a return to the queue", "model"
+        )
         self.resends = Counter(
-            "router_upstream_resends_total", "Requests sent again, as an idle connection was just closed", "model"
+            "router_upstream_resends_total",
+            "Requests resent because the engine closed an idle connection",
+            "model",
         )
-        self.input_tokens = Counter("router_input_tokens_total", "Tokens of prompts", "model")
+        self.input_tokens = Counter("router_input_tokens_total", "Prompt tokens", "model")
         self.cached_tokens = Counter(
-            "router_cached_tokens_total", "Tokens of prompts that were in an engine's cache", "model"
+            "router_cached_tokens_total", "Prompt tokens found in an engine's cache", "model"
         )
-        self.output_tokens = Counter("router_output_tokens_total", "Tokens of answers", "model")
-        self.generated = Counter("router_tokens_generated_total", "Tokens of answers (older name)", "model")
-        self.prefill = Counter("router_prefill_seconds_total", "Engines' time for prompts", "model")
-        self.decode = Counter("router_decode_seconds_total", "Engines' time for answers", "model")
-        self.received = Counter("router_request_bytes_total", "Bytes of requests' bodies", "model")
-        self.sent = Counter("router_response_bytes_total", "Bytes of engines' answers", "model")
+        self.output_tokens = Counter("router_output_tokens_total", "Output tokens", "model")
+        self.generated = Counter("router_tokens_generated_total", "Output tokens (former name)", "model")
+        self.prefill = Counter("router_prefill_seconds_total", "Engine time spent on prompts", "model")
+        self.decode = Counter("router_decode_seconds_total", "Engine time spent on generation", "model")
+        self.received = Counter("router_request_bytes_total", "Bytes of request bodies", "model")
+        self.sent = Counter("router_response_bytes_total", "Bytes of engine responses", "model")
         self.duration = Histogram(
             "router_request_duration_seconds",
-            "From the whole request to the end of its answer",
+            "Time from the complete request to the end of the response",
             "model",
             "endpoint",
             bounds=_SECONDS,
         )
         self.queue_wait = Histogram(
             "router_queue_wait_seconds",
-            "From the whole request to a slot, or to the end of the wait",
+            "Time from the complete request to a slot, or to the end of the wait",
             "model",
             "priority",
             bounds=_SECONDS,
         )
         self.first_token = Histogram(
             "router_time_to_first_token_seconds",
-            "From the whole request to the first byte of a streamed answer",
+            "Time from the complete request to the first byte of a streamed response",
             "model",
             "priority",
             bounds=_SECONDS,
         )
         self.per_token = Histogram(
             "router_time_per_output_token_seconds",
-            "Engine's time per token after the first",
+            "Engine time per output token after the first",
             "model",
             bounds=_TOKEN_SECONDS,
         )
         self.client_requests = Counter(
-            "router_client_requests_total", "Requests with a client's own key, by outcome", "client", "status"
+            "router_client_requests_total", "Requests with a client's key, by outcome", "client", "status"
         )
         self.client_input_tokens = Counter(
-            "router_client_input_tokens_total", "Tokens of a client's prompts", "client"
+            "router_client_input_tokens_total", "Prompt tokens of a client", "client"
         )
         self.client_output_tokens = Counter(
-            "router_client_output_tokens_total", "Tokens of answers to a client", "client"
+            "router_client_output_tokens_total", "Output tokens of a client", "client"
         )
         self._per_model = (
             self.rejected,
@@ -316,16 +320,18 @@ class _Engines:
         self._broken: set[str] = set()
         """Models whose last engine that ended was not meant to."""
         self.load = Histogram(
-            "router_model_load_duration_seconds", "From start to ready", "model", bounds=_SECONDS
+            "router_model_load_duration_seconds", "Time from engine start to ready", "model", bounds=_SECONDS
         )
-        self.loads = Counter("router_model_loads_total", "Engines that became ready", "model")
+        self.loads = Counter("router_model_loads_total", "Engine starts that became ready", "model")
         self.restarts = Counter(
-            "router_engine_restarts_total", "Engines that became ready after one that broke", "model"
+            "router_engine_restarts_total", "Engine starts that became ready after an engine failure", "model"
         )
-        self.ejects = Counter("router_model_ejects_total", "Engines stopped by the router", "model", "cause")
+        self.ejects = Counter(
+            "router_model_ejects_total", "Engines stopped by the router, by cause", "model", "cause"
+        )
         self.exits = Counter(
             "router_engine_exits_total",
-            "Engines that ended: the cause why they were stopped, or crashed, hung, load_failed",
+            "Engine exits, by cause: why it was stopped, or crashed, hung, load_failed",
             "model",
             "reason",
         )

@@ -64,38 +64,46 @@ class _Look:
 
 
 _PER_MODEL: tuple[tuple[str, str, Callable[[_Look], float]], ...] = (
-    ("router_queue_depth", "Requests that wait", lambda look: len(look.model.queue)),
+    ("router_queue_depth", "Waiting requests", lambda look: len(look.model.queue)),
     (
         "router_active_requests",
-        "Requests in flight, those that need no slot among them",
+        "Requests in flight, including those that need no slot",
         _Look.active,
     ),
-    ("router_model_status", "0 stopped, 1 loading, 2 ready, 3 error", lambda look: _STATUS[look.state]),
+    (
+        "router_model_status",
+        "State of a model: 0 stopped, 1 loading, 2 ready, 3 failed",
+        lambda look: _STATUS[look.state],
+    ),
     (
         "router_model_slots_total",
-        "Requests that its engine serves at once; 0 without one",
+        "Slots of the model's engine; 0 without an engine",
         _Look.slots,
     ),
     (
         "router_model_slots_used",
-        "Slots that are taken",
+        "Slots in use",
         _Look.slots_used,
     ),
-    ("router_model_resident_seconds", "For how long its engine has been ready", _Look.resident_sec),
-    ("router_model_expected_load_seconds", "What loading it takes, learnt", lambda look: look.model.load_sec),
+    ("router_model_resident_seconds", "Time since the model's engine became ready", _Look.resident_sec),
+    (
+        "router_model_expected_load_seconds",
+        "Expected load time, learned from earlier loads",
+        lambda look: look.model.load_sec,
+    ),
     (
         "router_model_failed_attempts",
-        "Loads and crashes that failed in a row",
+        "Consecutive failed loads and crashes",
         lambda look: look.model.attempts,
     ),
     (
         "router_engine_failed_probes",
-        "Probes in a row that its engine did not answer",
+        "Consecutive health probes that the engine has not answered",
         _Look.failed_probes,
     ),
     (
         "router_engine_silent_seconds",
-        "For how long an engine that has requests has sent nothing",
+        "Time since the last output of an engine with requests in flight",
         _Look.silent_sec,
     ),
 )
@@ -107,18 +115,16 @@ def gauges_of(dispatcher: Dispatcher) -> Iterator[Family]:
     yield from _scheduler_gauges(dispatcher)
     yield from _gpu_gauges(dispatcher.devices.last.gpus)
     yield from _machine_gauges()
-    yield _single("router_models_loaded_total", "Engines resident", len(dispatcher.scheduler.engines))
-    yield _single("router_uptime_seconds", "Since the start", dispatcher.uptime_sec)
+    yield _single("router_models_loaded_total", "Resident engines", len(dispatcher.scheduler.engines))
+    yield _single("router_uptime_seconds", "Time since the router started", dispatcher.uptime_sec)
     yield _failures(dispatcher)
-    build = Gauges("router_build_info", "Version of the router, and what runs the models", "version", "engine")
+    build = Gauges("router_build_info", "Version of the router and of the engine", "version", "engine")
     build.set(1, __version__, dispatcher.backend.name)
     yield build
 
 
 def _failures(dispatcher: Dispatcher) -> Counter:
-    failures = Counter(
-        "router_background_failures_total", "Background tasks that broke and were begun again", "task"
-    )
+    failures = Counter("router_background_failures_total", "Restarts of background tasks after an error", "task")
     for each in dispatcher.background:
         failures.of(each.name).value += each.failures
     return failures
@@ -138,15 +144,20 @@ def _model_gauges(dispatcher: Dispatcher) -> Iterator[Gauges]:
             first = model.queue.oldest(priority)
             depths.append((label + priority_label, model.queue.count(priority)))
             oldest.append((label + priority_label, now - first.arrival_sec if first is not None else 0))
-    states = Gauges("router_model_state", "1 for the state that a model is in", "model", "state")
+    states = Gauges("router_model_state", "1 for the current state of a model, 0 for the others", "model", "state")
     states.lines(
         (label + state_label, int(state == look.state)) for label, look in looks for state, state_label in _STATES
     )
     yield states
-    waiting = Gauges("router_queue_by_priority", "Requests that wait, by priority", "model", "priority")
+    waiting = Gauges("router_queue_by_priority", "Waiting requests by priority", "model", "priority")
     waiting.lines(depths)
     yield waiting
-    longest = Gauges("router_queue_oldest_wait_seconds", "Longest wait of those that wait", "model", "priority")
+    longest = Gauges(
+        "router_queue_oldest_wait_seconds",
+        "Longest time that a waiting request has waited so far",
+        "model",
+        "priority",
+    )
     longest.lines(oldest)
     yield longest
     for name, text, value in _PER_MODEL:
@@ -163,21 +174,31 @@ def _memory_gauges(dispatcher: Dispatcher) -> Iterator[Gauges]:
     ledger = dispatcher.ledger
     accounts = ledger.accounts.values()
     booked = _summed((account.alias, account.main_mib) for account in accounts)
-    by_model = Gauges("router_model_vram_bytes", "What its engine takes of GPUs; without any, of RAM", "model")
+    by_model = Gauges(
+        "router_model_vram_bytes",
+        "Memory reserved for the model's engine on GPUs, or in RAM on a machine without GPUs",
+        "model",
+    )
     for alias in dispatcher.scheduler.models:
         by_model.set(booked.get(alias, 0) * _MIB, alias)
     yield by_model
     held = _summed(((each.alias, str(device)), mib) for each in accounts for device, mib in each.holds.items())
-    measured = Gauges("router_model_memory_bytes", "What its engine holds, as measured last", "model", "device")
+    measured = Gauges(
+        "router_model_memory_bytes", "Memory held by the model's engine at the last measurement", "model", "device"
+    )
     for labels, mib in held.items():
         measured.set(mib * _MIB, *labels)
     yield measured
     lines = ledger.lines()
     for name, text, amounts in (
-        ("router_memory_total_bytes", "Memory of a device", [line.reading.total_mib for line in lines]),
-        ("router_memory_budget_bytes", "What all engines together may use", [line.budget_mib for line in lines]),
-        ("router_memory_reserved_bytes", "What engines are booked with", [line.booked_mib for line in lines]),
-        ("router_memory_external_bytes", "What others hold", [line.external_mib for line in lines]),
+        ("router_memory_total_bytes", "Total memory of a device", [line.reading.total_mib for line in lines]),
+        (
+            "router_memory_budget_bytes",
+            "Memory that all engines together may use",
+            [line.budget_mib for line in lines],
+        ),
+        ("router_memory_reserved_bytes", "Memory reserved for engines", [line.booked_mib for line in lines]),
+        ("router_memory_external_bytes", "Memory held by other programs", [line.external_mib for line in lines]),
     ):
         gauges = Gauges(name, text, "device")
         for line, mib in zip(lines, amounts, strict=True):
@@ -206,7 +227,7 @@ def _scheduler_gauges(dispatcher: Dispatcher) -> Iterator[Gauges]:
         for priority in Priority:
             gauges.set(figures[priority], NAMES[priority])
         yield gauges
-    yield _single("router_models_limit", "Engines that may be resident", policy.places)
+    yield _single("router_models_limit", "Maximum number of resident engines", policy.places)
 
 
 def _gpu_gauges(gpus: Sequence[Reading]) -> Iterator[Gauges]:
@@ -220,30 +241,32 @@ def _gpu_gauges(gpus: Sequence[Reading]) -> Iterator[Gauges]:
 
 
 _PER_GPU: tuple[tuple[str, str, Callable[[Reading], float | None]], ...] = (
-    ("router_gpu_vram_total_bytes", "Memory of a GPU", lambda gpu: gpu.total_mib * _MIB),
+    ("router_gpu_vram_total_bytes", "Total memory of a GPU", lambda gpu: gpu.total_mib * _MIB),
     (
         "router_gpu_vram_used_bytes",
-        "What everybody uses of it",
+        "Memory of a GPU in use by all programs",
         lambda gpu: (gpu.total_mib - gpu.free_mib) * _MIB,
     ),
-    ("router_gpu_vram_free_bytes", "What nobody uses of it", lambda gpu: gpu.free_mib * _MIB),
+    ("router_gpu_vram_free_bytes", "Free memory of a GPU", lambda gpu: gpu.free_mib * _MIB),
     (
         "router_gpu_utilization_percent",
-        "Share of the time in which it worked",
+        "Utilization of a GPU",
         lambda gpu: None if gpu.utilization is None else 100 * gpu.utilization,
     ),
-    ("router_gpu_temperature_celsius", "Temperature", lambda gpu: gpu.temperature_c),
-    ("router_gpu_power_watts", "Power drawn", lambda gpu: gpu.power_w),
-    ("router_gpu_power_limit_watts", "Power that it may draw", lambda gpu: gpu.power_limit_w),
+    ("router_gpu_temperature_celsius", "Temperature of a GPU", lambda gpu: gpu.temperature_c),
+    ("router_gpu_power_watts", "Power draw of a GPU", lambda gpu: gpu.power_w),
+    ("router_gpu_power_limit_watts", "Power limit of a GPU", lambda gpu: gpu.power_limit_w),
 )
 
 
 def _machine_gauges() -> Iterator[Gauges]:
     memory = psutil.virtual_memory()
-    yield _single("router_system_cpu_percent", "Of all cores, since the last scrape", psutil.cpu_percent())
-    yield _single("router_system_ram_total_bytes", "Memory of the machine", memory.total)
-    yield _single("router_system_ram_used_bytes", "Memory that is not available", memory.total - memory.available)
-    yield _single("router_system_ram_percent", "The same as a share", memory.percent)
+    yield _single(
+        "router_system_cpu_percent", "CPU utilization of the machine since the last scrape", psutil.cpu_percent()
+    )
+    yield _single("router_system_ram_total_bytes", "Total RAM of the machine", memory.total)
+    yield _single("router_system_ram_used_bytes", "RAM in use", memory.total - memory.available)
+    yield _single("router_system_ram_percent", "Share of RAM in use", memory.percent)
 
 
 def _single(name: str, text: str, value: float) -> Gauges:

@@ -1,6 +1,6 @@
-"""The constants of the policy, each with its default and what it means.
+"""Constants of the scheduling policy, each with its default and description.
 
-They are told once, here: the keys of the configuration, the metrics and the table in `docs/scheduling.md` follow.
+They are defined only here; configuration keys, metrics and the table in `docs/scheduling.md` follow them.
 """
 
 from __future__ import annotations
@@ -30,118 +30,124 @@ class Metric(NamedTuple):
 
 
 class Constant(NamedTuple):
-    """A constant that may be configured under its own name."""
+    """Constant that can be configured under its own name."""
 
     words: str
-    """What it means, for who configures it."""
+    """Description, shown in the schema and the documentation."""
     metric: Metric | None = None
-    """By which it is told."""
+    """Metric that exports the constant."""
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """`residency_factor`, `max_wait_sec` and `wait_factor` are the trade between throughput and waiting: at most
-    1/(1 + residency_factor) of the time goes to swapping."""
+    """Constants of the policy. `residency_factor`, `max_wait_sec` and `wait_factor` set the trade-off between
+    throughput and waiting: at most 1/(1 + residency_factor) of the time goes to swapping."""
 
     patience_sec: Annotated[
         ByPriority,
         Constant(
-            "Requests are served by arrival + patience, earliest first. So high goes before normal before low, "
-            "but a low request overtakes a high one that came patience.low - patience.high later. A smaller "
-            "difference is fairer to low; a larger one is kinder to high.",
-            Metric("router_scheduler_patience_seconds", "By how much it may be overtaken"),
+            "Requests are served in the order of arrival time + patience. High priority thus goes before normal "
+            "and low, but a low request overtakes a high one that arrived more than patience.low - "
+            "patience.high later. A smaller difference favors low priority, a larger one high priority.",
+            Metric("router_scheduler_patience_seconds", "Time by which a request may be overtaken"),
         ),
     ] = ByPriority(0, 15, 120)
     max_wait_sec: Annotated[
         ByPriority,
         Constant(
             "A busy model is drained to make room once the waiting request has waited for the smaller of this "
-            "and wait_factor x the cost of the swap. Smaller: shorter waits, more time lost to loading.",
-            Metric("router_scheduler_max_wait_seconds", "Wait after which a busy model drains"),
+            "and wait_factor x the cost of the swap. Smaller values give shorter waits and spend more time on "
+            "loading.",
+            Metric("router_scheduler_max_wait_seconds", "Wait after which a busy model is drained"),
         ),
     ] = ByPriority(0, 30, 300)
     wait_factor: Annotated[
         ByPriority,
         Constant(
-            "See max_wait_sec: makes cheap swaps rotate quickly and dear ones rarely. 0 waits for nothing but "
-            "residency_factor.",
-            Metric("router_scheduler_wait_factor", "The same in multiples of a swap's cost"),
+            "Bound on waiting in multiples of the cost of the swap, see max_wait_sec; cheap swaps then happen "
+            "sooner than expensive ones. At 0, only residency_factor delays a swap.",
+            Metric(
+                "router_scheduler_wait_factor",
+                "Wait after which a busy model is drained, in multiples of the swap's cost",
+            ),
         ),
     ] = ByPriority(0, 4, 20)
     residency_factor: Annotated[
         float,
         Constant(
-            "A busy model is drained only after it was there for this many times the load times of both models "
-            "together, so that at most 1 / (1 + factor) of the time is lost to swapping. Larger: more "
-            "throughput, longer waits.",
-            Metric("router_scheduler_residency_factor", "Quantum of a busy model, in multiples of a swap's cost"),
+            "A busy model is drained only after it has been resident for this many times the load times of both "
+            "models together, so that swapping takes at most 1 / (1 + factor) of the time. Larger values give "
+            "more throughput and longer waits.",
+            Metric("router_scheduler_residency_factor", "Quantum of a busy model in multiples of the swap's cost"),
         ),
     ] = 4
     max_linger_sec: Annotated[
         float,
         Constant(
-            "A model that fell idle a moment ago is spared for a short while, because agents and batch jobs send "
-            "their next request right after the last answer. The time follows the think times seen and is never "
-            "longer than this; 0 turns it off. Larger: fewer swaps, longer waits for others.",
+            "Maximum time for which a model that has just become idle is spared from eviction, because agents "
+            "and batch jobs often send their next request right after a response. The actual time follows the "
+            "observed pauses between requests. 0 disables it. Larger values give fewer swaps and longer waits "
+            "for other models.",
         ),
     ] = 30
     max_concurrent_models: Annotated[
         int,
         Constant(
-            "Engines resident at once, whatever memory allows.",
+            "Maximum number of resident engines, even if memory would allow more.",
         ),
     ] = 3
     max_queue_size_per_model: Annotated[
         int,
         Constant(
-            "Requests that may wait for one model; beyond, those of the lowest priority that came last are "
-            "refused with 429.",
-            Metric("router_queue_limit", "Requests that may wait for one model"),
+            "Maximum number of requests waiting for one model. Beyond it, the most recent requests of the "
+            "lowest priority are refused with 429.",
+            Metric("router_queue_limit", "Maximum number of requests waiting for one model"),
         ),
     ] = 500
     max_queue_size_total: Annotated[
         int,
         Constant(
-            "Requests that may wait for all models together; beyond, the same.",
+            "Maximum number of requests waiting for all models together. Beyond it, the most recent requests of "
+            "the lowest priority are refused with 429.",
         ),
     ] = 10_000
     queue_timeout_sec: Annotated[
         float,
         Constant(
-            "Longest wait in the queue.",
-            Metric("router_queue_timeout_seconds", "Longest wait in the queue"),
+            "Maximum time in the queue.",
+            Metric("router_queue_timeout_seconds", "Maximum time in the queue"),
         ),
     ] = 300
     idle_timeout_sec: Annotated[
         float | None,
         Constant(
-            "Idle time before a model is unloaded; 0: never.",
+            "Idle time before a model is unloaded. 0: never.",
         ),
     ] = 300
     keep_warm_models: Annotated[
         int,
         Constant(
-            "The last used models, which idle unload spares.",
+            "Number of most recently used models that are not unloaded when idle.",
         ),
     ] = 2
     max_drain_sec: Annotated[
         float | None,
         Constant(
-            "Longest time that a model which has to make room may take for its requests in flight; they are then "
-            "cut off. null: they are never cut off.",
+            "Maximum time to finish requests in flight for a model that is being unloaded to make room; they "
+            "are then aborted. null: they are never aborted.",
         ),
     ] = None
     model_load_max_retries: Annotated[
         int,
         Constant(
-            "Further tries after a failed load, then the model failed.",
+            "Number of retries after a failed load. Then the model is marked as failed.",
         ),
     ] = 2
     model_max_crashes: Annotated[
         int,
         Constant(
-            "A model whose engine dies this often within model_crash_window_sec failed, even if it serves "
-            "requests in between.",
+            "Number of engine crashes within model_crash_window_sec after which the model is marked as failed, "
+            "even if it serves requests in between.",
         ),
     ] = 5
     model_crash_window_sec: Annotated[
@@ -153,31 +159,32 @@ class Policy:
     model_load_cooldown_sec: Annotated[
         float,
         Constant(
-            "A failed model is tried again after this long, or after a reset.",
+            "Time after which a failed model may be loaded again. A reset allows it at once.",
         ),
     ] = 300
     max_request_retries: Annotated[
         int,
         Constant(
-            "How often a request goes back to its queue when its engine dies before the first byte.",
+            "How many times a request returns to its queue if its engine dies before the first byte of the "
+            "response.",
         ),
     ] = 1
     ports: int = 65_536
-    """How many there are for engines, from `base_port` on."""
+    """Number of ports available for engines, from `base_port` on."""
     backoff_sec: float = 1
     max_backoff_sec: float = 60
     free_port_races: int = 3
-    """Ports lost to other programs, in a row, before a pause of `backoff_sec` comes after each."""
+    """Consecutive ports lost to other programs before each further one causes a pause of `backoff_sec`."""
     most_port_races: int = 20
-    """More are no bad luck, and count like other loads that fail."""
+    """Further lost ports count as failed loads."""
     abandoned_load_grace_sec: float = 5
     inspection_valid_sec: float = 10
     others_patience_sec: float = 10
-    """How long a model waits for memory that others than our engines hold, before it is refused."""
+    """How long a model waits for memory held by other programs before its requests are refused."""
 
     @property
     def places(self) -> int:
-        """How many engines there may be at once, whatever memory allows."""
+        """Maximum number of resident engines, even if memory would allow more."""
         return min(self.max_concurrent_models, self.ports)
 
     @property
@@ -192,5 +199,5 @@ CONSTANTS: Mapping[str, Constant] = {
     for name, hint in get_type_hints(Policy, include_extras=True).items()
     for constant in getattr(hint, "__metadata__", ())
 }
-"""By name, those that may be configured."""
+"""Configurable constants by name."""
 DEFAULTS = Policy()

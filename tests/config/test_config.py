@@ -471,7 +471,7 @@ def test_nor_can_they_be_set_behind_its_back_by_variables(tmp_path: Path) -> Non
         "b": {"model_path": "b", "env": {"LLAMA_ARG_PORT": "1", "LLAMA_ARG_N_PARALLEL": "x"}},
     }
     assert problems(tmp_path, {"models": entries}) == [
-        "config.json: models.a.env: 'A B' is not the name of a variable",
+        "config.json: models.a.env: 'A B' is not a valid name for an environment variable",
         "config.json: models.b.env.LLAMA_ARG_PORT: cannot be set: the router sets it itself",
         "config.json: models.b.env: LLAMA_ARG_N_PARALLEL takes a whole number, not 'x'",
     ]
@@ -1191,8 +1191,8 @@ def test_all_that_is_wrong_with_aliases_is_said_at_once(tmp_path: Path) -> None:
         "config.json: aliases.qwen: there is a model of this name",
         "config.json: aliases.typo.uses: there is no model 'qwem'; did you mean qwen?",
         "config.json: aliases.chain.uses: 'typo' is an alias itself; name the model",
-        "config.json: aliases.n.defaults: 'model' cannot be changed: clients and router go by it",
-        "config.json: aliases.n.removed: 'stream' cannot be changed: clients and router go by it",
+        "config.json: aliases.n.defaults: 'model' cannot be changed: clients and the router depend on it",
+        "config.json: aliases.n.removed: 'stream' cannot be changed: clients and the router depend on it",
         "config.json: aliases.twice: 't' may stand in one of defaults, forced and removed, and once",
         "config.json: aliases.both: system_prompt_replaces and system_prompt_yields cannot both be true",
         "config.json: aliases.bad: should hold keys with values",
