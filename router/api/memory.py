@@ -17,6 +17,8 @@ from router.scheduling.residency import engine_name
 router = APIRouter(tags=["monitoring"], route_class=Page)
 
 _WARNING, _CRITICAL = 80, 95
+_ADD_UP = ("vram_used_mb", "vram_used_gb", "average_usage_mb", "vram_percentage")
+"""Of what engines take."""
 
 
 @router.get("/vram")
@@ -42,13 +44,14 @@ async def vram_summary(request: Request) -> dict[str, Any]:
 @router.get("/vram/models/{alias:path}")
 @needs(Right.USE)
 async def vram_of_model(alias: str, request: Request) -> dict[str, Any]:
-    """What one model takes; nothing while it is not loaded."""
+    """What one model takes, all its engines together, and each of them; nothing while it is not loaded."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     alias = model_of(alias, dispatcher.config).alias
-    accounts = dispatcher.ledger.accounts_of(alias)
-    if not accounts:
+    engines = [_model(request, account) for account in dispatcher.ledger.accounts_of(alias)]
+    if not engines:
         return {"model_alias": alias, "status": dispatcher.scheduler.state(alias), "vram_used_mb": 0}
-    return _model(request, accounts[0])
+    added = {key: sum(engine[key] for engine in engines) for key in _ADD_UP}
+    return {**engines[0], **added, "engines": engines}
 
 
 def _summary(dispatcher: Dispatcher) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def decide(candidate: Model, inspected: Inspected, room: Room) -> Verdict:
         short = _shortage_in_words(placements[0], inspected, room)
         return Wait(again_at, f"no room until {ahead} had a turn: {short}", {}, frozenset())
     _, index, leaving = min(plans, key=lambda plan: plan[:2])
-    names = ", ".join(sorted(engine.alias for engine in leaving))
+    names = ", ".join(sorted({engine.alias for engine in leaving}))
     overdue = all(
         due_at(bounds, candidate.load_sec + room.models[engine.alias].load_sec) <= room.now for engine in leaving
     )
@@ -267,7 +267,7 @@ def _shortage_in_words(placement: Placement, inspected: Inspected, room: Room) -
         free = {name: max(0, mib) for name, mib in room.free.items()}
         limits.append(f"needs {inspected.need}, {amounts(free)} free")
     pinned = sorted(
-        engine.alias for engine in room.engines if _stays(engine) and short.keys() & engine.placement.keys()
+        {engine.alias for engine in room.engines if _stays(engine) and short.keys() & engine.placement.keys()}
     )
     if pinned:
         limits.append(f"{', '.join(pinned)} (pinned) keep what they hold")
@@ -275,9 +275,9 @@ def _shortage_in_words(placement: Placement, inspected: Inspected, room: Room) -
 
 
 def _why_never(candidate: Model, inspected: Inspected, room: Room) -> str:
-    pinned = sorted(engine.alias for engine in room.engines if _stays(engine))
-    engines = room.budgets[ENGINES]
-    if len(pinned) >= engines:
+    stay = [engine for engine in room.engines if _stays(engine)]
+    pinned = sorted({engine.alias for engine in stay})
+    if len(stay) >= room.budgets[ENGINES]:
         return (
             f"{candidate.spec.alias!r} finds no place beside {', '.join(pinned)} (pinned): "
             f"{room.policy.places_in_words}; raise it, or pin fewer"

@@ -752,7 +752,7 @@ class Scheduler:
         model.why_waiting = Why("it is loading")
 
     def _swap(self, model: Model, swap: Swap) -> None:
-        names = ", ".join(sorted(victim.alias for victim in swap.victims))
+        names = ", ".join(sorted({victim.alias for victim in swap.victims}))
         model.why_waiting = Why(f"room is being made for it by {names}")
         self._fleet.swap(swap, self._now)
         if self.policy.max_drain_sec is not None:

@@ -262,6 +262,8 @@ def test_vram_tells_who_holds_what(start: Start, tiny: Path, gpus: PlayedGpus, t
         parts = ("external_mb", "reserve_mb", "booked_mb", "free_for_new_model_mb")
         assert sum(device[part] for part in parts) == device["total_mb"]
     assert router.http.get("/vram/summary").json()["gpu_info"] == vram["gpu_info"]
-    assert router.http.get("/vram/models/a").json()["vram_used_mb"] == model["vram_used_mb"]
+    of_model = router.http.get("/vram/models/a").json()
+    assert of_model["vram_used_mb"] == model["vram_used_mb"]
+    assert [engine["engine"] for engine in of_model["engines"]] == [router.status("a")["engines"][0]["name"]]
     assert router.http.get("/vram/models/b").json()["vram_used_mb"] == 0
     assert router.http.get("/vram/models/c").status_code == 404

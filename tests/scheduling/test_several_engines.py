@@ -78,6 +78,17 @@ def test_room_is_made_by_as_many_of_them_as_it_takes() -> None:
     assert machine.scheduler.models["b"].engines[0].id > 2
 
 
+def test_who_waits_for_them_is_told_of_each_and_names_their_model_once() -> None:
+    machine = with_two()
+    busy = [machine.ask("a"), machine.ask("a")]
+    machine.places["b"] = ({GPU0: 9},)
+    machine.ask("b")
+    waits = machine.scheduler.models["b"].why_waiting
+    assert {departure.engine_id for departure in waits.departures} == {1, 2}
+    assert str(waits).startswith("no room until a can go: ")
+    assert set(busy) <= set(machine.granted)
+
+
 def test_what_is_said_of_a_model_is_done_to_all_its_engines() -> None:
     machine = with_two()
     machine.tell(KeepAlive(machine.now, "a", 7.0))
