@@ -27,7 +27,8 @@ from router.config.schema import (
 from router.config.source import FOUND
 from router.engines.llamacpp import adapters
 from router.engines.llamacpp.flags import FlagError, Flags
-from router.formats.gguf import GGUF, SPLIT_NAME, GGUFError
+from router.formats.gguf import GGUF, SPLIT_NAME
+from router.formats.gguf_cursor import GGUFError
 from router.scheduling.queue import BY_NAME
 from router.store import discovery as hub
 from router.store import repository

@@ -18,7 +18,8 @@ from dataclasses import fields
 from router.engines.llamacpp import adapters, footprint
 from router.engines.llamacpp.flags import FlagError, Flags
 from router.engines.llamacpp.forecast import Forecast, forecast
-from router.formats.gguf import GGUF, GGUFError
+from router.formats.gguf import GGUF
+from router.formats.gguf_cursor import GGUFError
 from router.memory.plan import Alternative, Footprint, Share, Unusable
 from router.scheduling.messages import Placement
 from router.store.remote_headers import CannotRead, read, read_whole

@@ -4,9 +4,6 @@ Reads the header only: no weights, no vocabulary. Long arrays (tokens, scores, m
 that a vocabulary of 150,000 tokens costs milliseconds. The rules are those of llama.cpp's own reader
 (ggml/src/gguf.cpp): what fails here, no engine loads. A damaged or hostile file raises `GGUFError`, which
 names the byte at fault, in bounded time and memory.
-
-The file is read through a small window, not mapped: a model that shrinks while it is read (a download that
-starts again) would kill a process that maps it.
 """
 
 from __future__ import annotations
@@ -22,19 +19,16 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeAlias
+from typing import Literal, TypeAlias
 
 from router.formats.ggml import EMBEDDING_ARCHITECTURES, FILE_TYPES, POOLING_TYPES, TENSOR_TYPES
-
-WINDOW_BYTES = 256 * 1024
+from router.formats.gguf_cursor import Cursor, GGUFError, TruncatedGGUF
 
 # Far above any real model (262k tokens and 0.5M merges in Gemma, 47k tensors in an unmerged mixture of
 # experts); they keep a lying header cheap.
 MAX_KEYS = 1 << 16
 MAX_TENSORS = 1 << 17
-MAX_KEPT_BYTES = 8 << 20
 MAX_ARRAY_LENGTH = 1 << 30
-MAX_STRINGS = 1 << 22
 MAX_KEPT_NUMBERS = 4096
 MAX_KEY_BYTES = (1 << 16) - 1
 MAX_NAME_BYTES = 63
@@ -63,26 +57,8 @@ SCALARS: Mapping[int, tuple[str, str]] = {
 SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf", re.IGNORECASE)
 
 
-class GGUFError(ValueError):
-    """A file that no engine would load: which one, why, and at which byte."""
-
-    def __init__(self, path: str, reason: str, offset: int | None = None) -> None:
-        super().__init__(path, reason, offset)
-        self.path = path
-        self.reason = reason
-        self.offset = offset
-
-    def __str__(self) -> str:
-        where = "" if self.offset is None else f" (at byte {self.offset:,})"
-        return f"{self.path}: {self.reason}{where}"
-
-
 class NotGGUF(GGUFError):
     """Not a GGUF file at all."""
-
-
-class TruncatedGGUF(GGUFError):
-    """The file, or the part of it at hand, ends before its header or its tensor data does."""
 
 
 class UnsupportedGGUF(GGUFError):
@@ -320,7 +296,7 @@ def _parse(
     file_bytes: int,
     part: int = 0,
 ) -> GGUF:
-    cursor = _Cursor(file, path, available, file_bytes)
+    cursor = Cursor(file, path, available, file_bytes)
     version = _read_version(cursor)
     tensor_count, key_count = cursor.unpack("QQ")
     if tensor_count > MAX_TENSORS:
@@ -347,7 +323,7 @@ def _parse(
     )
 
 
-def _read_version(cursor: _Cursor) -> int:
+def _read_version(cursor: Cursor) -> int:
     magic = cursor.take(min(4, cursor.available))
     if not b"GGUF".startswith(magic):
         if magic == b"vers":
@@ -367,7 +343,7 @@ def _read_version(cursor: _Cursor) -> int:
     return version
 
 
-def _read_metadata(cursor: _Cursor, count: int) -> dict[str, MetadataValue]:
+def _read_metadata(cursor: Cursor, count: int) -> dict[str, MetadataValue]:
     metadata: dict[str, MetadataValue] = {}
     for _ in range(count):
         start = cursor.offset
@@ -391,7 +367,7 @@ def _read_metadata(cursor: _Cursor, count: int) -> dict[str, MetadataValue]:
     return metadata
 
 
-def _read_array(cursor: _Cursor) -> MetadataValue:
+def _read_array(cursor: Cursor) -> MetadataValue:
     start = cursor.offset
     type_id, length = cursor.unpack("IQ")
     if length > MAX_ARRAY_LENGTH:
@@ -409,7 +385,7 @@ def _read_array(cursor: _Cursor) -> MetadataValue:
     return cursor.numbers(length, letter)
 
 
-def _read_tensors(cursor: _Cursor, count: int, alignment: int, part: int) -> tuple[Tensor, ...]:
+def _read_tensors(cursor: Cursor, count: int, alignment: int, part: int) -> tuple[Tensor, ...]:
     """Of a type that only newer or other engines know, a tensor takes the room up to the next one."""
     tensors: dict[str, Tensor] = {}
     data_bytes = 0
@@ -432,7 +408,7 @@ def _read_tensors(cursor: _Cursor, count: int, alignment: int, part: int) -> tup
     return tuple(tensors.values())
 
 
-def _read_tensor(cursor: _Cursor, part: int) -> Tensor:
+def _read_tensor(cursor: Cursor, part: int) -> Tensor:
     start = cursor.offset
     name = cursor.name("tensor name", MAX_NAME_BYTES)
     cursor.reading = f"tensor {name!r}"
@@ -453,119 +429,6 @@ def _read_tensor(cursor: _Cursor, part: int) -> Tensor:
     if max(elements, nbytes, *shape) > MAX_INT64:
         cursor.fail(f"has an impossible shape {shape} in {cursor.reading}", start)
     return Tensor(name, shape, type_name, offset, nbytes, part)
-
-
-class _Cursor:
-    """Reads forward through a file of which `available` bytes can be had, in a window of bounded size."""
-
-    def __init__(self, file: io.FileIO | io.BytesIO, path: str, available: int, file_bytes: int) -> None:
-        self.path = path
-        self.available = available
-        self.order = "<"
-        self.reading = "the header"
-        self._file = file
-        self._file_bytes = file_bytes
-        self._window = b""
-        self._base = 0
-        self._position = 0
-        self._kept = 0
-        self._strings = 0
-
-    @property
-    def offset(self) -> int:
-        return self._base + self._position
-
-    def fail(self, reason: str, offset: int) -> NoReturn:
-        raise GGUFError(self.path, reason, offset)
-
-    def truncated(self, offset: int) -> NoReturn:
-        if self.available < self._file_bytes:
-            reason = f"the header goes on after its first {self.available:,} bytes, in {self.reading}"
-        else:
-            reason = f"truncated: the file ends after {self.available:,} bytes, in {self.reading}"
-        raise TruncatedGGUF(self.path, reason, offset)
-
-    def unpack(self, letters: str) -> tuple[Any, ...]:
-        layout = _layout(self.order + letters)
-        start = self._advance(layout.size)
-        return layout.unpack_from(self._window, start)
-
-    def take(self, nbytes: int) -> bytes:
-        start = self._advance(nbytes)
-        return self._window[start : start + nbytes]
-
-    def numbers(self, count: int, letter: str) -> tuple[Any, ...]:
-        letters = f"{count}{letter}"
-        self._keep(struct.calcsize("<" + letters))
-        return self.unpack(letters)
-
-    def string(self) -> bytes:
-        (length,) = self.unpack("Q")
-        self._keep(length)
-        return self.take(length)
-
-    def name(self, what: str, max_bytes: int) -> str:
-        start = self.offset
-        name = self.string()
-        if len(name) > max_bytes:
-            self.fail(f"has a {what} of {len(name):,} bytes", start)
-        try:
-            return name.decode()
-        except UnicodeDecodeError:
-            self.fail(f"has a {what} that is not UTF-8", start)
-
-    def skip(self, nbytes: int) -> None:
-        if self.offset + nbytes > self.available:
-            self.truncated(self.offset)
-        self._position += nbytes
-
-    def skip_strings(self, count: int) -> None:
-        """The loop that a vocabulary's cost lies in: one addition and one unpacked length per string."""
-        self._strings += count
-        if self._strings > MAX_STRINGS:
-            self.fail(f"claims {self._strings:,} strings in its arrays", self.offset - 8)
-        start = self.offset
-        unpack = _layout(self.order + "Q").unpack_from
-        window, position = self._window, self._position
-        todo = iter(range(count))
-        while True:
-            try:
-                for _ in todo:
-                    (length,) = unpack(window, position)
-                    position += length + 8
-                break
-            except (struct.error, OverflowError):  # the next length lies outside the window
-                if self._base + position > self.available:
-                    self.truncated(start)
-                self._position = position
-                (length,) = self.unpack("Q")
-                window, position = self._window, self._position + length
-        if self._base + position > self.available:
-            self.truncated(start)
-        self._position = position
-
-    def _keep(self, nbytes: int) -> None:
-        self._kept += nbytes
-        if self._kept > MAX_KEPT_BYTES:
-            self.fail(f"claims {self._kept:,} bytes of names and values, in {self.reading}", self.offset)
-
-    def _advance(self, nbytes: int) -> int:
-        """Step over `nbytes` bytes; their place in the window."""
-        start = self._position
-        if start + nbytes > len(self._window):
-            offset = self.offset
-            if offset + nbytes > self.available:
-                self.truncated(offset)
-            self._file.seek(offset)
-            self._window = self._file.read(max(nbytes, WINDOW_BYTES))
-            self._base, start = offset, 0
-            if len(self._window) < nbytes:  # the file has shrunk since it was opened
-                self.truncated(offset)
-        self._position = start + nbytes
-        return start
-
-
-_layout = functools.lru_cache(maxsize=512)(struct.Struct)
 
 
 def _integer(value: MetadataValue | None) -> int | None:

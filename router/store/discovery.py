@@ -20,7 +20,8 @@ from typing import TypeVar
 from router.config.names import LONGEST
 from router.engines.llamacpp.purpose import unserved
 from router.formats import gguf
-from router.formats.gguf import GGUF, GGUFError
+from router.formats.gguf import GGUF
+from router.formats.gguf_cursor import GGUFError, TruncatedGGUF
 from router.store.created import Created
 
 SETTLE_SEC = 1.0
@@ -220,7 +221,7 @@ class Headers:
             if known is None or known.stamps != stamps or known.header is None:
                 self._check_settled(stamps, settle_sec if known is None else SETTLE_SEC)
                 known = _Known(stamps, _read(path))
-        except (Unfinished, gguf.TruncatedGGUF):
+        except (Unfinished, TruncatedGGUF):
             if known is None or known.header is None:
                 raise
         return known

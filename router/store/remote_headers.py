@@ -20,7 +20,8 @@ from pathlib import Path
 from router import __version__
 from router.config.names import HUB_HOSTS
 from router.formats import gguf
-from router.formats.gguf import GGUF, TruncatedGGUF
+from router.formats.gguf import GGUF
+from router.formats.gguf_cursor import TruncatedGGUF
 from router.store.repository import BadReference, Choice, NoChoice, Reference, gated, parse
 
 FIRST_BYTES = 8 << 20

@@ -24,8 +24,9 @@ from tiny_models import (
     write_projector,
 )
 
-from router.formats import ggml, gguf
-from router.formats.gguf import GGUF, ArrayStub, GGUFError, NotGGUF, TruncatedGGUF, UnsupportedGGUF, capabilities
+from router.formats import ggml, gguf, gguf_cursor
+from router.formats.gguf import GGUF, ArrayStub, NotGGUF, UnsupportedGGUF, capabilities
+from router.formats.gguf_cursor import GGUFError, TruncatedGGUF
 
 ARCHITECTURE = ("general.architecture", "str", "llama")
 WEIGHT = RawTensor("token_embd.weight", (32, 4), type=2, nbytes=4 * 18)
@@ -37,7 +38,7 @@ def parse(blob: bytes) -> GGUF:
 
 def outcome(blob: bytes, window_bytes: int) -> str:
     """What the reader makes of a file: the header, or the complaint; any other exception is a failure."""
-    usual, gguf.WINDOW_BYTES = gguf.WINDOW_BYTES, window_bytes
+    usual, gguf_cursor.WINDOW_BYTES = gguf_cursor.WINDOW_BYTES, window_bytes
     try:
         header = parse(blob)
     except GGUFError as error:
@@ -45,7 +46,7 @@ def outcome(blob: bytes, window_bytes: int) -> str:
     else:
         return repr((header, header.name, header.quantization, header.part_count, capabilities(header)))
     finally:
-        gguf.WINDOW_BYTES = usual
+        gguf_cursor.WINDOW_BYTES = usual
     assert complaint.offset is not None
     assert 0 <= complaint.offset <= len(blob)
     return str(complaint)
@@ -487,7 +488,7 @@ def test_a_huge_file_of_nothing_is_refused_cheaply(tmp_path: Path, header: bytes
     os.truncate(path, 10 << 30)
     error, peak_bytes = refusal(lambda: gguf.read(path))
     assert reason in error.reason
-    assert peak_bytes < 3 * gguf.MAX_KEPT_BYTES
+    assert peak_bytes < 3 * gguf_cursor.MAX_KEPT_BYTES
 
 
 # Whatever the bytes

@@ -17,7 +17,7 @@ from router.config.schema import ModelConfig
 from router.engines.llamacpp.flags import FlagError, Flags
 from router.engines.llamacpp.purpose import flags_for
 from router.engines.llamacpp.sizing import Sizer, read_files
-from router.formats.gguf import GGUFError
+from router.formats.gguf_cursor import GGUFError
 from router.memory.measurements import Learned
 from router.memory.plan import Unusable
 from router.store.discovery import Headers, Survey

@@ -25,7 +25,8 @@ from router.config.schema import AliasConfig, Config, ModelConfig
 from router.engines.base import Facts
 from router.engines.llamacpp.flags import FlagError, as_started
 from router.formats import gguf
-from router.formats.gguf import GGUF, ArrayStub, GGUFError
+from router.formats.gguf import GGUF, ArrayStub
+from router.formats.gguf_cursor import GGUFError
 from router.formats.ollama_options import as_options, option_lines
 from router.http.auth import sees_all
 from router.http.documents import Document

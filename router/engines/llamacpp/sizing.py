@@ -30,6 +30,7 @@ from router.engines.llamacpp.server import KEY_VARIABLE
 from router.engines.process import signal_name
 from router.formats import gguf
 from router.formats.gguf import GGUF
+from router.formats.gguf_cursor import GGUFError
 from router.memory.measurements import Identity, Learned, files_of
 from router.memory.plan import Footprint, Share, Size, Unusable
 from router.system.devices import HOST, Device
@@ -89,7 +90,7 @@ def read_files(path: Path, flags: Flags) -> Files:
             except gguf.UnsupportedGGUF:  # newer than we are; the engine may know it
                 paths.append(file)
                 nbytes += file.stat().st_size
-            except gguf.GGUFError as error:
+            except GGUFError as error:
                 raise Unusable(str(error), f"its file cannot be loaded: {error.reason}") from error
             else:
                 paths += header.files or (file,)
