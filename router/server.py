@@ -13,7 +13,7 @@ import shlex
 import signal
 import socket
 import sys
-from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Iterator
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -25,8 +25,9 @@ from router.api.app import create_app
 from router.catalog.cards import Cards
 from router.catalog.library import Library
 from router.catalog.load import Load, Loaded
+from router.config.changes import changes_between, in_words, needs_restart
 from router.config.problems import CannotServe, ConfigError
-from router.config.schema import AliasConfig, Api, Config, ModelConfig, System
+from router.config.schema import Api, Config, ModelConfig, System
 from router.config.snapshots import Looks
 from router.dataplane.exchange import Exchanges
 from router.dataplane.limits import Door
@@ -78,24 +79,6 @@ _FIRST_MODEL = "hf.co/ggml-org/Qwen3-4B-GGUF:Q4_K_M"
 """What is proposed to somebody who has none."""
 _LAST_WORDS_SEC = 10
 """What the end may take beside the graces for requests and engines."""
-
-_NEEDS_RESTART = {
-    "api": ("host", "port", "ollama_port", "cors_origins", "allowed_hosts", "max_connections"),
-    "system": (
-        "llama_server_path",
-        "base_port",
-        "gpu_devices",
-        "preload_models",
-        "preload_delay_sec",
-        "state_dir",
-        "log_ring_lines",
-        "debug",
-        "structured_logs",
-        "access_log",
-        "log_dir",
-        "tracing",
-    ),
-}
 
 
 def serve(load: Load) -> None:
@@ -313,8 +296,8 @@ class _Service:
             self._keyring.set(after.api)
             self._dispatcher.apply(after)
             self._loaded = loaded
-        changes = {**_changes(before, after), "needs_restart": _needs_restart(self._started_with, after)}
-        _log.info("configuration reloaded: %s", _told(changes))
+        changes = {**changes_between(before, after), "needs_restart": needs_restart(self._started_with, after)}
+        _log.info("configuration reloaded: %s", in_words(changes))
         for warning in loaded.warnings:
             _log.warning("%s", warning)
         return {"status": "success", **changes, "warnings": list(loaded.warnings)}
@@ -335,10 +318,10 @@ class _Service:
                 return False
             self._look_failed = ""
             self._loaded = loaded
-            changes = _changes(before.config, loaded.config)
+            changes = changes_between(before.config, loaded.config)
             if any(changes.values()) or before.config.lost != loaded.config.lost:
                 self._dispatcher.apply(loaded.config)
-                _log.info("models have changed: %s", _told(changes))
+                _log.info("models have changed: %s", in_words(changes))
         for warning in loaded.warnings:
             if warning not in before.warnings:
                 _log.warning("%s", warning)
@@ -463,27 +446,6 @@ def _tune_the_interpreter() -> None:
     gc.set_threshold(_YOUNG_OBJECTS)
 
 
-def _changes(before: Config, after: Config) -> dict[str, list[str]]:
-    """Aliases, by what became of them."""
-    old, new = ({name: _what_is(name, config) for name in config.names} for config in (before, after))
-    return {
-        "added": sorted(new.keys() - old.keys()),
-        "removed": sorted(old.keys() - new.keys()),
-        "changed": sorted(alias for alias in old.keys() & new.keys() if old[alias] != new[alias]),
-    }
-
-
-def _told(changes: Mapping[str, Sequence[str]]) -> str:
-    """For people: `added a, b; removed c`."""
-    words = {"needs_restart": "a restart is needed for"}
-    parts = [f"{words.get(how, how)} {', '.join(names)}" for how, names in changes.items() if names]
-    return "; ".join(parts) or "nothing has changed"
-
-
-def _what_is(name: str, config: Config) -> tuple[ModelConfig | None, AliasConfig | None]:
-    return config.models.get(name), config.aliases.get(name)
-
-
 def _most_clients(api: Api) -> int:
     """As many as are wanted, or as open files allow, which is said then."""
     files = allow_many_files()
@@ -498,17 +460,3 @@ def _most_clients(api: Api) -> int:
             _OTHER_FILES,
         )
     return most
-
-
-def _needs_restart(running: Config, wanted: Config) -> list[str]:
-    """The keys that this process goes by as they were when it started, however often it has read others since."""
-    sections: tuple[tuple[str, Api | System, Api | System], ...] = (
-        ("api", running.api, wanted.api),
-        ("system", running.system, wanted.system),
-    )
-    return [
-        f"{name}.{key}"
-        for name, old, new in sections
-        for key in _NEEDS_RESTART[name]
-        if getattr(old, key) != getattr(new, key)
-    ]

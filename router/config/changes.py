@@ -1,0 +1,60 @@
+"""What differs between two configurations, and which of it a running router cannot go by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from router.config.schema import AliasConfig, Api, Config, ModelConfig, System
+
+_NEEDS_RESTART = {
+    "api": ("host", "port", "ollama_port", "cors_origins", "allowed_hosts", "max_connections"),
+    "system": (
+        "llama_server_path",
+        "base_port",
+        "gpu_devices",
+        "preload_models",
+        "preload_delay_sec",
+        "state_dir",
+        "log_ring_lines",
+        "debug",
+        "structured_logs",
+        "access_log",
+        "log_dir",
+        "tracing",
+    ),
+}
+
+
+def changes_between(before: Config, after: Config) -> dict[str, list[str]]:
+    """Aliases, by what became of them."""
+    old, new = ({name: _what_is(name, config) for name in config.names} for config in (before, after))
+    return {
+        "added": sorted(new.keys() - old.keys()),
+        "removed": sorted(old.keys() - new.keys()),
+        "changed": sorted(alias for alias in old.keys() & new.keys() if old[alias] != new[alias]),
+    }
+
+
+def in_words(changes: Mapping[str, Sequence[str]]) -> str:
+    """For people: `added a, b; removed c`."""
+    words = {"needs_restart": "a restart is needed for"}
+    parts = [f"{words.get(how, how)} {', '.join(names)}" for how, names in changes.items() if names]
+    return "; ".join(parts) or "nothing has changed"
+
+
+def _what_is(name: str, config: Config) -> tuple[ModelConfig | None, AliasConfig | None]:
+    return config.models.get(name), config.aliases.get(name)
+
+
+def needs_restart(running: Config, wanted: Config) -> list[str]:
+    """The keys that this process goes by as they were when it started, however often it has read others since."""
+    sections: tuple[tuple[str, Api | System, Api | System], ...] = (
+        ("api", running.api, wanted.api),
+        ("system", running.system, wanted.system),
+    )
+    return [
+        f"{name}.{key}"
+        for name, old, new in sections
+        for key in _NEEDS_RESTART[name]
+        if getattr(old, key) != getattr(new, key)
+    ]
