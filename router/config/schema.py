@@ -4,6 +4,8 @@ The pydantic models below are the shape of a configuration *file*. `Config` is w
 works with: the same sections, and for each model a `ModelConfig` with absolute paths and the final list of
 engine flags. `sources.py` merges values from file, environment and command line and reports their errors;
 nothing here reads a file or the environment.
+
+The module is long because it is one list: whoever looks for a key finds it here.
 """
 
 from __future__ import annotations

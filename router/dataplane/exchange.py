@@ -9,6 +9,8 @@ thread. What it promises:
 - A stream that has begun ends with an error event, never with silence or a torn chunk.
 - Every request ends in exactly one `RequestDone`, whatever happens to it. For that, all of an engine's answer goes
   through `AnswerMeter.note`, right before it is sent; the meter is read once, when all is over.
+
+It is one class, though a long one: any of its steps may be the next, and each has to know how far the others came.
 """
 
 from __future__ import annotations

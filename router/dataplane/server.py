@@ -8,6 +8,8 @@ It has what uvicorn's protocols lack: bounds on how long and how large a request
 an end for clients that stop in the middle, and for those that do not read. And what one client sends is read in
 small steps, a request at a time: the next one is not begun before the answer to the last is whole, and most of it
 read. Whoever sends more than that waits, in `Rounds`, for the turns that others have.
+
+What is read, answered and timed of a connection is one state, and so one class.
 """
 
 from __future__ import annotations

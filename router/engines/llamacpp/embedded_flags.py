@@ -1,6 +1,7 @@
 """What each of llama-server's flags sets in `xllamacpp.CommonParams`, and which of them cannot be honoured.
 
-Part of the embedded engine, which imports it at every start.
+Part of the embedded engine, which imports it at every start. It is long because it is a table: a row for
+each flag, and before these what they are made of.
 """
 
 from __future__ import annotations
