@@ -21,6 +21,7 @@ from router.formats.gguf_cursor import GGUFError
 from router.memory.measurements import Learned
 from router.memory.plan import Unusable
 from router.store.discovery import Headers, Survey
+from router.system.devices import HOST, Device
 
 _COUNT = 50_000 if LONG else 300
 _FLAGS: tuple[tuple[str, ...], ...] = (
@@ -103,7 +104,7 @@ def _look_at(path: Path, flags: Flags) -> None:
         assert size is not None
         assert all(mib >= 0 for mib in size.mib.values()), size.mib
     if sizer.knows_parts:
-        assert sizer.largest_context((), {"host": 8000, "gpu0": 4000}) >= 0
+        assert sizer.largest_context((), {HOST: 8000, Device.shown(0): 4000}) >= 0
 
 
 def test_every_header_is_sized_or_unreadable_with_a_reason(tmp_path: Path) -> None:
