@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from gpus import GPU0, GPU1
-from test_devices import card, lay_out
+from sysfs import card, lay_out
 
 from router.config.schema import ModelConfig, System
 from router.engines.launcher import LocalLauncher
