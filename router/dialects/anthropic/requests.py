@@ -16,7 +16,7 @@ import msgspec
 
 from router.dataplane.rewriting import joined
 from router.dataplane.shortening import ALL_DEPTHS, Text
-from router.dialects.openai.responses import told
+from router.dialects.schemas import told
 
 _KEPT = ("model", "stream", "temperature", "top_p", "top_k", "chat_template_kwargs")
 _DROPPED = (

@@ -19,6 +19,7 @@ import msgspec
 from router.dataplane.answer import BrokenAnswer, Translator
 from router.dataplane.rewriting import joined
 from router.dataplane.shortening import Text
+from router.dialects.schemas import told
 from router.engines.llamacpp.capability import error_of_engine
 from router.http.errors import ApiError
 
@@ -172,14 +173,6 @@ def _with_form(body: Text, fields: _Fields) -> Text:
         schema = {"json_schema": {"schema": form.schema}} if form.type == "json_schema" else {}
         return _encode({**fields, "response_format": {"type": form.type, **schema}})
     return _encode({**fields, "instructions": joined(told(form.schema), wanted.instructions)})
-
-
-def told(schema: msgspec.Raw) -> str:
-    """A schema, for a model to keep to it by itself."""
-    return (
-        "Once you call no more tools, answer with nothing but JSON that keeps to this schema: "
-        f"{bytes(schema).decode()}"
-    )
 
 
 class Completion(Translator):
