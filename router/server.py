@@ -34,6 +34,8 @@ from router.dataplane.limits import Door
 from router.dataplane.on_uvicorn import Server
 from router.dataplane.server import HttpProtocol, PagesProtocol
 from router.dialects.translators import TRANSLATORS
+from router.engines.base import EngineBackend
+from router.engines.command.backend import Command
 from router.engines.health import HealthMonitor
 from router.engines.launcher import LocalLauncher
 from router.engines.llamacpp.backend import LlamaCpp
@@ -114,11 +116,18 @@ def _serve(loaded: Loaded, load: Load, log: Logs) -> None:
         learned = Learned(store, psutil.boot_time())
         launcher = LocalLauncher(config.system.base_port, record, state.path)
         llamacpp = LlamaCpp(binary, launcher, learned)
-        gpu_devices = config.system.gpu_devices if llamacpp.build.uses_gpus else ()
+        uses_gpus = llamacpp.build.uses_gpus or any(map(_is_of_another_kind, config.models.values()))
+        gpu_devices = config.system.gpu_devices if uses_gpus else ()
         devices = Devices(gpu_devices, listed=Listed(llamacpp.build, os.environ, gpu_devices or ()))
         devices.read_blocking()
-        dispatcher = Dispatcher(config, llamacpp, devices, learned, Events())
+        backends: dict[str, EngineBackend] = {"llamacpp": llamacpp, "command": Command(launcher, learned)}
+        dispatcher = Dispatcher(config, backends, devices, learned, Events())
         _run(_Service(loaded, load, dispatcher, listeners, record, state, log).run())
+
+
+def _is_of_another_kind(model: ModelConfig) -> bool:
+    """Whether its engine is none that comes with the router."""
+    return model.engine != ModelConfig.engine
 
 
 def _tracing() -> Tracing:
@@ -425,11 +434,15 @@ _EXAMPLES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def _example(models: Iterable[ModelConfig], options: str) -> str:
     """The path of a request, and what goes with it: of a model that chats, if there is one."""
-    by_purpose = {purpose_of(model): model.alias for model in reversed(list(models))}
-    purpose = next(each for each in _EXAMPLES if each in by_purpose)
-    path, asked = _EXAMPLES[purpose]
-    document = json.dumps({"model": by_purpose[purpose], **asked}, ensure_ascii=False)
-    return f"{path}{options} -d {shlex.quote(document)}"
+    by_path: dict[str, str] = {}
+    for model in reversed(list(models)):
+        routes = model.routes if model.routes is not None else (_EXAMPLES[purpose_of(model)][0],)
+        by_path.update(dict.fromkeys(routes, model.alias))
+    for path, asked in _EXAMPLES.values():
+        if path in by_path:
+            document = json.dumps({"model": by_path[path], **asked}, ensure_ascii=False)
+            return f"{path}{options} -d {shlex.quote(document)}"
+    return f"/v1/models{options}"
 
 
 def _tune_the_interpreter() -> None:

@@ -286,6 +286,7 @@ def status_of(dispatcher: Dispatcher, alias: str, *, full: bool) -> dict[str, An
         "vram_used_mb": vram_mib,
         "vram_mb": vram_mib,  # an earlier router's word for it
         "memory": memory(account) if account is not None else None,
+        "engine": _kind_of(dispatcher, alias),
         "slots": model.spec.slots,
         "context_length": facts.context if facts is not None else None,
         "in_flight": sum(each["in_flight"] for each in engines),
@@ -315,6 +316,12 @@ def _engine(dispatcher: Dispatcher, engine: Engine, *, full: bool) -> dict[str, 
         "served": engine.served,
         "vram_used_mb": account.main_mib if account is not None else 0,
     }
+
+
+def _kind_of(dispatcher: Dispatcher, alias: str) -> str | None:
+    """Of its engine, by name; None for a model that is not configured any more."""
+    model = dispatcher.config.models.get(alias)
+    return dispatcher.backend_of(model).name if model is not None else None
 
 
 def _load(model: Model, running: RunningEngine | None) -> dict[str, Any]:

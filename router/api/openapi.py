@@ -49,6 +49,8 @@ _ASKS: dict[Ask, str] = {
     "embedding": "Vectors for texts.",
     "ranking": "How well documents answer a query.",
     "transcription": "What is said in a recording.",
+    "speech": "A recording of what is to be said.",
+    "image": "Images for a description.",
     "count": "How many tokens such a request has.",
     "text": "What the tokenizer or the chat template of a model makes of a text.",
 }

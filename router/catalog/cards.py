@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from router.config.schema import ModelConfig
 from router.engines.base import Facts
-from router.engines.llamacpp.flags import Flags, as_started
-from router.engines.llamacpp.footprint import slot_context
-from router.formats import gguf
+from router.engines.command import describe as command
+from router.engines.llamacpp import describe as llamacpp
 from router.system.readings import apart
 
 Card = dict[str, Any]
@@ -101,24 +100,18 @@ def card_of(model: ModelConfig) -> Card:
     card = _configured(model)
     try:
         card["created"] = int(model.model_path.stat().st_mtime)
-        header = header_of(model)
-        flags = as_started(model.flags, model.env)
-        context = slot_context(header, flags, is_sized=model.footprint_mb is not None) or None
-        capabilities = _capabilities(header, flags)
+        card |= _DESCRIBED[model.engine](model)
+        card["architecture"] = _modalities(card["capabilities"])
     except Exception:  # whatever is wrong with its file or flags, who loads it is told
         return card
-    return {
-        **card,
-        "n_ctx": context,
-        "context_length": context,
-        "size": header.file_bytes,
-        "parameters": header.parameter_count,
-        "quantization": header.quantization,
-        "family": header.architecture,
-        "capabilities": capabilities,
-        "architecture": _modalities(capabilities),
-        "meta": _meta(header, context),
-    }
+    return card
+
+
+_DESCRIBED: Mapping[str, Callable[[ModelConfig], Card]] = {
+    "llamacpp": llamacpp.described,
+    "command": command.described,
+}
+"""By the kind of the engine."""
 
 
 def as_it_runs(card: Card, facts: Facts | None) -> Card:
@@ -146,61 +139,8 @@ def _configured(model: ModelConfig) -> Card:
 
 def _modalities(capabilities: Collection[str]) -> dict[str, list[str]]:
     """In llama-server's words."""
-    senses = {"vision": "image", "audio": "audio"}
+    senses = {"vision": "image", "audio": "audio", "transcription": "audio"}
     inputs = ["text", *(kind for sense, kind in senses.items() if sense in capabilities)]
-    return {"input_modalities": inputs, "output_modalities": ["text"]}
-
-
-def _meta(header: gguf.GGUF, context: int | None) -> dict[str, Any]:
-    """What llama-server tells of a model that is loaded."""
-    tokens = header.metadata.get("tokenizer.ggml.tokens")
-    told = {
-        "n_ctx": context,
-        "n_ctx_train": header.context_length,
-        "n_embd": header.embedding_length,
-        "n_params": header.parameter_count,
-        "n_vocab": tokens.length if isinstance(tokens, gguf.ArrayStub) else None,
-        "size": header.file_bytes,
-        "ftype": header.quantization,
-    }
-    return {key: value for key, value in told.items() if value is not None}
-
-
-def _capabilities(header: gguf.GGUF, flags: Flags) -> list[str]:
-    """What its engine, started with these flags, can be asked for; clients choose by it what to offer."""
-    if flags.switch("rerank", False):
-        return ["rerank"]
-    if flags.switch("embedding", False):
-        return ["embedding"]
-    projector = flags.last("mmproj")
-    found = ["completion", *(gguf.senses(gguf.read(Path(projector.text))) if projector else ())]
-    template = _template(header, flags)
-    if "tools" in template:
-        found.append("tools")
-    if any(word in template for word in ("enable_thinking", "<think>", "reasoning_effort")):
-        found.append("thinking")
-    if any(
-        key in header.metadata for key in ("tokenizer.ggml.fim_pre_token_id", "tokenizer.ggml.prefix_token_id")
-    ):
-        found.append("insert")
-    return found
-
-
-def template_of(model: ModelConfig) -> str:
-    """The chat template that its engine uses; empty for none. Reads files: raises OSError and GGUFError."""
-    return _template(header_of(model), as_started(model.flags, model.env))
-
-
-def _template(header: gguf.GGUF, flags: Flags) -> str:
-    file, text = flags.last("chat-template-file"), flags.last("chat-template")
-    if file is not None and (text is None or flags.given.index(file) > flags.given.index(text)):
-        return Path(file.text).read_text()
-    if text is not None:
-        return text.text
-    template = header.metadata.get("tokenizer.chat_template")
-    return template if isinstance(template, str) else ""
-
-
-def header_of(model: ModelConfig) -> gguf.GGUF:
-    """Of its file. Raises OSError and GGUFError."""
-    return gguf.read(model.model_path, require_data=False)
+    makes = {"speech": "audio", "image": "image"}
+    outputs = [kind for made, kind in makes.items() if made in capabilities]
+    return {"input_modalities": inputs, "output_modalities": outputs or ["text"]}

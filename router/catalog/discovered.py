@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from router.config.draft import Draft
-from router.config.schema import AliasConfig, Api
+from router.config.schema import AliasConfig, Api, CommandModel
 from router.config.source import Source
 from router.store import created, pulled
 from router.store import discovery as hub
@@ -83,6 +83,9 @@ class Discovered:
                 entry = models.setdefault(found.alias, {})
                 if not isinstance(entry, dict):
                     continue
+                if is_of_command(entry):
+                    self.draft.warnings.append(f"{found.path} is not served: a command has the same name")
+                    continue
                 if first := entry.get("model_path"):
                     if not isinstance(first, str) or self.draft.resolve(first, base) != found.path:
                         self.draft.warnings.append(f"{found.path} is not served: {first} has the same name")
@@ -115,7 +118,7 @@ class Discovered:
             return
         for name, made in records.items():
             entry = models.get(name)
-            if name in aliases or (isinstance(entry, dict) and "model_path" in entry):
+            if name in aliases or (isinstance(entry, dict) and ("model_path" in entry or is_of_command(entry))):
                 self.draft.warnings.append(
                     f"{name!r}, which was created, is not served: the configuration uses its name"
                 )
@@ -218,3 +221,8 @@ def _model_named(aliases: Mapping[str, Any], name: str) -> object:
     """What an alias stands for, as it is written; None if there is none of this name."""
     entry = aliases.get(name)
     return entry.get("uses") if isinstance(entry, dict) else entry
+
+
+def is_of_command(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry of a model names its own server, as it is written."""
+    return entry.get("engine") == CommandModel.engine

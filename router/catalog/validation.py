@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from router.catalog.discovered import Discovered
+from router.catalog.discovered import Discovered, is_of_command
 from router.catalog.engine_flags import files_of, final_flags, told_by
 from router.config.draft import DEFAULT
 from router.config.errors import did_you_mean
@@ -18,6 +18,8 @@ from router.config.schema import (
     AliasConfig,
     AliasEntry,
     Api,
+    CommandEntry,
+    CommandModel,
     Config,
     ModelConfig,
     ModelEntry,
@@ -25,10 +27,13 @@ from router.config.schema import (
     System,
 )
 from router.config.source import FOUND
+from router.engines.command import MARK_VARIABLE
 from router.engines.llamacpp import adapters
 from router.engines.llamacpp.flags import FlagError, Flags
 from router.formats.gguf import GGUF, SPLIT_NAME
 from router.formats.gguf_cursor import GGUFError
+from router.http.routes import SERVED
+from router.memory.measurements import files_of as files_of_paths
 from router.scheduling.queue import BY_NAME
 from router.store import discovery as hub
 from router.store import repository
@@ -156,6 +161,9 @@ class _Validation:
         if not hub.is_alias(alias):
             self.draft.problem(path, "an alias is up to 256 printable characters without spaces")
         given = self.draft.values["models"][alias]
+        if isinstance(given, dict) and is_of_command(given):
+            own = self.draft.section(CommandEntry, path, cmd=(_UNKNOWN,), engine="command")
+            return None if own is None else self._command(alias, own, system)
         if isinstance(given, dict) and "model_path" not in given:
             message = "is required, as no model was found that is called so"
             if self.draft.check_files:
@@ -198,6 +206,54 @@ class _Validation:
             purposes=purposes,
             most_tokens=most_tokens,
         )
+
+    def _command(self, alias: str, entry: CommandEntry, system: System) -> CommandModel:
+        path = ("models", alias)
+        file = None
+        if entry.model_path is not None:
+            file = self.draft.resolve(entry.model_path, Path(system.base_models_path))
+            self._check_file((*path, "model_path"), file, _wrong_with_anything)
+        if entry.cmd != (_UNKNOWN,) and not any("{port}" in text for text in (*entry.cmd, *entry.env.values())):
+            self.draft.problem((*path, "cmd"), "holds no {port}, by which it is told where to listen")
+        for variable in sorted({MARK_VARIABLE}.intersection(entry.env)):
+            self.draft.problem((*path, "env", variable), "cannot be set: the router sets it itself")
+        for index, route in enumerate(entry.routes):
+            if route not in SERVED:
+                self.draft.problem((*path, "routes", index), f"is no route of models{did_you_mean(route, SERVED)}")
+        cmd = entry.cmd
+        if os.sep in cmd[0] and "{" not in cmd[0]:
+            cmd = (str(self.draft.resolve(cmd[0], self.draft.base_of((*path, "cmd")))), *cmd[1:])
+        cwd = None if entry.cwd is None else self.draft.resolve(entry.cwd, self.draft.base_of((*path, "cwd")))
+        return CommandModel(
+            alias=alias,
+            model_path=file or Path(cmd[0]),
+            flags=(),
+            slots=entry.slots,
+            env=entry.env,
+            files=self._stamps(file),
+            pinned=entry.pinned,
+            idle_timeout_sec=math.inf if entry.idle_timeout_sec == 0 else entry.idle_timeout_sec,
+            priority=entry.priority or "normal",
+            description=entry.description,
+            source=self.draft.origin_of((*path, "cmd")),
+            routes=frozenset(entry.routes),
+            known_as=entry.model_name or alias,
+            cmd=cmd,
+            stop_cmd=entry.stop_cmd,
+            cwd=cwd,
+            file=file,
+            ready_path=entry.ready_path,
+            footprint=entry.footprint_mb,
+        )
+
+    def _stamps(self, file: Path | None) -> tuple[tuple[str, int, int], ...]:
+        """Of the file that a server is started with, whatever its format."""
+        if file is None or not self.draft.is_for_here:
+            return ()
+        try:
+            return files_of_paths(file)
+        except OSError:
+            return ()
 
     def _header(self, file: Path) -> GGUF | None:
         """What the file of a model says of it; None if it can't be read, which is said to whoever asks for it."""
@@ -299,6 +355,13 @@ def _wrong_with_model(file: Path) -> str:
         return f"there is no file {file}" + did_you_mean(
             file.name, [each.name for each in file.parent.glob("*.gguf")]
         )
+    return "" if os.access(file, os.R_OK) else f"{file} cannot be read: permission denied"
+
+
+def _wrong_with_anything(file: Path) -> str:
+    """Why a file or folder of any kind cannot be read; empty if it can. Raises OSError."""
+    if not file.exists():
+        return f"there is no {file}" + (f": {why}" if (why := _not_a_path(file)) else "")
     return "" if os.access(file, os.R_OK) else f"{file} cannot be read: permission denied"
 
 

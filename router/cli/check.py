@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from router.catalog.load import Loaded, load
-from router.config.schema import Config
+from router.config.schema import Config, ModelConfig
 from router.config.show import render
 from router.config.source import Source
+from router.engines.base import EngineBackend
+from router.engines.command.backend import Command
 from router.engines.launcher import LocalLauncher
 from router.engines.llamacpp.backend import LlamaCpp
 from router.engines.llamacpp.binary import NoEngine, find_binary
 from router.engines.orphans import EngineRecord
 from router.memory.measurements import Learned
 from router.memory.plan import Unusable
+from router.runtime.dispatcher import warnings
 from router.store.demo import MODEL_PATH
 from router.system.printable import line
 from router.system.state import State
@@ -70,17 +73,22 @@ def check(options: argparse.Namespace) -> None:
 
 def _would_not_load(config: Config) -> Iterator[str]:
     """Models whose file or flags are found to be wrong only when somebody asks for them."""
-    launcher = LocalLauncher(config.system.base_port, EngineRecord(State()), None)
+    launcher, learned = LocalLauncher(config.system.base_port, EngineRecord(State()), None), Learned()
+    others = any(model.engine != ModelConfig.engine for model in config.models.values())
+    nobody = "no model of a llama-server will load" if others else "no model will load"
+    backends: dict[str, EngineBackend] = {"command": Command(launcher, learned)}
     try:
-        engine = LlamaCpp(find_binary(config.system.llama_server_path), launcher, Learned())
-        engine.check_runs()
+        llamacpp = LlamaCpp(find_binary(config.system.llama_server_path), launcher, learned)
+        llamacpp.check_runs()
+        backends["llamacpp"] = llamacpp
     except (NoEngine, Unusable) as error:
-        yield f"no model will load: {error}"
-        return
-    yield from engine.warnings(config.models)
+        yield f"{nobody}: {error}"
+    yield from warnings(backends, config.models)
     for alias, model in config.models.items():
+        if (backend := backends.get(model.engine)) is None:
+            continue
         try:
-            yield from (f"models.{alias} will not load: {problem}" for problem in engine.validate(model))
+            yield from (f"models.{alias} will not load: {problem}" for problem in backend.validate(model))
         except ImportError as error:
-            yield f"no model will load: xllamacpp can't be imported: {error}"
-            return
+            yield f"{nobody}: xllamacpp can't be imported: {error}"
+            del backends[model.engine]

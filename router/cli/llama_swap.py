@@ -1,7 +1,7 @@
 """`llama-router import`: our configuration, made of one of llama-swap's, and a word on what has no counterpart.
 
 What is read is a configuration of August 2026 (llama-swap's `config-schema.json`), its macros replaced as there.
-A model whose command is llama-server's becomes an entry with a file and flags.
+A model whose command is llama-server's becomes an entry with a file and flags, another one keeps its command.
 """
 
 from __future__ import annotations
@@ -306,6 +306,8 @@ class _Import:
                     entry["idle_timeout_sec"] = value
             elif key == "env":
                 entry["env"] = self._environment(_texts(value), at)
+            elif "engine" in entry and key in ("checkEndpoint", "cmdStop", "useModelName", "concurrencyLimit"):
+                self._read_of_command(entry, key, value)
             elif key in ("proxy", "checkEndpoint", "cmdStop", "useModelName"):
                 self._check_address(key, value, at)
             elif key in _NONE_OF_MODEL:
@@ -338,9 +340,10 @@ class _Import:
             while words and "=" in words[0] and not words[0].startswith("-"):
                 set_before.append(words.pop(0))
         if not words or not _ENGINE.fullmatch(PurePath(words[0]).name):
-            what = PurePath(words[0]).name if words else "nothing"
-            self._note(at, f"the model is left out: only llama-server can be run, and this runs {what}")
-            return None
+            entry = self._command(words, at)
+            if entry is not None and set_before:
+                entry["env"] = self._environment(set_before, at)
+            return entry
         try:
             flags = parse(words[1:])
         except FlagError as error:
@@ -352,6 +355,26 @@ class _Import:
             if set_before:
                 entry["env"] = self._environment(set_before, at)
         return entry
+
+    def _command(self, words: Sequence[str], path: KeyPath) -> dict[str, Any] | None:
+        """Of another server than llama-server. None: it could not be told where to listen."""
+        if not any("${PORT}" in word for word in words):
+            what = PurePath(words[0]).name if words else "nothing"
+            self._note(path, f"the model is left out: it runs {what}, and is not told where to listen (${{PORT}})")
+            return None
+        self._note(path, "is taken to serve chats, completions and embeddings; if it is others, name its `routes`")
+        program = self._path(words[0], path) if "/" in words[0] else words[0]
+        return {"engine": "command", "cmd": _Words(map(_in_our_words, (program, *words[1:])))}
+
+    def _read_of_command(self, entry: dict[str, Any], key: str, value: Any) -> None:
+        if key == "checkEndpoint" and value not in ("", None, "/health"):
+            entry["ready_path"] = None if value == "none" else str(value)
+        elif key == "cmdStop" and value:
+            entry["stop_cmd"] = _Words(map(_in_our_words, shlex.split(str(value).replace("\\\n", " "))))
+        elif key == "useModelName" and value:
+            entry["model_name"] = str(value)
+        elif key == "concurrencyLimit" and _is_number(value) and value > 0:
+            entry["slots"] = value
 
     def _file_and_flags(self, flags: Sequence[Flag], path: KeyPath) -> dict[str, Any] | None:
         entry: dict[str, Any] = {}
@@ -438,6 +461,10 @@ class _Import:
             self._drop(path, "only whole parameters can be changed, and nothing inside of them")
             return False
         return True
+
+
+def _in_our_words(word: str) -> str:
+    return word.replace("${PORT}", "{port}").replace("${PID}", "{pid}")
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -103,7 +103,7 @@ class Draft:
         wrong: set[str | int] = set()
         for each in errors:
             where = (*path, *each["loc"])
-            self.problem(where, explain(each, where))
+            self.problem(where, explain(each, where, kind))
             wrong.update(each["loc"][:1])
         if not isinstance(values, dict) or not wrong:
             return None

@@ -14,13 +14,15 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from router.config.problems import KeyPath
-from router.config.schema import Api, ConfigFile, ModelEntry, Scheduling, Section, System
+from router.config.schema import Api, CommandEntry, ConfigFile, ModelEntry, Scheduling, Section, System
 
 
-def explain(error: ErrorDetails, path: KeyPath) -> str:
+def explain(error: ErrorDetails, path: KeyPath, section: type[Section]) -> str:
+    """`section` is the one that was checked."""
     match error["type"]:
         case "extra_forbidden":
-            return unknown_key(section_at(path[:-1]), str(path[-1]))
+            is_its_own = len(error["loc"]) == 1
+            return unknown_key(section if is_its_own else section_at(path[:-1]), str(path[-1]))
         case "missing":
             return "is required"
         case "value_error":
@@ -31,6 +33,10 @@ def explain(error: ErrorDetails, path: KeyPath) -> str:
             return "should be a list" + _SHAPES.get(str(path[-1]), "")
         case "string_type" if isinstance(error["input"], int | float):
             return "should be text: put it in quotes"
+        case "literal_error" if path[0] == "models" and path[2:] == ("engine",):
+            return "should be llamacpp, which is the default, or command"
+        case "string_pattern_mismatch" if path[0] == "models" and path[2:3] == ("footprint_mb",):
+            return "should be host, gpu (any one) or the name of a GPU, such as gpu0"
         case "literal_error" if path[0] == "models" and path[2:] == ("device",):
             return "should be cpu or auto: which GPU it takes is decided by memory, or by --device in its flags"
         case "string_pattern_mismatch" if "cors_origins" in path:
@@ -58,6 +64,8 @@ _LONGEST_SHOWN = 80
 _SHAPES = {
     "flags": ": [-c, 8192, --jinja], not one line of text",
     "env": ", as {CUDA_VISIBLE_DEVICES: 0}",
+    "routes": ": [/v1/audio/speech]",
+    "footprint_mb": ", as {gpu: 6000, host: 500}, or one number",
     "models": ", as {model_path: FILE.gguf}",
 }
 
@@ -99,7 +107,7 @@ LLAMA_SWAP: Mapping[type[Section], Mapping[str, str]] = {
         **dict.fromkeys(("metricsMaxInMemory", "captureBuffer"), _NOTHING),
     },
     ModelEntry: {
-        "cmd": "model_path and flags",
+        "cmd": "model_path and flags, or, of another server, the same beside `engine: command`",
         "ttl": "idle_timeout_sec",
         "aliases": "{NAME: MODEL} in the section aliases",
         "filters": "removed and forced of an entry in the section aliases",
@@ -108,6 +116,20 @@ LLAMA_SWAP: Mapping[type[Section], Mapping[str, str]] = {
         "concurrencyLimit": "system.max_queue_size_per_model",
         "sendLoadingState": "api.heartbeat_sec",
         **dict.fromkeys(("proxy", "checkEndpoint", "cmdStop", "useModelName", "unlisted", "metadata"), _NOTHING),
+    },
+    CommandEntry: {
+        "cmdStop": "stop_cmd",
+        "checkEndpoint": "ready_path",
+        "useModelName": "model_name",
+        "proxy": "{host} and {port} in cmd",
+        "ttl": "idle_timeout_sec",
+        "aliases": "{NAME: MODEL} in the section aliases",
+        "filters": "removed and forced of an entry in the section aliases",
+        "macros": "YAML anchors",
+        "name": "description",
+        "concurrencyLimit": "slots",
+        "sendLoadingState": "api.heartbeat_sec",
+        **dict.fromkeys(("unlisted", "metadata"), _NOTHING),
     },
 }
 """What those who come from there write, and what it is called here; docs/llama-swap.md has it at length."""

@@ -10,30 +10,34 @@ The module is long because it is one list: whoever looks for a key finds it here
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     JsonValue,
     SecretStr,
+    Tag,
     WithJsonSchema,
 )
 from pydantic.json_schema import GenerateJsonSchema
 
 from router.config.names import LONGEST
-from router.engines.llamacpp.flags import Purpose
 from router.scheduling.policy import CONSTANTS, DEFAULTS
 from router.scheduling.queue import PriorityName
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
+Purpose = Literal["embedding", "rerank", "mmproj"]
+"""What a llama-server can be started for besides text."""
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 
 
@@ -491,6 +495,7 @@ class Params(Section):
 class ModelEntry(Section):
     """Model: its file and how its engine is started."""
 
+    engine: Literal["llamacpp"] = Field(default="llamacpp", description="llama-server or the embedded engine.")
     model_path: str | None = Field(
         default=None,
         min_length=1,
@@ -543,6 +548,117 @@ class ModelEntry(Section):
     )
     description: str = Field(default="", description="Description shown in the list of models.")
 
+
+def _words(line: object) -> object:
+    """Split a command line that is written as text, as a shell would."""
+    if not isinstance(line, str):
+        return _flat(line)
+    try:
+        return shlex.split(line.replace("\\\n", " "), comments=True)
+    except ValueError as error:
+        raise ValueError(f"cannot be split into words ({error}): write it as a list") from None
+
+
+def _devices(footprint: object) -> object:
+    """Read a single figure as that of one GPU, or of RAM on a machine without GPUs."""
+    return {"gpu": footprint} if isinstance(footprint, int) and not isinstance(footprint, bool) else footprint
+
+
+CommandLine = Annotated[
+    tuple[Argument, ...],
+    Field(strict=False),
+    BeforeValidator(_words),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _ARGUMENT_SCHEMA}]}),
+]
+_FIGURES: dict[str, Any] = {
+    "type": "object",
+    "propertyNames": {"pattern": r"^(host|gpu|gpu\d+)$"},
+    "additionalProperties": {"type": "integer", "exclusiveMinimum": 0},
+}
+Figures = Annotated[
+    dict[Annotated[str, Field(pattern=r"^(host|gpu|gpu\d{1,6})$")], PositiveCount],
+    Field(min_length=1),
+    BeforeValidator(_devices),
+    WithJsonSchema({"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, _FIGURES]}),
+]
+
+
+class CommandEntry(Section):
+    """Model served by any other server: its command line, and how to talk to it.
+
+    In `cmd`, `stop_cmd` and the values of `env`, `{host}` and `{port}` stand for the address to listen on,
+    `{model}` for model_path, `{alias}` for the name of the entry and, in `stop_cmd`, `{pid}` for the process.
+    """
+
+    engine: Literal["command"] = Field(description="Any server, started by its command line.")
+    cmd: CommandLine = Field(
+        min_length=1,
+        description="Program and arguments: a list, or text that is split like a shell command line (but no shell "
+        "runs it). {port} must occur here or in env.",
+    )
+    routes: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        default=("/v1/chat/completions", "/v1/completions", "/v1/embeddings"),
+        description="Routes that the server supports, such as /v1/audio/transcriptions.",
+    )
+    model_name: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Model name that the server expects; it replaces `model` in requests. null: the entry's name.",
+    )
+    model_path: str | None = Field(
+        default=None,
+        min_length=1,
+        description="File or folder for {model}, absolute or relative to base_models_path. Its size is the memory "
+        "estimate until the model has been measured.",
+    )
+    ready_path: str | None = Field(
+        default="/health",
+        pattern="^/",
+        description="Path that answers GET with 2xx when the server is ready and healthy. null: an open port is "
+        "enough.",
+    )
+    slots: PositiveCount = Field(default=1, description="Number of requests that the server handles concurrently.")
+    footprint_mb: Figures | None = Field(
+        default=None,
+        description="Memory that the server needs in MiB: of one GPU, or of RAM on a machine without GPUs; or per "
+        "device, as {gpu: 6000, host: 500}, {host: 500} (without any GPU) or {gpu0: 8000, gpu1: 8000}. null: "
+        "measured.",
+    )
+    stop_cmd: CommandLine = Field(
+        default=(),
+        description="Command that stops the server, such as `docker stop NAME`; SIGTERM and SIGKILL follow.",
+    )
+    cwd: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Working directory of the server, relative to the folder of the configuration file. null: the "
+        "router's.",
+    )
+    env: Environment = Field(
+        default={},
+        description="Additional environment variables of the server. It inherits the router's environment except "
+        "for variables whose names indicate secrets.",
+    )
+    pinned: bool = Field(
+        default=False,
+        description="Never unload this model once it is loaded. If its server exits, it is restarted immediately.",
+    )
+    idle_timeout_sec: Seconds | None = Field(
+        default=None, description="Replaces system.idle_timeout_sec for this model. 0: never unload."
+    )
+    priority: PriorityName | None = Field(
+        default=None, description="Priority of requests that do not specify one. null: normal."
+    )
+    description: str = Field(default="", description="Description shown in the list of models.")
+
+
+def _kind_of(entry: object) -> str:
+    return str(entry.get("engine", "llamacpp") if isinstance(entry, Mapping) else getattr(entry, "engine", ""))
+
+
+Entry = Annotated[
+    Annotated[ModelEntry, Tag("llamacpp")] | Annotated[CommandEntry, Tag("command")], Discriminator(_kind_of)
+]
 
 _Names = TypeVar("_Names", bound=Iterable[str])
 
@@ -610,7 +726,7 @@ class ConfigFile(Section):
     scheduling: Scheduling = Field(
         default_factory=Scheduling, description="Trade-off between throughput and waiting times."
     )
-    models: dict[Alias, ModelEntry] = Field(
+    models: dict[Alias, Entry] = Field(
         default={},
         description="Models by name.",
         json_schema_extra={"propertyNames": {"pattern": r"^\S+$", "maxLength": LONGEST}},
@@ -626,6 +742,9 @@ class ConfigFile(Section):
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """Resolved configuration of one model. Equal instances need no change at a reload."""
+
+    engine: ClassVar[str] = "llamacpp"
+    """The kind of its engine."""
 
     alias: str
     model_path: Path
@@ -648,11 +767,38 @@ class ModelConfig:
     """Purposes according to the flags, cached because parsing flags for each request takes too long."""
     most_tokens: int | None = field(default=None, compare=False)
     """Default limit on output tokens according to the flags, cached for the same reason."""
+    routes: frozenset[str] | None = None
+    """Routes that its engine serves. None: those of llama-server."""
+    known_as: str | None = None
+    """Name by which its engine knows the model. None: any."""
 
     @property
     def revision(self) -> Hashable:
         """Everything an engine is started with. While it is unchanged, other changes need no restart."""
         return (self.model_path, self.flags, frozenset(self.env.items()), self.files)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandModel(ModelConfig):
+    """One that another server has, resolved; see `CommandEntry`.
+
+    Its `model_path` is where its file is, or else the program."""
+
+    engine: ClassVar[str] = "command"
+    cmd: tuple[str, ...]
+    stop_cmd: tuple[str, ...] = ()
+    cwd: Path | None = None
+    file: Path | None = None
+    """What `{model}` stands for."""
+    ready_path: str | None = "/health"
+    footprint: Mapping[str, int] | None = field(default=None, hash=False)
+    """MiB by device, where `gpu` is any GPU."""
+
+    @property
+    def revision(self) -> Hashable:
+        how = (self.cmd, self.stop_cmd, self.cwd, self.file, self.ready_path, self.known_as)
+        footprint = frozenset((self.footprint or {}).items())
+        return (*how, frozenset(self.env.items()), self.files, footprint)
 
 
 @dataclass(frozen=True, slots=True)

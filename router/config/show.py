@@ -7,20 +7,32 @@ import math
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from pydantic import SecretStr
 
 from router.config.problems import KeyPath, dotted
-from router.config.schema import Config, Section
-from router.engines.llamacpp.flags import argv, parse
+from router.config.schema import CommandModel, Config, ModelConfig, Section
 
 _SECRET_NAME = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 
 
-_DERIVED = frozenset({"alias", "slots", "source", "files", "projector_was_found", "purposes", "most_tokens"})
+_SECRET_FLAG = re.compile(r"-hft|--?(hf[-_]token|.*(api[-_]?key|secret|passw|credential).*)", re.IGNORECASE)
+"""One whose value is a secret."""
+
+_OF_FLAGS = frozenset({"slots", "projector_was_found", "purposes", "most_tokens", "routes", "known_as"})
+"""What a llama-server's flags come to."""
+_DERIVED = {
+    ModelConfig: frozenset({"alias", "source", "files", *_OF_FLAGS}),
+    CommandModel: frozenset(
+        {"alias", "source", "files", "model_path", "flags", "footprint_mb"}
+        | {"projector_was_found", "purposes", "most_tokens"}
+    ),
+}
+_WRITTEN_AS = {"file": "model_path", "known_as": "model_name", "footprint": "footprint_mb"}
+"""What is called otherwise in a file."""
 
 
 def render(config: Config, origins: Mapping[str, str]) -> list[str]:
@@ -33,14 +45,21 @@ def leaves(config: Config) -> Iterator[tuple[KeyPath, str]]:
     for name, section in (("api", config.api), ("system", config.system), ("scheduling", config.scheduling)):
         yield from _section_leaves((name,), section)
     for alias, model in config.models.items():
+        if model.engine != "llamacpp":
+            yield ("models", alias, "engine"), model.engine
         for field in fields(model):
-            path, value = ("models", alias, field.name), getattr(model, field.name)
+            name = _WRITTEN_AS.get(field.name, field.name)
+            path, value = ("models", alias, name), getattr(model, field.name)
+            if field.name in _DERIVED[type(model)]:
+                continue
             if field.name == "env":
                 for name, text in value.items():
                     yield (*path, name), "(not shown)" if _SECRET_NAME.search(name) else _text(text)
-            elif field.name == "flags":
+            elif field.name in ("flags", "cmd", "stop_cmd"):
                 yield path, _command_line(value)
-            elif field.name not in _DERIVED:
+            elif isinstance(value, frozenset):
+                yield path, json.dumps(sorted(value))
+            else:
                 yield path, _text(value)
     for name, named in config.aliases.items():
         for field in fields(named):
@@ -72,9 +91,16 @@ def _section_leaves(path: KeyPath, section: Section) -> Iterator[tuple[KeyPath, 
             yield (*path, name), _text(value)
 
 
-def _command_line(flags: Sequence[str]) -> str:
-    shown = [replace(flag, values=("(not-shown)",)) if flag.name == "hf-token" else flag for flag in parse(flags)]
-    return shlex.join(argv(shown))
+def _command_line(words: Sequence[str]) -> str:
+    shown = []
+    for before, word in zip(("", *words), words, strict=False):
+        flag, is_one_word, _ = word.partition("=")
+        if _SECRET_FLAG.fullmatch(before) and not word.startswith("-"):
+            word = "(not-shown)"
+        elif is_one_word and _SECRET_FLAG.fullmatch(flag):
+            word = f"{flag}=(not-shown)"
+        shown.append(word)
+    return shlex.join(shown)
 
 
 def _text(value: Any) -> str:

@@ -76,13 +76,17 @@ class EngineExchange(Exchange):
 
     def _read(self, body: Text) -> tuple[Wish, Text]:
         wish = wish_of(self._head.model, False, self._head.fields, self._dispatcher.config, self._client)
-        return wish._replace(asked_as=None), body
+        return wish._replace(asked_as=None, known_as=None), body
 
     def _read_large(self, body: memoryview) -> tuple[Wish, Pieces]:
         return self._read(body)[0], Pieces(body)
 
     def _is_slotless(self) -> bool:
         return True
+
+    def _not_served(self, wish: Wish) -> ApiError | None:
+        """Its engine knows what it has."""
+        return None
 
     def _asked_of_engine(self) -> tuple[bytes, bytes]:
         """llama-server has its web page in gzip only."""

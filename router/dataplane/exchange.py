@@ -30,10 +30,11 @@ from urllib.parse import quote
 import msgspec
 
 from router.catalog.cards import Cards
+from router.config.names import some_of
 from router.config.schema import System
 from router.dataplane.answer import Answer, BrokenAnswer
 from router.dataplane.burden import burden
-from router.dataplane.forms import is_form
+from router.dataplane.forms import is_form, with_text
 from router.dataplane.heads import Admission, RequestHead, check_size
 from router.dataplane.limits import Bodies
 from router.dataplane.media import DEPTH as DEPTH_OF_MEDIA
@@ -47,7 +48,7 @@ from router.engines.upstream import Body, Connection, Head
 from router.http.auth import Client, Keyring
 from router.http.errors import ApiError, refused
 from router.http.origins import Browsers
-from router.http.routes import ROUTES, Ask, Dialect, Route, Stream
+from router.http.routes import LLAMA_SERVERS, ROUTES, Ask, Dialect, Route, Stream
 from router.observe.events import Outcome, RequestDone
 from router.observe.usage import NO_USAGE, Usage
 from router.runtime.dispatcher import Dispatcher, Ticket, Waiting
@@ -273,6 +274,8 @@ class Exchange:
             return
         try:
             wish, self._body = self._read(body)
+            if wish.known_as is not None and self._is_form():
+                self._body = self._renamed(body, wish.known_as)
         except ApiError as error:
             self._refuse(error)
         except _UNREADABLE as error:
@@ -301,6 +304,10 @@ class Exchange:
     def _may_name_addresses(self) -> bool:
         """Whether the engine may fetch for its client what lies at an address."""
         return self._client is None or self._dispatcher.config.api.remote_media
+
+    def _renamed(self, form: Text, name: str) -> Pieces:
+        """A form with the model's name as its engine knows it."""
+        return with_text(form, self._head.fields[b"content-type"], "model", name)
 
     def _path_of_engine(self) -> str:
         """Where the body, once it was read, goes."""
@@ -345,7 +352,7 @@ class Exchange:
         """The same in steps, between which other threads get their turns."""
         if self._is_form():
             wish, _ = self._read(body)  # which changes nothing of it
-            return wish, Pieces(body)
+            return wish, Pieces(body) if wish.known_as is None else self._renamed(body, wish.known_as)
         depth = self._depth()
         while True:
             short = shortened(body, depth)
@@ -392,7 +399,23 @@ class Exchange:
         self._hold(carried)
         self._burden = carried
 
+    def _not_served(self, wish: Wish) -> ApiError | None:
+        """Why the model cannot be asked at this route; None: it can, as far as is known."""
+        path = self._path_of_engine()
+        if not path or path in (LLAMA_SERVERS if wish.routes is None else wish.routes):
+            return None
+        models = self._dispatcher.config.models.items()
+        others = [
+            alias for alias, model in models if path in (LLAMA_SERVERS if model.routes is None else model.routes)
+        ]
+        advice = f"Ask {some_of(others)} instead" if others else "No model here does"
+        return ApiError(400, "not_supported", f"{wish.alias!r} does not serve {path}. {advice}.", "model")
+
     def _submit(self, wish: Wish) -> None:
+        refusal = self._not_served(wish)
+        if refusal is not None:
+            self._refuse(refusal)
+            return
         if b"x-request-id" in self._head.fields and self._dispatcher.is_taken(self._request_id):
             self._be_called(_new_id())  # by one that came while the body was read
         self._streams = wish.streams
@@ -602,8 +625,10 @@ class Exchange:
 
     def _has_last_event(self) -> bool:
         """Whether a stream of this route says where it ends."""
-        route = self._route_of_engine()
-        return route is not None and route.stream is Stream.CLOSED
+        route, ticket = self._route_of_engine(), self._ticket
+        if route is None or ticket is None or ticket.engine is None:
+            return False
+        return route.stream is Stream.CLOSED and ticket.engine.pool.endpoint.marks_end
 
     def _outcome_of_stream(self) -> Outcome:
         if not self._meter.ends_in_error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import msgspec
@@ -50,6 +51,10 @@ class Wish(NamedTuple):
     asked_as: AliasConfig | None = None
     """The name that it was asked for by, if that changes the request."""
     answers: Shape = ONE
+    routes: frozenset[str] | None = None
+    """Those that its engine serves; None: llama-server's."""
+    known_as: str | None = None
+    """What the body has to say as `model`, if it says something else."""
 
 
 _NO_PROMPT = msgspec.Raw(b"")
@@ -86,7 +91,7 @@ def read_wish(
         fields = text_fields(body, content_type, ("model", "stream"))
         streams = fields.get("stream", "").lower() in ("true", "1")
         wish = wish_of(model or fields.get("model"), streams, headers, config, client)
-        return wish._replace(asked_as=None)  # forms are not rewritten
+        return wish._replace(asked_as=None)  # of a form no more than the model's name is rewritten
     envelope = _read_envelope(body)
     wish = wish_of(model or envelope.model, envelope.stream is True, headers, config, client)
     answers = _shape_of(envelope)
@@ -141,7 +146,16 @@ def wish_of(
         priority = BY_NAME[(asked_as and asked_as.priority) or own or known.priority]
     if client is not None:
         priority = max(priority, client.highest)
-    return Wish(known.alias, streams, priority, asked_as if asked_as is not None and asked_as.rewrites else None)
+    asked_as = asked_as if asked_as is not None and asked_as.rewrites else None
+    if known.known_as is None:
+        return Wish(known.alias, streams, priority, asked_as)
+    asked_as = renaming(asked_as or AliasConfig(known.alias, known.alias), known.known_as)
+    return Wish(known.alias, streams, priority, asked_as, ONE, known.routes, known.known_as)
+
+
+def renaming(alias: AliasConfig, name: str) -> AliasConfig:
+    """The same, for an engine that knows its model by no other name than this."""
+    return replace(alias, forced={**alias.forced, "model": name})
 
 
 def priority_of(headers: Mapping[bytes, bytes], client: Client | None) -> Priority:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Literal, NamedTuple
 
-Ask = Literal["chat", "completion", "response", "embedding", "ranking", "transcription", "count", "text"]
+Ask = Literal[
+    "chat", "completion", "response", "embedding", "ranking", "transcription", "speech", "image", "count", "text"
+]
 """What a model is to give. `count`: how many tokens that takes; `text`: what tokenizer or template make of one."""
 
 
@@ -60,6 +62,8 @@ class Route:
     """None: it has no place for a system prompt."""
     shows_prompt: bool = False
     """Whether the answer quotes the system prompt."""
+    of_llama_server: bool = True
+    """Whether llama-server has it, or only other servers."""
 
 
 _MESSAGES = Conversation("messages")
@@ -124,6 +128,28 @@ TABLE = (
         stream=Stream.OPEN,
     ),
     Route(
+        paths=("/v1/audio/translations",),
+        dialect=Dialect.OPENAI,
+        asks="transcription",
+        body="form",
+        of_llama_server=False,
+    ),
+    Route(
+        paths=("/v1/audio/speech",),
+        dialect=Dialect.OPENAI,
+        asks="speech",
+        stream=Stream.OPEN,
+        of_llama_server=False,
+    ),
+    Route(paths=("/v1/images/generations",), dialect=Dialect.OPENAI, asks="image", of_llama_server=False),
+    Route(
+        paths=("/v1/images/edits", "/v1/images/variations"),
+        dialect=Dialect.OPENAI,
+        asks="image",
+        body="form",
+        of_llama_server=False,
+    ),
+    Route(
         paths=("/completion", "/completions"),
         dialect=Dialect.LLAMA_SERVER,
         asks="completion",
@@ -147,6 +173,9 @@ TABLE = (
 
 ROUTES: Mapping[str, Route] = {path: route for route in TABLE for path in route.paths}
 """By path."""
+LLAMA_SERVERS = frozenset(path for path, route in ROUTES.items() if route.of_llama_server)
+SERVED = tuple(path for path, route in ROUTES.items() if route.dialect is not Dialect.OLLAMA)
+"""Those that engines have: the others are translated."""
 
 OLLAMAS_PAGES = "/api/"
 """What all paths of Ollama's begin with."""

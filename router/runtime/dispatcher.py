@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Coroutine, Hashable, Mapping
+from collections.abc import Callable, Coroutine, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -179,14 +179,14 @@ class Dispatcher:
     def __init__(
         self,
         config: Config,
-        backend: EngineBackend,
+        backends: Mapping[str, EngineBackend],
         devices: Devices,
         learned: Learned,
         events: Events,
     ) -> None:
         self.config = config
         self.events = events
-        self.backend = backend
+        self._backends = backends
         self.devices = devices
         self.scheduler = Scheduler()
         planner_of = self.backend_of
@@ -231,9 +231,14 @@ class Dispatcher:
     def uptime_sec(self) -> float:
         return time.monotonic() - self._started_sec
 
+    @property
+    def backend(self) -> EngineBackend:
+        """The kind of models whose entry names none."""
+        return self._backends[ModelConfig.engine]
+
     def backend_of(self, model: ModelConfig) -> EngineBackend:
         """The kind of a model's engine."""
-        return self.backend
+        return self._backends[model.engine]
 
     @property
     def ledger(self) -> Ledger:
@@ -727,8 +732,8 @@ class Dispatcher:
 
     async def _tell_what_is_odd(self) -> None:
         """Before a model is asked for that will not load."""
-        models, backend = self.config.models, self.backend
-        for problem in await apart(lambda: list(backend.warnings(models))):
+        models, backends = self.config.models, self._backends
+        for problem in await apart(lambda: list(warnings(backends, models))):
             if problem not in self._told:
                 self._told.add(problem)
                 _log.warning("%s", problem)
@@ -770,6 +775,12 @@ class Dispatcher:
                 await self._until_settled(alias)
             finally:
                 self._preloading.discard(alias)
+
+
+def warnings(backends: Mapping[str, EngineBackend], models: Mapping[str, ModelConfig]) -> Iterator[str]:
+    """What is odd about models, by the kinds of their engines. Blocking."""
+    for kind, backend in backends.items():
+        yield from backend.warnings({alias: model for alias, model in models.items() if model.engine == kind})
 
 
 def _exit_of(running: RunningEngine | None, reason: str, wanted: bool) -> LastExit:

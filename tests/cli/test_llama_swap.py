@@ -103,7 +103,7 @@ def test_what_has_no_counterpart_is_named_with_its_line(theirs: Path) -> None:
         "42: peers:",
     ]
     assert "--api-key: the router gives every engine a key of its own" in told[1]
-    assert "only llama-server can be run, and this runs docker" in told[7]
+    assert "it runs docker, and is not told where to listen" in told[7]
     assert "`llama-router pull hf.co/ggml-org/Qwen3-4B-GGUF:Q4_K_M --alias hub`" in told[8]
 
 
@@ -180,8 +180,55 @@ def test_a_variable_that_is_not_set_is_no_key(theirs: Path) -> None:
 
 def test_where_no_model_can_be_brought_nothing_is_written(tmp_path: Path) -> None:
     path = tmp_path / "llama-swap.yaml"
-    path.write_text("models:\n  a:\n    cmd: vllm serve x --port ${PORT}\n")
+    path.write_text("models:\n  a:\n    cmd: vllm serve x\n")
     done = run("import", str(path), "-o", "ours.yaml", cwd=tmp_path)
     assert done.returncode == 2
     assert f"{path}:3: models.a.cmd: the model is left out" in done.stderr
     assert not (tmp_path / "ours.yaml").exists()
+
+
+def test_another_server_keeps_its_command(tmp_path: Path) -> None:
+    path = tmp_path / "llama-swap.yaml"
+    path.write_text(
+        """
+models:
+  speech:
+    cmd: |
+      # by any other server
+      docker run --rm --name speech -p ${PORT}:8080 speech:latest \\
+        --model base
+    cmdStop: docker stop speech
+    checkEndpoint: /ready
+    useModelName: whisper-1
+    concurrencyLimit: 2
+    proxy: http://127.0.0.1:${PORT}
+    ttl: 60
+    aliases: [whisper]
+"""
+    )
+    done = run("import", str(path), "-o", "ours.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (remark,) = done.stderr.splitlines()
+    assert "models.speech.cmd: is taken to serve chats, completions and embeddings" in remark
+    ours = yaml.safe_load((tmp_path / "ours.yaml").read_text())
+    assert ours["models"]["speech"] == {
+        "engine": "command",
+        "cmd": [
+            "docker",
+            "run",
+            "--rm",
+            "--name",
+            "speech",
+            "-p",
+            "{port}:8080",
+            "speech:latest",
+            "--model",
+            "base",
+        ],
+        "ready_path": "/ready",
+        "stop_cmd": ["docker", "stop", "speech"],
+        "model_name": "whisper-1",
+        "slots": 2,
+        "idle_timeout_sec": 60,
+    }
+    assert run("check", "--config", "ours.yaml", cwd=tmp_path).returncode == 0

@@ -10,7 +10,7 @@ from gpus import SHOWN0, SHOWN1
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.engines.llamacpp.out_of_memory import ran_out
+from router.engines.out_of_memory import ran_out
 from router.memory.measurements import MOST_ENTRIES, Entry, Identity, Learned, Ratio
 from router.system.devices import HOST, Device
 from router.system.state import StateFile

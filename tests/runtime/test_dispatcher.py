@@ -39,7 +39,7 @@ async def dispatching(tiny: Path, *aliases: str, slots: int = 1) -> AsyncIterato
     devices = Devices(())
     devices.read_blocking()
     learned, launcher = Learned(), LocalLauncher(BASE_PORT, EngineRecord(State()), None)
-    dispatcher = Dispatcher(config, LlamaCpp(binary, launcher, learned), devices, learned, Events())
+    dispatcher = Dispatcher(config, {"llamacpp": LlamaCpp(binary, launcher, learned)}, devices, learned, Events())
     dispatcher.start()
     try:
         yield dispatcher

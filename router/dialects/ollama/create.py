@@ -18,11 +18,12 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from router.catalog.cards import card_of, template_of
+from router.catalog.cards import card_of
 from router.catalog.lookup import known_as
 from router.config.names import same_name, untagged
 from router.config.schema import Config, ModelConfig
 from router.dialects.ollama.pages import read_body
+from router.engines.llamacpp.describe import template_of
 from router.engines.llamacpp.flags import as_started
 from router.formats.gguf import GGUF
 from router.formats.ollama_options import BadOption, load_flags, request_parameters, unknown_options
@@ -180,7 +181,12 @@ def _basis_of_model(text: str, creations: Creations, config: Config) -> _Basis:
     """Raises ApiError 404."""
     name = known_as(text, config)
     made = creations.named(name, config) or Created(0.0, base=name)
-    return _Basis(msgspec.structs.replace(made, created_at=time.time()), config.model_of(name))
+    model = config.model_of(name)
+    if model.engine != ModelConfig.engine:
+        raise ApiError(
+            400, "not_supported", f"{name!r} is a model of another server: nothing is made from it.", "from"
+        )
+    return _Basis(msgspec.structs.replace(made, created_at=time.time()), model)
 
 
 def _basis_of_files(files: Mapping[str, str], creations: Creations) -> _Basis:

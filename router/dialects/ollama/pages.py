@@ -17,12 +17,13 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from router.catalog.cards import Card, Cards, as_it_runs, card_of, header_of, template_of
+from router.catalog.cards import Card, Cards, as_it_runs, card_of
 from router.catalog.library import Library
 from router.catalog.lookup import known_as
 from router.config.names import listed_name
 from router.config.schema import AliasConfig, Config, ModelConfig
 from router.engines.base import Facts
+from router.engines.llamacpp.describe import header_of, template_of
 from router.engines.llamacpp.flags import FlagError, as_started
 from router.formats import gguf
 from router.formats.gguf import GGUF, ArrayStub
@@ -255,7 +256,7 @@ def _residency(dispatcher: Dispatcher, alias: str) -> dict[str, Any]:
 
 
 def _described(known: _Known, facts: Facts | None, *, full: bool) -> dict[str, Any]:
-    header = header_of(known.model)
+    header = header_of(known.model) if known.model.engine == "llamacpp" else None
     card = as_it_runs(card_of(known.model), facts)
     context = card.get("context_length")
     named = known.named or AliasConfig(known.name, known.name)
@@ -267,13 +268,14 @@ def _described(known: _Known, facts: Facts | None, *, full: bool) -> dict[str, A
     shown = {
         "modelfile": _modelfile(known.model.alias, named, options),
         "parameters": "\n".join(option_lines(options)),
-        "template": template_of(known.model),
+        "template": template_of(known.model) if header is not None else "",
         "system": named.system_prompt,
         "messages": list(named.messages),
-        "license": "\n".join(licenses) or str(header.metadata.get("general.license", "")),
+        "license": "\n".join(licenses)
+        or (str(header.metadata.get("general.license", "")) if header is not None else ""),
         "modified_at": known.modified_at(card),
         "details": _details(known, card),
-        "model_info": _metadata(header),
+        "model_info": _metadata(header) if header is not None else {},
         "projector_info": _metadata(gguf.read(Path(projector.text))) if projector is not None else None,
         "capabilities": card.get("capabilities", []),
     }

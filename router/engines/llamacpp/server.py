@@ -27,8 +27,8 @@ import msgspec
 
 from router.engines.base import PROBE_LIMIT_SEC, Ending, Endpoint, Facts, LoadProgress
 from router.engines.llamacpp.flags import OWNED_VARIABLES
-from router.engines.llamacpp.out_of_memory import ran_out
 from router.engines.log_ring import LogRing
+from router.engines.out_of_memory import ran_out
 from router.engines.process import EngineOrder, EngineProcess, Spawned
 from router.engines.questions import CANNOT_ASK, document, status
 from router.scheduling.messages import Retry

@@ -1,0 +1,192 @@
+"""Any server by its command line, as a kind of engine: see `EngineBackend`.
+
+Nothing is known of such a program but what its entry says: what it takes of the memory is given there, or guessed
+from the size of its file until it has answered and was measured.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from router.config.schema import CommandModel, ModelConfig, System
+from router.engines.base import Ending, Fallback, Launch
+from router.engines.command.server import CommandServer
+from router.engines.launcher import LocalLauncher
+from router.engines.log_ring import LogRing
+from router.engines.out_of_memory import ran_out
+from router.hardware.devices import shown
+from router.memory.measurements import Identity, Learned, files_of
+from router.memory.plan import Alternative, Ground, Inspection, Site, Size, Unusable
+from router.scheduling.messages import Placement, Retry
+from router.system.devices import HOST, Device
+
+_MIB = 1 << 20
+_FIRST_GUESS_MIB = 512
+"""Of a program of which nothing is known, until it has answered for the first time."""
+_FIRST_GUESS_SEC = 10.0
+ANY_GPU = "gpu"
+"""In `footprint_mb`: one GPU, whichever has room."""
+_LOG_OF_AN_END = 200
+_WRONG_ARGUMENTS = re.compile(
+    r"unrecognized arguments?|unrecognized option|unknown (argument|flag|option)|invalid (argument|choice|option)",
+    re.IGNORECASE,
+)
+_TAKEN_PORT = re.compile(r"address already in use|couldn't bind|port \d+ is (already )?in use", re.IGNORECASE)
+
+
+class Command:
+    """Each of its models names its own program."""
+
+    name = "command"
+    origin = ""
+
+    def __init__(self, launcher: LocalLauncher, learned: Learned) -> None:
+        self._launcher = launcher
+        self._learned = learned
+
+    def check_runs(self) -> None:
+        """Whether a program is there is a matter of its model."""
+
+    def validate(self, model: ModelConfig) -> Iterator[str]:
+        try:
+            _program(_of_this_kind(model))
+        except Unusable as error:
+            yield str(error)
+
+    def warnings(self, models: Mapping[str, ModelConfig]) -> Iterator[str]:
+        return iter(())
+
+    def plan(self, model: ModelConfig, system: System, ground: Ground, *, beside_others: bool) -> Inspection:
+        return _Places(_of_this_kind(model), system, ground, self._learned).inspection()
+
+    def advise(self, model: ModelConfig, system: System, ground: Ground, too_much: Placement) -> str:
+        return "its footprint_mb may be too small"
+
+    async def launch(self, order: Launch, log: LogRing) -> CommandServer:
+        model = _of_this_kind(order.model)
+        env = shown(order.shows, model.env)
+        program = str(_program(model))
+
+        async def start(port: int) -> CommandServer:
+            return CommandServer.start(replace(order, shows=env), model, program, port, log, self.explain_exit)
+
+        return await self._launcher.launch(start)
+
+    def explain_exit(self, code: int, log: Sequence[str]) -> Ending:
+        retry = Retry.LATER
+        if code > 0 and any(map(_TAKEN_PORT.search, log)):
+            retry = Retry.AT_ONCE
+        elif code == 2 and any(map(_WRONG_ARGUMENTS.search, log)):
+            retry = Retry.NEVER
+        return Ending(retry, ran_out(log[-_LOG_OF_AN_END:]))
+
+    def fallback(self, model: ModelConfig) -> Fallback | None:
+        return None
+
+
+def _of_this_kind(model: ModelConfig) -> CommandModel:
+    assert isinstance(model, CommandModel)
+    return model
+
+
+def _program(model: CommandModel) -> Path:
+    """The file that is run. Raises Unusable."""
+    name = model.cmd[0]
+    path = shutil.which(name, path=model.env.get("PATH", os.environ.get("PATH", os.defpath)))
+    if path is None:
+        reason = f"there is no program {name}, or it is not executable"
+        raise Unusable(reason, "its program is not there, or not executable")
+    return Path(path).absolute()
+
+
+class _Places:
+    """The alternatives of one model on this machine, each on one GPU, on those that are named, or in RAM."""
+
+    def __init__(self, model: CommandModel, system: System, ground: Ground, learned: Learned) -> None:
+        self._model = model
+        self._ground = ground
+        self._learned = learned
+        self._program = _program(model)
+        self._multiplier = system.vram_multiplier
+
+    def inspection(self) -> Inspection:
+        found = sorted(self._alternatives(), key=self._rank)
+        fitting = [one for one in found if self._ground.holds(one.placement)]
+        best = (fitting or found)[0].identity
+        load_sec = self._learned.load_sec(best) if best is not None else None
+        return Inspection(
+            alternatives=tuple(fitting or found[:1]),
+            expected_load_sec=load_sec or _FIRST_GUESS_SEC,
+            load_is_known=load_sec is not None,
+            advice="" if fitting else "footprint_mb in its entry says what it takes",
+        )
+
+    def _alternatives(self) -> list[Alternative]:
+        given = self._model.footprint
+        gpus = self._ground.gpus
+        if given is None:
+            return [self._by_guess(site) for site in gpus] or [self._by_guess(None)]
+        if ANY_GPU in given and not gpus:  # it computes in RAM then
+            return [self._given((), {HOST: given[ANY_GPU] + given.get(str(HOST), 0)})]
+        in_ram = {HOST: given[str(HOST)]} if str(HOST) in given else {}
+        if ANY_GPU in given:
+            return [self._given((site.device,), {**in_ram, site.device: given[ANY_GPU]}) for site in gpus]
+        named = {Device.named(name): mib for name, mib in given.items()}
+        there = {site.device for site in gpus} | {HOST}
+        if gone := [str(device) for device in named if device not in there]:
+            ours = ", ".join(map(str, sorted(there)))
+            reason = f"its footprint_mb names {', '.join(gone)}, and there are {ours}"
+            raise Unusable(reason, reason)
+        return [self._given(tuple(sorted(device for device in named if device.is_gpu)), named)]
+
+    def _given(self, gpus: tuple[Device, ...], placement: Placement) -> Alternative:
+        one = Alternative(gpus, Size({}, "footprint_mb", {}), placement, is_given=True)
+        counted = one.as_counted(placement)
+        return replace(one, size=Size(counted, "footprint_mb", counted, self._identity(len(gpus))))
+
+    def _by_guess(self, site: Site | None) -> Alternative:
+        """By what was measured, or by the size of its file."""
+        identity = self._identity(0 if site is None else 1)
+        nbytes = self._file_bytes()
+        guess = round(nbytes * self._multiplier / _MIB) if nbytes else _FIRST_GUESS_MIB
+        source = f"file size × {self._multiplier:g}" if nbytes else "a guess, until it has answered"
+        place = HOST if site is None else Device.shown(0)
+        guessed = {place: max(1, guess)}
+        wanted = self._learned.measured(identity) or guessed
+        if wanted is not guessed:
+            source = "measured"
+        raised = self._learned.raised(identity)
+        if any(mib > wanted.get(device, 0) for device, mib in raised.items()):
+            wanted = {device: max(mib, raised.get(device, 0)) for device, mib in wanted.items()}
+            source += ", raised since it ran out of memory"
+        gpus = () if site is None else (site.device,)
+        one = Alternative(gpus, Size(wanted, source, guessed, identity), {})
+        return replace(one, placement=one.as_driven(wanted))
+
+    def _rank(self, one: Alternative) -> tuple[bool, bool, int]:
+        """What fits comes first; of that, where it fits now, and snugly."""
+        free = {site.device: site.free_mib for site in self._ground.gpus}
+        left = sum(free[gpu] - one.placement.get(gpu, 0) for gpu in one.gpus)
+        return not self._ground.holds(one.placement), left < 0, left
+
+    def _file_bytes(self) -> int:
+        file = self._model.file
+        if file is None:
+            return 0
+        try:
+            if file.is_dir():
+                return sum(part.stat().st_size for part in file.rglob("*") if part.is_file())
+            return file.stat().st_size
+        except OSError as error:
+            reason = f"{file} cannot be read: {error.strerror or error}"
+            raise Unusable(reason, "its file cannot be read") from error
+
+    def _identity(self, gpus: int) -> Identity:
+        file = self._model.file
+        files = files_of(self._program, *([file] if file is not None else ()))
+        return Identity(files, "command", self._model.cmd, gpus)

@@ -1,0 +1,141 @@
+"""A server that was started by its command line: ready when it answers at its path, and alive as long as it does.
+
+Its port was free when it was started, and it counts only while our child lives; more cannot be asked of a program
+that knows nothing of us. What it needs to know is filled into its arguments and its variables.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import secrets
+import signal
+from collections.abc import Mapping
+
+from router.config.schema import CommandModel
+from router.engines.base import PROBE_LIMIT_SEC, Endpoint, Facts, Launch
+from router.engines.command import MARK_VARIABLE
+from router.engines.log_ring import LogRing
+from router.engines.process import EngineOrder, EngineProcess, Explain, Spawned
+from router.engines.questions import CANNOT_ASK, status
+from router.system.privacy import without_secrets
+from router.system.processes import signal_group
+
+_HOST = "127.0.0.1"
+_POLL_SEC = (0.02, 0.5)
+"""Between two looks whether it serves: at first, and when it takes long."""
+_SECOND_WORD_SEC = 2.0
+"""From the first SIGTERM to the second, which ends what has missed the first while it was loading."""
+
+
+def filled(text: str, values: Mapping[str, str]) -> str:
+    """With what stands for `{port}` and its like. Other braces are left as they are."""
+    for name, value in values.items():
+        text = text.replace(f"{{{name}}}", value)
+    return text
+
+
+class CommandServer(EngineProcess):
+    """A running one. Create it with `start`."""
+
+    def __init__(
+        self,
+        order: EngineOrder,
+        model: CommandModel,
+        endpoint: Endpoint,
+        mark: str,
+        spawned: Spawned,
+        log: LogRing,
+        explain: Explain,
+        values: Mapping[str, str],
+    ) -> None:
+        super().__init__(order, endpoint, (MARK_VARIABLE, mark), spawned, log, explain)
+        self._ready_path = model.ready_path
+        values = {**values, "pid": str(self.pid)}
+        self._stop_cmd = tuple(filled(word, values) for word in model.stop_cmd)
+        self._cwd = model.cwd
+
+    @classmethod
+    def start(
+        cls, launch: Launch, model: CommandModel, program: str, port: int, log: LogRing, explain: Explain
+    ) -> CommandServer:
+        """Spawn it. Raises EngineFailed when its program cannot be run."""
+        values = {"host": _HOST, "port": str(port), "model": str(model.file or ""), "alias": model.alias}
+        mark = secrets.token_hex(16)
+        env = {
+            **without_secrets(os.environ),
+            **{name: filled(value, values) for name, value in launch.shows.items()},
+            MARK_VARIABLE: mark,
+        }
+        argv = (program, *(filled(word, values) for word in model.cmd[1:]))
+        order = EngineOrder(
+            model.alias, argv, env, launch.load_stall_sec, launch.load_limit_sec, launch.stop_grace_sec
+        )
+        # If we die it gets SIGTERM: it may be a script around an engine, or have processes of its own.
+        spawned = Spawned.by(argv, env, cwd=model.cwd, logs_stdout=True, death_signal=signal.SIGTERM)
+        endpoint = Endpoint(port, host=_HOST, marks_end=False)
+        return cls(order, model, endpoint, mark, spawned, log, explain, values)
+
+    async def _until_it_serves(self) -> None:
+        pause_sec, latest = _POLL_SEC
+        while await self._answer() is not True:
+            await asyncio.sleep(pause_sec)
+            pause_sec = min(latest, 1.5 * pause_sec)
+
+    async def healthy(self, limit_sec: float = PROBE_LIMIT_SEC) -> bool:
+        try:
+            return await asyncio.wait_for(self._answer(), limit_sec) is not False and self.alive
+        except asyncio.TimeoutError:
+            return False
+
+    async def _answer(self) -> bool | None:
+        """Whether it says that it serves; without a path to ask, whether its port is open. None: we cannot ask."""
+        if self._ready_path is not None:
+            answer = await status(self.endpoint, self._ready_path)
+            return None if answer == CANNOT_ASK else answer is not None and 200 <= answer < 300
+        try:
+            _, writer = await asyncio.open_connection(self.endpoint.host, self.endpoint.port)
+        except OSError as error:
+            return None if error.errno in (errno.EMFILE, errno.ENFILE) else False
+        writer.close()
+        return True
+
+    async def facts(self) -> Facts | None:
+        """Nobody knows what to ask it."""
+        return None
+
+    async def _ask_to_go(self, grace_sec: float) -> None:
+        if self._stop_cmd:
+            await self._run_stop_cmd(grace_sec)
+            await asyncio.wait({self.exited}, timeout=grace_sec)
+        second_sec = min(_SECOND_WORD_SEC, grace_sec)
+        for limit_sec in (second_sec, grace_sec - second_sec):
+            if self.alive:
+                signal_group(self.pid, signal.SIGTERM)
+                await asyncio.wait({self.exited}, timeout=limit_sec)
+
+    async def _run_stop_cmd(self, limit_sec: float) -> None:
+        """What it says goes to the engine's log."""
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *self._stop_cmd,
+                cwd=self._cwd,
+                env=dict(self.order.env),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            self.log.feed(f"stop_cmd: {self._stop_cmd[0]} cannot be run: {error}\n".encode())
+            return
+        try:
+            said, _ = await asyncio.wait_for(process.communicate(), limit_sec)
+            self.log.feed(said)
+        except asyncio.TimeoutError:
+            self.log.feed(f"stop_cmd: {self._stop_cmd[0]} took longer than {limit_sec:g} s\n".encode())
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
