@@ -28,7 +28,7 @@ _OF_ENVIRONMENT = re.compile(r"\$\{env\.([a-zA-Z_][a-zA-Z0-9_]*)\}")
 _AT_START = ("PORT", "PID")
 """Macros that llama-swap replaces when it starts a model, or stops it."""
 _ENGINE = re.compile(r"llama-server([-_.].*)?")
-_HERE = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:|/|$)")
+_HERE = re.compile(r"http://(?:localhost|127\.0\.0\.1|\[::1\])(?::(\$\{PORT\}|[0-9]+))?/?")
 _UNTOUCHABLE = ("model", "stream", "messages")
 _SHORTEST_LOAD_SEC = 15
 """llama-swap takes less for that."""
@@ -68,6 +68,19 @@ _NONE_OF_ENGINE = {
     "useModelName": "llama-server goes by no name",
 }
 """Of a model whose command is llama-server's."""
+_USUAL_SLOTS = 10
+"""Requests that llama-swap lets through to a model at once."""
+_ROUTES = (
+    (re.compile("whisper|parakeet|transcri"), ["/v1/audio/transcriptions"]),
+    (re.compile("tts|kokoro|piper|speech"), ["/v1/audio/speech"]),
+    (re.compile("sd-server|diffusion|comfy|flux"), ["/v1/images/generations"]),
+    (re.compile("rerank"), ["/v1/rerank"]),
+)
+"""What a server is likely to serve, by a word of its command; llama-swap passes everything on."""
+
+
+_OF_COMMANDS = ("capabilities", "checkEndpoint", "cmdStop", "concurrencyLimit", "proxy", "useModelName")
+"""What counts of a model that another server has."""
 
 
 class Remark(NamedTuple):
@@ -305,9 +318,9 @@ class _Import:
                 if _is_number(value) and value >= 0:
                     entry["idle_timeout_sec"] = value
             elif key == "env":
-                entry["env"] = self._environment(_texts(value), at)
-            elif "engine" in entry and key in ("checkEndpoint", "cmdStop", "useModelName", "concurrencyLimit"):
-                self._read_of_command(entry, key, value)
+                entry["env"] = {**entry.get("env", {}), **self._environment(_texts(value), at)}
+            elif "engine" in entry and key in _OF_COMMANDS:
+                continue
             elif key in ("proxy", "checkEndpoint", "cmdStop", "useModelName"):
                 self._check_address(key, value, at)
             elif key in _NONE_OF_MODEL:
@@ -322,7 +335,7 @@ class _Import:
 
     def _check_address(self, key: str, value: Any, path: KeyPath) -> None:
         """What says how to reach the engine says nothing that matters if it is reached here."""
-        usual = {"proxy": bool(_HERE.match(str(value))), "checkEndpoint": value in ("/health", "none", "")}
+        usual = {"proxy": bool(_HERE.fullmatch(str(value))), "checkEndpoint": value in ("/health", "none", "")}
         if value and not usual.get(key, False):
             self._drop(path, _NONE_OF_ENGINE[key])
 
@@ -340,7 +353,7 @@ class _Import:
             while words and "=" in words[0] and not words[0].startswith("-"):
                 set_before.append(words.pop(0))
         if not words or not _ENGINE.fullmatch(PurePath(words[0]).name):
-            entry = self._command(words, at)
+            entry = self._command(words, model, path)
             if entry is not None and set_before:
                 entry["env"] = self._environment(set_before, at)
             return entry
@@ -356,25 +369,41 @@ class _Import:
                 entry["env"] = self._environment(set_before, at)
         return entry
 
-    def _command(self, words: Sequence[str], path: KeyPath) -> dict[str, Any] | None:
-        """Of another server than llama-server. None: it could not be told where to listen."""
-        if not any("${PORT}" in word for word in words):
-            what = PurePath(words[0]).name if words else "nothing"
-            self._note(path, f"the model is left out: it runs {what}, and is not told where to listen (${{PORT}})")
+    def _command(self, words: Sequence[str], model: Mapping[str, Any], path: KeyPath) -> dict[str, Any] | None:
+        """Of another server than llama-server. None: it could not be reached."""
+        at = (*path, "cmd")
+        if not words:
+            self._note(at, "the model is left out: it runs nothing")
             return None
-        self._note(path, "is taken to serve chats, completions and embeddings; if it is others, name its `routes`")
-        program = self._path(words[0], path) if "/" in words[0] else words[0]
-        return {"engine": "command", "cmd": _Words(map(_in_our_words, (program, *words[1:])))}
-
-    def _read_of_command(self, entry: dict[str, Any], key: str, value: Any) -> None:
-        if key == "checkEndpoint" and value not in ("", None, "/health"):
-            entry["ready_path"] = None if value == "none" else str(value)
-        elif key == "cmdStop" and value:
-            entry["stop_cmd"] = _Words(map(_in_our_words, shlex.split(str(value).replace("\\\n", " "))))
-        elif key == "useModelName" and value:
-            entry["model_name"] = str(value)
-        elif key == "concurrencyLimit" and _is_number(value) and value > 0:
-            entry["slots"] = value
+        here = _HERE.fullmatch(str(model.get("proxy") or "http://localhost:${PORT}"))
+        if here is None:
+            self._note((*path, "proxy"), "the model is left out: it listens elsewhere, or below a path")
+            return None
+        port = here[1] or "80"
+        if port != "${PORT}":  # which its command names, too
+            words = [re.sub(rf"(?<![0-9]){port}(?![0-9])", "${PORT}", word) for word in words]
+        if not any("${PORT}" in word for word in words):
+            what = PurePath(words[0]).name
+            self._note(at, f"the model is left out: it runs {what}, and is not told where to listen ({port})")
+            return None
+        program = self._path(words[0], at) if "/" in words[0] else words[0]
+        limit, ready = model.get("concurrencyLimit", 0), model.get("checkEndpoint")
+        entry: dict[str, Any] = {
+            "engine": "command",
+            "cmd": _Words(_as_number(_in_our_words(word)) for word in (program, *words[1:])),
+            "slots": limit if isinstance(limit, int) and limit > 0 else _USUAL_SLOTS,
+        }
+        if routes := _routes_of(words, _mapping(model.get("capabilities"))):
+            entry["routes"] = _Words(routes)
+        if ready not in ("", None, "/health"):
+            entry["ready_path"] = None if ready == "none" else str(ready)
+        if model.get("useModelName"):
+            entry["model_name"] = str(model["useModelName"])
+        if model.get("cmdStop"):
+            entry["stop_cmd"] = _in_our_words(str(model["cmdStop"]).strip())
+        served = ", ".join(routes) or "chats, completions and embeddings"
+        self._note(at, f"is taken to serve {served}: see `routes` and `footprint_mb` in its entry")
+        return entry
 
     def _file_and_flags(self, flags: Sequence[Flag], path: KeyPath) -> dict[str, Any] | None:
         entry: dict[str, Any] = {}
@@ -461,6 +490,19 @@ class _Import:
             self._drop(path, "only whole parameters can be changed, and nothing inside of them")
             return False
         return True
+
+
+def _routes_of(words: Sequence[str], capabilities: Mapping[str, Any]) -> list[str]:
+    """What another server is likely to serve; nothing: what servers of language models do."""
+    takes, gives = _texts(capabilities.get("in")), _texts(capabilities.get("out"))
+    if capabilities.get("reranker") is True:
+        return ["/v1/rerank"]
+    if gives and "text" not in gives:
+        return ["/v1/images/generations"] if "image" in gives else ["/v1/audio/speech"]
+    if takes == ["audio"]:
+        return ["/v1/audio/transcriptions"]
+    said = " ".join(words).lower()
+    return next((routes for pattern, routes in _ROUTES if pattern.search(said)), [])
 
 
 def _in_our_words(word: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from conftest import Start, run
 from router.cli.llama_swap import imported
 from router.config.schema import ConfigFile
 
+SPEECH_SERVER = Path(__file__).parents[1] / "speech_server.py"
 SWAP = """\
 healthCheckTimeout: 5
 logLevel: debug
@@ -44,15 +47,18 @@ models:
     cmd: env TZ=UTC llama-server -m tiny.gguf -c 256 -t 1
     checkEndpoint: none
     unlisted: true
-  container:
-    cmd: docker run --name ${MODEL_ID} image -m /models/a.gguf
-    cmdStop: docker stop ${MODEL_ID}
+  speaks:
+    cmd: PYTHON SERVER --port ${PORT} --name tts-1
+    checkEndpoint: /ready
+    useModelName: tts-1
+    concurrencyLimit: 2
+    capabilities: {out: [audio]}
   hub:
     cmd: llama-server -hf ggml-org/Qwen3-4B-GGUF:Q4_K_M -c 2048
 groups:
   forever: {persistent: true, swap: false, exclusive: false, members: [near]}
   chats: {swap: true, members: [chat]}
-hooks: {on_startup: {preload: [near, container]}}
+hooks: {on_startup: {preload: [near, other]}}
 selectors:
   best: {strategy: pin, targets: [chat, near]}
 peers: {there: {proxy: http://192.0.2.1, models: [x]}}
@@ -63,7 +69,8 @@ peers: {there: {proxy: http://192.0.2.1, models: [x]}}
 def theirs(tmp_path: Path, tiny: Path) -> Path:
     (tmp_path / "tiny.gguf").symlink_to(tiny)
     path = tmp_path / "llama-swap.yaml"
-    path.write_text(SWAP.replace("FOLDER", str(tmp_path)))
+    there = {"FOLDER": str(tmp_path), "PYTHON": sys.executable, "SERVER": str(SPEECH_SERVER)}
+    path.write_text(re.sub("FOLDER|PYTHON|SERVER", lambda word: there[word[0]], SWAP))
     return path
 
 
@@ -77,11 +84,13 @@ def test_what_is_brought_is_served(theirs: Path, start: Start) -> None:
     router = start(yaml.safe_load(ours.read_text()))
     router.http.headers["authorization"] = "Bearer sk-two"
     listed = {card["id"]: card for card in router.http.get("/v1/models").json()["data"]}
-    assert set(listed) == {"chat", "near", "gpt-4o-mini", "chat:short", "best"}
+    assert set(listed) == {"chat", "near", "speaks", "gpt-4o-mini", "chat:short", "best"}
     assert listed["chat"]["description"] == "Chat: of a kind"
     for name, tokens in (("chat", 3), ("gpt-4o-mini", 3), ("chat:short", 1), ("best", 3)):
         answer = router.chat(name, max_tokens=50, n=7).json()
         assert answer["usage"]["completion_tokens"] == tokens, name
+    spoken = router.http.post("/v1/audio/speech", json={"model": "speaks", "input": "hello"})
+    assert (spoken.status_code, spoken.headers["content-type"]) == (200, "audio/mpeg")
 
 
 def test_what_has_no_counterpart_is_named_with_its_line(theirs: Path) -> None:
@@ -96,14 +105,13 @@ def test_what_has_no_counterpart_is_named_with_its_line(theirs: Path) -> None:
         f"28: models.near.cmd: 'tiny.gguf' is looked for in {theirs.parent}; "
         "llama-swap goes by where it was started",
         "30: models.near.unlisted:",
-        "32: models.container.cmd:",
-        "35: models.hub.cmd:",
-        "38: groups.chats:",
-        "39: hooks.on_startup.preload: 'container' is not preloaded: there is no such model",
-        "42: peers:",
+        "32: models.speaks.cmd: is taken to serve /v1/audio/speech: see `routes` and `footprint_mb` in its entry",
+        "38: models.hub.cmd:",
+        "41: groups.chats:",
+        "42: hooks.on_startup.preload: 'other' is not preloaded: there is no such model",
+        "45: peers:",
     ]
     assert "--api-key: the router gives every engine a key of its own" in told[1]
-    assert "it runs docker, and is not told where to listen" in told[7]
     assert "`llama-router pull hf.co/ggml-org/Qwen3-4B-GGUF:Q4_K_M --alias hub`" in told[8]
 
 
@@ -187,48 +195,64 @@ def test_where_no_model_can_be_brought_nothing_is_written(tmp_path: Path) -> Non
     assert not (tmp_path / "ours.yaml").exists()
 
 
-def test_another_server_keeps_its_command(tmp_path: Path) -> None:
-    path = tmp_path / "llama-swap.yaml"
-    path.write_text(
-        """
-models:
-  speech:
-    cmd: |
-      # by any other server
-      docker run --rm --name speech -p ${PORT}:8080 speech:latest \\
-        --model base
-    cmdStop: docker stop speech
-    checkEndpoint: /ready
-    useModelName: whisper-1
-    concurrencyLimit: 2
-    proxy: http://127.0.0.1:${PORT}
-    ttl: 60
-    aliases: [whisper]
-"""
-    )
-    done = run("import", str(path), "-o", "ours.yaml", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    (remark,) = done.stderr.splitlines()
-    assert "models.speech.cmd: is taken to serve chats, completions and embeddings" in remark
-    ours = yaml.safe_load((tmp_path / "ours.yaml").read_text())
-    assert ours["models"]["speech"] == {
-        "engine": "command",
-        "cmd": [
-            "docker",
-            "run",
-            "--rm",
-            "--name",
-            "speech",
-            "-p",
-            "{port}:8080",
-            "speech:latest",
-            "--model",
-            "base",
-        ],
-        "ready_path": "/ready",
-        "stop_cmd": ["docker", "stop", "speech"],
-        "model_name": "whisper-1",
-        "slots": 2,
-        "idle_timeout_sec": 60,
-    }
-    assert run("check", "--config", "ours.yaml", cwd=tmp_path).returncode == 0
+def command(**model: Any) -> tuple[dict[str, Any] | None, list[str]]:
+    """What becomes of a model that another server has."""
+    document, remarks = brought(models={"x": model, "a": {"cmd": "llama-server -m /m/a.gguf"}})
+    return document["models"].get("x"), remarks
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ({"cmd": "vllm serve M --port ${PORT}"}, {"cmd": ["vllm", "serve", "M", "--port", "{port}"], "slots": 10}),
+        (
+            {
+                "cmd": "env A=1 docker run --name ${MODEL_ID} -p ${PORT}:8080 image",
+                "cmdStop": "docker stop ${MODEL_ID}",
+                "checkEndpoint": "none",
+                "env": ["B=2"],
+                "ttl": 60,
+            },
+            {
+                "cmd": ["docker", "run", "--name", "x", "-p", "{port}:8080", "image"],
+                "slots": 10,
+                "ready_path": None,
+                "stop_cmd": "docker stop x",
+                "env": {"A": "1", "B": "2"},
+                "idle_timeout_sec": 60,
+            },
+        ),
+        (
+            {"cmd": "whisper-server --port 9233 -t 4", "proxy": "http://127.0.0.1:9233", "concurrencyLimit": 1},
+            {
+                "cmd": ["whisper-server", "--port", "{port}", "-t", 4],
+                "slots": 1,
+                "routes": ["/v1/audio/transcriptions"],
+            },
+        ),
+        (
+            {"cmd": "serve ${PORT}", "useModelName": "y", "capabilities": {"reranker": True}},
+            {"cmd": ["serve", "{port}"], "slots": 10, "routes": ["/v1/rerank"], "model_name": "y"},
+        ),
+    ],
+)
+def test_another_server_is_run_by_its_command(model: dict[str, Any], expected: dict[str, Any]) -> None:
+    entry, (remark,) = command(**model)
+    assert entry == {"engine": "command", **expected}
+    assert remark.startswith("is taken to serve")
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ({"cmd": "serve ${PORT}", "proxy": "http://192.0.2.1:80"}, "it listens elsewhere"),
+        ({"cmd": "serve ${PORT}", "proxy": "http://localhost:${PORT}/api"}, "or below a path"),
+        ({"cmd": "serve", "proxy": "http://localhost:80"}, "it runs serve, and is not told where to listen (80)"),
+        ({"cmd": "serve '"}, "cannot be read"),
+        ({}, "it runs nothing"),
+    ],
+)
+def test_a_server_that_could_not_be_reached_is_left_out(model: dict[str, Any], reason: str) -> None:
+    entry, remarks = command(**model)
+    assert entry is None
+    assert reason in remarks[0]
