@@ -26,7 +26,7 @@ import uvloop
 from overhead import FLAGS, TOKENS, InstantEngine, measure, serve_instantly
 from peers import Goals, Server, chat_body, generator, model_file, print_table, router
 
-from router.config.schema import Config, ModelConfig
+from router.config.resolved import Config, ModelConfig
 from router.engines.launcher import LocalLauncher
 from router.engines.llamacpp.backend import LlamaCpp
 from router.engines.llamacpp.binary import Binary

@@ -27,7 +27,8 @@ from router.catalog.library import Library
 from router.catalog.load import Load, Loaded
 from router.config.changes import changes_between, in_words, needs_restart
 from router.config.problems import CannotServe, ConfigError
-from router.config.schema import Api, Config, ModelConfig, System
+from router.config.resolved import Config, ModelConfig
+from router.config.schema import Api, System
 from router.config.snapshots import Looks
 from router.dataplane.exchange import Exchanges
 from router.dataplane.limits import Door

@@ -14,7 +14,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from router.catalog.cards import Cards
-from router.config.schema import Config, ModelConfig
+from router.config.resolved import Config, ModelConfig
 from router.dataplane.exchange import Exchanges
 from router.dataplane.server import HttpProtocol
 from router.dialects.translators import TRANSLATORS

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse
 from router.api.openai import show_model
 from router.catalog.lookup import model_of
 from router.config.problems import ConfigError
-from router.config.schema import ModelConfig
+from router.config.resolved import ModelConfig
 from router.engines.llamacpp.flags import Flags
 from router.engines.running import RunningEngine
 from router.http.auth import sees_all

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 
 from router.catalog.cards import Card, Cards, as_it_runs
 from router.catalog.lookup import known_as
-from router.config.schema import AliasConfig, Config, ModelConfig
+from router.config.resolved import AliasConfig, Config, ModelConfig
 from router.config.source import Source
 from router.http.documents import Document
 from router.http.pages import Page, Right, needs

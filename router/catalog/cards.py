@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from router.config.schema import ModelConfig
+from router.config.resolved import ModelConfig
 from router.engines.base import Facts
 from router.engines.command import describe as command
 from router.engines.llamacpp import describe as llamacpp

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from router.config.draft import Draft
-from router.config.schema import AliasConfig, Api, CommandModel
+from router.config.resolved import AliasConfig, CommandModel
+from router.config.schema import Api
 from router.config.source import Source
 from router.store import created, pulled
 from router.store import discovery as hub

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from router.catalog.lookup import check_name
 from router.config.names import candidates, same_name, some_of
-from router.config.schema import Config
+from router.config.resolved import Config
 from router.config.source import Source
 from router.http.errors import ApiError
 from router.store import created, pulled, repository

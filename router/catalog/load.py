@@ -19,7 +19,7 @@ from router.catalog.discovered import Discovered
 from router.catalog.validation import validated
 from router.config.draft import Draft
 from router.config.problems import ConfigError, dotted
-from router.config.schema import Config
+from router.config.resolved import Config
 from router.config.show import leaves
 from router.config.sources import read_values
 from router.store import discovery as hub

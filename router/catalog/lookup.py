@@ -7,7 +7,7 @@ import shlex
 
 from router.catalog.near_names import near
 from router.config.names import LONGEST, meant, some_of
-from router.config.schema import Config, ModelConfig
+from router.config.resolved import Config, ModelConfig
 from router.http.errors import ApiError
 from router.scheduling.messages import Refusal
 from router.store.repository import BadReference, NotAllowed, permitted

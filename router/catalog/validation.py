@@ -14,18 +14,8 @@ from router.config.draft import DEFAULT
 from router.config.errors import did_you_mean
 from router.config.names import meant
 from router.config.problems import KeyPath, Problem, dotted
-from router.config.schema import (
-    AliasConfig,
-    AliasEntry,
-    Api,
-    CommandEntry,
-    CommandModel,
-    Config,
-    ModelConfig,
-    ModelEntry,
-    Scheduling,
-    System,
-)
+from router.config.resolved import AliasConfig, CommandModel, Config, ModelConfig
+from router.config.schema import AliasEntry, Api, CommandEntry, ModelEntry, Scheduling, System
 from router.config.source import FOUND
 from router.engines.command import MARK_VARIABLE
 from router.engines.llamacpp import adapters

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from router.catalog.load import Loaded, load
-from router.config.schema import Config, ModelConfig
+from router.config.resolved import Config, ModelConfig
 from router.config.show import render
 from router.config.source import Source
 from router.engines.base import EngineBackend

@@ -23,7 +23,7 @@ from router.catalog.load import load
 from router.cli import remote as terminal
 from router.config.names import same_name, some_of
 from router.config.problems import ConfigError
-from router.config.schema import Config
+from router.config.resolved import Config
 from router.config.source import Source
 from router.store import created, pulled
 from router.store.created import Created

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from router.config.schema import AliasConfig, Api, Config, ModelConfig, System
+from router.config.resolved import AliasConfig, Config, ModelConfig
+from router.config.schema import Api, System
 
 _NEEDS_RESTART = {
     "api": ("host", "port", "ollama_port", "cors_origins", "allowed_hosts", "max_connections"),

@@ -1,8 +1,7 @@
 """Configuration schema: every key with its type, default, bounds and description, and the JSON Schema.
 
-The pydantic models below are the shape of a configuration *file*. `Config` is what the rest of the router
-works with: the same sections, and for each model a `ModelConfig` with absolute paths and the final list of
-engine flags. `sources.py` merges values from file, environment and command line and reports their errors;
+The pydantic models below are the shape of a configuration *file*. What the rest of the router works with is
+in `resolved.py`. `sources.py` merges values from file, environment and command line and reports their errors;
 nothing here reads a file or the environment.
 
 The module is long because it is one list: whoever looks for a key finds it here.
@@ -11,10 +10,8 @@ The module is long because it is one list: whoever looks for a key finds it here
 from __future__ import annotations
 
 import shlex
-from collections.abc import Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -36,8 +33,6 @@ from router.scheduling.queue import PriorityName
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
-Purpose = Literal["embedding", "rerank", "mmproj"]
-"""What a llama-server can be started for besides text."""
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 
 
@@ -737,137 +732,6 @@ class ConfigFile(Section):
         "requests sent under the alias.",
         json_schema_extra={"propertyNames": {"pattern": r"^\S+$", "maxLength": LONGEST}},
     )
-
-
-@dataclass(frozen=True, slots=True)
-class ModelConfig:
-    """Resolved configuration of one model. Equal instances need no change at a reload."""
-
-    engine: ClassVar[str] = "llamacpp"
-    """The kind of its engine."""
-
-    alias: str
-    model_path: Path
-    flags: tuple[str, ...]
-    slots: int = 1
-    env: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
-    files: tuple[tuple[str, int, int], ...] = field(default=(), repr=False)
-    """Path, size and modification time (ns) of each file that the engine is started with."""
-    pinned: bool = False
-    idle_timeout_sec: float | None = None
-    """None: the value of `System`; `math.inf`: never unloaded when idle."""
-    footprint_mb: int | None = None
-    priority: PriorityName = "normal"
-    description: str = ""
-    source: str = field(default="", compare=False)
-    """Origin of the model: the name of a file, or a `Source`."""
-    projector_was_found: bool = False
-    """True if the projector was found beside the model, not named in its flags; it may prove unusable."""
-    purposes: frozenset[Purpose] = field(default=frozenset(), compare=False)
-    """Purposes according to the flags, cached because parsing flags for each request takes too long."""
-    most_tokens: int | None = field(default=None, compare=False)
-    """Default limit on output tokens according to the flags, cached for the same reason."""
-    routes: frozenset[str] | None = None
-    """Routes that its engine serves. None: those of llama-server."""
-    known_as: str | None = None
-    """Name by which its engine knows the model. None: any."""
-
-    @property
-    def revision(self) -> Hashable:
-        """Everything an engine is started with. While it is unchanged, other changes need no restart."""
-        return (self.model_path, self.flags, frozenset(self.env.items()), self.files)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CommandModel(ModelConfig):
-    """One that another server has, resolved; see `CommandEntry`.
-
-    Its `model_path` is where its file is, or else the program."""
-
-    engine: ClassVar[str] = "command"
-    cmd: tuple[str, ...]
-    stop_cmd: tuple[str, ...] = ()
-    cwd: Path | None = None
-    file: Path | None = None
-    """What `{model}` stands for."""
-    ready_path: str | None = "/health"
-    footprint: Mapping[str, int] | None = field(default=None, hash=False)
-    """MiB by device, where `gpu` is any GPU."""
-
-    @property
-    def revision(self) -> Hashable:
-        how = (self.cmd, self.stop_cmd, self.cwd, self.file, self.ready_path, self.known_as)
-        footprint = frozenset((self.footprint or {}).items())
-        return (*how, frozenset(self.env.items()), self.files, footprint)
-
-
-@dataclass(frozen=True, slots=True)
-class AliasConfig:
-    """Resolved configuration of an alias; see `AliasEntry`."""
-
-    alias: str
-    uses: str
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    forced: Mapping[str, Any] = field(default_factory=dict)
-    removed: tuple[str, ...] = ()
-    system_prompt: str = ""
-    system_prompt_replaces: bool = False
-    system_prompt_yields: bool = False
-    messages: tuple[Mapping[str, str], ...] = ()
-    priority: PriorityName | None = None
-    description: str = ""
-    source: str = field(default="", compare=False)
-    """Origin of the alias: the name of a file, or `created`."""
-
-    @property
-    def rewrites(self) -> bool:
-        """Whether requests under this alias have their bodies changed."""
-        return bool(self.defaults or self.forced or self.removed or self.speaks)
-
-    @property
-    def speaks(self) -> bool:
-        """Whether messages are inserted before the client's."""
-        return bool(self.system_prompt or self.messages)
-
-
-@dataclass(frozen=True, slots=True)
-class Config:
-    api: Api = field(default_factory=Api)
-    system: System = field(default_factory=System)
-    scheduling: Scheduling = field(default_factory=Scheduling)
-    models: Mapping[str, ModelConfig] = field(default_factory=dict)
-    aliases: Mapping[str, AliasConfig] = field(default_factory=dict)
-    lost: Mapping[str, str] = field(default_factory=dict)
-    """Names whose model is missing, with the file or model they refer to."""
-
-    @property
-    def names(self) -> list[str]:
-        """All names that a client may request."""
-        return list(dict.fromkeys((*self.models, *self.aliases)))
-
-    def __contains__(self, name: object) -> bool:
-        """Whether `name` is one of `names`."""
-        return name in self.aliases or name in self.models
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def model_of(self, name: str) -> ModelConfig:
-        """Model that one of the `names` refers to."""
-        alias = self.aliases.get(name)
-        return self.models[name if alias is None else alias.uses]
-
-    @property
-    def default_model(self) -> str | None:
-        """Name used for requests that do not specify a model."""
-        return self.api.default_model or (next(iter(self.models)) if len(self.models) == 1 else None)
-
-    @property
-    def sources(self) -> dict[str, str]:
-        """Origin of each name: of the model, or of the alias unless it has the name of its model."""
-        models = {name: model.source for name, model in self.models.items()}
-        aliases = {name: alias.source for name, alias in self.aliases.items() if alias.uses != name}
-        return {**models, **aliases}
 
 
 class _Untitled(GenerateJsonSchema):

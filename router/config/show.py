@@ -14,7 +14,8 @@ from typing import Any
 from pydantic import SecretStr
 
 from router.config.problems import KeyPath, dotted
-from router.config.schema import CommandModel, Config, ModelConfig, Section
+from router.config.resolved import CommandModel, Config, ModelConfig
+from router.config.schema import Section
 
 _SECRET_NAME = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 

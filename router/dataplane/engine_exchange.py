@@ -11,7 +11,7 @@ import copy
 from urllib.parse import quote
 
 from router.config.names import LONGEST, meant, same_name
-from router.config.schema import Config
+from router.config.resolved import Config
 from router.dataplane.exchange import Exchange
 from router.dataplane.heads import RequestHead, check_size
 from router.dataplane.routing import Wish, wish_of

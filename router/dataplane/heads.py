@@ -8,7 +8,7 @@ from urllib.parse import unquote
 import httptools
 import msgspec
 
-from router.config.schema import Config
+from router.config.resolved import Config
 from router.dataplane.forms import as_engines_read_it
 from router.http.auth import Client
 from router.http.errors import ApiError

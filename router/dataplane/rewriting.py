@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from router.config.schema import AliasConfig
+from router.config.resolved import AliasConfig
 from router.dataplane.shortening import Text
 from router.engines.llamacpp.adapters import PARAMETER as ADAPTERS
 from router.http.errors import ApiError

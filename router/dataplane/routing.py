@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from router.catalog.lookup import check_name, known_as, named_by_nobody
-from router.config.schema import AliasConfig, Config
+from router.config.resolved import AliasConfig, Config
 from router.dataplane.forms import is_form, text_fields
 from router.dataplane.shortening import MOST_VALUES, Shortened, Text, TooManyValues
 from router.http.auth import Client

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from router.config.schema import ModelConfig
+from router.config.resolved import ModelConfig
 from router.engines.log_ring import LogRing
 from router.memory.plan import Alternative, Planner
 from router.observe.reasons import Problem, Reason

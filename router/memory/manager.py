@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
-from router.config.schema import ModelConfig, System
+from router.config.resolved import ModelConfig
+from router.config.schema import System
 from router.config.snapshots import FolderHangs, FolderLooks
 from router.hardware.devices import Devices
 from router.hardware.ram import ProcessMemory

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Protocol, TypeVar
 
-from router.config.schema import ModelConfig, System
+from router.config.resolved import ModelConfig
+from router.config.schema import System
 from router.memory.measurements import Identity
 from router.observe.reasons import Problem
 from router.scheduling.messages import Placement

@@ -20,7 +20,8 @@ from typing import Any
 
 import msgspec
 
-from router.config.schema import Config, MaxWait, ModelConfig, Patience, Scheduling, WaitFactor
+from router.config.resolved import Config, ModelConfig
+from router.config.schema import MaxWait, Patience, Scheduling, WaitFactor
 from router.engines.base import EngineBackend, Facts, Launch
 from router.engines.launcher import LAST_PORT
 from router.engines.log_ring import LogRing

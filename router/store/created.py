@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from router.config.schema import AliasConfig
+from router.config.resolved import AliasConfig
 from router.config.source import Source
 from router.formats.ollama_options import BadOption, request_parameters
 from router.store.blobs import Blobs

@@ -11,7 +11,7 @@ import errno
 import math
 from collections.abc import Awaitable, Callable, Mapping
 
-from router.config.schema import Config
+from router.config.resolved import Config
 from router.config.source import Source
 from router.store import created
 from router.store.blobs import Blobs

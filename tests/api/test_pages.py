@@ -18,7 +18,7 @@ from sse_starlette import ServerSentEvent
 from router.api import openapi
 from router.api.openapi import Description
 from router.api.streams import EventStream
-from router.config.schema import AliasConfig, Config
+from router.config.resolved import AliasConfig, Config
 from router.system.turns import in_turns
 
 

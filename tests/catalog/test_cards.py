@@ -17,7 +17,7 @@ from conftest import models
 
 from router.catalog.cards import Cards
 from router.catalog.load import load
-from router.config.schema import ModelConfig
+from router.config.resolved import ModelConfig
 
 Kept = Callable[..., list[ModelConfig]]
 

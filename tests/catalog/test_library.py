@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from router.catalog.library import Library
-from router.config.schema import Config
+from router.config.resolved import Config
 from router.http.errors import ApiError
 from router.store.creations import Creations
 from router.store.downloads import Downloads

@@ -11,7 +11,7 @@ import pytest
 from conftest import Router, Start, eventually, models
 from tiny_models import write_lora
 
-from router.config.schema import AliasConfig, Config, ModelConfig
+from router.config.resolved import AliasConfig, Config, ModelConfig
 from router.dataplane.rewriting import rewritten
 from router.dataplane.routing import Wish, read_wish
 from router.http.routes import ROUTES

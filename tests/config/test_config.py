@@ -21,7 +21,7 @@ from router.config import schema as config
 from router.config.errors import LLAMA_SWAP
 from router.config.file import read_file
 from router.config.problems import ConfigError
-from router.config.schema import Config, ModelConfig
+from router.config.resolved import Config, ModelConfig
 from router.config.show import render
 from router.engines.llamacpp import flags
 from router.store import discovery as hub

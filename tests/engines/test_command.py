@@ -14,7 +14,8 @@ import pytest
 from conftest import Router, Start, eventually, models, run
 from speech_server import PIECE, PIECES
 
-from router.config.schema import CommandModel, System
+from router.config.resolved import CommandModel
+from router.config.schema import System
 from router.engines.command.backend import Command
 from router.engines.launcher import LocalLauncher
 from router.engines.orphans import EngineRecord

@@ -13,7 +13,7 @@ from mutations import LONG, SEED, mutated
 from tiny_models import QUANTIZED_TYPES, RawTensor, gguf_bytes
 
 from router.catalog.cards import card_of
-from router.config.schema import ModelConfig
+from router.config.resolved import ModelConfig
 from router.engines.llamacpp.flags import FlagError, Flags
 from router.engines.llamacpp.purpose import flags_for
 from router.engines.llamacpp.sizing import Sizer, read_files

@@ -12,7 +12,8 @@ import pytest
 from gpus import GPU0, GPU1
 from sysfs import card, lay_out
 
-from router.config.schema import ModelConfig, System
+from router.config.resolved import ModelConfig
+from router.config.schema import System
 from router.engines.launcher import LocalLauncher
 from router.engines.llamacpp.backend import LlamaCpp
 from router.engines.llamacpp.binary import Binary

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import BASE_PORT
 
-from router.config.schema import Config, ModelConfig
+from router.config.resolved import Config, ModelConfig
 from router.engines.launcher import LocalLauncher
 from router.engines.llamacpp import embedded
 from router.engines.llamacpp.backend import LlamaCpp

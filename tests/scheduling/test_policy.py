@@ -7,7 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from router.config.schema import Config, Scheduling, System
+from router.config.resolved import Config
+from router.config.schema import Scheduling, System
 from router.runtime.dispatcher import policy_of
 from router.scheduling.policy import CONSTANTS, DEFAULTS, ByPriority
 from router.scheduling.queue import BY_NAME, NAMES, Priority

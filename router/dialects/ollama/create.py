@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from router.catalog.cards import card_of
 from router.catalog.lookup import known_as
 from router.config.names import same_name, untagged
-from router.config.schema import Config, ModelConfig
+from router.config.resolved import Config, ModelConfig
 from router.dialects.ollama.pages import read_body
 from router.engines.llamacpp.describe import template_of
 from router.engines.llamacpp.flags import as_started

@@ -21,7 +21,7 @@ from router.catalog.cards import Card, Cards, as_it_runs, card_of
 from router.catalog.library import Library
 from router.catalog.lookup import known_as
 from router.config.names import listed_name
-from router.config.schema import AliasConfig, Config, ModelConfig
+from router.config.resolved import AliasConfig, Config, ModelConfig
 from router.engines.base import Facts
 from router.engines.llamacpp.describe import header_of, template_of
 from router.engines.llamacpp.flags import FlagError, as_started

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from router.config.schema import CommandModel, ModelConfig, System
+from router.config.resolved import CommandModel, ModelConfig
+from router.config.schema import System
 from router.engines.base import Ending, Fallback, Launch
 from router.engines.command.server import CommandServer
 from router.engines.launcher import LocalLauncher

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from router.config.schema import ModelConfig
+from router.config.resolved import ModelConfig
 from router.http.routes import ROUTES, Ask
 
 _CAPABILITIES: dict[Ask, str] = {

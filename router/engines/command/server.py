@@ -14,7 +14,7 @@ import secrets
 import signal
 from collections.abc import Mapping
 
-from router.config.schema import CommandModel
+from router.config.resolved import CommandModel
 from router.engines.base import PROBE_LIMIT_SEC, Endpoint, Facts, Launch
 from router.engines.command import MARK_VARIABLE
 from router.engines.log_ring import LogRing

@@ -13,7 +13,7 @@ import csv
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from router.config.schema import AliasConfig, ModelConfig
+from router.config.resolved import AliasConfig, ModelConfig
 from router.engines.llamacpp.flags import FlagError, Flags
 
 PARAMETER = "lora"

@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from router.config.schema import ModelConfig, System
+from router.config.resolved import ModelConfig
+from router.config.schema import System
 from router.engines.base import Ending, EngineFailed, Fallback, Launch
 from router.engines.launcher import LocalLauncher
 from router.engines.llamacpp import footprint, plan, server

@@ -14,7 +14,7 @@ from typing import Annotated, NamedTuple
 import msgspec
 
 from router.config.names import some_of
-from router.config.schema import ModelConfig
+from router.config.resolved import ModelConfig
 from router.engines.llamacpp.flags import Purpose
 from router.http.errors import ApiError, ContextExceeded
 

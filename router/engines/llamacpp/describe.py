@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from router.config.schema import ModelConfig
+from router.config.resolved import ModelConfig
 from router.engines.llamacpp.flags import Flags, as_started
 from router.engines.llamacpp.footprint import slot_context
 from router.formats import gguf

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 
-from router.config.schema import Config
+from router.config.resolved import Config
 from router.engines.llamacpp.flags import Flags
 from router.engines.questions import document
 from router.engines.running import RunningEngine

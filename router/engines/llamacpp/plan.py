@@ -16,7 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 
-from router.config.schema import ModelConfig, System
+from router.config.resolved import ModelConfig
+from router.config.schema import System
 from router.engines.llamacpp.flags import FlagError, as_started
 from router.engines.llamacpp.footprint import gpu_numbers
 from router.engines.llamacpp.sizing import EngineKind, Sizer, WrongFlags, read_files

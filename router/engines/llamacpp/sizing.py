@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
-from router.config.schema import ModelConfig
+from router.config.resolved import ModelConfig
 from router.engines.llamacpp import adapters, fit_params, footprint
 from router.engines.llamacpp.binary import Binary
 from router.engines.llamacpp.build_flags import Has, Spoken, default_slots, read_help, slots_told, spoken

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tiny_models import Blueprint, gguf_bytes
 
 from benchmarks.footprints import MODELS
-from router.config.schema import ModelConfig, System
+from router.config.resolved import ModelConfig
+from router.config.schema import System
 from router.engines.llamacpp.binary import Binary
 from router.engines.llamacpp.plan import advise, inspect
 from router.engines.llamacpp.sizing import DRIVER_MIB, EngineKind

@@ -14,7 +14,7 @@ from ollama_store import ollama_model
 from tiny_models import write_embedding, write_llama, write_projector
 
 from router.catalog.load import load
-from router.config.schema import ModelConfig
+from router.config.resolved import ModelConfig
 
 LONG = "h" * 1000
 """A text of a thousand tokens and a few, twice as many as llama-server takes unless it is told."""
