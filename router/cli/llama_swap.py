@@ -1,27 +1,21 @@
-"""`llama-router import`: our configuration, made of one of llama-swap's, and a word on what has no counterpart.
+"""Our configuration, made of one of llama-swap's, and a word on what has no counterpart: see `importing`.
 
 What is read is a configuration of August 2026 (llama-swap's `config-schema.json`), its macros replaced as there.
 A model whose command is llama-server's becomes an entry with a file and flags, another one keeps its command.
+It is one module because each key of theirs takes a few lines, and all of them write into one document.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
 import re
 import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-import yaml
-
-from router.config.file import read_file
 from router.config.names import LONGEST
 from router.config.problems import ConfigError, KeyPath, Problem, dotted
 from router.engines.llamacpp.flags import OWNED, OWNED_VARIABLES, Flag, FlagError, parse
-from router.system.printable import line as printable_line
 
 _MACRO = re.compile(r"\$\{([a-zA-Z0-9_-]+)\}")
 _OF_ENVIRONMENT = re.compile(r"\$\{env\.([a-zA-Z_][a-zA-Z0-9_]*)\}")
@@ -91,7 +85,7 @@ class Remark(NamedTuple):
     message: str
 
 
-class _Words(list[Any]):
+class Words(list[Any]):
     """Written on one line."""
 
 
@@ -390,11 +384,11 @@ class _Import:
         limit, ready = model.get("concurrencyLimit", 0), model.get("checkEndpoint")
         entry: dict[str, Any] = {
             "engine": "command",
-            "cmd": _Words(_as_number(_in_our_words(word)) for word in (program, *words[1:])),
+            "cmd": Words(_as_number(_in_our_words(word)) for word in (program, *words[1:])),
             "slots": limit if isinstance(limit, int) and limit > 0 else _USUAL_SLOTS,
         }
         if routes := _routes_of(words, _mapping(model.get("capabilities"))):
-            entry["routes"] = _Words(routes)
+            entry["routes"] = Words(routes)
         if ready not in ("", None, "/health"):
             entry["ready_path"] = None if ready == "none" else str(ready)
         if model.get("useModelName"):
@@ -431,7 +425,7 @@ class _Import:
             self._note(path, f"the model is left out: {how}")
             return None
         if words:
-            entry["flags"] = _Words(_as_number(word) for word in words)
+            entry["flags"] = Words(_as_number(word) for word in words)
         return entry
 
     def _path(self, text: str, path: KeyPath) -> str:
@@ -556,79 +550,3 @@ def _left_in(value: Any) -> Iterator[str]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from _left_in(item)
-
-
-# --- files ----------------------------------------------------------------------------------------------
-
-
-def run(options: argparse.Namespace) -> None:
-    """Raises ConfigError."""
-    source: Path = options.file
-    tree = read_file(source, str(source))
-    document, remarks = imported(
-        tree, _lines_of(source.read_text("utf-8-sig")), source.absolute().parent, os.environ
-    )
-    if not document.get("models"):
-        _tell(source, remarks)
-        raise ConfigError([Problem("models", "there is none that could be brought", str(source))])
-    _write(options.output, f"# Made of {source} by `llama-router import`.\n{_dumped(document)}")
-    _tell(source, remarks)
-
-
-def _tell(source: Path, remarks: Sequence[Remark]) -> None:
-    for remark in remarks:
-        text = f"{source}:{remark.line}: {dotted(remark.path)}: {remark.message}"
-        print(printable_line(text), file=sys.stderr)
-
-
-def _write(path: Path | None, text: str) -> None:
-    """For its owner only, as there may be keys in it. Raises ConfigError, also if it is there already."""
-    if path is None:
-        print(text, end="")
-        return
-    try:
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        problem = "is there already, and stays as it is: name another file by -o, or remove it"
-        raise ConfigError([Problem("", problem, str(path))]) from None
-    except OSError as error:
-        raise ConfigError([Problem("", f"cannot be written: {error.strerror}", str(path))]) from None
-
-
-def _lines_of(text: str) -> dict[KeyPath, int]:
-    """Where each key stands. The text is YAML, or JSON."""
-    lines: dict[KeyPath, int] = {}
-
-    def note(value: yaml.Node, path: KeyPath, mark: yaml.Mark) -> None:
-        lines[path] = mark.line + 1
-        walk(value, path)
-
-    def walk(node: yaml.Node | None, path: KeyPath) -> None:
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                note(value, (*path, str(key.value)), key.start_mark)
-        elif isinstance(node, yaml.SequenceNode):
-            for index, item in enumerate(node.value):
-                note(item, (*path, index), item.start_mark)
-
-    walk(yaml.compose(text, yaml.SafeLoader), ())
-    return lines
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what any YAML, of 1.1 or 1.2, would take for more than text; and has no anchors."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-_FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-_Dumper.add_representer(
-    _Words, lambda dumper, words: dumper.represent_sequence("tag:yaml.org,2002:seq", words, flow_style=True)
-)
-
-
-def _dumped(document: Mapping[str, Any]) -> str:
-    return yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)

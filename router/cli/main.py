@@ -237,7 +237,7 @@ def _estimate(options: argparse.Namespace) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from router.cli.llama_swap import run
+    from router.cli.importing import run
 
     run(options)
 
