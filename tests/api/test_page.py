@@ -77,7 +77,8 @@ def test_browsers_get_the_page_and_ollamas_clients_their_word(router: Router) ->
 def test_the_page_is_open_and_nothing_else_is(locked: Router) -> None:
     assert locked.http.get("/", headers=FROM_BROWSER).status_code == 200
     assert locked.http.get("/page/page.js").status_code == 200
-    assert locked.http.get("/page/..%2fapp.py").status_code == 404
+    assert locked.http.get("/page/none.js").status_code == 404
+    assert locked.http.get("/page/..%2fapp.py").status_code == 401  # of no page's path
     for path in ("/", "/v1/models/status", "/v1/models/status/stream", "/v1/queue/stats", "/vram"):
         assert locked.http.get(path).status_code == 401, path
     assert locked.http.get("/page/../v1/queue/stats").status_code == 401
