@@ -9,12 +9,11 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router import __version__
@@ -42,7 +41,7 @@ from router.engines.llamacpp.metrics import EngineMetrics
 from router.http.auth import Keyring
 from router.http.errors import ApiError
 from router.http.origins import Browsers
-from router.http.pages import Page, Right, let_in, needs
+from router.http.pages import Page, PagesByPath, Right, let_in, needs
 from router.http.routes import ROUTES
 from router.observe.metrics import Metrics
 from router.observe.statistics import Telemetry
@@ -134,16 +133,29 @@ def _pages(
     library: Library,
     cards: Cards,
 ) -> FastAPI:
-    app = FastAPI(title="llama-router", version=__version__, openapi_url=None, docs_url=None, redoc_url=None)
-    description = Description(app, [page for group in PAGES for page in group.routes])
+    app = FastAPI(
+        title="llama-router",
+        version=__version__,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # it asks for each page if it is to
+    )
+    description = Description(app.title, app.version, list(_pages_of(*PAGES)))
+    of_description = APIRouter(route_class=Page)
 
-    app.router.route_class = Page
-
-    @app.api_route("/openapi.json", methods=["GET", "HEAD"], include_in_schema=False)
+    @of_description.get("/openapi.json", include_in_schema=False)
     @needs(Right.USE)
     async def describe() -> Response:
         document = await description.of(dispatcher.config, keys_required=keyring.required)
         return Response(document, media_type="application/json")
+
+    pages = list(_pages_of(of_description, *PAGES))
+    for each in pages:
+        if each.methods and "GET" in each.methods and each.path not in DONE_BY_GET:
+            each.methods.add("HEAD")  # what monitors and load balancers like to ask with
+    by_path = PagesByPath(pages)
+    app.router.routes.append(by_path)
 
     app.state.keyring = keyring
     app.state.dispatcher = dispatcher
@@ -158,13 +170,6 @@ def _pages(
     app.state.live = Live(dispatcher)
     app.state.as_llama_swap = llama_swap.Events(dispatcher)
     app.state.telemetry = Telemetry(dispatcher.events, time.monotonic)
-    for pages in PAGES:
-        for route in pages.routes:
-            if not isinstance(route, Page) or route.path in DONE_BY_GET:
-                continue
-            if route.methods and "GET" in route.methods:
-                route.methods.add("HEAD")  # what monitors and load balancers like to ask with
-        app.include_router(pages)
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
@@ -184,7 +189,7 @@ def _pages(
         path = request.scope["path"]
         if error.status_code == 405 or "endpoint" not in request.scope:
             try:
-                _let_in_where_no_page_is(request)
+                _let_in_where_no_page_is(request, by_path)
             except ApiError as refusal:
                 return _answer(path, refusal)
         if path in ROUTES:
@@ -192,8 +197,7 @@ def _pages(
                 path, ApiError(405, "method_not_allowed", f"{path} takes POST only."), {"allow": "POST"}
             )
         if error.status_code == 405:
-            methods = _methods_of(request)
-            allowed = {"allow": ", ".join(methods)} if methods else error.headers  # /openapi.json is FastAPI's own
+            allowed = {"allow": ", ".join(_methods_of(request, by_path))}
             message = f"{path} does not take {request.method}; see the Allow header."
             return _answer(path, ApiError(405, "method_not_allowed", message), allowed)
         if error.status_code == 404:
@@ -216,28 +220,28 @@ def _pages(
     return app
 
 
-def _let_in_where_no_page_is(request: Request) -> None:
+def _pages_of(*groups: APIRouter) -> Iterator[Page]:
+    for group in groups:
+        for route in group.routes:
+            assert isinstance(route, Page), f"{route} is not of the class that says who may have it"
+            yield route
+
+
+def _let_in_where_no_page_is(request: Request, pages: PagesByPath) -> None:
     """Raises ApiError for who might not have asked, either, had there been one."""
-    rights = [page.right for page in _pages_at(request)]
+    rights = [found.right for found, *_ in pages.at(request.scope)]
     if Right.NONE not in rights:
         let_in(request, max(rights, default=Right.USE) if request.method in _SAFE else Right.MANAGE)
 
 
-def _methods_of(request: Request) -> list[str]:
+def _methods_of(request: Request, pages: PagesByPath) -> list[str]:
     """Of the routes for its path that say most of it: what ends with `/status` asks how a model is, though a name
     could end so, too."""
     methods: dict[int, set[str]] = defaultdict(set)
-    for route in _pages_at(request):
-        said = len(re.sub(r"{.*?}", "", route.path))
-        methods[said] |= route.methods or set()
-    return sorted(methods[max(methods)]) if methods else []
-
-
-def _pages_at(request: Request) -> Iterator[Page]:
-    """Those that have its path, by whatever method."""
-    for route in (route for pages in PAGES for route in pages.routes):
-        if isinstance(route, Page) and route.matches(request.scope)[0] is not Match.NONE:
-            yield route
+    for found, *_ in pages.at(request.scope):
+        said = len(re.sub(r"{.*?}", "", found.path))
+        methods[said] |= found.methods or set()
+    return sorted(methods[max(methods)])
 
 
 def _answer(path: str, error: ApiError, headers: Mapping[str, str] | None = None) -> Response:

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from starlette.routing import BaseRoute
 
 from router.config.resolved import Config
 from router.http.pages import Page, Right
@@ -63,16 +61,17 @@ class Description:
     What of it stays the same takes long to find out: that is done once, when it is asked for first.
     """
 
-    def __init__(self, app: FastAPI, pages: Iterable[BaseRoute]) -> None:
-        self._app = app
-        self._pages = list(pages)
+    def __init__(self, title: str, version: str, pages: Sequence[Page]) -> None:
+        self._title = title
+        self._version = version
+        self._pages = pages
         self._being_made: asyncio.Task[dict[str, Any]] | None = None
         self._of: tuple[Config, bool] | None = None
         self._encoded = b""
 
     async def of(self, config: Config, *, keys_required: bool) -> bytes:
         if self._being_made is None:
-            work = asyncio.to_thread(_describe, self._app, self._pages)
+            work = asyncio.to_thread(_describe, self._title, self._version, self._pages)
             self._being_made = asyncio.create_task(work)
         document = await asyncio.shield(self._being_made)  # whoever asked first may leave
         if self._of is None or self._of[0] is not config or self._of[1] is not keys_required:
@@ -93,11 +92,11 @@ def _of_now(document: dict[str, Any], aliases: Iterable[str], *, keys_required: 
     }
 
 
-def _describe(app: FastAPI, pages: Iterable[BaseRoute]) -> dict[str, Any]:
+def _describe(title: str, version: str, pages: Sequence[Page]) -> dict[str, Any]:
     """What is always the same."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Duplicate Operation ID")  # of HEAD, which is dropped below
-        document = get_openapi(title=app.title, version=app.version, summary=_SUMMARY, routes=app.routes)
+        document = get_openapi(title=title, version=version, summary=_SUMMARY, routes=pages)
     components: dict[str, Any] = document.setdefault("components", {})
     schemas: dict[str, Any] = components.setdefault("schemas", {})
     for unused in ("HTTPValidationError", "ValidationError"):
@@ -115,7 +114,7 @@ def _describe(app: FastAPI, pages: Iterable[BaseRoute]) -> dict[str, Any]:
             "description": "As Anthropic's clients.",
         },
     }
-    open_paths = {page.path for page in pages if isinstance(page, Page) and page.right is Right.NONE}
+    open_paths = {page.path for page in pages if page.right is Right.NONE}
     for path, item in document["paths"].items():
         item.pop("head", None)  # as GET, without a body
         for method, operation in item.items():

@@ -5,13 +5,15 @@ FastAPI's own dependencies come too late for that: it has read and parsed a body
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from enum import IntEnum
 from typing import Any, TypeVar
 
 from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import BaseRoute, Match
+from starlette.types import Receive, Scope, Send
 
 from router.http.auth import Keyring
 
@@ -67,3 +69,45 @@ class Page(APIRoute):
             return await answer(request)
 
         return for_who_may
+
+
+class PagesByPath(BaseRoute):
+    """All pages as the one route of an application, which looks them up by their path.
+
+    FastAPI would match the regular expression of one after the other, and of all of them where no page is. Which
+    page answers is the same: the first that has path and method, else the first that has the path, with a 405.
+    """
+
+    def __init__(self, pages: Iterable[Page]) -> None:
+        pages = tuple(pages)
+        self._by_path = {
+            path: [page for page in pages if page.path_regex.match(path)]
+            for path in (page.path for page in pages if not page.param_convertors)
+        }
+        """Also those of which it is but one of many paths."""
+        self._with_parameters = [(page.path.partition("{")[0], page) for page in pages if page.param_convertors]
+        """Each with what all of its paths begin with."""
+
+    def at(self, scope: Scope) -> Iterator[tuple[Page, Match, Scope]]:
+        """The pages that have its path, in their order: how each matches, and what it reads out of the path."""
+        path = scope["path"]
+        pages = self._by_path.get(path)
+        if pages is None:
+            pages = [page for begin, page in self._with_parameters if path.startswith(begin)]
+        for page in pages:
+            match, found = page.matches(scope)
+            if match is not Match.NONE:
+                yield page, match, found
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        best: tuple[Match, Scope] = Match.NONE, {}
+        for _, match, found in self.at(scope):
+            if match is Match.FULL:
+                return match, found
+            if best[0] is Match.NONE:
+                best = match, found
+        return best
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        page: Page = scope["route"]  # a page says so itself where it matches
+        await page.handle(scope, receive, send)

@@ -11,7 +11,6 @@ import msgspec
 import psutil
 import pytest
 from conftest import Router, Start, eventually, fake, models
-from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from sse_starlette import ServerSentEvent
 
@@ -243,7 +242,7 @@ def test_the_description_is_made_once_and_tells_of_now(monkeypatch: pytest.Monke
 
     asked_of = ("ModelName", "LoadRequest", "ModelToLoad")
     monkeypatch.setattr(openapi, "get_openapi", count)
-    description = Description(FastAPI(), ())
+    description = Description("llama-router", "1", ())
     before, after = (Config(aliases={name: AliasConfig(name, "m")}) for name in ("old", "new"))
 
     async def ask() -> list[bytes]:
