@@ -1,4 +1,4 @@
-"""`llama-router serve`: from a configuration to a listening router, and from a signal to its orderly end."""
+"""`llama-router serve`: builds the router from its configuration, runs it, and shuts it down in order."""
 
 from __future__ import annotations
 
@@ -71,21 +71,20 @@ _log = logging.getLogger("router")
 
 _BACKLOG = 2048
 _OTHER_FILES = 512
-"""Open files that are not clients: connections to engines, their pipes, spare and refused connections."""
+"""Open files other than client connections: connections to engines, pipes, spare and refused connections."""
 _KEEP_ALIVE_SEC = 75
 _THREADS_TURN_SEC = 0.0005
-"""How long a thread that looks at files or memory may keep the event loop waiting."""
+"""Longest time that a thread reading files or memory may delay the event loop."""
 _YOUNG_OBJECTS = 5_000
-"""That are there before the garbage collector looks for cycles among them, and now and then among ten times as
-many: nobody is served meanwhile."""
+"""Number of new objects that triggers a garbage collection, during which no request is served."""
 _FIRST_MODEL = "hf.co/ggml-org/Qwen3-4B-GGUF:Q4_K_M"
-"""What is proposed to somebody who has none."""
+"""Model suggested if none is available."""
 _LAST_WORDS_SEC = 10
-"""What the end may take beside the graces for requests and engines."""
+"""Time allowed for shutdown in addition to the grace periods of requests and engines."""
 
 
 def serve(load: Load) -> None:
-    """Serve until a signal. Raises CannotServe."""
+    """Serve until a signal arrives. Raises CannotServe."""
     share_one_heap()
     loaded = load(None, None)
     with contextlib.closing(_set_up_logs(loaded.config.system)) as log:
@@ -97,7 +96,7 @@ def _set_up_logs(system: System) -> Logs:
     try:
         return logs.set_up(debug=system.debug, structured=system.structured_logs, log_dir=log_dir)
     except OSError as error:
-        raise CannotServe(f"log_dir: {log_dir} cannot be made: {error.strerror}.") from error
+        raise CannotServe(f"log_dir: {log_dir} cannot be created: {error.strerror}.") from error
 
 
 def _serve(loaded: Loaded, load: Load, log: Logs) -> None:
@@ -168,7 +167,7 @@ def _listen(config: Config, port: int) -> socket.socket:
 
 
 def _user_of_port(config: Config, port: int) -> str | None:
-    """Who listens on a port of ours, as far as we may know."""
+    """Describe the process that listens on the port; None if it cannot be determined."""
     path = configured_path(config.system.state_dir, port, os.environ)
     holder = State.holder(path) if path is not None else None
     if holder is not None and holder.port == port:
@@ -178,12 +177,12 @@ def _user_of_port(config: Config, port: int) -> str | None:
             if connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,) and connection.pid:
                 process = psutil.Process(connection.pid)
                 since = datetime.fromtimestamp(process.create_time()).astimezone().isoformat(" ", "seconds")
-                return f"{process.name()} with pid {process.pid}, which runs since {since}"
+                return f"{process.name()} with pid {process.pid}, running since {since}"
     return None
 
 
 def _open_state(config: Config, port: int) -> State:
-    """The state directory. One that was asked for must be there; without the usual one, it serves all the same."""
+    """Open the state directory. A configured one is required; without the default one, the router still serves."""
     system = config.system
     path = configured_path(system.state_dir, port, os.environ)
     if config.api.port == 0 and not system.state_dir:
@@ -193,14 +192,14 @@ def _open_state(config: Config, port: int) -> State:
             raise FileNotFoundError(errno.ENOENT, "HOME is not set")
         return State.open(path, port)
     except StateHeld as held:
-        raise CannotServe(f"{held}. Stop that one, or give this one a state_dir of its own.") from held
+        raise CannotServe(f"{held}. Stop that router, or set another state_dir for this one.") from held
     except OSError as error:
         reason = f"{path or 'state_dir'} cannot be used: {error.strerror or error}"
         if system.state_dir:
             raise CannotServe(f"system.state_dir: {reason}.") from error
         _log.warning(
-            "%s. Nothing will be remembered: neither what is measured nor which engines run, should they outlive "
-            "a router that is killed. Set LLAMA_ROUTER_STATE_DIR to a folder that can be written.",
+            "%s. Measurements will not be saved, and engines that outlive a killed router will not be cleaned up. "
+            "Set LLAMA_ROUTER_STATE_DIR to a writable folder.",
             reason,
         )
         return State()
@@ -299,7 +298,7 @@ class _Service:
         _log.info("stopped")
 
     async def reload(self) -> dict[str, Any]:
-        """Read the configuration again and go by it. Raises ConfigError and then changes nothing."""
+        """Read the configuration again and apply it. Raises ConfigError without any change."""
         async with self._reloading:
             loaded = await self._looks.take(partial(self._load, self._loaded), self._places())
             before, after = self._loaded.config, loaded.config
@@ -313,9 +312,9 @@ class _Service:
         return {"status": "success", **changes, "warnings": list(loaded.warnings)}
 
     async def look_again(self) -> bool:
-        """Go by the model files that are there now; nothing else of the configuration is read again.
+        """Apply changes of the model files; the rest of the configuration is not read again.
 
-        Returns whether one of them is still being written.
+        Returns whether a file is still being written.
         """
         async with self._reloading:
             before = self._loaded
@@ -323,7 +322,7 @@ class _Service:
                 loaded = await self._looks.take(before.look_again, self._places())
             except ConfigError as error:
                 if str(error) != self._look_failed:
-                    _log.error("the folders of models cannot be read, the models stay as they were:\n%s", error)
+                    _log.error("the model folders cannot be read; the models are unchanged:\n%s", error)
                 self._look_failed = str(error)
                 return False
             self._look_failed = ""
@@ -331,14 +330,14 @@ class _Service:
             changes = changes_between(before.config, loaded.config)
             if any(changes.values()) or before.config.lost != loaded.config.lost:
                 self._dispatcher.apply(loaded.config)
-                _log.info("models have changed: %s", in_words(changes))
+                _log.info("models changed: %s", in_words(changes))
         for warning in loaded.warnings:
             if warning not in before.warnings:
                 _log.warning("%s", warning)
         return loaded.settling
 
     def _places(self) -> set[Path]:
-        """Where the files of the configuration and of its models are."""
+        """Folders with the files of the configuration and of its models."""
         loaded = self._loaded
         files = (
             *([loaded.source] if loaded.source else []),
@@ -348,14 +347,14 @@ class _Service:
 
     def _terminate(self) -> None:
         if self._stop.is_set():
-            _log.warning("second signal: not waiting any longer")
+            _log.warning("second signal received: exiting now")
             self._dispatcher.kill_engines()
             self._dispatcher.events.settle()
             self._log.close()
             os._exit(1)
         system = self._loaded.config.system
         grace = system.shutdown_grace_sec
-        _log.info("shutting down; requests in flight have %g s (a second signal cuts that short)", grace)
+        _log.info("shutting down; waiting up to %g s for requests in flight (a second signal skips this)", grace)
         self._notifier.stopping(grace + system.stop_grace_sec + _LAST_WORDS_SEC)
         self._stop.set()
 
@@ -366,17 +365,17 @@ class _Service:
         self._notifier.ready()
 
     def _status(self) -> str:
-        """In a line, for `systemctl status`."""
+        """Status in one line, for `systemctl status`."""
         models = self._dispatcher.scheduler.models
         states = [self._dispatcher.scheduler.state(alias) for alias in models]
         waiting = sum(len(model.queue) for model in models.values())
         return f"{states.count(ModelState.READY)} of {len(states)} models ready, {waiting} requests waiting"
 
     def _hang_up(self) -> None:
-        """SIGHUP: reload. However many come during a reload, they are one reload after it."""
+        """Reload on SIGHUP. All signals that arrive during a reload cause one more reload after it."""
         if hang_up.terminal_is_gone():
             if not self._stop.is_set():
-                _log.info("the terminal was closed")
+                _log.info("the terminal was closed; shutting down")
                 self._terminate()
             return
         self._reload_wanted = True
@@ -391,7 +390,7 @@ class _Service:
                 try:
                     await self.reload()
                 except ConfigError as error:
-                    _log.error("configuration not reloaded, nothing was changed:\n%s", error)
+                    _log.error("configuration not reloaded; nothing was changed:\n%s", error)
                 except Exception:
                     _log.exception("configuration not reloaded")
         finally:
@@ -404,7 +403,7 @@ class _Service:
         url = f"http://{shown}:{port}"
         aliases = list(config.models)
         names = ", ".join(aliases[:8]) + (f" and {len(aliases) - 8} more" if len(aliases) > 8 else "")
-        names = names or "none yet: pull one, or put GGUF files where the router looks for them"
+        names = names or "none yet: pull a model, or add GGUF files to a folder that is served"
         yield f"llama-router listens on {url}"
         if config.api.ollama_port is not None:
             yield f"  Ollama  also on port {config.api.ollama_port}"
@@ -415,7 +414,7 @@ class _Service:
         if self._keyring.required:
             authorization = " -H 'Authorization: Bearer YOUR_KEY'"
         elif host not in ("127.0.0.1", "::1", "localhost"):
-            yield f"  WARNING everybody who reaches {host}:{port} can use and manage this router: set API_KEY"
+            yield f"  WARNING anyone who can reach {host}:{port} can use and manage this router: set API_KEY"
         for warning in self._loaded.warnings:
             yield f"  WARNING {warning}"
         yield "Try:"
@@ -434,7 +433,7 @@ _EXAMPLES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def _example(models: Iterable[ModelConfig], options: str) -> str:
-    """The path of a request, and what goes with it: of a model that chats, if there is one."""
+    """Path and arguments of an example request, preferably to a chat model."""
     by_path: dict[str, str] = {}
     for model in reversed(list(models)):
         routes = model.routes if model.routes is not None else (_EXAMPLES[purpose_of(model)][0],)
@@ -447,13 +446,13 @@ def _example(models: Iterable[ModelConfig], options: str) -> str:
 
 
 def _tune_the_interpreter() -> None:
-    """For one event loop that has many small things to do, beside threads that have few and larger ones.
+    """Set thread switching and garbage collection for one event loop with many small tasks and few busy threads.
 
-    Python gives a thread 5 ms, and as late would every token of every stream then be.
+    By default a thread keeps the interpreter for 5 ms, which would delay every token of every stream.
 
-    What is here now stays, and need not be looked through again, which would keep every request waiting. Nor do
-    requests leave cycles behind: yet by Python's default all that is in flight would be looked through after every
-    ten or twenty of them, which takes several percent of the time that they take.
+    Objects that exist now live until the end and are excluded from collections, which stop all requests. Requests
+    leave no cycles behind, but by default a collection would examine everything in flight after every ten or
+    twenty requests, which costs several percent of their time.
     """
     sys.setswitchinterval(_THREADS_TURN_SEC)
     gc.freeze()
@@ -461,13 +460,13 @@ def _tune_the_interpreter() -> None:
 
 
 def _most_clients(api: Api) -> int:
-    """As many as are wanted, or as open files allow, which is said then."""
+    """Limit on client connections: as configured, or lower, with a warning, if open files require it."""
     files = allow_many_files()
     most = min(api.max_connections, max(16, files - _OTHER_FILES))
     if most < api.max_connections:
         _log.warning(
-            "only %d clients may connect at once, not %d (api.max_connections): the limit of open files is %d "
-            "(ulimit -n; LimitNOFILE= in a unit file), and %d of them are needed for engines and logs",
+            "only %d client connections are possible instead of %d (api.max_connections): the limit of open files "
+            "is %d (ulimit -n; LimitNOFILE= in a unit file), and %d of them are reserved for engines and logs",
             most,
             api.max_connections,
             files,

@@ -70,12 +70,12 @@ def test_an_empty_folder_is_served_until_something_is_put_into_it(start: Start, 
     (folder := tmp_path / "empty").mkdir()
     router = start(arguments=["--models-dir", str(folder)])
     eventually(lambda: "Try:" in router.log)
-    assert "models  none yet: pull one, or put GGUF files" in router.log
+    assert "models  none yet: pull a model, or add GGUF files" in router.log
     assert "/v1/models/pull" in router.log
     assert router.http.get("/v1/models").json()["data"] == router.http.get("/api/tags").json()["models"] == []
     assert router.http.get("/health").status_code == router.http.get("/ready").status_code == 200
     refused = router.chat("first")
-    assert (refused.status_code, "There is none yet: pull one" in refused.json()["error"]["message"]) == (
+    assert (refused.status_code, "No models yet: pull one" in refused.json()["error"]["message"]) == (
         404,
         True,
     )

@@ -214,7 +214,7 @@ def _pages(
     @app.exception_handler(Exception)
     async def broken(request: Request, _: Exception) -> Response:  # uvicorn logs the traceback
         return _answer(
-            request.scope["path"], ApiError(500, "internal_error", "The router made a mistake; see its log.")
+            request.scope["path"], ApiError(500, "internal_error", "Internal error of the router; see its log.")
         )
 
     return app

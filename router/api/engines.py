@@ -33,13 +33,13 @@ _ANSWER_SEC = 10.0
 """An engine in the middle of a batch answers after it."""
 ERRORS: dict[int | str, dict[str, Any]] = {404: {}, 501: {}, 504: {}}
 
-ModelQuery = Annotated[str | None, Query(description="A model's name; nothing is loaded for this.")]
+ModelQuery = Annotated[str | None, Query(description="Name of a model. The request does not load it.")]
 
 
 @router.get("/props", responses=ERRORS)
 @needs(Right.USE)
 async def props(request: Request, model: ModelQuery = None) -> Response:
-    """As llama-server's: of a model's engine; without `model` those of a llama-server in router mode."""
+    """llama-server's `/props` of a model's engine; without `model`, those of a llama-server in router mode."""
     if model:
         return await said_by_engine(request, model, "/props")
     dispatcher: Dispatcher = request.app.state.dispatcher
@@ -73,14 +73,14 @@ _NO_ENGINE = {
 @router.get("/slots", responses=ERRORS)
 @needs(Right.USE)
 async def slots(request: Request, model: ModelQuery = None) -> Response:
-    """As llama-server's: what each slot of a model's engine is doing."""
+    """llama-server's `/slots`: activity of each slot of a model's engine."""
     return await said_by_engine(request, model, "/slots")
 
 
 @router.get("/lora-adapters", responses=ERRORS)
 @needs(Right.USE)
 async def lora_adapters(request: Request, model: ModelQuery = None) -> Response:
-    """As llama-server's: the adapters of a model's engine."""
+    """llama-server's `/lora-adapters` of a model's engine."""
     return await said_by_engine(request, model, "/lora-adapters")
 
 

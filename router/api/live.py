@@ -1,4 +1,4 @@
-"""What is pushed: the states of models as they change, and figures every two seconds.
+"""Event streams: the states of models as they change, and figures every two seconds.
 
 Everything is encoded once, when it happens, so that who comes back later gets it as it was.
 """
@@ -36,7 +36,7 @@ _KEPT_DECISIONS = 200
 
 
 class Live:
-    """What there is to follow. Create it on the router's event loop."""
+    """Streams of model-state events and periodic metrics. Create it on the router's event loop."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
@@ -161,9 +161,9 @@ class Live:
 @router.get("/v1/decisions")
 @needs(Right.USE)
 async def decisions(request: Request) -> dict[str, Any]:
-    """The last changes of models' states and of the router's, the earliest first: what became what, and why.
+    """Most recent state changes of models and of the router, oldest first, each with its reason.
 
-    The `id` is that of the event in `/v1/models/status/stream`, if it was one. `model` is null for the router.
+    `id` is that of the event in `/v1/models/status/stream`, if there was one. `model` is null for the router.
     """
     live: Live = request.app.state.live
     return {"decisions": list(live.decisions[sees_all(request)])}
@@ -181,9 +181,9 @@ def _progress(dispatcher: Dispatcher, alias: str) -> dict[str, Any] | None:
 @router.get("/models/sse")
 @needs(Right.USE)
 async def models_sse(request: Request) -> EventStream:
-    """SSE, as llama-server's in router mode: `status_change` of models, `models_reload` when the list is another.
+    """SSE like llama-server's in router mode: `status_change` of models, `models_reload` when the list changes.
 
-    The first event is `models_reload`: who was away reads the list again.
+    The first event is `models_reload`, so that reconnecting clients read the list again.
     """
     live: Live = request.app.state.live
     return EventStream(live.as_llama_server.follow(None), ping=_KEEP_ALIVE_SEC)
@@ -192,9 +192,9 @@ async def models_sse(request: Request) -> EventStream:
 @router.get("/v1/models/status/stream")
 @needs(Right.USE)
 async def status_stream(request: Request) -> EventStream:
-    """SSE: `full_status` first, then `model_update` and `server_update` as things change.
+    """SSE: `full_status` first, then `model_update` and `server_update` on changes.
 
-    A client that comes back with `Last-Event-ID` gets what it missed instead, if that is still known.
+    A client that reconnects with `Last-Event-ID` gets the missed events instead, if they are still stored.
     """
     live: Live = request.app.state.live
     seen = live.number_of(request.headers.get("last-event-id", ""))

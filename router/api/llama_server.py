@@ -32,7 +32,7 @@ class _Named(msgspec.Struct):
 @router.get("/models")
 @needs(Right.USE)
 async def list_with_engines(request: Request) -> Document:
-    """As `/v1/models`; and `models`, in the words of an earlier host. `load_duration` is in nanoseconds."""
+    """List of `/v1/models`, and `models` in the format of an earlier host. `load_duration` is in nanoseconds."""
     cards = await all_cards(request)
     earlier = [_as_an_earlier_host(card, request) async for card in in_turns(cards)]
     return Document({"object": "list", "data": cards, "models": earlier})
@@ -58,7 +58,7 @@ def _as_an_earlier_host(card: dict[str, Any], request: Request) -> dict[str, Any
 @router.post("/models/load", openapi_extra=NAMES_A_MODEL)
 @needs(Right.MANAGE)
 async def load(request: Request) -> dict[str, bool]:
-    """Load a model; answers at once."""
+    """Load a model; responds without waiting for it."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     alias = to_load((await read_body(request, _Named)).model, dispatcher)
     if dispatcher.scheduler.state(alias) in (ModelState.LOADING, ModelState.READY):
@@ -70,7 +70,7 @@ async def load(request: Request) -> dict[str, bool]:
 @router.post("/models/unload", openapi_extra=NAMES_A_MODEL)
 @needs(Right.MANAGE)
 async def unload(request: Request) -> dict[str, bool]:
-    """Unload a model once its requests in flight are answered; answers at once."""
+    """Unload a model once its requests in flight are done; responds without waiting for it."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     alias = model_of((await read_body(request, _Named)).model, dispatcher.config).alias
     model = dispatcher.scheduler.models[alias]

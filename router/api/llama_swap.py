@@ -45,7 +45,7 @@ _STATES = {
 _KEEP_ALIVE_SEC = 30
 _LOG_LOOK_SEC = 0.25
 _LINES = 200
-_NoHistory = Annotated[str | None, Query(alias="no-history", description="Only what comes; it needs no value.")]
+_NoHistory = Annotated[str | None, Query(alias="no-history", description="Send new lines only. Needs no value.")]
 
 
 class Events:
@@ -83,7 +83,7 @@ def _told(dispatcher: Dispatcher) -> dict[str, str]:
 @router.get("/api/events")
 @needs(Right.USE)
 async def events(request: Request) -> EventStream:
-    """SSE: `modelStatus`, the states of all models, at first and whenever one changes."""
+    """SSE: `modelStatus` with the states of all models, at the start and on every change."""
     told: Events = request.app.state.as_llama_swap
     return EventStream(told.feed.follow(None), ping=_KEEP_ALIVE_SEC)
 
@@ -91,7 +91,7 @@ async def events(request: Request) -> EventStream:
 @router.get("/running")
 @needs(Right.USE)
 async def running(request: Request) -> dict[str, Any]:
-    """The models that have an engine. `ttl` is in seconds; 0: they are not unloaded for being idle."""
+    """Models that have an engine. `ttl` is in seconds; 0: the model is not unloaded when idle."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     models = dispatcher.scheduler.models.items()
     resident = [(alias, engine) for alias, model in models if (engine := model.front) is not None]
@@ -120,7 +120,7 @@ def _running(dispatcher: Dispatcher, alias: str, engine: Engine) -> dict[str, An
 @router.get("/unload", response_class=PlainTextResponse)
 @needs(Right.MANAGE)
 async def unload(request: Request) -> Response:
-    """Unload all models, each once its requests in flight are answered; answers when they are gone."""
+    """Unload all models, each once its requests in flight are done; responds when all are unloaded."""
     await _unload_all(request.app.state.dispatcher)
     return PlainTextResponse("OK")
 
@@ -128,7 +128,7 @@ async def unload(request: Request) -> Response:
 @router.post("/api/models/unload")
 @needs(Right.MANAGE)
 async def unload_all(request: Request) -> JSONResponse:
-    """The same."""
+    """Unload all models, as `/unload`."""
     await _unload_all(request.app.state.dispatcher)
     return JSONResponse({"msg": "ok"})
 
@@ -136,7 +136,7 @@ async def unload_all(request: Request) -> JSONResponse:
 @router.post("/api/models/unload/{alias:path}", response_class=PlainTextResponse)
 @needs(Right.MANAGE)
 async def unload_one(alias: str, request: Request) -> Response:
-    """Unload a model once its requests in flight are answered; answers when it is gone."""
+    """Unload a model once its requests in flight are done; responds when it is unloaded."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     await dispatcher.eject(model_of(alias, dispatcher.config).alias)
     return PlainTextResponse("OK")
@@ -155,7 +155,7 @@ async def _unload_all(dispatcher: Dispatcher) -> None:
 @router.get("/logs", response_class=PlainTextResponse)
 @needs(Right.MANAGE)
 async def logs(request: Request) -> Response:
-    """The last lines that engines said, model by model. Browsers are sent to the page, which has them, too."""
+    """Most recent log lines of the engines, by model. Browsers are redirected to the web page."""
     if "text/html" in request.headers.get("accept", ""):
         return RedirectResponse("./", 302)
     dispatcher: Dispatcher = request.app.state.dispatcher
@@ -167,7 +167,7 @@ async def logs(request: Request) -> Response:
 @router.get("/logs/stream/upstream", response_class=PlainTextResponse)
 @needs(Right.MANAGE)
 async def stream_all(request: Request, no_history: _NoHistory = None) -> StreamingResponse:
-    """The last lines that engines said, and what they say from now on."""
+    """Most recent log lines of the engines, followed by new ones."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     return _stream(dispatcher, dispatcher.logs.values, no_history)
 
@@ -175,10 +175,10 @@ async def stream_all(request: Request, no_history: _NoHistory = None) -> Streami
 @router.get("/logs/stream/{alias:path}", response_class=PlainTextResponse)
 @needs(Right.MANAGE)
 async def stream_one(alias: str, request: Request, no_history: _NoHistory = None) -> StreamingResponse:
-    """The same of one model."""
+    """Most recent log lines of one model's engines, followed by new ones."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     if alias == "proxy":
-        raise ApiError(404, "not_found", "The router's own log goes to its standard error, and is not kept.")
+        raise ApiError(404, "not_found", "The router's own log is written to its standard error and not stored.")
     log = log_named(alias, dispatcher)
     return _stream(dispatcher, lambda: (log,), no_history)
 

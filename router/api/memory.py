@@ -24,7 +24,7 @@ _ADD_UP = ("vram_used_mb", "vram_used_gb", "average_usage_mb", "vram_percentage"
 @router.get("/vram")
 @needs(Right.USE)
 async def vram(request: Request) -> dict[str, Any]:
-    """Every device and every loaded model. The figures at the top are of all GPUs; without any, of RAM."""
+    """Memory of every device and loaded model. Top-level figures are for all GPUs, or for RAM without GPUs."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     models = [_model(request, account) for account in dispatcher.ledger.accounts.values()]
     return {
@@ -37,14 +37,14 @@ async def vram(request: Request) -> dict[str, Any]:
 @router.get("/vram/summary")
 @needs(Right.USE)
 async def vram_summary(request: Request) -> dict[str, Any]:
-    """The figures at the top of `/vram` alone."""
+    """Top-level figures of `/vram`."""
     return _summary(request.app.state.dispatcher)
 
 
 @router.get("/vram/models/{alias:path}")
 @needs(Right.USE)
 async def vram_of_model(alias: str, request: Request) -> dict[str, Any]:
-    """What one model takes, all its engines together, and each of them; nothing while it is not loaded."""
+    """Memory of one model: all its engines together, and each of them; empty if it is not loaded."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     alias = model_of(alias, dispatcher.config).alias
     engines = [_model(request, account) for account in dispatcher.ledger.accounts_of(alias)]

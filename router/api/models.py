@@ -38,15 +38,17 @@ class ModelName(BaseModel):
 
 class LoadRequest(ModelName):
     wait: bool = Field(
-        default=True, description="Answer when it is ready; `false`: at once, with what it still waits for."
+        default=True,
+        description="`true`: respond when the model is ready. `false`: respond at once, with the "
+        "reason for the wait.",
     )
 
 
 class ModelToLoad(ModelName):
     device: str | None = Field(
         default=None,
-        description="`cpu` or `cuda` (any GPU): refused where the model's configuration says otherwise, which "
-        "decides where it computes; the answer tells.",
+        description="`cpu` or `cuda` (any GPU). The model's configuration decides about the device, and a "
+        "contradicting request is refused; the response names the device.",
     )
 
 
@@ -54,12 +56,15 @@ class ModelToLoad(ModelName):
     "/v1/models/load",
     response_model=None,
     responses={
-        202: {"description": "With `wait: false`: it waits, or is loading, and for what. Eject takes it back."}
+        202: {
+            "description": "With `wait: false`: the model is waiting or loading, with the reason. Eject "
+            "cancels the load."
+        }
     },
 )
 @needs(Right.MANAGE)
 async def load_model(body: LoadRequest, request: Request) -> JSONResponse:
-    """Load a model now, making room if need be; answers when it is ready, unless it is not to wait for that."""
+    """Load a model now, making room if necessary; responds when it is ready, or at once with `wait: false`."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     alias = to_load(body.model, dispatcher)
     state = await dispatcher.load(alias) if body.wait else dispatcher.ask_to_load(alias)
@@ -85,10 +90,12 @@ def to_load(name: str, dispatcher: Dispatcher) -> str:
     return model_of(name, dispatcher.config).alias
 
 
-@router.post("/v1/models/eject", responses={404: {"description": "It is unknown, or not loaded: `not_found`."}})
+@router.post(
+    "/v1/models/eject", responses={404: {"description": "The model is unknown or not loaded: `not_found`."}}
+)
 @needs(Right.MANAGE)
 async def eject_model(body: ModelName, request: Request) -> JSONResponse:
-    """Unload a model once its requests in flight are answered, or take back that it is to be loaded."""
+    """Unload a model once its requests in flight are done, or cancel a pending load."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     alias = model_of(body.model, dispatcher.config).alias
     model = dispatcher.scheduler.models[alias]
@@ -106,7 +113,7 @@ async def eject_model(body: ModelName, request: Request) -> JSONResponse:
 @router.post("/v1/models")
 @needs(Right.MANAGE)
 async def load_and_show_model(body: ModelToLoad, request: Request) -> dict[str, Any]:
-    """Load a model now; answers with its entry in the list, and the devices that it takes memory of."""
+    """Load a model now; responds with its list entry and the devices that it uses."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     if body.device:
         _check_device(body.device, model_of(body.model, dispatcher.config), dispatcher)
@@ -136,17 +143,17 @@ def _check_device(device: str, model: ModelConfig, dispatcher: Dispatcher) -> No
     raise ApiError(400, "not_supported", f"{problem}.", "device")
 
 
-@router.delete("/v1/models/{alias:path}", responses={404: {"description": "It is unknown, or not loaded."}})
+@router.delete("/v1/models/{alias:path}", responses={404: {"description": "The model is unknown or not loaded."}})
 @needs(Right.MANAGE)
 async def unload_model(alias: str, request: Request) -> JSONResponse:
-    """As `/v1/models/eject`; the model's files stay."""
+    """Unload a model like `/v1/models/eject`; its files are kept."""
     return await eject_model(ModelName(model=alias), request)
 
 
 @router.post("/v1/models/{alias:path}/reset")
 @needs(Right.MANAGE)
 async def reset_model(alias: str, request: Request) -> dict[str, Any]:
-    """Forget the failures of a model, so that it may be tried again at once."""
+    """Clear the failures of a model, so that it may be loaded again at once."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     alias = model_of(alias, dispatcher.config).alias
     previous = _error(dispatcher, alias, full=True)
@@ -157,7 +164,7 @@ async def reset_model(alias: str, request: Request) -> dict[str, Any]:
 @router.get("/v1/models/failed")
 @needs(Right.USE)
 async def failed_models(request: Request) -> dict[str, Any]:
-    """Models in their cooldown after failed loads or crashes."""
+    """Models in cooldown after failed loads or crashes."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     scheduler = dispatcher.scheduler
     return {
@@ -172,15 +179,15 @@ async def failed_models(request: Request) -> dict[str, Any]:
 @router.get("/v1/models/status")
 @needs(Right.USE)
 async def all_status(request: Request) -> Document:
-    """Every model's state."""
+    """State of every model."""
     return Document(await _status_in_turns(request))
 
 
 @router.get("/status")
 @needs(Right.USE)
 async def diagnostics(request: Request) -> Document:
-    """Every model's state; which engine runs them, how many at once, which failed, and what the variables of
-    earlier hosts come to."""
+    """State of every model, with the engine, the limit on resident models, failed models, and the effective values
+    of the environment variables of earlier hosts."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     system, scheduler = dispatcher.config.system, dispatcher.scheduler
     told = {
@@ -205,7 +212,7 @@ async def diagnostics(request: Request) -> Document:
 @router.get("/status/{alias:path}")
 @needs(Right.USE)
 async def model_status(alias: str, request: Request) -> dict[str, Any]:
-    """One model's state."""
+    """State of one model."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     alias = model_of(alias, dispatcher.config).alias
     return {"model": alias, **status_of(dispatcher, alias, full=sees_all(request))}
@@ -214,7 +221,7 @@ async def model_status(alias: str, request: Request) -> dict[str, Any]:
 @router.post("/v1/config/reload")
 @needs(Right.MANAGE)
 async def reload_config(request: Request) -> dict[str, Any]:
-    """Apply the configuration file as it is now; a broken one changes nothing."""
+    """Reload the configuration file; a file with errors changes nothing."""
     try:
         changes: dict[str, Any] = await request.app.state.reload()
         return changes

@@ -1,4 +1,4 @@
-"""How the router is doing: health, readiness, metrics, queues, and what the engines say."""
+"""Health, readiness, metrics, queues and engine logs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ READING_SEC = 0.5
 @router.get("/v1/health")
 @needs(Right.NONE)
 async def health(request: Request) -> JSONResponse:
-    """Whether the router works. A machine without a GPU is healthy."""
+    """Health of the router. A machine without a GPU is healthy."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     working = dispatcher.status is not ServerState.SHUTTING_DOWN
     answer = {
@@ -73,14 +73,14 @@ def _background(dispatcher: Dispatcher) -> dict[str, Any]:
 @router.get("/live")
 @needs(Right.NONE)
 async def live() -> dict[str, str]:
-    """The process answers."""
+    """Liveness: the process responds."""
     return {"status": "ok"}
 
 
 @router.get("/ready")
 @needs(Right.NONE)
 async def ready(request: Request) -> JSONResponse:
-    """Whether requests are taken: 503 before the start is complete and from the begin of the shutdown on."""
+    """Readiness: 503 until startup is complete, and again once shutdown has begun."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     return JSONResponse({"status": dispatcher.status}, 200 if dispatcher.status is ServerState.READY else 503)
 
@@ -88,7 +88,7 @@ async def ready(request: Request) -> JSONResponse:
 @router.get("/metrics", response_class=PlainTextResponse, responses=ERRORS)
 @needs(Right.USE)
 async def metrics(request: Request, model: ModelQuery = None) -> Response:
-    """Prometheus text format, or OpenMetrics for those who accept it; with `model`, what its engine says."""
+    """Metrics in Prometheus text format, or OpenMetrics if accepted; with `model`, those of its engine."""
     if model:
         return await said_by_engine(request, model, "/metrics")
     collected: Metrics = request.app.state.metrics
@@ -100,14 +100,14 @@ async def metrics(request: Request, model: ModelQuery = None) -> Response:
     try:
         text, content_type = await collected.exposition(request.headers.get("accept", ""), whose)
     except NotAcceptable:
-        raise ApiError(400, "invalid_request", "The Accept header cannot be understood.", "accept") from None
+        raise ApiError(400, "invalid_request", "The Accept header is not valid.", "accept") from None
     return Response(text, headers={"content-type": content_type})
 
 
 @router.get("/metrics/report")
 @needs(Right.USE)
 async def metrics_report(request: Request) -> dict[str, Any]:
-    """The last five minutes, aggregated."""
+    """Aggregated figures of the last five minutes."""
     report: dict[str, Any] = await request.app.state.telemetry.window(300)
     return report
 
@@ -115,7 +115,7 @@ async def metrics_report(request: Request) -> dict[str, Any]:
 @router.get("/v1/telemetry/summary")
 @needs(Right.USE)
 async def telemetry(request: Request) -> dict[str, Any]:
-    """How requests fared: since the start, and in the last one and five minutes."""
+    """Request statistics since the start, and for the last one and five minutes."""
     summary: dict[str, Any] = await request.app.state.telemetry.summary()
     return summary
 
@@ -123,9 +123,9 @@ async def telemetry(request: Request) -> dict[str, Any]:
 @router.get("/v1/logs/{alias:path}/stream")
 @needs(Right.MANAGE)
 async def log_stream(alias: str, request: Request, lines: Annotated[int, Query(ge=0)] = 0) -> EventStream:
-    """SSE: the last lines that a model's engines said, and what they say from now on, a line an event.
+    """SSE: most recent log lines of a model's engines, followed by new ones, one line per event.
 
-    `missed` tells how many lines came so fast that they were gone before they could be sent.
+    `missed` reports how many lines were dropped because they arrived faster than they could be sent.
     """
     dispatcher: Dispatcher = request.app.state.dispatcher
     return EventStream(_follow(dispatcher, log_named(alias, dispatcher), lines))
@@ -146,9 +146,9 @@ async def _follow(dispatcher: Dispatcher, log: LogRing, lines: int) -> AsyncIter
 @router.get("/v1/logs/{alias:path}", response_class=PlainTextResponse)
 @needs(Right.MANAGE)
 async def logs(alias: str, request: Request, lines: Annotated[int, Query(ge=1)] = 200) -> PlainTextResponse:
-    """The last lines that a model's engines said, also after they are gone.
+    """Most recent log lines of a model's engines, including engines that have exited.
 
-    One of them that runs is read alone by the name that it has in the model's status, such as `a#3` (`a%233`)."""
+    The log of a single running engine has the engine's name in the model's status, such as `a#3` (`a%233`)."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     return PlainTextResponse("".join(f"{line}\n" for line in log_named(alias, dispatcher).tail(lines)))
 
@@ -166,7 +166,7 @@ def log_named(name: str, dispatcher: Dispatcher) -> LogRing:
 @router.get("/v1/health/models")
 @needs(Right.MANAGE)
 async def model_health(request: Request) -> dict[str, Any]:
-    """Each model's engine: how long it is up, whether it answers, how the last one ended."""
+    """Engine of each model: uptime, whether it responds, and how the previous one ended."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     now = time.monotonic()
     health: dict[str, Any] = {}
@@ -212,7 +212,7 @@ def _exit(ended: LastExit) -> dict[str, Any]:
 @router.get("/v1/queue/stats")
 @needs(Right.USE)
 async def queue_stats(request: Request) -> Document:
-    """Who waits and who is served, per model; of those who wait, the next hundred with what they wait for."""
+    """Waiting and running requests per model; the first hundred waiting ones with the reason for their wait."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     per_model: dict[str, dict[str, Any]] = {}
     async for alias, model in in_turns(list(dispatcher.scheduler.models.items())):

@@ -1,4 +1,4 @@
-"""`/v1/models`: what can be asked for, with what is known of each model without loading it.
+"""`/v1/models`: available models, with what is known of each without loading it.
 
 A card is OpenAI's, and that of llama-server in router mode, too: its clients look for `status`, `architecture`,
 `meta` and `aliases` there. Our own word for how a model is stands under `state`.
@@ -37,7 +37,7 @@ _REMOVABLE = (Source.PULLED, Source.CREATED)
 @router.get("/v1/models")
 @needs(Right.USE)
 async def list_models(request: Request) -> Document:
-    """Every alias, loaded or not."""
+    """All models and aliases, loaded or not."""
     return Document({"object": "list", "data": await all_cards(request)})
 
 
@@ -58,7 +58,7 @@ async def all_cards(request: Request) -> list[Card]:
 @router.get("/v1/models/{alias:path}")
 @needs(Right.USE)
 async def show_model(alias: str, request: Request) -> dict[str, Any]:
-    """One alias."""
+    """One model or alias."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     config = dispatcher.config
     alias = known_as(alias, config)

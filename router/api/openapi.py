@@ -1,8 +1,7 @@
-"""`/openapi.json`: FastAPI's description of the pages, completed by what it cannot know.
+"""`/openapi.json`: FastAPI's description of the pages, completed with the data plane, keys and errors.
 
-The data plane is not FastAPI's: its bodies are llama-server's business but for `model`, so that is all that is
-demanded of them here. Every answer that is an error has one of the statuses listed with its route, and a body in
-the envelope; anything else would be a mistake of the router.
+FastAPI does not serve the data plane, whose bodies are defined by llama-server except for `model`; only `model` is
+described here. Every error response has one of the statuses listed with its route and a body in the error format.
 """
 
 from __future__ import annotations
@@ -20,45 +19,47 @@ from router.http.pages import Page, Right
 from router.http.routes import OLLAMAS_PAGES, ROUTES, Ask, Dialect, Route, Stream, dialect_of, is_endless
 
 _ERRORS = {
-    400: "Something is wrong with the request; `message` says what.",
-    401: "An API key is needed, or the one given is not valid.",
-    403: "The API key may not do this, or the Host header names nobody here, or a foreign web page asks.",
-    404: "There is no such model, or no such route.",
-    409: "Another model has the name or needs this one, or the pull was cancelled.",
-    413: "The body is too large.",
-    415: "The body is encoded.",
-    422: "The engine's: it cannot process this.",
-    429: "Too many requests wait.",
-    500: "The engine's own error, or the disk's.",
-    501: "The model was not started for this, or the router keeps no state and can create nothing.",
-    502: "The engine broke off, or the hub.",
-    503: "The model failed, or the router is full or shutting down.",
-    504: "It took too long.",
-    507: "The model does not fit into memory, or the file not onto the disk.",
+    400: "The request is invalid; `message` describes the problem.",
+    401: "An API key is required, or the given key is not valid.",
+    403: "The API key has insufficient permissions, the Host header is not accepted, or the request comes from "
+    "a foreign web page.",
+    404: "The model or the route does not exist.",
+    409: "The name is taken, the model is needed by another model, or the pull was cancelled.",
+    413: "The request body is too large.",
+    415: "The request body has a Content-Encoding.",
+    422: "The engine cannot process the request.",
+    429: "Too many requests are waiting.",
+    500: "The engine or the disk failed.",
+    501: "The model was not started for this kind of request, or the router has no state directory and cannot "
+    "create models.",
+    502: "The engine's or the hub's response was interrupted.",
+    503: "The model has failed, or the router is full or shutting down.",
+    504: "The request timed out.",
+    507: "The model does not fit into memory, or the file does not fit onto the disk.",
 }
 _DATA_PLANE = (400, 401, 403, 404, 413, 415, 422, 429, 500, 501, 502, 503, 504, 507)
 _FURTHER = {"/v1/models/pull": (409, 429), "/pull": (409, 429, 500, 502)}
-_OF_ENGINES = "Answered by the engine of `model`; its alias may be configured to change the request."
-_TRANSLATED = "Translated for the engine of `model`, and its answer back."
+_OF_ENGINES = "Answered by the engine of `model`; the alias may be configured to change the request."
+_TRANSLATED = "The request is translated for the engine of `model`, and the response back."
 _ASKS: dict[Ask, str] = {
-    "chat": "The next message of a conversation.",
-    "completion": "What follows a prompt.",
-    "response": "The next message of a conversation.",
-    "embedding": "Vectors for texts.",
-    "ranking": "How well documents answer a query.",
-    "transcription": "What is said in a recording.",
-    "speech": "A recording of what is to be said.",
-    "image": "Images for a description.",
-    "count": "How many tokens such a request has.",
-    "text": "What the tokenizer or the chat template of a model makes of a text.",
+    "chat": "Generate the next message of a conversation.",
+    "completion": "Generate a continuation of a prompt.",
+    "response": "Generate the next message of a conversation.",
+    "embedding": "Compute embeddings of texts.",
+    "ranking": "Rank documents by their relevance to a query.",
+    "transcription": "Transcribe a recording.",
+    "speech": "Generate speech from text.",
+    "image": "Generate images from a description.",
+    "count": "Count the tokens of a request.",
+    "text": "Apply the tokenizer or the chat template of a model to a text.",
 }
-_RETRY_AFTER = {"description": "Seconds after which it may be tried again.", "schema": {"type": "integer"}}
+_RETRY_AFTER = {"description": "Seconds after which the request may be retried.", "schema": {"type": "integer"}}
 
 
 class Description:
-    """The OpenAPI document of now, as it is sent.
+    """The current OpenAPI document, encoded.
 
-    What of it stays the same takes long to find out: that is done once, when it is asked for first.
+    Its constant part is slow to build and is made once, at the first request.
     """
 
     def __init__(self, title: str, version: str, pages: Sequence[Page]) -> None:
@@ -81,7 +82,7 @@ class Description:
 
 
 def _of_now(document: dict[str, Any], aliases: Iterable[str], *, keys_required: bool) -> dict[str, Any]:
-    """With what models are called, and whether keys are asked for."""
+    """Add the current model names and whether keys are required."""
     components = document["components"]
     schemas = {**components["schemas"], "Alias": {"type": "string", "enum": list(aliases)}}
     keys: list[dict[str, list[str]]] = [{"bearer": []}, {"x-api-key": []}]
@@ -93,7 +94,7 @@ def _of_now(document: dict[str, Any], aliases: Iterable[str], *, keys_required: 
 
 
 def _describe(title: str, version: str, pages: Sequence[Page]) -> dict[str, Any]:
-    """What is always the same."""
+    """Build the part that does not depend on the configuration."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Duplicate Operation ID")  # of HEAD, which is dropped below
         document = get_openapi(title=title, version=version, summary=_SUMMARY, routes=pages)
@@ -111,7 +112,7 @@ def _describe(title: str, version: str, pages: Sequence[Page]) -> dict[str, Any]
             "type": "apiKey",
             "in": "header",
             "name": "x-api-key",
-            "description": "As Anthropic's clients.",
+            "description": "As used by Anthropic's clients.",
         },
     }
     open_paths = {page.path for page in pages if page.right is Right.NONE}
@@ -139,7 +140,7 @@ def _complete_page(path: str, method: str, operation: dict[str, Any], *, is_open
         operation["security"] = []
         answers |= {"400": _error(400, path), "403": _error(403, path)}
         if path != "/live":
-            answers["503"] = {**answers["200"], "description": "Not now."}
+            answers["503"] = {**answers["200"], "description": "Not available at the moment."}
         return
     expected = [400, 401, 403, 503]
     if "{" in path or method == "post":
@@ -184,7 +185,7 @@ def _bodies(route: Route) -> dict[str, Any]:
 
 
 def _kinds(route: Route) -> tuple[str, ...]:
-    """Content types of what is answered."""
+    """Content types of the responses."""
     if route.stream is Stream.NONE:
         return ("application/json",)
     if route.dialect is Dialect.OLLAMA:
@@ -194,7 +195,7 @@ def _kinds(route: Route) -> tuple[str, ...]:
 
 def _answers(path: str, kinds: Iterable[str]) -> dict[str, Any]:
     answered = {
-        "description": "The answer; with `stream`, as it comes, where the route has streams.",
+        "description": "The response, streamed if `stream` is set and the route supports it.",
         "headers": _ANSWER_HEADERS,
         "content": {kind: {} for kind in kinds},
     }
@@ -204,8 +205,9 @@ def _answers(path: str, kinds: Iterable[str]) -> dict[str, Any]:
 def _of_an_engine(method: str) -> dict[str, Any]:
     return {
         "tags": ["data plane"],
-        "summary": "Whatever the engine of a model has at its own path",
-        "description": "As it is there. What may change an engine for all is for full keys.",
+        "summary": "Forward a request to the given path of a model's engine",
+        "description": "Requests and responses are passed on unchanged. Paths that may change an engine for all "
+        "clients require a key with full access.",
         "operationId": f"engine_upstream_{method}",
         "parameters": [
             {"name": "alias", "in": "path", "required": True, "schema": _ALIAS},
@@ -231,30 +233,37 @@ _ALIAS = {"$ref": "#/components/schemas/Alias"}
 _PRIORITY = {
     "name": "X-Request-Priority",
     "in": "header",
-    "description": "Who goes first among those who wait.",
+    "description": "Priority among waiting requests.",
     "schema": {"type": "string", "enum": ["high", "normal", "low", "1", "2", "3"]},
 }
 _REQUEST_ID = {
     "name": "X-Request-Id",
     "in": "header",
-    "description": "Yours, for the logs; up to 128 visible ASCII characters, else one is made up.",
+    "description": "Request id for the logs, up to 128 visible ASCII characters; generated if missing or invalid.",
     "schema": {"type": "string"},
 }
 _ANSWER_HEADERS = {
     "X-Request-Id": {"schema": {"type": "string"}},
     "X-Model-Alias": {"schema": {"type": "string"}},
-    "X-Queue-Ms": {"description": "Wait for a slot, loading included.", "schema": {"type": "integer"}},
-    "X-Load-Ms": {"description": "The part of it in which the model was loading.", "schema": {"type": "integer"}},
-    "X-Queue-Position": {
-        "description": "Of a stream that begins while it waits: its place in the queue then.",
+    "X-Queue-Ms": {
+        "description": "Time until the request got a slot, including loading.",
         "schema": {"type": "integer"},
     },
-    "X-Queue-Expected-Ms": {"description": "Likewise: until it has a slot.", "schema": {"type": "integer"}},
-    "X-Queue-Reason": {"description": "Likewise: what it waits for.", "schema": {"type": "string"}},
+    "X-Load-Ms": {"description": "Part of this time spent on loading the model.", "schema": {"type": "integer"}},
+    "X-Queue-Position": {
+        "description": "For a stream that begins while waiting: position in the queue at that time.",
+        "schema": {"type": "integer"},
+    },
+    "X-Queue-Expected-Ms": {
+        "description": "Likewise: expected time until it gets a slot.",
+        "schema": {"type": "integer"},
+    },
+    "X-Queue-Reason": {"description": "Likewise: reason for the wait.", "schema": {"type": "string"}},
 }
 _ENVELOPE = {
     "type": "object",
-    "description": "OpenAI's envelope (on /v1/messages Anthropic's). `code` is stable, `message` is for people.",
+    "description": "OpenAI's error format (Anthropic's on /v1/messages). `code` is stable, `message` is for "
+    "people.",
     "required": ["error"],
     "properties": {
         "error": {

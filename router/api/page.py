@@ -83,7 +83,7 @@ _BY_REDOC = _drawn_by(b'<script src="docs/redoc.standalone.js" defer></script>')
 @router.get("/")
 @needs(Right.NONE)
 async def root(request: Request) -> Response:
-    """For browsers the page; for all others, if they have a key, what Ollama's clients look for."""
+    """Web page for browsers; for other clients with a key, the text that Ollama's clients expect."""
     answer: Response
     if "text/html" in request.headers.get("accept", ""):
         answer = _answer(request, _FILES["index.html"])
@@ -97,7 +97,7 @@ async def root(request: Request) -> Response:
 @router.get("/page/{name}")
 @needs(Right.NONE)
 async def file(name: str, request: Request) -> Response:
-    """What the page consists of."""
+    """Files of the web page."""
     if name not in _FILES:
         raise HTTPException(404)
     return _answer(request, _FILES[name])
@@ -106,21 +106,21 @@ async def file(name: str, request: Request) -> Response:
 @router.get("/docs")
 @needs(Right.NONE)
 async def docs(request: Request) -> Response:
-    """The API, described and tried by Swagger UI."""
+    """API documentation in Swagger UI."""
     return _answer(request, _BY_SWAGGER_UI, _POLICY_OF_DOCS)
 
 
 @router.get("/redoc")
 @needs(Right.NONE)
 async def redoc(request: Request) -> Response:
-    """The API, described by Redoc."""
+    """API documentation in Redoc."""
     return _answer(request, _BY_REDOC, _POLICY_OF_DOCS)
 
 
 @router.get("/docs/{name}")
 @needs(Right.NONE)
 async def file_of_docs(name: str, request: Request) -> Response:
-    """What those two are drawn by."""
+    """Files of Swagger UI and Redoc."""
     if name not in _DOCS_FILES:
         raise HTTPException(404)
     return _answer(request, _read_of_docs(name))

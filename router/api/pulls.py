@@ -1,4 +1,4 @@
-"""Pulling models from the Hugging Face hub, how far that is, and removing them. For full keys only."""
+"""Pulling models from the Hugging Face hub, with progress, and removing them. Requires a key with full access."""
 
 from __future__ import annotations
 
@@ -42,31 +42,31 @@ _STATUS = {
 class PullRequest(BaseModel):
     model: str = Field(description="hf.co/USER/REPO[:QUANT], or hf.co/USER/REPO/FILE.gguf.")
     alias: str | None = Field(
-        default=None, pattern=r"^[^_\s]\S*$", description="Name to serve it under; null means USER/REPO:QUANT."
+        default=None, pattern=r"^[^_\s]\S*$", description="Name of the model. null: USER/REPO:QUANT."
     )
-    stream: bool = Field(default=False, description="Answer with its progress as server-sent events.")
+    stream: bool = Field(default=False, description="Stream the progress as server-sent events.")
 
 
 class PullAndWait(BaseModel):
-    model: str = Field(description="As for /v1/models/pull.")
+    model: str = Field(description="Model to pull, as for /v1/models/pull.")
     quantize: str = Field(
         default=repository.AUTO,
-        description="A quantization; `q4`, `q8`, …, `fp16`, `fp32`: the closest with so many bits; `no`: what is "
-        "not quantized; `auto`: that, but if it is larger than system.q4_threshold_bytes, or not there, Q4_K_M or "
-        "the closest.",
+        description="Quantization: `q4`, `q8`, …, `fp16`, `fp32`: the closest with that many bits; `no`: "
+        "unquantized; `auto`: unquantized, or Q4_K_M or the closest if that is larger than "
+        "system.q4_threshold_bytes or not available.",
     )
-    init: bool = Field(default=False, description="Load it, too.")
+    init: bool = Field(default=False, description="Also load the model.")
 
 
 @router.post(
     "/v1/models/pull",
     status_code=202,
     response_model=None,
-    responses={200: {"description": "With `stream`.", "content": {"text/event-stream": {}}}},
+    responses={200: {"description": "Progress events, with `stream`.", "content": {"text/event-stream": {}}}},
 )
 @needs(Right.MANAGE)
 async def pull_model(body: PullRequest, request: Request) -> Response:
-    """Begin to pull a model, or join the pull that does so already; 202 with how far it is."""
+    """Start to pull a model, or join a pull in progress; responds with 202 and the progress."""
     library: Library = request.app.state.library
     pull = library.pull(body.model, body.alias)
     if body.stream:
@@ -77,7 +77,7 @@ async def pull_model(body: PullRequest, request: Request) -> Response:
 @router.post("/pull")
 @needs(Right.MANAGE)
 async def pull_and_wait(body: PullAndWait, request: Request) -> dict[str, Any]:
-    """Pull a model as `/v1/models/pull` does; answers when it is there, and with `init` when it is loaded."""
+    """Pull a model like `/v1/models/pull`; responds when it is available, or with `init` when it is loaded."""
     library: Library = request.app.state.library
     pull = library.pull(body.model, quantize=body.quantize)
     async for _ in pull.follow():
@@ -86,7 +86,7 @@ async def pull_and_wait(body: PullAndWait, request: Request) -> dict[str, Any]:
     if progress.error is not None:
         raise ApiError(_STATUS.get(progress.error.code, 500), progress.error.code, progress.error.message, "model")
     if progress.alias is None or progress.path is None:
-        raise ApiError(409, "cancelled", "The pull was cancelled; the next one goes on with what has arrived.")
+        raise ApiError(409, "cancelled", "The pull was cancelled; the next pull resumes it.")
     if body.init:
         await load_model(LoadRequest(model=progress.alias), request)
     return {
@@ -104,7 +104,7 @@ async def pull_and_wait(body: PullAndWait, request: Request) -> dict[str, Any]:
 @router.get("/v1/models/pull")
 @needs(Right.MANAGE)
 async def list_pulls(request: Request) -> dict[str, Any]:
-    """The pulls that run, and the last ones that are over."""
+    """Running pulls and the most recent finished ones."""
     downloads: Downloads = request.app.state.library.downloads
     return {"pulls": [_shown(pull) for pull in downloads.pulls.values()]}
 
@@ -112,21 +112,21 @@ async def list_pulls(request: Request) -> dict[str, Any]:
 @router.get("/v1/models/pull/{pull_id}")
 @needs(Right.MANAGE)
 async def show_pull(pull_id: str, request: Request) -> dict[str, Any]:
-    """How far a pull is."""
+    """Progress of a pull."""
     return _shown(_known(request, pull_id))
 
 
 @router.get("/v1/models/pull/{pull_id}/stream")
 @needs(Right.MANAGE)
 async def follow_pull(pull_id: str, request: Request) -> EventStream:
-    """SSE: `progress` until a last `success`, `failed` or `cancelled`."""
+    """SSE: `progress` events, then a final `success`, `failed` or `cancelled`."""
     return _stream(_known(request, pull_id))
 
 
 @router.delete("/v1/models/pull/{pull_id}")
 @needs(Right.MANAGE)
 async def cancel_pull(pull_id: str, request: Request) -> dict[str, Any]:
-    """Cancel a pull; the next one goes on with what has arrived."""
+    """Cancel a pull; the next pull resumes it."""
     downloads: Downloads = request.app.state.library.downloads
     pull = _known(request, pull_id)
     await downloads.cancel(pull)
@@ -136,9 +136,9 @@ async def cancel_pull(pull_id: str, request: Request) -> dict[str, Any]:
 @router.delete("/v1/models/pulled/{alias:path}", responses={409: {}})
 @needs(Right.MANAGE)
 async def remove_pulled(alias: str, request: Request) -> dict[str, Any]:
-    """Remove a pulled or created model and the files that are only its own; its engine finishes its work first.
+    """Remove a pulled or created model and the files that only it uses; its engine finishes its requests first.
 
-    A pulled one that something was created from stays, as does one that is being pulled.
+    Models that others were created from, and models being pulled, cannot be removed.
     """
     library: Library = request.app.state.library
     alias, freed = await library.remove(alias)

@@ -68,15 +68,13 @@ class Discovered:
                 if origin is not Source.PULLED and os.path.realpath(found.path) in served:
                     continue
                 if not hub.is_alias(found.alias):
-                    self.draft.warnings.append(
-                        f"{found.path} is not served: nothing can be called {found.alias!r}"
-                    )
+                    self.draft.warnings.append(f"{found.path} is not served: {found.alias!r} is not a valid name")
                     continue
                 if isinstance(aliases, dict) and _model_named(aliases, found.alias) not in (None, found.alias):
                     self.draft.warnings.append(f"{found.path} is not served: an alias has the same name")
                     continue
                 if found.alias in self._created:
-                    self.draft.warnings.append(f"{found.path} is not served: what was created has the same name")
+                    self.draft.warnings.append(f"{found.path} is not served: a created model has the same name")
                     continue
                 files = {"model_path": str(found.path)}
                 if found.projector is not None:
@@ -115,18 +113,16 @@ class Discovered:
         try:
             records = created.read(folder)
         except OSError as error:
-            self.draft.warnings.append(f"what was created cannot be read: {error}")
+            self.draft.warnings.append(f"created models cannot be read: {error}")
             return
         for name, made in records.items():
             entry = models.get(name)
             if name in aliases or (isinstance(entry, dict) and ("model_path" in entry or is_of_command(entry))):
                 self.draft.warnings.append(
-                    f"{name!r}, which was created, is not served: the configuration uses its name"
+                    f"the created model {name!r} is not served: the configuration uses its name"
                 )
             elif missing := created.missing_file(made, folder):
-                self.draft.warnings.append(
-                    f"{name!r}, which was created, is not served: there is no file {missing}"
-                )
+                self.draft.warnings.append(f"the created model {name!r} is not served: there is no file {missing}")
                 self.lost[name] = str(missing)
             else:
                 self._created[name] = made
@@ -208,7 +204,7 @@ class Discovered:
             model = self._engines.get(name) or (made.base if base is None else base.uses)
             if model not in models:
                 self.draft.warnings.append(
-                    f"{name!r}, which was created, is not served: there is no {made.base!r} any more"
+                    f"the created model {name!r} is not served: {made.base!r} no longer exists"
                 )
                 self.lost[name] = made.base
                 continue

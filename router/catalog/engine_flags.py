@@ -67,11 +67,11 @@ def final_flags(
             if name == "parallel":
                 slots = int(value[0])
         elif name == "mmproj":
-            draft.problem(key, f"is given a second time by {rival}")
+            draft.problem(key, f"is also set by {rival}")
         elif key == (*path, "device"):
-            draft.problem(key, f"cpu means -ngl 0, but {rival} is set, too: keep one of them")
+            draft.problem(key, f"cpu means -ngl 0, but {rival} is also set: keep one of them")
         elif own_key and key in draft.origins:
-            draft.warn(key, f"does not count beside {rival}")
+            draft.warn(key, f"is overridden by {rival}")
     for name, *value in _flags_of_file(header, flags, {**draft.environ, **entry.env}):
         flags += [f"--{name}", *value]
         origins.append(f"--{name} from its file")

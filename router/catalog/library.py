@@ -40,7 +40,7 @@ class Library:
             alias = alias or listed_as
             taken = _taken(config, reference.repo)
             if alias in taken:
-                message = f"{alias!r} is taken by a model of this name, from {taken[alias]}: choose another alias."
+                message = f"{alias!r} is taken by a model from {taken[alias]}: choose another alias."
                 raise ApiError(409, "name_taken", message, "alias")
             taken = {name: source for name, source in taken.items() if repository.is_of(reference.repo, name)}
             return self.downloads.start(reference, alias, taken, config.system.q4_threshold_bytes)
@@ -99,7 +99,8 @@ class Library:
         records = self.creations.records
         alike = [same] if (same := same_name(name, records)) else candidates(name, config)
         if len(alike) > 1:
-            raise ApiError(409, "name_taken", f"{name!r} may be {some_of(alike)}: say which is to go.", "model")
+            message = f"{name!r} is ambiguous: it may mean {some_of(alike)}. Use the full name."
+            raise ApiError(409, "name_taken", message, "model")
         alias = alike[0] if alike else name
         if alias in records and not same_name(name, (alias,)):
             raise ApiError(404, "model_not_found", f"model {name!r} not found. Did you mean {alias!r}?", "model")

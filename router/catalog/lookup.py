@@ -16,7 +16,7 @@ from router.store.repository import BadReference, NotAllowed, permitted
 def check_name(name: str) -> None:
     """Before it is looked for. Raises ApiError 400."""
     if len(name) > LONGEST:
-        said = f"this one, which begins {name[:40]!r}, has more"
+        said = f"this one, which begins with {name[:40]!r}, is longer"
         message = f"The name of a model has at most {LONGEST} characters; {said}."
         raise ApiError(400, "invalid_model", message, "model")
 
@@ -24,7 +24,7 @@ def check_name(name: str) -> None:
 def named_by_nobody(config: Config) -> str:
     """What a request means that names no model. Raises ApiError 400."""
     if config.default_model is None:
-        raise ApiError(400, "model_required", f"Name a `model`: {some_of(config.names)}.", "model")
+        raise ApiError(400, "model_required", f"Specify a `model`: {some_of(config.names)}.", "model")
     return config.default_model
 
 
@@ -46,13 +46,13 @@ def known_as(name: str, config: Config) -> str:
 def _unknown_model(name: str, config: Config) -> str:
     """In the words that Ollama's clients look for, with what to do about it."""
     if (lost := meant(name, config.lost)) is not None:
-        advice = f"That name stands for {config.lost[lost]!r}, which is not here any more."
+        advice = f"That name refers to {config.lost[lost]!r}, which no longer exists."
     elif not config.names:
-        advice = "There is none yet: pull one, or put GGUF files where the router looks for them."
+        advice = "No models yet: pull one, or add GGUF files to a folder that is served."
     elif close := near(name, config.names):
         advice = f"Did you mean {some_of(close)}?"
     else:
-        advice = f"There are: {some_of(config.names)}."
+        advice = f"Available models: {some_of(config.names)}."
     return f"model {name!r} not found. {advice}{_how_to_pull(name, config)}"
 
 

@@ -55,7 +55,7 @@ class _Validation:
             self.draft.problem(("scheduling", "patience_sec"), "high must not exceed normal, nor normal low")
         entries = self.draft.values.get("models", {})
         if not isinstance(entries, dict):
-            self.draft.problem(("models",), "should be aliases, each with its model_path and flags")
+            self.draft.problem(("models",), "should map model names to entries with model_path and flags")
             entries = {}
         self._check_clients(api)
         models = {alias: self._model(alias, system) for alias in entries}
@@ -63,13 +63,13 @@ class _Validation:
         for index, alias in enumerate(system.preload_models):
             path = ("system", "preload_models", index)
             if alias == "*" and len(system.preload_models) > 1:
-                self.draft.problem(path, '"*" means all models and stands alone')
+                self.draft.problem(path, '"*" means all models and cannot be combined with others')
             elif alias != "*" and alias not in entries:
                 self._no_model(path, alias, entries)
         self._check_pins(models, system.max_concurrent_models)
         if api.ollama_port == api.port:
             self.draft.problem(
-                ("api", "ollama_port"), f"{api.port} is api.port already: Ollama's clients may use that"
+                ("api", "ollama_port"), f"{api.port} is already api.port, which Ollama's clients can use as well"
             )
         self._check_openness(api)
         there = {alias: model for alias, model in models.items() if model}
@@ -79,7 +79,7 @@ class _Validation:
         usable |= dict(self.discovered.created_aliases(usable, there))
         config = Config(api, system, scheduling, there, adapters.named(usable, there), self.discovered.lost)
         if api.default_model is not None and meant(api.default_model, config) is None:  # it may come yet
-            message = f"there is no model {api.default_model!r} now"
+            message = f"there is currently no model {api.default_model!r}"
             self.draft.warn(("api", "default_model"), message + did_you_mean(api.default_model, config.names))
         return config
 
@@ -90,7 +90,7 @@ class _Validation:
             if name == "API_KEY" and is_open:  # perhaps it was meant to keep others out
                 self.draft.problem((), f"{problem}, and {api.host} would be open to the network without a key", "")
             else:
-                self.draft.warnings.append(f"{problem}; ignored, as another program's")
+                self.draft.warnings.append(f"{problem}; ignored, as it seems to be meant for another program")
         if is_open:
             message = f"{api.host} is open to the network and no API key is set: anybody there may use the router"
             self.draft.warn(("api", "host"), message)
@@ -102,7 +102,7 @@ class _Validation:
             path = ("api", "clients", name)
             owner = owners.setdefault(client.key.get_secret_value(), f"the key of {name!r}")
             if owner != f"the key of {name!r}":
-                self.draft.problem((*path, "key"), f"is {owner}, too: whose is a request that comes with it?")
+                self.draft.problem((*path, "key"), f"is also {owner}: each client needs a key of its own")
             if client.priority and BY_NAME[client.priority] < BY_NAME[client.highest_priority]:
                 self.draft.problem((*path, "priority"), f"is above highest_priority, {client.highest_priority}")
 
@@ -111,19 +111,19 @@ class _Validation:
         if places <= len(pinned) < len(models) or places < len(pinned):
             key = ("system", "max_concurrent_models")
             source = self.draft.origin_of(key)
-            message = f"{places} is no more than the pinned models ({', '.join(pinned)}): others find no place"
+            message = f"{places} leaves no place beside the pinned models ({', '.join(pinned)}) for others"
             self.draft.warnings.append(str(Problem(dotted(key), message, "" if source == DEFAULT else source)))
 
     def _system(self) -> System:
         system = self.draft.section(System, ("system",)) or System()
         if system.queue_processor_idle_sec is not None:
             self.draft.warn(
-                ("system", "queue_processor_idle_sec"), "is obsolete and ignored: nothing polls the queue"
+                ("system", "queue_processor_idle_sec"), "is obsolete and ignored: the queue is not polled"
             )
         changes: dict[str, Any] = {}
         if system.parallel_requests is not None:
             path = ("system", "parallel_requests")
-            self.draft.warn(path, "is the older name of default_parallel")
+            self.draft.warn(path, "is the former name of default_parallel")
             if "default_parallel" not in system.model_fields_set:
                 changes["default_parallel"] = system.parallel_requests
                 self.draft.origins["system", "default_parallel"] = self.draft.origin_of(path)
@@ -155,7 +155,7 @@ class _Validation:
             own = self.draft.section(CommandEntry, path, cmd=(_UNKNOWN,), engine="command")
             return None if own is None else self._command(alias, own, system)
         if isinstance(given, dict) and "model_path" not in given:
-            message = "is required, as no model was found that is called so"
+            message = "is required, because no model of this name was found"
             if self.draft.check_files:
                 self.draft.problem((*path, "model_path"), message)
             else:
@@ -273,7 +273,7 @@ class _Validation:
     def _aliases(self, models: Mapping[str, Any]) -> dict[str, AliasConfig]:
         entries = self.draft.values.get("aliases", {})
         if not isinstance(entries, dict):
-            self.draft.problem(("aliases",), "should be names, each with the model that it stands for")
+            self.draft.problem(("aliases",), "should map names to models")
             return {}
         for name, entry in list(entries.items()):
             if isinstance(entry, str):
@@ -299,7 +299,7 @@ class _Validation:
             self.draft.problem(path, "system_prompt_replaces and system_prompt_yields cannot both be true")
         named = [*entry.defaults, *entry.forced, *entry.removed]
         for parameter in sorted({parameter for parameter in named if named.count(parameter) > 1}):
-            self.draft.problem(path, f"{parameter!r} may stand in one of defaults, forced and removed, and once")
+            self.draft.problem(path, f"{parameter!r} may appear only once in defaults, forced and removed")
         messages = tuple(turn.model_dump() for turn in entry.messages)
         source = self.draft.origin_of((*path, "uses"))
         return AliasConfig(**{**dict(entry), "alias": name, "messages": messages, "source": source})
@@ -330,7 +330,7 @@ class _Validation:
         try:
             problem = wrong_with(file)
         except OSError as error:  # a folder above it may not be looked into, or its name is too long
-            problem = f"{file} cannot be looked at: {error.strerror or error}"
+            problem = f"{file} cannot be accessed: {error.strerror or error}"
         if problem:
             self.draft.problem(path, problem)
 
@@ -340,7 +340,7 @@ def _wrong_with_model(file: Path) -> str:
     if file.is_dir():
         return f"{file} is a folder; name the GGUF file in it"
     if not file.parent.is_dir():
-        return f"there is no file {file}: " + (_not_a_path(file) or "not even its folder")
+        return f"there is no file {file}: " + (_not_a_path(file) or "its folder is missing")
     if not file.is_file():
         return f"there is no file {file}" + did_you_mean(
             file.name, [each.name for each in file.parent.glob("*.gguf")]
@@ -366,5 +366,5 @@ def _not_a_path(file: Path) -> str:
     """Why what somebody wrote as a path leads nowhere, if it was never meant as one; else empty."""
     text = str(file)
     if "/hf.co/" in text or "/https:/" in text or "/http:/" in text:
-        return "what has to be downloaded is got by `llama-router pull hf.co/USER/REPO:QUANT`"
-    return "variables are not replaced in paths" if "$" in text else ""
+        return "to download a model, use `llama-router pull hf.co/USER/REPO:QUANT`"
+    return "variables are not expanded in paths" if "$" in text else ""

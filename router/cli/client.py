@@ -53,7 +53,7 @@ class RouterClient:
         if not self._host or parts.scheme not in ("http", "https"):
             raise ValueError(f"{url!r} is not a URL such as http://127.0.0.1:8000")
         if key and not (key.isascii() and key.isprintable()):
-            raise ValueError(f"{KEY_VARIABLE} holds a line end, or letters that no key has: it is printable ASCII")
+            raise ValueError(f"{KEY_VARIABLE} is not a valid key: keys consist of printable ASCII characters")
         self.url = url.rstrip("/")
         self._secure = parts.scheme == "https"
         self._prefix = parts.path.rstrip("/")
@@ -113,7 +113,7 @@ class RouterClient:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise Unreachable(f"No router can be reached at {self.url}: {reason}.") from None
         except ValueError:  # not JSON
-            raise CannotAsk(f"What answers at {self.url} is not a llama-router.") from None
+            raise CannotAsk(f"The server at {self.url} is not a llama-router.") from None
         finally:
             connection.close()
 
@@ -122,9 +122,9 @@ class RouterClient:
             said = json.loads(answer.read())["error"]
             code, message = said["code"], said["message"]
         except (ValueError, KeyError, TypeError):
-            return CannotAsk(f"What answers at {self.url} is not a llama-router: HTTP {answer.status}.")
+            return CannotAsk(f"The server at {self.url} is not a llama-router: HTTP {answer.status}.")
         if answer.status == 401:
-            return CannotAsk(f"The router at {self.url} asks for an API key that is valid: set {KEY_VARIABLE}.")
+            return CannotAsk(f"The router at {self.url} requires a valid API key: set {KEY_VARIABLE}.")
         if code == "insufficient_permissions":
             return CannotAsk(f"{message} Set {KEY_VARIABLE} to one of api.api_keys.")
         return CannotAsk(str(message))

@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
         header, belonging, choice = read_whole(options.model, os.environ)
         if header.kind != "model":
             advice = ": give the model, and this file with --mmproj" if header.kind == "mmproj" else ""
-            raise CannotRead(f"{options.model} is no model of its own, but a file of kind {header.kind}{advice}")
+            raise CannotRead(f"{options.model} is not a model, but a file of kind {header.kind}{advice}")
         projector, draft = (
             read(flag.text, os.environ) if (flag := flags.last(name)) else None
             for name in ("mmproj", "spec-draft-model")

@@ -1,6 +1,6 @@
-"""The command line: `llama-router [serve]` and its other commands.
+"""Command line: `llama-router [serve]` and the other commands.
 
-A command is imported when it is run: what `serve` needs takes most of a second, and `ps` is to answer at once.
+Modules are imported when their command runs: those of `serve` take most of a second, and `ps` must be fast.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main(serve: Callable[[Load], None], arguments: Sequence[str] | None = None) 
 
 
 def _open_standard_files() -> None:
-    """Who starts us may have closed them: no socket must get their numbers, and what is said there is lost."""
+    """Open standard files that the parent process has closed, so that no socket gets their descriptors."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(number)
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         usage="llama-router [COMMAND] [--config FILE] [--models-dir DIR] [--hf-cache] [--ollama-store] "
         "[--host HOST] [--port PORT] [--ollama-port PORT]",
         description="One OpenAI-compatible endpoint in front of any number of GGUF models.",
-        epilog="Without a command it serves. `llama-router COMMAND --help` tells what a command takes.",
+        epilog="The default command is serve. `llama-router COMMAND --help` describes a command.",
     )
     parser.add_argument("--version", action=_Version, help="show the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", prog="llama-router")
@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     source.add_argument("--host", help="address to listen on (api.host)")
     source.add_argument("--port", type=int, help="port to listen on (api.port)")
-    source.add_argument("--ollama-port", type=int, help="a second one, for Ollama's clients (api.ollama_port)")
+    source.add_argument("--ollama-port", type=int, help="additional port for Ollama's clients (api.ollama_port)")
 
     run = commands.add_parser("serve", parents=[source], help="serve models (the default command)")
     run.set_defaults(run=None)
@@ -120,30 +120,30 @@ def _add_pull_and_rm(commands: argparse._SubParsersAction[argparse.ArgumentParse
     pull = commands.add_parser(
         "pull",
         help="download a model from the Hugging Face hub",
-        description="Download a model into the Hugging Face cache (HF_HOME), to be served from now on. A download "
-        "that was broken off goes on where it was. HF_TOKEN opens gated and private repositories.",
+        description="Download a model into the Hugging Face cache (HF_HOME) and serve it. An interrupted download "
+        "is resumed. HF_TOKEN gives access to gated and private repositories.",
     )
     pull.add_argument(
         "model",
         metavar="MODEL",
-        help="hf.co/USER/REPO[:QUANT], or hf.co/USER/REPO/FILE.gguf; without QUANT Q4_K_M, or what comes closest",
+        help="hf.co/USER/REPO[:QUANT] (default: Q4_K_M, or the closest) or hf.co/USER/REPO/FILE.gguf",
     )
     pull.add_argument("--alias", metavar="NAME", help="serve it under this name instead of USER/REPO:QUANT")
-    pull.add_argument("--json", action="store_true", help="print progress as JSON, a line each")
-    pull.add_argument("--config", type=Path, metavar="FILE", help="configuration whose names it must not take")
+    pull.add_argument("--json", action="store_true", help="print progress as JSON lines")
+    pull.add_argument("--config", type=Path, metavar="FILE", help="configuration whose model names are reserved")
     pull.set_defaults(run=_pull)
 
     remove = commands.add_parser(
         "rm",
         help="remove a pulled or created model",
-        description="Remove a pulled model, also one of which only a part has come, or what a client has created "
-        "(`ollama create`, `ollama cp`). Files that were in the cache before, or that another model needs, stay.",
+        description="Remove a pulled model, even if only partly downloaded, or a model created by a client "
+        "(`ollama create`, `ollama cp`). Files that were cached before, or that another model needs, are kept.",
     )
     remove.add_argument("alias", metavar="ALIAS")
     remove.add_argument(
-        "--config", type=Path, metavar="FILE", help="configuration of the router it was created at"
+        "--config", type=Path, metavar="FILE", help="configuration of the router where it was created"
     )
-    remove.add_argument("--port", type=int, help="port of that router, if it is not the configuration's")
+    remove.add_argument("--port", type=int, help="port of that router, if not the configured one")
     remove.set_defaults(run=_remove)
 
 
@@ -151,18 +151,16 @@ def _add_estimate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     estimate = commands.add_parser(
         "estimate",
         prog="llama-router estimate",
-        help="say how much memory a model would take, before it is downloaded",
+        help="estimate a model's memory use before downloading it",
         usage="llama-router estimate MODEL [flags of llama-server]",
-        description="How much memory a model takes on each device, and the largest context that fits.",
+        description="Print the memory that a model needs on each device, and the largest context that fits.",
     )
     estimate.add_argument(
         "model",
         metavar="MODEL",
         help="a file, an http(s) URL, hf.co/USER/REPO/FILE.gguf or hf.co/USER/REPO[:QUANT]",
     )
-    flags = estimate.add_argument(
-        "flags", metavar="FLAGS", nargs=argparse.REMAINDER, help="as llama-server takes them"
-    )
+    flags = estimate.add_argument("flags", metavar="FLAGS", nargs=argparse.REMAINDER, help="flags of llama-server")
     flags.required = False  # or argparse complains of their absence, too, when MODEL is missing
     estimate.set_defaults(run=_estimate)
 
@@ -170,9 +168,9 @@ def _add_estimate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     bring = commands.add_parser(
         "import",
-        help="make a configuration of one of llama-swap's",
-        description="Write a configuration that does what llama-swap's does. Whatever has no counterpart is named "
-        "on standard error, with its line.",
+        help="convert a configuration of llama-swap",
+        description="Write a configuration equivalent to one of llama-swap. Settings without a counterpart are "
+        "listed on standard error with their lines.",
     )
     bring.add_argument("file", type=Path, metavar="FILE", help="llama-swap's configuration")
     bring.add_argument(
@@ -180,13 +178,13 @@ def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--output",
         type=Path,
         metavar="FILE",
-        help="where to write it, if nothing is there; without it, to standard output",
+        help="file to write, which must not exist yet (default: standard output)",
     )
     bring.set_defaults(run=_import)
 
 
 class _Version(argparse.Action):
-    """As argparse's own, but it is looked up only when asked for."""
+    """Version action that looks the version up only when requested."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)

@@ -1,7 +1,7 @@
-"""`llama-router top`, `ps`, `queue`, `logs`: a look at a running router from a shell, here or on another machine.
+"""Commands that query a running router, local or remote: `llama-router top`, `ps`, `queue`, `logs`.
 
-The router is the one at `--url` or `LLAMA_ROUTER_URL`, else the one that the configuration speaks of. Keys come
-from the environment or the configuration, never from the command line, which everybody on the machine can read.
+The router is the one at `--url` or `LLAMA_ROUTER_URL`, else the one of the configuration. Keys come from the
+environment or the configuration, never from the command line, which every user of the machine can read.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
 
 def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     place = argparse.ArgumentParser(add_help=False)
-    place.add_argument("--url", metavar="URL", help=f"the router; else {URL_VARIABLE}, else as configured here")
+    place.add_argument(
+        "--url", metavar="URL", help=f"URL of the router (default: {URL_VARIABLE}, or as configured)"
+    )
     place.add_argument("--config", type=Path, metavar="FILE", help="configuration that names the router's address")
-    key = f"An API key is taken from {KEY_VARIABLE}."
+    key = f"The API key is read from {KEY_VARIABLE}."
     as_json = argparse.ArgumentParser(add_help=False)
-    as_json.add_argument("--json", action="store_true", help="print the router's own answer")
+    as_json.add_argument("--json", action="store_true", help="print the router's JSON response")
 
     def add(
         name: str, run: Callable[[argparse.Namespace], None], text: str, *more: argparse.ArgumentParser
@@ -43,11 +45,13 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
     add("top", _top, "watch a running router: models, memory, queues, decisions")
     add("ps", _ps, "show the models of a running router", as_json)
-    add("queue", _queue, "show who waits at a running router, how long, and for what", as_json)
-    logs = add("logs", _logs, "show what the engines of a model said")
+    add("queue", _queue, "show the waiting requests of a running router, and why they wait", as_json)
+    logs = add("logs", _logs, "show the engine log of a model")
     logs.add_argument("alias", metavar="ALIAS")
-    logs.add_argument("-f", "--follow", action="store_true", help="go on with what they say from now on")
-    logs.add_argument("-n", "--lines", type=_positive, default=200, metavar="N", help="begin N lines back (200)")
+    logs.add_argument("-f", "--follow", action="store_true", help="follow new output")
+    logs.add_argument(
+        "-n", "--lines", type=_positive, default=200, metavar="N", help="lines to start with (default: 200)"
+    )
 
 
 def connect(options: argparse.Namespace) -> RouterClient:
@@ -109,7 +113,7 @@ def _queue(options: argparse.Namespace) -> None:
         return
     queues = [model["waiting"] for model in stats["per_model"].values() if model["waiting"]]
     if not queues:
-        print(f"Nobody waits; {stats['summary']['total_processing']} in flight.")
+        print(f"No requests waiting; {stats['summary']['total_processing']} in flight.")
         return
     queues.sort(key=lambda queue: -max(request["waited_sec"] for request in queue))
     waiting = [request for queue in queues for request in queue]
@@ -144,4 +148,4 @@ def _logs(options: argparse.Namespace) -> None:
             print(shown(event.text), flush=True)
         elif event.name == "missed":
             print(f"… {shown(event.text)} lines missed", flush=True)
-    raise CannotAsk(f"The router at {client.url} has ended the stream.")
+    raise CannotAsk(f"The router at {client.url} has closed the stream.")

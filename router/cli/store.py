@@ -45,7 +45,7 @@ def pull(options: argparse.Namespace) -> None:
     try:
         ended = pulling.pull(options.model, say, environ=os.environ, alias=options.alias, taken=taken)
     except KeyboardInterrupt:
-        print("\nllama-router: what has arrived is kept; pull again to go on", file=sys.stderr)
+        print("\nllama-router: the partial download is kept; pull again to resume", file=sys.stderr)
         sys.stderr.flush()
         os._exit(130)  # a connection may be waiting for its next byte
     if ended.error is not None:
@@ -85,7 +85,7 @@ def remove(options: argparse.Namespace) -> None:
     except (pulled.NotPulled, pulled.BeingPulled, StateHeld, OSError) as error:
         print(printable(f"llama-router: {error}"), file=sys.stderr)
         sys.exit(1)
-    print(line(f"{name} is removed, {size_text(freed)} are free again"))
+    print(line(f"{name} was removed, {size_text(freed)} freed"))
 
 
 def _remove_created(name: str, folder: Path, config: Config) -> int:
@@ -105,13 +105,13 @@ def _remove_pulled(name: str, records: Mapping[str, Created], config: Config) ->
     """Raises NotPulled, BeingPulled, OSError."""
     cache = pulled.cache_folder(os.environ)
     if cache is None:
-        raise pulled.NotPulled("there is no home for the Hugging Face cache: set HF_HOME")
+        raise pulled.NotPulled("the location of the Hugging Face cache is unknown: set HF_HOME")
     if name not in config.names and name in pulled.read(cache) and (needed := created.made_from(records, name)):
         raise pulled.NotPulled(f"{some_of(needed)} was created from {name!r}: remove that first")
     try:
         return pulled.remove(cache, name)
     except pulled.NotPulled as error:
-        raise pulled.NotPulled(f"{error}; created are: {', '.join(sorted(records)) or 'none'}") from None
+        raise pulled.NotPulled(f"{error}; created models: {', '.join(sorted(records)) or 'none'}") from None
 
 
 class _Json:
@@ -143,7 +143,7 @@ class _Lines:
         if self._drawn and self._terminal:
             print()
         if progress.status == "success":
-            print(line(f"{progress.alias} is there: {progress.path}"))
+            print(line(f"{progress.alias} is available: {progress.path}"))
 
     def _tell(self, progress: Progress) -> None:
         left = progress.total_bytes - progress.completed_bytes
@@ -181,7 +181,7 @@ def memory_text(note: MemoryNote) -> str:
     elif note.largest_context:
         verdict = f"does not fit now, but does with a context of up to {note.largest_context:,} (-c)"
     else:
-        verdict = "does not fit now, with no context"
+        verdict = "does not fit now with any context size"
     return f"memory: {need} for a context of {note.context:,}: {verdict}"
 
 

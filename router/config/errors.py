@@ -28,17 +28,18 @@ def explain(error: ErrorDetails, path: KeyPath, section: type[Section]) -> str:
         case "value_error":
             return str(error["ctx"]["error"])
         case "model_type" | "dict_type":
-            return "should hold keys with values" + _SHAPES.get(str(path[-1] if path[2:] else path[0]), "")
+            shape = _SHAPES.get(str(path[-1] if path[2:] else path[0]), "")
+            return f"should be a mapping of keys to values{shape}"
         case "tuple_type":
             return "should be a list" + _SHAPES.get(str(path[-1]), "")
         case "string_type" if isinstance(error["input"], int | float):
-            return "should be text: put it in quotes"
+            return "should be text: enclose it in quotes"
         case "literal_error" if path[0] == "models" and path[2:] == ("engine",):
             return "should be llamacpp, which is the default, or command"
         case "string_pattern_mismatch" if path[0] == "models" and path[2:3] == ("footprint_mb",):
             return "should be host, gpu (any one) or the name of a GPU, such as gpu0"
         case "literal_error" if path[0] == "models" and path[2:] == ("device",):
-            return "should be cpu or auto: which GPU it takes is decided by memory, or by --device in its flags"
+            return "should be cpu or auto: the GPU is chosen by available memory, or set by --device in flags"
         case "string_pattern_mismatch" if "cors_origins" in path:
             return "should be *, or like http://localhost:3000 or https://*.example.com, without a path"
         case "string_pattern_mismatch" if "allowed_hosts" in path:
@@ -63,10 +64,10 @@ def _short(text: str) -> str:
 _LONGEST_SHOWN = 80
 _SHAPES = {
     "flags": ": [-c, 8192, --jinja], not one line of text",
-    "env": ", as {CUDA_VISIBLE_DEVICES: 0}",
+    "env": ", such as {CUDA_VISIBLE_DEVICES: 0}",
     "routes": ": [/v1/audio/speech]",
-    "footprint_mb": ", as {gpu: 6000, host: 500}, or one number",
-    "models": ", as {model_path: FILE.gguf}",
+    "footprint_mb": ", such as {gpu: 6000, host: 500}, or one number",
+    "models": ", such as {model_path: FILE.gguf}",
 }
 
 
@@ -83,14 +84,14 @@ def unknown_key(section: type[Section] | None, key: str) -> str:
         if key in other.model_fields:
             return f"unknown key here; it belongs to {name}"
     if section and (counterpart := LLAMA_SWAP.get(section, {}).get(key)):
-        return f"unknown key; it is llama-swap's, and here: {counterpart} (docs/llama-swap.md)"
+        return f"unknown key; it is a key of llama-swap, here replaced by: {counterpart} (docs/llama-swap.md)"
     known = list(section.model_fields) if section else []
     if close := did_you_mean(key, known):
         return f"unknown key{close}"
-    return f"unknown key; there are {', '.join(known)}" if 0 < len(known) <= 12 else "unknown key"
+    return f"unknown key; known keys: {', '.join(known)}" if 0 < len(known) <= 12 else "unknown key"
 
 
-_NOTHING = "nothing to set"
+_NOTHING = "no setting"
 LLAMA_SWAP: Mapping[type[Section], Mapping[str, str]] = {
     ConfigFile: {
         "healthCheckTimeout": "system.wait_ready_sec",
@@ -100,8 +101,8 @@ LLAMA_SWAP: Mapping[type[Section], Mapping[str, str]] = {
         "logLevel": "system.debug",
         "sendLoadingState": "api.heartbeat_sec",
         "macros": "YAML anchors",
-        "groups": "left to memory, and pinned in a model's entry",
-        "matrix": "left to memory, and pinned in a model's entry",
+        "groups": "decided by available memory; see also pinned in a model's entry",
+        "matrix": "decided by available memory; see also pinned in a model's entry",
         "hooks": "system.preload_models",
         **dict.fromkeys(("includeAliasesInList", "logToStdout", "logTimeFormat", "peers"), _NOTHING),
         **dict.fromkeys(("metricsMaxInMemory", "captureBuffer"), _NOTHING),

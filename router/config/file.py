@@ -40,7 +40,7 @@ def read_file(path: Path, name: str) -> dict[str, Any]:
     if tree is None:  # an empty YAML file, or one with comments only
         return {}
     if not isinstance(tree, _Mapping):
-        raise ConfigError([Problem("", "must hold keys with values (api, system, scheduling, models)", name)])
+        raise ConfigError([Problem("", "must be a mapping with keys such as api, system and models", name)])
     cleaning = _Cleaning(name)
     plain: dict[str, Any] = cleaning.plain(tree, ())
     if cleaning.problems:
@@ -71,7 +71,7 @@ class _Cleaning:
     def plain(self, value: Any, path: KeyPath) -> Any:
         self._values += 1
         if self._values == _MOST_VALUES:
-            self._wrong((), f"holds more than {_MOST_VALUES:,} values, all that its anchors stand for among them")
+            self._wrong((), f"has more than {_MOST_VALUES:,} values after its anchors are expanded")
         if self._values >= _MOST_VALUES:
             return None
         if len(path) > _DEEPEST:
@@ -89,7 +89,7 @@ class _Cleaning:
         written = {key: item for key, item in mapping.items() if not key.startswith("_")}
         for key in written:
             if key in mapping.twice:
-                self._wrong((*path, key), "is there twice; only one of them can count")
+                self._wrong((*path, key), "is defined twice; remove one of them")
             elif problem := _unusable(key):
                 self._wrong((*path, key), problem)
         return {key: self.plain(item, (*path, key)) for key, item in written.items()}
@@ -109,9 +109,9 @@ def _unusable(value: Any) -> str:
     """What is wrong with a value wherever it stands; empty: nothing."""
     if isinstance(value, str):
         if "\0" in value:
-            return "holds a NUL character, which no path, name or argument can"
+            return "contains a NUL character, which paths, names and arguments cannot have"
         if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-            return "holds half a character (a lone UTF-16 surrogate)"
+            return "contains half a character (a lone UTF-16 surrogate)"
     elif isinstance(value, float) and not math.isfinite(value):
         return "should be a finite number"
     elif isinstance(value, int) and abs(value) >= _LARGEST_INTEGER:
@@ -133,9 +133,9 @@ def _json(text: str, name: str) -> Any:
     except json.JSONDecodeError as error:
         rest, message = text[error.pos :].lstrip(), error.msg
         if rest.startswith(("//", "/*", "#")):
-            message = "JSON has no comments: write them as keys that begin with _, or take YAML"
+            message = "JSON has no comments: write them as keys that begin with _, or use YAML"
         elif rest.startswith(("}", "]")):
-            message = f"there is no value before this {rest[0]}; a comma too many?"
+            message = f"a value is missing before this {rest[0]}; is there an extra comma?"
         raise _syntax_error(name, error.lineno, error.colno, message) from None
 
 
@@ -179,11 +179,11 @@ def _yaml(text: str, name: str) -> Any:
         message = error.problem or "is not YAML"
         # PyYAML quotes the value here, which may be an unquoted API key.
         if "undefined alias" in message:
-            message = "a value that begins with * needs quotes (unless it names an anchor: there is none like it)"
+            message = "a value that begins with * needs quotes (as an alias, it refers to no anchor)"
         elif "undefined tag handle" in message:
             message = _NEEDS_QUOTES
         elif "found character '\\t'" in message:
-            message = "YAML takes no tabs here: indent with blanks"
+            message = "YAML does not allow tabs here: indent with spaces"
         line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
         raise _syntax_error(name, line, column, message) from None
     except yaml.reader.ReaderError as error:

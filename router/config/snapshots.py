@@ -67,7 +67,7 @@ class Looks:
             before = asking.at
             await asyncio.wait({asking.task, look}, timeout=self._place_sec, return_when=asyncio.FIRST_COMPLETED)
             if not (asking.task.done() or look.done()) and asking.at is not None and asking.at is before:
-                raise DiskHangs(f"{asking.at} does not answer: is its disk there?")
+                raise DiskHangs(f"{asking.at} does not respond; is its disk connected?")
 
 
 class _Asking:

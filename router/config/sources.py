@@ -77,7 +77,7 @@ def _dotenv(draft: Draft) -> Iterator[tuple[str, str]]:
         if not line or line.startswith("#"):
             continue
         if "\0" in line:
-            draft.problem((), "holds a NUL character, which no variable can", f".env:{number}")
+            draft.problem((), "contains a NUL character, which variables cannot have", f".env:{number}")
             continue
         match = _DOTENV.fullmatch(line)
         if match is None:
@@ -95,14 +95,14 @@ def _find_file(draft: Draft, variables: _Variables, path: Path | None) -> Path |
     for name in there:
         if name not in ours:
             draft.warnings.append(
-                f"{name} has none of the keys {', '.join(ConfigFile.model_fields)}: it is taken for another "
-                "program's; if it is this router's, name it with --config"
+                f"{name} has none of the keys {', '.join(ConfigFile.model_fields)}: it is assumed to "
+                "belong to another program; if it is meant for this router, pass it with --config"
             )
     if len(ours) > 1:
-        draft.warnings.append(f"{ours[0]} is used, {' and '.join(ours[1:])} is not")
+        draft.warnings.append(f"{ours[0]} is used, {' and '.join(ours[1:])} ignored")
     if not ours and (draft.cwd / _MISSPELT_NAME).is_file():
         draft.warnings.append(
-            f"{_MISSPELT_NAME} is not read: call it config.json, or name it with --config or CONFIG_PATH"
+            f"{_MISSPELT_NAME} is not read: rename it to config.json, or pass it with --config or CONFIG_PATH"
         )
     return draft.cwd / ours[0] if ours else None
 
@@ -138,7 +138,7 @@ def _apply_environment(draft: Draft, variables: _Variables) -> None:
         if field is not None:
             draft.put(path, _from_text(field, value), origin)
         elif named or (section and path[-1] in section.model_fields):
-            draft.problem((), "a variable can set a single value only; write this into a file", origin)
+            draft.problem((), "variables can set single values only; set this key in a file", origin)
         else:
             draft.problem((), unknown_key(section, path[-1]), origin)
 
@@ -161,9 +161,9 @@ def _not_one_of_ours(key: KeyPath, field: FieldInfo | None, text: str) -> str:
         try:
             TypeAdapter[Any](Key).validate_python(text)
         except ValidationError:
-            return "is no API key: that is one or more printable ASCII characters without spaces"
+            return "is not a valid API key: a key is one or more printable ASCII characters without spaces"
     elif not isinstance(_from_text(field, text), bool):
-        return f"is neither true nor false, which {dotted(key)} is"
+        return f"is neither true nor false, as {dotted(key)} requires"
     return ""
 
 

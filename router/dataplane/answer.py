@@ -151,7 +151,7 @@ class BrokenAnswer(Exception):
 
     @classmethod
     def unreadable(cls, why: object) -> BrokenAnswer:
-        return cls(ApiError(502, "engine_error", f"The engine's answer cannot be read: {why}."))
+        return cls(ApiError(502, "engine_error", f"The engine's response cannot be read: {why}."))
 
     @classmethod
     def of(cls, error: Exception, before: bytes = b"") -> BrokenAnswer:

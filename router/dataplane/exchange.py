@@ -591,7 +591,7 @@ class Exchange:
             self._connection = None  # it is back in its pool
         if not self._relays:
             if head.is_encoded and not self._takes_encoded:
-                raise BrokenAnswer.unreadable("it is compressed, which nobody has asked for")
+                raise BrokenAnswer.unreadable("it is compressed although no encoding was requested")
             if self._is_read_whole(head):
                 self._gather(head, part, last)
                 return
@@ -610,7 +610,7 @@ class Exchange:
             return
         self._gathered += part
         if head.content_length is None and len(self._gathered) > _BUFFERED_ANSWER:
-            raise BrokenAnswer.unreadable("it does not end")
+            raise BrokenAnswer.unreadable("it is too long")
 
     def _end_relaying(self, head: Head, part: bytes) -> None:
         """`part` is the last of it, if anything."""
@@ -642,7 +642,7 @@ class Exchange:
         self._connection = None
         self._shared.unwatch(self)
         if self._relays:
-            self._break_off(ApiError(502, "engine_lost", f"The engine broke off: {reason}."))
+            self._break_off(ApiError(502, "engine_lost", f"The engine's response was interrupted: {reason}."))
         else:
             self._gathered.clear()
             self._dispatcher.requeue(self._ticket, reason)
@@ -663,8 +663,8 @@ class Exchange:
             said = error.error
             outcome: str = _outcome(said.status)
         else:
-            _log.error("request %s: its answer could not be passed on", self._request_id, exc_info=error)
-            said = ApiError(500, "internal_error", "The router made a mistake; see its log.")
+            _log.error("request %s: the response could not be relayed", self._request_id, exc_info=error)
+            said = ApiError(500, "internal_error", "Internal error of the router; see its log.")
             outcome = said.code
         if self._is_over:
             self._answer.abort()
@@ -672,7 +672,7 @@ class Exchange:
         try:
             self._fail(said, outcome)
         except Exception:
-            _log.exception("request %s: nor could its error", self._request_id)
+            _log.exception("request %s: the error could not be sent either", self._request_id)
             self._answer.abort()
 
     def must_have_moved(self, now: float, system: System) -> None:
@@ -688,7 +688,7 @@ class Exchange:
         engine = ticket.engine
         assert engine is not None
         if self._meter.size > _LONGEST_ANSWER:
-            message = f"The engine's answer does not end: it has more than {_LONGEST_ANSWER >> 30} GiB."
+            message = f"The engine's response exceeds {_LONGEST_ANSWER >> 30} GiB."
             self._break_off(ApiError(502, "engine_error", message))
         elif longest_sec is not None and now - moved_sec >= longest_sec:
             self._time_out(f"The engine sent nothing for {longest_sec:g} s (answer_timeout_sec).")
@@ -700,10 +700,10 @@ class Exchange:
         elif connection is None or not connection.is_open:
             self._time_out(f"The engine could not be reached for {limit_sec:g} s (request_timeout_sec).")
         elif connection.stopped_midway:  # it computes no more of it, whatever it says to probes
-            self._time_out(f"The engine stopped in its answer for {limit_sec:g} s (request_timeout_sec).")
+            self._time_out(f"The engine's response paused for {limit_sec:g} s (request_timeout_sec).")
         elif engine.failed_probes and now - engine.alive_sec >= limit_sec:
             self._time_out(
-                f"The engine sent nothing, not even to probes, for {limit_sec:g} s (request_timeout_sec)."
+                f"The engine sent nothing and answered no probes for {limit_sec:g} s (request_timeout_sec)."
             )
 
     def _time_out(self, reason: str) -> None:
@@ -740,7 +740,7 @@ class Exchange:
         error = error_of_engine(head.status, body) if head.status >= 400 else None
         self._status = head.status if error is None else error.status
         if error is None and self._answer.started:
-            raise BrokenAnswer.unreadable("it is a document, and a stream was asked for")
+            raise BrokenAnswer.unreadable("it is a single document instead of a stream")
         if not self._answer.started:
             self._meter.note(body)
         if error is None:
@@ -849,7 +849,7 @@ class Exchange:
             try:
                 usage = self._usage()
             except Exception:  # a request is over once, whatever its engine says of it
-                _log.exception("request %s: its tokens could not be counted", self._request_id)
+                _log.exception("request %s: the tokens of the response could not be counted", self._request_id)
                 usage = NO_USAGE
             done = RequestDone(  # by position: keywords would take as long as all metrics
                 self._request_id,

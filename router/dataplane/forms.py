@@ -77,7 +77,7 @@ def as_engines_read_it(content_type: bytes) -> bytes:
 def _boundary(content_type: bytes) -> bytes:
     boundary = _told_boundary(content_type)
     if not boundary:
-        raise ApiError(400, "invalid_multipart", "The Content-Type names no multipart boundary.")
+        raise ApiError(400, "invalid_multipart", "The Content-Type header has no multipart boundary.")
     return boundary
 
 

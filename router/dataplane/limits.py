@@ -102,7 +102,7 @@ class Door:
     def enter(self, peer: str) -> bool:
         """Whether one more may wait to hear that there is no room."""
         self._turned_away += 1
-        said = "it was turned away, as too many clients are connected"
+        said = "connection refused: too many clients are connected"
         self._events.publish(ClientRefused("too_many_connections", peer, said))
         return self._turned_away <= _TURNED_AWAY
 
@@ -128,7 +128,9 @@ class Door:
     def _tell(self, now: float) -> None:
         if now - self._told_sec > _TELL_AGAIN_SEC:
             self._told_sec = now
-            _log.warning("%d clients are connected (api.max_connections): more are turned away", self._limit)
+            _log.warning(
+                "%d clients are connected (api.max_connections); further connections are refused", self._limit
+            )
 
 
 def _idle(guests: Iterable[Guest]) -> Iterable[tuple[float, Guest]]:
@@ -196,7 +198,7 @@ class Bodies:
         """Raises ApiError 503 like `check`. Who has to give way, does."""
         if self.held + size > limit:
             for holder in self._who_give_way(self.held + size - limit, limit, priority()):
-                holder.give_way(f"{_too_many(limit)} One of a higher priority has come.")
+                holder.give_way(f"{_too_many(limit)} A request of higher priority has arrived.")
         self.held += size
 
     def release(self, size: int) -> None:
@@ -222,4 +224,4 @@ class Bodies:
 
 
 def _too_many(limit: int) -> str:
-    return f"The bodies of all requests together would take more than {limit >> 20} MiB (api.max_bodies_mb)."
+    return f"All request bodies together would exceed {limit >> 20} MiB (api.max_bodies_mb)."

@@ -176,7 +176,7 @@ class Page:
         self._cycle.keep_alive = False
 
     def failed(self, error: Exception) -> None:
-        _log.error("a request broke the router", exc_info=error)
+        _log.error("unhandled error while serving a request", exc_info=error)
         self._connection.abort()
 
     def _ended(self, task: asyncio.Task[None]) -> None:

@@ -358,8 +358,8 @@ class HttpProtocol(asyncio.BufferedProtocol):
             turn.hang_up()
             turn.failed(cause)
             return
-        _log.error("a request broke the router", exc_info=cause)
-        self._refuse(ApiError(500, "internal_error", "The router made a mistake; see its log."))
+        _log.error("unhandled error while serving a request", exc_info=cause)
+        self._refuse(ApiError(500, "internal_error", "Internal error of the router; see its log."))
 
     # --- httptools --------------------------------------------------------------------------------------
 
@@ -539,7 +539,7 @@ class HttpProtocol(asyncio.BufferedProtocol):
             if self._turn is None and idle_sec > self.config.timeout_keep_alive:
                 self.close()
         elif idle_sec > _BODY_PAUSE_SEC or (self._reading == "head" and now - self._since > _HEAD_SEC):
-            self._refuse(ApiError(408, "request_too_slow", "The rest of the request did not come in time."))
+            self._refuse(ApiError(408, "request_too_slow", "The rest of the request did not arrive in time."))
 
     def _reads_nothing(self, now: float) -> bool:
         """Whether its client has taken none of what is written for longer than it might have been idle."""

@@ -105,7 +105,7 @@ class HealthMonitor:
     def _ended(self, running: RunningEngine, probe: asyncio.Task[None]) -> None:
         self._probing.pop(running.id, None)
         if not probe.cancelled() and (error := probe.exception()) is not None:
-            _log.error("%s broke: %s", probe.get_name(), error, exc_info=error)
+            _log.error("background task %s failed: %s", probe.get_name(), error, exc_info=error)
 
     async def _probe(self, running: RunningEngine) -> None:
         began = time.monotonic()

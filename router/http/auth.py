@@ -59,7 +59,7 @@ class Keyring:
             return None
         given = _given_keys(headers)
         if not given:
-            raise ApiError(401, "missing_api_key", "Send the API key as `Authorization: Bearer KEY`.")
+            raise ApiError(401, "missing_api_key", "Send an API key as `Authorization: Bearer KEY`.")
         # Every key is compared, so that the time tells nothing.
         full = [hmac.compare_digest(one, key) for one in given for key in self._full]
         inference = [client for one in given for key, client in self._inference if hmac.compare_digest(one, key)]

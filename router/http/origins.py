@@ -1,12 +1,13 @@
-"""What pages in a browser may do here: by which names they may call the router, and from which origins.
+"""Access of web pages to the router: accepted Host names and accepted origins.
 
-A browser lets pages of any site send requests to a machine that perhaps only this one reaches, and keeps no more
-than the answers from them. So who presents no key is asked where he comes from: `Host` must be a name that no such
-page can have pointed here, and where a request has an effect, the origin of its page must be the router's own, or
-allowed. What sends no Origin, such as curl and the SDKs, is no page. With keys set nothing of this is asked: no
-browser adds one by itself, as it does cookies. A page that sends one was trusted with it; others get nothing.
+A browser lets pages of any site send requests to machines that only the browser's machine may reach; it only
+withholds the responses. Requests without a key are therefore checked: `Host` must be a name that no such page can
+have pointed here, and requests with side effects must come from the router's own origin or an allowed one.
+Requests without an Origin header, such as those of curl and the SDKs, do not come from pages. If keys are
+configured, nothing of this is checked: browsers do not add keys by themselves, as they do cookies, so a page that
+sends a key was given it.
 
-Every request passes by here, those of the data plane too; where no browser sent it, that costs next to nothing.
+Every request is checked here, including those of the data plane; without browser headers the check is cheap.
 """
 
 from __future__ import annotations
@@ -28,22 +29,23 @@ from router.http.errors import ApiError
 from router.http.routes import OLLAMAS_PAGES
 from router.system.readings import apart
 
-_ONE_HOST = "Name the router in a Host header, and in one only."
+_ONE_HOST = "Send exactly one Host header."
 _UNKNOWN_HOST = (
-    "This router does not answer to the name {0!r} in the Host header, as any web page can point a name here. If "
-    "it is yours, add {0!r} to api.allowed_hosts in the configuration and restart the router; or call it by its "
-    "IP address, or set api.api_keys."
+    "This router does not answer to the name {0!r} in the Host header, because any web page can point a DNS name "
+    "at this machine. If it is yours, add {0!r} to api.allowed_hosts in the configuration and restart the router; "
+    "or use the router's IP address, or set api.api_keys."
 )
 _FOREIGN_PAGE = (
-    "Pages of {0!r} may not use this router. If they are yours, add {0!r} to api.cors_origins in the "
+    "Web pages of {0!r} may not use this router. If the site is yours, add {0!r} to api.cors_origins in the "
     "configuration and restart the router."
 )
 _NAMELESS_PAGE = (
-    "A page without an origin of its own, such as a file or a sandboxed frame, may not use this router. Serve it "
-    "from http://localhost, or set api.api_keys and have it send one."
+    "Web pages without an origin, such as local files and sandboxed frames, may not use this router. Serve the "
+    "page from http://localhost, or set api.api_keys and send a key from the page."
 )
 _FOREIGN_LINK = (
-    "Links, pictures and frames of another site may not do this. If you have followed a link: enter its address."
+    "Links, images and frames of other sites may not send this request. If you followed a link, enter its address "
+    "in the browser instead."
 )
 _LONGEST_HOST = 300
 """Longer than any name with its port."""

@@ -453,7 +453,7 @@ class Dispatcher:
                     try:
                         self._carry_out(effect)
                     except Exception:  # it must keep neither the others nor those whom it concerns waiting
-                        _log.exception("%s could not be carried out", effect)
+                        _log.exception("effect could not be carried out: %s", effect)
                         self._make_good(effect)
                 if not self._pending:
                     break
@@ -465,7 +465,7 @@ class Dispatcher:
 
     def _broken_at(self, event: Event) -> list[Effect]:
         """The scheduler has raised the exception that is being handled: what it had wanted until then."""
-        _log.exception("the scheduler broke at %s", event)
+        _log.exception("the scheduler failed on the event %s", event)
         if isinstance(event, Submit | Requeue):
             self._turn_away(event.request_id)
         return self.scheduler.wanted
@@ -478,7 +478,7 @@ class Dispatcher:
                 self._turn_away(request_id)
             case Inspect(alias):
                 self._pending.append(
-                    Inspected(now, alias, problem=f"{alias!r} could not be looked at; {_SEE_LOG}")
+                    Inspected(now, alias, problem=f"{alias!r} could not be inspected; {_SEE_LOG}")
                 )
             case StartEngine(engine_id):
                 self._pending.append(EngineExited(now, engine_id, f"it could not be started; {_SEE_LOG}"))
@@ -490,7 +490,7 @@ class Dispatcher:
         """A request that the router cannot serve by its own fault. It is over once its client has heard that."""
         ticket = self._tickets.get(request_id)
         if ticket is not None:
-            reason = "The router made a mistake; see its log."
+            reason = "Internal error of the router; see its log."
             ticket.decide(time.monotonic(), None, Reject(request_id, Refusal.INTERNAL_ERROR, reason))
 
     def _carry_out(self, effect: Effect) -> None:
@@ -552,7 +552,7 @@ class Dispatcher:
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("%s broke: %s", task.get_name(), error, exc_info=error)
+            _log.error("background task %s failed: %s", task.get_name(), error, exc_info=error)
 
     # --- the world --------------------------------------------------------------------------------------
 
@@ -575,7 +575,7 @@ class Dispatcher:
     async def _live(self, account: Account, model: ModelConfig) -> None:
         """An engine from its start to its end. Whatever happens, its exit is reported."""
         engine_id = account.engine_id
-        unwatched = f"the router failed to watch it; {_SEE_LOG}"
+        unwatched = f"the router failed to supervise it; {_SEE_LOG}"
         reason = Reason(unwatched, unwatched)
         before = self.exits.get(model.alias)
         self.restarts[model.alias] += before is not None and not before.wanted
@@ -604,7 +604,7 @@ class Dispatcher:
             reason = failed.reason
             ended_itself = running is not None and not running.handle.alive
         except Exception:
-            _log.exception("the engine of %s cannot be watched", model.alias)
+            _log.exception("the engine of %s cannot be supervised", model.alias)
         finally:
             if running is not None:
                 await running.handle.stop()

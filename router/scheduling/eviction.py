@@ -132,7 +132,7 @@ def decide(candidate: Model, inspected: Inspected, room: Room) -> Verdict:
     if not plans:
         ahead = ", ".join(sorted(set(room.taken.values()))) or "others"
         short = _shortage_in_words(placements[0], inspected, room)
-        return Wait(again_at, f"no room until {ahead} had a turn: {short}", {}, frozenset())
+        return Wait(again_at, f"no room until {ahead} has been served: {short}", {}, frozenset())
     _, index, leaving = min(plans, key=lambda plan: plan[:2])
     names = ", ".join(sorted({engine.alias for engine in leaving}))
     overdue = all(
@@ -140,7 +140,7 @@ def decide(candidate: Model, inspected: Inspected, room: Room) -> Verdict:
     )
     return Wait(
         again_at,
-        f"no room until {names} can go: {_shortage_in_words(placements[index], inspected, room)}",
+        f"no room until {names} can be unloaded: {_shortage_in_words(placements[index], inspected, room)}",
         reserve=claim(placements[index], leaving),
         hold=frozenset(leaving if overdue else ()),
         departures=tuple(departures[engine] for engine in leaving),
@@ -270,7 +270,7 @@ def _shortage_in_words(placement: Placement, inspected: Inspected, room: Room) -
         {engine.alias for engine in room.engines if _stays(engine) and short.keys() & engine.placement.keys()}
     )
     if pinned:
-        limits.append(f"{', '.join(pinned)} (pinned) keep what they hold")
+        limits.append(f"{', '.join(pinned)} (pinned) cannot be unloaded")
     return "; ".join(limits)
 
 
@@ -279,13 +279,13 @@ def _why_never(candidate: Model, inspected: Inspected, room: Room) -> str:
     pinned = sorted({engine.alias for engine in stay})
     if len(stay) >= room.budgets[ENGINES]:
         return (
-            f"{candidate.spec.alias!r} finds no place beside {', '.join(pinned)} (pinned): "
-            f"{room.policy.places_in_words}; raise it, or pin fewer"
+            f"{candidate.spec.alias!r} cannot be loaded beside {', '.join(pinned)} (pinned): "
+            f"{room.policy.places_in_words}; change that limit or pin fewer models"
         )
     reason = f"{candidate.spec.alias!r} needs {inspected.need}; the budget is {amounts(room.budgets)}"
     held = {name: room.capacity[name] - mib for name, mib in room.budgets.items() if room.capacity[name] > mib}
     if held:
         reason += f", {amounts(room.free)} of it free; other programs hold {amounts(held)}"
     if pinned:
-        reason += f"; {', '.join(pinned)} (pinned) keep what they hold"
+        reason += f"; {', '.join(pinned)} (pinned) cannot be unloaded"
     return f"{reason}; {inspected.advice}" if inspected.advice else reason

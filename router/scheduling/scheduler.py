@@ -63,8 +63,8 @@ INSPECTION_PATIENCE_SEC = 1.0
 _LOOKED_AT = 16
 """Of models that wait for an engine, so many of the first are looked at in a step, and as many of the others."""
 _LOOK_ON_SEC = 0.25
-_NOT_LOOKED_AT = Why("it has yet to be seen whether there is room")
-_NO_MEMORY_KNOWN = Why("it is being found out how much memory there is")
+_NOT_LOOKED_AT = Why("the router has not yet checked whether there is room")
+_NO_MEMORY_KNOWN = Why("the available memory is not known yet")
 _FOR_EVER_SEC = 100 * 365 * 86_400.0
 """An idle engine that may stay longer is one that stays: calendars end."""
 _STEPS_AT_ONCE = 8_000.0
@@ -212,7 +212,7 @@ class Scheduler:
             self._reject(event.request_id, Refusal.SHUTTING_DOWN, "the router is shutting down", 5)
             return False
         if model is None or model.retired:
-            self._reject(event.request_id, Refusal.MODEL_NOT_FOUND, f"no model is called {event.alias!r}")
+            self._reject(event.request_id, Refusal.MODEL_NOT_FOUND, f"there is no model {event.alias!r}")
             return False
         if model.failed_until_sec > event.at:
             self._reject_failed(event.request_id, model)
@@ -239,7 +239,7 @@ class Scheduler:
         model.joined(request, self._now)
         self._enqueue(request, model)
         if displaced is not None:
-            self._displace(displaced, f"{reason}, and one of a higher priority has come")
+            self._displace(displaced, f"{reason}, and a request of higher priority has arrived")
             return True
         return not model.engines and (event.priority is Priority.HIGH or not self._can_wait_for_a_look())
 
@@ -254,11 +254,12 @@ class Scheduler:
     def _queue_full(self, model: Model) -> str | None:
         """Why nobody may join the line; None when there is room."""
         if self._is_full(model):
-            return f"{len(model.queue)} requests wait for {model.spec.alias!r} already (max_queue_size_per_model)"
+            waiting = len(model.queue)
+            return f"{waiting} requests are already waiting for {model.spec.alias!r} (max_queue_size_per_model)"
         waiting = self.waiting()
         if waiting >= self.policy.max_queue_size_total:
             ours = f"{len(model.queue)} of them for {model.spec.alias!r}"
-            return f"{waiting} requests wait already, {ours} (max_queue_size_total)"
+            return f"{waiting} requests are already waiting, {ours} (max_queue_size_total)"
         return None
 
     def _is_full(self, model: Model) -> bool:
@@ -416,7 +417,7 @@ class Scheduler:
         elif self.shutting_down:
             self._reject(request.id, Refusal.SHUTTING_DOWN, "the router is shutting down", 5)
         elif request.retries >= self.policy.max_request_retries:
-            reason = f"the engine of {request.alias!r} broke {request.retries + 1} times: {event.reason}"
+            reason = f"the engine of {request.alias!r} failed {request.retries + 1} times: {event.reason}"
             pause_sec = self._come_back_sec(model, request.priority) or 1  # unknown of one that never answered
             self._reject(request.id, Refusal.MODEL_FAILED, reason, pause_sec)
         elif model.failed_until_sec > self._now:
@@ -555,7 +556,7 @@ class Scheduler:
             self._fail(model, policy.model_load_cooldown_sec, for_good=event.retry is Retry.NEVER)
         elif crashes >= policy.model_max_crashes:
             often = f"crashed {crashes} times in {self._now - model.crashes_sec[0]:.0f} s"
-            model.last_error = f"{engine.alias!r} {often}, the last time: {event.reason}"
+            model.last_error = f"{engine.alias!r} {often}, most recently: {event.reason}"
             self._fail(model, policy.model_load_cooldown_sec)
         else:
             # An engine that has served deserves to be back at once, the first time.
@@ -613,7 +614,7 @@ class Scheduler:
             if self._has_swap(model):
                 continue
             if model.retry_at_sec > self._now:
-                model.why_waiting = Why(f"its next try comes after a pause: {model.last_error}")
+                model.why_waiting = Why(f"a retry is pending: {model.last_error}")
                 self._wake(model.retry_at_sec)
                 continue
             self._place(model, free, taken)
@@ -622,7 +623,7 @@ class Scheduler:
                 patience_ends = model.inspecting_since_sec + INSPECTION_PATIENCE_SEC
                 if patience_ends > self._now:
                     self._wake(patience_ends)
-                    first_looked_at = Why(f"the file of {model.spec.alias}, whose turn is first, is looked at")
+                    first_looked_at = Why(f"the file of {model.spec.alias}, which comes first, is being inspected")
                     for *_, behind in line[bisect(line, (deadline_sec, seq, place + 1)) :]:
                         if not self._has_swap(behind):
                             behind.why_waiting = first_looked_at
@@ -753,7 +754,7 @@ class Scheduler:
 
     def _swap(self, model: Model, swap: Swap) -> None:
         names = ", ".join(sorted({victim.alias for victim in swap.victims}))
-        model.why_waiting = Why(f"room is being made for it by {names}")
+        model.why_waiting = Why(f"waiting to be loaded in place of {names}")
         self._fleet.swap(swap, self._now)
         if self.policy.max_drain_sec is not None:
             self._wake(self._now + self.policy.max_drain_sec)
@@ -761,7 +762,7 @@ class Scheduler:
     def _inspect(self, model: Model) -> None:
         if model.inspecting_since_sec is None:
             model.inspecting_since_sec = self._now
-            model.why_waiting = Why("its file is being looked at")
+            model.why_waiting = Why("its file is being inspected")
             self._effects.append(Inspect(model.spec.alias))
 
     def _inspected(self, event: Inspected) -> None:

@@ -22,23 +22,24 @@ def why(model: Model, now: float, *, slotless: bool = False) -> str:
             expected = f"~{model.load_sec:.1f} s" if model.load_is_known else f"perhaps {model.load_sec:.1f} s"
             return f"{alias} is loading ({now - engine.started_sec:.1f} of {expected})"
         case EngineState.DRAINING:
-            return f"{alias} leaves once the {busy} in flight are done, then it is started again"
+            return f"{alias} will be restarted once its requests in flight ({busy}) are done"
         case EngineState.STOPPING if engine.died_while is not None:
-            return f"the engine of {alias} is gone; once its memory is back, it is started again"
+            return f"the engine of {alias} has exited and restarts once its memory is released"
         case EngineState.STOPPING:
-            return f"{alias} is being stopped, then it is started again"
+            return f"{alias} is being stopped and will then be restarted"
         case EngineState.READY if engine.suspect:
-            return f"a request broke on the engine of {alias}; it is being asked whether it lives"
+            return f"a request failed on the engine of {alias}; checking whether it still responds"
     slots = model.spec.slots
     if slotless:
-        return f"{len(engine.slotless)} requests that need no slot are with {alias} already (http_max_connections)"
-    return f"all {slots} slots of {alias} are taken" if slots > 1 else f"{alias} answers one request at a time"
+        requests = f"{len(engine.slotless)} requests that need no slot"
+        return f"{requests} are already in flight on {alias} (http_max_connections)"
+    return f"all {slots} slots of {alias} are in use" if slots > 1 else f"the only slot of {alias} is in use"
 
 
 def _for_room(model: Model, now: float) -> str:
-    """`no room until a can go: needs 6000 MiB …, 500 MiB free; a has its turn for 12 s more`"""
+    """`no room until a can be unloaded: needs 6000 MiB …, 500 MiB free; a has its turn for 12 s more`"""
     held = "; ".join(_held(departure, now) for departure in model.why_waiting.departures)
-    words = str(model.why_waiting) or "it is about to be started"
+    words = str(model.why_waiting) or "its engine is about to start"
     return f"{words}; {held}" if held else words
 
 
@@ -47,13 +48,13 @@ def _held(departure: Departure, now: float) -> str:
     if departure.hold is Hold.LOADING:
         return f"{alias} is loading"
     if departure.at <= now:
-        return f"{alias} can go now"
+        return f"{alias} can be unloaded now"
     match departure.hold:
         case Hold.QUANTUM:
             return f"{alias}'s quantum ends in {left}"
         case Hold.LINGER:
-            return f"{alias} fell idle just now and is spared for {left}"
-    return f"{alias} is asked to go in {left}"
+            return f"{alias} has just become idle and is kept for {left}"
+    return f"{alias} can be drained in {left}"
 
 
 def _seconds(seconds: float) -> str:

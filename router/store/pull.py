@@ -78,7 +78,7 @@ def pull(
     try:
         cache = pulled.cache_folder(environ)
         if cache is None:
-            raise PullFailed("no_cache", "there is no home for the Hugging Face cache: set HF_HOME")
+            raise PullFailed("no_cache", "the location of the Hugging Face cache is unknown: set HF_HOME")
         if alias is not None and not is_alias(alias):
             raise PullFailed(
                 "invalid_alias", f"{alias!r}: an alias is up to 256 printable characters without spaces"

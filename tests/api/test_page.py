@@ -183,7 +183,7 @@ def test_a_load_that_waits_for_room_says_so_and_is_taken_back_with_a_click(
         page.locator("#decision-rows").get_by_text("loading", exact=True).wait_for()  # before there was a page
         row(page, "b").get_by_role("button", name="Load").click()
         until_state(page, "b", "waiting")
-        row(page, "b").get_by_text("until a can go").wait_for()
+        row(page, "b").get_by_text("until a can be unloaded").wait_for()
         row(page, "b").get_by_role("button", name="Cancel").click()
         until_state(page, "b", "off")
         row(page, "b").get_by_role("button", name="Load").wait_for()
@@ -214,7 +214,7 @@ def test_a_chat_says_why_it_waits_and_stops_when_told_to(router: Router, visit: 
     with router.http.stream("POST", "/v1/chat/completions", json=body):  # the only slot
         ask(page, "gpt-4o", "hello")
         note = page.locator("#chat-turns article").last.locator("small")
-        note.get_by_text(re.compile(r"position 1, waited .* b answers one request at a time")).wait_for()
+        note.get_by_text(re.compile(r"position 1, waited .* the only slot of b is in use")).wait_for()
         page.locator("#waiting-rows").get_by_text("page-").wait_for()
     note.get_by_text("first token").wait_for()
     page.get_by_role("button", name="Stop").click()

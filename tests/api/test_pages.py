@@ -220,7 +220,7 @@ def test_a_load_that_has_to_wait_is_told_why_at_once_and_can_be_taken_back(
         lines = stream.iter_lines()  # once that is gone, so is the client
         next(lines)
         load("b")
-        eventually(lambda: "until a can go" in (router.status("b")["why_waiting"] or ""))
+        eventually(lambda: "until a can be unloaded" in (router.status("b")["why_waiting"] or ""))
         assert load("b")[:2] == (202, "waiting")
         assert (router.status("b")["status"], router.status("b")["load_asked_at"] is None) == ("off", False)
         taken_back = router.http.post("/v1/models/eject", json={"model": "b"})

@@ -143,7 +143,7 @@ def test_a_full_house_keeps_a_door_for_its_keeper(start: Start, tiny: Path, tmp_
         eventually(lambda: queued(router) == most - 1)
         assert router.http.get("/v1/models/nonsense").status_code == 404
     eventually(lambda: psutil.Process(router.process.pid).num_fds() <= before + 2, timeout_sec=30)
-    assert router.log.count("are connected (api.max_connections): more are turned away") == 1
+    assert router.log.count("are connected (api.max_connections); further connections are refused") == 1
     assert "Traceback" not in router.log
 
 

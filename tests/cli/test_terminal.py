@@ -73,7 +73,7 @@ def test_queue_tells_who_waits_how_long_and_for_what(start: Start, tiny: Path, t
     engine = fake(tmp_path, answer_sec="60")
     system = {"llama_server_path": engine, "max_concurrent_models": 1}
     router = start({"system": system, "models": models(tiny, "busy", "cold", flags=[])})
-    assert run("queue", "--url", router.url, cwd=tmp_path).stdout == "Nobody waits; 0 in flight.\n"
+    assert run("queue", "--url", router.url, cwd=tmp_path).stdout == "No requests waiting; 0 in flight.\n"
 
     def post(model: str, request_id: str, priority: str) -> None:
         headers = {"X-Request-Id": request_id, "X-Request-Priority": priority}
@@ -145,7 +145,7 @@ def test_logs_can_be_followed_across_engines_and_until_the_router_ends(
         router.stop()
         assert process.wait(10) == 1
         assert process.stderr is not None
-        assert process.stderr.read() == f"llama-router: The router at {router.url} has ended the stream.\n"
+        assert process.stderr.read() == f"llama-router: The router at {router.url} has closed the stream.\n"
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ def test_without_a_url_it_asks_the_configured_router_with_its_key(
     refused = run("ps", "--url", loopback, cwd=tmp_path)  # a key of the configuration goes to no other address
     assert refused.returncode == 1
     assert refused.stderr == (
-        f"llama-router: The router at {loopback} asks for an API key that is valid: set LLAMA_ROUTER_API_KEY.\n"
+        f"llama-router: The router at {loopback} requires a valid API key: set LLAMA_ROUTER_API_KEY.\n"
     )
     assert run("ps", "--url", loopback, cwd=tmp_path, LLAMA_ROUTER_API_KEY=KEY).returncode == 0
     assert router.process.poll() is None
@@ -208,7 +208,7 @@ def test_a_key_that_no_header_can_hold_is_not_taken_for_a_stranger_at_the_addres
     monkeypatch.setenv("LLAMA_ROUTER_API_KEY", key)
     with pytest.raises(SystemExit):
         main(["ps", "--url", "http://127.0.0.1:9"])
-    assert capsys.readouterr().err.startswith("llama-router: LLAMA_ROUTER_API_KEY holds ")
+    assert capsys.readouterr().err.startswith("llama-router: LLAMA_ROUTER_API_KEY is not a valid key")
 
 
 def test_an_inference_key_is_told_that_it_may_not_read_logs(start: Start, tiny: Path, tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_nobody_there_and_somebody_else_there_are_told_apart(tmp_path: Path) -> 
         stranger = run("ps", "--url", url, cwd=tmp_path)
     nobody = run("ps", "--url", url, cwd=tmp_path)
     assert (stranger.returncode, nobody.returncode) == (1, 1)
-    assert stranger.stderr == f"llama-router: What answers at {url} is not a llama-router.\n"
+    assert stranger.stderr == f"llama-router: The server at {url} is not a llama-router.\n"
     assert nobody.stderr == f"llama-router: No router can be reached at {url}: Connection refused.\n"
 
 

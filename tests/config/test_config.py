@@ -142,7 +142,7 @@ def test_of_two_files_at_hand_one_is_used_and_said_so(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("api: {port: 1}")
     result = loaded(tmp_path)
     assert result.source == tmp_path / "config.json"
-    assert result.warnings == ("config.json is used, config.yaml is not",)
+    assert result.warnings == ("config.json is used, config.yaml ignored",)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_a_file_with_our_own_name_comes_first(tmp_path: Path, name: str) -> None
     (tmp_path / name).write_text('{"api": {"port": 1}}')
     result = loaded(tmp_path, {"api": {"port": 2}})
     assert (result.source, result.config.api.port) == (tmp_path / name, 1)
-    assert result.warnings == (f"{name} is used, config.json is not",)
+    assert result.warnings == (f"{name} is used, config.json ignored",)
 
 
 def test_the_other_spelling_of_an_earlier_router_is_named(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_the_other_spelling_of_an_earlier_router_is_named(tmp_path: Path) -> Non
     result = loaded(tmp_path)
     assert (result.source, result.config.api.port) == (None, 8000)
     assert result.warnings == (
-        "konfig.json is not read: call it config.json, or name it with --config or CONFIG_PATH",
+        "konfig.json is not read: rename it to config.json, or pass it with --config or CONFIG_PATH",
     )
 
 
@@ -251,8 +251,8 @@ def test_a_variable_that_is_wrong_is_named(tmp_path: Path) -> None:
     }
     assert problems(tmp_path, environ=environ) == [
         "env LLAMA_ROUTER__SYSTEM__BASEPORT: unknown key; did you mean base_port?",
-        "env LLAMA_ROUTER__MODELS__A__PINNED: a variable can set a single value only; write this into a file",
-        "env LLAMA_ROUTER__SYSTEM__GPU_DEVICES: a variable can set a single value only; write this into a file",
+        "env LLAMA_ROUTER__MODELS__A__PINNED: variables can set single values only; set this key in a file",
+        "env LLAMA_ROUTER__SYSTEM__GPU_DEVICES: variables can set single values only; set this key in a file",
         'env LLAMA_ROUTER__API__PORT: api.port: should be a valid integer, not "http"',
         'env LLAMA_ROUTER__SYSTEM__DEBUG: system.debug: should be a valid boolean, not "express:*"',
     ]
@@ -263,18 +263,19 @@ def test_a_variable_that_other_programs_have_too_stops_no_start_by_its_value(tmp
     result = loaded(tmp_path)
     assert (result.config.api.api_keys, result.config.system.debug) == ((), False)
     assert sorted(result.warnings) == [
-        ".env API_KEY is no API key: that is one or more printable ASCII characters without spaces; ignored, as "
-        "another program's",
-        ".env DEBUG is neither true nor false, which system.debug is; ignored, as another program's",
-        ".env STRUCTURED_LOGS is neither true nor false, which system.structured_logs is; ignored, as another "
-        "program's",
+        ".env API_KEY is not a valid API key: a key is one or more printable ASCII characters without spaces; "
+        "ignored, as it seems to be meant for another program",
+        ".env DEBUG is neither true nor false, as system.debug requires; ignored, as it "
+        "seems to be meant for another program",
+        ".env STRUCTURED_LOGS is neither true nor false, as system.structured_logs requires; ignored, "
+        "as it seems to be meant for another program",
     ]
 
 
 def test_a_key_that_can_be_none_does_not_open_the_router_to_the_network(tmp_path: Path) -> None:
     environ = {"API_KEY": "schlüssel"}
     (problem,) = problems(tmp_path, {"api": {"host": "0.0.0.0"}}, environ=environ)
-    assert problem.startswith("env API_KEY is no API key: ")
+    assert problem.startswith("env API_KEY is not a valid API key: ")
     assert problem.endswith(", and 0.0.0.0 would be open to the network without a key")
     guarded = loaded(tmp_path, {"api": {"host": "0.0.0.0", "inference_keys": ["k"]}}, environ=environ)
     assert [warning.split(" is ")[0] for warning in guarded.warnings] == ["env API_KEY"]
@@ -317,8 +318,8 @@ def test_a_key_written_twice_is_an_error_in_json_and_in_yaml(tmp_path: Path) -> 
     for name in ("config.json", "config.yaml"):
         (tmp_path / name).write_text(twice)
         assert problems(tmp_path, path=Path(name)) == [
-            f"{name}: models.a: is there twice; only one of them can count",
-            f"{name}: api.port: is there twice; only one of them can count",
+            f"{name}: models.a: is defined twice; remove one of them",
+            f"{name}: api.port: is defined twice; remove one of them",
         ]
 
 
@@ -349,7 +350,7 @@ def test_files_that_are_no_configuration_are_refused_in_one_line(tmp_path: Path)
     expected = {
         "absent.json": "absent.json: cannot be read: No such file or directory",
         "config.toml": "config.toml: must end in .json, .yaml or .yml",
-        "list.yaml": "list.yaml: must hold keys with values (api, system, scheduling, models)",
+        "list.yaml": "list.yaml: must be a mapping with keys such as api, system and models",
         "latin.yaml": "latin.yaml: is not UTF-8 text (byte 0)",
         "deep.json": "deep.json: is nested too deeply",
         "deeper.json": f"deeper.json: aliases.a.defaults{'.x' * 98}: is nested too deeply",
@@ -374,7 +375,7 @@ def test_a_few_lines_of_anchors_do_not_fill_the_memory(tmp_path: Path) -> None:
         (tmp_path / f"{kind}.yaml").write_text("\n".join([*lines, "system: *a12"]))
     assert problems(tmp_path, path=Path("merge.yaml")) == ["merge.yaml: system.x: unknown key"]
     assert problems(tmp_path, path=Path("keys.yaml")) == [
-        "keys.yaml: holds more than 200,000 values, all that its anchors stand for among them"
+        "keys.yaml: has more than 200,000 values after its anchors are expanded"
     ]
 
 
@@ -450,10 +451,10 @@ def test_everything_that_is_wrong_is_reported_at_once_with_its_path(tmp_path: Pa
         "config.json: models.qwem.flags[4]: -np needs a value",
         f"config.json: models.qwem.flags[2]: --port cannot be set: {flags.OWNED['port']}",
         "config.json: models.x y: an alias is up to 256 printable characters without spaces",
-        "config.json: models.x y.model_path: is required, as no model was found that is called so",
+        "config.json: models.x y.model_path: is required, because no model of this name was found",
         "config.json: models.x y.flags: should be a list: [-c, 8192, --jinja], not one line of text",
         "config.json: models.x y.params.ctx: unknown key; did you mean n_ctx?",
-        "config.json: models.z: should hold keys with values, as {model_path: FILE.gguf}",
+        "config.json: models.z: should be a mapping of keys to values, such as {model_path: FILE.gguf}",
         "config.json: system.preload_models[0]: there is no model 'qwen'; did you mean qwem?",
     ]
 
@@ -486,9 +487,9 @@ def test_nor_can_they_be_set_behind_its_back_by_variables(tmp_path: Path) -> Non
         ({"system": {"preload_models": "*"}}, "system.preload_models: should be a list"),
         (
             {"api": {"port": 11434, "ollama_port": 11434}},
-            "api.ollama_port: 11434 is api.port already: Ollama's clients may use that",
+            "api.ollama_port: 11434 is already api.port, which Ollama's clients can use as well",
         ),
-        ({"system": {"base_models_path": 5}}, "system.base_models_path: should be text: put it in quotes"),
+        ({"system": {"base_models_path": 5}}, "system.base_models_path: should be text: enclose it in quotes"),
         ({"system": {"port": 1}}, "system.port: unknown key here; it belongs to api"),
         (
             {"system": {"flash_attention": "auto?"}},
@@ -496,7 +497,7 @@ def test_nor_can_they_be_set_behind_its_back_by_variables(tmp_path: Path) -> Non
         ),
         (
             {"scheduling": {"wait_factor": {"urgent": 1}}},
-            "scheduling.wait_factor.urgent: unknown key; there are high, normal, low",
+            "scheduling.wait_factor.urgent: unknown key; known keys: high, normal, low",
         ),
         (
             {"models": {"m": {"model_path": "m", "params": {"chat_template": "-c"}}}},
@@ -512,10 +513,10 @@ def test_nor_can_they_be_set_behind_its_back_by_variables(tmp_path: Path) -> Non
         ),
         (
             {"models": {"m": {"model_path": "m", "env": ["A=B"]}}},
-            "models.m.env: should hold keys with values, as {CUDA_VISIBLE_DEVICES: 0}",
+            "models.m.env: should be a mapping of keys to values, such as {CUDA_VISIBLE_DEVICES: 0}",
         ),
-        ({"models": []}, "models: should be aliases, each with its model_path and flags"),
-        ({"api": 5}, "api: should hold keys with values"),
+        ({"models": []}, "models: should map model names to entries with model_path and flags"),
+        ({"api": 5}, "api: should be a mapping of keys to values"),
         (
             {"system": {"log_ring_lines": 10**18}},
             "system.log_ring_lines: should be less than or equal to 1000000000000000, not 1000000000000000000",
@@ -530,11 +531,11 @@ def test_nor_can_they_be_set_behind_its_back_by_variables(tmp_path: Path) -> Non
         ),
         (
             {"models": {"m": {"model_path": "m", "flags": ["--alias", "a\0"]}}},
-            "models.m.flags[1]: holds a NUL character, which no path, name or argument can",
+            "models.m.flags[1]: contains a NUL character, which paths, names and arguments cannot have",
         ),
         (
             {"models": {"m": {"model_path": "m", "description": "\ud83d"}}},
-            "models.m.description: holds half a character (a lone UTF-16 surrogate)",
+            "models.m.description: contains half a character (a lone UTF-16 surrogate)",
         ),
         (
             {"api": {"clients": {"a\x7f": {"key": "k"}}}},
@@ -554,11 +555,11 @@ def test_whoever_comes_from_llama_swap_is_told_what_its_keys_are_here(tmp_path: 
     assert read.warnings == ()
     assert read.config.models["qwen"].flags == ("-ngl", "99", "-fa", "on", "-c", "16384", "-np", "2")
     lines = problems(tmp_path, theirs)
-    assert [line for line in lines if "it is llama-swap's, and here: " not in line] == [
-        "config.yaml: models.coder.env: should hold keys with values, as {CUDA_VISIBLE_DEVICES: 0}"
+    assert [line for line in lines if "it is a key of llama-swap, here replaced by: " not in line] == [
+        "config.yaml: models.coder.env: should be a mapping of keys to values, such as {CUDA_VISIBLE_DEVICES: 0}"
     ]
     assert (
-        "config.yaml: models.qwen.ttl: unknown key; it is llama-swap's, and here: idle_timeout_sec"
+        "config.yaml: models.qwen.ttl: unknown key; it is a key of llama-swap, here replaced by: idle_timeout_sec"
         in "\n".join(lines)
     )
 
@@ -577,8 +578,8 @@ def test_the_page_about_llama_swap_knows_its_keys_that_the_errors_know() -> None
             '{\n  // mine\n  "api": {}}',
             "2:3: JSON has no comments: write them as keys that begin with _, ",
         ),
-        ("c.json", '{"api": {"port": 1,}}', "1:20: there is no value before this }; a comma too many?"),
-        ("c.yaml", "api:\n\tport: 1", "2:1: YAML takes no tabs here: indent with blanks"),
+        ("c.json", '{"api": {"port": 1,}}', "1:20: a value is missing before this }; is there an extra comma?"),
+        ("c.yaml", "api:\n\tport: 1", "2:1: YAML does not allow tabs here: indent with spaces"),
     ],
 )
 def test_what_the_parser_cannot_know_is_said_of_comments_commas_and_tabs(
@@ -593,7 +594,7 @@ def test_a_path_that_was_meant_as_something_else_is_told_so(tmp_path: Path) -> N
     lines = problems(
         tmp_path, {"models": {alias: {"model_path": path} for alias, path in paths.items()}}, check_files=True
     )
-    assert lines[0].endswith(": variables are not replaced in paths")
+    assert lines[0].endswith(": variables are not expanded in paths")
     for line in lines[1:]:
         assert line.endswith("`llama-router pull hf.co/USER/REPO:QUANT`")
 
@@ -624,7 +625,7 @@ def test_a_missing_file_is_shown_as_it_was_resolved(tmp_path: Path) -> None:
         },
     }
     assert problems(tmp_path, content, check_files=True) == [
-        f"config.json: models.a.model_path: there is no file {tmp_path}/nowhere/a.gguf: not even its folder",
+        f"config.json: models.a.model_path: there is no file {tmp_path}/nowhere/a.gguf: its folder is missing",
         f"config.json: models.a.mmproj: there is no file {tmp_path.parent}/p.gguf",
         f"config.json: models.b.model_path: {tmp_path}/folder.gguf is a folder; name the GGUF file in it",
     ]
@@ -637,7 +638,7 @@ def test_a_path_that_the_system_does_not_take_is_refused_like_others(tmp_path: P
     ):
         assert line.startswith(f"config.json: {key}_path: ")
     (tmp_path / ".env").write_text("HF_HOME=/cache\0\n")
-    assert ".env:1: holds a NUL character, which no variable can" in problems(tmp_path, content)
+    assert ".env:1: contains a NUL character, which variables cannot have" in problems(tmp_path, content)
 
 
 def test_a_split_model_needs_all_its_parts_and_is_named_by_the_first(tmp_path: Path) -> None:
@@ -671,7 +672,7 @@ def test_preload_takes_known_aliases_or_a_star_alone(tmp_path: Path) -> None:
     assert loaded(tmp_path, {"system": {"preload_models": ["*"]}, "models": models})
     assert loaded(tmp_path, {"system": {"preload_models": ["a"]}, "models": models})
     assert problems(tmp_path, {"system": {"preload_models": ["a", "*"]}, "models": models}) == [
-        'config.json: system.preload_models[1]: "*" means all models and stands alone'
+        'config.json: system.preload_models[1]: "*" means all models and cannot be combined with others'
     ]
 
 
@@ -752,9 +753,9 @@ def test_a_key_belongs_to_one_client(tmp_path: Path) -> None:
     anna, jobs = {"key": "one"}, {"key": "two", "priority": "normal", "highest_priority": "low"}
     content = {"api": {"api_keys": ["two"], "clients": {"anna": anna, "jobs": jobs, "twin": anna}}}
     assert problems(tmp_path, content) == [
-        "config.json: api.clients.jobs.key: is one of api_keys, too: whose is a request that comes with it?",
+        "config.json: api.clients.jobs.key: is also one of api_keys: each client needs a key of its own",
         "config.json: api.clients.jobs.priority: is above highest_priority, low",
-        "config.json: api.clients.twin.key: is the key of 'anna', too: whose is a request that comes with it?",
+        "config.json: api.clients.twin.key: is also the key of 'anna': each client needs a key of its own",
     ]
     (line,) = problems(tmp_path, {"api": {"clients": {"anna": {"key": "one", "max_priority": "low"}}}})
     assert line == "config.json: api.clients.anna.max_priority: unknown key; did you mean priority?"
@@ -775,7 +776,7 @@ def test_pinned_models_that_leave_no_place_for_others_earn_a_warning(tmp_path: P
     assert loaded(tmp_path, {"models": pinned}).warnings == ()
     (warning,) = loaded(tmp_path, {"models": {**pinned, "d": {"model_path": "d.gguf"}}}).warnings
     assert warning == (
-        "system.max_concurrent_models: 3 is no more than the pinned models (a, b, c): others find no place"
+        "system.max_concurrent_models: 3 leaves no place beside the pinned models (a, b, c) for others"
     )
 
 
@@ -783,8 +784,8 @@ def test_older_names_still_work_and_obsolete_ones_are_ignored_aloud(tmp_path: Pa
     result = loaded(tmp_path, {"system": {"parallel_requests": 6, "queue_processor_idle_sec": 120}})
     assert result.config.system.default_parallel == 6
     assert result.warnings == (
-        "config.json: system.queue_processor_idle_sec: is obsolete and ignored: nothing polls the queue",
-        "config.json: system.parallel_requests: is the older name of default_parallel",
+        "config.json: system.queue_processor_idle_sec: is obsolete and ignored: the queue is not polled",
+        "config.json: system.parallel_requests: is the former name of default_parallel",
     )
     both = loaded(tmp_path, {"system": {"parallel_requests": 6, "default_parallel": 2}})
     assert both.config.system.default_parallel == 2
@@ -825,7 +826,7 @@ def test_where_params_and_flags_name_the_same_flags_win_and_say_so(tmp_path: Pat
     result = loaded(tmp_path, {"models": {"m": entry}})
     assert result.config.models["m"].flags == ("-ngl", "10", "--ctx-size", "8192", "--parallel", "1")
     # n_gpu_layers is only a default here, so nothing that somebody wrote is lost.
-    assert result.warnings == ("config.json: models.m.params.n_ctx: does not count beside --ctx-size",)
+    assert result.warnings == ("config.json: models.m.params.n_ctx: is overridden by --ctx-size",)
 
 
 def test_the_device_of_an_entry_counts_or_is_refused(tmp_path: Path) -> None:
@@ -839,9 +840,9 @@ def test_the_device_of_an_entry_counts_or_is_refused(tmp_path: Path) -> None:
         "both": {"model_path": "m.gguf", "device": "cpu", "flags": ["-ngl", "99"]},
     }
     assert problems(tmp_path, {"models": entries}) == [
-        "config.json: models.cuda.device: should be cpu or auto: which GPU it takes is decided by memory, or by "
-        "--device in its flags",
-        "config.json: models.both.device: cpu means -ngl 0, but -ngl is set, too: keep one of them",
+        "config.json: models.cuda.device: should be cpu or auto: the GPU is chosen by available memory, or "
+        "set by --device in flags",
+        "config.json: models.both.device: cpu means -ngl 0, but -ngl is also set: keep one of them",
     ]
 
 
@@ -858,7 +859,7 @@ def test_mmproj_is_found_like_the_model_and_given_once(tmp_path: Path) -> None:
     built = model(tmp_path, {"mmproj": "p.gguf"}, {"base_models_path": "/srv"})
     assert built.flags == ("--mmproj", "/srv/p.gguf", "--parallel", "1")
     content = {"models": {"m": {"model_path": "m", "mmproj": "p", "flags": ["-mm", "/p"]}}}
-    assert problems(tmp_path, content) == ["config.json: models.m.mmproj: is given a second time by -mm"]
+    assert problems(tmp_path, content) == ["config.json: models.m.mmproj: is also set by -mm"]
 
 
 def test_check_shows_where_each_flag_comes_from(tmp_path: Path) -> None:
@@ -931,7 +932,7 @@ def test_flags_for_a_model_that_was_found_need_no_path(tmp_path: Path) -> None:
     assert model.source == "--models-dir"
     assert result.warnings == ()
     (tmp_path / "a.gguf").unlink()
-    missing = "models.a.model_path: is required, as no model was found that is called so"
+    missing = "models.a.model_path: is required, because no model of this name was found"
     later = result.look_again()
     assert later.config.models == {}
     assert later.warnings == (f"config.json: {missing}",)
@@ -968,7 +969,7 @@ def test_a_file_whose_name_cannot_be_an_alias_is_reported_and_stops_nothing(tmp_
         write_llama(tmp_path / f"{name}.gguf")
     result = loaded(tmp_path, models_dirs=[tmp_path])
     assert list(result.config.models) == ["good"]
-    assert result.warnings == (f"{tmp_path}/bad\x07.gguf is not served: nothing can be called 'bad\\x07'",)
+    assert result.warnings == (f"{tmp_path}/bad\x07.gguf is not served: 'bad\\x07' is not a valid name",)
 
 
 def test_a_models_folder_that_is_not_there_is_reported(tmp_path: Path) -> None:
@@ -1193,9 +1194,9 @@ def test_all_that_is_wrong_with_aliases_is_said_at_once(tmp_path: Path) -> None:
         "config.json: aliases.chain.uses: 'typo' is an alias itself; name the model",
         "config.json: aliases.n.defaults: 'model' cannot be changed: clients and the router depend on it",
         "config.json: aliases.n.removed: 'stream' cannot be changed: clients and the router depend on it",
-        "config.json: aliases.twice: 't' may stand in one of defaults, forced and removed, and once",
+        "config.json: aliases.twice: 't' may appear only once in defaults, forced and removed",
         "config.json: aliases.both: system_prompt_replaces and system_prompt_yields cannot both be true",
-        "config.json: aliases.bad: should hold keys with values",
+        "config.json: aliases.bad: should be a mapping of keys to values",
         "config.json: aliases.short.uses: is required",
         "config.json: aliases.short.use: unknown key; did you mean uses?",
     ]

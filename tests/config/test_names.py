@@ -254,7 +254,7 @@ def test_who_names_no_model_gets_the_only_one_or_the_default(start: Start, tiny:
         assert (answer.headers["x-model-alias"], answer.json()["usage"]["completion_tokens"]) == ("b", 2)
     config["api"] = {"default_model": "gone"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert "there is no model 'gone' now" in run("check", cwd=tmp_path).stderr
+    assert "there is currently no model 'gone'" in run("check", cwd=tmp_path).stderr
     router.http.post("/v1/config/reload", json={}).raise_for_status()
     answer = router.http.post("/v1/chat/completions", json=chat)
     assert (answer.status_code, "'gone' not found" in answer.text) == (404, True)

@@ -338,11 +338,11 @@ def test_what_was_created_outlives_the_router_and_yields_to_the_configuration(
 
     router, client = restarted({"models": {**models(tiny, "tiny"), **models(tiny, "mine")}}, router)
     assert cards(router)["mine"]["source"] == "config.json"
-    assert "'mine', which was created, is not served" in router.log
-    with pytest.raises(ollama.ResponseError, match=r"stands for 'base', which is not here any more") as error:
+    assert "the created model 'mine' is not served" in router.log
+    with pytest.raises(ollama.ResponseError, match=r"refers to 'base', which no longer exists") as error:
         client.chat("more", [USER])
     assert error.value.status_code == 404
-    assert "stands for 'base'" in router.chat("more").json()["error"]["message"]
+    assert "refers to 'base'" in router.chat("more").json()["error"]["message"]
     with pytest.raises(ollama.ResponseError, match="taken"):
         client.create("mine", from_="tiny")
     client.delete("more")
@@ -395,16 +395,16 @@ def test_rm_removes_what_was_created_while_a_router_runs_and_after(
         return ended.returncode, ended.stdout + ended.stderr
 
     assert rm("team/mine:v1")[0] == 0
-    assert rm("more:latest") == (0, "more is removed, 0 B are free again\n")
+    assert rm("more:latest") == (0, "more was removed, 0 B freed\n")
     assert set(cards(router)) == {"tiny", "later"}  # at once
     assert len(files_in(state)) == 1
     assert rm("tiny") == (
         1,
-        "llama-router: no model was pulled as 'tiny'; pulled are: none; created are: later\n",
+        "llama-router: no model was pulled as 'tiny'; pulled are: none; created models: later\n",
     )
     router.stop()
     code, said = rm("later")
-    assert (code, said.startswith("later is removed, ")) == (0, True), said
+    assert (code, said.startswith("later was removed, ")) == (0, True), said
     assert (files_in(state), json.loads((state / "created.json").read_text())) == ([], {})
     assert rm("later")[0] == 1
 

@@ -205,7 +205,7 @@ def test_thoughts_and_calls_are_blocks(player: Router) -> None:
     assert (usage.input_tokens, usage.cache_read_input_tokens, usage.output_tokens) == (4, 3, 12)
 
 
-@pytest.mark.parametrize(("alias", "message"), [("fails", "Compute error"), ("dies", "broke off")])
+@pytest.mark.parametrize(("alias", "message"), [("fails", "Compute error"), ("dies", "was interrupted")])
 def test_what_goes_wrong_in_the_middle_is_thrown(player: Router, alias: str, message: str) -> None:
     with (
         anthropic.Anthropic(base_url=player.url, api_key="none", max_retries=0) as client,

@@ -180,7 +180,7 @@ def status_of(address: tuple[str, int], told: bytes) -> int:
         client.sendall(told)
         while part := client.recv(65536):
             received += part
-    assert b"The router made a mistake" not in received, (told[:2000], received[:2000])
+    assert b"Internal error of the router" not in received, (told[:2000], received[:2000])
     status = re.match(rb"HTTP/1\.1 (\d+)", received)
     return int(status[1]) if status else 0
 

@@ -39,7 +39,7 @@ def test_names_of_files_print_nothing_but_themselves(start: Start, folder: Path,
         unprintable = {character for character in text if not character.isprintable()} - {"\n"}
         assert unprintable == set(), text
         assert not any(line.startswith("WARNING all is well") for line in text.splitlines())
-    assert checked.stderr.count("nothing can be called") == 3
+    assert checked.stderr.count("is not a valid name") == 3
     missing = run("estimate", str(folder / "no\x1b[2Jne.gguf"), cwd=tmp_path)
     assert (missing.returncode, "\x1b" in missing.stderr) == (1, False)
 

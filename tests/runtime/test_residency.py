@@ -204,7 +204,7 @@ def _what_needs_a_restart_is_said_until_it_is_undone(router: Router, tiny: Path,
         system = {"log_ring_lines": ring_lines} if ring_lines else {"parallel_requests": 1}
         (tmp_path / "config.json").write_text(json.dumps({"system": system, "models": models(tiny, "a")}))
         assert router.http.post("/v1/config/reload").json()["needs_restart"] == needs_restart
-    eventually(lambda: "is the older name of default_parallel" in router.log)
+    eventually(lambda: "is the former name of default_parallel" in router.log)
 
 
 def test_what_an_engine_says_can_be_read(start: Start, tiny: Path, tmp_path: Path) -> None:

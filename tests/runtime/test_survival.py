@@ -312,7 +312,7 @@ def test_a_disk_that_hangs_keeps_the_router_neither_from_serving_nor_from_ending
             assert holder.stdout.readline() == b"held\n"
             before = threads(router)
             asked = client.submit(router.chat, "stuck")
-            eventually(lambda: router.status("stuck")["why_waiting"] == "its file is being looked at")
+            eventually(lambda: router.status("stuck")["why_waiting"] == "its file is being inspected")
             for _ in range(2):  # the second time it is not even waited for
                 cards = {card["id"]: card for card in router.http.get("/v1/models").json()["data"]}
                 assert [alias for alias, card in cards.items() if "size" in card] == ["good"]

@@ -238,7 +238,7 @@ STORIES = [
         "who makes room for another makes none for this one",
         Machine((IDLE,), promised=("a",)),
         Candidate(waits_sec=10 * BOUND_SEC),
-        "waits: no room until ahead had a turn",
+        "waits: no room until ahead has been served",
     ),
     # and what cannot be
     ("it is larger than the machine", Machine(), Candidate((on(11),)), "never"),
@@ -295,16 +295,16 @@ def test_a_verdict_that_time_alone_may_change_says_when() -> None:
 @pytest.mark.parametrize(
     ("machine", "candidate", "words"),
     [
-        (Machine((BUSY,)), Candidate(), "no room until a can go: needs so much, 4 MiB on gpu0 free"),
+        (Machine((BUSY,)), Candidate(), "no room until a can be unloaded: needs so much, 4 MiB on gpu0 free"),
         (
             Machine((Resident("p", on(4), pinned=True), replace(BUSY, takes=on(5)))),
             Candidate(),
-            "no room until a can go: needs so much, 1 MiB on gpu0 free; p (pinned) keep what they hold",
+            "no room until a can be unloaded: needs so much, 1 MiB on gpu0 free; p (pinned) cannot be unloaded",
         ),
         (
             Machine((replace(BUSY, takes=on(1)),), policy=replace(POLICY, max_concurrent_models=1)),
             Candidate((on(1),)),
-            "no room until a can go: max_concurrent_models is 1",
+            "no room until a can be unloaded: max_concurrent_models is 1",
         ),
         (Machine(), Candidate((on(11),)), "'new' needs so much; the budget is 10 MiB on gpu0"),
         (

@@ -672,7 +672,7 @@ def test_where_pinned_models_take_every_place_the_refusal_does_not_speak_of_memo
     machine = Machine(ModelSpec("a", pinned=True), "b", policy=Policy(max_concurrent_models=1))
     machine.served("a")
     assert machine.rejected[machine.ask("b")].reason == (
-        "'b' finds no place beside a (pinned): max_concurrent_models is 1; raise it, or pin fewer"
+        "'b' cannot be loaded beside a (pinned): max_concurrent_models is 1; change that limit or pin fewer models"
     )
 
 
@@ -872,7 +872,7 @@ def test_engine_that_serves_and_dies_again_and_again_fails_in_the_end() -> None:
     machine.tell(Requeue(machine.now, waiting, "connection reset"))
     assert machine.states() == "failed"
     rejected = machine.rejected[waiting]
-    assert "crashed 4 times in 100 s, the last time: signal 11" in rejected.reason
+    assert "crashed 4 times in 100 s, most recently: signal 11" in rejected.reason
     assert rejected.retry_after_sec == 300
 
 
@@ -1071,7 +1071,8 @@ def test_who_comes_to_a_full_queue_takes_the_place_of_the_lowest_and_newest() ->
     urgent = machine.ask("a", HIGH)
     assert machine.rejected[newer].refusal is Refusal.DISPLACED
     assert machine.rejected[newer].reason == (
-        "4 requests wait for 'a' already (max_queue_size_per_model), and one of a higher priority has come"
+        "4 requests are already waiting for 'a' (max_queue_size_per_model), "
+        "and a request of higher priority has arrived"
     )
     assert machine.rejected.keys() == {newer}
     assert machine.rejected[machine.ask("a", LOW)].refusal is Refusal.QUEUE_FULL  # for his like nobody goes
@@ -1139,7 +1140,7 @@ def test_queue_timeout_says_what_the_request_waited_for() -> None:
     machine.wait(0.2)
     refused = machine.rejected[waiting]
     assert refused.refusal is Refusal.QUEUE_TIMEOUT
-    assert "waited 20 s (queue_timeout_sec) for 'b': no room until a can go" in refused.reason
+    assert "waited 20 s (queue_timeout_sec) for 'b': no room until a can be unloaded" in refused.reason
     assert not machine.scheduler._waiting
 
 
@@ -1148,7 +1149,7 @@ def test_all_models_together_have_a_bound_too() -> None:
     first, *_ = [machine.ask(alias) for alias in "aab"]
     refused = machine.rejected[machine.ask("b")]
     assert refused.refusal is Refusal.QUEUE_FULL
-    assert refused.reason == "3 requests wait already, 1 of them for 'b' (max_queue_size_total)"
+    assert refused.reason == "3 requests are already waiting, 1 of them for 'b' (max_queue_size_total)"
     machine.finish(first)  # it goes away
     assert machine.ask("b") not in machine.rejected
 

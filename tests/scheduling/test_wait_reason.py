@@ -37,7 +37,7 @@ def test_while_another_has_its_turn_it_says_when_that_ends() -> None:
     machine.served("a")
     machine.ask("b", NORMAL)
     first = reason(machine, "b")
-    assert first.startswith("no room until a can go: needs ")
+    assert first.startswith("no room until a can be unloaded: needs ")
     assert "free; a's quantum ends in 52 s" in first
     machine.wait(10)
     assert reason(machine, "b").endswith("a's quantum ends in 42 s")
@@ -50,21 +50,24 @@ def test_where_a_place_is_lacking_memory_is_not_blamed() -> None:
     machine = Machine("a", "b", places={"a": TINY, "b": TINY}, policy=Policy(max_concurrent_models=1))
     machine.served("a")
     machine.ask("b")
-    assert reason(machine, "b") == "no room until a can go: max_concurrent_models is 1; a's quantum ends in 52 s"
+    no_room = "no room until a can be unloaded: max_concurrent_models is 1"
+    assert reason(machine, "b") == f"{no_room}; a's quantum ends in 52 s"
 
 
 def test_where_ports_are_lacking_they_are_blamed() -> None:
     machine = Machine("a", "b", places={"a": TINY, "b": TINY}, policy=Policy(ports=1))
     machine.served("a")
     machine.ask("b")
-    assert reason(machine, "b").startswith("no room until a can go: base_port leaves 1 port for engines; a's")
+    no_room = "no room until a can be unloaded: base_port leaves 1 port for engines"
+    assert reason(machine, "b").startswith(f"{no_room}; a's")
 
 
 def test_where_two_limits_hold_both_are_named() -> None:
     machine = Machine("a", "b", policy=Policy(max_concurrent_models=1))
     machine.served("a")
     machine.ask("b")
-    both = "no room until a can go: max_concurrent_models is 1; needs 6 MiB (its file), 4 MiB on gpu0 free; "
+    limit = "no room until a can be unloaded: max_concurrent_models is 1"
+    both = f"{limit}; needs 6 MiB (its file), 4 MiB on gpu0 free; "
     assert reason(machine, "b").startswith(both)
 
 
@@ -74,7 +77,7 @@ def test_who_is_pinned_on_what_is_lacking_is_named() -> None:
     machine.served("p")
     machine.served("a")
     machine.ask("b")
-    assert "0 MiB on gpu0 free; p (pinned) keep what they hold; a's quantum ends in" in reason(machine, "b")
+    assert "0 MiB on gpu0 free; p (pinned) cannot be unloaded; a's quantum ends in" in reason(machine, "b")
 
 
 def test_behind_others_that_wait_for_the_same_room_it_names_them() -> None:
@@ -83,8 +86,8 @@ def test_behind_others_that_wait_for_the_same_room_it_names_them() -> None:
     machine.ask("b")
     machine.wait(100)
     machine.ask("c")
-    assert reason(machine, "b") == "room is being made for it by a"
-    assert reason(machine, "c").startswith("no room until b had a turn: needs 6 MiB (its file), ")
+    assert reason(machine, "b") == "waiting to be loaded in place of a"
+    assert reason(machine, "c").startswith("no room until b has been served: needs 6 MiB (its file), ")
 
 
 def test_behind_a_file_that_is_looked_at_first_it_says_so() -> None:
@@ -92,13 +95,13 @@ def test_behind_a_file_that_is_looked_at_first_it_says_so() -> None:
     machine.blind.add("a")
     machine.ask("a")
     machine.ask("b")
-    assert reason(machine, "b") == "the file of a, whose turn is first, is looked at"
+    assert reason(machine, "b") == "the file of a, which comes first, is being inspected"
 
 
 def test_before_memory_is_known_it_says_so() -> None:
     machine = Machine("a", budgets=None)
     machine.ask("a")
-    assert reason(machine, "a") == "it is being found out how much memory there is"
+    assert reason(machine, "a") == "the available memory is not known yet"
 
 
 def test_patient_requests_wait_for_their_own_bound() -> None:
@@ -106,7 +109,7 @@ def test_patient_requests_wait_for_their_own_bound() -> None:
     machine.served("a")
     machine.wait(60)
     machine.ask("b", LOW)
-    assert "; a is asked to go in " in reason(machine, "b")
+    assert "; a can be drained in " in reason(machine, "b")
 
 
 def test_while_others_leave_it_names_them() -> None:
@@ -114,23 +117,23 @@ def test_while_others_leave_it_names_them() -> None:
     machine.served("a")
     machine.ask("b", NORMAL)
     machine.wait(100)
-    assert reason(machine, "b") == "room is being made for it by a"
+    assert reason(machine, "b") == "waiting to be loaded in place of a"
     machine.ask("a")
-    assert reason(machine, "a") == "a leaves once the 1 in flight are done, then it is started again"
+    assert reason(machine, "a") == "a will be restarted once its requests in flight (1) are done"
 
 
 def test_with_all_slots_taken_there_is_nothing_else_to_wait_for() -> None:
     machine = Machine("a")
     machine.served("a")
     machine.ask("a")
-    assert reason(machine, "a") == "a answers one request at a time"
+    assert reason(machine, "a") == "the only slot of a is in use"
 
 
 def test_after_a_failure_it_says_what_failed_and_when_it_is_tried_again() -> None:
     machine = Machine("a", load_sec=None, policy=Policy(backoff_sec=4))
     machine.ask("a")
     machine.tell(EngineLost(machine.now, 1))
-    assert reason(machine, "a") == "the engine of a is gone; once its memory is back, it is started again"
+    assert reason(machine, "a") == "the engine of a has exited and restarts once its memory is released"
     machine.tell(EngineExited(machine.now, 1, "no such file"))
     text = reason(machine, "a")
     assert "'a' did not load: no such file" in text

@@ -113,7 +113,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {409: {}, 500: {}, 501: {}}
 @router.post("/api/create", response_model=None, openapi_extra=_BODY, responses=_ERRORS)
 @needs(Right.MANAGE)
 async def create(request: Request) -> Response:
-    """Make a model out of one that is here, or of files that were sent; or make it anew."""
+    """Create or replace a model, from an existing one or from uploaded files."""
     asked = await read_body(request, _Create)
     for field, instead in _INSTEAD.items():
         if getattr(asked, field):
@@ -142,7 +142,7 @@ async def create(request: Request) -> Response:
 @router.post("/api/copy", response_model=None, openapi_extra=_BODY, responses=_ERRORS)
 @needs(Right.MANAGE)
 async def copy(request: Request) -> Response:
-    """Make a further name of a model, with the behaviour of now."""
+    """Create another name of a model, with its current behaviour."""
     asked = await read_body(request, _Copy)
     creations, config = _creations(request), _config(request)
     basis = _basis_of_model(asked.source, creations, config)
@@ -283,7 +283,7 @@ def _examples(messages: Sequence[_Message] | None) -> tuple[Example, ...]:
 @router.head("/api/blobs/{digest}", response_model=None)
 @needs(Right.MANAGE)
 async def has_blob(digest: str, request: Request) -> Response:
-    """Whether a file is here already."""
+    """Check whether a file exists."""
     there = await asyncio.to_thread(_store(_creations(request)).has, _digest(digest))
     return Response(status_code=200 if there else 404)
 
@@ -297,7 +297,7 @@ async def has_blob(digest: str, request: Request) -> Response:
 )
 @needs(Right.MANAGE)
 async def send_blob(digest: str, request: Request) -> Response:
-    """Take a file in, if it is what its digest says."""
+    """Upload a file, if it matches its digest."""
     blobs, digits = _store(_creations(request)), _digest(digest)
     if await asyncio.to_thread(blobs.has, digits):
         return Response(status_code=200)

@@ -75,14 +75,14 @@ class _Named(msgspec.Struct):
 @router.get("/api/version")
 @needs(Right.USE)
 async def version() -> dict[str, str]:
-    """The version of Ollama's API."""
+    """Version of Ollama's API that the router supports."""
     return {"version": API_VERSION}
 
 
 @router.get("/api/tags")
 @needs(Right.USE)
 async def tags(request: Request) -> Document:
-    """Every alias, loaded or not."""
+    """All models and aliases, loaded or not."""
     config: Config = request.app.state.dispatcher.config
     names = [_known(name, request, config) async for name in in_turns(config.names)]
     return Document({"models": await _listed(names, request)})
@@ -91,7 +91,7 @@ async def tags(request: Request) -> Document:
 @router.get("/api/ps")
 @needs(Right.USE)
 async def running(request: Request) -> dict[str, Any]:
-    """The models that are loaded; the one that stays longest comes first."""
+    """Loaded models, in descending order of their expiry."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     state = dispatcher.scheduler.state
     models = dispatcher.config.models
@@ -105,13 +105,13 @@ async def running(request: Request) -> dict[str, Any]:
 @router.post("/api/show", openapi_extra=NAMES_A_MODEL, responses={500: {}})
 @needs(Right.USE)
 async def show(request: Request) -> dict[str, Any]:
-    """One model: what its file says of it, and what its name adds to that; system prompts with full keys only."""
+    """Details of one model from its file and its alias; system prompts require a key with full access."""
     asked = await _named(request)
     known, full = _known(asked.model or "", request), sees_all(request)
     cards: Cards = request.app.state.cards
     if not await cards.answers(known.model):
         where = str(known.model.model_path.parent) if full else f"The folder of {known.name!r}"
-        raise ApiError(500, "model_failed", f"{where} does not answer: is its disk there?")
+        raise ApiError(500, "model_failed", f"{where} does not respond; is its disk connected?")
     try:
         facts = request.app.state.dispatcher.facts_of(known.model.alias)
         return await apart(lambda: _described(known, facts, full=full))
@@ -123,7 +123,7 @@ async def show(request: Request) -> dict[str, Any]:
 @router.post("/api/pull", response_model=None, openapi_extra=NAMES_A_MODEL, responses={409: {}, 429: {}, 500: {}})
 @needs(Right.MANAGE)
 async def pull(request: Request) -> Response:
-    """Pull a model from the Hugging Face hub, or join the pull that does so already."""
+    """Pull a model from the Hugging Face hub, or join a pull in progress."""
     asked = await _named(request)
     library: Library = request.app.state.library
     wanted = library.pull(asked.model or "")
@@ -141,7 +141,7 @@ async def pull(request: Request) -> Response:
 )
 @needs(Right.MANAGE)
 async def delete(request: Request) -> Response:
-    """Remove a pulled or created model and the files that are only its own."""
+    """Remove a pulled or created model and the files that only it uses."""
     asked = await _named(request)
     library: Library = request.app.state.library
     await library.remove(asked.model or "")
@@ -151,7 +151,7 @@ async def delete(request: Request) -> Response:
 @router.post("/api/push", responses={501: {}})
 @needs(Right.MANAGE)
 async def push() -> None:
-    """Always an error: this router has no registry to push to."""
+    """Not supported: the router has no registry to push to."""
     raise ApiError(501, "not_supported", "not supported here: upload models with the hub's own tools (hf upload)")
 
 

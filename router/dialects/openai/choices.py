@@ -128,7 +128,7 @@ class Several(Translator):
         if not self.streams:
             self._collected += len(data)
             if self._collected > _MOST_COLLECTED:
-                raise BrokenAnswer.unreadable("it does not end")
+                raise BrokenAnswer.unreadable("it is too long")
             self._take(data)
             return b""
         if data == b"[DONE]":
