@@ -34,7 +34,7 @@ import psutil
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "router" / "store" / "demo" / "demo.gguf"
-OBSERVER = ROOT / "tests" / "chaos" / "observer"
+OBSERVER = ROOT / "tests" / "observer"
 ALIASES = ("a", "b", "c")
 ANSWER_LIMIT_SEC = 120
 CODE = re.compile(rb'"code": ?"?(\w+)')

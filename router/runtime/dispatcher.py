@@ -136,6 +136,10 @@ class Ticket(msgspec.Struct, eq=False):
         """Have it called, once, soon after it is granted or rejected: in a turn of its own of the event loop."""
         self._listener = listener
 
+    def tell_nobody(self) -> None:
+        """Nobody waits any more. A listener may hold the ticket, and each would hold the other."""
+        self._listener = None
+
     def decide(self, now: float, engine: RunningEngine | None, rejection: Reject | None) -> None:
         self.granted_sec = now
         self.queue_sec = now - self.arrival_sec
@@ -302,6 +306,7 @@ class Dispatcher:
 
     def finish(self, ticket: Ticket, *, served: bool, computed: bool) -> None:
         """The request is over, wherever it is: answered, with tokens or without, failed, or given up."""
+        ticket.tell_nobody()
         if self._tickets.pop(ticket.id, None) is not None:
             self.counts[ticket.alias].served += served
             self._post(Finished(time.monotonic(), ticket.id, served, computed))

@@ -1,4 +1,4 @@
-"""What the chaos tests share: how much of it, many clients at once, and a look into the router's bookkeeping.
+"""What the chaos tests share: how much of it, and many clients at once.
 
 Every test has a version that CI can afford; `CHAOS=long` in the environment runs the whole storm.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -18,30 +17,14 @@ from typing import Any
 
 import httpx2 as httpx
 import psutil
-from conftest import ROOT, Router, eventually, http_client
+from bookkeeping import books
+from conftest import Router, eventually, http_client
 
 LONG = os.environ.get("CHAOS") == "long"
-OBSERVER = Path(__file__).parent / "observer"
 
 
 def scale(ci: int, long: int) -> int:
     return long if LONG else ci
-
-
-def observed(folder: Path) -> dict[str, str]:
-    """Environment of a router that can be looked into with `books`."""
-    return {"PYTHONPATH": f"{OBSERVER}{os.pathsep}{ROOT}", "OBSERVATION": str(folder / "observation.json")}
-
-
-def books(router: Router, folder: Path) -> dict[str, int]:
-    """What the router holds on to now: descriptors, engines, tasks, and its objects per request and connection."""
-    observation = folder / "observation.json"
-    observation.unlink(missing_ok=True)
-    router.process.send_signal(signal.SIGUSR1)
-    eventually(observation.exists)
-    counts: dict[str, int] = json.loads(observation.read_text())
-    process = psutil.Process(router.process.pid)
-    return {**counts, "descriptors": process.num_fds(), "processes": len(process.children(recursive=True))}
 
 
 def settle(router: Router, folder: Path, before: dict[str, int]) -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 import httpx2 as httpx
 import psutil
 import pytest
+from bookkeeping import books, observed
 from conftest import Router, Start, eventually, http_client, models
-from storm import LONG, books, eject_all, observed, scale, settle
+from storm import LONG, eject_all, scale, settle
 from tiny_models import write_llama
 
 ALIASES = ("a", "b")
@@ -45,6 +46,7 @@ def test_every_third_client_leaves_at_a_random_point(start: Start, tiny: Path, t
     summary = router.http.get("/v1/queue/stats").json()["summary"]
     assert summary["total_queued"] == summary["total_processing"] == 0
     eject_all(router, *ALIASES)
+    assert books(router, tmp_path)["waiting for the garbage collector"] <= 2
     settle(router, tmp_path, before)
     assert "Traceback" not in router.log
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from bookkeeping import books, observed
 from conftest import Start, eventually, http_client, models
-from storm import LONG, Crowd, books, eject_all, observed, scale, settle
+from storm import LONG, Crowd, eject_all, scale, settle
 
 
 @pytest.mark.timeout(900 if LONG else 120)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import socket
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx2 as httpx
 import psutil
 import pytest
-from conftest import Router, Start, models
-from storm import books, eject_all, observed
+from bookkeeping import books, observed
+from conftest import Router, Start, eventually, models
+from storm import eject_all
 
 SAID = {"messages": [{"role": "user", "content": "How are you?"}]}
 ROUTES = {
@@ -49,8 +53,29 @@ def test_nothing_of_a_request_waits_for_the_garbage_collector(router: Router, tm
             http.get(path)
         for path in ("/v1/models/load", "/api/show"):
             assert http.post(path, content=b"{").status_code == 400
+    leave_while_waiting(router)
     eject_all(router, "a")  # and its connections
     assert books(router, tmp_path)["waiting for the garbage collector"] <= 1
+
+
+def leave_while_waiting(router: Router) -> None:
+    """Of sixteen clients, who leave when many of them wait."""
+    body = json.dumps(
+        {"model": "a", "prompt": "", **SAID, "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    ).encode()
+    address = httpx.URL(router.url)
+    with ExitStack() as clients:
+        for path in ("/v1/chat/completions", "/v1/messages", "/v1/completions", "/api/chat") * 4:
+            client = clients.enter_context(socket.create_connection((address.host, address.port or 0)))
+            client.sendall(b"POST %b HTTP/1.1\r\nhost: localhost\r\n" % path.encode())
+            client.sendall(b"content-length: %d\r\n\r\n%b" % (len(body), body))
+        eventually(lambda: queued(router) >= 8)
+    eventually(lambda: queued(router) == 0)
+
+
+def queued(router: Router) -> int:
+    count: int = router.http.get("/v1/queue/stats").json()["summary"]["total_queued"]
+    return count
 
 
 def test_a_second_round_of_bodies_that_are_refused_takes_no_more_memory(router: Router) -> None:

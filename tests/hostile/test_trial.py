@@ -1,4 +1,4 @@
-"""All attacks at once beside honest clients, who lose nothing and hardly wait.
+"""All attacks at once beside honest clients, who lose nothing and hardly wait; and nothing stays of the attackers.
 
 `benchmarks/hostile.py` does the same for longer, and holds what is promised against what is measured; here bounds
 are wide, as for two busy cores. `HOSTILE=long` goes on for a minute.
@@ -10,16 +10,20 @@ import asyncio
 from pathlib import Path
 
 import psutil
-from conftest import ROOT, Start
+from bookkeeping import books, observed
+from conftest import ROOT, Router, Start, eventually
 from honest import FULL_KEY, be_honest
 from mutations import LONG
 from trial import ATTACKS, LOADED, attacked, configuration
 
 SECONDS = 60 if LONG else 4
+FEW = 20
+"""Connections, requests and the like: of five hundred who wait, and are gone all at once."""
 
 
 def test_honest_clients_lose_nothing_beside_all_attacks_at_once(start: Start, tiny: Path, tmp_path: Path) -> None:
-    router = start(configuration(tmp_path, large=ROOT / "router" / "store" / "demo" / "demo.gguf", small=tiny))
+    demo = ROOT / "router" / "store" / "demo" / "demo.gguf"
+    router = start(configuration(tmp_path, large=demo, small=tiny), **observed(tmp_path))
     process, port = psutil.Process(router.process.pid), int(router.url.rpartition(":")[2])
     for model in LOADED:
         headers = {"authorization": f"Bearer {FULL_KEY}"}
@@ -40,3 +44,11 @@ def test_honest_clients_lose_nothing_beside_all_attacks_at_once(start: Start, ti
     assert set(told["mob"]) == set(ATTACKS) - {"floods"}
     assert set(refused) <= {"401", "403", "nothing"}
     assert "Traceback" not in router.log
+    eventually(lambda: waiting(router) == 0)
+    assert books(router, tmp_path)["waiting for the garbage collector"] < FEW
+
+
+def waiting(router: Router) -> int:
+    stats = router.http.get("/v1/queue/stats", headers={"authorization": f"Bearer {FULL_KEY}"}).json()
+    total: int = stats["summary"]["total_queued"]
+    return total

@@ -1,6 +1,6 @@
 """Python imports this before anything else where it is on the path: SIGUSR1 makes the process count what it holds.
 
-Only the chaos tests put it on a router's path. It changes nothing and looks at nothing until it is asked.
+Only tests put it on a router's path. It changes nothing and looks at nothing until it is asked.
 """
 
 import asyncio
