@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -107,31 +108,50 @@ def _tie_to_parent(death_signal: signal.Signals) -> Callable[[], None] | None:
 
 
 async def exit_code(process: subprocess.Popen[bytes]) -> int:
-    """Until a child is gone, at once: a thread of its own waits for it, which works everywhere.
+    """Until a child is gone, at once: a thread of its own waits for it, which works everywhere, and reaps it, for
+    which the kernel may take half a second.
 
     What it has started is killed with it, and then only is it reaped: until then its number can be nobody else's.
-    Reaping is left to the loop, whose thread sends all other signals, too.
+    In between its `returncode` is set, on the loop's thread, which sends all other signals, and none from then on.
     """
     loop = asyncio.get_running_loop()
     reaped: asyncio.Future[int] = loop.create_future()
+    may_be_reaped = threading.Event()
 
-    def reap() -> None:
+    def end(code: int) -> None:
         signal_group(process.pid, signal.SIGKILL)
-        code = process.wait()
+        process.returncode = code
+        may_be_reaped.set()
+
+    def tell(code: int) -> None:
         if not reaped.done():
             reaped.set_result(code)
 
     def wait() -> None:
-        if hasattr(os, "waitid"):
-            with contextlib.suppress(ChildProcessError):
-                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        else:  # macOS before Python 3.13
-            process.wait()
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody asks any more
-            loop.call_soon_threadsafe(reap)
+            code = _code_of_dead(process.pid)
+            loop.call_soon_threadsafe(end, process.wait() if code is None else code)
+            may_be_reaped.wait()
+            if code is not None:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(process.pid, 0)
+            loop.call_soon_threadsafe(tell, process.returncode)
 
     threads.begin(wait)
     return await reaped
+
+
+def _code_of_dead(pid: int) -> int | None:
+    """What a child has ended with, once it has, as `Popen.returncode` says it; it is yet to be reaped. None where
+    nobody can tell: it was reaped elsewhere, or this is macOS before Python 3.13."""
+    if not hasattr(os, "waitid"):
+        return None
+    try:
+        dead = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    except ChildProcessError:
+        return None
+    assert dead is not None  # as it does with WNOHANG alone
+    return dead.si_status if dead.si_code == os.CLD_EXITED else -dead.si_status
 
 
 async def reap_orphans() -> None:

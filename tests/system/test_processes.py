@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
@@ -39,6 +40,34 @@ def test_what_a_child_has_started_dies_with_it_and_its_exit_code_is_kept(
 def test_the_signal_that_ended_a_child_is_told() -> None:
     child = subprocess.Popen(["sh", "-c", "kill -KILL $$"], start_new_session=True)
     assert asyncio.run(platforms.exit_code(child)) == -signal.SIGKILL
+
+
+@pytest.mark.skipif(not hasattr(os, "waitid"), reason="who is dead is known by reaping it")
+def test_a_child_that_takes_long_to_reap_holds_nobody_up_and_is_known_as_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a large one does: its memory is torn down meanwhile. Nobody may signal it then."""
+    reaping, torn_down = threading.Event(), threading.Event()
+    waitpid = os.waitpid
+
+    def reap(pid: int, options: int) -> tuple[int, int]:
+        reaping.set()
+        assert torn_down.wait(5), "the event loop waits for it"
+        return waitpid(pid, options)
+
+    child = subprocess.Popen(["sh", "-c", "exit 3"], start_new_session=True)
+    monkeypatch.setattr(os, "waitpid", reap)
+
+    async def reaped() -> None:
+        code = asyncio.create_task(platforms.exit_code(child))
+        await asyncio.to_thread(reaping.wait, 5)
+        assert (child.returncode, code.done()) == (3, False)
+        assert psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE
+        torn_down.set()
+        assert await code == 3
+        assert not psutil.pid_exists(child.pid)
+
+    asyncio.run(reaped())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="nobody else has a setpriv")
