@@ -348,9 +348,13 @@ class HttpProtocol(asyncio.BufferedProtocol):
             self._parse_without_upgrade()
         except httptools.HttpParserError as error:
             cause = error.__context__  # what one of the methods below has raised
-            if cause is not None and not isinstance(cause, BadTarget):
+            if cause is None or isinstance(cause, BadTarget):
+                self._unreadable = _not_understood()
+                return
+            try:
                 raise cause from None
-            self._unreadable = _not_understood()
+            finally:
+                del cause  # its traceback holds this frame, and all of the request would wait for the collector
 
     def _broke(self, cause: BaseException) -> None:
         turn = self._turn
