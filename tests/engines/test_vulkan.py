@@ -278,11 +278,14 @@ def test_a_list_that_hangs_is_asked_for_less_and_less_often(
     def asked() -> int:
         return (tmp_path / "asked").read_text().count("x")
 
-    for waited_sec, times in ((0, 1), (50, 1), (20, 2), (100, 2), (30, 3)):
+    deep = []
+    for waited_sec, times in ((0, 1), (50, 1), (5, 1), (15, 2), (100, 2), (30, 3)):
         now += waited_sec
-        with pytest.raises(subprocess.TimeoutExpired):
+        with pytest.raises(subprocess.TimeoutExpired) as hangs:
             listed.read(0, amd_shares=False)
         assert asked() == times
+        deep.append(len(hangs.traceback))
+    assert deep[1] == deep[2] == deep[4] == 2, "it is told anew each time, not with all earlier tracebacks"
     (tmp_path / "hangs").unlink()
     now += 250
     assert [str(gpu.device) for gpu in listed.read(0, amd_shares=False)[0]] == ["gpu0"]

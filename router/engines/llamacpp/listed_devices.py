@@ -56,13 +56,13 @@ class Listed:
         self, engine: EngineKind, environ: Mapping[str, str], asked: Collection[int] = (), root: Path = Path("/")
     ) -> None:
         self._engine = engine
+        self._argv = [str(engine.program), "--list-devices"]
         known = without_secrets(environ)
         self._environ = {name: value for name, value in known.items() if not name.startswith("LLAMA_ARG_")}
         self._asked = asked
         self._root = root
         self._last: tuple[list[Reading], list[str]] = [], []
         self._taken_sec = -math.inf
-        self._hung: subprocess.TimeoutExpired | None = None
         self._pause_sec = 0.0
         self._again_sec = -math.inf
         """How long, and until when, it is left alone since it hung."""
@@ -80,16 +80,15 @@ class Listed:
         now = time.monotonic()
         lists_some = bool(self._counted) or math.isinf(self._taken_sec)
         if lists_some and now - self._taken_sec > within_sec:
-            if self._hung is not None and now < self._again_sec:
-                raise self._hung
+            if now < self._again_sec:
+                raise subprocess.TimeoutExpired(self._argv, TIMEOUT_SEC)
             try:
                 self._last = self._read(amd_shares)
-            except subprocess.TimeoutExpired as hung:
+            except subprocess.TimeoutExpired:
                 self._pause_sec = min(2 * self._pause_sec, _LONGEST_PAUSE_SEC) or _PAUSE_SEC
                 self._again_sec = time.monotonic() + self._pause_sec
-                self._hung = hung.with_traceback(None)
                 raise
-            self._hung, self._pause_sec = None, 0.0
+            self._pause_sec = 0.0
             self._taken_sec = now
         return self._last
 
@@ -176,7 +175,7 @@ class Listed:
             return None
         try:
             done = subprocess.run(  # noqa: S603
-                [str(self._engine.program), "--list-devices"],
+                self._argv,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
