@@ -20,6 +20,7 @@ T = TypeVar("T")
 
 _MIB = 1 << 20
 _REOPEN_SEC = 30.0
+"""Before it is opened anew for a GPU that is in trouble, or looked for where there was none."""
 _UNSEEN_MIB = 256  # more than a driver takes for itself: somebody must hold it
 
 _Error = pynvml.NVMLError
@@ -42,15 +43,19 @@ class Nvidia:
     def __init__(self) -> None:
         self._is_open = False
         self._reopened_sec = -math.inf
+        self._missed_sec = -math.inf
         self._numbers: dict[str, int] = {}
 
     def read(self) -> tuple[list[Reading], list[str]]:
         """All GPUs that can be used, in the driver's order, and for people what is left out, and why."""
+        if time.monotonic() - self._missed_sec < _REOPEN_SEC:
+            return [], []
         try:
             return self._read()
         except pynvml.NVMLError_Uninitialized:  # the driver was reloaded under us
             self._close()
-        except pynvml.NVMLError_LibraryNotFound:
+        except pynvml.NVMLError_LibraryNotFound:  # to look for it again leaves a type of ctypes behind
+            self._missed_sec = time.monotonic()
             return [], []
         except _Error as error:
             self._close()

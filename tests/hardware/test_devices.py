@@ -15,8 +15,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pynvml
 import pytest
 from conftest import ROOT, eventually, fork
 from hypothesis import HealthCheck, given, settings
@@ -38,6 +40,7 @@ from sysfs import card, lay_out
 from router.hardware import ram
 from router.hardware.amd import Amd
 from router.hardware.devices import Devices
+from router.hardware.nvidia import Nvidia
 
 MIB = 1 << 20
 
@@ -785,3 +788,23 @@ def test_a_machine_without_gpus_has_ram_and_hides_nothing_from_engines(ask: Ask)
     assert read["devices"]["host"]["kind"] == "host"
     if list(read["devices"]) == ["host"]:
         assert read["environments"]["host"] == {}
+
+
+def test_nvidias_library_is_not_looked_for_at_every_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ctypes makes a type for each that it opens, also in vain. A driver may be installed later."""
+    looks = 0
+
+    def is_missing(name: str) -> None:
+        nonlocal looks
+        looks += 1
+        raise OSError(f"{name}: cannot open shared object file: No such file or directory")
+
+    monkeypatch.setattr(pynvml, "nvmlLib", None)
+    monkeypatch.setattr(pynvml, "CDLL", is_missing)
+    now = time.monotonic()
+    monkeypatch.setattr("router.hardware.nvidia.time", SimpleNamespace(monotonic=lambda: now))
+    nvidia = Nvidia()
+    for waited_sec, times in ((0, 1), (1, 1), (28, 1), (2, 2), (1, 2)):
+        now += waited_sec
+        assert nvidia.read() == ([], [])
+        assert looks == times
