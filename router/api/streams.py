@@ -149,4 +149,4 @@ class EventStream(EventSourceResponse):
         try:
             await super().__call__(scope, receive, send)
         except SendTimeoutError:
-            _log.warning("%s: a client that reads nothing was disconnected", scope["path"])
+            _log.warning("%s: disconnected a client that does not read", scope["path"])

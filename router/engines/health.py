@@ -123,9 +123,9 @@ class HealthMonitor:
             return
         if running.failed_probes <= _PROBES:
             figures = running.failed_probes, _PROBES, limit_sec
-            _log.warning("model %s: no answer to probe %d of %d within %g s", running.alias, *figures)
+            _log.warning("model %s: health probe %d of %d not answered within %g s", running.alias, *figures)
         if running.failed_probes >= _PROBES and self._may_go(running, now):
-            _log.error("model %s: its engine (%s) hangs and is killed", running.alias, running.known_by)
+            _log.error("model %s: its engine (%s) does not respond and is killed", running.alias, running.known_by)
             running.handle.kill(f"it hung: {running.failed_probes} probes without an answer")
 
     def _may_go(self, running: RunningEngine, now: float) -> bool:

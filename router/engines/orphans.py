@@ -64,16 +64,16 @@ class EngineRecord:
             return
         if birth(record.router_pid) == record.router_born:
             _log.warning(
-                "the state directory tells of engines of a router that lives (pid %d); they are left alone",
+                "the state directory lists engines of a running router (pid %d); they are left alone",
                 record.router_pid,
             )
             return
         left = _leftovers(record.engines)
         if left:
-            _log.warning("a router that was killed has left engines; ending %s", _named(left))
+            _log.warning("stopping engines left by a killed router: %s", _named(left))
             survivors = _end(left)
             if survivors:
-                _log.error("%s cannot be ended, and may hold memory and ports", _named(survivors))
+                _log.error("%s could not be stopped, and may still hold memory and ports", _named(survivors))
         self._file.write(_Record(*self._router, ()))
 
     def add(self, engine: EngineProcess) -> None:

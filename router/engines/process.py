@@ -170,7 +170,7 @@ class EngineProcess(ABC):
         since = time.monotonic()
         if self.alive:
             await self._ask_to_go(self.order.stop_grace_sec)
-        self.kill(f"killed, as it was still there {time.monotonic() - since:.1f} s after it was told to go")
+        self.kill(f"killed as it was still running {time.monotonic() - since:.1f} s after the request to exit")
         await self.exited
 
     @abstractmethod
@@ -223,11 +223,11 @@ class EngineProcess(ABC):
 
     def _signs(self) -> str:
         """What there was of it before it was given up."""
-        return f"its last words: {self._complaints()}"
+        return f"last log lines: {self._complaints()}"
 
     def _describe_exit(self, code: int) -> Reason:
         if self.out_of_memory:
-            reason = "killed by the kernel: the memory ran out"
+            reason = "killed by the kernel: out of memory"
         elif code >= 0:
             reason = f"exited with code {code}"
         else:
@@ -274,7 +274,7 @@ class EngineProcess(ABC):
                 resident = grown
                 self._last_sign = now
             if now - self._last_sign > order.load_stall_sec:
-                told = f"loading stood still for {order.load_stall_sec:g} s"
+                told = f"loading made no progress for {order.load_stall_sec:g} s"
                 raise EngineFailed(f"{told}; {self._signs()}", told)
             if order.load_limit_sec is not None and now - self.started > order.load_limit_sec:
                 told = f"not ready after {order.load_limit_sec:g} s"

@@ -334,7 +334,7 @@ class Connection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         if self._complete:
-            raise ValueError("more than was asked for")
+            raise ValueError("more data than requested")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._headers.append((name.lower(), value))
@@ -350,7 +350,7 @@ class Connection(asyncio.Protocol):
         length = fields.get(b"content-length")
         coding = fields.get(b"transfer-encoding", b"").lower()
         if coding not in (b"", b"chunked"):
-            raise ValueError("a transfer coding that nobody has asked for")
+            raise ValueError("a transfer coding that was not requested")
         streams = fields.get(b"content-type", b"").startswith(b"text/event-stream")
         most = _KEEP_ALIVE_MAX.search(fields.get(b"keep-alive", b""))
         self._head = Head(

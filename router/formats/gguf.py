@@ -189,7 +189,7 @@ def read(path: Path, *, require_data: bool = True, remember: bool = True) -> GGU
 
     number = _integer(first.metadata.get("split.no")) or 0
     if number != 0:
-        raise GGUFError(str(path), f"is part {number + 1} of {parts}: give the first part")
+        raise GGUFError(str(path), f"is part {number + 1} of {parts}: use the first part")
     named = SPLIT_NAME.fullmatch(path.name)
     if named is None or (int(named["part"]), int(named["parts"])) != (1, parts):
         ending = f"-00001-of-{parts:05d}.gguf"

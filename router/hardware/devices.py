@@ -237,9 +237,9 @@ class Devices:
         present = {gpu.device for gpu in ours}
         for device, gpu in self._seen.items():
             if device in self._present - present:
-                _log.warning("%s (%s) is gone", device, gpu.label)
+                _log.warning("%s (%s) is no longer available", device, gpu.label)
             elif device in present - self._present:
-                _log.warning("%s (%s) is back", device, gpu.label)
+                _log.warning("%s (%s) is available again", device, gpu.label)
         self._present = present
         self._seen.update((gpu.device, gpu) for gpu in ours)
 

@@ -1,19 +1,19 @@
-"""The ledger: what of each device our engines may use, what they are booked with, and what others hold.
+"""Memory ledger: budget, reservations of engines, and memory held by other programs, for each device in MiB.
 
-    budget = total - reserve - external         (of RAM, a fifth of what others leave stays theirs)
-    free   = budget - what our engines are booked with
+    budget = total - reserve - external         (of RAM, a fifth of what others leave is not used)
+    free   = budget - reservations of engines
 
-An engine that loads is booked with its estimate, one that has answered with what was measured. What others hold
-is what the device says is in use less what our engines are measured to hold. Where a driver does not tell which
-process holds what, an engine that is there is taken to hold what it is booked with, and while one comes others are
-taken to hold what they did. What is missing after an engine's end is on its way back, until its account is closed.
+The reservation of a loading engine is its estimate, that of an engine that has answered is its measurement.
+External memory is what the device reports as used less the measured memory of engines. If a driver does not
+report memory by process, a loaded engine is assumed to hold its reservation, and external memory is assumed
+constant during a load. Memory still missing after an engine's exit counts as being released until its account is closed.
 
-While a driver hangs, the books of its GPUs stay as they were but for what is booked.
+While a driver hangs, the values of its GPUs are kept, except reservations.
 
-Of RAM, weights that an engine uses as they are mapped count as its own, though the kernel could drop them, while
-page cache of others counts as free, and so do mapped pages of weights that the engine has copied.
+In RAM, mapped weights in use count as the engine's, although the kernel could drop them; page cache of other
+programs counts as free, and so do mapped pages of weights that the engine has copied.
 
-Bookkeeping only: it reads no device and decides nothing.
+Bookkeeping only: no device is read and nothing is decided here.
 """
 
 from __future__ import annotations
@@ -38,37 +38,37 @@ _REST = 0.1
 
 @dataclass(slots=True, eq=False)
 class Account:
-    """One engine's, from the decision to start it until its memory is back."""
+    """Account of one engine, from the decision to start it until its memory is released."""
 
     engine_id: int
     alias: str
     chosen: Alternative
     pids: tuple[int, ...] = ()
-    """Whose RAM, with what they have started, is its own; none before it is started, and where nobody can look."""
+    """Processes whose RAM, with that of their children, is the engine's; empty before the start and if unknown."""
     problem: str | None = None
-    """Why it cannot even be started."""
+    """Reason why the engine cannot be started."""
     is_settled: bool = False
-    """It neither loads nor goes: what it holds is what it is booked with."""
+    """True while the engine is neither loading nor exiting: it holds what is reserved for it."""
     is_gone: bool = False
-    """Its process is, if not all of its memory."""
+    """True once the process has exited; its memory may not be released yet."""
     has_answered: bool = False
-    """It has everything that it takes late."""
+    """True once memory allocated at the first inference has been observed."""
     holds: dict[Device, int] = field(default_factory=dict)
-    """MiB now, of the devices that tell."""
+    """MiB held now, on devices that report it."""
     measured: dict[Device, int] = field(default_factory=dict)
-    """The most that it held."""
+    """Maximum MiB held so far."""
     mapped_mib: int | None = None
-    """Of its weights in RAM those that it uses as they are mapped; None until that is known."""
+    """Mapped weights in use, in MiB of RAM; None until known."""
 
     @property
     def main_mib(self) -> int:
-        """What it is booked with where it computes: on its GPUs, or without any in RAM."""
+        """Reservation on the devices that compute: the engine's GPUs, or RAM if it has none."""
         booked = self.booked()
         return sum(booked.get(device, 0) for device in self.chosen.gpus or (HOST,))
 
     @property
     def lesson(self) -> dict[Device, int] | None:
-        """What is to be remembered for the next engine of its kind; None while not all is known."""
+        """Measurement to store for later engines with the same identity; None while incomplete."""
         known = self.has_answered and set(self.chosen.placement) <= set(self.measured)
         return self.booked() if known and not self.chosen.is_given else None
 
@@ -94,7 +94,7 @@ class Account:
         return memory.anonymous_mib + mapped_mib
 
     def booked(self) -> dict[Device, int]:
-        """What the ledger counts it with."""
+        """Reservation by device in MiB."""
         estimated = self.chosen.placement
         if self.chosen.is_given:
             return dict(estimated)
@@ -110,21 +110,21 @@ class Account:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One device, in MiB."""
+    """Values of one device in MiB."""
 
     reading: Reading
     used_mib: int
     external_mib: int
     reserve_mib: int
-    """What engines must leave free, so that total = external + reserve + budget."""
+    """Memory that engines must leave free: total = external + reserve + budget."""
     capacity_mib: int
-    """What they could use if nobody else used anything."""
+    """Memory available to engines if other programs used none."""
     budget_mib: int
-    """What they may use together."""
+    """Memory that all engines together may use."""
     booked_mib: int
-    """By all of them."""
+    """Reservations of all engines."""
     reserved_mib: int
-    """Of that, by those that still load."""
+    """Part of `booked_mib` that belongs to loading engines."""
 
     @property
     def device(self) -> Device:
@@ -132,12 +132,12 @@ class Line:
 
     @property
     def free_mib(self) -> int:
-        """What a further engine could have."""
+        """Memory available to another engine."""
         return max(0, self.budget_mib - self.booked_mib)
 
 
 class Ledger:
-    """`observe` what devices and processes say; `lines` is the one place to read from."""
+    """Accounts of engines and values of devices. `observe` takes readings, `lines` returns the values."""
 
     def __init__(self, system: System) -> None:
         self.system = system
@@ -145,7 +145,7 @@ class Ledger:
         self.devices: Mapping[Device, Reading] = {}
         self._external: dict[Device, int] = {}
         self._returning: dict[Device, int] = {}
-        """What engines that are gone have not given back yet."""
+        """Memory of exited engines that is not released yet."""
         self._told: dict[Device, int] = {}
 
     def open(self, engine_id: int, alias: str, chosen: Alternative) -> Account:
@@ -156,16 +156,16 @@ class Ledger:
         self.accounts.pop(engine_id, None)
 
     def accounts_of(self, alias: str) -> list[Account]:
-        """Those of a model's engines."""
+        """Accounts of a model's engines."""
         return [account for account in self.accounts.values() if account.alias == alias]
 
     @property
     def pids(self) -> list[int]:
-        """Of those that may still hold RAM."""
+        """Processes that may still hold RAM."""
         return [pid for account in self.accounts.values() if not account.is_gone for pid in account.pids]
 
     def observe(self, readings: Readings, processes: Mapping[int, ProcessMemory]) -> None:
-        """Take in what was read. `processes` is the latest of each that is known."""
+        """Update from readings. `processes` holds the latest reading of each process."""
         self.devices = readings.devices
         for account in self.accounts.values():
             held = _held(account, readings.devices, processes)
@@ -179,7 +179,7 @@ class Ledger:
                 self._external[device] = self._others(reading, processes)
 
     def memory_is_back(self, account: Account) -> bool:
-        """Whether nobody holds what an engine held that is gone."""
+        """Whether the memory of an exited engine has been released."""
         booked = account.booked()
         return all(
             self._returning.get(gpu, 0) <= max(_NEWS_MIB, _REST * booked.get(gpu, 0))
@@ -189,7 +189,7 @@ class Ledger:
     # --- reading ----------------------------------------------------------------------------------------
 
     def lines(self) -> list[Line]:
-        """Every device, GPUs first."""
+        """Values of every device, GPUs first."""
         cap = self.system.memory_budget_mb
         has_gpus = any(device.is_gpu for device in self.devices)
         lines = []

@@ -1,7 +1,7 @@
-"""All about memory that takes time: reads devices, sizes models, measures engines, sees to it that memory is back.
+"""Memory manager: reads devices, sizes models, measures engines, and waits for memory to be released.
 
-It keeps the ledger, and tells the scheduler, through `post`, what of it changes: budgets and what engines really
-take. It decides nothing. Everything here runs on the event loop; what blocks is done in threads.
+It maintains the ledger and posts changed budgets and measured engine memory to the scheduler, which makes all
+decisions. Everything here runs on the event loop; blocking calls run in threads.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from router.system.devices import Device
 INSPECTION_LIMIT_SEC = 60
 _REMEMBERED = 4
 _LOOK_SEC = (2.0, 30.0)
-"""Pause between two looks at the devices: while there are engines or somebody waits, and else."""
+"""Interval of device readings in seconds: while there are engines or waiting requests, and otherwise."""
 _MAPPED_SEC = 30.0
-"""Pause between two looks at what of their files engines have mapped: the kernel walks through all of it."""
+"""Interval of readings of mapped files, for which the kernel walks through all mapped pages."""
 _LISTED_SEC = 10.0
-"""How old an engine's list of GPUs may be, which takes a process to make."""
+"""Maximum age of an engine's list of GPUs, which takes a process to obtain."""
 _OLD_SEC = 30.0
 _ANSWER_SEC = 0.1
 _BACK_SEC = 5.0
@@ -45,7 +45,7 @@ _log = logging.getLogger("router")
 
 
 class Accountant:
-    """One per dispatcher; `scheduler` is only read, and `planner_of` knows the kind of a model's engine."""
+    """Memory manager of one dispatcher. `scheduler` is only read; `planner_of` returns a model's planner."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class Accountant:
         self._scheduler = scheduler
         self._post = post
         self._found: dict[str, deque[tuple[Alternative, ...]]] = {}
-        """Per alias what the last looks found, the latest first: room may be made for what an earlier one did."""
+        """Alternatives of recent inspections by alias, latest first; a swap may refer to an earlier one."""
         self._saving = asyncio.Lock()
         self._processes: dict[int, ProcessMemory] = {}
         self._mapped_sec = 0.0
@@ -77,7 +77,7 @@ class Accountant:
     # --- looking ----------------------------------------------------------------------------------------
 
     async def watch(self) -> None:
-        """For ever: notice when others take memory or give it back, and when engines grow."""
+        """Run until cancelled: report changes in memory held by other programs and by engines."""
         while True:
             busy = self._scheduler.engines or any(model.queue for model in self._scheduler.models.values())
             await asyncio.sleep(_LOOK_SEC[0] if busy else _LOOK_SEC[1])
@@ -85,10 +85,10 @@ class Accountant:
             await self.look(mapped=mapped, within_sec=_LISTED_SEC if busy else math.inf)
 
     async def look(self, *, mapped: bool = False, within_sec: float = 0.0) -> bool:
-        """Read everything afresh, and tell what has changed. Whether the devices have answered.
+        """Read all devices and processes and post changes. Returns whether the devices responded.
 
-        What engines have mapped is only looked at if `mapped`. That may take long, so it comes first: what this
-        look says of the devices must not be older than what another one has said meanwhile.
+        Mapped files are read only if `mapped`. This may take long and is done first, so that the device readings
+        are not older than those of a concurrent call.
         """
         await self._read_processes(mapped)
         readings = await self._devices.read(within_sec=within_sec)
@@ -103,10 +103,10 @@ class Accountant:
         return not readings.is_stale
 
     async def _read_processes(self, mapped: bool) -> None:
-        """Whoever cannot be read in time is taken to hold what it held last.
+        """Read the memory of engine processes. Those not read before the deadline keep their last value.
 
-        A reading without `mapped` counts pages that engines share once for each: of a file, what the last full
-        one said stays.
+        A reading without `mapped` counts pages shared by engines once for each engine; the file pages of the last
+        full reading are kept instead.
         """
         pids = self.ledger.pids
         held = await self._devices.held_by(pids, mapped=mapped) if pids else {}
@@ -125,7 +125,7 @@ class Accountant:
     # --- before a start ---------------------------------------------------------------------------------
 
     async def inspect(self, model: ModelConfig, system: System) -> Inspected:
-        """Where it could live, by what is free now. Raises Unusable."""
+        """Return possible placements of a model given the memory that is free now. Raises Unusable."""
         try:
             await self.look()
             plan, beside_others = self._planner_of(model).plan, bool(self._scheduler.engines)
@@ -134,12 +134,12 @@ class Accountant:
         except Unusable:
             raise
         except FolderHangs:
-            what = f"could not be looked at within {self.looks.limit_sec:g} s"
+            what = f"could not be inspected within {self.looks.limit_sec:g} s"
             raise Unusable(f"{model.model_path} {what}", f"its file {what}") from None
         except Exception as error:  # whatever it is, the model must not wait for ever
-            _log.exception("looking at %s failed", model.model_path)
-            reason = f"{model.model_path} cannot be looked at: {error!r}"
-            raise Unusable(reason, "its file cannot be looked at") from error
+            _log.exception("inspection of %s failed", model.model_path)
+            reason = f"{model.model_path} cannot be inspected: {error!r}"
+            raise Unusable(reason, "its file cannot be inspected") from error
         self._found.setdefault(model.alias, deque(maxlen=_REMEMBERED)).appendleft(found.alternatives)
         return Inspected(
             time.monotonic(),
@@ -157,22 +157,22 @@ class Accountant:
     # --- an engine's life -------------------------------------------------------------------------------
 
     def open(self, engine_id: int, alias: str, placement: Placement) -> Account:
-        """An engine is about to start where the scheduler wants it."""
+        """Open the account of an engine that is about to start on `placement`."""
         looks = self._found.get(alias, ())
         chosen = next((one for found in looks for one in found if one.placement == placement), None)
         if chosen is None:
             account = self.ledger.open(
                 engine_id, alias, Alternative((), Size(placement, "", placement), placement)
             )
-            account.problem = "its memory was planned anew meanwhile"
+            account.problem = "its memory plan has changed in the meantime"
             return account
         if chosen.remark:
-            _log.warning("model %s: %s, for want of memory", alias, chosen.remark)
+            _log.warning("model %s: %s, because memory is short", alias, chosen.remark)
         return self.ledger.open(engine_id, alias, chosen)
 
     def shows(self, account: Account) -> Mapping[str, str]:
-        """The variables that show the engine the GPUs that were chosen for it and no others. Raises Unusable if
-        they are not there any more."""
+        """Return environment variables that restrict the engine to its chosen GPUs. Raises Unusable if one of them
+        is no longer available."""
         gpus = account.chosen.gpus
         gone = [str(gpu) for gpu in gpus if gpu not in self.ledger.devices]
         problem = account.problem or (
@@ -183,13 +183,13 @@ class Accountant:
         age_sec = self._devices.last.age_sec
         if gpus and age_sec > _OLD_SEC:
             _log.warning(
-                "model %s: starts on %s by what was free %.0f s ago, as the driver does not answer",
+                "model %s: starting on %s with free memory as of %.0f s ago, because the driver does not respond",
                 *(account.alias, ", ".join(map(str, gpus)), age_sec),
             )
         return self._devices.environment(self.ledger.devices[gpu] for gpu in gpus)
 
     async def ready(self, account: Account) -> None:
-        """It has loaded. Whoever waited for that gets an answer before anybody looks at what it took."""
+        """Measure an engine that has loaded, after a pause in which waiting requests are answered first."""
         account.is_settled = True
         await asyncio.sleep(_ANSWER_SEC)
         await self.look(mapped=True)
@@ -199,7 +199,7 @@ class Accountant:
             await self._save()
 
     async def answered(self, account: Account) -> None:
-        """It has answered for the first time, and has all that it takes late: remember what that is."""
+        """Store the measurements of an engine after its first response, when all its memory is allocated."""
         is_fresh = await self.look(mapped=True)
         chosen, lesson = account.chosen, account.lesson
         if lesson is not None and is_fresh and chosen.size.identity is not None:
@@ -209,8 +209,8 @@ class Accountant:
     async def ran_out(
         self, account: Account, model: ModelConfig, system: System, wanted_mib: Mapping[Device, int]
     ) -> str:
-        """An engine broke for want of memory, of which it wanted so much last, by device as it counts them. Its
-        next estimate is larger. Returns what would fit in what there was; empty if nobody knows."""
+        """Raise the estimate of an engine that ran out of memory. `wanted_mib` is its last failed request, by
+        device as the engine counts them. Returns advice on what would have fit; empty if unknown."""
         chosen = account.chosen
         if chosen.size.identity is not None and not chosen.is_given:
             self._learned.ran_out(chosen.size.identity, chosen.as_counted(account.booked()), wanted_mib)
@@ -223,9 +223,9 @@ class Accountant:
             return ""
 
     async def close(self, account: Account) -> None:
-        """Its process is gone: until its memory is back, or for a few seconds; then the books are right again.
+        """Close the account of an engine that has exited once its memory is released, or after a few seconds.
 
-        Nobody waits for it when the router ends, or while the driver does not say what is in use.
+        Does not wait during shutdown, or while the driver does not report the memory in use.
         """
         account.is_gone = True
         try:
@@ -242,7 +242,7 @@ class Accountant:
                 return
             if time.monotonic() > deadline:
                 _log.warning(
-                    "model %s: its engine is gone, but after %g s not all of its memory on %s is back",
+                    "model %s: its engine has exited, but after %g s not all of its memory on %s is free",
                     *(account.alias, _BACK_SEC, ", ".join(map(str, account.chosen.gpus))),
                 )
                 return

@@ -30,14 +30,14 @@ class Unusable(Problem):
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What a model takes of one device, in MiB. A draft model's part is in each figure."""
+    """Memory of a model on one device in MiB. Each value includes the draft model."""
 
     weights: float = 0.0
     kv: float = 0.0
     recurrent: float = 0.0
     compute: float = 0.0
     work: float = 0.0
-    """What the CPU backend takes besides for itself, when a long prompt comes."""
+    """Working memory of the CPU backend for long prompts."""
     projector: float = 0.0
 
     @property
@@ -50,29 +50,29 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What a model takes of each device, with GPUs as the engine counts them."""
+    """Memory of a model by device, with GPUs as the engine counts them."""
 
     devices: Mapping[Device, Share]
     provenance: str
-    """Where the figures come from, in one line."""
+    """Source of the values, in one line."""
     context: int
     """Cells of the KV cache, all slots together."""
     host_cache_mib: int | None = 0
     """What the engine's cache of past prompts may grow to on the host, beyond the above; None: unlimited."""
 
     def mib(self) -> dict[Device, int]:
-        """Whole MiB per device, rounded up, without the devices of which it takes nothing."""
+        """MiB by device, rounded up, without devices that are not used."""
         return {device: math.ceil(share.total) for device, share in self.devices.items() if share.total > 0}
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """MiB per device, and where the figures come from."""
+    """Memory in MiB by device, with the source of the values."""
 
     mib: Mapping[Device, int]
     source: str
     estimated: Mapping[Device, int]
-    """By the tool or the formulas, before anything measured was taken into account."""
+    """Estimate of the tool or the formulas, before measurements are applied."""
     identity: Identity | None = None
     """By which what is measured of an engine with these flags can be remembered."""
     details: Footprint | None = None
@@ -80,28 +80,28 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A device as a place for engines, in MiB."""
+    """Device available to engines; values in MiB."""
 
     device: Device
     budget_mib: int
-    """What our engines may use of it together."""
+    """Memory that all engines together may use."""
     free_mib: int
-    """What of that none of them is booked with."""
+    """Part of the budget that is not reserved."""
     uuid: str = ""
     kind: str = "cuda"
 
 
 @dataclass(frozen=True, slots=True)
 class Ground:
-    """The machine, as far as a model cares."""
+    """Devices on which a model can be placed."""
 
     gpus: tuple[Site, ...]
     host: Site
     environment: Callable[[Sequence[Device]], Mapping[str, str]] = field(default=lambda _: {})
-    """What shows an engine these GPUs and no others."""
+    """Returns environment variables that restrict an engine to the given GPUs."""
 
     def holds(self, placement: Placement) -> bool:
-        """Whether it fits if all our engines leave."""
+        """Whether the placement fits if all engines are unloaded."""
         budgets = {site.device: site.budget_mib for site in (*self.gpus, self.host)}
         return all(mib <= budgets[device] for device, mib in placement.items())
 
@@ -119,7 +119,7 @@ class Alternative:
     context: int | None = None
     """Of all slots together, where it was settled here."""
     remark: str = ""
-    """What was cut to make it fit."""
+    """Reductions made to fit the model, in words."""
     is_given: bool = False
     """The figure comes from the configuration: no measurement replaces it."""
 
@@ -129,7 +129,7 @@ class Alternative:
 
     @property
     def need(self) -> str:
-        """For people: `5000 MiB on gpu0 and 300 MiB on host (llama-fit-params)`."""
+        """Need in words: `5000 MiB on gpu0 and 300 MiB on host (llama-fit-params)`."""
         parts = [f"{mib} MiB on {device}" for device, mib in sorted(self.placement.items())]
         return f"{' and '.join(parts)} ({self.size.source})"
 
@@ -145,15 +145,15 @@ class Alternative:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What a look at a model says before anything is stopped or started for it."""
+    """Result of an inspection of a model before engines are stopped or started for it."""
 
     alternatives: tuple[Alternative, ...]
-    """Those that fit if others leave; else the best of those that never will."""
+    """Alternatives that fit if other engines are unloaded; otherwise the best that never fits."""
     expected_load_sec: float
     load_is_known: bool
-    """That was measured; else it is a guess from the size of the files."""
+    """True if the load time was measured, false if it is a guess from the size of the files."""
     advice: str = ""
-    """What would fit, if none does."""
+    """Advice on what would fit, if no alternative does."""
 
 
 class Planner(Protocol):

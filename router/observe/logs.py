@@ -186,7 +186,7 @@ class _EngineFile(RotatingFileHandler):
         if not self.failing:
             reason = sys.exc_info()[1]
             logging.getLogger("router").warning(
-                "%s cannot be written: %s. What the engine says until it can be is not kept there",
+                "%s cannot be written: %s. Engine output is not saved there until it can be written",
                 self.baseFilename,
                 getattr(reason, "strerror", None) or reason,
             )

@@ -1,4 +1,4 @@
-"""The one writer of the scheduler: turns the world into events, and carries its effects out.
+"""Dispatcher: the only writer of the scheduler. It posts events and carries out the resulting effects.
 
 Everything here runs on one event loop and nothing in `_post` waits: spawning, stopping, probing and looking at
 files happen in tasks of their own, whose results come back as events. So no lock is needed, and a slow load or
@@ -89,7 +89,7 @@ _log = logging.getLogger("router")
 _POSITIONS_VALID_SEC = 1
 _SEE_LOG = "the router's log says why"
 _DYING_SEC = 1.0
-"""For one that does not answer because it is on its way out, so that its end gets its own reason and not ours."""
+"""Time for an unresponsive engine to exit by itself, so that the real reason of its exit is recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,15 +100,15 @@ class LastExit:
     at: float
     """Seconds since the epoch."""
     wanted: bool
-    """We had asked it to go."""
+    """True if the router had stopped the engine."""
     code: int | None = None
-    """Negative: the signal that ended it; None when it could not even be started."""
+    """Exit code; negative: the signal that ended it; None if it could not be started."""
     out_of_memory: bool = False
     log_tail: tuple[str, ...] = ()
 
 
 class Ticket(msgspec.Struct, eq=False):
-    """A request's place: in the queue, then with `engine`, or turned away with `rejection`."""
+    """State of a request: waiting, granted to `engine`, or refused with `rejection`."""
 
     id: str
     alias: str
@@ -119,13 +119,13 @@ class Ticket(msgspec.Struct, eq=False):
     """Its name, if its key has one."""
     slotless: bool = False
     queue_sec: float = 0.0
-    """How long it has waited, once it is decided."""
+    """Time in the queue, set once the request is decided."""
     load_sec: float = 0.0
-    """The part of the wait in which the model was loading."""
+    """Part of that time spent on loading the model."""
     engine: RunningEngine | None = None
     rejection: Reject | None = None
     retries: int = 0
-    """How often its engine broke and it was sent back to the queue."""
+    """Number of returns to the queue after an engine failure."""
     _listener: Callable[[], None] | None = None
 
     @property
@@ -133,11 +133,11 @@ class Ticket(msgspec.Struct, eq=False):
         return self.engine is not None or self.rejection is not None
 
     def when_decided(self, listener: Callable[[], None]) -> None:
-        """Have it called, once, soon after it is granted or rejected: in a turn of its own of the event loop."""
+        """Call `listener` once after the decision, in a separate iteration of the event loop."""
         self._listener = listener
 
     def tell_nobody(self) -> None:
-        """Nobody waits any more. A listener may hold the ticket, and each would hold the other."""
+        """Drop the listener, which may refer to the ticket: the two would keep each other alive."""
         self._listener = None
 
     def decide(self, now: float, engine: RunningEngine | None, rejection: Reject | None) -> None:
@@ -154,16 +154,16 @@ class Ticket(msgspec.Struct, eq=False):
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A request in the queue, for people."""
+    """Waiting request, as shown to users."""
 
     id: str
     alias: str
     priority: Priority
     position: int
-    """1: it is served next."""
+    """Position in the queue; 1 is served next."""
     waited_sec: float
     expected_sec: float | None
-    """Until it gets a slot, as far as what was measured tells; None: it does not tell."""
+    """Expected time until it gets a slot; None if measurements do not suffice."""
     why: str
     client: str
     """Its name, if its key has one."""
@@ -171,7 +171,7 @@ class Waiting:
 
 @dataclass(slots=True)
 class Counts:
-    """Requests to one alias since the start."""
+    """Number of requests for one model since the start."""
 
     submitted: int = 0
     served: int = 0
@@ -179,7 +179,7 @@ class Counts:
 
 
 class Dispatcher:
-    """Owns the scheduler, the engines and everybody who waits. Create and use it on one event loop."""
+    """Owner of the scheduler, the engines and the waiting requests. Create and use it on one event loop."""
 
     def __init__(
         self,
@@ -203,14 +203,14 @@ class Dispatcher:
         self.running: dict[int, RunningEngine] = {}
         self.status = ServerState.INITIALIZING
         self.started_at = time.time()
-        """For people, in seconds since the epoch. How long ago that is, `uptime_sec` knows."""
+        """Start time in seconds since the epoch, for display; use `uptime_sec` for durations."""
         self._started_sec = time.monotonic()
         self.counts: dict[str, Counts] = defaultdict(Counts)
         self.exits: dict[str, LastExit] = {}
         self._reasons = Reasons()
         self.crashes: dict[str, int] = defaultdict(int)
         self.restarts: dict[str, int] = defaultdict(int)
-        """Engines that were started because the one before had died."""
+        """Number of engines started because the previous one had died, by model."""
         self._tickets: dict[str, Ticket] = {}
         self._positions: dict[str, tuple[float, dict[str, int]]] = {}
         self._forecast = Forecast(-math.inf, {}, 0)
@@ -242,18 +242,18 @@ class Dispatcher:
         return self._backends[ModelConfig.engine]
 
     def backend_of(self, model: ModelConfig) -> EngineBackend:
-        """The kind of a model's engine."""
+        """Backend of a model's engine."""
         return self._backends[model.engine]
 
     @property
     def ledger(self) -> Ledger:
-        """Who holds what of each device."""
+        """Ledger of the memory of each device."""
         return self._accountant.ledger
 
     # --- life -------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Take up work: know the models, begin to preload."""
+        """Start: configure the scheduler, watch memory, and begin to preload."""
         self._configure()
         self._watch = self.background.keep("watch of memory", self._accountant.watch)
         self.status = ServerState.READY
@@ -262,7 +262,7 @@ class Dispatcher:
             self._preload = self._spawn(self._preload_models(), "preload")
 
     async def shut_down(self) -> None:
-        """Refuse what waits, let what is in flight finish within the grace time, stop every engine."""
+        """Refuse waiting requests, let those in flight finish within the grace period, stop every engine."""
         self.status = ServerState.SHUTTING_DOWN
         self.events.publish(ServerChanged(self.status, time.time()))
         for task in (self._preload, self._watch, *self._inspections):
@@ -280,12 +280,12 @@ class Dispatcher:
             self._timer.cancel()
 
     def kill_engines(self) -> None:
-        """Without any grace: the last resort of an impatient operator."""
+        """Kill all engines without a grace period, for a second shutdown signal."""
         for running in self.running.values():
             running.handle.kill()
 
     def apply(self, config: Config) -> None:
-        """Go by a new configuration. Engines whose entry did not change are not touched."""
+        """Apply a new configuration. Engines of unchanged entries keep running."""
         models = {alias: self._as_it_loads(model) for alias, model in config.models.items()}
         self.config = replace(config, models=models)
         self._configure()
@@ -296,7 +296,7 @@ class Dispatcher:
     def submit(
         self, request_id: str, alias: str, priority: Priority, client: str = "", *, slotless: bool = False
     ) -> Ticket:
-        """Ask for a slot, or for an engine only. All must come back through `finish`, cancelled ones, too."""
+        """Request a slot, or only an engine. Every ticket must be passed to `finish`, including cancelled ones."""
         now = time.monotonic()
         ticket = Ticket(request_id, alias, priority, now, now, client, slotless)
         self._tickets[request_id] = ticket
@@ -305,7 +305,7 @@ class Dispatcher:
         return ticket
 
     def finish(self, ticket: Ticket, *, served: bool, computed: bool) -> None:
-        """The request is over, wherever it is: answered, with tokens or without, failed, or given up."""
+        """End a request in any state: answered, with or without tokens, failed, or abandoned."""
         ticket.tell_nobody()
         if self._tickets.pop(ticket.id, None) is not None:
             self.counts[ticket.alias].served += served
@@ -316,11 +316,11 @@ class Dispatcher:
                 self._spawn(self._accountant.answered(engine.account), f"measuring of {ticket.alias}")
 
     def displace(self, ticket: Ticket, reason: str) -> None:
-        """Have a request that waits turned away, at once: one of a higher priority needs what it holds."""
+        """Refuse a waiting request at once because one of higher priority needs the memory of its body."""
         self._post(Displace(time.monotonic(), ticket.id, reason))
 
     def requeue(self, ticket: Ticket, reason: str) -> None:
-        """Its engine broke before the first byte of an answer: back to the head of its queue."""
+        """Return a request to the head of its queue: its engine failed before the first byte of a response."""
         ticket.engine = None
         ticket.retries += 1
         self._post(Requeue(time.monotonic(), ticket.id, reason))
@@ -329,7 +329,7 @@ class Dispatcher:
         return request_id in self._tickets
 
     def position(self, ticket: Ticket) -> int | None:
-        """1 for the request that is served next; None when it does not wait. At most a second old."""
+        """Position in the queue, 1 being served next; None if not waiting. The value is at most a second old."""
         now = time.monotonic()
         counted_sec, positions = self._positions.get(ticket.alias, (-math.inf, {}))
         if now - counted_sec > _POSITIONS_VALID_SEC or ticket.id not in positions:
@@ -339,7 +339,7 @@ class Dispatcher:
         return positions.get(ticket.id)
 
     def waits(self, alias: str, most: int) -> list[Waiting]:
-        """Who waits for a model, in the order of service: the first of them."""
+        """First `most` waiting requests of a model, in the order of service."""
         model = self.scheduler.models.get(alias)
         if model is None or not model.queue:
             return []
@@ -351,7 +351,7 @@ class Dispatcher:
         ]
 
     def wait_of(self, ticket: Ticket) -> Waiting | None:
-        """How a request that waits is doing; None when it does not."""
+        """State of a waiting request; None if it is not waiting."""
         model = self.scheduler.models.get(ticket.alias)
         position = self.position(ticket)
         if model is None or position is None:
@@ -379,35 +379,35 @@ class Dispatcher:
         )
 
     def in_full(self, alias: str, text: str) -> str:
-        """What is told of a model, for who runs the router: with paths, and what engines have said."""
+        """Full text of a reason for operators, with paths and engine output."""
         return self._reasons.in_full(alias, text)
 
     # --- operators --------------------------------------------------------------------------------------
 
     def ask_to_load(self, alias: str) -> ModelState | None:
-        """Have a model loaded by hand. Its state, if that is the last word already; `eject` takes it back."""
+        """Request a model to be loaded. Returns its state if it is already final; `eject` cancels the request."""
         self._post(Load(time.monotonic(), alias))
         self.events.publish(LoadMoved(alias, time.time()))  # it may wait for long in the state that it is in
         return self._settled(alias)
 
     async def load(self, alias: str) -> ModelState:
-        """Load a model by hand; returns its state once it is ready, failed, or given up."""
+        """Load a model; returns its state once it is ready, failed, or cancelled."""
         self.ask_to_load(alias)
         return await self._until_settled(alias)
 
     def begin_eject(self, alias: str) -> None:
-        """Let it finish what is in flight, then unload it."""
+        """Start to unload a model after its requests in flight."""
         self._post(Eject(time.monotonic(), alias))
 
     async def eject(self, alias: str) -> None:
-        """The same; returns when its engines are gone."""
+        """Unload a model after its requests in flight; returns once its engines have exited."""
         going = {engine.id for engine in self.scheduler.models[alias].engines}
         self.begin_eject(alias)
         while not going.isdisjoint(self.scheduler.engines):
             await self._next_change(alias)
 
     def keep_alive(self, alias: str, idle_sec: float) -> None:
-        """How long its engines of now are to stay when idle; 0: it goes as soon as nobody uses it."""
+        """Set the idle timeout of a model's current engines; 0: unload as soon as they are idle."""
         self._post(KeepAlive(time.monotonic(), alias, idle_sec))
 
     def reset(self, alias: str) -> None:
@@ -419,7 +419,7 @@ class Dispatcher:
         return state
 
     def _settled(self, alias: str) -> ModelState | None:
-        """Its state, if no load is on its way or asked for."""
+        """State of a model; None while a load is in progress or requested."""
         model = self.scheduler.models.get(alias)
         if model is None:
             return ModelState.OFF
@@ -430,7 +430,7 @@ class Dispatcher:
         return state if is_settled else None
 
     async def _next_change(self, alias: str | None, timeout_sec: float | None = None) -> None:
-        """Until the state of a model (None: of any) changes."""
+        """Wait until the state of a model (None: of any model) changes."""
         changed = asyncio.get_running_loop().create_future()
         waiters = self._changes.setdefault(alias or "", set())
         waiters.add(changed)
@@ -442,7 +442,7 @@ class Dispatcher:
     # --- the loop ---------------------------------------------------------------------------------------
 
     def _post(self, event: Event) -> None:
-        """One event at a time, also when carrying out an effect brings the next."""
+        """Process one event at a time; events posted by effects are queued."""
         if self._posting:
             self._pending.append(event)
             return
@@ -469,14 +469,14 @@ class Dispatcher:
             self._set_timer()
 
     def _broken_at(self, event: Event) -> list[Effect]:
-        """The scheduler has raised the exception that is being handled: what it had wanted until then."""
+        """Handle an exception of the scheduler. Returns the effects collected before it was raised."""
         _log.exception("the scheduler failed on the event %s", event)
         if isinstance(event, Submit | Requeue):
             self._turn_away(event.request_id)
         return self.scheduler.wanted
 
     def _make_good(self, effect: Effect) -> None:
-        """Tell whoever waits for what could not be done."""
+        """Report a failed effect to the requests or engines concerned."""
         now = time.monotonic()
         match effect:
             case Grant(request_id) | Reject(request_id):
@@ -492,7 +492,7 @@ class Dispatcher:
                     running.handle.kill()
 
     def _turn_away(self, request_id: str) -> None:
-        """A request that the router cannot serve by its own fault. It is over once its client has heard that."""
+        """Refuse a request with an internal error."""
         ticket = self._tickets.get(request_id)
         if ticket is not None:
             reason = "Internal error of the router; see its log."
@@ -562,7 +562,7 @@ class Dispatcher:
     # --- the world --------------------------------------------------------------------------------------
 
     async def _inspect(self, alias: str) -> None:
-        """Answer the scheduler's question; when the configuration changes meanwhile, look again."""
+        """Inspect a model for the scheduler; repeat if the configuration changes in the meantime."""
         answer: Inspected | None = None
         model: ModelConfig | None = None
         while model != self.config.models.get(alias):
@@ -578,7 +578,7 @@ class Dispatcher:
             self._post(answer)
 
     async def _live(self, account: Account, model: ModelConfig) -> None:
-        """An engine from its start to its end. Whatever happens, its exit is reported."""
+        """Supervise an engine from its start to its end. Its exit is reported in every case."""
         engine_id = account.engine_id
         unwatched = f"the router failed to supervise it; {_SEE_LOG}"
         reason = Reason(unwatched, unwatched)

@@ -1,6 +1,6 @@
-"""The policy: which of the models that wait for an engine gets room, and who makes it.
+"""Eviction policy: which of the models waiting for an engine gets room, and which engines are unloaded for it.
 
-`decide` looks at one candidate; the scheduler asks it for each, earliest virtual deadline first.
+`decide` handles one candidate; the scheduler calls it for each, earliest virtual deadline first.
 
 1. It fits: start it.
 2. Idle engines can make room: the cheapest sufficient set goes. An engine that fell idle a moment ago counts
@@ -44,7 +44,7 @@ from router.scheduling.residency import (
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """The world a candidate meets, less what the candidates before it have been promised."""
+    """State seen by a candidate, less what earlier candidates have reserved."""
 
     now: float
     policy: Policy
@@ -52,10 +52,10 @@ class Room:
     engines: Collection[Engine]
     budgets: Placement
     capacity: Placement
-    """The budgets as they would be if nobody else used any memory."""
+    """Budgets if other programs used no memory."""
     free: Placement
     taken: Mapping[Engine, str]
-    """Engines that make room for others already, or are held for them: and for whom."""
+    """Engines already being unloaded or held for other models, with the alias of that model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,21 +73,21 @@ class MakeRoom:
 @dataclass(frozen=True, slots=True)
 class Wait:
     again_at: tuple[float, ...]
-    """Times at which the verdict may change by itself."""
+    """Times at which the verdict may change without an event."""
     reason: str
     reserve: Placement
-    """What must be left of `free` for it by the candidates behind it."""
+    """Part of `free` that later candidates must leave for this one."""
     hold: frozenset[Engine]
-    """Engines that the candidates behind it may not send away."""
+    """Engines that later candidates may not have unloaded."""
     departures: tuple[Departure, ...] = ()
-    """What it waits for."""
+    """Departures that the candidate waits for."""
 
 
 @dataclass(frozen=True, slots=True)
 class NeverFits:
     reason: str
     others_hold_it: bool
-    """It would fit if others than our engines gave their memory back."""
+    """True if it would fit once other programs release their memory."""
 
 
 _Holder = TypeVar("_Holder", bound=Holder)
@@ -148,7 +148,7 @@ def decide(candidate: Model, inspected: Inspected, room: Room) -> Verdict:
 
 
 def cheapest_victims(short: Placement, costs: Mapping[Engine, float]) -> frozenset[Engine] | None:
-    """The cheapest set of engines that gives back what is short, or None when all of them would not do.
+    """Return the cheapest set of engines that frees what is short, or None if all of them together do not.
 
     The better of the cheapest single engine and the cheapest ones together less those not needed; a set
     bigger than it must be is never returned, and engines on devices with room enough are never in it.
@@ -165,7 +165,7 @@ def cheapest_victims(short: Placement, costs: Mapping[Engine, float]) -> frozens
 
 
 def sufficient(short: Placement, preferred: Iterable[_Holder]) -> list[_Holder] | None:
-    """The most preferred engines that give back what is short, less those that turn out not to be needed."""
+    """Return the most preferred engines that free what is short, without those that prove unnecessary."""
     chosen: list[_Holder] = []
     still_short = short
     for engine in preferred:
@@ -183,7 +183,7 @@ def sufficient(short: Placement, preferred: Iterable[_Holder]) -> list[_Holder] 
 
 
 def _departure(candidate: Model, bounds: Bounds, engine: Engine, room: Room) -> Departure:
-    """When an engine may be asked to leave for the candidate, or be counted on if it leaves anyway."""
+    """Earliest time at which an engine may be unloaded for the candidate, or is expected to exit anyway."""
     if engine.state is EngineState.LOADING:
         return Departure(engine.id, engine.alias, math.inf, Hold.LOADING)
     if engine.state is EngineState.STOPPING:
@@ -220,24 +220,24 @@ def _bounds(candidate: Model, policy: Policy) -> Bounds:
 
 
 def due_at(bounds: Bounds, swap_sec: float) -> float:
-    """When the candidate has waited for its bound."""
+    """Time at which the candidate reaches its bound on waiting."""
     return min(arrival + min(longest_sec, factor * swap_sec) for arrival, longest_sec, factor in bounds)
 
 
 def _only_low(engine: Engine, model: Model) -> bool:
-    """Nobody on it or in line for it has more than low priority."""
+    """Whether all requests running on the engine or waiting for it have low priority."""
     return len(model.queue) == model.queue.count(Priority.LOW) and all(
         priority is Priority.LOW for priority in engine.in_flight.values()
     )
 
 
 def _stays(engine: Engine) -> bool:
-    """A pinned engine makes room for nobody; unless it is on its way out already."""
+    """Whether an engine is pinned and not already being unloaded."""
     return engine.spec.pinned and engine.state in (EngineState.LOADING, EngineState.READY)
 
 
 def _is_idle(engine: Engine, room: Room) -> bool:
-    """Nobody would have to wait for it to go."""
+    """Whether the engine can be unloaded without waiting for requests."""
     if engine.state is EngineState.STOPPING:
         return True
     return engine.idle_since_sec is not None and not room.models[engine.alias].queue
@@ -253,14 +253,14 @@ def _eviction_cost(engine: Engine, room: Room) -> float:
 
 
 def _possible(placements: Iterable[Placement], room: Room, budgets: Placement) -> list[Placement]:
-    """Those that fit if everybody leaves who can be made to."""
+    """Placements that fit if all engines that may be unloaded are unloaded."""
     pinned = total(engine.placement for engine in room.engines if _stays(engine))
     obtainable = {resource: budget - pinned.get(resource, 0) for resource, budget in budgets.items()}
     return [place for place in placements if not shortage(place, obtainable)]
 
 
 def _shortage_in_words(placement: Placement, inspected: Inspected, room: Room) -> str:
-    """Which limit holds the candidate back: places, memory, or both; and who is pinned on what it lacks."""
+    """Describe the limits that hold the candidate back: places, memory or both, and pinned models involved."""
     short = shortage(placement, room.free)
     limits = [room.policy.places_in_words] if ENGINES in short else []
     if short.keys() - {ENGINES}:

@@ -1,4 +1,4 @@
-"""What the scheduler is told (events), what it answers (effects), and which models there are.
+"""Messages of the scheduler: events that it receives, effects that it returns, and which models there are.
 
 All immutable. Times are seconds on one monotonic clock, memory is MiB. Nothing here decides anything.
 What every request needs is a msgspec struct, which is made in a third of the time that a frozen dataclass takes.
@@ -22,15 +22,15 @@ Placement = Mapping[Device, int]
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """What the scheduler must know of a model. A change of `revision` means: another engine is needed."""
+    """Model as the scheduler knows it. A changed `revision` requires another engine."""
 
     alias: str
     slots: int = 1
     most_slotless: int = 200
-    """How many requests that need none may be with its engine at once, so that they cannot flood it."""
+    """Maximum number of concurrent requests that need no slot, so that they cannot flood the engine."""
     pinned: bool = False
     kept: bool = False
-    """It is to be there although nobody asks for it: when its engine has died, another one is started."""
+    """True if the model stays loaded without requests: an engine that dies is replaced."""
     idle_timeout_sec: float | None = None
     """None: the policy's; `math.inf`: never unloaded for being idle."""
     expected_load_sec: float = 5
@@ -57,10 +57,10 @@ class ModelState(Word):
 
 
 class Refusal(Word):
-    """Why a request is not served."""
+    """Reason why a request is refused."""
 
     DISPLACED = "displaced"
-    """It waited where there was no more room, and one of a higher priority took its place."""
+    """Removed from a full queue by a request of higher priority."""
     QUEUE_FULL = "queue_full"
     QUEUE_TIMEOUT = "queue_timeout"
     MODEL_NOT_FOUND = "model_not_found"
@@ -72,7 +72,7 @@ class Refusal(Word):
 
 
 class StopCause(Word):
-    """Why an engine is stopped by us."""
+    """Reason why the router stops an engine."""
 
     IDLE = "idle"
     EVICTED = "evicted"
@@ -84,14 +84,14 @@ class StopCause(Word):
 
 
 class Retry(Word):
-    """When to try again after a load that failed."""
+    """When to retry a failed load."""
 
     LATER = "later"
     AT_ONCE = "at_once"
-    """Somebody else was quicker to take its port, for which the model can't be blamed; or it had a projector that
-    nobody had asked for."""
+    """Another program took its port first, which is not the model's fault; or it was started with a projector that
+    was not configured."""
     NEVER = "never"
-    """It does not take the flags of its model: the next one would not, either."""
+    """The engine rejects the model's flags, and would reject them again."""
 
 
 # --- events ---------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ class Retry(Word):
 
 @dataclass(frozen=True, slots=True)
 class Configured:
-    """The configuration is (now) this: models that are missing go, changed ones drain and come back."""
+    """The configuration was set or changed: removed models are unloaded, changed ones drained and restarted."""
 
     at: float
     models: Mapping[str, ModelSpec]
@@ -108,12 +108,12 @@ class Configured:
 
 @dataclass(frozen=True, slots=True)
 class MemoryChanged:
-    """What our engines together may use of each device from now on."""
+    """Memory that all engines together may use of each device from now on."""
 
     at: float
     budgets: Placement
     capacity: Placement = field(default_factory=dict)
-    """What they might use if nobody else used anything; for devices that are missing, the budget."""
+    """Budget if other programs used no memory; missing devices have their budget."""
 
 
 class Submit(msgspec.Struct, frozen=True):
@@ -122,23 +122,22 @@ class Submit(msgspec.Struct, frozen=True):
     alias: str
     priority: Priority = Priority.NORMAL
     slotless: bool = False
-    """It needs an engine, but none of its slots: nothing is computed for it."""
+    """True if the request needs an engine but no slot, because nothing is computed for it."""
 
 
 class Finished(msgspec.Struct, frozen=True):
-    """The request is over wherever it was: answered, failed, or given up by its client."""
+    """The request has ended in any state: answered, failed, or abandoned by its client."""
 
     at: float
     request_id: str
     served: bool = True
     computed: bool = True
-    """Whoever was served got tokens that were computed; what is refused, or only counted, says nothing of how
-    long that takes."""
+    """True if tokens were computed; refused or merely counted requests do not contribute to service times."""
 
 
 @dataclass(frozen=True, slots=True)
 class Displace:
-    """A request that waits has to make room for one of a higher priority, which is somebody else's to know."""
+    """A waiting request must make room for one of higher priority, as decided outside the scheduler."""
 
     at: float
     request_id: str
@@ -147,7 +146,7 @@ class Displace:
 
 @dataclass(frozen=True, slots=True)
 class Requeue:
-    """The engine of a granted request broke before the first byte of its answer."""
+    """The engine of a granted request failed before the first byte of its response."""
 
     at: float
     request_id: str
@@ -156,7 +155,7 @@ class Requeue:
 
 @dataclass(frozen=True, slots=True)
 class Inspected:
-    """The answer to `Inspect`: where the model could be placed, best first, or what is wrong with it."""
+    """Reply to `Inspect`: possible placements of the model, best first, or the problem."""
 
     at: float
     alias: str
@@ -165,13 +164,13 @@ class Inspected:
     need: str = ""
     """The footprint in words, with its source, for people."""
     expected_load_sec: float | None = None
-    """What loading it takes, as far as earlier loads or its size tell."""
+    """Expected load time from earlier loads or the size of the model."""
     load_is_known: bool = False
-    """That was measured; else it is a guess."""
+    """True if the load time was measured, false if it is a guess."""
     advice: str = ""
-    """What would fit, when it does not."""
+    """Advice on what would fit, if the model does not."""
     for_good: bool = False
-    """The problem stays until the model's flags or its file are others."""
+    """True if the problem remains until the model's flags or file change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +181,7 @@ class EngineReady:
 
 @dataclass(frozen=True, slots=True)
 class EngineMeasured:
-    """What an engine really takes: it is booked with that from now on."""
+    """Measured memory of an engine, which becomes its reservation."""
 
     at: float
     engine_id: int
@@ -191,7 +190,7 @@ class EngineMeasured:
 
 @dataclass(frozen=True, slots=True)
 class EngineAlive:
-    """The answer to `Probe` when the engine is well; when it is not, `EngineExited` comes instead."""
+    """Reply to `Probe` if the engine responds; otherwise `EngineExited` follows."""
 
     at: float
     engine_id: int
@@ -199,7 +198,7 @@ class EngineAlive:
 
 @dataclass(frozen=True, slots=True)
 class EngineLost:
-    """Its process is gone. Its memory may not be back yet: `EngineExited` follows when it is."""
+    """The process has exited. `EngineExited` follows once its memory is released."""
 
     at: float
     engine_id: int
@@ -207,19 +206,19 @@ class EngineLost:
 
 @dataclass(frozen=True, slots=True)
 class EngineExited:
-    """The process is gone and its memory is back."""
+    """The process has exited and its memory is released."""
 
     at: float
     engine_id: int
     reason: str
     out_of_memory: bool = False
-    """That is what ended it. The next inspection will tell of a larger footprint."""
+    """True if it ran out of memory. The next inspection reports a larger footprint."""
     retry: Retry = Retry.LATER
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Asked for by hand (`evict=True`) or preload, which never costs another model its place."""
+    """Requested by an operator (`evict=True`) or by preload, which never evicts another model."""
 
     at: float
     alias: str
@@ -234,12 +233,12 @@ class Eject:
 
 @dataclass(frozen=True, slots=True)
 class KeepAlive:
-    """A client says how long a model's engine is to stay once it is idle, however long it lives."""
+    """A client sets the idle timeout of a model's current engine."""
 
     at: float
     alias: str
     idle_sec: float
-    """0: it goes as soon as nobody uses it; `math.inf`: it stays while nobody else needs the room."""
+    """0: unload as soon as it is idle; `math.inf`: keep it until room is needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,7 +287,7 @@ Event = (
 
 
 class Grant(msgspec.Struct, frozen=True):
-    """The request has a slot of the engine: send it."""
+    """The request has been granted a slot of the engine: send it."""
 
     request_id: str
     engine_id: int
@@ -301,12 +300,12 @@ class Reject:
     reason: str
     retry_after_sec: float | None = None
     is_final: bool = False
-    """It would be refused again, until somebody changes the configuration or the machine."""
+    """True if a retry would be refused again until the configuration or the machine changes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Inspect:
-    """Look before anything is stopped for this model: is its file there and sound, and what does it take?"""
+    """Inspect a model before engines are stopped for it: check its file and determine its memory."""
 
     alias: str
 
@@ -326,7 +325,7 @@ class StopEngine:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A request broke on this engine: find out whether it still lives. It admits nobody until then."""
+    """A request failed on this engine: check whether it still responds. It admits no requests until then."""
 
     engine_id: int
 
@@ -339,7 +338,7 @@ class Transition:
     state: ModelState
     reason: str
     engine_id: int | None = None
-    """None: the model has none, or is not to have one."""
+    """None: the model has no engine, or must not have one."""
 
 
 Effect = Grant | Reject | Inspect | StartEngine | StopEngine | Probe | Transition

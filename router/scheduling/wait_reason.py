@@ -1,6 +1,6 @@
-"""Why a request waits, in words with figures: the same in the queue statistics, in heartbeats and in headers.
+"""Wait reasons in words with figures, as shown in queue statistics, heartbeats and headers.
 
-The figures are the scheduler's; nothing is decided here. Pure functions.
+The figures come from the scheduler; nothing is decided here. Pure functions.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from router.scheduling.residency import Departure, Hold, Model
 
 
 def why(model: Model, now: float, *, slotless: bool = False) -> str:
-    """One clause that tells what the first in line for this model waits for: for a slot, or only for an engine."""
+    """Describe in one clause what the first waiting request of a model waits for: a slot, or only an engine."""
     alias, engine = model.spec.alias, model.front
     if engine is None:
         if model.retry_at_sec > now:

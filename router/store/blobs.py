@@ -124,5 +124,5 @@ def _check_room(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size + _SPARE_BYTES:
         wanted = f"{size:,} bytes and " if size else ""
-        reason = f"no room: {wanted}{_SPARE_BYTES:,} to spare are needed, {free:,} are free"
+        reason = f"no room: {wanted}{_SPARE_BYTES:,} to spare are required, {free:,} are free"
         raise OSError(errno.ENOSPC, reason, str(folder))

@@ -217,7 +217,7 @@ class Headers:
         stamps = _stamps(path)
         try:
             if beside:
-                raise Unfinished(f"is not whole, as {beside} beside it tells: remove that if it is left over")
+                raise Unfinished(f"is incomplete according to {beside}; remove that file if it is a leftover")
             if known is None or known.stamps != stamps or known.header is None:
                 self._check_settled(stamps, settle_sec if known is None else SETTLE_SEC)
                 known = _Known(stamps, _read(path))
@@ -317,7 +317,7 @@ def _read(path: Path) -> GGUF | str:
     if reason := unserved(path, header):
         return reason
     if missing := _not_written(header):
-        raise Unfinished(f"is not whole: nothing was written yet where its {missing} belongs")
+        raise Unfinished(f"is incomplete: its {missing} has not been written yet")
     kept = [each for each in header.tensors if each.name.startswith("mm.")] if is_projector(path, header) else []
     return replace(header, tensors=tuple(kept) or header.tensors[:1])
 

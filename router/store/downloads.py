@@ -126,13 +126,13 @@ class Downloads:
             if last.status == "success":
                 await self.look_again()  # so that who hears of it can use it
             if last.status not in ("success", "failed"):
-                problem = Problem("internal_error", "The download broke; see the router's log.")
+                problem = Problem("internal_error", "The download failed; see the router's log.")
                 last = msgspec.structs.replace(last, status="failed", error=problem)
         except asyncio.CancelledError:
             last = msgspec.structs.replace(last, status="cancelled", eta_sec=None, bytes_per_sec=0.0)
         except Exception as error:  # whatever it is, nobody must wait for more
             _log.exception("pull of %s: the download broke", pull.progress.reference)
-            problem = Problem("internal_error", f"The download broke: {error}")
+            problem = Problem("internal_error", f"The download failed: {error}")
             last = msgspec.structs.replace(last, status="failed", error=problem)
         finally:
             outcome = f"{last.status}: {last.error.message}" if last.error else last.status

@@ -93,7 +93,7 @@ class HubRepository:
             wait(pause_sec or 0)
         commit = found.sha or ""
         if not re.fullmatch(r"[0-9a-f]{40}", commit):
-            raise HubError("hub_error", f"{self.endpoint} does not say which commit {reference} is at")
+            raise HubError("hub_error", f"{self.endpoint} does not report the commit of {reference}")
         files: dict[str, HubFile] = {}
         for sibling in found.siblings or []:
             blob = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
@@ -123,7 +123,7 @@ class HubRepository:
         except RevisionNotFoundError:
             raise HubError("not_found", f"{repo} has no revision {self.reference.revision}") from None
         except RemoteEntryNotFoundError:
-            raise HubError("not_found", f"{repo} has lost a file while it was pulled: pull again") from None
+            raise HubError("not_found", f"{repo} lost a file during the pull: pull again") from None
         except HfHubHTTPError as error:
             status = error.response.status_code
             if status in (401, 403):
@@ -135,7 +135,7 @@ class HubRepository:
             if last_try or isinstance(error, httpx2.InvalidURL):
                 reason = str(error) or type(error).__name__
                 raise HubError(
-                    "unreachable", f"{self.endpoint} cannot be reached, or broke off: {reason}"
+                    "unreachable", f"{self.endpoint} cannot be reached, or closed the connection: {reason}"
                 ) from None
 
 

@@ -103,17 +103,19 @@ def pull(
 
 def _check_free(alias: str | None, taken: Mapping[str, str]) -> None:
     if alias is not None and alias in taken:
-        message = f"{alias!r} is taken by a model of this name, from {taken[alias]}: give this one an alias"
+        message = f"{alias!r} is taken by a model from {taken[alias]}: choose another alias"
         raise PullFailed("name_taken", message)
 
 
 def _problem_of_disk(error: OSError) -> Problem:
     where = f"{error.filename}: " if error.filename else ""
     if error.errno in _NO_ROOM:
-        message = f"{where}no room for more: {error.strerror}. What has arrived is kept: make room and pull again."
+        message = (
+            f"{where}no space left: {error.strerror}. The partial download is kept: free space and pull again."
+        )
         return Problem("disk_full", message)
     if error.errno == errno.ENOENT:
-        return Problem("disk_error", f"{where}was removed while it was pulled. Pull again.")
+        return Problem("disk_error", f"{where}was removed during the pull. Pull again.")
     return Problem("disk_error", f"{where}{error.strerror or error}")
 
 
@@ -324,7 +326,7 @@ class _Pull:
                 if progress.completed_bytes < file.size:
                     tries = 1 if progress.completed_bytes > before else tries + 1
                     if tries > len(PAUSES_SEC):
-                        raise HubError("unreachable", f"{self.hub.endpoint} sends no more of {file.path}")
+                        raise HubError("unreachable", f"{self.hub.endpoint} stopped sending {file.path}")
                     self._wait(PAUSES_SEC[tries - 1])
             out.flush()
             os.fsync(out.fileno())

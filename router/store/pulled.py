@@ -194,7 +194,7 @@ def remove(cache: Path, alias: str) -> int:
 
 
 def _being_pulled(alias: str) -> BeingPulled:
-    return BeingPulled(f"{alias!r} is being pulled: stop that first, or wait for its end")
+    return BeingPulled(f"{alias!r} is being pulled: stop the pull, or wait until it ends")
 
 
 def _remove_files(folder: Path, model: PulledModel, others: Iterable[PulledModel]) -> int:
@@ -331,7 +331,7 @@ def _read(folder: Path, name: str = RECORD) -> _Record:
     except FileNotFoundError:
         return _Record({})
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        reason = f"is damaged ({error}): what was pulled from there has to be pulled again"
+        reason = f"is damaged ({error}): the models of that repository must be pulled again"
         raise _Damaged(errno.EINVAL, reason) from error
 
 

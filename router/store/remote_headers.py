@@ -93,7 +93,7 @@ def read(model: str, environ: Mapping[str, str]) -> GGUF:
         return first
     named = _PART_NUMBER.search(urllib.parse.urlsplit(url).path)
     if named is None or int(named[1]) != number:
-        raise CannotRead(f"{url} is one of {number} parts: give the first, …-00001-of-{number:05d}.gguf")
+        raise CannotRead(f"{url} is one of {number} parts: use the first, …-00001-of-{number:05d}.gguf")
     others = (url.replace(f"-00001-of-{named[1]}", f"-{part:05d}-of-{named[1]}") for part in range(2, number + 1))
     parts = [first, *(_fetch(other, token, FIRST_BYTES_OF_OTHERS) for other in others)]
     return replace(
@@ -108,7 +108,7 @@ def resolve(model: str, environ: Mapping[str, str]) -> str | None:
     endpoint = environ.get("HF_ENDPOINT") or "https://huggingface.co"
     scheme, _, rest = model.rpartition("://")
     if scheme not in ("", "http", "https"):
-        raise CannotRead(f"{model}: {scheme} is not a protocol that is spoken here; give an http(s) URL")
+        raise CannotRead(f"{model}: {scheme} is not a supported protocol; use an http(s) URL")
     host, *path = rest.split("/")
     if host.lower() in HUB_HOSTS and (scheme or not Path(model).exists()):
         if len(path) > 4 and path[2] in ("blob", "resolve", "raw"):  # as copied from the browser
@@ -116,7 +116,7 @@ def resolve(model: str, environ: Mapping[str, str]) -> str | None:
         elif len(path) >= 3:
             path = [*path[:2], "resolve", "main", *path[2:]]
         if len(path) < 5 or not path[-1].partition("?")[0].lower().endswith(".gguf"):
-            raise CannotRead(f"{model} names no model: give hf.co/USER/REPO[:QUANT] or hf.co/USER/REPO/FILE.gguf")
+            raise CannotRead(f"{model} is not a model: use hf.co/USER/REPO[:QUANT] or hf.co/USER/REPO/FILE.gguf")
         return f"{endpoint.rstrip('/')}/{'/'.join(path)}"
     return model if scheme else None
 

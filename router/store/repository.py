@@ -88,12 +88,12 @@ def parse(text: str, environ: Mapping[str, str]) -> Reference:
     _, _, rest = text.strip().rpartition("://")
     rest = urllib.parse.unquote(rest.partition("?")[0].partition("#")[0]).strip("/")
     if not rest.isprintable():
-        raise BadReference(f"{text!r} has characters that no name has")
+        raise BadReference(f"{text!r} has characters that are not allowed in names")
     host, _, path = rest.partition("/")
     if host.lower() in HUB_HOSTS or (mirror and host == mirror):
         rest = path
     elif "://" in text:
-        raise BadReference(f"{text!r} is not on the Hugging Face hub: give hf.co/USER/REPO[:QUANT]")
+        raise BadReference(f"{text!r} is not on the Hugging Face hub: use hf.co/USER/REPO[:QUANT]")
     rest, _, quant = untagged(rest).partition(":")
     user, _, rest = rest.partition("/")
     name, _, file = rest.partition("/")
@@ -105,10 +105,10 @@ def parse(text: str, environ: Mapping[str, str]) -> Reference:
         revision, file = file.split("/")[1], ""
     if not _REPOSITORY.fullmatch(repo) or "--" in repo or ".." in repo:
         raise BadReference(
-            f"{text!r} names no repository: give hf.co/USER/REPO[:QUANT], as in hf.co/ggml-org/gemma-3-4b-it-GGUF"
+            f"{text!r} is not a repository: use hf.co/USER/REPO[:QUANT], as in hf.co/ggml-org/gemma-3-4b-it-GGUF"
         )
     if file and (quant or not file.lower().endswith(".gguf") or not is_plain(file)):
-        raise BadReference(f"{text!r}: after the repository comes :QUANT, or /FILE.gguf")
+        raise BadReference(f"{text!r}: the repository must be followed by :QUANT or /FILE.gguf")
     if quant:
         _check_quantization(quant, text)
     return Reference(repo, quant or None, file or None, revision)
@@ -138,7 +138,7 @@ def permitted(
         if reference in listed or Reference(reference.repo, revision=reference.revision) in listed:
             return reference, None
     raise NotAllowed(
-        f"{text!r} may not be pulled here (system.allowed_models); what may: {', '.join(allowed) or 'none'}"
+        f"{text!r} may not be pulled here (system.allowed_models); allowed: {', '.join(allowed) or 'none'}"
     )
 
 
@@ -153,7 +153,7 @@ def quantized(reference: Reference, quantize: str) -> Reference:
         _check_quantization(quantize, quantize)
         return replace(reference, quant=quantize)
     if quantize.lower() != AUTO:
-        raise BadReference(f"{reference} says which file it is: leave out `quantize`")
+        raise BadReference(f"{reference} already specifies a file: omit `quantize`")
     return reference
 
 
@@ -225,7 +225,7 @@ def _wanted(reference: Reference, models: list[PurePosixPath]) -> PurePosixPath:
     if len(fits) > 1:
         names = ", ".join(map(str, fits))
         raise NoChoice(
-            f"{reference.repo} has several such models: name one, as in hf.co/{reference.repo}/{fits[0]} ({names})"
+            f"{reference.repo} has several such models: use one, as in hf.co/{reference.repo}/{fits[0]} ({names})"
         )
     return fits[0]
 

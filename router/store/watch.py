@@ -49,7 +49,7 @@ async def watch(folders: Callable[[], Sequence[Path]], look: Callable[[], Awaita
         except (
             Exception
         ) as error:  # the system's limit of watches, or a folder that is gone again, or a mistake of ours
-            _log.warning("changes in folders of models are noticed after a while only: %r", error)
+            _log.warning("changes in model folders are noticed with a delay: %r", error)
             await asyncio.sleep(_UNTOLD_SEC)
 
 

@@ -51,7 +51,7 @@ class Device(msgspec.Struct, frozen=True, order=True, cache_hash=True):
         """The device that a configuration or a file names. Raises ValueError."""
         found = _NAME.fullmatch(text)
         if found is None:
-            raise ValueError(f"{text!r} names no device: it should be host, or gpu and a number, such as gpu0")
+            raise ValueError(f"{text!r} is not a device: use host, or gpu and a number, such as gpu0")
         node = found["node"] or ""
         if found["index"] is None:
             return cls(node)

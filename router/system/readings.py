@@ -145,7 +145,7 @@ class Watch(Generic[T]):
             was_late, self._is_late = self._is_late, False
             waiting, self._waiting = self._waiting, []
         if was_late:
-            _log.warning("%s: there is an answer again", self._name)
+            _log.warning("%s: responding again", self._name)
         for tell in waiting:
             tell()
 
@@ -153,7 +153,9 @@ class Watch(Generic[T]):
         with self._lock:
             is_news, self._is_late = self._busy and not self._is_late, self._busy
         if is_news:
-            _log.warning("%s: nothing within %g s, the last answer counts until then", self._name, deadline_sec)
+            _log.warning(
+                "%s: no response within %g s; using the last reading until then", self._name, deadline_sec
+            )
 
     def _forget(self, tell: Callable[[], None]) -> None:
         with self._lock, contextlib.suppress(ValueError):

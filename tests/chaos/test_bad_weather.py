@@ -275,7 +275,7 @@ def test_an_engine_that_the_kernel_kills_for_want_of_memory(
         confine(pid, 256 << 20)
     assert router.chat("a").status_code == 503
     router.until("a", "off")
-    words = "killed by the kernel: the memory ran out"
+    words = "killed by the kernel: out of memory"
     health = router.http.get("/v1/health/models").json()["models"]["a"]
     assert health["last_error"].startswith(f"'a' crashed: {words}")
     assert health["last_exit"]["reason"].startswith(words)

@@ -138,7 +138,7 @@ def test_the_widest_table_fits_a_terminal(
     lines = capsys.readouterr().out.splitlines()
     with pytest.raises(SystemExit):
         command(str(model), "--device", "CUDA2")
-    assert "--device CUDA2 goes beyond the GPUs that there are (gpu0, gpu1, " in capsys.readouterr().err
+    assert "--device CUDA2 refers to more GPUs than available (gpu0, gpu1, " in capsys.readouterr().err
     assert lines[2].split()[:6] == ["MiB", "weights", "KV", "state", "compute", "mmproj"]
     assert [line.split()[0] for line in lines[3:7]] == ["gpu0", "gpu1", "host", "together"]
     assert max(map(len, lines)) <= 80, "\n".join(lines)
@@ -270,14 +270,14 @@ def test_what_a_model_is_called_says_where_it_is(model: str, url: str | None) ->
     ("arguments", "code", "reason"),
     [
         (["/nowhere/a.gguf"], 1, "there is no file /nowhere/a.gguf"),
-        (["hf.co/ibm"], 1, "give hf.co/USER/REPO[:QUANT] or"),
-        (["ftp://example.com/a.gguf"], 1, "ftp is not a protocol that is spoken here"),
+        (["hf.co/ibm"], 1, "use hf.co/USER/REPO[:QUANT] or"),
+        (["ftp://example.com/a.gguf"], 1, "ftp is not a supported protocol"),
         ([f"{FAR}/a.gguf"], 1, "cannot be reached"),
         (["TINY", "-c", "lots"], 2, "-c takes a whole number"),
         (["TINY", "4096"], 2, "neither a flag nor the value of one"),
         (["PROJECTOR"], 1, "give the model, and this file with --mmproj"),
         (["FOLDER"], 1, "is not a regular file"),
-        (["PART"], 1, "is part 2 of 3: give the first part"),
+        (["PART"], 1, "is part 2 of 3: use the first part"),
         ([], 2, "llama-router estimate: error: the following arguments are required: MODEL\n"),
     ],
 )

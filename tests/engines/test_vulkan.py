@@ -121,7 +121,7 @@ def test_flags_and_variables_choose_among_them(router: Router, alias: str, gpus:
 def test_a_gpu_that_is_not_there_is_said(router: Router) -> None:
     answer = router.http.post("/v1/models/load", json={"model": "third"})
     assert answer.status_code == 503
-    assert "--device Vulkan2 goes beyond the GPUs that there are (gpu0, gpu1, counted from 0)" in answer.text
+    assert "--device Vulkan2 refers to more GPUs than available (gpu0, gpu1, counted from 0)" in answer.text
 
 
 def test_a_model_is_divided_among_them(start: Start, vulkan: Environ, tmp_path: Path) -> None:

@@ -259,7 +259,7 @@ def test_split_model_with_a_part_missing_says_which(tmp_path: Path) -> None:
 
 def test_split_model_is_named_by_its_first_part(tmp_path: Path) -> None:
     write_llama(tmp_path / "big.gguf", parts=3)
-    with pytest.raises(GGUFError, match="is part 2 of 3: give the first part"):
+    with pytest.raises(GGUFError, match="is part 2 of 3: use the first part"):
         gguf.read(tmp_path / "big-00002-of-00003.gguf")
 
 

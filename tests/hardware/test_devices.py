@@ -267,8 +267,8 @@ def test_a_lost_gpu_disappears_and_comes_back_under_its_name(gpus: PlayedGpus, a
     asker.leave()
     assert [line.strip() for line in asker.log] == [
         "GPU 0 is left out: GPU is lost",
-        "gpu0 (NVIDIA GeForce RTX 3090) is gone",
-        "gpu0 (NVIDIA GeForce RTX 3090) is back",
+        "gpu0 (NVIDIA GeForce RTX 3090) is no longer available",
+        "gpu0 (NVIDIA GeForce RTX 3090) is available again",
     ]
 
 
@@ -301,7 +301,7 @@ def test_a_gpu_that_the_driver_no_longer_lists_is_gone(gpus: PlayedGpus, ask: As
     assert list(asker.gpus()) == ["gpu0"]
     assert list(asker.gpus()) == ["gpu0"]
     asker.leave()
-    assert [line.strip() for line in asker.log] == ["gpu1 (NVIDIA GeForce RTX 3090) is gone"]
+    assert [line.strip() for line in asker.log] == ["gpu1 (NVIDIA GeForce RTX 3090) is no longer available"]
 
 
 def test_a_reloaded_driver_is_opened_again_and_nobody_notices(gpus: PlayedGpus, ask: Ask) -> None:
@@ -326,8 +326,8 @@ def test_a_driver_that_is_unloaded_and_loaded_again(gpus: PlayedGpus, ask: Ask) 
     asker.leave()
     assert [line.strip() for line in asker.log] == [
         "NVIDIA's driver can't be asked: Driver Not Loaded",
-        "gpu0 (NVIDIA GeForce RTX 3090) is gone",
-        "gpu0 (NVIDIA GeForce RTX 3090) is back",
+        "gpu0 (NVIDIA GeForce RTX 3090) is no longer available",
+        "gpu0 (NVIDIA GeForce RTX 3090) is available again",
     ]
 
 
@@ -351,8 +351,8 @@ def test_a_driver_that_hangs_delays_nobody_and_piles_up_nothing(gpus: PlayedGpus
     asker.read(deadline_sec=0.05)
     asker.leave()  # a thread that hangs does not keep the process
     assert [line.strip() for line in asker.log][:2] == [
-        "GPU driver: nothing within 0.05 s, the last answer counts until then",
-        "GPU driver: there is an answer again",
+        "GPU driver: no response within 0.05 s; using the last reading until then",
+        "GPU driver: responding again",
     ]
 
 

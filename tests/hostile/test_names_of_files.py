@@ -61,7 +61,7 @@ def test_models_that_are_called_like_flags_are_models(start: Start, folder: Path
         assert router.chat(name).status_code == 200, name
     said = run("logs", "--url", router.url, "--", "--help", cwd=tmp_path)
     assert (said.returncode, "usage" in said.stdout) == (0, False), said.stderr
-    for command, told in (("rm", "no model was pulled as '-x'"), ("pull", "'-x' names no repository")):
+    for command, told in (("rm", "no model was pulled as '-x'"), ("pull", "'-x' is not a repository")):
         failed = run(command, "--", "-x", cwd=tmp_path)
         assert failed.returncode == 1
         assert told in failed.stderr

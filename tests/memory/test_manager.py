@@ -82,7 +82,7 @@ def test_an_engine_that_lacked_a_library_is_not_refused_once_it_has_it(tmp_path:
 
 def test_an_engine_for_which_nothing_was_found_says_so(accountant: Accountant) -> None:
     account = accountant.open(1, "a", {HOST: 500})
-    with pytest.raises(Unusable, match="planned anew"):
+    with pytest.raises(Unusable, match="plan has changed"):
         accountant.shows(account)
     assert account.booked() == {HOST: 500}, "until its end is told"
 
@@ -97,7 +97,7 @@ def test_however_often_a_disk_that_hangs_is_looked_at_one_thread_waits_for_it(
         accountant.looks.limit_sec = 0.05
         threads = _thread._count()
         for alias in ("a", "b", "a"):
-            with pytest.raises(Unusable, match=r"could not be looked at within 0\.05 s"):
+            with pytest.raises(Unusable, match=r"could not be inspected within 0\.05 s"):
                 await accountant.inspect(ModelConfig(alias, tiny, ()), System())
         assert _thread._count() <= threads + 1
         back.set()

@@ -169,7 +169,7 @@ def test_a_context_that_nobody_has_set_is_cut_to_what_there_is(start: Start, tmp
     assert 4096 <= memory["context"] < 131072
     command = arguments(router, "a")
     assert f"-c {memory['context']} " in " ".join(command)
-    assert f"context {memory['context']} of 131072, for want of memory" in router.log
+    assert f"context {memory['context']} of 131072, because memory is short" in router.log
     props = router.http.get("/vram").json()["models"][0]
     assert props["booked_mb"]["host"] <= 300
 

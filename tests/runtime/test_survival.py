@@ -172,7 +172,7 @@ def test_a_load_that_stands_still_fails_with_its_last_words(start: Start, tiny: 
     router = start({"system": system, "models": models(tiny, "a")})
     answer = router.chat("a")
     assert answer.status_code == 503
-    assert "stood still" in answer.json()["error"]["message"]
+    assert "made no progress" in answer.json()["error"]["message"]
     assert "fake engine: loading" in answer.json()["error"]["message"]
     (failed,) = router.http.get("/v1/models/failed").json()["failed_models"]
     assert (failed["model"], failed["attempts"]) == ("a", 1)

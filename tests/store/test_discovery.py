@@ -362,9 +362,7 @@ def test_a_download_that_has_reserved_its_size_and_stopped_is_not_offered(tmp_pa
     if "begun" in aliases(discovery):
         pytest.skip("this file system does not tell of holes")
     assert aliases(discovery) == ["but-for-a-page", "whole", "zeros"]
-    assert {reason.partition("tensor")[0] for reason in reasons(discovery).values()} == {
-        "is not whole: nothing was written yet where its "
-    }
+    assert {reason.partition("tensor")[0] for reason in reasons(discovery).values()} == {"is incomplete: its "}
 
 
 def test_a_file_that_is_replaced_is_what_it_was_until_the_new_one_is_whole(tmp_path: Path) -> None:

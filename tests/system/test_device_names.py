@@ -63,7 +63,7 @@ def test_what_an_engine_counts_is_not_what_the_driver_counts() -> None:
     "text", ["", "gpu", "gpu-1", "gpu0:", "cpu", "HOST", "gpu0 ", "/gpu0", "a/b/host", "gpu٣"]
 )
 def test_what_names_no_device_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="names no device: it should be host, or gpu and a number"):
+    with pytest.raises(ValueError, match="is not a device: use host, or gpu and a number"):
         Device.named(text)
 
 

@@ -338,7 +338,7 @@ def _digest(text: str) -> str:
 def _of_disk(error: OSError) -> ApiError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ApiError(507, "disk_full", f"{error.filename or 'the state directory'}: {error.strerror}")
-    return ApiError(500, "disk_error", f"it cannot be written: {error}")
+    return ApiError(500, "disk_error", f"the file cannot be written: {error}")
 
 
 # --- both -----------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ class OllamaExchange(Exchange):
             return
         failed = look.exception()
         if failed is not None:
-            _log.error("what %s is capable of could not be found out", wish.alias, exc_info=failed)
+            _log.error("capabilities of %s could not be determined", wish.alias, exc_info=failed)
         capabilities = None if failed is not None else look.result()[wish.alias].get("capabilities")
         missing = [need for need in self._asked.needs if capabilities is not None and need not in capabilities]
         if missing:

@@ -113,7 +113,7 @@ class FitParams:
         try:
             build, model = _identity(self.tool), _identity(header.path)
         except OSError as error:
-            _log.warning("%s cannot be asked about %s: %s", TOOL, header.path, error)
+            _log.warning("%s could not be run for %s: %s", TOOL, header.path, error)
             return None
         if build != self._build:  # the engine has been replaced
             self._build, self._answers, self._failed_sec = build, {}, {}
@@ -154,8 +154,8 @@ class FitParams:
             if answer is not None:
                 return answer
             said = complaints((done.stderr or done.stdout).splitlines())
-            reason = f"exit code {done.returncode}, it said: {said[:_LONGEST_REASON] or 'nothing'}"
-        _log.warning("%s does not tell what %s takes, formulas do instead: %s", TOOL, model.name, reason)
+            reason = f"exit code {done.returncode}, output: {said[:_LONGEST_REASON] or 'none'}"
+        _log.warning("%s cannot estimate the memory of %s; using formulas instead: %s", TOOL, model.name, reason)
         return None
 
 

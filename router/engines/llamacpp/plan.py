@@ -215,7 +215,7 @@ class _Places:
         if max(shown, default=-1) >= len(gpus):
             ours = ", ".join(str(site.device) for site in gpus)
             wrong = " ".join(word for flag in flags for word in flag.words)
-            raise Unusable(f"its flags: {wrong} goes beyond the GPUs that there are ({ours}, counted from 0)")
+            raise Unusable(f"its flags: {wrong} refers to more GPUs than available ({ours}, counted from 0)")
         added: list[str] = []
         for flag in flags:
             added += [f"--{flag.name}", re.sub(r"\d+", lambda found: str(shown.index(int(found[0]))), flag.text)]
@@ -238,7 +238,7 @@ class _Places:
             named = visible(by_number, spelled)
             if not named:
                 ours = ", ".join(str(site.device) for site in self._ground.gpus)
-                raise Unusable(f"{name}={spelled} in its env begins with none of the GPUs that there are ({ours})")
+                raise Unusable(f"{name}={spelled} in its env begins with no available GPU ({ours})")
             return named
         return None
 

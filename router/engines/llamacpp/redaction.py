@@ -19,7 +19,7 @@ def for_clients(document: bytes) -> bytes:
     try:
         return msgspec.json.encode(_for_clients("", msgspec.json.decode(document)))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        raise ApiError(502, "engine_error", "The engine does not say that in JSON.") from None
+        raise ApiError(502, "engine_error", "The engine's response is not JSON.") from None
 
 
 def _for_clients(key: str, value: Any) -> Any:

@@ -176,7 +176,7 @@ class LlamaServer(EngineProcess):
         answered = self._without_key
         if answered is None or answered in (401, CANNOT_ASK) or answered >= 500:
             return words
-        return f"its port answers {_KEPT_PATH} without the key, too ({answered}): that is no llama-server; {words}"
+        return f"its port answers {_KEPT_PATH} without the key ({answered}), so it is not llama-server; {words}"
 
     async def _read_messages(self) -> None:
         """Standard output: state messages in child mode, log lines in builds that do not know it."""

@@ -111,7 +111,7 @@ def _sized(files: Files) -> Iterator[None]:
         raise
     except Exception as error:
         name = files.paths[0] if files.paths else "the model"
-        raise Unusable(f"{name} is unreadable: its header makes no sense ({error!r})") from error
+        raise Unusable(f"{name} is unreadable: its header is invalid ({error!r})") from error
 
 
 def _named(flags: Flags, name: str) -> Path | None:
@@ -150,7 +150,7 @@ class EngineKind:
             raise Unusable(reason, "the engine cannot be run") from error
         if said.has and KEY_VARIABLE not in said.line:
             raise Unusable(
-                f"{self.program} is too old: it takes no key from {KEY_VARIABLE}; install a newer llama-server",
+                f"{self.program} is too old: it does not support {KEY_VARIABLE}; install a newer llama-server",
                 "the engine is too old",
             )
 
@@ -226,7 +226,7 @@ def _help_of(program: str, build: str) -> _Help:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        _log.warning("%s --help says nothing for 10 s", program)
+        _log.warning("%s --help printed nothing for 10 s", program)
         return _Help()
     if done.returncode >= 0 and done.returncode not in _NEVER_RAN:
         text = done.stdout.decode("utf-8", "replace")

@@ -415,11 +415,11 @@ class TestFitParams:
         [
             ("echo 'error: unknown model architecture' >&2; exit 1", "unknown model architecture"),
             ("echo 'Host much more than that'", "Host much more than that"),
-            ("exit 0", "it said: nothing"),
+            ("exit 0", "output: none"),
             ("kill -9 $$", "exit code -9"),
             (
                 "echo '0.1 E refuses: a type' >&2; echo '[Inferior 1 detached]' >&2; kill -6 $$",
-                "it said: 0.1 E refuses",
+                "output: 0.1 E refuses",
             ),
             ("exec sleep 60", "no answer within 0.5 s"),
         ],

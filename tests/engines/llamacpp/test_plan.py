@@ -190,7 +190,7 @@ def test_of_a_gpu_that_its_flags_leave_out_it_takes_nothing(qwen: Path) -> None:
 
 def test_flags_that_name_a_gpu_that_is_not_there_are_told_so(qwen: Path) -> None:
     with pytest.raises(
-        Unusable, match=r"--device CUDA1 goes beyond the GPUs that there are \(gpu3, counted from 0"
+        Unusable, match=r"--device CUDA1 refers to more GPUs than available \(gpu3, counted from 0"
     ):
         look(qwen, ground(gpu(3, 24000)), "--device", "CUDA1")
 
