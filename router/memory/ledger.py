@@ -6,7 +6,8 @@
 The reservation of a loading engine is its estimate, that of an engine that has answered is its measurement.
 External memory is what the device reports as used less the measured memory of engines. If a driver does not
 report memory by process, a loaded engine is assumed to hold its reservation, and external memory is assumed
-constant during a load. Memory still missing after an engine's exit counts as being released until its account is closed.
+constant during a load. Memory still missing after an engine's exit counts as being released until its account is
+closed.
 
 While a driver hangs, the values of its GPUs are kept, except reservations.
 

@@ -217,7 +217,7 @@ class Headers:
         stamps = _stamps(path)
         try:
             if beside:
-                raise Unfinished(f"is incomplete according to {beside}; remove that file if it is a leftover")
+                raise Unfinished(f"is incomplete, as {beside} beside it shows: remove that if it is a leftover")
             if known is None or known.stamps != stamps or known.header is None:
                 self._check_settled(stamps, settle_sec if known is None else SETTLE_SEC)
                 known = _Known(stamps, _read(path))

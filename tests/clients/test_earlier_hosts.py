@@ -127,7 +127,7 @@ def test_what_was_not_pulled_is_not_downloaded_by_a_chat(router: Router, hub: Hu
     [
         ({"model": "gone"}, 404, "not_found", "org/gone-GGUF"),
         ({"model": REPO, "quantize": "fp32"}, 404, "no_such_file", "it has F16, Q4_K_M, Q8_0"),
-        ({"model": "small", "quantize": "q4"}, 400, "invalid_reference", "leave out `quantize`"),
+        ({"model": "small", "quantize": "q4"}, 400, "invalid_reference", "omit `quantize`"),
         ({"model": REPO, "quantize": "four bits"}, 400, "invalid_reference", "four bits"),
         ({"model": "org/other-GGUF"}, 403, "model_not_allowed", "small, any, large, gone"),
         ({"quantize": "q4"}, 400, "invalid_request", "model"),

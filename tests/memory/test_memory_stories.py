@@ -104,7 +104,7 @@ def test_room_is_given_away_only_when_the_memory_is_back(
     gpus.set(Gpu(total_mib=1000, used_mib=800, uuid=gpus.gpus[0].uuid, processes=(Held(pid, 800),)))
     router.http.post("/v1/models/load", json={"model": "b"}, timeout=30)
     log = router.log
-    assert log.index("not all of its memory on gpu0 is back") < log.index("model a: off")
+    assert log.index("not all of its memory on gpu0 is free") < log.index("model a: off")
     assert "model b: loading" not in log, "and then it counts as somebody else's"
 
 

@@ -338,7 +338,7 @@ def test_what_programs_that_download_have_not_finished_is_not_offered(tmp_path: 
     (tmp_path / "e-00002-of-00002.gguf.aria2").touch()
     discovery = discover(tmp_path)
     assert aliases(discovery) == ["d"]
-    assert {name: reason.split()[4] for name, reason in reasons(discovery).items()} == {
+    assert {name: reason.split()[3] for name, reason in reasons(discovery).items()} == {
         "a.gguf": "a.gguf.aria2",
         "b.gguf": "b.gguf.part",
         "c.gguf": "c.gguf.crdownload",

@@ -114,7 +114,7 @@ def test_a_quantization_is_said_once() -> None:
     assert quantized(Reference("org/m"), "q4") == Reference("org/m", "q4")
     for said in (Reference("org/m", "Q8_0"), Reference("org/m", file="m.gguf")):
         assert quantized(said, "auto") == said
-        with pytest.raises(BadReference, match="leave out `quantize`"):
+        with pytest.raises(BadReference, match="omit `quantize`"):
             quantized(said, "q4")
     with pytest.raises(BadReference, match="not a quantization"):
         quantized(Reference("org/m"), "a b")

@@ -392,5 +392,5 @@ def test_an_entry_may_name_a_gpu_by_its_uuid_or_the_beginning_of_it(qwen: Path, 
 
 
 def test_an_entry_that_names_a_gpu_that_is_not_there_is_told_so(qwen: Path) -> None:
-    with pytest.raises(Unusable, match=r"CUDA_VISIBLE_DEVICES=7 .* none of the GPUs that there are .gpu0."):
+    with pytest.raises(Unusable, match=r"CUDA_VISIBLE_DEVICES=7 .* no available GPU .gpu0."):
         look(qwen, ground(gpu(0, 24000)), env={"CUDA_VISIBLE_DEVICES": "7"})
