@@ -227,7 +227,7 @@ def test_too_few_open_files_are_told_at_the_start(tmp_path: Path) -> None:
     with subprocess.Popen(command, cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True) as router:
         assert router.stderr is not None
         for line in router.stderr:
-            if "only 188 clients may connect at once" in line:
+            if "only 188 client connections are possible" in line:
                 assert "limit of open files is 700" in line
                 break
         else:

@@ -150,7 +150,7 @@ def test_a_home_that_takes_nothing_costs_only_the_memory(start: Start, tmp_path:
     environ = {"HOME": a_file_in_the_way(tmp_path), "LLAMA_ROUTER_STATE_DIR": ""}
     router = start(arguments=["--port", str(free_port)], **environ)
     assert router.chat("demo").status_code == 200
-    warnings = [line for line in router.output if "Nothing will be remembered" in line]
+    warnings = [line for line in router.output if "Measurements will not be saved" in line]
     assert len(warnings) == 1
     assert "Not a directory" in warnings[0]
     assert router.stop() == 0
