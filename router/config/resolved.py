@@ -24,6 +24,13 @@ class ModelConfig:
 
     engine: ClassVar[str] = "llamacpp"
     """The kind of its engine."""
+    derived: ClassVar[frozenset[str]] = frozenset(
+        {"alias", "source", "files", "slots", "routes", "known_as"}
+        | {"projector_was_found", "purposes", "most_tokens"}
+    )
+    """Fields that are no keys of its entry: they follow from its name, its files or its flags."""
+    written_as: ClassVar[Mapping[str, str]] = {}
+    """Keys of its entry by the fields that have another name."""
 
     alias: str
     model_path: Path
@@ -64,6 +71,15 @@ class CommandModel(ModelConfig):
     Its `model_path` is where its file is, or else the program."""
 
     engine: ClassVar[str] = "command"
+    derived: ClassVar[frozenset[str]] = frozenset(
+        {"alias", "source", "files", "model_path", "flags", "footprint_mb"}
+        | {"projector_was_found", "purposes", "most_tokens"}
+    )
+    written_as: ClassVar[Mapping[str, str]] = {
+        "file": "model_path",
+        "known_as": "model_name",
+        "footprint": "footprint_mb",
+    }
     cmd: tuple[str, ...]
     stop_cmd: tuple[str, ...] = ()
     cwd: Path | None = None

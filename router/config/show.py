@@ -14,26 +14,12 @@ from typing import Any
 from pydantic import SecretStr
 
 from router.config.problems import KeyPath, dotted
-from router.config.resolved import CommandModel, Config, ModelConfig
+from router.config.resolved import Config, ModelConfig
 from router.config.schema import Section
 
 _SECRET_NAME = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
-
-
 _SECRET_FLAG = re.compile(r"-hft|--?(hf[-_]token|.*(api[-_]?key|secret|passw|credential).*)", re.IGNORECASE)
 """One whose value is a secret."""
-
-_OF_FLAGS = frozenset({"slots", "projector_was_found", "purposes", "most_tokens", "routes", "known_as"})
-"""What a llama-server's flags come to."""
-_DERIVED = {
-    ModelConfig: frozenset({"alias", "source", "files", *_OF_FLAGS}),
-    CommandModel: frozenset(
-        {"alias", "source", "files", "model_path", "flags", "footprint_mb"}
-        | {"projector_was_found", "purposes", "most_tokens"}
-    ),
-}
-_WRITTEN_AS = {"file": "model_path", "known_as": "model_name", "footprint": "footprint_mb"}
-"""What is called otherwise in a file."""
 
 
 def render(config: Config, origins: Mapping[str, str]) -> list[str]:
@@ -46,12 +32,12 @@ def leaves(config: Config) -> Iterator[tuple[KeyPath, str]]:
     for name, section in (("api", config.api), ("system", config.system), ("scheduling", config.scheduling)):
         yield from _section_leaves((name,), section)
     for alias, model in config.models.items():
-        if model.engine != "llamacpp":
+        if model.engine != ModelConfig.engine:
             yield ("models", alias, "engine"), model.engine
         for field in fields(model):
-            name = _WRITTEN_AS.get(field.name, field.name)
+            name = model.written_as.get(field.name, field.name)
             path, value = ("models", alias, name), getattr(model, field.name)
-            if field.name in _DERIVED[type(model)]:
+            if field.name in model.derived:
                 continue
             if field.name == "env":
                 for name, text in value.items():

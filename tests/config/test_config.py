@@ -21,8 +21,8 @@ from router.config import schema as config
 from router.config.errors import LLAMA_SWAP
 from router.config.file import read_file
 from router.config.problems import ConfigError
-from router.config.resolved import Config, ModelConfig
-from router.config.show import render
+from router.config.resolved import CommandModel, Config, ModelConfig
+from router.config.show import leaves, render
 from router.engines.llamacpp import flags
 from router.store import discovery as hub
 
@@ -991,6 +991,19 @@ def test_every_key_is_described_in_the_schema() -> None:
         name for each in sections for name, key in each.get("properties", {}).items() if not key.get("description")
     ]
     assert undescribed == []
+
+
+@pytest.mark.parametrize(
+    ("entry", "model"),
+    [
+        (config.ModelEntry, ModelConfig("a", Path("a.gguf"), ())),
+        (config.CommandEntry, CommandModel("a", Path("serve"), (), cmd=("serve", "{port}"))),
+    ],
+    ids=["llamacpp", "command"],
+)
+def test_what_is_shown_of_a_model_are_keys_of_its_entry(entry: type[config.Section], model: ModelConfig) -> None:
+    shown = {path[2] for path, _ in leaves(Config(models={"a": model})) if path[0] == "models"}
+    assert {"pinned", "idle_timeout_sec", "priority"} <= shown <= entry.model_fields.keys()
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
