@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from router.api.app import PAGES
+from router.http.pages import Page
+
 DOCUMENTS = sorted(
     path
     for pattern in ("*.md", "docs/*.md", "benchmarks/*.md", "monitoring/*.md", "tests/hostile/*.md", "tools/*.md")
@@ -17,6 +20,8 @@ LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
 NAMED_FILE = re.compile(
     r"\b(?:router|tests|benchmarks|config|monitoring|tools|docs)/[\w./-]+\.(?:py|md|json|yaml|yml|service|mjs)\b"
 )
+PATH = re.compile(r"(?<![\w/.}])/[\w/.{}-]*")
+"""Of a route, as documents name it: `/v1/models/{alias}`."""
 
 
 def anchors(document: Path) -> set[str]:
@@ -39,3 +44,10 @@ def test_links_lead_somewhere(document: Path) -> None:
 def test_files_that_are_named_exist(document: Path) -> None:
     named = set(NAMED_FILE.findall(document.read_text()))
     assert not {name for name in named if not (ROOT / name).exists() and not (document.parent / name).exists()}
+
+
+def test_every_page_is_in_a_document() -> None:
+    told = {re.sub(r"{\w+}", "{}", path) for path in PATH.findall("".join(map(Path.read_text, DOCUMENTS)))}
+    pages = [page for group in PAGES for page in group.routes if isinstance(page, Page)]
+    paths = {page.path for page in pages if page.include_in_schema}
+    assert not {path for path in paths if re.sub(r"{[\w:]+}", "{}", path) not in told}

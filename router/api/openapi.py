@@ -168,7 +168,7 @@ def _of_the_data_plane(path: str, route: Route) -> dict[str, Any]:
 
 def _summary(path: str, route: Route) -> str:
     if route.dialect is not Dialect.OLLAMA:
-        return f"llama-server's {path}"
+        return f"llama-server's {path}" if route.of_llama_server else f"{path} of servers other than llama-server"
     first = route.paths[0]
     return f"Ollama's {path}" if path.startswith(OLLAMAS_PAGES) else f"As {first}, but streams only when asked to"
 
