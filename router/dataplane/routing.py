@@ -148,7 +148,7 @@ def wish_of(
         priority = max(priority, client.highest)
     asked_as = asked_as if asked_as is not None and asked_as.rewrites else None
     if known.known_as is None:
-        return Wish(known.alias, streams, priority, asked_as)
+        return Wish(known.alias, streams, priority, asked_as, ONE, known.routes)
     asked_as = renaming(asked_as or AliasConfig(known.alias, known.alias), known.known_as)
     return Wish(known.alias, streams, priority, asked_as, ONE, known.routes, known.known_as)
 

@@ -231,6 +231,13 @@ def test_an_alias_with_the_name_of_its_model_holds_for_all_who_ask_for_it() -> N
     assert config.names == ["a"]
 
 
+@pytest.mark.parametrize("known_as", [None, "whisper-1"])
+def test_a_model_is_asked_at_the_routes_of_its_engine_whatever_its_engine_calls_it(known_as: str | None) -> None:
+    routes = frozenset({"/v1/audio/speech"})
+    model = ModelConfig("a", Path("a.gguf"), (), routes=routes, known_as=known_as)
+    assert read_wish(b'{"model": "a"}', {}, Config(models={"a": model})).routes == routes
+
+
 def change(body: Any, path: str = "/v1/chat/completions", **alias: Any) -> Any:
     raw = body if isinstance(body, bytes) else msgspec.json.encode(body)
     return msgspec.json.decode(rewritten(raw, ROUTES[path].conversation, AliasConfig("x", "a", **alias)))
