@@ -292,7 +292,8 @@ def test_all_that_is_wrong_with_an_entry_is_said(tmp_path: Path) -> None:
         "models.deaf.cmd: holds no {port}, by which it is told where to listen",
         "models.lost.routes[0]: is no route of models; did you mean /v1/audio/transcriptions?",
         f"models.lost.model_path: there is no {tmp_path}/gone.bin",
-        "models.foreign.cmdStop: unknown key; it is llama-swap's, and here: stop_cmd (docs/llama-swap.md)",
+        "models.foreign.cmdStop: unknown key; it is a key of llama-swap, "
+        "here replaced by: stop_cmd (docs/llama-swap.md)",
         "models.foreign.flags: unknown key",
         "models.other.engine: should be llamacpp, which is the default, or command",
         "models.heavy.footprint_mb.cuda",

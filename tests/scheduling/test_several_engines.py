@@ -85,7 +85,7 @@ def test_who_waits_for_them_is_told_of_each_and_names_their_model_once() -> None
     machine.ask("b")
     waits = machine.scheduler.models["b"].why_waiting
     assert {departure.engine_id for departure in waits.departures} == {1, 2}
-    assert str(waits).startswith("no room until a can go: ")
+    assert str(waits).startswith("no room until a can be unloaded: ")
     assert set(busy) <= set(machine.granted)
 
 
