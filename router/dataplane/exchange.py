@@ -1,10 +1,10 @@
-"""One request of the data plane on its way through the router: admitted, routed, queued, sent, answered.
+"""Exchange: one request of the data plane, admitted, routed, queued, sent to an engine and answered.
 
-There is no task and no coroutine here. A request is moved on by whatever happens to it, which calls a method:
-its client sends or leaves, it is granted a slot, its engine answers or breaks. Only large bodies are read on a
-thread. What it promises:
+There are no tasks or coroutines here. Events call methods that advance the request: its client sends or
+disconnects, it is granted a slot, its engine responds or fails. Only large bodies are read on a thread.
+Guarantees:
 
-- A client that goes away frees its place at once: in the queue, or in the engine by closing the connection.
+- A client that disconnects frees its place at once: in the queue, or in the engine by closing the connection.
 - A request whose engine died before anything reached the client goes back to the head of its queue.
 - A stream that has begun ends with an error event, never with silence or a torn chunk.
 - Every request ends in exactly one `RequestDone`, whatever happens to it. For that, all of an engine's answer goes
@@ -62,18 +62,18 @@ _log = logging.getLogger("router")
 _SERVED = Outcome.SERVED
 """(An enumeration takes its time to tell a member.)"""
 _READ_AT_ONCE = 1 << 20
-"""Bodies up to this size are read on the event loop, in a few milliseconds, unless there is too much in them."""
+"""Bodies up to this size are read on the event loop in a few milliseconds, unless they have too many values."""
 _LITTLE = 64 << 10
 """Not in one of this size."""
 _MOST_VALUES = 1 << 14
-"""To be made into objects on the event loop."""
+"""Maximum number of values that are parsed on the event loop."""
 _PLACE = re.compile(r" \(byte \d+\)")
 """Of a mistake, in what was read instead of a large body."""
 
 _STILL_READ_SEC = 30.0
-"""For so long an engine may be at a body that nobody waits for any more."""
+"""Time for which an engine may keep reading a body after its client has disconnected."""
 _BUFFERED_ANSWER = 4 << 20
-"""Answers up to this size are read whole before the client sees any of it, so that they can be tried again."""
+"""Responses up to this size are read completely before any of it is sent, so that the request can be retried."""
 _LONGEST_ANSWER = 4 << 30
 """A million tokens, each with the twenty most likely instead of it, take three quarters of that."""
 
@@ -86,7 +86,7 @@ _EVENT_STREAM = b"content-type: text/event-stream\r\ncache-control: no-cache\r\n
 
 
 class Exchanges:
-    """What all exchanges share, and those of them that are with an engine."""
+    """State shared by all exchanges, and the exchanges currently with an engine."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class Exchanges:
         self.by_path = {
             path: translators.get((route.dialect, route.asks), Exchange) for path, route in ROUTES.items()
         }
-        """The data plane; all else are pages."""
+        """Routes of the data plane; all others are pages."""
         self.of_engines = {
             path: each for path, each in self.by_path.items() if ROUTES[path].dialect is not Dialect.OLLAMA
         }
@@ -111,17 +111,17 @@ class Exchanges:
         self.cards = cards
         self.bodies = Bodies()
         self.rounds = Rounds()
-        """Of connections that have sent more than is read at once."""
+        """Connections that have sent more than is read at once, served in turn."""
         self.readers = threads.pool("large bodies", 1)  # several would leave the event loop less
         self._watched: set[Exchange] = set()
         self._timer: asyncio.TimerHandle | None = None
 
     def release_later(self, size: int) -> None:
-        """What an engine takes for a body whose client has left: it reads it to its end."""
+        """Release memory counted for an engine later: it reads a body to its end even without a client."""
         asyncio.get_running_loop().call_later(_STILL_READ_SEC, self.bodies.release, size)
 
     def watch(self, exchange: Exchange) -> None:
-        """One timer looks after all of them: one each would be set and cancelled with every request."""
+        """Watch an exchange for timeouts. One timer serves all: setting one for each would cost more."""
         self._watched.add(exchange)
         if self._timer is None:
             self._set_timer()
@@ -187,18 +187,18 @@ class Exchange:
         self._request_id = ""
         self._id_line = b""
         self._lines = b""
-        """Headers of every answer, besides that one."""
+        """Further headers of every response."""
         self._received: bytes | bytearray = b""
-        """Of the body, while it comes."""
+        """Body received so far."""
         self._large: LargeMemory | None = None
-        """The same of a large one, until the request is over."""
+        """Large body, until the request has ended."""
         self._to_come = 0
         self._held = 0
-        """Bytes of the body, as they count in the sum over all requests."""
+        """Bytes counted towards the limit on all request bodies."""
         self._burden = 0
-        """Those of them that its engine takes for it, if it has many values."""
+        """Part of `_held` expected for the engine, if the body has many values."""
         self._gathered = bytearray()
-        """Of an answer that is read whole before any of it is sent."""
+        """Response received so far, if it is read completely before any of it is sent."""
         self._body: Body = b""
         self._streams = False
         self._ticket: Ticket | None = None
@@ -207,14 +207,14 @@ class Exchange:
         self._meter = AnswerMeter()
         self._resends = 0
         self._reason = ""
-        """What the client was told when it was not served."""
+        """Error message sent to the client, if it was not served."""
         self._status = 0
         self._relays = False
-        """Of what the engine says, some has reached the client, and the rest follows as it comes."""
+        """True once part of the response has been sent to the client and the rest is relayed as it arrives."""
         self._is_paused = False
         self._is_over = False
         self._waits = False
-        """For a slot; others who need the memory of its body may end that."""
+        """True while waiting for a slot; a request of higher priority may then displace it."""
 
     # --- the client -------------------------------------------------------------------------------------
 
@@ -287,7 +287,7 @@ class Exchange:
         return is_form(self._head.fields.get(b"content-type", b""))
 
     def _read(self, body: Text) -> tuple[Wish, Text]:
-        """What is asked for, and the body for the engine. Raises ApiError."""
+        """Read the body. Returns the request's intent and the body for the engine. Raises ApiError."""
         head = self._head
         route = ROUTES[head.path]
         wish = read_wish(body, head.fields, self._dispatcher.config, self._client, head.model)
@@ -302,7 +302,7 @@ class Exchange:
         return wish, body
 
     def _may_name_addresses(self) -> bool:
-        """Whether the engine may fetch for its client what lies at an address."""
+        """Whether the engine may fetch URLs for the client."""
         return self._client is None or self._dispatcher.config.api.remote_media
 
     def _renamed(self, form: Text, name: str) -> Pieces:
@@ -310,7 +310,7 @@ class Exchange:
         return with_text(form, self._head.fields[b"content-type"], "model", name)
 
     def _path_of_engine(self) -> str:
-        """Where the body, once it was read, goes."""
+        """Path of the engine to which the body is sent."""
         return self._head.path
 
     def _route_of_engine(self) -> Route | None:
@@ -318,11 +318,11 @@ class Exchange:
         return ROUTES.get(self._path_of_engine())
 
     def _route(self) -> str:
-        """What it is counted for."""
+        """Route for metrics."""
         return self._head.path
 
     def _is_slotless(self) -> bool:
-        """Whether an engine answers it beside what its slots compute."""
+        """Whether the request needs no slot of the engine."""
         return not ROUTES[self._head.path].needs_slot
 
     def _depth(self) -> int:
@@ -428,13 +428,13 @@ class Exchange:
         self._wait_for_slot(ticket)
 
     def leave(self) -> None:
-        """The client is gone. Who has got the last event of a stream needs no more of it."""
+        """Handle a disconnected client. With the last event of a stream sent, the request counts as served."""
         if not self._is_over:
             has_all = self._relays and self._meter.has_ended and not self._meter.ends_in_error
             self._end(_SERVED if has_all else Outcome.CANCELLED)
 
     def pause(self) -> None:
-        """The client does not read as fast as the engine writes."""
+        """Pause the engine's connection while the client reads too slowly."""
         self._is_paused = True
         if self._connection is not None:
             self._connection.pause()
@@ -445,7 +445,7 @@ class Exchange:
             self._connection.resume()
 
     def hang_up(self) -> None:
-        """Close the connection after this answer."""
+        """Close the connection after this response."""
         self._answer.keep_alive = False
 
     @property
@@ -532,14 +532,14 @@ class Exchange:
             self._heartbeat = None
 
     def give_way(self, reason: str) -> None:
-        """Somebody of a higher priority needs the memory that its body takes."""
+        """Give up waiting because a request of higher priority needs the memory of this body."""
         assert self._ticket is not None
         self._dispatcher.displace(self._ticket, reason)
         if self._ticket.rejection is not None:
             self._decided()
 
     def _asked_of_engine(self) -> tuple[bytes, bytes]:
-        """The target, and those of the client's headers that an engine gets to see."""
+        """Target and forwarded headers of the engine's request."""
         return self._head.target, self._head.forwarded
 
     def _set_heartbeat(self) -> None:
@@ -548,7 +548,7 @@ class Exchange:
             self._heartbeat = asyncio.get_running_loop().call_later(beat_sec, self.attempt, self._beat)
 
     def _beat(self) -> None:
-        """A stream that waits says so, lest clients and proxies give up."""
+        """Send a heartbeat in a waiting stream, so that clients and proxies do not time out."""
         ticket = self._ticket
         assert ticket is not None
         wait = self._dispatcher.wait_of(ticket)
@@ -566,7 +566,7 @@ class Exchange:
         return text if self._client is not None else self._dispatcher.in_full(ticket.alias, text)
 
     def _lines_of_wait(self, ticket: Ticket, wait: Waiting | None) -> bytes:
-        """How it was waiting when the first of its answer left."""
+        """Headers that describe the wait at the time when the response started."""
         if wait is None:
             return b""
         expected = b"unknown" if wait.expected_sec is None else b"%d" % round(wait.expected_sec * 1000)
@@ -676,9 +676,9 @@ class Exchange:
             self._answer.abort()
 
     def must_have_moved(self, now: float, system: System) -> None:
-        """Nobody may hold a slot for nothing: no engine that hangs or babbles, and no client that does not read.
+        """Abort an exchange that occupies a slot without progress of its engine or its client.
 
-        An engine that is silent, but alive, computes: a long prompt, or an answer that is sent whole.
+        A silent engine that responds to probes is computing: a long prompt, or a response that is sent whole.
         """
         ticket = self._ticket
         assert ticket is not None
@@ -710,7 +710,7 @@ class Exchange:
         self._break_off(ApiError(504, "request_timeout", reason))
 
     def _break_off(self, error: ApiError) -> None:
-        """No more of the answer will come. Of a stream whose last event has passed, nothing is missing."""
+        """End an interrupted response. A stream whose last event has been sent is complete."""
         if self._relays and self._streams and not self._answer.has_length and self._meter.has_ended:
             rest = self._answer.rest(b"")
             outcome = self._outcome_of_stream()
@@ -720,7 +720,7 @@ class Exchange:
             self._fail(error)
 
     _takes_encoded = False
-    """The client has said which encodings it takes."""
+    """True if the client's accepted encodings are forwarded."""
 
     def _is_read_whole(self, head: Head) -> bool:
         if self._answer.started:  # with heartbeats: nothing but events may follow
@@ -771,7 +771,7 @@ class Exchange:
     # --- the end ----------------------------------------------------------------------------------------
 
     def _refuse(self, error: ApiError) -> None:
-        """An answer to a request that never was in any queue."""
+        """Refuse a request that was never queued."""
         self._status = error.status
         self._reason = error.message
         self._end(error.code)
@@ -796,11 +796,11 @@ class Exchange:
         self._answer.whole(error.status, own + lines, error.body(self._head.path))
 
     def _event_of(self, error: ApiError) -> bytes:
-        """What ends a stream that has begun."""
+        """Error event that ends a started stream."""
         return error.event(self._head.path)
 
     def _end(self, outcome: str) -> None:
-        """Give back what it holds, and account for it. What is left to write may still be written."""
+        """Release all resources and publish the outcome. Remaining output may still be written."""
         self._is_over = True
         self._shared.unwatch(self)
         if self._connection is not None:
@@ -877,11 +877,11 @@ class Exchange:
         self._dispatcher.events.done(done)
 
     def _usage(self) -> Usage:
-        """What the answer says of its tokens."""
+        """Token counts reported in the response."""
         return self._meter.usage()
 
     def _trace(self) -> str:
-        """The client's trace context, if it has one."""
+        """Trace context of the client, if any."""
         return self._head.fields.get(b"traceparent", b"").decode("latin-1")
 
 

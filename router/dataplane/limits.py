@@ -68,7 +68,7 @@ class Door:
         self._events = events
         self._spare: list[Guest] = []
         self._idle: list[tuple[float, Guest]] = []
-        """Some who were idle, the longest last."""
+        """Idle connections found by the last search, the longest idle last."""
         self._look_again_sec = -math.inf
         self._turned_away = 0
         self._told_sec = -math.inf
@@ -100,7 +100,7 @@ class Door:
         return made
 
     def enter(self, peer: str) -> bool:
-        """Whether one more may wait to hear that there is no room."""
+        """Count a refused connection. Returns whether it may stay open for an error response."""
         self._turned_away += 1
         said = "connection refused: too many clients are connected"
         self._events.publish(ClientRefused("too_many_connections", peer, said))
@@ -110,7 +110,7 @@ class Door:
         self._turned_away -= 1
 
     def _someone_gives_way(self, guests: set[Guest], now: float) -> bool:
-        """Whoever has been idle for the longest. Many are found at once, as thousands may come."""
+        """Close the connection idle for the longest. Many are found at once, as thousands may be needed."""
         if not self._idle and now >= self._look_again_sec:
             spare = set(self._spare)
             idle = _idle(guest for guest in guests if guest not in spare)
@@ -142,7 +142,7 @@ def _since(found: tuple[float, Guest]) -> float:
 
 
 class _TurnedAway(asyncio.Protocol):
-    """Says why, once the client has said something: an answer before the question would be lost with it."""
+    """Refused connection: sends the error after the client's first data; earlier it would be lost."""
 
     def __init__(self, door: Door) -> None:
         self._door = door
@@ -175,14 +175,14 @@ def no_connection_left() -> ApiError:
 
 
 class Holder(Protocol):
-    """A request that waits for its engine, and holds its body."""
+    """Waiting request that holds its body."""
 
     def give_way(self, reason: str) -> None:
-        """Let go of it, and tell the client why."""
+        """Release the body and refuse the request with `reason`."""
 
 
 class Bodies:
-    """Bytes of all the request bodies that are held, from their first part to the end of their request."""
+    """Bytes of all request bodies, each counted from its first part to the end of its request."""
 
     def __init__(self) -> None:
         self.held = 0
@@ -195,7 +195,7 @@ class Bodies:
             self._who_give_way(self.held + size - limit, limit, priority())
 
     def hold(self, size: int, limit: int, priority: Callable[[], Priority]) -> None:
-        """Raises ApiError 503 like `check`. Who has to give way, does."""
+        """Hold bytes of a body, displacing requests of lower priority if necessary. Raises ApiError 503."""
         if self.held + size > limit:
             for holder in self._who_give_way(self.held + size - limit, limit, priority()):
                 holder.give_way(f"{_too_many(limit)} A request of higher priority has arrived.")
@@ -205,7 +205,7 @@ class Bodies:
         self.held -= size
 
     def wait(self, holder: Holder, priority: Priority, size: int) -> None:
-        """It holds so much, and may have to give way."""
+        """Register a waiting request that may be displaced."""
         self._waiting[priority][holder] = size
 
     def wait_no_more(self, holder: Holder, priority: Priority) -> None:
