@@ -1,10 +1,9 @@
-"""The heart: one state, changed by events, that says who is served next and which engines live.
+"""Scheduler: a state machine that decides which request is served next and which engines run.
 
-Pure. No clock, no I/O, no asyncio: `step(event)` takes what happened, with its time in seconds on any
-monotonic clock, and returns the effects that somebody else carries out. Same events, same effects.
+Pure: no clock, no I/O, no asyncio. `step(event)` takes an event, with its time in seconds on any monotonic
+clock, and returns effects for the caller to carry out. Equal events give equal effects.
 
-Who gives way to whom is decided in `eviction`, the books of engines and memory are kept in `fleet`. This
-module keeps these promises: every request gets exactly one outcome, an engine never has more in flight than
+`eviction` decides which models make room, `fleet` keeps track of engines and memory. This module guarantees: every request gets exactly one outcome, an engine never has more in flight than
 slots, a draining engine admits nobody, room that is being made for one model is taken by no other, and no
 ready engine idles while its own queue is not empty.
 """
@@ -61,12 +60,12 @@ from router.system.devices import Device
 
 INSPECTION_PATIENCE_SEC = 1.0
 _LOOKED_AT = 16
-"""Of models that wait for an engine, so many of the first are looked at in a step, and as many of the others."""
+"""Number of first models waiting for an engine that a step considers, and the same number of others."""
 _LOOK_ON_SEC = 0.25
 _NOT_LOOKED_AT = Why("the router has not yet checked whether there is room")
 _NO_MEMORY_KNOWN = Why("the available memory is not known yet")
 _FOR_EVER_SEC = 100 * 365 * 86_400.0
-"""An idle engine that may stay longer is one that stays: calendars end."""
+"""Idle timeouts beyond this count as infinite, because dates are limited."""
 _STEPS_AT_ONCE = 8_000.0
 _STEPS_PER_SEC = 4_000.0
 """Of forecasts for those who are turned away. A step takes some 10 µs."""
@@ -200,7 +199,7 @@ class Scheduler:
         return forecast(models, self._requests, swaps, self.budgets, self.policy, stop_sec, now, newcomer)
 
     def waiting(self) -> int:
-        """How many requests wait, for all models together."""
+        """Number of waiting requests of all models."""
         granted = sum(engine.load for engine in self.engines.values())
         return len(self._requests) - granted
 
@@ -252,7 +251,7 @@ class Scheduler:
         return crowded
 
     def _queue_full(self, model: Model) -> str | None:
-        """Why nobody may join the line; None when there is room."""
+        """Reason why the queue is full; None if there is room."""
         if self._is_full(model):
             waiting = len(model.queue)
             return f"{waiting} requests are already waiting for {model.spec.alias!r} (max_queue_size_per_model)"
@@ -581,7 +580,7 @@ class Scheduler:
         self._reject_waiting(model, Refusal.MODEL_FAILED, reason, cooldown_sec, for_good)
 
     def _off(self, model: Model, reason: str, engine: Engine | None = None) -> None:
-        """An engine of it is gone, or none is to come."""
+        """Publish that an engine of the model has exited, or that none will be started."""
         engine_id = None if engine is None else engine.id
         self._effects.append(Transition(model.spec.alias, ModelState.OFF, reason, engine_id))
 
@@ -597,7 +596,7 @@ class Scheduler:
     # --- placement: carrying out the policy -------------------------------------------------------------
 
     def _place_all(self) -> None:
-        """Until nothing changes: what one candidate gets may matter to another that was asked before it."""
+        """Place waiting models until nothing changes, because one placement may affect earlier candidates."""
         while True:
             before = len(self._effects), len(self._fleet.swaps)
             self._settle_swaps()
