@@ -3,9 +3,10 @@
 Pure: no clock, no I/O, no asyncio. `step(event)` takes an event, with its time in seconds on any monotonic
 clock, and returns effects for the caller to carry out. Equal events give equal effects.
 
-`eviction` decides which models make room, `fleet` keeps track of engines and memory. This module guarantees: every request gets exactly one outcome, an engine never has more in flight than
-slots, a draining engine admits nobody, room that is being made for one model is taken by no other, and no
-ready engine idles while its own queue is not empty.
+`eviction` decides which models make room, `fleet` keeps track of engines and memory. This module guarantees
+that every request gets exactly one outcome, an engine never has more requests in flight than slots, a draining
+engine admits none, room made for one model is taken by no other, and no ready engine idles while its own queue
+is not empty.
 """
 
 from __future__ import annotations
