@@ -54,8 +54,11 @@ class Nvidia:
             return self._read()
         except pynvml.NVMLError_Uninitialized:  # the driver was reloaded under us
             self._close()
-        except pynvml.NVMLError_LibraryNotFound:  # to look for it again leaves a type of ctypes behind
-            self._missed_sec = time.monotonic()
+        except pynvml.NVMLError_LibraryNotFound as error:
+            if pynvml.nvmlLib is not None:  # the driver says so of another library
+                self._close()
+                return [], [_driver_trouble(error)]
+            self._missed_sec = time.monotonic()  # to look for it again leaves a type of ctypes behind
             return [], []
         except _Error as error:
             self._close()

@@ -62,7 +62,7 @@ def test_a_folder_of_which_nothing_can_be_told_is_named(tmp_path: Path) -> None:
         looks, gone = Looks(silent_sec=0.01, place_sec=0.2), Gone("/nfs/models")
         threads = _thread._count()
         for _ in range(3):
-            with pytest.raises(DiskHangs, match="/nfs/models does not answer"):
+            with pytest.raises(DiskHangs, match="/nfs/models does not respond"):
                 await looks.take(back.wait, [tmp_path, gone])
         assert _thread._count() == threads + 2  # one looks, one asks
         back.set()

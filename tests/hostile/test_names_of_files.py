@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Start, run
+from conftest import Start, eventually, run
 
 
 @pytest.fixture
@@ -46,7 +46,8 @@ def test_names_of_files_print_nothing_but_themselves(start: Start, folder: Path,
 
 def test_the_line_to_paste_says_what_it_shows_to_every_shell(start: Start, folder: Path, tmp_path: Path) -> None:
     router = start(arguments=["--models-dir", str(folder)])
-    (line,) = (line.strip() for line in router.output if line.startswith("  curl "))
+    eventually(lambda: router.output[-1].startswith("  curl "))
+    line = router.output[-1].strip()
     curl, url, option, document = shlex.split(line)
     assert (curl, option, json.loads(document)["model"]) == ("curl", "-d", SERVED[0])
     assert router.http.post(url, json={**json.loads(document), "max_tokens": 1}).status_code == 200

@@ -67,7 +67,7 @@ def test_a_request_survives_the_death_of_its_engine(played: Router) -> None:
 def test_a_request_that_kills_every_engine_is_answered_in_the_end(played: Router) -> None:
     answer = played.chat("dies-always")
     assert answer.status_code == 503
-    assert "broke 2 times" in answer.json()["error"]["message"]
+    assert "failed 2 times" in answer.json()["error"]["message"]
     assert answer.headers["retry-after"]
 
 

@@ -91,7 +91,7 @@ def test_pull_a_model_and_talk_to_it_also_after_a_restart(
     ended = run("pull", f"hf.co/{REPO}", cwd=tmp_path, **environ)
     assert ended.returncode == 0, ended.stderr
     assert "fits now" in ended.stdout
-    assert f"{ALIAS} is there" in ended.stdout
+    assert f"{ALIAS} is available" in ended.stdout
     hub.asked.clear()
     for _ in range(2):
         router = start(**environ)
