@@ -361,7 +361,7 @@ class _Service:
     def _on_ready(self) -> None:
         _tune_the_interpreter()
         with contextlib.suppress(OSError):  # nobody can read it: the disk is full, or the reader is gone
-            print(*map(harmless.line, self._announcement()), sep="\n", file=sys.stderr, flush=True)
+            print("\n".join(map(harmless.line, self._announcement())), file=sys.stderr, flush=True)  # in one write
         self._notifier.ready()
 
     def _status(self) -> str:

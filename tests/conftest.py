@@ -69,6 +69,7 @@ class Router:
             self.output.append(line)
             if found := _LISTENS.search(line):
                 self.url = found[1]
+            if self.url and line.startswith("  curl "):  # the end of what is announced
                 self._listening.set()
         self._listening.set()
 
