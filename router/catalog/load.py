@@ -28,8 +28,8 @@ from router.store import discovery as hub
 @dataclass(frozen=True, slots=True)
 class Loaded:
     config: Config
-    origins: Mapping[str, str]
-    """Where the value of each key comes from: `default`, `config.json`, `env API_KEY`, `--port` …"""
+    draft: Draft
+    """The draft that the configuration was made of."""
     warnings: tuple[str, ...]
     source: Path | None
     """The configuration file; None if there is none."""
@@ -41,6 +41,11 @@ class Loaded:
     """What is known of the files of models."""
     look_again: Callable[[], Loaded]
     """The same configuration with the files that are there now. Raises ConfigError."""
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """The origin of each key's value: `default`, `config.json`, `env API_KEY`, `--port` …"""
+        return {dotted(path): self.draft.origin_of(path) for path, _ in leaves(self.config)}
 
     @property
     def settling(self) -> bool:
@@ -112,7 +117,7 @@ class _Reading:
             raise ConfigError(draft.problems)
         return Loaded(
             config,
-            origins={dotted(path): draft.origin_of(path) for path, _ in leaves(config)},
+            draft,
             warnings=tuple(draft.warnings),
             source=self.source,
             folders=tuple(look.folders),

@@ -47,9 +47,10 @@ class Draft:
             at = at.setdefault(parent, {})
             if not isinstance(at, dict):
                 return  # reported when the section is checked
+        if key in at:
+            for known in [known for known in self.origins if known[: len(path)] == path]:
+                del self.origins[known]
         at[key] = value
-        for known in [known for known in self.origins if known[: len(path)] == path]:
-            del self.origins[known]
         self._mark(path, value, origin)
 
     def _mark(self, path: KeyPath, value: Any, origin: str) -> None:

@@ -306,22 +306,22 @@ class Form:
     arity: int
     variable: str
     """The environment variable; empty if there is none."""
-
-    @property
-    def negative_variable(self) -> str:
-        """`LLAMA_ARG_NO_MMAP`, set to anything, means `--no-mmap`."""
-        return self.variable.replace("LLAMA_ARG_", "LLAMA_ARG_NO_") if self.negations else ""
+    negative_variable: str
+    """`LLAMA_ARG_NO_MMAP`, set to anything, means `--no-mmap`; empty if there is none."""
 
 
 def _forms(table: str) -> Iterator[Form]:
     for line in filter(None, table.splitlines()):
         words = line.split()
+        negations = tuple(word[1:] for word in words if word.startswith("!"))
+        variable = words[-1] if "_" in words[-1] else ""
         yield Form(
             name=words[0].removeprefix("--"),
             spellings=tuple(word for word in words if word.startswith("-")),
-            negations=tuple(word[1:] for word in words if word.startswith("!")),
+            negations=negations,
             arity=words.count("N"),
-            variable=words[-1] if "_" in words[-1] else "",
+            variable=variable,
+            negative_variable=variable.replace("LLAMA_ARG_", "LLAMA_ARG_NO_") if negations else "",
         )
 
 
@@ -334,6 +334,10 @@ _BY_SPELLING: Mapping[str, tuple[Form, bool]] = {
     for negated, spellings in ((False, form.spellings), (True, form.negations))
     for spelling in spellings
 }
+
+_VARIABLES = frozenset(
+    variable for form in FORMS.values() for variable in (form.variable, form.negative_variable) if variable
+)
 
 SPELLINGS = tuple(_BY_SPELLING)
 """All that a known flag may be written as."""
@@ -466,6 +470,8 @@ def parse(flags: Sequence[str], *, by_hand: bool = True) -> tuple[Flag, ...]:
 
 def from_environment(environ: Mapping[str, str]) -> tuple[Flag, ...]:
     """The flags that `LLAMA_ARG_*` and their kin set."""
+    if _VARIABLES.isdisjoint(environ):
+        return ()
     parsed = []
     for form in FORMS.values():
         if form.negative_variable in environ:
