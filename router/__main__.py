@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from router.system import sighup as hang_up
+from router.system import sighup
 
 if TYPE_CHECKING:
     from router.catalog.load import Load
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; `arguments` are those of the process, unless given."""
-    hang_up.hold()
+    sighup.hold()
     try:
         from router.cli import main as cli  # most of a start goes by here
 

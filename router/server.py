@@ -56,10 +56,9 @@ from router.scheduling.messages import ModelState
 from router.store.creations import Creations
 from router.store.downloads import Downloads
 from router.store.watch import watch, watch_files
-from router.system import printable as harmless
-from router.system import sighup as hang_up
-from router.system import threads
+from router.system import sighup, threads
 from router.system.heap import give_memory_back, share_one_heap
+from router.system.printable import line as printable_line
 from router.system.processes import allow_many_files, notice_vanished_peers, reap_orphans
 from router.system.state import State, StateHeld, configured_path
 from router.system.systemd import Notifier
@@ -257,7 +256,7 @@ class _Service:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._terminate)
         loop.add_signal_handler(signal.SIGHUP, self._hang_up)
-        hang_up.release()
+        sighup.release()
         self._dispatcher.start()
         keep = self._dispatcher.background.keep
         health = HealthMonitor(
@@ -361,7 +360,8 @@ class _Service:
     def _on_ready(self) -> None:
         _tune_the_interpreter()
         with contextlib.suppress(OSError):  # nobody can read it: the disk is full, or the reader is gone
-            print("\n".join(map(harmless.line, self._announcement())), file=sys.stderr, flush=True)  # in one write
+            announcement = "\n".join(map(printable_line, self._announcement()))
+            print(announcement, file=sys.stderr, flush=True)  # in one write
         self._notifier.ready()
 
     def _status(self) -> str:
@@ -373,7 +373,7 @@ class _Service:
 
     def _hang_up(self) -> None:
         """Reload on SIGHUP. All signals that arrive during a reload cause one more reload after it."""
-        if hang_up.terminal_is_gone():
+        if sighup.terminal_is_gone():
             if not self._stop.is_set():
                 _log.info("the terminal was closed; shutting down")
                 self._terminate()

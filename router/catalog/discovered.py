@@ -14,19 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from router.config.draft import Draft
+from router.config.names import is_alias
 from router.config.resolved import AliasConfig, CommandModel
 from router.config.schema import Api
 from router.config.source import Source
-from router.store import created, pulled
-from router.store import discovery as hub
-from router.store import external as stores
+from router.store import created, discovery, external, pulled
 from router.system.state import default_path
+
+_Look = Callable[[], discovery.Discovery]
 
 
 class Discovered:
     """What one look finds, and adds to the draft."""
 
-    def __init__(self, draft: Draft, state_dir: Path | None, headers: hub.Headers) -> None:
+    def __init__(self, draft: Draft, state_dir: Path | None, headers: discovery.Headers) -> None:
         self.draft = draft
         self.state_dir = state_dir
         self.headers = headers
@@ -56,18 +57,18 @@ class Discovered:
         for origin, folder, look in self._places(models_dirs):
             self.folders.append(folder)
             try:
-                discovery = look()
+                looked = look()
             except OSError as error:
                 self.draft.problem((), f"{folder}: {error.strerror or error}", origin)
                 continue
             self.draft.warnings += [
-                f"{skipped.path} is not served: {skipped.reason}" for skipped in discovery.skipped
+                f"{skipped.path} is not served: {skipped.reason}" for skipped in looked.skipped
             ]
-            for found in discovery.models:
+            for found in looked.models:
                 # A pulled model has the alias that it was asked for, whatever else its file is called.
                 if origin is not Source.PULLED and os.path.realpath(found.path) in served:
                     continue
-                if not hub.is_alias(found.alias):
+                if not is_alias(found.alias):
                     self.draft.warnings.append(f"{found.path} is not served: {found.alias!r} is not a valid name")
                     continue
                 if isinstance(aliases, dict) and _model_named(aliases, found.alias) not in (None, found.alias):
@@ -94,7 +95,7 @@ class Discovered:
                         self.draft.put(("models", found.alias, key), file, origin)
                 if found.made is not None:
                     self._add_layers(found.alias, found.made, origin)
-            served |= {os.path.realpath(found.path) for found in discovery.models}
+            served |= {os.path.realpath(found.path) for found in looked.models}
         self._add_created(models, aliases if isinstance(aliases, dict) else {})
 
     def _add_layers(self, alias: str, made: created.Created, origin: str) -> None:
@@ -158,7 +159,7 @@ class Discovered:
         port = api.get("port", Api().port) if isinstance(api, dict) else Api().port
         return default_path(port, self.draft.environ) if isinstance(port, int) and port else None
 
-    def _places(self, models_dirs: Sequence[Path]) -> Iterator[tuple[Source, Path, Callable[[], hub.Discovery]]]:
+    def _places(self, models_dirs: Sequence[Path]) -> Iterator[tuple[Source, Path, _Look]]:
         """Where models may be found: what the place is called, its folder, and how to look into it."""
         system = self.draft.values.get("system")
         system = system if isinstance(system, dict) and self.draft.is_for_here else {}
@@ -172,21 +173,16 @@ class Discovered:
             (Source.ON_COMMAND_LINE, self.draft.resolve(str(folder), self.draft.cwd)) for folder in models_dirs
         ]
         dirs += [(Source.MODELS_DIRS, self.draft.resolve(text, self.draft.base_of(key))) for text in texts]
+        settle_sec = discovery.SETTLE_SEC
         for origin, folder in dirs:
-            yield origin, folder, partial(hub.discover, folder, self.headers, settle_sec=hub.SETTLE_SEC)
+            yield origin, folder, partial(discovery.discover, folder, self.headers, settle_sec=settle_sec)
         if system.get("hf_cache") is True and cache is not None:
-            yield (
-                Source.HF_CACHE,
-                cache,
-                partial(stores.hugging_face, cache, self.headers, settle_sec=hub.SETTLE_SEC),
-            )
-        store = stores.ollama_folder(self.draft.environ)
+            look = partial(external.hugging_face, cache, self.headers, settle_sec=settle_sec)
+            yield Source.HF_CACHE, cache, look
+        store = external.ollama_folder(self.draft.environ)
         if system.get("ollama_store") is True and store is not None:
-            yield (
-                Source.OLLAMA_STORE,
-                store,
-                partial(stores.ollama, store, self.headers, settle_sec=hub.SETTLE_SEC),
-            )
+            look = partial(external.ollama, store, self.headers, settle_sec=settle_sec)
+            yield Source.OLLAMA_STORE, store, look
 
     def stored_aliases(self, aliases: Container[str], models: Container[str]) -> Iterator[tuple[str, AliasConfig]]:
         """What stores add to requests, but where the configuration has an alias of the model's name."""

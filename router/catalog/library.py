@@ -7,13 +7,12 @@ import os
 from collections.abc import Callable
 
 from router.catalog.lookup import check_name
-from router.config.names import candidates, same_name, some_of
+from router.config.names import ALLOWED, candidates, is_alias, same_name, some_of
 from router.config.resolved import Config
 from router.config.source import Source
 from router.http.errors import ApiError
 from router.store import created, pulled, repository
 from router.store.creations import Creations
-from router.store.discovery import is_alias
 from router.store.downloads import MOST_AT_ONCE, Downloads, NoMorePulls, Pull, TooManyPulls
 
 
@@ -31,7 +30,7 @@ class Library:
             check_name(name)
         config = self._config()
         if alias is not None and not is_alias(alias):
-            message = f"{alias!r}: an alias is one or more printable characters without spaces."
+            message = f"{alias!r}: an alias is {ALLOWED}."
             raise ApiError(400, "invalid_alias", message, "alias")
         try:
             reference, listed_as = repository.permitted(model, config.system.allowed_models, os.environ)

@@ -22,7 +22,7 @@ from router.config.problems import ConfigError, dotted
 from router.config.resolved import Config
 from router.config.show import leaves
 from router.config.sources import read_values
-from router.store import discovery as hub
+from router.store import discovery
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Loaded:
     """Where models were looked for, beyond those that the configuration names."""
     files: tuple[Path, ...]
     """What engines are started with that lies elsewhere."""
-    headers: hub.Headers
+    headers: discovery.Headers
     """What is known of the files of models."""
     look_again: Callable[[], Loaded]
     """The same configuration with the files that are there now. Raises ConfigError."""
@@ -49,7 +49,7 @@ class Loaded:
 
     @property
     def settling(self) -> bool:
-        """A file is still being written: look again after `hub.SETTLE_SEC`."""
+        """A file is still being written: look again after `discovery.SETTLE_SEC`."""
         return self.headers.settling
 
 
@@ -79,7 +79,7 @@ def load(
     the file says by now, and `before` what it goes by: a file of a model that is just being replaced is still what
     it was there.
 
-    Blocks for up to `hub.SETTLE_SEC` when a file to be discovered has only just been written.
+    Blocks for up to `discovery.SETTLE_SEC` when a file to be discovered has only just been written.
     """
     draft = Draft(environ, cwd, check_files)
     source = read_values(draft, path, overrides or {})
@@ -87,7 +87,7 @@ def load(
     reading = _Reading(draft, source, models_dirs, state_dir)
     look = reading.look(known)
     if look.headers.settling:
-        time.sleep(hub.SETTLE_SEC)
+        time.sleep(discovery.SETTLE_SEC)
         look = reading.look(known)
     loaded = reading.loaded(look)
     draft.check_files = False  # from now on a configured file that is missing is said to whoever asks for it
@@ -103,9 +103,9 @@ class _Reading:
     models_dirs: Sequence[Path]
     state_dir: Path | None
 
-    def look(self, known: hub.Headers | None) -> Discovered:
+    def look(self, known: discovery.Headers | None) -> Discovered:
         """Complete a copy of it; `known` is what the last look knew of files."""
-        discovered = Discovered(copy.deepcopy(self.draft), self.state_dir, hub.Headers(known))
+        discovered = Discovered(copy.deepcopy(self.draft), self.state_dir, discovery.Headers(known))
         discovered.add(self.models_dirs)
         return discovered
 

@@ -12,7 +12,7 @@ from router.catalog.discovered import Discovered, is_of_command
 from router.catalog.engine_flags import files_of, final_flags, told_by
 from router.config.draft import DEFAULT
 from router.config.errors import did_you_mean
-from router.config.names import meant
+from router.config.names import ALLOWED, is_alias, meant
 from router.config.problems import KeyPath, Problem, dotted
 from router.config.resolved import AliasConfig, CommandModel, Config, ModelConfig
 from router.config.schema import AliasEntry, Api, CommandEntry, ModelEntry, Scheduling, System
@@ -20,13 +20,13 @@ from router.config.source import FOUND
 from router.engines.command import MARK_VARIABLE
 from router.engines.llamacpp import adapters
 from router.engines.llamacpp.flags import FlagError, Flags
-from router.formats.gguf import GGUF, SPLIT_NAME
+from router.formats.gguf import GGUF, SplitName
 from router.formats.gguf_cursor import GGUFError
 from router.http.routes import SERVED
 from router.memory.measurements import files_of as files_of_paths
 from router.scheduling.queue import BY_NAME
-from router.store import discovery as hub
 from router.store import repository
+from router.store.discovery import Unfinished, Unfit
 
 _UNKNOWN = "?"  # for going on after a wrong model_path or uses
 
@@ -44,10 +44,8 @@ class _Validation:
     def config(self) -> Config:
         api = self.draft.section(Api, ("api",)) or Api()
         for name in api.clients:
-            if not hub.is_alias(name):
-                self.draft.problem(
-                    ("api", "clients", name), "a name is up to 256 printable characters without spaces"
-                )
+            if not is_alias(name):
+                self.draft.problem(("api", "clients", name), f"a name is {ALLOWED}")
         system = self._system()
         scheduling = self.draft.section(Scheduling, ("scheduling",)) or Scheduling()
         patience = scheduling.patience_sec
@@ -129,8 +127,8 @@ class _Validation:
                 self.draft.origins["system", "default_parallel"] = self.draft.origin_of(path)
         for alias, text in (system.allowed_models or {}).items():
             allowed = ("system", "allowed_models", alias)
-            if not hub.is_alias(alias):
-                self.draft.problem(allowed, "an alias is up to 256 printable characters without spaces")
+            if not is_alias(alias):
+                self.draft.problem(allowed, f"an alias is {ALLOWED}")
             try:
                 repository.parse(text, self.draft.environ)
             except repository.BadReference as error:
@@ -148,8 +146,8 @@ class _Validation:
 
     def _model(self, alias: str, system: System) -> ModelConfig | None:
         path = ("models", alias)
-        if not hub.is_alias(alias):
-            self.draft.problem(path, "an alias is up to 256 printable characters without spaces")
+        if not is_alias(alias):
+            self.draft.problem(path, f"an alias is {ALLOWED}")
         given = self.draft.values["models"][alias]
         if isinstance(given, dict) and is_of_command(given):
             own = self.draft.section(CommandEntry, path, cmd=(_UNKNOWN,), engine="command")
@@ -163,9 +161,7 @@ class _Validation:
                     str(Problem(dotted((*path, "model_path")), message, self.draft.file_name))
                 )
         entry = self.draft.section(ModelEntry, path, model_path=_UNKNOWN)
-        if entry is None:
-            return None
-        if entry.model_path is None:
+        if entry is None or entry.model_path is None:
             return None
         folder = Path(system.base_models_path)
         model_path = self.draft.resolve(entry.model_path, folder)
@@ -253,7 +249,7 @@ class _Validation:
             return self.discovered.headers.of(file)
         except FileNotFoundError:
             return self.discovered.headers.last(file)
-        except (hub.Unfit, hub.Unfinished, GGUFError, OSError):
+        except (Unfit, Unfinished, GGUFError, OSError):
             return None
 
     def _identity(
@@ -283,8 +279,8 @@ class _Validation:
 
     def _alias(self, name: str, models: Mapping[str, Any], aliases: Mapping[str, Any]) -> AliasConfig | None:
         path = ("aliases", name)
-        if not hub.is_alias(name):
-            self.draft.problem(path, "an alias is up to 256 printable characters without spaces")
+        if not is_alias(name):
+            self.draft.problem(path, f"an alias is {ALLOWED}")
         entry = self.draft.section(AliasEntry, path, uses=_UNKNOWN)
         if entry is None:
             return None
@@ -313,16 +309,14 @@ class _Validation:
 
     def _parts(self, path: KeyPath, file: Path) -> list[Path]:
         """The files of a model: one, unless it is split."""
-        split = SPLIT_NAME.fullmatch(file.name)
+        split = SplitName.of(file.name)
         if split is None:
             return [file]
-        first, count = f"{split['stem']}-00001-of-{split['parts']}.gguf", int(split["parts"])
-        if int(split["part"]) != 1:
-            self.draft.problem(path, f"{file.name} is one part of a split model; name the first one, {first}")
+        if split.part != 1:
+            message = f"{file.name} is one part of a split model; name the first one, {split.name()}"
+            self.draft.problem(path, message)
             return []
-        return [
-            file.with_name(f"{split['stem']}-{part:05}-of-{split['parts']}.gguf") for part in range(1, count + 1)
-        ]
+        return [file.with_name(name) for name in split.names]
 
     def _check_file(self, path: KeyPath, file: Path, wrong_with: Callable[[Path], str]) -> None:
         if not self.draft.check_files:

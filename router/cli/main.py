@@ -15,10 +15,10 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from router.cli import remote as terminal
+from router.cli import remote
 from router.cli.client import CannotAsk
 from router.config.problems import CannotServe, ConfigError
-from router.system import sighup as hang_up
+from router.system import sighup
 from router.system.printable import printable
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def main(serve: Callable[[Load], None], arguments: Sequence[str] | None = None) 
         if options.run is None:
             _serve(options, serve)
         else:
-            hang_up.release()
+            sighup.release()
             options.run(options)
     except ConfigError as error:
         print(printable(str(error)), file=sys.stderr)
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
 
     _add_pull_and_rm(commands)
-    terminal.add_parsers(commands)
+    remote.add_parsers(commands)
     _add_estimate(commands)
     _add_import(commands)
 

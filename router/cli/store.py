@@ -20,7 +20,7 @@ from urllib.parse import quote
 import msgspec
 
 from router.catalog.load import load
-from router.cli import remote as terminal
+from router.cli import remote
 from router.config.names import same_name, some_of
 from router.config.problems import ConfigError
 from router.config.resolved import Config
@@ -91,7 +91,7 @@ def remove(options: argparse.Namespace) -> None:
 def _remove_created(name: str, folder: Path, config: Config) -> int:
     """By the router that works with the folder, if one does. Raises CannotAsk, StateHeld, OSError."""
     if (holder := State.holder(folder)) is not None:
-        router = terminal.connect_here(config.api.model_copy(update={"port": holder.port}))
+        router = remote.connect_here(config.api.model_copy(update={"port": holder.port}))
         return int(router.delete(f"/v1/models/pulled/{quote(name, safe='')}")["freed_bytes"])
     with contextlib.closing(State.open(folder, config.api.port)) as state:
         return asyncio.run(Creations(state, _nobody_looks).remove(name)) or 0

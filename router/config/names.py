@@ -17,6 +17,8 @@ from router.formats.quantizations import closeness
 LONGEST = 256
 """Characters of a name. To look for a longer one, and for what is like it, would keep everybody waiting."""
 HUB_HOSTS = ("hf.co", "huggingface.co", "www.huggingface.co")
+ALLOWED = f"up to {LONGEST} printable characters without spaces"
+"""What a name may be, for messages."""
 _TAG = ":latest"
 """Of what has none."""
 
@@ -27,6 +29,11 @@ class Names(Protocol):
     def __contains__(self, name: object, /) -> bool: ...
 
     def __iter__(self) -> Iterator[str]: ...
+
+
+def is_alias(text: str) -> bool:
+    """Whether a model, an alias or a client can have this name."""
+    return 0 < len(text) <= LONGEST and text.isprintable() and not any(map(str.isspace, text))
 
 
 def meant(name: str, names: Names) -> str | None:

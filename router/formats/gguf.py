@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from router.formats.ggml import EMBEDDING_ARCHITECTURES, FILE_TYPES, POOLING_TYPES, TENSOR_TYPES
 from router.formats.gguf_cursor import Cursor, GGUFError, TruncatedGGUF
@@ -54,7 +54,30 @@ SCALARS: Mapping[int, tuple[str, str]] = {
 }
 
 
-SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf", re.IGNORECASE)
+_SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
+
+
+class SplitName(NamedTuple):
+    """The name of a file that is one part of a split model; parts count from 1."""
+
+    stem: str
+    part: int
+    parts: int
+
+    @classmethod
+    def of(cls, name: str) -> SplitName | None:
+        """Take a file's name apart; None if it is not that of a part."""
+        found = _SPLIT_NAME.fullmatch(name)
+        return cls(found[1], int(found[2]), int(found[3])) if found else None
+
+    def name(self, part: int = 1) -> str:
+        """The name of another part's file, by default the first one's."""
+        return f"{self.stem}-{part:05}-of-{self.parts:05}.gguf"
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all parts' files, in order."""
+        return [self.name(part) for part in range(1, self.parts + 1)]
 
 
 class NotGGUF(GGUFError):
@@ -190,8 +213,8 @@ def read(path: Path, *, require_data: bool = True, remember: bool = True) -> GGU
     number = _integer(first.metadata.get("split.no")) or 0
     if number != 0:
         raise GGUFError(str(path), f"is part {number + 1} of {parts}: use the first part")
-    named = SPLIT_NAME.fullmatch(path.name)
-    if named is None or (int(named["part"]), int(named["parts"])) != (1, parts):
+    named = SplitName.of(path.name)
+    if named is None or (named.part, named.parts) != (1, parts):
         ending = f"-00001-of-{parts:05d}.gguf"
         raise GGUFError(str(path), f"is the first of {parts} parts, but its name does not end in {ending}")
 
@@ -199,7 +222,7 @@ def read(path: Path, *, require_data: bool = True, remember: bool = True) -> GGU
     files, data_offsets = [path], [*first.data_offsets]
     file_bytes = first.file_bytes
     for index in range(1, parts):
-        sibling = path.with_name(f"{named['stem']}-{index + 1:05d}-of-{parts:05d}.gguf")
+        sibling = path.with_name(named.name(index + 1))
         try:
             part = _read_part(sibling, index, require_data, remember)
         except FileNotFoundError:

@@ -157,11 +157,6 @@ class RequestDone(msgspec.Struct, frozen=True):
     peer: str = ""
     """Its address, if the router refused it, or it left before it asked for a slot: no engine was asked."""
 
-    @property
-    def stream_sec(self) -> float:
-        """From the first byte of the answer to its last."""
-        return 0.0 if self.ttft_sec is None else self.total_sec - self.ttft_sec
-
 
 class Labels(NamedTuple):
     """What requests have in common that count for the same series."""

@@ -21,7 +21,6 @@ from router.config.source import Source
 from router.formats.ollama_options import BadOption, request_parameters
 from router.store.blobs import Blobs
 
-"""Where such models come from, in lists."""
 FILE = "created"
 """Its name, to `State.file`."""
 

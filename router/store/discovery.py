@@ -17,10 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import TypeVar
 
-from router.config.names import LONGEST
 from router.engines.llamacpp.purpose import unserved
 from router.formats import gguf
-from router.formats.gguf import GGUF
+from router.formats.gguf import GGUF, SplitName
 from router.formats.gguf_cursor import GGUFError, TruncatedGGUF
 from router.store.created import Created
 
@@ -258,11 +257,6 @@ class Headers:
             raise Unfinished("is still being written")
 
 
-def is_alias(text: str) -> bool:
-    """Whether a model can be called so."""
-    return 0 < len(text) <= LONGEST and text.isprintable() and not any(map(str.isspace, text))
-
-
 def is_projector(path: Path, header: GGUF) -> bool:
     return header.kind == "mmproj" or "mmproj" in path.name.lower()
 
@@ -302,10 +296,8 @@ def _first_parts(folder: Path, names: Sequence[str], skipped: list[Skipped]) -> 
 
 def _first_part(name: str) -> str:
     """Of a split model; else the name itself."""
-    split = gguf.SPLIT_NAME.fullmatch(name)
-    if split is None or int(split["part"]) == 1:
-        return name
-    return f"{split['stem']}-00001-of-{split['parts']}.gguf"
+    split = SplitName.of(name)
+    return name if split is None or split.part == 1 else split.name()
 
 
 def _read(path: Path) -> GGUF | str:
@@ -352,11 +344,8 @@ def _is_hole(file: int, start: int, end: int) -> bool:
 
 def _stamps(path: Path) -> _Stamps:
     """Of every part of a model, or of any other file. Raises OSError if it is not there."""
-    split = gguf.SPLIT_NAME.fullmatch(path.name)
-    names = [path.name]
-    if split is not None and int(split["parts"]) <= _MOST_PARTS:
-        parts = int(split["parts"])
-        names = [f"{split['stem']}-{part:05}-of-{split['parts']}.gguf" for part in range(1, parts + 1)]
+    split = SplitName.of(path.name)
+    names = split.names if split is not None and split.parts <= _MOST_PARTS else [path.name]
     stamps: list[tuple[str, int, int]] = []
     for name in names:
         try:
@@ -445,8 +434,8 @@ def _words(path: PurePath) -> tuple[str, ...]:
 
 def stem(path: PurePath) -> str:
     """The name of a file, or of the model that it is a part of, without its ending and without spaces."""
-    split = gguf.SPLIT_NAME.fullmatch(path.name)
-    name = re.sub(r"\s+", "-", split["stem"] if split else path.stem)
+    split = SplitName.of(path.name)
+    name = re.sub(r"\s+", "-", split.stem if split else path.stem)
     return path.name if name == "." else name  # which no path can end in
 
 

@@ -20,7 +20,7 @@ import msgspec
 
 from router.store import repository
 from router.store.progress import Problem, Progress
-from router.system import processes as platforms
+from router.system import processes
 
 _log = logging.getLogger("router")
 
@@ -150,7 +150,7 @@ def _command(pull: Pull) -> list[str]:
 async def _progress(pull: Pull) -> AsyncGenerator[Progress, None]:
     """What the process says. It is gone when this ends, however it ends."""
     environ = {**os.environ, "MODEL_Q4_THRESHOLD_BYTES": str(pull.q4_above_bytes)}
-    process = platforms.spawn(_command(pull), environ, sys.stderr.fileno())
+    process = processes.spawn(_command(pull), environ, sys.stderr.fileno())
     reader = asyncio.StreamReader(limit=_LONGEST_LINE)
     transport: asyncio.BaseTransport | None = None
     try:
@@ -163,6 +163,6 @@ async def _progress(pull: Pull) -> AsyncGenerator[Progress, None]:
         if transport is not None:
             transport.close()
         process.kill()
-        await platforms.exit_code(process)
+        await processes.exit_code(process)
         if process.stdin is not None:
             process.stdin.close()

@@ -31,11 +31,11 @@ from filelock import Timeout
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from router import __version__
+from router.config.names import ALLOWED, is_alias
 from router.engines.llamacpp.flags import Flags
 from router.engines.llamacpp.forecast import forecast
 from router.formats import gguf
 from router.store import pulled, remote_headers
-from router.store.discovery import is_alias
 from router.store.hub_api import ANSWER_SEC, PAUSES_SEC, HubError, HubFile, HubRepository
 from router.store.progress import FileProgress, MemoryNote, Problem, Progress
 from router.store.pulled import PulledFile, PulledModel
@@ -80,9 +80,7 @@ def pull(
         if cache is None:
             raise PullFailed("no_cache", "the location of the Hugging Face cache is unknown: set HF_HOME")
         if alias is not None and not is_alias(alias):
-            raise PullFailed(
-                "invalid_alias", f"{alias!r}: an alias is up to 256 printable characters without spaces"
-            )
+            raise PullFailed("invalid_alias", f"{alias!r}: an alias is {ALLOWED}")
         _check_free(alias, taken or {})
         _Pull(parse(text, environ), progress, cache, environ, say, stop or threading.Event()).run(
             alias, taken or {}
@@ -278,7 +276,7 @@ class _Pull:
     def _fetch(self, commit: str, file: HubFile, progress: FileProgress) -> None:
         """Have one file in the cache, checked, under its name. Another process may be just about to."""
         blob, pointer = self.folder / "blobs" / file.blob, self._pointer(commit, file.path)
-        lock = pulled.blob_lock(self.folder, file.blob)
+        lock = pulled.file_lock(self.folder, file.blob)
         for path in (blob, pointer):
             path.parent.mkdir(parents=True, exist_ok=True)
         while True:

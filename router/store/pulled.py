@@ -17,7 +17,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -148,7 +148,7 @@ def discover(cache: Path, headers: Headers | None = None) -> Discovery:
 def write_down(cache: Path, alias: str, model: PulledModel) -> None:
     """Add it, or put it in the place of what was pulled under that alias before, whose own files are removed."""
     folder = repository_folder(cache, model.repo)
-    with _changing(folder):
+    with file_lock(folder, RECORD):
         try:
             record = _read(folder)
         except _Damaged as error:
@@ -173,14 +173,14 @@ def remove(cache: Path, alias: str) -> int:
         known = ", ".join(sorted(models)) or "none"
         raise NotPulled(f"no model was pulled as {alias!r}; pulled are: {known}")
     folder = repository_folder(cache, models[alias].repo)
-    with _changing(folder), contextlib.ExitStack() as locks:
+    with file_lock(folder, RECORD), contextlib.ExitStack() as locks:
         record = _read(folder)
         model = record.models.pop(alias, None)
         if model is None:  # somebody else was quicker
             return 0
         for blob in sorted({file.blob for each in model.revisions for file in each.files}):
             try:
-                locks.enter_context(blob_lock(folder, blob).acquire(timeout=0))
+                locks.enter_context(file_lock(folder, blob).acquire(timeout=0))
             except Timeout:
                 raise _being_pulled(alias) from None
             path = folder / "blobs" / blob
@@ -304,20 +304,11 @@ def _machine() -> str:
     return re.sub(r"[^\w.]", "_", platform.node())
 
 
-def blob_lock(folder: Path, blob: str) -> FileLock:
-    """Held by whoever fetches a file, as `huggingface_hub` does, too."""
-    path = folder.parent / ".locks" / folder.name / f"{blob}.lock"
+def file_lock(folder: Path, name: str) -> FileLock:
+    """Return the lock of a repository's blob, which `huggingface_hub` uses as well, or of its record."""
+    path = folder.parent / ".locks" / folder.name / f"{name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path)
-
-
-@contextlib.contextmanager
-def _changing(folder: Path) -> Iterator[None]:
-    """Alone among all processes that use this cache."""
-    lock = folder.parent / ".locks" / folder.name / f"{RECORD}.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock):
-        yield
 
 
 class _Damaged(OSError):

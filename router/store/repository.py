@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 
 from router.config.names import HUB_HOSTS, same_name, untagged
 from router.engines.llamacpp.purpose import DRAFT_PREFIXES
-from router.formats import gguf
+from router.formats.gguf import SplitName
 from router.formats.quantizations import BITS, DEFAULT, bits_of, closeness
 from router.store.discovery import projector_of, quantization
 from router.store.external import repository_aliases
@@ -236,18 +236,13 @@ def _is_model(path: PurePosixPath) -> bool:
 
 
 def _part(path: PurePosixPath) -> int:
-    split = gguf.SPLIT_NAME.fullmatch(path.name)
-    return int(split["part"]) if split else 1
+    split = SplitName.of(path.name)
+    return split.part if split else 1
 
 
 def _parts(first: PurePosixPath) -> tuple[str, ...]:
-    split = gguf.SPLIT_NAME.fullmatch(first.name)
-    if split is None:
-        return (str(first),)
-    count = int(split["parts"])
-    return tuple(
-        str(first.with_name(f"{split['stem']}-{n:05}-of-{split['parts']}.gguf")) for n in range(1, count + 1)
-    )
+    split = SplitName.of(first.name)
+    return (str(first),) if split is None else tuple(str(first.with_name(name)) for name in split.names)
 
 
 def _labels(models: Iterable[PurePosixPath]) -> list[str]:
