@@ -1,6 +1,6 @@
-"""`llama-router import`: reads llama-swap's configuration, writes ours, and names what could not be brought.
+"""`llama-router import`: reads a configuration of llama-swap, writes one of the router, and prints the remarks.
 
-What becomes of it is `llama_swap`'s to say.
+The conversion itself is in `llama_swap.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from router.system.printable import line as printable_line
 
 
 def run(options: argparse.Namespace) -> None:
-    """Raises ConfigError."""
+    """Run the command. Raises ConfigError."""
     source: Path = options.file
     tree = read_file(source, str(source))
     document, remarks = imported(
@@ -30,8 +30,8 @@ def run(options: argparse.Namespace) -> None:
     )
     if not document.get("models"):
         _tell(source, remarks)
-        raise ConfigError([Problem("models", "there is none that could be brought", str(source))])
-    _write(options.output, f"# Made of {source} by `llama-router import`.\n{_dumped(document)}")
+        raise ConfigError([Problem("models", "none could be imported", str(source))])
+    _write(options.output, f"# Converted from {source} by `llama-router import`.\n{_dumped(document)}")
     _tell(source, remarks)
 
 
@@ -42,7 +42,7 @@ def _tell(source: Path, remarks: Sequence[Remark]) -> None:
 
 
 def _write(path: Path | None, text: str) -> None:
-    """For its owner only, as there may be keys in it. Raises ConfigError, also if it is there already."""
+    """Write a new file for its owner only, as it may hold keys. Raises ConfigError, also if the file exists."""
     if path is None:
         print(text, end="")
         return
@@ -50,14 +50,14 @@ def _write(path: Path | None, text: str) -> None:
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        problem = "is there already, and stays as it is: name another file by -o, or remove it"
+        problem = "already exists and was not changed: name another file with -o, or remove it"
         raise ConfigError([Problem("", problem, str(path))]) from None
     except OSError as error:
         raise ConfigError([Problem("", f"cannot be written: {error.strerror}", str(path))]) from None
 
 
 def _lines_of(text: str) -> dict[KeyPath, int]:
-    """Where each key stands. The text is YAML, or JSON."""
+    """Return the line number of each key and list item of a YAML or JSON text."""
     lines: dict[KeyPath, int] = {}
 
     def note(value: yaml.Node, path: KeyPath, mark: yaml.Mark) -> None:
@@ -77,7 +77,7 @@ def _lines_of(text: str) -> dict[KeyPath, int]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what any YAML, of 1.1 or 1.2, would take for more than text; and has no anchors."""
+    """Dumper that quotes text which YAML 1.1 or 1.2 would read as another type, and that writes no anchors."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

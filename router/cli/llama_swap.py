@@ -1,8 +1,8 @@
-"""Our configuration, made of one of llama-swap's, and a word on what has no counterpart: see `importing`.
+"""Convert a configuration of llama-swap and report settings without a counterpart; `importing` reads and writes.
 
-What is read is a configuration of August 2026 (llama-swap's `config-schema.json`), its macros replaced as there.
-A model whose command is llama-server's becomes an entry with a file and flags, another one keeps its command.
-It is one module because each key of theirs takes a few lines, and all of them write into one document.
+The input is a configuration of August 2026 (llama-swap's `config-schema.json`); macros are replaced as llama-swap
+does. A model whose command is llama-server becomes an entry with a file and flags, any other keeps its command.
+It is one module because each of llama-swap's keys takes a few lines, and all of them write into one document.
 """
 
 from __future__ import annotations
@@ -13,72 +13,39 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-from router.config.names import LONGEST
+from router.config.llama_swap import DROPPED
+from router.config.names import ALLOWED, is_alias
 from router.config.problems import ConfigError, KeyPath, Problem, dotted
+from router.config.schema import UNTOUCHABLE, CommandEntry, ConfigFile, ModelEntry
 from router.engines.llamacpp.flags import OWNED, OWNED_VARIABLES, Flag, FlagError, parse
+from router.scheduling.policy import DEFAULTS
 
 _MACRO = re.compile(r"\$\{([a-zA-Z0-9_-]+)\}")
 _OF_ENVIRONMENT = re.compile(r"\$\{env\.([a-zA-Z_][a-zA-Z0-9_]*)\}")
 _AT_START = ("PORT", "PID")
-"""Macros that llama-swap replaces when it starts a model, or stops it."""
+"""Macros that llama-swap replaces when it starts or stops a model."""
+_NAME_RULE = f"a name is {ALLOWED} and does not begin with _"
 _ENGINE = re.compile(r"llama-server([-_.].*)?")
 _HERE = re.compile(r"http://(?:localhost|127\.0\.0\.1|\[::1\])(?::(\$\{PORT\}|[0-9]+))?/?")
-_UNTOUCHABLE = ("model", "stream", "messages")
 _SHORTEST_LOAD_SEC = 15
-"""llama-swap takes less for that."""
-_USUAL_PLACES = 3
-"""`system.max_concurrent_models`, unless it is set."""
-
-_NONE_OF_ALL = {
-    "captureBuffer": "bodies are not recorded",
-    "includeAliasesInList": "aliases are always listed",
-    "logRequests": "system.access_log is on unless it is turned off",
-    "logTimeFormat": "log lines have the time as it is usual",
-    "logToStdout": "the router's log goes to its standard error, an engine's to `llama-router logs` and log_dir",
-    "matrix": "memory decides which models stay beside each other",
-    "metricsMaxInMemory": "figures are kept by /metrics and /v1/telemetry/summary",
-    "peers": "other servers are not called",
-    "performance": "/vram and /metrics tell of the machine",
-    "profiles": "an alias always means the same model",
-    "sendLoadingState": "who waits in a stream is told by comments (api.heartbeat_sec), not by words of the model",
-    "store": "requests are not recorded; log_dir and tracing keep what is to last",
-    "ui": "the page has nothing to set",
-    "upstream": "/upstream loads its model whatever is asked for there",
-}
-_NONE_OF_MODEL = {
-    "capabilities": "read from the model's file",
-    "compat": "there are no WebSockets to engines",
-    "concurrencyLimit": "-np says how many are served at once, system.max_queue_size_per_model how many may wait",
-    "metadata": "lists tell what the model's file says",
-    "sendLoadingState": _NONE_OF_ALL["sendLoadingState"],
-    "timeouts": "system.request_timeout_sec and answer_timeout_sec hold for all models",
-    "unlisted": "all models are listed",
-    "unloadTimeout": "system.stop_grace_sec holds for all models",
-}
-_NONE_OF_ENGINE = {
-    "checkEndpoint": "llama-server says itself when it is ready",
-    "cmdStop": "the router ends llama-server itself",
-    "proxy": "where engines listen is the router's business",
-    "useModelName": "llama-server goes by no name",
-}
-"""Of a model whose command is llama-server's."""
+"""llama-swap's lower bound for healthCheckTimeout."""
 _USUAL_SLOTS = 10
-"""Requests that llama-swap lets through to a model at once."""
+"""Default number of requests that llama-swap sends to a model concurrently."""
 _ROUTES = (
     (re.compile("whisper|parakeet|transcri"), ["/v1/audio/transcriptions"]),
     (re.compile("tts|kokoro|piper|speech"), ["/v1/audio/speech"]),
     (re.compile("sd-server|diffusion|comfy|flux"), ["/v1/images/generations"]),
     (re.compile("rerank"), ["/v1/rerank"]),
 )
-"""What a server is likely to serve, by a word of its command; llama-swap passes everything on."""
+"""Routes that a server is likely to support, by a word of its command; llama-swap forwards every route."""
 
 
 _OF_COMMANDS = ("capabilities", "checkEndpoint", "cmdStop", "concurrencyLimit", "proxy", "useModelName")
-"""What counts of a model that another server has."""
+"""Keys that matter for models of other servers than llama-server."""
 
 
 class Remark(NamedTuple):
-    """What could not be brought, or not as it was."""
+    """A setting that could not be converted, or only with a difference."""
 
     line: int
     path: KeyPath
@@ -86,15 +53,16 @@ class Remark(NamedTuple):
 
 
 class Words(list[Any]):
-    """Written on one line."""
+    """A list that is written on one line."""
 
 
 def imported(
     tree: Mapping[str, Any], lines: Mapping[KeyPath, int], folder: Path, environ: Mapping[str, str]
 ) -> tuple[dict[str, Any], list[Remark]]:
-    """Our configuration and the remarks, in the order of their lines. `folder` is where relative paths start.
+    """Return the converted configuration and the remarks on it, ordered by line.
 
-    Raises ConfigError where a variable is not set that llama-swap would want, too: perhaps it is a key.
+    Relative paths are resolved against `folder`. Raises ConfigError if an environment variable is not set that
+    llama-swap would require as well: it may hold a key.
     """
     work = _Import(tree, lines, folder, environ)
     document = work.document()
@@ -116,7 +84,7 @@ class _Import:
         self._environ = environ
         self.remarks: list[Remark] = []
         self.unset: list[tuple[KeyPath, str]] = []
-        """Variables of the environment that are not there, and where they are wanted."""
+        """Environment variables that are used but not set, each with the place that uses it."""
         self._api: dict[str, Any] = {}
         self._system: dict[str, Any] = {}
         self._models: dict[str, dict[str, Any]] = {}
@@ -139,7 +107,7 @@ class _Import:
         self.remarks.append(Remark(self.line_of(path), path, message))
 
     def line_of(self, path: KeyPath) -> int:
-        """Or of what it belongs to, if it comes from elsewhere by an anchor."""
+        """Return the line of a key, or that of its parent if the key was merged from an anchor."""
         while path and path not in self._lines:
             path = path[:-1]
         return self._lines.get(path, 1)
@@ -153,13 +121,13 @@ class _Import:
         return [(name, self._with_environment(value, (*path, name))) for name, value in _mapping(written).items()]
 
     def _filled(self, value: Any, macros: Sequence[tuple[str, Any]], path: KeyPath) -> Any:
-        """With its macros replaced: those of the environment first, of the others the last one first."""
+        """Replace the macros in a value: first those of the environment, then the others, the last one first."""
         value = self._with_environment(value, path)
         for name, replacement in reversed(macros):
             value = _replaced(value, f"${{{name}}}", replacement)
         for left in _left_in(value):
             if left not in _AT_START:
-                self._note(path, f"there is no macro {left!r}; it stays as it is")
+                self._note(path, f"there is no macro {left!r}; it is left unchanged")
         return value
 
     def _with_environment(self, value: Any, path: KeyPath) -> Any:
@@ -178,19 +146,19 @@ class _Import:
         self.unset.append((path, name))
         return found[0]
 
-    # --- what holds for all -----------------------------------------------------------------------------
+    # --- global settings --------------------------------------------------------------------------------
 
     def _read_all(self, top: Mapping[str, Any]) -> None:
         routing = _mapping(top.get("routing"))
         settings = _mapping(_mapping(routing.get("router")).get("settings"))
         for key, value in top.items():
             path = (key,)
-            if key in _NONE_OF_ALL:
-                self._drop(path, _NONE_OF_ALL[key])
+            if key in DROPPED[ConfigFile]:
+                self._drop(path, DROPPED[ConfigFile][key])
             elif key == "apiKeys":
                 self._api["api_keys"] = _texts(value)
                 if _OF_ENVIRONMENT.search(str(self._tree[key])):
-                    self._note(path, "the value of a variable stands in the file now")
+                    self._note(path, "the new file contains the value of an environment variable")
             elif key == "healthCheckTimeout" and _is_number(value):
                 self._system["wait_ready_sec"] = max(value, _SHORTEST_LOAD_SEC)
             elif key == "startPort" and _is_number(value):
@@ -209,14 +177,14 @@ class _Import:
             elif key == "routing":
                 self._read_groups(_mapping(settings.get("groups")), ("routing", "router", "settings", "groups"))
                 if settings.get("matrix"):
-                    self._drop(("routing", "router", "settings", "matrix"), _NONE_OF_ALL["matrix"])
+                    self._drop(("routing", "router", "settings", "matrix"), DROPPED[ConfigFile]["matrix"])
                 self._read_priorities(_mapping(routing.get("scheduler")))
             elif key != "globalTTL":
-                self._note(path, "is unknown, or not of the kind that llama-swap takes")
+                self._note(path, "is not a key of llama-swap, or its value has the wrong type")
         self._read_idle_time(top.get("globalTTL", 0))
 
     def _read_idle_time(self, ttl: Any) -> None:
-        """Without a word on it, llama-swap keeps a model for ever; and it spares none."""
+        """Convert the idle timeout: without one, llama-swap never unloads a model; with one, it exempts none."""
         if self._models:
             self._system["idle_timeout_sec"] = ttl if _is_number(ttl) else 0
         if ttl or any(entry.get("idle_timeout_sec") for entry in self._models.values()):
@@ -233,15 +201,15 @@ class _Import:
                 for member in members:
                     self._models[member]["pinned"] = True
             elif not stay:
-                reason = "its models stay beside each other as far as memory allows"
+                reason = "its models stay loaded together as far as memory allows"
                 self._drop((*path, name), f"{reason} (system.max_concurrent_models: 1 keeps one at a time)")
-        if together > _USUAL_PLACES:
+        if together > DEFAULTS.max_concurrent_models:
             self._system["max_concurrent_models"] = together
 
     def _read_hooks(self, hooks: Mapping[str, Any], path: KeyPath) -> None:
         for name, written in hooks.items():
             if name != "on_startup":
-                self._drop((*path, name), "models can be preloaded, and no more")
+                self._drop((*path, name), "preloading models is the only supported action")
                 continue
             wanted = [name.strip() for name in _texts(_mapping(written).get("preload"))]
             for missing in (name for name in wanted if name not in self._models and name not in self._aliases):
@@ -255,23 +223,23 @@ class _Import:
             selector = _mapping(written)
             target = next(iter(_texts(selector.get("targets"))), None)
             if selector.get("strategy") == "pin" and target is not None:
-                meant = self._aliases.get(target, target)  # what is changed for that name is for this one, too
+                meant = self._aliases.get(target, target)  # with its changes to requests, if it has any
                 changes = {key: value for key, value in _mapping(meant).items() if key != "uses"}
                 self._alias(name, meant["uses"] if changes else meant, (*path, name), changes)
             else:
-                self._drop((*path, name), "an alias means one model, whichever are loaded")
+                self._drop((*path, name), "an alias always means the same model, whichever are loaded")
 
     def _read_priorities(self, scheduler: Mapping[str, Any]) -> None:
         path = ("routing", "scheduler", "settings", "fifo", "priority")
         fifo = _mapping(_mapping(scheduler.get("settings")).get("fifo"))
         for name, number in _mapping(fifo.get("priority")).items():
             if name not in self._models or not _is_number(number):
-                self._note((*path, name), "is no model with a number")
+                self._note((*path, name), "is not a model with a numeric priority")
             elif number:
                 self._models[name]["priority"] = "high" if number > 0 else "low"
 
     def _choose_binary(self) -> None:
-        """One runs all models here: that of the most of them."""
+        """Choose the binary that most models use: the router runs all models with one."""
         if not self._binaries:
             return
         chosen = max(self._binaries, key=lambda binary: len(self._binaries[binary]))
@@ -279,7 +247,7 @@ class _Import:
             self._system["llama_server_path"] = chosen
         for other, places in self._binaries.items():
             for path in places if other != chosen else ():
-                self._note(path, f"all models are run by {chosen}, and not by {other}")
+                self._note(path, f"will run with {chosen} instead of {other}: all models share one binary")
 
     # --- models -----------------------------------------------------------------------------------------
 
@@ -287,7 +255,7 @@ class _Import:
         for name, written in models.items():
             path = ("models", name)
             if not isinstance(written, dict):
-                self._note(path, "is no model: it has no keys")
+                self._note(path, "is not a model: it has no keys")
                 continue
             own = dict(self._list_of_macros(written.get("macros"), (*path, "macros")))
             macros = dict([("MODEL_ID", name), *self._macros]) | own
@@ -300,12 +268,13 @@ class _Import:
 
     def _read_model(self, name: str, model: Mapping[str, Any], path: KeyPath) -> None:
         if not _is_name(name):
-            self._note(path, "is left out: a name has no blanks, and does not begin with _")
+            self._note(path, f"is left out: {_NAME_RULE}")
             return
         entry = self._entry(model, path)
         if entry is None:
             return
         self._models[name] = entry
+        dropped = DROPPED[CommandEntry if "engine" in entry else ModelEntry]
         for key, value in model.items():
             at = (*path, key)
             if key == "ttl":
@@ -317,24 +286,24 @@ class _Import:
                 continue
             elif key in ("proxy", "checkEndpoint", "cmdStop", "useModelName"):
                 self._check_address(key, value, at)
-            elif key in _NONE_OF_MODEL:
+            elif key in dropped:
                 if value not in (0, False, None):
-                    self._drop(at, _NONE_OF_MODEL[key])
+                    self._drop(at, dropped[key])
             elif key not in ("cmd", "name", "description", "aliases", "filters"):
-                self._note(at, "is unknown to llama-swap, too")
+                self._note(at, "is not a key of llama-swap either")
         told = ": ".join(str(model[key]) for key in ("name", "description") if model.get(key))
         if told:
             entry["description"] = told
         self._read_names(name, model, path)
 
     def _check_address(self, key: str, value: Any, path: KeyPath) -> None:
-        """What says how to reach the engine says nothing that matters if it is reached here."""
+        """Report a setting of the engine's address, unless it has the usual value, which needs no counterpart."""
         usual = {"proxy": bool(_HERE.fullmatch(str(value))), "checkEndpoint": value in ("/health", "none", "")}
         if value and not usual.get(key, False):
-            self._drop(path, _NONE_OF_ENGINE[key])
+            self._drop(path, DROPPED[ModelEntry][key])
 
     def _entry(self, model: Mapping[str, Any], path: KeyPath) -> dict[str, Any] | None:
-        """The file and the flags of a model. None: it is none that could be run here."""
+        """Convert the command of a model to an entry; None, with a remark, if it cannot be run here."""
         at = (*path, "cmd")
         try:
             words = shlex.split(str(model.get("cmd") or "").replace("\\\n", " "))
@@ -364,21 +333,21 @@ class _Import:
         return entry
 
     def _command(self, words: Sequence[str], model: Mapping[str, Any], path: KeyPath) -> dict[str, Any] | None:
-        """Of another server than llama-server. None: it could not be reached."""
+        """Convert a model of another server than llama-server; None, with a remark, if it could not be reached."""
         at = (*path, "cmd")
         if not words:
-            self._note(at, "the model is left out: it runs nothing")
+            self._note(at, "the model is left out: its command is empty")
             return None
         here = _HERE.fullmatch(str(model.get("proxy") or "http://localhost:${PORT}"))
         if here is None:
-            self._note((*path, "proxy"), "the model is left out: it listens elsewhere, or below a path")
+            self._note((*path, "proxy"), "the model is left out: its proxy is on another host or has a path")
             return None
         port = here[1] or "80"
-        if port != "${PORT}":  # which its command names, too
+        if port != "${PORT}":  # the command names the same number
             words = [re.sub(rf"(?<![0-9]){port}(?![0-9])", "${PORT}", word) for word in words]
         if not any("${PORT}" in word for word in words):
-            what = PurePath(words[0]).name
-            self._note(at, f"the model is left out: it runs {what}, and is not told where to listen ({port})")
+            program = PurePath(words[0]).name
+            self._note(at, f"the model is left out: {program} is not told which port to listen on ({port})")
             return None
         program = self._path(words[0], at) if "/" in words[0] else words[0]
         limit, ready = model.get("concurrencyLimit", 0), model.get("checkEndpoint")
@@ -396,7 +365,7 @@ class _Import:
         if model.get("cmdStop"):
             entry["stop_cmd"] = _in_our_words(str(model["cmdStop"]).strip())
         served = ", ".join(routes) or "chats, completions and embeddings"
-        self._note(at, f"is taken to serve {served}: see `routes` and `footprint_mb` in its entry")
+        self._note(at, f"is assumed to serve {served}: check `routes` and `footprint_mb` in its entry")
         return entry
 
     def _file_and_flags(self, flags: Sequence[Flag], path: KeyPath) -> dict[str, Any] | None:
@@ -418,10 +387,10 @@ class _Import:
         if "model_path" in entry and downloaded is not None:
             self._drop(path, f"-hf {downloaded}: {OWNED['hf-repo']}")
         if "model_path" not in entry:
-            how = "it names no file (-m)"
+            how = "its command names no file (-m)"
             if downloaded is not None:
                 pull = f"llama-router pull hf.co/{downloaded} --alias {shlex.quote(str(path[1]))}"
-                how = f"get it by `{pull}`; its flags are {shlex.join(words)}"
+                how = f"pull it with `{pull}`; its flags are {shlex.join(words)}"
             self._note(path, f"the model is left out: {how}")
             return None
         if words:
@@ -431,7 +400,8 @@ class _Import:
     def _path(self, text: str, path: KeyPath) -> str:
         if PurePath(text).is_absolute():
             return text
-        self._note(path, f"{text!r} is looked for in {self._folder}; llama-swap goes by where it was started")
+        where = f"{self._folder}, not against the directory in which llama-swap was started"
+        self._note(path, f"{text!r} is resolved against {where}")
         return str(self._folder / text)
 
     def _environment(self, settings: Sequence[str], path: KeyPath) -> dict[str, str]:
@@ -439,9 +409,9 @@ class _Import:
         for setting in settings:
             name, equals, value = setting.partition("=")
             if name in OWNED_VARIABLES:
-                self._drop(path, f"{name} is the router's to set")
+                self._drop(path, f"the router sets {name} itself")
             elif not equals or not name.isidentifier():
-                self._note(path, f"{name!r} is no variable with a value")
+                self._note(path, f"{name!r} is not of the form NAME=VALUE")
             else:
                 environment[name] = value
         return environment
@@ -465,9 +435,9 @@ class _Import:
 
     def _alias(self, alias: str, uses: str, path: KeyPath, changes: Mapping[str, Any] | None = None) -> None:
         if not _is_name(alias):
-            self._note(path, f"the alias {alias!r} is left out: a name has no blanks, and does not begin with _")
+            self._note(path, f"the alias {alias!r} is left out: {_NAME_RULE}")
         elif alias in self._aliases or (alias != uses and alias in self._models):
-            self._note(path, f"the alias {alias!r} is left out: there is one already")
+            self._note(path, f"the alias {alias!r} is left out: the name is already taken")
         else:
             self._aliases[alias] = {"uses": uses, **changes} if changes else uses
 
@@ -476,18 +446,18 @@ class _Import:
         return {name: value for name, value in parameters.items() if self._may_change(name, (*path, name))}
 
     def _may_change(self, name: str, path: KeyPath) -> bool:
-        if name in _UNTOUCHABLE:
-            if name != "model":  # which llama-swap leaves alone, too
-                self._drop(path, f"{name!r} cannot be changed: clients and router go by it")
+        if name in UNTOUCHABLE:
+            if name != "model":  # llama-swap does not change it either
+                self._drop(path, f"{name!r} cannot be changed: clients and the router depend on it")
             return False
         if "." in name:
-            self._drop(path, "only whole parameters can be changed, and nothing inside of them")
+            self._drop(path, "only top-level parameters can be changed")
             return False
         return True
 
 
 def _routes_of(words: Sequence[str], capabilities: Mapping[str, Any]) -> list[str]:
-    """What another server is likely to serve; nothing: what servers of language models do."""
+    """Guess the routes of another server; an empty list stands for those of a language model."""
     takes, gives = _texts(capabilities.get("in")), _texts(capabilities.get("out"))
     if capabilities.get("reranker") is True:
         return ["/v1/rerank"]
@@ -516,7 +486,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_name(text: str) -> bool:
-    return bool(re.fullmatch(r"[^_\s]\S*", text)) and len(text) <= LONGEST
+    return is_alias(text) and not text.startswith("_")
 
 
 def _as_number(word: str) -> str | int:
@@ -535,7 +505,7 @@ def _replaced(value: Any, macro: str, replacement: Any) -> Any:
         return value.replace(macro, said)
     if isinstance(value, list):
         return [_replaced(item, macro, replacement) for item in value]
-    if isinstance(value, dict):  # macros stand in the keys of setParamsByID, too
+    if isinstance(value, dict):  # the keys of setParamsByID contain macros as well
         keys = {key: str(_replaced(key, macro, replacement)) for key in value}
         return {keys[key]: _replaced(item, macro, replacement) for key, item in value.items()}
     return value

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from router.config import llama_swap
 from router.config.problems import KeyPath
-from router.config.schema import Api, CommandEntry, ConfigFile, ModelEntry, Scheduling, Section, System
+from router.config.schema import Api, ConfigFile, Scheduling, Section, System
 
 
 def explain(error: ErrorDetails, path: KeyPath, section: type[Section]) -> str:
@@ -83,57 +84,12 @@ def unknown_key(section: type[Section] | None, key: str) -> str:
     for name, other in (("api", Api), ("system", System), ("scheduling", Scheduling)):
         if key in other.model_fields:
             return f"unknown key here; it belongs to {name}"
-    if section and (counterpart := LLAMA_SWAP.get(section, {}).get(key)):
-        return f"unknown key; it is a key of llama-swap, here replaced by: {counterpart} (docs/llama-swap.md)"
+    if explained := llama_swap.hint(section, key):
+        return f"unknown key; {explained} (docs/llama-swap.md; `llama-router import` converts a whole file)"
     known = list(section.model_fields) if section else []
     if close := did_you_mean(key, known):
         return f"unknown key{close}"
     return f"unknown key; known keys: {', '.join(known)}" if 0 < len(known) <= 12 else "unknown key"
-
-
-_NOTHING = "no setting"
-LLAMA_SWAP: Mapping[type[Section], Mapping[str, str]] = {
-    ConfigFile: {
-        "healthCheckTimeout": "system.wait_ready_sec",
-        "startPort": "system.base_port",
-        "globalTTL": "system.idle_timeout_sec",
-        "apiKeys": "api.api_keys, api.inference_keys or api.clients",
-        "logLevel": "system.debug",
-        "sendLoadingState": "api.heartbeat_sec",
-        "macros": "YAML anchors",
-        "groups": "decided by available memory; see also pinned in a model's entry",
-        "matrix": "decided by available memory; see also pinned in a model's entry",
-        "hooks": "system.preload_models",
-        **dict.fromkeys(("includeAliasesInList", "logToStdout", "logTimeFormat", "peers"), _NOTHING),
-        **dict.fromkeys(("metricsMaxInMemory", "captureBuffer"), _NOTHING),
-    },
-    ModelEntry: {
-        "cmd": "model_path and flags, or, of another server, the same beside `engine: command`",
-        "ttl": "idle_timeout_sec",
-        "aliases": "{NAME: MODEL} in the section aliases",
-        "filters": "removed and forced of an entry in the section aliases",
-        "macros": "YAML anchors",
-        "name": "description",
-        "concurrencyLimit": "system.max_queue_size_per_model",
-        "sendLoadingState": "api.heartbeat_sec",
-        **dict.fromkeys(("proxy", "checkEndpoint", "cmdStop", "useModelName", "unlisted", "metadata"), _NOTHING),
-    },
-    CommandEntry: {
-        "cmdStop": "stop_cmd",
-        "checkEndpoint": "ready_path",
-        "useModelName": "model_name",
-        "proxy": "{host} and {port} in cmd",
-        "ttl": "idle_timeout_sec",
-        "aliases": "{NAME: MODEL} in the section aliases",
-        "filters": "removed and forced of an entry in the section aliases",
-        "macros": "YAML anchors",
-        "name": "description",
-        "concurrencyLimit": "slots",
-        "sendLoadingState": "api.heartbeat_sec",
-        **dict.fromkeys(("unlisted", "metadata"), _NOTHING),
-    },
-}
-"""What those who come from there write, and what it is called here; docs/llama-swap.md has it at length."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -658,9 +658,13 @@ Entry = Annotated[
 _Names = TypeVar("_Names", bound=Iterable[str])
 
 
+UNTOUCHABLE = ("model", "stream", "messages")
+"""Parameters of requests that no alias may change."""
+
+
 def _touchable(parameters: _Names) -> _Names:
     for name in parameters:
-        if name in ("model", "stream", "messages"):
+        if name in UNTOUCHABLE:
             raise ValueError(f"{name!r} cannot be changed: clients and the router depend on it")
     return parameters
 

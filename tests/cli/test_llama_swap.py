@@ -97,15 +97,16 @@ def test_what_has_no_counterpart_is_named_with_its_line(theirs: Path) -> None:
     done = run("import", str(theirs), cwd=theirs.parent, SECOND="sk-two")
     told = [line.removeprefix(f"{theirs}:") for line in done.stderr.splitlines()]
     assert [line.partition(" has ")[0].partition(" the model ")[0] for line in told] == [
-        "4: apiKeys: the value of a variable stands in the file now",
+        "4: apiKeys: the new file contains the value of an environment variable",
         "12: models.chat.cmd:",
         "16: models.chat.env:",
         "21: models.chat.useModelName:",
         "24: models.chat.filters.setParams.a.b:",
-        f"28: models.near.cmd: 'tiny.gguf' is looked for in {theirs.parent}; "
-        "llama-swap goes by where it was started",
+        f"28: models.near.cmd: 'tiny.gguf' is resolved against {theirs.parent}, "
+        "not against the directory in which llama-swap was started",
         "30: models.near.unlisted:",
-        "32: models.speaks.cmd: is taken to serve /v1/audio/speech: see `routes` and `footprint_mb` in its entry",
+        "32: models.speaks.cmd: is assumed to serve /v1/audio/speech: "
+        "check `routes` and `footprint_mb` in its entry",
         "38: models.hub.cmd:",
         "41: groups.chats:",
         "42: hooks.on_startup.preload: 'other' is not preloaded: there is no such model",
@@ -120,7 +121,7 @@ def test_nothing_that_is_there_is_written_over(theirs: Path) -> None:
     there.write_text("mine")
     done = run("import", str(theirs), "-o", str(there), cwd=theirs.parent, SECOND="sk-two")
     assert (done.returncode, there.read_text()) == (2, "mine")
-    assert done.stderr.startswith(f"{there}: is there already")
+    assert done.stderr.startswith(f"{there}: already exists")
 
 
 def brought(**theirs: Any) -> tuple[dict[str, Any], list[str]]:
@@ -155,7 +156,7 @@ def test_a_priority_of_a_model_is_that_of_its_requests() -> None:
     fifo = {"scheduler": {"use": "fifo", "settings": {"fifo": {"priority": {"a": 10, "b": -1, "none": 1}}}}}
     document, remarks = brought(routing=fifo)
     assert [document["models"][name]["priority"] for name in ("a", "b")] == ["high", "low"]
-    assert remarks == ["is no model with a number"]
+    assert remarks == ["is not a model with a numeric priority"]
 
 
 def test_the_binary_of_most_models_runs_all() -> None:
@@ -163,16 +164,21 @@ def test_the_binary_of_most_models_runs_all() -> None:
     models = {name: {"cmd": f"{binary} -m /m/{name}.gguf"} for name, binary in commands.items()}
     document, remarks = brought(models=models)
     assert document["system"]["llama_server_path"] == "/opt/new/llama-server"
-    assert remarks == ["all models are run by /opt/new/llama-server, and not by /opt/old/llama-server-b1"]
+    assert remarks == [
+        "will run with /opt/new/llama-server instead of /opt/old/llama-server-b1: all models share one binary"
+    ]
 
 
 @pytest.mark.parametrize(
     ("theirs", "told"),
     [
         ({"matrix": {"sets": {"s": "a & b"}}}, "has no counterpart: memory decides"),
-        ({"nonsense": 1}, "is unknown"),
+        ({"nonsense": 1}, "is not a key of llama-swap"),
         ({"macros": {"x": "1"}, "healthCheckTimeout": "${y}"}, "there is no macro 'y'"),
-        ({"selectors": {"s": {"strategy": "warm", "targets": ["a"]}}}, "has no counterpart: an alias means one"),
+        (
+            {"selectors": {"s": {"strategy": "warm", "targets": ["a"]}}},
+            "has no counterpart: an alias always",
+        ),
     ],
 )
 def test_nothing_is_lost_without_a_word(theirs: dict[str, Any], told: str) -> None:
@@ -239,17 +245,17 @@ def command(**model: Any) -> tuple[dict[str, Any] | None, list[str]]:
 def test_another_server_is_run_by_its_command(model: dict[str, Any], expected: dict[str, Any]) -> None:
     entry, (remark,) = command(**model)
     assert entry == {"engine": "command", **expected}
-    assert remark.startswith("is taken to serve")
+    assert remark.startswith("is assumed to serve")
 
 
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        ({"cmd": "serve ${PORT}", "proxy": "http://192.0.2.1:80"}, "it listens elsewhere"),
-        ({"cmd": "serve ${PORT}", "proxy": "http://localhost:${PORT}/api"}, "or below a path"),
-        ({"cmd": "serve", "proxy": "http://localhost:80"}, "it runs serve, and is not told where to listen (80)"),
+        ({"cmd": "serve ${PORT}", "proxy": "http://192.0.2.1:80"}, "its proxy is on another host"),
+        ({"cmd": "serve ${PORT}", "proxy": "http://localhost:${PORT}/api"}, "or has a path"),
+        ({"cmd": "serve", "proxy": "http://localhost:80"}, "serve is not told which port to listen on (80)"),
         ({"cmd": "serve '"}, "cannot be read"),
-        ({}, "it runs nothing"),
+        ({}, "its command is empty"),
     ],
 )
 def test_a_server_that_could_not_be_reached_is_left_out(model: dict[str, Any], reason: str) -> None:

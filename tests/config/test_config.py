@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from tiny_models import write_llama, write_projector
 
 from router.catalog.load import Loaded, load
+from router.config import llama_swap
 from router.config import schema as config
-from router.config.errors import LLAMA_SWAP
 from router.config.file import read_file
 from router.config.problems import ConfigError
 from router.config.resolved import CommandModel, Config, ModelConfig
@@ -562,11 +562,15 @@ def test_whoever_comes_from_llama_swap_is_told_what_its_keys_are_here(tmp_path: 
         "config.yaml: models.qwen.ttl: unknown key; it is a key of llama-swap, here replaced by: idle_timeout_sec"
         in "\n".join(lines)
     )
+    assert problems(tmp_path, "models: {}\npeers: {}") == [
+        "config.yaml: peers: unknown key; it is a key of llama-swap without a counterpart: other servers are not "
+        "called (docs/llama-swap.md; `llama-router import` converts a whole file)"
+    ]
 
 
 def test_the_page_about_llama_swap_knows_its_keys_that_the_errors_know() -> None:
     page = (PROJECT / "docs" / "llama-swap.md").read_text()
-    for keys in LLAMA_SWAP.values():
+    for keys in (*llama_swap.REPLACED.values(), *llama_swap.DROPPED.values()):
         assert [key for key in keys if f"`{key}`" not in page] == []
 
 
