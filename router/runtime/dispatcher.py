@@ -194,8 +194,7 @@ class Dispatcher:
         self._backends = backends
         self.devices = devices
         self.scheduler = Scheduler()
-        planner_of = self.backend_of
-        self._accountant = Accountant(config.system, planner_of, devices, learned, self.scheduler, self._post)
+        self._accountant = Accountant(config.system, self.backend_of, devices, learned, self.scheduler, self._post)
         self.logs: dict[str, LogRing] = {}
         """By model; an engine that runs has its own, too."""
         self.engine_file: Callable[[str], Callable[[bytes], None] | None] = lambda alias: None
@@ -589,8 +588,7 @@ class Dispatcher:
         try:
             started = time.monotonic()
             log = LogRing(self.config.system.log_ring_lines, self.log_of(model.alias).feed)
-            order, log = self._order(model, account), log
-            handle = await self.backend_of(model).launch(order, log)
+            handle = await self.backend_of(model).launch(self._order(model, account), log)
             most_idle = self.config.system.http_max_keepalive
             pool = EnginePool(handle.endpoint, most_idle, lambda: handle.alive)
             running = RunningEngine(engine_id, model.alias, handle, pool, account, log, started)
