@@ -32,7 +32,8 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.par
 # ruff: noqa: E402
 from tiny_models import write_llama
 
-from router.engines.llamacpp.binary import Binary, NoEngine, find_binary
+from router.engines.base import NoEngine
+from router.engines.llamacpp.binary import Binary, find_binary
 from router.engines.llamacpp.flags import Flags
 from router.engines.llamacpp.sizing import EngineKind, Sizer, read_files
 from router.hardware.ram import process_memory

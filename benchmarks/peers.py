@@ -33,12 +33,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from tiny_models import write_llama  # noqa: E402
 
+from router.engines.base import NoEngine  # noqa: E402
 from router.engines.llamacpp import embedded  # noqa: E402
-from router.engines.llamacpp.binary import (  # noqa: E402
-    Binary,
-    NoEngine,
-    find_binary,
-)
+from router.engines.llamacpp.binary import Binary, find_binary  # noqa: E402
 
 CACHE = Path(tempfile.gettempdir(), "llama-router-benchmarks")
 """Model files stay here from run to run: a GB just written would still be on its way to the disk."""

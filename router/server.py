@@ -35,15 +35,12 @@ from router.dataplane.limits import Door
 from router.dataplane.on_uvicorn import Server
 from router.dataplane.server import HttpProtocol, PagesProtocol
 from router.dialects.translators import TRANSLATORS
-from router.engines.base import EngineBackend
-from router.engines.command.backend import Command
+from router.engines.base import EngineBackend, NoEngine
 from router.engines.health import HealthMonitor
 from router.engines.launcher import LocalLauncher
-from router.engines.llamacpp.backend import LlamaCpp
-from router.engines.llamacpp.binary import NoEngine, find_binary
 from router.engines.llamacpp.capability import purpose_of
-from router.engines.llamacpp.listed_devices import Listed
 from router.engines.orphans import EngineRecord
+from router.engines.registry import KINDS
 from router.hardware.devices import Devices
 from router.http.auth import Keyring
 from router.http.origins import Browsers
@@ -100,10 +97,6 @@ def _set_up_logs(system: System) -> Logs:
 
 def _serve(loaded: Loaded, load: Load, log: Logs) -> None:
     config = loaded.config
-    try:
-        binary = find_binary(config.system.llama_server_path)
-    except NoEngine as error:
-        raise CannotServe(str(error)) from error
     with contextlib.ExitStack() as opened:
         api = config.api
         ports = (api.port,) if api.ollama_port is None else (api.port, api.ollama_port)
@@ -114,19 +107,21 @@ def _serve(loaded: Loaded, load: Load, log: Logs) -> None:
         store = state.file("footprints", list[Entry], "what was measured of engines is forgotten at the end")
         learned = Learned(store, psutil.boot_time())
         launcher = LocalLauncher(config.system.base_port, record, state.path)
-        llamacpp = LlamaCpp(binary, launcher, learned)
-        uses_gpus = llamacpp.build.uses_gpus or any(map(_is_of_another_kind, config.models.values()))
+        backends = _backends(config.system, launcher, learned)
+        uses_gpus = any(backends[engine].uses_gpus for engine in config.engines)
         gpu_devices = config.system.gpu_devices if uses_gpus else ()
-        devices = Devices(gpu_devices, listed=Listed(llamacpp.build, os.environ, gpu_devices or ()))
+        devices = Devices(gpu_devices, listed=backends[ModelConfig.engine].gpu_list(gpu_devices or ()))
         devices.read_blocking()
-        backends: dict[str, EngineBackend] = {"llamacpp": llamacpp, "command": Command(launcher, learned)}
         dispatcher = Dispatcher(config, backends, devices, learned, Events())
         _run(_Service(loaded, load, dispatcher, listeners, record, state, log).run())
 
 
-def _is_of_another_kind(model: ModelConfig) -> bool:
-    """Whether its engine is none that comes with the router."""
-    return model.engine != ModelConfig.engine
+def _backends(system: System, launcher: LocalLauncher, learned: Learned) -> dict[str, EngineBackend]:
+    """Return a backend of each kind of engine. Raises CannotServe."""
+    try:
+        return {name: kind.backend(system, launcher, learned) for name, kind in KINDS.items()}
+    except NoEngine as error:
+        raise CannotServe(str(error)) from error
 
 
 def _tracing() -> Tracing:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from itertools import permutations
 from pathlib import Path
 
+import grimp
 import pytest
 from conftest import ROOT
+
+from router.engines.registry import KINDS
 
 
 @pytest.mark.parametrize("command", ["ruff check .", "ruff format --check .", "mypy"])
@@ -30,6 +34,7 @@ def test_a_wrong_import_is_found(tmp_path: Path) -> None:
         ("store/watch", "def f() -> None:\n    from router.api import app"),
         ("cli/columns", "from router.cli import top"),
         ("brand_new", "import json"),
+        ("runtime/background", "from router.engines.llamacpp import flags"),
     ):
         with (tmp_path / f"router/{module}.py").open("a") as code:
             code.write(f"\n{wrong}\n")
@@ -41,6 +46,15 @@ def test_a_wrong_import_is_found(tmp_path: Path) -> None:
     assert "router.store.watch -> router.api.app (l." in said
     assert "No cycles are allowed in router.cli" in said
     assert "router.brand_new" in said
+    assert "router.runtime.background -> router.engines.llamacpp.flags (l." in said
+
+
+def test_a_kind_of_engine_is_a_package_that_knows_no_other() -> None:
+    kinds = sorted(file.parent.name for file in ROOT.glob("router/engines/*/__init__.py"))
+    assert kinds == sorted(KINDS)
+    graph = grimp.build_graph("router", cache_dir=None)
+    for one, other in permutations((f"router.engines.{kind}" for kind in kinds), 2):
+        assert graph.find_shortest_chain(one, other, as_packages=True) is None
 
 
 def _lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:

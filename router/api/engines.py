@@ -18,8 +18,8 @@ from router import __version__
 from router.catalog.lookup import model_of, named_by_nobody
 from router.config.names import meant
 from router.engines import questions
+from router.engines.documents import for_clients
 from router.engines.llamacpp.capability import error_of_engine
-from router.engines.llamacpp.redaction import for_clients
 from router.engines.running import RunningEngine
 from router.http.auth import sees_all
 from router.http.errors import ApiError

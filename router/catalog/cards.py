@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 from router.config.resolved import ModelConfig
 from router.engines.base import Facts
-from router.engines.command import describe as command
-from router.engines.llamacpp import describe as llamacpp
+from router.engines.registry import kind_of
 from router.system.readings import apart
 
 Card = dict[str, Any]
@@ -100,18 +99,11 @@ def card_of(model: ModelConfig) -> Card:
     card = _configured(model)
     try:
         card["created"] = int(model.model_path.stat().st_mtime)
-        card |= _DESCRIBED[model.engine](model)
+        card |= kind_of(model).described(model)
         card["architecture"] = _modalities(card["capabilities"])
     except Exception:  # whatever is wrong with its file or flags, who loads it is told
         return card
     return card
-
-
-_DESCRIBED: Mapping[str, Callable[[ModelConfig], Card]] = {
-    "llamacpp": llamacpp.described,
-    "command": command.described,
-}
-"""By the kind of the engine."""
 
 
 def as_it_runs(card: Card, facts: Facts | None) -> Card:

@@ -15,9 +15,10 @@ from typing import Any
 
 from router.config.draft import Draft
 from router.config.names import is_alias
-from router.config.resolved import AliasConfig, CommandModel
+from router.config.resolved import AliasConfig
 from router.config.schema import Api
 from router.config.source import Source
+from router.engines.registry import kind_of_entry
 from router.store import created, discovery, external, pulled
 from router.system.state import default_path
 
@@ -83,8 +84,9 @@ class Discovered:
                 entry = models.setdefault(found.alias, {})
                 if not isinstance(entry, dict):
                     continue
-                if is_of_command(entry):
-                    self.draft.warnings.append(f"{found.path} is not served: a command has the same name")
+                if kind_of_entry(entry).entries is not None:
+                    kind = entry["engine"]
+                    self.draft.warnings.append(f"{found.path} is not served: a {kind} has the same name")
                     continue
                 if first := entry.get("model_path"):
                     if not isinstance(first, str) or self.draft.resolve(first, base) != found.path:
@@ -118,7 +120,10 @@ class Discovered:
             return
         for name, made in records.items():
             entry = models.get(name)
-            if name in aliases or (isinstance(entry, dict) and ("model_path" in entry or is_of_command(entry))):
+            has_model = isinstance(entry, dict) and (
+                "model_path" in entry or kind_of_entry(entry).entries is not None
+            )
+            if name in aliases or has_model:
                 self.draft.warnings.append(
                     f"the created model {name!r} is not served: the configuration uses its name"
                 )
@@ -214,8 +219,3 @@ def _model_named(aliases: Mapping[str, Any], name: str) -> object:
     """What an alias stands for, as it is written; None if there is none of this name."""
     entry = aliases.get(name)
     return entry.get("uses") if isinstance(entry, dict) else entry
-
-
-def is_of_command(entry: Mapping[str, Any]) -> bool:
-    """Whether an entry of a model names its own server, as it is written."""
-    return entry.get("engine") == CommandModel.engine

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from router.catalog.discovered import Discovered, is_of_command
+from router.catalog.discovered import Discovered
 from router.catalog.engine_flags import files_of, final_flags, told_by
 from router.config.draft import DEFAULT
 from router.config.errors import did_you_mean
 from router.config.names import ALLOWED, is_alias, meant
+from router.config.paths import not_a_path, wrong_with_program
 from router.config.problems import KeyPath, Problem, dotted
-from router.config.resolved import AliasConfig, CommandModel, Config, ModelConfig
-from router.config.schema import AliasEntry, Api, CommandEntry, ModelEntry, Scheduling, System
+from router.config.resolved import AliasConfig, Config, ModelConfig
+from router.config.schema import AliasEntry, Api, ModelEntry, Scheduling, System
 from router.config.source import FOUND
-from router.engines.command import MARK_VARIABLE
 from router.engines.llamacpp import adapters
 from router.engines.llamacpp.flags import FlagError, Flags
+from router.engines.registry import kind_of_entry
 from router.formats.gguf import GGUF, SplitName
 from router.formats.gguf_cursor import GGUFError
-from router.http.routes import SERVED
-from router.memory.measurements import files_of as files_of_paths
 from router.scheduling.queue import BY_NAME
 from router.store import repository
 from router.store.discovery import Unfinished, Unfit
@@ -137,7 +136,7 @@ class _Validation:
         if system.llama_server_path and os.sep in system.llama_server_path:
             binary = self.draft.resolve(system.llama_server_path, self.draft.base_of(path))
             changes["llama_server_path"] = str(binary)
-            self._check_file(path, binary, _wrong_with_program)
+            self.draft.check_file(path, binary, wrong_with_program)
         changes["base_models_path"] = str(self.draft.models_folder())
         for key in ("state_dir", "log_dir"):
             if folder := getattr(system, key):
@@ -149,9 +148,9 @@ class _Validation:
         if not is_alias(alias):
             self.draft.problem(path, f"an alias is {ALLOWED}")
         given = self.draft.values["models"][alias]
-        if isinstance(given, dict) and is_of_command(given):
-            own = self.draft.section(CommandEntry, path, cmd=(_UNKNOWN,), engine="command")
-            return None if own is None else self._command(alias, own, system)
+        if isinstance(given, dict) and (own := kind_of_entry(given).entries) is not None:
+            read = self.draft.section(own.schema, path, **own.stand_ins)
+            return None if read is None else own.read(self.draft, alias, read, system)
         if isinstance(given, dict) and "model_path" not in given:
             message = "is required, because no model of this name was found"
             if self.draft.check_files:
@@ -167,10 +166,10 @@ class _Validation:
         model_path = self.draft.resolve(entry.model_path, folder)
         if entry.model_path != _UNKNOWN:
             for part in self._parts((*path, "model_path"), model_path):
-                self._check_file((*path, "model_path"), part, _wrong_with_model)
+                self.draft.check_file((*path, "model_path"), part, _wrong_with_model)
         mmproj = self.draft.resolve(entry.mmproj, folder) if entry.mmproj else None
         if mmproj is not None:
-            self._check_file((*path, "mmproj"), mmproj, _wrong_with_model)
+            self.draft.check_file((*path, "mmproj"), mmproj, _wrong_with_model)
         flags, slots = final_flags(self.draft, path, entry, system, mmproj, self._header(model_path))
         purposes, most_tokens = told_by(flags, entry.env)
         return ModelConfig(
@@ -192,54 +191,6 @@ class _Validation:
             purposes=purposes,
             most_tokens=most_tokens,
         )
-
-    def _command(self, alias: str, entry: CommandEntry, system: System) -> CommandModel:
-        path = ("models", alias)
-        file = None
-        if entry.model_path is not None:
-            file = self.draft.resolve(entry.model_path, Path(system.base_models_path))
-            self._check_file((*path, "model_path"), file, _wrong_with_anything)
-        if entry.cmd != (_UNKNOWN,) and not any("{port}" in text for text in (*entry.cmd, *entry.env.values())):
-            self.draft.problem((*path, "cmd"), "holds no {port}, by which it is told where to listen")
-        for variable in sorted({MARK_VARIABLE}.intersection(entry.env)):
-            self.draft.problem((*path, "env", variable), "cannot be set: the router sets it itself")
-        for index, route in enumerate(entry.routes):
-            if route not in SERVED:
-                self.draft.problem((*path, "routes", index), f"is no route of models{did_you_mean(route, SERVED)}")
-        cmd = entry.cmd
-        if os.sep in cmd[0] and "{" not in cmd[0]:
-            cmd = (str(self.draft.resolve(cmd[0], self.draft.base_of((*path, "cmd")))), *cmd[1:])
-        cwd = None if entry.cwd is None else self.draft.resolve(entry.cwd, self.draft.base_of((*path, "cwd")))
-        return CommandModel(
-            alias=alias,
-            model_path=file or Path(cmd[0]),
-            flags=(),
-            slots=entry.slots,
-            env=entry.env,
-            files=self._stamps(file),
-            pinned=entry.pinned,
-            idle_timeout_sec=math.inf if entry.idle_timeout_sec == 0 else entry.idle_timeout_sec,
-            priority=entry.priority or "normal",
-            description=entry.description,
-            source=self.draft.origin_of((*path, "cmd")),
-            routes=frozenset(entry.routes),
-            known_as=entry.model_name or alias,
-            cmd=cmd,
-            stop_cmd=entry.stop_cmd,
-            cwd=cwd,
-            file=file,
-            ready_path=entry.ready_path,
-            footprint=entry.footprint_mb,
-        )
-
-    def _stamps(self, file: Path | None) -> tuple[tuple[str, int, int], ...]:
-        """Of the file that a server is started with, whatever its format."""
-        if file is None or not self.draft.is_for_here:
-            return ()
-        try:
-            return files_of_paths(file)
-        except OSError:
-            return ()
 
     def _header(self, file: Path) -> GGUF | None:
         """What the file of a model says of it; None if it can't be read, which is said to whoever asks for it."""
@@ -318,47 +269,15 @@ class _Validation:
             return []
         return [file.with_name(name) for name in split.names]
 
-    def _check_file(self, path: KeyPath, file: Path, wrong_with: Callable[[Path], str]) -> None:
-        if not self.draft.check_files:
-            return
-        try:
-            problem = wrong_with(file)
-        except OSError as error:  # a folder above it may not be looked into, or its name is too long
-            problem = f"{file} cannot be accessed: {error.strerror or error}"
-        if problem:
-            self.draft.problem(path, problem)
-
 
 def _wrong_with_model(file: Path) -> str:
     """Why it cannot be read; empty if it can. Raises OSError."""
     if file.is_dir():
         return f"{file} is a folder; name the GGUF file in it"
     if not file.parent.is_dir():
-        return f"there is no file {file}: " + (_not_a_path(file) or "its folder is missing")
+        return f"there is no file {file}: " + (not_a_path(file) or "its folder is missing")
     if not file.is_file():
         return f"there is no file {file}" + did_you_mean(
             file.name, [each.name for each in file.parent.glob("*.gguf")]
         )
     return "" if os.access(file, os.R_OK) else f"{file} cannot be read: permission denied"
-
-
-def _wrong_with_anything(file: Path) -> str:
-    """Why a file or folder of any kind cannot be read; empty if it can. Raises OSError."""
-    if not file.exists():
-        return f"there is no {file}" + (f": {why}" if (why := _not_a_path(file)) else "")
-    return "" if os.access(file, os.R_OK) else f"{file} cannot be read: permission denied"
-
-
-def _wrong_with_program(file: Path) -> str:
-    """Why it cannot be run; empty if it can. Raises OSError."""
-    if not file.is_file():
-        return f"there is no file {file}"
-    return "" if os.access(file, os.X_OK) else f"{file} is not executable"
-
-
-def _not_a_path(file: Path) -> str:
-    """Why what somebody wrote as a path leads nowhere, if it was never meant as one; else empty."""
-    text = str(file)
-    if "/hf.co/" in text or "/https:/" in text or "/http:/" in text:
-        return "to download a model, use `llama-router pull hf.co/USER/REPO:QUANT`"
-    return "variables are not expanded in paths" if "$" in text else ""

@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from router.catalog.load import Loaded, load
-from router.config.resolved import Config, ModelConfig
+from router.config.resolved import Config
 from router.config.show import render
 from router.config.source import Source
-from router.engines.base import EngineBackend
-from router.engines.command.backend import Command
+from router.engines.base import EngineBackend, NoEngine
 from router.engines.launcher import LocalLauncher
-from router.engines.llamacpp.backend import LlamaCpp
-from router.engines.llamacpp.binary import NoEngine, find_binary
 from router.engines.orphans import EngineRecord
+from router.engines.registry import KINDS
 from router.memory.measurements import Learned
 from router.memory.plan import Unusable
 from router.runtime.dispatcher import warnings
@@ -74,21 +72,25 @@ def check(options: argparse.Namespace) -> None:
 def _would_not_load(config: Config) -> Iterator[str]:
     """Models whose file or flags are found to be wrong only when somebody asks for them."""
     launcher, learned = LocalLauncher(config.system.base_port, EngineRecord(State()), None), Learned()
-    others = any(model.engine != ModelConfig.engine for model in config.models.values())
-    nobody = "no model of a llama-server will load" if others else "no model will load"
-    backends: dict[str, EngineBackend] = {"command": Command(launcher, learned)}
-    try:
-        llamacpp = LlamaCpp(find_binary(config.system.llama_server_path), launcher, learned)
-        llamacpp.check_runs()
-        backends["llamacpp"] = llamacpp
-    except (NoEngine, Unusable) as error:
-        yield f"{nobody}: {error}"
+    backends: dict[str, EngineBackend] = {}
+    for name in config.engines:
+        try:
+            backend = KINDS[name].backend(config.system, launcher, learned)
+            backend.check_runs()
+            backends[name] = backend
+        except (NoEngine, Unusable) as error:
+            yield f"{_nobody(name, config)}: {error}"
     yield from warnings(backends, config.models)
     for alias, model in config.models.items():
-        if (backend := backends.get(model.engine)) is None:
+        if model.engine not in backends:
             continue
         try:
-            yield from (f"models.{alias} will not load: {problem}" for problem in backend.validate(model))
-        except ImportError as error:
-            yield f"{nobody}: xllamacpp can't be imported: {error}"
+            for problem in backends[model.engine].validate(model):
+                yield f"models.{alias} will not load: {problem}"
+        except NoEngine as error:
+            yield f"{_nobody(model.engine, config)}: {error}"
             del backends[model.engine]
+
+
+def _nobody(engine: str, config: Config) -> str:
+    return f"no model of engine {engine} will load" if len(config.engines) > 1 else "no model will load"

@@ -7,7 +7,7 @@ goes on, so that one look tells of everything.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -91,6 +91,17 @@ class Draft:
         system = self.values.get("system")
         text = system.get(path[1]) if isinstance(system, dict) else None
         return self.resolve(text, self.base_of(path)) if text and isinstance(text, str) else self.folder
+
+    def check_file(self, path: KeyPath, file: Path, wrong_with: Callable[[Path], str]) -> None:
+        """Note what is wrong with a file that the key at `path` names, if files are to be checked."""
+        if not self.check_files:
+            return
+        try:
+            problem = wrong_with(file)
+        except OSError as error:  # a folder above it may not be looked into, or its name is too long
+            problem = f"{file} cannot be accessed: {error.strerror or error}"
+        if problem:
+            self.problem(path, problem)
 
     def section(self, kind: type[_S], path: KeyPath, **stand_in: Any) -> _S | None:
         """Validate the values at `path`. Where some are wrong, go on without them, to find what else is."""

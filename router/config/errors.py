@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from router.config import llama_swap
 from router.config.problems import KeyPath
-from router.config.schema import Api, ConfigFile, Scheduling, Section, System
+from router.config.schema import ENGINES, Api, ConfigFile, Scheduling, Section, System
 
 
 def explain(error: ErrorDetails, path: KeyPath, section: type[Section]) -> str:
@@ -36,7 +36,8 @@ def explain(error: ErrorDetails, path: KeyPath, section: type[Section]) -> str:
         case "string_type" if isinstance(error["input"], int | float):
             return "should be text: enclose it in quotes"
         case "literal_error" if path[0] == "models" and path[2:] == ("engine",):
-            return "should be llamacpp, which is the default, or command"
+            default, *others = ENGINES
+            return f"should be {default}, which is the default, or {' or '.join(others)}"
         case "string_pattern_mismatch" if path[0] == "models" and path[2:3] == ("footprint_mb",):
             return "should be host, gpu (any one) or the name of a GPU, such as gpu0"
         case "literal_error" if path[0] == "models" and path[2:] == ("device",):

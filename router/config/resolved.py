@@ -64,38 +64,6 @@ class ModelConfig:
         return (self.model_path, self.flags, frozenset(self.env.items()), self.files)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CommandModel(ModelConfig):
-    """One that another server has, resolved; see `CommandEntry`.
-
-    Its `model_path` is where its file is, or else the program."""
-
-    engine: ClassVar[str] = "command"
-    derived: ClassVar[frozenset[str]] = frozenset(
-        {"alias", "source", "files", "model_path", "flags", "footprint_mb"}
-        | {"projector_was_found", "purposes", "most_tokens"}
-    )
-    written_as: ClassVar[Mapping[str, str]] = {
-        "file": "model_path",
-        "known_as": "model_name",
-        "footprint": "footprint_mb",
-    }
-    cmd: tuple[str, ...]
-    stop_cmd: tuple[str, ...] = ()
-    cwd: Path | None = None
-    file: Path | None = None
-    """What `{model}` stands for."""
-    ready_path: str | None = "/health"
-    footprint: Mapping[str, int] | None = field(default=None, hash=False)
-    """MiB by device, where `gpu` is any GPU."""
-
-    @property
-    def revision(self) -> Hashable:
-        how = (self.cmd, self.stop_cmd, self.cwd, self.file, self.ready_path, self.known_as)
-        footprint = frozenset((self.footprint or {}).items())
-        return (*how, frozenset(self.env.items()), self.files, footprint)
-
-
 @dataclass(frozen=True, slots=True)
 class AliasConfig:
     """Resolved configuration of an alias; see `AliasEntry`."""
@@ -134,6 +102,11 @@ class Config:
     aliases: Mapping[str, AliasConfig] = field(default_factory=dict)
     lost: Mapping[str, str] = field(default_factory=dict)
     """Names whose model is missing, with the file or model they refer to."""
+
+    @property
+    def engines(self) -> list[str]:
+        """Kinds of engine of the models. The default kind is always one: its models may be found or pulled."""
+        return list(dict.fromkeys((ModelConfig.engine, *(model.engine for model in self.models.values()))))
 
     @property
     def names(self) -> list[str]:

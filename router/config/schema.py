@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -654,6 +654,10 @@ def _kind_of(entry: object) -> str:
 Entry = Annotated[
     Annotated[ModelEntry, Tag("llamacpp")] | Annotated[CommandEntry, Tag("command")], Discriminator(_kind_of)
 ]
+ENGINES: tuple[str, ...] = tuple(
+    tag.tag for union in get_args(Entry)[:1] for entry in get_args(union) for tag in get_args(entry)[1:]
+)
+"""Values of `engine` in entries, the default first."""
 
 _Names = TypeVar("_Names", bound=Iterable[str])
 

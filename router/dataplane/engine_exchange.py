@@ -11,23 +11,19 @@ import copy
 from urllib.parse import quote
 
 from router.config.names import LONGEST, meant, same_name
-from router.config.resolved import Config
+from router.config.resolved import Config, ModelConfig
 from router.dataplane.exchange import Exchange
 from router.dataplane.heads import RequestHead, check_size
 from router.dataplane.routing import Wish, wish_of
 from router.dataplane.shortening import Text
-from router.engines.llamacpp.redaction import for_clients
+from router.engines.documents import Documents, for_clients
+from router.engines.registry import KINDS, kind_of
 from router.engines.upstream import Head
 from router.http.errors import ApiError
 from router.system.large_memory import Pieces
 
 _PREFIX = "/upstream/"
 _METHODS = frozenset({b"GET", b"POST", b"PUT", b"DELETE"})
-_LOOKS = frozenset(
-    {"/", "/health", "/v1/health", "/props", "/slots", "/metrics", "/lora-adapters", "/models", "/v1/models"}
-)
-"""That change nothing when they are read."""
-_TELL_OF_THE_MACHINE = frozenset({"/props", "/slots", "/lora-adapters", "/models", "/v1/models"})
 _MOST_PARTS = 8
 """Of a name, that are looked at."""
 
@@ -71,7 +67,7 @@ class EngineExchange(Exchange):
     def _check_head(self) -> None:
         super()._check_head()
         check_size(*self._asked_of_engine())
-        looks = self._head.method == b"GET" and self._head.path in _LOOKS
+        looks = self._head.method == b"GET" and self._head.path in self._documents().readable
         self._shared.keyring.check(self._head.headers, manages=not looks)
 
     def _read(self, body: Text) -> tuple[Wish, Text]:
@@ -94,9 +90,15 @@ class EngineExchange(Exchange):
         encodings = self._head.fields.get(b"accept-encoding")
         return target, lines if encodings is None else b"%baccept-encoding: %b\r\n" % (lines, encodings)
 
+    def _documents(self) -> Documents:
+        config = self._dispatcher.config
+        name = meant(self._head.model, config)
+        kind = KINDS[ModelConfig.engine] if name is None else kind_of(config.model_of(name))
+        return kind.documents
+
     def _is_for_less(self, head: Head) -> bool:
         """Whether its client must not see all of what the engine says there."""
-        return self._client is not None and head.status < 400 and self._head.path in _TELL_OF_THE_MACHINE
+        return self._client is not None and head.status < 400 and self._head.path in self._documents().private
 
     def _is_read_whole(self, head: Head) -> bool:
         return self._is_for_less(head) or super()._is_read_whole(head)

@@ -1,25 +1,30 @@
 """What the rest of the router knows of engines: a kind of them that plans and starts, and one that runs.
 
-Nothing here is about llama.cpp. A kind is a folder beside this file: `llamacpp/` for llama-server and the embedded
-engine, `command/` for any server by its command line.
+Nothing here is about llama.cpp. A kind is a package beside this file: `llamacpp/` for llama-server and the
+embedded engine, `command/` for any server by its command line. `registry.py` lists them.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from router.config.resolved import ModelConfig
 from router.engines.log_ring import LogRing
+from router.hardware.devices import ListedGpus
 from router.memory.plan import Alternative, Planner
 from router.observe.reasons import Problem, Reason
 from router.scheduling.messages import Retry
 from router.system.devices import Device
 
 PROBE_LIMIT_SEC = 3
+
+
+class NoEngine(Exception):
+    """Raised when a kind of engine has no program to run; the message says what to do."""
 
 
 class EngineFailed(Problem):
@@ -164,11 +169,24 @@ class EngineBackend(Planner, Protocol):
     def origin(self) -> str:
         """Where its program comes from, for people; empty if each model names its own."""
 
+    @property
+    def uses_gpus(self) -> bool:
+        """Whether engines of this kind may use GPUs."""
+
+    def gpu_list(self, asked: Collection[int]) -> ListedGpus | None:
+        """Return the source of GPUs that no driver reports but these engines do; None if they report none.
+
+        `asked` are numbers of GPUs to offer even if they share memory with the processor.
+        """
+
     def check_runs(self) -> None:
         """Raises Unusable if no model of this kind can be run. Blocking."""
 
     def validate(self, model: ModelConfig) -> Iterator[str]:
-        """What would keep a model from loading, for `llama-router check`. Blocking."""
+        """What would keep a model from loading, for `llama-router check`. Blocking.
+
+        Raises NoEngine for what keeps every model of this kind from it.
+        """
 
     def warnings(self, models: Mapping[str, ModelConfig]) -> Iterator[str]:
         """What is odd about models of this kind, before anybody asks for one. Blocking."""

@@ -21,9 +21,11 @@ from router.config import llama_swap
 from router.config import schema as config
 from router.config.file import read_file
 from router.config.problems import ConfigError
-from router.config.resolved import CommandModel, Config, ModelConfig
+from router.config.resolved import Config, ModelConfig
 from router.config.show import leaves, render
+from router.engines.command.entry import CommandModel
 from router.engines.llamacpp import flags
+from router.engines.registry import KINDS
 from router.store import discovery as hub
 
 PROJECT = Path(__file__).parents[2]
@@ -995,6 +997,10 @@ def test_every_key_is_described_in_the_schema() -> None:
         name for each in sections for name, key in each.get("properties", {}).items() if not key.get("description")
     ]
     assert undescribed == []
+
+
+def test_the_schema_names_the_kinds_of_engine() -> None:
+    assert list(KINDS) == list(config.ENGINES)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ import pytest
 from conftest import Router, Start, eventually, models, run
 from speech_server import PIECE, PIECES
 
-from router.config.resolved import CommandModel
 from router.config.schema import System
 from router.engines.command.backend import Command
+from router.engines.command.entry import CommandModel
 from router.engines.launcher import LocalLauncher
 from router.engines.orphans import EngineRecord
 from router.memory.measurements import Learned
@@ -131,6 +131,16 @@ def test_lists_say_what_it_can_be_asked_for(router: Router) -> None:
         "output_modalities": ["audio"],
     }
     assert "completion" in cards["tiny"]["capabilities"]
+
+
+def test_ollamas_page_shows_what_is_known_of_it(router: Router) -> None:
+    shown = {name: router.http.post("/api/show", json={"model": name}).json() for name in ("speech", "tiny")}
+    assert shown["tiny"]["details"]["format"] == "gguf"
+    assert shown["speech"]["details"]["format"] == "", "nobody knows"
+    assert (shown["speech"]["template"], shown["speech"]["model_info"]) == ("", {})
+    assert shown["speech"]["capabilities"] == ["transcription", "speech"]
+    formats = {each["name"]: each["details"]["format"] for each in router.http.get("/api/tags").json()["models"]}
+    assert (formats["speech:latest"], formats["tiny:latest"]) == ("", "gguf")
 
 
 def test_one_that_is_killed_is_replaced_and_what_it_took_is_measured(router: Router) -> None:
@@ -293,7 +303,7 @@ def test_all_that_is_wrong_with_an_entry_is_said(tmp_path: Path) -> None:
         "models.lost.routes[0]: is no route of models; did you mean /v1/audio/transcriptions?",
         f"models.lost.model_path: there is no {tmp_path}/gone.bin",
         "models.foreign.cmdStop: unknown key; it is a key of llama-swap, "
-        "here replaced by: stop_cmd (docs/llama-swap.md)",
+        "here replaced by: stop_cmd (docs/llama-swap.md; `llama-router import` converts a whole file)",
         "models.foreign.flags: unknown key",
         "models.other.engine: should be llamacpp, which is the default, or command",
         "models.heavy.footprint_mb.cuda",

@@ -5,12 +5,10 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
@@ -23,10 +21,8 @@ from router.catalog.lookup import known_as
 from router.config.names import listed_name
 from router.config.resolved import AliasConfig, Config, ModelConfig
 from router.engines.base import Facts
-from router.engines.llamacpp.describe import header_of, template_of
-from router.engines.llamacpp.flags import FlagError, as_started
-from router.formats import gguf
-from router.formats.gguf import GGUF, ArrayStub
+from router.engines.llamacpp.flags import FlagError
+from router.engines.registry import kind_of
 from router.formats.gguf_cursor import GGUFError
 from router.formats.ollama_options import as_options, option_lines
 from router.http.auth import sees_all
@@ -233,7 +229,7 @@ def _details(known: _Known, card: Card) -> dict[str, Any]:
     family = card.get("family") or ""
     return {
         "parent_model": known.model.alias if known.name != known.model.alias else "",
-        "format": "gguf",
+        "format": kind_of(known.model).file_format,
         "family": family,
         "families": [family] if family else [],
         "parameter_size": _short(card.get("parameters", 0)),
@@ -256,7 +252,7 @@ def _residency(dispatcher: Dispatcher, alias: str) -> dict[str, Any]:
 
 
 def _described(known: _Known, facts: Facts | None, *, full: bool) -> dict[str, Any]:
-    header = header_of(known.model) if known.model.engine == "llamacpp" else None
+    info = kind_of(known.model).file_info(known.model)
     card = as_it_runs(card_of(known.model), facts)
     context = card.get("context_length")
     named = known.named or AliasConfig(known.name, known.name)
@@ -264,19 +260,17 @@ def _described(known: _Known, facts: Facts | None, *, full: bool) -> dict[str, A
         named = replace(named, system_prompt="", messages=())
     options = {**({"num_ctx": context} if context else {}), **as_options({**named.defaults, **named.forced})}
     licenses = known.made.license if known.made is not None else ()
-    projector = as_started(known.model.flags, known.model.env).last("mmproj")
     shown = {
         "modelfile": _modelfile(known.model.alias, named, options),
         "parameters": "\n".join(option_lines(options)),
-        "template": template_of(known.model) if header is not None else "",
+        "template": info.template,
         "system": named.system_prompt,
         "messages": list(named.messages),
-        "license": "\n".join(licenses)
-        or (str(header.metadata.get("general.license", "")) if header is not None else ""),
+        "license": "\n".join(licenses) or info.license,
         "modified_at": known.modified_at(card),
         "details": _details(known, card),
-        "model_info": _metadata(header) if header is not None else {},
-        "projector_info": _metadata(gguf.read(Path(projector.text))) if projector is not None else None,
+        "model_info": info.metadata,
+        "projector_info": info.projector,
         "capabilities": card.get("capabilities", []),
     }
     return {key: value for key, value in shown.items() if value or key not in _ONLY_IF_THERE}
@@ -293,16 +287,6 @@ def _modelfile(model: str, named: AliasConfig, options: dict[str, Any]) -> str:
     lines += [f"PARAMETER {line}" for line in option_lines(options)]
     lines += [f'MESSAGE {turn["role"]} """{turn["content"]}"""' for turn in named.messages]
     return "\n".join(lines) + "\n"
-
-
-def _metadata(header: GGUF) -> dict[str, Any]:
-    """Without long arrays, of which Ollama, too, shows nothing."""
-    shown = {
-        key: None if isinstance(value, ArrayStub | tuple) else value
-        for key, value in header.metadata.items()
-        if key != "tokenizer.chat_template" and not (isinstance(value, float) and not math.isfinite(value))
-    }
-    return {**shown, "general.parameter_count": header.parameter_count}
 
 
 def _short(count: int) -> str:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from router.config.resolved import CommandModel, ModelConfig
+from router.config.resolved import ModelConfig
 from router.config.schema import System
 from router.engines.base import Ending, Fallback, Launch
+from router.engines.command.entry import CommandModel
 from router.engines.command.server import CommandServer
 from router.engines.launcher import LocalLauncher
 from router.engines.log_ring import LogRing
@@ -45,10 +46,14 @@ class Command:
 
     name = "command"
     origin = ""
+    uses_gpus = True
 
     def __init__(self, launcher: LocalLauncher, learned: Learned) -> None:
         self._launcher = launcher
         self._learned = learned
+
+    def gpu_list(self, asked: Collection[int]) -> None:
+        return None
 
     def check_runs(self) -> None:
         """Whether a program is there is a matter of its model."""

@@ -14,9 +14,9 @@ import secrets
 import signal
 from collections.abc import Mapping
 
-from router.config.resolved import CommandModel
 from router.engines.base import PROBE_LIMIT_SEC, Endpoint, Facts, Launch
 from router.engines.command import MARK_VARIABLE
+from router.engines.command.entry import CommandModel
 from router.engines.log_ring import LogRing
 from router.engines.process import EngineOrder, EngineProcess, Explain, Spawned
 from router.engines.questions import CANNOT_ASK, status

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from router.config.resolved import ModelConfig
 from router.config.schema import System
-from router.engines.base import Ending, EngineFailed, Fallback, Launch
+from router.engines.base import Ending, EngineFailed, Fallback, Launch, NoEngine
 from router.engines.launcher import LocalLauncher
 from router.engines.llamacpp import footprint, plan, server
 from router.engines.llamacpp.binary import Binary
 from router.engines.llamacpp.embedded_flags import UsageError, parameters
 from router.engines.llamacpp.flags import FORMS, FlagError, Flags, argv, as_started, parse, replaced
+from router.engines.llamacpp.listed_devices import Listed
 from router.engines.llamacpp.sizing import EngineKind, read_files
 from router.engines.log_ring import LogRing
 from router.engines.process import EngineOrder
@@ -41,6 +42,13 @@ class LlamaCpp:
     def origin(self) -> str:
         return self._binary.origin
 
+    @property
+    def uses_gpus(self) -> bool:
+        return self.build.uses_gpus
+
+    def gpu_list(self, asked: Collection[int]) -> Listed:
+        return Listed(self.build, os.environ, asked)
+
     def check_runs(self) -> None:
         self.build.check_runs()
 
@@ -54,6 +62,8 @@ class LlamaCpp:
                 parameters(Flags(("-m", str(model.model_path), *model.flags), model.env))
         except (Unusable, FlagError, UsageError, OSError) as error:
             yield str(error)
+        except ImportError as error:
+            raise NoEngine(f"xllamacpp can't be imported: {error}") from error
 
     def warnings(self, models: Mapping[str, ModelConfig]) -> Iterator[str]:
         return self.build.unknown_flags(models, os.environ)

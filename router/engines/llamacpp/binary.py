@@ -10,6 +10,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from router.engines.base import NoEngine
 from router.engines.llamacpp import embedded
 
 
@@ -22,10 +23,6 @@ class Binary:
     """`llama-server` or `embedded`"""
     origin: str
     """Where it was found, for people."""
-
-
-class NoEngine(Exception):
-    """No engine binary; the message says what to do."""
 
 
 def find_binary(configured: str | None) -> Binary:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from router.config.resolved import ModelConfig
+from router.engines.kind import FileInfo
 from router.engines.llamacpp.flags import Flags, as_started
 from router.engines.llamacpp.footprint import slot_context
 from router.formats import gguf
@@ -66,6 +68,28 @@ def _capabilities(header: gguf.GGUF, flags: Flags) -> list[str]:
 def template_of(model: ModelConfig) -> str:
     """The chat template that its engine uses; empty for none. Reads files: raises OSError and GGUFError."""
     return _template(header_of(model), as_started(model.flags, model.env))
+
+
+def file_info(model: ModelConfig) -> FileInfo:
+    """Return what the model's file and its projector contain. Raises OSError, GGUFError and FlagError."""
+    header, flags = header_of(model), as_started(model.flags, model.env)
+    projector = flags.last("mmproj")
+    return FileInfo(
+        template=_template(header, flags),
+        license=str(header.metadata.get("general.license", "")),
+        metadata=_metadata(header),
+        projector=_metadata(gguf.read(Path(projector.text))) if projector is not None else None,
+    )
+
+
+def _metadata(header: gguf.GGUF) -> dict[str, Any]:
+    """Return the metadata of a file without long arrays and without its chat template."""
+    shown = {
+        key: None if isinstance(value, gguf.ArrayStub | tuple) else value
+        for key, value in header.metadata.items()
+        if key != "tokenizer.chat_template" and not (isinstance(value, float) and not math.isfinite(value))
+    }
+    return {**shown, "general.parameter_count": header.parameter_count}
 
 
 def _template(header: gguf.GGUF, flags: Flags) -> str:

@@ -7,7 +7,8 @@ import os
 from dataclasses import dataclass, replace
 
 from router.config.schema import System
-from router.engines.llamacpp.binary import NoEngine, find_binary
+from router.engines.base import NoEngine
+from router.engines.llamacpp.binary import find_binary
 from router.engines.llamacpp.flags import Flags, argv
 from router.engines.llamacpp.listed_devices import Listed
 from router.engines.llamacpp.plan import alternatives

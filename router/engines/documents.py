@@ -1,18 +1,27 @@
-"""What llama-server says of itself, without what is not for everybody who may use it."""
+"""Documents that engines serve about themselves, and what of them clients without full access may see."""
 
 from __future__ import annotations
 
 import re
 from pathlib import PureWindowsPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from router.http.errors import ApiError
 
 
+class Documents(NamedTuple):
+    """Paths of a kind of engine at which clients without full access may read."""
+
+    readable: frozenset[str]
+    """Paths where a GET changes nothing."""
+    private: frozenset[str]
+    """Those of them that name files of the machine or hold text of requests: see `for_clients`."""
+
+
 def for_clients(document: bytes) -> bytes:
-    """What an engine says of itself, for who may only use it: of files the names, and of others' requests nothing.
+    """Reduce paths in a JSON document to file names, and remove the text of requests.
 
     Raises ApiError 502 for what is no JSON.
     """
@@ -34,4 +43,8 @@ def _for_clients(key: str, value: Any) -> Any:
 
 _PATH = re.compile(r"(?:/|~/|[A-Za-z]:[\\/]|\\\\)[^\n]*\Z")
 _OF_OTHERS = ("prompt", "generated")
-"""What a slot is at work on; told if llama-server is started so that it is (LLAMA_SERVER_SLOTS_DEBUG)."""
+"""Text that a slot is processing, included if llama-server is started with LLAMA_SERVER_SLOTS_DEBUG."""
+
+_PRIVATE = frozenset({"/props", "/slots", "/lora-adapters", "/models", "/v1/models"})
+OF_LLAMA_SERVER = Documents(_PRIVATE | {"/", "/health", "/v1/health", "/metrics"}, _PRIVATE)
+"""Those of llama-server, and of other servers that have the same routes."""

@@ -1,0 +1,50 @@
+"""What a kind of engine consists of; `registry.py` lists the kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from router.config.draft import Draft
+from router.config.resolved import ModelConfig
+from router.config.schema import Section, System
+from router.engines.base import EngineBackend
+from router.engines.documents import Documents
+from router.engines.launcher import LocalLauncher
+from router.memory.measurements import Learned
+
+
+class EntryReader(NamedTuple):
+    """How entries of a kind become models."""
+
+    schema: type[Section]
+    stand_ins: Mapping[str, Any]
+    """Values for required keys that are missing or wrong, so that the rest of an entry can still be checked."""
+    read: Callable[[Draft, str, Any, System], ModelConfig]
+    """Returns the model of an entry with the given alias. Notes problems in the draft."""
+
+
+class FileInfo(NamedTuple):
+    """Contents of a model's files, for those who ask for all of them."""
+
+    template: str = ""
+    """Chat template that the engine uses."""
+    license: str = ""
+    metadata: Mapping[str, Any] = {}
+    projector: Mapping[str, Any] | None = None
+    """Metadata of the projector; None if the model has none."""
+
+
+class Kind(NamedTuple):
+    """A kind of engine, as named by `engine` in the entry of a model."""
+
+    backend: Callable[[System, LocalLauncher, Learned], EngineBackend]
+    """Raises NoEngine."""
+    described: Callable[[ModelConfig], dict[str, Any]]
+    """Returns what lists show of a model without loading it. Blocking; raises whatever is wrong with its files."""
+    documents: Documents
+    file_format: str = ""
+    file_info: Callable[[ModelConfig], FileInfo] = lambda _: FileInfo()
+    """Blocking. Raises OSError, GGUFError and FlagError."""
+    entries: EntryReader | None = None
+    """None: the catalog reads them together with the models that it finds in folders."""

@@ -1,0 +1,28 @@
+"""The kinds of engine. A new kind is a package beside this module, and a line in `KINDS`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from router.config.resolved import ModelConfig
+from router.engines.command.kind import COMMAND
+from router.engines.kind import Kind
+from router.engines.llamacpp.kind import LLAMACPP
+
+KINDS: Mapping[str, Kind] = {
+    "llamacpp": LLAMACPP,
+    "command": COMMAND,
+}
+"""By the name that entries give as `engine`."""
+
+
+def kind_of(model: ModelConfig) -> Kind:
+    """Return the kind of a model's engine."""
+    return KINDS[model.engine]
+
+
+def kind_of_entry(entry: Mapping[str, Any]) -> Kind:
+    """Return the kind that an entry of the configuration names; the default one if it names none that exists."""
+    named = entry.get("engine")
+    return KINDS.get(named if isinstance(named, str) else "", KINDS[ModelConfig.engine])
