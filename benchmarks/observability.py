@@ -26,10 +26,11 @@ import uvloop
 from overhead import FLAGS, TOKENS, InstantEngine, measure, serve_instantly
 from peers import Goals, Server, chat_body, generator, model_file, print_table, router
 
-from router.config.resolved import Config, ModelConfig
+from router.config.resolved import Config
 from router.engines.launcher import LocalLauncher
 from router.engines.llamacpp.backend import LlamaCpp
 from router.engines.llamacpp.binary import Binary
+from router.engines.llamacpp.model import LlamaCppModel
 from router.engines.llamacpp.usage import AnswerMeter
 from router.engines.orphans import EngineRecord
 from router.hardware.devices import Devices
@@ -117,7 +118,7 @@ class _World:
     """A dispatcher with models and everything that listens, in this process."""
 
     def __init__(self, names: list[str]) -> None:
-        models = {name: ModelConfig(name, Path(f"/{name}.gguf"), ()) for name in names}
+        models = {name: LlamaCppModel(name, Path(f"/{name}.gguf"), ()) for name in names}
         devices = Devices(())
         devices.read_blocking()
         self.events = Events()

@@ -27,7 +27,7 @@ from router.catalog.library import Library
 from router.catalog.load import Load, Loaded
 from router.config.changes import changes_between, in_words, needs_restart
 from router.config.problems import CannotServe, ConfigError
-from router.config.resolved import Config, ModelConfig
+from router.config.resolved import DEFAULT_ENGINE, Config, ModelConfig
 from router.config.schema import Api, System
 from router.config.snapshots import Looks
 from router.dataplane.exchange import Exchanges
@@ -110,7 +110,7 @@ def _serve(loaded: Loaded, load: Load, log: Logs) -> None:
         backends = _backends(config.system, launcher, learned)
         uses_gpus = any(backends[engine].uses_gpus for engine in config.engines)
         gpu_devices = config.system.gpu_devices if uses_gpus else ()
-        devices = Devices(gpu_devices, listed=backends[ModelConfig.engine].gpu_list(gpu_devices or ()))
+        devices = Devices(gpu_devices, listed=backends[DEFAULT_ENGINE].gpu_list(gpu_devices or ()))
         devices.read_blocking()
         dispatcher = Dispatcher(config, backends, devices, learned, Events())
         _run(_Service(loaded, load, dispatcher, listeners, record, state, log).run())

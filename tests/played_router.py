@@ -14,11 +14,12 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from router.catalog.cards import Cards
-from router.config.resolved import Config, ModelConfig
+from router.config.resolved import Config
 from router.dataplane.exchange import Exchanges
 from router.dataplane.server import HttpProtocol
 from router.dialects.translators import TRANSLATORS
 from router.engines.base import Endpoint
+from router.engines.llamacpp.model import LlamaCppModel
 from router.engines.upstream import Body, Connection, EnginePool, Receiver
 from router.http.auth import Keyring
 from router.http.origins import Browsers
@@ -26,7 +27,7 @@ from router.observe.events import RequestDone
 from router.runtime.dispatcher import Ticket
 from router.scheduling.messages import Refusal, Reject
 
-CONFIG = Config(models={"a": ModelConfig("a", Path("a.gguf"), (), slots=4)})
+CONFIG = Config(models={"a": LlamaCppModel("a", Path("a.gguf"), (), slots=4)})
 _MOST_TRIES = 2
 
 

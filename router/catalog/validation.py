@@ -20,6 +20,7 @@ from router.config.schema import AliasEntry, Api, ModelEntry, Scheduling, System
 from router.config.source import FOUND
 from router.engines.llamacpp import adapters
 from router.engines.llamacpp.flags import FlagError, Flags
+from router.engines.llamacpp.model import LlamaCppModel
 from router.engines.registry import kind_of_entry
 from router.formats.gguf import GGUF, SplitName
 from router.formats.gguf_cursor import GGUFError
@@ -172,7 +173,7 @@ class _Validation:
             self.draft.check_file((*path, "mmproj"), mmproj, _wrong_with_model)
         flags, slots = final_flags(self.draft, path, entry, system, mmproj, self._header(model_path))
         purposes, most_tokens = told_by(flags, entry.env)
-        return ModelConfig(
+        return LlamaCppModel(
             alias=alias,
             model_path=model_path,
             flags=flags,

@@ -11,30 +11,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from router.config.schema import Api, Scheduling, System
+from router.config.schema import ENGINES, Api, Scheduling, System
 from router.scheduling.queue import PriorityName
 
+DEFAULT_ENGINE = ENGINES[0]
+"""Kind of engine of models whose entry names none, and of those that are found or pulled."""
 Purpose = Literal["embedding", "rerank", "mmproj"]
 """What a llama-server can be started for besides text."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Resolved configuration of one model. Equal instances need no change at a reload."""
+    """Resolved configuration of one model; each kind of engine has a subclass with the fields of its own.
 
-    engine: ClassVar[str] = "llamacpp"
-    """The kind of its engine."""
-    derived: ClassVar[frozenset[str]] = frozenset(
-        {"alias", "source", "files", "slots", "routes", "known_as"}
-        | {"projector_was_found", "purposes", "most_tokens"}
-    )
+    Equal instances need no change at a reload.
+    """
+
+    engine: ClassVar[str]
+    """The kind of its engine, as named in its entry."""
+    derived: ClassVar[frozenset[str]]
     """Fields that are no keys of its entry: they follow from its name, its files or its flags."""
     written_as: ClassVar[Mapping[str, str]] = {}
     """Keys of its entry by the fields that have another name."""
 
     alias: str
     model_path: Path
-    flags: tuple[str, ...]
+    flags: tuple[str, ...] = ()
+    """Arguments of its engine in addition to those that the router sets."""
     slots: int = 1
     env: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
     files: tuple[tuple[str, int, int], ...] = field(default=(), repr=False)
@@ -42,13 +45,10 @@ class ModelConfig:
     pinned: bool = False
     idle_timeout_sec: float | None = None
     """None: the value of `System`; `math.inf`: never unloaded when idle."""
-    footprint_mb: int | None = None
     priority: PriorityName = "normal"
     description: str = ""
     source: str = field(default="", compare=False)
     """Origin of the model: the name of a file, or a `Source`."""
-    projector_was_found: bool = False
-    """True if the projector was found beside the model, not named in its flags; it may prove unusable."""
     purposes: frozenset[Purpose] = field(default=frozenset(), compare=False)
     """Purposes according to the flags, cached because parsing flags for each request takes too long."""
     most_tokens: int | None = field(default=None, compare=False)
@@ -106,7 +106,7 @@ class Config:
     @property
     def engines(self) -> list[str]:
         """Kinds of engine of the models. The default kind is always one: its models may be found or pulled."""
-        return list(dict.fromkeys((ModelConfig.engine, *(model.engine for model in self.models.values()))))
+        return list(dict.fromkeys((DEFAULT_ENGINE, *(model.engine for model in self.models.values()))))
 
     @property
     def names(self) -> list[str]:

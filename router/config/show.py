@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import SecretStr
 
 from router.config.problems import KeyPath, dotted
-from router.config.resolved import Config, ModelConfig
+from router.config.resolved import DEFAULT_ENGINE, Config
 from router.config.schema import Section
 
 _SECRET_NAME = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
@@ -32,7 +32,7 @@ def leaves(config: Config) -> Iterator[tuple[KeyPath, str]]:
     for name, section in (("api", config.api), ("system", config.system), ("scheduling", config.scheduling)):
         yield from _section_leaves((name,), section)
     for alias, model in config.models.items():
-        if model.engine != ModelConfig.engine:
+        if model.engine != DEFAULT_ENGINE:
             yield ("models", alias, "engine"), model.engine
         for field in fields(model):
             name = model.written_as.get(field.name, field.name)

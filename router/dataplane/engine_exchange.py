@@ -11,7 +11,7 @@ import copy
 from urllib.parse import quote
 
 from router.config.names import LONGEST, meant, same_name
-from router.config.resolved import Config, ModelConfig
+from router.config.resolved import DEFAULT_ENGINE, Config
 from router.dataplane.exchange import Exchange
 from router.dataplane.heads import RequestHead, check_size
 from router.dataplane.routing import Wish, wish_of
@@ -93,7 +93,7 @@ class EngineExchange(Exchange):
     def _documents(self) -> Documents:
         config = self._dispatcher.config
         name = meant(self._head.model, config)
-        kind = KINDS[ModelConfig.engine] if name is None else kind_of(config.model_of(name))
+        kind = KINDS[DEFAULT_ENGINE] if name is None else kind_of(config.model_of(name))
         return kind.documents
 
     def _is_for_less(self, head: Head) -> bool:

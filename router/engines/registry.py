@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from router.config.resolved import ModelConfig
+from router.config.resolved import DEFAULT_ENGINE, ModelConfig
 from router.engines.command.kind import COMMAND
 from router.engines.kind import Kind
 from router.engines.llamacpp.kind import LLAMACPP
@@ -25,4 +25,4 @@ def kind_of(model: ModelConfig) -> Kind:
 def kind_of_entry(entry: Mapping[str, Any]) -> Kind:
     """Return the kind that an entry of the configuration names; the default one if it names none that exists."""
     named = entry.get("engine")
-    return KINDS.get(named if isinstance(named, str) else "", KINDS[ModelConfig.engine])
+    return KINDS.get(named if isinstance(named, str) else "", KINDS[DEFAULT_ENGINE])

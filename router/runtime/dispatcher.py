@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from router.config.resolved import Config, ModelConfig
+from router.config.resolved import DEFAULT_ENGINE, Config, ModelConfig
 from router.config.schema import MaxWait, Patience, Scheduling, WaitFactor
 from router.engines.base import EngineBackend, Facts, Launch
 from router.engines.launcher import LAST_PORT
@@ -238,7 +238,7 @@ class Dispatcher:
     @property
     def backend(self) -> EngineBackend:
         """The kind of models whose entry names none."""
-        return self._backends[ModelConfig.engine]
+        return self._backends[DEFAULT_ENGINE]
 
     def backend_of(self, model: ModelConfig) -> EngineBackend:
         """Backend of a model's engine."""

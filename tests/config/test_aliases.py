@@ -11,9 +11,10 @@ import pytest
 from conftest import Router, Start, eventually, models
 from tiny_models import write_lora
 
-from router.config.resolved import AliasConfig, Config, ModelConfig
+from router.config.resolved import AliasConfig, Config
 from router.dataplane.rewriting import rewritten
 from router.dataplane.routing import Wish, read_wish
+from router.engines.llamacpp.model import LlamaCppModel
 from router.http.routes import ROUTES
 from router.scheduling.queue import Priority
 
@@ -207,7 +208,7 @@ def test_a_changed_alias_restarts_nothing(start: Start, tiny: Path, tmp_path: Pa
 
 
 CONFIG = Config(
-    models={"a": ModelConfig("a", Path("a.gguf"), (), priority="high")},
+    models={"a": LlamaCppModel("a", Path("a.gguf"), (), priority="high")},
     aliases={
         "plain": AliasConfig("plain", "a"),
         "low": AliasConfig("low", "a", priority="low", removed=("seed",)),
@@ -234,7 +235,7 @@ def test_an_alias_with_the_name_of_its_model_holds_for_all_who_ask_for_it() -> N
 @pytest.mark.parametrize("known_as", [None, "whisper-1"])
 def test_a_model_is_asked_at_the_routes_of_its_engine_whatever_its_engine_calls_it(known_as: str | None) -> None:
     routes = frozenset({"/v1/audio/speech"})
-    model = ModelConfig("a", Path("a.gguf"), (), routes=routes, known_as=known_as)
+    model = LlamaCppModel("a", Path("a.gguf"), (), routes=routes, known_as=known_as)
     assert read_wish(b'{"model": "a"}', {}, Config(models={"a": model})).routes == routes
 
 

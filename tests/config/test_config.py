@@ -25,6 +25,7 @@ from router.config.resolved import Config, ModelConfig
 from router.config.show import leaves, render
 from router.engines.command.entry import CommandModel
 from router.engines.llamacpp import flags
+from router.engines.llamacpp.model import LlamaCppModel
 from router.engines.registry import KINDS
 from router.store import discovery as hub
 
@@ -1006,7 +1007,7 @@ def test_the_schema_names_the_kinds_of_engine() -> None:
 @pytest.mark.parametrize(
     ("entry", "model"),
     [
-        (config.ModelEntry, ModelConfig("a", Path("a.gguf"), ())),
+        (config.ModelEntry, LlamaCppModel("a", Path("a.gguf"), ())),
         (config.CommandEntry, CommandModel("a", Path("serve"), (), cmd=("serve", "{port}"))),
     ],
     ids=["llamacpp", "command"],

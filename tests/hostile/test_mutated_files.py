@@ -13,8 +13,8 @@ from mutations import LONG, SEED, mutated
 from tiny_models import QUANTIZED_TYPES, RawTensor, gguf_bytes
 
 from router.catalog.cards import card_of
-from router.config.resolved import ModelConfig
 from router.engines.llamacpp.flags import FlagError, Flags
+from router.engines.llamacpp.model import LlamaCppModel
 from router.engines.llamacpp.purpose import flags_for
 from router.engines.llamacpp.sizing import Sizer, read_files
 from router.formats.gguf_cursor import GGUFError
@@ -91,7 +91,7 @@ def _write(path: Path, header: bytes) -> None:
 
 def _look_at(path: Path, flags: Flags) -> None:
     """As the router does: to list it, to find it in a folder, to size it. Raises what broken files raise."""
-    card_of(ModelConfig("a", path, ()))
+    card_of(LlamaCppModel("a", path, ()))
     survey = Survey(Headers())
     header = survey.read(path)
     assert all(skipped.reason for skipped in survey.skipped)

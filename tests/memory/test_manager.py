@@ -17,6 +17,7 @@ from router.config.schema import System
 from router.engines.launcher import LocalLauncher
 from router.engines.llamacpp.backend import LlamaCpp
 from router.engines.llamacpp.binary import Binary
+from router.engines.llamacpp.model import LlamaCppModel
 from router.engines.llamacpp.sizing import EngineKind
 from router.engines.orphans import EngineRecord
 from router.hardware.devices import Devices
@@ -55,7 +56,7 @@ def test_an_engine_gets_what_was_found_when_room_was_made_for_it_also_after_a_la
     accountant: Accountant, tiny: Path
 ) -> None:
     async def look(*flags: str) -> dict[Device, int]:
-        found = await accountant.inspect(ModelConfig("a", tiny, flags), System())
+        found = await accountant.inspect(LlamaCppModel("a", tiny, flags), System())
         assert found.problem is None
         return dict(found.placements[0])
 
@@ -98,7 +99,7 @@ def test_however_often_a_disk_that_hangs_is_looked_at_one_thread_waits_for_it(
         threads = _thread._count()
         for alias in ("a", "b", "a"):
             with pytest.raises(Unusable, match=r"could not be inspected within 0\.05 s"):
-                await accountant.inspect(ModelConfig(alias, tiny, ()), System())
+                await accountant.inspect(LlamaCppModel(alias, tiny, ()), System())
         assert _thread._count() <= threads + 1
         back.set()
 

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 from conftest import BASE_PORT
 
-from router.config.resolved import Config, ModelConfig
+from router.config.resolved import Config
 from router.engines.launcher import LocalLauncher
 from router.engines.llamacpp import embedded
 from router.engines.llamacpp.backend import LlamaCpp
 from router.engines.llamacpp.binary import Binary
+from router.engines.llamacpp.model import LlamaCppModel
 from router.engines.orphans import EngineRecord
 from router.engines.running import RunningEngine
 from router.hardware.devices import Devices
@@ -34,7 +35,7 @@ from router.system.state import State
 async def dispatching(tiny: Path, *aliases: str, slots: int = 1) -> AsyncIterator[Dispatcher]:
     """One with real engines, in this process."""
     flags = ("-c", "1024", "-t", "1", "-np", str(slots))
-    config = Config(models={alias: ModelConfig(alias, tiny, flags, slots=slots) for alias in aliases})
+    config = Config(models={alias: LlamaCppModel(alias, tiny, flags, slots=slots) for alias in aliases})
     binary = Binary(tuple(embedded.command()), "embedded", "here")
     devices = Devices(())
     devices.read_blocking()

@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from router.catalog.cards import card_of
 from router.catalog.lookup import known_as
 from router.config.names import same_name, untagged
-from router.config.resolved import Config, ModelConfig
+from router.config.resolved import DEFAULT_ENGINE, Config, ModelConfig
 from router.dialects.ollama.pages import read_body
 from router.engines.llamacpp.describe import template_of
 from router.engines.llamacpp.flags import as_started
@@ -182,7 +182,7 @@ def _basis_of_model(text: str, creations: Creations, config: Config) -> _Basis:
     name = known_as(text, config)
     made = creations.named(name, config) or Created(0.0, base=name)
     model = config.model_of(name)
-    if model.engine != ModelConfig.engine:
+    if model.engine != DEFAULT_ENGINE:
         raise ApiError(
             400, "not_supported", f"{name!r} is a model of another server: nothing is made from it.", "from"
         )

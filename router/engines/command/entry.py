@@ -31,8 +31,7 @@ class CommandModel(ModelConfig):
 
     engine: ClassVar[str] = "command"
     derived: ClassVar[frozenset[str]] = frozenset(
-        {"alias", "source", "files", "model_path", "flags", "footprint_mb"}
-        | {"projector_was_found", "purposes", "most_tokens"}
+        {"alias", "source", "files", "model_path", "flags", "purposes", "most_tokens"}
     )
     written_as: ClassVar[Mapping[str, str]] = {
         "file": "model_path",
@@ -75,7 +74,6 @@ def _read(draft: Draft, alias: str, entry: CommandEntry, system: System) -> Comm
     return CommandModel(
         alias=alias,
         model_path=file or Path(cmd[0]),
-        flags=(),
         slots=entry.slots,
         env=entry.env,
         files=_stamps(file) if draft.is_for_here else (),

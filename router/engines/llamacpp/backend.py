@@ -15,6 +15,7 @@ from router.engines.llamacpp.binary import Binary
 from router.engines.llamacpp.embedded_flags import UsageError, parameters
 from router.engines.llamacpp.flags import FORMS, FlagError, Flags, argv, as_started, parse, replaced
 from router.engines.llamacpp.listed_devices import Listed
+from router.engines.llamacpp.model import LlamaCppModel
 from router.engines.llamacpp.sizing import EngineKind, read_files
 from router.engines.log_ring import LogRing
 from router.engines.process import EngineOrder
@@ -69,11 +70,13 @@ class LlamaCpp:
         return self.build.unknown_flags(models, os.environ)
 
     def plan(self, model: ModelConfig, system: System, ground: Ground, *, beside_others: bool) -> Inspection:
+        assert isinstance(model, LlamaCppModel)
         if beside_others:  # none of them is to go for one that won't run
             self.check_runs()
         return plan.inspect(model, system, self.build, ground, self._learned)
 
     def advise(self, model: ModelConfig, system: System, ground: Ground, too_much: Placement) -> str:
+        assert isinstance(model, LlamaCppModel)
         return plan.advise(model, system, self.build, ground, self._learned, too_much)
 
     async def launch(self, order: Launch, log: LogRing) -> server.LlamaServer:
@@ -108,6 +111,7 @@ class LlamaCpp:
 
     def fallback(self, model: ModelConfig) -> Fallback | None:
         """Without its projector, if nobody has named that."""
+        assert isinstance(model, LlamaCppModel)
         if not model.projector_was_found or "mmproj" not in model.purposes:
             return None
         why = (
@@ -117,7 +121,7 @@ class LlamaCpp:
         return Fallback(_without_projector(model), why)
 
 
-def _without_projector(model: ModelConfig) -> ModelConfig:
+def _without_projector(model: LlamaCppModel) -> LlamaCppModel:
     flags = argv(flag for flag in parse(model.flags) if flag.name != "mmproj")
     return replace(model, flags=tuple(flags), purposes=model.purposes - {"mmproj"})
 

@@ -10,11 +10,13 @@ from router.config.resolved import ModelConfig
 from router.engines.kind import FileInfo
 from router.engines.llamacpp.flags import Flags, as_started
 from router.engines.llamacpp.footprint import slot_context
+from router.engines.llamacpp.model import LlamaCppModel
 from router.formats import gguf
 
 
 def described(model: ModelConfig) -> dict[str, Any]:
     """Raises whatever is wrong with its file or its flags."""
+    assert isinstance(model, LlamaCppModel)
     header = header_of(model)
     flags = as_started(model.flags, model.env)
     context = slot_context(header, flags, is_sized=model.footprint_mb is not None) or None

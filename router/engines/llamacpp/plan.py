@@ -16,10 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 
-from router.config.resolved import ModelConfig
 from router.config.schema import System
 from router.engines.llamacpp.flags import FlagError, as_started
 from router.engines.llamacpp.footprint import gpu_numbers
+from router.engines.llamacpp.model import LlamaCppModel
 from router.engines.llamacpp.sizing import EngineKind, Sizer, WrongFlags, read_files
 from router.hardware.devices import VISIBLE, shown, visible
 from router.memory.measurements import Learned
@@ -41,7 +41,7 @@ _LOAD_BYTES_PER_SEC = 1 << 30
 
 
 def inspect(
-    model: ModelConfig, system: System, engine: EngineKind, ground: Ground, learned: Learned
+    model: LlamaCppModel, system: System, engine: EngineKind, ground: Ground, learned: Learned
 ) -> Inspection:
     """Read the headers and find the alternatives. Blocking: call it in a thread. Raises Unusable."""
     try:
@@ -69,7 +69,7 @@ def alternatives(sizer: Sizer, engine: EngineKind | None, ground: Ground) -> lis
 
 
 def advise(
-    model: ModelConfig,
+    model: LlamaCppModel,
     system: System,
     engine: EngineKind,
     ground: Ground,
@@ -89,7 +89,7 @@ def advise(
         return ""
 
 
-def _places(model: ModelConfig, system: System, engine: EngineKind, ground: Ground, learned: Learned) -> _Places:
+def _places(model: LlamaCppModel, system: System, engine: EngineKind, ground: Ground, learned: Learned) -> _Places:
     environ = {**os.environ, **model.env}
     flags = as_started(model.flags, model.env)
     sizer = Sizer(

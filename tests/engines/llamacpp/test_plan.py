@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tiny_models import Blueprint, gguf_bytes
 
 from benchmarks.footprints import MODELS
-from router.config.resolved import ModelConfig
 from router.config.schema import System
 from router.engines.llamacpp.binary import Binary
+from router.engines.llamacpp.model import LlamaCppModel
 from router.engines.llamacpp.plan import advise, inspect
 from router.engines.llamacpp.sizing import DRIVER_MIB, EngineKind
 from router.memory.measurements import Learned
@@ -49,7 +49,7 @@ def look(
     footprint_mb: int | None = None,
     env: dict[str, str] | None = None,
 ) -> Inspection:
-    model = ModelConfig("m", path, ("-np", "1", *flags), footprint_mb=footprint_mb, env=env or {})
+    model = LlamaCppModel("m", path, ("-np", "1", *flags), footprint_mb=footprint_mb, env=env or {})
     return inspect(model, System(), engine, where, learned or Learned())
 
 
@@ -348,7 +348,7 @@ def test_what_ran_out_of_memory_is_thought_larger_until_it_is_measured(qwen: Pat
 
 def test_the_advice_after_running_out_is_less_than_what_it_had(qwen: Path) -> None:
     where = ground(gpu(0, 24000))
-    model = ModelConfig("m", qwen, ("-np", "1", "-c", "32768"))
+    model = LlamaCppModel("m", qwen, ("-np", "1", "-c", "32768"))
     first = inspect(model, System(), SERVER, where, Learned()).alternatives[0]
     advice = advise(model, System(), SERVER, where, Learned(), first.placement)
     assert advice.startswith("it would fit with -c ")
