@@ -1,6 +1,6 @@
-"""The program: `llama-router`, and `python -m router` where that is not on the PATH.
+"""Entry point of `llama-router`, and of `python -m router` where the program is not on the PATH.
 
-The command line and the server meet here: neither knows the other.
+It connects the command line and the server, which do not import each other.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point; `arguments` are those of the process, unless given."""
+    """Run the command line; `arguments` default to those of the process."""
     sighup.hold()
     try:
-        from router.cli import main as cli  # most of a start goes by here
+        from router.cli import main as cli  # takes most of the start-up time
 
         cli.main(_serve, arguments)
     except KeyboardInterrupt:
@@ -27,8 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _serve(load: Load) -> None:
-    """Serve until a signal. Raises CannotServe."""
-    from router.server import serve  # most of a second, which no other command needs
+    """Serve until a signal arrives. Raises CannotServe."""
+    from router.server import serve  # takes most of a second, which no other command needs
 
     serve(load)
 

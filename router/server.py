@@ -103,7 +103,7 @@ def _serve(loaded: Loaded, load: Load, log: Logs) -> None:
         listeners = [opened.enter_context(contextlib.closing(_listen(config, port))) for port in ports]
         state = opened.enter_context(contextlib.closing(_open_state(config, listeners[0].getsockname()[1])))
         record = EngineRecord(state)
-        record.end_leftovers()  # before anybody asks how much memory is free
+        record.end_leftovers()  # before free memory is measured
         store = state.file("footprints", list[Entry], "what was measured of engines is forgotten at the end")
         learned = Learned(store, psutil.boot_time())
         launcher = LocalLauncher(config.system.base_port, record, state.path)
@@ -135,7 +135,7 @@ def _tracing() -> Tracing:
 def _run(service: Coroutine[Any, Any, None]) -> None:
     try:
         import uvloop
-    except ImportError:  # where there is none for the platform
+    except ImportError:  # not available for this platform
         asyncio.run(service)
     else:
         uvloop.run(service)
@@ -180,7 +180,7 @@ def _open_state(config: Config, port: int) -> State:
     system = config.system
     path = configured_path(system.state_dir, port, os.environ)
     if config.api.port == 0 and not system.state_dir:
-        return State()  # the next router will have another port, and would not find it
+        return State()  # the next router gets another port and would not find the directory
     try:
         if path is None:
             raise FileNotFoundError(errno.ENOENT, "HOME is not set")
@@ -261,8 +261,8 @@ class _Service:
         )
         kept = [
             keep("health monitor", health.run),
-            keep("word to systemd", lambda: self._notifier.keep_telling(self._status)),
-            keep("question for our own names", browsers.ask_for_own_names),
+            keep("notifications to systemd", lambda: self._notifier.keep_telling(self._status)),
+            keep("lookup of the machine's names", browsers.ask_for_own_names),
             keep("return of memory", give_memory_back),
         ]
         if os.getpid() == 1:

@@ -1,1 +1,1 @@
-"""What is served: the configuration, completed with the models that were found, and what is known of each."""
+"""The catalog: the configuration completed with discovered models, and descriptions of all models."""

@@ -1,7 +1,7 @@
-"""What is known of models without loading them: a card for each, from its file's header and its engine's flags.
+"""Model cards: descriptions of models that are not loaded, from file headers and engine flags.
 
-A disk that hangs keeps nobody waiting for long: its models have the cards that they had before, or what is
-configured of them.
+A disk that hangs delays no list for long: its models keep their previous cards, or get cards with only what is
+configured.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _MOST_KNOWN = 10_000
 
 
 class Cards:
-    """Looks at the models' files. A folder that keeps a look waiting is left alone until that look has ended."""
+    """Read and cache model cards. A folder whose disk hangs is not read again until the pending read has ended."""
 
     def __init__(self, look_sec: float = 2, silent_sec: float = 10) -> None:
-        """`look_sec` is how long a list waits for a disk; for several, twice as long.
+        """Set the time limits: a list waits `look_sec` for one disk and twice as long for several.
 
-        One that says nothing for `silent_sec` has not just to spin up.
+        A disk that does not respond for `silent_sec` is considered hanging, not spinning up.
         """
         self._look_sec = look_sec
         self._silent_sec = silent_sec
@@ -36,7 +36,7 @@ class Cards:
         self._waiting: dict[Path, _Look] = {}
 
     async def of(self, models: Iterable[ModelConfig]) -> dict[str, Card]:
-        """By alias."""
+        """Return the cards of the models by alias, within the time limits."""
         models = list({model.alias: model for model in models}.values())
         cards = {model.alias: self._known.get(model) or _configured(model) for model in models}
         until_sec = time.monotonic() + 2 * self._look_sec
@@ -57,20 +57,20 @@ class Cards:
         return {alias: dict(card) for alias, card in cards.items()}
 
     async def answers(self, model: ModelConfig) -> bool:
-        """Whether the disk of its file does. One that has to spin up is waited for."""
+        """Whether the disk of the model's file responds. Waits for a disk that has to spin up."""
         await self.of([model])
         folder = model.model_path.parent
         while (look := self._look_at(folder)) is not None:
             silent_sec = time.monotonic() - look.since_sec
             if silent_sec < self._look_sec / 2 or look.at.model_path.parent != folder:
-                return True  # it goes on, with other models
+                return True  # the read has moved on to other models
             if silent_sec >= self._silent_sec:
                 return False
             await asyncio.wait({look.task}, timeout=self._silent_sec - silent_sec)
         return True
 
     def _look_at(self, folder: Path) -> _Look | None:
-        """The one that it keeps waiting."""
+        """Return the pending read that this folder blocks, if there is one."""
         look = self._waiting.get(folder)
         if look is not None and look.task.done():
             del self._waiting[folder]
@@ -79,7 +79,7 @@ class Cards:
 
 
 class _Look:
-    """At one model after the other; `at` is the one whose turn it is."""
+    """A read of several models' files in a thread, one after the other; `at` is the current one."""
 
     def __init__(self, models: list[ModelConfig], cards: dict[str, Card]) -> None:
         self.at = models[0]
@@ -95,19 +95,19 @@ class _Look:
 
 
 def card_of(model: ModelConfig) -> Card:
-    """Reads its file's header, so it may block."""
+    """Return the card of a model. Reads the header of its file, so it may block."""
     card = _configured(model)
     try:
         card["created"] = int(model.model_path.stat().st_mtime)
         card |= kind_of(model).described(model)
         card["architecture"] = _modalities(card["capabilities"])
-    except Exception:  # whatever is wrong with its file or flags, who loads it is told
+    except Exception:  # what is wrong with its file or flags is reported when it is loaded
         return card
     return card
 
 
 def as_it_runs(card: Card, facts: Facts | None) -> Card:
-    """With what the model's engine says of itself, if it has one."""
+    """Return the card completed with what the model's running engine reports, if there is one."""
     if facts is None:
         return card
     card = dict(card)
@@ -130,7 +130,7 @@ def _configured(model: ModelConfig) -> Card:
 
 
 def _modalities(capabilities: Collection[str]) -> dict[str, list[str]]:
-    """In llama-server's words."""
+    """Return input and output modalities in the format of llama-server's model list."""
     senses = {"vision": "image", "audio": "audio", "transcription": "audio"}
     inputs = ["text", *(kind for sense, kind in senses.items() if sense in capabilities)]
     makes = {"speech": "audio", "image": "image"}

@@ -1,7 +1,6 @@
-"""Models that nobody named: those in folders and stores, and those that clients created.
+"""Discovered models: those in folders and stores, and those created by clients.
 
-They are added to a draft as the configuration would name them, so that all that is checked of an entry is checked
-of them, too.
+They are added to a draft as entries of the configuration, so that they pass the same checks.
 """
 
 from __future__ import annotations
@@ -26,24 +25,24 @@ _Look = Callable[[], discovery.Discovery]
 
 
 class Discovered:
-    """What one look finds, and adds to the draft."""
+    """The models found by one scan of all places, which `add` enters into the draft."""
 
     def __init__(self, draft: Draft, state_dir: Path | None, headers: discovery.Headers) -> None:
         self.draft = draft
         self.state_dir = state_dir
         self.headers = headers
         self.folders: list[Path] = []
-        """That were looked into."""
+        """Folders that were scanned."""
         self.lost: dict[str, str] = {}
-        """Names that cannot be served, with what they lack."""
+        """Names that cannot be served, each with the file or model that is missing."""
         self._layers: dict[str, tuple[created.Created, str]] = {}
-        """What stores add to the models that they hold, and which store."""
+        """System prompts, parameters and flags that a store attaches to its models, each with the store."""
         self._created: dict[str, created.Created] = {}
         self._engines: dict[str, str] = {}
-        """Which of them have an engine of their own, and under which name that is."""
+        """Created models that need an engine of their own, each with the name of the model that provides it."""
 
     def add(self, models_dirs: Sequence[Path]) -> None:
-        """Models that nobody named. What the configuration names wins, then the place that comes first."""
+        """Add discovered models. Entries of the configuration take precedence, then the place that comes first."""
         models = self.draft.values.setdefault("models", {})
         if not isinstance(models, dict):
             return
@@ -66,7 +65,7 @@ class Discovered:
                 f"{skipped.path} is not served: {skipped.reason}" for skipped in looked.skipped
             ]
             for found in looked.models:
-                # A pulled model has the alias that it was asked for, whatever else its file is called.
+                # A pulled model keeps the alias that was requested, even if its file is served under another name.
                 if origin is not Source.PULLED and os.path.realpath(found.path) in served:
                     continue
                 if not is_alias(found.alias):
@@ -101,7 +100,7 @@ class Discovered:
         self._add_created(models, aliases if isinstance(aliases, dict) else {})
 
     def _add_layers(self, alias: str, made: created.Created, origin: str) -> None:
-        """What a store adds to a model's file. The flags that the configuration gives it count more."""
+        """Add what a store attaches to a model. Flags of the configuration take precedence over the store's."""
         self._layers[alias] = made, origin
         words = [word for flag in made.flags.items() for word in flag]
         own = self.draft.values["models"][alias].get("flags", [])
@@ -109,7 +108,7 @@ class Discovered:
             self.draft.put(("models", alias, "flags"), [*words, *own], origin)
 
     def _read_created(self, models: Mapping[str, Any], aliases: Mapping[str, Any]) -> None:
-        """What clients have made, but for names that the configuration uses."""
+        """Read the models created by clients, except those whose names the configuration uses."""
         folder = self._state_folder() if self.draft.is_for_here else None
         if folder is None:
             return
@@ -134,7 +133,7 @@ class Discovered:
                 self._created[name] = made
 
     def _add_created(self, models: dict[str, Any], aliases: Mapping[str, Any]) -> None:
-        """Those that have an engine of their own. What the configuration says of them wins."""
+        """Add the created models that have an engine of their own. The configuration takes precedence."""
         folder = self._state_folder()
         if folder is None:
             return
@@ -154,7 +153,7 @@ class Discovered:
                     self.draft.put(("models", name, key), value, Source.CREATED)
 
     def _state_folder(self) -> Path | None:
-        """Where the router of this configuration keeps its state; None if it keeps none."""
+        """Return the state directory of this configuration; None if there is none."""
         if self.state_dir is not None:
             return self.state_dir
         system, api = self.draft.values.get("system"), self.draft.values.get("api")
@@ -165,7 +164,7 @@ class Discovered:
         return default_path(port, self.draft.environ) if isinstance(port, int) and port else None
 
     def _places(self, models_dirs: Sequence[Path]) -> Iterator[tuple[Source, Path, _Look]]:
-        """Where models may be found: what the place is called, its folder, and how to look into it."""
+        """List the places to scan: the source, its folder, and the function that scans it."""
         system = self.draft.values.get("system")
         system = system if isinstance(system, dict) and self.draft.is_for_here else {}
         cache = pulled.cache_folder(self.draft.environ) if self.draft.is_for_here else None
@@ -190,7 +189,7 @@ class Discovered:
             yield Source.OLLAMA_STORE, store, look
 
     def stored_aliases(self, aliases: Container[str], models: Container[str]) -> Iterator[tuple[str, AliasConfig]]:
-        """What stores add to requests, but where the configuration has an alias of the model's name."""
+        """Yield the aliases that stored models imply, unless the configuration has an alias of that name."""
         for name, (made, origin) in self._layers.items():
             named = replace(created.alias(name, made, name, None), source=origin)
             if name in models and name not in aliases and named.rewrites:
@@ -216,6 +215,6 @@ class Discovered:
 
 
 def _model_named(aliases: Mapping[str, Any], name: str) -> object:
-    """What an alias stands for, as it is written; None if there is none of this name."""
+    """Return what an alias refers to, as it is written; None if there is no such alias."""
     entry = aliases.get(name)
     return entry.get("uses") if isinstance(entry, dict) else entry

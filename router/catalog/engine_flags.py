@@ -1,4 +1,4 @@
-"""The flags of an engine: those that its entry gives, and those that other keys and the model's file stand for."""
+"""Engine flags: those of the model's entry, and those derived from other keys and from the model's file."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ from router.formats.gguf import GGUF
 def final_flags(
     draft: Draft, path: KeyPath, entry: ModelEntry, system: System, mmproj: Path | None, header: GGUF | None
 ) -> tuple[tuple[str, ...], int]:
-    """The entry's own flags, then those that other keys stand for, then those that its file asks for; and the
-    slots that they make."""
+    """Return all flags of a model, and its number of slots. Problems go into the draft.
+
+    The entry's own flags come first, then those derived from other keys, then those that the file requires.
+    """
     where = (*path, "flags")
     for variable in sorted(OWNED_VARIABLES.intersection(entry.env)):
         draft.problem((*path, "env", variable), "cannot be set: the router sets it itself")
@@ -42,7 +44,7 @@ def final_flags(
         given = (*from_environment(entry.env), *own)
         named = {flag.name: flag.spelling for flag in given}
         if draft.origin_of((*path, "mmproj")) != draft.file_name and any(map(_is_of_a_projector, given)):
-            mmproj = None  # it was only found beside the model
+            mmproj = None  # it was only discovered beside the model
         if "parallel" in named:
             slots = Flags(entry.flags, entry.env).slots
     except FlagError as error:
@@ -86,14 +88,14 @@ def _flags_of_file(
         return ()
     try:
         return tuple(flags_for(header, Flags(flags, environ)))
-    except FlagError:  # which is said to whoever asks for it
+    except FlagError:  # reported when the model is loaded
         return ()
 
 
 def _derived_flags(
     path: KeyPath, entry: ModelEntry, system: System, mmproj: Path | None
 ) -> Iterator[tuple[KeyPath, str] | tuple[KeyPath, str, str]]:
-    """Flags that other keys stand for: the key, the flag's name, its value. Of one name the first counts."""
+    """Yield the flags derived from other keys: key, flag name, value. The first of a name takes precedence."""
     if mmproj is not None:
         yield (*path, "mmproj"), "mmproj", str(mmproj)
     if entry.device == "cpu":
@@ -127,11 +129,12 @@ _PARAMS = {
     "embedding": "embedding",
 }
 _SAME = {"load-mode": ("load-mode", "mmap", "mlock", "direct-io")}
-"""Flags that say the same thing: older engines know `--no-mmap`, newer ones `--load-mode`."""
+"""Flags with the same meaning: older engines have `--no-mmap`, newer ones `--load-mode`."""
 
 
 def told_by(flags: tuple[str, ...], environ: Mapping[str, str]) -> tuple[frozenset[Purpose], int | None]:
-    """Purposes and most tokens; neither of flags that are no good, which is said elsewhere."""
+    """Return the purposes and the token limit set by the flags; neither if they are invalid, which is reported
+    elsewhere."""
     try:
         started = as_started(flags, environ)
         return started.purposes, started.most_tokens
@@ -143,11 +146,11 @@ _FILES = ("mmproj", "spec-draft-model", "chat-template-file", "grammar-file", "j
 
 
 def files_of(flags: Flags) -> Iterator[Path]:
-    """What an engine reads besides its model when it starts."""
+    """Yield the files that an engine reads at its start besides the model."""
     yield from (Path(flag.text) for flag in flags.given if flag.name in _FILES)
     yield from map(Path, adapters.files(flags))
 
 
 def _is_of_a_projector(flag: Flag) -> bool:
-    """Whether it says which one the model has, or that it has none."""
+    """Whether the flag chooses the model's projector, or disables it."""
     return flag.name in ("mmproj", "mmproj-url") or (flag.name == "mmproj-auto" and flag.negated)

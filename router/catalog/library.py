@@ -1,4 +1,4 @@
-"""Models that come and go at a client's word: pulls from the hub, and removals of what was pulled or created."""
+"""Pulls from the hub, and removals of pulled and created models, at the request of clients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from router.store.downloads import MOST_AT_ONCE, Downloads, NoMorePulls, Pull, T
 
 
 class Library:
-    """What pages in any dialect ask to pull and to remove models."""
+    """Pulls and removes models on behalf of the routes of all dialects."""
 
     def __init__(self, config: Callable[[], Config], downloads: Downloads, creations: Creations) -> None:
         self.downloads = downloads
@@ -25,7 +25,7 @@ class Library:
         self._config = config
 
     def pull(self, model: str, alias: str | None = None, quantize: str | None = None) -> Pull:
-        """Begin to pull a model, or join the pull that does so already. Raises ApiError."""
+        """Start a pull, or join the running pull of the same model. Raises ApiError."""
         for name in (model, alias or ""):
             check_name(name)
         config = self._config()
@@ -54,9 +54,9 @@ class Library:
             raise ApiError(429, "too_many_pulls", message, retry_after_sec=30) from None
 
     async def remove(self, name: str) -> tuple[str, int]:
-        """Remove a pulled or created model; its alias, and how many bytes that freed. Raises ApiError.
+        """Remove a pulled or created model; return its alias and the number of bytes freed. Raises ApiError.
 
-        Files that another model needs stay, and its engine finishes its work first.
+        Files needed by another model are kept, and the model's engine finishes its requests first.
         """
         config, creations, downloads = self._config(), self.creations, self.downloads
         alias = self._removable(name, config)
@@ -90,9 +90,9 @@ class Library:
         return alias, freed
 
     def _removable(self, name: str, config: Config) -> str:
-        """The alias of what is to be removed. Raises ApiError 404 and 409.
+        """Return the alias of the model to remove. Raises ApiError 404 and 409.
 
-        What was created is gone for good: it has to be called by its name, not by what may stand for that.
+        Removing a created model is final, so it must be given by its exact name.
         """
         check_name(name)
         records = self.creations.records
@@ -107,7 +107,7 @@ class Library:
 
 
 def _taken(config: Config, repo: str) -> dict[str, str]:
-    """Names under which what is pulled would not be what is served, with where that is from."""
+    """Return the names under which a pulled model would not be served, each with the source of what is served."""
     return {
         name: source
         for name, source in config.sources.items()

@@ -1,8 +1,8 @@
-"""The configuration with all models that there are: read, completed, checked.
+"""Loads the configuration: reads it, adds discovered models, and checks everything.
 
-`load` is a function of its arguments and of the files they name, so a reload is one more call. It starts
-nothing and changes nothing, and it reports all problems at once. Every value's origin is kept, for
-`llama-router check`. What keys there are and what they mean is in `config/schema.py`.
+`load` depends only on its arguments and on the files they name, so a reload is another call. It starts and changes
+nothing, and it reports all problems at once. The origin of every value is kept for `llama-router check`. Keys and
+their meanings are defined in `config/schema.py`.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Loaded:
     source: Path | None
     """The configuration file; None if there is none."""
     folders: tuple[Path, ...]
-    """Where models were looked for, beyond those that the configuration names."""
+    """Folders that were scanned for models."""
     files: tuple[Path, ...]
-    """What engines are started with that lies elsewhere."""
+    """Files outside these folders that engines are started with."""
     headers: discovery.Headers
-    """What is known of the files of models."""
+    """The file headers that were read, for the next scan."""
     look_again: Callable[[], Loaded]
-    """The same configuration with the files that are there now. Raises ConfigError."""
+    """Scan for models again, without reading the configuration again. Raises ConfigError."""
 
     @property
     def origins(self) -> dict[str, str]:
@@ -49,12 +49,12 @@ class Loaded:
 
     @property
     def settling(self) -> bool:
-        """A file is still being written: look again after `discovery.SETTLE_SEC`."""
+        """Whether a file is still being written: look again after `discovery.SETTLE_SEC`."""
         return self.headers.settling
 
 
 Load = Callable[[Path | None, Loaded | None], Loaded]
-"""Gives the configuration, with the state directory that is in use and the configuration that is gone by."""
+"""Function that loads the configuration, given the state directory in use and the configuration in effect."""
 
 
 def load(
@@ -68,18 +68,18 @@ def load(
     state_dir: Path | None = None,
     before: Loaded | None = None,
 ) -> Loaded:
-    """Read, merge and check the configuration. Raises `ConfigError` with all that is wrong.
+    """Read, merge and check the configuration. Raises `ConfigError` with all problems.
 
-    `path` is the file that the command line names; else the variable `CONFIG_PATH`; else `llama-router.yaml` or
+    The file is `path` if given, else the one named by the variable `CONFIG_PATH`, else `llama-router.yaml` or
     `.json` in `cwd`, else a `config.json` or `config.yaml` there that is meant for the router. `overrides` maps a
     key to the option that sets it and its value: `{"api.port": ("--port", 9000)}`; `models.ALIAS` takes a whole
     entry. Each GGUF file below `models_dirs` is served under its name, unless the configuration already serves it.
-    Without `check_files`, models and engine need not exist, and no models are looked for but in `models_dirs`: for
-    reading the configuration of another machine. `state_dir` is the one that a running router works with, whatever
-    the file says by now, and `before` what it goes by: a file of a model that is just being replaced is still what
-    it was there.
+    Without `check_files`, models and engine need not exist, and only `models_dirs` are scanned: this reads the
+    configuration of another machine. `state_dir` is the directory that a running router uses, even if the file now
+    names another, and `before` the configuration in effect: a model file that is being replaced counts as
+    unchanged.
 
-    Blocks for up to `discovery.SETTLE_SEC` when a file to be discovered has only just been written.
+    Blocks for up to `discovery.SETTLE_SEC` if a discovered file was written just before.
     """
     draft = Draft(environ, cwd, check_files)
     source = read_values(draft, path, overrides or {})
@@ -90,13 +90,13 @@ def load(
         time.sleep(discovery.SETTLE_SEC)
         look = reading.look(known)
     loaded = reading.loaded(look)
-    draft.check_files = False  # from now on a configured file that is missing is said to whoever asks for it
+    draft.check_files = False  # from now on a missing file is reported when its model is requested
     return loaded
 
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """What was read, to be completed with the models that there are."""
+    """The configuration as read, before discovered models are added."""
 
     draft: Draft
     source: Path | None
@@ -104,13 +104,13 @@ class _Reading:
     state_dir: Path | None
 
     def look(self, known: discovery.Headers | None) -> Discovered:
-        """Complete a copy of it; `known` is what the last look knew of files."""
+        """Add discovered models to a copy of the draft; `known` are the headers that the previous scan read."""
         discovered = Discovered(copy.deepcopy(self.draft), self.state_dir, discovery.Headers(known))
         discovered.add(self.models_dirs)
         return discovered
 
     def loaded(self, look: Discovered) -> Loaded:
-        """What that comes to. Raises ConfigError."""
+        """Validate a completed draft. Raises ConfigError."""
         draft, headers = look.draft, look.headers
         config = validated(look)
         if draft.problems:

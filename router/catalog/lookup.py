@@ -1,4 +1,4 @@
-"""Which model a client means by a name, and what it is told when there is none."""
+"""Resolves the model names in requests; the errors for unknown names suggest what to do."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from router.store.repository import BadReference, NotAllowed, permitted
 
 
 def check_name(name: str) -> None:
-    """Before it is looked for. Raises ApiError 400."""
+    """Check the length of a model name before it is looked up. Raises ApiError 400."""
     if len(name) > LONGEST:
-        said = f"this one, which begins with {name[:40]!r}, is longer"
-        message = f"The name of a model has at most {LONGEST} characters; {said}."
+        message = f"The name of a model has at most {LONGEST} characters; the one given begins with {name[:40]!r}."
         raise ApiError(400, "invalid_model", message, "model")
 
 
 def named_by_nobody(config: Config) -> str:
-    """What a request means that names no model. Raises ApiError 400."""
+    """Return the name to use for a request that specifies no model. Raises ApiError 400."""
     if config.default_model is None:
         raise ApiError(400, "model_required", f"Specify a `model`: {some_of(config.names)}.", "model")
     return config.default_model
 
 
 def model_of(name: str, config: Config) -> ModelConfig:
-    """The model that a client means. Raises ApiError 404 naming what is there."""
+    """Return the model that a client's name refers to. Raises ApiError 404, which names the available models."""
     return config.model_of(known_as(name, config))
 
 
 def known_as(name: str, config: Config) -> str:
-    """What is called here as a client calls it: a model or an alias. Raises ApiError 404 naming what is there, and
-    400."""
+    """Return the configured model or alias that a client's name refers to.
+
+    Raises ApiError 404, which names the available models, and 400.
+    """
     check_name(name)
     known = meant(name, config)
     if known is None:
@@ -44,7 +45,7 @@ def known_as(name: str, config: Config) -> str:
 
 
 def _unknown_model(name: str, config: Config) -> str:
-    """In the words that Ollama's clients look for, with what to do about it."""
+    """Describe an unknown model in the words that Ollama's clients look for, with advice."""
     if (lost := meant(name, config.lost)) is not None:
         advice = f"That name refers to {config.lost[lost]!r}, which no longer exists."
     elif not config.names:
@@ -57,7 +58,7 @@ def _unknown_model(name: str, config: Config) -> str:
 
 
 def _how_to_pull(name: str, config: Config) -> str:
-    """Of a name that may be one on the hub; nobody asks there."""
+    """Say how to pull a name that could be a repository on the hub; the hub is not queried."""
     try:
         permitted(name, config.system.allowed_models, os.environ)
     except (BadReference, NotAllowed):

@@ -1,8 +1,8 @@
-"""Which of thousands of names somebody may have meant, in a millisecond or two: other requests wait meanwhile.
+"""Finds the closest of thousands of names within a millisecond or two, as other requests wait meanwhile.
 
-A name that was mistyped in one place is right before and after that. So the one that was meant is near the wrong
-one in the order of the names or of the names read backwards, and has most in common with it at both ends. Only
-a few such are compared in earnest (`difflib`), at 100 µs each.
+A name mistyped in one place is correct before and after it. So the intended name is near the mistyped one in the
+sorted names or in the sorted reversed names, and shares the most characters with it at both ends. Only a few such
+candidates are compared by `difflib`, which takes 100 µs each.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 _NEIGHBOURS = 50
-"""In each direction of each order."""
+"""Names considered in each direction of each order."""
 _COMPARED = 6
 
 _Order = list[tuple[str, str]]
 
 
 def near(name: str, names: Iterable[str], most: int = 3) -> list[str]:
-    """The closest first; none that is not close."""
+    """Return up to `most` close names, the closest first."""
     forwards, backwards = _orders(tuple(names))
     folded = name.casefold()
     candidates = {*_neighbours(folded, forwards), *_neighbours(folded[::-1], backwards)}
@@ -43,12 +43,12 @@ def _neighbours(key: str, order: _Order) -> list[str]:
 
 
 def _in_common(one: str, other: str) -> int:
-    """Characters at both ends."""
+    """Count the characters that two names share at both ends."""
     return _same(one, other) + _same(one[::-1], other[::-1])
 
 
 def _same(one: str, other: str) -> int:
-    """Characters until they differ. By halves: to go through them one by one takes ten times as long."""
+    """Count the leading characters that two names share, by bisection: a loop takes ten times as long."""
     least, most = 0, min(len(one), len(other))
     while least < most:
         middle = (least + most + 1) // 2

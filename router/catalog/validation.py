@@ -1,4 +1,4 @@
-"""From a complete draft to the configuration that the router goes by, or to all that is wrong with it."""
+"""Turns a completed draft into the resolved configuration, and collects everything that is wrong with it."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from router.scheduling.queue import BY_NAME
 from router.store import repository
 from router.store.discovery import Unfinished, Unfit
 
-_UNKNOWN = "?"  # for going on after a wrong model_path or uses
+_UNKNOWN = "?"  # stands in for an invalid model_path or uses, so that checking can continue
 
 
 def validated(discovered: Discovered) -> Config:
-    """What its draft comes to; of no use if that has problems then."""
+    """Resolve the draft of discovered models; the result is only valid if the draft has no problems afterwards."""
     return _Validation(discovered).config()
 
 
@@ -76,7 +76,7 @@ class _Validation:
         usable |= dict(self.discovered.stored_aliases(usable, there))
         usable |= dict(self.discovered.created_aliases(usable, there))
         config = Config(api, system, scheduling, there, adapters.named(usable, there), self.discovered.lost)
-        if api.default_model is not None and meant(api.default_model, config) is None:  # it may come yet
+        if api.default_model is not None and meant(api.default_model, config) is None:  # it may be pulled later
             message = f"there is currently no model {api.default_model!r}"
             self.draft.warn(("api", "default_model"), message + did_you_mean(api.default_model, config.names))
         return config
@@ -85,7 +85,7 @@ class _Validation:
         exposed = api.host not in ("localhost", "::1") and not api.host.startswith("127.")
         is_open = exposed and not (api.api_keys or api.inference_keys or api.clients)
         for name, problem in self.draft.foreign.items():
-            if name == "API_KEY" and is_open:  # perhaps it was meant to keep others out
+            if name == "API_KEY" and is_open:  # it may have been meant to protect this router
                 self.draft.problem((), f"{problem}, and {api.host} would be open to the network without a key", "")
             else:
                 self.draft.warnings.append(f"{problem}; ignored, as it seems to be meant for another program")
@@ -194,7 +194,7 @@ class _Validation:
         )
 
     def _header(self, file: Path) -> GGUF | None:
-        """What the file of a model says of it; None if it can't be read, which is said to whoever asks for it."""
+        """Return the header of a model's file; None if it cannot be read, which is reported when it is loaded."""
         if not self.draft.is_for_here:
             return None
         try:
@@ -207,7 +207,7 @@ class _Validation:
     def _identity(
         self, model_path: Path, flags: Sequence[str], env: Mapping[str, str]
     ) -> tuple[tuple[str, int, int], ...]:
-        """Of all files that an engine is started with."""
+        """Return path, size and modification time of all files that an engine is started with."""
         if not self.draft.is_for_here:
             return ()
         try:
@@ -256,11 +256,11 @@ class _Validation:
         message = f"there is no model {alias!r}" + did_you_mean(alias, models)
         if self.draft.check_files:
             self.draft.problem(path, message)
-        else:  # on this machine, or any more
+        else:  # the model may exist on the other machine, or have existed at the start
             self.draft.warn(path, message)
 
     def _parts(self, path: KeyPath, file: Path) -> list[Path]:
-        """The files of a model: one, unless it is split."""
+        """Return the files of a model: one, unless it is split."""
         split = SplitName.of(file.name)
         if split is None:
             return [file]
@@ -272,7 +272,7 @@ class _Validation:
 
 
 def _wrong_with_model(file: Path) -> str:
-    """Why it cannot be read; empty if it can. Raises OSError."""
+    """Say why a model file cannot be read; empty if it can. Raises OSError."""
     if file.is_dir():
         return f"{file} is a folder; name the GGUF file in it"
     if not file.parent.is_dir():

@@ -1,4 +1,4 @@
-"""The configuration that a command line asks for, and `llama-router check`, which shows it."""
+"""Loads the configuration for the options of the command line, and implements `llama-router check`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _DEMO = "built in, nothing is configured"
 
 
 def asked_for(options: argparse.Namespace, state_dir: Path | None = None, before: Loaded | None = None) -> Loaded:
-    """Without any, the demo. `state_dir` and `before` as for `load`. Raises ConfigError."""
+    """Load the configuration, or the demo; `state_dir` and `before` are those of `load`. Raises ConfigError."""
     overrides: dict[str, tuple[str, Any]] = {}
     if options.host is not None:
         overrides["api.host"] = ("--host", options.host)
@@ -53,7 +53,7 @@ def asked_for(options: argparse.Namespace, state_dir: Path | None = None, before
     loaded = read(overrides=overrides)
     folders = options.models_dir or options.hf_cache or options.ollama_store
     own = [model for model in loaded.config.models.values() if model.source != Source.CREATED]
-    if loaded.source is not None or folders or own:  # what was created may be made from the demo
+    if loaded.source is not None or folders or own:  # created models may be made from the demo
         return loaded
     demo: dict[str, Any] = {"model_path": str(MODEL_PATH), "description": "A tiny model to try the router with."}
     overrides["models.demo"] = (_DEMO, {**demo, "flags": ["-np", "2"]})
@@ -62,7 +62,7 @@ def asked_for(options: argparse.Namespace, state_dir: Path | None = None, before
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raises ConfigError."""
+    """Validate and print the configuration, with warnings on standard error. Raises ConfigError."""
     loaded = asked_for(options)
     print("\n".join(map(line, render(loaded.config, loaded.origins))))
     for warning in (*loaded.warnings, *_would_not_load(loaded.config)):
@@ -70,7 +70,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def _would_not_load(config: Config) -> Iterator[str]:
-    """Models whose file or flags are found to be wrong only when somebody asks for them."""
+    """Yield problems of files and flags that otherwise appear only when a model is loaded."""
     launcher, learned = LocalLauncher(config.system.base_port, EngineRecord(State()), None), Learned()
     backends: dict[str, EngineBackend] = {}
     for name in config.engines:

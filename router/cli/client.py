@@ -1,8 +1,7 @@
-"""A running router, seen from another process or machine: what `top`, `ps`, `queue`, `logs` and `rm` ask it.
+"""HTTP client of a running router, for the commands `top`, `ps`, `queue`, `logs` and `rm`.
 
-`http.client` of the standard library is all it takes: one request at a time, and a stream of server-sent events,
-read line by line. No proxy of the environment is used, and no redirect is followed, so that the key goes to the
-router and nowhere else.
+Based on `http.client`: one request at a time, and a stream of server-sent events read line by line. It uses no
+proxy of the environment and follows no redirect, so that the key is sent only to the router.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ _SILENCE_SEC = 75.0
 
 
 class CannotAsk(Exception):
-    """The router gave no answer, or refused; the message says why and what to do."""
+    """Raised when the router does not respond or refuses; the message says why and what to do."""
 
 
 class Unreachable(CannotAsk):
-    """Nobody answers, or the connection broke; it may come back."""
+    """Raised when the router cannot be reached or the connection broke; trying again may help."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +41,7 @@ class Happened:
 
 
 class RouterClient:
-    """Asks the router at `url`. Raises ValueError if that is no http(s) URL, or `key` can be in no header."""
+    """Client of the router at `url`. Raises ValueError if the URL or the key is invalid."""
 
     def __init__(self, url: str, key: str | None) -> None:
         try:
@@ -60,24 +59,24 @@ class RouterClient:
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     def get(self, path: str) -> Any:
-        """The JSON document at `path`. Raises CannotAsk."""
+        """Return the JSON document at `path`. Raises CannotAsk."""
         with self._ask(path, {}, _ANSWER_SEC) as answer:
             return json.loads(answer.read())
 
     def delete(self, path: str) -> Any:
-        """Have what is at `path` removed; the answer's JSON document. Raises CannotAsk."""
+        """Send DELETE for `path` and return the JSON document of the answer. Raises CannotAsk."""
         with self._ask(path, {}, _ANSWER_SEC, "DELETE") as answer:
             return json.loads(answer.read())
 
     def text(self, path: str) -> str:
-        """The plain text at `path`. Raises CannotAsk."""
+        """Return the plain text at `path`. Raises CannotAsk."""
         with self._ask(path, {}, _ANSWER_SEC) as answer:
             return answer.read().decode(errors="replace")
 
     def events(self, path: str, after: str = "") -> Iterator[Happened]:
-        """Server-sent events until the router ends the stream. Raises CannotAsk, Unreachable when it breaks.
+        """Yield server-sent events until the router ends the stream. Raises CannotAsk; Unreachable if it breaks.
 
-        `after` is the id of the last event seen: of those since, what the router still has comes first.
+        `after` is the id of the last event received: later ones that the router still has come first.
         """
         headers = {"Accept": "text/event-stream", **({"Last-Event-ID": after} if after else {})}
         with self._ask(path, headers, _SILENCE_SEC) as answer:

@@ -1,4 +1,4 @@
-"""What a router says of itself in columns for a terminal: models, durations, memory."""
+"""Formats the status of a router for the terminal: columns, durations, memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from router.system.printable import line
 
 
 def print_columns(rows: Sequence[Sequence[str]]) -> None:
-    """Left-aligned, two blanks between, no blank in a cell but in the last: for people, and for awk."""
+    """Print left-aligned columns; only cells of the last may contain spaces, so that awk can split lines."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
@@ -18,12 +18,12 @@ def print_columns(rows: Sequence[Sequence[str]]) -> None:
 
 
 def _seconds_between(earlier: str, later: str) -> float:
-    """From one moment to another, both as the router writes them, so that no clock of ours matters."""
+    """Return the seconds between two of the router's timestamps, independent of the local clock."""
     return (datetime.fromisoformat(later) - datetime.fromisoformat(earlier)).total_seconds()
 
 
 def duration(sec: float) -> str:
-    """Two units at most: `0.4s`, `12s`, `3m05s`, `2h10m`, `4d03h`."""
+    """Format a duration with at most two units: `0.4s`, `12s`, `3m05s`, `2h10m`, `4d03h`."""
     if sec < 9.95:
         return f"{sec:.1f}s"
     whole = round(sec)
@@ -34,11 +34,12 @@ def duration(sec: float) -> str:
 
 
 def memory(mib: float) -> str:
+    """Format an amount of memory."""
     return f"{mib / 1024:.1f}GiB" if mib >= 1024 else f"{mib:.0f}MiB"
 
 
 def model_row(model: dict[str, Any]) -> tuple[str, ...]:
-    """One model of the status: alias, state, pid, port, memory, slots, queue, up, unloads in."""
+    """Return the columns of one model: alias, state, pid, port, memory, slots, queue, up, unloads in."""
     resident = model["started_at"] is not None
     return (
         model["alias"],
@@ -54,13 +55,13 @@ def model_row(model: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _state_text(model: dict[str, Any]) -> str:
-    """Its state; of one that loads, how far it is, where the engine tells."""
+    """Return the state of a model, with the progress of a load if the engine reports it."""
     percent = model["load_progress"] if model["status"] == "loading" else 0
     return f"loading({percent}%)" if percent else str(model["status"])
 
 
 def _unload_text(model: dict[str, Any]) -> str:
-    """How long until an idle model goes, or why it stays."""
+    """Return the time until an idle model is unloaded, or why it is not."""
     if model["unload_at"] is not None:
         return duration(max(0.0, _seconds_between(model["updated_at"], model["unload_at"])))
     if model["status"] != "ready":

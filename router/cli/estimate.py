@@ -1,9 +1,8 @@
-"""`llama-router estimate MODEL.gguf [flags…]`: what a model would take, before it is configured or downloaded.
+"""`llama-router estimate MODEL.gguf [flags…]`: estimates a model's memory use before downloading it.
 
-MODEL is a file, an http(s) URL, `hf.co/USER/REPO/FILE.gguf`, or `hf.co/USER/REPO[:QUANT]` as `pull` takes it, with
-its projector; of what is elsewhere only the header is fetched.
-FLAGS are llama-server's. A file is given to the installed engine's own tool to judge, if there is one; the rest
-goes by formula.
+MODEL is a file, an http(s) URL, `hf.co/USER/REPO/FILE.gguf`, or, like for `pull`, `hf.co/USER/REPO[:QUANT]`, which
+includes its projector; only the headers of remote files are downloaded. FLAGS are those of llama-server. A local
+file is measured by the installed engine's own tool, if there is one; everything else is estimated by formula.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from router.system.printable import line, printable
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prints the table. Exits with 1 if the model can't be read, with 2 if a flag makes no sense."""
+    """Print the estimate. Exits with 1 if the model cannot be read, with 2 if a flag is invalid."""
     try:
         flags = Flags(options.flags, os.environ)
         header, belonging, choice = read_whole(options.model, os.environ)
@@ -54,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def report(header: GGUF, flags: Flags, found: Forecast) -> Iterable[str]:
-    """The lines to print."""
+    """Yield the lines to print."""
     best, need = found.best, found.need
     size = header.file_bytes / footprint.MIB
     trained = f", trained for {header.context_length} tokens" if header.context_length else ""
@@ -85,7 +84,7 @@ _COUNTED_BESIDES = "work"
 
 
 def _table(best: Alternative, need: Footprint, usable: Placement) -> Iterable[str]:
-    """Up to 80 columns wide."""
+    """Yield the lines of the table, up to 80 columns wide."""
     shares = best.as_driven(need.devices)
     whole = sum(shares.values(), Share())
     columns = [part.name for part in fields(Share) if getattr(whole, part.name) and part.name != _COUNTED_BESIDES]

@@ -43,7 +43,7 @@ def main(serve: Callable[[Load], None], arguments: Sequence[str] | None = None) 
         sys.exit(2)
     except CannotAsk as error:
         _give_up(error)
-    except BrokenPipeError:  # the reader of our output has seen enough
+    except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -53,7 +53,7 @@ def _open_standard_files() -> None:
         pass
     os.close(number)
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
-    if isinstance(sys.stdout, TextIOWrapper):  # as standard error does with what it has no characters for
+    if isinstance(sys.stdout, TextIOWrapper):  # as standard error does for characters that it cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
@@ -63,7 +63,7 @@ def _give_up(error: Exception) -> NoReturn:
 
 
 def _with_command(arguments: list[str]) -> list[str]:
-    """`serve` is the default command."""
+    """Insert `serve`, the default command, if no command is given."""
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help", "--version")):
         return ["serve", *arguments]
     return arguments
@@ -161,7 +161,7 @@ def _add_estimate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         help="a file, an http(s) URL, hf.co/USER/REPO/FILE.gguf or hf.co/USER/REPO[:QUANT]",
     )
     flags = estimate.add_argument("flags", metavar="FLAGS", nargs=argparse.REMAINDER, help="flags of llama-server")
-    flags.required = False  # or argparse complains of their absence, too, when MODEL is missing
+    flags.required = False  # otherwise argparse reports them as missing, too, if MODEL is missing
     estimate.set_defaults(run=_estimate)
 
 
@@ -206,7 +206,7 @@ def _serve(options: argparse.Namespace, serve: Callable[[Load], None]) -> None:
     finally:
         try:
             sys.stderr.flush()
-        except OSError:  # what cannot be written must not be the exit code
+        except OSError:  # a failed write must not determine the exit code
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 

@@ -55,19 +55,19 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def connect(options: argparse.Namespace) -> RouterClient:
-    """The router that the command line, the environment or the configuration names. Raises CannotAsk, ConfigError.
+    """Return a client of the router named by the command line, the environment or the configuration.
 
-    A key of the configuration goes only to the address of the configuration.
+    A key of the configuration is sent only to the address in the configuration. Raises CannotAsk, ConfigError.
     """
     if url := options.url or os.environ.get(URL_VARIABLE):
         return _client(url, os.environ.get(KEY_VARIABLE))
-    from router.catalog.load import load  # 0.2 s that whoever names a URL need not wait
+    from router.catalog.load import load  # takes 0.2 s, not needed with a URL
 
     return connect_here(load(options.config, environ=os.environ, cwd=Path.cwd(), check_files=False).config.api)
 
 
 def connect_here(api: Api) -> RouterClient:
-    """The router of a configuration."""
+    """Return a client of the router with this configuration."""
     configured = api.api_keys[0].get_secret_value() if api.api_keys else None
     return _client(_own_url(api), os.environ.get(KEY_VARIABLE) or configured)
 
@@ -138,7 +138,7 @@ def _request_row(request: dict[str, Any]) -> tuple[str, ...]:
 def _logs(options: argparse.Namespace) -> None:
     client = connect(options)
     path = f"/v1/logs/{quote(options.alias, safe='')}"
-    # What an engine says of a model file may hold sequences that a terminal would obey.
+    # Engine output may quote control sequences from a model file, which a terminal would interpret.
     shown = printable if sys.stdout.isatty() else str
     if not options.follow:
         sys.stdout.write(shown(client.text(f"{path}?lines={options.lines}")))

@@ -1,7 +1,7 @@
-"""`llama-router pull` and `llama-router rm`: models from the Hugging Face hub, and away again, or created ones.
+"""`llama-router pull` and `llama-router rm`: pull models from the Hugging Face hub; remove pulled or created ones.
 
-Both work on the cache themselves, whether a router runs or not; one that does notices by the files. What was
-created lies in the state directory of one router: while that runs, it is asked.
+Both work on the cache directly, whether a router is running or not; a running router notices the changed files.
+Created models are kept in the state directory of one router: if it is running, it is asked to remove them.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from router.system.printable import line, printable
 from router.system.state import State, StateHeld, configured_path
 
 _LINE_EVERY_SEC = 10.0
-"""Where the line can't be drawn again: in a log."""
+"""Interval of progress lines if the output is not a terminal."""
 
 
 def pull(options: argparse.Namespace) -> None:
-    """Exits with 1 if it failed, with 130 if it was broken off from the keyboard. Raises ConfigError."""
-    from router.store import pull as pulling  # here, because it takes 0.3 s that `rm` need not wait for
+    """Pull a model. Exits with 1 if it failed, with 130 if it was interrupted. Raises ConfigError."""
+    from router.store import pull as pulling  # imported here because it takes 0.3 s, which `rm` does not need
 
     say = _Json() if options.json else _Lines()
     taken = _configured_names(options.config)
@@ -54,13 +54,13 @@ def pull(options: argparse.Namespace) -> None:
 
 
 def _configured_names(path: Path | None) -> dict[str, str]:
-    """Names under which a pulled model would not be served, with where those who have them are from."""
+    """Return the names that are already in use, each with the source of its model."""
     try:
         config = load(path, environ=os.environ, cwd=Path.cwd(), check_files=False).config
     except ConfigError:
         if path is not None:
             raise
-        return {}  # models come with a config.json of their own
+        return {}  # the config.json here may belong to a model
     sources = config.sources
     state = configured_path(config.system.state_dir, config.api.port, os.environ)
     with contextlib.suppress(OSError):
@@ -70,7 +70,7 @@ def _configured_names(path: Path | None) -> dict[str, str]:
 
 
 def remove(options: argparse.Namespace) -> None:
-    """Exits with 1 if there is no such model, or if another one needs it. Raises CannotAsk, ConfigError."""
+    """Remove a model. Exits with 1 if it is missing or needed by another. Raises CannotAsk, ConfigError."""
     port = {} if options.port is None else {"api.port": ("--port", options.port)}
     loaded = load(options.config, environ=os.environ, cwd=Path.cwd(), overrides=port, check_files=False)
     config = loaded.config
@@ -89,7 +89,10 @@ def remove(options: argparse.Namespace) -> None:
 
 
 def _remove_created(name: str, folder: Path, config: Config) -> int:
-    """By the router that works with the folder, if one does. Raises CannotAsk, StateHeld, OSError."""
+    """Remove a created model, through the router that uses the folder if one is running; return the bytes freed.
+
+    Raises CannotAsk, StateHeld, OSError.
+    """
     if (holder := State.holder(folder)) is not None:
         router = remote.connect_here(config.api.model_copy(update={"port": holder.port}))
         return int(router.delete(f"/v1/models/pulled/{quote(name, safe='')}")["freed_bytes"])
@@ -98,11 +101,11 @@ def _remove_created(name: str, folder: Path, config: Config) -> int:
 
 
 async def _nobody_looks() -> None:
-    """No router serves them."""
+    """Do nothing: no router is running that would have to apply the change."""
 
 
 def _remove_pulled(name: str, records: Mapping[str, Created], config: Config) -> int:
-    """Raises NotPulled, BeingPulled, OSError."""
+    """Remove a pulled model; return the bytes freed. Raises NotPulled, BeingPulled, OSError."""
     cache = pulled.cache_folder(os.environ)
     if cache is None:
         raise pulled.NotPulled("the location of the Hugging Face cache is unknown: set HF_HOME")
@@ -120,7 +123,7 @@ class _Json:
 
 
 class _Lines:
-    """What is found first, then one line that is drawn again and again."""
+    """Prints the files and the estimate, then a progress line that is redrawn."""
 
     def __init__(self) -> None:
         self._drawn = False
@@ -162,7 +165,7 @@ class _Lines:
 
 
 def progress_line(progress: Progress, columns: int) -> str:
-    """` 42 % ████░░░░  1.2 of 2.9 GB  83.1 MB/s  0:20`"""
+    """Format the progress, as in ` 42 % ████░░░░  1.2 of 2.9 GB  83.1 MB/s  0:20`."""
     share = progress.completed_bytes / progress.total_bytes if progress.total_bytes else 1.0
     left = "" if progress.eta_sec is None else f"  {_clock(progress.eta_sec)} left"
     figures = f"{size_text(progress.completed_bytes)} of {size_text(progress.total_bytes)}"

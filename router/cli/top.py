@@ -1,8 +1,8 @@
-"""`llama-router top`: a running router, live on a terminal.
+"""`llama-router top`: a live view of a running router on the terminal.
 
-One thread asks once a second how things are, another follows the stream of decisions; what they learn is one
-immutable `View`, which the main thread draws. When the router goes away both try again until it is back, and the
-screen says so and keeps what was known last.
+One thread polls the status once a second, another follows the stream of decisions; both update one immutable
+`View`, which the main thread draws. If the router disappears, both retry until it is back; meanwhile the screen
+says so and keeps the last known values.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from router.system.printable import printable
 _LOOK_SEC = 1.0
 _DRAW_SEC = 0.5
 _RATE_SEC = 10.0
-"""Rates are means of this long."""
+"""Period over which rates are averaged."""
 _DECISIONS = 100
 _PRIORITIES = ("high", "normal", "low")
 _STYLES = {"ready": "green", "loading": "yellow", "draining": "magenta", "stopping": "magenta", "failed": "red"}
@@ -55,17 +55,17 @@ class Decision:
     """A change of a model's state or of the router."""
 
     at: datetime
-    """In the viewer's time."""
+    """In the local time zone of the viewer."""
     about: str
     state: str
     reason: str
     id: str = ""
-    """Of the router's event; empty for what was noticed here."""
+    """Id of the router's event; empty for changes noticed by this program."""
 
 
 @dataclass(slots=True)
 class Waiting:
-    """Who waits for one model, or for all."""
+    """Requests waiting for one model."""
 
     counts: Counter[str] = field(default_factory=Counter)
     """By priority."""
@@ -74,7 +74,7 @@ class Waiting:
 
 @dataclass(slots=True)
 class Figures:
-    """What `/metrics` says, as far as the screen shows it."""
+    """The values of `/metrics` that the screen shows."""
 
     reserved_mib: dict[str, float] = field(default_factory=dict)
     """By device."""
@@ -90,7 +90,7 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """All that the screen shows."""
+    """Everything that the screen shows."""
 
     status: dict[str, Any] = field(default_factory=dict)
     figures: Figures = field(default_factory=Figures)
@@ -98,11 +98,11 @@ class View:
     tokens_per_sec: float = 0.0
     decisions: tuple[Decision, ...] = ()
     problem: str = ""
-    """Why the rest is old; empty while the router answers."""
+    """Why the other values are out of date; empty while the router responds."""
 
 
 def run(client: RouterClient) -> None:
-    """Until q or Ctrl-C; without a terminal, once. Raises CannotAsk if the router does not answer at first."""
+    """Draw until q or Ctrl-C; without a terminal, once. Raises CannotAsk if the first request fails."""
     watch = Watch(client)
     watch.look()
     console = Console(highlight=False)
@@ -110,7 +110,7 @@ def run(client: RouterClient) -> None:
         console.print(drawing(watch.view, console.width, 1000))
         return
     watch.start()
-    signal.signal(signal.SIGTERM, _leave)  # so that the terminal is put back in order
+    signal.signal(signal.SIGTERM, _leave)  # so that the terminal is restored
     with (
         contextlib.suppress(KeyboardInterrupt),
         _keys() as next_keys,
@@ -128,7 +128,7 @@ def _leave(*_: object) -> NoReturn:
 
 @contextlib.contextmanager
 def _keys() -> Iterator[Callable[[float], bytes]]:
-    """Gives what is typed, without waiting for the end of a line, and nothing is echoed."""
+    """Provide a function that returns typed keys, without waiting for the end of a line and without echo."""
     terminal = sys.stdin.fileno()
 
     def next_keys(wait_sec: float) -> bytes:
@@ -151,7 +151,7 @@ def _keys() -> Iterator[Callable[[float], bytes]]:
 
 
 class Watch:
-    """Keeps `view` up to date. Its threads end with the program."""
+    """Keeps `view` up to date in two threads, which end with the program."""
 
     def __init__(self, client: RouterClient) -> None:
         self._client = client
@@ -164,7 +164,7 @@ class Watch:
             threading.Thread(target=forever, daemon=True).start()
 
     def look(self) -> None:
-        """Ask once. Raises CannotAsk."""
+        """Update the view once. Raises CannotAsk."""
         status = self._client.get("/v1/models/status")
         figures = read_figures(self._client.text("/metrics"))
         requests, tokens = self._rates(figures)
@@ -181,9 +181,7 @@ class Watch:
                 if lost_sec is None:
                     lost_sec = time.monotonic()
                     self._decide("router", "lost", str(error))
-                self._update(
-                    problem=f"No answer for {duration(time.monotonic() - lost_sec)}; trying again. {error}"
-                )
+                self._update(problem=f"No response for {duration(time.monotonic() - lost_sec)}; retrying. {error}")
                 continue
             if self.view.status["server"]["started_at"] != before:
                 self._decide("router", "back", "it was started again")
@@ -194,24 +192,24 @@ class Watch:
     def _follow(self) -> None:
         last = ""
         while True:
-            with contextlib.suppress(CannotAsk):  # the other thread tells
+            with contextlib.suppress(CannotAsk):  # the other thread reports it
                 for event in self._client.events("/v1/models/status/stream", after=last):
                     last = event.id or last
                     self._note(event)
             time.sleep(_LOOK_SEC)
 
     def _note(self, event: Happened) -> None:
-        if event.name == "full_status":  # what was decided before, or while nobody followed
-            with contextlib.suppress(CannotAsk):  # an earlier router does not tell
+        if event.name == "full_status":  # sent first: decisions before or between streams are fetched
+            with contextlib.suppress(CannotAsk):  # older routers do not have this route
                 for decision in self._client.get("/v1/decisions")["decisions"]:
                     self._decide_as(decision)
         elif event.name == "model_update":
             change = event.json()
-            if "reason" in change:  # else it is the progress of a load
+            if "reason" in change:  # events without a reason report the progress of a load
                 self._decide_as({**change, "id": event.id, "model": change["alias"], "at": change["updated_at"]})
 
     def _decide_as(self, told: dict[str, Any]) -> None:
-        """As the router tells it. After `stopping`, `off` follows for the same reason."""
+        """Add a decision reported by the router; `stopping` is skipped: `off` follows for the same reason."""
         if told["model"] is not None and told["status"] != "stopping":
             at = datetime.fromisoformat(told["at"]).astimezone()
             self._decide(told["model"], told["status"], told["reason"], at, told["id"])
@@ -229,7 +227,7 @@ class Watch:
             self.view = replace(self.view, **news)
 
     def _rates(self, figures: Figures) -> tuple[float, float]:
-        """Requests and tokens a second, from totals that only grow while a router lives."""
+        """Return requests and tokens per second, from totals that only grow until the router restarts."""
         now = time.monotonic()
         if self._totals and figures.requests < self._totals[-1][1]:
             self._totals.clear()
@@ -242,7 +240,7 @@ class Watch:
 
 
 def read_figures(metrics: str) -> Figures:
-    """From Prometheus's text format."""
+    """Parse the figures from Prometheus's text format."""
     figures = Figures()
     for name, label_text, number in _SERIES.findall(metrics):
         labels: dict[str, str] = dict(_LABEL.findall(label_text))
@@ -270,7 +268,7 @@ def read_figures(metrics: str) -> Figures:
 
 
 def drawing(view: View, width: int, height: int) -> Group:
-    """The screen, in at most `height` lines."""
+    """Draw the screen, in at most `height` lines."""
     models = sorted(view.status["models"].values(), key=lambda model: _RANK[model["status"]])
     waiting = sorted(view.figures.waiting.items(), key=lambda item: -max(item[1].oldest_sec.values(), default=0))
     bars = [_memory_bar(view.figures, device, width) for device in view.figures.total_mib]
@@ -288,7 +286,7 @@ def drawing(view: View, width: int, height: int) -> Group:
 
 
 def _shares(spare: int, wanted: Sequence[int]) -> list[int]:
-    """Lines for each: a third, and what others leave."""
+    """Divide `spare` lines among the sections: an equal share each, plus what others do not need."""
     shares = [min(want, spare // len(wanted)) for want in wanted]
     for index, want in enumerate(wanted):
         shares[index] += min(want - shares[index], spare - sum(shares))
@@ -296,7 +294,7 @@ def _shares(spare: int, wanted: Sequence[int]) -> list[int]:
 
 
 def _line(*parts: str | tuple[str, str]) -> Text:
-    """One line, cut where the screen ends."""
+    """Return one line, truncated at the edge of the screen."""
     return Text.assemble(*parts, no_wrap=True, overflow="ellipsis")
 
 
@@ -337,7 +335,7 @@ def _models_table(models: Sequence[dict[str, Any]], lines: int, width: int) -> T
 
 
 def _shown(rows: Sequence[object], lines: int) -> int:
-    """How many fit, if one line must tell of the rest."""
+    """Return how many rows fit, if one line is needed to count the others."""
     return lines if len(rows) <= lines else max(0, lines - 1)
 
 

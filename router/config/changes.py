@@ -1,4 +1,4 @@
-"""What differs between two configurations, and which of it a running router cannot go by."""
+"""Differences between two configurations, and which of them require a restart."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NEEDS_RESTART = {
 
 
 def changes_between(before: Config, after: Config) -> dict[str, list[str]]:
-    """Aliases, by what became of them."""
+    """Return the names that were added, removed and changed."""
     old, new = ({name: _what_is(name, config) for name in config.names} for config in (before, after))
     return {
         "added": sorted(new.keys() - old.keys()),
@@ -37,7 +37,7 @@ def changes_between(before: Config, after: Config) -> dict[str, list[str]]:
 
 
 def in_words(changes: Mapping[str, Sequence[str]]) -> str:
-    """For people: `added a, b; removed c`."""
+    """Describe the changes for people: `added a, b; removed c`."""
     words = {"needs_restart": "a restart is needed for"}
     parts = [f"{words.get(how, how)} {', '.join(names)}" for how, names in changes.items() if names]
     return "; ".join(parts) or "nothing has changed"
@@ -48,7 +48,7 @@ def _what_is(name: str, config: Config) -> tuple[ModelConfig | None, AliasConfig
 
 
 def needs_restart(running: Config, wanted: Config) -> list[str]:
-    """The keys that this process goes by as they were when it started, however often it has read others since."""
+    """Return the changed keys that take effect only at a restart; `running` is the configuration of the start."""
     sections: tuple[tuple[str, Api | System, Api | System], ...] = (
         ("api", running.api, wanted.api),
         ("system", running.system, wanted.system),

@@ -1,7 +1,7 @@
-"""A configuration while it is put together: its values, where each comes from, and all that is wrong with them.
+"""A configuration under construction: its values with their origins, and all problems found.
 
-`sources.py` fills it, then the catalog with the models that it finds. Whoever checks it notes what is wrong and
-goes on, so that one look tells of everything.
+`sources.py` fills it, then the catalog adds discovered models. Checks record each problem and continue, so that
+one run reports all of them.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from router.config.problems import KeyPath, Problem, dotted
 from router.config.schema import Section
 
 DEFAULT = "default"
-"""The origin of what nobody has set."""
+"""The origin of values that are not set."""
 _S = TypeVar("_S", bound=Section)
 
 
 class Draft:
-    """The values as they come in, each with its origin, and everything that was found wrong with them."""
+    """Values as written, the origin of each, and the problems and warnings found."""
 
     def __init__(self, environ: Mapping[str, str], cwd: Path, check_files: bool) -> None:
         self.cwd = Path(os.path.abspath(cwd))
@@ -34,13 +34,14 @@ class Draft:
         self.problems: list[Problem] = []
         self.warnings: list[str] = []
         self.foreign: dict[str, str] = {}
-        """Variables whose values can only be meant for another program, and what is wrong with them for us."""
+        """Environment variables whose values must be meant for another program, each with its problem."""
         self.environ = dict(environ)
         self.file_name = ""
         self.folder = self.cwd
         self.home = environ.get("HOME", "~")
 
     def put(self, path: KeyPath, value: Any, origin: str) -> None:
+        """Set the value at `path`, replacing what was there, and record its origin."""
         *parents, key = path
         at: Any = self.values
         for parent in parents:
@@ -61,13 +62,14 @@ class Draft:
             self.origins[path] = origin
 
     def origin_of(self, path: KeyPath) -> str:
-        """Of the value itself, or of the list that it is in."""
+        """Return the origin of a value, or of the list that contains it."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.origins:
                 return self.origins[path[:length]]
         return DEFAULT
 
     def problem(self, path: KeyPath, message: str, source: str | None = None) -> None:
+        """Record a problem with the value at `path`; `source` defaults to the origin of the value."""
         if source is None:
             origin = self.origin_of(path)
             source = self.file_name if origin == DEFAULT else origin
@@ -77,13 +79,13 @@ class Draft:
         self.warnings.append(str(Problem(dotted(path), message, self.origin_of(path))))
 
     def resolve(self, text: str, base: Path) -> Path:
-        """Absolute, without `..`, symbolic links left as they are."""
+        """Return an absolute path without `..`; symbolic links are not resolved."""
         if text == "~" or text.startswith("~/"):
             text = self.home + text[1:]
         return Path(os.path.normpath(base / text))
 
     def base_of(self, path: KeyPath) -> Path:
-        """Where a relative path starts: in the folder of its file, else in the working directory."""
+        """Return the base of a relative path: the folder of its configuration file, else the working directory."""
         return self.folder if self.origin_of(path) == self.file_name else self.cwd
 
     def models_folder(self) -> Path:
@@ -104,7 +106,10 @@ class Draft:
             self.problem(path, problem)
 
     def section(self, kind: type[_S], path: KeyPath, **stand_in: Any) -> _S | None:
-        """Validate the values at `path`. Where some are wrong, go on without them, to find what else is."""
+        """Validate the values at `path` and record the problems; None if they cannot be read at all.
+
+        Invalid values are left out, or replaced by those in `stand_in`, so that other checks can continue.
+        """
         values: Any = self.values
         for part in path:
             values = values.get(part, {})

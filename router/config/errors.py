@@ -1,6 +1,6 @@
-"""What is wrong with a configuration, in words: what pydantic's errors mean, and what was meant by unknown keys.
+"""Messages for problems in a configuration: pydantic's errors in plain words, and suggestions for unknown keys.
 
-No value that may be a secret ever gets into a message.
+No message contains a value that may be a secret.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from router.config.schema import ENGINES, Api, ConfigFile, Scheduling, Section, 
 
 
 def explain(error: ErrorDetails, path: KeyPath, section: type[Section]) -> str:
-    """`section` is the one that was checked."""
+    """Return the message for one of pydantic's errors at `path`; `section` is the section that was validated."""
     match error["type"]:
         case "extra_forbidden":
             is_its_own = len(error["loc"]) == 1
@@ -74,7 +74,7 @@ _SHAPES = {
 
 
 def _unit(path: KeyPath) -> str:
-    """Of a number, by the name of its key: `5m` and `24GiB` are what people write there."""
+    """Return the unit of a number, from the name of its key: people write `5m` or `24GiB` there."""
     for name in map(str, path[-2:]):  # of patience_sec.high, too
         if name.endswith(("_sec", "_mb")):
             return " (seconds)" if name.endswith("_sec") else " (MiB)"
@@ -82,6 +82,7 @@ def _unit(path: KeyPath) -> str:
 
 
 def unknown_key(section: type[Section] | None, key: str) -> str:
+    """Return the message for a key that a section does not have."""
     for name, other in (("api", Api), ("system", System), ("scheduling", Scheduling)):
         if key in other.model_fields:
             return f"unknown key here; it belongs to {name}"
@@ -94,6 +95,7 @@ def unknown_key(section: type[Section] | None, key: str) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return a suggestion to append to a message; empty if no known word is close."""
     close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -105,6 +107,7 @@ def _is_secret(path: KeyPath) -> bool:
 
 
 def section_at(path: KeyPath) -> type[Section] | None:
+    """Return the section of the schema at `path`; None if there is none."""
     here: type[Section] | None = ConfigFile
     for part in _without_name(path):
         field = here.model_fields.get(str(part)) if here else None
@@ -113,7 +116,7 @@ def section_at(path: KeyPath) -> type[Section] | None:
 
 
 def _without_name(path: KeyPath) -> KeyPath:
-    """Without the part that users may choose."""
+    """Return a path without the part that is a name chosen by the user."""
     for named in (("models",), ("aliases",), ("api", "clients")):
         if path[: len(named)] == named:
             return named + path[len(named) + 1 :]
@@ -127,7 +130,7 @@ def _nested_section(annotation: Any) -> type[Section] | None:
 
 
 def single_value(path: KeyPath) -> FieldInfo | None:
-    """The field at `path` if it holds one value, not a list or keys of its own."""
+    """Return the field at `path` if it holds a single value, rather than a list or keys of its own."""
     section = section_at(path[:-1])
     field = section.model_fields.get(str(path[-1])) if section else None
     if field is None or _nested_section(field.annotation):

@@ -1,9 +1,9 @@
 """Reads one configuration file, JSON or YAML, into plain dicts and lists.
 
-Stricter than the parsers it stands on: a key that is written twice is an error (so an alias is never silently
+Stricter than the underlying parsers: a key that is written twice is an error (so an alias is never silently
 lost), and YAML follows version 1.2, where only `true` and `false` are booleans (so `-fa on` stays text). Keys
-that begin with `_` are comments and dropped. What nothing could do anything with (NUL characters, infinite
-numbers, endless nesting) is refused with its key. What the values mean is not known here.
+that begin with `_` are comments and dropped. Values that are never valid (NUL characters, infinite numbers,
+endless nesting) are rejected with their keys. The meaning of values is not checked here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from router.config.problems import ConfigError, KeyPath, Problem, dotted
 
 
 def read_file(path: Path, name: str) -> dict[str, Any]:
-    """The contents of `path`, which error messages call `name`."""
+    """Return the contents of `path`, which error messages call `name`. Raises ConfigError."""
     parsers = {".json": _json, ".yaml": _yaml, ".yml": _yaml}
     parse = parsers.get(path.suffix.lower())
     try:
@@ -49,7 +49,7 @@ def read_file(path: Path, name: str) -> dict[str, Any]:
 
 
 class _Mapping(dict[str, Any]):
-    """A mapping as it was written: remembers the keys that were there more than once."""
+    """A mapping as written, with the keys that occurred more than once."""
 
     twice: tuple[str, ...] = ()
 
@@ -61,7 +61,7 @@ def _mapping(pairs: Iterable[tuple[str, Any]], written: Iterable[str]) -> _Mappi
 
 
 class _Cleaning:
-    """Of what was read: without comments, and with all that is wrong with it whatever it may mean."""
+    """Removes comments from the parsed values, and collects problems that do not depend on their meaning."""
 
     def __init__(self, name: str) -> None:
         self.problems: list[Problem] = []
@@ -99,14 +99,14 @@ class _Cleaning:
 
 
 _MOST_VALUES = 200_000
-"""A few hundred bytes of YAML can stand for billions of them."""
+"""Limit on values after anchors are expanded: a few hundred bytes of YAML can stand for billions of them."""
 _DEEPEST = 100
 _LONGEST_INTEGER = 100
 _LARGEST_INTEGER = 2**64
 
 
 def _unusable(value: Any) -> str:
-    """What is wrong with a value wherever it stands; empty: nothing."""
+    """Say why a value is invalid for any key; empty if it is not."""
     if isinstance(value, str):
         if "\0" in value:
             return "contains a NUL character, which paths, names and arguments cannot have"
@@ -120,7 +120,7 @@ def _unusable(value: Any) -> str:
 
 
 def _integer(text: str) -> int:
-    """Of text that is one. Python reads none with thousands of digits; what is too long anyhow is cut off."""
+    """Convert text to an integer, truncating it if it is too long anyway: Python rejects thousands of digits."""
     return int(text[:_LONGEST_INTEGER])
 
 
@@ -145,12 +145,12 @@ _NEEDS_QUOTES = "a value that begins with ! needs quotes"
 
 
 class _Loader(yaml.SafeLoader):
-    """Knows only the scalars of YAML 1.2: `on`, `yes`, `1:30` and dates are text."""
+    """YAML loader with the scalars of YAML 1.2 only: `on`, `yes`, `1:30` and dates are text."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - the name and its type are PyYAML's
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Apply `<<`. What is merged again and again must not be there as often."""
+        """Apply `<<`, and remove duplicates: repeated merges would otherwise multiply the keys."""
         super().flatten_mapping(node)
         if len(node.value) > _MANY_KEYS:
             node.value = list({_yaml_key(key): (key, item) for key, item in node.value}.values())
@@ -193,7 +193,7 @@ def _yaml(text: str, name: str) -> Any:
 
 
 def _yaml_value(loader: _Loader, node: yaml.Node, done: dict[yaml.Node, Any], above: tuple[yaml.Node, ...]) -> Any:
-    """The value of a node. An anchor's value is made once and shared by its aliases, as `done` tells."""
+    """Return the value of a node. An anchor's value is built once, kept in `done`, and shared by its aliases."""
     if node.tag not in _TAGS:
         raise yaml.MarkedYAMLError(problem=_NEEDS_QUOTES, problem_mark=node.start_mark)
     if node in above:
@@ -220,7 +220,7 @@ def _yaml_value(loader: _Loader, node: yaml.Node, done: dict[yaml.Node, Any], ab
 
 
 def _yaml_key(node: yaml.Node) -> str:
-    """The key as it is written: an alias may look like a number, or be called `on`."""
+    """Return a key as written: an alias may look like a number, or be called `on`."""
     if not isinstance(node, yaml.ScalarNode):
         raise yaml.MarkedYAMLError(problem="a key must be text", problem_mark=node.start_mark)
     return str(node.value)

@@ -1,8 +1,8 @@
-"""What clients call models, and what these are called here: one rule for all routes.
+"""Matches the model names in requests to configured names, by the same rule for all routes.
 
-`NAME` and `NAME:latest` are the same, as with Ollama. What comes from the Hugging Face hub may be named with the
-hub's host, in whatever case, and without its quantization: of several of a repository, the one that a pull would
-take is meant.
+`NAME` and `NAME:latest` are equivalent, as with Ollama. Models from the Hugging Face hub may be named with the
+hub's host, in any case, and without their quantization: of several models of a repository, the one that a pull
+would choose is meant.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import NamedTuple, Protocol
 from router.formats.quantizations import closeness
 
 LONGEST = 256
-"""Characters of a name. To look for a longer one, and for what is like it, would keep everybody waiting."""
+"""Most characters of a name: looking up longer ones, and similar names, would block the event loop."""
 HUB_HOSTS = ("hf.co", "huggingface.co", "www.huggingface.co")
 ALLOWED = f"up to {LONGEST} printable characters without spaces"
 """What a name may be, for messages."""
 _TAG = ":latest"
-"""Of what has none."""
+"""The tag of a name without one."""
 
 
 class Names(Protocol):
-    """All that there are."""
+    """The names to choose from."""
 
     def __contains__(self, name: object, /) -> bool: ...
 
@@ -37,12 +37,12 @@ def is_alias(text: str) -> bool:
 
 
 def meant(name: str, names: Names) -> str | None:
-    """The one of the `names` that a client means."""
+    """Return the one of the `names` that a client's name refers to, if any."""
     return min(candidates(name, names), key=_closeness, default=None)
 
 
 def candidates(name: str, names: Names) -> list[str]:
-    """Those of the `names` that a client may mean: several if it leaves the quantization open."""
+    """Return those of the `names` that a client may mean: several if it leaves the quantization open."""
     if (same := same_name(name, names)) is not None:
         return [same]
     local = _without_host(name)
@@ -57,7 +57,7 @@ def candidates(name: str, names: Names) -> list[str]:
 
 
 class _OfHub(NamedTuple):
-    """Names that may be said in another case and without the hub's host, by how they then are."""
+    """Names that match in any case and without the hub's host, by their folded forms."""
 
     whole: Mapping[str, Sequence[str]]
     unquantized: Mapping[str, Sequence[str]]
@@ -81,7 +81,7 @@ def _closeness(name: str) -> tuple[object, ...]:
 
 
 def same_name(name: str, names: Container[str]) -> str | None:
-    """The one of the `names` that is this one, with or without the tag that every name has when it has none."""
+    """Return the one of the `names` that equals `name` up to the tag `:latest`, if any."""
     plain = untagged(name)
     return next((same for same in (name, plain, f"{plain}{_TAG}") if same in names), None)
 
@@ -96,11 +96,11 @@ def untagged(name: str) -> str:
 
 
 def listed_name(alias: str) -> str:
-    """How Ollama lists it: no name is without a tag."""
+    """Return a name as Ollama lists it, always with a tag."""
     return alias if ":" in alias.rpartition("/")[2] else f"{alias}{_TAG}"
 
 
 def some_of(aliases: list[str]) -> str:
-    """For people: the first ten."""
+    """List the first ten names for a message."""
     shown = ", ".join(repr(alias) for alias in aliases[:10])
     return f"{shown} and {len(aliases) - 10} more (GET /v1/models)" if len(aliases) > 10 else shown

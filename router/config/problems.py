@@ -1,7 +1,7 @@
-"""`ConfigError`, and what it holds: the problems of a configuration, with their places; and `CannotServe`.
+"""`ConfigError` with the problems of a configuration and their places, and `CannotServe`.
 
-The words for most of them are in `errors.py`. Here nothing is imported, so that a command which may meet one
-need not know what a configuration is.
+Most of the messages come from `errors.py`. This module imports nothing of the router, so that commands can catch
+these errors without importing the configuration.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ KeyPath = tuple[str | int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong: where it was written, which key it is, and what to do about it."""
+    """A problem in a configuration: its key, what is wrong and what to do about it, and where it was written."""
 
     path: str
     message: str
@@ -25,7 +25,7 @@ class Problem:
 
 
 class ConfigError(Exception):
-    """The configuration can't be used. Holds every problem found, not only the first."""
+    """Raised when the configuration cannot be used. Holds all problems found, not only the first."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
@@ -33,10 +33,10 @@ class ConfigError(Exception):
 
 
 class CannotServe(Exception):
-    """The configuration is right, but the router can't serve it here. The message is one clear sentence."""
+    """Raised when the configuration is valid but cannot be served on this machine; the message is a sentence."""
 
 
 def dotted(path: Sequence[str | int]) -> str:
-    """`("models", "qwen", "flags", 3)` as people write it: `models.qwen.flags[3]`."""
+    """Format a path for people: `("models", "qwen", "flags", 3)` as `models.qwen.flags[3]`."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
     return text.removeprefix(".")

@@ -28,11 +28,11 @@ class ModelConfig:
     """
 
     engine: ClassVar[str]
-    """The kind of its engine, as named in its entry."""
+    """The kind of engine, as named in the entry."""
     derived: ClassVar[frozenset[str]]
-    """Fields that are no keys of its entry: they follow from its name, its files or its flags."""
+    """Fields that are not keys of the entry: they follow from its name, its files or its flags."""
     written_as: ClassVar[Mapping[str, str]] = {}
-    """Keys of its entry by the fields that have another name."""
+    """Keys of the entry whose fields have another name, by field."""
 
     alias: str
     model_path: Path

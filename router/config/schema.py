@@ -4,7 +4,7 @@ The pydantic models below are the shape of a configuration *file*. What the rest
 in `resolved.py`. `sources.py` merges values from file, environment and command line and reports their errors;
 nothing here reads a file or the environment.
 
-The module is long because it is one list: whoever looks for a key finds it here.
+The module is long because it is one list of all keys.
 """
 
 from __future__ import annotations

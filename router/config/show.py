@@ -1,4 +1,4 @@
-"""The resolved configuration as text, a line for each key with its origin. Secrets are not shown."""
+"""Renders the resolved configuration as text, one line per key with its origin. Secrets are not shown."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from router.config.schema import Section
 
 _SECRET_NAME = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 _SECRET_FLAG = re.compile(r"-hft|--?(hf[-_]token|.*(api[-_]?key|secret|passw|credential).*)", re.IGNORECASE)
-"""One whose value is a secret."""
+"""Flags whose values are secrets."""
 
 
 def render(config: Config, origins: Mapping[str, str]) -> list[str]:
+    """Return a line for each key, with its value and origin."""
     lines = ((dotted(path), text) for path, text in leaves(config))
     return [f"{key} = {text}   ({origins[key]})" for key, text in lines]
 
 
 def leaves(config: Config) -> Iterator[tuple[KeyPath, str]]:
-    """Every key of the configuration with its value as text."""
+    """Yield every key of the configuration with its value as text."""
     for name, section in (("api", config.api), ("system", config.system), ("scheduling", config.scheduling)):
         yield from _section_leaves((name,), section)
     for alias, model in config.models.items():
@@ -51,7 +52,7 @@ def leaves(config: Config) -> Iterator[tuple[KeyPath, str]]:
     for name, named in config.aliases.items():
         for field in fields(named):
             value = getattr(named, field.name)
-            if field.name not in ("alias", "source") and value:  # most are no more than a name
+            if field.name not in ("alias", "source") and value:  # most aliases are only a name
                 yield from _parameters(("aliases", name, field.name), value)
 
 
@@ -74,7 +75,7 @@ def _section_leaves(path: KeyPath, section: Section) -> Iterator[tuple[KeyPath, 
                     yield from _section_leaves((*path, name, key), item)
                 else:
                     yield from _parameters((*path, name, key), item)
-        elif value is not None or not field.json_schema_extra:  # the older keys only if they are used
+        elif value is not None or not field.json_schema_extra:  # deprecated keys are shown only if they are set
             yield (*path, name), _text(value)
 
 

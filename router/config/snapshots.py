@@ -1,4 +1,4 @@
-"""Looks at the files of the configuration and its models, of which a disk may keep one from ever ending."""
+"""Reads the configuration and scans model folders in threads, with time limits: a disk may hang forever."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ _T = TypeVar("_T")
 
 
 class DiskHangs(ConfigError):
-    """What the files say cannot be found out just now."""
+    """Raised when files cannot be read because a disk does not respond."""
 
     def __init__(self, message: str) -> None:
         super().__init__([Problem("", message)])
 
 
 class Looks:
-    """Each on a thread of its own, and no second one before the first has ended."""
+    """Runs functions that read files, each in a thread of its own, one at a time."""
 
     def __init__(self, silent_sec: float = 10, longest_sec: float = 60, place_sec: float = 5) -> None:
-        """After `silent_sec` each place must say within `place_sec` that it is there, even if its disk has to spin
-        up first; in `longest_sec` all must have been told.
+        """Set the time limits.
+
+        A call that takes more than `silent_sec` causes a check that each of its folders responds within
+        `place_sec`, which includes the time that a disk takes to spin up. The whole call may take `longest_sec`.
         """
         self._silent_sec = silent_sec
         self._longest_sec = longest_sec
@@ -36,7 +38,7 @@ class Looks:
         self._asking: _Asking | None = None
 
     async def take(self, look: Callable[[], _T], places: Iterable[Path]) -> _T:
-        """What it returns or raises; or raises DiskHangs. `places` are where it looks."""
+        """Return or raise what `look` does; raise DiskHangs beyond the limits. It reads the folders `places`."""
         places = sorted(set(places))
         if self._running is not None:
             await self._end_of(self._running, places)
@@ -59,7 +61,7 @@ class Looks:
     async def _check_all_there(
         self, places: list[Path], look: asyncio.Task[object] | asyncio.Task[_T], until_sec: float
     ) -> None:
-        """Until the look has ended. Raises DiskHangs if the system cannot even tell whether one exists."""
+        """Wait for `look` while all folders respond. Raises DiskHangs if one does not."""
         if self._asking is None or self._asking.task.done():
             self._asking = _Asking(places)
         asking = self._asking
@@ -71,7 +73,7 @@ class Looks:
 
 
 class _Asking:
-    """Whether each place is there; `at` is the one whose turn it is."""
+    """A check, in a thread, that each folder responds; `at` is the current one."""
 
     def __init__(self, places: list[Path]) -> None:
         self.at: Path | None = None
@@ -86,19 +88,19 @@ class _Asking:
 
 
 class FolderHangs(Exception):
-    """A look into it did not end in time, or one that began earlier has not ended yet."""
+    """Raised when reading a folder takes too long, or when an earlier read has not ended yet."""
 
 
 class FolderLooks:
-    """Looks into folders, each on a thread of its own; into one, no second before the first has ended."""
+    """Runs functions that read folders, each in a thread of its own, one at a time for each folder."""
 
     def __init__(self, limit_sec: float) -> None:
-        """How long each may take, with the wait for its turn."""
+        """Set the limit for each read, which includes the wait for an earlier one."""
         self.limit_sec = limit_sec
         self._pending: dict[Path, asyncio.Task[object]] = {}
 
     async def take(self, look: Callable[[], _T], folder: Path) -> _T:
-        """What it returns or raises. Raises FolderHangs."""
+        """Return or raise what `look` does. Raises FolderHangs."""
         until_sec = time.monotonic() + self.limit_sec
         while (pending := self._pending.get(folder)) is not None:
             await self._end_of(pending, until_sec)
@@ -116,6 +118,6 @@ class FolderLooks:
 
 
 def _hear(task: asyncio.Task[_T]) -> None:
-    """What nobody waits for any more may fail unsaid: asyncio would log it as a mistake of ours."""
+    """Retrieve the exception of a task that nothing awaits any more; asyncio would log it otherwise."""
     if not task.cancelled():
         task.exception()

@@ -1,4 +1,4 @@
-"""Where a model or an alias comes from that nobody has written into a configuration file."""
+"""Sources of models and aliases that are not written in a configuration file."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from router.system.words import Word
 
 
 class Source(Word):
+    """Where a model or an alias comes from."""
+
     PULLED = "pulled"
     CREATED = "created"
-    """By a client, as Ollama's do."""
+    """Created by a client, as Ollama's clients do."""
     ON_COMMAND_LINE = "--models-dir"
     MODELS_DIRS = "models_dirs"
     HF_CACHE = "hf_cache"
@@ -16,4 +18,4 @@ class Source(Word):
 
 
 FOUND = frozenset(Source) - {Source.CREATED}
-"""Files, with their projectors."""
+"""Sources whose models are discovered files, together with their projectors."""

@@ -1,4 +1,4 @@
-"""Where configured values come from: the file, then `.env` and the environment, then the command line."""
+"""Merges the sources of configured values: the file, then `.env` and the environment, then the command line."""
 
 from __future__ import annotations
 
@@ -31,28 +31,28 @@ _VARIABLES: dict[str, KeyPath] = {
     "STRUCTURED_LOGS": ("system", "structured_logs"),
 }
 _PREFIX = "LLAMA_ROUTER__"
-"""`LLAMA_ROUTER__SYSTEM__BASE_PORT` sets `system.base_port`; so for every key that is not a list."""
+"""Prefix of variables such as `LLAMA_ROUTER__SYSTEM__BASE_PORT`, which sets `system.base_port`; not for lists."""
 
 _OWN_FILE_NAMES = ("llama-router.yaml", "llama-router.yml", "llama-router.json")
 _FILE_NAMES = (*_OWN_FILE_NAMES, "config.json", "config.yaml", "config.yml")
 _MISSPELT_NAME = "konfig.json"
-"""What the documents of an earlier router call its configuration in one place."""
+"""File name that the documentation of an earlier router uses in one place."""
 _SECTION = re.compile(rf"""(?:^|[\s{{,])["']?(?:{"|".join(ConfigFile.model_fields)})["']?\s*:""")
 _ANYBODYS = frozenset({"API_KEY", "DEBUG", "STRUCTURED_LOGS"})
-"""Variables that other programs know by the same name, with values of their own."""
+"""Variables that other programs use as well, with other values."""
 
 _DOTENV = re.compile(r"""(?:export\s+)?(\w+)\s*=(?:\s+#.*|\s*(?:"(.*?)"|'(.*?)'|(.*?))(?:\s+#.*)?)""")
 _Variables = Mapping[str, tuple[str, str]]
-"""The value of each, and where it was set."""
+"""Variables: the value of each, and where it was set."""
 
 
 def read_values(draft: Draft, path: Path | None, overrides: Mapping[str, tuple[str, Any]]) -> Path | None:
-    """Fill a draft; what comes later counts more. Returns the file that was read, if there is one.
+    """Fill a draft from all sources; later ones take precedence. Returns the file that was read, if any.
 
-    `path` is the one that the command line names; `overrides` are as `load` takes them.
+    `path` is the file named on the command line; `overrides` are those of `load`.
     """
     variables = {name: (value, f".env {name}") for name, value in _dotenv(draft)}
-    # Set to nothing is not set, as a variable that a container's file passes on and nobody has set.
+    # An empty variable counts as unset: container definitions pass on variables that are not set.
     variables |= {name: (value, f"env {name}") for name, value in draft.environ.items() if value}
     source = _find_file(draft, variables, path)
     if source is not None:
@@ -70,7 +70,7 @@ def _dotenv(draft: Draft) -> Iterator[tuple[str, str]]:
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return
     except (OSError, UnicodeDecodeError) as error:
-        # Going on without it might serve everybody without the API key that it holds.
+        # It may hold the API key; without it, the router might serve without one.
         draft.problem((), f"cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8'}", ".env")
         return
     for number, line in enumerate(map(str.strip, lines), 1):
@@ -144,7 +144,7 @@ def _apply_environment(draft: Draft, variables: _Variables) -> None:
 
 
 def _speaks_of_models(file: Path) -> bool:
-    """Whether a file with a name that many programs use is the router's: one that cannot be read may be."""
+    """Whether a file whose name many programs use is the router's; one that cannot be read is assumed to be."""
     try:
         return not (tree := read_file(file, file.name)) or any(key in ConfigFile.model_fields for key in tree)
     except ConfigError:
@@ -156,7 +156,7 @@ def _speaks_of_models(file: Path) -> bool:
 
 
 def _not_one_of_ours(key: KeyPath, field: FieldInfo | None, text: str) -> str:
-    """Why a variable's value cannot be one for this key; empty if it can."""
+    """Say why a variable's value is invalid for its key; empty if it is valid."""
     if field is None:
         try:
             TypeAdapter[Any](Key).validate_python(text)
@@ -168,7 +168,7 @@ def _not_one_of_ours(key: KeyPath, field: FieldInfo | None, text: str) -> str:
 
 
 def _from_text(field: FieldInfo, text: str) -> Any:
-    """The text of a variable as the type of its key; text that does not fit is reported with all the rest."""
+    """Convert a variable's text to the type of its key; invalid text is returned, and reported by validation."""
     annotation: Any = field.annotation
     if any(get_origin(kind) is dict for kind in get_args(annotation)):
         with contextlib.suppress(ValueError, RecursionError):

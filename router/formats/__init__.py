@@ -1,1 +1,1 @@
-"""Formats of model files."""
+"""Formats of model files and of model options."""

@@ -1,6 +1,6 @@
-"""The numbers and sizes that ggml and llama.cpp give to things inside a GGUF file.
+"""Numbers and sizes that ggml and llama.cpp define for the contents of GGUF files.
 
-Tables only, each with the place in llama.cpp's source that it follows; `gguf.py` reads files with them.
+Tables only, each with its place in llama.cpp's source; `gguf.py` reads files with them.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ TENSOR_TYPES: Mapping[int, TensorType] = {
     42: TensorType("Q2_0", 64, 18),
 }
 
-# `general.file_type`: `enum llama_ftype` in include/llama.h, with the names that people give to their files.
+# `general.file_type`: `enum llama_ftype` in include/llama.h, with the names that are common in file names.
 FILE_TYPES: Mapping[int, str] = {
     0: "F32",
     1: "F16",
@@ -117,19 +117,19 @@ EMBEDDING_ARCHITECTURES = frozenset(
 )
 
 _A_DRAFT = (
-    "is a draft for speculative decoding, not a model of its own: give it to its model by --spec-draft-model"
+    "is a draft for speculative decoding, not a model of its own: give it to its model with --spec-draft-model"
 )
 _DIFFUSES = "is a diffusion model, which llama-server does not run"
 _SPEAKS = "is a model for speech, which llama-server does not serve"
 # What llama-server refuses, or loads and then answers wrongly: it does not run the encoder of T5, for example
 # (src/llama-arch.cpp, build 11434).
 NOT_SERVED: Mapping[str, str] = {
-    "clef": "answers by decisions only, for which there is no route here",
-    "controlvector": "is a control vector, not a model: give it to one by --control-vector",
+    "clef": "answers with decisions only, for which the router has no route",
+    "controlvector": "is a control vector, not a model: give it to one with --control-vector",
     **dict.fromkeys(("dflash", "eagle3", "gemma4-assistant"), _A_DRAFT),
     **dict.fromkeys(("dream", "llada", "llada-moe", "rnd1"), _DIFFUSES),
     **dict.fromkeys(("pockettts", "qwen3tts"), _SPEAKS),
     "t5": "is an encoder with a decoder, which llama-server does not run",
-    "wavtokenizer-dec": "is a vocoder, which makes sound of what another model says",
+    "wavtokenizer-dec": "is a vocoder, which turns the output of another model into sound",
 }
-"""Architectures that neither chat nor embed, rerank or transcribe, with the reason."""
+"""Architectures that can neither chat nor embed, rerank or transcribe, with the reason."""

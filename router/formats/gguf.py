@@ -1,9 +1,9 @@
-"""What a GGUF file says about itself: metadata, and each tensor's name, type, shape and size.
+"""Reader of GGUF headers: metadata, and each tensor's name, type, shape and size.
 
-Reads the header only: no weights, no vocabulary. Long arrays (tokens, scores, merges) are stepped over, so
-that a vocabulary of 150,000 tokens costs milliseconds. The rules are those of llama.cpp's own reader
-(ggml/src/gguf.cpp): what fails here, no engine loads. A damaged or hostile file raises `GGUFError`, which
-names the byte at fault, in bounded time and memory.
+Reads neither weights nor the vocabulary. Long arrays (tokens, scores, merges) are skipped, so that a vocabulary of
+150,000 tokens takes milliseconds. The rules are those of llama.cpp's own reader (ggml/src/gguf.cpp): a file that
+fails here is loaded by no engine. A damaged or hostile file raises `GGUFError`, which gives the offending byte, in
+bounded time and memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from router.formats.ggml import EMBEDDING_ARCHITECTURES, FILE_TYPES, POOLING_TYP
 from router.formats.gguf_cursor import Cursor, GGUFError, TruncatedGGUF
 
 # Far above any real model (262k tokens and 0.5M merges in Gemma, 47k tensors in an unmerged mixture of
-# experts); they keep a lying header cheap.
+# experts); they bound the cost of a malicious header.
 MAX_KEYS = 1 << 16
 MAX_TENSORS = 1 << 17
 MAX_ARRAY_LENGTH = 1 << 30
@@ -81,16 +81,16 @@ class SplitName(NamedTuple):
 
 
 class NotGGUF(GGUFError):
-    """Not a GGUF file at all."""
+    """Raised for a file that is not in GGUF format."""
 
 
 class UnsupportedGGUF(GGUFError):
-    """A format version that this reader does not know; a newer engine may."""
+    """Raised for a version of the format that this reader does not support; a newer engine may."""
 
 
 @dataclass(frozen=True, slots=True)
 class ArrayStub:
-    """An array that was stepped over: its element type (`str`, `f32`, …) and length."""
+    """A skipped array: its element type (`str`, `f32`, …) and length."""
 
     type: str
     length: int
@@ -101,7 +101,7 @@ MetadataValue: TypeAlias = "str | int | float | bool | tuple[int | float | bool,
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor: the contiguous dimension first, the offset from the start of its file's tensor data."""
+    """A tensor: contiguous dimension first, offset in bytes from the start of its file's tensor data."""
 
     name: str
     shape: tuple[int, ...]
@@ -117,7 +117,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class GGUF:
-    """A model file's header; of a split model, the first part's metadata with the tensors of all parts."""
+    """The header of a model file; for a split model, the first part's metadata and the tensors of all parts."""
 
     path: Path | None
     version: int
@@ -125,22 +125,22 @@ class GGUF:
     metadata: Mapping[str, MetadataValue]
     tensors: tuple[Tensor, ...]
     data_offsets: tuple[int, ...]
-    """Where the tensors of each part begin."""
+    """Offset in bytes of the tensor data in each part."""
     file_bytes: int
     files: tuple[Path, ...]
 
     def hyperparameter(self, key: str) -> MetadataValue | None:
-        """The value of `{architecture}.{key}`."""
+        """Return the value of `{architecture}.{key}`."""
         return self.metadata.get(f"{self.architecture}.{key}")
 
     @property
     def architecture(self) -> str:
-        """`llama`, `qwen3`, …; empty when the file does not say."""
+        """The architecture, such as `llama` or `qwen3`; empty if the file does not name one."""
         return _text(self.metadata.get("general.architecture")) or ""
 
     @property
     def kind(self) -> str:
-        """`model`, or what else GGUF files hold: `mmproj`, `adapter`, `imatrix`."""
+        """The kind of file: `model`, `mmproj`, `adapter` or `imatrix`."""
         if self.architecture == "clip":
             return "mmproj"
         return _text(self.metadata.get("general.type")) or "model"
@@ -172,7 +172,7 @@ class GGUF:
 
     @property
     def is_embedding_model(self) -> bool:
-        """Made to embed text: pools its tokens, or is an encoder. A reranker is not one."""
+        """Whether the model embeds text: it pools tokens, or is an encoder. A reranker is not one."""
         if self.pooling_type == "rank":
             return False
         return self.pooling_type in ("mean", "cls", "last") or self.architecture in EMBEDDING_ARCHITECTURES
@@ -183,7 +183,7 @@ class GGUF:
 
     @property
     def quantization(self) -> str | None:
-        """As the file names it (`Q4_K_M`), else the tensor type that takes the most bytes."""
+        """The quantization that the file names (`Q4_K_M`), else the tensor type that takes the most bytes."""
         file_type = _integer(self.metadata.get("general.file_type"))
         if file_type is not None and file_type in FILE_TYPES:
             return FILE_TYPES[file_type]
@@ -194,16 +194,16 @@ class GGUF:
 
     @property
     def part_count(self) -> int:
-        """Files that the model says it is split into."""
+        """Number of files into which the model is split, according to its metadata."""
         return _integer(self.metadata.get("split.count")) or 1
 
 
 def read(path: Path, *, require_data: bool = True, remember: bool = True) -> GGUF:
-    """The header of a model file and, given the first part of a split model, of its other parts beside it.
+    """Return the header of a model file and, for the first part of a split model, of its other parts.
 
-    With `require_data`, a file that ends before its last tensor does is an error. A file that can't be
-    opened is an OSError. With `remember`, a file that has not changed is not read again; that takes memory,
-    100 KB for 327 tensors.
+    Raises GGUFError, and OSError if a file cannot be opened. With `require_data`, a file that ends before its last
+    tensor is an error. With `remember`, an unchanged file is not read again, which takes 100 KB of memory for 327
+    tensors.
     """
     first = _read_part(path, 0, require_data, remember)
     parts = first.part_count
@@ -249,9 +249,9 @@ def read(path: Path, *, require_data: bool = True, remember: bool = True) -> GGU
 
 
 def parse(buffer: bytes | memoryview, *, file_bytes: int, source: str = "<buffer>") -> GGUF:
-    """The header of one file of `file_bytes` bytes, from its first bytes; `source` names it in errors.
+    """Parse the header of a file of `file_bytes` bytes from its first bytes; `source` names it in errors.
 
-    `TruncatedGGUF` when the header goes on after `buffer`: fetch more and try again.
+    Raises GGUFError: `TruncatedGGUF` if the header continues after `buffer`; then retry with more bytes.
     """
     head = io.BytesIO(memoryview(buffer)[:file_bytes])
     header = _parse(head, source, min(len(buffer), file_bytes), file_bytes)
@@ -260,7 +260,7 @@ def parse(buffer: bytes | memoryview, *, file_bytes: int, source: str = "<buffer
 
 
 def capabilities(model: GGUF, projector: GGUF | None = None) -> tuple[str, ...]:
-    """What the model was made for, as far as its file says: it does not know the engine's flags."""
+    """Return what the model can be used for, according to its files and regardless of engine flags."""
     if model.kind != "model":
         return ()
     if model.pooling_type == "rank":
@@ -271,7 +271,7 @@ def capabilities(model: GGUF, projector: GGUF | None = None) -> tuple[str, ...]:
 
 
 def senses(projector: GGUF) -> tuple[str, ...]:
-    """What a model perceives by it: `vision`, `audio`."""
+    """Return the input modalities that a projector adds: `vision`, `audio`."""
     return tuple(
         sense for sense in ("vision", "audio") if projector.metadata.get(f"clip.has_{sense}_encoder") is True
     )
@@ -279,10 +279,10 @@ def senses(projector: GGUF) -> tuple[str, ...]:
 
 def _read_part(path: Path, part: int, require_data: bool, remember: bool) -> GGUF:
     status = path.stat()
-    if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for ever
+    if not stat.S_ISREG(status.st_mode):  # opening a named pipe would block forever
         raise GGUFError(str(path), "is not a regular file")
     if remember:
-        path.open("rb").close()  # what is remembered may have become unreadable, and no engine would load that
+        path.open("rb").close()  # a cached file may have become unreadable, and then no engine can load it
         header = _remembered(path, part, status.st_ino, status.st_mtime_ns, status.st_size)
     else:
         header = _header(path, part)
@@ -293,7 +293,7 @@ def _read_part(path: Path, part: int, require_data: bool, remember: bool) -> GGU
 
 @functools.lru_cache(maxsize=1024)
 def _remembered(path: Path, part: int, *_version: int) -> GGUF:
-    """Stepping over the 300,000 strings of a vocabulary takes 60 ms, before every load."""
+    """Return the cached header: skipping the 300,000 strings of a vocabulary takes 60 ms before every load."""
     return _header(path, part)
 
 
@@ -409,7 +409,7 @@ def _read_array(cursor: Cursor) -> MetadataValue:
 
 
 def _read_tensors(cursor: Cursor, count: int, alignment: int, part: int) -> tuple[Tensor, ...]:
-    """Of a type that only newer or other engines know, a tensor takes the room up to the next one."""
+    """Read the tensor infos. A tensor of an unknown type is assumed to take the space up to the next one."""
     tensors: dict[str, Tensor] = {}
     data_bytes = 0
     before: Tensor | None = None

@@ -1,7 +1,7 @@
-"""Forward through a GGUF file: its numbers, names and strings, and what is wrong with one, byte by byte.
+"""Sequential reader of the numbers, names and strings in a GGUF file; errors give the offending byte.
 
-The file is read through a small window, not mapped: a model that shrinks while it is read (a download that
-starts again) would kill a process that maps it.
+The file is read through a small window instead of being mapped: a file that shrinks while it is read (a download
+that starts again) would kill a process that maps it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any, NoReturn
 
 WINDOW_BYTES = 256 * 1024
 
-# Far above any real model, as those in `gguf.py`; they keep a lying header cheap.
+# Far above any real model, as those in `gguf.py`; they bound the cost of a malicious header.
 MAX_KEPT_BYTES = 8 << 20
 MAX_STRINGS = 1 << 22
 
 
 class GGUFError(ValueError):
-    """A file that no engine would load: which one, why, and at which byte."""
+    """Raised for a file that no engine can load; gives the file, the reason, and the offset in bytes."""
 
     def __init__(self, path: str, reason: str, offset: int | None = None) -> None:
         super().__init__(path, reason, offset)
@@ -33,11 +33,11 @@ class GGUFError(ValueError):
 
 
 class TruncatedGGUF(GGUFError):
-    """The file, or the part of it at hand, ends before its header or its tensor data does."""
+    """Raised when the file, or the given part of it, ends before its header or tensor data does."""
 
 
 class Cursor:
-    """Reads forward through a file of which `available` bytes can be had, in a window of bounded size."""
+    """Reads the first `available` bytes of a file sequentially, through a window of bounded size."""
 
     def __init__(self, file: io.FileIO | io.BytesIO, path: str, available: int, file_bytes: int) -> None:
         self.path = path
@@ -101,7 +101,7 @@ class Cursor:
         self._position += nbytes
 
     def skip_strings(self, count: int) -> None:
-        """The loop that a vocabulary's cost lies in: one addition and one unpacked length per string."""
+        """Skip an array of strings. This loop dominates the cost of a vocabulary, so it does little per string."""
         self._strings += count
         if self._strings > MAX_STRINGS:
             self.fail(f"claims {self._strings:,} strings in its arrays", self.offset - 8)
@@ -131,7 +131,7 @@ class Cursor:
             self.fail(f"claims {self._kept:,} bytes of names and values, in {self.reading}", self.offset)
 
     def _advance(self, nbytes: int) -> int:
-        """Step over `nbytes` bytes; their place in the window."""
+        """Advance by `nbytes` bytes and return their position in the window."""
         start = self._position
         if start + nbytes > len(self._window):
             offset = self.offset

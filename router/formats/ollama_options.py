@@ -1,7 +1,7 @@
-"""Ollama's options, which are also a Modelfile's parameters, in llama-server's words.
+"""Translates Ollama's options, which are also the parameters of a Modelfile, to those of llama-server.
 
-Some concern one answer and are parameters of a request; others are decided when a model is loaded, and are flags
-of its engine. Which is which, and what they are called: api/types.go of Ollama, `--help` of llama-server.
+Some apply to one response and become request parameters; others apply when a model is loaded and become engine
+flags. Sources: api/types.go of Ollama, `--help` of llama-server.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _OF_ANSWERS = {**_NUMBERS, **_INTEGERS, "stop": "stop"}
 _OLLAMAS = {ours: theirs for theirs, ours in _OF_ANSWERS.items()} | {"max_tokens": "num_predict"}
 
 _UNLIMITED = -1
-"""To llama-server. To Ollama any number below 1 is, where llama-server takes 0 for none and refuses -2."""
+"""llama-server's value. Ollama accepts any number below 1; llama-server reads 0 as no tokens and rejects -2."""
 
 _FLAGS = {"num_batch": "batch-size", "num_gpu": "n-gpu-layers", "num_thread": "threads"}
 _LEFT_TO_THE_ENGINE = {"num_batch": 0, "num_gpu": -1, "num_thread": 0}
@@ -41,7 +41,7 @@ _LARGEST_FLAG = 2**31 - 1
 
 
 class BadOption(ValueError):
-    """A value that its option cannot have."""
+    """Raised for an invalid value of an option."""
 
     def __init__(self, name: str, wanted: str) -> None:
         super().__init__(f'option "{name}" must be {wanted}')
@@ -49,7 +49,7 @@ class BadOption(ValueError):
 
 
 def request_parameters(options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Those that concern one answer; Ollama reads over what it does not know, too. Raises BadOption."""
+    """Return the request parameters among the options; like Ollama, ignore unknown ones. Raises BadOption."""
     translated: dict[str, Any] = {}
     for name, value in (options or {}).items():
         if value is None:
@@ -67,17 +67,17 @@ def request_parameters(options: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def unknown_options(options: Mapping[str, Any]) -> list[str]:
-    """Those that are set, and neither concern an answer nor are flags here."""
+    """Return the names of options that are set and not supported."""
     return [name for name, value in options.items() if value is not None and name not in (*_OF_ANSWERS, *OF_LOADS)]
 
 
 def load_flags(
     options: Mapping[str, Any], slots: int, context: int | None, given: Callable[[str], str | None]
 ) -> dict[str, str]:
-    """Flags with their values that an engine needs beyond what it has anyway: none if that is enough.
+    """Return the flags and values that an engine needs in addition to its current ones; empty if these suffice.
 
-    `slots` share the context size that a flag sets; `context` is what each of them has now, in tokens (None:
-    unknown), and `given` the value that a flag has now. Raises BadOption.
+    `slots` is the number of slots that share the context size set by a flag; `context` is the current context of
+    each in tokens (None: unknown), and `given` returns the current value of a flag. Raises BadOption.
     """
     return dict(_load_flags(options, slots, context, given))
 
@@ -108,12 +108,12 @@ def _load_flags(
 
 
 def as_options(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of requests as Ollama calls them; those that it does not know are left out."""
+    """Translate request parameters back to Ollama's names; those without one are left out."""
     return {_OLLAMAS[name]: value for name, value in parameters.items() if name in _OLLAMAS}
 
 
 def option_lines(options: Mapping[str, Any]) -> list[str]:
-    """As `ollama show` prints them: a line for each value, texts in quotes."""
+    """Format options as `ollama show` does: one line per value, text in quotes."""
     each = (
         (name, item) for name, value in options.items() for item in (value if isinstance(value, list) else [value])
     )

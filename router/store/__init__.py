@@ -1,1 +1,1 @@
-"""Model files and where they come from: folders, other programs' caches, the hub, what clients create."""
+"""Model files and their sources: folders, other programs' caches, the hub, and creations of clients."""

@@ -1,10 +1,10 @@
-"""What clients have made: names with a behaviour of their own, models of files that they sent, and copies.
+"""Records of models created by clients: names with modified requests, models of uploaded files, and copies.
 
-It lies in the state directory, in `created.json`, with the files in `blobs/`. Here is what is written down, and
-what it means in terms of the configuration; making and removing it is the business of `creations.py`.
+They are stored in the state directory: `created.json`, with the files in `blobs/`. This module defines the records
+and translates them to entries of the configuration; `creations.py` adds and removes them.
 
-Each record stands for itself: what it was made from, when that was created, too, is copied into it. Only the name
-of a model or alias that was not created is kept as a name, and if that goes, what was made from it is not served.
+Each record is self-contained: if it was made from another created model, that record is copied into it. Only a
+model or alias that was not created is kept by name; if it disappears, the models made from it are not served.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from router.formats.ollama_options import BadOption, request_parameters
 from router.store.blobs import Blobs
 
 FILE = "created"
-"""Its name, to `State.file`."""
+"""Name of the file of records, for `State.file`."""
 
 
 class Example(msgspec.Struct, frozen=True):
@@ -33,19 +33,21 @@ class Example(msgspec.Struct, frozen=True):
 
 
 class Created(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A model created by a client."""
+
     created_at: float
     """Seconds since the epoch."""
     base: str = ""
-    """The model or alias that it was made from; empty if it was made of files."""
+    """The model or alias that it was made from; empty if it was made from files."""
     model: str = ""
     projector: str = ""
     template: str = ""
     """Digests of files, as 64 hexadecimal digits; the template is llama-server's, in Jinja."""
     flags: dict[str, str] = {}
-    """What its engine is started with, beyond what its base's is."""
+    """Flags of its engine in addition to those of its base."""
     system: str = ""
     parameters: dict[str, Any] = {}
-    """As Ollama calls them."""
+    """Request parameters by Ollama's names."""
     messages: tuple[Example, ...] = ()
     license: tuple[str, ...] = ()
 
@@ -55,14 +57,14 @@ class Created(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def engine(self) -> tuple[object, ...] | None:
-        """All that its engine is started with; None if it uses that of its base."""
+        """Everything that its engine is started with; None if it uses the engine of its base."""
         if self.model or self.template or self.flags:
             return (self.base, self.model, self.projector, self.template, *sorted(self.flags.items()))
         return None
 
 
 def read(folder: Path) -> dict[str, Created]:
-    """By name; nothing if there is no such folder. Raises OSError for what cannot be read."""
+    """Return the records by name; none if the folder does not exist. Raises OSError if they cannot be read."""
     try:
         records = msgspec.json.decode((folder / f"{FILE}.json").read_bytes(), type=dict[str, Created])
         for made in records.values():
@@ -75,7 +77,7 @@ def read(folder: Path) -> dict[str, Created]:
 
 
 def set_aside(folder: Path) -> bool:
-    """Whether there are records which could not be read."""
+    """Whether records were set aside because they could not be read."""
     return (folder / f"{FILE}.json.broken").exists()
 
 
@@ -89,14 +91,14 @@ def missing_file(made: Created, folder: Path) -> Path | None:
 
 
 def made_from(records: Mapping[str, Created], name: str) -> list[str]:
-    """What is not served without the model or alias of that name."""
+    """Return the created models that are not served without the model or alias of that name."""
     return [other for other, made in records.items() if made.base == name]
 
 
 def engines(records: Mapping[str, Created], apart: Container[str]) -> dict[str, str]:
-    """Names that need an engine of their own, with the model that it is: of those who need the same, the first.
+    """Map names that need an engine of their own to the model that provides it: the first with the same engine.
 
-    Names that are `apart`, as the configuration gives them flags, share none.
+    Names in `apart` share no engine, because the configuration gives them flags.
     """
     first: dict[tuple[object, ...], str] = {}
     return {
@@ -113,10 +115,10 @@ def model_entries(
     models: Mapping[str, Any],
     model_of: Callable[[str], str],
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """For each of the `engines`, what it adds to the configuration's `models`, as it would be written there.
+    """Yield the names that are models in `own`, each with its entry for the section `models`.
 
-    `model_of` gives the model that a name stands for. What was made from one that is not there is left out. Those
-    made of files come first: when the others are asked for, they are expected in `models`.
+    `model_of` returns the model that a name refers to. Models whose base is missing are left out. Models made from
+    files come first, and the caller adds them to `models` before it asks for the others.
     """
     for name, made in sorted(records.items(), key=lambda item: bool(item[1].base)):
         base = models.get(model_of(made.base)) if made.base else {}
@@ -145,7 +147,7 @@ def _model_entry(made: Created, folder: Path, base: Mapping[str, Any]) -> dict[s
 
 
 def alias(name: str, made: Created, model: str, base: AliasConfig | None) -> AliasConfig:
-    """What requests under its name are changed to. `base` is the alias that it was made from, if it was one."""
+    """Return the alias that modifies requests for a created model; `base` is the alias that it was made from."""
     named = replace(base or AliasConfig(name, model), alias=name, uses=model, source=Source.CREATED)
     settled = {*named.forced, *named.removed}
     own = request_parameters(made.parameters)

@@ -1,8 +1,8 @@
-"""The models in a folder: which GGUF files there are, what to call them, and their projectors.
+"""Discovers the models in a folder: its GGUF files, their aliases, and their projectors.
 
-A split model counts once, by its first part. A file that no engine could serve as a model is reported with
-the reason: it is never fatal and never left out in silence; nor is one that is still being written or fetched.
-Reads headers; loads and changes nothing. Stores with a layout of their own are the business of `external.py`.
+A split model counts once, by its first part. A file that cannot be served, or is still being written or
+downloaded, is reported with the reason; it is neither fatal nor silently ignored. Only headers are read, and
+nothing is changed. Stores with layouts of their own are handled by `external.py`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from router.formats.gguf_cursor import GGUFError, TruncatedGGUF
 from router.store.created import Created
 
 SETTLE_SEC = 1.0
-"""A file that changed within this time may still be written to: some programs reserve the whole size first."""
+"""A file that changed within this time may still be growing: some programs reserve the whole size first."""
 
 _DOWNLOADING = (".aria2", ".part", ".partial", ".crdownload", ".download", ".filepart", ".st", ".lftp-pget-status")
-"""Endings of what aria2, browsers, WinSCP, axel and lftp keep beside a file for as long as it is not whole."""
+"""Suffixes of the files that aria2, browsers, WinSCP, axel and lftp keep beside an incomplete file."""
 _LARGE_TENSOR = 1 << 20
 _SAMPLE = 4096
 _CALLED_BY_MANY = frozenset(
@@ -43,14 +43,14 @@ _MOST_PARTS = 1000
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A model to serve as `alias`, with the projector that lets it see or hear. Headers without tensors."""
+    """A model to serve as `alias`, with its projector for images or audio. Headers without tensors."""
 
     alias: str
     path: Path
     model: GGUF
     projector: GGUF | None = None
     made: Created | None = None
-    """What its store adds to the file: a system prompt, parameters, examples."""
+    """System prompt, parameters and examples that its store attaches to the file."""
 
     @property
     def capabilities(self) -> tuple[str, ...]:
@@ -59,7 +59,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A GGUF file, or a folder, that gives no model, and why."""
+    """A GGUF file or a folder that is not served, and why."""
 
     path: Path
     reason: str
@@ -72,7 +72,7 @@ class Discovery:
 
 
 def discover(root: Path, headers: Headers | None = None, *, settle_sec: float = 0.0) -> Discovery:
-    """Every model in `root` and the folders below it. OSError when `root` is no folder that can be read."""
+    """Return every model in `root` and the folders below it. Raises OSError if `root` cannot be read."""
     os.scandir(root).close()
     survey = Survey(headers, settle_sec)
     found = [each for _, paths in survey.folders(root) for each in survey.models(paths)]
@@ -81,19 +81,19 @@ def discover(root: Path, headers: Headers | None = None, *, settle_sec: float = 
 
 
 class Survey:
-    """A look at the files of one place, which remembers what was skipped."""
+    """A scan of the files of one place, which records what was skipped."""
 
     def __init__(self, headers: Headers | None = None, settle_sec: float = 0.0) -> None:
-        """A file that has changed within `settle_sec` may still be written to."""
+        """Files that changed within the last `settle_sec` are considered unfinished."""
         self.skipped: list[Skipped] = []
         self._headers = headers or Headers()
         self._settle_sec = settle_sec
         self._seen: dict[str, Path] = {}
         self._unfinished: dict[Path, str] = {}
-        """Files that are being fetched, with what lies beside them that tells."""
+        """Files that are being downloaded, each with the name of the file beside it that shows this."""
 
     def folders(self, root: Path) -> Iterator[tuple[Path, list[Path]]]:
-        """Each folder with the GGUF files in it; of split ones the first part."""
+        """Yield each folder with its GGUF files; of split models, the first part."""
         for folder, names in _folders(root, self.skipped):
             for name in names:
                 file, ending = os.path.splitext(name)
@@ -102,7 +102,7 @@ class Survey:
             yield folder, list(_first_parts(folder, names, self.skipped))
 
     def models(self, paths: Iterable[Path], *, of_one_repository: bool = False) -> list[Found]:
-        """The models among files that lie together, each once, without alias and with its projector."""
+        """Return the models among files of one folder, each once, without alias and with its projector."""
         models: dict[Path, GGUF] = {}
         projectors: dict[Path, GGUF] = {}
         for path in paths:
@@ -133,7 +133,7 @@ class Survey:
         return found
 
     def read(self, path: Path) -> GGUF | None:
-        """The header, without tensors, of a file to serve; None if it is skipped, with the reason in `skipped`."""
+        """Return the header of a file, without tensors; None if it is skipped, with the reason in `skipped`."""
         try:
             str(path).encode()
             return self._headers.of(path, self._settle_sec, self._unfinished.get(path, ""))
@@ -145,13 +145,13 @@ class Survey:
             reason = str(error)
         except OSError as error:
             reason = error.strerror or str(error)
-        except Exception as error:  # whatever is in it, the others are found
+        except Exception as error:  # one bad file must not hide the others
             reason = f"is unreadable: {error!r}"
         self.skip(path, reason)
         return None
 
     def projector_for(self, model: GGUF, path: Path | None) -> GGUF | None:
-        """The header of the one that was chosen for a model; None if it is skipped, with the reason kept."""
+        """Return the header of a model's projector; None if it is skipped, with the reason in `skipped`."""
         header = self.read(path) if path is not None else None
         if path is not None and header is not None and not fits(model, header):
             self.skip(path, f"is a projector of another kind or width than {model.path} takes")
@@ -166,42 +166,42 @@ class Survey:
 
 
 class Unfit(Exception):
-    """A file is whole, but nothing that an engine could answer with; the message says what it is."""
+    """Raised for a complete file that no engine can serve; the message says what it is."""
 
 
 class Unfinished(Exception):
-    """A file is still to become whole; the message says how that is known."""
+    """Raised for an incomplete file; the message says how that is known."""
 
 
 _Stamps = tuple[tuple[str, int, int], ...]
-"""Path, size and time of the last change (ns) of each file that belongs together; size -1: it is not there."""
+"""Path, size and modification time (ns) of each part of a model; size -1: the part is missing."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Known:
     stamps: _Stamps
     header: GGUF | str | None
-    """A text: why it is unfit; None: nobody has asked for it."""
+    """A text says why the file is unfit; None means that the header was not requested."""
 
 
 class Headers:
-    """What is known of files, each as it was when it had settled.
+    """Headers of files, each in its last complete state.
 
-    One that has not changed since `before` is not read again. One that is being replaced still counts as what it
-    was, so that what was loaded of it is served until the new one is whole.
+    A file that has not changed since the previous scan, `before`, is not read again. A file that is being replaced
+    keeps its previous header, so that the loaded model is served until the new file is complete.
     """
 
     def __init__(self, before: Headers | None = None) -> None:
         self.settling = False
-        """One of them has changed a moment ago: look again after SETTLE_SEC."""
+        """True if a file changed just before the scan: scan again after SETTLE_SEC."""
         self._before: Mapping[Path, _Known] = before._now if before is not None else {}
         self._now: dict[Path, _Known] = {}
 
     def of(self, path: Path, settle_sec: float = 0.0, beside: str = "") -> GGUF:
-        """The header of a model, with its first tensor only, or of a projector, with those that tell its width.
+        """Return the header of a model with its first tensor, or of a projector with those that show its width.
 
-        One that was not there before must have been left alone for `settle_sec`. `beside` names what lies there
-        as long as the file is not whole. Raises Unfit, Unfinished, GGUFError and OSError.
+        A new file must have been unchanged for `settle_sec`. `beside` names the file that a download program keeps
+        beside an incomplete one. Raises Unfit, Unfinished, GGUFError and OSError.
         """
         known = self._now.get(path)
         if known is None or known.header is None:
@@ -226,12 +226,12 @@ class Headers:
         return known
 
     def last(self, path: Path) -> GGUF | None:
-        """The header of a file that is gone, which others may be about to take the place of."""
+        """Return the previous header of a file that is missing, perhaps because it is being replaced."""
         known = self._before.get(path)
         return known.header if known is not None and isinstance(known.header, GGUF) else None
 
     def identity(self, path: Path) -> _Stamps:
-        """Changes when another file has taken its place and has settled. Raises OSError."""
+        """Return the stamps of a file; they change once a new file has replaced it and settled. Raises OSError."""
         if path not in self._now:
             known = self._before.get(path)
             try:
@@ -247,9 +247,11 @@ class Headers:
         return self._now[path].stamps
 
     def _check_settled(self, stamps: _Stamps, settle_sec: float) -> None:
-        """By the wall clock, as files know no other. What is from the future counts as settled: the clock was set
-        back, and it would not be served until then. So if the clock is set while a file is written, or a file
-        server's is ahead, a look may take it for whole; the next change to it has it looked at again.
+        """Raise Unfinished for files that changed within `settle_sec`, by the wall clock that file systems use.
+
+        A time in the future counts as settled: the clock was set back, and the file would not be served until
+        then. So if the clock is changed during a write, or a file server's clock is ahead, a partial file may be
+        taken for complete; its next change causes another look.
         """
         age_sec = time.time() - max((changed_ns for _, _, changed_ns in stamps), default=0) / 1e9
         if 0 <= age_sec < settle_sec:
@@ -262,13 +264,13 @@ def is_projector(path: Path, header: GGUF) -> bool:
 
 
 def quantization(path: PurePath) -> str | None:
-    """What a file's name, or else its folder's, says of its quantization, in capitals: `Q4_K_M`, `UD-Q4_K_XL`."""
+    """Return the quantization in the name of a file, or of its folder, in capitals: `Q4_K_M`, `UD-Q4_K_XL`."""
     found = _QUANTIZATION.search(stem(path)) or _QUANTIZATION.search(f"-{path.parent.name}")
     return found["label"].upper() if found else None
 
 
 def _folders(root: Path, skipped: list[Skipped]) -> Iterator[tuple[Path, list[str]]]:
-    """Each folder once, with its file names sorted; links to folders are followed, but not in circles."""
+    """Yield each folder once, with its file names sorted; links to folders are followed, but not in cycles."""
 
     def unreadable(error: OSError) -> None:
         skipped.append(Skipped(Path(error.filename), error.strerror or str(error)))
@@ -295,13 +297,13 @@ def _first_parts(folder: Path, names: Sequence[str], skipped: list[Skipped]) -> 
 
 
 def _first_part(name: str) -> str:
-    """Of a split model; else the name itself."""
+    """Return the name of the first part of a split model; of any other file, its own name."""
     split = SplitName.of(name)
     return name if split is None or split.part == 1 else split.name()
 
 
 def _read(path: Path) -> GGUF | str:
-    """The header, without most tensors, which would take megabytes; or a text that says why the file is unfit.
+    """Return the header without most tensors, which would take megabytes, or the reason why the file is unfit.
 
     Raises Unfinished, GGUFError and OSError.
     """
@@ -315,12 +317,12 @@ def _read(path: Path) -> GGUF | str:
 
 
 def _not_written(header: GGUF) -> str | None:
-    """A large tensor that lies in a hole of its file as a whole; None if there is none.
+    """Name a large tensor that lies entirely in a hole of its file; None if there is none.
 
-    Programs that download reserve the whole size first, which leaves holes where nothing has come yet. File
-    systems that compress make holes of zeros, too, but no model has a matrix of nothing else. How many blocks a
-    file takes says less: it depends on compression, too, and some tell it only later. A hole is believed once it
-    was read: what a remote file system has not fetched yet may look like one.
+    Download programs reserve the whole size first, which leaves holes where no data has arrived. Compressing file
+    systems turn zeros into holes as well, but no model has a large tensor of zeros only. The number of allocated
+    blocks is less reliable: it depends on compression, and some file systems update it late. A hole counts only
+    after reading it, because data that a remote file system has not fetched may look like one.
     """
     for part, path in enumerate(header.files):
         large = [each for each in header.tensors if each.part == part and each.nbytes >= _LARGE_TENSOR]
@@ -337,13 +339,13 @@ def _is_hole(file: int, start: int, end: int) -> bool:
         if os.lseek(file, start, os.SEEK_DATA) < end:
             return False
     except OSError as error:
-        if error.errno != errno.ENXIO:  # there is no data after `start`; else it cannot tell
+        if error.errno != errno.ENXIO:  # ENXIO: no data after `start`; others: holes are not supported
             return False
     return not any(os.pread(file, _SAMPLE, (start + end) // 2))
 
 
 def _stamps(path: Path) -> _Stamps:
-    """Of every part of a model, or of any other file. Raises OSError if it is not there."""
+    """Return the stamps of every part of a model, or of any other file. Raises OSError if it is missing."""
     split = SplitName.of(path.name)
     names = split.names if split is not None and split.parts <= _MOST_PARTS else [path.name]
     stamps: list[tuple[str, int, int]] = []
@@ -360,17 +362,17 @@ def _stamps(path: Path) -> _Stamps:
 
 
 _MERGERS = ("qwen2vl", "qwen2.5vl", "qwen2.5o", "qwen3vl")
-"""How the kinds of projectors begin whose models have an architecture of their own, which places what they see."""
+"""Prefixes of the kinds of projectors that require a model with a vision architecture of its own."""
 _READERS = frozenset({"qwen2", "qwen2moe", "qwen3", "qwen3moe"})
-"""The architectures of their sisters, which read and write only."""
+"""Text-only architectures of the same families."""
 _OF_SENSES = re.compile(r"(?<![a-z])(?:vlm?|omni|vision|audio)(?![a-z])")
 
 
 def fits(model: GGUF, projector: GGUF) -> bool:
-    """Whether what a projector puts out is of the kind that the model takes, and as wide, as far as headers tell.
+    """Whether the output of a projector has the kind and width that the model takes, as far as headers show.
 
-    Converters write the width down; older ones wrote what the encoder's own projection has, of no use here. Then
-    it is that of some projecting tensor.
+    Converters record the width; older ones recorded that of the encoder's own projection instead. In that case the
+    width is that of one of the projecting tensors.
     """
     if model.architecture in _READERS and _kind_of(projector).startswith(_MERGERS):
         return False
@@ -383,33 +385,32 @@ def fits(model: GGUF, projector: GGUF) -> bool:
 
 
 def _kind_of(projector: GGUF) -> str:
-    """As its first encoder says."""
+    """Return the kind of a projector, from the first encoder that names one."""
     keys = ("clip.projector_type", "clip.vision.projector_type", "clip.audio.projector_type")
     return next((str(projector.metadata[key]) for key in keys if key in projector.metadata), "")
 
 
 def is_of_a_sister(model: GGUF, projector: GGUF) -> bool:
-    """Whether a projector is called one for `Qwen2.5-VL`, and the model `Qwen2.5`."""
+    """Whether the names suggest different siblings: a projector for `Qwen2.5-VL`, but the model is `Qwen2.5`."""
     says_so = _OF_SENSES.search(_called(projector)) is not None
     return says_so and not (_OF_SENSES.search(_called(model)) or model.architecture.endswith(("vl", "vlmoe")))
 
 
 def _telling_words(header: GGUF) -> set[str]:
-    """What it is called: `qwen`, `gemma`; no sizes, and nothing that many are called."""
+    """Return the distinctive words of a model's name, such as `qwen`: no sizes, and no common words."""
     return set(re.findall(r"[a-z]{3,}", _called(header))) - _CALLED_BY_MANY
 
 
 def _called(header: GGUF) -> str:
-    """By its file and by the file's header, in small letters."""
+    """Return the name of the file and the name in its header, in lower case."""
     return f"{stem(header.path) if header.path is not None else ''} {header.name or ''}".lower()
 
 
 def projector_of(model: _Path, models: Sequence[_Path], projectors: Mapping[_Path, int]) -> _Path | None:
-    """The projector (with its size) to run `model` with: one whose name begins the model's, the longest, then
-    the smallest.
+    """Choose a projector for `model`; `projectors` maps candidates to their sizes.
 
-    Projectors are often called just `mmproj-F16`: beside one model, in whatever quantizations,
-    any will do.
+    Its name must be a prefix of the model's; the longest wins, then the smallest file. Many projectors are named
+    just `mmproj-F16`: in a folder with one model, in any quantizations, every projector qualifies.
     """
     if not projectors:
         return None
@@ -427,20 +428,20 @@ def projector_of(model: _Path, models: Sequence[_Path], projectors: Mapping[_Pat
 
 
 def _words(path: PurePath) -> tuple[str, ...]:
-    """What a file is called, less `mmproj` and the quantization."""
+    """Return the words of a file name without `mmproj` and the quantization."""
     name = _QUANTIZATION.sub("", stem(path).lower().replace("mmproj", ""))
     return tuple(word for word in re.split(r"[-._\s]+", name) if word)
 
 
 def stem(path: PurePath) -> str:
-    """The name of a file, or of the model that it is a part of, without its ending and without spaces."""
+    """Return the name of a file, or of the split model it belongs to, without extension and spaces."""
     split = SplitName.of(path.name)
     name = re.sub(r"\s+", "-", split.stem if split else path.stem)
     return path.name if name == "." else name  # which no path can end in
 
 
 def _aliases(paths: Sequence[Path]) -> list[str]:
-    """The shortest name for each file that tells it from all others."""
+    """Return the shortest unique name for each file."""
     choices = [
         (
             stem(path),
@@ -456,5 +457,5 @@ def _aliases(paths: Sequence[Path]) -> list[str]:
         uses = Counter(aliases)
         if len(uses) == len(aliases):
             return aliases
-        # The last choice, the path, is unlike all other paths: it need not give way to another file's alias.
+        # The last choice, the path, is unique: it need not give way to the alias of another file.
         ranks = [min(rank + (uses[alias] > 1), 3) for rank, alias in zip(ranks, aliases, strict=True)]

@@ -1,7 +1,7 @@
-"""The pulls of a running router, each in a process of its own, so that none can hold up a request.
+"""Runs the pulls of a router, each in a process of its own, so that none delays requests.
 
-A pull belongs to the router, not to who asked for it: it goes on when they leave, and who asks for the same one
-joins it. What a pull does is in `pull.py`; here it is started, listened to and stopped.
+A pull belongs to the router, not to the client that requested it: it continues when the client disconnects, and
+requests for the same model join it. `pull.py` does the work; this module starts, follows and stops it.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _START = "import sys; sys.path[:0] = {folders!r}; from router.store.pull import 
 
 
 class TooManyPulls(Exception):
-    """As many as may are running."""
+    """Raised when the maximum number of pulls is running."""
 
 
 class NoMorePulls(Exception):
-    """The router is about to end."""
+    """Raised when the router is shutting down."""
 
 
 class Pull:
-    """One download, running or over."""
+    """A pull, running or ended."""
 
     def __init__(
         self, reference: repository.Reference, alias: str | None, taken: Mapping[str, str], q4_above_bytes: int
@@ -63,7 +63,7 @@ class Pull:
         self._news = asyncio.Event()
 
     async def follow(self) -> AsyncIterator[Progress]:
-        """The progress, now and at every change that the reader keeps up with, to the last."""
+        """Yield the progress, now and at every change up to the last; slow readers skip intermediate ones."""
         while True:
             news, over = self._news, self.over
             yield self.progress
@@ -73,7 +73,7 @@ class Pull:
 
 
 class Downloads:
-    """Starts pulls and remembers the last ones. `look_again` makes the router see the files that are there."""
+    """Starts pulls and keeps the recent ones. `look_again` makes the router scan for models."""
 
     def __init__(self, look_again: Callable[[], Awaitable[object]]) -> None:
         self.pulls: dict[str, Pull] = {}
@@ -83,9 +83,9 @@ class Downloads:
     def start(
         self, reference: repository.Reference, alias: str | None, taken: Mapping[str, str], q4_above_bytes: int
     ) -> Pull:
-        """Pull a model, or join the pull that does so already. Raises TooManyPulls, NoMorePulls.
+        """Start a pull, or join the running pull of the same model. Raises TooManyPulls, NoMorePulls.
 
-        `taken` are names of its repository under which something else is served, each with where that is from.
+        `taken` maps names of the repository that are already in use to the sources of those models.
         """
         if self._is_ending:
             raise NoMorePulls
@@ -104,7 +104,7 @@ class Downloads:
         return pull
 
     async def cancel(self, pull: Pull) -> None:
-        """Stop it. What has arrived is kept for the next time."""
+        """Stop a pull. The partial download is kept for the next one."""
         if pull.task is not None and not pull.over:
             pull.cancelled = True
             pull.task.cancel()
@@ -124,13 +124,13 @@ class Downloads:
                     if last.status in ("resolving", "downloading"):
                         pull.tell(last)
             if last.status == "success":
-                await self.look_again()  # so that who hears of it can use it
+                await self.look_again()  # before success is reported, so that clients can use the model
             if last.status not in ("success", "failed"):
                 problem = Problem("internal_error", "The download failed; see the router's log.")
                 last = msgspec.structs.replace(last, status="failed", error=problem)
         except asyncio.CancelledError:
             last = msgspec.structs.replace(last, status="cancelled", eta_sec=None, bytes_per_sec=0.0)
-        except Exception as error:  # whatever it is, nobody must wait for more
+        except Exception as error:  # followers must not wait forever
             _log.exception("pull of %s: the download broke", pull.progress.reference)
             problem = Problem("internal_error", f"The download failed: {error}")
             last = msgspec.structs.replace(last, status="failed", error=problem)
@@ -148,7 +148,7 @@ def _command(pull: Pull) -> list[str]:
 
 
 async def _progress(pull: Pull) -> AsyncGenerator[Progress, None]:
-    """What the process says. It is gone when this ends, however it ends."""
+    """Yield the progress that the process reports; the process is killed when the generator ends."""
     environ = {**os.environ, "MODEL_Q4_THRESHOLD_BYTES": str(pull.q4_above_bytes)}
     process = processes.spawn(_command(pull), environ, sys.stderr.fileno())
     reader = asyncio.StreamReader(limit=_LONGEST_LINE)

@@ -1,7 +1,7 @@
-"""Models that other programs have downloaded: the Hugging Face cache, and Ollama's store. Reads only.
+"""Discovers models that other programs have downloaded: the Hugging Face cache and Ollama's store. Read-only.
 
-Both are looked into only when the configuration says so, and each has its own naming: a file of the Hugging
-Face cache is `USER/REPO:QUANT`, as for `llama-server -hf`; one of Ollama's is called as `ollama list` calls it.
+Each is scanned only if the configuration enables it, and has its own naming: a file of the Hugging Face cache is
+`USER/REPO:QUANT`, as for `llama-server -hf`; models of Ollama have the names that `ollama list` shows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SYSTEM = "application/vnd.ollama.image.system"
 _PARAMETERS = "application/vnd.ollama.image.params"
 _MESSAGES = "application/vnd.ollama.image.messages"
 _LARGEST_LAYER = 1 << 20
-"""Of those that are read whole."""
+"""Size limit for layers that are read entirely."""
 
 
 class _Layer(msgspec.Struct):
@@ -49,7 +49,7 @@ _turns_of = msgspec.json.Decoder(list[_Turn]).decode
 
 
 def hugging_face(cache: Path, headers: Headers | None = None, *, settle_sec: float = 0.0) -> Discovery:
-    """The models of each repository's snapshots: the main branch's first, then the others, newest first."""
+    """Return the models of all repositories: of the main branch first, then of other snapshots, newest first."""
     survey = Survey(headers, settle_sec)
     found: list[Found] = []
     for folder in pulled.repositories(cache):
@@ -58,7 +58,7 @@ def hugging_face(cache: Path, headers: Headers | None = None, *, settle_sec: flo
         for snapshot in _snapshots(folder):
             paths = [path for _, paths in survey.folders(snapshot) for path in paths]
             names = {path: path.relative_to(snapshot).as_posix() for path in paths}
-            # What an older revision has, too, is not worth a word.
+            # Files that an older revision has as well are skipped silently.
             fresh = [path for path in paths if names[path] not in first]
             for model in survey.models(fresh, of_one_repository=True):
                 first[names[model.path]] = model
@@ -77,7 +77,7 @@ def _snapshots(folder: Path) -> list[Path]:
 
 
 def repository_aliases(repo: str, models: Sequence[PurePath]) -> dict[PurePath, str]:
-    """What to call the models of a repository: `USER/REPO:QUANT`, or by the file where that is not enough."""
+    """Return the aliases of a repository's models: `USER/REPO:QUANT`, with the file name if that is ambiguous."""
     labels = {model: quantization(model) for model in models}
     uses = Counter(labels.values())
 
@@ -90,7 +90,7 @@ def repository_aliases(repo: str, models: Sequence[PurePath]) -> dict[PurePath, 
 
 
 def ollama_folder(environ: Mapping[str, str]) -> Path | None:
-    """Where Ollama keeps its models; None without a home."""
+    """Return the folder of Ollama's models; None without a home."""
     if named := environ.get("OLLAMA_MODELS"):
         return Path(named)
     home = environ.get("HOME")
@@ -98,7 +98,7 @@ def ollama_folder(environ: Mapping[str, str]) -> Path | None:
 
 
 def ollama(store: Path, headers: Headers | None = None, *, settle_sec: float = 0.0) -> Discovery:
-    """The models that `ollama list` lists, under the names it gives them. OSError without a store."""
+    """Return the models that `ollama list` shows, by the same names. Raises OSError if there is no store."""
     os.scandir(store / "manifests").close()
     survey = Survey(headers, settle_sec)
     found: list[Found] = []
@@ -145,8 +145,10 @@ def _ollama_model(store: Path, manifest: Path, survey: Survey) -> Found | None:
 
 
 def _made(store: Path, manifest: Path, layers: list[_Layer]) -> Created:
-    """What Ollama's Modelfile says besides FROM and TEMPLATE. Raises OSError, MsgspecError, and BadOption for what
-    is no value of a parameter."""
+    """Return what Ollama's Modelfile sets besides FROM and TEMPLATE.
+
+    Raises OSError, MsgspecError, and BadOption for an invalid parameter.
+    """
 
     def content(media_type: str) -> Iterator[bytes]:
         for blob in _blobs(store, layers, media_type):

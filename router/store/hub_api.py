@@ -1,6 +1,6 @@
-"""What is asked of the Hugging Face hub's API: the files of a repository, and which of them make the model.
+"""Queries the API of the Hugging Face hub: the files of a repository, and which of them form the model.
 
-Through `huggingface_hub`: addresses, tokens, errors. What the hub refuses is said in words. Fetches no file.
+`huggingface_hub` handles addresses, tokens and errors, which become messages here. Downloads no file.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from router.store.repository import Q4_ABOVE_BYTES, Choice, Reference, choose, g
 
 ANSWER_SEC = 30.0
 PAUSES_SEC = (0.5, 1, 2, 4, 8, 16)
-"""Before another try."""
+"""Pauses between attempts."""
 _TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 
 
 class HubError(Exception):
-    """The message says why, and what to do; the code is stable."""
+    """Raised when the hub refuses or fails; the message says why and what to do, and the code is stable."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -45,18 +45,18 @@ class HubFile:
     path: str
     size: int
     blob: str
-    """Its name in the cache: the SHA-256 of its content, or git's hash if it is no large file."""
+    """Its name in the cache: the SHA-256 of its content, or git's hash unless it is stored with LFS."""
     is_large: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a reference stands for, at the commit of now."""
+    """What a reference resolves to, at the current commit."""
 
     commit: str
     choice: Choice
     files: tuple[HubFile, ...]
-    """Those of the choice, in its order."""
+    """The files of the choice, in its order."""
 
 
 class HubRepository:
@@ -66,18 +66,18 @@ class HubRepository:
         self._environ = environ
 
     def find(self, wait: Callable[[float], object]) -> Found:
-        """Which files a reference stands for. Raises HubError, NoChoice; `wait` is called between tries."""
+        """Resolve the reference to files; `wait` is called between attempts. Raises HubError, NoChoice."""
         commit, files = self._listing(wait)
         sizes = {path: file.size for path, file in files.items()}
         choice = choose(self.reference, sizes, _q4_above_bytes(self._environ))
         return Found(commit, choice, tuple(files[path] for path in choice.files))
 
     def url(self, commit: str, path: str) -> str:
-        """The address of a file."""
+        """Return the URL of a file."""
         return huggingface_hub.hf_hub_url(self.reference.repo, path, revision=commit, endpoint=self.endpoint)
 
     def _listing(self, wait: Callable[[float], object]) -> tuple[str, dict[str, HubFile]]:
-        """The commit, and the files of the repository."""
+        """Return the commit and the files of the repository."""
         api = huggingface_hub.HfApi(self.endpoint, library_name="llama-router", library_version=__version__)
         reference = self.reference
         for pause_sec in (*PAUSES_SEC[:3], None):
@@ -86,7 +86,7 @@ class HubRepository:
                     found = api.model_info(
                         reference.repo, revision=reference.revision, files_metadata=True, timeout=ANSWER_SEC
                     )
-                except (ValueError, TypeError, KeyError):  # some other page
+                except (ValueError, TypeError, KeyError):  # the answer is not the hub's
                     message = f"{self.endpoint} does not answer as the Hugging Face hub does: check HF_ENDPOINT"
                     raise HubError("hub_error", message) from None
                 break
@@ -109,7 +109,7 @@ class HubRepository:
 
     @contextlib.contextmanager
     def explained(self, *, last_try: bool) -> Iterator[None]:
-        """The hub's errors in words; what may pass by itself is left for another try."""
+        """Translate the hub's errors; transient ones are ignored unless this is the last attempt."""
         repo = self.reference.repo
         try:
             yield

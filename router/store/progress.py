@@ -1,4 +1,4 @@
-"""How far a pull is: what its process tells the router, and the router its clients. All sizes in bytes."""
+"""Progress of a pull, as its process reports it to the router and the router to clients. All sizes in bytes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class FileProgress(msgspec.Struct):
 
 
 class MemoryNote(msgspec.Struct):
-    """Whether the model will fit here, before it is there."""
+    """Estimate, made before the download, of whether the model fits on this machine."""
 
     need_mib: dict[str, int]
-    """By device, with the model's whole context in one slot."""
+    """Memory needed by device, for one slot with the model's full context."""
     free_mib: dict[str, int]
     context: int
     fits: bool
     largest_context: int
-    """With which it fits now; 0 if with none."""
+    """Largest context with which the model fits now; 0 if none does."""
 
 
 class Problem(msgspec.Struct):
@@ -31,7 +31,7 @@ class Problem(msgspec.Struct):
 
 
 class Progress(msgspec.Struct):
-    """Bytes of all files together."""
+    """Progress of a pull; sizes are totals of all files."""
 
     reference: str
     alias: str | None = None
@@ -41,7 +41,7 @@ class Progress(msgspec.Struct):
     total_bytes: int = 0
     completed_bytes: int = 0
     cached: bool = False
-    """All of it was there before."""
+    """Whether all files were in the cache before."""
     bytes_per_sec: float = 0.0
     eta_sec: float | None = None
     memory: MemoryNote | None = None

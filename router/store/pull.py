@@ -1,11 +1,11 @@
-"""A model from the Hugging Face hub into the cache that other programs share.
+"""Downloads a model from the Hugging Face hub into the cache that other programs share.
 
-Talks to the hub through `huggingface_hub` (errors, tokens, the layout of the cache), but moves the bytes
-itself: the library begins anew after a cut, and does not compare checksums. Files arrive beside the blobs, under
-the library's own locks. On network drives these may exclude nobody, so nothing depends on them: each pull writes
-to a file of its own, and takes over what another has left by renaming it. Only what has, on the disk, the checksum
-that the hub promises gets its name, and only a model of which all is there is written down as pulled. All of this
-blocks: the router runs it in a process of its own (`downloads.py`).
+`huggingface_hub` handles errors, tokens and the layout of the cache, but the download itself is done here: the
+library starts again after an interruption and does not verify checksums. Files arrive beside the blobs, under the
+library's own locks. On network drives these locks may have no effect, so nothing depends on them: each pull writes
+to a file of its own, and takes over the partial file of an earlier pull by renaming it. A file gets its final name
+only if its content on disk has the checksum that the hub states, and a model is recorded as pulled only when all
+its files are present. All functions block: the router runs them in a process of its own (`downloads.py`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from router.store.repository import BadReference, Choice, NoChoice, Reference, p
 from router.system.devices import by_name
 
 AT_ONCE = 4
-"""Files that are fetched at the same time."""
+"""Number of files downloaded concurrently."""
 _TELL_SEC = 0.25
 _RATE_SEC = 5.0
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -51,11 +51,11 @@ _HASH_BYTES = 1 << 20
 
 
 class PullFailed(HubError):
-    """The hub is not to blame."""
+    """Raised when a pull fails for a reason other than the hub."""
 
 
 class Cancelled(Exception):
-    """Somebody said stop. What has arrived is kept."""
+    """Raised when the pull was cancelled. The partial download is kept."""
 
 
 def pull(
@@ -67,12 +67,12 @@ def pull(
     taken: Mapping[str, str] | None = None,
     stop: threading.Event | None = None,
 ) -> Progress:
-    """Fetch a model and write down that it is there; `say` gets the progress a few times a second.
+    """Download a model and record it as pulled; `say` is called with the progress a few times a second.
 
-    `taken` are names under which something else would be served, each with where that is from.
+    `taken` maps names that are already in use to the sources of those models.
 
-    Returns the last progress: `success`, `failed` with the error, or `cancelled`. Of several processes that want
-    the same file one downloads it; the others wait and find it there.
+    Returns the last progress: `success`, `failed` with the error, or `cancelled`. If several processes pull the
+    same file, one downloads it and the others wait for it.
     """
     progress = Progress(text, alias)
     try:
@@ -118,7 +118,7 @@ def _problem_of_disk(error: OSError) -> Problem:
 
 
 class _Pull:
-    """One pull, from a reference to a model that can be served."""
+    """A pull, from a reference to a model that can be served."""
 
     def __init__(
         self,
@@ -163,7 +163,7 @@ class _Pull:
         progress.status = "success"
         progress.path = str(pulled.snapshot_path(self.cache, model, choice.model))
 
-    # --- what there is ------------------------------------------------------------------------------------
+    # --- the state of the cache ---------------------------------------------------------------------------
 
     def _planned(self, alias: str, commit: str, choice: Choice, files: tuple[HubFile, ...]) -> PulledModel:
         known = pulled.read(self.cache)
@@ -187,7 +187,7 @@ class _Pull:
         )
 
     def _begun(self, alias: str, model: PulledModel) -> PulledModel:
-        """What is written down while it is on its way, so that `rm` finds what is broken off."""
+        """Return the record to write before the download, so that `rm` finds an interrupted one."""
         known = pulled.read(self.cache).get(alias)
         if known is None or known.revision == model.revision:
             return known or model
@@ -208,7 +208,7 @@ class _Pull:
             raise PullFailed("disk_full", message)
 
     def _estimate(self, commit: str, choice: Choice) -> None:
-        """Whether it will fit. It informs, and forbids nothing: so whatever is wrong here is only told."""
+        """Estimate whether the model will fit. The estimate only informs, so errors are reported and ignored."""
         token = huggingface_hub.get_token()
         environ = {**self.environ, **({"HF_TOKEN": token} if token else {})}
 
@@ -235,7 +235,7 @@ class _Pull:
             found.largest_context,
         )
 
-    # --- fetching -----------------------------------------------------------------------------------------
+    # --- download -----------------------------------------------------------------------------------------
 
     def _fetch_all(self, commit: str, files: tuple[HubFile, ...]) -> None:
         waiting: queue.SimpleQueue[tuple[HubFile, FileProgress]] = queue.SimpleQueue()
@@ -274,7 +274,7 @@ class _Pull:
             raise Cancelled
 
     def _fetch(self, commit: str, file: HubFile, progress: FileProgress) -> None:
-        """Have one file in the cache, checked, under its name. Another process may be just about to."""
+        """Put one verified file into the cache under its name, unless another process does."""
         blob, pointer = self.folder / "blobs" / file.blob, self._pointer(commit, file.path)
         lock = pulled.file_lock(self.folder, file.blob)
         for path in (blob, pointer):
@@ -296,12 +296,12 @@ class _Pull:
             lock.release()
 
     def _download(self, commit: str, file: HubFile, blob: Path, progress: FileProgress) -> None:
-        """Until its checksum is right. What was left by a broken try may be wrong, too."""
+        """Download a file until its checksum is right; a partial file left by an earlier pull may be corrupt."""
         partial = pulled.own_part(blob)
         try:
             resumes = pulled.take_over(blob, partial)
             while not self._complete(commit, file, partial, progress):
-                is_blameless = resumes or not partial.exists()  # another pull has taken it over
+                is_blameless = resumes or not partial.exists()  # another pull has taken over the partial file
                 partial.unlink(missing_ok=True)
                 if not is_blameless:
                     message = "what arrived is not what the hub promises, and was thrown away. Pull again."
@@ -312,7 +312,7 @@ class _Pull:
             pulled.leave(partial, blob)
 
     def _complete(self, commit: str, file: HubFile, partial: Path, progress: FileProgress) -> bool:
-        """Fetch what is missing of a file; whether it is right then, as it is on the disk."""
+        """Download the missing part of a file; return whether the file on disk then has the right checksum."""
         with partial.open("ab") as out:
             progress.completed_bytes = out.tell()
             tries = 0
@@ -331,7 +331,7 @@ class _Pull:
         return self._is_right(partial, file)
 
     def _is_right(self, path: Path, file: HubFile) -> bool:
-        if _size(path) != file.size:  # or another pull has taken it over
+        if _size(path) != file.size:  # also if another pull has taken it over
             return False
         digest = _digest(file)
         with path.open("rb") as written:
@@ -341,7 +341,7 @@ class _Pull:
         return digest.hexdigest() == file.blob
 
     def _receive(self, commit: str, file: HubFile, out: IO[bytes], progress: FileProgress) -> None:
-        """One request for the rest of a file."""
+        """Send one request for the rest of a file."""
         start = progress.completed_bytes
         headers = build_hf_headers(library_name="llama-router", library_version=__version__)
         headers["Accept-Encoding"] = "identity"
@@ -351,7 +351,7 @@ class _Pull:
         with get_session().stream("GET", url, headers=headers, timeout=ANSWER_SEC) as response:
             hf_raise_for_status(response)
             if start and (response.status_code != 206 or _first_byte(response) != start):
-                out.truncate(0)  # the server sends the whole file, whatever it was asked for
+                out.truncate(0)  # the server ignored the range and sends the whole file
                 progress.completed_bytes = 0
             for chunk in response.iter_raw():
                 self._check_stop()
@@ -361,7 +361,7 @@ class _Pull:
                     return
 
     def _name_revision(self, commit: str) -> None:
-        """So that other programs find it without asking the hub."""
+        """Record the commit of the branch, so that other programs find it without querying the hub."""
         if self.reference.revision == commit:
             return
         ref = self.folder / "refs" / self.reference.revision
@@ -370,7 +370,7 @@ class _Pull:
         fresh.write_text(commit)
         os.replace(fresh, ref)
 
-    # --- small questions ----------------------------------------------------------------------------------
+    # --- helpers ------------------------------------------------------------------------------------------
 
     def _pointer(self, commit: str, path: str) -> Path:
         return self.folder / "snapshots" / commit / path
@@ -398,7 +398,7 @@ class _Pull:
 
 
 class _Rate:
-    """Bytes per second over the last seconds, and how long the rest takes at that."""
+    """Download rate over the last seconds, and the remaining time at that rate."""
 
     def __init__(self, completed_bytes: int) -> None:
         self._points = [(time.monotonic(), completed_bytes)]
@@ -414,16 +414,16 @@ class _Rate:
 
 
 def _digest(file: HubFile) -> hashlib._Hash:
-    # git hashes a blob together with its kind and size.
+    # git hashes a blob together with its type and size.
     return hashlib.sha256() if file.is_large else hashlib.sha1(b"blob %d\0" % file.size)  # noqa: S324
 
 
 def _link(pointer: Path, blob: Path) -> None:
-    """Have the name in a snapshot stand for the blob. Another pull may be just about to."""
+    """Link a file of a snapshot to its blob, even if another pull does the same concurrently."""
     fresh = pointer.with_name(f"{pointer.name}.{uuid.uuid4().hex}")
     try:
         fresh.symlink_to(os.path.relpath(blob, pointer.parent))
-    except OSError:  # a file system without links: as the library does
+    except OSError:  # a file system without links: move the blob, as the library does
         os.replace(blob, pointer)
     else:
         os.replace(fresh, pointer)
@@ -442,9 +442,9 @@ def _first_byte(response: httpx2.Response) -> int | None:
 
 
 def child(text: str, taken: str, alias: str | None = None) -> None:
-    """In a process of the router's: progress goes to standard output as JSON lines; its end of input ends us.
+    """Run a pull in a child process of the router: progress goes to standard output as JSON lines.
 
-    `taken` is a JSON document.
+    The process exits when its standard input ends. `taken` is a JSON document.
     """
 
     def end_with_parent() -> None:

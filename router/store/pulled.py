@@ -1,9 +1,9 @@
-"""Which models were pulled, and which of the files in the Hugging Face cache are theirs.
+"""Records which models were pulled, and which files in the Hugging Face cache belong to them.
 
-Pulled files lie in the cache that `huggingface_hub`, `llama-server -hf` and others share, in its layout:
-`models--USER--REPO/blobs/HASH`, and links to them in `snapshots/COMMIT/`. Beside them, in `llama-router.json`, is
-written down what was pulled, so that it moves with the cache, goes with the repository, and is seen by every
-router that uses it. A file that was there before is never removed with a model.
+Pulled files are stored in the cache that `huggingface_hub`, `llama-server -hf` and others share, in its layout:
+`models--USER--REPO/blobs/HASH`, and links to them in `snapshots/COMMIT/`. The record, `llama-router.json`, is
+beside them, so that it moves with the cache, is deleted with the repository, and is seen by every router that uses
+the cache. A file that was in the cache before a pull is never removed with the model.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _log = logging.getLogger("router")
 RECORD = "llama-router.json"
 _PART = ".incomplete"
 _QUIET_SEC = 60.0
-"""A part that was not written to for so long belongs to nobody, whatever became of the pull."""
+"""A partial file that was not written to for this long is considered abandoned."""
 _PREFIX = "models--"
 
 
@@ -42,21 +42,23 @@ class PulledFile(msgspec.Struct, frozen=True):
     blob: str
     size: int
     ours: bool
-    """It came with this pull; else it was in the cache before."""
+    """Whether this pull downloaded it; otherwise it was in the cache before."""
 
 
 class PulledModel(msgspec.Struct, frozen=True):
+    """The record of a pulled model."""
+
     repo: str
     revision: str
     """The commit."""
     model: str
-    """Path of the file to load, in the repository; of a split model the first part."""
+    """Path in the repository of the file to load; for a split model, the first part."""
     mmproj: str | None
     files: tuple[PulledFile, ...]
     complete: bool
-    """All files are there, and their checksums were right."""
+    """Whether all files are present, with verified checksums."""
     arriving: PulledModel | None = None
-    """A newer revision that is to take its place, as far as it has come."""
+    """A newer revision that is being downloaded to replace this one."""
 
     @property
     def revisions(self) -> tuple[PulledModel, ...]:
@@ -69,15 +71,15 @@ class _Record(msgspec.Struct):
 
 
 class NotPulled(Exception):
-    """No pulled model has that alias; the message names those there are."""
+    """Raised when no pulled model has that alias; the message lists the pulled ones."""
 
 
 class BeingPulled(Exception):
-    """A file of it is just being fetched."""
+    """Raised when a file of the model is being downloaded."""
 
 
 def cache_folder(environ: Mapping[str, str]) -> Path | None:
-    """Where the Hugging Face cache is, by the library's own rules; None without a home."""
+    """Return the folder of the Hugging Face cache, by the library's own rules; None without a home."""
     # huggingface_hub/constants.py and llama.cpp's common/hf-cache.cpp, in their order.
     if named := environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE"):
         place = named
@@ -99,12 +101,12 @@ def repository_folder(cache: Path, repo: str) -> Path:
 
 
 def repository_name(folder: Path) -> str:
-    """`USER/REPO` of a repository's folder."""
+    """Return the name `USER/REPO` of a repository's folder."""
     return folder.name.removeprefix(_PREFIX).replace("--", "/", 1)
 
 
 def repositories(cache: Path) -> list[Path]:
-    """The folders of models in the cache; none if there is no cache."""
+    """Return the folders of repositories in the cache; none if there is no cache."""
     try:
         return sorted(folder for folder in cache.iterdir() if folder.name.startswith(_PREFIX))
     except (FileNotFoundError, NotADirectoryError):
@@ -112,21 +114,21 @@ def repositories(cache: Path) -> list[Path]:
 
 
 def snapshot_path(cache: Path, model: PulledModel, path: str) -> Path:
-    """Where a file of a pulled model is read from."""
+    """Return the path from which a file of a pulled model is read."""
     return repository_folder(cache, model.repo) / "snapshots" / model.revision / path
 
 
 def read(cache: Path) -> dict[str, PulledModel]:
-    """All pulled models by alias, also those that were never completed. What cannot be read is not among them."""
+    """Return all pulled models by alias, including incomplete ones. Unreadable records are left out."""
     models: dict[str, PulledModel] = {}
     for folder in repositories(cache):
-        with contextlib.suppress(OSError):  # `discover` tells of it
+        with contextlib.suppress(OSError):  # `discover` reports it
             models |= _read(folder).models
     return models
 
 
 def discover(cache: Path, headers: Headers | None = None) -> Discovery:
-    """The complete ones, to serve under the aliases that they were pulled as."""
+    """Return the complete models, under the aliases with which they were pulled."""
     survey = Survey(headers)
     found: list[Found] = []
     for folder in repositories(cache):
@@ -146,7 +148,7 @@ def discover(cache: Path, headers: Headers | None = None) -> Discovery:
 
 
 def write_down(cache: Path, alias: str, model: PulledModel) -> None:
-    """Add it, or put it in the place of what was pulled under that alias before, whose own files are removed."""
+    """Add a model to the record, or replace the previous one of that alias, whose own files are removed."""
     folder = repository_folder(cache, model.repo)
     with file_lock(folder, RECORD):
         try:
@@ -164,9 +166,9 @@ def write_down(cache: Path, alias: str, model: PulledModel) -> None:
 
 
 def remove(cache: Path, alias: str) -> int:
-    """Forget a pulled model and remove the files that are only its own; how many bytes that freed.
+    """Remove a pulled model and the files that only it uses; return the number of bytes freed.
 
-    Raises NotPulled, BeingPulled.
+    Raises NotPulled, BeingPulled, OSError.
     """
     models = read(cache)
     if alias not in models:
@@ -176,7 +178,7 @@ def remove(cache: Path, alias: str) -> int:
     with file_lock(folder, RECORD), contextlib.ExitStack() as locks:
         record = _read(folder)
         model = record.models.pop(alias, None)
-        if model is None:  # somebody else was quicker
+        if model is None:  # another process has removed it meanwhile
             return 0
         for blob in sorted({file.blob for each in model.revisions for file in each.files}):
             try:
@@ -184,7 +186,9 @@ def remove(cache: Path, alias: str) -> int:
             except Timeout:
                 raise _being_pulled(alias) from None
             path = folder / "blobs" / blob
-            if any(_is_written(part, path) for part in parts(path)):  # where locks exclude nobody
+            if any(
+                _is_written(part, path) for part in parts(path)
+            ):  # for file systems on which locks have no effect
                 raise _being_pulled(alias)
         _write(folder, record)
         freed = _remove_files(folder, model, record.models.values())
@@ -198,7 +202,7 @@ def _being_pulled(alias: str) -> BeingPulled:
 
 
 def _remove_files(folder: Path, model: PulledModel, others: Iterable[PulledModel]) -> int:
-    """Remove what is the model's own from its snapshot; blobs that no snapshot uses any more go, too."""
+    """Remove the model's own files from its snapshot, and the blobs that no snapshot uses any more."""
     others = [each for other in others for each in other.revisions]
     kept = {(other.revision, file.path) for other in others for file in other.files}
     kept_blobs = {file.blob for other in others for file in other.files}
@@ -233,9 +237,9 @@ def _remove_empty_above(path: Path, top: Path) -> None:
 
 
 def _remove_empty(folder: Path) -> None:
-    """A repository of which nothing is left, unless somebody else keeps something in it, or is about to."""
+    """Remove a repository's folder if nothing is left in it and no other process is adding to it."""
     claimed = folder / f"{RECORD}.{uuid.uuid4().hex}"
-    os.replace(folder / RECORD, claimed)  # what somebody writes from now on is not what is removed here
+    os.replace(folder / RECORD, claimed)  # a record that another process writes from now on is not removed
     if _read(folder, claimed.name).models:
         if not (folder / RECORD).exists():
             os.replace(claimed, folder / RECORD)
@@ -250,11 +254,11 @@ def _remove_empty(folder: Path) -> None:
             path.rmdir()
 
 
-# --- what has arrived of a file -------------------------------------------------------------------------
+# --- partial files --------------------------------------------------------------------------------------
 
 
 def parts(blob: Path) -> list[Path]:
-    """What pulls that run, or were broken off, have of it; the largest first."""
+    """Return the partial files of a blob, of running and interrupted pulls, the largest first."""
     sizes: dict[Path, int] = {}
     for part in blob.parent.glob(f"{blob.name}*{_PART}"):
         with contextlib.suppress(FileNotFoundError):
@@ -263,12 +267,12 @@ def parts(blob: Path) -> list[Path]:
 
 
 def own_part(blob: Path) -> Path:
-    """A name that no other pull has, and that tells whose it is."""
+    """Return a unique name for a partial file, which identifies the process that writes it."""
     return blob.with_name(f"{blob.name}.{uuid.uuid4().hex[:12]}-{os.getpid()}-{_machine()}{_PART}")
 
 
 def take_over(blob: Path, own: Path) -> bool:
-    """Have as `own` what another pull has left, if one has. Of several who try, one gets it."""
+    """Rename a partial file left by another pull to `own`, if any. Only one of several processes succeeds."""
     for part in parts(blob):
         if not _is_written(part, blob):
             with contextlib.suppress(FileNotFoundError):
@@ -278,7 +282,7 @@ def take_over(blob: Path, own: Path) -> bool:
 
 
 def leave(own: Path, blob: Path) -> None:
-    """For the next pull, or for another program: what of it has arrived, unless somebody has left more."""
+    """Leave a partial file for the next pull or another program, unless a larger one exists."""
     with contextlib.suppress(FileNotFoundError):
         common = blob.with_name(f"{blob.name}{_PART}")
         if not common.exists() or common.stat().st_size < own.stat().st_size:
@@ -288,7 +292,7 @@ def leave(own: Path, blob: Path) -> None:
 
 
 def _is_written(part: Path, blob: Path) -> bool:
-    """Whether a pull that still runs may be writing it, as far as can be told."""
+    """Whether a running pull may be writing a partial file, as far as can be determined."""
     owner = part.name[len(blob.name) + 1 : -len(_PART)]
     if not owner:
         return False
@@ -312,11 +316,11 @@ def file_lock(folder: Path, name: str) -> FileLock:
 
 
 class _Damaged(OSError):
-    """A record that nobody can make sense of."""
+    """Raised for a record that cannot be decoded."""
 
 
 def _read(folder: Path, name: str = RECORD) -> _Record:
-    """Raises OSError."""
+    """Read a repository's record. Raises OSError."""
     try:
         return msgspec.json.decode((folder / name).read_bytes(), type=_Record)
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""The headers of models that are files, or elsewhere: of these only their first bytes are fetched.
+"""Reads the headers of local and remote models; of remote files, only the first bytes are downloaded.
 
-A model is named by its path, an http(s) URL, `hf.co/USER/REPO/FILE.gguf`, or `hf.co/USER/REPO[:QUANT]` as `pull`
-takes it, with its projector.
+A model is given as a path, an http(s) URL, `hf.co/USER/REPO/FILE.gguf`, or, like for `pull`, as
+`hf.co/USER/REPO[:QUANT]`, which includes its projector.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from router.formats.gguf_cursor import TruncatedGGUF
 from router.store.repository import BadReference, Choice, NoChoice, Reference, gated, parse
 
 FIRST_BYTES = 8 << 20
-"""Enough for the header of nearly every model: a vocabulary of 150,000 tokens and its merges take 6 MB."""
+"""Enough for the headers of nearly all models: a vocabulary of 150,000 tokens and its merges take 6 MB."""
 FIRST_BYTES_OF_OTHERS = 256 << 10
-"""The same for the parts after the first of a split model, which have no vocabulary."""
+"""The same for the further parts of a split model, which have no vocabulary."""
 MOST_BYTES = 256 << 20
 TIMEOUT_SEC = 30.0
 
@@ -40,15 +40,18 @@ _PART_NUMBER = re.compile(r"-00001-of-(\d{5})\.gguf$", re.IGNORECASE)
 
 
 class CannotRead(Exception):
-    """The header can't be read; the message says why and what to do."""
+    """Raised when a header cannot be read; the message says why and what to do."""
 
 
 def read_whole(model: str, environ: Mapping[str, str]) -> tuple[GGUF, GGUF | None, Choice | None]:
-    """The header of a model. If its repository is named: also that of its projector, and which files these are."""
+    """Return a model's header; if a repository is given, also its projector's header and the choice of files.
+
+    Raises CannotRead, GGUFError.
+    """
     reference = _repository(model, environ)
     if reference is None:
         return read(model, environ), None, None
-    from huggingface_hub import get_token  # here, because it takes 0.3 s that a file need not wait for
+    from huggingface_hub import get_token  # imported here because it takes 0.3 s, not needed for files
 
     from router.store.hub_api import HubError, HubRepository
 
@@ -65,7 +68,7 @@ def read_whole(model: str, environ: Mapping[str, str]) -> tuple[GGUF, GGUF | Non
 
 
 def _repository(model: str, environ: Mapping[str, str]) -> Reference | None:
-    """What names a repository, and leaves it to us which of its files that is."""
+    """Return the reference if `model` names a repository without a file; else None."""
     if model.startswith("/") or Path(model).exists():
         return None
     with contextlib.suppress(BadReference):
@@ -76,7 +79,7 @@ def _repository(model: str, environ: Mapping[str, str]) -> Reference | None:
 
 
 def read(model: str, environ: Mapping[str, str]) -> GGUF:
-    """The header of a model that is a file, a URL or a file on the Hugging Face hub."""
+    """Return the header of a file, a URL or a file on the Hugging Face hub. Raises CannotRead, GGUFError."""
     url = resolve(model, environ)
     if url is None:
         try:
@@ -104,7 +107,7 @@ def read(model: str, environ: Mapping[str, str]) -> GGUF:
 
 
 def resolve(model: str, environ: Mapping[str, str]) -> str | None:
-    """The URL to fetch; None for a file."""
+    """Return the URL to read; None for a local file. Raises CannotRead."""
     endpoint = environ.get("HF_ENDPOINT") or "https://huggingface.co"
     scheme, _, rest = model.rpartition("://")
     if scheme not in ("", "http", "https"):
@@ -127,7 +130,7 @@ def _is_hub(url: str, environ: Mapping[str, str]) -> bool:
 
 
 def _fetch(url: str, token: str | None, wanted: int) -> GGUF:
-    """The header of one remote file: a single request for its `wanted` first bytes, unless it is longer."""
+    """Return the header of one remote file: one request for its first `wanted` bytes, more if it is longer."""
     buffer = b""
     while True:
         more, size = _fetch_range(url, len(buffer), wanted, token)
@@ -141,17 +144,17 @@ def _fetch(url: str, token: str | None, wanted: int) -> GGUF:
 
 
 def _fetch_range(url: str, start: int, end: int, token: str | None) -> tuple[bytes, int]:
-    """Bytes `start` to `end`, or as far as there are any, and the size of the whole file."""
+    """Return the bytes from `start` to `end` of a remote file, or fewer at its end, and the size of the file."""
     headers = {"Range": f"bytes={start}-{end - 1}", "User-Agent": f"llama-router/{__version__}"}
     request = urllib.request.Request(url, headers=headers)  # noqa: S310
-    if token:  # for the hub, not for the storage that it redirects to
+    if token:  # for the hub only, not for the storage to which it redirects
         request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_SEC) as answer:  # noqa: S310
             if answer.status == 206:
                 _, _, size = answer.headers.get("Content-Range", "").rpartition("/")
                 body = answer.read(end - start)
-            else:  # it sends the whole file; what is not read is not sent for long
+            else:  # the server sends the whole file; closing the connection stops it
                 size = answer.headers.get("Content-Length", "")
                 body = answer.read(end)[start:]
     except urllib.error.HTTPError as error:
@@ -165,7 +168,7 @@ def _fetch_range(url: str, start: int, end: int, token: str | None) -> tuple[byt
         OSError,
         ValueError,
         http.client.HTTPException,
-    ) as error:  # a connection that breaks, a URL that is none
+    ) as error:  # a broken connection, an invalid URL
         raise CannotRead(f"{url} cannot be read: {error}") from None
     if not size.isdecimal():
         raise CannotRead(f"{url}: the server does not say how large the file is")

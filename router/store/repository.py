@@ -1,6 +1,7 @@
-"""What to take of a repository on the Hugging Face hub: how one is named, and which of its files make the model.
+"""References to repositories on the Hugging Face hub, and the choice of the files that form the model.
 
-Pure: knows names and sizes of files, and asks nobody. The naming is that of `llama-server -hf` and `ollama pull`.
+Pure functions of names and sizes of files; the hub is not queried. The syntax is that of `llama-server -hf` and
+`ollama pull`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from router.store.discovery import projector_of, quantization
 from router.store.external import repository_aliases
 
 Q4_ABOVE_BYTES = 14_000_000_000
-"""What AUTO takes unquantized is no larger than this, unless it is told otherwise."""
+"""Default size limit up to which AUTO chooses the unquantized model."""
 
 AUTO = "auto"
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
@@ -34,28 +35,28 @@ _BITS_OF = {
     "FP32": (32,),
     "NO": _UNQUANTIZED,
 }
-"""Words that leave the kind open. FP16 is BF16, too."""
+"""Words that give only a number of bits. FP16 includes BF16."""
 
 
 class BadReference(ValueError):
-    """It names no repository; the message says what would."""
+    """Raised for text that names no repository; the message describes the syntax."""
 
 
 class NotAllowed(Exception):
-    """It is not on the list of what may be pulled; the message names what is."""
+    """Raised for a model that may not be pulled; the message lists those that may."""
 
 
 class NoChoice(Exception):
-    """The repository has no such file, or several; the message names what there is."""
+    """Raised when the repository has no such file, or several; the message lists its files."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A model on the hub: a repository, and which of its files: by quantization, by path, or by our default."""
+    """A model on the hub: a repository, and which of its files, by quantization, path, or the router's default."""
 
     repo: str
     quant: str | None = None
-    """A label such as Q4_K_M; or any of so many bits: `q4`, `q8`, …, `fp16`, `fp32`, `no`; or `auto`."""
+    """A label such as Q4_K_M, a number of bits (`q4`, `q8`, …, `fp16`, `fp32`, `no`), or `auto`."""
     file: str | None = None
     revision: str = "main"
 
@@ -68,9 +69,11 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
+    """The files of a model in a repository, and its alias."""
+
     alias: str
     model: str
-    """The file to load; of a split model the first part."""
+    """The file to load; for a split model, the first part."""
     parts: tuple[str, ...]
     mmproj: str | None
 
@@ -80,9 +83,9 @@ class Choice:
 
 
 def parse(text: str, environ: Mapping[str, str]) -> Reference:
-    """`[hf.co/]USER/REPO[:QUANT]`, `[hf.co/]USER/REPO/FILE.gguf`, or an address copied from the browser.
+    """Parse `[hf.co/]USER/REPO[:QUANT]`, `[hf.co/]USER/REPO/FILE.gguf`, or a URL copied from the browser.
 
-    `:latest`, which Ollama's clients put behind what has no tag, says nothing. Raises BadReference.
+    `:latest`, which Ollama's clients append to names without a tag, is ignored. Raises BadReference.
     """
     mirror = urllib.parse.urlsplit(environ.get("HF_ENDPOINT", "")).netloc
     _, _, rest = text.strip().rpartition("://")
@@ -122,10 +125,10 @@ def _check_quantization(quant: str, text: str) -> None:
 def permitted(
     text: str, allowed: Mapping[str, str] | None, environ: Mapping[str, str]
 ) -> tuple[Reference, str | None]:
-    """What a client means, and the alias to serve it under, if it has asked by one that is `allowed`.
+    """Return the reference that a client requests, and the alias to serve it under if it used one of `allowed`.
 
-    `allowed` maps aliases to references; None allows every reference. One without quantization or file allows all
-    of its repository. Raises BadReference, NotAllowed.
+    `allowed` maps aliases to references; None allows every reference. One without quantization or file allows its
+    whole repository. Raises BadReference, NotAllowed.
     """
     if allowed is None:
         return parse(text, environ), None
@@ -143,12 +146,12 @@ def permitted(
 
 
 def is_of(repo: str, alias: str) -> bool:
-    """Whether an alias is one that a model of the repository has if nobody gives it another."""
+    """Whether an alias is a default one for a model of the repository."""
     return alias == repo or alias.startswith((f"{repo}:", f"{repo}/"))
 
 
 def quantized(reference: Reference, quantize: str) -> Reference:
-    """The model in a certain quantization; AUTO leaves a reference that has one as it is. Raises BadReference."""
+    """Return a reference with a quantization; AUTO does not change one that has it. Raises BadReference."""
     if reference.quant is None and reference.file is None:
         _check_quantization(quantize, quantize)
         return replace(reference, quant=quantize)
@@ -158,27 +161,28 @@ def quantized(reference: Reference, quantize: str) -> Reference:
 
 
 def is_quantized(path: str) -> bool:
-    """As far as its name tells."""
+    """Whether a file is quantized, judging by its name."""
     return 0 < _bits(PurePosixPath(path)) < min(_UNQUANTIZED)
 
 
 def gated(page: str) -> str:
-    """What there is to do for a repository, of which `page` is the address."""
+    """Say how to get access to a gated repository; `page` is its URL."""
     repo = "/".join(page.split("/")[-2:])
     return f"{repo} is gated: accept its terms on {page}, then set HF_TOKEN to your token"
 
 
 def is_plain(path: str) -> bool:
-    """Whether a path of the hub's stays below the folder that it is put into."""
+    """Whether a path from the hub stays below the folder it is written to."""
     return "\\" not in path and "\0" not in path and all(part not in ("", ".", "..") for part in path.split("/"))
 
 
 def choose(reference: Reference, sizes: Mapping[str, int], q4_above_bytes: int = Q4_ABOVE_BYTES) -> Choice:
-    """The files of a model and its projector, and the alias to serve it under. Raises NoChoice.
+    """Choose the files of a model and its projector, and the alias to serve it under. Raises NoChoice.
 
-    Without a quantization: Q4_K_M, else another with 4 bits, then 5, 6, 8, 3, 2, 16, 32 and 1 bit; of the same
-    bits K before others, and M before XL, L and S. Never another one than was asked for. `auto` is what is not
-    quantized, unless that is larger than `q4_above_bytes` or not there: then as without.
+    `sizes` are the sizes in bytes of the repository's files. Without a quantization: Q4_K_M, else another with 4
+    bits, then 5, 6, 8, 3, 2, 16, 32 and 1 bit; for equal bits, K before others, and M before XL, L and S. A given
+    quantization is never replaced by another. `auto` chooses the unquantized model, unless it is larger than
+    `q4_above_bytes` or missing; then the choice is the same as without a quantization.
     """
     paths = [PurePosixPath(path) for path in sorted(sizes) if path.lower().endswith(".gguf")]
     projectors = {path: sizes[str(path)] for path in paths if "mmproj" in path.name.lower()}
@@ -250,7 +254,7 @@ def _labels(models: Iterable[PurePosixPath]) -> list[str]:
 
 
 def _closest(models: Iterable[PurePosixPath]) -> list[PurePosixPath]:
-    """To what we take without being told; several if nothing tells them apart."""
+    """Return the models closest to the default quantization; several if they are indistinguishable."""
     ranked = [(closeness(quantization(path) or ""), path) for path in models]
     best = min((closeness for closeness, _ in ranked), default=None)
     return [path for closeness, path in ranked if closeness == best]

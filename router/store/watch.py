@@ -1,7 +1,7 @@
-"""Notices that files came, went or changed while the router runs. What it means is for others to find out.
+"""Notices that files appeared, disappeared or changed, and triggers a scan.
 
-The system tells of changes (through `watchfiles`); where it can't, on network drives for example, a look now and
-then finds them. A folder that is not there yet is waited for; one whose place another has taken is left for that.
+The operating system reports changes (through `watchfiles`); where it cannot, as on network drives, a periodic scan
+finds them. Folders that do not exist yet are waited for, and a folder that is replaced by another is watched anew.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ _log = logging.getLogger("router")
 
 _UNTOLD_SEC = 300
 _THERE_SEC = 2
-"""Between two looks at which folders are there."""
+"""Interval at which the existence of folders is checked."""
 _QUIET_MS = 250
 _NO_LATER_THAN_MS = 5000
 _NOISE = frozenset({"blobs", ".locks"})
-"""Where downloads are written in the Hugging Face cache and in Ollama's store, before they are named."""
+"""Folders to which the Hugging Face cache and Ollama's store write downloads before they get their names."""
 
 _There = list[tuple[Path, int, int]]
-"""Folders, each with what tells it from one that is put in its place: its device and inode."""
+"""Existing folders, each with device and inode, which identify a folder that replaces it."""
 
 
 async def watch(folders: Callable[[], Sequence[Path]], look: Callable[[], Awaitable[bool]]) -> None:
-    """Until cancelled, await `look` after every change below `folders`, once things are quiet for a moment.
+    """Await `look` after every change below `folders`, once there are no changes for a moment, until cancelled.
 
-    While `look` returns True, something there is still in motion, and it is called again after `SETTLE_SEC`.
+    While `look` returns True, files are still being written, and it is called again after `SETTLE_SEC`.
     """
     while True:
         there = await apart(partial(_those_there, folders()))
@@ -46,15 +46,13 @@ async def watch(folders: Callable[[], Sequence[Path]], look: Callable[[], Awaita
                 await _watch_these(there, folders, look)
             else:
                 await asyncio.sleep(_THERE_SEC)
-        except (
-            Exception
-        ) as error:  # the system's limit of watches, or a folder that is gone again, or a mistake of ours
+        except Exception as error:  # the system's limit on watches, a folder that is gone again, or a bug
             _log.warning("changes in model folders are noticed with a delay: %r", error)
             await asyncio.sleep(_UNTOLD_SEC)
 
 
 async def watch_files(files: Callable[[], Sequence[Path]], look: Callable[[], Awaitable[bool]]) -> None:
-    """The same for single files, of which nobody wants to know what else is in their folders."""
+    """Await `look` after every change of single files; changes of other files in their folders do not matter."""
     known: dict[Path, _Version] = {}
     while True:
         now = await apart(partial(_versions, files()))
@@ -66,11 +64,11 @@ async def watch_files(files: Callable[[], Sequence[Path]], look: Callable[[], Aw
 
 
 _Version = tuple[int, int] | None
-"""Size and time of the last change; None: it is not there."""
+"""Size and modification time (ns); None if the file does not exist."""
 
 
 def _versions(files: Sequence[Path]) -> dict[Path, _Version]:
-    """Blocks for as long as a disk does not answer."""
+    """Return the versions of files. Blocks while a disk does not respond."""
     versions: dict[Path, _Version] = {}
     for file in files:
         versions[file] = None
@@ -83,8 +81,8 @@ def _versions(files: Sequence[Path]) -> dict[Path, _Version]:
 async def _watch_these(
     there: _There, folders: Callable[[], Sequence[Path]], look: Callable[[], Awaitable[bool]]
 ) -> None:
-    """Until one of the folders goes, or another one is there."""
-    from watchfiles import awatch  # here, because it takes 40 ms that the start need not wait for
+    """Watch folders until one of them disappears or another one appears."""
+    from watchfiles import awatch  # imported here to keep 40 ms out of the start
 
     paths = [path for path, *_ in there]
     changes = awatch(
@@ -96,9 +94,9 @@ async def _watch_these(
         yield_on_timeout=True,
         ignore_permission_denied=True,
     )
-    looked_sec = -math.inf  # what has changed since the last look and before the system listens is told by nobody
+    looked_sec = -math.inf  # changes between the last look and the start of the watch are not reported
     async for changed in changes:
-        made_anew = any(Path(path) in paths for _, path in changed)  # perhaps with the inode of the one before
+        made_anew = any(Path(path) in paths for _, path in changed)  # possibly with the same inode
         if made_anew or there != await apart(partial(_those_there, folders())):
             return
         if changed or time.monotonic() - looked_sec >= _UNTOLD_SEC:
@@ -107,7 +105,7 @@ async def _watch_these(
 
 
 def _those_there(folders: Sequence[Path]) -> _There:
-    """Blocks for as long as a disk does not answer."""
+    """Return those of the folders that exist. Blocks while a disk does not respond."""
     there: _There = []
     for folder in folders:
         with contextlib.suppress(OSError):
@@ -118,7 +116,7 @@ def _those_there(folders: Sequence[Path]) -> _There:
 
 
 def _is_noise(path: Path, folders: Sequence[Path]) -> bool:
-    """What the folders themselves are called does not matter, unless the system gives them other names."""
+    """Whether a path lies in a download folder below `folders`, or anywhere if it is below none of them."""
     inside = [path.relative_to(folder) for folder in folders if path.is_relative_to(folder)]
     return not any(_NOISE.isdisjoint(each.parts) for each in inside or [path])
 

@@ -176,7 +176,7 @@ def test_it_survives_a_restart_of_the_router_and_says_so(start: Start, tiny: Pat
     screen = top(first)
     screen.until("a +off")
     first.stop()
-    screen.until("No answer for .*trying again. No router can be reached", "a +off", "router lost")
+    screen.until("No response for .*retrying. No router can be reached", "a +off", "router lost")
     port = first.url.rpartition(":")[2]
     second = start({"models": models(tiny, "a", "b")}, arguments=["--port", port])
     screen.until("llama-router ready", "b +off", "router back: it was started again", "router lost")

@@ -240,7 +240,7 @@ def test_what_is_no_model_is_reported_and_stops_nothing(tmp_path: Path) -> None:
         "zip.gguf": r"not a GGUF file: it starts with b'PK\x03\x04' (at byte 0)",
         "lora.gguf": "is a GGUF of type 'adapter', not a model",
         "words.gguf": "has no tensors: it holds a vocabulary only",
-        "mtp-good.gguf": "is a draft for speculative decoding, not a model of its own: give it to its model by "
+        "mtp-good.gguf": "is a draft for speculative decoding, not a model of its own: give it to its model with "
         "--spec-draft-model",
         "dangling.gguf": "No such file or directory",
         "loop.gguf": "Too many levels of symbolic links",
@@ -248,7 +248,7 @@ def test_what_is_no_model_is_reported_and_stops_nothing(tmp_path: Path) -> None:
     }
 
 
-DRAFT = "is a draft for speculative decoding, not a model of its own: give it to its model by --spec-draft-model"
+DRAFT = "is a draft for speculative decoding, not a model of its own: give it to its model with --spec-draft-model"
 
 
 @pytest.mark.parametrize(
@@ -257,8 +257,8 @@ DRAFT = "is a draft for speculative decoding, not a model of its own: give it to
         ("eagle3", DRAFT),
         ("dflash", DRAFT),
         ("dream", "is a diffusion model, which llama-server does not run"),
-        ("controlvector", "is a control vector, not a model: give it to one by --control-vector"),
-        ("wavtokenizer-dec", "is a vocoder, which makes sound of what another model says"),
+        ("controlvector", "is a control vector, not a model: give it to one with --control-vector"),
+        ("wavtokenizer-dec", "is a vocoder, which turns the output of another model into sound"),
         ("t5", "is an encoder with a decoder, which llama-server does not run"),
         ("flux", "has no vocabulary: it is no model that reads or writes text"),
     ],
