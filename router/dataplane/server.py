@@ -7,7 +7,8 @@ else that happens to it. Every other request is a page of the ASGI application, 
 It has what uvicorn's protocols lack: bounds on how long and how large a request's head may be, and on its trailer;
 an end for clients that stop in the middle, and for those that do not read. And what one client sends is read in
 small steps, a request at a time: the next one is not begun before the answer to the last is whole, and most of it
-read. Whoever sends more than that waits, in `Rounds`, for the turns that others have.
+read; a turn of the event loop reads no more than one buffer of a connection. A client that sends more waits, in
+`Rounds`, while others have their turns.
 
 What is read, answered and timed of a connection is one state, and so one class.
 """
@@ -119,6 +120,9 @@ class HttpProtocol(asyncio.BufferedProtocol):
         """The last bytes that were read, as far as they may begin the end of a head."""
         self._in_line = False
         """It waits for its next step."""
+        self._rests = False
+        """It has read as much as one turn is for."""
+        self.stepped_sec = float("-inf")
         self._is_full = False
         """A page has as much of a body as it takes, until it asks for more."""
         self._url = b""
@@ -191,14 +195,25 @@ class HttpProtocol(asyncio.BufferedProtocol):
         self._go_on()
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        if self._missing > len(_LITTLE_ROOM) or (
-            self._to_come > len(_LITTLE_ROOM) and not (self._unread or self._is_full)
+        if (
+            self._is_deaf
+            or self._missing > len(_LITTLE_ROOM)
+            or (self._to_come > len(_LITTLE_ROOM) and not (self._unread or self._is_full))
         ):
             return _ROOM
         return _LITTLE_ROOM
 
     def buffer_updated(self, nbytes: int) -> None:
-        self.data_received(bytes(_ROOM[:nbytes]))
+        if not self._is_deaf:
+            self.data_received(bytes(_ROOM[:nbytes]))
+        if nbytes >= len(_LITTLE_ROOM) and not self._rests:  # then libuv reads on at once, up to 32 times
+            self._rests = True
+            self.flow.pause_reading()
+            self._exchanges.rounds.rest(self)
+
+    def rested(self) -> None:
+        self._rests = False
+        self._regulate()
 
     def data_received(self, data: bytes) -> None:
         if self._is_deaf:
@@ -231,9 +246,10 @@ class HttpProtocol(asyncio.BufferedProtocol):
             return
         self._begun = None
         self._unread, self._at = data, 0
-        for _ in range(_STEPS_AT_ONCE):
-            if self._may_read():
-                self._read()
+        if self._to_come or self._exchanges.rounds.admit(self, self._last):  # the length of a body bounds its cost
+            for _ in range(_STEPS_AT_ONCE):
+                if self._may_read():
+                    self._read()
         begun, self._begun = self._begun, None
         if is_first and begun is not None and begun.keep_alive:
             self._known = Known.of(data, begun)
@@ -270,7 +286,7 @@ class HttpProtocol(asyncio.BufferedProtocol):
         """With what is not read yet, if that may be, in a step of its own."""
         if not self._in_line and self._may_read():
             self._in_line = True
-            self._exchanges.rounds.join(self)
+            self._exchanges.rounds.join(self, self.loop.time())
 
     def _may_read(self) -> bool:
         """A request is begun when the answer to the last is whole, and when not too much of it is unread."""
@@ -282,7 +298,7 @@ class HttpProtocol(asyncio.BufferedProtocol):
 
     def _regulate(self) -> None:
         """Hear no more than a little beyond what can be read now; whether the client has left is part of it."""
-        if self.transport.is_closing():
+        if self._rests or self.transport.is_closing():
             return
         if len(self._unread) - self._at > _STEP:
             self.flow.pause_reading()

@@ -12,14 +12,18 @@ _T = TypeVar("_T")
 
 _TURN_SEC = 0.002
 _STEPS = 2
-"""Of a turn. A step may start a task for a page, which takes its time only after that, and whoever comes meanwhile
-waits for all of them, twice. A further turn costs hardly anything."""
+"""Steps of a turn. A step may start a task for a page, which takes its time after the step, so whoever arrives
+meanwhile waits for all of them, twice. One more turn costs hardly anything."""
+_STEPS_AT_ONCE = 8
+"""Steps of a turn that are taken as soon as data arrives, without standing in line."""
+_QUIET_SEC = 0.1
+"""Time without a step after which a worker goes ahead of those that are busy all the time."""
 
 
 async def in_turns(items: Iterable[_T]) -> AsyncIterator[_T]:
-    """These. To make one, and what is done with it, may take a while: in between others have their turns.
+    """Yield the items, and give other tasks their turns whenever making and using them has taken a while.
 
-    What may change meanwhile has to be copied first.
+    Copy first what may change meanwhile.
     """
     since_sec = time.perf_counter()
     for item in items:
@@ -30,25 +34,50 @@ async def in_turns(items: Iterable[_T]) -> AsyncIterator[_T]:
 
 
 class Worker(Protocol):
-    """Somebody who has more to do than one turn is for."""
+    """A connection, or anything else, that may have more to do than fits into one turn."""
+
+    stepped_sec: float
+    """Time of its last step, by the event loop's clock."""
 
     def step(self) -> bool:
-        """Do a little of it. Whether it could go on at once."""
+        """Do a little of the work. Return whether there is more that could be done at once."""
+
+    def rested(self) -> None:
+        """A turn is over since it asked to `rest`."""
 
 
 class Rounds:
-    """Those who have much to do: a step each, in a circle, for a moment of every turn of the event loop.
+    """Shares the event loop among workers: a few steps in every turn, of one worker after the other.
 
-    However many they are, and however much each of them has, all others have their turns in between.
+    However many workers there are, and however much work each of them has, everything else has its turn in
+    between. Workers that were quiet for a moment go first, as new flows do in FQ-CoDel (RFC 8290): a client that
+    asks now and then does not wait for those that send without end. These have every other step all the same.
     """
 
     def __init__(self) -> None:
-        self._line: deque[Worker] = deque()
+        self._quiet: deque[Worker] = deque()
+        self._busy: deque[Worker] = deque()
+        self._resting: list[Worker] = []
+        self._steps_at_once = _STEPS_AT_ONCE
         self._is_set = False
 
-    def join(self, worker: Worker) -> None:
-        """Have its steps taken until there is nothing to go on with. It must not be in the line already."""
-        self._line.append(worker)
+    def admit(self, worker: Worker, now_sec: float) -> bool:
+        """Return whether the worker may take a step of this turn at once instead of joining the line."""
+        if not self._steps_at_once or (self._busy and now_sec - worker.stepped_sec < _QUIET_SEC):
+            return False
+        self._steps_at_once -= 1
+        worker.stepped_sec = now_sec
+        self._set()
+        return True
+
+    def join(self, worker: Worker, now_sec: float) -> None:
+        """Have the worker's steps taken until it has nothing more to do. It must not be in the line already."""
+        (self._busy if now_sec - worker.stepped_sec < _QUIET_SEC else self._quiet).append(worker)
+        self._set()
+
+    def rest(self, worker: Worker) -> None:
+        """Call the worker's `rested` in the next turn."""
+        self._resting.append(worker)
         self._set()
 
     def _set(self) -> None:
@@ -58,16 +87,24 @@ class Rounds:
 
     def _turn(self) -> None:
         self._is_set = False
+        self._steps_at_once = _STEPS_AT_ONCE
+        resting, self._resting = self._resting, []
+        now_sec = asyncio.get_running_loop().time()
         until_sec = time.perf_counter() + _TURN_SEC
+        lines = (self._quiet, self._busy)
         try:
-            for _ in range(_STEPS):
-                if not self._line:
+            for worker in resting:
+                worker.rested()
+            for count in range(_STEPS):
+                line = lines[count % 2] or lines[1 - count % 2]
+                if not line:
                     break
-                worker = self._line.popleft()
+                worker = line.popleft()
+                worker.stepped_sec = now_sec
                 if worker.step():
-                    self._line.append(worker)
+                    self._busy.append(worker)
                 if time.perf_counter() > until_sec:
                     break
-        finally:  # one that breaks is out; the others are not
-            if self._line:
+        finally:  # a worker that raises is out of the line; the others are not
+            if self._quiet or self._busy:
                 self._set()

@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Coroutine
+from collections import Counter
+from collections.abc import Callable, Coroutine
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import uvicorn
+import uvloop
 
 from router.dataplane import server as http_server
 from router.dataplane.answer import Answer
@@ -39,9 +41,8 @@ class Server:
         self.refused: list[str] = []
         events = Events()
         events.listen(ClientRefused, lambda happening: self.refused.append(happening.reason))
-        shared = SimpleNamespace(
-            rounds=Rounds(), dispatcher=SimpleNamespace(events=events), by_path={"/refused": Refused}
-        )
+        turns = {"/refused": Refused, "/form": Form}
+        shared = SimpleNamespace(rounds=Rounds(), dispatcher=SimpleNamespace(events=events), by_path=turns)
         protocol = partial(HttpProtocol, cast(Exchanges, shared))
         self._server = uvicorn.Server(
             uvicorn.Config(
@@ -63,14 +64,19 @@ class Server:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"1000000")]})
         await send({"type": "http.response.body", "body": PAGE})
 
-    def run(self, story: Coroutine[Any, Any, None], listener: socket.socket) -> None:
+    def run(
+        self,
+        story: Coroutine[Any, Any, None],
+        listener: socket.socket,
+        run: Callable[[Coroutine[Any, Any, None]], None] = asyncio.run,
+    ) -> None:
         async def serve() -> None:
             serving = asyncio.create_task(self._server.serve([listener]))
             await asyncio.wait_for(story, 30)
             self._server.should_exit = True
             await serving
 
-        asyncio.run(serve())
+        run(serve())
 
 
 @pytest.fixture
@@ -131,6 +137,41 @@ def test_however_much_is_asked_for_one_request_is_begun_at_once(listener: socket
     server.run(story(), listener)
 
 
+def test_of_each_connection_a_turn_of_the_event_loop_reads_one_buffer(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libuv reads a socket that is never empty 32 times before it turns to the next."""
+    server = Server()
+    read, turn = Counter[int](), 0
+    buffer_updated = HttpProtocol.buffer_updated
+
+    def counted(connection: HttpProtocol, nbytes: int) -> None:
+        read[turn] += 1
+        buffer_updated(connection, nbytes)
+
+    monkeypatch.setattr(HttpProtocol, "buffer_updated", counted)
+
+    async def story() -> None:
+        loop = asyncio.get_running_loop()
+
+        def next_turn() -> None:
+            nonlocal turn
+            turn += 1
+            loop.call_soon(next_turn)
+
+        next_turn()
+        client = socket.create_connection(listener.getsockname())
+        head = b"POST /form HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+        body = b"1\r\nx\r\n" * 200_000 + b"0\r\n\r\n"
+        await loop.run_in_executor(None, client.sendall, head + body)
+        assert await loop.run_in_executor(None, client.recv, 4096)
+        client.close()
+        assert sum(read.values()) > 20
+        assert max(read.values()) == 1
+
+    server.run(story(), listener, uvloop.run)
+
+
 class Refused:
     """A turn that is over as soon as it begins, as those of requests are that are refused by their heads."""
 
@@ -143,12 +184,21 @@ class Refused:
 
     def begin(self, to_come: int) -> None:
         Refused.begun += 1
-        Refused.most_in_line = max(Refused.most_in_line, len(self._rounds._line))
+        Refused.most_in_line = max(Refused.most_in_line, len(self._rounds._quiet) + len(self._rounds._busy))
         self._answer.whole(401, b"", b"no")
 
     def add_body(self, part: bytes) -> None: ...
 
     def end_body(self) -> None: ...
+
+
+class Form(Refused):
+    """A turn that is over when its body is."""
+
+    def begin(self, to_come: int) -> None: ...
+
+    def end_body(self) -> None:
+        self._answer.whole(200, b"", b"yes")
 
 
 @pytest.mark.parametrize("first", [ASK, ASK * 20_000], ids=["later", "at once"])

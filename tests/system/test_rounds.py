@@ -1,0 +1,115 @@
+"""Who goes first when many connections have more to do than a turn of the event loop is for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from router.system.turns import Rounds
+
+
+class Worker:
+    """Has so many steps to take, and writes its name down for each."""
+
+    def __init__(self, name: str, steps: int, written: list[str]) -> None:
+        self.name = name
+        self.steps = steps
+        self.stepped_sec = float("-inf")
+        self._written = written
+
+    def step(self) -> bool:
+        self._written.append(self.name)
+        self.steps -= 1
+        return self.steps > 0
+
+    def rested(self) -> None:
+        self._written.append(f"{self.name} rested")
+
+
+def played(story: Callable[[Rounds, list[str]], Awaitable[None]]) -> list[str]:
+    written: list[str] = []
+
+    async def run() -> None:
+        await story(Rounds(), written)
+
+    asyncio.run(run())
+    return written
+
+
+def test_a_worker_that_was_quiet_goes_before_those_that_are_always_busy() -> None:
+    async def story(rounds: Rounds, written: list[str]) -> None:
+        now_sec = asyncio.get_running_loop().time()
+        for name in "abcdef":
+            busy = Worker(name, 100, written)
+            busy.stepped_sec = now_sec
+            rounds.join(busy, now_sec)
+        await asyncio.sleep(0)
+        written.clear()
+        rounds.join(Worker("quiet", 1, written), now_sec)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+    assert played(story)[0] == "quiet"
+
+
+def test_busy_workers_have_every_other_step_however_many_quiet_ones_come() -> None:
+    async def story(rounds: Rounds, written: list[str]) -> None:
+        now_sec = asyncio.get_running_loop().time()
+        busy = Worker("busy", 100, written)
+        busy.stepped_sec = now_sec
+        rounds.join(busy, now_sec)
+        for _ in range(50):
+            rounds.join(Worker("quiet", 1, written), now_sec)
+        for _ in range(40):
+            await asyncio.sleep(0)
+
+    assert played(story)[:40].count("busy") == 20
+
+
+def test_a_worker_is_quiet_for_one_step_only() -> None:
+    async def story(rounds: Rounds, written: list[str]) -> None:
+        now_sec = asyncio.get_running_loop().time()
+        rounds.join(Worker("first", 100, written), now_sec)
+        await asyncio.sleep(0)
+        written.clear()
+        rounds.join(Worker("second", 1, written), now_sec)
+        await asyncio.sleep(0)
+
+    assert played(story)[:2] == ["second", "first"]
+
+
+def test_few_steps_of_a_turn_are_taken_at_once() -> None:
+    admitted: list[int] = []
+
+    async def story(rounds: Rounds, written: list[str]) -> None:
+        loop = asyncio.get_running_loop()
+        for _ in range(2):
+            admitted.append(sum(rounds.admit(Worker("a", 1, written), loop.time()) for _ in range(100)))
+            await asyncio.sleep(0)
+
+    played(story)
+    assert admitted == [8, 8]
+
+
+def test_beside_busy_workers_only_quiet_ones_take_a_step_at_once() -> None:
+    admitted: list[bool] = []
+
+    async def story(rounds: Rounds, written: list[str]) -> None:
+        now_sec = asyncio.get_running_loop().time()
+        first, second, quiet = (Worker(name, 5, written) for name in ("first", "second", "quiet"))
+        first.stepped_sec = second.stepped_sec = now_sec
+        admitted.append(rounds.admit(second, now_sec))
+        rounds.join(first, now_sec)
+        admitted.extend((rounds.admit(second, now_sec), rounds.admit(quiet, now_sec)))
+
+    played(story)
+    assert admitted == [True, False, True]
+
+
+def test_a_worker_that_rests_goes_on_in_the_next_turn() -> None:
+    async def story(rounds: Rounds, written: list[str]) -> None:
+        rounds.rest(Worker("a", 1, written))
+        assert not written
+        await asyncio.sleep(0)
+
+    assert played(story) == ["a rested"]
