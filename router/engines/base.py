@@ -7,7 +7,7 @@ embedded engine, `command/` for any server by its command line. `registry.py` li
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -193,9 +193,6 @@ class EngineBackend(Planner, Protocol):
 
     async def launch(self, order: Launch, log: LogRing) -> EngineHandle:
         """Raises EngineFailed when nothing could be started."""
-
-    def explain_exit(self, code: int, log: Sequence[str]) -> Ending:
-        """What an exit code and the engine's own words, the last at the end, mean for the next one."""
 
     def fallback(self, model: ModelConfig) -> Fallback | None:
         """What to try at once after a load that failed by itself; None: nothing else."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,10 +32,10 @@ class LocalLauncher:
         self._engines: dict[int, EngineProcess] = {}
         self._lost_sec: dict[int, float] = {}
 
-    async def launch(self, start: Callable[[int], Awaitable[E]]) -> E:
-        """`start` spawns one that is to listen on a port, before it waits for anything. Raises EngineFailed."""
+    def launch(self, start: Callable[[int], E]) -> E:
+        """Return the engine that `start` spawns for a free port. Raises EngineFailed."""
         port = self._free_port()
-        engine = self._engines[port] = await start(port)
+        engine = self._engines[port] = start(port)
         self._record.add(engine)
         return engine
 

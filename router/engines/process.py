@@ -21,6 +21,7 @@ from pathlib import Path
 from router.engines.base import PROBE_LIMIT_SEC, Ending, Endpoint, EngineFailed, Facts, LoadProgress
 from router.engines.complaints import complaints
 from router.engines.log_ring import LogRing
+from router.engines.out_of_memory import ran_out
 from router.hardware.ram import oom_kills, resident_bytes
 from router.observe.reasons import Reason
 from router.scheduling.messages import Retry
@@ -29,9 +30,8 @@ from router.system.processes import PIPE_BYTES, exit_code, is_foreign, log_pipe,
 _SILENCE_CHECK_SEC = 1.0
 _READS_AT_ONCE = 4
 _DRAIN_SEC = (0.02, 1.0)
-
-Explain = Callable[[int, Sequence[str]], Ending]
-"""What the exit code of an engine and its words mean."""
+_LINES_OF_AN_END = 200
+"""Number of last log lines that can tell of memory that ran out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,6 @@ class EngineProcess(ABC):
         mark: tuple[str, str],
         spawned: Spawned,
         log: LogRing,
-        explain: Explain,
     ) -> None:
         """`mark` is a variable that it has, and all that it starts, with a value that nobody else has."""
         self.order = order
@@ -101,7 +100,6 @@ class EngineProcess(ABC):
         self.out_of_memory = False
         self.ending = Ending()
         self._process = spawned.process
-        self._explain = explain
         self._log_begin = log.total
         self._oom_kills = oom_kills()
         self._killed_because = ""
@@ -177,6 +175,13 @@ class EngineProcess(ABC):
     async def _ask_to_go(self, grace_sec: float) -> None:
         """Return when it is gone, and in any case after the grace time."""
 
+    async def _terminate(self, second_sec: float, grace_sec: float) -> None:
+        """Send SIGTERM, and after `second_sec` another one; return as `_ask_to_go` does."""
+        for limit_sec in (second_sec, grace_sec - second_sec):
+            if self.alive:
+                signal_group(self.pid, signal.SIGTERM)
+                await asyncio.wait({self.exited}, timeout=limit_sec)
+
     def kill(self, reason: str = "") -> None:
         if self.alive:  # once it is reaped, its number may be somebody else's
             self._killed_because = self._killed_because or reason
@@ -211,12 +216,19 @@ class EngineProcess(ABC):
     def _why(self, code: int) -> Ending:
         """Builds that say by a thread of their own that a port is taken may end before it; then it counts who has
         the port now."""
-        ending = self._explain(code, self.log.since(self._log_begin))
-        if self.out_of_memory and ending.wanted_mib is None:
-            ending = ending._replace(wanted_mib={})
-        if code > 0 and ending.retry is Retry.LATER and not port_is_free(self.endpoint.port):
-            ending = ending._replace(retry=Retry.AT_ONCE)
-        return ending
+        log = self.log.since(self._log_begin)
+        wanted_mib = ran_out(log[-_LINES_OF_AN_END:])
+        if self.out_of_memory and wanted_mib is None:
+            wanted_mib = {}
+        retry = self.retry_after(code, log)
+        if code > 0 and retry is Retry.LATER and not port_is_free(self.endpoint.port):
+            retry = Retry.AT_ONCE
+        return Ending(retry, wanted_mib)
+
+    @staticmethod
+    @abstractmethod
+    def retry_after(code: int, log: Sequence[str]) -> Retry:
+        """Return when to start the next engine, by exit code and log of one that ended before it was ready."""
 
     def _complaints(self) -> str:
         return complaints(self.log.since(self._log_begin))

@@ -117,6 +117,16 @@ class Learned:
         """What it wants at least since it ran out of memory."""
         return _by_device(self._entry(identity).raised)
 
+    def with_raised(
+        self, figures: Mapping[Device, int], source: str, identity: Identity
+    ) -> tuple[Mapping[Device, int], str]:
+        """Return the figures, at least as large as `raised`, and their source, which says if they were raised."""
+        raised = self.raised(identity)
+        if all(mib <= figures.get(device, 0) for device, mib in raised.items()):
+            return figures, source
+        more = {device: max(mib, raised.get(device, 0)) for device, mib in figures.items()}
+        return more, f"{source}, raised since it ran out of memory"
+
     def ratio(self, identity: Identity) -> Ratio:
         """Measured to estimated, of the same files with whatever flags; the latest counts."""
         for entry in reversed(self._entries.values()):

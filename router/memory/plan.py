@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 
 from router.config.resolved import ModelConfig
 from router.config.schema import System
-from router.memory.measurements import Identity
+from router.memory.measurements import Identity, Learned
 from router.observe.reasons import Problem
 from router.scheduling.messages import Placement
 from router.system.devices import HOST, Device
@@ -105,6 +105,11 @@ class Ground:
         budgets = {site.device: site.budget_mib for site in (*self.gpus, self.host)}
         return all(mib <= budgets[device] for device, mib in placement.items())
 
+    def left_mib(self, one: Alternative) -> int:
+        """Return how much of its GPUs' free memory an alternative would leave; negative if it does not fit now."""
+        free = {site.device: site.free_mib for site in self.gpus}
+        return sum(free[gpu] - one.placement.get(gpu, 0) for gpu in one.gpus)
+
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
@@ -154,6 +159,26 @@ class Inspection:
     """True if the load time was measured, false if it is a guess from the size of the files."""
     advice: str = ""
     """Advice on what would fit, if no alternative does."""
+
+    @classmethod
+    def of(
+        cls,
+        found: Sequence[Alternative],
+        ground: Ground,
+        learned: Learned,
+        guessed_load_sec: float,
+        advice: Callable[[], str],
+    ) -> Inspection:
+        """Result for the alternatives found, best first; at least one. `advice` is called if none of them fits."""
+        fitting = tuple(one for one in found if ground.holds(one.placement))
+        best = (fitting or found)[0].identity
+        load_sec = learned.load_sec(best) if best is not None else None
+        return cls(
+            alternatives=fitting or tuple(found[:1]),
+            expected_load_sec=load_sec or guessed_load_sec,
+            load_is_known=load_sec is not None,
+            advice="" if fitting else advice(),
+        )
 
 
 class Planner(Protocol):

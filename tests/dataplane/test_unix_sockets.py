@@ -157,7 +157,7 @@ def test_a_stranger_on_a_dead_engines_port_answers_nobody(
 def test_a_port_that_another_program_takes_first_costs_no_pause(tiny: Path) -> None:
     async def lose(port: int) -> tuple[Retry, str]:
         order = EngineOrder("a", (*embedded.command(), "-m", str(tiny)))
-        engine = await LlamaServer.start(order, port, LogRing(100), None)
+        engine = LlamaServer.start(order, port, LogRing(100), None)
         reason = await engine.exited
         return engine.ending.retry, reason.full
 

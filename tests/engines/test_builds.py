@@ -134,7 +134,7 @@ def test_a_port_that_another_program_has_is_left_to_it(server: str, tiny: Path, 
 
     async def lose(port: int) -> tuple[Retry, str]:
         order = EngineOrder("a", command if speaks else silenced)
-        engine = await LlamaServer.start(order, port, LogRing(100), None)
+        engine = LlamaServer.start(order, port, LogRing(100), None)
         reason = await engine.exited
         return engine.ending.retry, reason.told
 

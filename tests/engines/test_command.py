@@ -17,8 +17,10 @@ from speech_server import PIECE, PIECES
 from router.config.schema import System
 from router.engines.command.backend import Command
 from router.engines.command.entry import CommandModel
+from router.engines.command.server import CommandServer
 from router.engines.launcher import LocalLauncher
 from router.engines.orphans import EngineRecord
+from router.engines.out_of_memory import ran_out
 from router.memory.measurements import Learned
 from router.memory.plan import Alternative, Ground, Site, Unusable
 from router.scheduling.messages import Retry
@@ -274,9 +276,8 @@ def test_a_gpu_that_is_not_there_is_named() -> None:
     ],
 )
 def test_its_last_words_tell_when_to_try_again(code: int, log: list[str], retry: Retry, memory: bool) -> None:
-    command = Command(LocalLauncher(8085, EngineRecord(State()), None), Learned())
-    ending = command.explain_exit(code, log)
-    assert (ending.retry, ending.wanted_mib is not None) == (retry, memory)
+    assert CommandServer.retry_after(code, log) is retry
+    assert (ran_out(log) is not None) is memory
 
 
 # --- configuration --------------------------------------------------------------------------------------

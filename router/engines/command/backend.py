@@ -7,24 +7,22 @@ from the size of its file until it has answered and was measured.
 from __future__ import annotations
 
 import os
-import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from router.config.resolved import ModelConfig
 from router.config.schema import System
-from router.engines.base import Ending, Fallback, Launch
+from router.engines.base import Fallback, Launch
 from router.engines.command.entry import CommandModel
 from router.engines.command.server import CommandServer
 from router.engines.launcher import LocalLauncher
 from router.engines.log_ring import LogRing
-from router.engines.out_of_memory import ran_out
 from router.hardware.devices import shown
 from router.memory.measurements import Identity, Learned, files_of
 from router.memory.plan import Alternative, Ground, Inspection, Site, Size, Unusable
-from router.scheduling.messages import Placement, Retry
+from router.scheduling.messages import Placement
 from router.system.devices import HOST, Device
 
 _MIB = 1 << 20
@@ -33,12 +31,6 @@ _FIRST_GUESS_MIB = 512
 _FIRST_GUESS_SEC = 10.0
 ANY_GPU = "gpu"
 """In `footprint_mb`: one GPU, whichever has room."""
-_LOG_OF_AN_END = 200
-_WRONG_ARGUMENTS = re.compile(
-    r"unrecognized arguments?|unrecognized option|unknown (argument|flag|option)|invalid (argument|choice|option)",
-    re.IGNORECASE,
-)
-_TAKEN_PORT = re.compile(r"address already in use|couldn't bind|port \d+ is (already )?in use", re.IGNORECASE)
 
 
 class Command:
@@ -78,18 +70,10 @@ class Command:
         env = shown(order.shows, model.env)
         program = str(_program(model))
 
-        async def start(port: int) -> CommandServer:
-            return CommandServer.start(replace(order, shows=env), model, program, port, log, self.explain_exit)
+        def start(port: int) -> CommandServer:
+            return CommandServer.start(replace(order, shows=env), model, program, port, log)
 
-        return await self._launcher.launch(start)
-
-    def explain_exit(self, code: int, log: Sequence[str]) -> Ending:
-        retry = Retry.LATER
-        if code > 0 and any(map(_TAKEN_PORT.search, log)):
-            retry = Retry.AT_ONCE
-        elif code == 2 and any(map(_WRONG_ARGUMENTS.search, log)):
-            retry = Retry.NEVER
-        return Ending(retry, ran_out(log[-_LOG_OF_AN_END:]))
+        return self._launcher.launch(start)
 
     def fallback(self, model: ModelConfig) -> Fallback | None:
         return None
@@ -122,15 +106,8 @@ class _Places:
 
     def inspection(self) -> Inspection:
         found = sorted(self._alternatives(), key=self._rank)
-        fitting = [one for one in found if self._ground.holds(one.placement)]
-        best = (fitting or found)[0].identity
-        load_sec = self._learned.load_sec(best) if best is not None else None
-        return Inspection(
-            alternatives=tuple(fitting or found[:1]),
-            expected_load_sec=load_sec or _FIRST_GUESS_SEC,
-            load_is_known=load_sec is not None,
-            advice="" if fitting else "footprint_mb in its entry says what it takes",
-        )
+        advice = "footprint_mb in its entry says what it takes"
+        return Inspection.of(found, self._ground, self._learned, _FIRST_GUESS_SEC, lambda: advice)
 
     def _alternatives(self) -> list[Alternative]:
         given = self._model.footprint
@@ -163,21 +140,16 @@ class _Places:
         source = f"file size × {self._multiplier:g}" if nbytes else "a guess, until it has answered"
         place = HOST if site is None else Device.shown(0)
         guessed = {place: max(1, guess)}
-        wanted = self._learned.measured(identity) or guessed
-        if wanted is not guessed:
-            source = "measured"
-        raised = self._learned.raised(identity)
-        if any(mib > wanted.get(device, 0) for device, mib in raised.items()):
-            wanted = {device: max(mib, raised.get(device, 0)) for device, mib in wanted.items()}
-            source += ", raised since it ran out of memory"
+        measured = self._learned.measured(identity)
+        wanted, source = (guessed, source) if measured is None else (measured, "measured")
+        wanted, source = self._learned.with_raised(wanted, source, identity)
         gpus = () if site is None else (site.device,)
         one = Alternative(gpus, Size(wanted, source, guessed, identity), {})
         return replace(one, placement=one.as_driven(wanted))
 
     def _rank(self, one: Alternative) -> tuple[bool, bool, int]:
         """What fits comes first; of that, where it fits now, and snugly."""
-        free = {site.device: site.free_mib for site in self._ground.gpus}
-        left = sum(free[gpu] - one.placement.get(gpu, 0) for gpu in one.gpus)
+        left = self._ground.left_mib(one)
         return not self._ground.holds(one.placement), left < 0, left
 
     def _file_bytes(self) -> int:

@@ -10,24 +10,30 @@ import asyncio
 import contextlib
 import errno
 import os
+import re
 import secrets
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from router.engines.base import PROBE_LIMIT_SEC, Endpoint, Facts, Launch
 from router.engines.command import MARK_VARIABLE
 from router.engines.command.entry import CommandModel
 from router.engines.log_ring import LogRing
-from router.engines.process import EngineOrder, EngineProcess, Explain, Spawned
+from router.engines.process import EngineOrder, EngineProcess, Spawned
 from router.engines.questions import CANNOT_ASK, status
+from router.scheduling.messages import Retry
 from router.system.privacy import without_secrets
-from router.system.processes import signal_group
 
 _HOST = "127.0.0.1"
 _POLL_SEC = (0.02, 0.5)
 """Between two looks whether it serves: at first, and when it takes long."""
 _SECOND_WORD_SEC = 2.0
 """From the first SIGTERM to the second, which ends what has missed the first while it was loading."""
+_WRONG_ARGUMENTS = re.compile(
+    r"unrecognized arguments?|unrecognized option|unknown (argument|flag|option)|invalid (argument|choice|option)",
+    re.IGNORECASE,
+)
+_TAKEN_PORT = re.compile(r"address already in use|couldn't bind|port \d+ is (already )?in use", re.IGNORECASE)
 
 
 def filled(text: str, values: Mapping[str, str]) -> str:
@@ -48,19 +54,16 @@ class CommandServer(EngineProcess):
         mark: str,
         spawned: Spawned,
         log: LogRing,
-        explain: Explain,
         values: Mapping[str, str],
     ) -> None:
-        super().__init__(order, endpoint, (MARK_VARIABLE, mark), spawned, log, explain)
+        super().__init__(order, endpoint, (MARK_VARIABLE, mark), spawned, log)
         self._ready_path = model.ready_path
         values = {**values, "pid": str(self.pid)}
         self._stop_cmd = tuple(filled(word, values) for word in model.stop_cmd)
         self._cwd = model.cwd
 
     @classmethod
-    def start(
-        cls, launch: Launch, model: CommandModel, program: str, port: int, log: LogRing, explain: Explain
-    ) -> CommandServer:
+    def start(cls, launch: Launch, model: CommandModel, program: str, port: int, log: LogRing) -> CommandServer:
         """Spawn it. Raises EngineFailed when its program cannot be run."""
         values = {"host": _HOST, "port": str(port), "model": str(model.file or ""), "alias": model.alias}
         mark = secrets.token_hex(16)
@@ -76,7 +79,7 @@ class CommandServer(EngineProcess):
         # If we die it gets SIGTERM: it may be a script around an engine, or have processes of its own.
         spawned = Spawned.by(argv, env, cwd=model.cwd, logs_stdout=True, death_signal=signal.SIGTERM)
         endpoint = Endpoint(port, host=_HOST, marks_end=False)
-        return cls(order, model, endpoint, mark, spawned, log, explain, values)
+        return cls(order, model, endpoint, mark, spawned, log, values)
 
     async def _until_it_serves(self) -> None:
         pause_sec, latest = _POLL_SEC
@@ -110,11 +113,14 @@ class CommandServer(EngineProcess):
         if self._stop_cmd:
             await self._run_stop_cmd(grace_sec)
             await asyncio.wait({self.exited}, timeout=grace_sec)
-        second_sec = min(_SECOND_WORD_SEC, grace_sec)
-        for limit_sec in (second_sec, grace_sec - second_sec):
-            if self.alive:
-                signal_group(self.pid, signal.SIGTERM)
-                await asyncio.wait({self.exited}, timeout=limit_sec)
+        await self._terminate(min(_SECOND_WORD_SEC, grace_sec), grace_sec)
+
+    @staticmethod
+    def retry_after(code: int, log: Sequence[str]) -> Retry:
+        if code > 0 and any(map(_TAKEN_PORT.search, log)):
+            return Retry.AT_ONCE
+        wrong = code == 2 and any(map(_WRONG_ARGUMENTS.search, log))
+        return Retry.NEVER if wrong else Retry.LATER
 
     async def _run_stop_cmd(self, limit_sec: float) -> None:
         """What it says goes to the engine's log."""

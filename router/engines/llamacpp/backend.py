@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
 from router.config.resolved import ModelConfig
 from router.config.schema import System
-from router.engines.base import Ending, EngineFailed, Fallback, Launch, NoEngine
+from router.engines.base import EngineFailed, Fallback, Launch, NoEngine
 from router.engines.launcher import LocalLauncher
 from router.engines.llamacpp import footprint, plan, server
 from router.engines.llamacpp.binary import Binary
@@ -100,14 +100,11 @@ class LlamaCpp:
         launcher = self._launcher
         takes_sockets = launcher.has_sockets and await apart(lambda: self.build.takes_unix_sockets)
 
-        async def start(port: int) -> server.LlamaServer:
+        def start(port: int) -> server.LlamaServer:
             unix_socket = launcher.unix_socket(port) if takes_sockets else None
-            return await server.LlamaServer.start(command, port, log, unix_socket)
+            return server.LlamaServer.start(command, port, log, unix_socket)
 
-        return await launcher.launch(start)
-
-    def explain_exit(self, code: int, log: Sequence[str]) -> Ending:
-        return server.explain_exit(code, log)
+        return launcher.launch(start)
 
     def fallback(self, model: ModelConfig) -> Fallback | None:
         """Without its projector, if nobody has named that."""

@@ -52,15 +52,8 @@ def inspect(
     except OSError as error:
         what = f"cannot be read: {error.strerror or type(error).__name__}"
         raise Unusable(f"{error.filename or model.model_path} {what}", f"its file {what}") from error
-    fitting = [one for one in found if ground.holds(one.placement)]
-    best = (fitting or found)[0].identity
-    load_sec = learned.load_sec(best) if best is not None else None
-    return Inspection(
-        alternatives=tuple(fitting or found[:1]),
-        expected_load_sec=load_sec or _START_SEC + places.nbytes / _LOAD_BYTES_PER_SEC,
-        load_is_known=load_sec is not None,
-        advice="" if fitting else places.advice(),
-    )
+    guessed_load_sec = _START_SEC + places.nbytes / _LOAD_BYTES_PER_SEC
+    return Inspection.of(found, ground, learned, guessed_load_sec, places.advice)
 
 
 def alternatives(sizer: Sizer, engine: EngineKind | None, ground: Ground) -> list[Alternative]:
@@ -293,8 +286,7 @@ class _Places:
 
     def _rank(self, one: Alternative) -> tuple[bool, bool, int, bool, int]:
         """What fits comes first, then what is whole, then fewer GPUs; of those, where it fits now and snugly."""
-        free = {site.device: site.free_mib for site in self._ground.gpus}
-        left = sum(free[gpu] - one.placement.get(gpu, 0) for gpu in one.gpus)
+        left = self._ground.left_mib(one)
         return not self._ground.holds(one.placement), bool(one.remark), len(one.gpus), left < 0, left
 
     # --- alternatives -----------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ import contextlib
 import os
 import re
 import secrets
-import signal
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,15 +24,13 @@ from pathlib import Path
 
 import msgspec
 
-from router.engines.base import PROBE_LIMIT_SEC, Ending, Endpoint, Facts, LoadProgress
+from router.engines.base import PROBE_LIMIT_SEC, Endpoint, Facts, LoadProgress
 from router.engines.llamacpp.flags import OWNED_VARIABLES
 from router.engines.log_ring import LogRing
-from router.engines.out_of_memory import ran_out
 from router.engines.process import EngineOrder, EngineProcess, Spawned
 from router.engines.questions import CANNOT_ASK, document, status
 from router.scheduling.messages import Retry
 from router.system.privacy import without_secrets
-from router.system.processes import signal_group
 
 KEY_VARIABLE = "LLAMA_API_KEY"
 _STATE_PREFIX = b"cmd_child_to_router:state:"
@@ -50,23 +47,7 @@ _REFUSED_FLAG = re.compile(r"error: invalid argument: |error while handling argu
 """llama.cpp, common/arg.cpp; the embedded engine says so, too."""
 _TAKEN_PORT = re.compile(r"couldn't bind .*socket")
 """tools/server/server-http.cpp"""
-_LOG_OF_AN_END = 200
 _LONGEST_MESSAGE = 1 << 20
-
-
-def explain_exit(code: int, log: Sequence[str]) -> Ending:
-    """What its words mean for the next one."""
-    retry = Retry.LATER
-    if code > 0:
-        told = (_retry_after(line) for line in log)
-        retry = next(filter(None, told), Retry.LATER)
-    return Ending(retry, ran_out(log[-_LOG_OF_AN_END:]))
-
-
-def _retry_after(line: str) -> Retry | None:
-    if _REFUSED_FLAG.search(line):
-        return Retry.NEVER
-    return Retry.AT_ONCE if _TAKEN_PORT.search(line) else None
 
 
 class _State(msgspec.Struct):
@@ -90,14 +71,14 @@ class LlamaServer(EngineProcess):
     """A running engine. Create it with `start`."""
 
     def __init__(self, order: EngineOrder, endpoint: Endpoint, key: str, spawned: Spawned, log: LogRing) -> None:
-        super().__init__(order, endpoint, (KEY_VARIABLE, key), spawned, log, explain_exit)
+        super().__init__(order, endpoint, (KEY_VARIABLE, key), spawned, log)
         self._said_ready = asyncio.Event()
         self._without_key: int | None = None
         """With what status its port answered last who has no key."""
         self._messages = asyncio.create_task(self._read_messages(), name=f"messages of {order.alias}")
 
     @classmethod
-    async def start(cls, order: EngineOrder, port: int, log: LogRing, unix_socket: Path | None) -> LlamaServer:
+    def start(cls, order: EngineOrder, port: int, log: LogRing, unix_socket: Path | None) -> LlamaServer:
         """Spawn it. Raises EngineFailed when the binary cannot be run."""
         key = secrets.token_hex(24)
         hosts = "127.0.0.1" if unix_socket is None else f"127.0.0.1,{unix_socket}"
@@ -154,17 +135,23 @@ class LlamaServer(EngineProcess):
         up goes with it. What has to be told by signals may have more to do, as it may be a script around one.
         """
         leaving_sec = min(_LEAVING_SEC, grace_sec)
-        takes_commands = self._said_ready.is_set()
-        if takes_commands:  # and SIGTERM not before it is through: its handler takes a lock that may be held
-            assert self._process.stdin is not None
-            with contextlib.suppress(OSError):
-                self._process.stdin.write(_EXIT_COMMAND)
-        else:
-            signal_group(self.pid, signal.SIGTERM)
+        if not self._said_ready.is_set():
+            await self._terminate(leaving_sec, grace_sec)  # the second SIGTERM makes llama-server wait for nobody
+            return
+        # No SIGTERM before it is through: its handler takes a lock that may be held.
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.write(_EXIT_COMMAND)
         await asyncio.wait({self.exited}, timeout=leaving_sec)
-        if self.alive and not takes_commands:
-            signal_group(self.pid, signal.SIGTERM)  # the second makes llama-server wait for nobody
-            await asyncio.wait({self.exited}, timeout=grace_sec - leaving_sec)
+
+    @staticmethod
+    def retry_after(code: int, log: Sequence[str]) -> Retry:
+        for line in log if code > 0 else ():
+            if _REFUSED_FLAG.search(line):
+                return Retry.NEVER
+            if _TAKEN_PORT.search(line):
+                return Retry.AT_ONCE
+        return Retry.LATER
 
     async def _close_pipes(self) -> None:
         await asyncio.wait({self._messages}, timeout=0.5)  # a grandchild may hold the pipe open

@@ -281,7 +281,7 @@ class Sizer:
         if measured is not None:
             ours = {device: mib for device, mib in measured.items() if device in figures or device == HOST}
             return Size({**figures, **ours}, "measured", figures, identity)
-        figures, source = self._raised(figures, source, identity)
+        figures, source = self._learned.with_raised(figures, source, identity)
         return Size(figures, source, figures, identity)
 
     def parts(
@@ -315,7 +315,7 @@ class Sizer:
         if corrected != figures:
             source += ", corrected as measured with other flags"
         if identity is not None:
-            corrected, source = self._raised(corrected, source, identity)
+            corrected, source = self._learned.with_raised(corrected, source, identity)
         return Size(corrected, source, figures, identity, taken)
 
     def by_formula(self, flags: Flags, gpus: int) -> Footprint:
@@ -373,15 +373,6 @@ class Sizer:
             adapters=files.adapters,
             environ=environ,
         )
-
-    def _raised(
-        self, figures: Mapping[Device, int], source: str, identity: Identity
-    ) -> tuple[Mapping[Device, int], str]:
-        raised = self._learned.raised(identity)
-        if all(mib <= figures.get(device, 0) for device, mib in raised.items()):
-            return figures, source
-        more = {device: max(mib, raised.get(device, 0)) for device, mib in figures.items()}
-        return more, f"{source}, raised since it ran out of memory"
 
     def _identity(self, added: tuple[str, ...], gpus: int) -> Identity:
         own = tuple(word for flag in self.flags.given if flag.name not in _KEPT_OUT for word in flag.words)
