@@ -1,1 +1,1 @@
-"""What happened, told: the event bus, metrics, statistics of requests, logs, traces."""
+"""Observability: the event bus, metrics, request statistics, logs and traces."""

@@ -1,7 +1,7 @@
-"""What happened, typed, and told to whoever listens: metrics, telemetry, logs, traces, streams.
+"""Typed events and the bus that delivers them to metrics, telemetry, logs, traces and streams.
 
-This carries news, not commands: nothing in the router acts on it. Watchers over the network are the business of
-`api/streams.py`.
+Events report what happened; no component controls another through them. Subscribers over the network are handled
+by `api/streams.py`.
 """
 
 from __future__ import annotations
@@ -27,25 +27,27 @@ _TOLD_WITHIN_SEC = 0.2
 
 
 class ServerState(Word):
+    """State of the router."""
+
     INITIALIZING = "initializing"
     READY = "ready"
     SHUTTING_DOWN = "shutting_down"
 
 
 class Outcome(Word):
-    """What came of a request; of one that an error of our own ended, that is the code of the error."""
+    """How a request ended. If the router's own error ended it, the outcome is the error code instead."""
 
     SERVED = "served"
     CANCELLED = "cancelled"
-    """Its client has left."""
+    """The client disconnected."""
     ENGINE_REFUSED = "engine_refused"
-    """The engine has answered 4xx."""
+    """The engine responded with 4xx."""
     ENGINE_ERROR = "engine_error"
-    """It has answered 5xx, or what cannot be read."""
+    """The engine responded with 5xx, or with something unreadable."""
 
 
 class Breakdown(Word):
-    """How an engine ended that nobody had asked to go."""
+    """How an engine ended that was not stopped by the router."""
 
     CRASHED = "crashed"
     HUNG = "hung"
@@ -62,27 +64,27 @@ class ModelChanged:
     at: float
     """Seconds since the epoch."""
     told: str
-    """The reason as everybody may hear it."""
+    """The reason in the words that every client may see."""
     engine_id: int | None = None
-    """Of the engine whose state that is; None where the model has none."""
+    """Id of the engine whose state it is; None if the model has none."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineEnded:
-    """An engine's process is gone."""
+    """An engine's process has ended."""
 
     engine_id: int
     alias: str
     cause: StopCause | Breakdown
     wanted: bool
     reason: str
-    """For people: its exit and its last words."""
+    """Description for people: exit status and last output."""
     at: float
 
 
 @dataclass(frozen=True, slots=True)
 class LoadMoved:
-    """An engine that loads has told how far it is."""
+    """A loading engine has reported progress."""
 
     alias: str
     at: float
@@ -90,7 +92,7 @@ class LoadMoved:
 
 @dataclass(frozen=True, slots=True)
 class ServerChanged:
-    """The router starts, is there, or goes."""
+    """The router entered a state."""
 
     status: ServerState
     at: float
@@ -98,68 +100,68 @@ class ServerChanged:
 
 @dataclass(frozen=True, slots=True)
 class ModelsListed:
-    """Models came, went or changed by a new configuration."""
+    """Models were added, removed or changed by a new configuration."""
 
     at: float
 
 
 @dataclass(frozen=True, slots=True)
 class ClientRefused:
-    """A connection is closed for what its client does or does not, before that was a request or after."""
+    """A connection was closed because of its client, outside of a request on the data plane."""
 
     reason: str
-    """One of few: the code of the error that it got, if it got one; else `gave_way` or `does_not_read`."""
+    """The code of the error that the client received, else `gave_way` or `does_not_read`."""
     peer: str
-    """Its address."""
+    """The client's address."""
     message: str
-    """For people."""
+    """Description for people."""
 
 
 class RequestDone(msgspec.Struct, frozen=True):
-    """A request on the data plane is over. Made exactly once for each, after its last byte.
+    """A request on the data plane has ended. Created exactly once for each, after its last byte.
 
-    There is one per request: a struct is as immutable as a dataclass, and made in a fifth of the time.
+    One is created per request: a msgspec struct is as immutable as a dataclass and takes a fifth of the time.
     """
 
     request_id: str
     alias: str
-    """A configured one; empty when the request was turned away before it asked for a slot."""
+    """A configured alias; empty if the request was refused before it asked for a slot."""
     route: str
     priority: str
-    """Empty likewise."""
+    """Empty in the same case."""
     outcome: str
-    """An `Outcome`, or the code of our own error."""
+    """An `Outcome`, or the code of the router's own error."""
     status: int
     queue_sec: float
     load_sec: float
     total_sec: float
-    """From the moment that the whole request was there to the last byte of the answer."""
+    """Time from the complete request to the last byte of the response."""
     at: float = 0.0
-    """When it ended; seconds since the epoch."""
+    """Time of its end, in seconds since the epoch."""
     trace: str = ""
     """The client's `traceparent` (W3C Trace Context)."""
     reason: str = ""
-    """What the client was told when it was not served."""
+    """The error message that the client received, if it was not served."""
     ttft_sec: float | None = None
-    """From there to the first byte of the engine's answer to the client; None when there was none."""
+    """Time from the complete request to the first byte of the engine's response; None if there was none."""
     streamed: bool = False
-    """The client had asked for a stream."""
+    """Whether the client requested a stream."""
     request_bytes: int = 0
     answer_bytes: int = 0
-    """Of the engine's answer."""
+    """Size of the engine's response."""
     retries: int = 0
-    """How often it went back to its queue because its engine broke."""
+    """Number of times it returned to the queue because its engine failed."""
     resends: int = 0
-    """How often it was sent again because an idle connection had just been closed."""
+    """Number of times it was sent again because an idle connection had just been closed."""
     usage: Usage = NO_USAGE
     client: str = ""
-    """Its name, if its key has one."""
+    """Name of the client, if its key has one."""
     peer: str = ""
-    """Its address, if the router refused it, or it left before it asked for a slot: no engine was asked."""
+    """Address of the client, if the request was refused or ended before it asked for a slot; else empty."""
 
 
 class Labels(NamedTuple):
-    """What requests have in common that count for the same series."""
+    """Labels shared by the requests that count for the same series."""
 
     alias: str
     route: str
@@ -170,13 +172,13 @@ class Labels(NamedTuple):
 
 @dataclass(frozen=True)
 class RequestsDone:
-    """Requests that are over since the last of these, in the order of their ends."""
+    """Requests that ended since the previous event of this kind, in that order."""
 
     requests: Sequence[RequestDone]
 
     @cached_property
     def by_labels(self) -> Mapping[Labels, Sequence[RequestDone]]:
-        """The same, sorted by their labels, whose series are looked for once."""
+        """The requests grouped by labels, so that each series is looked up once."""
         found: defaultdict[tuple[str, str, str, str, str], list[RequestDone]] = defaultdict(list)
         for done in self.requests:
             found[done.alias, done.route, done.priority, done.outcome, done.client].append(done)
@@ -188,7 +190,7 @@ Kind = TypeVar("Kind", bound=Happening)
 
 
 class Events:
-    """The bus. Listeners are called at once, in the router's own time, so they must be quick."""
+    """The event bus. Listeners are called synchronously on the event loop, so they must be fast."""
 
     def __init__(self) -> None:
         self._listeners: defaultdict[type, list[Callable[[Any], None]]] = defaultdict(list)
@@ -196,20 +198,21 @@ class Events:
         self._settling: asyncio.TimerHandle | None = None
 
     def listen(self, kind: type[Kind], listener: Callable[[Kind], None]) -> None:
-        """Have it called with all that is of this kind."""
+        """Register a listener for all events of a kind."""
         self._listeners[kind].append(listener)
 
     def publish(self, happening: Happening) -> None:
+        """Call all listeners for the event; exceptions are logged."""
         for listener in self._listeners[type(happening)]:
             try:
                 listener(happening)
-            except Exception:  # what cannot be told must not keep anything from being done
-                _log.exception("%s could not be told to all", type(happening).__name__)
+            except Exception:  # a failing listener must not affect the router's work
+                _log.exception("a listener for %s failed", type(happening).__name__)
 
     def done(self, request: RequestDone) -> None:
-        """A request is over. That is told with others, soon: a count takes a third of the time among its like.
+        """Record the end of a request, to be published in a batch: that takes a third of the time for counting.
 
-        Between two tokens everything that it touches has to be fetched into the processor's caches again.
+        A single count, between two tokens, has to fetch everything it touches into the processor's caches again.
         """
         if self._settling is None:
             self._settling = asyncio.get_running_loop().call_later(_TOLD_WITHIN_SEC, self.settle)
@@ -218,8 +221,8 @@ class Events:
             self.settle()
 
     def settle(self) -> None:
-        """Tell of all requests that are over. For those who are about to read what was counted."""
-        if self._settling is not None:  # one that is left over would tear the next of them apart
+        """Publish all recorded requests now. To be called before counts are read."""
+        if self._settling is not None:  # a timer left running would publish the next batch too early
             self._settling.cancel()
             self._settling = None
         if self._done:

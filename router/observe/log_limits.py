@@ -1,4 +1,4 @@
-"""Saying once what could be said a thousand times: log lines that anybody who can connect is able to cause."""
+"""Rate limits for log lines that any client can cause."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ _Kind = TypeVar("_Kind", bound=Hashable)
 
 _SPARED_SEC = 1.0
 _MOST = 1000
-"""Kinds and clients that are told apart."""
+"""Maximum number of pairs of kind and client that are distinguished."""
 _OTHERS = "others"
 
 
 class Sparing(Generic[_Kind]):
-    """Lets in one of a kind and client a second; of the rest, it tells how many there were."""
+    """Admits one line per second for each kind and client, and reports how many others were left out."""
 
     def __init__(self, tell: Callable[[_Kind, str, int], None]) -> None:
-        """`tell` is called with a kind, a client, and how many of these were left out."""
+        """`tell` is called with a kind, a client, and the number of lines left out."""
         self._tell = tell
         self._left_out: dict[tuple[_Kind, str], int] = {}
         self._timer: asyncio.TimerHandle | None = None
 
     def lets_in(self, kind: _Kind, client: str) -> bool:
-        """Call it on an event loop."""
+        """Whether to write a line of this kind and client. Must be called on the event loop."""
         if len(self._left_out) >= _MOST and (kind, client) not in self._left_out:
             client = _OTHERS
         left_out = self._left_out.get((kind, client))
@@ -34,7 +34,7 @@ class Sparing(Generic[_Kind]):
         return left_out is None
 
     def settle(self) -> None:
-        """Tell what was left out until now."""
+        """Report what was left out so far."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -1,8 +1,8 @@
-"""Log lines: for people on a terminal, JSON otherwise. Never a prompt, never a key.
+"""The log: text on a terminal, JSON otherwise. It never contains prompts or keys.
 
-Standard `logging`, with a thread that formats and writes: whoever reads our standard error slowly, or a slow disk,
-delays no request. What does not fit into its queue is dropped, and the log says how much. A line of the log begins
-with its time; nothing that comes from outside can begin one.
+Standard `logging`, with a thread that formats and writes: a slow reader of standard error, or a slow disk, delays
+no request. Lines that do not fit into its queue are dropped and counted. Each line begins with its time; text from
+outside cannot begin a line.
 """
 
 from __future__ import annotations
@@ -50,12 +50,14 @@ class Logs:
         self._refused_clients = Sparing(_tell_of_more_clients)
 
     def log_requests(self, events: Events) -> None:
-        """A line for every request that is over; of those that were refused, one of a kind and client a second,
-        as a client may send thousands. How many there were in all, `/metrics` knows."""
+        """Log a line for every request that ended; for refused ones, at most one per second by kind and client.
+
+        A client may send thousands of those; `/metrics` counts all of them.
+        """
         events.listen(RequestsDone, self._note_requests)
 
     def log_refusals(self, events: Events) -> None:
-        """A line for clients that do not speak HTTP, or not as they should; not more often either."""
+        """Log a line for connections that violate HTTP or were refused, with the same limit."""
         events.listen(ClientRefused, self._note_refusal)
 
     def _note_requests(self, happening: RequestsDone) -> None:
@@ -74,7 +76,7 @@ class Logs:
             _log.warning("client %s: %s", happening.peer, happening.message)
 
     def engine_file(self, alias: str) -> Callable[[bytes], None] | None:
-        """Takes what an engine says to `LOG_DIR/ALIAS.log`; None without `log_dir`."""
+        """Return a function that appends an engine's output to `LOG_DIR/ALIAS.log`; None without `log_dir`."""
         if self._log_dir is None:
             return None
         path = self._log_dir / f"{quote(alias, safe=' @:+,')}.log"
@@ -85,7 +87,7 @@ class Logs:
         return take
 
     def close(self) -> None:
-        """Write what there is; but do not wait for ever for somebody who does not read."""
+        """Write pending lines, but do not wait forever for a reader that does not read."""
         self._refused_requests.settle()
         self._refused_clients.settle()
         with self._queue.all_tasks_done:
@@ -101,9 +103,9 @@ class Logs:
 
 
 def set_up(*, debug: bool, structured: bool | None, log_dir: Path | None = None) -> Logs:
-    """The router's lines go to standard error; `structured` None means: JSON unless that is a terminal.
+    """Set up logging to standard error; `structured` None means JSON unless that is a terminal.
 
-    Raises OSError when `log_dir` cannot be made.
+    Raises OSError if `log_dir` cannot be created.
     """
     if log_dir is not None:
         log_dir.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
@@ -124,7 +126,7 @@ def set_up(*, debug: bool, structured: bool | None, log_dir: Path | None = None)
 
 
 class _Kind(NamedTuple):
-    """What requests have in common that are refused for the same."""
+    """Refused requests that are logged together."""
 
     alias: str
     priority: str
@@ -142,7 +144,7 @@ def _tell_of_more_clients(reason: str, client: str, count: int) -> None:
 
 
 class _Lost:
-    """Lines that were dropped since the log said so last."""
+    """Number of lines dropped since the log last reported them."""
 
     count = 0
 
@@ -152,7 +154,7 @@ _lost = _Lost()
 
 class _Enqueue(QueueHandler):
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        """Its text now, as the arguments may change; everything else in the thread that writes."""
+        """Format the message now, as the arguments may change; the writing thread does the rest."""
         record.msg, record.args = record.getMessage(), None
         if record.exc_info:
             record.exc_text, record.exc_info = logging.Formatter().formatException(record.exc_info), None
@@ -166,12 +168,12 @@ class _Enqueue(QueueHandler):
 
 
 class _EngineFile(RotatingFileHandler):
-    """What cannot be written, as the disk is full, say, is lost; that is told once each time that it begins."""
+    """A log file of an engine. Output that cannot be written is lost, which is logged when it begins."""
 
     failing = False
 
     def _open(self) -> TextIOWrapper:
-        """For its owner only, whatever the mask, and what an earlier router has left."""
+        """Open the file for its owner only, regardless of the umask, and restrict older files as well."""
         number = os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, FILE_MODE)
         keep_to_owner(number)
         for count in range(1, self.backupCount + 1):
@@ -194,7 +196,7 @@ class _EngineFile(RotatingFileHandler):
 
 
 class _EngineFiles(logging.Handler):
-    """What engines say, as they say it, in files that are turned over when they are full."""
+    """Writes engine output unchanged to files that are rotated when they are full."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -236,7 +238,7 @@ class _TextFormatter(logging.Formatter):
         )
 
 
-_JSON_LOST = '\n{"level": "warning", "message": "%d log lines lost: whoever reads them is too slow"}'
+_JSON_LOST = '\n{"level": "warning", "message": "%d log lines lost: the reader of the log is too slow"}'
 
 
 def _lines_lost(text: str) -> str:
@@ -247,7 +249,7 @@ def _lines_lost(text: str) -> str:
 
 
 def _harmless(text: str) -> str:
-    """Control characters written out, further lines indented: they can't pass for lines of the log."""
+    """Escape control characters and indent further lines, so that they cannot pass for lines of the log."""
     if text.isprintable():
         return text
     return text.translate(_CONTROLS).replace("\n", "\n    ")

@@ -1,7 +1,7 @@
-"""Prometheus: what is counted when it happens. What is read when it is asked for is `runtime/gauges.py`.
+"""Prometheus metrics that are counted as events happen; `runtime/gauges.py` has those that are read on demand.
 
-Aliases, routes, priorities and outcomes are the router's own words, so that no client can make labels; a request
-that named no configured model has `model=""`. `monitoring/README.md` lists every metric.
+Aliases, routes, priorities and outcomes are the router's own words, so that no client can create labels; a request
+for no configured model has `model=""`. `monitoring/README.md` lists every metric.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ _TIMEOUTS = frozenset({Refusal.QUEUE_TIMEOUT, "request_timeout"})
 
 
 class NotAcceptable(Exception):
-    """What a client says that it accepts makes no sense."""
+    """Raised for an invalid Accept header."""
 
 
 class Metrics:
     """Everything under `/metrics`. Create it on the router's event loop."""
 
     def __init__(self, events: Events, scheduler: Scheduler, read: Callable[[], Iterable[Family]]) -> None:
-        """`read` gives what is not counted, but looked up for each exposition."""
+        """`read` returns the metrics that are not counted, but read for each scrape."""
         self._events = events
         self._scheduler = scheduler
         self._read = read
@@ -62,7 +62,7 @@ class Metrics:
         self._lag = Histogram("router_event_loop_lag_seconds", "Delay of event loop timers", bounds=_LAG_SECONDS)
         self._process = CollectorRegistry()
         ProcessCollector(registry=self._process)
-        psutil.cpu_percent()  # it tells of the time since the last call
+        psutil.cpu_percent()  # measures the time since the previous call
         self._loop = asyncio.get_running_loop()
         self._look_at_lag(self._loop.time())
         events.listen(RequestsDone, self._requests.note)
@@ -71,13 +71,15 @@ class Metrics:
         events.listen(EngineEnded, self._engines.note)
 
     async def exposition(self, accept: str = "", client: str | None = None) -> tuple[bytes, str]:
-        """The text and its content type: OpenMetrics for those who ask for it. For a `client`, without what is
-        counted for others by name. Written in several turns of the event loop: with many models it takes longer
-        than a token may wait. Raises NotAcceptable."""
+        """Return the text of all metrics and its content type: OpenMetrics if `accept` requests it.
+
+        For a `client`, without the series of other clients. The text is written in several turns of the event
+        loop, because with many models it takes longer than a token may be delayed. Raises NotAcceptable.
+        """
         self._events.settle()
         try:
             encode, content_type = choose_encoder(accept)
-        except Exception as error:  # it compares what need not be numbers
+        except Exception as error:  # it fails on invalid quality values
             raise NotAcceptable from error
         openmetrics = content_type.startswith("application/openmetrics-text")
         self._engines.know(self._scheduler.models)
@@ -105,7 +107,7 @@ class Metrics:
 
 
 class _Requests:
-    """Counted when a request is over."""
+    """Metrics that are counted when a request ends."""
 
     def __init__(self) -> None:
         self.requests = Counter(
@@ -204,14 +206,14 @@ class _Requests:
         self._known: set[str] = set()
 
     def only_of(self, client: str, family: Family) -> Family:
-        """The same, without other clients."""
+        """Return a family without the series of other clients."""
         if family in (self.client_requests, self.client_input_tokens, self.client_output_tokens):
             assert isinstance(family, Counter)
             return family.beginning_with(client)
         return family
 
     def know(self, aliases: Collection[str]) -> None:
-        """Counters begin at 0, so that a rate sees the first count; those of models that are gone go, too."""
+        """Create the counters of new models at 0, so that rates include the first count; remove old ones."""
         if gone := self._known.difference(aliases):
             self._known -= gone
             self._found = {labels: cells for labels, cells in self._found.items() if labels.alias not in gone}
@@ -234,7 +236,7 @@ class _Requests:
 
 
 class _Cells:
-    """Of requests that have all labels in common. Finding a series costs more than counting."""
+    """The series of requests that share all labels. Looking up a series costs more than counting."""
 
     def __init__(self, series: _Requests, labels: Labels) -> None:
         alias, route, priority, outcome, client = labels
@@ -310,15 +312,15 @@ def _add(counters: Iterable[CounterCell], amount: float) -> None:
 
 
 class _Engines:
-    """Counted when an engine becomes ready, is stopped, or ends."""
+    """Metrics that are counted when an engine becomes ready, is stopped, or ends."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._known: set[str] = set()
         self._loading: set[int] = set()
-        """Engines that have yet to become ready for the first time."""
+        """Engines that have not become ready yet."""
         self._broken: set[str] = set()
-        """Models whose last engine that ended was not meant to."""
+        """Models whose last engine ended unexpectedly."""
         self.load = Histogram(
             "router_model_load_duration_seconds", "Time from engine start to ready", "model", bounds=_SECONDS
         )
@@ -344,7 +346,7 @@ class _Engines:
         )
 
     def know(self, aliases: Collection[str]) -> None:
-        """The same."""
+        """Create the counters of new models at 0, and remove those of old ones."""
         if gone := self._known.difference(aliases):
             self._known -= gone
             self._broken -= gone

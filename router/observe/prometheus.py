@@ -1,8 +1,8 @@
-"""Counters and histograms in Prometheus's text formats: cheap to count, cheap to scrape.
+"""Counters and histograms in Prometheus's text formats, cheap to count and to scrape.
 
-prometheus-client takes 1 to 3 us for each count, and some 5 us for each line of a scrape, which with 200 models is
-a tenth of a second in which no token is relayed. Here a count is an addition, and a line that did not change since
-the last scrape is not written again. What it keeps: names, types and escaping of the text format 0.0.4, and of
+prometheus-client takes 1 to 3 us for each count, and about 5 us for each line of a scrape; with 200 models that is
+a tenth of a second in which no token is relayed. Here a count is an addition, and a histogram that has not changed
+since the last scrape is not formatted again. Names, types and escaping follow the text format 0.0.4 and
 OpenMetrics 1.0 (prometheus.io/docs/specs/om), which differ in how counters are announced.
 """
 
@@ -17,7 +17,7 @@ _Cell = TypeVar("_Cell")
 
 
 def label_text(names: Sequence[str], values: Sequence[str]) -> str:
-    """`model="a",endpoint="/x"`, escaped."""
+    """Format labels as `model="a",endpoint="/x"`, escaped."""
     return ",".join(f'{name}="{_escaped(value)}"' for name, value in zip(names, values, strict=True))
 
 
@@ -26,14 +26,14 @@ def _escaped(value: str) -> str:
 
 
 def head(name: str, kind: str, text: str, *, openmetrics: bool) -> str:
-    """What announces a metric: its help and its type."""
+    """Return the lines that announce a metric: its help and its type."""
     if openmetrics and kind == "counter":
         name = name.removesuffix("_total")
     return f"# HELP {name} {text}\n# TYPE {name} {kind}\n"
 
 
 class CounterCell:
-    """One counter: `cell.value += 1`."""
+    """One counter; count with `cell.value += 1`."""
 
     __slots__ = ("name", "value")
 
@@ -43,7 +43,7 @@ class CounterCell:
 
 
 class HistogramCell:
-    """One histogram."""
+    """One histogram; `bounds` are the upper bounds of its buckets."""
 
     __slots__ = ("_bounds", "_counts", "_sum", "_template", "_text")
 
@@ -84,20 +84,20 @@ class Counter:
         self._cells: dict[tuple[str, ...], CounterCell] = {}
 
     def of(self, *values: str) -> CounterCell:
-        """The one with these labels; from then on it is in every scrape."""
+        """Return the series with these labels; from then on it is in every scrape."""
         cell = self._cells.get(values)
         if cell is None:
             cell = self._cells[values] = CounterCell(self.name, label_text(self.labels, values))
         return cell
 
     def beginning_with(self, value: str) -> Counter:
-        """Those of which the first label is this, as they are now."""
+        """Return a copy with only the series whose first label has this value."""
         some = Counter(self.name, self.help, *self.labels)
         some._cells = {values: cell for values, cell in self._cells.items() if values[0] == value}
         return some
 
     def forget(self, label: str, values: Container[str]) -> None:
-        """Those of which the label has one of these values."""
+        """Remove the series whose label has one of these values."""
         self._cells = _without(self._cells, self.labels, label, values)
 
     def text(self) -> list[bytes]:
@@ -117,14 +117,14 @@ class Histogram:
         self._cells: dict[tuple[str, ...], HistogramCell] = {}
 
     def of(self, *values: str) -> HistogramCell:
-        """The one with these labels; from then on it is in every scrape."""
+        """Return the series with these labels; from then on it is in every scrape."""
         cell = self._cells.get(values)
         if cell is None:
             cell = self._cells[values] = HistogramCell(self.name, label_text(self.labels, values), self._bounds)
         return cell
 
     def forget(self, label: str, values: Container[str]) -> None:
-        """Those of which the label has one of these values."""
+        """Remove the series whose label has one of these values."""
         self._cells = _without(self._cells, self.labels, label, values)
 
     def text(self) -> list[bytes]:
@@ -141,7 +141,7 @@ def _without(
 
 
 class Gauges:
-    """A gauge per combination of labels, made anew for every scrape."""
+    """A gauge per combination of labels, created for each scrape."""
 
     kind = "gauge"
 
@@ -156,7 +156,7 @@ class Gauges:
         self._lines.append(f"{self.name}{{{labels}}} {value}\n" if labels else f"{self.name} {value}\n")
 
     def lines(self, values: Iterable[tuple[str, float]]) -> None:
-        """Many at once, with the texts of their labels at hand."""
+        """Add many values at once, given with formatted labels."""
         name = self.name
         self._lines += [f"{name}{{{labels}}} {value}\n" for labels, value in values]
 
@@ -168,7 +168,7 @@ Family = Counter | Histogram | Gauges
 
 
 def exposition(families: Iterable[Family], *, openmetrics: bool) -> list[bytes]:
-    """All of them, in pieces, as the whole is large: it is copied once. OpenMetrics still wants its `# EOF`."""
+    """Return the text in parts, so that it is copied only once. The caller adds `# EOF` for OpenMetrics."""
     parts: list[bytes] = []
     for family in families:
         parts.append(head(family.name, family.kind, family.help, openmetrics=openmetrics).encode())

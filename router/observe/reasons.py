@@ -1,7 +1,7 @@
-"""Why something went wrong, said twice: in full for who runs the router, and so that everybody may hear it.
+"""Reasons for failures, in two forms: complete for operators, and safe to show to every client.
 
-What an engine says, and what the system says of files, quotes paths, addresses and what others have asked for. All
-that is decided, queued and answered goes by what everybody may hear; the rest is put in for who may read it.
+Engine output and errors of the operating system quote paths, addresses and other clients' requests. Decisions,
+queues and responses use the safe form; the complete one is inserted for readers with full access.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ from typing import NamedTuple
 from router.system.printable import printable
 
 _MOST_KEPT = 16
-_UNTOLD = "it cannot be loaded, and whoever runs the router sees why"
+_UNTOLD = "it cannot be loaded; the operator of the router can see why"
 
 
 class Reason(NamedTuple):
+    """A reason in both forms."""
+
     full: str
     told: str
-    """To everybody."""
+    """The form that every client may see."""
 
 
 class Problem(Exception):
-    """One that is a model's, or its engine's. As a text it is the reason in full."""
+    """Raised for a problem of a model or its engine. Its text is the complete reason."""
 
     def __init__(self, full: str, told: str = _UNTOLD) -> None:
         super().__init__(full)
@@ -30,7 +32,7 @@ class Problem(Exception):
 
 
 class Reasons:
-    """The last ones of each model."""
+    """The latest reasons of each model."""
 
     def __init__(self) -> None:
         self._of_model: defaultdict[str, dict[str, str]] = defaultdict(dict)
@@ -43,7 +45,7 @@ class Reasons:
             del kept[next(iter(kept))]
 
     def in_full(self, alias: str, text: str) -> str:
-        """A text about this model, with the reason in full that it tells, if it tells one."""
+        """Return a text about a model, with the safe reason in it, if any, replaced by the complete one."""
         kept = self._of_model.get(alias, {})
         told = max((told for told in kept if told in text), key=len, default="")  # code 11 is not code 1
         return text.replace(told, kept[told], 1) if told else text

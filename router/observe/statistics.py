@@ -1,8 +1,8 @@
-"""How requests fared: since the start, and in the last one and five minutes.
+"""Request statistics since the start, and for the last one and five minutes.
 
 Counts are exact; percentiles are within 2 %, from histograms whose steps grow by 4 % (as in DDSketch, Masson, Rim
-and Lee, VLDB 2019), so that memory is bounded by the number of models, not of requests. Longer windows are
-Prometheus's business.
+and Lee, VLDB 2019), so that memory is bounded by the number of models, not of requests. Longer windows are left to
+Prometheus.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _SETTLED_AT_ONCE = 256
 
 
 class Durations:
-    """A distribution of times, in steps of 4 %.
+    """A distribution of durations, in steps of 4 %.
 
-    Times are kept as they are until there are some, or somebody asks: many at once take a third of the time.
+    Durations are collected and added in batches, or before a read: a batch takes a third of the time per value.
     """
 
     __slots__ = ("_new", "_steps")
@@ -53,7 +53,7 @@ class Durations:
         self._steps.update(other._steps)
 
     def quantile(self, share: float) -> float | None:
-        """None when there is nothing; 0 for what is too short to matter."""
+        """Return a quantile in seconds; None if there are no values, 0 below the shortest step."""
         self.settle()
         rank = max(1, math.ceil(share * sum(self._steps.values())))
         for step in sorted(self._steps):
@@ -65,7 +65,7 @@ class Durations:
 
 @dataclass(slots=True)
 class Tally:
-    """Requests that have something in common. What a client cancels is neither served nor failed."""
+    """Statistics of a group of requests. Cancelled requests count as neither served nor failed."""
 
     requests: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -107,7 +107,7 @@ class Tally:
         self.ttft.add([done.ttft_sec for done in requests if done.ttft_sec is not None])
 
     def count(self, other: Tally) -> None:
-        """All of it but the distributions."""
+        """Add the counts of another tally, without its distributions."""
         self.requests += other.requests
         self.outcomes.update(other.outcomes)
         self.prompt_tokens += other.prompt_tokens
@@ -128,7 +128,7 @@ _Slice = defaultdict[tuple[str, str], Tally]
 
 
 class Telemetry:
-    """Counts the requests that `events` tells of. `clock` is monotonic."""
+    """Collects statistics of the requests that `events` reports. `clock` is monotonic."""
 
     def __init__(self, events: Events, clock: Callable[[], float]) -> None:
         events.listen(RequestsDone, self._note)
@@ -136,7 +136,7 @@ class Telemetry:
         self._clock = clock
         self._turned_away: Counter[str] = Counter()
         self._past: defaultdict[tuple[str, str], Tally] = defaultdict(Tally)
-        """Of everything before the slices, without distributions."""
+        """Totals of everything before the slices, without distributions."""
         self._slices: deque[tuple[float, _Slice]] = deque()
         self._slice: _Slice = defaultdict(Tally)
         self._slice_ends_sec = -math.inf
@@ -154,7 +154,7 @@ class Telemetry:
     def _begin_slice(self, now: float) -> None:
         if len(self._slices) == _SLICES:
             for key, tally in self._slices.popleft()[1].items():
-                past = Tally()  # somebody may be counting what is in the old one
+                past = Tally()  # a summary in progress may be reading the old one
                 past.count(self._past[key])
                 past.count(tally)
                 self._past[key] = past
@@ -163,7 +163,7 @@ class Telemetry:
         self._slice_ends_sec = now + _SLICE_SEC
 
     async def summary(self) -> dict[str, Any]:
-        """Of requests that asked for a slot: since the start, with the windows, by model and by priority."""
+        """Return statistics of requests that asked for a slot, since the start and by window."""
         self._settle()
         everything = Tally()
         models: defaultdict[str, Tally] = defaultdict(Tally)
@@ -197,7 +197,7 @@ class Telemetry:
         }
 
     async def window(self, seconds: float) -> dict[str, Any]:
-        """The last `seconds`, up to a slice of 10 s more: all, by model, by priority."""
+        """Return statistics of the last `seconds` (up to 10 s more): total, by model and by priority."""
         self._settle()
         since = self._clock() - seconds - _SLICE_SEC
         found: defaultdict[tuple[str, str], Tally] = defaultdict(Tally)

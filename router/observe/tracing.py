@@ -1,8 +1,9 @@
-"""OpenTelemetry spans of requests, made after the fact from the event in which each of them ends.
+"""OpenTelemetry spans of requests, created from the event at the end of each request.
 
-Optional: `pip install 'llama-router[otel]'` and `system.tracing`; without it nothing of OpenTelemetry is imported.
-Where spans go is said by OpenTelemetry's own variables (OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME, …). They
-are exported by a thread of the SDK. A client's `traceparent` is the parent of our span, and goes on to the engine.
+Optional: `pip install 'llama-router[otel]'` and `system.tracing`; otherwise OpenTelemetry is not imported. The
+destination is configured by OpenTelemetry's own variables (OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME, …), and
+a thread of the SDK exports the spans. A client's `traceparent` becomes the parent of the span, and is forwarded to
+the engine.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _CLOSE_SEC = 2.0
 
 
 class Tracing:
-    """`note` the requests that are over, and `close` it at the end."""
+    """Exports spans of the requests passed to `note`; `close` it at the end."""
 
     def __init__(self, processor: SpanProcessor | None = None) -> None:
         if processor is None:
@@ -34,7 +35,9 @@ class Tracing:
 
             processor = BatchSpanProcessor(OTLPSpanExporter())
         service = {"service.name": "llama-router", "service.version": __version__}
-        resource = Resource(service).merge(Resource.create())  # OTEL_SERVICE_NAME and its like win
+        resource = Resource(service).merge(
+            Resource.create()
+        )  # OTEL_SERVICE_NAME and similar variables take precedence
         self._provider = TracerProvider(resource=resource)
         self._provider.add_span_processor(processor)
         self._tracer: Tracer = self._provider.get_tracer("llama-router", __version__)
@@ -45,13 +48,13 @@ class Tracing:
                 self._trace(done)
 
     def close(self) -> None:
-        """Send what there is; a collector that does not answer keeps nobody from ending."""
+        """Export pending spans, but do not wait long for a collector that does not respond."""
         last = threading.Thread(target=self._provider.shutdown, daemon=True)
         last.start()
         last.join(_CLOSE_SEC)
 
     def _trace(self, done: RequestDone) -> None:
-        """`queue` (within it `load`), `prefill` up to the first byte, `stream`; all within the request."""
+        """Create the span of a request and, within it, `queue` with `load`, `prefill` and `stream`."""
         began = done.at - done.total_sec
         granted = began + done.queue_sec
         span = self._tracer.start_span(
@@ -76,7 +79,7 @@ class Tracing:
 
 
 def _attributes(done: RequestDone) -> Mapping[str, str | int]:
-    """Names of OpenTelemetry's conventions for HTTP and for generative AI, where there is one."""
+    """Return the attributes, named by OpenTelemetry's conventions for HTTP and generative AI where they exist."""
     return {
         "http.route": done.route,
         "http.response.status_code": done.status,

@@ -1,6 +1,6 @@
-"""The names of memory that models live in: RAM, GPUs and parts of GPUs, as values.
+"""Names of the devices whose memory models use: RAM, GPUs and parts of GPUs.
 
-Nothing is read here; what a device says of itself is a `Reading` (`readings.py`).
+Nothing is measured here; the measured state of a device is a `Reading` (`readings.py`).
 """
 
 from __future__ import annotations
@@ -18,37 +18,37 @@ _NAME = re.compile(r"(?:(?P<node>[^/\s]+)/)?(?:host|gpu(?P<index>\d{1,6})(?::(?P
 
 
 class Device(msgspec.Struct, frozen=True, order=True, cache_hash=True):
-    """A device, by who counts it.
+    """A device, as numbered by the driver or by an engine.
 
-    A driver counts the GPUs of the machine. An engine counts only those that it is shown, from 0: its first may be
-    the driver's third. The two are never equal, whatever their numbers, so that no figure of one is taken for the
-    other's. RAM is the same for both.
+    The driver numbers the GPUs of the machine. An engine numbers only the GPUs visible to it, from 0: its first
+    may be the driver's third. Devices of the two numberings are never equal, so that their values cannot be
+    confused. RAM is the same for both.
 
-    Written as status pages, metrics, logs and files spell it: `gpu0`, `gpu0:1` (a part of it), `host`.
+    The text form, used in status pages, metrics, logs and files, is `gpu0`, `gpu0:1` (a part of it) or `host`.
     """
 
     node: str = ""
-    """The machine; empty: this one."""
+    """Name of the machine; empty for this one."""
     kind: Literal["engine", "gpu", "host"] = "host"
-    """`engine` is no memory, but a place among the engines, which is counted in the same way (see `ENGINES`)."""
+    """`engine` is not memory, but a slot for an engine, which is counted in the same way (see `ENGINES`)."""
     counted_by: Literal["driver", "engine"] = "driver"
     index: int = 0
     part: int = _WHOLE
-    """Of a partitioned GPU (MIG), the number of the part; -1: the whole GPU."""
+    """Number of the part of a partitioned GPU (MIG); -1 for the whole GPU."""
 
     @classmethod
     def gpu(cls, index: int, part: int | None = None, *, node: str = "") -> Device:
-        """A GPU by its driver's number."""
+        """Return a GPU by the driver's number."""
         return cls(node, "gpu", "driver", index, _WHOLE if part is None else part)
 
     @classmethod
     def shown(cls, index: int) -> Device:
-        """A GPU by the number that it has for an engine, among those that the engine is shown."""
+        """Return a GPU by its number among those that are visible to an engine."""
         return cls("", "gpu", "engine", index)
 
     @classmethod
     def named(cls, text: str, *, counted_by: Literal["driver", "engine"] = "driver") -> Device:
-        """The device that a configuration or a file names. Raises ValueError."""
+        """Parse the text form of a device. Raises ValueError."""
         found = _NAME.fullmatch(text)
         if found is None:
             raise ValueError(f"{text!r} is not a device: use host, or gpu and a number, such as gpu0")
@@ -64,7 +64,7 @@ class Device(msgspec.Struct, frozen=True, order=True, cache_hash=True):
 
     @property
     def is_part(self) -> bool:
-        """A part of a GPU: one process can use one part only, so a model cannot be split over several."""
+        """Whether it is a part of a GPU: a process can use only one part, so no model is split over several."""
         return self.part != _WHOLE
 
     def __str__(self) -> str:
@@ -79,5 +79,5 @@ HOST = Device()
 
 
 def by_name(figures: Mapping[Device, T]) -> dict[str, T]:
-    """The figures as documents and files have them."""
+    """Return values by the text form of their devices."""
     return {str(device): figure for device, figure in figures.items()}

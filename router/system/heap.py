@@ -1,7 +1,7 @@
-"""The router's own memory goes back to the system when what it was taken for is gone.
+"""Returns freed memory of the router to the operating system.
 
-glibc keeps what a program has freed, unless it lies at the very end of a heap. After large bodies, and answers
-that had to be read, that may be more than the router otherwise takes.
+glibc keeps freed memory unless it lies at the very end of a heap. After large bodies and parsed responses that may
+exceed the router's other memory.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ import time
 
 _LOOK_SEC = 10.0
 _SHARE = 0.001
-"""Of the time, which it may take at most: who needs memory meanwhile waits."""
+"""Maximum share of time spent on trimming, during which allocations wait."""
 _M_ARENA_MAX = -8
 
 
 def share_one_heap() -> None:
-    """Have all threads take memory from one heap; to be called before there are any.
+    """Make all threads allocate from one heap; must be called before threads are started.
 
-    They hardly ever run at once, and glibc would keep the end of each one's own, whatever it is asked.
+    Threads rarely run at the same time, and glibc would keep freed memory in each thread's heap even when trimmed.
     """
     if (set_option := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         set_option(_M_ARENA_MAX, 1)
 
 
 async def give_memory_back() -> None:
-    """For ever; returns where the system's allocator does it by itself, or is not known."""
+    """Trim the heap periodically, forever; return at once if the allocator does not support it."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is None:
         return

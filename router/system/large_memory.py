@@ -1,7 +1,7 @@
-"""Memory for large bodies, which is given back as soon as they are over, and a little at a time.
+"""Memory for large bodies, returned to the system as soon as they are processed, in small steps.
 
-What is freed as a whole keeps Python's lock until all of its pages are free, 10 ms for 100 MiB; and what malloc
-gets back, it may keep for later. So it is asked of the system directly.
+Freeing a large block holds Python's lock until all its pages are free, 10 ms for 100 MiB; and malloc may keep
+freed memory. So the memory is mapped directly.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Iterator
 
 _STEP = 1 << 20
 _APART = 64 << 10
-"""A part that is longer is used from where it lies; what is shorter is copied."""
+"""Parts of at least this many bytes are referenced; shorter ones are copied."""
 _BLOCK = 1 << 20
 
 
 class LargeMemory:
-    """Bytes that come one after the other, up to as many as were said; pages that nothing is in take nothing."""
+    """An append-only buffer of up to `most` bytes; pages that are not written take no memory."""
 
     __slots__ = ("_mapped", "_size")
 
@@ -36,32 +36,33 @@ class LargeMemory:
         self._size += len(part)
 
     def view(self, begin: int = 0) -> memoryview:
-        """What has come from there on."""
+        """Return a view of the content from `begin` on."""
         return memoryview(self._mapped)[begin : self._size]
 
     def give_back(self) -> None:
-        """Views of it are empty from then on. Other threads get their turns meanwhile."""
+        """Return the memory to the system in steps, so that other threads can run. Views then read as zeros."""
         for begin in range(0, self._size, _STEP):
             self._mapped.madvise(mmap.MADV_DONTNEED, begin, min(_STEP, self._size - begin))
 
 
 class Pieces:
-    """Bytes that follow one another, and need not lie together."""
+    """A sequence of byte strings that need not be contiguous in memory."""
 
     __slots__ = ("_begin", "_block", "copied", "parts")
 
     def __init__(self, *parts: memoryview) -> None:
         self.parts: list[memoryview] = list(parts)
         self.copied = 0
-        """How many of them are not where they came from."""
+        """Number of bytes that were copied."""
         self._block: LargeMemory | None = None
         self._begin = 0
-        """Of what is in the block, and not among the parts yet."""
+        """Start of the bytes in the block that are not in `parts` yet."""
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
 
     def add(self, part: memoryview) -> None:
+        """Append bytes; short parts are copied into a block."""
         if len(part) >= _APART:
             self.end()
             self.parts.append(part)
@@ -73,7 +74,7 @@ class Pieces:
         self.copied += len(part)
 
     def end(self) -> None:
-        """All that was added is among the parts."""
+        """Complete `parts` with the bytes that are still in the block."""
         if self._block is not None and len(self._block) > self._begin:
             self.parts.append(self._block.view(self._begin))
             self._begin = len(self._block)
@@ -84,7 +85,7 @@ class Pieces:
                 yield part[begin : begin + longest]
 
     def give_back(self) -> None:
-        """What was copied; one block after the other, so that other threads get their turns."""
+        """Release the parts one by one, so that other threads can run."""
         self._block = None
         while self.parts:
             self.parts.pop()

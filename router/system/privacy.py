@@ -1,4 +1,4 @@
-"""What is for the router and its user alone: files that it writes, and secrets in its environment."""
+"""Access restricted to the router's user: the files it writes, and secrets in its environment."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ FOLDER_MODE = 0o700
 _SECRET = re.compile(
     r"(?:^|_)(?:KEYS?|TOKENS?|SECRETS?|PASSWORDS?|PASSWD|PASSPHRASE|CREDENTIALS?)(?:_|$)", re.IGNORECASE
 )
-"""In a variable's name: the router's own keys, the hub's tokens, those of clouds. It is none in one of
-llama-server's flags, such as LLAMA_ARG_IMAGE_MAX_TOKENS."""
+"""Names of variables that hold secrets: the router's own keys, tokens of the hub and of clouds. Variables of
+llama-server's flags, such as LLAMA_ARG_IMAGE_MAX_TOKENS, are exempt."""
 
 
 def keep_to_owner(place: int | str | Path) -> None:
-    """A file or folder of ours (or an open one) that a wider mode was left on. Others', and devices, stay as they
-    are."""
+    """Restrict the mode of a file or folder (or of an open file) to its owner.
+
+    Files of other users, and devices, are left unchanged; errors are ignored.
+    """
     with contextlib.suppress(OSError):
         found = os.stat(place)
         kind, mode = stat.S_IFMT(found.st_mode), stat.S_IMODE(found.st_mode)
@@ -30,7 +32,7 @@ def keep_to_owner(place: int | str | Path) -> None:
 
 
 def without_secrets(environ: Mapping[str, str]) -> dict[str, str]:
-    """What programs that run models get of it: were one of them taken over, it could read that."""
+    """Return the environment for engines, without secrets that a compromised engine could read."""
     return {
         name: value for name, value in environ.items() if name.startswith("LLAMA_ARG_") or not _SECRET.search(name)
     }

@@ -1,4 +1,4 @@
-"""What differs between operating systems when processes live and die together. Nothing else knows them."""
+"""Child processes, their lifetimes and signals: everything that differs between operating systems."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from router.system import threads
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _ORPHANS_SEC = 2.0
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
-"""Seconds of silence, macOS's name for that, seconds between questions, questions without an answer."""
+"""Seconds of silence (by Linux's and macOS's names), seconds between probes, number of unanswered probes."""
 _TELLS_CHILDREN = os.path.exists("/proc/thread-self/children")
-"""Linux does, unless it was built without (CONFIG_PROC_CHILDREN)."""
+"""Whether the kernel lists child processes: Linux does if built with CONFIG_PROC_CHILDREN."""
 PIPE_BYTES = 1 << 20
-"""What a `log_pipe` holds where the system lets us say so (else 64 KiB)."""
+"""Capacity of a `log_pipe` where it can be set; 64 KiB elsewhere."""
 
 
 def log_pipe() -> tuple[int, int]:
-    """A roomy pipe as (reading end, which never blocks; writing end for a child)."""
+    """Create a large pipe; return its non-blocking reading end, and its writing end for a child."""
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
     if sys.platform == "linux":
@@ -51,12 +51,12 @@ def spawn(
     cwd: Path | None = None,
     death_signal: signal.Signals = signal.SIGKILL,
 ) -> subprocess.Popen[bytes]:
-    """Start a child in a session of its own, with a pipe for its input, that gets a signal when we die. Raises
-    OSError.
+    """Start a child in a session of its own, with a pipe as its input, that gets a signal when the router dies.
 
-    Linux has a signal for the death of a parent (strictly: of the thread that started the child, so call this on
-    the main thread). `setpriv` asks for it, because a function to run after the fork would cost a fork of all our
-    memory, where otherwise a vfork does. Elsewhere an engine notices the end of its standard input.
+    Linux can send a signal at the death of a parent (strictly: of the thread that started the child, so call this
+    on the main thread). `setpriv` requests it, because a function to run after the fork would require a fork of
+    the router's whole memory instead of a vfork. Elsewhere an engine notices the end of its standard input.
+    Raises OSError.
     """
     setpriv = shutil.which("setpriv") if sys.platform == "linux" else None
     if setpriv is not None and not _sets_death_signal(setpriv):
@@ -76,7 +76,7 @@ def spawn(
 
 @lru_cache
 def _sets_death_signal(setpriv: str) -> bool:
-    """BusyBox's (Alpine) does not, nor does util-linux's before 2.33 (RHEL 8)."""
+    """Whether `setpriv` can set the signal: BusyBox's (Alpine) and util-linux's before 2.33 (RHEL 8) cannot."""
     quiet = subprocess.DEVNULL
     argv = [setpriv, "--pdeathsig", "KILL", "--", "true"]
     return subprocess.run(argv, stdin=quiet, stdout=quiet, stderr=quiet).returncode == 0  # noqa: S603 - found on PATH
@@ -108,11 +108,12 @@ def _tie_to_parent(death_signal: signal.Signals) -> Callable[[], None] | None:
 
 
 async def exit_code(process: subprocess.Popen[bytes]) -> int:
-    """Until a child is gone, at once: a thread of its own waits for it, which works everywhere, and reaps it, for
-    which the kernel may take half a second.
+    """Wait until a child has ended and return its exit code.
 
-    What it has started is killed with it, and then only is it reaped: until then its number can be nobody else's.
-    In between its `returncode` is set, on the loop's thread, which sends all other signals, and none from then on.
+    A thread waits for it, which works on every system, and reaps it, for which the kernel may take half a second.
+    The processes that the child has started are killed before it is reaped: until then its pid cannot be reused.
+    Its `returncode` is set in between, on the event loop's thread, which sends all other signals and none from
+    then on.
     """
     loop = asyncio.get_running_loop()
     reaped: asyncio.Future[int] = loop.create_future()
@@ -128,7 +129,7 @@ async def exit_code(process: subprocess.Popen[bytes]) -> int:
             reaped.set_result(code)
 
     def wait() -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody asks any more
+        with contextlib.suppress(RuntimeError):  # the event loop is closed
             code = _code_of_dead(process.pid)
             loop.call_soon_threadsafe(end, process.wait() if code is None else code)
             may_be_reaped.wait()
@@ -142,8 +143,10 @@ async def exit_code(process: subprocess.Popen[bytes]) -> int:
 
 
 def _code_of_dead(pid: int) -> int | None:
-    """What a child has ended with, once it has, as `Popen.returncode` says it; it is yet to be reaped. None where
-    nobody can tell: it was reaped elsewhere, or this is macOS before Python 3.13."""
+    """Wait until a child has ended, without reaping it; return its exit code as in `Popen.returncode`.
+
+    None if it is unknown: the child was reaped elsewhere, or this is macOS before Python 3.13.
+    """
     if not hasattr(os, "waitid"):
         return None
     try:
@@ -155,10 +158,10 @@ def _code_of_dead(pid: int) -> int | None:
 
 
 async def reap_orphans() -> None:
-    """For process 1, in a container: whoever loses its parent becomes its child, and must be reaped in the end.
+    """Reap orphans, forever. Needed as process 1 in a container, which becomes the parent of all orphans.
 
-    Our own children are waited for and vanish at once, with their exit codes. What is still a zombie at the next
-    look is nobody's.
+    The router's own children are waited for and reaped immediately. A child that is still a zombie at the next
+    check is an orphan.
     """
     before: set[int] = set()
     while True:
@@ -173,20 +176,20 @@ async def reap_orphans() -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    """All that a process has started, and what that has started; nothing when it is gone."""
+    """Return the pids of all descendants of a process; none if it has ended."""
     if not _TELLS_CHILDREN:
         try:
             return [child.pid for child in psutil.Process(pid).children(recursive=True)]
         except psutil.Error:
             return []
     found = _children(pid)
-    for child in found:  # which grows meanwhile
+    for child in found:  # the list grows during the loop
         found += _children(child)
     return found
 
 
 def _children(pid: int) -> list[int]:
-    """As the kernel knows them. Everybody else looks at every process of the machine to find some."""
+    """Return the children that the kernel lists; psutil would examine every process of the machine."""
     children: list[int] = []
     with contextlib.suppress(OSError):
         for thread in os.listdir(f"/proc/{pid}/task"):
@@ -196,9 +199,9 @@ def _children(pid: int) -> list[int]:
 
 
 def birth(pid: int) -> str | None:
-    """What tells a live process from all others that had or will have its number; None if there is none.
+    """Return an identifier that distinguishes a live process from others with the same pid; None if it has ended.
 
-    Not a time: Linux counts ticks since the boot, so that setting the clock changes nothing.
+    On Linux it is based on ticks since the boot, so that changes of the clock have no effect.
     """
     if sys.platform == "linux":
         try:
@@ -215,9 +218,10 @@ def birth(pid: int) -> str | None:
 
 
 def notice_vanished_peers(listener: socket.socket) -> None:
-    """Have the system ask silent clients whether they are there; what is accepted inherits that.
+    """Enable TCP keep-alive for a listener and, by inheritance, its connections.
 
-    Who loses power or network says no goodbye, and one that waits in a queue is sent nothing that could get lost.
+    A client that loses power or network closes nothing, and while it waits in a queue nothing is sent to it that
+    could fail.
     """
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in _KEEP_ALIVE.items():
@@ -226,7 +230,7 @@ def notice_vanished_peers(listener: socket.socket) -> None:
 
 
 def allow_many_files() -> int:
-    """Raise the limit of open files as far as we may; returns it. Each client and each engine takes some."""
+    """Raise the limit of open files as far as allowed, and return it. Every client and engine uses some."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):  # macOS: the hard limit may be more than is allowed
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -235,7 +239,7 @@ def allow_many_files() -> int:
 
 
 def signal_group(pid: int, number: int) -> None:
-    """Signal a child and all that it started; it leads its own session. No error when it is gone."""
+    """Send a signal to a child and its process group; it leads its own session. No error if it has ended."""
     try:
         os.killpg(pid, number)
     except ProcessLookupError:

@@ -1,6 +1,6 @@
-"""What a reading of a device says, and how one is taken of something that may hang.
+"""Readings of devices, and how to take readings of something that may hang.
 
-They come from `hardware/`, for a Vulkan build from the engine; `hardware/devices.py` says which devices are ours.
+Readings come from `hardware/` or, for a Vulkan build, from the engine; `hardware/devices.py` selects the devices.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _log = logging.getLogger("router")
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What the driver of a device says of it now. None where it does not tell."""
+    """State of a device as reported by its driver. None for values that it does not report."""
 
     device: Device
     kind: Literal["cuda", "rocm", "vulkan", "host"]
     label: str
-    """The product's name."""
+    """Name of the product."""
     uuid: str
-    """By which an engine is shown it; with Vulkan its number among all that Vulkan's loader has."""
+    """Identifier that makes the device visible to an engine; for Vulkan, its number among the loader's devices."""
     total_mib: int
     free_mib: int
     used_by: Mapping[int, int] | None = None
-    """Process id -> MiB, by those processes of which the driver tells."""
+    """MiB by process id, for the processes that the driver reports."""
     utilization: float | None = None
     """0 to 1"""
     temperature_c: float | None = None
@@ -50,12 +50,12 @@ class Reading:
 
 
 async def apart(work: Callable[[], T]) -> T:
-    """What it returns or raises, from a daemon thread of its own: for work that a disk may keep from ever ending.
+    """Run blocking work in a daemon thread of its own, and return or raise what it does: for work that may hang.
 
-    A thread pool loses a thread to each of these, and waits for them all when the process is to end.
+    A thread pool would lose a thread to each hanging call, and wait for all of them at the end of the process.
     """
     outcome: Future[T] = Future()
-    outcome.set_running_or_notify_cancel()  # who stops waiting does not stop it
+    outcome.set_running_or_notify_cancel()  # cancelling the wait does not cancel the work
 
     def run() -> None:
         try:
@@ -68,16 +68,16 @@ async def apart(work: Callable[[], T]) -> T:
 
 
 class Watch(Generic[T]):
-    """Readings of something that may take long or hang for ever, such as a driver.
+    """Readings of something that may take long or hang forever, such as a driver.
 
-    A reading runs on a daemon thread of its own, never more than one at a time: who asks meanwhile waits for that
-    one. (A thread pool's threads are joined at exit, and a hanging driver would keep the process from ending.)
+    Each reading runs in a daemon thread, one at a time; concurrent calls wait for the same reading. (Threads of a
+    pool are joined at exit, so a hanging driver would keep the process from ending.)
     """
 
     def __init__(self, take: Callable[[], T], first: T, name: str) -> None:
         self.last = first
         self.taken_sec: float | None = None
-        """When the last reading began, by the monotonic clock; None before the first."""
+        """Start of the last reading, by the monotonic clock; None before the first."""
         self._take = take
         self._name = name
         self._lock = threading.Lock()
@@ -87,12 +87,12 @@ class Watch(Generic[T]):
         self._waiting: list[Callable[[], None]] = []
 
     async def read(self, deadline_sec: float) -> T:
-        """A fresh reading, or the last one if none comes within the deadline. Never raises."""
+        """Return a fresh reading, or the last one if none is available within the deadline. Never raises."""
         loop = asyncio.get_running_loop()
         answered = asyncio.Event()
 
         def tell() -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody asks any more
+            with contextlib.suppress(RuntimeError):  # the event loop is closed
                 loop.call_soon_threadsafe(answered.set)
 
         self._ask(tell)
@@ -105,7 +105,7 @@ class Watch(Generic[T]):
         return self.last
 
     def read_blocking(self, deadline_sec: float) -> T:
-        """As `read`, for where there is no event loop."""
+        """Like `read`, without an event loop."""
         answered = threading.Event()
         tell = answered.set
         self._ask(tell)
@@ -134,7 +134,7 @@ class Watch(Generic[T]):
             self._has_failed = False
         except Exception:
             if not self._has_failed:
-                _log.exception("%s: failed, the last answer counts until it works again", self._name)
+                _log.exception("%s: failed; using the last reading until it works again", self._name)
             self._has_failed = True
         finally:
             self._done()

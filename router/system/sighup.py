@@ -1,7 +1,7 @@
-"""SIGHUP from the first moment on. To the router it is a wish to reload, unless its terminal was closed.
+"""Handling of SIGHUP from the start of the process: it means reload, unless the terminal was closed.
 
-Until the router can obey either, which takes a second, the signal is blocked, and so kept by the kernel: by
-default it would end us, and who deploys a configuration may well send it right after a start.
+Until the router can do either, which takes a second, the signal is blocked and kept pending by the kernel: by
+default it would end the process, and deployments may well send it right after a start.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ _begun_in_terminal = False
 
 
 def hold() -> None:
-    """What comes from now on waits for `release`."""
+    """Block SIGHUP until `release`."""
     global _begun_in_terminal
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGHUP)
-    # What nohup has started is meant to outlive its terminal, and comes with SIGHUP ignored.
+    # nohup starts processes with SIGHUP ignored, so that they outlive the terminal.
     _begun_in_terminal = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN and _has_terminal()
 
 
 def release() -> None:
-    """What has come does what it does now: ends us, or is heard by who has set a handler."""
+    """Unblock SIGHUP: a pending signal ends the process, or calls the handler that was set."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGHUP)
 
 
 def terminal_is_gone() -> bool:
-    """Whether there was a terminal when we began, whose end is ours, too."""
+    """Whether the process was started in a terminal that is now closed, which ends the router as well."""
     return _begun_in_terminal and not _has_terminal()
 
 
 def _has_terminal() -> bool:
-    """Whether there is a terminal whose keys, and whose end, reach us as signals."""
+    """Whether the process has a controlling terminal, which sends it signals."""
     try:
         os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
     except OSError:

@@ -1,11 +1,12 @@
-"""What a router leaves to the next one: a directory of its own, with a lock and small JSON files.
+"""Persistent state of a router: a directory with a lock and small JSON files.
 
-One directory per listening port, so that two routers on one machine do not meet; `system.state_dir` names another.
-The lock is the kernel's: it ends with its holder, however that ends, and is never stale. Files are replaced as a
-whole, so that a reader sees the old or the new. What they mean is known to who writes them.
+There is one directory per listening port, so that routers on one machine do not conflict; `system.state_dir` names
+another. The lock is the kernel's: it ends with the process that holds it and is never stale. Files are replaced
+atomically, so that a reader sees the old or the new content. Their meaning is defined by the modules that write
+them.
 
-A router without a directory (a read-only home, say) serves all the same; it only remembers nothing. All of this
-blocks: on the event loop, call `StateFile` in a thread.
+A router without a directory, for example with a read-only home, serves nevertheless, but remembers nothing. All
+functions block: call `StateFile` in a thread.
 """
 
 from __future__ import annotations
@@ -29,34 +30,34 @@ from router.system.privacy import FILE_MODE, FOLDER_MODE, keep_to_owner
 _log = logging.getLogger("router")
 _T = TypeVar("_T")
 
-_TRIES = 10  # a router that was killed just now may still be on its way out
+_TRIES = 10  # a router that was just killed may not have ended yet
 _TRY_AGAIN_SEC = 0.05
 _OURS = re.compile(r"lock|blobs|\w+\.json(\.new|\.broken)?|\d+\.sock")
-"""Names of what a router puts into its directory."""
+"""Names of the files that a router writes to its directory."""
 _HOME_FOLDERS = ("Library", "Application Support") if sys.platform == "darwin" else (".local", "state")
 
 
 class Holder(msgspec.Struct, frozen=True):
-    """The router that works with a directory."""
+    """The router that uses a directory."""
 
     pid: int
     port: int
     since: str
-    """Wall clock, for people."""
+    """Time of its start by the wall clock, for people."""
 
     def __str__(self) -> str:
         return f"the llama-router with pid {self.pid}, which listens on port {self.port} since {self.since}"
 
 
 class StateHeld(Exception):
-    """Another router works with the directory."""
+    """Raised when another router uses the directory."""
 
     def __init__(self, path: Path, holder: Holder | None) -> None:
         super().__init__(f"{path} is held by {holder or 'another llama-router'}")
 
 
 def default_path(port: int, environ: Mapping[str, str]) -> Path | None:
-    """Where programs keep such things for this user; None if the user has no home."""
+    """Return the default state directory of the router on a port; None if the user has no home."""
     home = environ.get("HOME", "")
     base = environ.get("XDG_STATE_HOME", "")
     if not os.path.isabs(base):  # a relative one is to be ignored (XDG Base Directory Specification 0.8)
@@ -67,12 +68,12 @@ def default_path(port: int, environ: Mapping[str, str]) -> Path | None:
 
 
 def configured_path(named: str | None, port: int, environ: Mapping[str, str]) -> Path | None:
-    """Where the router on a port keeps it: where the configuration (`system.state_dir`) says, else as usual."""
+    """Return the state directory of the router on a port: the configured one (`named`), else the default."""
     return Path(named) if named else default_path(port, environ)
 
 
 class State:
-    """The directory of this router, locked; or none at all, and then nothing is remembered."""
+    """The locked state directory of this router; without a directory, nothing is saved."""
 
     def __init__(self, path: Path | None = None, lock: int | None = None) -> None:
         self.path = path
@@ -80,7 +81,7 @@ class State:
 
     @classmethod
     def open(cls, path: Path, port: int) -> State:
-        """Make the directory, for its owner only, and lock it. Raises StateHeld; OSError if it can't be used."""
+        """Create the directory, for its owner only, and lock it. Raises StateHeld and OSError."""
         path.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
         lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, FILE_MODE)
         _keep_to_owner(path)
@@ -94,7 +95,7 @@ class State:
                         raise StateHeld(path, _holder(lock)) from None
                     time.sleep(_TRY_AGAIN_SEC)
             since = datetime.now().astimezone().isoformat(" ", "seconds")
-            with contextlib.suppress(OSError):  # on a full disk it still locks, it only doesn't say for whom
+            with contextlib.suppress(OSError):  # on a full disk the lock works, but does not name its holder
                 os.truncate(lock, 0)
                 os.write(lock, msgspec.json.encode(Holder(os.getpid(), port, since)))
             return cls(path, lock)
@@ -104,7 +105,7 @@ class State:
 
     @staticmethod
     def holder(path: Path) -> Holder | None:
-        """The live router that works with a directory, if there is one and it can be seen."""
+        """Return the running router that uses a directory; None if there is none or it cannot be determined."""
         try:
             lock = os.open(path / "lock", os.O_RDONLY)
         except OSError:
@@ -120,7 +121,7 @@ class State:
         return None
 
     def file(self, name: str, kind: type[_T], purpose: str) -> StateFile[_T]:
-        """`name`.json, which holds a `kind` (whatever msgspec reads); `purpose` ends "without it, …"."""
+        """Return the file `name`.json of a type that msgspec can decode; `purpose` completes "Without it, …"."""
         return StateFile(self.path and self.path / f"{name}.json", kind, purpose)
 
     def close(self) -> None:
@@ -130,7 +131,7 @@ class State:
 
 
 class StateFile(Generic[_T]):
-    """One value of one type. It has one writer at a time."""
+    """A file with one value of one type. It must have only one writer at a time."""
 
     def __init__(self, path: Path | None, kind: type[_T], purpose: str) -> None:
         self._path = path
@@ -139,7 +140,7 @@ class StateFile(Generic[_T]):
         self._failing = False
 
     def read(self) -> _T | None:
-        """What was written last. What can't be read is set aside under a name of its own, and it is None."""
+        """Return the saved value, or None. An unreadable file is renamed and counts as missing."""
         if self._path is None:
             return None
         try:
@@ -154,7 +155,7 @@ class StateFile(Generic[_T]):
             return None
 
     def replace(self, value: _T) -> None:
-        """Raises OSError, and then the file is what it was."""
+        """Replace the value atomically. Raises OSError; the file is then unchanged."""
         if self._path is None:
             return
         new = self._path.with_suffix(".json.new")
@@ -170,7 +171,7 @@ class StateFile(Generic[_T]):
             raise
 
     def write(self, value: _T) -> None:
-        """As `replace`. A disk that is full or read-only is told once, and tried again at the next change."""
+        """Replace the value; failures are logged once, and the next change is tried again."""
         try:
             self.replace(value)
         except OSError as error:
@@ -185,7 +186,7 @@ class StateFile(Generic[_T]):
 
 
 def _keep_to_owner(folder: Path) -> None:
-    """What is in it of ours, and the directory itself, unless somebody else keeps things there, too."""
+    """Restrict access to the router's files, and to the directory itself if it contains nothing else."""
     places = list(folder.iterdir())
     ours = [place for place in places if _OURS.fullmatch(place.name)]
     for place in (*ours, *([folder] if len(ours) == len(places) else ())):
@@ -195,5 +196,5 @@ def _keep_to_owner(folder: Path) -> None:
 def _holder(lock: int) -> Holder | None:
     try:
         return msgspec.json.decode(os.pread(lock, 4096, 0), type=Holder)
-    except (OSError, msgspec.MsgspecError):  # it has not written it yet
+    except (OSError, msgspec.MsgspecError):  # the holder has not written its name yet
         return None

@@ -1,7 +1,7 @@
-"""What systemd hears from the router: that it serves, reloads, stops, and that its event loop still turns.
+"""Notifies systemd that the router is ready, reloading or stopping, and that its event loop is alive.
 
-The protocol is sd_notify(3): lines in a datagram to the socket that NOTIFY_SOCKET names. Nothing is said if there
-is none. The packages for it hardly save more than the three lines that send the datagram.
+The protocol is sd_notify(3): lines in a datagram to the socket named by NOTIFY_SOCKET; without it, nothing is
+sent. The packages for it would save little more than the three lines that send the datagram.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _STATUS_SEC = 10.0
 
 
 class Notifier:
-    """Takes the variables out of the environment, so that no engine speaks in our name."""
+    """Sends notifications. Removes its variables from the environment, so that engines cannot send any."""
 
     def __init__(self, environ: MutableMapping[str, str]) -> None:
         address = environ.pop("NOTIFY_SOCKET", "")
@@ -33,15 +33,15 @@ class Notifier:
         self._tell("READY=1")
 
     def reloading(self) -> None:
-        """`ready` must follow, also when nothing could be reloaded."""
+        """Announce a reload. `ready` must follow, even if the reload failed."""
         self._tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def stopping(self, within_sec: float) -> None:
-        """It may take longer than the unit file says."""
+        """Announce the shutdown, which may take longer than the unit file allows."""
         self._tell("STOPPING=1", f"EXTEND_TIMEOUT_USEC={round(within_sec * 1e6)}")
 
     async def keep_telling(self, status: Callable[[], str]) -> None:
-        """The status when it has changed; and that the event loop turns, in half the time that it may take."""
+        """Send the status when it changes, and the watchdog signal twice per period, until cancelled."""
         if not self._address:
             return
         pause_sec = min(_STATUS_SEC, (self._watchdog_sec or _STATUS_SEC) / 2)

@@ -1,7 +1,7 @@
-"""Threads for an event loop that waits for none of them.
+"""Starts threads without blocking the event loop.
 
-`threading.Thread.start` returns when the new thread has run, and a `ThreadPoolExecutor` starts one when there is
-work and none is idle. Where every processor is taken, that may take seconds, and as late would every token be.
+`threading.Thread.start` returns only when the new thread has run, and a `ThreadPoolExecutor` starts a thread when
+there is work and none is idle. With all processors busy, that may take seconds and would delay every token.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ _WORKERS = 8
 
 
 def begin(work: Callable[[], object]) -> None:
-    """On a thread of its own, which keeps no process from ending. Raises RuntimeError if there can be none."""
+    """Run work in a daemon thread. Raises RuntimeError if no thread can be started."""
     _thread.start_new_thread(work, ())
 
 
 def pool(name: str, workers: int = _WORKERS) -> ThreadPoolExecutor:
-    """One whose threads are all there. Call it before the event loop has anything else to do."""
+    """Return a thread pool with all its threads running. Must be called before the event loop has other work."""
     threads = ThreadPoolExecutor(workers, name)
     meeting = Barrier(workers)
     wait([threads.submit(meeting.wait) for _ in range(workers)])

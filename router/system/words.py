@@ -1,4 +1,4 @@
-"""Words that are a choice of few, each spelled in one place."""
+"""Base class of string enumerations."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from enum import Enum
 
 
 class Word(str, Enum):
-    """An enumeration whose members are the words themselves: in texts, as labels, as keys and in JSON.
+    """An enumeration whose members are strings: in texts, as labels, as keys and in JSON.
 
-    As `enum.StrEnum`, which Python 3.10 does not have.
+    Like `enum.StrEnum`, which Python 3.10 does not have.
     """
 
     def __str__(self) -> str:

@@ -1,7 +1,7 @@
-"""What each of llama-server's flags sets in `xllamacpp.CommonParams`, and which of them cannot be honoured.
+"""Translates llama-server's flags to `xllamacpp.CommonParams`, and rejects those that cannot be honoured.
 
-Part of the embedded engine, which imports it at every start. It is long because it is a table: a row for
-each flag, and before these what they are made of.
+Part of the embedded engine, which imports it at every start. The module is long because it is a table with one row
+per flag, preceded by the functions that the rows are built from.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from router.engines.llamacpp.flags import Flag, FlagError, Flags
 
 
 class UsageError(Exception):
-    """The flags can't be served; the message is for people."""
+    """Raised for flags that the embedded engine cannot honour; the message is for people."""
 
 
 def parameters(flags: Flags) -> Any:
-    """What the flags say, and llama-server's defaults for the rest."""
+    """Return the parameters set by the flags, with llama-server's defaults for the rest. Raises UsageError."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -34,7 +34,7 @@ def parameters(flags: Flags) -> Any:
             continue
         try:
             HONOURED.get(flag.name, _refuse)(params, flag)
-        except AttributeError:  # what the flag sets is not in this xllamacpp
+        except AttributeError:  # this xllamacpp does not have the parameter
             refused.append(flag.spelling)
         except FlagError as error:
             problems.append(error.message)
@@ -43,7 +43,7 @@ def parameters(flags: Flags) -> Any:
     if refused:
         names = ", ".join(dict.fromkeys(refused))
         problems.append(
-            f"the embedded engine (xllamacpp) can't honour {names}; take them out, or install llama-server"
+            f"the embedded engine (xllamacpp) can't honour {names}; remove them, or install llama-server"
         )
     if not params.model.path:
         problems.append("-m FILE is missing")
@@ -55,7 +55,7 @@ def parameters(flags: Flags) -> Any:
 
 
 Apply = Callable[[Any, Flag], None]
-"""Puts what a flag says into the parameters."""
+"""Function that applies a flag to the parameters."""
 
 
 def _refuse(params: Any, flag: Flag) -> None:
@@ -63,7 +63,7 @@ def _refuse(params: Any, flag: Flag) -> None:
 
 
 def _holder(params: Any, path: str) -> tuple[Any, str]:
-    """`sampling.temp` is `temp` of what `sampling` holds."""
+    """Resolve a dotted path: for `sampling.temp`, return the object at `sampling` and the name `temp`."""
     *parents, attribute = path.split(".")
     for parent in parents:
         params = getattr(params, parent)
@@ -76,7 +76,7 @@ def _put(params: Any, path: str, value: object) -> None:
 
 
 def _extend(params: Any, path: str, values: Iterable[object]) -> None:
-    """xllamacpp hands out copies of its lists: to append to one would change nothing."""
+    """Extend a list by assigning a new one: xllamacpp returns copies, so appending would have no effect."""
     holder, attribute = _holder(params, path)
     setattr(holder, attribute, [*getattr(holder, attribute), *values])
 
@@ -102,7 +102,7 @@ def _read(flag: Flag) -> str:
 
 
 def _fields(text: str) -> list[str]:
-    """`a,"b,c"` is two."""
+    """Split a comma-separated list with quotes: `a,"b,c"` has two fields."""
     import csv
 
     return next(csv.reader([text]), [])
@@ -119,7 +119,7 @@ def _unescape(text: str) -> str:
     )
 
 
-# What the flags of one kind do, by the parameter that they set.
+# Functions that make the rows of the table, by the kind of flag; `path` is the parameter that it sets.
 
 
 def _whole(path: str, low: int = -(2**31), high: int = 2**31 - 1) -> Apply:
@@ -156,14 +156,14 @@ def _member(path: str, enum: str, members: Mapping[str, str]) -> Apply:
 
 
 def _names(*names: str) -> dict[str, str]:
-    """Words that are the names of the members."""
+    """Map words to enum members of the same names."""
     return {name: name.replace("-", "_") for name in names}
 
 
 def _folder(path: str) -> Apply:
     def apply(params: Any, flag: Flag) -> None:
         if not os.path.isdir(flag.text):
-            raise flag.error(f"takes a folder, and {flag.text!r} is none")
+            raise flag.error(f"takes a folder, which {flag.text!r} is not")
         _put(params, path, os.path.join(flag.text, ""))
 
     return apply
@@ -178,7 +178,7 @@ def _labels(path: str) -> Apply:
 
 
 def _sampling(bit: str, apply: Apply) -> Apply:
-    """Notes that this was chosen, so that what the model's file recommends does not replace it."""
+    """Record that a sampling parameter was set, so that the model file's recommendation does not replace it."""
 
     def apply_and_note(params: Any, flag: Flag) -> None:
         apply(params, flag)
@@ -232,7 +232,7 @@ _DENSE = r"\.ffn_(up|down|gate)\."
 
 
 def _placed(path: str, placements: Callable[[Flag], Iterable[str]]) -> Apply:
-    """`PATTERN=BUFFER` for tensors; xllamacpp takes all of them in one string."""
+    """Place tensors by `PATTERN=BUFFER`; xllamacpp takes all of them in one string."""
 
     def apply(params: Any, flag: Flag) -> None:
         holder, attribute = _holder(params, path)
@@ -469,10 +469,10 @@ HONOURED: dict[str, Apply] = {
         )
     },
 }
-"""By canonical name; the flags that need more than a line follow."""
+"""Flags by canonical name; those that need more than one line follow below."""
 
 PASSED_OVER = frozenset(("log-disable", "log-jsonl", "log-colors", "log-prefix", "log-timestamps", "defrag-thold"))
-"""How the log looks can't be set, and nobody's answer depends on it; the last has no effect in any new engine."""
+"""Ignored flags: the log's format cannot be set and affects no response; the last one is obsolete."""
 
 
 def _honours(name: str) -> Callable[[Apply], Apply]:
@@ -487,7 +487,7 @@ def _honours(name: str) -> Callable[[Apply], Apply]:
 def _(params: Any, flag: Flag) -> None:
     params.n_ctx = flag.integer(0)
     if params.n_ctx == 0:
-        params.fit_params_min_ctx = -1  # the model's whole context, not what happens to fit
+        params.fit_params_min_ctx = -1  # the model's full context, not as much as fits
 
 
 @_honours("parallel")
@@ -506,7 +506,7 @@ def _(params: Any, flag: Flag) -> None:
 
 @_honours("mmap")
 def _(params: Any, flag: Flag) -> None:
-    """`mmap`, `mlock` and `direct-io` are what `load-mode` was in older builds."""
+    """Translate `mmap`, `mlock` and `direct-io`, which `load-mode` replaces in newer builds."""
     locked = params.load_mode.name.endswith("MLOCK")
     mode = {(True, True): "mmap_mlock", (True, False): "mmap", (False, True): "mlock", (False, False): "none"}
     params.load_mode = _enumerator("llama_load_mode", mode[not flag.negated, locked])
@@ -580,7 +580,7 @@ def _(params: Any, flag: Flag) -> None:
 
 
 def _render_with(params: Any, **arguments: object) -> None:
-    """What the chat template is given besides the messages."""
+    """Add arguments for the chat template."""
     import json
 
     params.default_template_kwargs |= {name: json.dumps(value) for name, value in arguments.items()}
