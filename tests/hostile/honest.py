@@ -18,6 +18,8 @@ KEY, FULL_KEY = "anna", "full"
 LISTS = ("/v1/models", "/api/tags")
 PAGES = ("/v1/queue/stats", "/v1/models/status", "/v1/decisions", "/vram", "/v1/telemetry/summary", "/metrics")
 BARE = "a bare server"
+KILLED = "killed"
+"""The model whose engine is killed now and then: its chats wait for the next one to load."""
 _LIMIT_SEC = 60.0
 _END = b"data: [DONE]\n\n"
 
@@ -183,6 +185,7 @@ async def be_honest(port: int, seconds: float, bare_port: int | None = None) -> 
         *(chats("small", priority, 4, 0.1) for priority in ("high", "normal", "low")),
         *(chats("large", priority, 8, 0.2) for priority in ("high", "normal")),
         chats("crowded", "high", 1, 0.2),
+        chats(KILLED, "normal", 4, 0.1),
         *(streams() for _ in range(2)),
         looks("/live", ["/live"], 0.02),
         *(looks(BARE, ["/"], 0.02, at) for at in (bare_port,) if at is not None),

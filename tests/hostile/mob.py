@@ -32,7 +32,7 @@ NEIGHBOURS = 500
 _ENOUGH = 4 << 20
 """Bytes of an answer, after which its client leaves."""
 _PATIENCE_SEC = 3.0
-_KILLED = ("small", "garbage", "crowded")
+_KILLED = ("killed", "garbage", "crowded")
 """Models whose engines are killed. Nobody could make a stream whole whose engine died in the middle."""
 
 

@@ -1,8 +1,8 @@
 """A router with something to lose, and everybody who attacks it: what the benchmark and the test of both share.
 
-Two models are served by real engines, `large` and `small`. The engine of `crowded` takes half a second for an
-answer, so that a queue grows before it; that of `garbage` says whatever it is asked to. Nobody loads `spare`,
-whose entry changes while the configuration is read again and again.
+Three models are served by real engines: `large`, `small`, and `killed`, whose engine is killed now and then. The
+engine of `crowded` takes half a second for an answer, so that a queue grows before it; that of `garbage` says
+whatever it is asked to. Nobody loads `spare`, whose entry changes while the configuration is read again and again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from router.engines.llamacpp import embedded
 
 FLOODS = "floods"
 ATTACKS = (*mob.ATTACKS, FLOODS)
-LOADED = ("large", "small", "crowded", "garbage")
+LOADED = ("large", "small", "killed", "crowded", "garbage")
 
 _HERE = Path(__file__).parent
 
@@ -35,6 +35,7 @@ def configuration(folder: Path, *, large: Path, small: Path) -> dict[str, Any]:
     for name, model, slots in (
         ("large", large, 8),
         ("small", small, 8),
+        ("killed", small, 8),
         ("crowded", small, 2),
         ("garbage", small, 16),
         ("spare", small, 1),
@@ -95,7 +96,8 @@ def attacked(
         started: dict[str, subprocess.Popen[str]] = {}
         for name, (script, *arguments) in commands.items():
             command = ["nice", "-n", "19", sys.executable, str(_HERE / script), *arguments]
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+            _yield_processors(process.pid)
             started[name] = stack.enter_context(process)
             stack.callback(process.terminate)
         if "mob" in started:
@@ -107,3 +109,9 @@ def attacked(
             if process.returncode:
                 raise RuntimeError(f"{name} ended with {process.returncode}")
             told[name] = json.loads(said)
+
+
+def _yield_processors(session: int) -> None:
+    """Give a session what others leave of the processors, where Linux shares them among sessions first."""
+    with suppress(OSError):
+        Path(f"/proc/{session}/autogroup").write_text("19")
