@@ -73,6 +73,23 @@ class Router:
                 self._listening.set()
         self._listening.set()
 
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port, for clients that open sockets themselves."""
+        host, _, port = self.url.removeprefix("http://").partition(":")
+        return host, int(port)
+
+    @property
+    def queued(self) -> int:
+        """The number of requests that wait for a slot."""
+        count: int = self.http.get("/v1/queue/stats").json()["summary"]["total_queued"]
+        return count
+
+    def keep_no_connection(self, *, timeout: float = 60) -> None:
+        """Send each further request of `http` over a connection of its own, for tests that count connections."""
+        self.http.close()
+        self.http = http_client(self.url, timeout=timeout, headers={"connection": "close"})
+
     def chat(self, model: str, *, content: str = "hi", max_tokens: int = 1, **more: Any) -> httpx.Response:
         headers = more.pop("headers", None)
         body = {

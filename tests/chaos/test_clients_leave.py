@@ -33,8 +33,7 @@ def test_every_third_client_leaves_at_a_random_point(start: Start, tiny: Path, t
     for alias in ALIASES:
         assert router.chat(alias).status_code == 200
     eject_all(router, *ALIASES)
-    router.http.close()
-    router.http = http_client(router.url, headers={"connection": "close"})
+    router.keep_no_connection()
     eventually(lambda: books(router, tmp_path)["HttpProtocol"] == 0)
     before = books(router, tmp_path)
 
@@ -121,8 +120,7 @@ async def visit(router: Router, chance: random.Random, *, leaves: bool) -> str |
         b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
     )
     request = head % len(body) + body
-    host, _, port = router.url.removeprefix("http://").partition(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
+    reader, writer = await asyncio.open_connection(*router.address)
     try:
         if leaves and chance.random() < 0.3:
             writer.write(request[: chance.randrange(len(request))])

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Router, Start, eventually, fake, http_client, models
+from conftest import Router, Start, eventually, fake, models
 from storm import LONG, scale
 
 WAITING = scale(2000, 10_000)
@@ -34,11 +34,10 @@ def cpu_sec(router: Router) -> float:
 
 @contextmanager
 def many_connections(router: Router, count: int, request: bytes) -> Iterator[list[socket.socket]]:
-    host, _, port = router.url.removeprefix("http://").partition(":")
     with ExitStack() as open_ones:
         clients = []
         for _ in range(count):
-            client = open_ones.enter_context(socket.create_connection((host, int(port)), timeout=30))
+            client = open_ones.enter_context(socket.create_connection(router.address, timeout=30))
             client.sendall(request)
             clients.append(client)
         yield clients
@@ -88,7 +87,7 @@ def test_thousands_wait_for_a_model_that_does_not_come(
     body = json.dumps({"model": "a", "messages": [], "stream": streams, "x": "y" * 1000}).encode()
     head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body)
     with many_connections(router, WAITING, head + body) as clients:
-        eventually(lambda: queued(router) == WAITING, timeout_sec=60)
+        eventually(lambda: router.queued == WAITING, timeout_sec=60)
         if streams:
             for client in clients:
                 assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
@@ -99,7 +98,7 @@ def test_thousands_wait_for_a_model_that_does_not_come(
         assert router.chat("a").status_code == 429
         assert router.http.get("/live", timeout=5).status_code == 200
         assert (memory_mib(router) - before[0]) / WAITING < 0.04  # 40 KiB each
-    eventually(lambda: queued(router) == 0, timeout_sec=30)
+    eventually(lambda: router.queued == 0, timeout_sec=30)
     eventually(lambda: psutil.Process(router.process.pid).num_fds() <= before[1] + 5, timeout_sec=30)
 
 
@@ -114,11 +113,10 @@ def test_a_full_house_keeps_a_door_for_its_keeper(start: Start, tiny: Path, tmp_
     most, spare = scale(50, 10_000), 32
     system = {"llama_server_path": fake(tmp_path, ready="never"), "max_queue_size_per_model": most}
     router = start({"api": {"max_connections": most}, "system": system, "models": models(tiny, "a")})
-    router.http.close()
-    router.http = http_client(router.url, timeout=10, headers={"connection": "close"})
+    router.keep_no_connection(timeout=10)
     before = psutil.Process(router.process.pid).num_fds()
     with many_connections(router, most, WAITS) as guests:
-        eventually(lambda: queued(router) == most)
+        eventually(lambda: router.queued == most)
         refused = router.chat("a")
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "too_many_connections"
@@ -138,9 +136,9 @@ def test_a_full_house_keeps_a_door_for_its_keeper(start: Start, tiny: Path, tmp_
                 eventually(lambda: router.http.get("/health").status_code == 200)
                 assert psutil.Process(router.process.pid).num_fds() - before < most + spare + 300
         eventually(lambda: router.http.get("/v1/queue/stats").status_code == 200)
-        assert queued(router) == most  # all who were here before, and have asked, still wait for their answers
+        assert router.queued == most  # all who were here before, and have asked, still wait for their answers
         guests[0].close()
-        eventually(lambda: queued(router) == most - 1)
+        eventually(lambda: router.queued == most - 1)
         assert router.http.get("/v1/models/nonsense").status_code == 404
     eventually(lambda: psutil.Process(router.process.pid).num_fds() <= before + 2, timeout_sec=30)
     assert router.log.count("are connected (api.max_connections); further connections are refused") == 1
@@ -157,8 +155,7 @@ def whole_page(client: socket.socket) -> bool:
 def test_who_is_idle_gives_way_to_who_comes(start: Start, tiny: Path) -> None:
     """Also who has only sent half a request; but nobody who waits for an answer, or gets one."""
     router = start({"api": {"max_connections": 20}, "models": models(tiny, "a")})
-    router.http.close()
-    router.http = http_client(router.url, timeout=10, headers={"connection": "close"})
+    router.keep_no_connection(timeout=10)
     page = b"GET /live HTTP/1.1\r\nhost: localhost\r\n\r\n"
     follow = page.replace(b"/live", b"/v1/models/status/stream")
     with (
@@ -201,8 +198,7 @@ def test_who_is_idle_gives_way_to_who_comes(start: Start, tiny: Path) -> None:
 def test_a_house_full_of_idle_clients_costs_little_and_lets_in_who_comes(start: Start, tiny: Path) -> None:
     """Half of them keep their connection after an answer, the others have sent half a request."""
     router = start({"api": {"max_connections": GUESTS}, "models": models(tiny, "a")})
-    router.http.close()
-    router.http = http_client(router.url, timeout=10, headers={"connection": "close"})
+    router.keep_no_connection(timeout=10)
     router.chat("a")
     empty_mib, alone_sec = memory_mib(router), cpu_of_requests(router, 100)
     page = b"GET /live HTTP/1.1\r\nhost: localhost\r\n\r\n"
@@ -265,10 +261,6 @@ def test_all_bodies_together_have_a_bound(start: Start, tiny: Path, tmp_path: Pa
 def answered(clients: list[socket.socket]) -> list[socket.socket]:
     """Those for whom there is something to read."""
     return select.select(clients, [], [], 0)[0]
-
-
-def queued(router: Router) -> int:
-    return int(router.http.get("/v1/queue/stats").json()["summary"]["total_queued"])
 
 
 @pytest.mark.timeout(900 if LONG else 120)

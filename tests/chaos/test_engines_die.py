@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from bookkeeping import books, observed
-from conftest import Start, eventually, http_client, models
+from conftest import Start, eventually, models
 from storm import LONG, Crowd, eject_all, scale, settle
 
 
@@ -32,8 +32,7 @@ def test_kill_9_of_random_engines(start: Start, tiny: Path, tmp_path: Path) -> N
     for alias in entries:
         assert router.chat(alias).status_code == 200
     eject_all(router, *entries)
-    router.http.close()
-    router.http = http_client(router.url, headers={"connection": "close"})
+    router.keep_no_connection()
     eventually(lambda: books(router, tmp_path)["HttpProtocol"] == 0)
     before = books(router, tmp_path)
 

@@ -41,8 +41,8 @@ def ask(router: Router, *aliases: str) -> None:
 
     def chat(alias: str) -> None:
         body = {"model": alias, "messages": [{"role": "user", "content": "x"}], "max_tokens": 500}
-        with contextlib.suppress(httpx.HTTPError):  # its router was killed
-            http_client(router.url, timeout=10).post("/v1/chat/completions", json=body)
+        with contextlib.suppress(httpx.HTTPError), http_client(router.url, timeout=10) as http:
+            http.post("/v1/chat/completions", json=body)  # fails once the router has been killed
 
     for alias in aliases:
         threading.Thread(target=chat, args=(alias,), daemon=True).start()

@@ -7,11 +7,10 @@ import socket
 from contextlib import ExitStack
 from pathlib import Path
 
-import httpx2 as httpx
 import psutil
 import pytest
 from bookkeeping import books, observed
-from conftest import Router, Start, eventually, models
+from conftest import Router, Start, eventually, http_client, models
 from storm import eject_all
 
 SAID = {"messages": [{"role": "user", "content": "How are you?"}]}
@@ -41,7 +40,7 @@ def router(start: Start, tiny: Path, tmp_path: Path) -> Router:
 def test_nothing_of_a_request_waits_for_the_garbage_collector(router: Router, tmp_path: Path) -> None:
     router.chat("a")
     books(router, tmp_path)
-    with httpx.Client(base_url=router.url, timeout=60, headers={"connection": "close"}) as http:
+    with http_client(router.url, headers={"connection": "close"}) as http:
         for path, asked in ROUTES.items():
             for streams in (False, True):
                 body = {"model": "a", "stream": streams, "max_tokens": 2, **asked}
@@ -63,19 +62,13 @@ def leave_while_waiting(router: Router) -> None:
     body = json.dumps(
         {"model": "a", "prompt": "", **SAID, "max_tokens": 2000, "ignore_eos": True, "stream": True}
     ).encode()
-    address = httpx.URL(router.url)
     with ExitStack() as clients:
         for path in ("/v1/chat/completions", "/v1/messages", "/v1/completions", "/api/chat") * 4:
-            client = clients.enter_context(socket.create_connection((address.host, address.port or 0)))
+            client = clients.enter_context(socket.create_connection(router.address))
             client.sendall(b"POST %b HTTP/1.1\r\nhost: localhost\r\n" % path.encode())
             client.sendall(b"content-length: %d\r\n\r\n%b" % (len(body), body))
-        eventually(lambda: queued(router) >= 8)
-    eventually(lambda: queued(router) == 0)
-
-
-def queued(router: Router) -> int:
-    count: int = router.http.get("/v1/queue/stats").json()["summary"]["total_queued"]
-    return count
+        eventually(lambda: router.queued >= 8)
+    eventually(lambda: router.queued == 0)
 
 
 def test_a_second_round_of_bodies_that_are_refused_takes_no_more_memory(router: Router) -> None:

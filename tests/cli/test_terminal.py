@@ -84,7 +84,7 @@ def test_queue_tells_who_waits_how_long_and_for_what(start: Start, tiny: Path, t
     clients.append(("cold", "urgent", "high"))
     for queued, client in enumerate(clients):
         threading.Thread(target=post, args=client, daemon=True).start()
-        eventually(lambda: router.http.get("/v1/queue/stats").json()["summary"]["total_queued"] == queued)  # noqa: B023
+        eventually(lambda: router.queued == queued)  # noqa: B023
         router.until("busy", "ready")
 
     printed = run("queue", "--url", router.url, cwd=tmp_path).stdout.splitlines()

@@ -311,9 +311,8 @@ def test_memory_of_large_bodies_is_given_back_and_never_many_times_theirs(router
 
 def test_a_client_that_leaves_while_its_body_is_read_leaves_nothing(router: Router) -> None:
     body = json.dumps({"model": "a", "prompt": LONG}).encode()
-    address = router.url.removeprefix("http://").split(":")
     for _ in range(3):
-        with socket.create_connection((address[0], int(address[1]))) as client:
+        with socket.create_connection(router.address) as client:
             client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % len(body))
             client.sendall(body)
 

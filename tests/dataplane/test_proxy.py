@@ -274,11 +274,10 @@ def test_a_full_queue_refuses_with_an_honest_time(start: Start, tiny: Path, tmp_
         b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
         b"authorization: Bearer jobs-key\r\ncontent-length: %d\r\n\r\n" % len(body)
     )
-    address = router.url.removeprefix("http://").split(":")
-    waiting = [socket.create_connection((address[0], int(address[1]))) for _ in range(2)]
+    waiting = [socket.create_connection(router.address) for _ in range(2)]
     for connection in waiting:
         connection.sendall(head + body)
-    eventually(lambda: router.http.get("/v1/queue/stats").json()["summary"]["total_queued"] == 2)
+    eventually(lambda: router.queued == 2)
     in_line = router.http.get("/v1/queue/stats").json()["per_model"]["a"]["waiting"]
     assert [(request["client"], request["position"]) for request in in_line] == [("jobs", 1), ("jobs", 2)]
     refused = router.chat("a")
@@ -287,7 +286,7 @@ def test_a_full_queue_refuses_with_an_honest_time(start: Start, tiny: Path, tmp_
     assert "retry-after" not in refused.headers, "it was never loaded"
     for connection in waiting:  # clients that leave free their places
         connection.close()
-    eventually(lambda: router.http.get("/v1/queue/stats").json()["summary"]["total_queued"] == 0)
+    eventually(lambda: router.queued == 0)
 
 
 def test_an_engine_that_says_nothing_and_answers_no_probe_is_given_up(played: Router) -> None:

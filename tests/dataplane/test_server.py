@@ -25,8 +25,7 @@ def router(start_shared: Start, tiny: Path) -> Router:
 
 
 def connect(router: Router) -> socket.socket:
-    host, _, port = router.url.removeprefix("http://").partition(":")
-    return socket.create_connection((host, int(port)), timeout=20)
+    return socket.create_connection(router.address, timeout=20)
 
 
 def post(body: bytes, *headers: bytes, version: bytes = b"1.1") -> bytes:

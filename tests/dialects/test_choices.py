@@ -187,8 +187,7 @@ def test_a_stream_that_breaks_before_all_choices_have_ended_says_so(player: Rout
 def test_who_does_not_read_the_end_leaves_the_engine_to_others(player: Router) -> None:
     body = json.dumps({"model": "talker", "messages": HELLO, "n": 2, "stream": True}).encode()
     head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body)
-    host, _, port = player.url.removeprefix("http://").partition(":")
-    with socket.create_connection((host, int(port))) as deaf:
+    with socket.create_connection(player.address) as deaf:
         deaf.sendall(head + body)
         eventually(lambda: player.status("talker")["in_flight"] == 0 and served(player, "talker") == 1)
         assert len(player.chat("talker").text) < LONG

@@ -245,13 +245,12 @@ def test_a_file_is_here_whole_or_not_at_all(router: Router, state: Path) -> None
     for wrong in ("sha256:12", "md5:" + "0" * 32, "sha256-../../created.json", f"sha256:{'g' * 64}", f"{ABSENT}0"):
         assert router.http.head(f"/api/blobs/{wrong}").status_code in (400, 404)
         assert router.http.post(f"/api/blobs/{wrong}", content=b"x").status_code in (400, 404)
-    address = router.url.removeprefix("http://").split(":")
     head = f"POST /api/blobs/sha256:{digest} HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
-    with socket.create_connection((address[0], int(address[1]))) as cut:
+    with socket.create_connection(router.address) as cut:
         cut.sendall((head % len(content)).encode() + content[: len(content) // 2])
         eventually(lambda: any(name.endswith(".part") for name in files_in(state)))
     eventually(lambda: files_in(state) == [])
-    with socket.create_connection((address[0], int(address[1]))) as vast:
+    with socket.create_connection(router.address) as vast:
         vast.sendall((head % (1 << 60)).encode())
         received = b""
         while b"}" not in received:

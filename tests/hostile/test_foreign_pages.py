@@ -169,7 +169,6 @@ def test_names_that_are_allowed_are_answered(router: Router) -> None:
 
 
 def test_a_request_names_one_host(router: Router) -> None:
-    address, _, port = router.url.removeprefix("http://").partition(":")
     body = b'{"model": "a", "content": ""}'
     for request in (b"GET /live", b"POST /tokenize"):
         for version, hosts, status in (
@@ -182,7 +181,7 @@ def test_a_request_names_one_host(router: Router) -> None:
         ):
             lines = [request + b" HTTP/" + version, *(b"Host: " + host for host in hosts)]
             head = b"\r\n".join((*lines, b"Connection: close", b"Content-Length: %d" % len(body), b"", b""))
-            with socket.create_connection((address, int(port)), timeout=20) as client:
+            with socket.create_connection(router.address, timeout=20) as client:
                 client.sendall(head + body)
                 answer = b"".join(iter(lambda: client.recv(65536), b""))
             assert answer.split(b" ")[1] == status, (request, version, hosts, answer)

@@ -24,8 +24,7 @@ def ask(router: Router, stack: ExitStack, path: str, key: str = "jobs-key", **mo
     ).encode()
     head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {key}\r\n"
     head += f"content-length: {len(body)}\r\n"
-    host, _, port = router.url.removeprefix("http://").partition(":")
-    client = stack.enter_context(socket.create_connection((host, int(port)), timeout=20))
+    client = stack.enter_context(socket.create_connection(router.address, timeout=20))
     client.sendall(head.encode() + b"\r\n" + body)
     return client
 

@@ -71,13 +71,8 @@ def router(start_shared: Start, tiny: Path, recording: Engine) -> Router:
     return start_shared({"system": {"llama_server_path": recording.path}, "models": models(tiny, "a", "b")})
 
 
-def address(router: Router) -> tuple[str, int]:
-    host, _, port = router.url.removeprefix("http://").partition(":")
-    return host, int(port)
-
-
 def connect(router: Router) -> socket.socket:
-    return socket.create_connection(address(router), timeout=10)
+    return socket.create_connection(router.address, timeout=10)
 
 
 def post(body: bytes, *headers: bytes, path: bytes = PATH, length: int | None = None) -> bytes:
@@ -520,7 +515,7 @@ async def throw(router: Router, requests: list[bytes], at_once: int = 32) -> lis
 
     async def one(request: bytes) -> bytes:
         async with places:
-            reader, writer = await asyncio.open_connection(*address(router))
+            reader, writer = await asyncio.open_connection(*router.address)
             try:
                 writer.write(request)
                 return await asyncio.wait_for(reader.read(65536), 0.3)

@@ -20,8 +20,7 @@ def router(start_shared: Start, tiny: Path) -> Router:
 
 
 def ask(router: Router, line: bytes, *headers: bytes, body: bytes = b"") -> tuple[int, bytes]:
-    host, _, port = router.url.removeprefix("http://").partition(":")
-    with socket.create_connection((host, int(port)), timeout=20) as client:
+    with socket.create_connection(router.address, timeout=20) as client:
         lines = (line + b" HTTP/1.1", b"host: localhost", b"connection: close", *headers)
         client.sendall(b"\r\n".join((*lines, b"content-length: %d" % len(body), b"", body)))
         received = b""

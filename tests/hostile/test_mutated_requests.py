@@ -188,14 +188,13 @@ def status_of(address: tuple[str, int], told: bytes) -> int:
 def test_every_route_takes_whatever_comes(demo: Router) -> None:
     chance = random.Random(SEED)
     routes = list(every_route(demo))
-    host, _, port = demo.url.removeprefix("http://").partition(":")
     models = ("demo", "demo-embed", "x" * 300, "")
     requests = [
         request(chance, path, chance.choice(models), method)
         for method, path in (chance.choice(routes) for _ in range(_COUNT_OF_ALL_ROUTES))
     ]
     with ThreadPoolExecutor(8) as pool:  # most of the time goes by in waiting for what never comes
-        ends = Counter(pool.map(status_of, [(host, int(port))] * len(requests), requests))
+        ends = Counter(pool.map(status_of, [demo.address] * len(requests), requests))
     assert "Traceback" not in demo.log
     assert demo.http.get("/live").status_code == 200
     assert demo.chat("demo").status_code == 200

@@ -33,8 +33,7 @@ TRAILER = b"1\r\n{\r\n0\r\n" + b"x: y\r\n" * 20_000
 
 def read_to_the_answer(router: Router, refused: bytes, rest: bytes) -> bytes:
     """What comes when the rest is sent only after the answer to a request has begun."""
-    host, _, port = router.url.removeprefix("http://").partition(":")
-    with socket.create_connection((host, int(port)), timeout=20) as client:
+    with socket.create_connection(router.address, timeout=20) as client:
         client.sendall(refused)
         got = client.recv(65536)
         try:
@@ -100,8 +99,7 @@ def test_requests_of_all_kinds_in_pieces_of_all_sizes_get_their_answers_in_order
         sent += head(b"GET", b"/live", b"connection: close")
         cuts = sorted(chance.randrange(len(sent)) for _ in range(chance.choice((0, 1, 5, 50))))
         pieces = [sent[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(sent)], strict=True)]
-        host, _, port = router.url.removeprefix("http://").partition(":")
-        with socket.create_connection((host, int(port)), timeout=60) as client:
+        with socket.create_connection(router.address, timeout=60) as client:
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             got = b""
             client.settimeout(0.001)

@@ -103,8 +103,7 @@ def slow(times: list[float]) -> float:
 
 
 def connect(router: Router) -> socket.socket:
-    host, _, port = router.url.removeprefix("http://").partition(":")
-    return socket.create_connection((host, int(port)), timeout=60)
+    return socket.create_connection(router.address, timeout=60)
 
 
 def attacked(router: Router, kinds: list[str], seconds: float, *, reads: bool) -> tuple[Neighbours, str]:

@@ -174,10 +174,9 @@ def test_who_waits_is_seen_by_name_by_himself_only(start: Start, tiny: Path, tmp
         stats = router.http.get("/v1/queue/stats", headers=key(who)).json()
         return sorted((wait["client"] for wait in stats["per_model"]["a"]["waiting"]), key=str)
 
-    address, _, port = router.url.removeprefix("http://").partition(":")
     with ExitStack() as opened:
         for name in ("anna", "bert", "some"):
-            client = opened.enter_context(socket.create_connection((address, int(port))))
+            client = opened.enter_context(socket.create_connection(router.address))
             head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {name}\r\n"
             client.sendall(f'{head}Content-Length: 13\r\n\r\n{{"model":"a"}}'.encode())
         eventually(lambda: len(waiting("full")) == 3)

@@ -141,8 +141,7 @@ class Script:
         self.router.http.post("/v1/models/load", json={"model": alias})
         body = json.dumps({"model": alias, "messages": []}).encode()
         head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\nx-request-priority: {priority}\r\n"
-        host, port = self.router.url.removeprefix("http://").split(":")
-        clients = [socket.create_connection((host, int(port))) for _ in range(count)]
+        clients = [socket.create_connection(self.router.address) for _ in range(count)]
         for client in clients:
             client.sendall(head.encode() + b"content-length: %d\r\n\r\n" % len(body) + body)
         eventually(lambda: self._in_flight(alias) == count)

@@ -143,8 +143,7 @@ def test_after_a_failure_it_says_what_failed_and_when_it_is_tried_again() -> Non
 def ask(router: Router, request_id: str, priority: str = "normal") -> socket.socket:
     """Ask for a, and leave the answer for later."""
     body = b'{"model": "a", "messages": []}'
-    host, port = router.url.removeprefix("http://").split(":")
-    client = socket.create_connection((host, int(port)))
+    client = socket.create_connection(router.address)
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nx-request-id: {request_id}\r\n"
     client.sendall(f"{head}x-request-priority: {priority}\r\ncontent-length: {len(body)}\r\n\r\n".encode())
     client.sendall(body)
