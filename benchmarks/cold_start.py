@@ -36,7 +36,7 @@ from router.engines.llamacpp.binary import Binary
 
 FLAGS = {"ctx-size": "1024", "threads": "1", "parallel": "1"}
 PROMPT = {"model": "m", "prompt": "hello", "max_tokens": 1}
-"""No chat: builds since 10434 call what random weights say no chat, and answer 500."""
+"""A plain completion: builds since 10434 do not accept the output of random weights as a chat, and answer 500."""
 SIZES = {"tiny": None, "340MB": 340}
 BY_HAND, OURS, PEER = "by hand", "llama-router", "llama-server router mode"
 

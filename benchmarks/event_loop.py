@@ -1,5 +1,5 @@
-"""How long does one request keep all others waiting, and what does it take of memory? A router has one event loop,
-and each token passes it.
+"""How long does one request keep all others waiting, and how much memory does it take? A router has one event
+loop, and each token passes it.
 
     python benchmarks/event_loop.py [--models 1000] [--waiting 1000] [--megabytes 100] [--rounds 3] [--only WORDS]
 
@@ -66,7 +66,7 @@ HELD = struct.Struct("ddd")
 
 
 def watched(place: str, arguments: list[str]) -> None:
-    """Serves as `llama-router`, and keeps the longest times that its event loop was held in a file."""
+    """Serve as `llama-router`, and keep the longest times for which its event loop was held in a file."""
     from router import server as serve
     from router.__main__ import main
 
@@ -157,7 +157,7 @@ def filled(one: bytes, size: int, between: bytes = b",") -> bytes:
 
 
 def chats(size: int) -> Iterator[Body]:
-    """Of one model as they are, with a system prompt, and in the words of others."""
+    """Return chats of this size: unchanged, with an alias's system prompt, and for the other APIs."""
     kilobyte = json.dumps(SENTENCE * 22)[1:-1].encode()
     image = b"data:image/png;base64,iVBORw0KGgo" + b"A" * size
     said = b'{"role": "user", "content": %b}'
@@ -248,7 +248,7 @@ def ask(server: Server, method: str, path: str, body: bytes | None, kind: str) -
 
 @contextmanager
 def waiting(server: Server, number: int, models: int) -> Iterator[None]:
-    """So many requests that wait, for so many models."""
+    """Keep so many requests waiting for so many models."""
     body = {"messages": [], "slow": True}
     connections = []
     for index in range(number):
@@ -262,7 +262,7 @@ def waiting(server: Server, number: int, models: int) -> Iterator[None]:
 
 
 class Gauge:
-    """What is measured of the router's process."""
+    """Measures the router's process."""
 
     def __init__(self, place: Path, rounds: int) -> None:
         place.write_bytes(bytes(HELD.size))
@@ -284,7 +284,7 @@ class Gauge:
         return tuple(seconds * 1000 for seconds in best)
 
     def memory(self, work: Callable[[], Any]) -> tuple[int, int]:
-        """Bytes that were taken at most, and that are not given back."""
+        """Return the bytes taken at most, and those not released afterwards."""
         (self.folder / "clear_refs").write_text("5")  # the peak is what it holds now
         before, _ = self._memory()
         work()

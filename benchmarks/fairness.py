@@ -1,4 +1,4 @@
-"""Models that do not fit together: who waits, for how long, and how much is lost to swapping?
+"""Models that do not fit together: which requests wait, for how long, and how much is lost to swapping?
 
     python benchmarks/fairness.py [trace] [loops] [broken] [endless] [idle] [--seconds 60]
 
@@ -52,7 +52,7 @@ IN_TIME_SEC = 2
 
 @dataclass
 class Answers:
-    """What clients got."""
+    """The answers that clients got."""
 
     seconds: list[float] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -84,7 +84,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Bench:
-    """What all scenarios share."""
+    """Common parts of all scenarios."""
 
     binary: Binary
     folder: Path
@@ -93,7 +93,7 @@ class Bench:
     goals: Goals
 
     def each(self, models: dict[str, Path], resident: int = 1) -> Iterator[Server]:
-        """Our router, then the peer if it is here: one after the other, for they share the processor."""
+        """Run our router, then the peer if there is one: one after the other, as they share the processor."""
         with router(models, FLAGS, self.binary, resident=resident, folder=self.folder) as ours:
             yield ours
         if self.binary.kind == "llama-server":
@@ -107,7 +107,7 @@ def big_models(*names: str) -> dict[str, Path]:
 
 @contextmanager
 def clients(server: Server, count: int, model: str, tokens: int) -> Iterator[Answers]:
-    """So many clients that ask again as soon as they are answered, until the block ends."""
+    """Run so many clients, each asking again as soon as it is answered, until the block ends."""
     answers = Answers()
     stop = threading.Event()
 
@@ -257,10 +257,10 @@ def endless(bench: Bench) -> None:
 
 
 def bound_sec(server: Server, answer_sec: float) -> float:
-    """What the configuration promises a normal request for B while A is busy, from the load times measured.
+    """Return the bound that the configuration gives a normal request for B while A is busy, from measured loads.
 
-    It waits for its share of swaps or for A's quantum, whichever is longer, then for what is in flight on A,
-    then for the load and its own answer; half a second is for the processes that stop and start.
+    The request waits for its share of swaps or for A's quantum, whichever is longer, then for requests in flight
+    on A, then for the load and its own answer; half a second is allowed for the processes that stop and start.
     """
     models = server.call("GET", "/v1/models/status").json()["models"]
     swap_sec = models["A"]["load_sec"] + models["B"]["load_sec"]

@@ -1,4 +1,4 @@
-"""How near the formulas come to what llama.cpp itself says a model takes, for many models and flags.
+"""How close the formulas are to llama.cpp's own figures of the memory of models, for many models and flags.
 
     python benchmarks/footprints.py [--fit-params PATH] [--only WORD] [--also FOLDER] [--save FILE]
 
@@ -738,8 +738,8 @@ def header_of(blueprint: Blueprint) -> GGUF:
 
 
 def by_formula(header: GGUF, flags: Sequence[str]) -> Figures | None:
-    """As the tool is asked, which reserves room for the logits of every token of a batch, as a server does only to
-    embed. None if the flags are refused."""
+    """Return the figures for the flags that the tool gets. It reserves memory for the logits of every token of a
+    batch, as a server does only for embeddings. None if the flags are refused."""
     try:
         share = footprint.estimate(header, Flags([*flags, "--no-repack", "--embedding"]), gpus=0).devices[HOST]
     except FlagError:

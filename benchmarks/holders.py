@@ -1,9 +1,9 @@
-"""Who holds the event loop? Watches it from a thread of the router's own process.
+"""What holds the event loop? Samples it from a thread of the router's own process.
 
-`hostile.py --holders FILE` has it write what it has seen: where the loop's thread was while a turn took longer
-than it should, by the wall clock and by that thread's own; what other threads computed then; and of the longest
-turns, how much was computing, how much waiting for a processor, and how much neither: waiting for the
-interpreter's lock, for another thread, or for the kernel.
+`hostile.py --holders FILE` writes the samples to a file: where the loop's thread was during iterations that took
+too long, by the wall clock and by its CPU time; what other threads computed meanwhile; and for the longest
+iterations, the time spent computing, waiting for a processor, and neither: waiting for the interpreter's lock, for
+another thread, or for the kernel.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _SHOWN = 25
 
 @dataclass
 class Clocks:
-    """Seconds, of one turn or since some time."""
+    """Seconds, of one iteration of the loop or since some point in time."""
 
     wall: float
     own: float
-    """Computed by the loop's thread."""
+    """CPU time of the loop's thread."""
     queued: float
-    """For which that thread was ready, and had no processor (Linux)."""
+    """Time for which that thread was ready and had no processor (Linux)."""
     process: float
 
     def __sub__(self, before: Clocks) -> Clocks:
@@ -47,7 +47,7 @@ class Clocks:
 
 
 class Holders:
-    """Make it on the loop's thread, and call `tick` in each of its turns."""
+    """Samples of the event loop. Create it on the loop's thread, and call `tick` in each iteration."""
 
     def __init__(self, place: Path) -> None:
         self._place = place

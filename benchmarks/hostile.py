@@ -2,17 +2,17 @@
 
     python benchmarks/hostile.py [--minutes 3] [--attacks KIND…]
 
-Honest clients chat, read streams, and look at lists and pages, for a while alone, then for twice as long beside
-everybody who means harm, and so on. What is attacked and who attacks is in `tests/hostile/`. Attackers run at the
-lowest priority (`nice 19`, for their sessions, too, where Linux shares processors among these), and what they took
-of the processor is printed, as it is taken from the machine all the same.
-Figures are those of honest clients beside the attacks, in multiples of what they are without. How much of them is
-the machine's, three others tell: how long a server took that does nothing but answer; for how long the event loop
-had work and no processor (Linux); and for how long it was held by its own thread, which is the router's alone.
+Honest clients chat, read streams, and look at lists and pages, alone for a while, then for twice as long beside
+all attackers, and so on. The attackers and their target are in `tests/hostile/`. Attackers run at the lowest
+priority (`nice 19`, for their sessions, too, where Linux shares processors among these); their CPU time is printed,
+because it is missing elsewhere on the machine. Figures are those of honest clients beside the attacks, as multiples
+of those without. Three more show the share of the machine: how long a server took that does nothing but answer; for
+how long the event loop had work and no processor (Linux); and for how long its own thread held it, which is due to
+the router alone.
 
-Memory is compared with what the router takes after some seconds of all that is to come: the first page and the
-first large body have it make what it keeps, once. What it took before is said, too; whether it goes on growing is
-seen by its size after each round.
+Memory is compared with that of a router after some seconds of all attacks, because the first page and the first
+large body create what is kept once. Its memory before is printed, too; the sizes after each round show whether it
+goes on growing.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from trial import ATTACKS, LOADED, attacked, configuration  # noqa: E402
 WARM_UP_SEC = 10.0
 ROUND_SEC = 60.0
 PAUSE_SEC = 5.0
-"""For what attackers have left behind: nobody is alone with it before."""
+"""Time for the router to clear up after the attackers before clients are measured alone again."""
 SETTLED_SEC = 30.0
 
 
 class Cpu:
-    """Who took how much of the processor, in seconds."""
+    """CPU time by process, in seconds."""
 
     def __init__(self, router: psutil.Process) -> None:
         self._router = router
@@ -99,13 +99,13 @@ class Cpu:
 
 @dataclass
 class Phase:
-    """What is measured while they are alone, or while they are not, all times together."""
+    """Figures of all rounds without attackers, or of all rounds with them."""
 
     router: InitVar[psutil.Process]
     tally: Tally = field(default_factory=Tally)
     cpu: Cpu = field(init=False)
     held_ms: tuple[float, ...] = (0.0, 0.0, 0.0)
-    """For which the event loop was held at most, by the clocks of `event_loop.py`."""
+    """The longest times for which the event loop was held, by the clocks of `event_loop.py`."""
     rss_mib: list[float] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
     """What it has to say that is not of honest requests."""
@@ -115,7 +115,7 @@ class Phase:
 
 
 class Trial:
-    """The router, and what is measured of it while honest clients are alone with it, and while they are not."""
+    """The router, and its figures without and with attackers."""
 
     def __init__(self, server: Server, bare: Server, configuration_file: Path, held: mmap.mmap) -> None:
         self._server, self._bare = server, bare
@@ -125,7 +125,7 @@ class Trial:
         self.alone, self.beside = Phase(self.router), Phase(self.router)
         self.told: dict[str, Counter[str]] = {}
         self.fresh_mib = 0.0
-        """What the router took before anybody attacked it."""
+        """Memory of the router before any attack."""
 
     def warm_up(self, kinds: list[str]) -> None:
         asyncio.run(be_honest(self._server.port, WARM_UP_SEC))
@@ -161,7 +161,7 @@ class Trial:
 
 
 def bare_server() -> Server:
-    """Does nothing but answer."""
+    """Run a server that does nothing but answer."""
     port = free_port()
     command = [sys.executable, event_loop.__file__, "engine", "--port", str(port)]
     return Server("a bare server", command, port)

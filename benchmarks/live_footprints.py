@@ -1,4 +1,4 @@
-"""What engines really hold, beside what was estimated: on this machine's CPU, with models made for it.
+"""Memory that engines take on this machine's CPU, compared with the estimate, for models made for the purpose.
 
 Each engine loads its model, reads a prompt longer than a batch; then the memory of its processes is
 taken as the ledger takes it (PSS: pages that are shared count in parts; those that copied weights come from count
@@ -52,7 +52,7 @@ FLAGS = (
     ("-c", "8192", "-np", "1", "-fa", "off"),
 )
 MODELS: tuple[tuple[int, Literal["F16", "Q4_0"]], ...] = ((300, "F16"), (600, "F16"), (300, "Q4_0"))
-"""Megabytes and quantization: what is quantized is copied."""
+"""Megabytes and quantization; quantized weights are copied."""
 
 
 def engines() -> Iterator[Binary]:
@@ -77,7 +77,7 @@ def estimated(binary: Binary, model: Path, words: tuple[str, ...]) -> Size:
 
 
 def held_mib(binary: Binary, model: Path, words: tuple[str, ...], size: Size) -> tuple[int, int | None]:
-    """After a short prompt; and with a full context, where the short prompt left much untouched."""
+    """Return the memory after a short prompt, and with a full context if the short prompt left much untouched."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     command = [*binary.argv, "-m", str(model), "--port", str(port), "-t", "2", "--cache-ram", "0", *words]

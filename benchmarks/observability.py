@@ -1,13 +1,13 @@
-"""What does it cost that everything can be seen?
+"""What does observability cost?
 
     python benchmarks/observability.py [--aliases 200] [--end-to-end] [--rounds 7] [--seconds 3]
 
-First what is done for it per request and per relayed chunk, in this process, with all of it on: the meter that an
+First its cost per request and per relayed chunk, measured in this process with everything on: the meter that an
 answer passes, its figures, the event, metrics, telemetry, and a JSON line of the access log in a file. Then a
-scrape with many models of which each has served requests of all priorities.
+scrape with many models that have each served requests of all priorities.
 
-`--end-to-end` compares two routers on an engine that answers from memory: one with all of it, one in which nobody
-listens and nothing is noted. That needs an idle machine: the difference is a few percent of what a request costs.
+`--end-to-end` compares two routers on an engine that answers from memory: one with everything, one without
+listeners and meters. That needs an idle machine: the difference is a few percent of the cost of a request.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from router.system.state import State
 
 
 def without_observers() -> None:
-    """Makes this process one in which nobody listens and nothing is noted; then serves as `llama-router`."""
+    """Serve as `llama-router`, without listeners and meters."""
     from router.__main__ import main
 
     Events.listen = lambda self, kind, listener: None  # type: ignore[method-assign]
@@ -55,7 +55,7 @@ def without_observers() -> None:
 
 
 class TellingEngine(InstantEngine):
-    """As llama-server does, it says at the end of an answer what that took."""
+    """An engine that reports usage and times at the end of an answer, as llama-server does."""
 
     TIMINGS = (
         b'"usage":{"completion_tokens":200,"prompt_tokens":5,"total_tokens":205,"prompt_tokens_details":'
@@ -214,7 +214,7 @@ async def scrape(aliases: int, goals: Goals) -> None:
         world.events.settle()
 
     def scraped() -> bytes:
-        """All turns of it at once."""
+        """Render the metrics completely, without pauses in between."""
         scrape = world.metrics.exposition()
         try:
             while True:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the routers to compare, the engine by itself, load, CPU time and a table of goals.
+"""Shared by the benchmarks: the routers to compare, the engine by itself, load, CPU time and a table of goals.
 
 A `Server` is a process that speaks OpenAI's API: our router, llama-server in its router mode, or one engine
 started by hand. All of them get the same model files and the same engine flags, and each keeps its defaults for
@@ -64,7 +64,7 @@ def embedded_engine() -> Binary:
 
 
 def engine_or_embedded() -> Binary:
-    """llama-server where there is one; says so, and what is left out, where there is none."""
+    """Return llama-server, or else the embedded engine, and print what is left out then."""
     binary = llama_server()
     if binary is None:
         binary = embedded_engine()
@@ -163,7 +163,7 @@ class Server:
         return Path(self._log.name).read_text(errors="replace")
 
     def spawns(self, alias: str | None = None) -> int:
-        """Engines that it has started so far, of one model or of all."""
+        """Return the number of engines started so far, of one model or of all."""
         started = re.findall(self._spawn_lines, self.log)
         return len(started) if alias is None else started.count(alias)
 
@@ -180,7 +180,7 @@ class Server:
         return float(self.process.memory_info().rss / 2**20)
 
     def call(self, method: str, path: str, body: object = None, *, timeout_sec: float = 120) -> Answer:
-        """One request on a connection of its own. Raises OSError, also when the answer is cut off."""
+        """Send one request on a connection of its own. Raises OSError, also when the answer is cut off."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_sec)
         began = time.perf_counter()
         try:
@@ -199,7 +199,7 @@ class Server:
         return self.call("POST", "/v1/chat/completions", body, timeout_sec=timeout_sec)
 
     def unload(self, model: str) -> None:
-        """Returns when the engine of the model is gone."""
+        """Unload a model. Returns when its engine is gone."""
         raise NotImplementedError
 
 
@@ -349,7 +349,7 @@ def generator() -> str:
 def closed_loop(
     server: Server, body: Mapping[str, Any], connections: int, seconds: float, pause_sec: float = 0
 ) -> Load:
-    """Kept-alive connections that each ask again as soon as they are answered, or after a pause."""
+    """Run kept-alive connections that each ask again as soon as they are answered, or after a pause."""
     before = _own_cpu_sec()
     if shutil.which("wrk"):
         load = _wrk(server, json.dumps(body), connections, seconds, pause_sec)
@@ -360,7 +360,7 @@ def closed_loop(
 
 
 def _own_cpu_sec() -> float:
-    """Of this process and of those that it has waited for."""
+    """Return the CPU time of this process and of those that it has waited for."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
@@ -438,7 +438,7 @@ async def _own_generator(server: Server, body: bytes, connections: int, seconds:
 
 @dataclass
 class Goals:
-    """Figures beside what they are to be. `judge` prints them and returns the exit status."""
+    """Figures and their goals. `judge` prints them and returns the exit status."""
 
     rows: list[tuple[str, str, str, bool]] = field(default_factory=list)
 

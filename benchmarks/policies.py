@@ -1,4 +1,4 @@
-"""Which model should live in memory? Compares answers by simulation, with the router's own scheduler as one.
+"""Which models should stay loaded? Compares policies by simulation, the router's own scheduler among them.
 
 A discrete-event simulation: clients ask, engines load, serve and stop; the policy under test decides. Ours is
 the very code that runs in the router (`router.scheduling.scheduler`), fed with simulated time. The others are
@@ -122,7 +122,7 @@ def poisson(
 
 
 def bursts(rng: random.Random, seconds: float, aliases: str, every_sec: float) -> tuple[Ask, ...]:
-    """Sessions: somebody works with one model for a while, some ten requests a few seconds apart."""
+    """Sessions: a client uses one model for a while, with about ten requests a few seconds apart."""
     asks = []
     at = 0.0
     while (at := at + rng.expovariate(1 / every_sec)) < seconds:
@@ -219,7 +219,7 @@ def workloads(seed: int) -> Iterator[Workload]:
 
 
 def recorded(path: Path, load_sec: float, memory: int) -> Workload:
-    """A CSV with columns `at_sec,model,service_sec` and, if it likes, `priority`."""
+    """Read a CSV with the columns `at_sec,model,service_sec` and, optionally, `priority`."""
     asks = []
     with path.open(newline="") as file:
         for number, row in enumerate(csv.DictReader(file), 2):
@@ -289,7 +289,7 @@ class Classic:
         self.workload = workload
         self.patience = patience
         self.exhaustive = exhaustive
-        """An engine stays as long as anybody waits for it."""
+        """Whether an engine stays as long as requests wait for it."""
         self.lines: dict[str, list[tuple[float, int, str]]] = defaultdict(list)
         self.engines: dict[int, Resident] = {}
         self.where: dict[str, Resident] = {}
@@ -314,7 +314,7 @@ class Classic:
         return effects
 
     def _decide(self, effects: list[Effect]) -> None:
-        """Whoever has an engine is admitted; of those who have none, nobody overtakes."""
+        """Admit requests whose model has an engine; those without are served in order."""
         size = self.workload.size
         used = sum(size(engine.alias) for engine in self.engines.values())
         leaving = sum(size(engine.alias) for engine in self.engines.values() if engine.stopping)
@@ -458,7 +458,7 @@ class Simulation:
         return self.workload.models[alias]
 
     def granted(self, request_id: str) -> None:
-        """It has its slot; for those who want to know."""
+        """Called when a request has its slot; subclasses may override it."""
 
     def finish(self, request_id: str) -> Event:
         ask, _ = self.asked[request_id]

@@ -1,4 +1,4 @@
-"""Does the router lose anything or grow, if it is left alone under everything at once for a long time?
+"""Does the router lose requests or grow under everything at once for a long time?
 
 Three models of which two fit, so that they swap all the time; clients of all priorities that ask plainly, ask for
 streams, and leave at random points; engines that are killed and stopped at random; reloads of a configuration that
@@ -43,7 +43,7 @@ LENGTH = re.compile(rb"\r\ncontent-length: (\d+)\r\n", re.IGNORECASE)
 
 @dataclass
 class Tally:
-    """What became of the requests."""
+    """Outcomes of the requests."""
 
     asked: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -115,7 +115,7 @@ class Router:
         return float(self.process.memory_info().rss) / 2**20
 
     def books(self) -> dict[str, int]:
-        """What it holds on to: descriptors, processes, tasks, objects per request and connection."""
+        """Return the counts of descriptors, processes, tasks, and objects of requests and connections."""
         observation = self.folder / "observation.json"
         observation.unlink(missing_ok=True)
         self.child.send_signal(signal.SIGUSR1)
@@ -205,7 +205,7 @@ async def client(router: Router, tally: Tally, chance: random.Random, over: asyn
 
 
 async def trouble(router: Router, done: Counter[str], chance: random.Random, over: asyncio.Event) -> None:
-    """Something bad every few seconds."""
+    """Break something every few seconds."""
     while not over.is_set():
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(over.wait(), chance.uniform(1, 6))
@@ -235,7 +235,7 @@ async def watch(router: Router, samples: list[tuple[float, float]], over: asynci
 
 
 async def quiet(router: Router) -> dict[str, int]:
-    """Everything unloaded, nobody connected."""
+    """Unload everything, and wait until no client is connected."""
     for alias in ALIASES:
         await call(router, "POST", "/v1/models/eject", {"model": alias})
     for _ in range(100):
@@ -318,7 +318,7 @@ async def soak(router: Router, minutes: float, clients: int, seed: int) -> bool:
 
 
 def held(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
-    """What there is more of than before. One or two objects may be variables that still name the last one."""
+    """Return what has grown. One or two objects more may be variables that still name the last one."""
     exact = ("descriptors", "processes", "tasks")
     return {
         name: after[name] - before[name]

@@ -2,9 +2,9 @@
 
     python benchmarks/translation.py [--events 200000]
 
-The translation alone, in this process, on the events that llama-server sends: what a token costs more when the
-client speaks Ollama's language. Sockets are read and written on both paths; `overhead.py` measures that.
-The best of five rounds counts, as what disturbs only ever adds.
+The translation alone, in this process, on the events that llama-server sends: the additional cost of a
+token for clients of Ollama's API. Sockets are read and written on both paths; `overhead.py` measures that.
+The best of five rounds counts, as disturbances only ever add time.
 """
 
 from __future__ import annotations

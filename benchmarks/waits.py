@@ -1,11 +1,12 @@
-"""Is what people are told of waiting true? What everybody who waited was told, against what then happened.
+"""How accurate are forecasts of waiting times? Compares those given to waiting requests with the real waits.
 
-In the simulation of `policies.py`, with the router's own scheduler: each waiter is told on arrival, and again
-after 1, 3, 10, 30, 100 and 300 s, how long it will be yet; once it has its slot, that is compared. What is told
-may be "unknown"; how often is shown. Services and loads spread around their means, and who comes, comes by chance.
+In the simulation of `policies.py`, with the router's own scheduler, each waiting request gets a forecast on
+arrival and after 1, 3, 10, 30, 100 and 300 s, which is compared with the real wait once it has its slot. A
+forecast may be "unknown"; the share of these is shown. Service and load times vary around their means, and
+arrivals are random.
 
-Waits below a second, told or real, count as a second. The goals, for each workload: half of what is told is wrong
-by 25 % at most, in 5 % of the cases at most it was less than half of the real wait, and 20 % at most is unknown.
+Waits below a second, forecast or real, count as a second. The goals, for each workload: a median error of at most
+25 %, at most 5 % of the forecasts below half of the real wait, and at most 20 % unknown.
 
 `--all` also has the workloads of `policies.py`, of which the traces are about first loads, and these are unknown.
 `--seed` has other chances. `--live` asks a real router with real engines for two minutes: six clients on three
@@ -46,13 +47,13 @@ MOST_UNKNOWN = 0.2
 
 @dataclass
 class Told:
-    """What was told of waits, and what they were."""
+    """Forecasts of waits, and the real waits."""
 
     pairs: list[tuple[float, float]] = field(default_factory=list)
     unknown: int = 0
     forecasts: int = 0
     seconds: float = 0.0
-    """Of processor time, for all forecasts."""
+    """CPU time of all forecasts."""
 
     @property
     def errors(self) -> list[float]:
@@ -64,7 +65,7 @@ class Told:
 
     @property
     def below(self) -> float:
-        """The share of those who waited more than twice as long as they were told."""
+        """Return the share of requests that waited more than twice as long as forecast."""
         return sum(told < LEAST_SHARE * real for told, real in self.pairs) / max(1, len(self.pairs))
 
     @property
@@ -89,7 +90,7 @@ class Told:
 
 
 class Listening(Simulation):
-    """Asks for those who wait what they are told, and remembers it until they are served."""
+    """Collects the forecasts of waiting requests until they are served."""
 
     def __init__(self, workload: Workload, seed: int, spread: float = 0.3) -> None:
         self.scheduler = ours(workload, PRESENT)
@@ -127,7 +128,7 @@ class Listening(Simulation):
 
 
 def stated(seed: int) -> Iterator[Workload]:
-    """Those that are about waiting."""
+    """Return the workloads that are about waiting."""
     rng = random.Random(seed)
     three, one = dict.fromkeys("ABC", 8.0), {"A": 8.0}
     twelve = tuple(Loop("A", 3.0) for _ in range(12))
@@ -224,7 +225,7 @@ class Client(threading.Thread):
 
 
 def live(seconds: float = 120, megabytes: int | None = 100) -> Told:
-    """What `/v1/queue/stats` told twice a second of clients without think time, against their `X-Queue-Ms`."""
+    """Compare `/v1/queue/stats`, read twice a second, with `X-Queue-Ms` of clients without think time."""
     told = Told()
     hears: dict[str, list[tuple[float, float | None]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""A look into a router's bookkeeping, while it runs: see `observer/`."""
+"""Counts of the objects that a running router holds, taken by `observer/`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ OBSERVER = Path(__file__).parent / "observer"
 
 
 def observed(folder: Path) -> dict[str, str]:
-    """Environment of a router that can be looked into with `books`."""
+    """Return the environment of a router whose objects `books` can count."""
     return {"PYTHONPATH": f"{OBSERVER}{os.pathsep}{ROOT}", "OBSERVATION": str(folder / "observation.json")}
 
 
 def books(router: Router, folder: Path) -> dict[str, int]:
-    """What the router holds on to now: descriptors, engines, tasks, and its objects per request and connection."""
+    """Return how many descriptors, processes, tasks, and objects of requests and connections the router holds."""
     observation = folder / "observation.json"
     observation.unlink(missing_ok=True)
     router.process.send_signal(signal.SIGUSR1)

@@ -34,9 +34,9 @@ _LISTENS = re.compile(r"listens on (http://\S+)")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """What `-n auto` stands for: one more than there are cores, as much of the time goes by in waiting.
+    """Return what `-n auto` stands for: one worker more than cores, as tests spend much of their time waiting.
 
-    A file is not divided, as its tests share what is dear: whoever runs one gets no workers at all.
+    A file is not divided, as its tests share expensive fixtures: a run of a single file gets no workers.
     """
     asked = {Path(argument.partition("::")[0]) for argument in config.args}
     files = len(asked) if all(path.is_file() for path in asked) else MOST_WORKERS
@@ -45,7 +45,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def http_client(url: str, *, timeout: float = 60, **more: Any) -> httpx.Client:
-    """Of a server of this machine: it reads no certificates, which would take longer than most of what it asks."""
+    """A client for a server on this machine, without certificates, as loading them takes longer than a request."""
     return httpx.Client(base_url=url, timeout=timeout, verify=False, **more)
 
 
@@ -116,7 +116,7 @@ class Router:
         raise AssertionError(f"the stream ended before {alias} was {state}")
 
     def unload(self) -> None:
-        """Every model is off, as at the start."""
+        """Unload every model, as at the start."""
         for card in self.http.get("/v1/models").json()["data"]:
             self.http.post("/v1/models/eject", json={"model": card["id"]})
         eventually(lambda: self.engines == [])
@@ -140,12 +140,12 @@ _forks = lru_cache(forked.Forks)  # by LD_LIBRARY_PATH
 
 
 def fork(command: Sequence[str], cwd: Path, environ: Mapping[str, str]) -> forked.Forked:
-    """`python COMMAND…`, forked from a process that has imported the router."""
+    """Start `python COMMAND…`, forked from a process that has imported the router."""
     return _forks(environ.get("LD_LIBRARY_PATH", "")).start(command, cwd, environ)
 
 
 def run(*arguments: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
-    """A command of the router's, such as `check`, to its end."""
+    """Run a command of the router, such as `check`, to its end."""
     clean = {"PATH": "/usr/bin:/bin", "HOME": str(cwd), "PYTHONPATH": str(ROOT), **environ}
     command = [str(ROOT / "run.py"), *arguments]
     process = fork(command, cwd, clean)
@@ -254,7 +254,7 @@ def gpus(nvml_library: Path, tmp_path: Path) -> played_nvml.PlayedGpus:
 
 
 def models(path: Path, *aliases: str, **entry: Any) -> dict[str, Any]:
-    """The same file under several aliases."""
+    """Return entries that serve the same file under several aliases."""
     flags = entry.pop("flags", ["-c", "1024", "-t", "1", "--ignore-eos"])
     return {alias: {"model_path": str(path), "flags": flags, **entry} for alias in aliases}
 
@@ -285,7 +285,7 @@ def fake(tmp_path: Path, **behaviour: str) -> str:
 
 
 def eventually(condition: Callable[[], bool], timeout_sec: float = 10) -> None:
-    """For what no event announces, such as a process that is gone. It is looked for less often as time goes by."""
+    """Wait for what no event announces, such as the end of a process, checking less often as time goes by."""
     since = time.monotonic()
     while not condition():
         waited_sec = time.monotonic() - since
@@ -295,7 +295,7 @@ def eventually(condition: Callable[[], bool], timeout_sec: float = 10) -> None:
 
 @pytest.fixture
 def free_port() -> int:
-    """A port that was free a moment ago, for what must know it beforehand."""
+    """Return a port that was free a moment ago, for programs that must be given one."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port: int = probe.getsockname()[1]
         return port

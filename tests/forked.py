@@ -27,12 +27,12 @@ _READ_EARLIER = ("LD_PRELOAD", "PYTHON", "OTEL_", "LANG", "LC_", "TZ")
 
 
 def takes(environ: Mapping[str, str]) -> bool:
-    """Whether a fork that gets these variables is what a process is that was started with them."""
+    """Return whether a fork with these variables behaves like a process that was started with them."""
     return not any(name.startswith(_READ_EARLIER) for name in environ)
 
 
 class Forks:
-    """Starts them, for as long as this process lives.
+    """Starts forks for as long as this process lives.
 
     All have the same `LD_LIBRARY_PATH`, which the loader reads when a program starts.
     """
@@ -45,7 +45,7 @@ class Forks:
             self._process = subprocess.Popen([sys.executable, __file__], stdin=theirs.fileno(), env=environ)
 
     def start(self, command: Sequence[str], cwd: Path, environ: Mapping[str, str]) -> Forked:
-        """`python COMMAND…`, the first of which is the path of a program."""
+        """Start `python COMMAND…`; the first word is the path of a program."""
         ours, teller = socket.socketpair()
         from_stdin, stdin = os.pipe()
         stdout, into_stdout = os.pipe()
@@ -62,7 +62,7 @@ class Forks:
 
 
 class Forked:
-    """What of `subprocess.Popen` tests use, for a process that is somebody else's child."""
+    """The part of `subprocess.Popen` that tests use, for a process that is not a child of this one."""
 
     def __init__(self, teller: socket.socket, stdin: int, stdout: int, stderr: int) -> None:
         self._teller = teller.makefile("r")
@@ -98,7 +98,7 @@ class Forked:
 
 
 def _fork_on_demand() -> None:
-    """Returns in every fork, and nowhere else."""
+    """Fork on demand. Returns in every fork, and only there."""
     control = socket.socket(fileno=os.dup(0))
     woken, wakes = socket.socketpair()
     wakes.setblocking(False)

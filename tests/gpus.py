@@ -1,4 +1,4 @@
-"""GPUs that stories are about: as their driver counts them, and as an engine counts those that it is shown."""
+"""GPUs for tests: by the driver's index (GPU0), and by an engine's among those that it is shown (SHOWN0)."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def ollama_model(store: Path, name: str, *layers: tuple[str, str]) -> None:
-    """`name` is host/namespace/model/tag; each layer is a kind and the digest of a blob."""
+    """Write a model's manifest; `name` is host/namespace/model/tag, each layer a kind and the digest of a blob."""
     manifest = store / "manifests" / name
     manifest.parent.mkdir(parents=True, exist_ok=True)
     kinds = [

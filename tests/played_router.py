@@ -1,6 +1,6 @@
 """A router's data path in this process: its own parsers and exchanges between a played client and a played engine.
 
-Nothing is sent over a socket and nobody waits, so that ten thousands of answers and requests pass in seconds.
+Nothing is sent over a socket or waits, so that tens of thousands of requests and answers pass in seconds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MOST_TRIES = 2
 
 
 class PlayedTransport:
-    """What is written stays here."""
+    """A transport that keeps what is written."""
 
     def __init__(self, protocol: asyncio.Protocol, descriptor: socket.socket) -> None:
         self.written = bytearray()
@@ -105,7 +105,7 @@ class _PlayedEngine:
 
 
 class PlayedRouter:
-    """Also the dispatcher of its exchanges: everybody is granted a slot at once."""
+    """The router, and the dispatcher of its exchanges, which grants every request a slot at once."""
 
     def __init__(self) -> None:
         self.descriptor, self._other = socket.socketpair()
@@ -122,7 +122,7 @@ class PlayedRouter:
     # --- what is played -----------------------------------------------------------------------------------
 
     def client(self) -> tuple[HttpProtocol, PlayedTransport]:
-        """A fresh connection."""
+        """Open a connection; returns its protocol, and its transport with what was written."""
         config = uvicorn.Config(_no_page, interface="asgi3", log_config=None, lifespan="off")
         config.loaded_app = _no_page
         protocol = HttpProtocol(self._exchanges, config, self._state, {}, asyncio.get_running_loop())

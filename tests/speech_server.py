@@ -1,9 +1,9 @@
-"""A server of speech, as there are many: it reads a form, answers in bytes, and knows its model by one name only.
+"""A typical speech server: it reads a form, answers in bytes, and knows its model by one name only.
 
     python speech_server.py --port 8085 --name whisper-1 [--key KEY] [--load-sec 0.5]
 
-Run by routers under test as an engine of the kind `command`. What it was told and asked is at `/seen`; a speech
-for "slowly" stops after its first piece until somebody gets `/go-on`.
+Routers under test run it as an engine of the kind `command`. `/seen` returns its arguments, environment and the
+models requested; speech for the text "slowly" stops after its first piece until `/go-on` is requested.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NoReturn
 
 PIECES = 40
+"""Number of pieces of a speech."""
 PIECE = bytes(range(256)) * 16
-"""Of what is spoken."""
 
 
 class Handler(BaseHTTPRequestHandler):

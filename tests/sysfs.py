@@ -9,7 +9,7 @@ _MIB = 1 << 20
 
 
 def lay_out(root: Path, files: dict[str, str | bytes | int]) -> None:
-    """Files as the kernel shows them in /sys and /proc."""
+    """Write these files below `root`; integers and text get the newline that the kernel adds."""
     for name, content in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -17,7 +17,7 @@ def lay_out(root: Path, files: dict[str, str | bytes | int]) -> None:
 
 
 def card(number: int, *, vram_mib: int, used_mib: int = 0, apu: bool = False, slot: str) -> dict[str, Any]:
-    """A card's folder, as amdgpu of Linux 6.8 lays it out."""
+    """Return the files of a card, as amdgpu of Linux 6.8 shows them."""
     folder = f"sys/class/drm/card{number}/device"
     return {
         f"{folder}/vendor": "0x1002",

@@ -1,4 +1,4 @@
-"""The documents point at what is there: pages, headings in them, and files of the project that they name."""
+"""Documents refer to things that exist: pages, their headings, and files of the project."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ NAMED_FILE = re.compile(
     r"\b(?:router|tests|benchmarks|config|monitoring|tools|docs)/[\w./-]+\.(?:py|md|json|yaml|yml|service|mjs)\b"
 )
 PATH = re.compile(r"(?<![\w/.}])/[\w/.{}-]*")
-"""Of a route, as documents name it: `/v1/models/{alias}`."""
+"""Matches paths of routes as documents write them: `/v1/models/{alias}`."""
 
 
 def anchors(document: Path) -> set[str]:
-    """How GitHub names the headings of a document."""
+    """Return the anchors that GitHub derives from the headings of a document."""
     headings = re.findall(r"^#+ (.+)$", document.read_text(), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

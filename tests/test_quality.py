@@ -58,7 +58,7 @@ def test_a_kind_of_engine_is_a_package_that_knows_no_other() -> None:
 
 
 def _lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
-    """Check the imports of the package in a folder by our contracts."""
+    """Check the imports of the package in a folder against the contracts in `pyproject.toml`."""
     program = Path(sys.executable).with_name("lint-imports")
     command = [str(program), "--no-cache", "--no-logo", "--verbose", str(ROOT / "pyproject.toml")]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""What the chaos tests share: how much of it, and many clients at once.
+"""Shared by the chaos tests: the scale of a run, and many clients at once.
 
 Every test has a version that CI can afford; `CHAOS=long` in the environment runs the whole storm.
 """
@@ -62,7 +62,7 @@ def eject_all(router: Router, *aliases: str) -> None:
 
 @dataclass
 class Crowd:
-    """Clients in threads, each asking again and again, and what became of what they asked."""
+    """Clients in threads that send one request after the other, with the outcomes."""
 
     router: Router
     aliases: tuple[str, ...]
@@ -79,7 +79,7 @@ class Crowd:
             thread.start()
 
     def finish(self, timeout_sec: float = 60) -> None:
-        """Let everybody get the answer to the last question. Raises if somebody hangs."""
+        """Wait until every client has the answer to its last request. Raises if a client hangs."""
         self.over.set()
         for thread in self.threads:
             thread.join(timeout_sec)
@@ -125,7 +125,7 @@ class Crowd:
         return f"stream {self._end_of(answer.text)}"
 
     def _end_of(self, text: str) -> str:
-        """complete or broken off; anything else is a failure."""
+        """Return `complete` or `broken off`; anything else counts as a failure."""
         *events, last, rest = text.split("\n\n")
         if last != "data: [DONE]" or rest:
             self.failures.append(f"a stream that does not end: {text[-200:]!r}")

@@ -45,7 +45,7 @@ def many_connections(router: Router, count: int, request: bytes) -> Iterator[lis
 
 @pytest.fixture(autouse=True)
 def descriptors() -> None:
-    """For the clients here, and for the router, which inherits it."""
+    """Raise the limit of open files for the clients here, and for the router, which inherits it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = max(WAITING, SUBSCRIBERS) + scale(1000, 6000)
     if soft < needed:
@@ -153,7 +153,7 @@ def whole_page(client: socket.socket) -> bool:
 
 
 def test_who_is_idle_gives_way_to_who_comes(start: Start, tiny: Path) -> None:
-    """Also who has only sent half a request; but nobody who waits for an answer, or gets one."""
+    """So do clients that have sent half a request; clients that wait for an answer, or are getting one, stay."""
     router = start({"api": {"max_connections": 20}, "models": models(tiny, "a")})
     router.keep_no_connection(timeout=10)
     page = b"GET /live HTTP/1.1\r\nhost: localhost\r\n\r\n"
@@ -196,7 +196,7 @@ def test_who_is_idle_gives_way_to_who_comes(start: Start, tiny: Path) -> None:
 
 @pytest.mark.timeout(900 if LONG else 120)
 def test_a_house_full_of_idle_clients_costs_little_and_lets_in_who_comes(start: Start, tiny: Path) -> None:
-    """Half of them keep their connection after an answer, the others have sent half a request."""
+    """Half of the clients keep their connection after an answer, the others have sent half a request."""
     router = start({"api": {"max_connections": GUESTS}, "models": models(tiny, "a")})
     router.keep_no_connection(timeout=10)
     router.chat("a")
@@ -259,7 +259,7 @@ def test_all_bodies_together_have_a_bound(start: Start, tiny: Path, tmp_path: Pa
 
 
 def answered(clients: list[socket.socket]) -> list[socket.socket]:
-    """Those for whom there is something to read."""
+    """Return the clients that have received something."""
     return select.select(clients, [], [], 0)[0]
 
 

@@ -37,7 +37,7 @@ def test_kill_9_of_the_router_at_random_moments(start: Start, tiny: Path, tmp_pa
 
 
 def ask(router: Router, *aliases: str) -> None:
-    """In the background, without interest in the answer."""
+    """Send requests in the background and ignore their answers."""
 
     def chat(alias: str) -> None:
         body = {"model": alias, "messages": [{"role": "user", "content": "x"}], "max_tokens": 500}

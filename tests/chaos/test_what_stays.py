@@ -1,4 +1,4 @@
-"""What is over is gone: nothing stays of a request, whatever has become of it."""
+"""Nothing stays in memory of a request that is over, whatever its outcome."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ ROUTES = {
     "/api/chat": SAID,
     "/api/generate": {"prompt": "How are you?", "raw": True},
 }
-"""And what is asked there: all that the router puts into words of its own."""
+"""Routes and their bodies: all on which the router builds documents of its own."""
 MANY_VALUES = (
     b'{"model": "a", "messages": [{"role": "user", "content": "a"}], %b}' % (b'"key": 1, ' * 250_000)[:-2]
 )
-"""Too many to be read, which is found out when most of them are."""
+"""A body with too many values, which is noticed when most of them have been read."""
 MORE_MIB = 12
-"""That a second round may add to the first: what the allocator keeps of one body or two."""
+"""Growth that a second round may add to the first: memory that the allocator keeps of a body or two."""
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_nothing_of_a_request_waits_for_the_garbage_collector(router: Router, tm
 
 
 def leave_while_waiting(router: Router) -> None:
-    """Of sixteen clients, who leave when many of them wait."""
+    """Connect sixteen clients that leave when many of them wait."""
     body = json.dumps(
         {"model": "a", "prompt": "", **SAID, "max_tokens": 2000, "ignore_eos": True, "stream": True}
     ).encode()

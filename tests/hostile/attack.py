@@ -1,7 +1,8 @@
 """Clients that send without end: `python attack.py PORT SECONDS READS KIND…`, a connection for each kind.
 
-A process of its own, so that what it takes of the interpreter does not count for those who are measured beside it.
-It connects again as soon as a connection is ended, and prints how many bytes it has sent, and got, of each kind.
+The attack is a process of its own, so that its use of the interpreter does not slow down the clients that are
+measured beside it. It reconnects as soon as a connection is closed, and prints the bytes sent and received
+by kind.
 """
 
 from __future__ import annotations
@@ -45,21 +46,21 @@ REQUESTS = {
     "upgraded page": request(b"GET", b"/live", *UPGRADE),
     "empty lines": b"\r\n",
 }
-"""What is answered, and sent again on the same connection, as often as it fits."""
+"""Requests that are answered, and repeated on the same connection as often as possible."""
 LAST_REQUESTS = {
     "invalid": b"NONSENSE\r\n\r\n",
     "414": request(b"GET", b"/live?" + b"x" * 33_000),
     "431": request(b"GET", b"/live", *[b"x: y"] * 120),
     "431, long": request(b"GET", b"/live", b"x: " + b"y" * 70_000),
 }
-"""After which the connection is ended."""
+"""Requests after which the router closes the connection."""
 ENDLESS = {
     "chunks of one byte": (CHUNKED, b"1\r\nx\r\n"),
     "chunks with extensions": (CHUNKED, b"1;%b\r\nx\r\n" % (b"y" * 200)),
     "trailers": (CHUNKED + b"1\r\nx\r\n0\r\n", b"a:b\r\n"),
     "headers": (b"GET /live HTTP/1.1\r\n", b"a:b\r\n"),
 }
-"""What begins well, and goes on and on."""
+"""A valid beginning and the piece that follows it endlessly."""
 CRUMBS = "a byte in a packet"
 
 KINDS = (*REQUESTS, *LAST_REQUESTS, *ENDLESS, CRUMBS)

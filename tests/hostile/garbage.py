@@ -1,4 +1,4 @@
-"""What an engine must not say, as a table: each kind by its name, and what must come of it.
+"""Answers that an engine must not give, as a table: each kind by its name, with the outcome that it must have.
 
 `garbage_engine.py` says it, `test_garbage_engines.py` asks for it.
 """
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 End = Literal["broken", "read", "odd", "endless", "fine"]
-"""What must come of it: `broken` never counts as served. `read` does not where answers are read, and passes where
-bytes only pass; `odd` may end either way. `endless` ends where it is read; where bytes only pass, who has enough
-leaves. `fine` is served. None of them is a mistake of the router's."""
+"""Required outcomes. `broken` never counts as served. `read` does not where the router reads answers, and does
+where it only passes bytes on; `odd` may end either way. `endless` ends where the router reads answers; elsewhere
+the client leaves at some point. `fine` is served. None of them counts as a mistake of the router."""
 
 SILENCE = b"<silence>"
 RESET = b"<reset>"

@@ -1,4 +1,4 @@
-"""Honest clients, and what becomes of their requests: they chat, read streams, and look at lists and pages.
+"""Honest clients and the outcomes of their requests: they chat, read streams, and look at lists and pages.
 
 Each asks again when it is answered, after a pause of its own, on a connection that it keeps. A request is lost
 unless it gets one whole answer of what was asked for, whatever others do meanwhile.
@@ -38,7 +38,7 @@ class Tally:
         return len(self.lost) + sum(map(len, self.took_sec.values()))
 
     def slow_sec(self, kind: str) -> float:
-        """What all but one of a hundred are faster than."""
+        """Return the 99th percentile."""
         took = sorted(self.took_sec[kind])
         return took[int(len(took) * 0.99)] if took else float("inf")
 
@@ -151,9 +151,9 @@ class Client:
 
 
 async def be_honest(port: int, seconds: float, bare_port: int | None = None) -> Tally:
-    """All of them for so long, and until their last answers are there.
+    """Run all honest clients for so many seconds, and until their last answers are there.
 
-    A server that does nothing but answer is asked at `bare_port`, to see what waiting is the machine's.
+    A server that does nothing but answer is queried at `bare_port`, to show what waiting is due to the machine.
     """
     tally = Tally()
     until = time.monotonic() + seconds

@@ -1,8 +1,8 @@
-"""All who mean harm, at once: `python mob.py --port PORT --seconds S --pid PID --configuration FILE [KIND…]`.
+"""All attackers at once: `python mob.py --port PORT --seconds S --pid PID --configuration FILE [KIND…]`.
 
 A process of its own, so that it can have the lowest priority, and what it takes of the interpreter does not count.
-`attack.py` is who sends requests without end; here are all the others. Who does what, and how often, is in
-`ATTACKS`; at the end it prints what they did and were answered.
+`attack.py` has those that send requests without end, this file all others (see `ATTACKS`).
+At the end it prints what they did and which answers they got.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from mutations import mutated  # noqa: E402
 
 NEIGHBOURS = 500
 _ENOUGH = 4 << 20
-"""Bytes of an answer, after which its client leaves."""
+"""Bytes of an answer after which its client leaves."""
 _PATIENCE_SEC = 3.0
 _KILLED = ("killed", "garbage", "crowded")
-"""Models whose engines are killed. Nobody could make a stream whole whose engine died in the middle."""
+"""Models whose engines are killed: none with streams, which end with an error when their engine dies."""
 
 
 def request(method: str, path: str, body: bytes | None = None, **headers: str) -> bytes:
@@ -61,7 +61,7 @@ class Mob:
     did: dict[str, Counter[str]] = field(default_factory=dict)
 
     async def send(self, message: bytes, *, patience_sec: float = _PATIENCE_SEC) -> str:
-        """Send it and read for a while; the status that came, or what came instead."""
+        """Send a request and read for a while. Returns the status, or what came instead."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         status = "nothing"
 
@@ -153,7 +153,7 @@ async def junk(mob: Mob) -> str:
 
 
 async def foreign_page(mob: Mob) -> str:
-    """A web page of somebody else's, which has no key, or has pointed its own name at this machine."""
+    """Acts as a web page of another site, which has no key, or has pointed its own name at this machine."""
     path, body = mob.chance.choice(
         (
             ("/v1/models/eject", b'{"model": "large"}'),
@@ -170,7 +170,7 @@ async def foreign_page(mob: Mob) -> str:
 
 
 async def garbage_asker(mob: Mob) -> str:
-    """Has an engine say what no engine should."""
+    """Makes an engine send what no engine should."""
     kind = mob.chance.choice(list(KINDS))
     streams = mob.chance.random() < 0.5
     path = mob.chance.choice(("/v1/chat/completions", "/v1/messages", "/api/chat"))
@@ -218,7 +218,7 @@ ATTACKS: dict[str, tuple[Callable[[Mob], Awaitable[str]], int, float]] = {
     "killed engines": (killer, 1, 10),
     "neighbour": (neighbour, NEIGHBOURS, 0.5),
 }
-"""What they do, how many do it at a time, and how long they rest in between."""
+"""Attacks by name: the function, how many run at a time, and the pause between them in seconds."""
 
 
 async def rage(mob: Mob, seconds: float, kinds: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Bytes made wrong, always the same way for the same seed: torn, doubled, cut, with breakers in them."""
+"""Mutations of bytes, deterministic for a seed: cut, doubled, truncated, with troublesome values inserted."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Mutation = Callable[[random.Random, bytearray], None]
 
 
 def mutated(chance: random.Random, told: bytes, *, most: int = 4) -> bytes:
-    """With one to `most` things wrong with it."""
+    """Return the bytes with one to `most` mutations."""
     text = bytearray(told)
     for _ in range(chance.randint(1, most)):
         chance.choice(_MUTATIONS)(chance, text)

@@ -98,7 +98,7 @@ class Neighbours:
 
 
 def slow(times: list[float]) -> float:
-    """What all but one of a hundred are faster than."""
+    """Return the 99th percentile."""
     return sorted(times)[int(len(times) * 0.99)]
 
 

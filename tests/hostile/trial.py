@@ -1,4 +1,4 @@
-"""A router with something to lose, and everybody who attacks it: what the benchmark and the test of both share.
+"""A router under attack, and its attackers: shared by the benchmark and the test.
 
 Three models are served by real engines: `large`, `small`, and `killed`, whose engine is killed now and then. The
 engine of `crowded` takes half a second for an answer, so that a queue grows before it; that of `garbage` says
@@ -30,7 +30,7 @@ _HERE = Path(__file__).parent
 
 
 def configuration(folder: Path, *, large: Path, small: Path) -> dict[str, Any]:
-    """Of the router; what it names is put into the folder."""
+    """Return the router's configuration, and write the files that it names into the folder."""
     models: dict[str, Any] = {}
     for name, model, slots in (
         ("large", large, 8),
@@ -63,7 +63,7 @@ def configuration(folder: Path, *, large: Path, small: Path) -> dict[str, Any]:
 
 
 def _engines(script: Path) -> Path:
-    """One program for all models, as a router has one."""
+    """Write the program that runs all models: a router has one binary."""
     crowded = shlex.join([sys.executable, str(_HERE.parent / "fake_engine.py")])
     garbage = shlex.join([sys.executable, str(_HERE / "garbage_engine.py")])
     script.write_text(
@@ -81,7 +81,7 @@ def _engines(script: Path) -> Path:
 def attacked(
     port: int, pid: int, configuration_file: Path, seconds: float, kinds: Sequence[str] = ATTACKS
 ) -> Iterator[dict[str, Any]]:
-    """By all of these kinds, for so many seconds. What they have to tell is there when it is over."""
+    """Attack in all of these ways for so many seconds. The attackers' reports are in the mapping afterwards."""
     told: dict[str, Any] = {}
     others = [kind for kind in kinds if kind != FLOODS]
     options = {"port": port, "seconds": seconds, "pid": pid, "configuration": configuration_file}

@@ -1,6 +1,6 @@
-"""Python imports this before anything else where it is on the path: SIGUSR1 makes the process count what it holds.
+"""Counts the objects of a process on SIGUSR1; Python imports this module first if it is on the path.
 
-Only tests put it on a router's path. It changes nothing and looks at nothing until it is asked.
+Only tests put it on a router's path. It does nothing until the signal comes.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from pathlib import Path
 
 COUNTED = ("Ticket", "Request", "Connection", "EnginePool", "LlamaServer", "RunningEngine", "Exchange")
 COUNTED += ("Answer", "HttpProtocol", "RequestResponseCycle")
-"""What the names of classes end with."""
+"""Endings of the names of classes that are counted."""
 
 
 def held() -> Counter[str]:

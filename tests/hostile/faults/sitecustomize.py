@@ -1,6 +1,6 @@
-"""Python imports this before anything else where it is on the path: the router makes mistakes where it is told to.
+"""Makes functions of the router raise on demand; Python imports this module first if it is on the path.
 
-`FAULTS` is a file that names one of `SEAMS`: whoever comes there gets an exception, until the file is empty.
+`FAULTS` is a file that names one of `SEAMS`: every call there raises an exception until the file is empty.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SEAMS = (
     "router.dialects.openai.responses:Completion.last_events",
 )
 THREADS = "threading:Thread.start"
-"""Which waits until the new thread has run."""
+"""A function that blocks its caller until the new thread has started."""
 
 
 def install(seam: str, faults: Path) -> None:
