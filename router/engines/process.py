@@ -234,8 +234,13 @@ class EngineProcess(ABC):
         return complaints(self.log.since(self._log_begin))
 
     def _signs(self) -> str:
-        """What there was of it before it was given up."""
-        return f"last log lines: {self._complaints()}"
+        """Return what was seen of the engine before it was given up."""
+        said = self._complaints()
+        return f"last log lines: {said}" if said else "it logged nothing"
+
+    def _shows_progress(self, logged: int) -> bool:
+        """Return whether the output after the first `logged` lines, which is never empty, is a sign of loading."""
+        return True
 
     def _describe_exit(self, code: int) -> Reason:
         if self.out_of_memory:
@@ -255,7 +260,7 @@ class EngineProcess(ABC):
         An engine logs several lines per request. Waking up for each costs more than the request itself, so the
         pipe is looked into now and then: soon again when there was much, seldom when there was nothing.
         """
-        size = 0
+        size, logged = 0, self.log.total
         for _ in range(_READS_AT_ONCE):  # one that writes without end must not keep us from all else
             try:
                 chunk = os.read(self._log_pipe, 1 << 18)
@@ -267,7 +272,8 @@ class EngineProcess(ABC):
             self.log.feed(chunk)
         soonest, latest = _DRAIN_SEC
         if size:
-            self._last_sign = time.monotonic()
+            if self._shows_progress(logged):
+                self._last_sign = time.monotonic()
             self._drain_sec = soonest if size > PIPE_BYTES // 4 else min(self._drain_sec, latest / 4)
         else:
             self._drain_sec = min(latest, 2 * self._drain_sec)

@@ -17,7 +17,7 @@ from speech_server import PIECE, PIECES
 from router.config.schema import System
 from router.engines.command.backend import Command
 from router.engines.command.entry import CommandModel
-from router.engines.command.server import CommandServer
+from router.engines.command.server import CommandServer, log_of_probe
 from router.engines.launcher import LocalLauncher
 from router.engines.orphans import EngineRecord
 from router.engines.out_of_memory import ran_out
@@ -200,6 +200,34 @@ def test_one_that_does_not_start_says_why(start: Start, tmp_path: Path) -> None:
     assert "exited with code 1: cannot open broken: it is no model" in refused.json()["error"]["message"]
     refused = router.http.post("/v1/audio/speech", json={"model": "gone", "input": "hi"})
     assert "there is no program no-such-program" in refused.json()["error"]["message"]
+
+
+def test_a_load_that_only_logs_our_probes_makes_no_progress(start: Start) -> None:
+    """As with a wrong `ready_path`: the server writes a line for each of our requests, without end."""
+    system = {"model_load_max_retries": 0, "load_stall_sec": 3}
+    router = start({"system": system, "models": {"speech": speech(ready_path="/health")}})
+    refused = router.http.post("/v1/audio/speech", json={"model": "speech", "input": "hi"}, timeout=20)
+    assert refused.status_code == 503
+    message = refused.json()["error"]["message"]
+    assert "loading made no progress for 3 s; it answers /health (ready_path) with 404; " in message
+
+
+@pytest.mark.parametrize(
+    ("path", "line", "is_probe"),
+    [
+        ("/health", 'INFO:     127.0.0.1:5 - "GET /health HTTP/1.1" 503 Service Unavailable', True),
+        ("/health", '[GIN] | 404 | 1.2ms | 127.0.0.1 | GET      "/health"', True),
+        ("/health", '{"path":"/health","status":503,"method":"GET"}', True),
+        ("/", '"GET / HTTP/1.1" 404 -', True),
+        ("/", "GET /models/whisper.bin: 50 of 100 MB", False),
+        ("/health", '"GET /health/model HTTP/1.1" 200', False),
+        ("/health", '"POST /health HTTP/1.1" 200', False),
+        ("/health", "loading 12 %", False),
+        (None, '"GET / HTTP/1.1" 200', False),
+    ],
+)
+def test_log_lines_about_probes_are_known_in_every_format(path: str | None, line: str, is_probe: bool) -> None:
+    assert (log_of_probe(path).search(line) is not None) == is_probe
 
 
 # --- plans ----------------------------------------------------------------------------------------------

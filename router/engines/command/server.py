@@ -36,6 +36,14 @@ _WRONG_ARGUMENTS = re.compile(
 _TAKEN_PORT = re.compile(r"address already in use|couldn't bind|port \d+ is (already )?in use", re.IGNORECASE)
 
 
+def log_of_probe(path: str | None) -> re.Pattern[str]:
+    """Return a pattern for log lines about a GET of this path, in any format; without a path it matches none."""
+    if path is None:
+        return re.compile(r"(?!)")
+    of_path = rf"(?<![\w/.-]){re.escape(path)}(?![\w/.-])"
+    return re.compile(rf"\bGET\b.*{of_path}|{of_path}.*\bGET\b")
+
+
 def filled(text: str, values: Mapping[str, str]) -> str:
     """With what stands for `{port}` and its like. Other braces are left as they are."""
     for name, value in values.items():
@@ -58,6 +66,8 @@ class CommandServer(EngineProcess):
     ) -> None:
         super().__init__(order, endpoint, (MARK_VARIABLE, mark), spawned, log)
         self._ready_path = model.ready_path
+        self._log_of_probe = log_of_probe(model.ready_path)
+        self._last_status: int | None = None
         values = {**values, "pid": str(self.pid)}
         self._stop_cmd = tuple(filled(word, values) for word in model.stop_cmd)
         self._cwd = model.cwd
@@ -96,7 +106,7 @@ class CommandServer(EngineProcess):
     async def _answer(self) -> bool | None:
         """Whether it says that it serves; without a path to ask, whether its port is open. None: we cannot ask."""
         if self._ready_path is not None:
-            answer = await status(self.endpoint, self._ready_path)
+            answer = self._last_status = await status(self.endpoint, self._ready_path)
             return None if answer == CANNOT_ASK else answer is not None and 200 <= answer < 300
         try:
             _, writer = await asyncio.open_connection(self.endpoint.host, self.endpoint.port)
@@ -104,6 +114,19 @@ class CommandServer(EngineProcess):
             return None if error.errno in (errno.EMFILE, errno.ENFILE) else False
         writer.close()
         return True
+
+    def _shows_progress(self, logged: int) -> bool:
+        """Lines about our own probes do not count, or a server that logs its requests would load for ever."""
+        lines = self.log.since(logged)
+        return not lines or any(self._log_of_probe.search(line) is None for line in lines)
+
+    def _signs(self) -> str:
+        words = super()._signs()
+        if self._ready_path is None or self._last_status == CANNOT_ASK:
+            return words
+        if self._last_status is None:
+            return f"it does not answer {self._ready_path} (ready_path); {words}"
+        return f"it answers {self._ready_path} (ready_path) with {self._last_status}; {words}"
 
     async def facts(self) -> Facts | None:
         """Nobody knows what to ask it."""
