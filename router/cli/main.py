@@ -38,6 +38,7 @@ def main(serve: Callable[[Load], None], arguments: Sequence[str] | None = None) 
         else:
             sighup.release()
             options.run(options)
+            sys.stdout.flush()  # a reader that has gone must not be noticed at the exit only
     except ConfigError as error:
         print(printable(str(error)), file=sys.stderr)
         sys.exit(2)

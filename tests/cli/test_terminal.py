@@ -163,12 +163,15 @@ def test_ctrl_c_ends_following_without_a_traceback(router: Router, tmp_path: Pat
         assert process.stderr.read() == ""
 
 
-def test_a_reader_that_has_seen_enough_ends_it_quietly(router: Router, tmp_path: Path) -> None:
+@pytest.mark.parametrize("arguments", [["logs", "-f", "a"], ["ps"]])
+def test_a_reader_that_has_seen_enough_ends_it_quietly(
+    router: Router, tmp_path: Path, arguments: list[str]
+) -> None:
     router.chat("a")
     reading, writing = os.pipe()
     os.close(reading)
     clean = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    wanted = command("logs", "-f", "a", "--url", router.url)
+    wanted = command(*arguments, "--url", router.url)
     ended = subprocess.run(wanted, env=clean, stdout=writing, stderr=-1, text=True, timeout=30)
     os.close(writing)
     assert (ended.returncode, ended.stderr) == (0, "")
