@@ -158,12 +158,12 @@ def test_who_is_idle_gives_way_to_who_comes(start: Start, tiny: Path) -> None:
     router.keep_no_connection(timeout=10)
     page = b"GET /live HTTP/1.1\r\nhost: localhost\r\n\r\n"
     follow = page.replace(b"/live", b"/v1/models/status/stream")
-    with (
-        many_connections(router, 10, follow) as followers,
-        many_connections(router, 4, b"GET") as beginners,
-        many_connections(router, 3, WAITS[:-5]) as half,
-        many_connections(router, 3, page) as idle,
-    ):
+    with ExitStack() as stack:
+        followers = stack.enter_context(many_connections(router, 10, follow))
+        beginners = stack.enter_context(many_connections(router, 4, b"GET"))
+        assert router.http.get("/live").status_code == 200  # they have come by now, and are idle for the longest
+        half = stack.enter_context(many_connections(router, 3, WAITS[:-5]))
+        idle = stack.enter_context(many_connections(router, 3, page))
         for client in followers:
             assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
         for client in idle:
