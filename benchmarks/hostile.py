@@ -4,11 +4,11 @@
 
 Honest clients chat, read streams, and look at lists and pages, alone for a while, then for twice as long beside
 all attackers, and so on. The attackers and their target are in `tests/hostile/`. Attackers run at the lowest
-priority (`nice 19`, for their sessions, too, where Linux shares processors among these); their CPU time is printed,
-because it is missing elsewhere on the machine. Figures are those of honest clients beside the attacks, as multiples
-of those without. Three more show the share of the machine: how long a server took that does nothing but answer; for
-how long the event loop had work and no processor (Linux); and for how long its own thread held it, which is due to
-the router alone.
+priority (`nice 19`, for their sessions, too, where Linux shares processors among these); their CPU time is
+printed, because it is missing elsewhere on the machine. Figures are those of honest clients beside the attacks,
+as multiples of those without. Three more show the share of the machine: how long a server took that does nothing
+but answer; for how long the event loop had work and no processor (Linux); and for how long its own thread held
+it, which is due to the router alone.
 
 Memory is compared with that of a router after some seconds of all attacks, because the first page and the first
 large body create what is kept once. Its memory before is printed, too; the sizes after each round show whether it
