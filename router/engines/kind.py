@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from router.config.draft import Draft
 from router.config.resolved import ModelConfig
 from router.config.schema import Section, System
-from router.engines.base import EngineBackend
 from router.engines.documents import Documents
-from router.engines.launcher import LocalLauncher
-from router.memory.measurements import Learned
+
+if TYPE_CHECKING:
+    from router.engines.base import EngineBackend
+    from router.engines.launcher import LocalLauncher
+    from router.memory.measurements import Learned
 
 
 class EntryReader(NamedTuple):
@@ -39,7 +41,8 @@ class Kind(NamedTuple):
     """A kind of engine, as named by `engine` in the entry of a model."""
 
     backend: Callable[[System, LocalLauncher, Learned], EngineBackend]
-    """Raises NoEngine."""
+    """Creates the backend. Raises NoEngine. Its modules are imported only then: most commands read just the
+    configuration, and `ps` must be fast."""
     described: Callable[[ModelConfig], dict[str, Any]]
     """Returns what lists show of a model without loading it. Blocking; raises whatever is wrong with its files."""
     documents: Documents

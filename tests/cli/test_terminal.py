@@ -33,6 +33,13 @@ def rows(printed: str) -> dict[str, dict[str, str]]:
     return {line[0]: dict(zip(head, line, strict=True)) for line in lines}
 
 
+def test_what_only_reads_the_configuration_imports_no_engine() -> None:
+    loads = "import sys, router.catalog.load; print(*sys.modules)"
+    imported = subprocess.run([sys.executable, "-c", loads], cwd=ROOT, capture_output=True, text=True, check=True)
+    heavy = {"asyncio", "fastapi", "router.engines.llamacpp.backend", "router.engines.command.backend"}
+    assert heavy.isdisjoint(imported.stdout.split())
+
+
 def test_ps_tells_what_runs_where_and_for_how_long_it_stays(start: Start, tiny: Path, tmp_path: Path) -> None:
     entries = {
         **models(tiny, "idle", "never-used"),

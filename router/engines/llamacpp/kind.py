@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from router.engines.documents import OF_LLAMA_SERVER
 from router.engines.kind import Kind
-from router.engines.llamacpp.backend import LlamaCpp
-from router.engines.llamacpp.binary import find_binary
 from router.engines.llamacpp.describe import described, file_info
 
+if TYPE_CHECKING:
+    from router.config.schema import System
+    from router.engines.base import EngineBackend
+    from router.engines.launcher import LocalLauncher
+    from router.memory.measurements import Learned
+
+
+def _backend(system: System, launcher: LocalLauncher, learned: Learned) -> EngineBackend:
+    """Find the binary and return the backend. Raises NoEngine."""
+    from router.engines.llamacpp.backend import LlamaCpp
+    from router.engines.llamacpp.binary import find_binary
+
+    return LlamaCpp(find_binary(system.llama_server_path), launcher, learned)
+
+
 LLAMACPP = Kind(
-    backend=lambda system, launcher, learned: LlamaCpp(find_binary(system.llama_server_path), launcher, learned),
+    backend=_backend,
     described=described,
     documents=OF_LLAMA_SERVER,
     file_format="gguf",
