@@ -24,7 +24,7 @@ from router.memory.ledger import Account, Ledger, is_news
 from router.memory.measurements import Learned
 from router.memory.plan import Alternative, Ground, Planner, Size, Unusable
 from router.scheduling.messages import EngineMeasured, Event, Inspected, MemoryChanged, Placement
-from router.scheduling.residency import ENGINES
+from router.scheduling.residency import memory_of
 from router.scheduling.scheduler import Scheduler
 from router.system.devices import Device
 
@@ -96,7 +96,7 @@ class Accountant:
         for account in tuple(self.ledger.accounts.values()):
             engine = self._scheduler.engines.get(account.engine_id)
             booked = account.booked()
-            if engine is not None and is_news(_memory(engine.placement), booked):
+            if engine is not None and is_news(memory_of(engine.placement), booked):
                 self._post(EngineMeasured(time.monotonic(), account.engine_id, booked))
         if self.ledger.has_news:
             self._tell_budgets()
@@ -193,7 +193,7 @@ class Accountant:
         account.is_settled = True
         await asyncio.sleep(_ANSWER_SEC)
         await self.look(mapped=True)
-        identity, model = account.chosen.size.identity, self._scheduler.models.get(account.alias)
+        identity, model = account.chosen.identity, self._scheduler.models.get(account.alias)
         if identity is not None and model is not None and model.load_is_known:
             self._learned.loaded(identity, model.load_sec)
             await self._save()
@@ -202,8 +202,8 @@ class Accountant:
         """Store the measurements of an engine after its first response, when all its memory is allocated."""
         is_fresh = await self.look(mapped=True)
         chosen, lesson = account.chosen, account.lesson
-        if lesson is not None and is_fresh and chosen.size.identity is not None:
-            self._learned.learn(chosen.size.identity, chosen.size.estimated, chosen.as_counted(lesson))
+        if lesson is not None and is_fresh and chosen.identity is not None:
+            self._learned.learn(chosen.identity, chosen.size.estimated, chosen.as_counted(lesson))
             await self._save()
 
     async def ran_out(
@@ -212,8 +212,8 @@ class Accountant:
         """Raise the estimate of an engine that ran out of memory. `wanted_mib` is its last failed request, by
         device as the engine counts them. Returns advice on what would have fit; empty if unknown."""
         chosen = account.chosen
-        if chosen.size.identity is not None and not chosen.is_given:
-            self._learned.ran_out(chosen.size.identity, chosen.as_counted(account.booked()), wanted_mib)
+        if chosen.identity is not None and not chosen.is_given:
+            self._learned.ran_out(chosen.identity, chosen.as_counted(account.booked()), wanted_mib)
             await self._save()
         ground, placement = self._ground(), chosen.placement
         look = partial(self._planner_of(model).advise, model, system, ground, placement)
@@ -251,7 +251,3 @@ class Accountant:
     async def _save(self) -> None:
         async with self._saving:
             await asyncio.to_thread(self._learned.save, self._learned.entries())
-
-
-def _memory(placement: Placement) -> dict[Device, int]:
-    return {device: mib for device, mib in placement.items() if device != ENGINES}

@@ -16,7 +16,7 @@ from router.scheduling.messages import (
     StopEngine,
     Transition,
 )
-from router.scheduling.residency import ENGINES, Engine, Model, Swap, amounts, claim, take, total
+from router.scheduling.residency import ENGINES, Engine, Model, Swap, amounts, claim, memory_of, take, total
 from router.system.devices import Device
 
 
@@ -60,7 +60,7 @@ class Fleet:
         engine = Engine(engine_id, model.spec, placement, now)
         self.engines[engine_id] = engine
         model.engines.append(engine)
-        memory = {device: amount for device, amount in placement.items() if device != ENGINES}
+        memory = memory_of(placement)
         self.effects.append(StartEngine(engine.id, engine.alias, memory))
         self.enter(engine, EngineState.LOADING, f"takes {amounts(memory)}")
 

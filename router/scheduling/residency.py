@@ -521,7 +521,12 @@ def claim(need: Placement, victims: Iterable[Holder]) -> dict[Device, int]:
     return shortage(need, total(victim.placement for victim in victims))
 
 
+def memory_of(placement: Placement) -> dict[Device, int]:
+    """Return the memory of a placement, without the one of `ENGINES` that each engine takes."""
+    return {device: amount for device, amount in placement.items() if device != ENGINES}
+
+
 def amounts(placement: Placement) -> str:
-    """For people: `5000 MiB on gpu0 and 300 MiB on host`."""
-    memory = [f"{amount} MiB on {device}" for device, amount in sorted(placement.items()) if device != ENGINES]
+    """Return a placement in words: `5000 MiB on gpu0 and 300 MiB on host`."""
+    memory = [f"{amount} MiB on {device}" for device, amount in sorted(memory_of(placement).items())]
     return " and ".join(memory) or "nothing"
