@@ -44,8 +44,8 @@ _BACK_LOOK_SEC = 0.05
 _log = logging.getLogger("router")
 
 
-class Accountant:
-    """Memory manager of one dispatcher. `scheduler` is only read; `planner_of` returns a model's planner."""
+class MemoryManager:
+    """Manager of the memory of one dispatcher's engines. `scheduler` is only read; `planner_of` returns a model's planner."""
 
     def __init__(
         self,

@@ -29,7 +29,7 @@ from router.engines.running import RunningEngine
 from router.engines.upstream import EnginePool
 from router.hardware.devices import Devices
 from router.memory.ledger import Account, Ledger
-from router.memory.manager import Accountant
+from router.memory.manager import MemoryManager
 from router.memory.measurements import Learned
 from router.memory.plan import Unusable
 from router.observe.events import (
@@ -194,7 +194,9 @@ class Dispatcher:
         self._backends = backends
         self.devices = devices
         self.scheduler = Scheduler()
-        self._accountant = Accountant(config.system, self.backend_of, devices, learned, self.scheduler, self._post)
+        self._memory_manager = MemoryManager(
+            config.system, self.backend_of, devices, learned, self.scheduler, self._post
+        )
         self.logs: dict[str, LogRing] = {}
         """By model; an engine that runs has its own, too."""
         self.engine_file: Callable[[str], Callable[[bytes], None] | None] = lambda alias: None
@@ -247,14 +249,14 @@ class Dispatcher:
     @property
     def ledger(self) -> Ledger:
         """Ledger of the memory of each device."""
-        return self._accountant.ledger
+        return self._memory_manager.ledger
 
     # --- life -------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Start: configure the scheduler, watch memory, and begin to preload."""
         self._configure()
-        self._watch = self.background.keep("watch of memory", self._accountant.watch)
+        self._watch = self.background.keep("watch of memory", self._memory_manager.watch)
         self.status = ServerState.READY
         self.events.publish(ServerChanged(self.status, time.time()))
         if self._to_preload():
@@ -312,7 +314,7 @@ class Dispatcher:
             engine = ticket.engine
             if computed and engine is not None and not engine.account.has_answered:
                 engine.account.has_answered = True
-                self._spawn(self._accountant.answered(engine.account), f"measuring of {ticket.alias}")
+                self._spawn(self._memory_manager.answered(engine.account), f"measuring of {ticket.alias}")
 
     def displace(self, ticket: Ticket, reason: str) -> None:
         """Refuse a waiting request at once because one of higher priority needs the memory of its body."""
@@ -516,7 +518,7 @@ class Dispatcher:
                 inspection.add_done_callback(self._inspections.discard)
             case StartEngine(engine_id, alias, placement):
                 model = self.config.models[alias]
-                account = self._accountant.open(engine_id, alias, placement)
+                account = self._memory_manager.open(engine_id, alias, placement)
                 self._spawn(self._live(account, model), f"engine {engine_id} of {alias}")
             case StopEngine(engine_id):
                 self._stop(engine_id)
@@ -568,7 +570,7 @@ class Dispatcher:
             model = self.config.models.get(alias)
             system = self.config.system
             try:
-                answer = await self._accountant.inspect(model, system) if model is not None else None
+                answer = await self._memory_manager.inspect(model, system) if model is not None else None
             except Unusable as unusable:
                 told = f"{alias!r}: {unusable.reason.told}"
                 self._reasons.note(alias, Reason(unusable.reason.full, told))
@@ -600,7 +602,7 @@ class Dispatcher:
             await handle.ready()
             running.ready_sec = time.monotonic()
             self._post(EngineReady(running.ready_sec, engine_id))
-            self._spawn(self._accountant.ready(account), f"measuring of {model.alias}")
+            self._spawn(self._memory_manager.ready(account), f"measuring of {model.alias}")
             self._spawn(self._ask_what_it_has(running), f"question to the engine of {model.alias}")
             reason = await handle.exited
         except Problem as failed:
@@ -657,11 +659,11 @@ class Dispatcher:
             if running is not None and not wanted:
                 wanted_mib = running.handle.ending.wanted_mib
                 if wanted_mib is not None:
-                    advice = await self._accountant.ran_out(account, model, self.config.system, wanted_mib)
+                    advice = await self._memory_manager.ran_out(account, model, self.config.system, wanted_mib)
         except Exception:  # whatever it is, its end must be told
             _log.exception("why the engine of %s ended could not be found out", model.alias)
         try:
-            await self._accountant.close(account)
+            await self._memory_manager.close(account)
         except Exception:
             _log.exception("whether the memory of the engine of %s is back could not be found out", model.alias)
         return advice
@@ -720,7 +722,7 @@ class Dispatcher:
         return Launch(
             model=model,
             chosen=account.chosen,
-            shows=self._accountant.shows(account),
+            shows=self._memory_manager.shows(account),
             load_stall_sec=system.load_stall_sec,
             load_limit_sec=limit,
             stop_grace_sec=system.stop_grace_sec,
@@ -744,7 +746,7 @@ class Dispatcher:
 
     def _configure(self) -> None:
         self._post(Configured(time.monotonic(), self._specs(), policy_of(self.config)))
-        self._accountant.configure(self.config.system)
+        self._memory_manager.configure(self.config.system)
         self._spawn(self._tell_what_is_odd(), "look at what is configured of models")
 
     def _specs(self) -> Mapping[str, ModelSpec]:

@@ -22,7 +22,7 @@ from router.engines.llamacpp.sizing import EngineKind
 from router.engines.orphans import EngineRecord
 from router.hardware.devices import Devices
 from router.hardware.ram import ProcessMemory
-from router.memory.manager import Accountant
+from router.memory.manager import MemoryManager
 from router.memory.measurements import Identity, Learned
 from router.memory.plan import Alternative, Planner, Size, Unusable
 from router.scheduling.messages import Event
@@ -37,26 +37,26 @@ def embedded(_: ModelConfig) -> Planner:
 
 
 @pytest.fixture
-def accountant(tmp_path: Path) -> Accountant:
+def manager(tmp_path: Path) -> MemoryManager:
     """On a machine without GPUs."""
     devices = Devices([], root=tmp_path)
     devices.read_blocking()
     posted: list[Event] = []
-    return Accountant(System(), embedded, devices, Learned(), Scheduler(), posted.append)
+    return MemoryManager(System(), embedded, devices, Learned(), Scheduler(), posted.append)
 
 
-def test_an_engine_whose_gpu_is_gone_is_not_started_elsewhere(accountant: Accountant) -> None:
+def test_an_engine_whose_gpu_is_gone_is_not_started_elsewhere(manager: MemoryManager) -> None:
     chosen = Alternative((GPU0, GPU1), Size({}, "", {}), {GPU0: 500, GPU1: 500})
-    account = accountant.ledger.open(1, "a", chosen)
+    account = manager.ledger.open(1, "a", chosen)
     with pytest.raises(Unusable, match="gpu0, gpu1 are gone"):
-        accountant.shows(account)
+        manager.shows(account)
 
 
 def test_an_engine_gets_what_was_found_when_room_was_made_for_it_also_after_a_later_look(
-    accountant: Accountant, tiny: Path
+    manager: MemoryManager, tiny: Path
 ) -> None:
     async def look(*flags: str) -> dict[Device, int]:
-        found = await accountant.inspect(LlamaCppModel("a", tiny, flags), System())
+        found = await manager.inspect(LlamaCppModel("a", tiny, flags), System())
         assert found.problem is None
         return dict(found.placements[0])
 
@@ -64,8 +64,8 @@ def test_an_engine_gets_what_was_found_when_room_was_made_for_it_also_after_a_la
         first = await look("-c", "1024")
         second = await look("-c", "2048")
         assert first != second
-        assert accountant.open(1, "a", first).chosen.placement == first
-        assert accountant.open(2, "a", second).chosen.placement == second
+        assert manager.open(1, "a", first).chosen.placement == first
+        assert manager.open(2, "a", second).chosen.placement == second
 
     asyncio.run(story())
 
@@ -81,25 +81,25 @@ def test_an_engine_that_lacked_a_library_is_not_refused_once_it_has_it(tmp_path:
     kind.check_runs()
 
 
-def test_an_engine_for_which_nothing_was_found_says_so(accountant: Accountant) -> None:
-    account = accountant.open(1, "a", {HOST: 500})
+def test_an_engine_for_which_nothing_was_found_says_so(manager: MemoryManager) -> None:
+    account = manager.open(1, "a", {HOST: 500})
     with pytest.raises(Unusable, match="plan has changed"):
-        accountant.shows(account)
+        manager.shows(account)
     assert account.booked() == {HOST: 500}, "until its end is told"
 
 
 def test_however_often_a_disk_that_hangs_is_looked_at_one_thread_waits_for_it(
-    accountant: Accountant, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    manager: MemoryManager, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     back = threading.Event()
     monkeypatch.setattr(LlamaCpp, "plan", lambda *_, **__: back.wait())
 
     async def story() -> None:
-        accountant.looks.limit_sec = 0.05
+        manager.looks.limit_sec = 0.05
         threads = _thread._count()
         for alias in ("a", "b", "a"):
             with pytest.raises(Unusable, match=r"could not be inspected within 0\.05 s"):
-                await accountant.inspect(LlamaCppModel(alias, tiny, ()), System())
+                await manager.inspect(LlamaCppModel(alias, tiny, ()), System())
         assert _thread._count() <= threads + 1
         back.set()
 
@@ -129,16 +129,16 @@ def test_a_look_that_takes_long_does_not_bring_back_what_a_later_one_saw_gone(tm
     async def story() -> None:
         devices = SlowWalk(tmp_path)
         uses(12000)
-        accountant = Accountant(System(), embedded, devices, Learned(), Scheduler(), lambda event: None)
-        account = accountant.ledger.open(1, "a", Alternative((), Size({}, "", {}), {HOST: 100}))
+        manager = MemoryManager(System(), embedded, devices, Learned(), Scheduler(), lambda event: None)
+        account = manager.ledger.open(1, "a", Alternative((), Size({}, "", {}), {HOST: 100}))
         account.pids = (4194303,)
-        slow = asyncio.create_task(accountant.look(mapped=True))
+        slow = asyncio.create_task(manager.look(mapped=True))
         await devices.walks.wait()
         uses(0)
-        await accountant.look()
+        await manager.look()
         devices.goes_on.set()
         await slow
-        assert accountant.ledger.budgets()[0][GPU0] == 16000
+        assert manager.ledger.budgets()[0][GPU0] == 16000
 
     asyncio.run(story())
 
@@ -156,14 +156,14 @@ def test_what_an_engine_has_mapped_is_remembered_also_when_it_answers_at_once(tm
     async def story() -> None:
         learned, identity = Learned(), Identity((), "xllamacpp", (), 0)
         devices = Mapped([], root=tmp_path)
-        accountant = Accountant(System(), embedded, devices, learned, Scheduler(), lambda event: None)
+        manager = MemoryManager(System(), embedded, devices, learned, Scheduler(), lambda event: None)
         size = Size({HOST: 110}, "file size", {HOST: 110}, identity)
-        account = accountant.ledger.open(1, "a", Alternative((), size, {HOST: 110}))
+        account = manager.ledger.open(1, "a", Alternative((), size, {HOST: 110}))
         account.pids = (4194303,)
-        ready = asyncio.create_task(accountant.ready(account))
+        ready = asyncio.create_task(manager.ready(account))
         await asyncio.sleep(0)  # as long as it takes to send it a request
         account.has_answered = True
-        await accountant.answered(account)
+        await manager.answered(account)
         assert learned.measured(identity) == {HOST: 140}
         await ready
 

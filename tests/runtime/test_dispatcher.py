@@ -92,15 +92,15 @@ def test_a_grant_that_fails_costs_those_of_the_same_moment_nothing(tiny: Path) -
 def test_an_engine_that_cannot_be_started_by_a_mistake_fails_its_model_alone(tiny: Path) -> None:
     async def story() -> None:
         async with dispatching(tiny, "broken", "sound") as dispatcher:
-            accountant = dispatcher._accountant
-            opens = accountant.open
+            manager = dispatcher._memory_manager
+            opens = manager.open
 
             def breaks(engine_id: int, alias: str, placement: Placement) -> Any:
                 if alias == "broken":
                     raise RuntimeError("a mistake")
                 return opens(engine_id, alias, placement)
 
-            accountant.open = breaks  # type: ignore[method-assign]
+            manager.open = breaks  # type: ignore[method-assign]
             tickets = [dispatcher.submit(alias, alias, Priority.NORMAL) for alias in ("broken", "sound")]
             await decided(*tickets)
             broken, sound = tickets
