@@ -1,1 +1,1 @@
-"""Engines as processes: launching, connections to them, their health, and what a killed router left behind."""
+"""Engines: kinds of them, their processes and health, connections to them, and orphans of a killed router."""

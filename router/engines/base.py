@@ -1,4 +1,4 @@
-"""What the rest of the router knows of engines: a kind of them that plans and starts, and one that runs.
+"""Protocols for the rest of the router: a kind of engine, which plans and starts, and a running engine.
 
 Nothing here is about llama.cpp. A kind is a package beside this file: `llamacpp/` for llama-server and the
 embedded engine, `command/` for any server by its command line. `registry.py` lists them.
@@ -33,64 +33,65 @@ class EngineFailed(Problem):
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where an engine serves, and how it wants to be spoken to."""
+    """Address of an engine, and how requests to it must look."""
 
     port: int
     host: str = "127.0.0.1"
     unix_socket: Path | None = None
-    """Where it listens, too."""
+    """Socket on which it also listens."""
     headers: tuple[tuple[str, str], ...] = ()
-    """Of every request to it."""
+    """Headers added to every request."""
     knows_key: bool = False
-    """These hold a key that it was given: a 401 tells that its port is somebody else's by now."""
+    """True if the headers hold a key of the router's own: a 401 then means that another program has its port."""
     marks_end: bool = True
-    """Its streams have a last event, such as `[DONE]`: one without it is not whole."""
+    """True if its streams end with an event such as `[DONE]`; a stream without it is incomplete."""
 
 
 class Facts(NamedTuple):
-    """What an engine that is ready says of itself."""
+    """Properties that a ready engine reports."""
 
     context: int | None = None
-    """Of one slot, in tokens."""
+    """Context size of one slot in tokens."""
     modalities: Mapping[str, bool] = {}
-    """Whether it takes `vision`, `audio` …; others are left to what is known of its files."""
+    """Whether it accepts `vision`, `audio` …; for missing ones, its files decide."""
 
 
 class LoadProgress(NamedTuple):
-    """How far a load is, in the engine's own words."""
+    """Progress of a load, as the engine reports it."""
 
     value: float
-    """0 to 1, of the stage."""
+    """Progress of the stage, 0 to 1."""
     stage: str | None = None
-    """What it loads now."""
+    """Stage in progress."""
     stages: tuple[str, ...] = ()
-    """All that it loads, one after the other."""
+    """All stages in order."""
 
 
 class Ending(NamedTuple):
-    """Why an engine ended, as far as its exit code and its log tell."""
+    """Consequences of an engine's exit, derived from its exit code and its log."""
 
     retry: Retry = Retry.LATER
-    """When to start the next, if it was not ready yet."""
+    """When to start the next engine, if this one was not ready yet."""
     wanted_mib: Mapping[Device, int] | None = None
-    """Memory ran out: what it asked for last, by device as it counts them (empty: unknown). None: not for that."""
+    """Last failed allocations in MiB by device, as the engine counts devices; empty if unknown. None if the engine
+    did not run out of memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Everything that is needed to start an engine for a model."""
+    """Everything needed to start an engine for a model."""
 
     model: ModelConfig
     chosen: Alternative
     shows: Mapping[str, str] = field(default_factory=dict)
-    """Variables that show it the GPUs that were chosen for it, and no others."""
+    """Environment variables that restrict it to its chosen GPUs."""
     load_stall_sec: float = 60
     load_limit_sec: float | None = None
     stop_grace_sec: float = 10
 
 
 class EngineHandle(Protocol):
-    """One engine, from its start to its end. It watches itself."""
+    """One engine, from its start to its exit. It supervises itself."""
 
     when_load_moves: Callable[[], None]
 
@@ -99,55 +100,56 @@ class EngineHandle(Protocol):
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """The processes that hold its memory, with what they have started; none where that cannot be seen here."""
+        """Processes that hold its memory, together with their descendants; empty if they are not on this
+        machine."""
 
     @property
     def alive(self) -> bool: ...
 
     @property
     def exited(self) -> asyncio.Task[Reason]:
-        """Done when it is gone, and with all that it has started."""
+        """Task that returns the reason once the engine and all processes it started have exited."""
 
     @property
     def exit_code(self) -> int | None:
-        """Negative: the signal that ended it; None while it lives, or where there is none."""
+        """Exit code; negative: the signal that ended it. None while it runs, or if there is none."""
 
     @property
     def ending(self) -> Ending:
-        """Once it has exited."""
+        """Consequences of its exit; the default until then."""
 
     @property
     def out_of_memory(self) -> bool:
-        """The system has killed it for want of memory."""
+        """Whether the kernel killed it because memory ran out."""
 
     @property
     def was_killed(self) -> bool:
-        """It ended because `kill` was called."""
+        """Whether `kill` ended it."""
 
     @property
     def load_progress(self) -> LoadProgress | None:
-        """While it loads, if it tells."""
+        """Progress while it loads, if it reports any."""
 
     async def ready(self) -> None:
-        """Wait until it serves. Raises EngineFailed when it ended, hangs or takes too long."""
+        """Wait until it accepts requests. Raises EngineFailed if it exits, hangs or takes too long."""
 
     async def healthy(self, limit_sec: float = PROBE_LIMIT_SEC) -> bool:
-        """Whether it is alive and answers in time."""
+        """Return whether it is alive and answers a probe within `limit_sec` seconds."""
 
     async def facts(self) -> Facts | None:
-        """What it says of itself; None if it says nothing."""
+        """Return the properties it reports; None if it reports none."""
 
     async def stop(self) -> None:
-        """Ask it to go, make it go after the grace time. Returns when it and all it started are gone.
+        """Ask it to exit, and kill it after the grace period. Returns once it and all it started have exited.
 
-        Nobody must be connected to it any more: engines wait for whoever is.
+        Close all connections to it first: engines wait for connected clients.
         """
 
     def kill(self, reason: str = "") -> None:
-        """At once; `reason` is what will be said of its end."""
+        """Kill it at once; `reason` becomes the reason of its exit."""
 
     def last_words(self, lines: int = 10) -> list[str]:
-        """The end of what it has said."""
+        """Return the last lines of its log."""
 
 
 class Fallback(NamedTuple):
@@ -155,19 +157,19 @@ class Fallback(NamedTuple):
 
     model: ModelConfig
     why: str
-    """For the log."""
+    """Reason, for the log."""
 
 
 class EngineBackend(Planner, Protocol):
-    """A kind of engine: plans (see `Planner`), starts, and knows what its models are."""
+    """A kind of engine: plans (see `Planner`) and starts engines, and knows the models of its kind."""
 
     @property
     def name(self) -> str:
-        """For people and metrics, such as `llama-server`."""
+        """Name for display and metrics, such as `llama-server`."""
 
     @property
     def origin(self) -> str:
-        """Where its program comes from, for people; empty if each model names its own."""
+        """Source of its program, for display; empty if each model names its own."""
 
     @property
     def uses_gpus(self) -> bool:
@@ -180,19 +182,19 @@ class EngineBackend(Planner, Protocol):
         """
 
     def check_runs(self) -> None:
-        """Raises Unusable if no model of this kind can be run. Blocking."""
+        """Check that models of this kind can be run at all. Blocking. Raises Unusable."""
 
     def validate(self, model: ModelConfig) -> Iterator[str]:
-        """What would keep a model from loading, for `llama-router check`. Blocking.
+        """Yield reasons why a model will not load, for `llama-router check`. Blocking.
 
-        Raises NoEngine for what keeps every model of this kind from it.
+        Raises NoEngine if no model of this kind will.
         """
 
     def warnings(self, models: Mapping[str, ModelConfig]) -> Iterator[str]:
-        """What is odd about models of this kind, before anybody asks for one. Blocking."""
+        """Yield warnings about models of this kind by alias, before any of them is requested. Blocking."""
 
     async def launch(self, order: Launch, log: LogRing) -> EngineHandle:
-        """Raises EngineFailed when nothing could be started."""
+        """Start an engine, whose output goes to `log`. Raises EngineFailed if it cannot be started."""
 
     def fallback(self, model: ModelConfig) -> Fallback | None:
-        """What to try at once after a load that failed by itself; None: nothing else."""
+        """Return another way to run a model, to be tried at once after its load failed; None if there is none."""

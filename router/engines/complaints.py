@@ -1,4 +1,4 @@
-"""Which words of a program that ended tell best why: it knows llama.cpp and its kin, C, C++ and debuggers."""
+"""Selection of the log lines that best explain an exit, by the formats of llama.cpp, C, C++ and debuggers."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ _ABORTED = re.compile(
     r"^\S+\.(?:cc?|cpp|cuh?|h|hpp|mm?):\d+: |: Assertion `.* failed|^terminate called |^ *what\(\): "
     r"|^libc\+\+abi: terminating"
 )
-"""Why a program has ended itself: llama.cpp's GGML_ASSERT and GGML_ABORT, and what the C and C++ libraries say."""
+"""Messages of a program that aborts: GGML_ASSERT and GGML_ABORT of llama.cpp, and those of C and C++ libraries."""
 _OF_DEBUGGER = re.compile(
     r"^(?:#\d+ |\d+\t|0x[0-9a-f]+ in |\[(?:New|Thread|Inferior|Switching|Detaching|LWP)|warning: |\(lldb\)"
     r"|\* thread #| *frame #)|\[0x[0-9a-f]+\]$"
 )
-"""llama.cpp has gdb or lldb print where it was, or does so itself: after an assertion, but before an exception."""
+"""Stack traces, which llama.cpp prints itself or through gdb or lldb: after an assertion, but before an
+exception."""
 _LEVEL_OF_ERROR = re.compile(r"^[\d.]+ E ")
-"""How llama.cpp begins a line that tells an error, whatever its words."""
+"""Beginning of llama.cpp's lines of level error."""
 _CONSEQUENCE = re.compile(
     r"failed to create[ _](?:context|model)|failed to load[ _](?:context|model)(?! ')|due to model loading error"
     r"|trying to fit params"
     r"|the lines above say why"
 )
-"""What it says after that, on its way out; not where it quotes the file."""
+"""Messages that follow from an earlier error, except where they quote the file."""
 _WRONG = ("error", "fail", "unable", "couldn't", "could not", "cannot", "can't")
 _LINES_OF_REASON = 60
 
 
 def complaints(lines: Iterable[str], count: int = 3) -> str:
-    """What tells best what went wrong: the last that speak of an error, and not only of what came of it, up to the
-    one that gave up; else the last."""
+    """Join the lines that best explain a failure: the last `count` errors up to an abort, without those that only
+    follow from others; the last lines if there are none."""
     said = [line for line in lines if line.strip() and not _OF_DEBUGGER.search(line)]
     aborted = [place for place, line in enumerate(said, 1) if _ABORTED.search(line)]
     tail = said[: aborted[-1] if aborted else None][-_LINES_OF_REASON:]

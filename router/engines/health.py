@@ -1,13 +1,13 @@
-"""The health monitor: finds engines that live but do not answer, and ends them.
+"""Health monitor: finds engines that run but do not respond, and kills them.
 
-An exit needs no monitor; the engine's process is watched for that. This looks at every ready engine now and then,
-and sooner at one that has requests in flight and is silent: so much sooner that it is known whether it lives when
-it has been silent for `stall_timeout_sec`, or for `request_timeout_sec`. Silence alone is no fault: a long prompt
-is computed without a word, as is an answer that is sent whole.
+Exits are detected elsewhere, by watching the process. The monitor probes every ready engine at intervals, and an
+engine with requests in flight and no output earlier: early enough to know whether it responds once it has been
+silent for `stall_timeout_sec` or `request_timeout_sec`. Silence alone is no fault: an engine sends nothing while
+it computes a long prompt, or a response that is not streamed.
 
-Three probes in a row without an answer, and an engine is killed; one that is at work not before it has given no
-sign of life for `stall_timeout_sec`, as it may be too busy to take a further connection. Then it is a crash like
-any other, and what waited for it is served by the next engine.
+An engine is killed after three consecutive probes without an answer; a busy one only after `stall_timeout_sec`
+without any sign of life, as it may be too busy to accept another connection. This counts as a crash, and the next
+engine serves the waiting requests.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _SHORTEST_LIMIT_SEC = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How fast an engine that hangs is found out: so that three probes fit into the time that it may be silent."""
+    """Timing of probes, chosen so that three of them fit into the time for which an engine may be silent."""
 
     limit_sec: float
-    """For the answer to a probe."""
+    """Timeout of a probe."""
     look_sec: float
-    """Between two looks."""
+    """Interval between two checks."""
 
     @classmethod
     def within(cls, silence_sec: float) -> Pace:
@@ -47,12 +47,12 @@ class Pace:
 
     @property
     def verdict_sec(self) -> float:
-        """From the first look to the end of the engine."""
+        """Time from the first check to the kill."""
         return _PROBES * (self.limit_sec + self.look_sec)
 
 
 class HealthMonitor:
-    """Probes engines for as long as `run` runs; of the scheduler it only reads which are at work."""
+    """Probes engines while `run` runs. Of the scheduler it only reads which engines are busy."""
 
     def __init__(
         self, running: Callable[[], Iterable[RunningEngine]], scheduler: Scheduler, system: Callable[[], System]
@@ -75,7 +75,7 @@ class HealthMonitor:
 
     @property
     def _silence_sec(self) -> float:
-        """By then it must be known of an engine that is at work whether it lives."""
+        """Time without output after which it must be known whether a busy engine responds."""
         system = self._system()
         return min(system.stall_timeout_sec, system.request_timeout_sec)
 
@@ -115,7 +115,7 @@ class HealthMonitor:
         running.probe_latency_sec = now - began
         if answers:
             running.answered_sec = now
-        if running.alive_sec >= began:  # with an answer to the probe, or with more of one to a request
+        if running.alive_sec >= began:  # by an answer to the probe, or output for a request
             running.failed_probes = 0
             return
         running.failed_probes += 1
@@ -129,7 +129,7 @@ class HealthMonitor:
             running.handle.kill(f"it hung: {running.failed_probes} probes without an answer")
 
     def _may_go(self, running: RunningEngine, now: float) -> bool:
-        """Whether nobody loses an answer that may yet come."""
+        """Return whether no response that may still arrive would be lost."""
         engine = self._scheduler.engines.get(running.id)
         stall_timeout_sec = self._system().stall_timeout_sec
         return engine is None or not engine.is_busy or now - running.alive_sec >= stall_timeout_sec

@@ -14,15 +14,15 @@ from router.engines.process import EngineProcess, port_is_free
 
 LAST_PORT = 65535
 _LOST_SEC = 60.0
-"""How long a port is left alone that an engine could not get although it seemed free."""
+"""Time for which a port is avoided after an engine could not bind it although it seemed free."""
 
 E = TypeVar("E", bound=EngineProcess)
 
 
 class LocalLauncher:
-    """Starts engines on ports from `base_port` on, whatever their kind; ports that are in use are skipped.
+    """Starts engines of any kind on ports from `base_port` on, skipping those in use.
 
-    Unix sockets for those that take them are made in `folder`, which is ours alone (None: there are none).
+    `folder` holds the Unix sockets of engines that support them and is used by nothing else; None: no sockets.
     """
 
     def __init__(self, base_port: int, record: EngineRecord, folder: Path | None) -> None:
@@ -41,18 +41,18 @@ class LocalLauncher:
 
     @property
     def has_sockets(self) -> bool:
-        """Whether engines can have Unix sockets now: somebody may have cleaned up."""
+        """Whether engines can have Unix sockets now; the folder may have been deleted."""
         return self._sockets is not None and self._sockets.is_dir()
 
     def unix_socket(self, port: int) -> Path | None:
-        """That of an engine with this port."""
+        """Path of the socket of an engine with this port; None without sockets."""
         return None if self._sockets is None else self._sockets / f"{port}.sock"
 
     def _free_port(self) -> int:
-        """Raises EngineFailed. Of those that were just lost none is taken as long as there is another."""
+        """Return a free port, a recently lost one only if there is no other. Raises EngineFailed."""
         now = time.monotonic()
         for port, engine in list(self._engines.items()):
-            if engine.exited.done():  # only then: one that is dead has yet to clear its socket away
+            if engine.exited.done():  # not before: a dead one still has to remove its socket
                 del self._engines[port]
                 if engine.lost_its_port:
                     self._lost_sec[port] = now
@@ -65,7 +65,7 @@ class LocalLauncher:
 
 
 def _made_ready(folder: Path) -> Path | None:
-    """The folder, without what is left of earlier sockets; None if engines can't make any there, or be told."""
+    """Remove old sockets and return the folder; None if sockets cannot be created there or passed to engines."""
     if "," in str(folder) or '"' in str(folder):  # `--host` takes CSV
         return None
     longest = folder / f"{LAST_PORT}.sock"

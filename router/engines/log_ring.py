@@ -1,4 +1,4 @@
-"""The last lines of an engine's output, whatever it writes."""
+"""Ring buffer for the last lines of an engine's output."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _LONGEST_LINE = 16 * 1024
 
 
 class LogRing:
-    """The last lines of an engine's output, whatever it writes. Taken raw: most are never looked at.
+    """Last lines of an engine's output, kept as bytes because most are never read.
 
-    `copy` gets all of it, too, in whole lines: those of several engines may come to the same place.
+    `copy` receives all output in whole lines, so that several engines can share one destination.
     """
 
     def __init__(self, lines: int, copy: Callable[[bytes], None] | None = None) -> None:
@@ -19,7 +19,7 @@ class LogRing:
         self._lines: deque[bytes] = deque(maxlen=lines)
         self._rest = b""
         self.total = 0
-        """Lines ever written; tells a reader what it has missed."""
+        """Number of lines ever written, by which a reader knows what it has missed."""
 
     def feed(self, chunk: bytes) -> None:
         *lines, rest = (self._rest + chunk).split(b"\n")
@@ -33,15 +33,15 @@ class LogRing:
             self._copy(b"\n".join([*lines, b""]))
 
     def end(self) -> None:
-        """Nothing more comes: what was begun is a line, too."""
+        """Complete an unfinished last line; nothing follows."""
         if self._rest:
             self.feed(b"\n")
 
     def since(self, total: int) -> list[str]:
-        """What was written after `total` lines, as far as it is still here."""
+        """Return the lines after the first `total` ones, as far as they are still kept."""
         return self.tail(self.total - total)
 
     def tail(self, count: int) -> list[str]:
-        """The last lines, oldest first."""
+        """Return the last `count` lines, oldest first."""
         lines = list(self._lines)[-count:] if count > 0 else []
         return [line[:_LONGEST_LINE].decode("utf-8", "replace").rstrip() for line in lines]

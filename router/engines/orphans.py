@@ -1,9 +1,9 @@
-"""The engines that run now, written down for the next router, in case this one is killed and they live on.
+"""Record of the running engines, by which the next router ends those that outlive a killed router.
 
-They die with their router (`platforms.spawn`), but not everywhere, and not every engine can be made to. So a
-router that starts ends what a dead one has left on its state directory. An engine is known by its mark, which it
-and all that it has started carry in their environment; where the system does not show that, by its number together
-with the moment of its birth. A number alone, which may be somebody else's by now, is never enough.
+Engines normally die with their router (`system.processes.spawn`), but not on every platform, nor can every engine
+be made to. A starting router therefore ends the engines recorded in its state directory by a dead one. An engine
+is recognized by its mark, an environment variable that its descendants inherit; where environments cannot be read,
+by its pid together with its start time. A pid alone is never enough, since it may have been reused.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Engine(msgspec.Struct, frozen=True):
     born: str
     port: int
     key_sha256: str
-    """Of the value of the variable that marks it."""
+    """Hash of the value of the variable `marked_by`."""
     marked_by: str = "LLAMA_API_KEY"
 
 
@@ -47,7 +47,7 @@ class _Record(msgspec.Struct, frozen=True):
 
 
 class EngineRecord:
-    """Add engines as they start; they leave by themselves. Use it on one event loop."""
+    """Record of engines: add them as they start; they are removed when they exit. Use it on one event loop."""
 
     def __init__(self, state: State) -> None:
         loss = "an engine that outlives this router, should it be killed, is not found by the next one."
@@ -58,7 +58,8 @@ class EngineRecord:
         self._writer: asyncio.Task[None] | None = None
 
     def end_leftovers(self) -> None:
-        """End what a dead router has left. Blocking, for seconds at most: for the time before there is a loop."""
+        """End the engines that a dead router has left. Blocks for seconds at most; call it before the event
+        loop."""
         record = self._file.read()
         if record is None or not record.engines:
             return
@@ -78,7 +79,7 @@ class EngineRecord:
 
     def add(self, engine: EngineProcess) -> None:
         born = birth(engine.pid)
-        if born is None:  # it is gone already
+        if born is None:  # it has exited already
             return
         alias, (variable, value) = engine.order.alias, engine.mark
         self._engines[engine] = _Engine(alias, engine.pid, born, engine.endpoint.port, _sha256(value), variable)
@@ -90,7 +91,7 @@ class EngineRecord:
         self._save()
 
     def _save(self) -> None:
-        """Disks may be slow: all changes that happen during a write are one write after it."""
+        """Write the record in the background. Changes during a write are combined into one write after it."""
         self._unsaved = True
         if self._writer is None or self._writer.done():
             self._writer = asyncio.create_task(self._write(), name="record of engines")
@@ -123,9 +124,9 @@ def _leftovers(engines: Sequence[_Engine]) -> list[psutil.Process]:
 
 
 def _end(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
-    """Those that can't be ended."""
+    """End processes, and return those that could not be ended."""
     for process in processes:
-        with contextlib.suppress(psutil.Error):  # psutil looks again whether the number is still its own
+        with contextlib.suppress(psutil.Error):  # psutil checks that the pid is still that process's
             process.terminate()
     left = _wait(processes, _TERM_SEC)
     for process in left:
@@ -135,7 +136,7 @@ def _end(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
 
 
 def _wait(processes: Sequence[psutil.Process], limit_sec: float) -> list[psutil.Process]:
-    """Those that are still there in the end."""
+    """Wait for processes to exit, and return those that have not within `limit_sec`."""
     deadline = time.monotonic() + limit_sec
     while True:
         processes = [process for process in processes if process.is_running() and birth(process.pid)]

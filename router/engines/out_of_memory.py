@@ -1,4 +1,4 @@
-"""Whether an engine that died ran out of memory, told by its log, and what it had asked for.
+"""Detection in an engine's log of memory that ran out, and of the allocations that failed.
 
 The texts are those of llama.cpp, build 11434: ggml/src/ggml.c, ggml-alloc.c, ggml-backend.cpp, ggml-cuda (also
 for ROCm), ggml-vulkan, ggml-sycl, ggml-metal, ggml-opencl, ggml-cann, and src/llama-model.cpp, llama-context.cpp,
@@ -24,7 +24,7 @@ _SIGNS = re.compile(
     r"|failed to fit params to free device memory",
     re.IGNORECASE,
 )
-# It is a pity about these, but the engine goes on without.
+# Failures after which the engine continues.
 _HARMLESS = re.compile(
     r"pinned memory|async uploads|prompt cache state|retrying without|fallback|skipping reorder", re.IGNORECASE
 )
@@ -34,9 +34,10 @@ _NUMBER = re.compile(r"\D(\d+)$")
 
 
 def ran_out(log: Iterable[str]) -> Mapping[Device, int] | None:
-    """What it asked for last on each device that had no more, in MiB, as far as it says; None: not for memory.
+    """Return the last failed allocation on each device in MiB, as far as the log reports it; None if memory did
+    not run out.
 
-    GPUs are counted as the engine does.
+    GPUs are counted as the engine counts them.
     """
     found = False
     wanted: dict[Device, int] = {}

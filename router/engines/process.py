@@ -1,7 +1,7 @@
-"""An engine that is a child process of ours: how its output is kept, how it is stopped, and why it ended.
+"""Engines that are child processes of the router: their logs, how they are stopped, and why they exited.
 
-When it is ready, and what it is asked, is known to its kind (see `base.py`), which builds on `EngineProcess`.
-Which models have engines, and when, is the scheduler's business.
+Each kind of engine (see `base.py`) extends `EngineProcess` by how it becomes ready and how it is probed. The
+scheduler decides which models have engines.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class EngineOrder:
 
     alias: str
     argv: tuple[str, ...]
-    """Without address and key, where it gets these from us."""
+    """Command line, without the address and key that the router adds."""
     env: Mapping[str, str] = field(default_factory=dict)
     load_stall_sec: float = 60
     load_limit_sec: float | None = None
@@ -49,7 +49,7 @@ class EngineOrder:
 
 @dataclass(frozen=True, slots=True)
 class Spawned:
-    """A child, with the end of the pipe from which its log is read."""
+    """Child process, with the reading end of the pipe for its log."""
 
     process: subprocess.Popen[bytes]
     log: int
@@ -64,8 +64,8 @@ class Spawned:
         logs_stdout: bool = False,
         death_signal: signal.Signals = signal.SIGKILL,
     ) -> Spawned:
-        """Without `logs_stdout`, its standard output is a pipe of its own. Raises EngineFailed when it cannot be
-        run."""
+        """Spawn a process. Without `logs_stdout`, its standard output is a pipe of its own. Raises
+        EngineFailed."""
         log, log_of_child = log_pipe()
         stdout = log_of_child if logs_stdout else subprocess.PIPE
         try:
@@ -78,7 +78,7 @@ class Spawned:
 
 
 class EngineProcess(ABC):
-    """A running engine. `exited` is done when the process is gone."""
+    """Running engine. `exited` is done once the process has exited."""
 
     def __init__(
         self,
@@ -88,7 +88,8 @@ class EngineProcess(ABC):
         spawned: Spawned,
         log: LogRing,
     ) -> None:
-        """`mark` is a variable that it has, and all that it starts, with a value that nobody else has."""
+        """`mark` is an environment variable with a unique value, by which it and its descendants are
+        recognized."""
         self.order = order
         self.endpoint = endpoint
         self.mark = mark
@@ -132,7 +133,7 @@ class EngineProcess(ABC):
 
     @property
     def lost_its_port(self) -> bool:
-        """It ended because somebody else has its port."""
+        """Whether it exited because another program has its port."""
         return self.ending.retry is Retry.AT_ONCE
 
     def last_words(self, lines: int = 10) -> list[str]:
@@ -154,7 +155,7 @@ class EngineProcess(ABC):
 
     @abstractmethod
     async def _until_it_serves(self) -> None:
-        """Return when it does; waiting is ended from outside when it exits, hangs or takes too long."""
+        """Wait until it accepts requests; cancelled if it exits, hangs or takes too long."""
 
     @abstractmethod
     async def healthy(self, limit_sec: float = PROBE_LIMIT_SEC) -> bool:
@@ -173,7 +174,7 @@ class EngineProcess(ABC):
 
     @abstractmethod
     async def _ask_to_go(self, grace_sec: float) -> None:
-        """Return when it is gone, and in any case after the grace time."""
+        """Ask it to exit; return once it has, and after `grace_sec` in any case."""
 
     async def _terminate(self, second_sec: float, grace_sec: float) -> None:
         """Send SIGTERM, and after `second_sec` another one; return as `_ask_to_go` does."""
@@ -209,13 +210,13 @@ class EngineProcess(ABC):
         return self._describe_exit(code)
 
     async def _close_pipes(self) -> None:
-        """Those to and from it besides the log's, when it is gone."""
+        """Close the pipes other than the log's, after the exit."""
         assert self._process.stdin is not None
         self._process.stdin.close()
 
     def _why(self, code: int) -> Ending:
-        """Builds that say by a thread of their own that a port is taken may end before it; then it counts who has
-        the port now."""
+        """Derive the consequences of the exit. An engine may exit before the thread that logs a taken port has
+        done so; then the port itself is checked."""
         log = self.log.since(self._log_begin)
         wanted_mib = ran_out(log[-_LINES_OF_AN_END:])
         if self.out_of_memory and wanted_mib is None:
@@ -255,13 +256,13 @@ class EngineProcess(ABC):
         return Reason(f"{reason}: {said}" if said and code not in (0, -signal.SIGTERM) else reason, reason)
 
     def _drain(self) -> None:
-        """Take what the engine has logged since the last look.
+        """Read what the engine has logged since the last call.
 
         An engine logs several lines per request. Waking up for each costs more than the request itself, so the
-        pipe is looked into now and then: soon again when there was much, seldom when there was nothing.
+        pipe is polled: soon again after much output, rarely after none.
         """
         size, logged = 0, self.log.total
-        for _ in range(_READS_AT_ONCE):  # one that writes without end must not keep us from all else
+        for _ in range(_READS_AT_ONCE):  # endless output must not block the event loop
             try:
                 chunk = os.read(self._log_pipe, 1 << 18)
             except BlockingIOError:
@@ -280,7 +281,7 @@ class EngineProcess(ABC):
         self._drain_timer = self._loop.call_later(self._drain_sec, self._drain)
 
     async def _watch_progress(self) -> None:
-        """Raises EngineFailed when the load stands still or takes too long."""
+        """Raise EngineFailed once the load makes no progress or takes too long."""
         order = self.order
         resident = 0
         while True:
@@ -300,7 +301,7 @@ class EngineProcess(ABC):
 
 
 def signal_name(code: int) -> str:
-    """Of an exit code below zero."""
+    """Return the name of the signal that a negative exit code stands for."""
     try:
         return signal.Signals(-code).name
     except ValueError:
@@ -308,7 +309,7 @@ def signal_name(code: int) -> str:
 
 
 def port_is_free(port: int) -> bool:
-    """Whether an engine could listen there. Asked with its own socket option, so TIME_WAIT does not count."""
+    """Return whether an engine could listen on the port. SO_REUSEADDR, as engines set it, ignores TIME_WAIT."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -1,4 +1,4 @@
-"""The router's own questions to an engine: each a GET over a connection of its own, beside its pool."""
+"""GET requests of the router itself to an engine, each over a connection of its own, outside the pool."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import NamedTuple
 from router.engines.base import Endpoint
 
 CANNOT_ASK = -1
-"""We are short of file descriptors, which says nothing of the engine."""
+"""Result if the router is out of file descriptors, which says nothing about the engine."""
 
 
 class Document(NamedTuple):
-    """An engine's answer to a question of the router's own."""
+    """Response of an engine."""
 
     status: int
     content_type: str
@@ -23,7 +23,7 @@ class Document(NamedTuple):
 
     @classmethod
     async def read(cls, answer: asyncio.StreamReader) -> Document:
-        """Raises what streams and wrong HTTP raise."""
+        """Read a response. Raises OSError, EOFError, ValueError, IndexError and LimitOverrunError."""
         first, *lines = (await answer.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         fields = dict(line.lower().split(": ", 1) for line in lines if ": " in line)
         length = fields.get("content-length")
@@ -32,7 +32,7 @@ class Document(NamedTuple):
 
 
 async def document(endpoint: Endpoint, path: str, limit_sec: float) -> Document | None:
-    """What is at `path`; None if it does not answer in time."""
+    """Return the document at `path`; None without a valid response in time."""
 
     async def fetch() -> Document:
         async with _asked(endpoint, path) as answer:
@@ -45,7 +45,7 @@ async def document(endpoint: Endpoint, path: str, limit_sec: float) -> Document 
 
 
 async def status(endpoint: Endpoint, path: str) -> int | None:
-    """With what status it answers; None if it does not answer in HTTP. Ask it within a limit."""
+    """Return the status of the response at `path`; None if it is not HTTP. Call it with a timeout."""
     try:
         async with _asked(endpoint, path) as answer:
             return int((await answer.readline()).split()[1])
@@ -57,7 +57,7 @@ async def status(endpoint: Endpoint, path: str) -> int | None:
 
 @contextlib.asynccontextmanager
 async def _asked(endpoint: Endpoint, path: str) -> AsyncIterator[asyncio.StreamReader]:
-    """The answer. Raises OSError."""
+    """Open a connection, send the request, and yield the stream of the response. Raises OSError."""
     reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port)
     try:
         lines = "".join(f"{name}: {value}\r\n" for name, value in endpoint.headers)

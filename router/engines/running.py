@@ -1,4 +1,4 @@
-"""An engine that runs: its handle, the connections to it, its part of the memory, and how it was doing lately."""
+"""Running engine: its handle, its connections, its account of memory, and the results of probes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from router.scheduling.residency import engine_name
 
 @dataclass(slots=True, eq=False)
 class RunningEngine:
-    """An engine with the connections to it."""
+    """Running engine with its connections."""
 
     id: int
     alias: str
@@ -21,40 +21,40 @@ class RunningEngine:
     pool: EnginePool
     account: Account
     log: LogRing
-    """What it has said itself."""
+    """Its own log."""
     started_sec: float
     ready_sec: float | None = None
     facts: Facts | None = None
-    """Once it is ready and has told."""
+    """Properties that it reported, once it is ready."""
     probed_sec: float | None = None
     probe_latency_sec: float | None = None
     answered_sec: float = 0.0
     """When it last answered a probe (monotonic)."""
     failed_probes: int = 0
-    """In a row."""
+    """Consecutive probes without an answer."""
 
     @property
     def pid(self) -> int | None:
-        """Of the process, or of the first; None where there is none here."""
+        """Its first process; None if none is on this machine."""
         return next(iter(self.handle.pids), None)
 
     @property
     def known_by(self) -> str:
-        """For people."""
+        """Process or port, for display."""
         return f"port {self.handle.endpoint.port}" if self.pid is None else f"pid {self.pid}"
 
     @property
     def name(self) -> str:
-        """As the scheduler calls it: `a#3`."""
+        """Name used by the scheduler: `a#3`."""
         return engine_name(self.alias, self.id)
 
     @property
     def alive_sec(self) -> float:
-        """When it last gave a sign of life: a byte of any answer, or an answer to a probe."""
+        """Time of its last sign of life: a byte of any response, or an answer to a probe."""
         return max(self.ready_sec or 0.0, self.answered_sec, self.pool.heard_sec)
 
     def loading_sec(self, *, since: float) -> float:
-        """How long it was loading from then on."""
+        """Return the time that it spent loading after `since`."""
         if self.ready_sec is None or self.ready_sec <= since:
             return 0.0
         return self.ready_sec - max(since, self.started_sec)

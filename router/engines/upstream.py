@@ -1,16 +1,16 @@
-"""HTTP/1.1 to the engines: one small pool of kept-alive connections each, nothing between the bytes and us.
+"""HTTP/1.1 client for engines, with a small pool of keep-alive connections for each.
 
-Made for what the data path does all day: a small request in one write, and an answer that is a small document
-or a stream of events. Whoever sends a request is a `Receiver`: it is called with the bytes of the answer as they
-come, in the turn of the event loop that read them. A task or a future for each of them would cost more than all
-the rest.
+Designed for the common case of the data path: a small request in one write, and a response that is a small
+document or an event stream. The sender of a request is a `Receiver`, which is called with the bytes of the
+response in the same iteration of the event loop that read them. A task or future for each read would cost more
+than everything else.
 
-llama-server closes idle connections whenever it likes. A request that was written to a pooled connection and
-saw no byte of an answer is therefore sent again, on a fresh connection. When a fresh one fails, too, the engine
-is lost, and what to do about it is the receiver's business.
+llama-server closes idle connections at any time. A request that was written to a pooled connection and got no byte
+of a response is therefore sent again on a fresh connection. If that fails too, the engine is lost, and the
+receiver decides what to do.
 
-Nothing that an engine sends is believed to end: its head, and whatever else is no body, is bounded. What comes
-before it was asked for ends the connection, so that it is nobody's answer.
+Engines are not trusted to end what they send: heads and everything else that is no body are bounded. Data that was
+not requested closes the connection, so that it is never taken for a response.
 """
 
 from __future__ import annotations
@@ -50,33 +50,32 @@ _NOT_RELAYED = frozenset(
     }
 )
 _STATUSES = frozenset(HTTPStatus)
-"""Those that mean something; another one is not passed on."""
+"""Known status codes; others are not passed on."""
 _KEEP_ALIVE_MAX = re.compile(rb"max=(\d+)")
 _DYING_SEC = 0.05
-"""Until an engine that has died is known to be dead."""
+"""Time until the exit of an engine has been noticed."""
 _LONGEST_HEAD = 64 * 1024
-"""Of an answer, with all announcements before it; and of what goes with a body and is none: extensions of chunks,
-and trailers."""
+"""Limit on a response's head, with all interim responses before it, and on chunk extensions and trailers."""
 _ENDS_OF_CHUNKS = 32
-"""A read up to this size that brings nothing of the body has torn the end of one chunk from the next."""
+"""Reads up to this size without any of the body are the end of a chunk, split from the next one."""
 _ONE_WRITE = 65536
-"""Head and body are joined up to this size; beyond it the copy costs more than a second buffer."""
+"""Head and body are joined up to this size; beyond it, copying costs more than a second write."""
 _PART = 256 << 10
 _PARTS_AT_ONCE = 4
-"""Of a large body, so much is written in a turn of the event loop: a fast engine would take all of it at once."""
+"""Part of a large body that is written per iteration of the event loop: a fast engine would accept all at once."""
 _CRUMBS = 256
-"""Where more chunks than that come at once, it is their number that takes time: others have their turns then."""
+"""Beyond this number of chunks in one read, parsing yields to other work of the event loop."""
 
 
 Body = bytes | memoryview | Pieces
 
 
 class Head(msgspec.Struct):
-    """What an answer says before its body."""
+    """Head of a response."""
 
     status: int
     lines: bytes
-    """The headers that are the client's business, too: names in lower case, each with its end."""
+    """Header lines to be passed on to the client: names in lower case, each with its line end."""
     content_length: int | None
     is_chunked: bool
     streams: bool
@@ -84,27 +83,27 @@ class Head(msgspec.Struct):
     is_encoded: bool
     """The body is compressed (`Content-Encoding`)."""
     keep_alive_max: float
-    """Requests that the engine takes on one connection (`Keep-Alive: max=100`), before it closes it."""
+    """Number of requests that the engine accepts on one connection (`Keep-Alive: max=100`)."""
 
 
 class Receiver(Protocol):
-    """Gets the answer to a request. After `last`, `lost` or `failed` it hears no more."""
+    """Receiver of the response to a request. No calls follow after `last`, `lost` or `failed`."""
 
     def connected(self, connection: Connection) -> None:
-        """The request is about to be written; it is taken back by closing the connection."""
+        """Called before the request is written; closing the connection cancels it."""
 
     def received(self, head: Head, part: bytes, last: bool) -> None:
-        """More of the body, or its end, or both; `head` is the same each time."""
+        """Called with more of the body, its end, or both; `head` is the same each time."""
 
     def lost(self, reason: str) -> None:
-        """The engine cannot be reached, broke off, or does not speak HTTP."""
+        """Called if the engine cannot be reached, closed the connection early, or violated HTTP."""
 
     def failed(self, error: Exception) -> None:
-        """One of these methods has raised this."""
+        """Called with an exception that one of these methods raised."""
 
 
 class Connection(asyncio.Protocol):
-    """One connection to an engine, one request at a time."""
+    """Connection to an engine, with one request at a time."""
 
     __slots__ = (
         "_answered",
@@ -135,27 +134,27 @@ class Connection(asyncio.Protocol):
         self._receiver: Receiver | None = None
         self._request: tuple[bytes, Body] = (b"", b"")
         self._unsent: Iterator[memoryview] | None = None
-        """What is still to be written of a large body."""
+        """Rest of a large body that is still to be written."""
         self._is_full = False
-        """More than enough is waiting to be sent."""
+        """True while the transport's write buffer is full."""
         self._is_held = False
-        """The receiver has enough for now."""
+        """True while the receiver has paused reading."""
         self._uses = 0
         self._headers: Headers = []
         self._head: Head | None = None
         self._known: Known[Head] | None = None
-        """The head of the last answer, if the next one may have it, too."""
+        """Head of the last response, if the next one may equal it."""
         self._parts: list[bytes] = []
         self._beside_body = 0
-        """Bytes of this answer that came without any of its body."""
+        """Number of bytes of this response in reads without any of its body."""
         self._poll: select.poll | None = None
-        """Tells what lies in the socket, unread."""
+        """Reports unread data of the socket."""
         self._answered = False
         self._complete = False
         self._may_stay = False
         self.last_byte_sec = 0.0
-        """When the engine last sent something here, or was sent a request (monotonic)."""
-        self.on_body = self._parts.append  # no frame of Python for a token
+        """Time of the last data from the engine or of the last request to it (monotonic)."""
+        self.on_body = self._parts.append  # no Python frame per token
         self._parser = httptools.HttpResponseParser(self)
 
     # --- use --------------------------------------------------------------------------------------------
@@ -166,13 +165,13 @@ class Connection(asyncio.Protocol):
 
     @property
     def is_fresh(self) -> bool:
-        """Whether it may be used again: nothing has come since the last answer, neither bytes nor an end."""
+        """Return whether it can be reused: neither data nor an end has arrived since the last response."""
         transport, poll = self._transport, self._poll
         return transport is not None and not transport.is_closing() and not (poll is not None and poll.poll(0))
 
     @property
     def stopped_midway(self) -> bool:
-        """Whether of an answer that an engine computes before it sends it a part is here. A stream has no such."""
+        """Return whether part of a response has arrived that the engine sends as a whole; False for streams."""
         return self._answered and (self._head is None or self._head.content_length is not None)
 
     def send(self, head: bytes, body: Body, receiver: Receiver) -> None:
@@ -205,7 +204,7 @@ class Connection(asyncio.Protocol):
         asyncio.get_running_loop().call_soon(self._send_on)
 
     def pause(self) -> None:
-        """Read no more until `resume`: the engine waits, and nothing piles up here."""
+        """Stop reading until `resume`; backpressure makes the engine wait."""
         self._is_held = True
         if self._transport is not None:
             self._transport.pause_reading()
@@ -216,7 +215,7 @@ class Connection(asyncio.Protocol):
             self._transport.resume_reading()
 
     def _let_others_read(self) -> None:
-        """uvloop reads from a socket that is never empty up to 32 times before it turns to the next."""
+        """Let other connections proceed: uvloop reads up to 32 times from a socket that is never empty."""
         if self.is_open:
             cast(asyncio.Transport, self._transport).pause_reading()
             asyncio.get_running_loop().call_soon(self._read_on)
@@ -226,13 +225,13 @@ class Connection(asyncio.Protocol):
             cast(asyncio.Transport, self._transport).resume_reading()
 
     def close(self) -> None:
-        """At once, so that the engine notices and frees its slot."""
+        """Close at once, so that the engine notices and frees the slot."""
         self._receiver = self._unsent = None
         if self._transport is not None:
             self._transport.abort()
 
     def break_off(self) -> None:
-        """As the engine would by its end; who waits for an answer is told."""
+        """Close as if the engine had exited; a waiting receiver is notified."""
         receiver = self._receiver
         self.close()
         if receiver is not None:
@@ -249,7 +248,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._pool.heard_sec = self.last_byte_sec = time.monotonic()
         receiver = self._receiver
-        if receiver is None:  # nobody has asked for anything
+        if receiver is None:  # nothing was requested
             self.close()
             return
         try:
@@ -314,7 +313,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = self._unsent = None
-        del self._parser  # they hold each other, and what was read
+        del self._parser  # a reference cycle that keeps what was read alive
         self._pool.lost(self)
         receiver, self._receiver = self._receiver, None
         if receiver is None:
@@ -384,7 +383,7 @@ class Connection(asyncio.Protocol):
 
 
 def _told(error: Exception) -> str:
-    """In few words, whatever an engine has sent."""
+    """Describe an error briefly, whatever the engine has sent."""
     cause = error.__context__  # what one of the parser's callbacks has raised
     if isinstance(error, httptools.HttpParserUpgrade):
         return "it switches to another protocol"
@@ -407,20 +406,20 @@ def _relayed(headers: Headers) -> bytes:
 
 
 def _first_lines(endpoint: Endpoint) -> bytes:
-    """After the target."""
+    """Return the part of the request after its target."""
     headers = (("host", f"{endpoint.host}:{endpoint.port}"), *endpoint.headers)
     lines = "".join(f"{name.lower()}: {value}\r\n" for name, value in headers)
     return f" HTTP/1.1\r\n{lines}".encode()
 
 
 class EnginePool:
-    """Connections to one engine. Not more idle ones than `max_idle`; the number in use is the slots' business."""
+    """Connections to one engine, with at most `max_idle` idle ones; the slots limit the number in use."""
 
     def __init__(self, endpoint: Endpoint, max_idle: int, is_alive: Callable[[], bool]) -> None:
         self.asked_sec = 0.0
-        """When the engine was last sent a request (monotonic)."""
+        """Time of the last request to the engine (monotonic)."""
         self.heard_sec = 0.0
-        """When it last sent a byte."""
+        """Time of the last byte from it."""
         self.endpoint = endpoint
         self._is_alive = is_alive
         self._lines = _first_lines(endpoint)
@@ -443,7 +442,7 @@ class EnginePool:
 
     @property
     def silent_since_sec(self) -> float:
-        """Since when the engine, if it is asked for anything, has sent nothing."""
+        """Time since which the engine has sent nothing, if requests are in flight."""
         return max(self.asked_sec, self.heard_sec)
 
     def connect(self, head: bytes, body: Body, receiver: Receiver) -> None:
@@ -453,7 +452,7 @@ class EnginePool:
         task.add_done_callback(self._connecting.discard)
 
     async def _connect(self, head: bytes, body: Body, receiver: Receiver) -> None:
-        if self._closed or not self._is_alive():  # its port may be somebody else's by now
+        if self._closed or not self._is_alive():  # its port may belong to another program by now
             _tell_lost(receiver, "the engine is stopped")
             return
         try:
@@ -508,13 +507,13 @@ class EnginePool:
         self._connections.discard(connection)
 
     def close_idle(self) -> None:
-        """Its engine is going: keep nothing, let what is in flight finish."""
+        """Keep no idle connections, because the engine is stopping; requests in flight finish."""
         self._closed = True
         while self._idle:
             self._idle.pop().close()
 
     def break_off(self) -> None:
-        """Its engine is to go now, and waits for whoever is connected to it."""
+        """Close all connections, because the engine is stopped now and waits for connected clients."""
         self.close_idle()
         for connection in tuple(self._connections):
             connection.break_off()

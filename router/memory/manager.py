@@ -45,7 +45,7 @@ _log = logging.getLogger("router")
 
 
 class MemoryManager:
-    """Manager of the memory of one dispatcher's engines. `scheduler` is only read; `planner_of` returns a model's planner."""
+    """Memory manager of one dispatcher. `scheduler` is only read; `planner_of` returns a model's planner."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Any server, by its command line."""
+"""Servers of any kind, started by their command lines."""
 
 MARK_VARIABLE = "LLAMA_ROUTER_ENGINE"
-"""By which one that has outlived its router is known."""
+"""Environment variable that identifies a server that has outlived its router."""

@@ -1,7 +1,7 @@
-"""Any server by its command line, as a kind of engine: see `EngineBackend`.
+"""Backend for servers that are started by their command lines: see `EngineBackend`.
 
-Nothing is known of such a program but what its entry says: what it takes of the memory is given there, or guessed
-from the size of its file until it has answered and was measured.
+Nothing is known of such a program except its entry. Its memory is given there, or estimated from the size of its
+file until it has answered a request and been measured.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from router.system.devices import HOST, Device
 
 _MIB = 1 << 20
 _FIRST_GUESS_MIB = 512
-"""Of a program of which nothing is known, until it has answered for the first time."""
+"""Estimate for a program without footprint and file, until its first response."""
 _FIRST_GUESS_SEC = 10.0
 ANY_GPU = "gpu"
-"""In `footprint_mb`: one GPU, whichever has room."""
+"""Key of `footprint_mb` for any one GPU."""
 
 
 class Command:
-    """Each of its models names its own program."""
+    """Backend of models that each name their own program."""
 
     name = "command"
     origin = ""
@@ -48,7 +48,7 @@ class Command:
         return None
 
     def check_runs(self) -> None:
-        """Whether a program is there is a matter of its model."""
+        """Check nothing: each model has a program of its own."""
 
     def validate(self, model: ModelConfig) -> Iterator[str]:
         try:
@@ -85,7 +85,7 @@ def _of_this_kind(model: ModelConfig) -> CommandModel:
 
 
 def _program(model: CommandModel) -> Path:
-    """The file that is run. Raises Unusable."""
+    """Return the file that is run. Raises Unusable."""
     name = model.cmd[0]
     path = shutil.which(name, path=model.env.get("PATH", os.environ.get("PATH", os.defpath)))
     if path is None:
@@ -95,7 +95,7 @@ def _program(model: CommandModel) -> Path:
 
 
 class _Places:
-    """The alternatives of one model on this machine, each on one GPU, on those that are named, or in RAM."""
+    """Alternatives of one model on this machine: on one GPU, on the GPUs that its entry names, or in RAM."""
 
     def __init__(self, model: CommandModel, system: System, ground: Ground, learned: Learned) -> None:
         self._model = model
@@ -114,7 +114,7 @@ class _Places:
         gpus = self._ground.gpus
         if given is None:
             return [self._by_guess(site) for site in gpus] or [self._by_guess(None)]
-        if ANY_GPU in given and not gpus:  # it computes in RAM then
+        if ANY_GPU in given and not gpus:  # it then computes in RAM
             return [self._given((), {HOST: given[ANY_GPU] + given.get(str(HOST), 0)})]
         in_ram = {HOST: given[str(HOST)]} if str(HOST) in given else {}
         if ANY_GPU in given:
@@ -133,7 +133,7 @@ class _Places:
         return replace(one, size=Size(counted, "footprint_mb", counted, self._identity(len(gpus))))
 
     def _by_guess(self, site: Site | None) -> Alternative:
-        """By what was measured, or by the size of its file."""
+        """Return the alternative by measurement, or else by the size of its file."""
         identity = self._identity(0 if site is None else 1)
         nbytes = self._file_bytes()
         guess = round(nbytes * self._multiplier / _MIB) if nbytes else _FIRST_GUESS_MIB
@@ -148,7 +148,8 @@ class _Places:
         return replace(one, placement=one.as_driven(wanted))
 
     def _rank(self, one: Alternative) -> tuple[bool, bool, int]:
-        """What fits comes first; of that, where it fits now, and snugly."""
+        """Sort key: alternatives that fit come first; of these, those that fit now, with least memory left
+        over."""
         left = self._ground.left_mib(one)
         return not self._ground.holds(one.placement), left < 0, left
 

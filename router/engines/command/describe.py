@@ -1,4 +1,5 @@
-"""What is known of a command's model without loading it: what its routes are for, and how large its file is."""
+"""Description of a command's model without loading it: its capabilities, by its routes, and the size of its
+file."""
 
 from __future__ import annotations
 
@@ -17,11 +18,11 @@ _CAPABILITIES: dict[Ask, str] = {
     "speech": "speech",
     "image": "image",
 }
-"""Those that clients know from other models, and what else there is."""
+"""Capabilities by kind of request: those that other models have, and further ones."""
 
 
 def described(model: ModelConfig) -> dict[str, Any]:
-    """Raises OSError."""
+    """Return capabilities and size. Raises OSError."""
     asks = {ROUTES[route].asks for route in model.routes or ()}
     capabilities = list(dict.fromkeys(each for ask, each in _CAPABILITIES.items() if ask in asks))
     size = {"size": model.model_path.stat().st_size} if model.files else {}

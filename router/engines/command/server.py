@@ -1,7 +1,8 @@
-"""A server that was started by its command line: ready when it answers at its path, and alive as long as it does.
+"""Servers started by a command line: ready and healthy while they answer at a configured path.
 
-Its port was free when it was started, and it counts only while our child lives; more cannot be asked of a program
-that knows nothing of us. What it needs to know is filled into its arguments and its variables.
+A server's port was free when it was started, and an answer counts only while the child process runs; a program
+that knows nothing of the router allows no better check. Placeholders in its arguments and environment are filled
+in.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from router.system.privacy import without_secrets
 
 _HOST = "127.0.0.1"
 _POLL_SEC = (0.02, 0.5)
-"""Between two looks whether it serves: at first, and when it takes long."""
+"""Interval of readiness checks: initial and longest."""
 _SECOND_WORD_SEC = 2.0
-"""From the first SIGTERM to the second, which ends what has missed the first while it was loading."""
+"""Time between two SIGTERMs; a server that is loading may miss the first."""
 _WRONG_ARGUMENTS = re.compile(
     r"unrecognized arguments?|unrecognized option|unknown (argument|flag|option)|invalid (argument|choice|option)",
     re.IGNORECASE,
@@ -45,14 +46,14 @@ def log_of_probe(path: str | None) -> re.Pattern[str]:
 
 
 def filled(text: str, values: Mapping[str, str]) -> str:
-    """With what stands for `{port}` and its like. Other braces are left as they are."""
+    """Replace `{port}` and the other placeholders; leave other braces unchanged."""
     for name, value in values.items():
         text = text.replace(f"{{{name}}}", value)
     return text
 
 
 class CommandServer(EngineProcess):
-    """A running one. Create it with `start`."""
+    """Running server. Create it with `start`."""
 
     def __init__(
         self,
@@ -74,7 +75,7 @@ class CommandServer(EngineProcess):
 
     @classmethod
     def start(cls, launch: Launch, model: CommandModel, program: str, port: int, log: LogRing) -> CommandServer:
-        """Spawn it. Raises EngineFailed when its program cannot be run."""
+        """Spawn a server. Raises EngineFailed if its program cannot be run."""
         values = {"host": _HOST, "port": str(port), "model": str(model.file or ""), "alias": model.alias}
         mark = secrets.token_hex(16)
         env = {
@@ -86,7 +87,7 @@ class CommandServer(EngineProcess):
         order = EngineOrder(
             model.alias, argv, env, launch.load_stall_sec, launch.load_limit_sec, launch.stop_grace_sec
         )
-        # If we die it gets SIGTERM: it may be a script around an engine, or have processes of its own.
+        # SIGTERM if the router dies: it may be a wrapper script, or have child processes.
         spawned = Spawned.by(argv, env, cwd=model.cwd, logs_stdout=True, death_signal=signal.SIGTERM)
         endpoint = Endpoint(port, host=_HOST, marks_end=False)
         return cls(order, model, endpoint, mark, spawned, log, values)
@@ -104,7 +105,8 @@ class CommandServer(EngineProcess):
             return False
 
     async def _answer(self) -> bool | None:
-        """Whether it says that it serves; without a path to ask, whether its port is open. None: we cannot ask."""
+        """Return whether it answers with 2xx at its path, or without a path, whether its port is open; None if the
+        router is out of file descriptors."""
         if self._ready_path is not None:
             answer = self._last_status = await status(self.endpoint, self._ready_path)
             return None if answer == CANNOT_ASK else answer is not None and 200 <= answer < 300
@@ -129,7 +131,7 @@ class CommandServer(EngineProcess):
         return f"it answers {self._ready_path} (ready_path) with {self._last_status}; {words}"
 
     async def facts(self) -> Facts | None:
-        """Nobody knows what to ask it."""
+        """Return None: no server-independent way to ask exists."""
         return None
 
     async def _ask_to_go(self, grace_sec: float) -> None:
@@ -146,7 +148,7 @@ class CommandServer(EngineProcess):
         return Retry.NEVER if wrong else Retry.LATER
 
     async def _run_stop_cmd(self, limit_sec: float) -> None:
-        """What it says goes to the engine's log."""
+        """Run the command; its output goes to the engine's log."""
         try:
             process = await asyncio.create_subprocess_exec(
                 *self._stop_cmd,

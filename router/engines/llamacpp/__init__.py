@@ -1,1 +1,1 @@
-"""All that is llama.cpp's own: its servers, flags, memory formulas and errors."""
+"""llama.cpp: its servers, flags, memory formulas and errors."""

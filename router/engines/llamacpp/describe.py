@@ -1,4 +1,4 @@
-"""What is known of a llama-server's model without loading it, by its file's header and its flags. Reads files."""
+"""Description of a GGUF model without loading it, by its file's header and its flags. Reads files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from router.formats import gguf
 
 
 def described(model: ModelConfig) -> dict[str, Any]:
-    """Raises whatever is wrong with its file or its flags."""
+    """Return what lists show of a model. Raises OSError, GGUFError and FlagError."""
     assert isinstance(model, LlamaCppModel)
     header = header_of(model)
     flags = as_started(model.flags, model.env)
@@ -33,7 +33,7 @@ def described(model: ModelConfig) -> dict[str, Any]:
 
 
 def _meta(header: gguf.GGUF, context: int | None) -> dict[str, Any]:
-    """What llama-server tells of a model that is loaded."""
+    """Return the `meta` that llama-server reports for a loaded model."""
     tokens = header.metadata.get("tokenizer.ggml.tokens")
     told = {
         "n_ctx": context,
@@ -48,7 +48,7 @@ def _meta(header: gguf.GGUF, context: int | None) -> dict[str, Any]:
 
 
 def _capabilities(header: gguf.GGUF, flags: Flags) -> list[str]:
-    """What its engine, started with these flags, can be asked for; clients choose by it what to offer."""
+    """Return what an engine with these flags can do; clients offer features accordingly."""
     if flags.switch("rerank", False):
         return ["rerank"]
     if flags.switch("embedding", False):
@@ -68,7 +68,7 @@ def _capabilities(header: gguf.GGUF, flags: Flags) -> list[str]:
 
 
 def template_of(model: ModelConfig) -> str:
-    """The chat template that its engine uses; empty for none. Reads files: raises OSError and GGUFError."""
+    """Return the chat template that its engine uses; empty if none. Raises OSError and GGUFError."""
     return _template(header_of(model), as_started(model.flags, model.env))
 
 
@@ -105,5 +105,5 @@ def _template(header: gguf.GGUF, flags: Flags) -> str:
 
 
 def header_of(model: ModelConfig) -> gguf.GGUF:
-    """Of its file. Raises OSError and GGUFError."""
+    """Return the header of its file. Raises OSError and GGUFError."""
     return gguf.read(model.model_path, require_data=False)

@@ -1,4 +1,4 @@
-"""What llama.cpp itself says a model takes: `llama-fit-params`, which lies beside `llama-server`.
+"""Memory estimates of llama.cpp itself, by the tool `llama-fit-params` beside `llama-server`.
 
 It runs the engine's own loader and graph and allocates nothing, so it is right for every architecture that its
 build knows, in a fraction of a second. It is asked only what it can be asked; three things are put right with the
@@ -33,7 +33,7 @@ from router.system.privacy import without_secrets
 TOOL = "llama-fit-params"
 TIMEOUT_SEC = 20.0
 RETRY_SEC = 300.0
-"""After which it is asked again what it could not tell: it needs some memory of a GPU itself, and time."""
+"""Time after which a failed question is repeated: the tool itself needs time and some GPU memory."""
 
 _LONGEST_REASON = 300
 
@@ -57,7 +57,7 @@ _Key = tuple[_Identity, tuple[str, ...], tuple[str | None, ...]]
 
 
 class FitParams:
-    """Asks the tool of one engine build, once per model file and flags. Blocking: call it in a thread."""
+    """Runs the tool of one engine build, once per model file and flags. Blocking: call it in a thread."""
 
     def __init__(self, tool: Path, *, timeout_sec: float = TIMEOUT_SEC, retry_sec: float = RETRY_SEC) -> None:
         self.tool = tool
@@ -77,7 +77,7 @@ class FitParams:
         adapters: Sequence[GGUF] = (),
         environ: Mapping[str, str] | None = None,
     ) -> Footprint | None:
-        """What the model at `header.path` takes; None, and the reason in the log, when the tool can't tell.
+        """Return the footprint of the model at `header.path`; None, with the reason in the log, if the tool fails.
 
         Raises `FlagError` if a flag that matters has an impossible value.
         """
@@ -107,7 +107,7 @@ class FitParams:
         )
 
     def _ask(self, header: GGUF, question: list[str], environ: Mapping[str, str]) -> tuple[Share, ...] | None:
-        """GPUs in their order, the host last."""
+        """Return the shares of the GPUs in order, the host's last."""
         if header.path is None:
             return None
         try:
@@ -160,7 +160,7 @@ class FitParams:
 
 
 def beside(server: Path) -> FitParams | None:
-    """The tool of the build that this `llama-server` is of, if it has been installed with it."""
+    """Return the tool installed beside this `llama-server`; None if there is none."""
     for folder in (server.parent, server.resolve().parent):
         tool = folder / TOOL
         if tool.is_file() and os.access(tool, os.X_OK):
@@ -169,7 +169,7 @@ def beside(server: Path) -> FitParams | None:
 
 
 def parse(printed: str) -> tuple[Share, ...] | None:
-    """Lines of device, weights, context and compute buffer, the last of them `Host`; None if they are not that."""
+    """Parse lines of device, weights, context and compute buffer, the last of them `Host`; None if malformed."""
     shares: list[Share] = []
     for line in printed.splitlines():
         name, *figures = line.split() or [""]
@@ -183,7 +183,7 @@ def parse(printed: str) -> tuple[Share, ...] | None:
 
 
 def _question(flags: Flags, context: int) -> list[str]:
-    """The flags it takes, in their usual spelling: the environment sets some, too."""
+    """Return the flags that the tool accepts, in their usual spelling; some come from the environment."""
     words: list[str] = []
     for flag in flags.given:
         if flag.name in _PASSED and (flag.name in _ADD_UP or flag is flags.last(flag.name)):

@@ -1,4 +1,4 @@
-"""How the router would place a model if it ran nothing else: for one that is not there yet, too."""
+"""Forecast of a model's placement on an otherwise idle machine, also for models that are not downloaded yet."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from router.system.devices import Device
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """How the router would place a model if it ran nothing else. MiB by device."""
+    """Placement of a model if the router ran nothing else; MiB by device."""
 
     best: Alternative
     need: Footprint
     free_mib: Placement
     largest_context: int
-    """The largest `-c` that fits; 0 if with none."""
+    """Largest `-c` that fits; 0 if none does."""
     flags: tuple[str, ...]
-    """That the router would add to those that were given."""
+    """Flags that the router would add."""
 
     @property
     def short_mib(self) -> dict[Device, int]:
-        """What is missing; empty if it fits."""
+        """Missing MiB by device; empty if it fits."""
         free = self.free_mib
         return {device: mib - free[device] for device, mib in self.best.placement.items() if mib > free[device]}
 
@@ -50,7 +50,7 @@ def forecast(
     draft: GGUF | None = None,
     lora: tuple[GGUF, ...] = (),
 ) -> Forecast:
-    """Reads the devices: blocking."""
+    """Forecast by the header and flags of a model. Blocking: reads the devices. Raises FlagError and OSError."""
     engine = _engine()
     ground = _ground(engine)
     asked_for = [word for name, *value in flags_for(header, flags) for word in (f"--{name}", *value)]
@@ -84,7 +84,7 @@ def _engine() -> EngineKind | None:
 
 
 def _ground(engine: EngineKind | None) -> Ground:
-    """The machine as it is now, as a router without engines and with every GPU would see it."""
+    """Return the machine's current memory as seen by a router without engines that uses every GPU."""
     devices = Devices(listed=None if engine is None else Listed(engine, os.environ))
     ledger = Ledger(System())
     ledger.observe(devices.read_blocking(), {})

@@ -1,7 +1,7 @@
-"""GPUs that only the engine knows, by what its Vulkan build says itself: `llama-server --list-devices`.
+"""GPUs that only the engine reports, by `llama-server --list-devices` of a Vulkan build.
 
-It takes a process of some 0.2 s to ask, and that wakes GPUs which sleep: an answer may be as old as whoever asks
-allows. Nobody tells which process holds what of these GPUs. Where their driver does not tell what is in use either
+The list takes a process of about 0.2 s and wakes sleeping GPUs, so callers state how old it may be. Memory of
+these GPUs is not reported by process. If their driver does not report the memory in use either
 (VK_EXT_memory_budget), the reading stands still, and free is what our engines are not booked with.
 
 GPUs are counted as the list does, `gpu1` is Vulkan1. An engine is shown some of them by GGML_VK_VISIBLE_DEVICES,
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 
 TIMEOUT_SEC = 10.0
 _PAUSE_SEC = 60.0
-"""Before a list that hung is asked for again; twice as long each time that it hangs again."""
+"""Pause after a list that hung; doubled each time that it hangs again."""
 _LONGEST_PAUSE_SEC = 3600.0
 _MOST = 16
 _LINE = re.compile(r"\s+([A-Za-z]+)(\d*): (.*) \((\d+) MiB, (\d+) MiB free\)")
 _READ_BY_DRIVERS = ("CUDA", "ROCm", "MTL", "BLAS")
-"""Devices of which this list is not needed, or that are none with memory of its own."""
+"""Backends that drivers report, or that have no memory of their own."""
 _INTEL = "0x8086"
 _SAME_SIZE = 0.05
-"""Drivers differ in what they keep for themselves."""
+"""Tolerance between drivers, which reserve different amounts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +49,8 @@ class _Line:
 
 
 class Listed:
-    """What the engine lists. `asked` are numbers of GPUs to offer also where they share memory with the
-    processor; `root` is where `/sys` is."""
+    """List of an engine's GPUs. `asked` are numbers of GPUs to offer even if they share memory with the processor;
+    `root` contains `/sys`."""
 
     def __init__(
         self, engine: EngineKind, environ: Mapping[str, str], asked: Collection[int] = (), root: Path = Path("/")
@@ -65,9 +65,9 @@ class Listed:
         self._taken_sec = -math.inf
         self._pause_sec = 0.0
         self._again_sec = -math.inf
-        """How long, and until when, it is left alone since it hung."""
+        """Time until which it is not run again after it hung; `_pause_sec` is the length of that pause."""
         self._counted: dict[tuple[str, ...], list[int | None]] = {}
-        """How the loader counts the GPUs of lists of labels that were seen before."""
+        """The loader's numbers of the GPUs, by the labels of a list."""
         self._others: dict[tuple[Device, ...], dict[Device, str]] = {}
 
     def read(self, within_sec: float, *, amd_shares: bool) -> tuple[list[Reading], list[str]]:
@@ -93,10 +93,9 @@ class Listed:
         return self._last
 
     def numbers_of(self, gpus: Sequence[Reading]) -> dict[Device, str]:
-        """How Vulkan's loader counts GPUs that another driver tells of; empty where one is not found.
+        """Return the numbers that Vulkan's loader gives to GPUs reported by a driver; empty if one is not found.
 
-        Those of the same name and size are taken for the same, else those of the same size, in their order. The
-        engine is asked once.
+        GPUs are matched by name and size, else by size, in their order. The engine is asked once.
         """
         devices = tuple(gpu.device for gpu in gpus)
         if devices not in self._others:

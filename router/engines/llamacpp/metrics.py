@@ -1,8 +1,8 @@
-"""llama-server's own metrics, in `/metrics` with the model's alias: of engines that are started with `--metrics`.
+"""llama-server's own metrics, exported at `/metrics` with the model's alias, for engines started with `--metrics`.
 
-Only engines that are ready are asked, all at once and not for long. One that is in the middle of a batch answers
-after it: if that is too late, what it said last counts, as long as it lives. Lines that are no samples of
-llama.cpp's are left out, so that no engine can spoil a scrape.
+Ready engines are asked concurrently, with a short timeout. An engine that is computing a batch answers after it;
+if that is too late, its previous values are used while it runs. Lines that are not samples of llama.cpp
+are left out, so that no engine can spoil a scrape.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class EngineMetrics:
         self._said: dict[int, str] = {}
 
     async def read(self, limit_sec: float) -> None:
-        """Ask them; it takes no longer than `limit_sec`."""
+        """Ask the engines, for at most `limit_sec` seconds."""
         tell = [running for running in self._running().values() if self._tells(running)]
         self._said = {running.id: self._said[running.id] for running in tell if running.id in self._said}
         await asyncio.gather(*(self._ask(running, limit_sec) for running in tell))
 
     def families(self) -> list[Gauges]:
-        """Those of all engines, each once."""
+        """Return the metrics of all engines, each family once."""
         running = self._running()
         return relayed((running[number].alias, text) for number, text in self._said.items() if number in running)
 
@@ -60,8 +60,8 @@ def _wants_metrics(flags: tuple[str, ...], env: tuple[tuple[str, str], ...]) -> 
 
 
 def relayed(texts: Iterable[tuple[str, str]]) -> list[Gauges]:
-    """What engines said, each with its alias, as families with the alias as their first label. What several
-    engines of a model say adds up; of means, shares and maxima the largest counts."""
+    """Combine the texts of engines, each with its alias, into families with the alias as first label. Values of
+    several engines of a model are added; of means, shares and maxima the largest is used."""
     families: dict[str, Gauges] = {}
     figures: dict[str, dict[str, float]] = {}
     for alias, text in texts:

@@ -57,7 +57,7 @@ def inspect(
 
 
 def alternatives(sizer: Sizer, engine: EngineKind | None, ground: Ground) -> list[Alternative]:
-    """All there are for a model that is not configured, best first, also those that do not fit; at least one."""
+    """Return the alternatives of a model without an entry, best first, including those that do not fit."""
     return _Places(sizer, engine, ground, {}).alternatives()
 
 
@@ -69,7 +69,7 @@ def advise(
     learned: Learned,
     too_much: Placement,
 ) -> str:
-    """What would fit where a placement proved to be too much; empty if nobody can tell. Blocking."""
+    """Return advice on what fits where a placement proved too large; empty if unknown. Blocking."""
 
     def smaller(site: Site) -> Site:
         return replace(site, budget_mib=int(0.9 * too_much.get(site.device, 0)))
@@ -99,7 +99,7 @@ def _places(model: LlamaCppModel, system: System, engine: EngineKind, ground: Gr
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """GPUs to be used together, with the shares that they have in the model."""
+    """GPUs that are used together, with their shares of the model."""
 
     sites: tuple[Site, ...]
     rooms: tuple[float, ...]
@@ -152,7 +152,7 @@ class _Places:
         return found
 
     def advice(self) -> str:
-        """What would fit instead of what the flags ask for."""
+        """Return advice on what would fit instead of what the flags request."""
         if not self._sizer.knows_parts:
             return ""
         sites = () if self._stays_on_host else self._together()
@@ -285,7 +285,8 @@ class _Places:
         return several or tuple(sorted(gpus, key=lambda site: site.budget_mib, reverse=True)[:1])
 
     def _rank(self, one: Alternative) -> tuple[bool, bool, int, bool, int]:
-        """What fits comes first, then what is whole, then fewer GPUs; of those, where it fits now and snugly."""
+        """Sort key: alternatives that fit come first, then unreduced ones, then those with fewer GPUs; of these,
+        those that fit now, with least memory left over."""
         left = self._ground.left_mib(one)
         return not self._ground.holds(one.placement), bool(one.remark), len(one.gpus), left < 0, left
 

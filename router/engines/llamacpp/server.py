@@ -1,13 +1,14 @@
-"""One llama-server, or embedded engine, as a child process: how it is started and stopped, when it is ready.
+"""llama-server and the embedded engine as child processes: start, readiness and stop.
 
-Engines listen on 127.0.0.1 with a key of their own, given through the environment, so that it shows neither in
-`ps` nor in a log. A port that answers proves nothing: an orphan or a stranger may sit there. Readiness counts
-only when our child says so on its own pipe (the protocol between llama-server's router mode and its children,
-tools/server/server-models.cpp) or, for builds that do not speak it, when the port wants our key and takes it.
-Asked for that is `/props`: `/health` is for everybody, and so was `/v1/models` before build 10500.
+Engines listen on 127.0.0.1 with a key of their own, passed in the environment so that it appears neither in `ps`
+nor in a log. An answering port proves nothing, as it may belong to an orphan or another program. An engine is
+ready only once the child reports it on its own pipe (the protocol between llama-server's router mode and its
+children, tools/server/server-models.cpp) or, for builds without that protocol, once the port rejects requests
+without the key and accepts those with it. The path for this is `/props`: `/health` needs no key, nor did
+`/v1/models` before build 10500.
 
-An engine that can listen on a Unix socket beside its port is asked for that: requests go there, as for two
-processes of one machine TCP's acknowledgements are so much work for nothing.
+Builds that can listen on a Unix socket beside the port get one, and requests use it: between processes of one
+machine, TCP's acknowledgements are wasted work.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ from router.system.privacy import without_secrets
 KEY_VARIABLE = "LLAMA_API_KEY"
 _STATE_PREFIX = b"cmd_child_to_router:state:"
 _SAYS_READY = b"cmd_child_to_router:ready"
-"""What builds before June 2026 say instead of that state."""
+"""Message of builds before June 2026 instead of that state."""
 _EXIT_COMMAND = b"cmd_router_to_child:exit\n"
 _KEPT_PATH = "/props"
-"""Nobody gets it without the key, whatever the build."""
+"""Path that requires the key in every build."""
 
 _POLL_SEC = 0.01
 _LEAVING_SEC = 0.3
-"""From the first word to an engine that it is to go to the second."""
+"""Time between the first request to exit and the second."""
 _REFUSED_FLAG = re.compile(r"error: invalid argument: |error while handling argument ")
-"""llama.cpp, common/arg.cpp; the embedded engine says so, too."""
+"""Messages of llama.cpp (common/arg.cpp) and of the embedded engine."""
 _TAKEN_PORT = re.compile(r"couldn't bind .*socket")
 """tools/server/server-http.cpp"""
 _LONGEST_MESSAGE = 1 << 20
@@ -57,29 +58,29 @@ class _State(msgspec.Struct):
 
 class _Context(msgspec.Struct):
     n_ctx: int | None = None
-    """Of one slot."""
+    """Context size of one slot."""
 
 
 class _Props(msgspec.Struct):
-    """What an engine says of itself at `/props`."""
+    """Document at `/props`."""
 
     default_generation_settings: _Context = msgspec.field(default_factory=_Context)
     modalities: dict[str, bool] = {}
 
 
 class LlamaServer(EngineProcess):
-    """A running engine. Create it with `start`."""
+    """Running engine. Create it with `start`."""
 
     def __init__(self, order: EngineOrder, endpoint: Endpoint, key: str, spawned: Spawned, log: LogRing) -> None:
         super().__init__(order, endpoint, (KEY_VARIABLE, key), spawned, log)
         self._said_ready = asyncio.Event()
         self._without_key: int | None = None
-        """With what status its port answered last who has no key."""
+        """Status of the last response to a request without the key."""
         self._messages = asyncio.create_task(self._read_messages(), name=f"messages of {order.alias}")
 
     @classmethod
     def start(cls, order: EngineOrder, port: int, log: LogRing, unix_socket: Path | None) -> LlamaServer:
-        """Spawn it. Raises EngineFailed when the binary cannot be run."""
+        """Spawn an engine. Raises EngineFailed if the binary cannot be run."""
         key = secrets.token_hex(24)
         hosts = "127.0.0.1" if unix_socket is None else f"127.0.0.1,{unix_socket}"
         argv = (*order.argv, "--host", hosts, "--port", str(port))
@@ -104,7 +105,7 @@ class LlamaServer(EngineProcess):
             await asyncio.gather(said, polled, return_exceptions=True)
 
     async def _poll_ready(self) -> None:
-        """For builds that push nothing. Two answers identify our child: 401 without the key, 200 with it."""
+        """Poll builds without messages. Two responses identify the child: 401 without the key, 200 with it."""
         keyless = replace(self.endpoint, headers=())
         while True:
             await asyncio.sleep(_POLL_SEC)
@@ -113,7 +114,7 @@ class LlamaServer(EngineProcess):
                 return
 
     async def healthy(self, limit_sec: float = PROBE_LIMIT_SEC) -> bool:
-        """Whether it is alive and answers with our key in time."""
+        """Return whether it is alive and accepts a request with the key in time."""
         try:
             answer = await asyncio.wait_for(status(self.endpoint, "/v1/models"), limit_sec)
             return self.alive and answer in (200, CANNOT_ASK)
@@ -121,24 +122,26 @@ class LlamaServer(EngineProcess):
             return False
 
     async def facts(self) -> Facts | None:
-        """The truth, whatever its flags, its variables and the memory that it found have made of it."""
+        """Return the properties that resulted from its flags, its environment and the available memory."""
         said = await document(self.endpoint, "/props", PROBE_LIMIT_SEC)
         try:
             props = msgspec.json.decode(said.body if said else b"", type=_Props)
-        except msgspec.MsgspecError:  # it is older, or another one
+        except msgspec.MsgspecError:  # an older build, or another server
             return None
         return Facts(props.default_generation_settings.n_ctx, props.modalities)
 
     async def _ask_to_go(self, grace_sec: float) -> None:
-        """llama-server waits for whoever is connected, and even so takes its time, as it ends what it computes and
-        looks once a second who is still there. One that takes the exit command is then killed: what it would tidy
-        up goes with it. What has to be told by signals may have more to do, as it may be a script around one.
+        """Ask by the exit command, or else by signals.
+
+        llama-server waits for connected clients and is slow even without, as it completes its computation and
+        checks for clients once a second. After the exit command it is therefore killed: its cleanup frees nothing
+        that its exit does not. A process that needs signals gets more time, as it may be a wrapper script.
         """
         leaving_sec = min(_LEAVING_SEC, grace_sec)
         if not self._said_ready.is_set():
             await self._terminate(leaving_sec, grace_sec)  # the second SIGTERM makes llama-server wait for nobody
             return
-        # No SIGTERM before it is through: its handler takes a lock that may be held.
+        # No SIGTERM during the exit: its handler takes a lock that may be held.
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.write(_EXIT_COMMAND)
@@ -154,7 +157,7 @@ class LlamaServer(EngineProcess):
         return Retry.LATER
 
     async def _close_pipes(self) -> None:
-        await asyncio.wait({self._messages}, timeout=0.5)  # a grandchild may hold the pipe open
+        await asyncio.wait({self._messages}, timeout=0.5)  # a descendant may hold the pipe open
         self._messages.cancel()
         await super()._close_pipes()
 
@@ -166,13 +169,13 @@ class LlamaServer(EngineProcess):
         return f"its port answers {_KEPT_PATH} without the key ({answered}), so it is not llama-server; {words}"
 
     async def _read_messages(self) -> None:
-        """Standard output: state messages in child mode, log lines in builds that do not know it."""
+        """Read standard output: state messages of the child protocol, log lines of builds without it."""
         stream = asyncio.StreamReader(limit=_LONGEST_MESSAGE)
         transport, _ = await self._loop.connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(stream), self._process.stdout
         )
         try:
-            with contextlib.suppress(ValueError):  # a line beyond all bounds; nothing after it can be trusted
+            with contextlib.suppress(ValueError):  # a line over the limit; what follows cannot be parsed
                 while line := await stream.readline():
                     self._last_sign = time.monotonic()
                     if line.startswith(_STATE_PREFIX):
@@ -182,7 +185,7 @@ class LlamaServer(EngineProcess):
                     else:
                         self.log.feed(line)
             while await stream.read(65536):
-                pass  # it must never block on us
+                pass  # its writes must never block
         finally:
             transport.close()
 

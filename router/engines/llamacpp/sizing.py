@@ -56,7 +56,7 @@ _log = logging.getLogger("router")
 
 
 class WrongFlags(Unusable):
-    """The engine will not take these."""
+    """Raised if the engine will not accept the model's flags."""
 
     for_good = True
 
@@ -66,7 +66,7 @@ class WrongFlags(Unusable):
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """All that an engine loads, with the headers of what is in a format that we know."""
+    """Files that an engine loads, with the headers of those in a known format."""
 
     paths: tuple[Path, ...]
     nbytes: int
@@ -77,7 +77,7 @@ class Files:
 
 
 def read_files(path: Path, flags: Flags) -> Files:
-    """Raises Unusable for a broken file, OSError for one that can't be opened."""
+    """Read the headers of a model's files. Raises Unusable for a broken file, OSError for an unreadable one."""
     paths: list[Path] = []
     nbytes = 0
     headers: list[GGUF | None] = []
@@ -87,7 +87,7 @@ def read_files(path: Path, flags: Flags) -> Files:
         if file is not None:
             try:
                 header = gguf.read(file)
-            except gguf.UnsupportedGGUF:  # newer than we are; the engine may know it
+            except gguf.UnsupportedGGUF:  # a newer format, which the engine may know
                 paths.append(file)
                 nbytes += file.stat().st_size
             except GGUFError as error:
@@ -104,7 +104,7 @@ def read_files(path: Path, flags: Flags) -> Files:
 
 @contextlib.contextmanager
 def _sized(files: Files) -> Iterator[None]:
-    """No header says anything that there is a formula for, but it may say anything. Raises Unusable."""
+    """Convert errors of the formulas to Unusable: a header may contain anything."""
     try:
         yield
     except (FlagError, OSError):
@@ -120,7 +120,7 @@ def _named(flags: Flags, name: str) -> Path | None:
 
 
 class EngineKind:
-    """What must be known of the engine's build to size and place models for it."""
+    """Properties of an engine's build that affect sizing and placement of models."""
 
     def __init__(self, binary: Binary) -> None:
         self.program = Path(binary.argv[0])
@@ -131,14 +131,14 @@ class EngineKind:
 
     @property
     def build(self) -> str:
-        """Changes when the engine is replaced. Raises OSError when it is gone."""
+        """Identity of the build, which changes if the engine is replaced. Raises OSError if it is missing."""
         if not self._is_server:
             return self._origin
         status = self.program.stat()
         return f"{self.program} {status.st_size} {status.st_mtime_ns}"
 
     def check_runs(self) -> None:
-        """Raises Unusable. Every build is tried once, which takes llama-server 0.1 s."""
+        """Run each build once, which takes llama-server 0.1 s. Raises Unusable if it does not run."""
         if not self._is_server:
             return
         try:
@@ -237,7 +237,7 @@ def _help_of(program: str, build: str) -> _Help:
 
 
 class Sizer:
-    """One model: the same question, asked for other flags and GPUs. Its answers may raise FlagError or OSError."""
+    """Estimates of one model's memory for different flags and GPUs. Methods may raise FlagError and OSError."""
 
     def __init__(
         self,
@@ -260,11 +260,11 @@ class Sizer:
 
     @property
     def knows_parts(self) -> bool:
-        """Whether it is known what goes where; else there is one figure for the whole."""
+        """Whether the parts on each device are known; otherwise there is one figure for the model."""
         return self.given_mib is None and self.files.model is not None
 
     def whole(self, rooms: Sequence[float]) -> Size:
-        """By one figure, divided among GPUs as `rooms` are, or on the host."""
+        """Return the size by one figure, divided among GPUs in proportion to `rooms`, or on the host."""
         if self.given_mib is not None:
             mib, source = self.given_mib, "footprint_mb"
         else:
@@ -287,9 +287,9 @@ class Sizer:
     def parts(
         self, added: tuple[str, ...], gpus: int, visible: Mapping[str, str], *, exact: bool = True
     ) -> Size | None:
-        """With these further flags on so many GPUs; None if the engine has no use for GPUs.
+        """Return the size with further flags on this number of GPUs; None if the engine does not use GPUs.
 
-        `visible` are the variables that show the engine those GPUs; they win over `environ`. `exact=False` asks
+        `visible` are the environment variables that select the GPUs; they override `environ`. `exact=False` uses
         only the formulas.
         """
         flags = self.flags_with(added)
@@ -307,7 +307,7 @@ class Sizer:
         if measured is not None:
             return Size(_within_reason(measured, figures, taken), "measured", figures, identity, taken)
         factors = self.ratio(gpus)
-        # Never less than what llama.cpp asks for: only what comes on top of it varies.
+        # Never less than what llama.cpp allocates: only the overhead varies.
         asked = taken.mib()
         corrected: Mapping[Device, int] = {
             device: max(asked[device], round(mib * factors[device])) for device, mib in figures.items()
@@ -333,7 +333,7 @@ class Sizer:
             )
 
     def largest_context(self, added: tuple[str, ...], free_mib: Mapping[Device, int]) -> int:
-        """The largest `-c` with which it fits, by formula; 0 if with none."""
+        """Return the largest `-c` that fits, by formula; 0 if none does."""
         files = self.files
         assert files.model is not None
         factors = self.ratio(len(free_mib) - 1)
@@ -356,7 +356,7 @@ class Sizer:
         return Flags(replaced(own, added), self._environ)
 
     def ratio(self, gpus: int) -> Mapping[Device, float]:
-        """Measured to estimated, per device."""
+        """Return the ratio of measured to estimated memory by device."""
         known = self._learned.ratio(self._identity((), gpus))
         return {HOST: known.host, **{Device.shown(place): known.gpus for place in range(gpus)}}
 
@@ -383,7 +383,7 @@ class Sizer:
 def _within_reason(
     measured: Mapping[Device, int], estimated: Mapping[Device, int], asked: Footprint
 ) -> dict[Device, int]:
-    """What cannot be true must not count for ever: it is the weights at least, and not many times the estimate."""
+    """Bound a measurement to plausible values: at least the weights, and at most a multiple of the estimate."""
     return {
         device: min(max(measured.get(device, mib), math.ceil(asked.devices[device].weights)), _MOST_MEASURED * mib)
         for device, mib in estimated.items()
@@ -391,7 +391,7 @@ def _within_reason(
 
 
 def _known(shares: Mapping[Device, Share], gpus: int) -> dict[Device, Share]:
-    """GPUs that we do not know, such as Apple's, have their memory from the host."""
+    """Attribute memory of unknown GPUs, such as Apple's, to the host."""
     known: dict[Device, Share] = {}
     for device, share in shares.items():
         place = HOST if device.index >= gpus else device
