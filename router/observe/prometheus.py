@@ -9,9 +9,9 @@ OpenMetrics 1.0 (prometheus.io/docs/specs/om), which differ in how counters are 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Sequence
 from itertools import accumulate
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 _Cell = TypeVar("_Cell")
 
@@ -72,72 +72,64 @@ class HistogramCell:
         return self._text
 
 
-class Counter:
-    """A counter per combination of labels."""
-
-    kind = "counter"
+class _Counted(Generic[_Cell]):
+    """A metric with a cell per combination of labels, which is kept from scrape to scrape."""
 
     def __init__(self, name: str, text: str, *labels: str) -> None:
         self.name = name
         self.help = text
         self.labels = labels
-        self._cells: dict[tuple[str, ...], CounterCell] = {}
+        self._cells: dict[tuple[str, ...], _Cell] = {}
 
-    def of(self, *values: str) -> CounterCell:
-        """Return the series with these labels; from then on it is in every scrape."""
+    def of(self, *values: str) -> _Cell:
+        """Return the cell with these labels; from then on it is in every scrape."""
         cell = self._cells.get(values)
         if cell is None:
-            cell = self._cells[values] = CounterCell(self.name, label_text(self.labels, values))
+            cell = self._cells[values] = self._cell(label_text(self.labels, values))
         return cell
 
+    def _cell(self, labels: str) -> _Cell:
+        raise NotImplementedError
+
+    def forget(self, label: str, values: Container[str]) -> None:
+        """Remove the cells whose label has one of these values."""
+        if label in self.labels:
+            place = self.labels.index(label)
+            self._cells = {of: cell for of, cell in self._cells.items() if of[place] not in values}
+
+
+class Counter(_Counted[CounterCell]):
+    """A counter per combination of labels."""
+
+    kind = "counter"
+
+    def _cell(self, labels: str) -> CounterCell:
+        return CounterCell(self.name, labels)
+
     def beginning_with(self, value: str) -> Counter:
-        """Return a copy with only the series whose first label has this value."""
+        """Return a copy with only the cells whose first label has this value."""
         some = Counter(self.name, self.help, *self.labels)
         some._cells = {values: cell for values, cell in self._cells.items() if values[0] == value}
         return some
-
-    def forget(self, label: str, values: Container[str]) -> None:
-        """Remove the series whose label has one of these values."""
-        self._cells = _without(self._cells, self.labels, label, values)
 
     def text(self) -> list[bytes]:
         return ["".join([f"{cell.name} {cell.value}\n" for cell in self._cells.values()]).encode()]
 
 
-class Histogram:
+class Histogram(_Counted[HistogramCell]):
     """A histogram per combination of labels."""
 
     kind = "histogram"
 
     def __init__(self, name: str, text: str, *labels: str, bounds: Sequence[float]) -> None:
-        self.name = name
-        self.help = text
-        self.labels = labels
+        super().__init__(name, text, *labels)
         self._bounds = bounds
-        self._cells: dict[tuple[str, ...], HistogramCell] = {}
 
-    def of(self, *values: str) -> HistogramCell:
-        """Return the series with these labels; from then on it is in every scrape."""
-        cell = self._cells.get(values)
-        if cell is None:
-            cell = self._cells[values] = HistogramCell(self.name, label_text(self.labels, values), self._bounds)
-        return cell
-
-    def forget(self, label: str, values: Container[str]) -> None:
-        """Remove the series whose label has one of these values."""
-        self._cells = _without(self._cells, self.labels, label, values)
+    def _cell(self, labels: str) -> HistogramCell:
+        return HistogramCell(self.name, labels, self._bounds)
 
     def text(self) -> list[bytes]:
         return [cell.text() for cell in self._cells.values()]
-
-
-def _without(
-    cells: Mapping[tuple[str, ...], _Cell], labels: Sequence[str], label: str, values: Container[str]
-) -> dict[tuple[str, ...], _Cell]:
-    if label not in labels:
-        return dict(cells)
-    place = labels.index(label)
-    return {of: cell for of, cell in cells.items() if of[place] not in values}
 
 
 class Gauges:
