@@ -354,7 +354,7 @@ class _Service:
 
     def _on_ready(self) -> None:
         _tune_the_interpreter()
-        with contextlib.suppress(OSError):  # nobody can read it: the disk is full, or the reader is gone
+        with contextlib.suppress(OSError):  # the disk is full, or the reader is gone
             announcement = "\n".join(map(printable_line, self._announcement()))
             print(announcement, file=sys.stderr, flush=True)  # in one write
         self._notifier.ready()

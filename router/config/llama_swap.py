@@ -1,4 +1,4 @@
-"""What is known of llama-swap's keys: what replaces each of them here, or why nothing does.
+"""The keys of llama-swap's configuration: what replaces each of them here, or why nothing does.
 
 Errors about unknown keys and `llama-router import` go by it, and docs/llama-swap.md explains it at length.
 """

@@ -18,7 +18,7 @@ LONGEST = 256
 """Most characters of a name: looking up longer ones, and similar names, would block the event loop."""
 HUB_HOSTS = ("hf.co", "huggingface.co", "www.huggingface.co")
 ALLOWED = f"up to {LONGEST} printable characters without spaces"
-"""What a name may be, for messages."""
+"""Description of valid names, for messages."""
 _TAG = ":latest"
 """The tag of a name without one."""
 

@@ -1,4 +1,4 @@
-"""What is wrong with files and folders that a configuration names."""
+"""Checks of the files and folders that a configuration names."""
 
 from __future__ import annotations
 

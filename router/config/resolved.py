@@ -17,7 +17,7 @@ from router.scheduling.queue import PriorityName
 DEFAULT_ENGINE = ENGINES[0]
 """Kind of engine of models whose entry names none, and of those that are found or pulled."""
 Purpose = Literal["embedding", "rerank", "mmproj"]
-"""What a llama-server can be started for besides text."""
+"""Purposes other than text for which a llama-server can be started."""
 
 
 @dataclass(frozen=True, slots=True)
