@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Start, run
+from conftest import ROOT, Start, run
 
 from router.cli.llama_swap import imported
 from router.config.schema import ConfigFile
@@ -262,3 +262,14 @@ def test_a_server_that_could_not_be_reached_is_left_out(model: dict[str, Any], r
     entry, remarks = command(**model)
     assert entry is None
     assert reason in remarks[0]
+
+
+def test_the_documented_example_is_converted_as_it_says(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "llama-swap.md").read_text()
+    theirs, ours = re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S)
+    (tmp_path / "llama-swap.yaml").write_text(theirs)
+    converted = run("import", "llama-swap.yaml", "-o", "llama-router.yaml", cwd=tmp_path)
+    assert f"\n{converted.stderr}" in page
+    written, documented = yaml.safe_load((tmp_path / "llama-router.yaml").read_text()), yaml.safe_load(ours)
+    assert written["models"].keys() == documented["models"].keys()
+    assert written["aliases"]["qwen"] == documented["aliases"]["qwen"]
