@@ -35,9 +35,7 @@ class Tracing:
 
             processor = BatchSpanProcessor(OTLPSpanExporter())
         service = {"service.name": "llama-router", "service.version": __version__}
-        resource = Resource(service).merge(
-            Resource.create()
-        )  # OTEL_SERVICE_NAME and similar variables take precedence
+        resource = Resource(service).merge(Resource.create())  # variables such as OTEL_SERVICE_NAME win
         self._provider = TracerProvider(resource=resource)
         self._provider.add_span_processor(processor)
         self._tracer: Tracer = self._provider.get_tracer("llama-router", __version__)

@@ -186,9 +186,7 @@ def remove(cache: Path, alias: str) -> int:
             except Timeout:
                 raise _being_pulled(alias) from None
             path = folder / "blobs" / blob
-            if any(
-                _is_written(part, path) for part in parts(path)
-            ):  # for file systems on which locks have no effect
+            if any(_is_written(part, path) for part in parts(path)):  # where locks have no effect
                 raise _being_pulled(alias)
         _write(folder, record)
         freed = _remove_files(folder, model, record.models.values())

@@ -164,11 +164,7 @@ def _fetch_range(url: str, start: int, end: int, token: str | None) -> tuple[byt
         raise CannotRead(f"{url}: {reason}") from None
     except urllib.error.URLError as error:
         raise CannotRead(f"{url} cannot be reached: {error.reason}") from None
-    except (
-        OSError,
-        ValueError,
-        http.client.HTTPException,
-    ) as error:  # a broken connection, an invalid URL
+    except (OSError, ValueError, http.client.HTTPException) as error:  # a broken connection, an invalid URL
         raise CannotRead(f"{url} cannot be read: {error}") from None
     if not size.isdecimal():
         raise CannotRead(f"{url}: the server does not say how large the file is")

@@ -1,4 +1,4 @@
-"""Pulls and removals that clients ask for; what they do in full is told in `store/test_pull.py`."""
+"""Pulls and removals requested by clients; `store/test_pull.py` tests the pulls themselves."""
 
 from __future__ import annotations
 

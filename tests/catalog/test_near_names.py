@@ -1,4 +1,4 @@
-"""What may have been meant by a name that is not there."""
+"""Suggestions for mistyped model names."""
 
 from __future__ import annotations
 

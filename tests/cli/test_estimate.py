@@ -25,7 +25,7 @@ FAR = "http://127.0.0.1:9"  # the discard port: nobody listens
 
 
 class Web:
-    """A web server with files that say how long they are; only what they begin with is there."""
+    """Serve files over HTTP that report a full size but consist of their first bytes only."""
 
     def __init__(self) -> None:
         self.files: dict[str, tuple[bytes, int]] = {}

@@ -1,4 +1,4 @@
-"""Those who come from llama-swap: their configuration becomes ours, and what does not is named with its line."""
+"""Import of llama-swap's configurations: what can be converted is served, the rest is reported with its line."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_nothing_that_is_there_is_written_over(theirs: Path) -> None:
 
 
 def brought(**theirs: Any) -> tuple[dict[str, Any], list[str]]:
-    """Of a configuration with two models, and more."""
+    """Convert a configuration with two models and the given keys; return the result and the remarks."""
     models = {name: {"cmd": f"llama-server -m /m/{name}.gguf"} for name in ("a", "b")}
     document, remarks = imported({"models": models, **theirs}, {}, Path("/here"), {})
     ConfigFile.model_validate(document)
@@ -202,7 +202,7 @@ def test_where_no_model_can_be_brought_nothing_is_written(tmp_path: Path) -> Non
 
 
 def command(**model: Any) -> tuple[dict[str, Any] | None, list[str]]:
-    """What becomes of a model that another server has."""
+    """Convert a model of another server; return its entry and the remarks."""
     document, remarks = brought(models={"x": model, "a": {"cmd": "llama-server -m /m/a.gguf"}})
     return document["models"].get("x"), remarks
 

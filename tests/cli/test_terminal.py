@@ -1,4 +1,4 @@
-"""What an operator sees who looks at a running router from a shell."""
+"""Commands that show a running router in a shell."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is on the screen of somebody who runs `llama-router top`, read back by a terminal emulator."""
+"""The screen of `llama-router top`, read back by a terminal emulator."""
 
 from __future__ import annotations
 

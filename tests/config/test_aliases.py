@@ -1,4 +1,4 @@
-"""Stories of aliases: further names of a model, and what they change in requests."""
+"""Stories about aliases: additional names of a model, and their changes to requests."""
 
 from __future__ import annotations
 

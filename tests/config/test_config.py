@@ -1,4 +1,4 @@
-"""Stories about the configuration: where values come from, what is refused and how, what engines get."""
+"""Stories about the configuration: sources of values, rejected values and their messages, engine flags."""
 
 from __future__ import annotations
 
@@ -1091,7 +1091,7 @@ CONTENTS = st.fixed_dictionaries(
 
 
 def as_file(resolved: Config) -> dict[str, Any]:
-    """The file that says outright what `resolved` came to."""
+    """Return a file that states explicitly what `resolved` contains."""
     models = {
         alias: {
             "model_path": str(entry.model_path),

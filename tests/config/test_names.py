@@ -1,4 +1,4 @@
-"""What clients call models: one rule on all routes, what is not there, and requests that name none."""
+"""Model names in requests: one rule for all routes, unknown names, and requests without a name."""
 
 from __future__ import annotations
 

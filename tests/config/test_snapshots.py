@@ -1,4 +1,4 @@
-"""What happens to a look at files that a disk keeps from ending. Its disk is a thread that waits."""
+"""Reads of files on a disk that hangs; the disk is simulated by a thread that waits."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def parse(blob: bytes) -> GGUF:
 
 
 def outcome(blob: bytes, window_bytes: int) -> str:
-    """What the reader makes of a file: the header, or the complaint; any other exception is a failure."""
+    """Return the header of a file or the error message; any other exception is a failure."""
     usual, gguf_cursor.WINDOW_BYTES = gguf_cursor.WINDOW_BYTES, window_bytes
     try:
         header = parse(blob)

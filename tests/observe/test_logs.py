@@ -1,4 +1,4 @@
-"""The log: complete, harmless, out of everybody's way, and silent about what is private."""
+"""The log: complete, safe to print, never blocking, and without private data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `/metrics` says: in both formats, as documented, and right."""
+"""`/metrics`: in both formats, as documented, with the right values."""
 
 from __future__ import annotations
 

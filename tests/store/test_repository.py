@@ -1,4 +1,4 @@
-"""Stories about what is taken of a repository: names and sizes in, files and an alias out."""
+"""Stories about choosing the files of a repository: from names and sizes to files and an alias."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Devices are values: who counts them is part of what they are, and their name says which they are."""
+"""Devices are values: their numbering is part of their identity, and their text form names them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Children and what they start: nobody outlives them, and no signal goes to a number that is free again."""
+"""Child processes and their descendants: none outlives its parent, and no signal goes to a reused pid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The router as a service: what systemd hears, what process 1 owes its container, what Ctrl-C does."""
+"""The router as a service: notifications to systemd, duties of process 1 in a container, Ctrl-C."""
 
 from __future__ import annotations
 

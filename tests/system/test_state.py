@@ -1,4 +1,4 @@
-"""What one router leaves to the next: kept, locked, and not needed."""
+"""Persistent state: saved, locked, and optional."""
 
 from __future__ import annotations
 
