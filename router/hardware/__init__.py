@@ -1,1 +1,1 @@
-"""The devices of this machine: NVIDIA and AMD GPUs, RAM, and readings of them that may hang."""
+"""Devices of this machine: NVIDIA and AMD GPUs, and RAM."""

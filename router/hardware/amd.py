@@ -1,7 +1,7 @@
-"""AMD GPUs through the files that the amdgpu driver lays out in /sys and /proc.
+"""AMD GPUs through the files of the amdgpu driver in /sys and /proc.
 
-Not through the `amdsmi` package: it is a part of ROCm that must match the installed driver, has no wheel that
-works by itself, and reads these same files. https://docs.kernel.org/gpu/amdgpu/driver-misc.html
+The `amdsmi` package is not used: it belongs to ROCm, must match the installed driver, has no self-contained wheel,
+and reads the same files. https://docs.kernel.org/gpu/amdgpu/driver-misc.html
 """
 
 from __future__ import annotations
@@ -24,29 +24,30 @@ _WORTH_PLACING_MIB = 8192
 @dataclass(frozen=True, slots=True)
 class _Card:
     number: int
-    """As ROCm counts."""
+    """Index in ROCm's order."""
     folder: Path
     label: str
     kfd_id: str
-    """The name that the compute driver has for it; empty if it knows none."""
+    """Id of the compute driver; empty if it has none."""
 
 
 class Amd:
-    """`asked` are numbers of GPUs to offer also when they are a processor's own graphics.
+    """Reader of AMD GPUs. `asked` are numbers of GPUs to offer even if they are integrated graphics.
 
-    Of these only the carve-out, often 512 MB, is their own memory. The rest is RAM, and there their models count.
+    Integrated graphics own only the carve-out, often 512 MB; the rest of their memory is RAM, and their models are
+    counted there.
     """
 
     def __init__(self, asked: Collection[int] = (), root: Path = Path("/")) -> None:
         self.count = 0
-        """How many GPUs ROCm counts, at the last reading: also those that are left out."""
+        """Number of GPUs that ROCm counted at the last reading, including those left out."""
         self._asked = asked
         self._root = root
 
     def read(self, pids: Callable[[], Iterable[int]]) -> tuple[list[Reading], list[str]]:
-        """All GPUs that can be used, with their use by `pids`, and for people what is left out, and why.
+        """Return all usable GPUs with their use by `pids`, and remarks about those left out.
 
-        To find those takes milliseconds, and nobody needs them where there is no GPU.
+        `pids` takes milliseconds and is called only if there is a GPU.
         """
         devices: list[Reading] = []
         left_out: list[str] = []
@@ -77,7 +78,7 @@ class Amd:
                 held[pid] = held.get(pid, 0) + vram
         for pid in {pid for pid, _, _ in clients} if card.kfd_id else ():
             by_compute = _number(self._root / f"sys/class/kfd/kfd/proc/{pid}/vram_{card.kfd_id}")
-            held[pid] = max(held.get(pid, 0), by_compute or 0)  # these may count in both
+            held[pid] = max(held.get(pid, 0), by_compute or 0)  # one process may appear in both
         busy = _number(card.folder / "gpu_busy_percent")
         sensors = next(iter(sorted(card.folder.glob("hwmon/hwmon*"))), card.folder)
         temperature = _number(sensors / "temp1_input")
@@ -98,7 +99,7 @@ class Amd:
         )
 
     def _by_compute_driver(self) -> list[_Card]:
-        """In ROCm's order: its nodes that are GPUs and that we may open."""
+        """Return the cards in ROCm's order: its nodes that are GPUs and may be opened."""
         cards: list[_Card] = []
         nodes = self._root / "sys/class/kfd/kfd/topology/nodes"
         for node in sorted(
@@ -114,7 +115,8 @@ class Amd:
         return cards
 
     def _by_display_driver(self) -> list[_Card]:
-        """In the order of their numbers, for machines without the compute driver (Vulkan runs there)."""
+        """Return the cards in the order of their numbers, for machines without the compute driver (with
+        Vulkan)."""
         found = [
             (int(name[1]), path / "device")
             for path in (self._root / "sys/class/drm").glob("card*")
@@ -123,7 +125,7 @@ class Amd:
         return [_Card(number, folder, _label(folder, ""), "") for number, (_, folder) in enumerate(sorted(found))]
 
     def _clients(self, pid: int) -> Iterator[_Client]:
-        """Process, PCI address and bytes of VRAM of each of a process's openings of a GPU, once."""
+        """Yield pid, PCI address and bytes of VRAM for each DRM client of a process."""
         seen: set[tuple[str, str]] = set()
         with contextlib.suppress(OSError):
             for path in (self._root / f"proc/{pid}/fdinfo").iterdir():
@@ -131,7 +133,7 @@ class Amd:
                 slot, client = fields.get("drm-pdev", ""), fields.get("drm-client-id", "")
                 if fields.get("drm-driver") != "amdgpu" or (slot, client) in seen:
                     continue
-                seen.add((slot, client))  # several descriptors of one opening
+                seen.add((slot, client))  # several descriptors of one client
                 amount, _, unit = fields.get("drm-memory-vram", "0").partition(" ")
                 scale = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20}.get(unit, 0)
                 yield pid, slot, int(amount) * scale if amount.isdecimal() else 0
@@ -141,7 +143,7 @@ _Client = tuple[int, str, int]
 
 
 def _is_apu(card: _Card) -> bool:
-    """By the layout of its metrics: those of processors with graphics have a format of their own.
+    """Return whether a card is integrated graphics, whose metrics have a format of their own.
 
     `metrics_table_header` in the kernel's kgd_pp_interface.h: size (2 bytes), format (1), content (1).
     """

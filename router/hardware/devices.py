@@ -1,8 +1,8 @@
-"""The memory that engines may live in: the GPUs that are ours to use, and RAM.
+"""Devices whose memory engines may use: the usable GPUs, and RAM.
 
-Reads what is there now; what of it is reserved, and for whom, is the ledger's business. Of a machine with NVIDIA's
-and AMD's GPUs, NVIDIA's are used; those that only the engine knows, where there are none of either. GPUs without
-memory of their own (Apple's, a processor's graphics) are not devices: what they use is RAM.
+Reads the current state; the ledger knows the reservations. On a machine with GPUs of NVIDIA and AMD, NVIDIA's are
+used; GPUs that only the engine reports are used if there are none of either. GPUs without memory of their own
+(Apple's, integrated graphics) are not devices, as they use RAM.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ if TYPE_CHECKING:
     from router.hardware.nvidia import Nvidia
 
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
-"""Variables that show GPUs to a program, some of all."""
+"""Environment variables that restrict a program to some GPUs."""
 SHOWS = "GGML_VK_VISIBLE_DEVICES"
-"""Which of its GPUs Vulkan's backend of ggml uses, as Vulkan's loader counts them."""
+"""Variable that restricts ggml's Vulkan backend to some GPUs, as numbered by Vulkan's loader."""
 DEADLINE_SEC = 2.0
-"""For a reading; NVML takes a few ms."""
+"""Deadline of a reading; NVML takes a few ms."""
 FIRST_DEADLINE_SEC = 15.0
-"""For the first: a driver that is not kept loaded (persistence mode) takes seconds to wake its GPUs."""
+"""Deadline of the first reading: without persistence mode, a driver takes seconds to wake its GPUs."""
 
 _log = logging.getLogger("router")
 
 
-_Held = tuple[frozenset[int], Mapping[int, ProcessMemory]]  # of which processes, and what
+_Held = tuple[frozenset[int], Mapping[int, ProcessMemory]]  # pids asked for, and the results
 
 
 @dataclass(frozen=True, slots=True)
 class Readings:
-    """What is known of each device, of RAM last, as they were `age_sec` ago (the oldest of them)."""
+    """Latest reading of each device, RAM last; the oldest of them is `age_sec` old."""
 
     devices: Mapping[Device, Reading]
     age_sec: float
 
     @property
     def is_stale(self) -> bool:
-        """Whether something hangs, and what it said before is all there is."""
+        """Whether a reading hangs, so that an earlier value is returned."""
         return self.age_sec > DEADLINE_SEC
 
     @property
@@ -64,21 +64,21 @@ class Readings:
 
 
 class ListedGpus(Protocol):
-    """GPUs that no driver tells of, as whoever knows them lists them. Blocking; raises TimeoutExpired."""
+    """List of GPUs that no driver reports. Blocking; methods raise TimeoutExpired."""
 
     def read(self, within_sec: float, *, amd_shares: bool) -> tuple[list[Reading], list[str]]:
-        """Those that can be used, and for people what is left out; an answer so old will do. `amd_shares`: AMD's
-        GPUs here are processors' own graphics."""
+        """Return the usable GPUs, and remarks about those left out, at most `within_sec` old. `amd_shares`: the
+        AMD GPUs of this machine are integrated graphics."""
 
     def numbers_of(self, gpus: Sequence[Reading]) -> Mapping[Device, str]:
-        """How the same list counts GPUs that a driver tells of; empty where one is not found."""
+        """Return the list's numbers for GPUs that a driver reports; empty if one is not found."""
 
 
 class Devices:
-    """`gpu_devices`: numbers of the GPUs that may be used, None for all that have memory of their own.
+    """Devices of the machine. `gpu_devices` are the numbers of usable GPUs; None: all with memory of their own.
 
-    As in any CUDA or ROCm program, GPUs that `environ` hides (CUDA_VISIBLE_DEVICES and the like) are not there.
-    `root` is where `/proc` and `/sys` are. `listed` is asked for GPUs that no driver tells of.
+    As in any CUDA or ROCm program, GPUs hidden by `environ` (CUDA_VISIBLE_DEVICES and the like) do not exist.
+    `root` contains `/proc` and `/sys`. `listed` reports GPUs that no driver reports.
     """
 
     def __init__(
@@ -107,23 +107,23 @@ class Devices:
         self._walk = _Processes("walk through engines' RAM", mapped=True)
 
     async def read(self, deadline_sec: float = DEADLINE_SEC, within_sec: float = 0.0) -> Readings:
-        """What is there now, or was when it could last be asked. Never raises.
+        """Read all devices; one that does not answer before the deadline keeps its last reading. Never raises.
 
-        What is dear to ask, the engine's list of GPUs, may be `within_sec` old.
+        The engine's list of GPUs, which is expensive to obtain, may be `within_sec` old.
         """
         self._within_sec = within_sec
         await asyncio.gather(*(watch.read(deadline_sec) for watch in self._watches))
         return self.last
 
     def read_blocking(self, deadline_sec: float = FIRST_DEADLINE_SEC) -> Readings:
-        """As `read`, for the start, where there is no event loop yet."""
+        """Read all devices before the event loop runs."""
         for watch in self._watches:
             watch.read_blocking(deadline_sec)
         return self.last
 
     @property
     def last(self) -> Readings:
-        """The last readings, without asking again."""
+        """Latest readings, without reading again."""
         devices = {reading.device: reading for reading in (*self._gpus.last, *self._host.last)}
         oldest_sec = min(-math.inf if w.taken_sec is None else w.taken_sec for w in self._watches)
         return Readings(devices, time.monotonic() - oldest_sec)
@@ -131,22 +131,23 @@ class Devices:
     async def held_by(
         self, pids: Iterable[int], deadline_sec: float = DEADLINE_SEC, *, mapped: bool = True
     ) -> Mapping[int, ProcessMemory]:
-        """RAM of processes with their descendants; those that are gone, or not known in time, are missing.
+        """Return the RAM of processes with their descendants, without those that are gone or not read in time.
 
-        `mapped=False` spares the kernel the walk through large mappings: pages that are shared count whole.
+        `mapped=False` avoids the slow walk through large mappings and counts shared pages fully.
         """
         return await (self._walk if mapped else self._counters).held_by(frozenset(pids), deadline_sec)
 
     def environment(self, chosen: Iterable[Reading]) -> dict[str, str]:
-        """Variables with which an engine sees the chosen GPUs, in this order, and no others; none for RAM alone.
+        """Return environment variables that restrict an engine to the chosen GPUs, in this order; to none for RAM
+        alone.
 
-        Builds for Vulkan count GPUs in an order of their own.
+        Vulkan builds number GPUs in an order of their own.
         """
         gpus = [reading for reading in chosen if reading.device.is_gpu]
         if not gpus:
             if self._uses_no_gpus or self._seen:
                 return {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "-1", SHOWS: ""}
-            return {}  # what uses GPUs we don't know of shall go on doing so
+            return {}  # an engine may use GPUs that are not reported
         if gpus[0].kind == "vulkan":
             return {SHOWS: ",".join(gpu.uuid for gpu in gpus)}
         numbers = [self._numbers_in_vulkan.get(gpu.device, "") for gpu in gpus]
@@ -160,7 +161,7 @@ class Devices:
         return {
             **for_vulkan,
             "ROCR_VISIBLE_DEVICES": ",".join(str(gpu.device.index) for gpu in gpus),
-            "HIP_VISIBLE_DEVICES": ",".join(str(place) for place in range(len(gpus))),  # of those
+            "HIP_VISIBLE_DEVICES": ",".join(str(place) for place in range(len(gpus))),  # among those
         }
 
     @property
@@ -176,7 +177,7 @@ class Devices:
 
     def _take_gpus(self) -> Sequence[Reading]:
         if self._nvidia is None:
-            from router.hardware.nvidia import Nvidia  # 20 ms that nobody pays who wants no GPUs
+            from router.hardware.nvidia import Nvidia  # takes 20 ms
 
             self._nvidia = Nvidia()
         found, remarks = self._nvidia.read()
@@ -223,13 +224,13 @@ class Devices:
             n: [usable.get(n) or Reading(Device.gpu(n), "rocm", "", "", 0, 0)] for n in range(self._amd.count)
         }
         shown = visible(counted, environ.get("ROCR_VISIBLE_DEVICES"))
-        # HIP takes an empty variable for none, and then CUDA's, likewise.
+        # HIP treats an empty variable as unset and then uses CUDA's, likewise.
         spelled = environ.get("HIP_VISIBLE_DEVICES") or environ.get("CUDA_VISIBLE_DEVICES") or None
         ours = visible({n: [gpu] for n, gpu in enumerate(shown)}, spelled)
         return [gpu for gpu in ours if gpu.device.index in usable]
 
     def _tell(self, ours: Sequence[Reading], remarks: list[str]) -> None:
-        """One line for each remark that is new, and for each GPU that goes or comes back."""
+        """Log each new remark, and each GPU that disappears or returns."""
         for remark in remarks:
             if remark not in self._remarks:
                 _log.log(logging.WARNING if self._seen else logging.INFO, "%s", remark)
@@ -245,7 +246,8 @@ class Devices:
 
 
 class _Processes:
-    """One way to look at processes. They do not wait for each other: a walk takes as long as engines are large."""
+    """One way to read processes. The two ways run independently: a walk takes longer, the larger the engines
+    are."""
 
     def __init__(self, name: str, *, mapped: bool) -> None:
         self._mapped = mapped
@@ -256,10 +258,10 @@ class _Processes:
         before = self._watch.last
         self._pids = wanted
         answer = await self._watch.read(deadline_sec)
-        if not wanted <= answer[0]:  # it had begun before, for others
+        if not wanted <= answer[0]:  # that reading had begun earlier, for other pids
             self._pids |= wanted
             answer = await self._watch.read(deadline_sec)
-        if answer is before:  # none came in time, and what they held at the last look may be long ago
+        if answer is before:  # not read in time, and the last reading may be old
             return {}
         return {pid: memory for pid, memory in answer[1].items() if pid in wanted}
 
@@ -269,7 +271,8 @@ class _Processes:
 
 
 def shown(ours: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
-    """Variables of an engine: those of its entry win, and one that names GPUs leaves no say to its kin of ours."""
+    """Merge an engine's variables: its entry's own win, and one that selects GPUs removes the router's
+    selection."""
     if any(name in own for name in VISIBLE):
         ours = {name: value for name, value in ours.items() if name not in VISIBLE}
     return {**ours, **own}
@@ -284,9 +287,10 @@ G = TypeVar("G", bound=HasUuid)
 
 
 def visible(by_number: Mapping[int, Sequence[G]], spelled: str | None) -> list[G]:
-    """What CUDA_VISIBLE_DEVICES and its kin leave: numbers or beginnings of UUIDs, up to the first that is wrong.
+    """Return the GPUs that CUDA_VISIBLE_DEVICES or its like selects: numbers or prefixes of UUIDs, up to the first
+    invalid one.
 
-    Numbers are taken as the driver's, which is CUDA_DEVICE_ORDER=PCI_BUS_ID.
+    Numbers are in the driver's order, as with CUDA_DEVICE_ORDER=PCI_BUS_ID.
     """
     everything = [device for devices in by_number.values() for device in devices]
     if spelled is None:

@@ -1,4 +1,4 @@
-"""NVIDIA GPUs through NVML, which makes no CUDA context. Blocking, and a broken driver may hang: call in a thread.
+"""NVIDIA GPUs through NVML, which creates no CUDA context. Blocking, and may hang on a broken driver.
 
 https://docs.nvidia.com/deploy/nvml-api/
 """
@@ -20,11 +20,11 @@ T = TypeVar("T")
 
 _MIB = 1 << 20
 _REOPEN_SEC = 30.0
-"""Before it is opened anew for a GPU that is in trouble, or looked for where there was none."""
-_UNSEEN_MIB = 256  # more than a driver takes for itself: somebody must hold it
+"""Minimum time between reopening the driver for a failed GPU, or searching for a missing driver."""
+_UNSEEN_MIB = 256  # more than a driver itself uses, so a process must hold it
 
 _Error = pynvml.NVMLError
-# A single figure that can't be had; anything else that a GPU answers means that it is in trouble.
+# Errors of one unavailable value; any other error means that the GPU has failed.
 _NOT_TOLD = (
     pynvml.NVMLError_NotSupported,
     pynvml.NVMLError_NoPermission,
@@ -38,7 +38,7 @@ _NOT_TOLD = (
 
 
 class Nvidia:
-    """The driver, opened once (that takes long) and again after it failed."""
+    """Driver, opened once, which is slow, and again after it failed."""
 
     def __init__(self) -> None:
         self._is_open = False
@@ -47,18 +47,18 @@ class Nvidia:
         self._numbers: dict[str, int] = {}
 
     def read(self) -> tuple[list[Reading], list[str]]:
-        """All GPUs that can be used, in the driver's order, and for people what is left out, and why."""
+        """Return all usable GPUs in the driver's order, and remarks about those left out."""
         if time.monotonic() - self._missed_sec < _REOPEN_SEC:
             return [], []
         try:
             return self._read()
-        except pynvml.NVMLError_Uninitialized:  # the driver was reloaded under us
+        except pynvml.NVMLError_Uninitialized:  # the driver was reloaded meanwhile
             self._close()
         except pynvml.NVMLError_LibraryNotFound as error:
-            if pynvml.nvmlLib is not None:  # the driver says so of another library
+            if pynvml.nvmlLib is not None:  # the driver is missing another library
                 self._close()
                 return [], [_driver_trouble(error)]
-            self._missed_sec = time.monotonic()  # to look for it again leaves a type of ctypes behind
+            self._missed_sec = time.monotonic()  # each search leaks a ctypes type
             return [], []
         except _Error as error:
             self._close()
@@ -89,12 +89,12 @@ class Nvidia:
                 is_troubled = is_troubled or not isinstance(error, _NOT_TOLD)
                 left_out.append(f"GPU {index} is left out: {error}")
         if is_troubled and time.monotonic() - self._reopened_sec > _REOPEN_SEC:
-            self._close()  # a GPU that fell off the bus is found again by a fresh start only
+            self._close()  # a GPU that fell off the bus reappears only after reopening
             self._reopened_sec = time.monotonic()
         return devices, left_out
 
     def _devices(self, index: int) -> Iterator[Reading | str]:
-        """One GPU, or its parts when it is partitioned; a sentence for what can't be used."""
+        """Yield one GPU, or its parts if it is partitioned; a remark for what cannot be used."""
         gpu = pynvml.nvmlDeviceGetHandleByIndex(index)
         number = self._number(pynvml.nvmlDeviceGetUUID(gpu), index)
         if not _told(lambda: pynvml.nvmlDeviceGetMigMode(gpu)[0]):
@@ -114,7 +114,7 @@ class Nvidia:
             yield f"GPU {number} is left out: it is in MIG mode, and no MIG device of it can be used"
 
     def _number(self, uuid: str, index: int) -> int:
-        """The driver's index, but for good: the driver counts anew when a GPU falls off the bus."""
+        """Return a stable index: the driver renumbers GPUs when one falls off the bus."""
         if uuid not in self._numbers:
             taken = self._numbers.values()
             self._numbers[uuid] = index if index not in taken else max(taken) + 1
@@ -157,13 +157,13 @@ def _device(handle: Any, gpu: Any, number: int, place: int | None) -> Reading | 
 
 
 def _used_by(handle: Any) -> Mapping[int, int] | None:
-    """What each process holds, in MiB; None if the driver tells of no process that we can find.
+    """Return MiB by process; None if the driver reports no process that exists here.
 
-    In a container the driver gives the numbers that processes have outside, or the right ones with no memory.
+    In a container, the driver reports the pids outside it, or the right pids without memory.
     """
     told = False
     found: dict[int, int] = {}
-    for name in ("Compute", "Graphics"):  # a process that does both is in both lists, with all that it holds
+    for name in ("Compute", "Graphics"):  # a process that does both is in both lists, with its whole memory
         for version in ("_v3", "_v2"):
             listing = getattr(pynvml, f"nvmlDeviceGet{name}RunningProcesses{version}")
             processes = _told(lambda listing=listing: listing(handle))  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""RAM: what the machine, or the cgroup that we are in, has of it, and what processes hold."""
+"""RAM of the machine or of the router's cgroup, and RAM held by processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from router.system.readings import Reading
 _MIB = 1 << 20
 _ROOT = Path("/")
 
-# The limit files of cgroup v2 and v1, their usage file, and what of memory.stat is page cache.
+# Limit files of cgroup v2 and v1, their usage file, and the fields of memory.stat that are page cache.
 _Files = tuple[tuple[str, ...], str, tuple[str, ...]]
 _V2: _Files = ("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file")
 _V1: _Files = ("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")
@@ -27,24 +27,24 @@ _V1: _Files = ("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inact
 
 @dataclass(frozen=True, slots=True)
 class ProcessMemory:
-    """What a process and all that it started hold of RAM; what they share among each other counts once."""
+    """RAM held by a process and its descendants; pages shared among them count once."""
 
     anonymous_mib: int
-    """Gone only with the process: its buffers, and of mapped files what it has locked (`--mlock`)."""
+    """Memory that only its exit releases: buffers, and locked pages of mapped files (`--mlock`)."""
     file_mib: int
-    """Mapped files, such as weights: the kernel can drop these pages and read them again."""
+    """Mapped files, such as weights, whose pages the kernel can drop and read again."""
     family: tuple[int, ...] = ()
-    """The process and all that it started: an engine behind a wrapper holds GPU memory under another number."""
+    """Pids of the process and its descendants: an engine behind a wrapper holds GPU memory under its own pid."""
 
 
 def reading(root: Path = _ROOT) -> Reading:
-    """RAM as a device. Page cache counts as free. `root` is where `/proc` and `/sys` are."""
+    """Read RAM as a device. Page cache counts as free. `root` contains `/proc` and `/sys`."""
     total, available = memory(root)
     return Reading(HOST, "host", platform.machine(), "", total, available)
 
 
 def memory(root: Path = _ROOT) -> tuple[int, int]:
-    """Total and available RAM in MiB: the machine's, or the least that one of our cgroups leaves us."""
+    """Return total and available RAM in MiB: the machine's, or the tightest limit of the router's cgroups."""
     machine = psutil.virtual_memory()
     total, available = machine.total, machine.available
     for group, (limits, usage_name, caches) in _cgroups(root):
@@ -53,7 +53,7 @@ def memory(root: Path = _ROOT) -> tuple[int, int]:
         if limit is None or usage is None or limit >= machine.total:
             continue
         stat = _fields(group / "memory.stat")
-        usage -= sum(stat.get(name, 0) for name in caches)  # the kernel takes that back at need
+        usage -= sum(stat.get(name, 0) for name in caches)  # the kernel reclaims it when needed
         total, available = min(total, limit), min(available, max(0, limit - usage))
     return total // _MIB, available // _MIB
 
@@ -61,10 +61,10 @@ def memory(root: Path = _ROOT) -> tuple[int, int]:
 def process_memory(
     pids: Iterable[int], proc: Path = Path("/proc"), *, mapped: bool = True
 ) -> dict[int, ProcessMemory]:
-    """For each of `pids` that lives and may be looked at, what it and its descendants hold.
+    """Return the RAM held by each of `pids` that runs and may be inspected, with its descendants.
 
-    Blocking, and long for large mappings: the kernel walks their page tables. With `mapped=False` it only reads
-    counters, by which pages that processes share belong to each of them.
+    Blocking, and slow for large mappings, whose page tables the kernel walks. `mapped=False` only reads counters,
+    which count shared pages once for each process.
     """
     found: dict[int, ProcessMemory] = {}
     for pid in pids:
@@ -77,7 +77,8 @@ def process_memory(
 
 
 def resident_bytes(pid: int) -> int:
-    """What a process and all that it started have in RAM, with what they share counted for each: a quick look."""
+    """Return the resident bytes of a process and its descendants by counters, which count shared pages
+    repeatedly."""
     found = 0
     for member in (pid, *descendants(pid)):
         with contextlib.suppress(psutil.Error):
@@ -86,7 +87,7 @@ def resident_bytes(pid: int) -> int:
 
 
 def _held(pid: int, proc: Path, mapped: bool) -> tuple[int, int] | None:
-    """Bytes that stay and bytes that can be dropped; None if the process is gone or not ours to look at."""
+    """Return bytes that stay and bytes that can be dropped; None if the process is gone or not accessible."""
     if sys.platform != "linux":
         with contextlib.suppress(psutil.Error):
             figures = psutil.Process(pid).memory_full_info()
@@ -103,14 +104,14 @@ def _held(pid: int, proc: Path, mapped: bool) -> tuple[int, int] | None:
 
 
 def _sorted(fields: Mapping[str, int], *names: str) -> tuple[int, int]:
-    """What is locked of files stays, too: to the kernel it is not free, as other pages of files are."""
+    """Count locked pages of files as staying: unlike other pages of files, they are not available."""
     anonymous, shared, of_files, locked = (fields.get(name, 0) for name in names)
     stays = min(of_files, locked)
     return anonymous + shared + stays, of_files - stays
 
 
 def _cgroups(root: Path) -> Iterator[tuple[Path, _Files]]:
-    """Every cgroup that we are in and whose folder we can see, from our own up to the root."""
+    """Yield the visible cgroups of the router, from its own up to the root."""
     with contextlib.suppress(OSError, ValueError):  # no such file, or not what it should be
         for line in os.fsdecode((root / "proc/self/cgroup").read_bytes()).splitlines():
             _, controllers, own = line.split(":", 2)
@@ -120,7 +121,7 @@ def _cgroups(root: Path) -> Iterator[tuple[Path, _Files]]:
                 mount, kind = root / "sys/fs/cgroup/memory", _V1
             else:
                 continue
-            # In a container the path may be one of outside; then the mount itself is our group.
+            # In a container the path may be that of the host; the mount itself is then the router's group.
             path = PurePosixPath(own.lstrip("/"))
             for folder in (path, *path.parents):
                 if ".." not in folder.parts and (mount / folder).is_dir():
@@ -134,7 +135,7 @@ def _number(path: Path) -> int | None:
 
 
 def _fields(path: Path) -> dict[str, int]:
-    """Lines such as `anon 4096` or `Rss:  4 kB`, in bytes."""
+    """Parse lines such as `anon 4096` or `Rss:  4 kB`; values in bytes."""
     fields: dict[str, int] = {}
     with contextlib.suppress(OSError):
         for line in path.read_bytes().decode(errors="replace").splitlines():
@@ -146,8 +147,8 @@ def _fields(path: Path) -> dict[str, int]:
 
 
 def oom_kills(root: Path = _ROOT) -> int | None:
-    """How many processes of our cgroup (where it does not say: of this machine) the kernel has killed for want
-    of memory so far; None where it does not count them."""
+    """Return how many processes of the router's cgroup, or else of the machine, the kernel has killed because
+    memory ran out; None if it does not count them."""
     counted = (group / name for group, _ in _cgroups(root) for name in ("memory.events", "memory.oom_control"))
     for path in (*counted, root / "proc/vmstat"):
         kills = _fields(path).get("oom_kill")

@@ -1,1 +1,1 @@
-"""The memory of devices: the ledger, the manager that fills it, and measurements that outlive a run."""
+"""Memory of devices: the ledger, its manager, and measurements kept across restarts."""

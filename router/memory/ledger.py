@@ -74,15 +74,15 @@ class Account:
         return self.booked() if known and not self.chosen.is_given else None
 
     def in_ram(self, memory: ProcessMemory) -> int:
-        """MiB of what its processes hold that it cannot do without.
+        """Return the MiB of RAM held by its processes that it needs.
 
-        Engines copy weights into an order in which the processor computes faster (`--repack`); which of them, is
-        up to the build and the processor. The pages that these come from stay mapped, but nobody reads them any
-        more, and the kernel drops them at need. So what an engine has taken for itself by the time it is there,
-        less the cache, is copied weights, and of what it has mapped only the rest of the weights counts; all of it
-        where nobody knows how large weights and cache are.
+        Engines copy some weights into a layout that the processor computes faster (`--repack`); which ones depends
+        on build and processor. The original pages stay mapped but are not read again, and the kernel drops them
+        when needed. Anonymous memory of a ready engine less its cache is therefore taken for copied weights, and
+        of its mapped files only the remaining weights count; all of them if the sizes of weights and cache are
+        unknown.
 
-        While it loads it may have mapped all that it copies elsewhere.
+        While an engine loads, it may have mapped everything that it copies.
         """
         if not self.is_settled:
             return memory.anonymous_mib
@@ -104,7 +104,7 @@ class Account:
         for device in {**estimated, **self.measured}:
             least = estimated.get(device, 0)
             if device in self.measured and self.has_answered and (device.is_gpu or not knows_parts):
-                least = 0  # buffers in RAM that were not touched yet are still promised
+                least = 0  # untouched buffers in RAM remain reserved
             booked[device] = max(least, self.measured.get(device, 0))
         return booked
 
@@ -218,18 +218,18 @@ class Ledger:
         return lines
 
     def budgets(self) -> tuple[dict[Device, int], dict[Device, int]]:
-        """What our engines may use of each device, and what they could if nobody else used anything."""
+        """Return the memory that engines may use of each device, now and if other programs used none."""
         lines = self.lines()
         self._told = {line.device: line.budget_mib for line in lines}
         return dict(self._told), {line.device: line.capacity_mib for line in lines}
 
     @property
     def has_news(self) -> bool:
-        """Whether the budgets differ noticeably from those that were told last."""
+        """Whether the budgets differ noticeably from those returned last."""
         return is_news(self._told, {line.device: line.budget_mib for line in self.lines()})
 
     def ground(self, free_mib: Placement, environment: Callable[[Iterable[Reading]], Mapping[str, str]]) -> Ground:
-        """What placing goes by. `free_mib` is what of the budgets nobody was promised."""
+        """Return the devices for planning. `free_mib` is the part of the budgets that is not reserved."""
         sites = {
             line.device: Site(
                 line.device,
@@ -302,7 +302,7 @@ def _held(
 
 
 def is_news(before: Placement, now: Placement) -> bool:
-    """Whether the difference matters."""
+    """Return whether two placements differ noticeably."""
     return any(
         abs(now.get(device, 0) - before.get(device, 0)) > max(_NEWS_MIB, _NEWS_SHARE * before.get(device, 0))
         for device in {**before, **now}

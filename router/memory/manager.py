@@ -136,7 +136,7 @@ class MemoryManager:
         except FolderHangs:
             what = f"could not be inspected within {self.looks.limit_sec:g} s"
             raise Unusable(f"{model.model_path} {what}", f"its file {what}") from None
-        except Exception as error:  # whatever it is, the model must not wait for ever
+        except Exception as error:  # of any kind: the model must not wait forever
             _log.exception("inspection of %s failed", model.model_path)
             reason = f"{model.model_path} cannot be inspected: {error!r}"
             raise Unusable(reason, "its file cannot be inspected") from error

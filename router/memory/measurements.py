@@ -1,15 +1,15 @@
-"""What engines were measured to take, and how long they load, remembered for the next start of the router, too.
+"""Measured memory and load times of engines, kept across restarts of the router.
 
-An entry belongs to a model's files, its flags, the engine's build and the number of GPUs: while none of these
-changes, what was measured counts. Other flags of the same files profit from its ratio to what was estimated.
+An entry belongs to a model's files, its flags, the engine's build and the number of GPUs, and is valid while none
+of these changes. For other flags of the same files, the ratio of measured to estimated memory is used.
 
-On the GPU a measurement is the truth: llama.cpp takes everything when it loads. Of RAM it may say too little, as
-buffers that no long prompt has come by yet were never touched, and as pages that two engines share count half in
-each. So there it can only raise an estimate that knows the buffers, never lower it. Nor does what an engine held
-once keep out the next one, if the estimate lets it in (`engines/llamacpp/plan.py`).
+On GPUs a measurement is exact, as llama.cpp allocates everything when it loads. In RAM it may be too low: buffers
+for long prompts are untouched until one arrives, and pages shared by two engines count half in each. There it can
+only raise an estimate of known parts, never lower it. Nor does an earlier measurement exclude a model that fits by
+estimate (`engines/llamacpp/plan.py`).
 
-How long a load takes is up to the files more than to flags or build, and most of all to whether the system still
-has them in memory: so what was measured before the machine was started is forgotten.
+Load time depends on the files more than on flags or build, and most on whether the page cache still holds them.
+Load times measured before the machine was started are therefore discarded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from router.system.devices import HOST, Device, by_name
 MOST_ENTRIES = 500
 
 _RULE = 1
-"""Of how RAM is measured: entries by an earlier one are forgotten, as they count twice what engines copy."""
+"""Version of how RAM is measured; entries of earlier versions are discarded, as they count copied weights
+twice."""
 _RAISED_BY = 1.1
 _MOST_RAISED = 2.0
 _RATIO_BOUNDS = (0.5, 2.0)
@@ -38,32 +39,32 @@ _Seconds = Annotated[float, msgspec.Meta(ge=0, lt=1 << 31)]
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a measurement holds for."""
+    """Key of a measurement."""
 
     files: tuple[tuple[str, int, int], ...]
     """Path, size and modification time (ns) of each file."""
     build: str
-    """The engine."""
+    """Build of the engine."""
     flags: tuple[str, ...]
     gpus: int
 
 
 def files_of(*paths: Path) -> tuple[tuple[str, int, int], ...]:
-    """Raises OSError."""
+    """Return path, size and modification time (ns) of files. Raises OSError."""
     return tuple((str(path), status.st_size, status.st_mtime_ns) for path in paths for status in (path.stat(),))
 
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """Measured to estimated."""
+    """Ratio of measured to estimated memory."""
 
     gpus: float = 1.0
-    """All of them together."""
+    """All GPUs together."""
     host: float = 1.0
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """MiB by the name of the device, as a file has it. `gpu0` is the first GPU that the engine was shown."""
+    """Entry as stored in a file, with MiB by device name. `gpu0` is the first GPU visible to the engine."""
 
     files: tuple[tuple[str, int, int], ...]
     build: str
@@ -72,11 +73,11 @@ class Entry(msgspec.Struct, frozen=True):
     estimated: Mapping[str, _Mib] = {}
     measured: Mapping[str, _Mib] = {}
     raised: Mapping[str, _Mib] = {}
-    """What it wants at least: it ran out of memory with less."""
+    """Minimum after it ran out of memory with less."""
     load_sec: _Seconds = 0.0
-    """What loading it takes; 0 while that is not known."""
+    """Load time; 0 if unknown."""
     at: float = 0.0
-    """Seconds since the epoch."""
+    """Time of the last change in seconds since the epoch."""
     rule: int = 0
 
     @property
@@ -85,21 +86,21 @@ class Entry(msgspec.Struct, frozen=True):
 
 
 class Store(Protocol):
-    """Where entries survive the router."""
+    """Persistent storage of entries."""
 
     def read(self) -> list[Entry] | None: ...
     def write(self, value: list[Entry]) -> None: ...
 
 
 class Learned:
-    """Entries, the latest last. Reading and writing the store block; `save` belongs in a thread.
+    """Entries, the latest last. Reading and writing the store block; call `save` in a thread.
 
-    Threads read while the event loop learns. So nothing that they may have is changed: what is learnt takes the
-    place of all that was known, in one assignment.
+    Threads read while the event loop writes. Shared objects are therefore never changed: each change replaces all
+    entries in one assignment.
     """
 
     def __init__(self, store: Store | None = None, machine_since: float = 0.0) -> None:
-        """`machine_since`: when the machine was started, in seconds since the epoch."""
+        """`machine_since` is the boot time of the machine in seconds since the epoch."""
         self._store = store
         read = (store.read() if store is not None else None) or []
         known = [
@@ -110,11 +111,11 @@ class Learned:
         self._entries: dict[Identity, Entry] = {entry.identity: entry for entry in known[-MOST_ENTRIES:]}
 
     def measured(self, identity: Identity) -> Mapping[Device, int] | None:
-        """What an engine of this kind was measured to take, per device; None if none ever was."""
+        """Return the measured MiB by device; None if never measured."""
         return _by_device(self._entry(identity).measured) or None
 
     def raised(self, identity: Identity) -> Mapping[Device, int]:
-        """What it wants at least since it ran out of memory."""
+        """Return the minimum MiB by device since it ran out of memory."""
         return _by_device(self._entry(identity).raised)
 
     def with_raised(
@@ -128,35 +129,36 @@ class Learned:
         return more, f"{source}, raised since it ran out of memory"
 
     def ratio(self, identity: Identity) -> Ratio:
-        """Measured to estimated, of the same files with whatever flags; the latest counts."""
+        """Return the latest ratio of measured to estimated memory of the same files with any flags."""
         for entry in reversed(self._entries.values()):
             if (entry.files, entry.build) == (identity.files, identity.build) and entry.measured:
                 return _ratio(entry)
         return Ratio()
 
     def load_sec(self, identity: Identity) -> float | None:
-        """What loading takes; with these files at least, if with these flags and this build nothing was loaded."""
+        """Return the load time with these flags and build, or else the latest with these files; None if
+        unknown."""
         if load_sec := self._entry(identity).load_sec:
             return load_sec
         of_files = (entry.load_sec for entry in reversed(self._entries.values()) if entry.files == identity.files)
         return next(filter(None, of_files), None)
 
     def learn(self, identity: Identity, estimated: Mapping[Device, int], measured: Mapping[Device, int]) -> None:
-        """An engine is there and takes this. Of several measurements the largest counts."""
+        """Store the measured memory of an engine. Of several measurements the largest counts."""
         entry = self._entry(identity)
         most = {name: max(mib, entry.measured.get(name, 0)) for name, mib in by_name(measured).items()}
         self._know(replace(entry, estimated=by_name(estimated), measured={**entry.measured, **most}, raised={}))
 
     def loaded(self, identity: Identity, load_sec: float) -> None:
-        """An engine is there, and this is what loading one takes."""
+        """Store a load time."""
         self._know(replace(self._entry(identity), load_sec=load_sec))
 
     def ran_out(self, identity: Identity, booked: Mapping[Device, int], wanted: Mapping[Device, int]) -> None:
-        """It did not get by with `booked`; `wanted` is what it asked for last, as far as it has said.
+        """Raise the minimum after `booked` did not suffice; `wanted` are the last failed allocations, as far as
+        known.
 
-        Raises by a tenth at least, where it was short, and to no more than twice what was thought at first,
-        however often it happens: it may be others who take the memory. GPUs that are not booked, such as Apple's,
-        have their memory from the host.
+        Each short device is raised by at least a tenth, but never beyond twice the first estimate, since other
+        programs may have taken the memory. GPUs without a reservation, such as Apple's, count as the host.
         """
         entry = self._entry(identity)
         estimated = _by_device(entry.estimated) or booked
@@ -182,7 +184,7 @@ class Learned:
         self._entries = {entry.identity: entry for entry in [*others, latest][-MOST_ENTRIES:]}
 
     def entries(self) -> list[Entry]:
-        """All of them as they are now; what is learnt later does not change them."""
+        """Return a snapshot of all entries."""
         return list(self._entries.values())
 
     def save(self, entries: list[Entry]) -> None:
@@ -191,7 +193,7 @@ class Learned:
 
 
 def _is_readable(entry: Entry) -> bool:
-    """Whether all its devices have names that we give."""
+    """Return whether all its device names are valid."""
     try:
         for figures in (entry.estimated, entry.measured, entry.raised):
             _by_device(figures)
@@ -201,7 +203,7 @@ def _is_readable(entry: Entry) -> bool:
 
 
 def _by_device(figures: Mapping[str, int]) -> dict[Device, int]:
-    """Raises ValueError."""
+    """Convert names to devices. Raises ValueError."""
     return {Device.named(name, counted_by="engine"): mib for name, mib in figures.items()}
 
 

@@ -1,7 +1,6 @@
-"""How a model could be run: alternatives, each with the memory that it takes, and the machine that they are for.
+"""Alternatives for running a model, each with its memory, and the devices on which it can be placed.
 
-Values only. Which alternatives a model has is known to the kind of its engine, a `Planner`; which of them is
-taken, and when, is for the scheduler to say.
+Values only. The kind of a model's engine, a `Planner`, finds the alternatives; the scheduler chooses among them.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ T = TypeVar("T")
 
 
 class Unusable(Problem):
-    """The model cannot be loaded."""
+    """Raised if a model cannot be loaded."""
 
     for_good = False
-    """Nor will it be, until its entry or its file is another."""
+    """True if that remains so until its entry or its file changes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +73,7 @@ class Size:
     estimated: Mapping[Device, int]
     """Estimate of the tool or the formulas, before measurements are applied."""
     identity: Identity | None = None
-    """By which what is measured of an engine with these flags can be remembered."""
+    """Identity under which measurements of an engine with these flags are stored."""
     details: Footprint | None = None
 
 
@@ -116,17 +115,17 @@ class Alternative:
     """One way to run a model."""
 
     gpus: tuple[Device, ...]
-    """The GPUs that the engine is shown, in the order in which it counts them; none: it runs on the host."""
+    """GPUs visible to the engine, in its order; empty: it runs on the host."""
     size: Size
     placement: Placement
     flags: tuple[str, ...] = ()
-    """To be added to the model's own."""
+    """Flags added to the model's own."""
     context: int | None = None
-    """Of all slots together, where it was settled here."""
+    """Context of all slots together, if it was chosen here."""
     remark: str = ""
     """Reductions made to fit the model, in words."""
     is_given: bool = False
-    """The figure comes from the configuration: no measurement replaces it."""
+    """True if the footprint is configured; measurements then do not replace it."""
 
     @property
     def identity(self) -> Identity | None:
@@ -139,11 +138,11 @@ class Alternative:
         return f"{' and '.join(parts)} ({self.size.source})"
 
     def as_driven(self, counted: Mapping[Device, T]) -> dict[Device, T]:
-        """By the driver's counting what is by the engine's."""
+        """Convert from the engine's numbering of devices to the driver's."""
         return {self.gpus[device.index] if device.is_gpu else device: each for device, each in counted.items()}
 
     def as_counted(self, driven: Mapping[Device, T]) -> dict[Device, T]:
-        """The other way round, of those devices that it has."""
+        """Convert from the driver's numbering to the engine's, omitting devices that it does not use."""
         counted = {gpu: Device.shown(place) for place, gpu in enumerate(self.gpus)} | {HOST: HOST}
         return {counted[device]: each for device, each in driven.items() if device in counted}
 
@@ -182,11 +181,11 @@ class Inspection:
 
 
 class Planner(Protocol):
-    """What a kind of engine knows of the memory that its models take. Blocking."""
+    """Knowledge of a kind of engine about the memory of its models. Blocking."""
 
     def plan(self, model: ModelConfig, system: System, ground: Ground, *, beside_others: bool) -> Inspection:
-        """The alternatives of a model on this machine. `beside_others`: some engine may have to go for it, so it
-        is to be sure first that its own would run. Raises Unusable."""
+        """Return the alternatives of a model on this machine. `beside_others`: an engine may be evicted for it, so
+        first check that its own engine runs. Raises Unusable."""
 
     def advise(self, model: ModelConfig, system: System, ground: Ground, too_much: Placement) -> str:
-        """What would fit where a placement proved to be too much; empty if nobody can tell."""
+        """Return advice on what fits where a placement proved too large; empty if unknown."""

@@ -1,4 +1,4 @@
-"""What must go on for as long as the router runs, beside all requests: it is begun again whenever it breaks."""
+"""Background tasks that run as long as the router and are restarted when they fail."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import Any
 _log = logging.getLogger("router")
 
 _PAUSE_SEC = (1.0, 60.0)
-"""After the first failure, and at most; it doubles with each that comes soon after the one before."""
+"""Pause after the first failure, and longest pause; each failure soon after the last one doubles it."""
 _WELL_SEC = 60.0
-"""Who has run for so long since its last failure is well again."""
+"""Time without failures after which a task counts as well again."""
 
 
 @dataclass(slots=True)
 class Upkeep:
-    """One such task, and how it fared."""
+    """Background task with its failures."""
 
     name: str
     failures: int = 0
     failed_sec: float = 0.0
-    """When it last did (monotonic)."""
+    """Time of the last failure (monotonic)."""
     resting: bool = False
-    """It has broken and was not begun again yet."""
+    """True between a failure and the restart."""
 
     @property
     def is_well(self) -> bool:
@@ -34,7 +34,7 @@ class Upkeep:
 
 
 class Background:
-    """All of them. Whoever keeps one cancels its task in the end."""
+    """All background tasks. The caller of `keep` cancels the task at the end."""
 
     def __init__(self, pause_sec: tuple[float, float] = _PAUSE_SEC) -> None:
         self._pause_sec = pause_sec
@@ -44,7 +44,7 @@ class Background:
         return iter(self._kept.values())
 
     def keep(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
-        """Run it until it returns or is cancelled, and again after a pause when it raises."""
+        """Run a task until it returns or is cancelled; restart it after a pause if it raises."""
         upkeep = self._kept[name] = Upkeep(name)
         return asyncio.get_running_loop().create_task(self._run(upkeep, work), name=name)
 
@@ -55,7 +55,7 @@ class Background:
             began = time.monotonic()
             try:
                 await work()
-            except Exception:  # whatever it is, the work must go on
+            except Exception:  # of any kind: the work must continue
                 now = time.monotonic()
                 pause_sec = shortest_sec if now - began > _WELL_SEC else pause_sec
                 upkeep.failures += 1

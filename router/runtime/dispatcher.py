@@ -198,9 +198,9 @@ class Dispatcher:
             config.system, self.backend_of, devices, learned, self.scheduler, self._post
         )
         self.logs: dict[str, LogRing] = {}
-        """By model; an engine that runs has its own, too."""
+        """Log of each model; a running engine also has its own."""
         self.engine_file: Callable[[str], Callable[[bytes], None] | None] = lambda alias: None
-        """Where what an alias's engines say is to go besides its ring."""
+        """Returns a second destination for the output of an alias's engines; None: none."""
         self.running: dict[int, RunningEngine] = {}
         self.status = ServerState.INITIALIZING
         self.started_at = time.time()
@@ -224,12 +224,12 @@ class Dispatcher:
         self._inspections: set[asyncio.Task[None]] = set()
         self._stopping: set[int] = set()
         self._fallen_back: dict[str, Hashable] = {}
-        """By alias what the engine was started with that did not load, where its kind knew another way."""
+        """By alias, the revision that did not load and is run in the other way that its kind knows."""
         self._preloading: set[str] = set()
         self._told: set[str] = set()
-        """What is odd about models."""
+        """Warnings about models that have been logged."""
         self._changes: dict[str, set[asyncio.Future[None]]] = {}
-        """Who waits for a change of a model, or (under an empty name) of any."""
+        """Futures waiting for a change of a model, or of any model under an empty name."""
         self._preload: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
 
@@ -239,7 +239,7 @@ class Dispatcher:
 
     @property
     def backend(self) -> EngineBackend:
-        """The kind of models whose entry names none."""
+        """Backend of models whose entry names no engine."""
         return self._backends[DEFAULT_ENGINE]
 
     def backend_of(self, model: ModelConfig) -> EngineBackend:
@@ -361,7 +361,7 @@ class Dispatcher:
         return self._wait(model, ticket, position, why(model, now, slotless=ticket.slotless), now)
 
     def _forecast_with(self, waiting: Ticket | Request, now: float) -> Forecast:
-        """One for all who wait, as long as it is told (see the scheduler), and nobody asks who came since."""
+        """Return a forecast, shared by all waiting requests while it is valid and includes the one that asks."""
         known = self._forecast
         if now - known.at > known.told_sec or waiting.arrival_sec > known.at:
             self._forecast = self.scheduler.forecast(now)
@@ -388,7 +388,7 @@ class Dispatcher:
     def ask_to_load(self, alias: str) -> ModelState | None:
         """Request a model to be loaded. Returns its state if it is already final; `eject` cancels the request."""
         self._post(Load(time.monotonic(), alias))
-        self.events.publish(LoadMoved(alias, time.time()))  # it may wait for long in the state that it is in
+        self.events.publish(LoadMoved(alias, time.time()))  # its state may not change for long
         return self._settled(alias)
 
     async def load(self, alias: str) -> ModelState:
@@ -437,7 +437,7 @@ class Dispatcher:
         waiters.add(changed)
         try:
             await asyncio.wait({changed}, timeout=timeout_sec)
-        finally:  # also of those who wait no more
+        finally:  # also after a timeout or cancellation
             waiters.discard(changed)
 
     # --- the loop ---------------------------------------------------------------------------------------
@@ -458,7 +458,7 @@ class Dispatcher:
                 for effect in effects:
                     try:
                         self._carry_out(effect)
-                    except Exception:  # it must keep neither the others nor those whom it concerns waiting
+                    except Exception:  # neither others nor those concerned must wait for it
                         _log.exception("effect could not be carried out: %s", effect)
                         self._make_good(effect)
                 if not self._pending:
@@ -634,7 +634,7 @@ class Dispatcher:
             self._post(EngineExited(time.monotonic(), engine_id, told, advice is not None, retry))
 
     def _fall_back(self, model: ModelConfig, reason: str) -> Retry:
-        """When to try again after a load that failed: at once, if the kind of its engine knows another way."""
+        """Return when to retry a failed load: at once, if the kind of its engine knows another way."""
         other = self.backend_of(model).fallback(model)
         if other is None:
             return Retry.LATER
@@ -653,14 +653,15 @@ class Dispatcher:
     async def _look_for_memory(
         self, account: Account, model: ModelConfig, running: RunningEngine | None, *, wanted: bool
     ) -> str | None:
-        """What helps, or an empty text, if it ended for want of memory. Returns when what it held is back."""
+        """Return advice, which may be empty, if an engine ran out of memory; else None. Waits until its memory is
+        released."""
         advice = None
         try:
             if running is not None and not wanted:
                 wanted_mib = running.handle.ending.wanted_mib
                 if wanted_mib is not None:
                     advice = await self._memory_manager.ran_out(account, model, self.config.system, wanted_mib)
-        except Exception:  # whatever it is, its end must be told
+        except Exception:  # of any kind: the exit must be reported
             _log.exception("why the engine of %s ended could not be found out", model.alias)
         try:
             await self._memory_manager.close(account)
@@ -680,7 +681,7 @@ class Dispatcher:
         return Breakdown.HUNG if running.handle.was_killed else Breakdown.CRASHED
 
     def _stop(self, engine_id: int) -> None:
-        """Have an engine stopped; one that is just being spawned stops as soon as it is."""
+        """Stop an engine; one that is being spawned is stopped right after."""
         if engine_id in self._stopping:
             return
         self._stopping.add(engine_id)
@@ -705,18 +706,18 @@ class Dispatcher:
         running.facts = await running.handle.facts()
 
     def facts_of(self, alias: str) -> Facts | None:
-        """What its engine says of itself; None if there is none that is ready."""
+        """Return the properties that a model's engine reports; None without a ready engine."""
         running = self.front_of(alias)
         return running.facts if running is not None else None
 
     def front_of(self, alias: str) -> RunningEngine | None:
-        """The engine that serves a model, or will first, if it runs."""
+        """Return the running engine that serves a model, or will first; None without one."""
         model = self.scheduler.models.get(alias)
         front = model.front if model is not None else None
         return self.running.get(front.id) if front is not None else None
 
     def _order(self, model: ModelConfig, account: Account) -> Launch:
-        """Raises Unusable."""
+        """Return everything needed to start the engine. Raises Unusable."""
         system = self.config.system
         limit = system.timeout_warmup_sec if model.alias in self._preloading else system.wait_ready_sec
         return Launch(
@@ -729,7 +730,7 @@ class Dispatcher:
         )
 
     def log_of(self, alias: str) -> LogRing:
-        """What the engines of a model have said, whole lines in the order in which they came."""
+        """Return the log of all engines of a model, in whole lines in the order of arrival."""
         if alias not in self.logs:
             self.logs[alias] = LogRing(self.config.system.log_ring_lines, self.engine_file(alias))
         return self.logs[alias]
@@ -737,7 +738,7 @@ class Dispatcher:
     # --- configuration ----------------------------------------------------------------------------------
 
     async def _tell_what_is_odd(self) -> None:
-        """Before a model is asked for that will not load."""
+        """Log warnings about models before they are requested."""
         models, backends = self.config.models, self._backends
         for problem in await apart(lambda: list(warnings(backends, models))):
             if problem not in self._told:
@@ -784,7 +785,7 @@ class Dispatcher:
 
 
 def warnings(backends: Mapping[str, EngineBackend], models: Mapping[str, ModelConfig]) -> Iterator[str]:
-    """What is odd about models, by the kinds of their engines. Blocking."""
+    """Yield warnings about models, by the kinds of their engines. Blocking."""
     for kind, backend in backends.items():
         yield from backend.warnings({alias: model for alias, model in models.items() if model.engine == kind})
 

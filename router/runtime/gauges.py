@@ -1,4 +1,4 @@
-"""What Prometheus is told of the router as it is now: models, memory, the policy, GPUs, the machine."""
+"""Gauges of the router's current state for Prometheus: models, memory, policy, GPUs and machine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _MIB = 1 << 20
 
 @dataclass(slots=True)
 class _Look:
-    """One model, now, and the processes of its engines."""
+    """Current state of one model with its running engines."""
 
     model: Model
     running: Sequence[RunningEngine]
@@ -207,7 +207,7 @@ def _memory_gauges(dispatcher: Dispatcher) -> Iterator[Gauges]:
 
 
 def _summed(figures: Iterable[tuple[K, int]]) -> dict[K, int]:
-    """Of each model, whose engines may be several."""
+    """Add the figures of each key: a model may have several engines."""
     sums: defaultdict[K, int] = defaultdict(int)
     for key, figure in figures:
         sums[key] += figure
@@ -231,7 +231,7 @@ def _scheduler_gauges(dispatcher: Dispatcher) -> Iterator[Gauges]:
 
 
 def _gpu_gauges(gpus: Sequence[Reading]) -> Iterator[Gauges]:
-    """As the drivers said last; without a line where they do not tell."""
+    """Yield the drivers' latest readings, without values that they do not report."""
     for name, text, value in _PER_GPU:
         gauges = Gauges(name, text, "gpu")
         for gpu in gpus:
