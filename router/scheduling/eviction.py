@@ -206,7 +206,8 @@ def _departure(candidate: Model, bounds: Bounds, engine: Engine, room: Room) -> 
 
 
 def _bounds(candidate: Model, policy: Policy) -> Bounds:
-    """Of each class that waits: when its oldest came, and how long it may wait: in seconds, and in swaps."""
+    """Return for each waiting priority the arrival of its oldest request and its bounds in seconds and in
+    swaps."""
     arrivals = [
         (priority, oldest.arrival_sec)
         for priority in Priority

@@ -1,7 +1,7 @@
-"""The engines of one machine: which there are, what they take, and the room that is being made for others.
+"""Engines of one machine: their states, their resources, and the swaps in progress.
 
-Keeps the books of memory and the states of engines, and says what must be done to processes. Who gets room
-and whose turn it is are decided elsewhere; requests are not known here.
+Tracks memory and states, and emits the effects on processes. Decisions are made elsewhere; requests are not known
+here.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from router.system.devices import Device
 
 
 class Fleet:
-    """Engines and memory. `effects` collects what is to be done; the scheduler hands it out step by step."""
+    """Engines and resources. `effects` collects the effects of the scheduler's current step."""
 
     def __init__(self) -> None:
         self.engines: dict[int, Engine] = {}
         self.budgets: dict[Device, int] = {}
         self.capacity: dict[Device, int] = {}
         self.swaps: dict[int, Swap] = {}
-        """By the engine that is to come."""
+        """Swaps by the id of the engine to be started."""
         self.effects: list[Effect] = []
         self._last_id = 0
 
@@ -37,7 +37,8 @@ class Fleet:
         self.capacity = {**budgets, **capacity, ENGINES: engines}
 
     def free(self) -> dict[Device, int]:
-        """What is neither used, nor reserved for an engine that loads, nor promised to a swap."""
+        """Return the resources that are neither used, nor reserved for a loading engine, nor promised to a
+        swap."""
         free = dict(self.budgets)
         for engine in self.engines.values():
             take(free, engine.placement)
@@ -46,7 +47,7 @@ class Fleet:
         return free
 
     def obtainable_by(self, swap: Swap) -> dict[Device, int]:
-        """What will be free for a swap when all its victims have gone."""
+        """Return the resources that are free for a swap once all its victims have exited."""
         obtainable = self.free()
         for device, amount in total(victim.placement for victim in self._still_there(swap)).items():
             obtainable[device] = obtainable.get(device, 0) + amount
@@ -65,7 +66,7 @@ class Fleet:
         self.enter(engine, EngineState.LOADING, f"takes {amounts(memory)}")
 
     def drain(self, engine: Engine, cause: StopCause, reason: str, now: float) -> None:
-        """Admit nobody new, let what is in flight finish, then stop."""
+        """Stop an engine after its requests in flight; admit no new ones."""
         if engine.state is EngineState.STOPPING:
             return
         engine.cause, engine.leaves_for = cause, reason
@@ -82,13 +83,13 @@ class Fleet:
         self.enter(engine, EngineState.STOPPING, engine.departure)
 
     def lose(self, engine: Engine) -> None:
-        """Its process is gone; what it held will be back soon."""
+        """Note that the process has exited; its memory is about to be released."""
         if engine.state is not EngineState.STOPPING:
             engine.died_while = engine.state
             self.enter(engine, EngineState.STOPPING, "its process is gone")
 
     def swap(self, swap: Swap, now: float) -> None:
-        """Record whose room is meant for whom, then ask the victims to leave."""
+        """Record a swap, then drain its victims."""
         self.swaps[self.next_id()] = swap
         for victim in sorted(swap.victims, key=lambda engine: engine.id):
             if victim.state is EngineState.READY:
@@ -96,7 +97,7 @@ class Fleet:
                 self.drain(victim, cause, f"makes room for {swap.alias!r}", now)
 
     def end_swap(self, engine_id: int) -> list[Engine]:
-        """The room is not needed any more, or has been made: victims that still drain serve again."""
+        """End a swap, completed or cancelled, and return the victims that were still draining and serve again."""
         spared = [
             victim
             for victim in sorted(self._still_there(self.swaps.pop(engine_id)), key=lambda engine: engine.id)

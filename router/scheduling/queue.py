@@ -1,13 +1,14 @@
-"""The waiting line of one model: a heap by virtual deadline.
+"""Queue of one model: a heap by virtual deadline.
 
-A request's *virtual deadline* is `arrival + patience[priority]`, fixed when it arrives. So high goes before
-normal before low, each class is first-in-first-out, and nobody starves: a low request overtakes a high one
-that came `patience[low] - patience[high]` seconds after it. The key never changes, so the heap is never
-re-sorted and nothing has to age.
+A request's *virtual deadline* is `arrival + patience[priority]`, fixed on arrival. High priority thus goes before
+normal and low, each class is first-in-first-out, and no request starves: a low request overtakes a high one that
+arrived `patience[low] - patience[high]` seconds later. Keys never change, so the heap needs no re-sorting and no
+aging.
 
-Requests that need no slot wait in the same line for an engine; once it is there, no kind waits for the other.
+Requests that need no slot share the queue while there is no engine; with an engine, neither kind waits for the
+other.
 
-This module orders; it does not decide who is served, and it does not know what time it is.
+The queue only orders requests; it neither decides which are served nor reads a clock.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ class Priority(IntEnum):
 
 
 PriorityName = Literal["high", "normal", "low"]
-"""As clients, configuration and metrics know them, the most urgent first."""
+"""Names used by clients, configuration and metrics, most urgent first."""
 BY_NAME: dict[PriorityName, Priority] = dict(zip(get_args(PriorityName), Priority, strict=True))
 NAMES = {priority: name for name, priority in BY_NAME.items()}
-"""(An enum takes its time to tell a name.)"""
+"""Cached, because the names of an enum are slow."""
 
 
 class Request(msgspec.Struct, eq=False):
@@ -46,10 +47,10 @@ class Request(msgspec.Struct, eq=False):
     deadline_sec: float
     seq: int
     queued_sec: float = 0.0
-    """When it joined the line, for the last time: `retries` counts how often it came back."""
+    """Time at which it last joined the queue; `retries` counts its returns."""
     granted_sec: float | None = None
     engine_id: int | None = None
-    """The engine that serves it; None while it waits."""
+    """Engine that serves it; None while it waits."""
     retries: int = 0
     slotless: bool = False
 
@@ -63,9 +64,9 @@ class PriorityQueue:
     __slots__ = ("_heaps", "_length", "_lines", "_pushes")
 
     def __init__(self) -> None:
-        # Who leaves early stays in a heap until he comes to its top; only the lines say who is here.
+        # A request that leaves early stays in its heap until it reaches the top; `_lines` is authoritative.
         self._heaps: tuple[list[_Entry], list[_Entry]] = ([], [])
-        """Those who need a slot, and those who do not."""
+        """Heaps of requests that need a slot, and of those that do not."""
         self._pushes = 0
         self._length = 0
         self._lines: dict[Priority, OrderedDict[str, Request]] = {priority: OrderedDict() for priority in Priority}
@@ -74,19 +75,19 @@ class PriorityQueue:
         return self._length
 
     def __iter__(self) -> Iterator[Request]:
-        """In the order of service, if nobody else comes."""
+        """Iterate in the order of service."""
         waiting = (request for line in self._lines.values() for request in line.values())
         return iter(sorted(waiting, key=lambda request: (request.deadline_sec, request.seq)))
 
     def places(self) -> Iterator[tuple[int, Request]]:
-        """Everybody with the place among their kind: 1 is served next."""
+        """Yield each request with its position among its kind; 1 is served next."""
         ahead = [0, 0]
         for request in self:
             ahead[request.slotless] += 1
             yield ahead[request.slotless], request
 
     def push(self, request: Request) -> None:
-        """Add a request; one that comes back (its engine died) stands before all that came after it."""
+        """Add a request; one that returns after its engine died precedes all that arrived after it."""
         line = self._lines[request.priority]
         line[request.id] = request
         self._length += 1
@@ -97,12 +98,12 @@ class PriorityQueue:
         heapq.heappush(self._heaps[request.slotless], (request.deadline_sec, request.seq, self._pushes, request))
 
     def head(self) -> Request | None:
-        """The request to be served next, of either kind."""
+        """Return the next request of either kind; None if the queue is empty."""
         heads = [request for slotless in (False, True) if (request := self._next(slotless)) is not None]
         return min(heads, key=lambda request: (request.deadline_sec, request.seq), default=None)
 
     def take(self, *, slotless: bool) -> Request | None:
-        """Take the request of a kind that is to be served next."""
+        """Remove and return the next request of a kind; None if there is none."""
         request = self._next(slotless)
         if request is not None:
             heapq.heappop(self._heaps[slotless])
@@ -110,7 +111,7 @@ class PriorityQueue:
         return request
 
     def pop(self) -> Request:
-        """Take the request to be served next, of either kind; IndexError when nobody waits."""
+        """Remove and return the next request of either kind. Raises IndexError if the queue is empty."""
         request = self.head()
         if request is None:
             raise IndexError("pop from an empty queue")
@@ -118,7 +119,7 @@ class PriorityQueue:
         return request
 
     def remove(self, request: Request) -> None:
-        """Take a request out wherever it stands; KeyError when it does not wait here."""
+        """Remove a request at any position. Raises KeyError if it is not in the queue."""
         self._leave(request)
         heap = self._heaps[request.slotless]
         if len(heap) > 2 * len(self) + 16:
@@ -145,21 +146,22 @@ class PriorityQueue:
         return len(self._lines[priority])
 
     def line(self, priority: Priority) -> Iterable[Request]:
-        """Those of a class, in order."""
+        """Return the requests of a priority in order."""
         return self._lines[priority].values()
 
     def oldest(self, priority: Priority) -> Request | None:
-        """The request of a class that arrived first."""
+        """Return the oldest request of a priority; None if there is none."""
         line = self._lines[priority]
         return next(iter(line.values())) if line else None
 
     def newest(self, priority: Priority) -> Request | None:
-        """The request of a class that arrived last."""
+        """Return the newest request of a priority; None if there is none."""
         line = self._lines[priority]
         return next(reversed(line.values())) if line else None
 
     def longest_here(self) -> Request | None:
-        """The request that joined first. Those that came back joined late and yet stand at the front."""
+        """Return the request that has been queued longest. Returned requests joined late but stand at the
+        front."""
         longest: Request | None = None
         for line in self._lines.values():
             for request in line.values():

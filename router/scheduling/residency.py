@@ -1,7 +1,6 @@
-"""What the scheduler knows: models with their waiting lines, engines with their place in memory.
+"""State of the scheduler: models with their queues, engines with their placements.
 
-The entities, what they learn from what happens to them, and the arithmetic on placements. When any of it
-happens is for the scheduler to say.
+The entities, their statistics, and arithmetic on placements. The scheduler decides when anything changes.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from router.system.words import Word
 
 _FLOW_MEMORY_SEC = 240
 _FLOW_KNOWN_SEC = 10
-"""What came in less time counts as having come in this: not every crowd is the first of many."""
+"""Minimum duration for rates: a burst in less time is not taken for a lasting rate."""
 
 _FEWEST_ALIKE = 3
 _MOST_BY_CHANCE = 4.0
-"""Standard errors between the means before and after, at the place where they differ most."""
+"""Difference between the means before and after, in standard errors, that is still taken for chance."""
 
 ENGINES = Device(kind="engine")
-"""The resource that `max_concurrent_models` and the ports limit: every placement takes one of it."""
+"""Resource limited by `max_concurrent_models` and the ports: every placement takes one."""
 
 
 _NEARNESS = {
@@ -36,11 +35,11 @@ _NEARNESS = {
         (EngineState.READY, EngineState.LOADING, EngineState.DRAINING, EngineState.STOPPING)
     )
 }
-"""How near an engine of each state is to serving, the nearest first."""
+"""Order of engine states by how soon the engine serves."""
 
 
 class Returns:
-    """How soon a model is wanted again after it fell idle: its last sixteen gaps, in seconds."""
+    """Time until a model is used again after it became idle: its last sixteen gaps in seconds."""
 
     __slots__ = ("_answers", "_gaps")
 
@@ -53,17 +52,17 @@ class Returns:
         self._answers.clear()
 
     def share_beyond(self, seconds: float) -> float:
-        """How many gaps are longer; all while none is known."""
+        """Return the share of gaps that are longer; 1 while none is known."""
         return sum(gap > seconds for gap in self._gaps) / len(self._gaps) if self._gaps else 1.0
 
     def linger_sec(self, worth_sec: float, cap_sec: float) -> float:
-        """How long it pays to keep an idle engine while another model waits for its memory.
+        """Return how long it pays to keep an idle engine while another model waits for its memory.
 
         As in anticipatory disk scheduling (Iyer and Druschel, SOSP 2001): waiting L seconds costs
-        `mean(min(gap, L))` of idleness, and with the chance that the next request comes within L it serves
-        one for which the engine would have to come back. `worth_sec` is what such a request is worth: the
-        time in which a swap would serve one of those who wait. The L that gains most over the gaps seen
-        wins; 0 when none gains.
+        `mean(min(gap, L))` of idleness, and with the probability of a request within L it serves one for which
+        the engine would have to be reloaded. `worth_sec` is the value of such a request: the time in which a
+        swap would serve one waiting request. The result is the L with the largest gain over the observed gaps;
+        0 if none gains.
         """
         question = (worth_sec, cap_sec)
         if question not in self._answers:
@@ -77,7 +76,7 @@ class Returns:
         best_gain, best = 0.0, 0.0
         within, waited = 0, 0.0
         for gap in gaps:
-            length = min(1.5 * gap + 0.01, cap_sec)  # half as much again: gaps jitter
+            length = min(1.5 * gap + 0.01, cap_sec)  # plus a half, as gaps vary
             while within < len(gaps) and gaps[within] <= length:
                 waited += gaps[within]
                 within += 1
@@ -89,7 +88,8 @@ class Returns:
 
 
 def since_it_changed(values: Sequence[float]) -> Sequence[float]:
-    """The latest of these, from where they differ from those before by more than chance does; else all."""
+    """Return the latest values, from the point where they differ from earlier ones by more than chance; else
+    all."""
     count, total = len(values), sum(values)
     mean = total / max(1, count)
     around = sum((value - mean) ** 2 for value in values)
@@ -105,13 +105,13 @@ def since_it_changed(values: Sequence[float]) -> Sequence[float]:
 
 
 def engine_name(alias: str, engine_id: int) -> str:
-    """For people, of one engine among all that there were since the start: `a#3`."""
+    """Return the name of an engine among all since the start: `a#3`."""
     return f"{alias}#{engine_id}"
 
 
 @dataclass(slots=True, eq=False)
 class Engine:
-    """One llama-server process from the decision to start it until its memory is back."""
+    """One engine from the decision to start it until its memory is released."""
 
     id: int
     spec: ModelSpec
@@ -120,23 +120,23 @@ class Engine:
     state: EngineState = EngineState.LOADING
     ready_sec: float = 0.0
     idle_since_sec: float | None = None
-    """None while anything is in flight, with a slot or without."""
+    """None while any request is in flight."""
     keep_alive_sec: float | None = None
-    """How long it stays when idle, if a client has said so: instead of what is configured, unless it is pinned."""
+    """Idle timeout set by a client; replaces the configured one unless the model is pinned."""
     nobody_waits_since_sec: float | None = None
     in_flight: dict[str, Priority] = field(default_factory=dict)
-    """Each of them has a slot."""
+    """Requests with a slot, with their priorities."""
     slotless: set[str] = field(default_factory=set)
-    """What is with it besides. It keeps the engine as they do."""
+    """Requests without a slot, which keep the engine as well."""
     draining_since_sec: float = 0.0
     stopping_since_sec: float = 0.0
     cause: StopCause | None = None
     leaves_for: str = ""
-    """The cause in more words."""
+    """Reason in words."""
     suspect: bool = False
-    """A request broke on it, and whether it still lives is not known yet."""
+    """True after a request failed on it, until it is known whether it responds."""
     died_while: EngineState | None = None
-    """What it was when its process ended without being asked to."""
+    """State in which its process exited without a request to."""
     served: int = 0
 
     @property
@@ -149,7 +149,7 @@ class Engine:
 
     @property
     def departure(self) -> str:
-        """Why it is asked to go: `evicted: makes room for 'b'`; empty while it is not."""
+        """Reason for its stop: `evicted: makes room for 'b'`; empty if it is not being stopped."""
         if self.cause is None:
             return ""
         return f"{self.cause}: {self.leaves_for}" if self.leaves_for else self.cause.value
@@ -160,7 +160,7 @@ class Engine:
 
     @property
     def load(self) -> int:
-        """How many requests are with it."""
+        """Number of requests in flight."""
         return len(self.in_flight) + len(self.slotless)
 
     def idle_timeout_sec(self, policy: Policy) -> float:
@@ -181,49 +181,49 @@ class Engine:
 
 
 class Holder(Protocol):
-    """What holds memory."""
+    """Holder of resources."""
 
     @property
     def placement(self) -> Placement: ...
 
 
 class Hold(Word):
-    """What keeps an engine from making room for a candidate."""
+    """Reason why an engine is not unloaded yet for a candidate."""
 
     LOADING = "loading"
     BOUND = "bound"
-    """Those who wait have not waited for their bound."""
+    """The waiting requests have not reached their bound on waiting."""
     QUANTUM = "quantum"
-    """It has not been resident for its own."""
+    """It has not been resident for its quantum."""
     LINGER = "linger"
-    """It fell idle a moment ago."""
+    """It has just become idle."""
 
 
 @dataclass(frozen=True, slots=True)
 class Departure:
-    """When an engine may be asked to go, and what it has until then."""
+    """Earliest time at which an engine may be unloaded, and the reason."""
 
     engine_id: int
     alias: str
     at: float
-    """Infinite: nobody can tell."""
+    """Infinite: unknown."""
     hold: Hold
 
 
 @dataclass(frozen=True, slots=True)
 class Why:
-    """Why a model has no engine although somebody waits for it: words, and figures that move with time."""
+    """Reason why a model with waiting requests has no engine, in words, with times that change."""
 
     words: str = ""
     departures: tuple[Departure, ...] = ()
-    """All of them must be gone."""
+    """Departures that must all happen first."""
 
     def __str__(self) -> str:
         return self.words
 
 
 class Flow:
-    """How often somebody comes for a model in the time that is counted here, over its last minutes."""
+    """Rate of requests for a model during the periods counted here, over the last minutes."""
 
     __slots__ = ("_clear_sec", "_clear_since", "_counts", "_falls", "_seconds", "_since")
 
@@ -233,7 +233,7 @@ class Flow:
         self._seconds = 0.0
         self._since: float | None = None
         self._clear_sec = 0.0
-        """Of that, what came after those were served who had waited at the beginning."""
+        """Part of that time after the queue had been served."""
         self._clear_since: float | None = None
 
     def go_on(self, now: float) -> None:
@@ -246,7 +246,7 @@ class Flow:
             self._since = self._clear_since = None
 
     def clear(self, now: float) -> None:
-        """Nobody waits."""
+        """Note that the queue is empty."""
         if self._clear_since is None:
             self._clear_since = now
 
@@ -260,12 +260,12 @@ class Flow:
             self._fold(now)
 
     def gap_sec(self, priority: Priority, now: float) -> float:
-        """Between two of a class; infinite while none has come."""
+        """Return the mean time between requests of a priority; infinite if there were none."""
         count = self._counts[priority]
         return self._lasted_sec(now) / count if count else math.inf
 
     def goes_on_sec(self, guess_sec: float, now: float) -> float:
-        """How long somebody is there once nobody waits; the guess counts as one time that it was seen."""
+        """Return the mean time from an empty queue until idleness; the guess counts as one observation."""
         running_sec = now - self._clear_since if self._clear_since is not None else 0.0
         return (self._clear_sec + running_sec + guess_sec) / (self._falls + 1)
 
@@ -280,7 +280,7 @@ class Flow:
         if self._clear_since is not None:
             self._clear_sec += now - self._clear_since
             self._clear_since = now
-        if self._seconds > _FLOW_MEMORY_SEC:  # what was an hour ago says little of now
+        if self._seconds > _FLOW_MEMORY_SEC:  # old rates say little about the present
             share = _FLOW_MEMORY_SEC / 2 / self._seconds
             self._seconds *= share
             self._falls *= share
@@ -291,67 +291,68 @@ class Flow:
 
 @dataclass(slots=True, eq=False)
 class Model:
-    """What is known of one alias: its waiting line, its engines, and how both have behaved."""
+    """State of one model: its queue, its engines, and their statistics."""
 
     spec: ModelSpec
     load_sec: float
     queue: PriorityQueue = field(default_factory=PriorityQueue)
     engines: list[Engine] = field(default_factory=list)
-    """In the order of their starts. The policy starts one at a time, see `wants_engine`."""
+    """Engines in the order of their starts. The policy starts one at a time, see `wants_engine`."""
     retired: bool = False
-    """Gone from the configuration; forgotten once its engines are."""
+    """True once it is removed from the configuration; it is deleted once its engines have exited."""
     wanted_since_sec: float | None = None
-    """A load was asked for by hand or preload."""
+    """Time at which an operator or preload requested a load."""
     comes_back: bool = False
-    """Its engine has died, and another one is to be there as soon as there is room, also if nobody waits."""
+    """True if its engine has died and is to be replaced once there is room, even without waiting requests."""
     may_evict: bool = False
-    """That load may cost another model its place."""
+    """True if that load may evict another model."""
     inspecting_since_sec: float | None = None
     inspected: Inspected | None = None
     too_big: bool = False
-    """The last time it was wanted, it could never have fitted."""
+    """True if it could never have fitted when it was last wanted."""
     cramped_since_sec: float | None = None
-    """It would fit, if others than our engines gave their memory back."""
+    """Time since which only memory of other programs is missing."""
     ran_out: bool = False
-    """Its last load ran out of memory."""
+    """True if its last load ran out of memory."""
     attempts: int = 0
-    """Loads and crashes that failed in a row."""
+    """Consecutive failed loads and crashes."""
     ports_lost: int = 0
-    """In a row, to other programs."""
+    """Consecutive ports lost to other programs."""
     crashes_sec: deque[float] = field(default_factory=deque)
-    """When its engines died without being asked to, within the window that the policy looks at."""
+    """Times of crashes within the policy's window."""
     retry_at_sec: float = 0.0
     failed_until_sec: float = 0.0
     failed_for_good: bool = False
-    """Its engine does not take its flags: the next one, after the cooldown, would not, either."""
+    """True if its engine rejects its flags, and would again after the cooldown."""
     last_error: str | None = None
     why_waiting: Why = Why()
     busy: Flow = field(default_factory=Flow)
-    """Who comes while an engine of it is at work."""
+    """Requests that arrive while an engine of it is busy."""
     away: Flow = field(default_factory=Flow)
-    """Who comes while it has none that is ready."""
+    """Requests that arrive while it has no ready engine."""
     places: tuple[Placement, ...] = ()
-    """Where it might go, as it was seen last."""
+    """Possible placements of the last inspection."""
     returns: Returns = field(default_factory=Returns)
     last_used_sec: float = -math.inf
     mean_gap_sec: float = 3600.0
     load_is_known: bool = False
-    """What loading takes was measured, for this engine or an earlier one; else it is a guess."""
+    """True if `load_sec` was measured, for this engine or an earlier one."""
     recent_sec: deque[float] = field(default_factory=lambda: deque(maxlen=64))
-    """How long the last requests took that were computed."""
+    """Service times of the last computed requests."""
     _lately_sec: Sequence[float] | None = None
 
     @property
     def lately_sec(self) -> Sequence[float]:
-        """How long those took of the last requests that are like the latest."""
+        """Service times of the last requests since their level changed."""
         if self._lately_sec is None:
             self._lately_sec = since_it_changed(list(self.recent_sec))
         return self._lately_sec
 
     def service_sec(self, elapsed_sec: Sequence[float]) -> float | None:
-        """What a request takes that comes now, while others have been in flight for so long. None: nobody knows.
+        """Return the expected service time of a new request, given how long others have been in flight; None:
+        unknown.
 
-        Several that take longer than any ever did are the first of many; one may always be another.
+        Several requests that take longer than any before indicate a change; a single one does not.
         """
         lately_sec = self.lately_sec
         if not lately_sec:
@@ -363,7 +364,7 @@ class Model:
 
     @property
     def urgent(self) -> bool:
-        """Somebody waits with high priority."""
+        """Whether a request of high priority waits."""
         return self.queue.count(Priority.HIGH) > 0
 
     @property
@@ -372,16 +373,16 @@ class Model:
 
     @property
     def front(self) -> Engine | None:
-        """The engine by which the state of the model is told: that which serves, or will first."""
+        """Engine that determines the state of the model: the one that serves, or will first."""
         return min(self.engines, key=lambda engine: _NEARNESS[engine.state], default=None)
 
     @property
     def is_here(self) -> bool:
-        """Whether an engine of it is ready."""
+        """Whether it has a ready engine."""
         return any(engine.state is EngineState.READY for engine in self.engines)
 
     def admitting(self, *, slotless: bool) -> Engine | None:
-        """The engine to which a request may go that comes now: of several that with the least to do."""
+        """Return the least loaded engine that admits a new request; None if there is none."""
         chosen = None
         for engine in self.engines:
             if engine.admits(slotless=slotless) and (chosen is None or engine.load < chosen.load):
@@ -389,7 +390,7 @@ class Model:
         return chosen
 
     def arrival(self, now: float) -> None:
-        """A request comes; if nothing was in flight or waiting, it ends a gap."""
+        """Note an arrival, which ends a gap if no request was in flight or waiting."""
         idle_since_sec = self._idle_since_sec()
         if idle_since_sec is None or self.queue or math.isinf(idle_since_sec):
             self.mean_gap_sec *= 0.8
@@ -398,7 +399,7 @@ class Model:
             self.mean_gap_sec += 0.2 * (now - idle_since_sec - self.mean_gap_sec)
 
     def _idle_since_sec(self) -> float | None:
-        """Since when nobody has used it; None while somebody does, or it loads."""
+        """Return since when it is unused; None while it is in use or loading."""
         latest = None
         for engine in self.engines:
             if engine.idle_since_sec is None:
@@ -407,7 +408,7 @@ class Model:
         return self.last_used_sec if latest is None else latest
 
     def joined(self, request: Request, now: float) -> None:
-        """A request has a slot or a place in the line: it was not turned away."""
+        """Count a request that was admitted or queued."""
         if request.slotless:
             return
         is_here = False
@@ -421,10 +422,10 @@ class Model:
             self.away.come(request.priority, now)
 
     def turn(self, now: float, *, is_here: bool) -> None:
-        """An engine of it is ready from now on, or none is."""
+        """Note that it has a ready engine from now on, or none."""
         if is_here:
             self.away.pause(now)
-            if any(engine.is_busy for engine in self.engines):  # it was to leave, and stays
+            if any(engine.is_busy for engine in self.engines):  # a drain was cancelled
                 self.busy.go_on(now)
         else:
             self.away.go_on(now)
@@ -435,14 +436,14 @@ class Model:
         self.load_is_known = True
 
     def computed(self, took_sec: float) -> None:
-        """A request whose tokens were computed is over."""
+        """Record the service time of a request whose tokens were computed."""
         self.recent_sec.append(took_sec)
         self._lately_sec = None
 
     def remaining_sec(self, elapsed_sec: Iterable[float]) -> list[float]:
-        """What requests in flight take yet, by how long they have taken: as those did that took longer.
+        """Return the expected remaining times of requests in flight, by those earlier requests that took longer.
 
-        Of several one is early, the next one later: the first slot that is free is so sooner than most.
+        Several requests are spread over the distribution: the first slot becomes free sooner than the mean.
         """
         longest_first = sorted(elapsed_sec, reverse=True)
         remaining: list[float] = []
@@ -457,7 +458,7 @@ class Model:
         return remaining
 
     def crashed(self, now: float, window_sec: float) -> int:
-        """One more; returns how many that makes within the window."""
+        """Record a crash and return the number within the window."""
         self.crashes_sec.append(now)
         while now - self.crashes_sec[0] > window_sec:
             self.crashes_sec.popleft()
@@ -465,7 +466,7 @@ class Model:
 
     @property
     def tries(self) -> int:
-        """How many engines it has had lately of which none has stayed."""
+        """Number of recent engines that failed."""
         return max(self.attempts, len(self.crashes_sec))
 
     def forget_tries(self) -> None:
@@ -479,24 +480,24 @@ class Model:
         self.last_error = self.inspected = None
 
     def forget_wish(self) -> None:
-        """No load is asked for any more."""
+        """Cancel a requested load."""
         self.wanted_since_sec = None
         self.may_evict = False
 
 
 @dataclass(slots=True, eq=False)
 class Swap:
-    """Room that is being made for an engine to come. It is recorded before anybody is asked to leave, so nobody
-    else takes it."""
+    """Memory being freed for an engine. It is recorded before the victims are drained, so that no other model
+    takes it."""
 
     alias: str
-    """Whose engine that will be."""
+    """Model of the engine to be started."""
     placement: Placement
     victims: frozenset[Engine]
 
 
 def total(placements: Iterable[Placement]) -> dict[Device, int]:
-    """Sum of placements per resource."""
+    """Return the sum of placements by resource."""
     amounts: dict[Device, int] = {}
     for placement in placements:
         for device, amount in placement.items():
@@ -505,7 +506,7 @@ def total(placements: Iterable[Placement]) -> dict[Device, int]:
 
 
 def shortage(need: Placement, free: Placement) -> dict[Device, int]:
-    """What is missing, per resource; empty when `need` fits."""
+    """Return the missing amount of each resource; empty if `need` fits."""
     return {
         device: amount - free.get(device, 0) for device, amount in need.items() if amount > free.get(device, 0)
     }
@@ -517,7 +518,7 @@ def take(free: dict[Device, int], placement: Placement) -> None:
 
 
 def claim(need: Placement, victims: Iterable[Holder]) -> dict[Device, int]:
-    """What a swap takes beyond what its victims give back when they go."""
+    """Return what a swap takes beyond the resources of its victims."""
     return shortage(need, total(victim.placement for victim in victims))
 
 

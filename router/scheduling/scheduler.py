@@ -69,11 +69,11 @@ _FOR_EVER_SEC = 100 * 365 * 86_400.0
 """Idle timeouts beyond this count as infinite, because dates are limited."""
 _STEPS_AT_ONCE = 8_000.0
 _STEPS_PER_SEC = 4_000.0
-"""Of forecasts for those who are turned away. A step takes some 10 µs."""
+"""Budget of steps for forecasts to rejected requests; a step takes about 10 µs."""
 
 
 _InLine = tuple[float, int, int, Model]
-"""The virtual deadline of the first who waits for a model, its number, the place of the model among its like."""
+"""Virtual deadline and number of the first request waiting for a model, the model's position, and the model."""
 
 
 class Scheduler:
@@ -91,24 +91,24 @@ class Scheduler:
         self._waiting: dict[str, Model] = {}
         """Models that want an engine."""
         self._looked_until: tuple[float, ...] = ()
-        """How far those that are not the first of them have been looked at, by their place in the line."""
+        """Position up to which the models beyond the first ones have been considered."""
         self._recent: set[Engine] = set()
         self._stop_sec = 0.0
-        """From the stop of an engine until its memory is back: a mean."""
+        """Mean time from the stop of an engine until its memory is released."""
         self._come_back: dict[tuple[str, Priority], tuple[float, float | None]] = {}
+        """Times given to rejected requests, each with the time until which others are given the same."""
         self._steps_left, self._steps_at = _STEPS_AT_ONCE, 0.0
-        """What forecasts for those who are turned away may cost, and since when that is known."""
-        """What those were told who were turned away, and until when others are told the same."""
+        """Steps left for forecasts to rejected requests, and the time of the last refill."""
         self._joined = 0
-        """How often anybody has joined a line."""
+        """Number of times that a request has joined a queue."""
         self._none_below: tuple[int, Priority] = (-1, Priority.HIGH)
-        """While nobody has joined since, there is no request below this priority in any line."""
+        """Value of `_joined` at which no queue held a request below the priority."""
         self._now = 0.0
         self._seq = 0
         self._effects: list[Effect] = []
 
     def step(self, event: Event) -> list[Effect]:
-        """Take one event, return what must be done about it, in this order."""
+        """Process one event and return its effects, to be carried out in this order."""
         if event.at > self._now:
             self._now = event.at
         effects: list[Effect] = []
@@ -160,14 +160,14 @@ class Scheduler:
 
     @property
     def wanted(self) -> list[Effect]:
-        """The effects of the last step, of one that broke, too: what it has changed until then goes with them."""
+        """Effects of the last step, even if it raised: they match the changes made until then."""
         return self._effects
 
     # --- reading ----------------------------------------------------------------------------------------
 
     @property
     def budgets(self) -> Placement:
-        """What our engines may use together, per resource; empty until `MemoryChanged` has told."""
+        """Amount of each resource that engines may use together; empty until the first `MemoryChanged`."""
         return self._fleet.budgets
 
     def state(self, alias: str) -> ModelState:
@@ -177,7 +177,7 @@ class Scheduler:
         return ModelState.FAILED if model.failed_until_sec > self._now else ModelState.OFF
 
     def unload_at_sec(self, alias: str) -> float | None:
-        """When the last of its engines goes if nobody asks for it any more; None when none goes for that."""
+        """Return when the last engine of a model is unloaded without further requests; None if it is not."""
         most_recent = self._most_recent()
         goes_at_sec: list[float] = []
         for engine in self.models[alias].engines:
@@ -190,11 +190,12 @@ class Scheduler:
         return max(goes_at_sec, default=None)
 
     def free(self) -> dict[Device, int]:
-        """What is neither used, nor reserved for an engine that loads, nor promised to a swap."""
+        """Return the resources that are neither used, nor reserved for a loading engine, nor promised to a
+        swap."""
         return self._fleet.free()
 
     def forecast(self, now: float, newcomer: Request | None = None) -> Forecast:
-        """When those who wait will be served, as far as what was measured tells; with somebody who comes now."""
+        """Forecast when waiting requests are served, as far as measurements allow, including a `newcomer`."""
         swaps, stop_sec = self._fleet.swaps.values(), self._stop_sec
         models = self.models.values()
         return forecast(models, self._requests, swaps, self.budgets, self.policy, stop_sec, now, newcomer)
@@ -223,7 +224,7 @@ class Scheduler:
         request = Request(event.request_id, event.alias, event.priority, event.at, deadline_sec, self._seq)
         request.slotless = event.slotless
         engine = model.admitting(slotless=event.slotless)
-        if engine is not None:  # so none of its kind waits
+        if engine is not None:  # so no request of its kind waits
             self._requests[request.id] = request
             model.joined(request, self._now)
             self._grant(request, engine)
@@ -244,7 +245,7 @@ class Scheduler:
         return not model.engines and (event.priority is Priority.HIGH or not self._can_wait_for_a_look())
 
     def _can_wait_for_a_look(self) -> bool:
-        """Whether very many models wait, of which it is looked soon who gets room: a thousand may come, or go, at
+        """Return whether so many models wait that placement is postponed: a thousand may arrive or leave at
         once."""
         crowded = len(self._waiting) > 2 * _LOOKED_AT
         if crowded:
@@ -266,7 +267,7 @@ class Scheduler:
         return len(model.queue) >= self.policy.max_queue_size_per_model
 
     def _who_gives_way(self, model: Model, priority: Priority) -> Request | None:
-        """Of those who wait with a lower priority than somebody who finds no room: the lowest, and newest."""
+        """Return the waiting request of lowest priority, and of these the newest, that is below `priority`."""
         if self._is_full(model):
             return _lowest((model,), priority)
         joined, none_below = self._none_below
@@ -287,10 +288,10 @@ class Scheduler:
         self._left_queue(model)
 
     def _come_back_sec(self, model: Model, priority: Priority) -> float | None:
-        """Until a request that comes now would be served; None: unknown.
+        """Return the expected wait of a request that arrives now; None: unknown.
 
-        Thousands may be told in the same moment, of hundreds of models: who asks when the budget of steps is used
-        up is told nothing, as everybody else would have to wait for the answer.
+        Thousands of requests may be rejected at the same moment, for hundreds of models. Once the budget of steps
+        is used up, the answer is None, as everything else would have to wait for it.
         """
         key, now = (model.spec.alias, priority), self._now
         told_until, at = self._come_back.get(key, (-math.inf, None))
@@ -315,7 +316,7 @@ class Scheduler:
         self._wake(self._now + self.policy.queue_timeout_sec)
 
     def _want_engine_or_keep(self, model: Model) -> None:
-        """Somebody wants it: an engine that loads for nobody any more is wanted again."""
+        """Note that the model is wanted; an engine that loads without waiting requests is kept."""
         if not model.engines:
             self._want_engine(model)
         for engine in model.engines:
@@ -371,7 +372,7 @@ class Scheduler:
             engine.served += 1
             model.attempts = 0
         self._release(request, model, engine)
-        # A high request may send an engine away sooner that has only low ones left.
+        # Requests of high priority may evict an engine sooner once it has only low ones left.
         return not engine.is_busy or (request.priority is not Priority.LOW and not request.slotless)
 
     def _release(self, request: Request, model: Model, engine: Engine) -> None:
@@ -390,7 +391,7 @@ class Scheduler:
                 self._wake(self._now + engine.idle_timeout_sec(self.policy))
 
     def _left_queue(self, model: Model) -> None:
-        """A waiting request is gone; so may be the reason to load."""
+        """Update a model after a waiting request has left, which may remove the reason to load it."""
         if model.queue or model.wanted_since_sec is not None:
             return
         self._waiting.pop(model.spec.alias, None)
@@ -478,7 +479,7 @@ class Scheduler:
         self._serve(model, engine)
 
     def _serve(self, model: Model, engine: Engine) -> None:
-        """The engine is ready (again)."""
+        """Admit requests to an engine that is ready, or ready again."""
         self._used(engine)
         self._admit(model)
         if engine.idle_since_sec is not None:
@@ -523,15 +524,15 @@ class Scheduler:
             self._want_engine(model)
 
     def _want_back(self, model: Model) -> None:
-        """As if it were preloaded; while it is in its cooldown, not before that has ended."""
+        """Request a load as for a preloaded model, but not during a cooldown."""
         if model.comes_back and not model.engines and model.failed_until_sec <= self._now:
             model.wanted_since_sec = self._now
             self._want_engine(model)
 
     def _engine_failed(self, model: Model, engine: Engine, event: EngineExited) -> None:
-        """It ended unasked: another one after a pause, or none for long when it happens too often.
+        """Handle an unrequested exit: retry after a pause, or mark the model as failed if it happens too often.
 
-        Two ways to be hopeless: never to serve anybody, and to serve somebody now and then and die again.
+        A model fails either without serving any request, or by crashing repeatedly in between.
         """
         policy = self.policy
         loading = (engine.died_while or engine.state) is EngineState.LOADING
@@ -546,7 +547,7 @@ class Scheduler:
             return
         model.attempts += not engine.served
         if loading and event.out_of_memory and not model.ran_out:
-            model.ran_out = True  # it needs more than was thought, and gets one try with that
+            model.ran_out = True  # one retry with a raised estimate
             self._off(model, model.last_error, engine)
         elif (
             model.attempts > policy.model_load_max_retries
@@ -559,12 +560,13 @@ class Scheduler:
             model.last_error = f"{engine.alias!r} {often}, most recently: {event.reason}"
             self._fail(model, policy.model_load_cooldown_sec)
         else:
-            # An engine that has served deserves to be back at once, the first time.
+            # An engine that has served is restarted at once after its first crash.
             model.retry_at_sec = self._now + self._backoff_sec(max(model.attempts, crashes - 1), engine)
             self._off(model, model.last_error, engine)
 
     def _backoff_sec(self, tries: int, engine: Engine) -> float:
-        """Doubles with every try, and up to half as much again: who failed together does not return together."""
+        """Return the pause, doubled with each try, plus a jitter of up to half, so that retries do not
+        coincide."""
         if not tries:
             return 0.0
         jitter = crc32(f"{engine.alias} {engine.id}".encode()) / 2**33
@@ -619,7 +621,7 @@ class Scheduler:
                 continue
             self._place(model, free, taken)
             if model.inspecting_since_sec is not None:
-                # Nobody overtakes it for want of a look, unless its disk keeps us waiting.
+                # No model overtakes it for lack of an inspection, unless its disk is slow.
                 patience_ends = model.inspecting_since_sec + INSPECTION_PATIENCE_SEC
                 if patience_ends > self._now:
                     self._wake(patience_ends)
@@ -632,8 +634,8 @@ class Scheduler:
                 self._looked_until = deadline_sec, seq, place + 1
 
     def _to_look_at(self, line: list[_InLine]) -> list[_InLine]:
-        """Those who come first, and when there are very many, a few of the others in turn: a thousand at once
-        would keep every token waiting. What is reserved and held for the first, the others never get."""
+        """Return the first models, and a few of the others in turn if there are very many: considering a thousand
+        at once would delay every token. The others never get what is reserved or held for the first."""
         if len(line) <= 2 * _LOOKED_AT:
             return line
         self._wake(self._now + _LOOK_ON_SEC)
@@ -642,14 +644,14 @@ class Scheduler:
         return line[:_LOOKED_AT] + line[begin : begin + _LOOKED_AT]
 
     def _settle_swaps(self) -> None:
-        """Start those whose room is there; give up those that nobody wants or that can't succeed any more."""
+        """Complete swaps whose memory is free; cancel those that are not wanted or can no longer succeed."""
         swaps = self._fleet.swaps
         for engine_id, swap in list(swaps.items()):
             model = self.models[swap.alias]
             if not model.wants_engine:
                 self._end_swap(engine_id)
                 continue
-            del swaps[engine_id]  # its own claim must not stand in its way
+            del swaps[engine_id]  # its own claim must not count against it
             there = not shortage(swap.placement, self._fleet.free())
             will_be = not shortage(swap.placement, self._fleet.obtainable_by(swap))
             swaps[engine_id] = swap
@@ -659,7 +661,7 @@ class Scheduler:
                 self._end_swap(engine_id)
 
     def _has_swap(self, model: Model) -> bool:
-        """Whether room is being made for an engine of it."""
+        """Return whether a swap for the model is in progress."""
         return any(swap.alias == model.spec.alias for swap in self._fleet.swaps.values())
 
     def _end_swaps_for(self, model: Model) -> None:
@@ -681,7 +683,7 @@ class Scheduler:
         return wanted + self.policy.patience_sec[Priority.NORMAL], 0
 
     def _place(self, model: Model, free: dict[Device, int], taken: dict[Engine, str]) -> None:
-        """Carry out the policy's verdict on a candidate; `free` and `taken` remember what is kept for it."""
+        """Carry out the policy's verdict on a candidate; updates `free` and `taken` by what is kept for it."""
         inspected = model.inspected
         if inspected is None:
             self._inspect(model)
@@ -704,7 +706,7 @@ class Scheduler:
             self._off(model, f"not preloaded: {verdict.reason}")
             return
         if not isinstance(verdict, Wait) and self._now - inspected.at > self.policy.inspection_valid_sec:
-            self._inspect(model)  # look again before anybody goes
+            self._inspect(model)  # inspect again before acting
             return
         match verdict:
             case Fits(placement):
@@ -732,10 +734,10 @@ class Scheduler:
         self._fleet.set_budgets(event.budgets, event.capacity, self.policy.places)
         for model in self._waiting.values():
             if model.cramped_since_sec is not None:
-                model.inspected = None  # there may be other ways to place it now
+                model.inspected = None  # other placements may be possible now
 
     def _may_get_back(self, model: Model) -> bool:
-        """Whether it is worth waiting for memory that others than our engines hold: once, and not for long."""
+        """Return whether to wait for memory held by other programs: once, and not for long."""
         if model.too_big:
             return False
         if model.cramped_since_sec is None:
@@ -789,7 +791,7 @@ class Scheduler:
             self.wake_at = at
 
     def _tick(self) -> None:
-        """Do what is due, and find out anew when the next thing is."""
+        """Process everything that is due, and determine the next time."""
         self.wake_at = math.inf
         for model in self.models.values():
             self._expire_waiting(model)
@@ -810,7 +812,7 @@ class Scheduler:
                     self._wake(since_sec + limit_sec)
 
     def _expire_waiting(self, model: Model) -> None:
-        come_back_sec: dict[Priority, float | None] = {}  # thousands may go at once
+        come_back_sec: dict[Priority, float | None] = {}  # thousands may expire at once
         while (request := model.queue.longest_here()) is not None:
             expiry = request.queued_sec + self.policy.queue_timeout_sec
             if expiry > self._now:
@@ -826,7 +828,8 @@ class Scheduler:
             self._left_queue(model)
 
     def _time_limit(self, engine: Engine) -> tuple[float | None, float, StopCause]:
-        """Since when the engine has been in a state that must not last, how long it may, and why it ends."""
+        """Return since when an engine is in a limited state (or None), the limit in seconds, and the stop
+        cause."""
         match engine.state:
             case EngineState.LOADING:
                 grace_sec = self.policy.abandoned_load_grace_sec
@@ -853,7 +856,7 @@ class Scheduler:
         return math.inf if spared else engine.idle_timeout_sec(self.policy)
 
     def _used(self, engine: Engine) -> None:
-        """It is one of the most recently used now; in time, another may have to go that was spared instead."""
+        """Note the use of an engine: another one may no longer be among the most recently used ones."""
         limit_sec = self.policy.idle_timeout_sec
         if engine not in self._recent and limit_sec is not None:
             for other in self._recent:
@@ -881,7 +884,7 @@ class Scheduler:
         self._drain_all(model, StopCause.MANUAL, "ejected by hand")
 
     def _give_up(self, model: Model, reason: str) -> None:
-        """No load is asked for any more. Who waits for one is told, also where no engine has to go for it."""
+        """Cancel a requested load and publish this, even if no engine is stopped."""
         if not model.engines and model.wanted_since_sec is not None:
             self._off(model, reason)
         model.comes_back = False
@@ -959,7 +962,7 @@ class Scheduler:
 
 
 def _lowest(models: Iterable[Model], above: Priority) -> Request | None:
-    """The request of the lowest priority below this one that came last."""
+    """Return the newest waiting request of the lowest priority below `above`; None if there is none."""
     for priority in (Priority.LOW, Priority.NORMAL):
         if priority <= above:
             break

@@ -1,8 +1,8 @@
-"""How long everybody who waits will wait: what will happen if all goes on as it was measured.
+"""Wait estimates of all waiting requests, by a simulation that extrapolates measurements.
 
-The time to come is rehearsed in means: requests take what they took, loads what they took, others come as often
-as they came, and models take turns by the rules of `eviction`. One rehearsal answers for all who wait, so that
-thousands may ask. What it does not get to is unknown, and so is what rests on something never measured.
+The simulation uses means: service times, load times and arrival rates stay as measured, and models alternate by
+the rules of `eviction`. One simulation answers for all waiting requests, so that thousands may ask. What it does
+not reach is unknown, and so is what depends on anything never measured.
 
 Pure functions; nothing is changed here.
 """
@@ -22,14 +22,14 @@ from router.scheduling.residency import Model, Swap, claim, shortage, take
 from router.system.devices import Device
 
 _MOST_STEPS = 4000
-"""Requests served and departures weighed: some milliseconds."""
+"""Limit on simulated services and departures, which take some milliseconds."""
 _OVERDUE = 0.1
-"""What takes longer than ever takes yet, as a share of what it has taken."""
+"""Remaining time of a request that takes longer than any before, as a share of its elapsed time."""
 _SERVICE_SEC = 1.0
-"""Of a model that has computed nothing yet, which counts for others only: its own are told nothing."""
+"""Service time of a model without measurements, used only for other models: its own requests get no estimate."""
 _FARTHEST_SEC = 3600.0
 _FARTHEST_AHEAD = 100
-"""Of those who will come, so many are thought of at most; more once these are served."""
+"""Maximum number of future arrivals that are simulated ahead."""
 _SATURATED = 0.95
 _TOLD_SEC = 0.05
 _TOLD_SEC_PER_STEP = 5e-4
@@ -37,22 +37,22 @@ _TOLD_SEC_PER_STEP = 5e-4
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """When those who wait will be given a slot, or an engine if they need no slot."""
+    """Times at which waiting requests will get a slot, or an engine if they need no slot."""
 
     at: float
-    """When it was made."""
+    """Time of the forecast."""
     granted_at: Mapping[str, float]
-    """By request. Who is missing waits for something of which nobody can tell when it comes."""
+    """Times by request; missing: unknown."""
     steps: int
-    """What it took to find out."""
+    """Cost of the simulation."""
 
     @property
     def told_sec(self) -> float:
-        """How long it is told before another is made: so they take a hundredth of the time or so."""
+        """Time for which the forecast is reused, so that forecasts take about one percent of the time."""
         return _TOLD_SEC + self.steps * _TOLD_SEC_PER_STEP
 
     def wait_sec(self, request_id: str, now: float) -> float | None:
-        """Seconds from now; None: unknown."""
+        """Return the wait in seconds from `now`; None: unknown."""
         at = self.granted_at.get(request_id)
         return None if at is None else max(0.0, at - now)
 
@@ -67,7 +67,7 @@ def forecast(
     now: float,
     newcomer: Request | None = None,
 ) -> Forecast:
-    """Rehearse until everybody who waits is served; `newcomer` stands behind those who are there."""
+    """Simulate until all waiting requests are served; `newcomer` is last in its class."""
     rehearsal = _Rehearsal(policy, budgets, stop_sec, now)
     for model in models:
         if model.engines or model.queue or (newcomer and newcomer.alias == model.spec.alias):
@@ -79,20 +79,20 @@ def forecast(
 
 @dataclass(slots=True, eq=False)
 class _Line:
-    """One class of those who want a model: who waits now, then who will come."""
+    """Requests of one priority for a model: those waiting now, then future arrivals."""
 
     patience_sec: float
     ids: list[str]
-    """Of those who wait now."""
+    """Ids of those waiting now."""
     arrivals: list[float]
     gap_here_sec: float
-    """Between two who come while the model is ready."""
+    """Mean time between arrivals while the model is ready."""
     gap_away_sec: float
     coming_at: float
     served: int = 0
 
     def oldest(self, at: float, *, is_here: bool) -> float:
-        """When the next to be served came; infinite while there is none."""
+        """Return the arrival of the next request to be served; infinite if there is none."""
         gap_sec = self.gap_here_sec if is_here else self.gap_away_sec
         while self.coming_at <= at and len(self.arrivals) - self.served < _FARTHEST_AHEAD:
             self.arrivals.append(self.coming_at)
@@ -105,31 +105,31 @@ class _Line:
 
 @dataclass(slots=True, eq=False)
 class _Course:
-    """A model and the engine that serves it, or will first, as they go on."""
+    """Simulated state of a model and of the engine that serves it, or will first."""
 
     model: Model
     lines: dict[Priority, _Line]
     left: int
-    """How many of those who wait now have no slot yet."""
+    """Number of requests waiting now that have no slot yet."""
     slotless: list[str]
     service_sec: float
     state: EngineState | None = None
     until: float = math.inf
-    """When its engine is loaded, or gone."""
+    """Time at which its engine is loaded, or has exited."""
     placement: Placement = field(default_factory=dict)
-    """Of its engine, or where it goes once its victims are gone."""
+    """Placement of its engine, or of the one that follows its victims."""
     victims: list[_Course] = field(default_factory=list)
     ready_at: float = 0.0
     slots: list[float] = field(default_factory=list)
-    """When each is free."""
+    """Time at which each slot is free."""
     idle_at: float = math.inf
-    """When all that wait now are served."""
+    """Time at which all requests waiting now are served."""
     newcomers: int = 0
-    """Those who have come by then."""
+    """Number of arrivals by then."""
     others_until: float = -math.inf
-    """Until when somebody of more than low priority has a slot."""
+    """Time until which a request above low priority has a slot."""
     is_guess: bool = False
-    """Its future rests on something never measured."""
+    """True if its future depends on anything never measured."""
 
     @property
     def is_here(self) -> bool:
@@ -137,7 +137,7 @@ class _Course:
 
     @property
     def waits(self) -> bool:
-        """Somebody here is to be told something, and it is known where the model might go."""
+        """Whether an estimate is needed and a placement of the model is known."""
         return bool(self.left or self.slotless) and (self.state is not None or bool(self.model.places))
 
     def oldest(self, priority: Priority, at: float) -> float:
@@ -145,7 +145,7 @@ class _Course:
 
     @property
     def more_urgent_at(self) -> float:
-        """When somebody comes whose class nobody waits in, nor in one before it."""
+        """Time of the next arrival in a class in which, as in more urgent ones, no request waits."""
         at = math.inf
         for line in self.lines.values():
             if line.served < len(line.arrivals):
@@ -154,7 +154,7 @@ class _Course:
         return at
 
     def head(self, at: float) -> tuple[float, Priority]:
-        """The virtual deadline of who is served next, and the class."""
+        """Return virtual deadline and priority of the request to be served next."""
         is_here = self.is_here
         best = math.inf, Priority.NORMAL
         for priority, line in self.lines.items():
@@ -164,25 +164,25 @@ class _Course:
         return best
 
     def use(self) -> float:
-        """The share of its slots that those who come take."""
+        """Return the utilization of its slots by arrivals."""
         per_sec = sum(1 / line.gap_here_sec for line in self.lines.values())
         return per_sec * self.service_sec / self.model.spec.slots
 
     def come_by(self, at: float) -> int:
-        """How many will wait then of those who do not yet."""
+        """Return the number of requests waiting at a time, including arrivals until then."""
         for priority in self.lines:
             self.oldest(priority, at)
         return sum(len(line.arrivals) - line.served for line in self.lines.values())
 
     def busy_sec(self, at: float) -> float:
-        """How long somebody is there, once nobody waits; infinite if as many come as it can serve."""
+        """Return the time from an empty queue until idleness; infinite if arrivals saturate the slots."""
         use = self.use()
         if use >= _SATURATED:
             return math.inf
         return self.model.busy.goes_on_sec(self.service_sec / (1 - use), at)
 
     def has_only_low(self, at: float) -> bool:
-        """Nobody on it or in line for it has more than low priority."""
+        """Return whether no request on it or waiting for it is above low priority."""
         return self.others_until <= at and all(
             math.isinf(self.oldest(priority, at)) for priority in (Priority.HIGH, Priority.NORMAL)
         )
@@ -211,8 +211,8 @@ class _Rehearsal:
                 waiting.append(newcomer)
             slotless += [request.id for request in waiting if request.slotless]
             waiting = [request for request in waiting if not request.slotless]
-            # The first who comes while the model is away comes after half a gap, so that as many come as do on
-            # average: a high one among them may send another model away.
+            # The first arrival while the model is away comes after half a gap, so that arrivals are right on
+            # average: a high one among them may evict another model.
             gap_here_sec, gap_away_sec = (flow.gap_sec(priority, now) for flow in (model.busy, model.away))
             lines[priority] = _Line(
                 self.policy.patience_sec[priority],
@@ -267,7 +267,7 @@ class _Rehearsal:
     # --- as it goes on ----------------------------------------------------------------------------------
 
     def run(self) -> None:
-        ends_at = self.now + min(self.policy.queue_timeout_sec, _FARTHEST_SEC)  # nobody waits longer
+        ends_at = self.now + min(self.policy.queue_timeout_sec, _FARTHEST_SEC)  # no request waits longer
         while self.now < ends_at and self.steps < _MOST_STEPS:
             if not any(course.waits for course in self.courses.values()):
                 return
@@ -284,8 +284,8 @@ class _Rehearsal:
             self.settle()
 
     def serve(self, course: _Course, until: float) -> float:
-        """Until then, at most; returns when others may get its room: all that wait now are served, or low ones are
-        left and nobody else."""
+        """Serve requests until a time, at most; return when others may get its memory: once all requests waiting
+        now are served, or only low ones are left."""
         slots = course.slots
         may_leave_at = self.may_leave_low_at(course)
         while course.left and slots[0] <= until and self.steps < _MOST_STEPS:
@@ -302,7 +302,7 @@ class _Rehearsal:
                     self.granted_at[line.ids[line.served]] = at
             line.served += 1
             heapq.heapreplace(slots, at + course.service_sec)
-            if is_let_go and course.left and at > self.now:  # only once it has the slot that became free
+            if is_let_go and course.left and at > self.now:  # only once it has the freed slot
                 return at
         if course.left:
             return math.inf
@@ -311,7 +311,7 @@ class _Rehearsal:
         return course.idle_at
 
     def may_leave_low_at(self, course: _Course) -> float:
-        """From when on high requests for another model send it away as soon as only low ones are left."""
+        """Return the time from which waiting high requests evict it once only low ones are left."""
         urgent = (
             other
             for other in self.courses.values()
@@ -325,7 +325,7 @@ class _Rehearsal:
         course.slotless = []
 
     def settle(self) -> None:
-        """Loads end, and engines are gone."""
+        """Complete loads and exits that are due."""
         for course in self.courses.values():
             if course.until > self.now:
                 continue
@@ -349,7 +349,7 @@ class _Rehearsal:
         course.is_guess |= not course.model.load_is_known
 
     def leave(self, course: _Course) -> None:
-        """Who comes from now on waits; those who were served without a pause come at once."""
+        """Drain a model: later requests wait. They arrive as for a busy model if its slots were saturated."""
         if course.is_here:
             goes_on = math.isinf(course.busy_sec(self.now))
             busy_until = max(self.now, *course.slots)
@@ -363,7 +363,7 @@ class _Rehearsal:
     # --- who gets room ----------------------------------------------------------------------------------
 
     def place(self) -> float:
-        """Start what fits and make room where it is due; returns when there may be more to do."""
+        """Start what fits and evict where it is due; return the next time at which more may be due."""
         free = dict(self.budgets)
         taken: set[_Course] = set()
         candidates: list[tuple[float, int, _Course]] = []
@@ -437,7 +437,7 @@ class _Rehearsal:
         return due_at(bounds, swap_sec)
 
     def goes_at(self, course: _Course, other: _Course) -> float:
-        """When the engine of another model may be asked to leave for this one; see `eviction`."""
+        """Return when the engine of another model may be unloaded for this one; see `eviction`."""
         if other.state is EngineState.LOADING:
             return math.inf
         if other.state is EngineState.STOPPING:
@@ -461,7 +461,7 @@ class _Rehearsal:
         return max(self.due_at(course, other), other.ready_at + turn_sec)
 
     def stays_sec(self, other: _Course, linger_sec: float) -> float:
-        """How long, after those who wait now are served, until nobody comes for the time of the linger."""
+        """Return the time from serving all requests waiting now until a gap longer than the linger."""
         busy_sec = other.busy_sec(self.now)
         longer = other.model.returns.share_beyond(linger_sec)
         if math.isinf(busy_sec) or not longer:
