@@ -63,6 +63,11 @@ class ModelConfig:
         """Everything an engine is started with. While it is unchanged, other changes need no restart."""
         return (self.model_path, self.flags, frozenset(self.env.items()), self.files)
 
+    @property
+    def parameters(self) -> Mapping[str, str] | None:
+        """Parameters of llama-server that its engine has as well, with their names there. None: all of them."""
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class AliasConfig:

@@ -72,7 +72,7 @@ class EngineExchange(Exchange):
 
     def _read(self, body: Text) -> tuple[Wish, Text]:
         wish = wish_of(self._head.model, False, self._head.fields, self._dispatcher.config, self._client)
-        return wish._replace(asked_as=None, known_as=None), body
+        return wish._replace(asked_as=None, known_as=None, parameters=None), body
 
     def _read_large(self, body: memoryview) -> tuple[Wish, Pieces]:
         return self._read(body)[0], Pieces(body)

@@ -31,9 +31,11 @@ import msgspec
 
 from router.catalog.cards import Cards
 from router.config.names import some_of
+from router.config.resolved import ModelConfig
 from router.config.schema import System
 from router.dataplane.answer import Answer, BrokenAnswer
 from router.dataplane.burden import burden
+from router.dataplane.fitting import Lacking, fitted
 from router.dataplane.forms import is_form, with_text
 from router.dataplane.heads import Admission, RequestHead, check_size
 from router.dataplane.limits import Bodies
@@ -48,7 +50,7 @@ from router.engines.upstream import Body, Connection, Head
 from router.http.auth import Client, Keyring
 from router.http.errors import ApiError, refused
 from router.http.origins import Browsers
-from router.http.routes import LLAMA_SERVERS, ROUTES, Ask, Dialect, Route, Stream
+from router.http.routes import ROUTES, Ask, Dialect, Route, Stream, served_routes
 from router.observe.events import Outcome, RequestDone
 from router.observe.usage import NO_USAGE, Usage
 from router.runtime.dispatcher import Dispatcher, Ticket, Waiting
@@ -273,7 +275,7 @@ class Exchange:
             self._read_apart(memoryview(body))
             return
         try:
-            wish, self._body = self._read(body)
+            wish, self._body = self._read_fitted(body)
             if wish.known_as is not None and self._is_form():
                 self._body = self._renamed(body, wish.known_as)
         except ApiError as error:
@@ -300,6 +302,24 @@ class Exchange:
                 raise ApiError(403, "insufficient_permissions", _WOULD_SHOW_PROMPT.format(wish.alias))
             body = rewritten(body, route.conversation, wish.asked_as)
         return wish, body
+
+    def _read_fitted(self, body: Text) -> tuple[Wish, Text]:
+        """The same, with the body as the engine takes it if that is not llama-server."""
+        wish, body = self._read(body)
+        if (wish.known_as is None and wish.parameters is None) or not body or self._is_form():
+            return wish, body
+        try:
+            return wish, fitted(body, wish, self._route_of_engine())
+        except Lacking as error:
+            name = error.parameter
+            others = self._others(lambda model: model.parameters is None or name in model.parameters)
+            message = f"{wish.alias!r} does not take `{name}`. {others}."
+            raise ApiError(400, "not_supported", message, name) from None
+
+    def _others(self, able: Callable[[ModelConfig], bool]) -> str:
+        """Advice which models to ask instead of one that cannot."""
+        others = [alias for alias, model in self._dispatcher.config.models.items() if able(model)]
+        return f"Ask {some_of(others)} instead" if others else "No model here does"
 
     def _may_name_addresses(self) -> bool:
         """Whether the engine may fetch URLs for the client."""
@@ -358,7 +378,7 @@ class Exchange:
             short = shortened(body, depth)
             self._burden = burden(short.count, ROUTES[self._head.path])
             try:
-                wish, text = self._read(short.text)
+                wish, text = self._read_fitted(short.text)
             except ApiError as error:
                 raise replace(error, message=_PLACE.sub("", error.message)) from None
             needed = self._depth_of(wish, short)
@@ -402,14 +422,10 @@ class Exchange:
     def _not_served(self, wish: Wish) -> ApiError | None:
         """Why the model cannot be asked at this route; None: it can, as far as is known."""
         path = self._path_of_engine()
-        if not path or path in (LLAMA_SERVERS if wish.routes is None else wish.routes):
+        if not path or wish.is_served(path):
             return None
-        models = self._dispatcher.config.models.items()
-        others = [
-            alias for alias, model in models if path in (LLAMA_SERVERS if model.routes is None else model.routes)
-        ]
-        advice = f"Ask {some_of(others)} instead" if others else "No model here does"
-        return ApiError(400, "not_supported", f"{wish.alias!r} does not serve {path}. {advice}.", "model")
+        others = self._others(lambda model: path in served_routes(model.routes))
+        return ApiError(400, "not_supported", f"{wish.alias!r} does not serve {path}. {others}.", "model")
 
     def _submit(self, wish: Wish) -> None:
         refusal = self._not_served(wish)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import msgspec
@@ -19,6 +18,7 @@ from router.dataplane.forms import is_form, text_fields
 from router.dataplane.shortening import MOST_VALUES, Shortened, Text, TooManyValues
 from router.http.auth import Client
 from router.http.errors import ApiError
+from router.http.routes import served_routes
 from router.scheduling.queue import BY_NAME, NAMES, Priority
 
 _PRIORITIES = {
@@ -55,6 +55,17 @@ class Wish(NamedTuple):
     """Those that its engine serves; None: llama-server's."""
     known_as: str | None = None
     """What the body has to say as `model`, if it says something else."""
+    parameters: Mapping[str, str] | None = None
+    """See `ModelConfig.parameters`."""
+
+    @property
+    def is_for_llama_server(self) -> bool:
+        """Whether its engine understands all that llama-server does."""
+        return self.parameters is None
+
+    def is_served(self, path: str) -> bool:
+        """Whether its engine has that route."""
+        return path in served_routes(self.routes)
 
 
 _NO_PROMPT = msgspec.Raw(b"")
@@ -147,15 +158,9 @@ def wish_of(
     if client is not None:
         priority = max(priority, client.highest)
     asked_as = asked_as if asked_as is not None and asked_as.rewrites else None
-    if known.known_as is None:
-        return Wish(known.alias, streams, priority, asked_as, ONE, known.routes)
-    asked_as = renaming(asked_as or AliasConfig(known.alias, known.alias), known.known_as)
-    return Wish(known.alias, streams, priority, asked_as, ONE, known.routes, known.known_as)
-
-
-def renaming(alias: AliasConfig, name: str) -> AliasConfig:
-    """The same, for an engine that knows its model by no other name than this."""
-    return replace(alias, forced={**alias.forced, "model": name})
+    if known.routes is None:
+        return Wish(known.alias, streams, priority, asked_as, ONE)
+    return Wish(known.alias, streams, priority, asked_as, ONE, known.routes, known.known_as, known.parameters)
 
 
 def priority_of(headers: Mapping[bytes, bytes], client: Client | None) -> Priority:

@@ -120,6 +120,13 @@ class ContextExceeded(ApiError):
         error.prompt_tokens, error.context_tokens = prompt_tokens, context_tokens
         return error
 
+    @classmethod
+    def by_others(cls, message: str, prompt_tokens: int, context_tokens: int) -> ContextExceeded:
+        """In the words of an engine that is not llama-server, and may not have counted to the prompt's end."""
+        error = cls(400, "context_length_exceeded", message)
+        error.prompt_tokens, error.context_tokens = max(prompt_tokens, context_tokens + 1), context_tokens
+        return error
+
     def openai(self) -> dict[str, object]:
         """With llama-server's own figures, which its web page reads."""
         figures = {"n_prompt_tokens": self.prompt_tokens, "n_ctx": self.context_tokens}

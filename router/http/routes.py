@@ -173,13 +173,18 @@ TABLE = (
 
 ROUTES: Mapping[str, Route] = {path: route for route in TABLE for path in route.paths}
 """By path."""
-LLAMA_SERVERS = frozenset(path for path, route in ROUTES.items() if route.of_llama_server)
 SERVED = tuple(path for path, route in ROUTES.items() if route.dialect is not Dialect.OLLAMA)
 """Those that engines have: the others are translated."""
+_OF_LLAMA_SERVER = frozenset(path for path, route in ROUTES.items() if route.of_llama_server)
 
 OLLAMAS_PAGES = "/api/"
 """What all paths of Ollama's begin with."""
 _ANTHROPICS_PAGES = "/v1/messages"
+
+
+def served_routes(routes: frozenset[str] | None) -> frozenset[str]:
+    """The routes of a model's engine: those that are configured, or all of llama-server's."""
+    return _OF_LLAMA_SERVER if routes is None else routes
 
 
 def is_endless(path: str) -> bool:

@@ -17,7 +17,7 @@ import msgspec
 from router.dataplane.answer import LONGEST_EVENT, BrokenAnswer, Translator
 from router.dialects.ollama.requests import Asked
 from router.engines.llamacpp.capability import error_of_engine
-from router.engines.llamacpp.usage import Timings
+from router.engines.llamacpp.usage import AnswerMeter, Timings
 from router.http.errors import ApiError
 
 _encode = msgspec.json.encode
@@ -58,12 +58,16 @@ class _Call(msgspec.Struct):
 class _Message(msgspec.Struct):
     content: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
+    """The same from vLLM."""
     tool_calls: list[_ToolCall] | None = None
 
 
 class _Choice(msgspec.Struct):
     delta: _Message | None = None
     message: _Message | None = None
+    text: str | None = None
+    """Of `/v1/completions`."""
     finish_reason: str | None = None
     logprobs: _Logprobs | None = None
 
@@ -110,6 +114,8 @@ class Translation(Translator):
         super().__init__()
         self.waited_sec = 0.0
         """For which the request waited for its model."""
+        self.meter: AnswerMeter | None = None
+        """Knows when a stream has begun, for engines that tell nothing of their times."""
         self._asked = asked
         self._chats = asked.kind in ("chat", "earlier_chat")
         self._begun_sec = time.monotonic()
@@ -195,15 +201,17 @@ class Translation(Translator):
                 self._reason = "length"
             return self._said(part.content, None, part.completion_probabilities)
         choice = part.choices[0]
-        if choice.finish_reason == "length":
-            self._reason = "length"
+        if choice.finish_reason is not None:
+            self._ended = True  # with some engines the stream ends without [DONE]
+            if choice.finish_reason == "length":
+                self._reason = "length"
         message = choice.delta or choice.message
         if message is None:
-            return {}
+            return self._said(choice.text, None, None)
         for number, piece in enumerate(message.tool_calls or ()):
             self._collect(number if piece.index is None else piece.index, piece)
         tokens = choice.logprobs.content if choice.logprobs is not None else None
-        return self._said(message.content, message.reasoning_content, tokens)
+        return self._said(message.content, message.reasoning_content or message.reasoning, tokens)
 
     def _said(self, text: str | None, thinking: str | None, tokens: list[_Token] | None) -> dict[str, Any]:
         said: dict[str, Any] = {}
@@ -261,7 +269,7 @@ class Translation(Translator):
         return {"response": said.pop("content", ""), **said, **logprobs}
 
     def _figures(self) -> dict[str, Any]:
-        timings, usage = self._timings or Timings(), self._usage or _Usage()
+        timings, usage = self._timings or self._times(), self._usage or _Usage()
         return {
             "done_reason": self._reason,
             "total_duration": round((time.monotonic() - self._begun_sec) * _NS),
@@ -271,6 +279,14 @@ class Translation(Translator):
             "eval_count": timings.predicted_n or usage.completion_tokens,
             "eval_duration": round(timings.predicted_ms * 1e6),
         }
+
+    def _times(self) -> Timings:
+        """The times that the router has seen; of a document, all of it counts for the answer."""
+        granted_sec, now = self._begun_sec + self.waited_sec, time.monotonic()
+        first_sec = self.meter.first_sec if self.meter is not None and self._asked.streams else None
+        if first_sec is None:
+            return Timings(predicted_ms=(now - granted_sec) * 1000)
+        return Timings(prompt_ms=max(0.0, first_sec - granted_sec) * 1000, predicted_ms=(now - first_sec) * 1000)
 
 
 def _shown(token: _Token, alternatives: int) -> dict[str, Any]:

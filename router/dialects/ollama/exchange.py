@@ -16,7 +16,7 @@ from router.dataplane.rewriting import rewritten
 from router.dataplane.routing import Wish, wish_of
 from router.dataplane.shortening import ALL_DEPTHS, Text
 from router.dialects.ollama.answers import Translation
-from router.dialects.ollama.requests import Asked, translate
+from router.dialects.ollama.requests import Asked, for_others, translate
 from router.http.errors import ApiError
 from router.http.routes import ROUTES
 from router.observe.events import Outcome
@@ -40,6 +40,8 @@ class OllamaExchange(Exchange):
         path = self._head.path
         asked = translate(path, body)
         wish = wish_of(asked.model, asked.streams, self._head.fields, self._dispatcher.config, self._client)
+        if not wish.is_for_llama_server:
+            asked = for_others(asked)
         asked = self._asked = asked._replace(model=asked.model or wish.alias)
         self._translation = Translation(asked)
         question: Text = asked.body(wish.alias)
@@ -59,7 +61,7 @@ class OllamaExchange(Exchange):
     def _submit(self, wish: Wish) -> None:
         if self._asked.unloads:
             self._unload(wish.alias)
-        elif self._asked.needs:
+        elif self._asked.needs and wish.is_for_llama_server:  # others know best, and say so
             self._look = asyncio.ensure_future(self._shared.cards.of([self._dispatcher.config.models[wish.alias]]))
             self._look.add_done_callback(lambda look: self.attempt(self._submit_if_capable, wish, look))
         else:
@@ -102,6 +104,7 @@ class OllamaExchange(Exchange):
         ticket = self._ticket
         if not self._is_over and ticket is not None and ticket.engine is not None:
             self._translation.waited_sec = ticket.queue_sec
+            self._translation.meter = self._meter
             self._heed_keep_alive(ticket.alias)
             if not self._asked.target:
                 self._answer_without_engine("load")

@@ -166,6 +166,36 @@ def translate(path: str, body: Text) -> Asked:
         ) from None
 
 
+def for_others(asked: Asked) -> Asked:
+    """What an engine is asked that has OpenAI's routes only. Raises ApiError 400."""
+    question = dict(asked.question)
+    if "messages" in question:
+        question["messages"] = _with_ids(question["messages"])
+    if asked.target != "/completion":
+        return asked._replace(question=question)
+    if question.pop("n_probs", None):
+        message = "`logprobs` of a `raw` prompt are not supported by this model's engine: leave them out."
+        raise ApiError(400, "not_supported", message, "logprobs")
+    return asked._replace(target="/v1/completions", question=question)
+
+
+def _with_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Calls and their results with the ids that OpenAI's API demands. Ollama's clients may go by their order."""
+    unanswered: list[str] = []
+    told: list[dict[str, Any]] = []
+    for number, message in enumerate(messages):
+        if calls := message.get("tool_calls"):
+            calls = [{"id": f"call_{number}_{index}", **call} for index, call in enumerate(calls)]
+            unanswered = [call["id"] for call in calls]
+            message = {**message, "tool_calls": calls}
+        elif message["role"] == "tool":
+            wanted = message.get("tool_call_id") or (unanswered[0] if unanswered else f"call_{number}")
+            unanswered = [one for one in unanswered if one != wanted]
+            message = {**message, "tool_call_id": wanted}
+        told.append(message)
+    return told
+
+
 # --- chat and generate ----------------------------------------------------------------------------------
 
 

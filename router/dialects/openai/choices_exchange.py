@@ -1,5 +1,5 @@
 """Chats and completions on the data plane: of several choices, OpenAI's are put together and the engine's own only
-counted; others pass as they are.
+counted; others pass as they are, but for usage that other engines are asked for and clients are not.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from router.dataplane.exchange import Exchange
 from router.dataplane.routing import Shape, Wish, lists_prompts, shape_of
 from router.dataplane.shortening import Shortened, Text
 from router.dialects.openai.choices import ChoicesMeter, Several
+from router.dialects.openai.hidden_usage import AnswerWithoutUsage, asks_for_usage
 from router.engines.llamacpp.usage import AnswerMeter
 from router.http.errors import ApiError
 from router.http.routes import ROUTES, Dialect
@@ -19,13 +20,18 @@ from router.observe.usage import Usage
 class ChoicesExchange(Exchange):
     """An exchange whose client may ask for several answers at once."""
 
-    __slots__ = ("_several",)
+    __slots__ = ("_hides_usage", "_several")
 
     _several: Several | None
+    _hides_usage: bool
 
     def _read(self, body: Text) -> tuple[Wish, Text]:
         self._several = None
+        self._hides_usage = False
         wish, body = super()._read(body)
+        if not wish.is_for_llama_server:  # it counts all choices by itself
+            self._hides_usage = wish.streams and not asks_for_usage(body)
+            return wish, body
         answers = wish.answers if wish.asked_as is None else shape_of(body)
         if answers.several:
             self._check(answers, wish.alias)
@@ -44,6 +50,8 @@ class ChoicesExchange(Exchange):
     def _submit(self, wish: Wish) -> None:
         if self._several is not None:
             self._answer = TranslatedAnswer(self._answer, self._several, streams=wish.streams)
+        elif self._hides_usage:
+            self._answer = AnswerWithoutUsage(self._answer)
         super()._submit(wish)
 
     def _check(self, answers: Shape, alias: str) -> None:

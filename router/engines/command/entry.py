@@ -16,6 +16,7 @@ from router.config.resolved import ModelConfig
 from router.config.schema import CommandEntry, System
 from router.engines.command import MARK_VARIABLE
 from router.engines.kind import EntryReader
+from router.engines.parameters import WIDESPREAD
 from router.http.routes import SERVED
 from router.memory.measurements import files_of
 
@@ -52,6 +53,11 @@ class CommandModel(ModelConfig):
         how = (self.cmd, self.stop_cmd, self.cwd, self.file, self.ready_path, self.known_as)
         footprint = frozenset((self.footprint or {}).items())
         return (*how, frozenset(self.env.items()), self.files, footprint)
+
+    @property
+    def parameters(self) -> Mapping[str, str] | None:
+        """Those of llama-server itself if the routes show that the command starts one."""
+        return None if self.routes is None or "/completion" in self.routes else WIDESPREAD
 
 
 def _read(draft: Draft, alias: str, entry: CommandEntry, system: System) -> CommandModel:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
@@ -40,6 +40,10 @@ _LARGER_THAN_A_BATCH = re.compile(
     r"input \((\d{1,12}) tokens\) is too large to process\. increase [^(]*\(current batch size: (\d{1,12})\)"
 )
 """Embedding and reranking models have a batch as long as the context unless flags set another."""
+_TOO_LONG_FOR_OTHERS = re.compile(
+    r"maximum context length is (\d{1,12}) tokens(?:.{1,200}?\b(\d{1,12}) (?:input )?tokens)?", re.DOTALL
+)
+"""What OpenAI says of a prompt that is too long, and vLLM after it."""
 
 
 _Tokens = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
@@ -48,6 +52,7 @@ _Tokens = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
 class _Error(msgspec.Struct):
     message: str = ""
     type: str = ""
+    param: Any = None
     n_prompt_tokens: _Tokens | None = None
     n_ctx: _Tokens | None = None
 
@@ -73,9 +78,12 @@ def error_of_engine(status: int, body: bytes) -> ApiError:
         return ContextExceeded.of(int(told[1]), int(told[2]), flags="-c, and -b and -ub if they are there,")
     if status >= 500 and any(mistake in error.message for mistake in _MISTAKES):
         return ApiError(400, "invalid_request", error.message)
+    if status == 400 and (told := _TOO_LONG_FOR_OTHERS.search(error.message)) is not None:
+        return ContextExceeded.by_others(error.message, int(told[2] or 0), int(told[1]))
     kind = error.type.removesuffix("_error")
-    code = kind if kind and kind != "server" else _CODES.get(status, "engine_error")
-    return ApiError(status, code, error.message, is_final=status == 501)
+    code = kind if kind and kind != "server" and kind.islower() else _CODES.get(status, "engine_error")
+    param = error.param if isinstance(error.param, str) else None
+    return ApiError(status, code, error.message, param, is_final=status == 501)
 
 
 class _Need(NamedTuple):

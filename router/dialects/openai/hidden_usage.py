@@ -1,0 +1,96 @@
+"""Streams of engines that tell usage only if they are asked: clients that did not ask are not shown it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+
+from router.dataplane.answer import Answer
+from router.dataplane.shortening import Text
+
+_LONGEST_EVENT = 16 << 10
+"""Bytes of an event that may hold usage and nothing else."""
+
+
+class _Options(msgspec.Struct):
+    include_usage: Any = None
+
+
+class _Wanted(msgspec.Struct):
+    stream_options: Any = None
+
+
+class _Event(msgspec.Struct):
+    usage: msgspec.Raw = msgspec.Raw(b"null")
+    choices: list[msgspec.Raw] | None = None
+
+
+_ENDS = (b"\n\n", b"\n\r\n")
+_END = re.compile(rb"\n\r?\n")
+"""Of an event."""
+
+_decode_wanted = msgspec.json.Decoder(_Wanted).decode
+_decode_event = msgspec.json.Decoder(_Event).decode
+
+
+def asks_for_usage(body: Text) -> bool:
+    """Whether a request for a stream wants to be told its usage."""
+    options = _decode_wanted(body).stream_options
+    return isinstance(options, dict) and options.get("include_usage") is True
+
+
+class AnswerWithoutUsage(Answer):
+    """Passes an engine's stream on, but for the event that holds its usage and no choice.
+
+    A part of whole events that mentions no usage, as nearly all do, is looked into no further.
+    """
+
+    __slots__ = ("_streams", "_torn")
+
+    def __init__(self, plain: Answer) -> None:
+        """Instead of `plain`, of which nothing is written yet."""
+        super().__init__(plain._wire, keep_alive=plain.keep_alive, http_1_0=plain._http_1_0)
+        self._streams = False
+        self._torn = b""
+        """Event that is not all here."""
+
+    def start(self, status: int, lines: bytes, length: int | None = None) -> None:
+        self._streams = b"content-type: text/event-stream" in lines
+        super().start(status, lines, None if self._streams else length)
+
+    def write(self, part: bytes) -> None:
+        if part := self._shown(part):
+            super().write(part)
+
+    def rest(self, part: bytes) -> bytes:
+        shown = self._shown(part) + self._torn
+        self._torn = b""
+        return shown
+
+    def _shown(self, part: bytes) -> bytes:
+        if not self._streams or (not self._torn and b'"usage"' not in part and part.endswith(_ENDS)):
+            return part
+        part = self._torn + part
+        shown, begin = b"", 0
+        for end in _END.finditer(part):
+            event = part[begin : end.end()]
+            if not _is_usage(event):
+                shown += event
+            begin = end.end()
+        self._torn = part[begin:]
+        if len(self._torn) > _LONGEST_EVENT:
+            shown += self._torn
+            self._torn = b""
+        return shown
+
+
+def _is_usage(event: bytes) -> bool:
+    if b'"usage"' not in event or len(event) > _LONGEST_EVENT or not event.startswith(b"data:"):
+        return False
+    try:
+        told = _decode_event(event[5:])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False
+    return told.choices == [] and bytes(told.usage) != b"null"

@@ -1,0 +1,240 @@
+"""Every API on engines that have OpenAI's chats, completions and embeddings only.
+
+`strict` is a small server in vLLM's shapes, which refuses what it does not know; `real` is llama.cpp, of which the
+router is told nothing but these routes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ollama
+import openai
+import pytest
+from conftest import Router, Start, eventually, models
+
+from router.dataplane.answer import Answer
+from router.dialects.openai.hidden_usage import AnswerWithoutUsage
+from router.store.demo import MODEL_PATH
+
+SERVER = Path(__file__).parent.parent / "openai_server.py"
+CHAT = [{"role": "user", "content": "one two three"}]
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "of a city",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def router(start_shared: Start, tiny: Path) -> Router:
+    strict = {
+        "engine": "command",
+        "cmd": [sys.executable, str(SERVER), "--port", "{port}", "--name", "served"],
+        "model_name": "served",
+        "slots": 4,
+    }
+    real = {
+        "engine": "command",
+        "cmd": [sys.executable, "-m", "router.engines.llamacpp.embedded", "-m", "{model}", "--port", "{port}"],
+        "model_path": str(MODEL_PATH),
+    }
+    return start_shared({"models": {"strict": strict, "real": real, **models(tiny, "tiny")}})
+
+
+def seen(router: Router) -> dict[str, Any]:
+    """What the strict server was asked last."""
+    asked: list[dict[str, Any]] = router.http.get("/upstream/strict/seen").json()
+    return asked[-1]
+
+
+def tokens_counted(router: Router, name: str, model: str = "strict") -> float:
+    lines = router.http.get("/metrics").text.splitlines()
+    of_model = [line for line in lines if line.startswith(f"{name}{{") and f'model="{model}"' in line]
+    return sum(float(line.rpartition(" ")[2]) for line in of_model)
+
+
+class TestOpenai:
+    @pytest.fixture
+    def client(self, router: Router) -> Iterator[openai.OpenAI]:
+        with openai.OpenAI(base_url=f"{router.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+            yield client
+
+    def test_tokens_of_a_stream_are_counted_and_shown_to_who_asks(
+        self, router: Router, client: openai.OpenAI
+    ) -> None:
+        def usages(**more: Any) -> list[Any]:
+            stream = client.chat.completions.create(model="strict", messages=CHAT, stream=True, **more)
+            chunks = list(stream)
+            said = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+            assert said == "one two three"
+            return [chunk.usage.completion_tokens for chunk in chunks if chunk.usage is not None]
+
+        before = tokens_counted(router, "router_output_tokens_total")
+        assert usages() == []
+        assert usages(stream_options={"include_usage": True}) == [3]
+        assert usages(stream_options={"include_usage": False}) == []
+        assert seen(router)["stream_options"] == {"include_usage": True}
+        eventually(lambda: tokens_counted(router, "router_output_tokens_total") == before + 9)
+        assert tokens_counted(router, "router_input_tokens_total") >= 9
+
+    def test_parameters_of_llama_server_are_left_out_or_called_by_the_engines_names(
+        self, router: Router, client: openai.OpenAI
+    ) -> None:
+        only_llama_servers = {"cache_prompt": True, "id_slot": 1, "timings_per_token": True, "mirostat": 2}
+        answer = client.chat.completions.create(
+            model="strict",
+            messages=CHAT,
+            extra_body={**only_llama_servers, "n_predict": 2, "top_k": 7, "repeat_penalty": 1.5, "min_p": None},
+        )
+        assert answer.choices[0].message.content == "one two"
+        asked = seen(router)
+        assert {key: asked[key] for key in sorted(asked) if key not in ("path", "messages")} == {
+            "max_tokens": 2,
+            "model": "served",
+            "repetition_penalty": 1.5,
+            "top_k": 7,
+        }
+
+    def test_a_grammar_is_refused_as_the_engine_has_none(self, client: openai.OpenAI) -> None:
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.chat.completions.create(model="strict", messages=CHAT, extra_body={"grammar": "root ::= [a]"})
+        assert "'strict' does not take `grammar`. Ask 'tiny' instead." in str(refused.value)
+
+    def test_several_choices_are_the_engines_business(self, router: Router, client: openai.OpenAI) -> None:
+        client.chat.completions.create(model="strict", messages=CHAT, n=9)
+        assert seen(router)["n"] == 9
+
+    def test_mistakes_have_codes(self, client: openai.OpenAI) -> None:
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.chat.completions.create(model="strict", messages=[{"role": "user", "content": "a " * 101}])
+        assert refused.value.code == "context_length_exceeded"
+        assert "maximum context length is 100 tokens" in str(refused.value)
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.chat.completions.create(model="strict", messages=CHAT, extra_body={"nonsense": 1})
+        assert (refused.value.code, refused.value.param) == ("invalid_request", "nonsense")
+
+
+class TestOllama:
+    @pytest.fixture
+    def client(self, router: Router) -> Iterator[ollama.Client]:
+        with ollama.Client(router.url, timeout=60) as client:
+            yield client
+
+    def test_chat(self, router: Router, client: ollama.Client) -> None:
+        options = {"num_predict": 2, "top_k": 5, "mirostat": 1, "num_ctx": 99, "repeat_penalty": 1.2}
+        for stream in (False, True):
+            said = client.chat("strict", CHAT, options=options, stream=stream)
+            *_, last = parts = list(said) if stream else [said]
+            assert "".join(part.message.content for part in parts) == "one two"
+            assert (last.done_reason, last.prompt_eval_count, last.eval_count) == ("length", 3, 2)
+            assert 0 < last.eval_duration <= last.total_duration
+        assert {"max_tokens": 2, "top_k": 5, "repetition_penalty": 1.2}.items() <= seen(router).items()
+
+    def test_tools_and_their_results(self, router: Router, client: ollama.Client) -> None:
+        ask = [{"role": "user", "content": "call"}]
+        for stream in (False, True):
+            said = client.chat("strict", ask, tools=[WEATHER], stream=stream)
+            parts = list(said) if stream else [said]
+            calls = [call for part in parts for call in part.message.tool_calls or ()]
+            assert [call.function.arguments for call in calls] == [{"city": "Oslo"}, {"city": "Rome"}]
+        called = {"role": "assistant", "tool_calls": [call.model_dump() for call in calls]}
+        results = [{"role": "tool", "content": text, "tool_name": "weather"} for text in ("rain", "sun")]
+        assert client.chat("strict", [*ask, called, *results], tools=[WEATHER]).message.content == "sun"
+        _, turn, rain, sun = seen(router)["messages"]
+        assert [call["id"] for call in turn["tool_calls"]] == [rain["tool_call_id"], sun["tool_call_id"]]
+        assert json.loads(turn["tool_calls"][1]["function"]["arguments"]) == {"city": "Rome"}
+
+    def test_thoughts(self, router: Router, client: ollama.Client) -> None:
+        said = client.chat("strict", [{"role": "user", "content": "think"}], think=True)
+        assert (said.message.thinking, said.message.content) == ("Well...", "so")
+        assert seen(router)["chat_template_kwargs"] == {"enable_thinking": True}
+
+    def test_a_schema(self, router: Router, client: ollama.Client) -> None:
+        schema = WEATHER["function"]["parameters"]
+        assert json.loads(client.chat("strict", CHAT, format=schema).message.content) == {"city": "Oslo"}
+        assert seen(router)["response_format"]["json_schema"]["schema"] == schema
+
+    def test_generate(self, router: Router, client: ollama.Client) -> None:
+        assert client.generate("strict", "a b c", system="You").response == "a b c"
+        for stream in (False, True):
+            said = client.generate("strict", "a b c", raw=True, options={"num_predict": 2}, stream=stream)
+            *_, last = parts = list(said) if stream else [said]
+            assert "".join(part.response for part in parts) == "a b"
+            assert (last.done_reason, last.prompt_eval_count, last.eval_count) == ("length", 3, 2)
+        assert {"path": "/v1/completions", "prompt": "a b c", "max_tokens": 2}.items() <= seen(router).items()
+
+    def test_what_completions_lack_is_refused(self, client: ollama.Client) -> None:
+        with pytest.raises(ollama.ResponseError, match=r"'strict' does not serve /infill\. Ask 'tiny' instead"):
+            client.generate("strict", "a", suffix="b")
+        with pytest.raises(ollama.ResponseError, match="`logprobs` of a `raw` prompt are not supported"):
+            client.generate("strict", "a", raw=True, logprobs=True)
+
+    def test_embed(self, client: ollama.Client) -> None:
+        answer = client.embed("strict", ["ab", "abc"])
+        assert (answer.embeddings, answer.prompt_eval_count) == ([[2.0, 1.0], [3.0, 1.0]], 2)
+
+    def test_a_stream_without_its_mark_is_whole_once_the_engine_has_said_why_it_ended(
+        self, client: ollama.Client
+    ) -> None:
+        *_, last = client.chat("strict", [{"role": "user", "content": "abrupt"}], stream=True)
+        assert (last.done, last.done_reason) == (True, "stop")
+
+    def test_mistakes_are_in_its_words(self, client: ollama.Client) -> None:
+        with pytest.raises(ollama.ResponseError, match="maximum context length is 100 tokens") as refused:
+            client.chat("strict", [{"role": "user", "content": "a " * 101}])
+        assert refused.value.status_code == 400
+
+    def test_on_a_real_engine(self, client: ollama.Client) -> None:
+        parts = list(
+            client.chat("real", [{"role": "user", "content": "Hello"}], options={"temperature": 0}, stream=True)
+        )
+        assert "".join(part.message.content for part in parts).startswith("Hello! I am a tiny demo model")
+        assert parts[-1].eval_count > 5
+        assert parts[-1].eval_duration > 0
+
+
+class Recording:
+    """A client's connection that keeps what is written to it."""
+
+    peer = ""
+    default_lines = b""
+
+    def __init__(self) -> None:
+        self.written = b""
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+    def answered(self, *, keep_alive: bool) -> None:
+        pass
+
+    def abort(self) -> None:
+        raise AssertionError
+
+    def invite_body(self) -> None:
+        raise AssertionError
+
+
+@pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n"])
+def test_usage_is_hidden_however_the_network_tears_the_stream(end: bytes) -> None:
+    said = [b'data: {"choices":[{"delta":{"content":"\\"usage\\":{}"}}],"usage":null}', b": a comment"]
+    said.append(b'data: {"choices":[{"delta":{},"finish_reason":"stop"}],"usage":{"completion_tokens":1}}')
+    usage = b'data: {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}'
+    stream = b"".join(event + end for event in (*said, usage, b"data: [DONE]"))
+    shown = b"".join(event + end for event in (*said, b"data: [DONE]"))
+    for size in (1, 7, 50, len(stream)):
+        wire = Recording()
+        answer = AnswerWithoutUsage(Answer(wire, keep_alive=True, http_1_0=True))
+        answer.start(200, b"content-type: text/event-stream\r\n", len(stream))
+        for begin in range(0, len(stream), size):
+            answer.write(stream[begin : begin + size])
+        answer.end(answer.rest(b""))
+        assert wire.written.partition(b"\r\n\r\n")[2] == shown
