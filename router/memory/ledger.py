@@ -235,6 +235,7 @@ class Ledger:
                 line.device,
                 budget_mib=line.budget_mib,
                 free_mib=free_mib.get(line.device, 0),
+                total_mib=line.reading.total_mib,
                 uuid=line.reading.uuid,
                 kind=line.reading.kind,
             )

@@ -86,6 +86,8 @@ class Site:
     """Memory that all engines together may use."""
     free_mib: int
     """Part of the budget that is not reserved."""
+    total_mib: int = 0
+    """Size of the device."""
     uuid: str = ""
     kind: str = "cuda"
 

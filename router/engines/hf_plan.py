@@ -1,0 +1,202 @@
+"""Where a model in safetensors could run: alternatives on one GPU, on several together, or in RAM.
+
+The kinds of engine that load such models share this. What an alternative takes is the size of the weights, the KV
+cache and an overhead, corrected by what was measured of engines that ran before.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from operator import attrgetter
+
+from router.memory.measurements import Identity, Learned
+from router.memory.plan import Alternative, Ground, Inspection, Share, Site, Size
+from router.system.devices import HOST, Device
+
+_MIB = 1 << 20
+_LEAST_CONTEXT = 4096
+_LOAD_BYTES_PER_SEC = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """KV cache that an engine could have."""
+
+    context: int
+    """Tokens of the longest request."""
+    requests: int
+    """Number of requests of this length that it holds at once."""
+    remark: str = ""
+    """What was reduced to fit the model, in words."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all requests together."""
+        return self.context * self.requests
+
+
+def caches(context: int, slots: int, *, may_shorten: bool) -> list[Cache]:
+    """List the possible caches, best first: `slots` whole contexts, fewer, and last shorter contexts of one."""
+    found = [Cache(context, slots)]
+    found += [
+        Cache(context, requests, f"KV cache for {requests} instead of {slots} requests of full length")
+        for requests in range(slots - 1, 0, -1)
+    ]
+    shorter = context // 2
+    while may_shorten and shorter >= _LEAST_CONTEXT:
+        found.append(Cache(shorter, 1, f"context {shorter} of {context}"))
+        shorter //= 2
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """Memory that engines of one model take, in MiB."""
+
+    weights: float
+    kv_per_token: float
+    caches: Sequence[Cache]
+    """Best first; at least one."""
+    on_each_gpu: float
+    """In addition to weights and KV cache."""
+    beside_gpus: float
+    """RAM of an engine that computes on GPUs."""
+    without_gpus: float
+    """RAM of an engine that computes on the CPU, in addition to weights and KV cache."""
+    gpu_counts: Sequence[int] = (1,)
+    """Numbers of GPUs among which the model can be divided; none: it runs in RAM even if there are GPUs."""
+    start_sec: float
+    """Loading time apart from reading the weights."""
+
+
+class HfPlan(ABC):
+    """Alternatives of one model on this machine. Each kind of engine has a subclass."""
+
+    def __init__(self, demand: Demand, ground: Ground, learned: Learned) -> None:
+        self._demand = demand
+        self._ground = ground
+        self._learned = learned
+
+    @abstractmethod
+    def identity(self, gpus: int, cache: Cache) -> Identity:
+        """Return what measurements of such an engine hold for."""
+
+    @abstractmethod
+    def flags(self, sites: Sequence[Site], cache: Cache, mib: int) -> tuple[str, ...]:
+        """Return the arguments that make an engine run as planned, with `mib` on each of the GPUs."""
+
+    def claim(self, site: Site, mib: int) -> int | None:
+        """Return the MiB that an engine wants free on a GPU on which it needs `mib`; None: only those."""
+        return None
+
+    def inspection(self) -> Inspection:
+        found = sorted((self._on(sites) for sites in dict.fromkeys(self._groups())), key=self._rank)
+        fitting = [one for one in found if self._ground.holds(one.placement)]
+        best = (fitting or found)[0].identity
+        load_sec = self._learned.load_sec(best) if best is not None else None
+        demand = self._demand
+        return Inspection(
+            alternatives=tuple(fitting or found[:1]),
+            expected_load_sec=load_sec or demand.start_sec + demand.weights * _MIB / _LOAD_BYTES_PER_SEC,
+            load_is_known=load_sec is not None,
+            advice="" if fitting else self.advice(),
+        )
+
+    def advice(self) -> str:
+        """Return what would fit on the roomiest place."""
+        demand, host = self._demand, self._ground.host
+        rooms = [
+            len(sites) * min(site.budget_mib - demand.on_each_gpu for site in sites)
+            for sites in self._groups()
+            if sites
+        ]
+        room = max(rooms) if rooms else host.budget_mib - demand.without_gpus
+        if room < demand.weights:
+            return f"its weights alone are {math.ceil(demand.weights)} MiB"
+        if not demand.kv_per_token:
+            return ""
+        tokens = int((room - demand.weights) / demand.kv_per_token) // 256 * 256
+        if tokens <= 0:
+            return "no context is small enough for it to fit"
+        return f"it would fit with a context of {min(tokens, demand.caches[0].context)}"
+
+    def _groups(self) -> Iterator[tuple[Site, ...]]:
+        """Yield each GPU alone, then several with the most room: by what is free, and by what there is in all.
+
+        A model is divided equally, so the GPUs of a group are of one size.
+        """
+        gpus, counts = self._ground.gpus, self._demand.gpu_counts
+        if not gpus or not counts:
+            yield ()
+            return
+        for count in counts:
+            if count == 1:
+                yield from ((site,) for site in gpus)
+                continue
+            for total in sorted({site.total_mib for site in gpus}):
+                alike = [site for site in gpus if site.total_mib == total and not site.device.is_part]
+                if len(alike) >= count:
+                    for room in ("free_mib", "budget_mib"):
+                        most = sorted(alike, key=attrgetter(room), reverse=True)[:count]
+                        yield tuple(site for site in alike if site in most)
+
+    def _on(self, sites: tuple[Site, ...]) -> Alternative:
+        """Return the alternative with the best cache that fits; with the smallest one if none does."""
+        for cache in self._demand.caches:
+            one = self._with(sites, cache)
+            if self._ground.holds(one.placement):
+                break
+        return one
+
+    def _with(self, sites: tuple[Site, ...], cache: Cache) -> Alternative:
+        demand, count = self._demand, len(sites)
+        kv = cache.tokens * demand.kv_per_token
+        share = Share(weights=demand.weights / max(1, count), kv=kv / max(1, count))
+        if sites:
+            shares = {Device.shown(place): replace(share, compute=demand.on_each_gpu) for place in range(count)}
+            shares[HOST] = Share(work=demand.beside_gpus)
+        else:
+            shares = {HOST: replace(share, compute=demand.without_gpus)}
+        estimated = {device: math.ceil(each.total) for device, each in shares.items()}
+        identity = self.identity(count, cache)
+        raised = self._learned.raised(identity)
+        needed = {device: max(mib, raised.get(device, 0)) for device, mib in estimated.items()}
+        mib = max((needed[Device.shown(place)] for place in range(count)), default=0)
+        claims = {Device.shown(place): self.claim(site, mib) for place, site in enumerate(sites)}
+        claimed = {device: claim for device, claim in claims.items() if claim is not None}
+        size = self._corrected(needed, claimed, identity)
+        if needed != estimated and size.source != "measured":
+            size = replace(size, source=f"{size.source}, raised since it ran out of memory")
+        gpus = tuple(site.device for site in sites)
+        flags = self.flags(sites, cache, mib)
+        one = Alternative(gpus, size, {}, flags, cache.tokens, cache.remark)
+        return replace(one, placement=one.as_driven(size.mib))
+
+    def _corrected(self, needed: Mapping[Device, int], claimed: Mapping[Device, int], identity: Identity) -> Size:
+        """Return a size corrected by what such engines, or others of the same files, were measured to take.
+
+        What an engine claims has to be free when it starts, whatever it takes of that.
+        """
+        estimated = {**needed, **claimed}
+        measured = self._learned.measured(identity)
+        if measured is not None:
+            wanted = {device: max(mib, claimed.get(device, 0)) for device, mib in {**needed, **measured}.items()}
+            return Size(wanted, "measured", estimated, identity)
+        ratio = self._learned.ratio(identity)
+        scaled = {
+            device: math.ceil(mib * (ratio.gpus if device.is_gpu else ratio.host))
+            for device, mib in needed.items()
+        }
+        source = "weights, KV cache and overhead"
+        if scaled != needed:
+            source += ", scaled by what was measured with other flags"
+        return Size({**scaled, **claimed}, source, estimated, identity)
+
+    def _rank(self, one: Alternative) -> tuple[bool, bool, int, bool, int]:
+        """What fits comes first, then what is whole, then fewer GPUs; of those, where it fits now and snugly."""
+        free = {site.device: site.free_mib for site in self._ground.gpus}
+        left = sum(free[gpu] - one.placement.get(gpu, 0) for gpu in one.gpus)
+        return not self._ground.holds(one.placement), bool(one.remark), len(one.gpus), left < 0, left
