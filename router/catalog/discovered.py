@@ -18,6 +18,7 @@ from router.config.resolved import AliasConfig
 from router.config.schema import Api
 from router.config.source import Source
 from router.engines.registry import kind_of_entry
+from router.formats import hf_cache
 from router.store import created, discovery, external, pulled
 from router.system.state import default_path
 
@@ -167,7 +168,7 @@ class Discovered:
         """List the places to scan: the source, its folder, and the function that scans it."""
         system = self.draft.values.get("system")
         system = system if isinstance(system, dict) and self.draft.is_for_here else {}
-        cache = pulled.cache_folder(self.draft.environ) if self.draft.is_for_here else None
+        cache = hf_cache.folder(self.draft.environ) if self.draft.is_for_here else None
         if cache is not None:
             yield Source.PULLED, cache, partial(pulled.discover, cache, self.headers)
         key = ("system", "models_dirs")

@@ -10,6 +10,7 @@ from router.catalog.lookup import check_name
 from router.config.names import ALLOWED, candidates, is_alias, same_name, some_of
 from router.config.resolved import Config
 from router.config.source import Source
+from router.formats import hf_cache
 from router.http.errors import ApiError
 from router.store import created, pulled, repository
 from router.store.creations import Creations
@@ -60,7 +61,7 @@ class Library:
         """
         config, creations, downloads = self._config(), self.creations, self.downloads
         alias = self._removable(name, config)
-        cache = pulled.cache_folder(os.environ)
+        cache = hf_cache.folder(os.environ)
         there = config.aliases.get(alias) or config.models.get(alias)
         for pull in downloads.pulls.values():
             if not pull.over and pull.progress.alias == alias:

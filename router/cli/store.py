@@ -25,6 +25,7 @@ from router.config.names import same_name, some_of
 from router.config.problems import ConfigError
 from router.config.resolved import Config
 from router.config.source import Source
+from router.formats import hf_cache
 from router.store import created, pulled
 from router.store.created import Created
 from router.store.creations import Creations
@@ -106,7 +107,7 @@ async def _nobody_looks() -> None:
 
 def _remove_pulled(name: str, records: Mapping[str, Created], config: Config) -> int:
     """Remove a pulled model; return the bytes freed. Raises NotPulled, BeingPulled, OSError."""
-    cache = pulled.cache_folder(os.environ)
+    cache = hf_cache.folder(os.environ)
     if cache is None:
         raise pulled.NotPulled("the location of the Hugging Face cache is unknown: set HF_HOME")
     if name not in config.names and name in pulled.read(cache) and (needed := created.made_from(records, name)):

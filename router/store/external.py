@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from router.formats import hf_cache
 from router.formats.ollama_options import BadOption, load_flags, request_parameters
-from router.store import pulled
 from router.store.created import Created, Example
 from router.store.discovery import Discovery, Found, Headers, Survey, quantization, stem
 
@@ -52,10 +52,10 @@ def hugging_face(cache: Path, headers: Headers | None = None, *, settle_sec: flo
     """Return the models of all repositories: of the main branch first, then of other snapshots, newest first."""
     survey = Survey(headers, settle_sec)
     found: list[Found] = []
-    for folder in pulled.repositories(cache):
-        repo = pulled.repository_name(folder)
+    for folder in hf_cache.repositories(cache):
+        repo = hf_cache.name_of(folder)
         first: dict[str, Found] = {}
-        for snapshot in _snapshots(folder):
+        for snapshot in hf_cache.snapshots(folder):
             paths = [path for _, paths in survey.folders(snapshot) for path in paths]
             names = {path: path.relative_to(snapshot).as_posix() for path in paths}
             # Files that an older revision has as well are skipped silently.
@@ -65,15 +65,6 @@ def hugging_face(cache: Path, headers: Headers | None = None, *, settle_sec: flo
         aliases = repository_aliases(repo, [PurePath(name) for name in first])
         found += [replace(model, alias=aliases[PurePath(name)]) for name, model in first.items()]
     return survey.discovery(found)
-
-
-def _snapshots(folder: Path) -> list[Path]:
-    snapshots = sorted((folder / "snapshots").glob("*"), key=lambda path: path.stat().st_mtime, reverse=True)
-    try:
-        main = (folder / "refs" / "main").read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        main = ""
-    return sorted(snapshots, key=lambda path: path.name != main)
 
 
 def repository_aliases(repo: str, models: Sequence[PurePath]) -> dict[PurePath, str]:

@@ -34,7 +34,7 @@ from router import __version__
 from router.config.names import ALLOWED, is_alias
 from router.engines.llamacpp.flags import Flags
 from router.engines.llamacpp.forecast import forecast
-from router.formats import gguf
+from router.formats import gguf, hf_cache
 from router.store import pulled, remote_headers
 from router.store.hub_api import ANSWER_SEC, PAUSES_SEC, HubError, HubFile, HubRepository
 from router.store.progress import FileProgress, MemoryNote, Problem, Progress
@@ -76,7 +76,7 @@ def pull(
     """
     progress = Progress(text, alias)
     try:
-        cache = pulled.cache_folder(environ)
+        cache = hf_cache.folder(environ)
         if cache is None:
             raise PullFailed("no_cache", "the location of the Hugging Face cache is unknown: set HF_HOME")
         if alias is not None and not is_alias(alias):
@@ -136,7 +136,7 @@ class _Pull:
         self.environ = environ
         self.say = say
         self.stop = stop
-        self.folder = pulled.repository_folder(cache, reference.repo)
+        self.folder = hf_cache.repository(cache, reference.repo)
 
     def run(self, alias: str | None, taken: Mapping[str, str]) -> None:
         self.say(self.progress)

@@ -17,13 +17,14 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 import psutil
 from filelock import FileLock, Timeout
 
+from router.formats import hf_cache
 from router.store.discovery import Discovery, Found, Headers, Survey
 
 _log = logging.getLogger("router")
@@ -32,7 +33,6 @@ RECORD = "llama-router.json"
 _PART = ".incomplete"
 _QUIET_SEC = 60.0
 """A partial file that was not written to for this long is considered abandoned."""
-_PREFIX = "models--"
 
 
 class PulledFile(msgspec.Struct, frozen=True):
@@ -78,50 +78,15 @@ class BeingPulled(Exception):
     """Raised when a file of the model is being downloaded."""
 
 
-def cache_folder(environ: Mapping[str, str]) -> Path | None:
-    """Return the folder of the Hugging Face cache, by the library's own rules; None without a home."""
-    # huggingface_hub/constants.py and llama.cpp's common/hf-cache.cpp, in their order.
-    if named := environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE"):
-        place = named
-    elif home := environ.get("HF_HOME"):
-        place = os.path.join(home, "hub")
-    elif caches := environ.get("XDG_CACHE_HOME"):
-        place = os.path.join(caches, "huggingface", "hub")
-    elif environ.get("HOME"):
-        place = "~/.cache/huggingface/hub"
-    else:
-        return None
-    if place == "~" or place.startswith("~/"):
-        place = environ.get("HOME", "~") + place[1:]
-    return Path(os.path.abspath(os.path.expandvars(place)))
-
-
-def repository_folder(cache: Path, repo: str) -> Path:
-    return cache / (_PREFIX + repo.replace("/", "--"))
-
-
-def repository_name(folder: Path) -> str:
-    """Return the name `USER/REPO` of a repository's folder."""
-    return folder.name.removeprefix(_PREFIX).replace("--", "/", 1)
-
-
-def repositories(cache: Path) -> list[Path]:
-    """Return the folders of repositories in the cache; none if there is no cache."""
-    try:
-        return sorted(folder for folder in cache.iterdir() if folder.name.startswith(_PREFIX))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
 def snapshot_path(cache: Path, model: PulledModel, path: str) -> Path:
     """Return the path from which a file of a pulled model is read."""
-    return repository_folder(cache, model.repo) / "snapshots" / model.revision / path
+    return hf_cache.repository(cache, model.repo) / "snapshots" / model.revision / path
 
 
 def read(cache: Path) -> dict[str, PulledModel]:
     """Return all pulled models by alias, including incomplete ones. Unreadable records are left out."""
     models: dict[str, PulledModel] = {}
-    for folder in repositories(cache):
+    for folder in hf_cache.repositories(cache):
         with contextlib.suppress(OSError):  # `discover` reports it
             models |= _read(folder).models
     return models
@@ -131,7 +96,7 @@ def discover(cache: Path, headers: Headers | None = None) -> Discovery:
     """Return the complete models, under the aliases with which they were pulled."""
     survey = Survey(headers)
     found: list[Found] = []
-    for folder in repositories(cache):
+    for folder in hf_cache.repositories(cache):
         try:
             models = _read(folder).models
         except OSError as error:
@@ -149,7 +114,7 @@ def discover(cache: Path, headers: Headers | None = None) -> Discovery:
 
 def write_down(cache: Path, alias: str, model: PulledModel) -> None:
     """Add a model to the record, or replace the previous one of that alias, whose own files are removed."""
-    folder = repository_folder(cache, model.repo)
+    folder = hf_cache.repository(cache, model.repo)
     with file_lock(folder, RECORD):
         try:
             record = _read(folder)
@@ -174,7 +139,7 @@ def remove(cache: Path, alias: str) -> int:
     if alias not in models:
         known = ", ".join(sorted(models)) or "none"
         raise NotPulled(f"no model was pulled as {alias!r}; pulled are: {known}")
-    folder = repository_folder(cache, models[alias].repo)
+    folder = hf_cache.repository(cache, models[alias].repo)
     with file_lock(folder, RECORD), contextlib.ExitStack() as locks:
         record = _read(folder)
         model = record.models.pop(alias, None)

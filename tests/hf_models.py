@@ -1,0 +1,97 @@
+"""Model folders in the layout of the Hugging Face hub, for tests: small real ones, and headers without weights.
+
+Written by hand, so that the tests need neither torch nor safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from router.formats.safetensors import BITS
+
+Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Types and shapes by name."""
+
+LLAMA: Mapping[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "vocab_size": 259,
+    "torch_dtype": "bfloat16",
+}
+LLAMA_TENSORS: Tensors = {
+    "model.embed_tokens.weight": ("BF16", (259, 64)),
+    "model.norm.weight": ("BF16", (64,)),
+    "lm_head.weight": ("BF16", (259, 64)),
+    **{
+        f"model.layers.{layer}.{name}.weight": ("BF16", shape)
+        for layer in range(2)
+        for name, shape in {
+            "self_attn.q_proj": (64, 64),
+            "self_attn.k_proj": (32, 64),
+            "self_attn.v_proj": (32, 64),
+            "self_attn.o_proj": (64, 64),
+            "mlp.gate_proj": (128, 64),
+            "mlp.up_proj": (128, 64),
+            "mlp.down_proj": (64, 128),
+            "input_layernorm": (64,),
+            "post_attention_layernorm": (64,),
+        }.items()
+    },
+}
+LLAMA_PARAMETERS = sum(math.prod(shape) for _, shape in LLAMA_TENSORS.values())
+
+
+def header(tensors: Tensors) -> tuple[bytes, int]:
+    """The header of a file with these tensors, with its length in front, and the size of its data."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * BITS[dtype] // 8
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text, end
+
+
+def write_weights(path: Path, tensors: Tensors) -> Path:
+    """A file with these tensors, all zero; on disk it takes only the space of its header."""
+    head, data = header(tensors)
+    with path.open("wb") as file:
+        file.write(head)
+        file.truncate(len(head) + data)
+    return path
+
+
+def write_model(
+    folder: Path,
+    config: Mapping[str, Any] = LLAMA,
+    tensors: Tensors = LLAMA_TENSORS,
+    *,
+    shards: int = 1,
+    chat_template: str | None = "{{ messages }}",
+) -> Path:
+    """A model folder; its weights are in so many files, with an index if there is more than one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    settings = {} if chat_template is None else {"chat_template": chat_template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    if shards == 1:
+        write_weights(folder / "model.safetensors", tensors)
+        return folder
+    weight_map: dict[str, str] = {}
+    for shard in range(shards):
+        name = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        part = dict(list(tensors.items())[shard::shards])
+        write_weights(folder / name, part)
+        weight_map |= dict.fromkeys(part, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
