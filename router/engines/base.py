@@ -28,7 +28,7 @@ class NoEngine(Exception):
 
 
 class EngineFailed(Problem):
-    """The engine did not become ready."""
+    """Raised if an engine does not become ready."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Ending(NamedTuple):
     """Consequences of an engine's exit, derived from its exit code and its log."""
 
     retry: Retry = Retry.LATER
-    """When to start the next engine, if this one was not ready yet."""
+    """Time to start the next engine, if this one was not ready yet."""
     wanted_mib: Mapping[Device, int] | None = None
     """Last failed allocations in MiB by device, as the engine counts devices; empty if unknown. None if the engine
     did not run out of memory."""

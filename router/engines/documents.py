@@ -17,7 +17,7 @@ class Documents(NamedTuple):
     readable: frozenset[str]
     """Paths where a GET changes nothing."""
     private: frozenset[str]
-    """Those of them that name files of the machine or hold text of requests: see `for_clients`."""
+    """Readable paths whose documents name files of the machine or contain text of requests: see `for_clients`."""
 
 
 def for_clients(document: bytes) -> bytes:
@@ -47,4 +47,4 @@ _OF_OTHERS = ("prompt", "generated")
 
 _PRIVATE = frozenset({"/props", "/slots", "/lora-adapters", "/models", "/v1/models"})
 OF_LLAMA_SERVER = Documents(_PRIVATE | {"/", "/health", "/v1/health", "/metrics"}, _PRIVATE)
-"""Those of llama-server, and of other servers that have the same routes."""
+"""Documents of llama-server, and of other servers with the same routes."""

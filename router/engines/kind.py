@@ -1,4 +1,4 @@
-"""What a kind of engine consists of; `registry.py` lists the kinds."""
+"""Definition of a kind of engine; `registry.py` lists the kinds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class EntryReader(NamedTuple):
-    """How entries of a kind become models."""
+    """Conversion of a kind's entries to models."""
 
     schema: type[Section]
     stand_ins: Mapping[str, Any]

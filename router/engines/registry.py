@@ -14,7 +14,7 @@ KINDS: Mapping[str, Kind] = {
     "llamacpp": LLAMACPP,
     "command": COMMAND,
 }
-"""By the name that entries give as `engine`."""
+"""Kinds by the value of `engine` in entries."""
 
 
 def kind_of(model: ModelConfig) -> Kind:

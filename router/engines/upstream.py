@@ -165,13 +165,13 @@ class Connection(asyncio.Protocol):
 
     @property
     def is_fresh(self) -> bool:
-        """Return whether it can be reused: neither data nor an end has arrived since the last response."""
+        """Whether it can be reused: neither data nor an end has arrived since the last response."""
         transport, poll = self._transport, self._poll
         return transport is not None and not transport.is_closing() and not (poll is not None and poll.poll(0))
 
     @property
     def stopped_midway(self) -> bool:
-        """Return whether part of a response has arrived that the engine sends as a whole; False for streams."""
+        """Whether part of a response has arrived that the engine sends as a whole; False for streams."""
         return self._answered and (self._head is None or self._head.content_length is not None)
 
     def send(self, head: bytes, body: Body, receiver: Receiver) -> None:

@@ -1,1 +1,1 @@
-"""The dispatcher, which turns the world into the scheduler's events and carries its effects out."""
+"""Dispatcher, which posts events to the scheduler and carries out its effects."""

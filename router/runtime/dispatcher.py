@@ -94,7 +94,7 @@ _DYING_SEC = 1.0
 
 @dataclass(frozen=True, slots=True)
 class LastExit:
-    """How the last engine of a model ended."""
+    """Exit of a model's last engine."""
 
     reason: str
     at: float

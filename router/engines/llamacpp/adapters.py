@@ -1,9 +1,9 @@
-"""LoRA adapters of a model: which its flags name, and at which scales its requests are computed.
+"""LoRA adapters of a model: the files named in its flags, and the scales of its requests.
 
-llama-server (tools/server/server-context.cpp, build 11434) computes a request that names no scales at those of its
-command line, but on the KV cache that the slot's request before it has left, at whatever scales that was computed:
-one alias of a model would answer with the other's voice. A request that names scales gets a cache of its own. So
-every request is made to name them.
+llama-server (tools/server/server-context.cpp, build 11434) computes a request without scales at those of its
+command line, but reuses the KV cache of the slot's previous request, whatever its scales: one alias of a model
+would answer in the style of another. A request with scales does not share the cache of other scales. The router
+therefore adds scales to every request.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _FLAGS = ("lora", "lora-scaled")
 
 
 def files(flags: Flags) -> list[str]:
-    """The files of `--lora FILE,…` and `--lora-scaled FILE:SCALE,…`, which add up."""
+    """Return the files of `--lora FILE,…` and `--lora-scaled FILE:SCALE,…`, which add up."""
     return [item if name == "lora" else item.partition(":")[0] for name, item in _items(flags)]
 
 
 def scales(flags: Flags) -> list[dict[str, float]]:
-    """The parameter of a request that is to be computed as the flags say. Raises ValueError."""
+    """Return the request parameter with the scales of the flags. Raises ValueError."""
     unapplied = flags.switch("lora-init-without-apply", False)
     return [
         {"id": number, "scale": 0.0 if unapplied else 1.0 if name == "lora" else float(item.partition(":")[2])}
@@ -42,10 +42,10 @@ def _items(flags: Flags) -> Iterator[tuple[str, str]]:
 
 
 def named(aliases: Mapping[str, AliasConfig], models: Mapping[str, ModelConfig]) -> dict[str, AliasConfig]:
-    """All aliases, and one for each model with adapters, of which each makes requests name the scales."""
+    """Return the aliases, plus one for each model with adapters, with the scales as defaults of their requests."""
     completed = dict(aliases)
     for model in models.values():
-        with contextlib.suppress(FlagError, ValueError):  # the engine will say what is wrong
+        with contextlib.suppress(FlagError, ValueError):  # the engine will report it
             if base := scales(Flags(model.flags, model.env)):
                 own = AliasConfig(model.alias, model.alias, source=model.source)
                 names = [name for name, alias in aliases.items() if alias.uses == model.alias]

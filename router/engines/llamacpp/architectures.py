@@ -1,13 +1,13 @@
-"""What each layer of a model keeps per token and per sequence, as llama.cpp lays it out.
+"""State that each layer of a model keeps per token and per sequence, as laid out by llama.cpp.
 
-The differences between architectures are gathered here: sliding windows, latent attention (MLA), recurrent
-layers, shared caches, indexers. Numbers of elements only; what they weigh in bytes, with which flags and on
-which device, is `footprint.py`'s business. Followed: `llama_model::create_memory` (src/llama-model.cpp),
+The differences between architectures are collected here: sliding windows, latent attention (MLA), recurrent
+layers, shared caches, indexers. Only numbers of elements; `footprint.py` derives bytes by flags and device.
+Sources: `llama_model::create_memory` (src/llama-model.cpp),
 `llama_hparams` (src/llama-hparams.cpp) and each architecture's `load_arch_hparams` (src/models/*.cpp), at
 build 11434.
 
-An architecture that is not named here gets the usual cache: K and V of every layer for the whole context.
-That is what llama.cpp does by default, and more rather than less than what the exceptions need.
+An architecture not listed here gets the usual cache: K and V of every layer for the whole context. This is
+llama.cpp's default, and an upper bound for exceptions.
 """
 
 from __future__ import annotations
@@ -22,43 +22,43 @@ from router.formats.gguf import GGUF
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What one layer keeps: elements of K and V per cell, and f32 elements per sequence."""
+    """State of one layer: elements of K and V per cell, and f32 elements per sequence."""
 
     k: int = 0
     v: int = 0
     has_v: bool = False
-    """Whether its cache has V, if only of no width: without flash attention, each has the widest of all."""
+    """True if its cache has V, even of width 0: without flash attention, every V has the largest width."""
     indexer: int = 0
-    """Elements of its own K per cell, with which sparse attention picks the cells worth attending to."""
+    """Elements of the indexer's K per cell, by which sparse attention selects cells."""
     indexer_v: int = 0
-    """Elements of V beside that, which nobody reads."""
+    """Elements of V in the indexer's cache, which are never read."""
     state: int = 0
     windowed: bool = False
     compressed: int = 0
-    """So many tokens make one cell more, which outlives the window; `indexer` then goes by those cells."""
+    """Number of tokens per summary cell, which outlives the window; `indexer` then counts per summary cell."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
     layers: tuple[Layer, ...]
     trunk: int
-    """How many of the layers are the model itself; those after them predict further tokens (MTP)."""
+    """Number of layers of the model itself; later ones predict further tokens (MTP)."""
     window: int
-    """Tokens that a windowed layer sees."""
+    """Window of windowed layers in tokens."""
     slots_apart: bool = False
-    """Whether each slot has a cache of the whole length, also where slots share one."""
+    """True if each slot has a cache of the whole length, even if slots share one otherwise."""
 
 
 class _Window(NamedTuple):
-    """Every `period`-th layer sees everything, the first or the last of each period; the others a window."""
+    """Pattern of windows: the first or last layer of each `period` sees the whole context, the others a window."""
 
     period: int
     dense_first: bool = False
     tokens: int = 0
-    """The window if the file names none; 0: then there are no windows."""
+    """Window if the file specifies none; 0: no windows."""
 
 
-# src/llama-hparams.h; what claims more is not loaded.
+# src/llama-hparams.h; files with larger values are not loaded.
 _MAX_LAYERS = 512
 
 # `load_swa_pattern(ml, period, dense_first)` in src/models/*.cpp.
@@ -81,15 +81,15 @@ _WINDOWS: Mapping[str, _Window] = {
     "smallthinker": _Window(4, dense_first=True),
 }
 
-# These must say in the file which layers have a window (`ml.get_arr(LLM_KV_ATTENTION_SLIDING_WINDOW_PATTERN, …)`).
+# Their files must specify which layers have a window (`ml.get_arr(LLM_KV_ATTENTION_SLIDING_WINDOW_PATTERN, …)`).
 _WINDOWS_LISTED = frozenset(
     {"dots3note", "gemma4", "gemma4-assistant", "granite_swa", "maple", "mimo2", "spark2_5", "step35"}
 )
 
-# Whatever window the file names, these take their own (src/models/llama4.cpp, smallthinker.cpp).
+# These ignore the window of the file and use their own (src/models/llama4.cpp, smallthinker.cpp).
 _FIXED_WINDOWS = {"llama4": 8192, "smallthinker": 4096}
 
-# `res = nullptr` in create_memory: they read everything at once.
+# `res = nullptr` in create_memory: they have no cache.
 _NO_CACHE = (EMBEDDING_ARCHITECTURES - {"llama-embed", "t5encoder"}) | {
     "clef",
     "dream",
@@ -102,7 +102,7 @@ _NO_CACHE = (EMBEDDING_ARCHITECTURES - {"llama-embed", "t5encoder"}) | {
 # `llm_arch_is_recurrent` in src/llama-arch.cpp.
 _RECURRENT = frozenset({"arwkv7", "mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7"})
 
-# `llm_arch_is_hybrid`: recurrent are the layers without KV heads …
+# `llm_arch_is_hybrid`: layers without KV heads are recurrent …
 _RECURRENT_WITHOUT_HEADS = frozenset(
     {
         "bailingmoe3",
@@ -118,12 +118,12 @@ _RECURRENT_WITHOUT_HEADS = frozenset(
         "plamo2",
     }
 )
-# In these, a layer with a feed-forward part is nothing else.
+# In these, a layer with a feed-forward part has no other part.
 _EITHER_MIXES_OR_COMPUTES = frozenset({"nemotron_h", "nemotron_h_moe"})
 # … or all but every n-th.
 _FULL_ATTENTION_INTERVALS = {"minimax-01": 8, "qwen35": 4, "qwen35moe": 4, "qwen3next": 4, "qwen4exp": 4}
 
-# `llm_arch_supports_rs_rollback`: they keep past states to return to when a guess is refused.
+# `llm_arch_supports_rs_rollback`: they keep past states for rollback when a speculated token is rejected.
 KEEPS_PAST_STATES = frozenset(
     {
         "bailingmoe3",
@@ -140,23 +140,23 @@ KEEPS_PAST_STATES = frozenset(
     }
 )
 
-# Sparse attention: an indexer picks the cells worth attending to, by K of its own
+# Sparse attention: an indexer with a K of its own selects the cells to attend to
 # (llama-kv-cache-dsa.cpp, llama-kv-cache-msa.cpp, llama-memory-hybrid-idx.cpp).
 _INDEXED = frozenset({"deepseek32", "dots3note", "glm-dsa", "glm5-next", "hy_v4", "minimax-m3", "qwen4exp"})
 _INDEXED_IN_PART = frozenset({"dots3note", "glm-dsa", "glm5-next", "hy_v4"})
-"""Some of their layers go by what the indexer of one before them has picked."""
+"""Architectures in which some layers reuse the selection of an earlier layer's indexer."""
 _POOLED = {"glm5-next": 3, "qwen4exp": 2}
-"""Rows that an indexer keeps where it pools: the key, the pooled key, and a gate."""
+"""Rows kept by a pooling indexer: key, pooled key and gate."""
 _LONG_GLM = 1 << 20
-"""GLM-5.2 was trained for so many tokens; its first files do not say which layers have an indexer."""
+"""Training context of GLM-5.2, whose first files do not specify which layers have an indexer."""
 
-# DeepSeek-V4 keeps a window, and what was before it in summaries (llama-kv-cache-dsv4.cpp): of 4 tokens, which
-# overlap and are picked by an indexer, or of 128.
+# DeepSeek-V4 keeps a window, and summaries of earlier tokens (llama-kv-cache-dsv4.cpp): of 4 tokens, overlapping
+# and selected by an indexer, or of 128.
 _OVERLAPPING, _APART = 4, 128
 
 
 def layout(header: GGUF) -> Layout:
-    """What every layer of the model keeps."""
+    """Return the state of every layer."""
     count = min(integer(header, "block_count"), _MAX_LAYERS)
     trunk = max(0, count - integer(header, "nextn_predict_layers")) or count
     if header.architecture in _NO_CACHE:
@@ -198,7 +198,7 @@ def _summarizing(
     indexer = integer(header, "attention.indexer.key_length")
     layers = []
     for index, ratio in enumerate(per_layer(header, "attention.compress_ratios", count)):
-        # Of what is not summarized yet: values and scores, twice as wide where summaries overlap.
+        # Tokens not summarized yet: values and scores, twice as wide where summaries overlap.
         unfinished = {_OVERLAPPING: 2 * (2 * ratio) * 2 * (k + indexer), _APART: 2 * ratio * k}.get(ratio, 0)
         layers.append(
             Layer(
@@ -213,7 +213,7 @@ def _summarizing(
 
 
 def _indexer(header: GGUF, count: int) -> tuple[int, ...]:
-    """Elements of the indexer's K, by layer."""
+    """Return the elements of the indexer's K by layer."""
     architecture = header.architecture
     none = (0,) * count
     if architecture not in _INDEXED or (
@@ -235,7 +235,7 @@ def _indexer(header: GGUF, count: int) -> tuple[int, ...]:
 
 
 def pooled_tokens(header: GGUF, count: int) -> int:
-    """Of so many tokens an indexer makes one key; 0: of each its own."""
+    """Return the number of tokens per key of an indexer; 0: one key per token."""
     if header.architecture == "glm5-next":
         return integer(header, "attention.indexer.kpool")
     if header.architecture == "qwen4exp":
@@ -244,8 +244,8 @@ def pooled_tokens(header: GGUF, count: int) -> int:
 
 
 def widest_product(header: GGUF, count: int, tokens: int) -> int:
-    """f32 elements per token of a micro-batch that the widest layer needs at once, by a rule fitted to what the
-    engine prints."""
+    """Return the f32 elements per token of a micro-batch that the widest layer needs at once, by a rule fitted to
+    the engine's output."""
     heads = max(per_layer(header, "attention.head_count", count), default=0)
     experts = max(per_layer(header, "expert_used_count", count), default=0)
     latent = integer(header, "attention.key_length_mla")
@@ -255,15 +255,16 @@ def widest_product(header: GGUF, count: int, tokens: int) -> int:
         5 * integer(header, "ssm.inner_size")
         + 6 * integer(header, "ssm.group_count") * integer(header, "ssm.state_size"),
         heads * (2 * integer(header, "attention.key_length") + latent) if latent else 0,
-        # How much each token still sees of each before it, that as a factor, and their products.
+        # Decay between tokens, its factor, and their products.
         3 * heads * tokens if header.architecture == "minimax-01" else 0,
-        # Queries, what attention makes of them, and that with its positions taken back.
+        # Queries, attention output, and that output with positions removed.
         3 * heads * integer(header, "attention.key_length") if header.architecture == "deepseek4" else 0,
     )
 
 
 def head_sizes(header: GGUF, heads: tuple[int, ...], *, windowed: bool) -> tuple[int, int]:
-    """Elements of one head's K and V (llama-model.cpp, "non-transformer models do not have attention heads")."""
+    """Return the elements of one head's K and V (llama-model.cpp, "non-transformer models do not have attention
+    heads")."""
     if not any(heads[:1]) and header.architecture != "plamo2":
         return 0, 0
     usual = (header.embedding_length or 0) // heads[0] if heads[0] else 0
@@ -276,13 +277,13 @@ def head_sizes(header: GGUF, heads: tuple[int, ...], *, windowed: bool) -> tuple
 
 
 def integer(header: GGUF, key: str, default: int = 0) -> int:
-    """A hyperparameter that counts something; a file that says anything else does not say it."""
+    """Return a hyperparameter that is a count; any other value in the file counts as missing."""
     value = header.hyperparameter(key)
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else default
 
 
 def per_layer(header: GGUF, key: str, count: int, default: tuple[int, ...] | None = None) -> tuple[int, ...]:
-    """A hyperparameter that is one number for all layers or a number for each."""
+    """Return a hyperparameter by layer that is one number for all layers or a list."""
     value = header.hyperparameter(key)
     if isinstance(value, tuple):
         numbers = (int(number) if isinstance(number, int) else 0 for number in value[:count])
@@ -294,12 +295,12 @@ def per_layer(header: GGUF, key: str, count: int, default: tuple[int, ...] | Non
 
 def _layers_with_cache(header: GGUF, count: int, recurrent: tuple[bool, ...]) -> tuple[bool, ...]:
     architecture = header.architecture
-    if architecture == "falcon-h1":  # whose layers are recurrent and attend, both
+    if architecture == "falcon-h1":  # its layers are both recurrent and attending
         return (True,) * count
     if architecture in _EITHER_MIXES_OR_COMPUTES:
         feed_forward = per_layer(header, "feed_forward_length", count)
         return tuple(not recurrent[index] and not feed_forward[index] for index in range(count))
-    # The layers after these use the cache of an earlier one (`n_layer_kv_from_start`).
+    # Later layers use the cache of an earlier one (`n_layer_kv_from_start`).
     own = {"gemma3n": 20, "gemma4": count - integer(header, "attention.shared_kv_layers")}.get(architecture, count)
     return tuple(index < own and not recurrent[index] for index in range(count))
 
@@ -321,7 +322,7 @@ def _recurrent(header: GGUF, count: int, trunk: int, heads_kv: tuple[int, ...]) 
 
 
 def _windows(header: GGUF, count: int, trunk: int, recurrent: tuple[bool, ...]) -> tuple[int, tuple[bool, ...]]:
-    """The window, and which layers have it (`llama_model_base::load_swa_pattern`, `set_swa_pattern`)."""
+    """Return the window, and which layers have it (`llama_model_base::load_swa_pattern`, `set_swa_pattern`)."""
     architecture = header.architecture
     none = 0, (False,) * count
     rule = _WINDOWS.get(architecture)
@@ -342,7 +343,8 @@ def _windows(header: GGUF, count: int, trunk: int, recurrent: tuple[bool, ...]) 
 
 
 def _state(header: GGUF, heads: tuple[int, ...]) -> int:
-    """f32 elements that a recurrent layer keeps per sequence (`n_embd_r` + `n_embd_s` in llama-hparams.cpp)."""
+    """Return the f32 elements that a recurrent layer keeps per sequence (`n_embd_r` + `n_embd_s` in
+    llama-hparams.cpp)."""
     width = header.embedding_length or 0
     convolution = integer(header, "ssm.conv_kernel")
     inner, state = integer(header, "ssm.inner_size"), integer(header, "ssm.state_size")
@@ -360,7 +362,7 @@ def _state(header: GGUF, heads: tuple[int, ...]) -> int:
 
 
 def _history(header: GGUF, index: int) -> int:
-    """f32 elements of past embeddings of n-grams, where a layer mixes those in (`ple_conv_state`)."""
+    """Return the f32 elements of past n-gram embeddings, if a layer uses them (`ple_conv_state`)."""
     layers = header.hyperparameter("ple.layers")
     if not isinstance(layers, tuple) or index not in layers:
         return 0

@@ -1,8 +1,8 @@
-"""A model's flags in the words of the llama-server at hand: builds rename flags, and drop them.
+"""Translation of a model's flags to those of the installed llama-server, as builds rename and drop flags.
 
-What a build has is read from its own `--help`. A flag that it calls otherwise, or that another has succeeded, is
-written its way, in either direction: a configuration that was written for another build then means the same. What
-it has no words for is named; it gets that as it is, and is the judge.
+The flags of a build are read from its own `--help`. A flag with another name, or with a successor, is translated
+in either direction, so that a configuration for another build means the same. Flags without an equivalent are
+reported and passed on unchanged; the engine decides.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ from router.engines.llamacpp.flags import AUTO_SLOTS, FORMS, Flag, canonical
 
 _ENTRY = re.compile(r"((?:--?\w[\w.-]*,\s+)*--?\w[\w.-]*)( \S)?")
 _REMOVED = "the argument has been removed"
-"""What the help says of a flag that is only there to be refused."""
+"""Help text of a flag that is only kept to be rejected."""
 _EXPECTED = ("--model", "--port")
-"""What every help of a llama-server lists."""
+"""Flags that every llama-server's help lists."""
 
 _DEFAULT_SLOTS = re.compile(r"--parallel N\s.*?\(default: (-?\d+)", re.DOTALL)
 
 _LOADING = ("mmap", "mlock", "direct-io", "load-mode")
-"""Flags that together say how weights get into memory."""
+"""Flags that together determine how weights are loaded."""
 _MODES = {"auto": (True, False), "mmap": (True, False), "none": (False, False), "mlock": (False, True)}
 _MODES |= {"mmap+mlock": (True, True), "dio": (False, False)}
-"""Of `--load-mode`, as whether it maps and whether it locks."""
+"""Values of `--load-mode`: whether it maps and whether it locks."""
 _DRAFTS = {"draft": "max", "draft-min": "min"}
-"""How many tokens are guessed: what was one flag is now one for each way to guess."""
+"""Flags for the number of drafted tokens: formerly one, now one for each method of speculation."""
 _NGRAMS = "ngram-mod"
 
 Has = Mapping[str, bool]
-"""The spellings of all flags that a build has, and whether a value follows each."""
+"""Spellings of all flags of a build, and whether each takes a value."""
 
 
 class Spoken(NamedTuple):
     words: tuple[str, ...]
-    """For the command line."""
+    """Arguments for the command line."""
     unknown: tuple[str, ...]
-    """As they were written: what the build has no words for."""
+    """Flags without an equivalent, as written."""
 
 
 def read_help(text: str) -> Has:
-    """Nothing for what is no help of a llama-server."""
+    """Parse a help text; empty if it is not that of a llama-server."""
     has: dict[str, bool] = {}
     for entry in re.split(r"\n(?=-)", "\n" + text)[1:]:
         if (head := _ENTRY.match(entry)) is None or _REMOVED in " ".join(entry.split()):
@@ -53,15 +53,16 @@ def read_help(text: str) -> Has:
 
 
 def default_slots(text: str) -> int:
-    """How many slots a build has, by its help, when it is told nothing; negative: it decides that itself."""
+    """Return a build's default number of slots by its help; negative: it decides itself."""
     found = _DEFAULT_SLOTS.search(text)
     return int(found[1]) if found is not None else -1
 
 
 def slots_told(given: Sequence[Flag], has: Has) -> Sequence[Flag]:
-    """For a build that makes nothing of `--parallel -1`, as was so before December 2025: how many that is.
+    """Add the number of slots for builds before December 2025, which do not understand `--parallel -1`.
 
-    The last of these builds make four slots of one, too, unless it shares its cache: alone, it may as well.
+    The last of these builds also turn one slot into four unless it shares its cache, which makes no difference for
+    a single slot.
     """
     last = next((flag for flag in reversed(given) if flag.name == "parallel"), None)
     if last is None or last.integer() > 1:
@@ -74,7 +75,8 @@ def slots_told(given: Sequence[Flag], has: Has) -> Sequence[Flag]:
 
 
 def spoken(given: Sequence[Flag], has: Has) -> Spoken:
-    """`given`: those that the environment sets first, which an engine reads itself as far as it knows them."""
+    """Translate flags. `given` begins with those set by the environment, which an engine reads itself if it knows
+    them."""
     words: list[str] = []
     unknown: list[str] = []
     loading = [flag for flag in given if flag.name in _LOADING]
@@ -98,7 +100,7 @@ def spoken(given: Sequence[Flag], has: Has) -> Spoken:
 
 
 def _as_written(flag: Flag, has: Has) -> tuple[str, ...] | None:
-    """The flag by a spelling that the build has."""
+    """Return the flag in a spelling that the build has; None if there is none."""
     form = FORMS.get(flag.name)
     known = () if form is None else form.negations if flag.negated else form.spellings
     for spelling in (flag.spelling, *known):
@@ -112,7 +114,7 @@ def _as_written(flag: Flag, has: Has) -> tuple[str, ...] | None:
 
 
 def _succeeded(flag: Flag, given: Iterable[Flag], has: Has) -> tuple[str, ...] | None:
-    """By the flag that says the same where this one is not, or no more."""
+    """Return an equivalent flag of the build; None if there is none."""
     types = [other.text for other in given if other.name == "spec-type"]
     drafts = _NGRAMS if types and _NGRAMS in types[-1] and "draft" not in types[-1] else "draft"
     for older, end in _DRAFTS.items():
@@ -124,7 +126,7 @@ def _succeeded(flag: Flag, given: Iterable[Flag], has: Has) -> tuple[str, ...] |
 
 
 def _loading(flags: Iterable[Flag], has: Has) -> list[str]:
-    """What they come to, one after the other."""
+    """Return the combined effect of several flags, applied in order."""
     maps, locks, direct = True, False, False
     for flag in flags:
         match flag.name:

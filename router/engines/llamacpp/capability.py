@@ -20,7 +20,7 @@ from router.http.errors import ApiError, ContextExceeded
 
 _LONGEST_REFUSAL = 1000
 _LONGEST_WORDS = 4000
-"""Of an error that is no document of the engine's API."""
+"""Longest excerpt of an error body that is not a document of the engine's API."""
 
 _CODES = {400: "invalid_request", 404: "not_found", 501: "not_supported", 503: "unavailable"}
 """Codes of errors without a type, by status."""
@@ -69,7 +69,7 @@ def error_of_engine(status: int, body: bytes) -> ApiError:
     try:
         said = _decode(body).error
         error = _Error(said) if isinstance(said, str) else said
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # some errors have no body at all
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # some errors have no body
         text = body[:_LONGEST_WORDS].decode("utf-8", "replace").strip()
         error = _Error(text or f"The engine answers {status}, without a reason.")
     if error.type == "exceed_context_size_error" and error.n_ctx is not None:

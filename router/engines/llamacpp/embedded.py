@@ -1,14 +1,14 @@
-"""A llama-server made of the `xllamacpp` wheel, for machines that have no llama-server.
+"""Embedded engine: a llama-server built on the `xllamacpp` wheel, for machines without one.
 
     python -m router.engines.llamacpp.embedded -m model.gguf --port 8085 [flags of llama-server]
 
-It takes llama-server's flags and environment variables, has its defaults, serves its HTTP interface, and keeps
-to its protocol with the process that started it (where `LLAMA_SERVER_ROUTER_PORT` is set: lines of
+It accepts llama-server's flags and environment variables, has its defaults, serves its HTTP interface, and follows
+its protocol with the parent process (if `LLAMA_SERVER_ROUTER_PORT` is set: lines of
 `cmd_child_to_router:state:{…}` on stdout; `cmd_router_to_child:exit` on stdin, or the end of stdin, ends it).
-What the wheel has no way to set is refused by name; only what cannot change an answer is passed over.
+Flags that the wheel cannot set are rejected by name; only those that cannot affect a response are ignored.
 
-Not here: downloads, llama-server's own router mode, llama.cpp's `config.ini` files. The process starts anew for
-every load of a model, so it imports little, and `xllamacpp`, which takes longest, only after reading its flags.
+Not supported: downloads, llama-server's own router mode, llama.cpp's `config.ini` files. A new process is started
+for every load, so it imports little, and `xllamacpp`, which takes longest, only after parsing the flags.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _EXIT_COMMAND = b"cmd_router_to_child:exit"
 
 
 def command(python: str = sys.executable) -> list[str]:
-    """What to put before the flags to run this module, whatever the current directory.
+    """Return the command line that runs this module from any directory, without flags.
 
-    Compared with `-m` it saves some milliseconds, and nothing in the current directory or in a `PYTHON…`
-    variable can stand in for a module: no `site`, and only the folders that are needed on the path.
+    Compared with `-m` it saves some milliseconds, and neither the current directory nor a `PYTHON…` variable can
+    shadow a module: no `site`, and only the required folders on the path.
     """
     from importlib.util import find_spec
 
@@ -43,7 +43,7 @@ def command(python: str = sys.executable) -> list[str]:
 
 
 def available() -> str | None:
-    """The version of xllamacpp, if it is installed."""
+    """Return the version of xllamacpp; None if it is not installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -53,7 +53,7 @@ def available() -> str | None:
 
 
 def main() -> int:
-    """Returns only if there is nothing to serve."""
+    """Run the server. Returns only if there is nothing to serve."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     stdin = watcher = None
     if "LLAMA_SERVER_ROUTER_PORT" in os.environ:
@@ -93,11 +93,10 @@ def _say(message: str, exit_code: int = 0) -> int:
 
 
 def _watch_stdin_while_loading() -> tuple[int, int]:
-    """A descriptor of stdin, and the process that ends this one if anything happens there.
+    """Return a descriptor of stdin, and a process that ends this one on any event there.
 
-    A thread would not do: xllamacpp holds the interpreter's lock for as long as it loads. Its C++ side reads
-    stdin, too, but for us; it gets a pipe that says nothing as long as this process lives. (That is how the
-    watcher learns that it doesn't any more.)
+    A thread is not enough, as xllamacpp holds the GIL while it loads. Its C++ side also reads stdin, and is given
+    a pipe that stays silent while this process runs; its end also tells the watcher that this process has exited.
     """
     engine, stdin = os.getpid(), os.dup(0)
     silence, alive = os.pipe()
@@ -113,14 +112,14 @@ def _watch_stdin_while_loading() -> tuple[int, int]:
 
 
 def _serve(server: Any, stdin: int | None, watcher: int | None) -> NoReturn:
-    """C++ threads do the work while `server` lives; this one waits for the end.
+    """Wait for the end while C++ threads serve, as long as `server` exists.
 
-    The end is immediate: the router has let every request finish that it wants finished, and what the C++
-    destructors would free goes with the process.
+    The exit is immediate: the router has already drained the requests, and the exit frees everything that C++
+    destructors would.
     """
     told, tell = os.pipe()
     os.set_blocking(tell, False)
-    signal.set_wakeup_fd(tell)  # whichever thread the signal hits, this one wakes
+    signal.set_wakeup_fd(tell)  # wakes this thread, whichever receives the signal
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     if watcher is None:
@@ -134,7 +133,7 @@ def _serve(server: Any, stdin: int | None, watcher: int | None) -> NoReturn:
         if stdin is None or told in readable:
             os._exit(0)
         chunk = os.read(stdin, 4096)
-        if not chunk:  # the router is gone, and with it whoever would read a last word
+        if not chunk:  # the router has exited, so nothing reads the output
             os._exit(1)
         received += chunk
         if _EXIT_COMMAND in received:
@@ -143,7 +142,7 @@ def _serve(server: Any, stdin: int | None, watcher: int | None) -> NoReturn:
 
 
 def _help() -> str:
-    """As llama-server lays it out, which is how who starts it tells what it takes."""
+    """Return the help text in llama-server's layout, from which the router reads the supported flags."""
     lines = [f"llama-server's flags, as far as xllamacpp {available()} has them:", ""]
     for form in (FORMS[name] for name in HONOURED):
         spellings = ", ".join((*form.spellings, *form.negations))

@@ -1,15 +1,15 @@
 """Memory estimates of llama.cpp itself, by the tool `llama-fit-params` beside `llama-server`.
 
 It runs the engine's own loader and graph and allocates nothing, so it is right for every architecture that its
-build knows, in a fraction of a second. It is asked only what it can be asked; three things are put right with the
-formulas of `footprint.py`, as the difference between two estimates:
+build knows, in a fraction of a second. Three differences from llama-server are corrected by the formulas of
+`footprint.py`, as the difference between two estimates:
 
-* it has no slots that share one cache (`--kv-unified`, llama-server's default): it is asked for a single slot;
-* it reserves the logits of every token of a batch, llama-server only those of the tokens that are answered;
-* it knows no projector, draft model or adapter, and not what the CPU backend takes for itself.
+* it has no slots that share one cache (`--kv-unified`, llama-server's default): it is run for a single slot;
+* it reserves the logits of every token of a batch, llama-server only those of output tokens;
+* it supports no projector, draft model or adapter, and omits the working memory of the CPU backend.
 
-Weights that the CPU backend would repack are missing from what it prints, so it is told not to repack; copies that
-come on top of the weights are added by formula.
+Its output lacks weights that the CPU backend would repack, so it is run without repacking; copies in addition to
+the weights are added by formula.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LONGEST_REASON = 300
 
 _log = logging.getLogger("router")
 
-# The flags, by canonical name, that change what it prints and that it takes as llama-server does.
+# Flags, by canonical name, that affect its output and that it accepts as llama-server does.
 _PASSED = frozenset(
     {
         "batch-size", "cache-type-k", "cache-type-v", "cpu-moe", "device", "flash-attn", "kv-offload",
@@ -92,7 +92,7 @@ class FitParams:
         if len(numbers) != len(answer) - 1 or min(numbers, default=0) < 0:
             numbers = list(range(len(answer) - 1))
         gpus = max(numbers, default=-1) + 1
-        # As the tool understands the question; to embed, every token of a batch has an output.
+        # As the tool interprets the flags; with --embedding, every token of a batch has an output.
         asked = footprint.estimate(header, Flags([*question, _NOT_REPACKED, "--embedding"]), gpus=gpus)
         wanted = footprint.estimate(header, flags, projector=projector, draft=draft, adapters=adapters, gpus=gpus)
         devices = [*(Device.shown(number) for number in numbers), HOST]
@@ -115,7 +115,7 @@ class FitParams:
         except OSError as error:
             _log.warning("%s could not be run for %s: %s", TOOL, header.path, error)
             return None
-        if build != self._build:  # the engine has been replaced
+        if build != self._build:  # the engine was replaced
             self._build, self._answers, self._failed_sec = build, {}, {}
         key = model, tuple(question), tuple(environ.get(name) for name in _SHOW_GPUS)
         anything: _Key = model, (), ()
@@ -125,7 +125,7 @@ class FitParams:
             answer = self._run(header.path, question, environ)
             if answer is not None:
                 self._answers[key] = answer
-            else:  # a look at a model asks many questions, and cannot wait for each in vain
+            else:  # an inspection asks many questions, and must not wait for each timeout
                 is_late = time.monotonic() - now >= self.timeout_sec
                 self._failed_sec[anything if is_late else key] = time.monotonic()
         return self._answers.get(key)
@@ -194,9 +194,9 @@ def _question(flags: Flags, context: int) -> list[str]:
 
 
 def _corrected(said: Share, wanted: Share, asked: Share) -> Share:
-    """Its answer to another question, plus by how much the two answers differ by formula.
+    """Correct the tool's result for other flags by the difference of the two estimates by formula.
 
-    Its word for cache and recurrent state together is context.
+    The tool reports cache and recurrent state together as context.
     """
     return Share(
         weights=max(0.0, said.weights + wanted.weights - asked.weights),

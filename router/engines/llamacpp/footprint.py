@@ -1,11 +1,10 @@
-"""How much memory a model will take, from its header and its flags alone: llama.cpp's own sums, done in advance.
+"""Memory of a model by its header and flags alone, computed as llama.cpp computes it.
 
 Weights, KV cache and recurrent state follow llama.cpp's source to the byte (build 11434; each function names the
-place). The compute buffer and a projector's working memory are rules found by measuring: only the engine's graph
-code knows them. Weights on the CPU count once, mapped or copied: where the backend repacks them into a copy, the
-kernel can drop the pages that they come from. Not included: what a CUDA context takes (0.3 to 0.5 GiB per process
-and GPU; keep a reserve), and what `--fit`, on by default, takes off at start when less is free than the flags ask
-for.
+source). The compute buffer and a projector's working memory follow rules fitted to measurements, as only the
+engine's graph code determines them. Weights on the CPU count once, mapped or copied: if the backend repacks them
+into a copy, the kernel can drop the original pages. Not included: the CUDA context (0.3 to 0.5 GiB per process and
+GPU; keep a reserve), and reductions by `--fit`, on by default, when less memory is free than the flags require.
 
 Pure functions, no I/O.
 """
@@ -43,7 +42,7 @@ _PADDING = 256
 
 _CACHE_TYPES = {kind.name.lower(): kind for kind in TENSOR_TYPES.values()}
 _LAYER_OF = re.compile(r"blk\.(\d+)\.")
-# `LLM_TENSOR_LAYER_INPUT` in src/llama-arch.cpp: they stay on the host.
+# `LLM_TENSOR_LAYER_INPUT` in src/llama-arch.cpp: these stay on the host.
 _INPUTS = frozenset({"token_embd", "position_embd", "token_types", "token_embd_norm", "per_layer_token_embd"})
 _REPACKED = frozenset({"Q4_0", "Q4_K", "IQ4_NL", "MXFP4"}) | (
     frozenset({"Q5_K", "Q6_K", "Q8_0"}) if platform.machine() in ("arm64", "aarch64") else frozenset()
@@ -52,7 +51,7 @@ _REPACKED = frozenset({"Q4_0", "Q4_K", "IQ4_NL", "MXFP4"}) | (
 _EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
 _DENSE = r"\.ffn_(up|down|gate)\."
 _SPECULATES_WITH_STATES = frozenset({"draft-mtp", "draft-eagle3", "draft-dflash", "draft-dspark"})
-# When a projector does not say how large its pictures are.
+# For projectors without an image size.
 _PROJECTOR_WORK_BYTES = 1 << 30
 
 
@@ -65,7 +64,7 @@ def estimate(
     adapters: Sequence[GGUF] = (),
     gpus: int = 1,
 ) -> Footprint:
-    """The footprint by formula. Raises `FlagError` if a flag that matters has an impossible value."""
+    """Return the footprint by formula. Raises `FlagError` if a relevant flag has an invalid value."""
     asked = _count(flags, "ctx-size", 0)
     return _estimate(_parts(header, flags, draft, adapters, gpus), _cells(header, flags, asked), projector)
 
@@ -79,9 +78,9 @@ def largest_context(
     draft: GGUF | None = None,
     adapters: Sequence[GGUF] = (),
 ) -> int:
-    """The largest `-c`, up to what the model was trained for, with which it fits; 0 if with none.
+    """Return the largest `-c` that fits, up to the training context; 0 if none does.
 
-    `free_mib` is by device, as in `Footprint.devices`; the GPUs it names are the ones to use.
+    `free_mib` is by device, as in `Footprint.devices`; its GPUs are the ones to use.
     """
     gpus = sum(device.is_gpu for device in free_mib)
     parts = _parts(header, flags, draft, adapters, gpus)
@@ -91,7 +90,7 @@ def largest_context(
         return all(mib <= free_mib.get(device, 0) for device, mib in need.items())
 
     steps = -(-integer(header, "context_length") // _PADDING) * (1 if flags.kv_unified else flags.slots)
-    if not steps or not fits(1):  # asked for one number of layers after another, it mostly does not
+    if not steps or not fits(1):  # usually not, when called for several numbers of layers
         return 0
     low, high = 1, steps
     while low < high:
@@ -102,7 +101,7 @@ def largest_context(
 
 @dataclass(frozen=True, slots=True)
 class _Cells:
-    """`llama_context::llama_context` in src/llama-context.cpp: how the KV cache is cut."""
+    """`llama_context::llama_context` in src/llama-context.cpp: division of the KV cache into slots."""
 
     per_stream: int
     streams: int
@@ -111,7 +110,8 @@ class _Cells:
     outputs: int
 
     def of_summaries(self, tokens: int) -> int:
-        """Of so many tokens each (`dsv4_comp_size` in src/llama-kv-cache-dsv4.cpp)."""
+        """Return the number of summary cells, each of `tokens` tokens (`dsv4_comp_size` in
+        src/llama-kv-cache-dsv4.cpp)."""
         return _pad(-(-self.per_stream // tokens))
 
     def of_window(self, window: int, *, whole: bool) -> int:
@@ -137,10 +137,10 @@ def _cells(header: GGUF, flags: Flags, asked: int) -> _Cells:
 
 
 def slot_context(header: GGUF, flags: Flags, *, is_sized: bool = False) -> int:
-    """Tokens that one request has, its answer included; 0 if nothing says how many.
+    """Return the context of one request, including its output, in tokens; 0 if unknown.
 
-    `server_context_impl::n_ctx_slot` in tools/server/server-context.cpp: never more than it was trained for.
-    Without `-c`, each slot has all of that, as `plan.py` sees to, unless `is_sized`: then they share it.
+    `server_context_impl::n_ctx_slot` in tools/server/server-context.cpp: never more than the training context.
+    Without `-c`, each slot has all of it, as `plan.py` ensures, unless `is_sized`: then slots share it.
     """
     trained, asked = _trained(header, flags), _count(flags, "ctx-size", 0)
     most = [trained, _count(flags, "kv-unified-per-slot", 0)]
@@ -150,7 +150,7 @@ def slot_context(header: GGUF, flags: Flags, *, is_sized: bool = False) -> int:
 
 
 def _trained(header: GGUF, flags: Flags) -> int:
-    """Tokens that it was trained for, or that YaRN stretches that to (`llama_init_from_model`)."""
+    """Return the training context, extended by YaRN if set (`llama_init_from_model`)."""
     trained, told = integer(header, "context_length"), header.hyperparameter("rope.scaling.type")
     scale = flags.last("rope-scale") or flags.last("rope-freq-scale")
     number = scale.number() if scale is not None else 0.0
@@ -163,13 +163,13 @@ def _trained(header: GGUF, flags: Flags) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A model in the engine: the one asked for, or its draft."""
+    """Model in the engine: the main one, or its draft."""
 
     header: GGUF
     layout: Layout
     weights: Mapping[Device, int]
     device_of: Callable[[int], Device]
-    """Where a layer's weights, cache and state live; the one past the last is the output."""
+    """Device of a layer's weights, cache and state; the index after the last layer is the output."""
     cache_on: Callable[[int], Device]
     k_bytes: float
     v_bytes: float
@@ -177,7 +177,7 @@ class _Part:
 
     @property
     def flash_attention(self) -> bool:
-        """`auto` is on wherever the backend can: on CPUs and current GPUs. Grok has none, whatever the flag says
+        """Whether flash attention is used: `auto` enables it on CPUs and current GPUs; Grok never has it
         (`llama_init_from_model` in src/llama-context.cpp)."""
         if self.header.architecture == "grok":
             return False
@@ -185,7 +185,7 @@ class _Part:
 
     @property
     def _past_states(self) -> int:
-        """Per slot (`need_n_rs_seq` in common/common.h)."""
+        """Number of past states per slot (`need_n_rs_seq` in common/common.h)."""
         speculates = _SPECULATES_WITH_STATES & set(self.flags.text("spec-type", "").split(","))
         keeps = bool(speculates) and self.header.architecture in KEEPS_PAST_STATES
         return _count(self.flags, "spec-draft-n-max", _DRAFT_TOKENS) if keeps else 0
@@ -216,17 +216,16 @@ class _Part:
         return shares
 
     def compute(self, cells: _Cells) -> dict[Device, Share]:
-        """The buffer for intermediate results, by a rule that was fitted to what the engine prints.
+        """Return the buffer for intermediate results, by a rule fitted to the engine's output.
 
-        Per token of a micro-batch: five rows as wide as the embedding (one of them as often as there are
-        hyper-connections), and the widest thing that a layer computes or, for the few tokens that are answered,
-        the logits; per kind of cache, a mask; and what `selection.py` counts. For most models it meets the CPU
-        backend to the MiB; other backends differ.
+        Per token of a micro-batch: five rows of the embedding's width (one of them once per hyper-connection), and
+        the widest result of a layer or, for the few output tokens, the logits; per kind of cache, a mask; and the
+        tensors of `selection.py`. For most models it matches the CPU backend to the MiB; other backends differ.
         """
         cells = self._own(cells)
         width = self.header.embedding_length or 0
         vocabulary = next((t.shape[-1] for t in self.header.tensors if t.name == "token_embd.weight"), 0)
-        if self.header.architecture in EMBEDDING_ARCHITECTURES:  # which compute no logits
+        if self.header.architecture in EMBEDDING_ARCHITECTURES:  # these compute no logits
             vocabulary = 0
         layers = self.layout.layers
         windowed = cells.of_window(self.layout.window, whole=self.flags.switch("swa-full", False))
@@ -261,8 +260,9 @@ class _Part:
         return shares
 
     def _work(self, cells: _Cells, attended: int) -> Share:
-        """Without flash attention the scores of all heads once more, in the precision of V (`GGML_OP_MUL_MAT` in
-        `ggml_graph_plan`, ggml/src/ggml-cpu/ggml-cpu.c). Else it is next to nothing."""
+        """Return the working memory of the CPU backend: without flash attention, a copy of the scores of all heads
+        in the precision of V (`GGML_OP_MUL_MAT` in `ggml_graph_plan`, ggml/src/ggml-cpu/ggml-cpu.c); otherwise
+        almost nothing."""
         layers = self.layout.layers
         if self.flash_attention or not any(
             layer.v and self.device_of(index) == HOST for index, layer in enumerate(layers)
@@ -284,7 +284,7 @@ def _part(header: GGUF, flags: Flags, gpus: int, adapters: Sequence[GGUF] = (), 
     k_type, v_type = (_cache_type(flags, kind) for kind in kinds)
     plan = layout(header)
     device_of = _placement(len(plan.layers), flags, _usable_gpus(flags, gpus, draft=draft), draft=draft)
-    # Where there is a GPU, the CPU keeps weights in an order that suits both (`make_cpu_buft_list`).
+    # With a GPU, the CPU keeps weights in a layout that suits both (`make_cpu_buft_list`).
     repacks = flags.switch("repack", True) and not gpus
     offloads = flags.switch("kv-offload", True)
     part = _Part(
@@ -302,7 +302,7 @@ def _part(header: GGUF, flags: Flags, gpus: int, adapters: Sequence[GGUF] = (), 
 
 
 def _check_cache(part: _Part, flags: tuple[str, str], types: tuple[TensorType, TensorType]) -> None:
-    """Raises `FlagError` for a quantized K or V that the engine refuses (`llama_init_from_model`)."""
+    """Raise `FlagError` for a quantized K or V that the engine rejects (`llama_init_from_model`)."""
     trunk = part.layout.layers[: part.layout.trunk]
     heads = per_layer(part.header, "attention.head_count", len(trunk))
     kinds_of_layers = {layer.windowed for layer in trunk} or {False}
@@ -358,8 +358,8 @@ def _weights(
 ) -> dict[Device, int]:
     """Bytes per device (`llama_model_loader::create_tensor` in src/llama-model-loader.cpp).
 
-    What adapts a tensor lives where it does (`llama_adapter_lora_init_impl` in src/llama-adapter.cpp). What the
-    CPU backend repacks counts twice only where the pages that it was copied from are locked.
+    Adapters of a tensor are on its device (`llama_adapter_lora_init_impl` in src/llama-adapter.cpp). Tensors that
+    the CPU backend repacks count twice only if the original pages are locked.
     """
     overridden = _overrides(flags, draft=draft)
     output = len(plan.layers)
@@ -394,16 +394,16 @@ def _weights(
 
 
 def _is_repacked(tensor: Tensor) -> bool:
-    """Whether the CPU backend multiplies by a copy of it in another order (`ggml_repack_get_optimal_repack_type`
-    in ggml/src/ggml-cpu/repack.cpp).
+    """Return whether the CPU backend uses a copy of a tensor in another layout
+    (`ggml_repack_get_optimal_repack_type` in ggml/src/ggml-cpu/repack.cpp).
 
-    This holds for x86 with AVX2 and for ARM with i8mm; builds with kernels for AMX copy more types.
+    This is valid for x86 with AVX2 and for ARM with i8mm; builds with AMX kernels copy more types.
     """
     return len(tensor.shape) > 1 and tensor.type in _REPACKED and tensor.shape[1] % 8 == 0
 
 
 def _locks_mapped(flags: Flags) -> bool:
-    """Whether what is mapped stays in RAM, as if it were copied."""
+    """Return whether mapped pages are locked in RAM, as if they were copied."""
     mode = flags.last("load-mode")
     if mode is not None:
         return mode.text == "mmap+mlock"
@@ -411,9 +411,9 @@ def _locks_mapped(flags: Flags) -> bool:
 
 
 def _placement(layers: int, flags: Flags, gpus: Sequence[int], *, draft: bool) -> Callable[[int], Device]:
-    """The device of each layer (`get_layer_buft_list` in src/llama-model.cpp).
+    """Return the device of each layer (`get_layer_buft_list` in src/llama-model.cpp).
 
-    Without `--tensor-split`, llama.cpp divides by free memory, which is not known here: GPUs count as equal.
+    Without `--tensor-split`, llama.cpp divides by free memory, which is unknown here: GPUs count as equal.
     """
     flag = flags.last("spec-draft-ngl" if draft else "n-gpu-layers")
     everything = layers + 1
@@ -442,14 +442,14 @@ def _placement(layers: int, flags: Flags, gpus: Sequence[int], *, draft: bool) -
 
 
 def gpu_numbers(text: str) -> list[int]:
-    """Of `CUDA1,CUDA0`, as the engine counts them; -1 for what has another kind of name, nothing for `none`."""
+    """Return the numbers in `CUDA1,CUDA0`, as the engine numbers GPUs; -1 for other names, nothing for `none`."""
     names = [name.strip() for name in text.split(",")]
     found = [re.fullmatch(r"[A-Za-z]+(\d+)", name) for name in names if name != "none"]
     return [int(name[1]) if name is not None else -1 for name in found]
 
 
 def _usable_gpus(flags: Flags, gpus: int, *, draft: bool) -> list[int]:
-    """Their numbers, in the order in which layers are given to them."""
+    """Return the numbers of the GPUs in the order in which they get layers."""
     flag = (flags.last("spec-draft-device") if draft else None) or flags.last("device")
     if flag is None:
         return list(range(gpus))
@@ -458,7 +458,7 @@ def _usable_gpus(flags: Flags, gpus: int, *, draft: bool) -> list[int]:
 
 
 def _overrides(flags: Flags, *, draft: bool) -> list[tuple[re.Pattern[str], Device]]:
-    """Tensors that are kept elsewhere than their layer; the first pattern that matches counts (common/arg.cpp)."""
+    """Return patterns of tensors on another device than their layer; the first match counts (common/arg.cpp)."""
     prefix = "spec-draft-" if draft else ""
     found = []
     for flag in flags.given:
@@ -499,7 +499,7 @@ def _count(flags: Flags, name: str, default: int) -> int:
 
 
 def _predicts_tokens(flags: Flags) -> bool:
-    """Whether the layers that predict further tokens are loaded (`load_mtp` in common/common.cpp)."""
+    """Return whether the layers that predict further tokens are loaded (`load_mtp` in common/common.cpp)."""
     return "draft-mtp" in flags.text("spec-type", "").split(",")
 
 
@@ -508,7 +508,7 @@ def _gpus_of(devices: Iterable[Device]) -> list[Device]:
 
 
 def _projector_device(flags: Flags, used: Sequence[Device]) -> Device:
-    """`used` are the GPUs that the model itself is on."""
+    """Return the projector's device. `used` are the GPUs of the model itself."""
     named = flags.last("mmproj-device")
     if not used or not flags.switch("mmproj-offload", True) or (named is not None and named.text == "none"):
         return HOST
@@ -517,7 +517,8 @@ def _projector_device(flags: Flags, used: Sequence[Device]) -> Device:
 
 
 def _projector_bytes(projector: GGUF) -> int:
-    """The tensors, and what encoding the largest picture takes: scores of all heads, activations of a layer."""
+    """Return the memory of the tensors and of encoding the largest image: scores of all heads, activations of a
+    layer."""
     tensors = sum(tensor.nbytes for tensor in projector.tensors)
     size, patch, width, feed_forward, heads = (
         integer(projector, f"vision.{key}")

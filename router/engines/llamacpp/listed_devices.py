@@ -2,10 +2,11 @@
 
 The list takes a process of about 0.2 s and wakes sleeping GPUs, so callers state how old it may be. Memory of
 these GPUs is not reported by process. If their driver does not report the memory in use either
-(VK_EXT_memory_budget), the reading stands still, and free is what our engines are not booked with.
+(VK_EXT_memory_budget), the reading is constant, and memory not reserved for engines counts as
+free.
 
-GPUs are counted as the list does, `gpu1` is Vulkan1. An engine is shown some of them by GGML_VK_VISIBLE_DEVICES,
-which counts as Vulkan's loader does: the list may leave some out. Blocking.
+GPUs are numbered as in the list: `gpu1` is Vulkan1. GGML_VK_VISIBLE_DEVICES, which restricts an engine to some of
+them, uses the numbers of Vulkan's loader: the list may omit some. Blocking.
 """
 
 from __future__ import annotations
@@ -71,11 +72,11 @@ class Listed:
         self._others: dict[tuple[Device, ...], dict[Device, str]] = {}
 
     def read(self, within_sec: float, *, amd_shares: bool) -> tuple[list[Reading], list[str]]:
-        """All GPUs that can be used, and for people what is left out, and why; an answer of the last `within_sec`
-        seconds will do. `amd_shares` says that AMD's GPUs here are processors' own graphics.
+        """Return all usable GPUs, and remarks about those left out, at most `within_sec` seconds old.
+        `amd_shares`: the AMD GPUs of this machine are integrated graphics.
 
-        Builds that list none are not asked again: most are for the CPU. Raises TimeoutExpired, also while one that
-        hung is left alone.
+        Builds that list none are not asked again, as most are for the CPU. Raises TimeoutExpired, also during the
+        pause after a list that hung.
         """
         now = time.monotonic()
         lists_some = bool(self._counted) or math.isinf(self._taken_sec)
@@ -141,8 +142,8 @@ class Listed:
         return gpus, left_out
 
     def _numbers(self, labels: Sequence[str]) -> Iterator[int | None]:
-        """As the loader counts the listed GPUs, in their order; None for one that is not found. Each that it has
-        is looked at alone, until it is the next of the list."""
+        """Yield the loader's numbers of the listed GPUs in order; None for one that is not found. The loader's
+        GPUs are listed one at a time until the next of the list appears."""
         spelled = self._environ.get(SHOWS)
         if spelled is not None:
             named = [int(word) for word in re.findall(r"\d+", spelled)]
@@ -153,15 +154,15 @@ class Listed:
             while number < _MOST:
                 number += 1
                 alone = self._list({**self._environ, SHOWS: str(number)})
-                if alone is None:  # it goes beyond those that there are
+                if alone is None:  # the loader has no more
                     number = _MOST
                 elif [line.label for line in alone if line.backend == "Vulkan"] == [label]:
                     break
             yield number if number < _MOST else None
 
     def _sharing(self, labels: Sequence[str], amd_shares: bool) -> set[int]:
-        """Numbers of those that are processors' own graphics. Vulkan's loader counts these last, and Intel's are
-        always at the same place of the bus."""
+        """Return the numbers of integrated graphics. Vulkan's loader lists them last, and Intel's always have the
+        same PCI address."""
         sharing = {place for place, label in enumerate(labels) if amd_shares and "AMD" in label}
         intel = [place for place, label in enumerate(labels) if "Intel" in label]
         if intel and _text(self._root / "sys/bus/pci/devices/0000:00:02.0/vendor") == _INTEL:
@@ -169,7 +170,7 @@ class Listed:
         return sharing
 
     def _list(self, environ: Mapping[str, str]) -> list[_Line] | None:
-        """None if it cannot tell, or is to show what is not there."""
+        """Run the list; None if it fails, also because the environment selects a GPU that does not exist."""
         if not self._engine.lists_devices:
             return None
         try:
@@ -183,7 +184,7 @@ class Listed:
                 env=environ,
                 check=False,
             )
-        except OSError:  # why it cannot be run, who loads a model is told
+        except OSError:  # a load reports why it cannot be run
             return None
         if done.returncode != 0 or "Invalid device index" in done.stderr:
             return None

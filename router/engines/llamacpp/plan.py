@@ -1,11 +1,11 @@
-"""Where a model could live: its alternatives, best first, each with what it takes and the flags that make it so.
+"""Alternatives for placing a model, best first, each with its memory and the flags that implement it.
 
-An alternative settles what llama-server would otherwise settle by itself when it loads, by what it finds free then
-(`--fit`): the context if the flags name none, how layers are divided among GPUs, how many stay on the host.
+An alternative decides what llama-server would otherwise decide by the memory that is free when it loads (`--fit`):
+the context if no flag sets it, how layers are split among GPUs, and how many stay on the host.
 
-Best is one GPU, the one that is left with the least. Then as few together as possible. A context cut short is
-worse than one more GPU, and layers on the host are the last resort. Which alternative is taken, and when, is for
-the scheduler to say. What the flags of a model settle stays as it is.
+The best alternative is a single GPU, the one with least memory left over, then as few GPUs as possible. A reduced
+context is worse than one more GPU, and layers on the host are the last resort. The scheduler chooses among the
+alternatives. Explicit flags of a model are never changed.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ LEAST_CONTEXT = 4096
 """As in llama-server's `--fit` (common/common.h)."""
 _CONTEXT_STEP = 1024
 NAMES_GPUS = ("device", "spec-draft-device", "mmproj-device")
-"""Flags whose values are GPUs as the engine counts them."""
+"""Flags whose values are GPUs as the engine numbers them."""
 _VISIBLE_TO_VULKAN = ("GGML_VK_VISIBLE_DEVICES",)
 _NO_GPU = ("", "-1", "none", "NoDevFiles")
 
-# A first guess, from a fast disk; what is measured replaces it.
+# First guess, for a fast disk; measurements replace it.
 _START_SEC = 0.1
 _LOAD_BYTES_PER_SEC = 1 << 30
 
@@ -104,7 +104,7 @@ class _Group:
     sites: tuple[Site, ...]
     rooms: tuple[float, ...]
     added: tuple[str, ...] = ()
-    """Flags with which the engine counts them as they are here."""
+    """Flags by which the engine numbers them in this order."""
 
 
 def _group(sites: Sequence[Site], added: tuple[str, ...] = ()) -> _Group:
@@ -112,7 +112,7 @@ def _group(sites: Sequence[Site], added: tuple[str, ...] = ()) -> _Group:
 
 
 class _Places:
-    """The alternatives of one model on this ground."""
+    """Alternatives of one model on the given devices."""
 
     def __init__(
         self, sizer: Sizer, engine: EngineKind | None, ground: Ground, own_env: Mapping[str, str]
@@ -125,21 +125,21 @@ class _Places:
 
     @property
     def nbytes(self) -> int:
-        """Of all files that are loaded."""
+        """Size of all files that are loaded."""
         return self._sizer.files.nbytes
 
     def alternatives(self) -> list[Alternative]:
-        """All there are, best first, also those that never fit; at least one."""
+        """Return all alternatives, best first, including those that never fit; at least one."""
         if not self._ground.gpus:
             return [self._on_host()]
-        if self._stays_on_host:  # an engine takes a GPU for an error that it is not shown
+        if self._stays_on_host:  # an engine rejects a GPU that it cannot see
             named = self._flags.last("device")
             return [self._on_host(() if named is None or named.text == "none" else ("--device", "none"))]
         groups = list(self._groups())
         found: list[Alternative] = []
         for group in groups:
             one = self._on_gpus(group)
-            if one is None:  # this build has no use for GPUs
+            if one is None:  # this build does not use GPUs
                 self._ground = replace(self._ground, gpus=())
                 return [self._on_host()]
             if all(one.placement != other.placement for other in found):
@@ -177,9 +177,9 @@ class _Places:
         )
 
     def _own_group(self) -> _Group | None:
-        """The GPUs of a model whose flags or variables name some, counted as they are there.
+        """Return the GPUs of a model whose flags or variables select some, in that order.
 
-        What names some of them is shown those only, and counts anew.
+        The engine then sees only these and numbers them from 0.
         """
         gpus = self._ground.gpus
         device, main = self._flags.last("device"), self._flags.last("main-gpu")
@@ -197,8 +197,8 @@ class _Places:
         return _group(gpus) if main is not None else None
 
     def _named_by_flags(self) -> _Group:
-        """The GPUs of `--device`, then those that other flags name besides. All, where it is not their own kind of
-        build that counts them: others cannot be shown some."""
+        """Return the GPUs of `--device`, then those of other flags; all GPUs if the build is of another kind than
+        the devices, as visibility then cannot be restricted."""
         gpus = self._ground.gpus
         flags = [flag for name in NAMES_GPUS if (flag := self._flags.last(name)) is not None]
         backend = "Vulkan" if self._are_of_vulkan else "CUDA|ROCm"
@@ -215,10 +215,10 @@ class _Places:
         return _group([gpus[number] for number in shown], tuple(added))
 
     def _named_by_variables(self) -> list[Site] | None:
-        """The GPUs that variables of the entry show to the engine; None if they say nothing of that."""
+        """Return the GPUs that variables of the entry select; None if there are no such variables."""
         for name in _VISIBLE_TO_VULKAN if self._are_of_vulkan else VISIBLE:
             spelled = self._own_env.get(name)
-            if spelled is None or (name == "HIP_VISIBLE_DEVICES" and not spelled):  # HIP takes "" for none given
+            if spelled is None or (name == "HIP_VISIBLE_DEVICES" and not spelled):  # HIP treats "" as unset
                 continue
             if spelled.split(",")[0].strip() in _NO_GPU:
                 return []
@@ -250,7 +250,7 @@ class _Places:
 
     @property
     def _whole_context(self) -> int | None:
-        """The context to settle, for all slots together; None where there is nothing to settle."""
+        """Return the context to set, for all slots together; None if the flags set it."""
         header, flags, asked = self._sizer.files.model, self._flags, self._flags.last("ctx-size")
         if header is None or not header.context_length or flags.last("kv-unified-per-slot"):
             return None
@@ -261,7 +261,7 @@ class _Places:
     # --- groups of GPUs ---------------------------------------------------------------------------------
 
     def _groups(self) -> Iterator[_Group]:
-        """Each alone; then two, three, … with the most room: by what is free, and by what there is in all."""
+        """Return each GPU alone, then the two, three, … with most memory, by free memory and by budget."""
         own = self._own_group()
         if own is not None:
             yield own
@@ -278,7 +278,7 @@ class _Places:
                 yield _Group(chosen, tuple(max(1.0, room(site)) for site in chosen))
 
     def _together(self) -> tuple[Site, ...]:
-        """As much of the GPUs as one model can have."""
+        """Return the largest group of GPUs that one model can use."""
         own = self._own_group()
         gpus = self._ground.gpus if own is None else own.sites
         several = tuple(site for site in gpus if not site.device.is_part) if self._may_divide else ()
@@ -302,7 +302,7 @@ class _Places:
             return self._settled(group, ())
         rooms = list(group.rooms)
         one: Alternative | None = None
-        for _ in range(4):  # layers are lumps: whoever got too much gets less
+        for _ in range(4):  # layers are indivisible: reduce the share of a GPU with too many
             one = self._settled(group, ("--tensor-split", _percentages(rooms)))
             if one is None or not self._sizer.knows_parts:
                 break
@@ -313,7 +313,8 @@ class _Places:
         return one
 
     def _partly(self, group: _Group) -> Alternative | None:
-        """As many layers on the GPUs as fit; None if none fit, or if the flags say how many."""
+        """Return the alternative with as many layers on the GPUs as fit; None if none fits or the flags set the
+        number."""
         if not self._sizer.knows_parts or self._flags.last("n-gpu-layers"):
             return None
         own_split = len(group.sites) == 1 or not self._may_divide or self._flags.last("tensor-split")
@@ -333,7 +334,8 @@ class _Places:
         return best
 
     def _without_gpus(self) -> Alternative | None:
-        """In RAM, where not even one layer fits on a GPU; None if that does not fit, or if the flags want GPUs."""
+        """Return the alternative in RAM if no layer fits on a GPU; None if it does not fit or the flags require
+        GPUs."""
         if not self._sizer.knows_parts or self._flags.last("n-gpu-layers") or self._own_group() is not None:
             return None
         one = self._on_host()
@@ -341,7 +343,7 @@ class _Places:
         return replace(one, remark=remark) if self._ground.holds(one.placement) else None
 
     def _settled(self, group: _Group, added: tuple[str, ...]) -> Alternative | None:
-        """With the whole context if that fits, else with the largest that does."""
+        """Return the alternative with the whole context if it fits, or else with the largest that does."""
         if not self._sizer.knows_parts:
             size = self._sizer.whole(group.rooms)
             return self._alternative(group, size, group.added, None, "")
@@ -357,7 +359,7 @@ class _Places:
                 (middle, high) if cut is not None and self._ground.holds(cut.placement) else (low, middle - 1)
             )
         context = _rounded(low * _CONTEXT_STEP)
-        while context >= min(LEAST_CONTEXT, whole):  # the tool may say more than the formulas
+        while context >= min(LEAST_CONTEXT, whole):  # the tool may report more than the formulas
             cut = self._one(group, added, context, f"context {context} of {whole}")
             if cut is not None and self._ground.holds(cut.placement):
                 return cut
@@ -391,7 +393,8 @@ class _Places:
         return replace(one, placement=figures)
 
     def _let_in(self, measured: Placement, estimated: Placement) -> dict[Device, int]:
-        """What an engine held when it ran keeps none out that the estimate lets in: it gets all that there is."""
+        """Lower measurements to the budget where the estimate fits: an earlier measurement does not exclude a
+        model."""
         budgets = {site.device: site.budget_mib for site in (*self._ground.gpus, self._ground.host)}
         return {
             device: budgets[device] if estimated.get(device, mib) <= budgets[device] < mib else mib
@@ -400,12 +403,12 @@ class _Places:
 
 
 def _percentages(rooms: Sequence[float]) -> str:
-    """Coarse, so that a few MiB more or less make the same flags."""
+    """Round shares coarsely, so that small differences in memory give the same flags."""
     return ",".join(str(max(1, round(100 * room / sum(rooms)))) for room in rooms)
 
 
 def _rounded(context: int) -> int:
-    """Down to three significant bits and a multiple of 1024, for the same reason."""
+    """Round a context down to three significant bits and a multiple of 1024, for the same reason."""
     if context < 8 * _CONTEXT_STEP:
         return context // _CONTEXT_STEP * _CONTEXT_STEP
     step = 1 << (context.bit_length() - 4)

@@ -1,7 +1,7 @@
-"""What a model is for, by its file and its engine's flags; and the flags that its engine needs for that.
+"""Purpose of a model by its file and flags, and the flags that its engine needs for it.
 
-llama-server does not look: started for a model that embeds or reranks without the flag for it, it refuses every
-request, and with its usual micro-batch it refuses texts that are longer.
+llama-server does not infer it: started without the flag for an embedding or reranking model, it rejects every
+request, and with its default micro-batch it rejects longer texts.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from router.formats.gguf import GGUF
 DRAFT_PREFIXES = ("mtp-", "eagle3-", "dflash-", "dspark-")
 
 SAYS_IF_IT_EMBEDS = frozenset({"LLAMA_ARG_EMBEDDINGS", "LLAMA_ARG_RERANKING"})
-"""Variables of which one that is set, to whatever, leaves no say to the file. No flag denies it."""
+"""Variables that override the file if set to any value; no flag can unset them."""
 
 _MOST_LOGITS = 8192
-"""Tokens of a micro-batch of a model that is more than an encoder: it computes logits for each of them."""
+"""Micro-batch of a model that is not only an encoder, as it computes logits for each token."""
 
 
 def unserved(path: PurePath, header: GGUF) -> str | None:
-    """Why a file is nothing that an engine could answer with; None if it is not so."""
+    """Return why a file is not a model that can be served; None if it can."""
     if header.kind not in ("model", "mmproj"):
         return NOT_SERVED.get(header.architecture) or f"is a GGUF of type {header.kind!r}, not a model"
     if path.name.lower().startswith(DRAFT_PREFIXES) or _only_predicts(header):
@@ -40,13 +40,13 @@ def unserved(path: PurePath, header: GGUF) -> str | None:
         return None
     if header.architecture in NOT_SERVED:
         return NOT_SERVED[header.architecture]
-    if "tokenizer.ggml.model" not in header.metadata:  # without which llama.cpp loads nothing
+    if "tokenizer.ggml.model" not in header.metadata:  # llama.cpp loads nothing without one
         return "has no vocabulary: it is no model that reads or writes text"
     return None
 
 
 def _only_predicts(header: GGUF) -> bool:
-    """Whether it has the layers that predict further tokens, without the model that they belong to."""
+    """Return whether a file has only layers that predict further tokens, without the model itself."""
     plan = layout(header)
     if plan.trunk == len(plan.layers):
         return False
@@ -54,13 +54,13 @@ def _only_predicts(header: GGUF) -> bool:
 
 
 def flags_for(header: GGUF, flags: Flags) -> Iterator[tuple[str, ...]]:
-    """Flags that the file asks for and `flags` leave open: each its name and, if it has one, its value."""
+    """Yield flags that the file requires and `flags` do not set: name and value, if any."""
     pooling = flags.text("pooling", header.pooling_type or "")
     answers = flags.switch("embedding", False) or flags.switch("rerank", False)
     if not answers and (header.pooling_type == "rank" or header.is_embedding_model):
         yield ("rerank",) if pooling == "rank" else ("embedding",)
         answers = True
-        if not pooling:  # without any, an engine refuses OpenAI's clients; this is what libraries take then
+        if not pooling:  # without pooling, an engine rejects OpenAI's clients; libraries default to this
             yield "pooling", "mean"
     if answers and not _reads_in_pieces(header, pooling):
         context = slot_context(header, flags)
@@ -72,7 +72,8 @@ def flags_for(header: GGUF, flags: Flags) -> Iterator[tuple[str, ...]]:
 
 
 def _reads_in_pieces(header: GGUF, pooling: str) -> bool:
-    """`server_slot::can_split` in tools/server/server-context.cpp: else a text must fit into one micro-batch."""
+    """Return whether a text may span micro-batches (`server_slot::can_split` in
+    tools/server/server-context.cpp)."""
     remembers = any(layer.k or layer.state for layer in layout(header).layers)
     is_causal = header.hyperparameter("attention.causal") is not False
     return remembers and (pooling == "last" or (pooling == "rank" and is_causal))

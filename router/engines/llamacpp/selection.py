@@ -1,8 +1,8 @@
-"""What sparse attention takes while it computes: an indexer scores the cells, and the best are attended to.
+"""Working memory of sparse attention, in which an indexer scores the cells and the best are attended to.
 
-llama.cpp does that with tensors as long as the whole cache for every token of a micro-batch: scores, and masks
-that hide the other cells. They are counted here as its graphs hold them at once (build 11434; each function names
-the place); what a layer computes besides is `footprint.py`'s business.
+llama.cpp uses tensors as long as the whole cache for every token of a micro-batch: scores, and masks that hide the
+other cells. They are counted here as its graphs hold them at once (build 11434; each function names the source).
+The rest of a layer's working memory is in `footprint.py`.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from router.formats.gguf import GGUF
 
 
 class Selection(NamedTuple):
-    """Bytes, for a micro-batch."""
+    """Bytes for a micro-batch."""
 
     held: int = 0
-    """By what stays all the while."""
+    """Tensors that exist during the whole computation."""
     choosing: int = 0
     attending: int = 0
-    """Beside what attention computes with: its mask is that of other models, and counted with them."""
+    """Tensors in addition to those of ordinary attention, whose mask is counted elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A micro-batch, and the cache that it is computed with."""
+    """Micro-batch and the cache that it uses."""
 
     tokens: int
     cells: int
-    """Of each slot, or of all if they share the cache."""
+    """Cells of each slot, or of all if they share the cache."""
     window: int
-    """Cells of the layers that see a window."""
+    """Cells of windowed layers."""
     slots: int
     are_shared: bool
     flash_attention: bool
@@ -55,15 +55,15 @@ def selection(header: GGUF, layout: Layout, batch: Batch) -> Selection:
         case "glm5-next" | "qwen4exp" if of_pool := pooled_tokens(header, len(layout.layers)):
             return _of_pools(header, batch, of_pool)
         case "minimax-m3" if batch.flash_attention and (batch.slots == 1 or not batch.are_shared):
-            return _of_blocks(header, batch)  # else it attends to everything
+            return _of_blocks(header, batch)  # otherwise it attends to everything
         case "deepseek4":
             return _of_summaries(header, layout, batch)
     return Selection()
 
 
 def _of_cells(header: GGUF, layout: Layout, batch: Batch) -> Selection:
-    """`build_attn` with `top_k` in src/llama-graph.cpp. The zeros that uncover the best are a tensor of its own in
-    each layer, and a leaf of the graph, which is never given back."""
+    """`build_attn` with `top_k` in src/llama-graph.cpp. The zeros that unmask the best cells are a separate tensor
+    in each layer, and a leaf of the graph, whose memory is never reused."""
     best = min(integer(header, "attention.indexer.top_k"), batch.cells)
     queries = _queries(header)
     layers = sum(layer.k > 0 and not layer.windowed for layer in layout.layers[: layout.trunk])
@@ -77,7 +77,7 @@ def _of_cells(header: GGUF, layout: Layout, batch: Batch) -> Selection:
 def _of_pools(header: GGUF, batch: Batch, of_pool: int) -> Selection:
     """`build_kpool_select` in src/models/glm5-next.cpp, `build_qsa_sel` in qwen4exp.cpp.
 
-    Room is reserved for all pools of all slots to be made anew, as if each slot had filled the cache
+    Memory is reserved for recomputing all pools of all slots, as if each slot had filled the cache
     (`llama_memory_hybrid_idx_context` in src/llama-memory-hybrid-idx.cpp).
     """
     has_gates = header.architecture == "glm5-next"
@@ -99,7 +99,7 @@ def _of_pools(header: GGUF, batch: Batch, of_pool: int) -> Selection:
 def _of_blocks(header: GGUF, batch: Batch) -> Selection:
     """The graph in src/models/minimax-m3.cpp: each group of heads has a mask of its own, which is transposed.
 
-    The tool shares the tokens out among slots that have caches apart, and says less then; a prompt comes alone.
+    For slots with separate caches, the tool splits the tokens among them and reports less; a prompt uses one slot.
     """
     groups = integer(header, "attention.indexer.head_count")
     return Selection(

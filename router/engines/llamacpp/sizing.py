@@ -1,10 +1,10 @@
-"""What a model takes, from the best source there is, and which source that was.
+"""Memory of a model from the best available source, with the name of the source.
 
-Best first: `footprint_mb` of its entry; what an engine of the same kind was measured to take; llama.cpp's own
-tool; formulas; the size of its files. Tool and formulas are corrected by what was measured with other flags.
+Best first: `footprint_mb` of its entry; measurements of the same files, flags and build; llama.cpp's own tool;
+formulas; the size of its files. Tool and formulas are corrected by measurements with other flags.
 
-GPUs are counted as the engine counts them, from the first that it is shown. Which those are is up to
-`plan.py`. Reads files and asks the tool: blocking.
+GPUs are numbered as the engine numbers them, from the first that it sees; `plan.py` chooses them. Blocking: reads
+files and runs the tool.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from router.system.privacy import without_secrets
 _MIB = 1 << 20
 
 DRIVER_MIB = 512
-"""What CUDA or ROCm takes of a GPU for a process beyond what llama.cpp asks for: 300 to 500 MiB. With Vulkan it is
-less, but its backend asks for more at work."""
+"""GPU memory that CUDA or ROCm takes for a process beyond llama.cpp's allocations: 300 to 500 MiB. Vulkan takes
+less, but its backend allocates more while computing."""
 PROCESS_MIB = 16
-"""What llama-server takes of RAM besides the model."""
+"""RAM of llama-server besides the model."""
 _MOST_MEASURED = 4
 
 _KEPT_OUT = {*OWNED, "hf-token"}
-"""What the environment may set that no engine of ours gets, or that is a secret: it is not to be remembered."""
+"""Flags that are not part of an identity: those never passed on to engines, and secrets."""
 _NEVER_RAN = (126, 127)
-"""What shells and loaders exit with when they cannot start a program."""
+"""Exit codes of shells and loaders that cannot start a program."""
 _TAKES_UNIX_SOCKETS = "IP addresses to listen on, comma-separated, or UNIX socket paths"
-"""What `--help` says of `--host` in builds that take several."""
+"""Help text of `--host` in builds that accept several addresses."""
 
 _log = logging.getLogger("router")
 
@@ -156,17 +156,17 @@ class EngineKind:
 
     @property
     def fits_by_itself(self) -> bool:
-        """Whether it has `--fit`, which changes what the flags leave open by what is free when it loads."""
+        """Whether it has `--fit`, which adapts unset flags to the free memory during a load."""
         return self.tool is not None or "--fit" in self._help.line
 
     @property
     def lists_devices(self) -> bool:
-        """Whether it says which GPUs it knows. Blocking, like `check_runs`."""
+        """Whether it can list its GPUs. Blocking, like `check_runs`."""
         return "--list-devices" in self._help.line
 
     @property
     def default_slots(self) -> int:
-        """Of an engine that is told nothing; negative: it decides that itself. Blocking, like `check_runs`."""
+        """Number of slots without `--parallel`; negative: chosen by the engine. Blocking, like `check_runs`."""
         return self._help.default_slots
 
     @property
@@ -175,17 +175,18 @@ class EngineKind:
         return not self._is_server or _TAKES_UNIX_SOCKETS in self._help.line
 
     def in_its_words(self, flags: Sequence[str], environ: Mapping[str, str]) -> Spoken:
-        """The same for its build, of which `environ` sets some. Blocking, like `check_runs`. Raises FlagError."""
+        """Translate flags, some of them set by `environ`, for its build. Blocking, like `check_runs`. Raises
+        FlagError."""
         given = Flags(flags, environ).given
         if has := self._help.has:
             return spoken(given if self.default_slots < 0 else slots_told(given, has), has)
         return Spoken(tuple(argv(flag for flag in given if flag.index >= 0)), ())
 
     def unknown_flags(self, models: Mapping[str, ModelConfig], environ: Mapping[str, str]) -> Iterator[str]:
-        """For people: whose flags its build has no words for. Blocking, like `check_runs`."""
+        """Yield warnings about models with flags that its build does not have. Blocking, like `check_runs`."""
         told = ((f"models.{alias}", model.flags, model.env) for alias, model in models.items())
         for who, flags, variables in (("the environment", (), environ), *told):
-            with contextlib.suppress(FlagError):  # that is told elsewhere
+            with contextlib.suppress(FlagError):  # reported elsewhere
                 if unknown := self.in_its_words(flags, variables).unknown:
                     yield f"{who}: {self.program} does not know {', '.join(unknown)} (see its --help)"
 
@@ -201,20 +202,20 @@ class EngineKind:
 
 @dataclass(frozen=True, slots=True)
 class _Help:
-    """What a llama-server says of itself."""
+    """Parsed output of `llama-server --help`."""
 
     line: str = ""
-    """All of it, in one line."""
+    """Whole text in one line."""
     has: Has = field(default_factory=dict)
     default_slots: int = -1
 
 
 @lru_cache(maxsize=8)
 def _help_of(program: str, build: str) -> _Help:
-    """Raises OSError if it ends before it has begun: no program for this machine, no library, no such
+    """Run `--help`. Raises OSError if the program cannot start: wrong architecture, missing library, or an illegal
     instruction.
 
-    That is not remembered: what it lacks may come without a change to the program.
+    Failures are not cached, as the cause may be fixed without a change to the program.
     """
     try:
         done = subprocess.run(  # noqa: S603
@@ -319,7 +320,7 @@ class Sizer:
         return Size(corrected, source, figures, identity, taken)
 
     def by_formula(self, flags: Flags, gpus: int) -> Footprint:
-        """Raises Unusable."""
+        """Return the footprint by formula. Raises Unusable."""
         files = self.files
         assert files.model is not None
         with _sized(files):

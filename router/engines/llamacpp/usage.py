@@ -1,18 +1,18 @@
-"""What can be learnt of an answer while it passes: its first byte, its size, and what it says of its tokens.
+"""Metering of responses that are passed on: the first byte, the size, and the engine's own token counts.
 
-Per chunk this keeps a reference and adds a number, nothing more; no chunk is looked into on its way. When all has
-passed, `usage` finds the engine's own figures in the first bytes and the last 4 KiB. Where llama-server puts them
+Per chunk this keeps a reference and adds a number, nothing more; no chunk is inspected on its way. After the last
+one, `usage` finds the engine's figures in the first bytes and the last 4 KiB. Where llama-server puts them
 (tools/server/server-task.cpp, build 11434; the embedded engine is the same code):
 
-- chats, completions and `/completion`, whole or as a stream: `timings` at the very end, also when the client has
-  not asked for `usage`; `[DONE]` may follow.
+- chats, completions and `/completion`, whole or as a stream: `timings` at the very end, even if the client has
+  not requested `usage`; `[DONE]` may follow.
 - `/v1/responses`: `usage`, and in a stream `timings`, at the end.
 - `/v1/messages`: `usage` at the end; in a stream the prompt's part of it in the first event.
 - embeddings and reranking: `usage` at the beginning, before the vectors.
 
-A stream whose client has left has no end, and so no figures: there the pieces of text that passed are counted.
+A stream that was aborted has no figures; the pieces of text that were sent are counted instead.
 
-Nothing that a model or a client wrote can pass for them: inside a JSON string a quote has a backslash before it.
+Text written by a model or a client cannot be mistaken for figures: quotes in JSON strings are escaped.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from router.observe.usage import NO_USAGE, Usage
 
 _TAIL_BYTES = 4096
 _TAIL_PARTS = 4
-"""The figures, `[DONE]`, and two more in case that the network has torn them."""
+"""Number of last chunks kept: the figures, `[DONE]`, and two more in case the network has split them."""
 _CRUMB = 32
-"""Bytes of a part that is no event: the network has torn it, perhaps into many. No token has as few."""
+"""Chunks up to this size are fragments of an event split by the network; no token is as short."""
 _FIGURES_BYTES = 512
 _MOST = 1 << 40
-"""Tokens, or milliseconds, of one answer."""
+"""Largest plausible number of tokens or milliseconds of one response."""
 _FIGURE = re.compile(
     rb'"(prompt_tokens|completion_tokens|cached_tokens|input_tokens|output_tokens|cache_read_input_tokens)"'
     rb": ?(\d{1,12})\b"
@@ -45,13 +45,13 @@ _ENDS = (
     b"event: response.failed\n",
     b'"stop":true',
 )
-"""In the last event of a stream: of OpenAI's chats and completions, Anthropic's, responses, and `/completion`."""
+"""Last events of streams: OpenAI's chats and completions, Anthropic's, responses, and `/completion`."""
 _PIECE = re.compile(rb'"(?:arguments|content|delta|partial_json|reasoning_content|text|thinking)": ?"(?!")')
-"""Text in an event of a stream; hardly ever is one not a token."""
+"""Text in an event of a stream, nearly always one token."""
 
 
 class Timings(msgspec.Struct):
-    """As llama-server has them in the end of an answer: tokens, and milliseconds of its own time."""
+    """Figures at the end of a llama-server response: tokens, and milliseconds of its own time."""
 
     cache_n: int = 0
     prompt_n: int = 0
@@ -60,7 +60,7 @@ class Timings(msgspec.Struct):
     predicted_ms: float = 0.0
 
     def usage(self) -> Usage:
-        """The same, as all answers are counted; figures that cannot be true count as nothing."""
+        """Convert to `Usage`; implausible figures give none."""
         figures = (self.prompt_n, self.cache_n, self.predicted_n, self.prompt_ms, self.predicted_ms)
         if min(figures) < 0 or max(figures) > _MOST:
             return NO_USAGE
@@ -77,18 +77,18 @@ _decode_timings = msgspec.json.Decoder(Timings).decode
 
 
 class AnswerMeter(msgspec.Struct, eq=False):
-    """Every part of an answer's body that is sent to the client goes through `note`, in order.
+    """Meter of one response. Pass each part of its body that is sent to the client to `note`, in order.
 
-    Not the router's own bytes: heartbeats and errors are no answer.
+    The router's own heartbeats and errors are not part of it.
     """
 
     first_sec: float | None = None
-    """When the first of it was sent (monotonic)."""
+    """Time at which the first part was sent (monotonic)."""
     size: int = 0
-    """Bytes."""
+    """Size in bytes."""
     _first: bytes = b""
     _tail: deque[bytes] | None = None
-    """None while there is but one part."""
+    """Last parts; None while there is only one."""
 
     def note(self, part: bytes) -> None:
         size = len(part)
@@ -106,18 +106,18 @@ class AnswerMeter(msgspec.Struct, eq=False):
 
     @property
     def ends_in_error(self) -> bool:
-        """Whether a stream that began well ends with an engine's error event, OpenAI's or Anthropic's."""
+        """Return whether a stream ends with an error event of the engine, in OpenAI's or Anthropic's form."""
         parts = (self._first,) if self._tail is None else self._tail
         return any(b'data: {"error":' in part or b"event: error\n" in part for part in parts)
 
     @property
     def has_ended(self) -> bool:
-        """Whether a stream's last event has passed. Many clients wait for no more, and leave."""
+        """Return whether the last event of a stream was sent; many clients then disconnect."""
         tail = self._first if self._tail is None else b"".join(self._tail)
         return tail.endswith(b"\n") and any(end in tail for end in _ENDS)
 
     def usage(self) -> Usage:
-        """What the answer says of itself. Call it once, when all of it has passed."""
+        """Return the figures of the response. Call it once, after the last part."""
         if not self.size:
             return NO_USAGE
         tail = (self._first if self._tail is None else b"".join(self._tail))[-_TAIL_BYTES:]
@@ -127,7 +127,7 @@ class AnswerMeter(msgspec.Struct, eq=False):
         return usage
 
     def _pieces(self) -> int:
-        """Of text, in all that has passed: in what is not here any more, as many as in as much of what is."""
+        """Return the number of text pieces sent; for parts no longer kept it is extrapolated by size."""
         pieces = len(_PIECE.findall(self._first))
         later = [part for part in self._tail or () if part is not self._first]
         size = sum(map(len, later))
@@ -147,11 +147,11 @@ def _of_timings(tail: bytes) -> Usage | None:
 
 
 def _of_usage(head: bytes, tail: bytes) -> Usage:
-    """Of a stream whose beginning tells of the prompt, and whose end of the answer, each has its part."""
+    """Return the usage from the first and last bytes: a stream may report the prompt first and the output last."""
     figures = {**_figures(head, head.find(b'"usage":')), **_figures(tail, tail.rfind(b'"usage":'))}
     cached = figures.get(b"cached_tokens", 0)
     prompt = figures.get(b"prompt_tokens", 0) or figures.get(b"input_tokens", 0)
-    if b"cache_read_input_tokens" in figures:  # Anthropic counts what was cached apart
+    if b"cache_read_input_tokens" in figures:  # Anthropic counts cached tokens separately
         cached = figures[b"cache_read_input_tokens"]
         prompt += cached
     return Usage(prompt, cached, figures.get(b"completion_tokens", 0) or figures.get(b"output_tokens", 0))
