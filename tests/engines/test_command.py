@@ -212,6 +212,25 @@ def test_a_load_that_only_logs_our_probes_makes_no_progress(start: Start) -> Non
     assert "loading made no progress for 3 s; it answers /health (ready_path) with 404; " in message
 
 
+FORGETFUL = """
+import http.server, itertools, threading
+class Handler(http.server.BaseHTTPRequestHandler):
+    numbers = itertools.count()
+    def do_GET(self):
+        if next(self.numbers) == 0:
+            threading.Event().wait()
+        self.send_response(200)
+        self.end_headers()
+http.server.ThreadingHTTPServer(("127.0.0.1", {port}), Handler).serve_forever()
+"""
+
+
+def test_a_probe_that_is_lost_while_it_loads_is_sent_again(start: Start) -> None:
+    router = start({"models": {"forgetful": speech(cmd=[sys.executable, "-c", FORGETFUL])}})
+    loaded = router.http.post("/v1/models/load", json={"model": "forgetful"}, timeout=20)
+    assert loaded.status_code == 200, loaded.text
+
+
 @pytest.mark.parametrize(
     ("path", "line", "is_probe"),
     [

@@ -94,9 +94,16 @@ class CommandServer(EngineProcess):
 
     async def _until_it_serves(self) -> None:
         pause_sec, latest = _POLL_SEC
-        while await self._answer() is not True:
+        while not await self._serves():
             await asyncio.sleep(pause_sec)
             pause_sec = min(latest, 1.5 * pause_sec)
+
+    async def _serves(self) -> bool:
+        """A probe that is not answered in time is sent again: a server may lose those that come while it loads."""
+        try:
+            return await asyncio.wait_for(self._answer(), PROBE_LIMIT_SEC) is True
+        except asyncio.TimeoutError:
+            return False
 
     async def healthy(self, limit_sec: float = PROBE_LIMIT_SEC) -> bool:
         try:
