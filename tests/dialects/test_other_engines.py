@@ -31,6 +31,7 @@ WEATHER = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
     },
 }
+LARGE = [{"type": "text", "text": "large"}, {"type": "text", "text": "and small"}]
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +200,125 @@ class TestOllama:
         assert "".join(part.message.content for part in parts).startswith("Hello! I am a tiny demo model")
         assert parts[-1].eval_count > 5
         assert parts[-1].eval_duration > 0
+
+
+class TestAnthropic:
+    @pytest.fixture
+    def client(self, router: Router) -> Iterator[Any]:
+        anthropic = pytest.importorskip("anthropic", reason="the package anthropic is not installed")
+        with anthropic.Anthropic(base_url=router.url, api_key="none", max_retries=0, timeout=60) as client:
+            yield client
+
+    def said(self, client: Any, content: Any, model: str = "strict", **more: Any) -> list[Any]:
+        """As a document, and as a stream."""
+        asked = {"model": model, "max_tokens": 50, "messages": [{"role": "user", "content": content}], **more}
+        whole = client.messages.create(**asked)
+        with client.messages.stream(**asked) as stream:
+            streamed = stream.get_final_message()
+        for one in (whole, streamed):
+            assert (one.type, one.role, one.model) == ("message", "assistant", model)
+        return [whole, streamed]
+
+    def test_chat(self, router: Router, client: Any) -> None:
+        for answer in self.said(
+            client, "one two three", system="Be brief.", max_tokens=2, extra_body={"temperature": 0.5, "top_k": 3}
+        ):
+            assert [block.text for block in answer.content] == ["one two"]
+            assert (answer.stop_reason, answer.usage.input_tokens, answer.usage.output_tokens) == (
+                "max_tokens",
+                5,
+                2,
+            )
+        asked = seen(router)
+        assert asked["messages"] == [{"role": "system", "content": "Be brief."}, CHAT[0]]
+        assert {"max_tokens": 2, "top_k": 3, "temperature": 0.5, "model": "served"}.items() <= asked.items()
+
+    def test_stop_sequences_are_told(self, client: Any) -> None:
+        for answer in self.said(client, "one two three", stop_sequences=["two"]):
+            assert (answer.stop_reason, answer.stop_sequence) == ("stop_sequence", "two")
+            assert answer.content[0].text == "one"
+        for answer in self.said(client, "one two", stop_sequences=["three"]):
+            assert (answer.stop_reason, answer.stop_sequence) == ("end_turn", None)
+
+    def test_tools_and_their_results(self, router: Router, client: Any) -> None:
+        tool = {"name": "weather", "description": "of a city", "input_schema": WEATHER["function"]["parameters"]}
+        choice = {"type": "tool", "name": "weather", "disable_parallel_tool_use": True}
+        for answer in self.said(client, "call", tools=[tool], tool_choice=choice):
+            assert [block.input for block in answer.content] == [{"city": "Oslo"}, {"city": "Rome"}]
+            assert answer.stop_reason == "tool_use"
+        asked = seen(router)
+        assert asked["tools"] == [WEATHER]
+        assert asked["tool_choice"] == {"type": "function", "function": {"name": "weather"}}
+        assert asked["parallel_tool_calls"] is False
+        results: list[Any] = [
+            {"type": "text", "text": "So?"},
+            *[{"type": "tool_result", "tool_use_id": block.id, "content": "sun"} for block in answer.content],
+        ]
+        called = {"role": "assistant", "content": answer.content}
+        talk = [{"role": "user", "content": "call"}, called, {"role": "user", "content": results}]
+        answer = client.messages.create(model="strict", max_tokens=5, messages=talk, tools=[tool])
+        assert answer.content[0].text == "So?"
+        roles = [turn["role"] for turn in seen(router)["messages"]]
+        assert roles == ["user", "assistant", "tool", "tool", "user"]
+
+    def test_thoughts(self, client: Any) -> None:
+        for answer in self.said(client, "think", thinking={"type": "enabled", "budget_tokens": 1024}):
+            thought, text = answer.content
+            assert (thought.thinking, text.text) == ("Well...", "so")
+
+    def test_images_and_schemas(self, router: Router, client: Any) -> None:
+        image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "aGk="}}
+        form = {"format": {"type": "json_schema", "schema": WEATHER["function"]["parameters"]}}
+        for answer in self.said(
+            client, [image, {"type": "text", "text": "Where?"}], extra_body={"output_config": form}
+        ):
+            assert json.loads(answer.content[0].text) == {"city": "Oslo"}
+        asked = seen(router)
+        assert asked["response_format"]["json_schema"]["schema"] == WEATHER["function"]["parameters"]
+        assert asked["messages"][0]["content"] == [
+            {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}},
+            {"type": "text", "text": "Where?"},
+        ]
+
+    def test_tokens_are_counted(self, router: Router, client: Any) -> None:
+        count = client.messages.count_tokens(model="strict", messages=CHAT, system="Be brief.")
+        assert count.input_tokens == 5
+        asked = seen(router)
+        assert (asked["path"], asked["max_tokens"]) == ("/v1/chat/completions", 1)
+
+    def test_what_chats_have_no_place_for_is_refused(self, router: Router, client: Any) -> None:
+        document = {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "a"}}
+        search = {"type": "web_search_20250305", "name": "web_search"}
+        refusals = {
+            "takes no 'document' blocks": {"messages": [{"role": "user", "content": [document]}]},
+            "no tool of type 'web_search_20250305'": {"messages": CHAT, "tools": [search]},
+            "does not take `grammar`": {"messages": CHAT, "grammar": "root ::= [a]"},
+            "at `$.stop_sequences`": {"messages": CHAT, "stop_sequences": "a"},
+        }
+        for words, body in refusals.items():
+            answer = router.http.post("/v1/messages", json={"model": "strict", "max_tokens": 1, **body})
+            error = answer.json()["error"]
+            assert (answer.status_code, error["type"]) == (400, "invalid_request_error")
+            assert words in error["message"]
+
+    def test_a_prompt_that_is_too_long_is_told_in_its_words(self, router: Router) -> None:
+        for path in ("/v1/messages", "/v1/messages/count_tokens"):
+            long = [{"role": "user", "content": "a " * 101}]
+            answer = router.http.post(path, json={"model": "strict", "max_tokens": 1, "messages": long})
+            assert answer.json()["error"]["message"] == "prompt is too long: 101 tokens > 100 maximum"
+
+    def test_a_large_body(self, router: Router) -> None:
+        image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "a" * 3_000_000}}
+        body = {"model": "strict", "max_tokens": 9, "messages": [{"role": "user", "content": [image, *LARGE]}]}
+        answer = router.http.post("/v1/messages", json=body).json()
+        assert answer["content"] == [{"type": "text", "text": " large and small"}]
+        assert len(seen(router)["messages"][0]["content"][0]["image_url"]["url"]) > 3_000_000
+
+    def test_on_a_real_engine(self, client: Any) -> None:
+        for answer in self.said(client, "Hello", "real", max_tokens=300, extra_body={"temperature": 0}):
+            assert answer.content[0].text.startswith("Hello! I am a tiny demo model")
+            assert answer.usage.output_tokens > 5
+        assert client.messages.count_tokens(model="real", messages=CHAT).input_tokens > 5
 
 
 class Recording:

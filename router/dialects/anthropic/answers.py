@@ -10,8 +10,9 @@ import msgspec
 from router.dataplane.answer import BrokenAnswer, Translator
 from router.engines.llamacpp.capability import error_of_engine
 from router.engines.llamacpp.usage import Timings
+from router.http.errors import ApiError
 
-_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
+_REASONS = {"length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}
 _NOTHING = msgspec.Raw(b"null")
 
 _encode = msgspec.json.encode
@@ -32,11 +33,15 @@ class _Call(msgspec.Struct):
 class _Said(msgspec.Struct):
     content: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
+    """The same from vLLM."""
     tool_calls: list[_Call] | None = None
 
 
 class _Answer(msgspec.Struct):
     finish_reason: str | None = None
+    stop_reason: Any = None
+    """With vLLM, the stop sequence or the token at which it has ended."""
     message: _Said | None = None
     delta: _Said | None = None
 
@@ -48,6 +53,16 @@ class _Verbose(msgspec.Struct):
     stopping_word: str | None = None
 
 
+class _Cached(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int | None = None
+    prompt_tokens_details: _Cached | None = None
+
+
 class _Part(msgspec.Struct):
     """A whole answer, or an event of a stream."""
 
@@ -55,6 +70,7 @@ class _Part(msgspec.Struct):
     model: str = ""
     choices: list[_Answer] = []
     timings: Timings | None = None
+    usage: _Usage | None = None
     verbose: _Verbose = msgspec.field(default_factory=_Verbose, name="__verbose")
     """Of who asks for it; not from older builds, such as 9294."""
     error: msgspec.Raw = _NO_ERROR
@@ -66,9 +82,11 @@ _decode_part = msgspec.json.Decoder(_Part).decode
 class Translation(Translator):
     """A chat's answer as Anthropic's."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], model: str = "") -> None:
+        """`model`: what it is called in the answer, if not as the engine calls it."""
         super().__init__()
         self._stops = stops
+        self._model = model
         self._begun = False
         self._block = ""
         """The kind of block that is open."""
@@ -77,31 +95,42 @@ class Translation(Translator):
         self._blocks = 0
         self._reason = "end_turn"
         self._word: str | None = None
-        self._timings = Timings()
+        self._ended = False
+        """The engine has said why its answer has ended."""
+        self._part = _Part()
+        """The last that had figures."""
 
     def document(self, body: bytes) -> bytes:
         part = _decode_part(body)
         choice = part.choices[0] if part.choices else _Answer()
         said = choice.message or _Said()
         content: list[dict[str, Any]] = []
-        if said.reasoning_content:
-            content.append({"type": "thinking", "thinking": said.reasoning_content, "signature": ""})
+        if thoughts := said.reasoning_content or said.reasoning:
+            content.append({"type": "thinking", "thinking": thoughts, "signature": ""})
         if said.content:
             content.append({"type": "text", "text": said.content})
         for call in said.tool_calls or ():
             named = {"type": "tool_use", "id": call.id or "", "name": call.function.name or ""}
             content.append({**named, "input": _input(call.function.arguments)})
         ended = _REASONS.get(choice.finish_reason or "", "end_turn")
-        reason, stop = _told(ended, part.verbose.stopping_word, self._stops)
-        usage = _usage(part.timings or Timings())
+        reason, stop = _told(ended, part.verbose.stopping_word or choice.stop_reason, self._stops)
+        usage = _usage(part)
         return _encode(
-            {**_message(part), "content": content, "stop_reason": reason, "stop_sequence": stop, "usage": usage}
+            {
+                **self._message(part),
+                "content": content,
+                "stop_reason": reason,
+                "stop_sequence": stop,
+                "usage": usage,
+            }
         )
 
     def last_events(self) -> bytes:
+        if not self._ended:
+            raise BrokenAnswer(ApiError(502, "engine_lost", "The engine ended the stream before its last event."))
         reason, stop = _told(self._reason, self._word, self._stops)
         delta = {"stop_reason": reason, "stop_sequence": stop}
-        usage = _usage(self._timings)
+        usage = _usage(self._part)
         return b"".join(
             (
                 b"" if self._begun else self._begin(_Part()),
@@ -117,12 +146,14 @@ class Translation(Translator):
         part = _decode_part(data)
         if part.error is not _NO_ERROR:
             raise BrokenAnswer(error_of_engine(500, data))
-        if part.timings is not None:
-            self._timings = part.timings
+        if part.timings is not None or part.usage is not None:
+            self._part = part
         self._word = part.verbose.stopping_word or self._word
         events = b"" if self._begun else self._begin(part)
         for choice in part.choices:
             if choice.finish_reason is not None:
+                self._ended = True
+                self._word = self._word or choice.stop_reason
                 self._reason = _REASONS.get(choice.finish_reason, "end_turn")
             if choice.delta is not None:
                 events += self._said(choice.delta)
@@ -130,13 +161,17 @@ class Translation(Translator):
 
     def _begin(self, part: _Part) -> bytes:
         self._begun = True
-        begun = {**_message(part), "content": [], "stop_reason": None, "usage": _usage(Timings())}
+        begun = {**self._message(part), "content": [], "stop_reason": None, "usage": _usage(_Part())}
         return _written("message_start", {"message": begun})
+
+    def _message(self, part: _Part) -> dict[str, Any]:
+        named = {"id": part.id, "type": "message", "role": "assistant", "model": self._model or part.model}
+        return {**named, "stop_sequence": None}
 
     def _said(self, said: _Said) -> bytes:
         events = b""
-        if said.reasoning_content:
-            events += self._piece("thinking", "thinking_delta", "thinking", said.reasoning_content)
+        if thoughts := said.reasoning_content or said.reasoning:
+            events += self._piece("thinking", "thinking_delta", "thinking", thoughts)
         if said.content:
             events += self._piece("text", "text_delta", "text", said.content)
         for call in said.tool_calls or ():
@@ -168,6 +203,19 @@ class Translation(Translator):
         self._block = ""
         self._blocks += 1
         return _written("content_block_stop", {"index": self._blocks - 1})
+
+
+class Count(Translator):
+    """The usage of a chat as the length of its prompt."""
+
+    def document(self, body: bytes) -> bytes:
+        usage = _decode_part(body).usage
+        if usage is None:
+            raise BrokenAnswer.unreadable("it tells no usage")
+        return _encode({"input_tokens": usage.prompt_tokens})
+
+    def _event(self, data: bytes) -> bytes:
+        raise BrokenAnswer.unreadable("it is a stream")
 
 
 class StopReasons(Translator):
@@ -217,7 +265,7 @@ class _Ended(msgspec.Struct):
 _decode_ended = msgspec.json.Decoder(_Ended).decode
 
 
-def _told(reason: str, word: str | None, stops: Sequence[str]) -> tuple[str, str | None]:
+def _told(reason: str, word: Any, stops: Sequence[str]) -> tuple[str, str | None]:
     """Why an answer has ended, and at which sequence of the client's. Templates have others."""
     return ("stop_sequence", word) if reason == "end_turn" and word in stops else (reason, None)
 
@@ -230,12 +278,17 @@ def _input(arguments: str | None) -> dict[str, msgspec.Raw]:
         return {}
 
 
-def _message(part: _Part) -> dict[str, Any]:
-    named = {"id": part.id, "type": "message", "role": "assistant", "model": part.model}
-    return {**named, "stop_sequence": None}
-
-
-def _usage(timings: Timings) -> dict[str, int]:
+def _usage(part: _Part) -> dict[str, int]:
+    """The engine's figures; Anthropic counts what was cached apart."""
+    timings, usage = part.timings, part.usage
+    if timings is None:
+        usage = usage or _Usage()
+        details = usage.prompt_tokens_details or _Cached()
+        timings = Timings(
+            cache_n=details.cached_tokens or 0,
+            prompt_n=usage.prompt_tokens - (details.cached_tokens or 0),
+            predicted_n=usage.completion_tokens or 0,
+        )
     return {
         "input_tokens": timings.prompt_n,
         "cache_read_input_tokens": timings.cache_n,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from router.dataplane.answer import TranslatedAnswer
+from router.dataplane.answer import TranslatedAnswer, Translator
 from router.dataplane.exchange import Exchange
 from router.dataplane.routing import Wish
 from router.dataplane.shortening import ALL_DEPTHS, Shortened, Text
-from router.dialects.anthropic.answers import StopReasons, Translation
-from router.dialects.anthropic.requests import TOOL_RESULT, Asked, in_order, read
+from router.dialects.anthropic.answers import Count, StopReasons, Translation
+from router.dialects.anthropic.requests import TOOL_RESULT, Asked, counted_by_others, for_others, in_order, read
+from router.http.errors import ApiError
+
+CHATS = "/v1/chat/completions"
 
 
 class MessagesExchange(Exchange):
@@ -19,8 +22,14 @@ class MessagesExchange(Exchange):
 
     def _read(self, body: Text) -> tuple[Wish, Text]:
         wish, body = super()._read(body)
-        self._asked = read(body)
+        if not wish.is_served(self._head.path):
+            self._asked = for_others(body)
+        else:
+            self._asked = read(body) if wish.is_for_llama_server else Asked(body)
         return wish, self._asked.body
+
+    def _path_of_engine(self) -> str:
+        return CHATS if self._asked.is_chat else self._head.path
 
     def _depth_of(self, wish: Wish, short: Shortened) -> int:
         needed = max(self._asked.depth, super()._depth_of(wish, short))
@@ -28,24 +37,43 @@ class MessagesExchange(Exchange):
 
     def _submit(self, wish: Wish) -> None:
         asked = self._asked
-        if asked.is_chat or asked.stops:
-            translator = Translation(asked.stops) if asked.is_chat else StopReasons(asked.stops)
+        if asked.mistake is not None:
+            self._refuse(_wrong(asked.mistake))
+            return
+        if (translator := self._translator()) is not None:
             self._answer = TranslatedAnswer(self._answer, translator, streams=wish.streams)
         super()._submit(wish)
 
+    def _translator(self) -> Translator | None:
+        if self._asked.is_chat:
+            return Translation(self._asked.stops, self._asked.model)
+        return StopReasons(self._asked.stops) if self._asked.stops else None
+
     def _asked_of_engine(self) -> tuple[bytes, bytes]:
         target, lines = super()._asked_of_engine()
-        return (b"/v1/chat/completions" if self._asked.is_chat else target), lines
+        return (CHATS.encode() if self._asked.is_chat else target), lines
 
 
-class CountExchange(Exchange):
-    """An exchange about how long a message is."""
+class CountExchange(MessagesExchange):
+    """An exchange about how long a message is.
+
+    An engine without a route for that computes the first token of an answer in one of its slots.
+    """
 
     __slots__ = ()
 
     def _read(self, body: Text) -> tuple[Wish, Text]:
-        wish, body = super()._read(body)
-        return wish, in_order(body)
+        wish, body = Exchange._read(self, body)
+        served = wish.is_served(self._head.path)
+        self._asked = Asked(in_order(body)) if served else counted_by_others(body)
+        return wish, self._asked.body
 
-    def _depth_of(self, wish: Wish, short: Shortened) -> int:
-        return ALL_DEPTHS if short.mentions(TOOL_RESULT) else super()._depth_of(wish, short)
+    def _is_slotless(self) -> bool:
+        return not self._asked.is_chat
+
+    def _translator(self) -> Translator | None:
+        return Count() if self._asked.is_chat else None
+
+
+def _wrong(mistake: Exception) -> ApiError:
+    return ApiError(400, "invalid_request", f"The body is no message: {mistake}.")

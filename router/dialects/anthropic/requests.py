@@ -5,10 +5,13 @@ an answer, a seed, a grammar. Requests with any of these are translated here, to
 and so are their answers; all other requests go as they are, but for two things. It puts what is said beside the
 results of tools before them, where it parts them from their calls. And it tells of an answer that one of the
 client's stop sequences has ended which that was, but not that it was one.
+
+For an engine that has no such route, all requests are translated, and what chats have no place for is refused.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +20,7 @@ import msgspec
 from router.dataplane.rewriting import joined
 from router.dataplane.shortening import ALL_DEPTHS, Text
 from router.dialects.schemas import told
+from router.http.errors import ApiError
 
 _KEPT = ("model", "stream", "temperature", "top_p", "top_k", "chat_template_kwargs")
 _DROPPED = (
@@ -108,6 +112,7 @@ class _Message(msgspec.Struct):
 
 
 class _Tool(msgspec.Struct):
+    type: str | None = None
     name: str = ""
     description: str = ""
     input_schema: msgspec.Raw = msgspec.Raw(b"{}")
@@ -115,6 +120,7 @@ class _Tool(msgspec.Struct):
 
 class _Choice(msgspec.Struct):
     type: str = "auto"
+    name: str = ""
     disable_parallel_tool_use: bool = False
 
 
@@ -125,6 +131,7 @@ class _Thinking(msgspec.Struct):
 
 class _Request(msgspec.Struct):
     messages: list[_Message]
+    model: str | None = None
     system: str | list[_Block] | None = None
     max_tokens: int = 4096
     stop_sequences: list[str] | None = None
@@ -156,6 +163,10 @@ class Asked(NamedTuple):
     """The client's stop sequences."""
     depth: int = 1
     """How deep one has to look into a body with these parameters to know all that."""
+    model: str = ""
+    """As its client calls it, if its engine may call it otherwise."""
+    mistake: Exception | None = None
+    """Why it could not be translated, although the engine has no route for it as it is."""
 
 
 def read(body: Text) -> Asked:
@@ -169,22 +180,89 @@ def read(body: Text) -> Asked:
             fields = ordered
             body = _encode(fields)
         stops: list[str] = _decode_stops(fields.get("stop_sequences", _NOTHING)) or []
-        kept: dict[str, Any] = {name: fields[name] for name in _DROPPED if name in fields}
-        form = _form_of(fields)
-        if form is not None and form.type == "json_schema" and not kept.keys() & {"grammar", "json_schema"}:
-            if _may_call(fields):  # an engine that is held to a schema calls nothing: there it is only told
-                system = joined(told(form.schema), _value_of(fields.get("system", _NOTHING)))
-                body = _encode({**fields, "system": system})
-            else:
-                kept["response_format"] = {"type": "json_schema", "json_schema": {"schema": form.schema}}
+        system, kept = _beside(fields)
+        if system is not None:
+            fields = {**fields, "system": system}
+            body = _encode(fields)
         if not kept:
             return Asked(body, stops=stops, depth=depth)
-        chat = {**_chat(fields, _decode_request(body)), **kept}
-        if stops:
-            chat |= {"verbose": True, "response_fields": ["stopping_word"]}
+        chat = {**_chat(fields, _decode_request(body)), **kept, **_telling(stops)}
         return Asked(_encode(chat), is_chat=True, stops=stops, depth=depth)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return Asked(body, depth=depth)
+
+
+def for_others(body: Text) -> Asked:
+    """A request as a chat, for an engine that has no route for messages. Raises ApiError 400."""
+    try:
+        fields = _fields_of(body)
+        if TOOL_RESULT in body:
+            fields = _ordered(fields) or fields
+        system, kept = _beside(fields)
+        if system is not None:
+            fields = {**fields, "system": system}
+        request = _decode_request(_encode(fields))
+        stops = request.stop_sequences or []
+        _check(request)
+        chat = {**_chat(fields, request), **kept, **_telling(stops)}
+        if request.tool_choice is not None and request.tool_choice.type == "tool":
+            chat["tool_choice"] = {"type": "function", "function": {"name": request.tool_choice.name}}
+        return Asked(_encode(chat), is_chat=True, stops=stops, depth=ALL_DEPTHS, model=request.model or "")
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        return Asked(body, is_chat=True, depth=ALL_DEPTHS, mistake=error)
+
+
+def counted_by_others(body: Text) -> Asked:
+    """A question how long a request is as a chat of one token, whose usage tells that. Raises ApiError 400."""
+    asked = for_others(body)
+    if asked.mistake is not None:
+        return asked
+    chat = _fields_of(asked.body)
+    kept = {name: chat[name] for name in _OF_THE_PROMPT if name in chat}
+    return asked._replace(body=_encode({**kept, "max_tokens": 1, "stream": False}))
+
+
+_OF_THE_PROMPT = ("model", "messages", "tools", "tool_choice", "chat_template_kwargs", "reasoning_effort")
+"""What makes a prompt longer or shorter."""
+
+
+def _check(request: _Request) -> None:
+    """Raises ApiError 400 for what chats have no place for."""
+    for tool in request.tools or ():
+        if tool.type not in (None, "custom"):
+            message = f"This model's engine has no tool of type {tool.type!r}: offer tools with an `input_schema`."
+            raise ApiError(400, "not_supported", message, "tools")
+    for turn in request.messages:
+        blocks = () if isinstance(turn.content, str) else turn.content
+        inner = (block.content for block in blocks if isinstance(block.content, list))
+        for block in itertools.chain(blocks, *inner):
+            if block.type not in _BLOCKS:
+                message = f"This model's engine takes no {block.type!r} blocks: send text and images."
+                raise ApiError(400, "not_supported", message, "messages")
+
+
+_BLOCKS = ("text", "image", "thinking", "redacted_thinking", "tool_use", "tool_result")
+
+
+def _beside(fields: dict[str, msgspec.Raw]) -> tuple[Any, dict[str, Any]]:
+    """The system prompt if it has to say more than it does, and parameters of chats that messages do not have."""
+    kept: dict[str, Any] = {name: fields[name] for name in _DROPPED if name in fields}
+    form = _form_of(fields)
+    if form is None or form.type != "json_schema" or kept.keys() & {"grammar", "json_schema"}:
+        return None, kept
+    if _may_call(fields):  # an engine that is held to a schema calls nothing: there it is only told
+        system = joined(told(form.schema), _value_of(fields.get("system", _NOTHING)))
+        return msgspec.Raw(_encode(system)), kept
+    return None, {**kept, "response_format": {"type": "json_schema", "json_schema": _named(form.schema)}}
+
+
+def _named(schema: msgspec.Raw) -> dict[str, Any]:
+    return {"name": "format", "schema": schema}
+
+
+def _telling(stops: Sequence[str]) -> dict[str, Any]:
+    """Parameters by which llama-server tells at which of them it has stopped."""
+    return {"verbose": True, "response_fields": ["stopping_word"]} if stops else {}
 
 
 def in_order(body: Text) -> Text:
@@ -284,10 +362,11 @@ def _turns(message: _Message) -> Iterable[dict[str, Any]]:
             case "tool_result":
                 content = block.content or ""
                 has_images = not isinstance(content, str) and any(inner.type == "image" for inner in content)
-                said: Any = [_part(inner) for inner in content] if has_images else _text(content)
-                results.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": said})
+                result: Any = [_part(inner) for inner in content] if has_images else _text(content)
+                results.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": result})
     if parts or calls or thoughts:
-        turn: dict[str, Any] = {"role": message.role, "content": parts or ""}
+        said = parts[0]["text"] if len(parts) == 1 and "text" in parts[0] else parts
+        turn: dict[str, Any] = {"role": message.role, "content": said or ""}
         if calls:
             turn["tool_calls"] = calls
         if thoughts:
