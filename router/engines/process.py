@@ -13,21 +13,20 @@ import signal
 import socket
 import subprocess
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from router.engines.base import PROBE_LIMIT_SEC, Ending, Endpoint, EngineFailed, Facts, LoadProgress
-from router.engines.complaints import complaints
+from router.engines.base import Ending, Endpoint, EngineFailed
 from router.engines.log_ring import LogRing
 from router.engines.out_of_memory import ran_out
+from router.engines.supervised import Limits, SupervisedEngine
 from router.hardware.ram import oom_kills, resident_bytes
 from router.observe.reasons import Reason
 from router.scheduling.messages import Retry
 from router.system.processes import PIPE_BYTES, exit_code, is_foreign, log_pipe, signal_group, spawn
 
-_SILENCE_CHECK_SEC = 1.0
 _READS_AT_ONCE = 4
 _DRAIN_SEC = (0.02, 1.0)
 _LINES_OF_AN_END = 200
@@ -77,7 +76,7 @@ class Spawned:
             os.close(log_of_child)
 
 
-class EngineProcess(ABC):
+class EngineProcess(SupervisedEngine):
     """Running engine. `exited` is done once the process has exited."""
 
     def __init__(
@@ -90,21 +89,12 @@ class EngineProcess(ABC):
     ) -> None:
         """`mark` is an environment variable with a unique value, by which it and its descendants are
         recognized."""
+        limits = Limits(order.load_stall_sec, order.load_limit_sec, order.stop_grace_sec)
+        super().__init__(endpoint, limits, log)
         self.order = order
-        self.endpoint = endpoint
         self.mark = mark
-        self.log = log
-        self.started = time.monotonic()
-        self.load_progress: LoadProgress | None = None
-        self.when_load_moves: Callable[[], None] = lambda: None
-        self.was_killed = False
-        self.out_of_memory = False
-        self.ending = Ending()
         self._process = spawned.process
-        self._log_begin = log.total
         self._oom_kills = oom_kills()
-        self._killed_because = ""
-        self._last_sign = self.started
         self._loop = asyncio.get_running_loop()
         self._log_pipe = spawned.log
         self._drain_timer = self._loop.call_later(_DRAIN_SEC[0], self._drain)
@@ -135,46 +125,6 @@ class EngineProcess(ABC):
     def lost_its_port(self) -> bool:
         """Whether it exited because another program has its port."""
         return self.ending.retry is Retry.AT_ONCE
-
-    def last_words(self, lines: int = 10) -> list[str]:
-        return self.log.since(self._log_begin)[-lines:]
-
-    async def ready(self) -> None:
-        serves = asyncio.create_task(self._until_it_serves())
-        watched = asyncio.create_task(self._watch_progress())
-        try:
-            await asyncio.wait({serves, watched, self.exited}, return_when=asyncio.FIRST_COMPLETED)
-            if self.exited.done():
-                raise EngineFailed(*self.exited.result())
-            (serves if serves.done() else watched).result()
-        finally:
-            for task in (serves, watched):
-                task.cancel()
-            await asyncio.gather(serves, watched, return_exceptions=True)
-        self.load_progress = None
-
-    @abstractmethod
-    async def _until_it_serves(self) -> None:
-        """Wait until it accepts requests; cancelled if it exits, hangs or takes too long."""
-
-    @abstractmethod
-    async def healthy(self, limit_sec: float = PROBE_LIMIT_SEC) -> bool:
-        """See `EngineHandle`."""
-
-    @abstractmethod
-    async def facts(self) -> Facts | None:
-        """See `EngineHandle`."""
-
-    async def stop(self) -> None:
-        since = time.monotonic()
-        if self.alive:
-            await self._ask_to_go(self.order.stop_grace_sec)
-        self.kill(f"killed as it was still running {time.monotonic() - since:.1f} s after the request to exit")
-        await self.exited
-
-    @abstractmethod
-    async def _ask_to_go(self, grace_sec: float) -> None:
-        """Ask it to exit; return once it has, and after `grace_sec` in any case."""
 
     async def _terminate(self, second_sec: float, grace_sec: float) -> None:
         """Send SIGTERM, and after `second_sec` another one; return as `_ask_to_go` does."""
@@ -231,18 +181,6 @@ class EngineProcess(ABC):
     def retry_after(code: int, log: Sequence[str]) -> Retry:
         """Return when to start the next engine, by exit code and log of one that ended before it was ready."""
 
-    def _complaints(self) -> str:
-        return complaints(self.log.since(self._log_begin))
-
-    def _signs(self) -> str:
-        """Return what was seen of the engine before it was given up."""
-        said = self._complaints()
-        return f"last log lines: {said}" if said else "it logged nothing"
-
-    def _shows_progress(self, logged: int) -> bool:
-        """Return whether the output after the first `logged` lines, which is never empty, is a sign of loading."""
-        return True
-
     def _describe_exit(self, code: int) -> Reason:
         if self.out_of_memory:
             reason = "killed by the kernel: out of memory"
@@ -280,24 +218,8 @@ class EngineProcess(ABC):
             self._drain_sec = min(latest, 2 * self._drain_sec)
         self._drain_timer = self._loop.call_later(self._drain_sec, self._drain)
 
-    async def _watch_progress(self) -> None:
-        """Raise EngineFailed once the load makes no progress or takes too long."""
-        order = self.order
-        resident = 0
-        while True:
-            await asyncio.sleep(min(_SILENCE_CHECK_SEC, order.load_stall_sec / 4))
-            now = time.monotonic()
-            # Weights that are being read or mapped show here, also where the engine is silent.
-            grown = resident_bytes(self.pid)
-            if abs(grown - resident) > 1 << 20:
-                resident = grown
-                self._last_sign = now
-            if now - self._last_sign > order.load_stall_sec:
-                told = f"loading made no progress for {order.load_stall_sec:g} s"
-                raise EngineFailed(f"{told}; {self._signs()}", told)
-            if order.load_limit_sec is not None and now - self.started > order.load_limit_sec:
-                told = f"not ready after {order.load_limit_sec:g} s"
-                raise EngineFailed(f"{told}; {self._signs()}", told)
+    def _resident_bytes(self) -> int:
+        return resident_bytes(self.pid)
 
 
 def signal_name(code: int) -> str:

@@ -17,10 +17,11 @@ from speech_server import PIECE, PIECES
 from router.config.schema import System
 from router.engines.command.backend import Command
 from router.engines.command.entry import CommandModel
-from router.engines.command.server import CommandServer, log_of_probe
+from router.engines.command.server import CommandServer
 from router.engines.launcher import LocalLauncher
 from router.engines.orphans import EngineRecord
 from router.engines.out_of_memory import ran_out
+from router.engines.readiness import log_of_probe
 from router.memory.measurements import Learned
 from router.memory.plan import Alternative, Ground, Site, Unusable
 from router.scheduling.messages import Retry

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 import re
 import secrets
@@ -21,13 +20,11 @@ from router.engines.command import MARK_VARIABLE
 from router.engines.command.entry import CommandModel
 from router.engines.log_ring import LogRing
 from router.engines.process import EngineOrder, EngineProcess, Spawned
-from router.engines.questions import CANNOT_ASK, status
+from router.engines.readiness import Readiness
 from router.scheduling.messages import Retry
 from router.system.privacy import without_secrets
 
 _HOST = "127.0.0.1"
-_POLL_SEC = (0.02, 0.5)
-"""Interval of readiness checks: initial and longest."""
 _SECOND_WORD_SEC = 2.0
 """Time between two SIGTERMs; a server that is loading may miss the first."""
 _WRONG_ARGUMENTS = re.compile(
@@ -35,14 +32,6 @@ _WRONG_ARGUMENTS = re.compile(
     re.IGNORECASE,
 )
 _TAKEN_PORT = re.compile(r"address already in use|couldn't bind|port \d+ is (already )?in use", re.IGNORECASE)
-
-
-def log_of_probe(path: str | None) -> re.Pattern[str]:
-    """Return a pattern for log lines about a GET of this path, in any format; without a path it matches none."""
-    if path is None:
-        return re.compile(r"(?!)")
-    of_path = rf"(?<![\w/.-]){re.escape(path)}(?![\w/.-])"
-    return re.compile(rf"\bGET\b.*{of_path}|{of_path}.*\bGET\b")
 
 
 def filled(text: str, values: Mapping[str, str]) -> str:
@@ -66,9 +55,7 @@ class CommandServer(EngineProcess):
         values: Mapping[str, str],
     ) -> None:
         super().__init__(order, endpoint, (MARK_VARIABLE, mark), spawned, log)
-        self._ready_path = model.ready_path
-        self._log_of_probe = log_of_probe(model.ready_path)
-        self._last_status: int | None = None
+        self._readiness = Readiness(endpoint, model.ready_path)
         values = {**values, "pid": str(self.pid)}
         self._stop_cmd = tuple(filled(word, values) for word in model.stop_cmd)
         self._cwd = model.cwd
@@ -93,49 +80,16 @@ class CommandServer(EngineProcess):
         return cls(order, model, endpoint, mark, spawned, log, values)
 
     async def _until_it_serves(self) -> None:
-        pause_sec, latest = _POLL_SEC
-        while not await self._serves():
-            await asyncio.sleep(pause_sec)
-            pause_sec = min(latest, 1.5 * pause_sec)
-
-    async def _serves(self) -> bool:
-        """A probe that is not answered in time is sent again: a server may lose those that come while it loads."""
-        try:
-            return await asyncio.wait_for(self._answer(), PROBE_LIMIT_SEC) is True
-        except asyncio.TimeoutError:
-            return False
+        await self._readiness.until_ready()
 
     async def healthy(self, limit_sec: float = PROBE_LIMIT_SEC) -> bool:
-        try:
-            return await asyncio.wait_for(self._answer(), limit_sec) is not False and self.alive
-        except asyncio.TimeoutError:
-            return False
-
-    async def _answer(self) -> bool | None:
-        """Return whether it answers with 2xx at its path, or without a path, whether its port is open; None if the
-        router is out of file descriptors."""
-        if self._ready_path is not None:
-            answer = self._last_status = await status(self.endpoint, self._ready_path)
-            return None if answer == CANNOT_ASK else answer is not None and 200 <= answer < 300
-        try:
-            _, writer = await asyncio.open_connection(self.endpoint.host, self.endpoint.port)
-        except OSError as error:
-            return None if error.errno in (errno.EMFILE, errno.ENFILE) else False
-        writer.close()
-        return True
+        return await self._readiness.is_healthy(limit_sec) and self.alive
 
     def _shows_progress(self, logged: int) -> bool:
-        """Lines about our own probes do not count, or a server that logs its requests would load for ever."""
-        lines = self.log.since(logged)
-        return not lines or any(self._log_of_probe.search(line) is None for line in lines)
+        return self._readiness.is_progress(self.log.since(logged))
 
     def _signs(self) -> str:
-        words = super()._signs()
-        if self._ready_path is None or self._last_status == CANNOT_ASK:
-            return words
-        if self._last_status is None:
-            return f"it does not answer {self._ready_path} (ready_path); {words}"
-        return f"it answers {self._ready_path} (ready_path) with {self._last_status}; {words}"
+        return self._readiness.with_last_answer(super()._signs())
 
     async def facts(self) -> Facts | None:
         """Return None: no server-independent way to ask exists."""

@@ -1,0 +1,76 @@
+"""Checks of a server of which nothing is known: it is ready and healthy while it answers at a path, or accepts."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import re
+
+from router.engines.base import PROBE_LIMIT_SEC, Endpoint
+from router.engines.questions import CANNOT_ASK, status
+
+_POLL_SEC = (0.02, 0.5)
+"""Interval of readiness checks: initial and longest."""
+
+
+def log_of_probe(path: str | None) -> re.Pattern[str]:
+    """Return a pattern for log lines about a GET of this path, in any format; without a path it matches none."""
+    if path is None:
+        return re.compile(r"(?!)")
+    of_path = rf"(?<![\w/.-]){re.escape(path)}(?![\w/.-])"
+    return re.compile(rf"\bGET\b.*{of_path}|{of_path}.*\bGET\b")
+
+
+class Readiness:
+    """Probes of one server: GET requests to `path`, or without one, connections to its port."""
+
+    def __init__(self, endpoint: Endpoint, path: str | None) -> None:
+        self._endpoint = endpoint
+        self._path = path
+        self._log_of_probe = log_of_probe(path)
+        self._last_status: int | None = None
+
+    async def until_ready(self) -> None:
+        pause_sec, latest = _POLL_SEC
+        while not await self._serves():
+            await asyncio.sleep(pause_sec)
+            pause_sec = min(latest, 1.5 * pause_sec)
+
+    async def _serves(self) -> bool:
+        """A probe that is not answered in time is sent again: a server may lose those that come while it loads."""
+        try:
+            return await asyncio.wait_for(self._answer(), PROBE_LIMIT_SEC) is True
+        except asyncio.TimeoutError:
+            return False
+
+    async def is_healthy(self, limit_sec: float) -> bool:
+        try:
+            return await asyncio.wait_for(self._answer(), limit_sec) is not False
+        except asyncio.TimeoutError:
+            return False
+
+    async def _answer(self) -> bool | None:
+        """Return whether it answers with 2xx at its path, or without a path, whether its port is open; None if the
+        router is out of file descriptors."""
+        if self._path is not None:
+            answer = self._last_status = await status(self._endpoint, self._path)
+            return None if answer == CANNOT_ASK else answer is not None and 200 <= answer < 300
+        try:
+            _, writer = await asyncio.open_connection(self._endpoint.host, self._endpoint.port)
+        except OSError as error:
+            return None if error.errno in (errno.EMFILE, errno.ENFILE) else False
+        writer.close()
+        return True
+
+    def is_progress(self, lines: list[str]) -> bool:
+        """Return whether log lines are a sign of loading. Those about our own probes do not count, or a server
+        that logs its requests would load for ever."""
+        return not lines or any(self._log_of_probe.search(line) is None for line in lines)
+
+    def with_last_answer(self, signs: str) -> str:
+        """Prepend the last answer to other signs of a server that did not become ready."""
+        if self._path is None or self._last_status == CANNOT_ASK:
+            return signs
+        if self._last_status is None:
+            return f"it does not answer {self._path} (ready_path); {signs}"
+        return f"it answers {self._path} (ready_path) with {self._last_status}; {signs}"

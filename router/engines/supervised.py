@@ -1,0 +1,147 @@
+"""What all engines have in common that the router starts and watches, whatever they run in.
+
+How an engine becomes ready and how it is probed is the matter of its kind; how it runs and exits is that of
+`process.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple
+
+from router.engines.base import PROBE_LIMIT_SEC, Ending, Endpoint, EngineFailed, Facts, LoadProgress
+from router.engines.complaints import complaints
+from router.engines.log_ring import LogRing
+from router.observe.reasons import Reason
+
+_SILENCE_CHECK_SEC = 1.0
+
+
+class Limits(NamedTuple):
+    """Time limits of an engine."""
+
+    load_stall_sec: float
+    """Longest time that a load may make no progress."""
+    load_limit_sec: float | None
+    """Longest time that a load may take."""
+    stop_grace_sec: float
+
+
+class SupervisedEngine(ABC):
+    """Engine with a log, whose load is watched. `exited` is done once it has exited."""
+
+    def __init__(self, endpoint: Endpoint, limits: Limits, log: LogRing) -> None:
+        self.endpoint = endpoint
+        self.log = log
+        self.started = time.monotonic()
+        self.load_progress: LoadProgress | None = None
+        self.when_load_moves: Callable[[], None] = lambda: None
+        self.was_killed = False
+        self.out_of_memory = False
+        self.ending = Ending()
+        self._limits = limits
+        self._log_begin = log.total
+        self._killed_because = ""
+        self._last_sign = self.started
+
+    @property
+    @abstractmethod
+    def exited(self) -> asyncio.Task[Reason]:
+        """See `EngineHandle`."""
+
+    @property
+    @abstractmethod
+    def pids(self) -> tuple[int, ...]:
+        """See `EngineHandle`."""
+
+    @property
+    @abstractmethod
+    def alive(self) -> bool:
+        """See `EngineHandle`."""
+
+    @property
+    @abstractmethod
+    def exit_code(self) -> int | None:
+        """See `EngineHandle`."""
+
+    def last_words(self, lines: int = 10) -> list[str]:
+        return self.log.since(self._log_begin)[-lines:]
+
+    async def ready(self) -> None:
+        serves = asyncio.create_task(self._until_it_serves())
+        watched = asyncio.create_task(self._watch_progress())
+        try:
+            await asyncio.wait({serves, watched, self.exited}, return_when=asyncio.FIRST_COMPLETED)
+            if self.exited.done():
+                raise EngineFailed(*self.exited.result())
+            (serves if serves.done() else watched).result()
+        finally:
+            for task in (serves, watched):
+                task.cancel()
+            await asyncio.gather(serves, watched, return_exceptions=True)
+        self.load_progress = None
+
+    @abstractmethod
+    async def _until_it_serves(self) -> None:
+        """Wait until it accepts requests; cancelled if it exits, hangs or takes too long."""
+
+    @abstractmethod
+    async def healthy(self, limit_sec: float = PROBE_LIMIT_SEC) -> bool:
+        """See `EngineHandle`."""
+
+    @abstractmethod
+    async def facts(self) -> Facts | None:
+        """See `EngineHandle`."""
+
+    async def stop(self) -> None:
+        since = time.monotonic()
+        if self.alive:
+            await self._ask_to_go(self._limits.stop_grace_sec)
+        self.kill(f"killed as it was still running {time.monotonic() - since:.1f} s after the request to exit")
+        await self.exited
+
+    @abstractmethod
+    async def _ask_to_go(self, grace_sec: float) -> None:
+        """Ask it to exit; return once it has, and after `grace_sec` in any case."""
+
+    @abstractmethod
+    def kill(self, reason: str = "") -> None:
+        """See `EngineHandle`."""
+
+    def _complaints(self) -> str:
+        return complaints(self.log.since(self._log_begin))
+
+    def _signs(self) -> str:
+        """Return what was seen of the engine before it was given up."""
+        said = self._complaints()
+        return f"last log lines: {said}" if said else "it logged nothing"
+
+    def _shows_progress(self, logged: int) -> bool:
+        """Return whether the output after the first `logged` lines, which is never empty, is a sign of loading."""
+        return True
+
+    @abstractmethod
+    def _resident_bytes(self) -> int:
+        """Return the RAM that it holds, 0 if unknown: weights that are being read or mapped show here, also where
+        the engine is silent."""
+
+    async def _watch_progress(self) -> None:
+        """Raise EngineFailed once the load makes no progress or takes too long."""
+        stall_sec, limit_sec, _ = self._limits
+        resident = 0
+        while True:
+            await asyncio.sleep(min(_SILENCE_CHECK_SEC, stall_sec / 4))
+            now = time.monotonic()
+            grown = self._resident_bytes()
+            if abs(grown - resident) > 1 << 20:
+                resident = grown
+                self._last_sign = now
+            if now - self._last_sign > stall_sec:
+                told = f"loading made no progress for {stall_sec:g} s"
+                raise EngineFailed(f"{told}; {self._signs()}", told)
+            if limit_sec is not None and now - self.started > limit_sec:
+                told = f"not ready after {limit_sec:g} s"
+                raise EngineFailed(f"{told}; {self._signs()}", told)
