@@ -133,11 +133,13 @@ class _Validation:
                 repository.parse(text, self.draft.environ)
             except repository.BadReference as error:
                 self.draft.problem(allowed, str(error))
-        path = ("system", "llama_server_path")
-        if system.llama_server_path and os.sep in system.llama_server_path:
-            binary = self.draft.resolve(system.llama_server_path, self.draft.base_of(path))
-            changes["llama_server_path"] = str(binary)
-            self.draft.check_file(path, binary, wrong_with_program)
+        for key in ("llama_server_path", "transformers_path"):
+            program = getattr(system, key)
+            if program and os.sep in program:
+                path = ("system", key)
+                binary = self.draft.resolve(program, self.draft.base_of(path))
+                changes[key] = str(binary)
+                self.draft.check_file(path, binary, wrong_with_program)
         changes["base_models_path"] = str(self.draft.models_folder())
         for key in ("state_dir", "log_dir"):
             if folder := getattr(system, key):

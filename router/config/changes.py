@@ -11,6 +11,7 @@ _NEEDS_RESTART = {
     "api": ("host", "port", "ollama_port", "cors_origins", "allowed_hosts", "max_connections"),
     "system": (
         "llama_server_path",
+        "transformers_path",
         "base_port",
         "gpu_devices",
         "preload_models",

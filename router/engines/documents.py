@@ -18,6 +18,8 @@ class Documents(NamedTuple):
     """Paths where a GET changes nothing."""
     private: frozenset[str]
     """Readable paths whose documents name files of the machine or contain text of requests: see `for_clients`."""
+    closed: frozenset[str] = frozenset()
+    """Paths that nobody may ask, because they load or unload models behind the router's back."""
 
 
 def for_clients(document: bytes) -> bytes:

@@ -13,6 +13,7 @@ from router.engines.documents import Documents
 if TYPE_CHECKING:
     from router.engines.base import EngineBackend
     from router.engines.launcher import LocalLauncher
+    from router.engines.manner import Manner
     from router.memory.measurements import Learned
 
 
@@ -49,5 +50,7 @@ class Kind(NamedTuple):
     file_format: str = ""
     file_info: Callable[[ModelConfig], FileInfo] = lambda _: FileInfo()
     """Blocking. Raises OSError, GGUFError and FlagError."""
+    manner: Manner | None = None
+    """How its engines are asked; None: as llama-server is."""
     entries: EntryReader | None = None
     """None: the catalog reads them together with the models that it finds in folders."""

@@ -9,10 +9,12 @@ from router.config.resolved import DEFAULT_ENGINE, ModelConfig
 from router.engines.command.kind import COMMAND
 from router.engines.kind import Kind
 from router.engines.llamacpp.kind import LLAMACPP
+from router.engines.transformers.kind import TRANSFORMERS
 
 KINDS: Mapping[str, Kind] = {
     "llamacpp": LLAMACPP,
     "command": COMMAND,
+    "transformers": TRANSFORMERS,
 }
 """Kinds by the value of `engine` in entries."""
 

@@ -14,7 +14,7 @@ from router.config.errors import did_you_mean
 from router.config.paths import wrong_with_anything
 from router.config.resolved import ModelConfig
 from router.config.schema import CommandEntry, System
-from router.engines.command import MARK_VARIABLE
+from router.engines.base import MARK_VARIABLE
 from router.engines.kind import EntryReader
 from router.engines.parameters import WIDESPREAD
 from router.http.routes import SERVED

@@ -1,0 +1,118 @@
+"""Configuration entries of models for Transformers, and the conversion to `TransformersModel`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from router.config.draft import Draft
+from router.config.resolved import ModelConfig
+from router.config.schema import System, TransformersEntry
+from router.engines.base import MARK_VARIABLE
+from router.engines.kind import EntryReader
+from router.engines.transformers.model import TransformersModel
+from router.engines.transformers.questions import ROUTES
+from router.formats import hf_cache, hf_model
+from router.memory.measurements import files_of
+
+OFFLINE: Mapping[str, str] = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+}
+"""Variables of every engine: without them a load asks the hub about forty times, and PyPI for a newer version."""
+_BY_ROUTER = "cannot be set: the router sets it itself"
+_BY_MEMORY = "cannot be set: the router chooses devices by memory (system.gpu_devices says which it may use)"
+_BY_QUANTIZE = "cannot be set: use the key `quantize`"
+_NO_BATCHES = (
+    "is not supported: Transformers then ignores stop texts and sampling parameters, and fails for good at a "
+    "prompt that is larger than its cache"
+)
+_OWNED: Mapping[str, str] = {
+    "--host": _BY_ROUTER,
+    "--port": _BY_ROUTER,
+    "--non-blocking": _BY_ROUTER,
+    "--device": _BY_MEMORY,
+    "--dtype": _BY_QUANTIZE,
+    "--quantization": _BY_QUANTIZE,
+    "--continuous-batching": _NO_BATCHES,
+    "--model-timeout": "has no effect with a single model: use the key `idle_timeout_sec`",
+    "--enable-cors": "cannot be set: browsers talk to the router (api.cors_origins)",
+}
+_UNKNOWN = "?"
+_SETTINGS = (hf_model.CONFIG, hf_model.TOKENIZER_CONFIG, *hf_model.TEMPLATES, "generation_config.json")
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+
+
+def _read(draft: Draft, alias: str, entry: TransformersEntry, system: System) -> ModelConfig:
+    path = ("models", alias)
+    for index, flag in enumerate(entry.flags):
+        if (wrong := _OWNED.get(flag.partition("=")[0])) is not None:
+            draft.problem((*path, "flags", index), wrong)
+    for variable in sorted({MARK_VARIABLE, *OFFLINE}.intersection(entry.env)):
+        draft.problem((*path, "env", variable), _BY_ROUTER)
+    folder = _folder(draft, alias, entry, system)
+    model = _opened(draft, alias, entry, folder) if draft.is_for_here else None
+    longest = (entry.context, None if model is None else model.context)
+    return TransformersModel(
+        alias=alias,
+        model_path=folder,
+        flags=entry.flags,
+        env=entry.env,
+        files=() if model is None else _stamps(model),
+        pinned=entry.pinned,
+        idle_timeout_sec=math.inf if entry.idle_timeout_sec == 0 else entry.idle_timeout_sec,
+        priority=entry.priority or "normal",
+        description=entry.description,
+        source=draft.origin_of((*path, "model_path" if entry.repo is None else "repo")),
+        routes=ROUTES,
+        quantize=entry.quantize,
+        context=entry.context,
+        longest=min(filter(None, longest), default=None),
+        repo=entry.repo,
+        has_template=model is None or model.has_chat_template,
+        takes_media=any((folder / name).is_file() for name in _PROCESSORS),
+    )
+
+
+def _folder(draft: Draft, alias: str, entry: TransformersEntry, system: System) -> Path:
+    """Return the folder of the model. Notes in the draft if none is named, or it is not there."""
+    path = ("models", alias)
+    if entry.model_path is not None and entry.repo is not None:
+        draft.problem((*path, "repo"), "cannot be given together with model_path")
+    if entry.model_path is not None:
+        return draft.resolve(entry.model_path, Path(system.base_models_path))
+    if entry.repo is None:
+        draft.problem(path, "needs a model_path (a folder) or a repo (in the Hugging Face cache)")
+        return Path(_UNKNOWN)
+    cache = hf_cache.folder(draft.environ) if draft.is_for_here else None
+    folder = None if cache is None else hf_cache.snapshot(cache, entry.repo)
+    if folder is None and draft.check_files:
+        draft.problem((*path, "repo"), f"is not in the Hugging Face cache: run `llama-router pull {entry.repo}`")
+    return folder or Path(entry.repo)
+
+
+def _opened(draft: Draft, alias: str, entry: TransformersEntry, folder: Path) -> hf_model.HfModel | None:
+    """Return what the files in the folder say; None, with a note in the draft, if they cannot be read."""
+    try:
+        return hf_model.read(folder)
+    except (hf_model.Unreadable, OSError) as error:
+        if draft.check_files and folder.is_absolute():
+            why = str(error) if isinstance(error, hf_model.Unreadable) else f"{folder}: {error.strerror or error}"
+            draft.problem(("models", alias, "model_path" if entry.repo is None else "repo"), why)
+        return None
+
+
+def _stamps(model: hf_model.HfModel) -> tuple[tuple[str, int, int], ...]:
+    """Return the stamps of the files that matter to an engine."""
+    settings = (model.folder / name for name in _SETTINGS)
+    try:
+        return files_of(*(file for file in settings if file.is_file()), *model.files)
+    except OSError:
+        return ()
+
+
+ENTRIES = EntryReader(TransformersEntry, {"engine": TransformersModel.engine}, _read)

@@ -1,0 +1,36 @@
+"""Transformers as a kind of engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from router.engines.documents import Documents
+from router.engines.kind import Kind
+from router.engines.transformers.describe import described
+from router.engines.transformers.entry import ENTRIES
+from router.engines.transformers.questions import MANNER
+
+if TYPE_CHECKING:
+    from router.config.schema import System
+    from router.engines.base import EngineBackend
+    from router.engines.launcher import LocalLauncher
+    from router.memory.measurements import Learned
+
+
+def _backend(system: System, launcher: LocalLauncher, learned: Learned) -> EngineBackend:
+    """Return the backend."""
+    from router.engines.transformers.backend import Transformers
+
+    return Transformers(system, launcher, learned)
+
+
+_PRIVATE = frozenset({"/v1/models"})
+
+TRANSFORMERS = Kind(
+    backend=_backend,
+    described=described,
+    documents=Documents(_PRIVATE | {"/health", "/openapi.json"}, _PRIVATE, frozenset({"/load_model", "/reset"})),
+    file_format="safetensors",
+    manner=MANNER,
+    entries=ENTRIES,
+)

@@ -1,0 +1,59 @@
+"""Search for the program `transformers`, and for what is installed beside it."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from router.memory.plan import Unusable
+
+_NAME = "transformers"
+_MISSING = (
+    "the program `transformers` was not found: pip install 'llama-router[transformers]', put it on PATH, or set "
+    "TRANSFORMERS_PATH"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """Installed `transformers`."""
+
+    path: Path
+    origin: str
+    """Where it was found, for display."""
+
+    @property
+    def version(self) -> str:
+        """Version of the library; empty if it cannot be determined. Blocking."""
+        return next((self._version_of(folder) for folder in self._packages("transformers-*.dist-info")), "")
+
+    @property
+    def has_bitsandbytes(self) -> bool:
+        """Whether the library that quantizes to 4 bits is installed. Blocking."""
+        return any(True for _ in self._packages("bitsandbytes"))
+
+    def _packages(self, pattern: str) -> list[Path]:
+        environment = self.path.resolve().parent.parent
+        return sorted(environment.glob(f"lib/python*/site-packages/{pattern}"))
+
+    @staticmethod
+    def _version_of(folder: Path) -> str:
+        return folder.name.removeprefix("transformers-").removesuffix(".dist-info")
+
+
+def find_program(configured: str | None) -> Program:
+    """Return the program to run. Raises Unusable if the configured one is missing or none is found."""
+    if configured is not None:
+        path = shutil.which(configured)
+        if path is None:
+            reason = f"transformers_path: there is no program {configured}, or it is not executable"
+            raise Unusable(reason, "the program `transformers` is missing")
+        return Program(Path(path).absolute(), "configured")
+    if on_path := shutil.which(_NAME):
+        return Program(Path(on_path).absolute(), "on PATH")
+    beside = Path(sys.executable).with_name(_NAME)
+    if shutil.which(beside):
+        return Program(beside, "from the router's environment")
+    raise Unusable(_MISSING, _MISSING)
