@@ -4,8 +4,8 @@
 
 Run by routers under test as an engine of the kind `command`. It refuses parameters that it does not know, tells
 the usage of a stream only if it is asked to, and nothing of its own times. What it answers is told by the user's
-last words: "call" calls the first tool twice, "think" thinks first, "abrupt" ends without [DONE]; all else is
-answered with the same words. What it was asked is at `/seen`.
+last words: "call" calls the first tool twice, "think" thinks first, "abrupt" ends without [DONE], "torn" without
+anything that ends it; all else is answered with the same words. What it was asked is at `/seen`.
 """
 
 from __future__ import annotations
@@ -145,7 +145,10 @@ class Handler(BaseHTTPRequestHandler):
         ended = {"finish_reason": finish, "stop_reason": word}
         if body.get("stream"):
             told = usage if (body.get("stream_options") or {}).get("include_usage") else None
-            self._stream(list(self._events(pieces, ended, told)), ends="abrupt" not in words)
+            events = list(self._events(pieces, ended, told))
+            self._stream(
+                events[:2] if "torn" in words else events, ends=not {"abrupt", "torn"}.intersection(words)
+            )
             return
         object_ = "text_completion" if "prompt" in body else "chat.completion"
         choice = {"index": 0, "logprobs": None, **ended, **_whole(pieces, is_text="prompt" in body)}

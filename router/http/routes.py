@@ -173,6 +173,8 @@ TABLE = (
 
 ROUTES: Mapping[str, Route] = {path: route for route in TABLE for path in route.paths}
 """By path."""
+CHATS = "/v1/chat/completions"
+"""Where requests of other APIs are sent that an engine has no route for."""
 SERVED = tuple(path for path, route in ROUTES.items() if route.dialect is not Dialect.OLLAMA)
 """Those that engines have: the others are translated."""
 _OF_LLAMA_SERVER = frozenset(path for path, route in ROUTES.items() if route.of_llama_server)

@@ -321,6 +321,103 @@ class TestAnthropic:
         assert client.messages.count_tokens(model="real", messages=CHAT).input_tokens > 5
 
 
+class TestResponses:
+    @pytest.fixture
+    def client(self, router: Router) -> Iterator[openai.OpenAI]:
+        with openai.OpenAI(base_url=f"{router.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+            yield client
+
+    def said(self, client: openai.OpenAI, asked: Any, model: str = "strict", **more: Any) -> list[Any]:
+        """As a document, and as a stream whose pieces come to the same."""
+        whole = client.responses.create(model=model, input=asked, **more)
+        with client.responses.stream(model=model, input=asked, **more) as stream:
+            events = list(stream)
+        assert [event.sequence_number for event in events] == list(range(len(events)))
+        assert [event.type for event in events[:2]] == ["response.created", "response.in_progress"]
+        final = events[-1].response
+        assert final.output_text == "".join(e.delta for e in events if e.type == "response.output_text.delta")
+        for answer in (whole, final):
+            assert (answer.object, answer.model) == ("response", model)
+        return [whole, final]
+
+    def test_text(self, router: Router, client: openai.OpenAI) -> None:
+        more: dict[str, Any] = {"instructions": "Be brief.", "temperature": 0.5, "reasoning": {"effort": "low"}}
+        for answer in self.said(client, "one two three", **more):
+            assert (answer.output_text, answer.status) == ("one two three", "completed")
+            usage = answer.usage
+            assert (usage.input_tokens, usage.output_tokens, usage.total_tokens) == (5, 3, 8)
+        asked = seen(router)
+        assert asked["messages"] == [{"role": "system", "content": "Be brief."}, CHAT[0]]
+        assert {"temperature": 0.5, "reasoning_effort": "low", "model": "served"}.items() <= asked.items()
+        for answer in self.said(client, "one two three", max_output_tokens=2):
+            assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+            assert answer.output_text == "one two"
+
+    def test_a_conversation_with_calls(self, router: Router, client: openai.OpenAI) -> None:
+        tools: Any = [{"type": "function", **WEATHER["function"]}, {"type": "web_search"}]
+        asked: list[Any] = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "call"}]
+        choice: Any = {"type": "function", "name": "weather"}
+        for answer in self.said(client, asked, tools=tools, tool_choice=choice):
+            cities = [json.loads(call.arguments) for call in answer.output]
+            assert (cities, answer.status) == ([{"city": "Oslo"}, {"city": "Rome"}], "completed")
+        assert seen(router)["tools"] == [WEATHER]
+        assert seen(router)["tool_choice"] == {"type": "function", "function": {"name": "weather"}}
+        calls = [call.model_dump() for call in answer.output]
+        asked += [
+            {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "Hm."}]},
+            {"type": "message", "role": "assistant", "content": "Let me see."},
+            *calls,
+            *[{"type": "function_call_output", "call_id": call["call_id"], "output": "sun"} for call in calls],
+        ]
+        assert client.responses.create(model="strict", input=asked).output_text == "sun"
+        system, _, turn, *results = seen(router)["messages"]
+        assert system == {"role": "system", "content": "Be brief."}
+        assert (turn["content"], turn["reasoning_content"]) == ("Let me see.", "Hm.")
+        assert [call["id"] for call in turn["tool_calls"]] == [result["tool_call_id"] for result in results]
+
+    def test_thoughts_forms_and_images(self, router: Router, client: openai.OpenAI) -> None:
+        for answer in self.said(client, "think"):
+            thought, message = answer.output
+            assert (thought.content[0].text, message.content[0].text) == ("Well...", "so")
+        image = {"type": "input_image", "image_url": "data:image/png;base64,aGk=", "detail": "low"}
+        asked: Any = [{"role": "user", "content": [{"type": "input_text", "text": "Where?"}, image]}]
+        schema = WEATHER["function"]["parameters"]
+        form: Any = {"format": {"type": "json_schema", "name": "place", "schema": schema}}
+        for answer in self.said(client, asked, text=form):
+            assert json.loads(answer.output_text) == {"city": "Oslo"}
+        assert seen(router)["response_format"]["json_schema"]["schema"] == schema
+        assert seen(router)["messages"][0]["content"][1] == {
+            "type": "image_url",
+            "image_url": {"url": "data:image/png;base64,aGk=", "detail": "low"},
+        }
+
+    @pytest.mark.parametrize(
+        ("more", "words"),
+        [
+            ({"previous_response_id": "resp_1"}, "nothing is stored here"),
+            ({"background": True}, "nothing is stored here"),
+            ({"input": [{"type": "item_reference", "id": "a"}]}, "takes no 'item_reference' items"),
+            ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "takes no 'input_file' parts"),
+            ({"input": 5}, "is no request for a response"),
+        ],
+    )
+    def test_what_chats_have_no_place_for_is_refused(
+        self, router: Router, more: dict[str, Any], words: str
+    ) -> None:
+        answer = router.http.post("/v1/responses", json={"model": "strict", "input": "hi", **more})
+        assert (answer.status_code, words in answer.json()["error"]["message"]) == (400, True)
+
+    def test_a_stream_that_ends_too_soon_fails(self, client: openai.OpenAI) -> None:
+        with pytest.raises(openai.APIError) as broken:
+            list(client.responses.create(model="strict", input="torn", stream=True))
+        assert broken.value.code == "engine_lost"
+
+    def test_on_a_real_engine(self, client: openai.OpenAI) -> None:
+        for answer in self.said(client, "Hello", "real", temperature=0):
+            assert answer.output_text.startswith("Hello! I am a tiny demo model")
+            assert answer.usage.output_tokens > 5
+
+
 class Recording:
     """A client's connection that keeps what is written to it."""
 

@@ -9,8 +9,7 @@ from router.dataplane.shortening import ALL_DEPTHS, Shortened, Text
 from router.dialects.anthropic.answers import Count, StopReasons, Translation
 from router.dialects.anthropic.requests import TOOL_RESULT, Asked, counted_by_others, for_others, in_order, read
 from router.http.errors import ApiError
-
-CHATS = "/v1/chat/completions"
+from router.http.routes import CHATS
 
 
 class MessagesExchange(Exchange):

@@ -9,18 +9,25 @@ import msgspec
 from router.dataplane.answer import TranslatedAnswer
 from router.dataplane.exchange import Exchange
 from router.dataplane.routing import Wish, shape_of
-from router.dataplane.shortening import Shortened, Text
+from router.dataplane.shortening import ALL_DEPTHS, Shortened, Text
+from router.dialects.openai.chats_as_responses import ChatAsResponse
 from router.dialects.openai.responses import Asked, Bounds, Completion, read
+from router.dialects.openai.responses_as_chats import as_chat
 from router.http.errors import ApiError
+from router.http.routes import CHATS
 from router.runtime.dispatcher import Dispatcher
 
 
 class ResponsesExchange(Exchange):
     """An exchange whose client expects more than the engine says."""
 
-    __slots__ = ("_asked", "_completion")
+    __slots__ = ("_asked", "_completion", "_is_chat", "_mistake")
 
     _asked: Asked
+    _is_chat: bool
+    """Its engine has chats, and no responses."""
+    _mistake: Exception | None
+    """Why it could not be made a chat."""
     _completion: Completion
 
     def _read(self, body: Text) -> tuple[Wish, Text]:
@@ -30,9 +37,26 @@ class ResponsesExchange(Exchange):
             message = f"`n` is {answers.per_prompt}, and a response is one. Send several requests."
             raise ApiError(400, "invalid_request", message, "n")
         self._asked = read(body)
-        return wish, self._asked.body
+        self._mistake = None
+        self._is_chat = not wish.is_served(self._head.path)
+        if not self._is_chat:
+            return wish, self._asked.body
+        try:
+            return wish, as_chat(self._asked.body)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            self._mistake = error
+            return wish, body
+
+    def _path_of_engine(self) -> str:
+        return CHATS if self._is_chat else self._head.path
+
+    def _asked_of_engine(self) -> tuple[bytes, bytes]:
+        target, lines = super()._asked_of_engine()
+        return (CHATS.encode() if self._is_chat else target), lines
 
     def _depth_of(self, wish: Wish, short: Shortened) -> int:
+        if self._is_chat:
+            return ALL_DEPTHS
         needed = super()._depth_of(wish, short)
         return max(needed, 3) if self._asked.has_form else needed  # that of a schema, and of what is not one
 
@@ -41,7 +65,15 @@ class ResponsesExchange(Exchange):
         self._asked.repeated = {key: msgspec.Raw(b"".join(whole.parts)) for key, whole in repeated.items()}
 
     def _submit(self, wish: Wish) -> None:
-        self._completion = Completion(self._asked, partial(_bounds, self._dispatcher, wish.alias))
+        if self._mistake is not None:
+            self._refuse(
+                ApiError(400, "invalid_request", f"The body is no request for a response: {self._mistake}.")
+            )
+            return
+        if self._is_chat:
+            self._completion = ChatAsResponse(self._asked)
+        else:
+            self._completion = Completion(self._asked, partial(_bounds, self._dispatcher, wish.alias))
         self._answer = TranslatedAnswer(self._answer, self._completion, streams=wish.streams)
         super()._submit(wish)
 
