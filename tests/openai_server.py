@@ -70,6 +70,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if self.headers["content-type"] != "application/json":
+            self._mistake(400, "Bad Request", "Only 'application/json' is allowed", "content-type")
+            return
         self.server.seen.append({"path": self.path, **body})
         answering = {
             "/v1/chat/completions": self._chat,

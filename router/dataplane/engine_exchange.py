@@ -13,7 +13,7 @@ from urllib.parse import quote
 from router.config.names import LONGEST, meant, same_name
 from router.config.resolved import DEFAULT_ENGINE, Config
 from router.dataplane.exchange import Exchange
-from router.dataplane.heads import RequestHead, check_size
+from router.dataplane.heads import RequestHead, check_size, forwarded
 from router.dataplane.routing import Wish, wish_of
 from router.dataplane.shortening import Text
 from router.engines.documents import Documents, for_clients
@@ -40,6 +40,7 @@ def of_engine(head: RequestHead, config: Config) -> RequestHead:
     inner.admission = None
     inner.model = name
     inner.path = path
+    inner.forwarded = forwarded(head.headers, path)
     inner.target = quote(path, safe="/:@!$&'()*+,;=~").encode() + (b"?" + head.query if head.query else b"")
     return inner
 

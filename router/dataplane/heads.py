@@ -9,16 +9,16 @@ import httptools
 import msgspec
 
 from router.config.resolved import Config
-from router.dataplane.forms import as_engines_read_it
+from router.dataplane.forms import as_engines_read_it, is_form
 from router.http.auth import Client
 from router.http.errors import ApiError
 from router.http.known_heads import Headers
+from router.http.routes import ROUTES
 
 _FORWARDED = frozenset(
     {
         b"anthropic-beta",
         b"anthropic-version",
-        b"content-type",
         b"traceparent",
         b"tracestate",
         b"user-agent",
@@ -88,17 +88,28 @@ class RequestHead:
         self.fields: Mapping[bytes, bytes] = dict(headers)
         self.target = self.path.encode() + (b"?" + self.query if self.query else b"")
         """What an engine is asked for, if the path is one of an engine's: there is nothing to quote in those."""
-        self.forwarded = b"".join(
-            b"%b: %b\r\n" % (name, as_engines_read_it(value) if name == b"content-type" else value)
-            for name, value in headers
-            if name in _FORWARDED
-        )
+        self.forwarded = forwarded(headers, self.path)
         """The headers that an engine gets to see, each with its end."""
 
     @property
     def declared(self) -> int:
         """Bytes of the body, as far as that was said beforehand."""
         return int(self.fields.get(b"content-length", b"0"))
+
+
+def forwarded(headers: Headers, path: str) -> bytes:
+    """Headers of a request for an engine that is asked at this path.
+
+    JSON is called that, whatever its client calls it: `curl -d` says that it is a form, which vLLM refuses.
+    """
+    content_type = dict(headers).get(b"content-type", b"")
+    lines = [b"%b: %b\r\n" % header for header in headers if header[0] in _FORWARDED]
+    route = ROUTES.get(path)
+    if route is not None and route.body == "json" and not is_form(content_type):
+        content_type = b"application/json"
+    if content_type:
+        lines.append(b"content-type: %b\r\n" % as_engines_read_it(content_type))
+    return b"".join(lines)
 
 
 def check_size(target: bytes, lines: bytes) -> None:

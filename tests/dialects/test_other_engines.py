@@ -19,6 +19,7 @@ from conftest import Router, Start, eventually, models
 
 from router.dataplane.answer import Answer
 from router.dialects.openai.hidden_usage import AnswerWithoutUsage
+from router.engines.llamacpp.capability import error_of_engine
 from router.store.demo import MODEL_PATH
 
 SERVER = Path(__file__).parent.parent / "openai_server.py"
@@ -112,6 +113,13 @@ class TestOpenai:
     def test_several_choices_are_the_engines_business(self, router: Router, client: openai.OpenAI) -> None:
         client.chat.completions.create(model="strict", messages=CHAT, n=9)
         assert seen(router)["n"] == 9
+
+    @pytest.mark.parametrize("path", ["/v1/chat/completions", "/upstream/strict/v1/chat/completions", "/api/chat"])
+    def test_json_is_called_that_whatever_its_client_calls_it(self, router: Router, path: str) -> None:
+        """`curl -d` says that it is a form."""
+        body = json.dumps({"model": "strict", "messages": CHAT})
+        for headers in ({"content-type": "application/x-www-form-urlencoded"}, {}):
+            assert router.http.post(path, content=body, headers=headers).status_code == 200
 
     def test_mistakes_have_codes(self, client: openai.OpenAI) -> None:
         with pytest.raises(openai.BadRequestError) as refused:
@@ -416,6 +424,25 @@ class TestResponses:
         for answer in self.said(client, "Hello", "real", temperature=0):
             assert answer.output_text.startswith("Hello! I am a tiny demo model")
             assert answer.usage.output_tokens > 5
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "code", "message"),
+    [
+        (404, b'{"detail":"Not Found"}', "not_found", "Not Found"),
+        (
+            422,
+            b'{"detail":[{"loc":["body","n"],"msg":"is no number"}]}',
+            "invalid_request",
+            "body.n: is no number",
+        ),
+        (500, b"Internal Server Error", "engine_error", "Internal Server Error"),
+        (400, b'{"object":"error"}', "invalid_request", '{"object":"error"}'),
+    ],
+)
+def test_errors_of_other_frameworks_are_read(status: int, body: bytes, code: str, message: str) -> None:
+    error = error_of_engine(status, body)
+    assert (error.status, error.code, error.message) == (status, code, message)
 
 
 class Recording:

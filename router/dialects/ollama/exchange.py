@@ -10,7 +10,7 @@ import asyncio
 import logging
 
 from router.catalog.cards import Card
-from router.dataplane.answer import DOCUMENT, TranslatedAnswer, with_type
+from router.dataplane.answer import DOCUMENT, TranslatedAnswer
 from router.dataplane.exchange import Exchange
 from router.dataplane.rewriting import rewritten
 from router.dataplane.routing import Wish, wish_of
@@ -113,8 +113,7 @@ class OllamaExchange(Exchange):
         super()._decided()
 
     def _asked_of_engine(self) -> tuple[bytes, bytes]:
-        """In its own words. What is sent as a form, as `curl -d` does, engines take 8 KiB of."""
-        return self._asked.target.encode(), with_type(self._head.forwarded, b"content-type: application/json\r\n")
+        return self._asked.target.encode(), self._head.forwarded
 
     def _heed_keep_alive(self, alias: str) -> None:
         """Of those who may manage: how long a model stays is everybody's business."""

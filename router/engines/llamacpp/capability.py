@@ -22,7 +22,13 @@ _LONGEST_REFUSAL = 1000
 _LONGEST_WORDS = 4000
 """Longest excerpt of an error body that is not a document of the engine's API."""
 
-_CODES = {400: "invalid_request", 404: "not_found", 501: "not_supported", 503: "unavailable"}
+_CODES = {
+    400: "invalid_request",
+    404: "not_found",
+    422: "invalid_request",
+    501: "not_supported",
+    503: "unavailable",
+}
 """Codes of errors without a type, by status."""
 _MISTAKES = (
     "'messages' is required",
@@ -58,7 +64,8 @@ class _Error(msgspec.Struct):
 
 
 class _Answer(msgspec.Struct):
-    error: _Error | str
+    error: _Error | str | None = None
+    detail: Any = None
 
 
 _decode = msgspec.json.Decoder(_Answer).decode
@@ -67,10 +74,12 @@ _decode = msgspec.json.Decoder(_Answer).decode
 def error_of_engine(status: int, body: bytes) -> ApiError:
     """Return the error for a response of an engine with an error status."""
     try:
-        said = _decode(body).error
-        error = _Error(said) if isinstance(said, str) else said
+        said = _decode(body)
+        error = said.error or _of_detail(said.detail)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # some errors have no body
-        text = body[:_LONGEST_WORDS].decode("utf-8", "replace").strip()
+        error = ""
+    if isinstance(error, str):
+        text = error or body[:_LONGEST_WORDS].decode("utf-8", "replace").strip()
         error = _Error(text or f"The engine answers {status}, without a reason.")
     if error.type == "exceed_context_size_error" and error.n_ctx is not None:
         return ContextExceeded.of(error.n_prompt_tokens or 0, error.n_ctx)
@@ -84,6 +93,14 @@ def error_of_engine(status: int, body: bytes) -> ApiError:
     code = kind if kind and kind != "server" and kind.islower() else _CODES.get(status, "engine_error")
     param = error.param if isinstance(error.param, str) else None
     return ApiError(status, code, error.message, param, is_final=status == 501)
+
+
+def _of_detail(detail: Any) -> str:
+    """Return what FastAPI, on which many engines are built, says is wrong."""
+    if isinstance(detail, list):
+        faults = [each for each in detail if isinstance(each, dict)]
+        return "; ".join(f"{'.'.join(map(str, each.get('loc') or ()))}: {each.get('msg', '')}" for each in faults)
+    return detail if isinstance(detail, str) else ""
 
 
 class _Need(NamedTuple):
