@@ -426,16 +426,14 @@ class Exchange:
 
     def _hold_burden(self) -> None:
         """Raises ApiError 503, and 413 if even by itself it is too much."""
-        limit, carried = self._dispatcher.config.api.max_bodies_mb << 20, self._burden
-        self._burden = 0
-        if carried > limit:
+        limit = self._dispatcher.config.api.max_bodies_mb << 20
+        if self._burden > limit:
             message = (
-                f"The body has so many values that an engine takes {carried >> 20} MiB for them, and "
+                f"The body has so many values that an engine takes {self._burden >> 20} MiB for them, and "
                 f"all bodies together may have {limit >> 20} MiB (api.max_bodies_mb)."
             )
             raise ApiError(413, "body_too_large", message)
-        self._hold(carried)
-        self._burden = carried
+        self._hold(self._burden)
 
     def _not_served(self, wish: Wish) -> ApiError | None:
         """Why the model cannot be asked at this route; None: it can, as far as is known."""
