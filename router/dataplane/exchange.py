@@ -775,18 +775,16 @@ class Exchange:
                 return
         error = error_of_engine(head.status, body) if head.status >= 400 else None
         self._status = head.status if error is None else error.status
-        if error is None and self._answer.started:
-            raise BrokenAnswer.unreadable("it is a single document instead of a stream")
-        if not self._answer.started:
-            self._meter.note(body)
-        if error is None:
-            body = self._answer.told(body)
-        if error is None:
-            self._answer.whole(head.status, head.lines + self._lines_of(ticket), body)
-        elif self._answer.started:
+        if self._answer.started:
+            if error is None:
+                raise BrokenAnswer.unreadable("it is a single document instead of a stream")
             self._answer.break_off(self._event_of(error))
         else:
-            self._write_error(error, self._lines_of(ticket))
+            self._meter.note(body)
+            if error is None:
+                self._answer.whole(head.status, head.lines + self._lines_of(ticket), self._answer.told(body))
+            else:
+                self._write_error(error, self._lines_of(ticket))
         self._end(_outcome(self._status))
 
     def _start_relaying(self, head: Head) -> None:
