@@ -19,7 +19,7 @@ import msgspec
 
 from router.dataplane.rewriting import joined
 from router.dataplane.shortening import ALL_DEPTHS, Text
-from router.dialects.schemas import told
+from router.dialects.schemas import Format, told
 from router.http.errors import ApiError
 
 _KEPT = ("model", "stream", "temperature", "top_p", "top_k", "chat_template_kwargs")
@@ -72,13 +72,8 @@ _NOTHING = msgspec.Raw(b"null")
 _encode = msgspec.json.encode
 
 
-class _Format(msgspec.Struct):
-    type: str = ""
-    schema: msgspec.Raw = msgspec.Raw(b"{}")
-
-
 class _Config(msgspec.Struct):
-    format: _Format | None = None
+    format: Format | None = None
 
 
 class _Source(msgspec.Struct):
@@ -143,7 +138,7 @@ class _Request(msgspec.Struct):
 _fields_of = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _decode_request = msgspec.json.Decoder(_Request).decode
 _decode_config = msgspec.json.Decoder(_Config | None).decode
-_decode_format = msgspec.json.Decoder(_Format | None).decode
+_decode_format = msgspec.json.Decoder(Format | None).decode
 _decode_tools = msgspec.json.Decoder(list[_Tool] | None).decode
 _decode_choice = msgspec.json.Decoder(_Choice | None).decode
 _decode_messages = msgspec.json.Decoder(list[dict[str, msgspec.Raw]]).decode
@@ -299,11 +294,11 @@ def _parted(content: msgspec.Raw) -> tuple[list[msgspec.Raw], list[msgspec.Raw]]
     return results, others
 
 
-def _form_of(fields: dict[str, msgspec.Raw]) -> _Format | None:
+def _form_of(fields: dict[str, msgspec.Raw]) -> Format | None:
     config: _Config | None = _decode_config(fields.get(_FORMS[0], _NOTHING))
     if config is not None and config.format is not None:
         return config.format
-    form: _Format | None = _decode_format(fields.get(_FORMS[1], _NOTHING))
+    form: Format | None = _decode_format(fields.get(_FORMS[1], _NOTHING))
     return form
 
 

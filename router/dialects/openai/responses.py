@@ -19,7 +19,7 @@ import msgspec
 from router.dataplane.answer import BrokenAnswer, Translator
 from router.dataplane.rewriting import joined
 from router.dataplane.shortening import Text
-from router.dialects.schemas import told
+from router.dialects.schemas import Format, told
 from router.engines.llamacpp.capability import error_of_engine
 from router.http.errors import ApiError
 
@@ -74,13 +74,8 @@ _MOST_ITEMS = 1 << 16
 _NO_DETAILS = {"reasoning_tokens": 0}
 
 
-class _Format(msgspec.Struct):
-    type: str = ""
-    schema: msgspec.Raw = msgspec.Raw(b"{}")
-
-
 class _Text(msgspec.Struct):
-    format: _Format | None = None
+    format: Format | None = None
 
 
 class _Tool(msgspec.Struct):
