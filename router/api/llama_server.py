@@ -14,8 +14,7 @@ from fastapi import APIRouter, Request
 from router.api.models import to_load
 from router.api.openai import all_cards
 from router.catalog.lookup import model_of
-from router.dialects.ollama.pages import NAMES_A_MODEL, read_body
-from router.http.documents import Document
+from router.http.documents import NAMES_A_MODEL, Document, read_body
 from router.http.errors import ApiError
 from router.http.pages import Page, Right, needs
 from router.runtime.dispatcher import Dispatcher

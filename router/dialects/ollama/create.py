@@ -22,11 +22,11 @@ from router.catalog.cards import card_of
 from router.catalog.lookup import known_as
 from router.config.names import same_name, untagged
 from router.config.resolved import DEFAULT_ENGINE, Config, ModelConfig
-from router.dialects.ollama.pages import read_body
 from router.engines.llamacpp.describe import template_of
 from router.engines.llamacpp.flags import as_started
 from router.formats.gguf import GGUF
 from router.formats.ollama_options import BadOption, load_flags, request_parameters, unknown_options
+from router.http.documents import read_body
 from router.http.errors import ApiError
 from router.http.pages import Page, Right, needs
 from router.runtime.dispatcher import Dispatcher

@@ -1,5 +1,5 @@
 """Ollama's API but for the four calls that engines answer (`exchange.py`) and those that make models
-(`creations`): lists, states, pulls.
+(`create.py`): lists, states, pulls.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import msgspec
 from fastapi import APIRouter, Request
@@ -26,7 +26,7 @@ from router.engines.registry import kind_of
 from router.formats.gguf_cursor import GGUFError
 from router.formats.ollama_options import as_options, option_lines
 from router.http.auth import sees_all
-from router.http.documents import Document
+from router.http.documents import NAMES_A_MODEL, Document, read_body
 from router.http.errors import ApiError
 from router.http.pages import Page, Right, needs
 from router.runtime.dispatcher import Dispatcher
@@ -40,19 +40,6 @@ from router.system.readings import apart
 from router.system.turns import in_turns
 
 router = APIRouter(tags=["Ollama"], route_class=Page)
-
-_T = TypeVar("_T")
-
-NAMES_A_MODEL = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": {"type": "object", "required": ["model"], "properties": {"model": {"type": "string"}}}
-            }
-        },
-    }
-}
 
 API_VERSION = "0.32.1"
 """Of Ollama's API that this is. Clients compare it with what they need, number by number."""
@@ -157,14 +144,6 @@ async def _named(request: Request) -> _Named:
     if not asked.model:
         raise ApiError(400, "model_required", "model is required", "model")
     return asked
-
-
-async def read_body(request: Request, kind: type[_T]) -> _T:
-    """Of whatever type it says to be: `curl -d` sends a form. Raises ApiError 400."""
-    try:
-        return msgspec.json.decode(await request.body(), type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ApiError(400, "invalid_json", f"invalid request: {error}") from None
 
 
 # --- models ---------------------------------------------------------------------------------------------
