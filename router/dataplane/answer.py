@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from http import HTTPStatus
 from typing import Protocol
 
-import msgspec
-
+from router.http.documents import UNREADABLE
 from router.http.errors import ApiError
 
 _STATUS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
@@ -161,8 +160,8 @@ class BrokenAnswer(Exception):
         return broken
 
 
-_UNREADABLE = (msgspec.MsgspecError, UnicodeError, OverflowError, RecursionError)
-"""JSON that is none, or too deep, or has numbers beyond all bounds."""
+_UNREADABLE = (*UNREADABLE, OverflowError)
+"""Raised for an engine's JSON, of which numbers may be beyond all bounds, too."""
 
 
 class Translator(ABC):

@@ -27,8 +27,6 @@ from functools import lru_cache, partial
 from random import getrandbits
 from urllib.parse import quote
 
-import msgspec
-
 from router.catalog.cards import Cards
 from router.config.names import some_of
 from router.config.resolved import ModelConfig
@@ -50,6 +48,7 @@ from router.engines.manner import Question
 from router.engines.registry import kind_of
 from router.engines.upstream import Body, Connection, Head, Receiver
 from router.http.auth import Client, Keyring
+from router.http.documents import UNREADABLE
 from router.http.errors import ApiError, refused
 from router.http.origins import Browsers
 from router.http.routes import ROUTES, Ask, Dialect, Route, Stream, served_routes
@@ -84,8 +83,6 @@ _LONGEST_ANSWER = 4 << 30
 _WOULD_SHOW_PROMPT = (
     "The answer would hold the alias's system prompt, which this API key may not see; ask for {!r} instead."
 )
-_UNREADABLE = (msgspec.MsgspecError, UnicodeError, RecursionError)
-"""Raised by whoever looks into a body, and more deeply than who looked before."""
 _EVENT_STREAM = b"content-type: text/event-stream\r\ncache-control: no-cache\r\n"
 
 
@@ -286,7 +283,7 @@ class Exchange:
                 self._body = self._renamed(body, wish.known_as)
         except ApiError as error:
             self._refuse(error)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             self._refuse(_unreadable(error))
         else:
             self._submit(wish)
@@ -412,7 +409,7 @@ class Exchange:
                 self._shared.readers.submit(reading.result()[1].give_back)
         elif isinstance(failure, ApiError):
             self._refuse(failure)
-        elif isinstance(failure, _UNREADABLE):
+        elif isinstance(failure, UNREADABLE):
             self._refuse(_unreadable(failure))
         else:
             wish, self._body = reading.result()

@@ -14,6 +14,7 @@ import msgspec
 from router.config.resolved import AliasConfig
 from router.dataplane.shortening import Text
 from router.engines.llamacpp.adapters import PARAMETER as ADAPTERS
+from router.http.documents import UNREADABLE
 from router.http.errors import ApiError
 from router.http.routes import Conversation
 
@@ -59,7 +60,7 @@ def rewritten(body: Text, conversation: Conversation | None, alias: AliasConfig)
         if alias.speaks and conversation is not None:
             _instruct(fields, conversation, alias)
         return _encode(fields)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise ApiError(400, "invalid_json", f"The body cannot be read: {error}") from None
 
 

@@ -17,6 +17,7 @@ from router.config.resolved import AliasConfig, Config
 from router.dataplane.forms import is_form, text_fields
 from router.dataplane.shortening import MOST_VALUES, Shortened, Text, TooManyValues
 from router.http.auth import Client
+from router.http.documents import UNREADABLE
 from router.http.errors import ApiError
 from router.http.routes import served_routes
 from router.scheduling.queue import BY_NAME, NAMES, Priority
@@ -204,7 +205,7 @@ def shortened(body: Text, depth: int) -> Shortened:
 def _read_envelope(body: Text) -> _Envelope:
     try:
         return _decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         if not body:
             raise ApiError(400, "invalid_json", "The body is empty.") from None
         raise _unreadable(error) from None

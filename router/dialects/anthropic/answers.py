@@ -10,6 +10,7 @@ import msgspec
 from router.dataplane.answer import BrokenAnswer, Translator
 from router.engines.llamacpp.capability import error_of_engine
 from router.engines.llamacpp.usage import Timings
+from router.http.documents import UNREADABLE
 from router.http.errors import ApiError
 
 _REASONS = {"length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}
@@ -245,7 +246,7 @@ class StopReasons(Translator):
             fields = _fields_of(data)
             if "delta" in fields:
                 data = _encode({**fields, "delta": self._told(_fields_of(fields["delta"]))})
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        except UNREADABLE:
             pass
         return b"data: %b\n" % data
 
@@ -274,7 +275,7 @@ def _input(arguments: str | None) -> dict[str, msgspec.Raw]:
     """Of a call; empty for one that was cut off in the middle, as on the engine's own route."""
     try:
         return _fields_of(arguments or "{}")
-    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+    except UNREADABLE:
         return {}
 
 

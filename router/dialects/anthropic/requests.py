@@ -20,6 +20,7 @@ import msgspec
 from router.dataplane.rewriting import joined
 from router.dataplane.shortening import ALL_DEPTHS, Text
 from router.dialects.schemas import Format, told
+from router.http.documents import UNREADABLE
 from router.http.errors import ApiError
 
 _KEPT = ("model", "stream", "temperature", "top_p", "top_k", "chat_template_kwargs")
@@ -183,7 +184,7 @@ def read(body: Text) -> Asked:
             return Asked(body, stops=stops, depth=depth)
         chat = {**_chat(fields, _decode_request(body)), **kept, **_telling(stops)}
         return Asked(_encode(chat), is_chat=True, stops=stops, depth=depth)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         return Asked(body, depth=depth)
 
 
@@ -203,7 +204,7 @@ def for_others(body: Text) -> Asked:
         if request.tool_choice is not None and request.tool_choice.type == "tool":
             chat["tool_choice"] = {"type": "function", "function": {"name": request.tool_choice.name}}
         return Asked(_encode(chat), is_chat=True, stops=stops, depth=ALL_DEPTHS, model=request.model or "")
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         return Asked(body, is_chat=True, depth=ALL_DEPTHS, mistake=error)
 
 
@@ -264,7 +265,7 @@ def in_order(body: Text) -> Text:
     """The same as far as it is about the order of what is said."""
     try:
         ordered = _ordered(_fields_of(body)) if TOOL_RESULT in body else None
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         return body
     return body if ordered is None else _encode(ordered)
 

@@ -19,6 +19,7 @@ import msgspec
 
 from router.dataplane.shortening import Text
 from router.formats.ollama_options import BadOption, request_parameters
+from router.http.documents import UNREADABLE
 from router.http.errors import ApiError
 
 Kind = Literal["chat", "earlier_chat", "generate", "raw", "embed", "embeddings"]
@@ -160,7 +161,7 @@ def translate(path: str, body: Text) -> Asked:
             return _asked_embeddings(embed, "embed", embed.input, embed.dimensions)
         legacy = _embeddings(body)
         return _asked_embeddings(legacy, "embeddings", legacy.prompt or None)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise ApiError(
             400, "invalid_json", f"invalid request: {error}" if body else "missing request body"
         ) from None

@@ -22,6 +22,7 @@ from router.dataplane.routing import Shape
 from router.dataplane.shortening import Text
 from router.engines.llamacpp.capability import error_of_engine
 from router.engines.llamacpp.usage import AnswerMeter, Timings
+from router.http.documents import UNREADABLE
 from router.observe.usage import Usage
 
 _MOST_COUNTED = 1 << 16
@@ -155,7 +156,7 @@ class Several(Translator):
     def _count(self, data: bytes) -> _Figures | None:
         try:
             figures = _decode_figures(data)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        except UNREADABLE:
             return None
         if figures.choices:
             self._ended = figures.choices[0].index

@@ -9,6 +9,7 @@ import msgspec
 
 from router.dataplane.answer import Answer
 from router.dataplane.shortening import Text
+from router.http.documents import UNREADABLE
 
 _LONGEST_EVENT = 16 << 10
 """Bytes of an event that may hold usage and nothing else."""
@@ -91,6 +92,6 @@ def _is_usage(event: bytes) -> bool:
         return False
     try:
         told = _decode_event(event[5:])
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         return False
     return told.choices == [] and bytes(told.usage) != b"null"

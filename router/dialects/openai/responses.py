@@ -21,6 +21,7 @@ from router.dataplane.rewriting import joined
 from router.dataplane.shortening import Text
 from router.dialects.schemas import Format, told
 from router.engines.llamacpp.capability import error_of_engine
+from router.http.documents import UNREADABLE
 from router.http.errors import ApiError
 
 _Fields = dict[str, Any]
@@ -138,7 +139,7 @@ def read(body: Text) -> Asked:
     """What is not of the API's shape is left for the engine to refuse."""
     try:
         fields: _Fields = dict(_fields_of(body))
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         return Asked(body, {})
     repeated = {key: raw for key, raw in fields.items() if key in _REPEATED and bytes(raw) != b"null"}
     return Asked(_with_form(body, fields), repeated, _most_tokens(fields), "text" in fields)
@@ -158,7 +159,7 @@ def _with_form(body: Text, fields: _Fields) -> Text:
         return body
     try:
         wanted = _decode_wanted(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         return body
     form = wanted.text.format if wanted.text is not None else None
     if form is None or form.type not in ("json_schema", "json_object"):

@@ -13,6 +13,7 @@ from router.dataplane.shortening import ALL_DEPTHS, Shortened, Text
 from router.dialects.openai.chats_as_responses import ChatAsResponse
 from router.dialects.openai.responses import Asked, Bounds, Completion, read
 from router.dialects.openai.responses_as_chats import as_chat
+from router.http.documents import UNREADABLE
 from router.http.errors import ApiError
 from router.http.routes import CHATS
 from router.runtime.dispatcher import Dispatcher
@@ -43,7 +44,7 @@ class ResponsesExchange(Exchange):
             return wish, self._asked.body
         try:
             return wish, as_chat(self._asked.body)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        except UNREADABLE as error:
             self._mistake = error
             return wish, body
 
