@@ -242,6 +242,12 @@ def middling(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_llama(tmp_path_factory.mktemp("models") / "middling.gguf", target_bytes=100 << 20)
 
 
+@pytest.fixture(scope="module")
+def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file in which a `fake` engine with `notes` writes down the requests that it gets."""
+    return tmp_path_factory.mktemp("notes") / "notes"
+
+
 @pytest.fixture(scope="session")
 def nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return played_nvml.build(tmp_path_factory.mktemp("nvml"))

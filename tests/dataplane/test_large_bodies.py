@@ -127,11 +127,6 @@ def turn(content: Any, role: str = "user", **more: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("notes") / "notes"
-
-
-@pytest.fixture(scope="module")
 def router(start_shared: Start, tiny: Path, notes: Path) -> Router:
     """Its engine plays, and writes down what it is asked."""
     system = {"llama_server_path": fake(notes.parent, notes=str(notes))}

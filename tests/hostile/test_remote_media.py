@@ -99,11 +99,6 @@ PASSED: dict[str, tuple[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("notes") / "notes"
-
-
-@pytest.fixture(scope="module")
 def router(start_shared: Start, tiny: Path, notes: Path) -> Router:
     system = {"llama_server_path": fake(notes.parent, notes=str(notes))}
     return start_shared({"api": API, "system": system, "models": models(tiny, "a")})
