@@ -8,6 +8,7 @@ from router.dataplane.exchange import Exchange
 from router.dialects.anthropic.exchange import CountExchange, MessagesExchange
 from router.dialects.ollama.exchange import OllamaExchange
 from router.dialects.openai.choices_exchange import ChoicesExchange
+from router.dialects.openai.counts_exchange import CountsExchange
 from router.dialects.openai.responses_exchange import ResponsesExchange
 from router.http.routes import Ask, Dialect
 
@@ -16,6 +17,7 @@ TRANSLATORS: Mapping[tuple[Dialect, Ask], type[Exchange]] = {
     (Dialect.OPENAI, "completion"): ChoicesExchange,
     (Dialect.LLAMA_SERVER, "completion"): ChoicesExchange,
     (Dialect.OPENAI, "response"): ResponsesExchange,
+    (Dialect.OPENAI, "count"): CountsExchange,
     (Dialect.ANTHROPIC, "chat"): MessagesExchange,
     (Dialect.ANTHROPIC, "count"): CountExchange,
     (Dialect.OLLAMA, "chat"): OllamaExchange,

@@ -110,6 +110,18 @@ class TestOpenai:
             client.chat.completions.create(model="strict", messages=CHAT, extra_body={"grammar": "root ::= [a]"})
         assert "'strict' does not take `grammar`. Ask 'tiny' instead." in str(refused.value)
 
+    @pytest.mark.parametrize(
+        ("path", "more"),
+        [
+            ("/v1/chat/completions/input_tokens", {"messages": CHAT, "max_tokens": 9, "stream": True}),
+            ("/v1/responses/input_tokens", {"input": "one two", "instructions": "three"}),
+        ],
+    )
+    def test_tokens_are_counted(self, router: Router, path: str, more: dict[str, Any]) -> None:
+        answer = router.http.post(path, json={"model": "strict", **more})
+        assert answer.json() == {"object": "response.input_tokens", "input_tokens": 3}
+        assert (seen(router)["max_tokens"], seen(router)["stream"]) == (1, False)
+
     def test_several_choices_are_the_engines_business(self, router: Router, client: openai.OpenAI) -> None:
         client.chat.completions.create(model="strict", messages=CHAT, n=9)
         assert seen(router)["n"] == 9

@@ -206,19 +206,6 @@ class Translation(Translator):
         return _written("content_block_stop", {"index": self._blocks - 1})
 
 
-class Count(Translator):
-    """The usage of a chat as the length of its prompt."""
-
-    def document(self, body: bytes) -> bytes:
-        usage = _decode_part(body).usage
-        if usage is None:
-            raise BrokenAnswer.unreadable("it tells no usage")
-        return _encode({"input_tokens": usage.prompt_tokens})
-
-    def _event(self, data: bytes) -> bytes:
-        raise BrokenAnswer.unreadable("it is a stream")
-
-
 class StopReasons(Translator):
     """An engine's own answer to a request with stop sequences."""
 

@@ -6,8 +6,9 @@ from router.dataplane.answer import TranslatedAnswer, Translator
 from router.dataplane.exchange import Exchange
 from router.dataplane.routing import Wish
 from router.dataplane.shortening import ALL_DEPTHS, Shortened, Text
-from router.dialects.anthropic.answers import Count, StopReasons, Translation
+from router.dialects.anthropic.answers import StopReasons, Translation
 from router.dialects.anthropic.requests import TOOL_RESULT, Asked, counted_by_others, for_others, in_order, read
+from router.dialects.counting import Count
 from router.http.errors import ApiError
 from router.http.routes import CHATS
 

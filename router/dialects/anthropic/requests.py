@@ -19,6 +19,7 @@ import msgspec
 
 from router.dataplane.rewriting import joined
 from router.dataplane.shortening import ALL_DEPTHS, Text
+from router.dialects.counting import question
 from router.dialects.schemas import Format, told
 from router.http.documents import UNREADABLE
 from router.http.errors import ApiError
@@ -213,13 +214,7 @@ def counted_by_others(body: Text) -> Asked:
     asked = for_others(body)
     if asked.mistake is not None:
         return asked
-    chat = _fields_of(asked.body)
-    kept = {name: chat[name] for name in _OF_THE_PROMPT if name in chat}
-    return asked._replace(body=_encode({**kept, "max_tokens": 1, "stream": False}))
-
-
-_OF_THE_PROMPT = ("model", "messages", "tools", "tool_choice", "chat_template_kwargs", "reasoning_effort")
-"""What makes a prompt longer or shorter."""
+    return asked._replace(body=question(asked.body))
 
 
 def _check(request: _Request) -> None:
