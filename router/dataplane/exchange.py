@@ -1,8 +1,7 @@
-"""Exchange: one request of the data plane, admitted, routed, queued, sent to an engine and answered.
+"""Exchange: one request of the data plane, queued, sent to an engine and answered.
 
-There are no tasks or coroutines here. Events call methods that advance the request: its client sends or
-disconnects, it is granted a slot, its engine responds or fails. Only large bodies are read on a thread.
-Guarantees:
+What comes before the queue is in `incoming`. There are no tasks or coroutines here. Events call methods that
+advance the request: its client disconnects, it is granted a slot, its engine responds or fails. Guarantees:
 
 - A client that disconnects frees its place at once: in the queue, or in the engine by closing the connection.
 - A request whose engine died before anything reached the client goes back to the head of its queue.
@@ -10,7 +9,8 @@ Guarantees:
 - Every request ends in exactly one `RequestDone`, whatever happens to it. For that, all of an engine's answer goes
   through `AnswerMeter.note`, right before it is sent; the meter is read once, when all is over.
 
-It is one class, though a long one: any of its steps may be the next, and each has to know how far the others came.
+From the queue to the end it is one class, as any of its steps may be the next, and each has to know how far the
+others came.
 """
 
 from __future__ import annotations
@@ -18,44 +18,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import re
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
-from dataclasses import replace
 from functools import lru_cache, partial
-from random import getrandbits
 from urllib.parse import quote
 
 from router.catalog.cards import Cards
-from router.config.names import some_of
-from router.config.resolved import ModelConfig
 from router.config.schema import System
 from router.dataplane.answer import DOCUMENT, Answer, BrokenAnswer, with_type
-from router.dataplane.burden import burden
-from router.dataplane.fitting import Lacking, fitted
-from router.dataplane.forms import is_form, with_text
-from router.dataplane.heads import Admission, RequestHead, check_size
+from router.dataplane.heads import RequestHead
+from router.dataplane.incoming import IncomingRequest
 from router.dataplane.limits import Bodies
-from router.dataplane.media import DEPTH as DEPTH_OF_MEDIA
-from router.dataplane.media import LONGEST_NAME, check_media, may_name_media
-from router.dataplane.rewriting import depth_of, rewritten
-from router.dataplane.routing import Wish, priority_of, read_wish, shortened
-from router.dataplane.shortening import Shortened, Text, most_values
+from router.dataplane.routing import Wish
 from router.engines.llamacpp.capability import error_of_engine, refused_by_engine
 from router.engines.llamacpp.usage import AnswerMeter
-from router.engines.manner import Question
-from router.engines.registry import kind_of
 from router.engines.upstream import Body, Connection, Head, Receiver
-from router.http.auth import Client, Keyring
-from router.http.documents import UNREADABLE
+from router.http.auth import Keyring
 from router.http.errors import ApiError, refused
 from router.http.origins import Browsers
-from router.http.routes import ROUTES, Ask, Dialect, Route, Stream, served_routes
+from router.http.routes import ROUTES, Ask, Dialect, Stream, served_routes
 from router.observe.events import Outcome, RequestDone
 from router.observe.usage import NO_USAGE, Usage
 from router.runtime.dispatcher import Dispatcher, Ticket, Waiting
-from router.scheduling.queue import NAMES, Priority
+from router.scheduling.queue import NAMES
 from router.system import threads
 from router.system.large_memory import LargeMemory, Pieces
 from router.system.turns import Rounds
@@ -64,15 +49,6 @@ _log = logging.getLogger("router")
 
 _SERVED = Outcome.SERVED
 """(An enumeration takes its time to tell a member.)"""
-_READ_AT_ONCE = 1 << 20
-"""Bodies up to this size are read on the event loop in a few milliseconds, unless they have too many values."""
-_LITTLE = 64 << 10
-"""Not in one of this size."""
-_MOST_VALUES = 1 << 14
-"""Maximum number of values that are parsed on the event loop."""
-_PLACE = re.compile(r" \(byte \d+\)")
-"""Of a mistake, in what was read instead of a large body."""
-
 _STILL_READ_SEC = 30.0
 """Time for which an engine may keep reading a body after its client has disconnected."""
 _BUFFERED_ANSWER = 4 << 20
@@ -80,9 +56,6 @@ _BUFFERED_ANSWER = 4 << 20
 _LONGEST_ANSWER = 4 << 30
 """A million tokens, each with the twenty most likely instead of it, take three quarters of that."""
 
-_WOULD_SHOW_PROMPT = (
-    "The answer would hold the alias's system prompt, which this API key may not see; ask for {!r} instead."
-)
 _EVENT_STREAM = b"content-type: text/event-stream\r\ncache-control: no-cache\r\n"
 
 
@@ -146,64 +119,30 @@ class Exchanges:
                 self._set_timer()
 
 
-class Exchange:
+class Exchange(IncomingRequest):
     """A turn of a client's connection, and the receiver of an engine's answer."""
 
     __slots__ = (
-        "_answer",
-        "_body",
-        "_burden",
-        "_client",
         "_connection",
-        "_dispatcher",
         "_gathered",
-        "_head",
         "_heartbeat",
-        "_held",
-        "_id_line",
-        "_is_over",
         "_is_paused",
-        "_large",
-        "_lines",
         "_meter",
-        "_question",
         "_reason",
-        "_received",
         "_relays",
-        "_request_id",
         "_resends",
-        "_shared",
         "_status",
         "_streams",
         "_ticket",
-        "_to_come",
         "_waits",
     )
 
+    _shared: Exchanges
+
     def __init__(self, shared: Exchanges, answer: Answer, head: RequestHead) -> None:
-        self._shared = shared
-        self._dispatcher = shared.dispatcher
-        self._answer = answer
-        self._head = head
-        self._client: Client | None = None
-        self._request_id = ""
-        self._id_line = b""
-        self._lines = b""
-        """Further headers of every response."""
-        self._received: bytes | bytearray = b""
-        """Body received so far."""
-        self._large: LargeMemory | None = None
-        """Large body, until the request has ended."""
-        self._to_come = 0
-        self._held = 0
-        """Bytes counted towards the limit on all request bodies."""
-        self._burden = 0
-        """Part of `_held` expected for the engine, if the body has many values."""
+        super().__init__(shared, answer, head)
         self._gathered = bytearray()
         """Response received so far, if it is read completely before any of it is sent."""
-        self._body: Body = b""
-        self._question: Question | None = None
-        """How the engine is asked, if its kind has a manner of its own."""
         self._streams = False
         self._ticket: Ticket | None = None
         self._connection: Connection | None = None
@@ -216,138 +155,10 @@ class Exchange:
         self._relays = False
         """True once part of the response has been sent to the client and the rest is relayed as it arrives."""
         self._is_paused = False
-        self._is_over = False
         self._waits = False
         """True while waiting for a slot; a request of higher priority may then displace it."""
 
     # --- the client -------------------------------------------------------------------------------------
-
-    def begin(self, to_come: int) -> None:
-        self._to_come = to_come
-        self._be_called(self._identify())
-        try:
-            self._admit(to_come)
-        except ApiError as error:
-            self._refuse(error)
-        else:
-            if self._head.fields.get(b"expect", b"").lower() == b"100-continue":
-                self._answer.invite_body()
-
-    def add_body(self, part: bytes) -> None:
-        if self._is_over:
-            return
-        api = self._dispatcher.config.api
-        size = len(part)
-        try:
-            if self._held + size > api.max_body_mb << 20:
-                raise self._too_large()
-            self._hold(size)
-        except ApiError as error:
-            self._refuse(error)
-            return
-        if self._large is not None:
-            self._large.add(part)
-        elif self._held > _READ_AT_ONCE:
-            self._large = LargeMemory(self._to_come + self._held if self._to_come else api.max_body_mb << 20)
-            self._large.add(self._received)
-            self._large.add(part)
-            self._received = b""
-        elif size == self._held:
-            self._received = part
-        else:
-            if isinstance(self._received, bytes):
-                self._received = bytearray(self._received)  # not a list: crumbs would take many times their size
-            self._received += part
-
-    def _hold(self, size: int) -> None:
-        """Raises ApiError 503."""
-        self._shared.bodies.hold(size, self._dispatcher.config.api.max_bodies_mb << 20, self._priority_of_head)
-        self._held += size
-
-    def end_body(self) -> None:
-        if self._is_over:
-            return
-        if self._large is not None:
-            self._body = Pieces(self._large.view())
-            self._read_apart(self._large.view())
-            return
-        body = self._body = bytes(self._received)
-        self._received = b""
-        if len(body) > _LITTLE and (self._is_form() or most_values(body) > _MOST_VALUES):
-            self._read_apart(memoryview(body))
-            return
-        try:
-            wish, text = self._read_fitted(body)
-            self._body = self._in_its_manner(wish, text, len(body))
-            if wish.known_as is not None and self._is_form():
-                self._body = self._renamed(body, wish.known_as)
-        except ApiError as error:
-            self._refuse(error)
-        except UNREADABLE as error:
-            self._refuse(_unreadable(error))
-        else:
-            self._submit(wish)
-
-    def _is_form(self) -> bool:
-        return is_form(self._head.fields.get(b"content-type", b""))
-
-    def _read(self, body: Text) -> tuple[Wish, Text]:
-        """Read the body. Returns the request's intent and the body for the engine. Raises ApiError."""
-        head = self._head
-        route = ROUTES[head.path]
-        wish = read_wish(body, head.fields, self._dispatcher.config, self._client, head.model)
-        if wish.streams and route.stream is Stream.NONE:  # its engine answers with a document all the same
-            wish = wish._replace(streams=False)
-        if not self._may_name_addresses() and may_name_media(body) and not self._is_form():
-            check_media(body)
-        if wish.asked_as is not None:
-            if self._client is not None and route.shows_prompt and wish.asked_as.speaks:
-                raise ApiError(403, "insufficient_permissions", _WOULD_SHOW_PROMPT.format(wish.alias))
-            body = rewritten(body, route.conversation, wish.asked_as)
-        return wish, body
-
-    def _read_fitted(self, body: Text) -> tuple[Wish, Text]:
-        """The same, with the body as the engine takes it if that is not llama-server."""
-        wish, body = self._read(body)
-        if (wish.known_as is None and wish.parameters is None) or not body or self._is_form():
-            return wish, body
-        try:
-            return wish, fitted(body, wish, self._route_of_engine())
-        except Lacking as error:
-            name = error.parameter
-            others = self._others(lambda model: model.parameters is None or name in model.parameters)
-            message = f"{wish.alias!r} does not take `{name}`. {others}."
-            raise ApiError(400, "not_supported", message, name) from None
-
-    def _others(self, able: Callable[[ModelConfig], bool]) -> str:
-        """Advice which models to ask instead of one that cannot."""
-        others = [alias for alias, model in self._dispatcher.config.models.items() if able(model)]
-        return f"Ask {some_of(others)} instead" if others else "No model here does"
-
-    def _in_its_manner(self, wish: Wish, body: Text, size: int) -> Text:
-        """Return the body as this kind of engine wants it; `size` is that of the client's. Raises ApiError."""
-        model = self._dispatcher.config.models[wish.alias]
-        manner = kind_of(model).manner
-        if manner is None:
-            return body
-        self._question = manner.question(model, self._path_of_engine(), body, size)
-        return body if self._question is None else self._question.body
-
-    def _may_name_addresses(self) -> bool:
-        """Whether the engine may fetch URLs for the client."""
-        return self._client is None or self._dispatcher.config.api.remote_media
-
-    def _renamed(self, form: Text, name: str) -> Pieces:
-        """A form with the model's name as its engine knows it."""
-        return with_text(form, self._head.fields[b"content-type"], "model", name)
-
-    def _path_of_engine(self) -> str:
-        """Path of the engine to which the body is sent."""
-        return self._head.path
-
-    def _route_of_engine(self) -> Route | None:
-        """None: its engine is asked at a path that is no route of the data plane, or not at all."""
-        return ROUTES.get(self._path_of_engine())
 
     def _route(self) -> str:
         """Route for metrics."""
@@ -356,81 +167,6 @@ class Exchange:
     def _is_slotless(self) -> bool:
         """Whether the request needs no slot of the engine."""
         return not ROUTES[self._head.path].needs_slot
-
-    def _depth(self) -> int:
-        """How deep one has to look into a body at first."""
-        return 1
-
-    def _depth_of(self, wish: Wish, short: Shortened) -> int:
-        """How deep one has to look into a body, as far as is known from this short form of it."""
-        model = self._dispatcher.config.models[wish.alias]
-        manner = kind_of(model).manner
-        depth = 1 if manner is None else manner.depth(model, self._path_of_engine(), short.text)
-        if wish.asked_as is not None:
-            route = self._route_of_engine()
-            depth = max(depth, depth_of(None if route is None else route.conversation, wish.asked_as))
-        if not self._may_name_addresses() and any(map(may_name_media, short.in_steps(LONGEST_NAME))):
-            return max(depth, DEPTH_OF_MEDIA)
-        return depth
-
-    def _restore(self, short: Shortened) -> None:
-        """What was read of the short form of a large body besides."""
-
-    def _read_apart(self, body: memoryview) -> None:
-        """A large one, on a thread; one after the other, as several threads would leave the event loop less."""
-        loop = asyncio.get_running_loop()
-        reading = self._shared.readers.submit(self._read_large, body)
-        reading.add_done_callback(lambda reading: loop.call_soon_threadsafe(self.attempt, self._was_read, reading))
-
-    def _read_large(self, body: memoryview) -> tuple[Wish, Pieces]:
-        """The same in steps, between which other threads get their turns."""
-        if self._is_form():
-            wish, _ = self._read(body)  # which changes nothing of it
-            return wish, Pieces(body) if wish.known_as is None else self._renamed(body, wish.known_as)
-        depth = self._depth()
-        while True:
-            short = shortened(body, depth)
-            self._burden = burden(short.count, ROUTES[self._head.path])
-            try:
-                wish, text = self._read_fitted(short.text)
-                needed = self._depth_of(wish, short)
-                if needed <= depth:
-                    text = self._in_its_manner(wish, text, len(body))
-                    self._restore(short)
-                    return wish, short.restored(text)
-            except ApiError as error:
-                raise replace(error, message=_PLACE.sub("", error.message)) from None
-            depth = needed
-
-    def _was_read(self, reading: Future[tuple[Wish, Pieces]]) -> None:
-        failure = reading.exception()  # raised here, it and this frame would hold each other, and what was read
-        if self._is_over:  # its client has left
-            if failure is None:
-                self._shared.readers.submit(reading.result()[1].give_back)
-        elif isinstance(failure, ApiError):
-            self._refuse(failure)
-        elif isinstance(failure, UNREADABLE):
-            self._refuse(_unreadable(failure))
-        else:
-            wish, self._body = reading.result()
-            try:
-                self._hold_burden()
-                self._hold(self._body.copied)
-            except ApiError as error:
-                self._refuse(error)
-            else:
-                self._submit(wish)
-
-    def _hold_burden(self) -> None:
-        """Raises ApiError 503, and 413 if even by itself it is too much."""
-        limit = self._dispatcher.config.api.max_bodies_mb << 20
-        if self._burden > limit:
-            message = (
-                f"The body has so many values that an engine takes {self._burden >> 20} MiB for them, and "
-                f"all bodies together may have {limit >> 20} MiB (api.max_bodies_mb)."
-            )
-            raise ApiError(413, "body_too_large", message)
-        self._hold(self._burden)
 
     def _not_served(self, wish: Wish) -> ApiError | None:
         """Why the model cannot be asked at this route; None: it can, as far as is known."""
@@ -445,8 +181,7 @@ class Exchange:
         if refusal is not None:
             self._refuse(refusal)
             return
-        if b"x-request-id" in self._head.fields and self._dispatcher.is_taken(self._request_id):
-            self._be_called(_new_id())  # by one that came while the body was read
+        self._identify_again()
         self._streams = wish.streams
         if self._client_name:
             self._lines += b"x-request-priority: %b\r\n" % NAMES[wish.priority].encode()
@@ -476,53 +211,6 @@ class Exchange:
     def hang_up(self) -> None:
         """Close the connection after this response."""
         self._answer.keep_alive = False
-
-    @property
-    def _client_name(self) -> str:
-        return "" if self._client is None else self._client.name
-
-    def _be_called(self, request_id: str) -> None:
-        self._request_id = request_id
-        self._id_line = f"x-request-id: {request_id}\r\n".encode()
-
-    def _identify(self) -> str:
-        given = self._head.fields.get(b"x-request-id", b"")
-        if 0 < len(given) <= 128 and all(0x21 <= byte <= 0x7E for byte in given):
-            request_id = given.decode("ascii")
-            if not self._dispatcher.is_taken(request_id):
-                return request_id
-        return _new_id()
-
-    def _admit(self, to_come: int) -> None:
-        """Raises ApiError, before the body is read."""
-        config = self._dispatcher.config
-        admission = self._head.admission
-        if admission is None or admission.config is not config:
-            self._check_head()
-            admission = self._head.admission = Admission(config, self._client, self._lines)
-        self._client, self._lines = admission.client, admission.lines
-        if to_come:  # no use to begin with what is too large
-            if to_come > config.api.max_body_mb << 20:
-                raise self._too_large()
-            self._shared.bodies.check(to_come, config.api.max_bodies_mb << 20, self._priority_of_head)
-
-    def _priority_of_head(self) -> Priority:
-        return priority_of(self._head.fields, self._client)
-
-    def _check_head(self) -> None:
-        """Raises ApiError."""
-        fields = self._head.fields
-        if (origin := fields.get(b"origin")) is not None:
-            self._lines = self._shared.browsers.origin_lines(origin, self._head.path)
-        self._shared.browsers.check(self._head.headers, self._head.http_version, self._head.path, has_effect=True)
-        self._client = self._shared.keyring.check(self._head.headers, manages=False)
-        if fields.get(b"content-encoding", b"identity") != b"identity":
-            raise ApiError(415, "unsupported_encoding", "Send the body without Content-Encoding.")
-        check_size(self._head.target, self._head.forwarded)
-
-    def _too_large(self) -> ApiError:
-        limit = self._dispatcher.config.api.max_body_mb
-        return ApiError(413, "body_too_large", f"The body is larger than {limit} MiB (api.max_body_mb).")
 
     # --- the queue --------------------------------------------------------------------------------------
 
@@ -920,14 +608,6 @@ def _give_back(large: LargeMemory, body: Body) -> None:
     if isinstance(body, Pieces):
         body.give_back()
     large.give_back()
-
-
-def _unreadable(error: Exception) -> ApiError:
-    return ApiError(400, "invalid_json", f"The body cannot be read: {error}.")
-
-
-def _new_id() -> str:
-    return f"{getrandbits(96):024x}"
 
 
 def _one_line(text: str) -> str:

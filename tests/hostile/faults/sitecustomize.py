@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 SEAMS = (
-    "router.dataplane.exchange:Exchange._read",
+    "router.dataplane.incoming:IncomingRequest._read",
     "router.dataplane.exchange:Exchange._submit",
     "router.dataplane.exchange:Exchange._decided",
     "router.dataplane.exchange:Exchange.connected",
