@@ -71,7 +71,7 @@ class Hub:
                             "pointerSize": 135,
                         }
                     }
-                    if path.endswith(".gguf")
+                    if path.endswith((".gguf", ".safetensors"))
                     else {}
                 ),
             }

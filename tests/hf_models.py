@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -95,3 +96,12 @@ def write_model(
         weight_map |= dict.fromkeys(part, name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return folder
+
+
+def played_transformers(folder: Path) -> Path:
+    """`played_transformers.py` as the program `transformers`, in a folder."""
+    path = folder / "transformers"
+    played = Path(__file__).with_name("played_transformers.py")
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{played}" "$@"\n')
+    path.chmod(0o755)
+    return path

@@ -40,9 +40,14 @@ _STATUS = {
 
 
 class PullRequest(BaseModel):
-    model: str = Field(description="hf.co/USER/REPO[:QUANT], or hf.co/USER/REPO/FILE.gguf.")
+    model: str = Field(
+        description="hf.co/USER/REPO[:QUANT], or hf.co/USER/REPO/FILE.gguf. A repository without GGUF files is "
+        "pulled whole if it holds a model in safetensors."
+    )
     alias: str | None = Field(
-        default=None, pattern=r"^[^_\s]\S*$", description="Name of the model. null: USER/REPO:QUANT."
+        default=None,
+        pattern=r"^[^_\s]\S*$",
+        description="Name of the model. null: USER/REPO:QUANT, in safetensors USER/REPO.",
     )
     stream: bool = Field(default=False, description="Stream the progress as server-sent events.")
 
@@ -53,7 +58,8 @@ class PullAndWait(BaseModel):
         default=repository.AUTO,
         description="Quantization: `q4`, `q8`, …, `fp16`, `fp32`: the closest with that many bits; `no`: "
         "unquantized; `auto`: unquantized, or Q4_K_M or the closest if that is larger than "
-        "system.q4_threshold_bytes or not available.",
+        "system.q4_threshold_bytes or not available. For a model in safetensors, how it is loaded: `auto`, `q4`, "
+        "`fp16`, `fp32` or `no`.",
     )
     init: bool = Field(default=False, description="Also load the model.")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,11 @@ from router.config.names import is_alias
 from router.config.resolved import AliasConfig
 from router.config.schema import Api
 from router.config.source import Source
-from router.engines.registry import kind_of_entry
+from router.engines.registry import FOR_SAFETENSORS, kind_of_entry
+from router.engines.transformers.program import find_program
 from router.formats import hf_cache
+from router.formats.hf_model import HfModel
+from router.memory.plan import Unusable
 from router.store import created, discovery, external, pulled
 from router.system.state import default_path
 
@@ -49,12 +52,9 @@ class Discovered:
             return
         aliases = self.draft.values.get("aliases")
         self._read_created(models, aliases if isinstance(aliases, dict) else {})
-        base = self.draft.models_folder()
-        served = {
-            os.path.realpath(self.draft.resolve(entry["model_path"], base))
-            for entry in models.values()
-            if isinstance(entry, dict) and isinstance(entry.get("model_path"), str)
-        }
+        paths = map(self._path_of, models.values())
+        served = {os.path.realpath(path) for path in paths if path is not None}
+        unrunnable: list[Path] = []
         for origin, folder, look in self._places(models_dirs):
             self.folders.append(folder)
             try:
@@ -66,6 +66,14 @@ class Discovered:
                 f"{skipped.path} is not served: {skipped.reason}" for skipped in looked.skipped
             ]
             for found in looked.models:
+                if isinstance(found.model, HfModel):
+                    if not found.model.writes_text:
+                        reason = f"{found.model.architecture} writes no text"
+                        self.draft.warnings.append(f"{found.path} is not served: {reason}")
+                        continue
+                    if origin is not Source.PULLED and self._lacks:
+                        unrunnable.append(found.path)
+                        continue
                 # A pulled model keeps the alias that was requested, even if its file is served under another name.
                 if origin is not Source.PULLED and os.path.realpath(found.path) in served:
                     continue
@@ -78,27 +86,56 @@ class Discovered:
                 if found.alias in self._created:
                     self.draft.warnings.append(f"{found.path} is not served: a created model has the same name")
                     continue
-                files = {"model_path": str(found.path)}
-                if found.projector is not None:
-                    files["mmproj"] = str(found.projector.path)
+                keys = {"model_path": str(found.path)}
+                if isinstance(found.model, HfModel):
+                    keys["engine"] = FOR_SAFETENSORS
+                    if found.quantize is not None:
+                        keys["quantize"] = found.quantize
+                elif found.projector is not None:
+                    keys["mmproj"] = str(found.projector.path)
                 entry = models.setdefault(found.alias, {})
                 if not isinstance(entry, dict):
                     continue
-                if kind_of_entry(entry).entries is not None:
-                    kind = entry["engine"]
-                    self.draft.warnings.append(f"{found.path} is not served: a {kind} has the same name")
+                if other := _of_another_kind(entry, found):
+                    self.draft.warnings.append(f"{found.path} is not served: {other} has the same name")
                     continue
-                if first := entry.get("model_path"):
-                    if not isinstance(first, str) or self.draft.resolve(first, base) != found.path:
+                if first := entry.get("model_path", entry.get("repo")):
+                    if self._path_of(entry) != found.path:
                         self.draft.warnings.append(f"{found.path} is not served: {first} has the same name")
                     continue
-                for key, file in files.items():
+                for key, value in keys.items():
                     if key not in entry:
-                        self.draft.put(("models", found.alias, key), file, origin)
+                        self.draft.put(("models", found.alias, key), value, origin)
                 if found.made is not None:
                     self._add_layers(found.alias, found.made, origin)
             served |= {os.path.realpath(found.path) for found in looked.models}
+        if unrunnable:
+            others = f" and {len(unrunnable) - 1} others in safetensors" if len(unrunnable) > 1 else ""
+            self.draft.warnings.append(f"{unrunnable[0]}{others}: not served, as {self._lacks}")
         self._add_created(models, aliases if isinstance(aliases, dict) else {})
+
+    def _path_of(self, entry: Any) -> Path | None:
+        """Return the file or the folder that an entry of the configuration names; None if it names none."""
+        if not isinstance(entry, dict):
+            return None
+        path, repo = entry.get("model_path"), entry.get("repo")
+        if isinstance(path, str):
+            return self.draft.resolve(path, self.draft.models_folder())
+        cache = hf_cache.folder(self.draft.environ) if self.draft.is_for_here else None
+        return hf_cache.snapshot(cache, repo) if isinstance(repo, str) and cache is not None else None
+
+    @cached_property
+    def _lacks(self) -> str:
+        """Say what is missing to run models in safetensors; empty if nothing is."""
+        system = self.draft.values.get("system")
+        program = system.get("transformers_path") if isinstance(system, dict) else None
+        if isinstance(program, str) and os.sep in program:
+            program = str(self.draft.resolve(program, self.draft.base_of(("system", "transformers_path"))))
+        try:
+            find_program(program if isinstance(program, str) else None)
+        except Unusable as error:
+            return str(error)
+        return ""
 
     def _add_layers(self, alias: str, made: created.Created, origin: str) -> None:
         """Add what a store attaches to a model. Flags of the configuration take precedence over the store's."""
@@ -219,3 +256,12 @@ def _model_named(aliases: Mapping[str, Any], name: str) -> object:
     """Return what an alias refers to, as it is written; None if there is no such alias."""
     entry = aliases.get(name)
     return entry.get("uses") if isinstance(entry, dict) else entry
+
+
+def _of_another_kind(entry: Mapping[str, Any], found: discovery.Found) -> str:
+    """Say what an entry without a path is if it cannot be one for the discovered model; empty if it can."""
+    kind = kind_of_entry(entry)
+    takes_it = "engine" not in entry or kind.file_format == "safetensors"
+    if takes_it if isinstance(found.model, HfModel) else kind.entries is None:
+        return ""
+    return f"a model of engine {entry['engine']}"

@@ -1,8 +1,10 @@
-"""`llama-router estimate MODEL.gguf [flags…]`: estimates a model's memory use before downloading it.
+"""`llama-router estimate MODEL [flags…]`: estimates a model's memory use before downloading it.
 
 MODEL is a file, an http(s) URL, `hf.co/USER/REPO/FILE.gguf`, or, like for `pull`, `hf.co/USER/REPO[:QUANT]`, which
 includes its projector; only the headers of remote files are downloaded. FLAGS are those of llama-server. A local
 file is measured by the installed engine's own tool, if there is one; everything else is estimated by formula.
+
+A model in safetensors is a folder or a repository; of the flags, only the context (`-c`) counts for it.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ import sys
 from collections.abc import Iterable
 from dataclasses import fields
 
+from router.engines import hf_forecast
 from router.engines.llamacpp import adapters, footprint
 from router.engines.llamacpp.flags import FlagError, Flags
 from router.engines.llamacpp.forecast import Forecast, forecast
 from router.formats.gguf import GGUF
-from router.formats.gguf_cursor import GGUFError
+from router.formats.hf_model import HfModel
 from router.memory.plan import Alternative, Footprint, Share, Unusable
 from router.scheduling.messages import Placement
 from router.store.remote_headers import CannotRead, read, read_whole
@@ -30,6 +33,9 @@ def run(options: argparse.Namespace) -> None:
     try:
         flags = Flags(options.flags, os.environ)
         header, belonging, choice = read_whole(options.model, os.environ)
+        if isinstance(header, HfModel):
+            print("\n".join(map(line, report_of_folder(header, _context(flags)))))
+            return
         if header.kind != "model":
             advice = ": give the model, and this file with --mmproj" if header.kind == "mmproj" else ""
             raise CannotRead(f"{options.model} is not a model, but a file of kind {header.kind}{advice}")
@@ -47,9 +53,38 @@ def run(options: argparse.Namespace) -> None:
     except FlagError as error:
         print(printable(f"llama-router: {error}"), file=sys.stderr)
         sys.exit(2)
-    except (CannotRead, GGUFError, Unusable) as error:
+    except (CannotRead, ValueError, Unusable) as error:
         print(printable(f"llama-router: {error}"), file=sys.stderr)
         sys.exit(1)
+
+
+def _context(flags: Flags) -> int | None:
+    """Return the context for a model in safetensors. Raises FlagError for another flag."""
+    for flag in flags.given:
+        if flag.name != "ctx-size" and flag.index >= 0:
+            reason = f"{flag.spelling} is a flag of llama-server; for a model in safetensors, only -c counts"
+            raise FlagError(reason, flag.index)
+    return flags.integer("ctx-size", 0) or None
+
+
+def report_of_folder(model: HfModel, context: int | None) -> Iterable[str]:
+    """Yield the lines to print of a model in safetensors."""
+    found = hf_forecast.forecast(model, context)
+    size = model.weight_bytes / footprint.MIB
+    trained = f", trained for {model.context} tokens" if model.context else ""
+    kind = model.quantization or model.dtype
+    yield f"{model.folder}: {model.architecture or model.model_type} ({kind}, {size:.0f} MiB on disk{trained})"
+    yield ""
+    yield f"weights: {found.weights_mib:,.0f} MiB"
+    yield f"KV cache: {found.kv_mib:,.0f} MiB for one request of {found.context} tokens"
+    for device, mib in found.placement.items():
+        yield f"{device}: {mib:,} MiB in all, {found.free_mib[device]:,} usable"
+    if not found.fits:
+        yield "does not fit now"
+    if found.largest_context:
+        yield f"largest context that fits now: {found.largest_context}"
+    else:
+        yield "no context is small enough to fit now: try a quantized model"
 
 
 def report(header: GGUF, flags: Flags, found: Forecast) -> Iterable[str]:

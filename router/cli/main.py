@@ -159,7 +159,7 @@ def _add_estimate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     estimate.add_argument(
         "model",
         metavar="MODEL",
-        help="a file, an http(s) URL, hf.co/USER/REPO/FILE.gguf or hf.co/USER/REPO[:QUANT]",
+        help="a file, an http(s) URL, hf.co/USER/REPO/FILE.gguf, hf.co/USER/REPO[:QUANT], or a model folder",
     )
     flags = estimate.add_argument("flags", metavar="FLAGS", nargs=argparse.REMAINDER, help="flags of llama-server")
     flags.required = False  # otherwise argparse reports them as missing, too, if MODEL is missing

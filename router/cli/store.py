@@ -183,7 +183,9 @@ def memory_text(note: MemoryNote) -> str:
     if note.fits:
         verdict = "fits now"
     elif note.largest_context:
-        verdict = f"does not fit now, but does with a context of up to {note.largest_context:,} (-c)"
+        verdict = (
+            f"does not fit now, but does with a context of up to {note.largest_context:,} ({note.context_key})"
+        )
     else:
         verdict = "does not fit now with any context size"
     return f"memory: {need} for a context of {note.context:,}: {verdict}"

@@ -12,6 +12,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
+from router.formats.hf_cache import NEW_NAMES
 from router.formats.quantizations import closeness
 
 LONGEST = 256
@@ -48,6 +49,7 @@ def candidates(name: str, names: Names) -> list[str]:
     local = _without_host(name)
     if (same := same_name(local, names)) is not None:
         return [same]
+    local = NEW_NAMES.get(local, local)
     if "/" not in local:
         return []
     folded, of_hub = untagged(local).casefold(), _of_hub(tuple(names))

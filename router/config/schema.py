@@ -249,13 +249,14 @@ class System(Section):
     max_concurrent_models: int = _of_policy("max_concurrent_models", ge=1, le=_MOST)
     models_dirs: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         default=(),
-        description="Folders whose GGUF files are served under their file names; relative paths are resolved "
-        "against the folder of the configuration file. --models-dir adds to them.",
+        description="Folders whose GGUF files are served under their file names, and whose models in safetensors "
+        "(folders with a config.json) under the names of their folders; relative paths are resolved against the "
+        "folder of the configuration file. --models-dir adds to them.",
     )
     hf_cache: bool = Field(
         default=False,
-        description="Serve the models in the Hugging Face cache (HF_HUB_CACHE, HF_HOME) as USER/REPO:QUANT. "
-        "Pulled models are always served.",
+        description="Serve the models in the Hugging Face cache (HF_HUB_CACHE, HF_HOME) as USER/REPO:QUANT, in "
+        "safetensors as USER/REPO. Pulled models are always served.",
     )
     ollama_store: bool = Field(
         default=False,

@@ -17,6 +17,8 @@ KINDS: Mapping[str, Kind] = {
     "transformers": TRANSFORMERS,
 }
 """Kinds by the value of `engine` in entries."""
+FOR_SAFETENSORS = "transformers"
+"""Kind of discovered models in safetensors."""
 
 
 def kind_of(model: ModelConfig) -> Kind:

@@ -11,6 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 _PREFIX = "models--"
+NEW_NAMES: Mapping[str, str] = {
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+    "distilgpt2": "distilbert/distilgpt2",
+}
+"""Repositories that belonged to nobody and are still called by their old names, each with its new one."""
 
 
 def folder(environ: Mapping[str, str] = os.environ) -> Path | None:
@@ -61,4 +69,5 @@ def snapshots(folder: Path) -> list[Path]:
 
 def snapshot(cache: Path, repo: str) -> Path | None:
     """Return the snapshot of a repository's main branch, or else its newest; None if it is not in the cache."""
-    return next(iter(snapshots(repository(cache, repo))), None)
+    names = dict.fromkeys((repo, NEW_NAMES.get(repo, repo)))
+    return next((found for name in names for found in snapshots(repository(cache, name))), None)

@@ -10,16 +10,16 @@ import json
 import re
 import stat
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from router.formats import hf_attention, safetensors
 from router.formats.hf_attention import LayerCache
-from router.formats.safetensors import BITS, Header, Tensor, Unreadable
+from router.formats.safetensors import BITS, Header, Incomplete, Tensor, Unreadable
 
-__all__ = ["HfModel", "Unreadable", "read"]
+__all__ = ["HfModel", "Incomplete", "Unreadable", "read"]
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -100,6 +100,12 @@ class HfModel:
     files: tuple[Path, ...]
     """The files with the weights."""
 
+    @property
+    def writes_text(self) -> bool:
+        """Whether it generates text, according to its architecture; other models embed, rank or see only."""
+        named = self.architecture
+        return not named or named.endswith(("ForCausalLM", "ForConditionalGeneration")) or "LMHead" in named
+
     def kv_bytes_per_token(self, dtype: str | None = None, *, expanded: bool = False) -> int | None:
         """Return the size of what all layers cache of one token; None if that is unknown.
 
@@ -135,7 +141,7 @@ def read(folder: Path) -> HfModel:
         try:
             headers.append(safetensors.read(folder / name))
         except FileNotFoundError:
-            raise Unreadable(f"{folder}: is incomplete: {name} is missing") from None
+            raise Incomplete(f"{folder}: is incomplete: {name} is missing") from None
     tokenizer = _object(folder / TOKENIZER_CONFIG) or {}
     return of_parts(
         folder,
@@ -145,6 +151,11 @@ def read(folder: Path) -> HfModel:
         has_chat_template=bool(tokenizer.get("chat_template"))
         or any((folder / name).is_file() for name in TEMPLATES),
     )
+
+
+def is_folder_of_model(names: Collection[str]) -> bool:
+    """Whether a folder with files of these names holds a model, whole or not."""
+    return CONFIG in names and any(name.endswith(".safetensors") or name == INDEX for name in names)
 
 
 def weight_files(names: Sequence[str], index: Mapping[str, Any] | None, source: str) -> tuple[str, ...]:
@@ -160,7 +171,7 @@ def weight_files(names: Sequence[str], index: Mapping[str, Any] | None, source: 
             raise Unreadable(f"{source}: {INDEX} does not map tensors to files of the folder")
         missing = sorted(found - set(names))
         if missing:
-            raise Unreadable(
+            raise Incomplete(
                 f"{source}: is incomplete: {len(missing)} of {len(found)} files are missing: {missing[0]}"
             )
         return tuple(sorted(found))
@@ -172,7 +183,7 @@ def weight_files(names: Sequence[str], index: Mapping[str, Any] | None, source: 
         raise Unreadable(f"{source}: has no weights in safetensors format")
     parts = re.search(r"-of-(\d+)\.safetensors$", weights[0])
     if parts is not None and int(parts[1]) != len(weights):
-        raise Unreadable(f"{source}: is incomplete: it has {len(weights)} of {int(parts[1])} files")
+        raise Incomplete(f"{source}: is incomplete: it has {len(weights)} of {int(parts[1])} files")
     return tuple(weights)
 
 

@@ -54,6 +54,10 @@ class Unreadable(ValueError):
     """Raised for files that no engine can load; the message begins with the path and says why."""
 
 
+class Incomplete(Unreadable):
+    """Raised for files of which a part is missing, perhaps because it is still being written."""
+
+
 class Truncated(Unreadable):
     """Raised when the given bytes end before the header does; `needed` is how many are needed."""
 
@@ -83,6 +87,8 @@ class Tensor(msgspec.Struct, frozen=True, gc=False):
 @dataclass(frozen=True, slots=True)
 class Header:
     tensors: Mapping[str, Tensor]
+    data_offset: int
+    """Of the tensors in the file."""
     file_bytes: int
 
 
@@ -109,7 +115,7 @@ def parse(buffer: bytes, *, file_bytes: int, source: str) -> Header:
     Raises Unreadable: `Truncated` if the header continues after `buffer`.
     """
     if file_bytes < LENGTH_BYTES:
-        raise Unreadable(f"{source}: is incomplete: it has {file_bytes} bytes")
+        raise Incomplete(f"{source}: is incomplete: it has {file_bytes} bytes")
     if len(buffer) < LENGTH_BYTES:
         raise Truncated(f"{source}: ends before its header does", LENGTH_BYTES)
     length = int.from_bytes(buffer[:LENGTH_BYTES], "little")
@@ -118,9 +124,9 @@ def parse(buffer: bytes, *, file_bytes: int, source: str) -> Header:
         raise Unreadable(f"{source}: is {pointer}")
     end = LENGTH_BYTES + length
     if length > MOST_HEADER_BYTES:
-        raise Unreadable(f"{source}: is not a safetensors file: it claims a header of {length:,} bytes")
+        raise Incomplete(f"{source}: is not a safetensors file: it claims a header of {length:,} bytes")
     if end > file_bytes:
-        raise Unreadable(
+        raise Incomplete(
             f"{source}: is incomplete: its header takes {end:,} bytes, but the file has {file_bytes:,}"
         )
     if len(buffer) < end:
@@ -129,8 +135,10 @@ def parse(buffer: bytes, *, file_bytes: int, source: str) -> Header:
     expected = end + max((tensor.data_offsets[1] for tensor in tensors.values()), default=0)
     if expected != file_bytes:
         reason = f"its tensors end at byte {expected:,}, but the file has {file_bytes:,} bytes"
-        raise Unreadable(f"{source}: {'is incomplete: ' if expected > file_bytes else ''}{reason}")
-    return Header(tensors, file_bytes)
+        if expected > file_bytes:
+            raise Incomplete(f"{source}: is incomplete: {reason}")
+        raise Unreadable(f"{source}: {reason}")
+    return Header(tensors, end, file_bytes)
 
 
 def _tensors(text: bytes, source: str) -> dict[str, Tensor]:

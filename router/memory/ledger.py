@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from router.config.schema import System
-from router.hardware.devices import Readings
+from router.hardware.devices import Devices, Readings
 from router.hardware.ram import ProcessMemory
 from router.memory.plan import Alternative, Ground, Share, Site
 from router.scheduling.messages import Placement
@@ -308,3 +308,10 @@ def is_news(before: Placement, now: Placement) -> bool:
         abs(now.get(device, 0) - before.get(device, 0)) > max(_NEWS_MIB, _NEWS_SHARE * before.get(device, 0))
         for device in {**before, **now}
     ) or bool(before) != bool(now)
+
+
+def idle_ground(devices: Devices) -> Ground:
+    """Return the machine's current memory as seen by a router without engines that uses every GPU. Blocking."""
+    ledger = Ledger(System())
+    ledger.observe(devices.read_blocking(), {})
+    return ledger.ground(ledger.budgets()[0], devices.environment)

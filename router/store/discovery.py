@@ -1,4 +1,4 @@
-"""Discovers the models in a folder: its GGUF files, their aliases, and their projectors.
+"""Discovers the models in a folder: GGUF files with their projectors, and folders in safetensors; names them.
 
 A split model counts once, by its first part. A file that cannot be served, or is still being written or
 downloaded, is reported with the reason; it is neither fatal nor silently ignored. Only headers are read, and
@@ -12,15 +12,16 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import TypeVar
 
 from router.engines.llamacpp.purpose import unserved
-from router.formats import gguf
+from router.formats import gguf, hf_model, safetensors
 from router.formats.gguf import GGUF, SplitName
 from router.formats.gguf_cursor import GGUFError, TruncatedGGUF
+from router.formats.hf_model import HfModel, Incomplete, Unreadable
 from router.store.created import Created
 
 SETTLE_SEC = 1.0
@@ -38,6 +39,7 @@ _QUANTIZATION = re.compile(
     r"[-._](?P<label>(?:ud-)?(?:i?q\d\w*|tq\d\w*|b?f16|f32|mxfp4\w*|nvfp4))$", re.IGNORECASE
 )
 _Path = TypeVar("_Path", bound=PurePath)
+_Header = TypeVar("_Header", GGUF, HfModel)
 _MOST_PARTS = 1000
 
 
@@ -47,13 +49,18 @@ class Found:
 
     alias: str
     path: Path
-    model: GGUF
+    """Its file, or its folder."""
+    model: GGUF | HfModel
     projector: GGUF | None = None
     made: Created | None = None
     """System prompt, parameters and examples that its store attaches to the file."""
+    quantize: str | None = None
+    """How to load a model in safetensors, if that is known."""
 
     @property
     def capabilities(self) -> tuple[str, ...]:
+        if isinstance(self.model, HfModel):
+            return ("completion",) if self.model.writes_text else ()
         return gguf.capabilities(self.model, self.projector)
 
 
@@ -76,8 +83,14 @@ def discover(root: Path, headers: Headers | None = None, *, settle_sec: float = 
     os.scandir(root).close()
     survey = Survey(headers, settle_sec)
     found = [each for _, paths in survey.folders(root) for each in survey.models(paths)]
-    aliases = _aliases([each.path.relative_to(root) for each in found])
-    return survey.discovery(replace(each, alias=alias) for alias, each in zip(aliases, found, strict=True))
+    files = [each for each in found if isinstance(each.model, GGUF)]
+    folders = [each for each in found if not isinstance(each.model, GGUF)]
+    aliases = _aliases([_names_of_file(each.path.relative_to(root)) for each in files])
+    # After those of files, which keep their names when a folder appears beside them.
+    aliases += _aliases([_names_of_folder(each.path, root) for each in folders], aliases)
+    return survey.discovery(
+        replace(each, alias=alias) for alias, each in zip(aliases, (*files, *folders), strict=True)
+    )
 
 
 class Survey:
@@ -93,24 +106,29 @@ class Survey:
         """Files that are being downloaded, each with the name of the file beside it that shows this."""
 
     def folders(self, root: Path) -> Iterator[tuple[Path, list[Path]]]:
-        """Yield each folder with its GGUF files; of split models, the first part."""
+        """Yield each folder with its models: of split models the first part, in safetensors the folder itself."""
         for folder, names in _folders(root, self.skipped):
             for name in names:
                 file, ending = os.path.splitext(name)
                 if ending in _DOWNLOADING and file in names:
-                    self._unfinished[folder / _first_part(file)] = name
-            yield folder, list(_first_parts(folder, names, self.skipped))
+                    of_folder = file.endswith(".safetensors")
+                    self._unfinished[folder if of_folder else folder / _first_part(file)] = name
+            models = list(_first_parts(folder, names, self.skipped))
+            yield folder, [*models, folder] if hf_model.is_folder_of_model(names) else models
 
     def models(self, paths: Iterable[Path], *, of_one_repository: bool = False) -> list[Found]:
         """Return the models among files of one folder, each once, without alias and with its projector."""
         models: dict[Path, GGUF] = {}
         projectors: dict[Path, GGUF] = {}
+        found: list[Found] = []
         for path in paths:
             if (original := self._seen.setdefault(os.path.realpath(path), path)) != path:
                 self.skipped.append(Skipped(path, f"is the same file as {original}"))
+            elif path.is_dir():
+                if (folder := self.read_folder(path)) is not None:
+                    found.append(Found("", path, folder))
             elif (header := self.read(path)) is not None:
                 (projectors if is_projector(path, header) else models)[path] = header
-        found: list[Found] = []
         unused = set(projectors)
         words = {path: _telling_words(header) for path, header in projectors.items()}
         for path, model in models.items():
@@ -134,13 +152,20 @@ class Survey:
 
     def read(self, path: Path) -> GGUF | None:
         """Return the header of a file, without tensors; None if it is skipped, with the reason in `skipped`."""
+        return self._read(path, self._headers.of)
+
+    def read_folder(self, path: Path) -> HfModel | None:
+        """Return the model of a folder; None if it is skipped, with the reason in `skipped`."""
+        return self._read(path, self._headers.of_folder)
+
+    def _read(self, path: Path, reader: Callable[[Path, float, str], _Header]) -> _Header | None:
         try:
             str(path).encode()
-            return self._headers.of(path, self._settle_sec, self._unfinished.get(path, ""))
+            return reader(path, self._settle_sec, self._unfinished.get(path, ""))
         except UnicodeEncodeError:
             reason = "its name is not UTF-8: no request could ask for it"
-        except GGUFError as error:
-            reason = str(error).removeprefix(f"{path}: ")
+        except (GGUFError, Unreadable) as error:
+            reason = str(error).removeprefix(f"{path}: ").removeprefix(f"{path}/")
         except (Unfit, Unfinished) as error:
             reason = str(error)
         except OSError as error:
@@ -180,7 +205,7 @@ _Stamps = tuple[tuple[str, int, int], ...]
 @dataclass(frozen=True, slots=True)
 class _Known:
     stamps: _Stamps
-    header: GGUF | str | None
+    header: GGUF | HfModel | str | None
     """A text says why the file is unfit; None means that the header was not requested."""
 
 
@@ -203,24 +228,48 @@ class Headers:
         A new file must have been unchanged for `settle_sec`. `beside` names the file that a download program keeps
         beside an incomplete one. Raises Unfit, Unfinished, GGUFError and OSError.
         """
+        header = self._of(path, settle_sec, beside, _stamps, _read)
+        assert isinstance(header, GGUF)
+        return header
+
+    def of_folder(self, path: Path, settle_sec: float = 0.0, beside: str = "") -> HfModel:
+        """Return the model in safetensors of a folder, like `of`. Raises Unreadable instead of GGUFError."""
+        model = self._of(path, settle_sec, beside, _stamps_of_folder, _read_folder)
+        assert isinstance(model, HfModel)
+        return model
+
+    def _of(
+        self,
+        path: Path,
+        settle_sec: float,
+        beside: str,
+        stamps_of: Callable[[Path], _Stamps],
+        read: Callable[[Path], GGUF | HfModel | str],
+    ) -> GGUF | HfModel:
         known = self._now.get(path)
         if known is None or known.header is None:
-            known = self._now[path] = self._look(path, settle_sec, beside)
+            known = self._now[path] = self._look(path, settle_sec, beside, stamps_of(path), read)
         assert known.header is not None
         if isinstance(known.header, str):
             raise Unfit(known.header)
         return known.header
 
-    def _look(self, path: Path, settle_sec: float, beside: str) -> _Known:
+    def _look(
+        self,
+        path: Path,
+        settle_sec: float,
+        beside: str,
+        stamps: _Stamps,
+        read: Callable[[Path], GGUF | HfModel | str],
+    ) -> _Known:
         known = self._before.get(path)
-        stamps = _stamps(path)
         try:
             if beside:
                 raise Unfinished(f"is incomplete, as {beside} beside it shows: remove that if it is a leftover")
             if known is None or known.stamps != stamps or known.header is None:
                 self._check_settled(stamps, settle_sec if known is None else SETTLE_SEC)
-                known = _Known(stamps, _read(path))
-        except (Unfinished, TruncatedGGUF):
+                known = _Known(stamps, read(path))
+        except (Unfinished, TruncatedGGUF, Incomplete):
             if known is None or known.header is None:
                 raise
         return known
@@ -316,6 +365,21 @@ def _read(path: Path) -> GGUF | str:
     return replace(header, tensors=tuple(kept) or header.tensors[:1])
 
 
+def _read_folder(folder: Path) -> HfModel | str:
+    """Return the model of a folder, or the reason why it is unfit. Raises Unfinished, Unreadable and OSError."""
+    model = hf_model.read(folder)
+    if not (model.architecture or model.model_type):  # a part of a model, such as a layer of Sentence Transformers
+        return f"its {hf_model.CONFIG} names no kind of model"
+    for file in model.files:
+        header = safetensors.read(file)
+        with file.open("rb", buffering=0) as opened:
+            for name, tensor in header.tensors.items():
+                start, end = (header.data_offset + offset for offset in tensor.data_offsets)
+                if tensor.nbytes >= _LARGE_TENSOR and _is_hole(opened.fileno(), start, end):
+                    raise Unfinished(f"is incomplete: its tensor {name!r} has not been written yet")
+    return model
+
+
 def _not_written(header: GGUF) -> str | None:
     """Name a large tensor that lies entirely in a hole of its file; None if there is none.
 
@@ -358,6 +422,21 @@ def _stamps(path: Path) -> _Stamps:
             stamps.append((str(path.with_name(name)), -1, 0))
         else:
             stamps.append((str(path.with_name(name)), status.st_size, status.st_mtime_ns))
+    return tuple(stamps)
+
+
+def _stamps_of_folder(folder: Path) -> _Stamps:
+    """Return the stamps of the files that make up a model in safetensors. Raises OSError if there is no folder."""
+    stamps: list[tuple[str, int, int]] = []
+    with os.scandir(folder) as entries:
+        paths = sorted(entry.path for entry in entries if entry.name.endswith((".safetensors", ".json")))
+    for path in paths:
+        try:
+            status = os.stat(path)
+        except FileNotFoundError:  # a link to a file that is not there yet
+            stamps.append((path, -1, 0))
+        else:
+            stamps.append((path, status.st_size, status.st_mtime_ns))
     return tuple(stamps)
 
 
@@ -440,22 +519,31 @@ def stem(path: PurePath) -> str:
     return path.name if name == "." else name  # which no path can end in
 
 
-def _aliases(paths: Sequence[Path]) -> list[str]:
-    """Return the shortest unique name for each file."""
-    choices = [
-        (
-            stem(path),
-            path.with_name(stem(path)).relative_to(path.parent.parent).as_posix(),
-            path.with_name(stem(path)).as_posix(),
-            path.as_posix(),
-        )
-        for path in paths
-    ]
-    ranks = [0] * len(paths)
+def _names_of_file(path: Path) -> tuple[str, ...]:
+    """Return names for a file, the shortest first, of which the last is unique."""
+    whole = path.with_name(stem(path))
+    return stem(path), whole.relative_to(path.parent.parent).as_posix(), whole.as_posix(), path.as_posix()
+
+
+def _names_of_folder(folder: Path, root: Path) -> tuple[str, ...]:
+    """Return names for a folder, the shortest first, of which the last is unique."""
+    path = Path(root.name) if folder == root else folder.relative_to(root)
+    short = re.sub(r"\s+", "-", path.name)
+    whole = path.with_name(short)
+    return short, whole.relative_to(path.parent.parent).as_posix(), whole.as_posix(), f"{path.as_posix()}/"
+
+
+def _aliases(names: Sequence[Sequence[str]], taken: Collection[str] = ()) -> list[str]:
+    """Choose the shortest unique one of each item's names, none of which is taken."""
+    ranks = [0] * len(names)
     while True:
-        aliases = [choice[rank] for choice, rank in zip(choices, ranks, strict=True)]
-        uses = Counter(aliases)
-        if len(uses) == len(aliases):
+        aliases = [choice[rank] for choice, rank in zip(names, ranks, strict=True)]
+        uses = Counter([*aliases, *taken])
+        # The last name is unique: it need not give way to the alias of another item.
+        raised = [
+            min(rank + (uses[alias] > 1), len(choice) - 1)
+            for choice, rank, alias in zip(names, ranks, aliases, strict=True)
+        ]
+        if raised == ranks:
             return aliases
-        # The last choice, the path, is unique: it need not give way to the alias of another file.
-        ranks = [min(rank + (uses[alias] > 1), 3) for rank, alias in zip(ranks, aliases, strict=True)]
+        ranks = raised

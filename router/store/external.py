@@ -1,7 +1,8 @@
 """Discovers models that other programs have downloaded: the Hugging Face cache and Ollama's store. Read-only.
 
 Each is scanned only if the configuration enables it, and has its own naming: a file of the Hugging Face cache is
-`USER/REPO:QUANT`, as for `llama-server -hf`; models of Ollama have the names that `ollama list` shows.
+`USER/REPO:QUANT`, as for `llama-server -hf`, a model in safetensors `USER/REPO`; models of Ollama have the names
+that `ollama list` shows.
 """
 
 from __future__ import annotations

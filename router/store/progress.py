@@ -23,6 +23,8 @@ class MemoryNote(msgspec.Struct):
     fits: bool
     largest_context: int
     """Largest context with which the model fits now; 0 if none does."""
+    context_key: str = "-c"
+    """What sets the context: a flag, or a key of the model's entry."""
 
 
 class Problem(msgspec.Struct):

@@ -32,13 +32,14 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from router import __version__
 from router.config.names import ALLOWED, is_alias
+from router.engines import hf_forecast
 from router.engines.llamacpp.flags import Flags
 from router.engines.llamacpp.forecast import forecast
-from router.formats import gguf, hf_cache
+from router.formats import gguf, hf_cache, hf_model
 from router.store import pulled, remote_headers
 from router.store.hub_api import ANSWER_SEC, PAUSES_SEC, HubError, HubFile, HubRepository
 from router.store.progress import FileProgress, MemoryNote, Problem, Progress
-from router.store.pulled import PulledFile, PulledModel
+from router.store.pulled import FOLDER, PulledFile, PulledModel
 from router.store.repository import BadReference, Choice, NoChoice, Reference, parse
 from router.system.devices import by_name
 
@@ -169,7 +170,7 @@ class _Pull:
         known = pulled.read(self.cache)
         taken = known.get(alias)
         if taken is not None and (taken.repo, taken.model) != (self.reference.repo, choice.model):
-            name = f"{taken.repo}/{taken.model}"
+            name = taken.repo if taken.model == FOLDER else f"{taken.repo}/{taken.model}"
             message = f"{alias!r} is the alias of {name}: choose another one, or remove that model first"
             raise PullFailed("alias_taken", message)
         here = [each for model in known.values() if model.repo == self.reference.repo for each in model.revisions]
@@ -184,6 +185,7 @@ class _Pull:
                 for file in files
             ),
             complete=False,
+            quantize=choice.quantize,
         )
 
     def _begun(self, alias: str, model: PulledModel) -> PulledModel:
@@ -211,28 +213,48 @@ class _Pull:
         """Estimate whether the model will fit. The estimate only informs, so errors are reported and ignored."""
         token = huggingface_hub.get_token()
         environ = {**self.environ, **({"HF_TOKEN": token} if token else {})}
+        try:
+            if choice.model == FOLDER:
+                self.progress.memory = self._note_of_folder(commit, choice, environ)
+            else:
+                self.progress.memory = self._note_of_file(commit, choice, environ)
+        except (remote_headers.CannotRead, ValueError, ArithmeticError, OSError) as error:
+            self.progress.memory_unknown = str(error)
 
+    def _note_of_file(self, commit: str, choice: Choice, environ: Mapping[str, str]) -> MemoryNote:
         def header(path: str) -> gguf.GGUF:
             local = self._pointer(commit, path)
             if local.exists():
                 return gguf.read(local)
             return remote_headers.read(self.hub.url(commit, path), environ)
 
-        try:
-            model = header(choice.model)
-            projector = header(choice.mmproj) if choice.mmproj else None
-            found = forecast(model, Flags(("-np", "1")), projector=projector)
-        except (remote_headers.CannotRead, ValueError, ArithmeticError, OSError) as error:
-            self.progress.memory_unknown = str(error)
-            return
+        model = header(choice.model)
+        projector = header(choice.mmproj) if choice.mmproj else None
+        found = forecast(model, Flags(("-np", "1")), projector=projector)
         needs = by_name(found.best.placement)
         free = by_name(found.free_mib)
-        self.progress.memory = MemoryNote(
+        return MemoryNote(
             needs,
             {device: free[device] for device in needs},
             found.need.context,
             not found.short_mib,
             found.largest_context,
+        )
+
+    def _note_of_folder(self, commit: str, choice: Choice, environ: Mapping[str, str]) -> MemoryNote:
+        if all(self._pointer(commit, path).exists() for path in choice.files):
+            model = hf_model.read(self._pointer(commit, FOLDER))
+        else:
+            model = remote_headers.read_folder(self.hub, commit, choice, environ)
+        found = hf_forecast.forecast(model)
+        needs, free = by_name(found.placement), by_name(found.free_mib)
+        return MemoryNote(
+            needs,
+            {device: free[device] for device in needs},
+            found.context,
+            found.fits,
+            found.largest_context,
+            context_key="context",
         )
 
     # --- download -----------------------------------------------------------------------------------------

@@ -30,6 +30,8 @@ from router.store.discovery import Discovery, Found, Headers, Survey
 _log = logging.getLogger("router")
 
 RECORD = "llama-router.json"
+FOLDER = "."
+"""Path in the repository of what is loaded of a model in safetensors: all of it."""
 _PART = ".incomplete"
 _QUIET_SEC = 60.0
 """A partial file that was not written to for this long is considered abandoned."""
@@ -52,11 +54,13 @@ class PulledModel(msgspec.Struct, frozen=True):
     revision: str
     """The commit."""
     model: str
-    """Path in the repository of the file to load; for a split model, the first part."""
+    """Path in the repository of the file to load; for a split model, the first part; or `FOLDER`."""
     mmproj: str | None
     files: tuple[PulledFile, ...]
     complete: bool
     """Whether all files are present, with verified checksums."""
+    quantize: str | None = None
+    """How to load a model in safetensors, if the pull said that."""
     arriving: PulledModel | None = None
     """A newer revision that is being downloaded to replace this one."""
 
@@ -106,6 +110,10 @@ def discover(cache: Path, headers: Headers | None = None) -> Discovery:
             if not model.complete:
                 continue
             path = snapshot_path(cache, model, model.model)
+            if model.model == FOLDER:
+                if (whole := survey.read_folder(path)) is not None:
+                    found.append(Found(alias, path, whole, quantize=model.quantize))
+                continue
             mmproj = snapshot_path(cache, model, model.mmproj) if model.mmproj else None
             if (header := survey.read(path)) is not None:
                 found.append(Found(alias, path, header, survey.projector_for(header, mmproj)))

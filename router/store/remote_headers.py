@@ -1,7 +1,7 @@
 """Reads the headers of local and remote models; of remote files, only the first bytes are downloaded.
 
 A model is given as a path, an http(s) URL, `hf.co/USER/REPO/FILE.gguf`, or, like for `pull`, as
-`hf.co/USER/REPO[:QUANT]`, which includes its projector.
+`hf.co/USER/REPO[:QUANT]`, which includes its projector. A model in safetensors is a folder or a repository.
 """
 
 from __future__ import annotations
@@ -14,20 +14,31 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from router import __version__
 from router.config.names import HUB_HOSTS
-from router.formats import gguf
+from router.formats import gguf, hf_model, safetensors
 from router.formats.gguf import GGUF
 from router.formats.gguf_cursor import TruncatedGGUF
+from router.formats.hf_model import HfModel
+from router.store.pulled import FOLDER
 from router.store.repository import BadReference, Choice, NoChoice, Reference, gated, parse
+
+if TYPE_CHECKING:
+    from router.store.hub_api import HubRepository
 
 FIRST_BYTES = 8 << 20
 """Enough for the headers of nearly all models: a vocabulary of 150,000 tokens and its merges take 6 MB."""
 FIRST_BYTES_OF_OTHERS = 256 << 10
 """The same for the further parts of a split model, which have no vocabulary."""
+FIRST_BYTES_OF_SAFETENSORS = 128 << 10
+"""The same for a file of a model in safetensors, with some hundred tensors."""
+AT_ONCE = 8
+"""Number of files whose headers are read concurrently; large models have more than a hundred."""
 MOST_BYTES = 256 << 20
 TIMEOUT_SEC = 30.0
 
@@ -43,14 +54,25 @@ class CannotRead(Exception):
     """Raised when a header cannot be read; the message says why and what to do."""
 
 
-def read_whole(model: str, environ: Mapping[str, str]) -> tuple[GGUF, GGUF | None, Choice | None]:
+class Whole(NamedTuple):
+    """A model with what belongs to it."""
+
+    model: GGUF | HfModel
+    projector: GGUF | None = None
+    choice: Choice | None = None
+    """The files that were chosen of a repository."""
+
+
+def read_whole(model: str, environ: Mapping[str, str]) -> Whole:
     """Return a model's header; if a repository is given, also its projector's header and the choice of files.
 
-    Raises CannotRead, GGUFError.
+    Raises CannotRead, GGUFError, Unreadable.
     """
     reference = _repository(model, environ)
     if reference is None:
-        return read(model, environ), None, None
+        if Path(model).is_dir():
+            return Whole(_read_local_folder(Path(model)))
+        return Whole(read(model, environ))
     from huggingface_hub import get_token  # imported here because it takes 0.3 s, not needed for files
 
     from router.store.hub_api import HubError, HubRepository
@@ -62,9 +84,49 @@ def read_whole(model: str, environ: Mapping[str, str]) -> tuple[GGUF, GGUF | Non
         raise CannotRead(str(error)) from None
     environ = {**environ, "HF_TOKEN": get_token() or ""}
     model_path, projector_path = found.choice.model, found.choice.mmproj
+    if model_path == FOLDER:
+        return Whole(read_folder(hub, found.commit, found.choice, environ), choice=found.choice)
     header = read(hub.url(found.commit, model_path), environ)
     projector = read(hub.url(found.commit, projector_path), environ) if projector_path else None
-    return header, projector, found.choice
+    return Whole(header, projector, found.choice)
+
+
+def _read_local_folder(folder: Path) -> HfModel:
+    try:
+        return hf_model.read(folder)
+    except OSError as error:
+        raise CannotRead(f"{error.filename or folder} cannot be read: {error.strerror or error}") from None
+
+
+def read_folder(hub: HubRepository, commit: str, choice: Choice, environ: Mapping[str, str]) -> HfModel:
+    """Return a model in safetensors of a repository. Raises CannotRead, Unreadable."""
+    token = environ.get("HF_TOKEN")
+
+    def json_of(path: str) -> dict[str, Any]:
+        url = hub.url(commit, path)
+        body, size = _fetch_range(url, 0, hf_model.MOST_BYTES, token)
+        if size > len(body):
+            raise CannotRead(f"{url} is larger than {hf_model.MOST_BYTES >> 20} MiB")
+        return hf_model.parse_object(body, url)
+
+    def header_of(path: str) -> safetensors.Header:
+        url = hub.url(commit, path)
+        buffer, size = _fetch_range(url, 0, FIRST_BYTES_OF_SAFETENSORS, token)
+        try:
+            return safetensors.parse(buffer, file_bytes=size, source=url)
+        except safetensors.Truncated as error:
+            more, _ = _fetch_range(url, len(buffer), error.needed, token)
+            return safetensors.parse(buffer + more, file_bytes=size, source=url)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        headers = list(pool.map(header_of, choice.weights))
+    return hf_model.of_parts(
+        Path(hub.reference.repo),
+        json_of(hf_model.CONFIG),
+        headers,
+        tuple(Path(path) for path in choice.weights),
+        has_chat_template=any(path in choice.parts for path in hf_model.TEMPLATES),
+    )
 
 
 def _repository(model: str, environ: Mapping[str, str]) -> Reference | None:

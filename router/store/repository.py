@@ -13,13 +13,18 @@ import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
+from typing import get_args
 
 from router.config.names import HUB_HOSTS, same_name, untagged
+from router.config.schema import Quantize
 from router.engines.llamacpp.purpose import DRAFT_PREFIXES
+from router.formats import hf_model
 from router.formats.gguf import SplitName
+from router.formats.hf_cache import NEW_NAMES
 from router.formats.quantizations import BITS, DEFAULT, bits_of, closeness
 from router.store.discovery import projector_of, quantization
 from router.store.external import repository_aliases
+from router.store.pulled import FOLDER
 
 Q4_ABOVE_BYTES = 14_000_000_000
 """Default size limit up to which AUTO chooses the unquantized model."""
@@ -29,6 +34,13 @@ _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _REPOSITORY = re.compile(f"{_NAME}/{_NAME}")
 _QUANT = re.compile(r"[A-Za-z0-9_.-]+")
 _UNQUANTIZED = (16, 32)
+_BESIDE_WEIGHTS = re.compile(
+    r"[^/]+\.(?:json|jinja|txt|model|tiktoken|spm|py)"
+    r"|additional_chat_templates/[^/]+\.jinja"
+    r"|\d+_[A-Za-z]+/[^/]+\.(?:json|safetensors)"  # modules of Sentence Transformers
+)
+_OF_OTHERS = re.compile(r"^(?:pytorch_|tf_|flax_|rust_|consolidated|adapter_)|\.(?:bin|h5|msgpack)\.index\.json$")
+"""Files of copies for other programs."""
 _BITS_OF = {
     **{f"Q{bits}": (bits,) for bits in BITS if bits < 16},
     "FP16": (16,),
@@ -73,9 +85,14 @@ class Choice:
 
     alias: str
     model: str
-    """The file to load; for a split model, the first part."""
+    """The file to load; for a split model, the first part; `FOLDER` for a model in safetensors."""
     parts: tuple[str, ...]
-    mmproj: str | None
+    """The files of the model, without a projector."""
+    mmproj: str | None = None
+    weights: tuple[str, ...] = ()
+    """Those of the parts that hold the weights of a model in safetensors."""
+    quantize: str | None = None
+    """How to load a model in safetensors, if that was said: a value of the entry's key of that name."""
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -98,6 +115,7 @@ def parse(text: str, environ: Mapping[str, str]) -> Reference:
     elif "://" in text:
         raise BadReference(f"{text!r} is not on the Hugging Face hub: use hf.co/USER/REPO[:QUANT]")
     rest, _, quant = untagged(rest).partition(":")
+    rest = NEW_NAMES.get(rest, rest)
     user, _, rest = rest.partition("/")
     name, _, file = rest.partition("/")
     repo, revision = f"{user}/{name}", "main"
@@ -182,8 +200,11 @@ def choose(reference: Reference, sizes: Mapping[str, int], q4_above_bytes: int =
     `sizes` are the sizes in bytes of the repository's files. Without a quantization: Q4_K_M, else another with 4
     bits, then 5, 6, 8, 3, 2, 16, 32 and 1 bit; for equal bits, K before others, and M before XL, L and S. A given
     quantization is never replaced by another. `auto` chooses the unquantized model, unless it is larger than
-    `q4_above_bytes` or missing; then the choice is the same as without a quantization.
+    `q4_above_bytes` or missing; then the choice is the same as without a quantization. A repository without GGUF
+    is taken as it is, if it holds a model in safetensors.
     """
+    if not any(path.lower().endswith(".gguf") for path in sizes) and hf_model.CONFIG in sizes:
+        return _folder(reference, sizes)
     paths = [PurePosixPath(path) for path in sorted(sizes) if path.lower().endswith(".gguf")]
     projectors = {path: sizes[str(path)] for path in paths if "mmproj" in path.name.lower()}
     models = [path for path in paths if path not in projectors and _is_model(path)]
@@ -199,6 +220,30 @@ def choose(reference: Reference, sizes: Mapping[str, int], q4_above_bytes: int =
     mmproj = projector_of(chosen, firsts, near)
     alias = repository_aliases(reference.repo, firsts)[chosen]
     return Choice(alias, str(chosen), parts, str(mmproj) if mmproj else None)
+
+
+def _folder(reference: Reference, paths: Iterable[str]) -> Choice:
+    """Return a model in safetensors with everything that its engine reads. Raises NoChoice."""
+    paths = sorted(paths)
+    repo = reference.repo
+    try:
+        weights = hf_model.weight_files([path for path in paths if "/" not in path], None, repo)
+    except hf_model.Unreadable as error:
+        raise NoChoice(f"{error}, and no GGUF model") from None
+    if reference.file is not None:
+        raise NoChoice(f"{repo} has no GGUF model, but one in safetensors: use hf.co/{repo}")
+    quantize = (reference.quant or AUTO).lower()
+    if quantize not in get_args(Quantize):
+        ways = ", ".join(get_args(Quantize))
+        raise NoChoice(f"{repo} has no {reference.quant}, but safetensors, which can be loaded as {ways}")
+    beside = [path for path in paths if _BESIDE_WEIGHTS.fullmatch(path) and not _OF_OTHERS.search(path)]
+    return Choice(
+        repo,
+        FOLDER,
+        (*weights, *beside),
+        weights=weights,
+        quantize=None if quantize == AUTO else quantize,
+    )
 
 
 def _automatic(models: Sequence[PurePosixPath], sizes: Mapping[str, int], q4_above_bytes: int) -> str | None:

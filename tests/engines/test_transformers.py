@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,22 +16,13 @@ import ollama
 import openai
 import pytest
 from conftest import Router, Start, eventually, run
-from hf_models import LLAMA, write_model
+from hf_models import LLAMA, played_transformers, write_model
 from hypothesis import given
 from hypothesis import strategies as st
 
 from router.engines.transformers.answers import Cut
 
-PLAYED = Path(__file__).parent.parent / "played_transformers.py"
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
-
-
-def program(folder: Path) -> Path:
-    """The played one, as an executable file."""
-    path = folder / "transformers"
-    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{PLAYED}" "$@"\n')
-    path.chmod(0o755)
-    return path
 
 
 def model(folder: Path, **entry: Any) -> dict[str, Any]:
@@ -46,7 +36,7 @@ def router(start_shared: Start, tmp_path_factory: pytest.TempPathFactory) -> Rou
     plain = write_model(folder / "plain", chat_template=None)
     bert = write_model(folder / "bert", {**LLAMA, "architectures": ["BertForMaskedLM"]})
     config = {
-        "system": {"transformers_path": str(program(folder)), "stop_grace_sec": 3},
+        "system": {"transformers_path": str(played_transformers(folder)), "stop_grace_sec": 3},
         "models": {"chatty": model(chatty), "plain": model(plain), "bert": model(bert)},
         "aliases": {"calm": {"uses": "chatty", "defaults": {"temperature": 0}, "system_prompt": "Be calm."}},
     }
@@ -376,6 +366,25 @@ def test_what_is_not_there_is_said_with_what_to_do(tmp_path: Path) -> None:
         assert problem in checked.stderr, checked.stderr
 
 
+def test_models_in_folders_are_found_if_they_can_run(tmp_path: Path, start: Start) -> None:
+    models = tmp_path / "models"
+    write_model(models / "chatty")
+    write_model(models / "bert", {**LLAMA, "architectures": ["BertForMaskedLM"]})
+    config: dict[str, Any] = {"models": {"chatty": {"description": "Talks."}}}
+    arguments = ["--models-dir", str(models)]
+    found = {**config, "system": {"transformers_path": str(played_transformers(tmp_path))}}
+    router = start(found, arguments=arguments)
+    (listed,) = router.http.get("/v1/models").json()["data"]
+    assert (listed["id"], listed["description"], listed["source"]) == ("chatty", "Talks.", "--models-dir")
+    assert text_of(chat(router, "one")) == "one"
+    assert f"{models / 'bert'} is not served: BertForMaskedLM writes no text" in router.log
+    router.stop()
+
+    router = start({"system": {}}, arguments=arguments, PATH="/usr/bin:/bin")
+    assert router.http.get("/v1/models").json()["data"] == []
+    assert f"{models / 'chatty'}: not served, as the program `transformers` was not found" in router.log
+
+
 def test_without_the_program_the_extra_is_named(tmp_path: Path, start: Start) -> None:
     router = start({"models": {"m": model(write_model(tmp_path / "m"))}})
     answer = router.chat("m")
@@ -386,7 +395,7 @@ def test_without_the_program_the_extra_is_named(tmp_path: Path, start: Start) ->
 
 
 def test_four_bits_need_a_gpu_and_bitsandbytes(tmp_path: Path, start: Start) -> None:
-    system = {"transformers_path": str(program(tmp_path))}
+    system = {"transformers_path": str(played_transformers(tmp_path))}
     router = start({"system": system, "models": {"m": model(write_model(tmp_path / "m"), quantize="q4")}})
     answer = router.chat("m")
     assert answer.status_code == 503

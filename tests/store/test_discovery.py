@@ -9,6 +9,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import pytest
+from hf_models import LLAMA, write_model
 from tiny_models import RawTensor, gguf_bytes, write_embedding, write_llama, write_projector
 
 from router.formats import gguf
@@ -399,3 +400,64 @@ def test_only_what_has_changed_a_moment_ago_counts_as_being_written(tmp_path: Pa
 def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         discover(tmp_path / "absent")
+
+
+# --- models in safetensors ------------------------------------------------------------------------------------
+
+
+def test_a_folder_in_safetensors_is_a_model_of_its_name(tmp_path: Path) -> None:
+    write_model(tmp_path / "org" / "Qwen3 0.6B", shards=2)
+    write_model(tmp_path / "a")
+    model(tmp_path / "a.gguf")
+    model(tmp_path / "org" / "Qwen3 0.6B" / "Qwen3-Q8_0.gguf")
+    discovery = discover(tmp_path)
+    assert {found.alias: found.path.name for found in discovery.models} == {
+        "a": "a.gguf",  # keeps its name
+        "a/": "a",
+        "Qwen3-Q8_0": "Qwen3-Q8_0.gguf",
+        "Qwen3-0.6B": "Qwen3 0.6B",
+    }
+    assert discovery.skipped == ()
+    assert aliases(discover(tmp_path / "a")) == ["a"]
+
+
+def test_of_models_in_safetensors_only_whole_ones_are_offered(tmp_path: Path) -> None:
+    folders = {name: write_model(tmp_path / name, shards=2) for name in ("cut", "missing", "loading", "part")}
+    last = "model-00002-of-00002.safetensors"
+    (folders["cut"] / last).write_bytes((folders["cut"] / last).read_bytes()[:-1])
+    (folders["missing"] / last).unlink()
+    (folders["loading"] / f"{last}.aria2").touch()
+    write_model(folders["part"], {"in_features": 9}, shards=2)
+    (tmp_path / "only-settings").mkdir()
+    (tmp_path / "only-settings" / "config.json").write_text("{}")
+    discovery = discover(tmp_path)
+    assert discovery.models == ()
+    told = reasons(discovery)
+    assert told.keys() == folders.keys()
+    assert told["cut"].startswith(f"{last}: is incomplete")
+    assert told["missing"] == f"is incomplete: 1 of 2 files are missing: {last}"
+    assert told["loading"] == f"is incomplete, as {last}.aria2 beside it shows: remove that if it is a leftover"
+    assert told["part"] == "its config.json names no kind of model"
+
+
+def test_a_model_in_safetensors_is_what_it_was_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    before = Headers()
+    first = before.of_folder(folder)
+    (folder / "model.safetensors").unlink()
+    now = Headers(before)
+    assert now.of_folder(folder) == first
+    write_model(folder, {**LLAMA, "max_position_embeddings": 99})
+    os.utime(folder / "model.safetensors", (1, 1))
+    os.utime(folder / "config.json", (1, 1))
+    os.utime(folder / "tokenizer_config.json", (1, 1))
+    assert Headers(now).of_folder(folder).context == 99
+
+
+def test_a_tensor_that_has_only_been_reserved_makes_a_folder_incomplete(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m", tensors=dict.fromkeys(("first", "second"), ("F32", (1 << 9, 1 << 10))))
+    assert reasons(discover(tmp_path)) == {"m": "is incomplete: its tensor 'second' has not been written yet"}
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(3 << 20)
+        file.write(b"\1" * (1 << 20))
+    assert aliases(discover(tmp_path)) == ["m"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Start
+from hf_models import write_model
 from ollama_store import ollama_model
 from tiny_models import write_llama, write_projector
 
@@ -68,6 +69,24 @@ def test_of_two_revisions_the_one_of_the_main_branch_is_served(tmp_path: Path) -
     discovery = stores.hugging_face(tmp_path)
     assert served(discovery)["org/m:Q4_0"] == only_old
     assert new in served(discovery)["org/m:Q8_0"].parts
+
+
+def test_a_repository_in_safetensors_has_its_own_name(tmp_path: Path) -> None:
+    """Of the newest whole snapshot, if that of the main branch is still being downloaded."""
+    for repo, commits in {"org/Both": COMMITS[:1], "org/Two": COMMITS}.items():
+        for commit in commits:
+            write_model(tmp_path / f"models--{repo.replace('/', '--')}" / "snapshots" / commit)
+    beside = cached(tmp_path, "org/Both", COMMITS[0], "both-q4_k_m.gguf")
+    two = tmp_path / "models--org--Two"
+    (two / "refs").mkdir()
+    (two / "refs" / "main").write_text(COMMITS[1])
+    (two / "snapshots" / COMMITS[1] / "model.safetensors").unlink()
+    discovery = stores.hugging_face(tmp_path)
+    assert {found.alias: found.path for found in discovery.models} == {
+        "org/Both:Q4_K_M": beside,
+        "org/Both": beside.parent,
+        "org/Two": two / "snapshots" / COMMITS[0],
+    }
 
 
 def test_a_projector_of_a_repository_goes_with_models_in_its_folders(tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ import ollama
 import pytest
 from conftest import ROOT, Router, Start, eventually, run
 from fake_hub import Hub, serving
+from hf_models import LLAMA_PARAMETERS, played_transformers, write_model
 from tiny_models import write_llama, write_projector
 
+from router.formats import hf_cache, hf_model
 from router.store import pulled, remote_headers, repository
 from router.store.downloads import Downloads, Pull
 from router.store.progress import Progress
@@ -662,3 +664,108 @@ def test_the_last_fifty_pulls_can_be_asked_about(there: int) -> None:
         return [str(pull.wanted[1]) for pull in downloads.pulls.values()]
 
     assert asyncio.run(story()) == [*(f"alias-{number}" for number in range(there)[-49:]), "one-more"]
+
+
+# --- models in safetensors -----------------------------------------------------------------------------------
+
+
+FOLDER = "org/tiny"
+
+
+@pytest.fixture
+def with_safetensors(hub: Hub, tmp_path: Path) -> dict[str, bytes]:
+    """A repository in safetensors, in three files, and copies for other programs."""
+    folder = write_model(tmp_path / "source", shards=3)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files |= {"tokenizer.json": b"{}", "1_Pooling/config.json": b"{}"}
+    hub.repositories[FOLDER] = {**files, "README.md": b"# A card", "pytorch_model.bin": bytes(9)}
+    return files
+
+
+def test_a_repository_in_safetensors_is_pulled_whole_for_every_program(
+    hub: Hub, with_safetensors: dict[str, bytes], environ: dict[str, str], cache: Path, tmp_path: Path
+) -> None:
+    import huggingface_hub
+
+    hub.cuts = [0.5]
+    ended = run("pull", FOLDER, cwd=tmp_path, **environ)
+    assert ended.returncode == 0, ended.stderr
+    assert "fits now" in ended.stdout
+
+    snapshot = hf_cache.snapshot(cache, FOLDER)
+    assert snapshot is not None
+    assert f"{FOLDER} is available: {snapshot}" in ended.stdout
+    assert {
+        path.relative_to(snapshot).as_posix(): path.read_bytes() for path in snapshot.rglob("*") if path.is_file()
+    } == with_safetensors
+    assert huggingface_hub.snapshot_download(FOLDER, cache_dir=cache, local_files_only=True) == str(snapshot)
+    assert hf_model.read(snapshot).weight_bytes == 2 * LLAMA_PARAMETERS
+    hub.fetched.clear()
+    assert fetch(FOLDER, environ).cached
+    assert hub.fetched == []
+
+    assert run("rm", FOLDER, cwd=tmp_path, **environ).returncode == 0
+    assert list(cache.glob("models--*")) == []
+
+
+@pytest.mark.parametrize("name", ["model-00002-of-00003.safetensors", "config.json"])
+def test_a_pull_in_safetensors_ends_with_the_checksums_of_all_files(
+    hub: Hub, with_safetensors: dict[str, bytes], environ: dict[str, str], name: str
+) -> None:
+    hub.wrong = {name}
+    ended = fetch(FOLDER, environ)
+    assert ended.error is not None
+    assert ended.error.code == "checksum_mismatch"
+    assert name in ended.error.message
+    hub.wrong.clear()
+    assert fetch(FOLDER, environ).status == "success"
+
+
+def test_a_model_in_safetensors_is_estimated_by_its_headers_only(
+    hub: Hub, with_safetensors: dict[str, bytes], environ: dict[str, str], tmp_path: Path
+) -> None:
+    ended = run("estimate", FOLDER, "-c", "512", cwd=tmp_path, **environ)
+    lines = ended.stdout.splitlines()
+    mib = 2 * LLAMA_PARAMETERS / (1 << 20)
+    assert lines[0] == f"{FOLDER}: LlamaForCausalLM (bfloat16, {mib:.0f} MiB on disk, trained for 2048 tokens)"
+    assert "for one request of 512 tokens" in ended.stdout
+    assert hub.fetched == []
+    local = run("estimate", str(tmp_path / "source"), "-c", "512", cwd=tmp_path, **environ)
+    assert local.stdout.splitlines()[2:4] == lines[2:4]
+
+    refused = run("estimate", FOLDER, "-ngl", "9", cwd=tmp_path, **environ)
+    assert refused.returncode == 2
+    assert "-ngl is a flag of llama-server" in refused.stderr
+
+
+def test_gpt2_is_pulled_used_and_removed_by_the_name_that_everybody_knows(
+    start: Start,
+    hub: Hub,
+    with_safetensors: dict[str, bytes],
+    environ: dict[str, str],
+    cache: Path,
+    tmp_path: Path,
+) -> None:
+    repo = "openai-community/gpt2"
+    hub.repositories[repo] = hub.repositories[FOLDER]
+    router = start({"system": {"transformers_path": str(played_transformers(tmp_path))}}, **environ)
+    unknown = router.chat("gpt2")
+    assert unknown.status_code == 404
+    assert "`llama-router pull gpt2`" in unknown.text
+
+    answer = router.http.post("/pull", json={"model": "gpt2", "quantize": "fp32"}, timeout=60).json()
+    snapshot = hf_cache.snapshot(cache, "gpt2")
+    assert (answer["model"], answer["backend"]["local_path"]) == (repo, str(snapshot))
+    assert aliases(router) == {repo}
+    loaded = router.http.post("/v1/models", json={"model": "gpt2", "device": "cpu"}, timeout=60)
+    assert loaded.status_code == 200, loaded.text
+    answered = router.chat("gpt2", content="one two", max_tokens=9).json()
+    assert answered["choices"][0]["message"]["content"] == "one two"
+    (listed,) = router.http.get("/v1/models").json()["data"]
+    assert (listed["source"], listed["size"], listed["context_length"]) == ("pulled", 2 * LLAMA_PARAMETERS, 2048)
+    assert f"models.{repo}.quantize = fp32   (pulled)" in run("check", cwd=tmp_path, **environ).stdout
+
+    removed = router.http.delete("/v1/models/pulled/gpt2")
+    assert removed.status_code == 200, removed.text
+    assert aliases(router) == set()
+    assert list(cache.glob("models--*")) == []

@@ -31,6 +31,12 @@ MIRROR = {"HF_ENDPOINT": "http://hub.example:8080"}
         ("https://huggingface.co/org/m/tree/v2", Reference("org/m", revision="v2")),
         ("http://hub.example:8080/org/m", Reference("org/m")),
         ("hf.co/org/m-GGUF:latest", Reference("org/m-GGUF")),
+        ("gpt2", Reference("openai-community/gpt2")),
+        ("https://huggingface.co/gpt2-medium", Reference("openai-community/gpt2-medium")),
+        ("gpt2-large:latest", Reference("openai-community/gpt2-large")),
+        ("distilgpt2", Reference("distilbert/distilgpt2")),
+        ("EleutherAI/gpt-neo-125m", Reference("EleutherAI/gpt-neo-125m")),
+        ("EleutherAI/gpt-neo-1.3B", Reference("EleutherAI/gpt-neo-1.3B")),
     ],
 )
 def test_a_model_is_named_as_people_copy_it(text: str, reference: Reference) -> None:
@@ -161,3 +167,59 @@ def test_of_several_models_one_has_to_be_named() -> None:
 def test_a_repository_without_a_model_says_where_to_look() -> None:
     with pytest.raises(NoChoice, match="-GGUF"):
         chosen("model.safetensors", "mmproj.gguf")
+
+
+# --- safetensors -----------------------------------------------------------------------------------------
+
+
+def test_a_repository_in_safetensors_is_taken_with_all_that_its_engine_reads() -> None:
+    weights = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    beside = ("1_Pooling/config.json", "config.json", "generation_config.json", "merges.txt")
+    index = "model.safetensors.index.json"
+    others = (
+        "README.md",
+        "consolidated.safetensors",
+        "flax_model.msgpack",
+        "images/a.json",
+        "onnx/model.onnx",
+        "original/consolidated.00.pth",
+        "pytorch_model-00001-of-00002.bin",
+        "pytorch_model.bin.index.json",
+        "tf_model.h5",
+    )
+    choice = chosen(*weights, *beside, index, "tokenizer.json", "chat_template.jinja", *others)
+
+    assert (choice.alias, choice.model, choice.mmproj, choice.weights) == ("org/m", ".", None, weights)
+    assert set(choice.files) == {*weights, *beside, index, "tokenizer.json", "chat_template.jinja"}
+
+
+@pytest.mark.parametrize(("quant", "quantize"), [("auto", None), ("NO", "no"), ("q4", "q4"), ("fp16", "fp16")])
+def test_a_quantization_of_safetensors_is_how_they_are_loaded(quant: str, quantize: str | None) -> None:
+    choice = chosen("config.json", "model.safetensors", quant=quant)
+    assert (choice.alias, choice.model, choice.quantize) == ("org/m", ".", quantize)
+
+
+def test_gguf_is_preferred_where_there_is_both() -> None:
+    assert chosen("config.json", "model.safetensors", "m-Q4_K_M.gguf").model == "m-Q4_K_M.gguf"
+
+
+@pytest.mark.parametrize(
+    ("files", "asked", "reason"),
+    [
+        (("config.json", "pytorch_model.bin"), {}, "has no weights in safetensors format, and no GGUF model"),
+        (("config.json", "adapter_model.safetensors"), {}, "has no weights in safetensors format"),
+        (("config.json", "model-00001-of-00002.safetensors"), {}, "is incomplete: it has 1 of 2 files"),
+        (
+            ("config.json", "model.safetensors"),
+            {"quant": "Q4_K_M"},
+            "can be loaded as auto, q4",
+        ),
+        (("config.json", "model.safetensors"), {"file": "m.gguf"}, "has no GGUF model, but one in safetensors"),
+        (("model_index.json", "unet/model.safetensors"), {}, "has no GGUF model"),
+    ],
+)
+def test_what_is_no_model_in_safetensors_is_refused(
+    files: tuple[str, ...], asked: dict[str, str], reason: str
+) -> None:
+    with pytest.raises(NoChoice, match=reason):
+        chosen(*files, **asked)

@@ -6,7 +6,6 @@ import contextlib
 import os
 from dataclasses import dataclass, replace
 
-from router.config.schema import System
 from router.engines.base import NoEngine
 from router.engines.llamacpp.binary import find_binary
 from router.engines.llamacpp.flags import Flags, argv
@@ -16,9 +15,9 @@ from router.engines.llamacpp.purpose import flags_for
 from router.engines.llamacpp.sizing import EngineKind, Files, Sizer
 from router.formats.gguf import GGUF
 from router.hardware.devices import Devices
-from router.memory.ledger import Ledger
+from router.memory.ledger import idle_ground
 from router.memory.measurements import Learned
-from router.memory.plan import Alternative, Footprint, Ground
+from router.memory.plan import Alternative, Footprint
 from router.scheduling.messages import Placement
 from router.system.devices import Device
 
@@ -52,7 +51,7 @@ def forecast(
 ) -> Forecast:
     """Forecast by the header and flags of a model. Blocking: reads the devices. Raises FlagError and OSError."""
     engine = _engine()
-    ground = _ground(engine)
+    ground = idle_ground(Devices(listed=None if engine is None else Listed(engine, os.environ)))
     asked_for = [word for name, *value in flags_for(header, flags) for word in (f"--{name}", *value)]
     if engine is not None and engine.default_slots > 0 and flags.last("parallel") is None:
         asked_for += ["--parallel", str(engine.default_slots)]
@@ -81,11 +80,3 @@ def _engine() -> EngineKind | None:
     with contextlib.suppress(NoEngine):
         return EngineKind(find_binary(os.environ.get("LLAMA_SERVER_PATH")))
     return None
-
-
-def _ground(engine: EngineKind | None) -> Ground:
-    """Return the machine's current memory as seen by a router without engines that uses every GPU."""
-    devices = Devices(listed=None if engine is None else Listed(engine, os.environ))
-    ledger = Ledger(System())
-    ledger.observe(devices.read_blocking(), {})
-    return ledger.ground(ledger.budgets()[0], devices.environment)

@@ -47,16 +47,10 @@ def opened(model: TransformersModel) -> HfModel:
     except OSError as error:
         reason = f"{error.filename or model.model_path} cannot be read: {error.strerror or error}"
         raise Unusable(reason, "its files cannot be read") from error
-    if not writes_text(files):
+    if not files.writes_text:
         reason = f"{files.architecture} writes no text, and Transformers serves no other models here"
         raise Unusable(f"{model.model_path}: {reason}", reason)
     return files
-
-
-def writes_text(files: HfModel) -> bool:
-    """Whether the architecture generates text; the engine would start with any, and fail at each request."""
-    named = files.architecture
-    return not named or named.endswith(("ForCausalLM", "ForConditionalGeneration")) or "LMHead" in named
 
 
 def precision(model: TransformersModel, files: HfModel, program: Program, system: System, *, gpus: int) -> str:

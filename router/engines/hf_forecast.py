@@ -1,0 +1,114 @@
+"""Forecast of where a model in safetensors runs on an otherwise idle machine, also before it is downloaded.
+
+By formula: the weights as they are stored, the KV cache of one request, and what an engine takes besides. Engines
+that have run are planned with what was measured of them instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from router.engines.hf_plan import Cache, Demand, HfPlan, caches
+from router.formats.hf_model import HfModel
+from router.hardware.devices import Devices
+from router.memory.ledger import idle_ground
+from router.memory.measurements import Identity, Learned
+from router.memory.plan import Alternative, Ground, Site
+from router.scheduling.messages import Placement
+
+_MIB = 1 << 20
+_USUAL_CONTEXT = 4096
+"""For models whose configuration names none."""
+_ON_EACH_GPU_MIB = 700
+_BESIDE_GPUS_MIB = 1500
+_WITHOUT_GPUS_MIB = 400
+"""Of Transformers 5.24 with torch 2.13: the interpreter, its libraries and working memory."""
+_GPU_COUNTS = (1, 2, 4, 8)
+_STEP = 256
+
+
+@dataclass(frozen=True, slots=True)
+class HfForecast:
+    """Placement of a model if the router ran nothing else; MiB by device."""
+
+    best: Alternative
+    context: int
+    """Tokens for which memory is counted."""
+    free_mib: Placement
+    weights_mib: float
+    kv_mib: float
+    largest_context: int
+    """Largest context that fits; 0 if none does."""
+
+    @property
+    def placement(self) -> Placement:
+        return self.best.placement
+
+    @property
+    def fits(self) -> bool:
+        return all(mib <= self.free_mib[device] for device, mib in self.placement.items())
+
+
+def forecast(model: HfModel, context: int | None = None) -> HfForecast:
+    """Forecast a model with one request of `context` tokens, by default as many as it was made for.
+
+    Blocking: reads the devices. Raises ValueError if its KV cache is unknown.
+    """
+    context = context or model.context or _USUAL_CONTEXT
+    kv_bytes = model.kv_bytes(context)
+    if kv_bytes is None:
+        named = model.architecture or model.model_type or "a model of unknown kind"
+        weights = f"its weights take {model.weight_bytes / _MIB:,.0f} MiB"
+        raise ValueError(f"what {named} caches of each token is unknown; {weights}")
+    ground = idle_ground(Devices())
+    demand = Demand(
+        weights=model.weight_bytes / _MIB,
+        kv_per_token=kv_bytes / context / _MIB,
+        caches=caches(context, 1, may_shorten=False),
+        on_each_gpu=_ON_EACH_GPU_MIB,
+        beside_gpus=_BESIDE_GPUS_MIB,
+        without_gpus=_WITHOUT_GPUS_MIB,
+        gpu_counts=_GPU_COUNTS,
+        start_sec=0,
+    )
+    best = _Places(demand, ground, Learned()).inspection().alternatives[0]
+    free = {site.device: site.budget_mib for site in (*ground.gpus, ground.host)}
+    room = _room_mib(demand, best, ground)
+    return HfForecast(
+        best, context, free, demand.weights, kv_bytes / _MIB, _largest_context(model, int(room * _MIB))
+    )
+
+
+class _Places(HfPlan):
+    """Alternatives of a model of which nothing is measured yet."""
+
+    def identity(self, gpus: int, cache: Cache) -> Identity:
+        return Identity((), "forecast", (), gpus)
+
+    def flags(self, sites: Sequence[Site], cache: Cache, mib: int) -> tuple[str, ...]:
+        return ()
+
+
+def _room_mib(demand: Demand, best: Alternative, ground: Ground) -> float:
+    """Return what is left for the KV cache where the model is placed."""
+    if not best.gpus:
+        return ground.host.budget_mib - demand.without_gpus - demand.weights
+    budgets = [site.budget_mib for site in ground.gpus if site.device in best.gpus]
+    return len(budgets) * (min(budgets) - demand.on_each_gpu) - demand.weights
+
+
+def _largest_context(model: HfModel, room_bytes: int) -> int:
+    """Return the most tokens whose KV cache fits, up to those that the model was made for."""
+    most = model.context or _USUAL_CONTEXT
+
+    def fits(tokens: int) -> bool:
+        return (model.kv_bytes(tokens) or 0) <= room_bytes
+
+    if fits(most):
+        return most
+    low, high = 0, -(-most // _STEP)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle * _STEP) else (low, middle - 1)
+    return low * _STEP
