@@ -354,7 +354,7 @@ class Classic:
                 yield StopEngine(victim.id, StopCause.EVICTED)
 
 
-PRESENT = Policy(queue_timeout_sec=math.inf, max_queue_size_per_model=10**9, idle_timeout_sec=None)
+PRESENT = Policy(queue_timeout_sec=math.inf, max_queue_size_per_model=10**9, idle_timeout_sec=math.inf)
 
 
 def variants() -> dict[str, Callable[[Workload], Deciding]]:

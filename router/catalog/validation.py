@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from router.config.errors import did_you_mean
 from router.config.names import ALLOWED, is_alias, meant
 from router.config.paths import not_a_path, wrong_with_program
 from router.config.problems import KeyPath, Problem, dotted
-from router.config.resolved import AliasConfig, Config, ModelConfig
+from router.config.resolved import AliasConfig, Config, ModelConfig, idle_timeout
 from router.config.schema import AliasEntry, Api, ModelEntry, Scheduling, System
 from router.config.source import FOUND
 from router.engines.llamacpp import adapters
@@ -183,7 +182,7 @@ class _Validation:
             env=entry.env,
             files=self._identity(model_path, flags, entry.env),
             pinned=entry.pinned,
-            idle_timeout_sec=math.inf if entry.idle_timeout_sec == 0 else entry.idle_timeout_sec,
+            idle_timeout_sec=idle_timeout(entry.idle_timeout_sec),
             footprint_mb=entry.footprint_mb,
             priority=entry.priority or "normal",
             description=entry.description,

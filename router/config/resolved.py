@@ -6,6 +6,7 @@ engine flags.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,11 @@ DEFAULT_ENGINE = ENGINES[0]
 """Kind of engine of models whose entry names none, and of those that are found or pulled."""
 Purpose = Literal["embedding", "rerank", "mmproj"]
 """Purposes other than text for which a llama-server can be started."""
+
+
+def idle_timeout(configured: float | None) -> float | None:
+    """Return a configured idle timeout in seconds, where 0 means never: `math.inf`. None: not configured."""
+    return math.inf if configured == 0 else configured
 
 
 @dataclass(frozen=True, slots=True)

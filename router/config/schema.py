@@ -281,7 +281,11 @@ class System(Section):
         "the engine of a preloaded model dies, it is restarted without waiting for a request.",
     )
     preload_delay_sec: Seconds = Field(default=5, description="Pause between two preloads.")
-    enable_idle_timeout: bool = Field(default=True, description="Unload idle models.")
+    enable_idle_timeout: bool = Field(
+        default=True,
+        description="Unload idle models. false: no default idle timeout, as with idle_timeout_sec 0; models with "
+        "one of their own are still unloaded.",
+    )
     idle_timeout_sec: Seconds = _of_policy("idle_timeout_sec")
     keep_warm_models: Count = _of_policy("keep_warm_models")
     request_timeout_sec: PositiveSeconds = Field(
@@ -439,7 +443,7 @@ class System(Section):
 
 
 class Patience(Section):
-    """Seconds by which a request of each priority may be overtaken."""
+    """Seconds for which others may go before a request of each priority."""
 
     high: Seconds = Field(
         default=DEFAULTS.patience_sec.high, description="For high priority (X-Request-Priority: high or 1)."
@@ -462,7 +466,7 @@ class MaxWait(Section):
 
 
 class WaitFactor(Section):
-    """Bound on waiting in multiples of the cost of the swap."""
+    """Bound on waiting in multiples of the cost of the swap: the load time of both models together."""
 
     high: Factor = Field(default=DEFAULTS.wait_factor.high, description="For high priority.")
     normal: Factor = Field(default=DEFAULTS.wait_factor.normal, description="For normal priority.")

@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from router.config.resolved import DEFAULT_ENGINE, Config, ModelConfig
+from router.config.resolved import DEFAULT_ENGINE, Config, ModelConfig, idle_timeout
 from router.config.schema import MaxWait, Patience, Scheduling, WaitFactor
 from router.engines.base import EngineBackend, Facts, Launch
 from router.engines.launcher import LAST_PORT
@@ -804,8 +804,7 @@ def policy_of(config: Config) -> Policy:
         name: _figure(getattr(scheduling if name in Scheduling.model_fields else system, name))
         for name in CONSTANTS
     }
-    unload = system.enable_idle_timeout and system.idle_timeout_sec > 0
-    figures["idle_timeout_sec"] = system.idle_timeout_sec if unload else None
+    figures["idle_timeout_sec"] = idle_timeout(system.idle_timeout_sec if system.enable_idle_timeout else 0)
     return Policy(**figures, ports=LAST_PORT + 1 - system.base_port)
 
 

@@ -6,9 +6,9 @@
 2. Idle engines can make room: the cheapest sufficient set goes. An engine that fell idle a moment ago counts
    as busy for a short *linger*, because agents and batch jobs send their next request right after the answer.
 3. Only busy engines can make room: they drain, once the candidate has waited for its bound *and* the victim
-   has been resident for its quantum (a short one while high waits for low). So the share of time lost to
-   swapping is at most about `1 / (1 + residency_factor)`, and every wait is bounded: what an overdue candidate
-   waits for is held for it, and none behind it swaps there.
+   has been resident for its quantum (a short one while high waits for low). So while engines are kept busy, the
+   share of time lost to swapping is at most about `1 / (1 + residency_factor)`, and the time until a drain starts
+   is bounded: what an overdue candidate waits for is held for it, and none behind it swaps there.
 4. A request in flight is not killed to make room, unless `max_drain_sec` is set.
 
 Serving a resident model until its queue is empty keeps the mean low when changing over is dear (polling

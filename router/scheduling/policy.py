@@ -41,14 +41,16 @@ class Constant(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Policy:
     """Constants of the policy. `residency_factor`, `max_wait_sec` and `wait_factor` set the trade-off between
-    throughput and waiting: at most 1/(1 + residency_factor) of the time goes to swapping."""
+    throughput and waiting: while models are kept busy, at most about 1/(1 + residency_factor) of the time goes to
+    swapping."""
 
     patience_sec: Annotated[
         ByPriority,
         Constant(
-            "Requests are served in the order of arrival time + patience. High priority thus goes before normal "
-            "and low, but a low request overtakes a high one that arrived more than patience.low - "
-            "patience.high later. A smaller difference favors low priority, a larger one high priority.",
+            "How long others may go first: requests are served in the order of arrival time + patience. High "
+            "priority thus goes before normal and low, but a low request goes before any high one that arrives "
+            "more than patience_sec.low - patience_sec.high after it. A smaller difference favors low priority, a "
+            "larger one high priority.",
             Metric("router_scheduler_patience_seconds", "Time by which a request may be overtaken"),
         ),
     ] = ByPriority(0, 15, 120)
@@ -56,8 +58,8 @@ class Policy:
         ByPriority,
         Constant(
             "A busy model is drained to make room once the waiting request has waited for the smaller of this "
-            "and wait_factor x the cost of the swap. Smaller values give shorter waits and spend more time on "
-            "loading.",
+            "and wait_factor x the cost of the swap, which is the load time of both models together. Smaller "
+            "values give shorter waits and spend more time on loading.",
             Metric("router_scheduler_max_wait_seconds", "Wait after which a busy model is drained"),
         ),
     ] = ByPriority(0, 30, 300)
@@ -75,9 +77,10 @@ class Policy:
     residency_factor: Annotated[
         float,
         Constant(
-            "A busy model is drained only after it has been resident for this many times the load times of both "
-            "models together, so that swapping takes at most 1 / (1 + factor) of the time. Larger values give "
-            "more throughput and longer waits.",
+            "A busy model is drained only after it has been resident for this many times the cost of the swap (at "
+            "most once that cost if all its requests have low priority and high priority waits). While models are "
+            "kept busy, swapping thus takes at most about 1 / (1 + factor) of the time. Larger values give more "
+            "throughput and longer waits.",
             Metric("router_scheduler_residency_factor", "Quantum of a busy model in multiples of the swap's cost"),
         ),
     ] = 4
@@ -114,20 +117,21 @@ class Policy:
     queue_timeout_sec: Annotated[
         float,
         Constant(
-            "Maximum time in the queue.",
+            "Maximum time in the queue, whatever the request waits for; then 504.",
             Metric("router_queue_timeout_seconds", "Maximum time in the queue"),
         ),
     ] = 300
     idle_timeout_sec: Annotated[
-        float | None,
+        float,
         Constant(
-            "Idle time before a model is unloaded. 0: never.",
+            "Idle time before a model is unloaded, unless its entry has an idle timeout of its own. 0: never.",
         ),
     ] = 300
     keep_warm_models: Annotated[
         int,
         Constant(
-            "Number of most recently used models that are not unloaded when idle.",
+            "Number of most recently used models that system.idle_timeout_sec does not unload. They still make "
+            "room for others.",
         ),
     ] = 2
     max_drain_sec: Annotated[
@@ -153,7 +157,7 @@ class Policy:
     model_crash_window_sec: Annotated[
         float,
         Constant(
-            "See model_max_crashes.",
+            "Time window for model_max_crashes.",
         ),
     ] = 300
     model_load_cooldown_sec: Annotated[

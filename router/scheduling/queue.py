@@ -1,9 +1,9 @@
 """Queue of one model: a heap by virtual deadline.
 
 A request's *virtual deadline* is `arrival + patience[priority]`, fixed on arrival. High priority thus goes before
-normal and low, each class is first-in-first-out, and no request starves: a low request overtakes a high one that
-arrived `patience[low] - patience[high]` seconds later. Keys never change, so the heap needs no re-sorting and no
-aging.
+normal and low, each class is first-in-first-out, and no request starves: a low request goes before any high one
+that arrives more than `patience[low] - patience[high]` seconds after it. Keys never change, so the heap needs no
+re-sorting and no aging.
 
 Requests that need no slot share the queue while there is no engine; with an engine, neither kind waits for the
 other.

@@ -169,9 +169,7 @@ class Engine:
         if self.keep_alive_sec is not None:
             return self.keep_alive_sec
         timeout = self.spec.idle_timeout_sec
-        if timeout is None:
-            timeout = policy.idle_timeout_sec
-        return math.inf if timeout is None else timeout
+        return policy.idle_timeout_sec if timeout is None else timeout
 
     def admits(self, *, slotless: bool = False) -> bool:
         if self.state is not EngineState.READY or self.suspect:

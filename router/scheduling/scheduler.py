@@ -858,7 +858,7 @@ class Scheduler:
     def _used(self, engine: Engine) -> None:
         """Note the use of an engine: another one may no longer be among the most recently used ones."""
         limit_sec = self.policy.idle_timeout_sec
-        if engine not in self._recent and limit_sec is not None:
+        if engine not in self._recent:
             for other in self._recent:
                 if other.idle_since_sec is not None:
                     self._wake(other.idle_since_sec + limit_sec)

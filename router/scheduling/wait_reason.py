@@ -1,6 +1,8 @@
 """Wait reasons in words with figures, as shown in queue statistics, heartbeats and headers.
 
-The figures come from the scheduler; nothing is decided here. Pure functions.
+Nothing is decided here. Why there is no room, and which departures a model waits for, is decided in `eviction`
+(`Wait`); the scheduler keeps it in `Model.why_waiting`, as it does its own reasons (an inspection, a retry). Pure
+functions.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ def why(model: Model, now: float, *, slotless: bool = False) -> str:
 
 
 def _for_room(model: Model, now: float) -> str:
-    """`no room until a can be unloaded: needs 6000 MiB …, 500 MiB free; a has its turn for 12 s more`"""
+    """`no room until a can be unloaded: needs 6000 MiB …, 500 MiB free; a's quantum ends in 12 s`"""
     held = "; ".join(_held(departure, now) for departure in model.why_waiting.departures)
     words = str(model.why_waiting) or "its engine is about to start"
     return f"{words}; {held}" if held else words

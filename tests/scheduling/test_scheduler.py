@@ -572,7 +572,7 @@ def test_an_engine_lingers_for_the_pause_its_client_usually_makes() -> None:
 
 
 def test_an_engine_does_not_linger_for_a_client_that_comes_once_an_hour() -> None:
-    machine = Machine("a", "b", policy=Policy(idle_timeout_sec=None))
+    machine = Machine("a", "b", policy=Policy(idle_timeout_sec=math.inf))
     for _ in range(3):
         machine.finish(machine.served("a"))
         machine.wait(3600)
@@ -877,7 +877,9 @@ def test_engine_that_serves_and_dies_again_and_again_fails_in_the_end() -> None:
 
 
 def test_crashes_far_apart_are_accidents() -> None:
-    machine = Machine("a", policy=Policy(model_max_crashes=2, model_crash_window_sec=60, idle_timeout_sec=None))
+    machine = Machine(
+        "a", policy=Policy(model_max_crashes=2, model_crash_window_sec=60, idle_timeout_sec=math.inf)
+    )
     for _ in range(5):
         machine.finish(machine.served("a"))
         machine.tell(EngineExited(machine.now, machine.engine("a"), "signal 11"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import ClassVar
 from router.config.draft import Draft
 from router.config.errors import did_you_mean
 from router.config.paths import wrong_with_anything
-from router.config.resolved import ModelConfig
+from router.config.resolved import ModelConfig, idle_timeout
 from router.config.schema import CommandEntry, System
 from router.engines.base import MARK_VARIABLE
 from router.engines.kind import EntryReader
@@ -84,7 +83,7 @@ def _read(draft: Draft, alias: str, entry: CommandEntry, system: System) -> Comm
         env=entry.env,
         files=_stamps(file) if draft.is_for_here else (),
         pinned=entry.pinned,
-        idle_timeout_sec=math.inf if entry.idle_timeout_sec == 0 else entry.idle_timeout_sec,
+        idle_timeout_sec=idle_timeout(entry.idle_timeout_sec),
         priority=entry.priority or "normal",
         description=entry.description,
         source=draft.origin_of((*path, "cmd")),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from router.config.draft import Draft
-from router.config.resolved import ModelConfig
+from router.config.resolved import ModelConfig, idle_timeout
 from router.config.schema import System, TransformersEntry
 from router.engines.base import MARK_VARIABLE
 from router.engines.kind import EntryReader
@@ -64,7 +63,7 @@ def _read(draft: Draft, alias: str, entry: TransformersEntry, system: System) ->
         env=entry.env,
         files=() if model is None else _stamps(model),
         pinned=entry.pinned,
-        idle_timeout_sec=math.inf if entry.idle_timeout_sec == 0 else entry.idle_timeout_sec,
+        idle_timeout_sec=idle_timeout(entry.idle_timeout_sec),
         priority=entry.priority or "normal",
         description=entry.description,
         source=draft.origin_of((*path, "model_path" if entry.repo is None else "repo")),
