@@ -14,6 +14,7 @@ from fastapi import APIRouter, Request
 from router.api.models import to_load
 from router.api.openai import all_cards
 from router.catalog.lookup import model_of
+from router.config.resolved import DEFAULT_ENGINE
 from router.http.documents import NAMES_A_MODEL, Document, read_body
 from router.http.errors import ApiError
 from router.http.pages import Page, Right, needs
@@ -41,6 +42,7 @@ def _as_an_earlier_host(card: dict[str, Any], request: Request) -> dict[str, Any
     dispatcher: Dispatcher = request.app.state.dispatcher
     model = dispatcher.scheduler.models.get(card.get("uses", card["id"]))
     engine = model.front if model is not None else None
+    kind = dispatcher.config.model_of(card["id"]).engine
     took_sec = (
         engine.ready_sec - engine.started_sec if engine is not None and engine.ready_sec is not None else None
     )
@@ -48,7 +50,7 @@ def _as_an_earlier_host(card: dict[str, Any], request: Request) -> dict[str, Any
         "model": card["id"],
         "description": card.get("description"),
         "loaded": card["status"]["value"] == "loaded",
-        "backend": "llama.cpp",
+        "backend": "llama.cpp" if kind == DEFAULT_ENGINE else kind,
         "size_bytes": card.get("size"),
         "load_duration": round(took_sec * 1e9) if took_sec is not None else None,
     }

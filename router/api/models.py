@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse
 from router.api.openai import show_model
 from router.catalog.lookup import model_of
 from router.config.problems import ConfigError
-from router.config.resolved import ModelConfig
+from router.config.resolved import DEFAULT_ENGINE, ModelConfig
 from router.engines.llamacpp.flags import Flags
 from router.engines.running import RunningEngine
 from router.http.auth import sees_all
@@ -126,9 +126,12 @@ async def load_and_show_model(body: ModelToLoad, request: Request) -> dict[str, 
 def _check_device(device: str, model: ModelConfig, dispatcher: Dispatcher) -> None:
     """Raises ApiError 400 for a device that the model will not compute on."""
     kind = device.partition(":")[0].lower()
-    flags = Flags(model.flags, model.env)
-    chosen = flags.last("device")
-    kept_off = flags.text("n-gpu-layers", "") == "0" or (chosen is not None and chosen.text == "none")
+    kept_off, how = False, "set system.gpu_devices to [], which keeps all models on the CPU"
+    if model.engine == DEFAULT_ENGINE:
+        flags = Flags(model.flags, model.env)
+        chosen = flags.last("device")
+        kept_off = flags.text("n-gpu-layers", "") == "0" or (chosen is not None and chosen.text == "none")
+        how = "its flags have to say `-ngl 0`, which keeps it on the CPU"
     there = any(known.is_gpu for known in dispatcher.ledger.devices)
     if kind not in ("cpu", "cuda", "gpu", "auto"):
         problem = f"There is no device {device!r}: name `cpu` or `cuda`, or leave it out"
@@ -137,7 +140,7 @@ def _check_device(device: str, model: ModelConfig, dispatcher: Dispatcher) -> No
     elif kind in ("cuda", "gpu") and kept_off:
         problem = f"{model.alias!r} cannot be loaded on {device!r}: its flags keep it off the GPUs"
     elif kind == "cpu" and there and not kept_off:
-        problem = f"{model.alias!r} would take a GPU: its flags have to say `-ngl 0`, which keeps it on the CPU"
+        problem = f"{model.alias!r} would take a GPU: {how}"
     else:
         return
     raise ApiError(400, "not_supported", f"{problem}.", "device")

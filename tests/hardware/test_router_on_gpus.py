@@ -133,3 +133,15 @@ def test_a_model_is_loaded_on_the_device_that_is_asked_for_or_not_at_all(
     assert load("a", "cpu") == load("kept-off", "cuda") == (400, "device")
     assert load("a", "cuda:0") == (200, ["gpu0", "host"])
     assert load("kept-off", "cpu") == (200, ["host"])
+
+
+def test_a_device_that_a_model_will_not_compute_on_is_refused_with_what_helps(
+    start: Start, tiny: Path, gpus: PlayedGpus, environ: Environ
+) -> None:
+    gpus.set(Gpu())
+    other = {"engine": "command", "cmd": "server {port}"}
+    router = start({"models": {**models(tiny, "a"), "b": other}}, **environ)
+    for alias, words in {"a": "its flags have to say `-ngl 0`", "b": "set system.gpu_devices to []"}.items():
+        answer = router.http.post("/v1/models", json={"model": alias, "device": "cpu"})
+        assert answer.status_code == 400
+        assert f"'{alias}' would take a GPU: {words}" in answer.json()["error"]["message"]
