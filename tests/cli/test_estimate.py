@@ -87,7 +87,7 @@ def web() -> Iterator[Web]:
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """The command on a machine with 8 GB of free RAM and no GPU, whose engine is not asked."""
-    monkeypatch.setattr(forecast, "_ground", lambda _: Ground((), Site(HOST, 8000, 8000)))
+    monkeypatch.setattr(forecast, "idle_ground", lambda _: Ground((), Site(HOST, 8000, 8000)))
     monkeypatch.setattr(forecast, "_engine", lambda: None)
     return lambda *arguments: main(["estimate", *arguments])
 
@@ -131,7 +131,7 @@ def test_the_widest_table_fits_a_terminal(
     model = MODELS["granite-4-tiny"].write(tmp_path / "granite.gguf")  # it has recurrent layers, too
     projector = write_projector(tmp_path / "mmproj.gguf")
     gpus = tuple(Site(Device.gpu(number), 4000, 4000) for number in range(2))
-    monkeypatch.setattr(forecast, "_ground", lambda _: Ground(gpus, Site(HOST, 800000, 800000)))
+    monkeypatch.setattr(forecast, "idle_ground", lambda _: Ground(gpus, Site(HOST, 800000, 800000)))
 
     command(str(model), "-c", "16384", "--mmproj", str(projector), "-fa", "off", "-np", "4")
 
@@ -276,7 +276,7 @@ def test_what_a_model_is_called_says_where_it_is(model: str, url: str | None) ->
         (["TINY", "-c", "lots"], 2, "-c takes a whole number"),
         (["TINY", "4096"], 2, "neither a flag nor the value of one"),
         (["PROJECTOR"], 1, "give the model, and this file with --mmproj"),
-        (["FOLDER"], 1, "is not a regular file"),
+        (["FOLDER"], 1, "has no config.json"),
         (["PART"], 1, "is part 2 of 3: use the first part"),
         ([], 2, "llama-router estimate: error: the following arguments are required: MODEL\n"),
     ],
