@@ -14,7 +14,7 @@ RUN apt-get update \
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE run.py ./
 COPY router router
-RUN /opt/llama-router/bin/pip install --no-cache-dir . && rm -rf /src/*
+RUN /opt/llama-router/bin/pip install --no-cache-dir '.[docker]' && rm -rf /src/*
 
 # Neither router nor engines need to be root; the volume takes over who owns its folder
 RUN mkdir -p /models /app/models /var/lib/llama-router && chown 10001:10001 /var/lib/llama-router

@@ -36,6 +36,7 @@ from router.dataplane.on_uvicorn import Server
 from router.dataplane.server import HttpProtocol, PagesProtocol
 from router.dialects.translators import TRANSLATORS
 from router.engines.base import EngineBackend, NoEngine
+from router.engines.docker import Containers
 from router.engines.health import HealthMonitor
 from router.engines.launcher import LocalLauncher
 from router.engines.llamacpp.capability import purpose_of
@@ -103,10 +104,12 @@ def _serve(loaded: Loaded, load: Load, log: Logs) -> None:
         listeners = [opened.enter_context(contextlib.closing(_listen(config, port))) for port in ports]
         state = opened.enter_context(contextlib.closing(_open_state(config, listeners[0].getsockname()[1])))
         record = EngineRecord(state)
+        containers = Containers(state)
         record.end_leftovers()  # before free memory is measured
+        containers.end_leftovers()
         store = state.file("footprints", list[Entry], "what was measured of engines is forgotten at the end")
         learned = Learned(store, psutil.boot_time())
-        launcher = LocalLauncher(config.system.base_port, record, state.path)
+        launcher = LocalLauncher(config.system.base_port, record, state.path, containers)
         backends = _backends(config.system, launcher, learned)
         uses_gpus = any(backends[engine].uses_gpus for engine in config.engines)
         gpu_devices = config.system.gpu_devices if uses_gpus else ()

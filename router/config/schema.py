@@ -570,6 +570,9 @@ def _devices(footprint: object) -> object:
     return {"gpu": footprint} if isinstance(footprint, int) and not isinstance(footprint, bool) else footprint
 
 
+_CONTAINER_NAME = r"^[a-zA-Z0-9][a-zA-Z0-9_.-]*$"
+_VOLUME = r"^[^:]+:/[^:]*(:[\w,]+)?$"
+
 CommandLine = Annotated[
     tuple[Argument, ...],
     Field(strict=False),
@@ -589,6 +592,44 @@ Figures = Annotated[
 ]
 
 
+class Container(Section):
+    """Container in which a server runs instead of as a process, by Docker or Podman on this machine."""
+
+    image: str = Field(min_length=1, description="Image. It must be on this machine: the router pulls none.")
+    port: int = Field(default=8000, ge=1, le=65535, description="Port on which the server listens: {port}.")
+    entrypoint: CommandLine = Field(
+        default=(), description="Program that `cmd` is passed to. Default: the image's."
+    )
+    volumes: Annotated[tuple[Annotated[str, Field(pattern=_VOLUME)], ...], Field(strict=False)] = Field(
+        default=(),
+        description="Folders and volumes to mount, as SOURCE:TARGET[:ro]. A relative SOURCE such as ./voices is "
+        "resolved against the folder of the configuration file.",
+    )
+    network: str | None = Field(
+        default=None,
+        pattern=_CONTAINER_NAME,
+        description="Docker network to join. A router that is in it, too, reaches the server by the name of its "
+        "container. null: the daemon's default, and a published port of 127.0.0.1.",
+    )
+    name: str | None = Field(
+        default=None,
+        pattern=_CONTAINER_NAME,
+        description="Name of the container. null: a new one at each start.",
+    )
+    gpus: Literal["all"] | None = Field(
+        default=None, description="`all`: give it NVIDIA's GPUs. The server is shown those that the router chose."
+    )
+    devices: Annotated[tuple[Annotated[str, Field(pattern="^/")], ...], Field(strict=False)] = Field(
+        default=(), description="Devices to give it, such as /dev/kfd and /dev/dri for AMD's GPUs."
+    )
+    shm_size: str | None = Field(
+        default=None,
+        pattern=r"^\d+[bkmgBKMG]?[bB]?$",
+        description="Size of /dev/shm, such as 8g. null: 64 MB.",
+    )
+    user: str | None = Field(default=None, min_length=1, description="User in the container. null: the image's.")
+
+
 class CommandEntry(Section):
     """Model served by any other server: its command line, and how to talk to it.
 
@@ -598,9 +639,12 @@ class CommandEntry(Section):
 
     engine: Literal["command"] = Field(description="Any server, started by its command line.")
     cmd: CommandLine = Field(
-        min_length=1,
+        default=(),
         description="Program and arguments: a list, or text that is split like a shell command line (but no shell "
-        "runs it). {port} must occur here or in env.",
+        "runs it). {port} must occur here or in env. With `container`: arguments of its entrypoint.",
+    )
+    container: Container | None = Field(
+        default=None, description="Container in which the server runs. It needs the extra `docker`."
     )
     routes: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         default=("/v1/chat/completions", "/v1/completions", "/v1/embeddings"),
@@ -643,7 +687,7 @@ class CommandEntry(Section):
     env: Environment = Field(
         default={},
         description="Additional environment variables of the server. It inherits the router's environment except "
-        "for variables whose names indicate secrets.",
+        "for variables whose names indicate secrets; a container inherits nothing.",
     )
     pinned: bool = Field(
         default=False,

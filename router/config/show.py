@@ -45,6 +45,8 @@ def leaves(config: Config) -> Iterator[tuple[KeyPath, str]]:
                     yield (*path, name), "(not shown)" if _SECRET_NAME.search(name) else _text(text)
             elif field.name in ("flags", "cmd", "stop_cmd"):
                 yield path, _command_line(value)
+            elif isinstance(value, Section):
+                yield from _section_leaves(path, value)
             elif isinstance(value, frozenset):
                 yield path, json.dumps(sorted(value))
             else:

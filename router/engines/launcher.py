@@ -1,4 +1,4 @@
-"""Engines as child processes of this machine: ports for them, and a record of them."""
+"""Engines on this machine: ports for child processes and a record of them, and containers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from router.engines.base import EngineFailed
+from router.engines.docker import Containers
 from router.engines.orphans import EngineRecord
 from router.engines.process import EngineProcess, port_is_free
+from router.system.state import State
 
 LAST_PORT = 65535
 _LOST_SEC = 60.0
@@ -25,8 +27,11 @@ class LocalLauncher:
     `folder` holds the Unix sockets of engines that support them and is used by nothing else; None: no sockets.
     """
 
-    def __init__(self, base_port: int, record: EngineRecord, folder: Path | None) -> None:
+    def __init__(
+        self, base_port: int, record: EngineRecord, folder: Path | None, containers: Containers | None = None
+    ) -> None:
         self.base_port = base_port
+        self.containers = containers if containers is not None else Containers(State())
         self._record = record
         self._sockets = None if folder is None else _made_ready(folder.absolute())
         self._engines: dict[int, EngineProcess] = {}

@@ -11,6 +11,8 @@ from router.engines.questions import CANNOT_ASK, status
 
 _POLL_SEC = (0.02, 0.5)
 """Interval of readiness checks: initial and longest."""
+_OPEN_SEC = 0.2
+"""Time for which a connection through a proxy must stay open."""
 
 
 def log_of_probe(path: str | None) -> re.Pattern[str]:
@@ -22,11 +24,16 @@ def log_of_probe(path: str | None) -> re.Pattern[str]:
 
 
 class Readiness:
-    """Probes of one server: GET requests to `path`, or without one, connections to its port."""
+    """Probes of one server: GET requests to `path`, or without one, connections to its port.
 
-    def __init__(self, endpoint: Endpoint, path: str | None) -> None:
+    `is_proxied`: another program listens on the port and forwards connections, as Docker does for published ports.
+    It accepts them before the server listens, and then closes them.
+    """
+
+    def __init__(self, endpoint: Endpoint, path: str | None, *, is_proxied: bool = False) -> None:
         self._endpoint = endpoint
         self._path = path
+        self._is_proxied = is_proxied
         self._log_of_probe = log_of_probe(path)
         self._last_status: int | None = None
 
@@ -56,11 +63,13 @@ class Readiness:
             answer = self._last_status = await status(self._endpoint, self._path)
             return None if answer == CANNOT_ASK else answer is not None and 200 <= answer < 300
         try:
-            _, writer = await asyncio.open_connection(self._endpoint.host, self._endpoint.port)
+            reader, writer = await asyncio.open_connection(self._endpoint.host, self._endpoint.port)
         except OSError as error:
             return None if error.errno in (errno.EMFILE, errno.ENFILE) else False
-        writer.close()
-        return True
+        try:
+            return not self._is_proxied or await _stays_open(reader)
+        finally:
+            writer.close()
 
     def is_progress(self, lines: list[str]) -> bool:
         """Return whether log lines are a sign of loading. Those about our own probes do not count, or a server
@@ -74,3 +83,12 @@ class Readiness:
         if self._last_status is None:
             return f"it does not answer {self._path} (ready_path); {signs}"
         return f"it answers {self._path} (ready_path) with {self._last_status}; {signs}"
+
+
+async def _stays_open(reader: asyncio.StreamReader) -> bool:
+    try:
+        return await asyncio.wait_for(reader.read(1), _OPEN_SEC) != b""
+    except asyncio.TimeoutError:
+        return True
+    except OSError:
+        return False

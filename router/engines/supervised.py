@@ -1,7 +1,7 @@
 """What all engines have in common that the router starts and watches, whatever they run in.
 
 How an engine becomes ready and how it is probed is the matter of its kind; how it runs and exits is that of
-`process.py`.
+`process.py` and `container.py`.
 """
 
 from __future__ import annotations

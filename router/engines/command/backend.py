@@ -6,6 +6,7 @@ file until it has answered a request and been measured.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
@@ -14,9 +15,11 @@ from pathlib import Path
 
 from router.config.resolved import ModelConfig
 from router.config.schema import System
-from router.engines.base import Fallback, Launch
+from router.engines.base import EngineHandle, Fallback, Launch
+from router.engines.command.container import CommandContainer
 from router.engines.command.entry import CommandModel
 from router.engines.command.server import CommandServer
+from router.engines.docker import problem_of
 from router.engines.launcher import LocalLauncher
 from router.engines.log_ring import LogRing
 from router.hardware.devices import shown
@@ -51,8 +54,14 @@ class Command:
         """Check nothing: each model has a program of its own."""
 
     def validate(self, model: ModelConfig) -> Iterator[str]:
+        command = _of_this_kind(model)
+        if command.container is not None:
+            problem = asyncio.run(problem_of(command.container))
+            if problem is not None:
+                yield problem
+            return
         try:
-            _program(_of_this_kind(model))
+            _program(command)
         except Unusable as error:
             yield str(error)
 
@@ -65,9 +74,11 @@ class Command:
     def advise(self, model: ModelConfig, system: System, ground: Ground, too_much: Placement) -> str:
         return "its footprint_mb may be too small"
 
-    async def launch(self, order: Launch, log: LogRing) -> CommandServer:
+    async def launch(self, order: Launch, log: LogRing) -> EngineHandle:
         model = _of_this_kind(order.model)
         env = shown(order.shows, model.env)
+        if model.container is not None:
+            return await CommandContainer.start(order, model, env, self._launcher.containers, log)
         program = str(_program(model))
 
         def start(port: int) -> CommandServer:
@@ -101,7 +112,7 @@ class _Places:
         self._model = model
         self._ground = ground
         self._learned = learned
-        self._program = _program(model)
+        self._program = None if model.container is not None else _program(model)
         self._multiplier = system.vram_multiplier
 
     def inspection(self) -> Inspection:
@@ -166,6 +177,7 @@ class _Places:
             raise Unusable(reason, "its file cannot be read") from error
 
     def _identity(self, gpus: int) -> Identity:
-        file = self._model.file
-        files = files_of(self._program, *([file] if file is not None else ()))
-        return Identity(files, "command", self._model.cmd, gpus)
+        model = self._model
+        files = files_of(*(path for path in (self._program, model.file) if path is not None))
+        flags = model.cmd if model.container is None else (model.container.image, *model.cmd)
+        return Identity(files, "command", flags, gpus)

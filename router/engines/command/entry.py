@@ -11,8 +11,9 @@ from typing import ClassVar
 from router.config.draft import Draft
 from router.config.errors import did_you_mean
 from router.config.paths import wrong_with_anything
+from router.config.problems import KeyPath
 from router.config.resolved import ModelConfig, idle_timeout
-from router.config.schema import CommandEntry, System
+from router.config.schema import CommandEntry, Container, System
 from router.engines.base import MARK_VARIABLE
 from router.engines.kind import EntryReader
 from router.engines.parameters import WIDESPREAD
@@ -26,7 +27,7 @@ _UNKNOWN = "?"
 class CommandModel(ModelConfig):
     """Resolved configuration of a model that another server serves; see `CommandEntry`.
 
-    `model_path` is its file or folder, or the program if it has none.
+    `model_path` is its file or folder; if it has none, the program, or the image of its container.
     """
 
     engine: ClassVar[str] = "command"
@@ -39,6 +40,7 @@ class CommandModel(ModelConfig):
         "footprint": "footprint_mb",
     }
     cmd: tuple[str, ...]
+    container: Container | None = None
     stop_cmd: tuple[str, ...] = ()
     cwd: Path | None = None
     file: Path | None = None
@@ -49,7 +51,7 @@ class CommandModel(ModelConfig):
 
     @property
     def revision(self) -> Hashable:
-        how = (self.cmd, self.stop_cmd, self.cwd, self.file, self.ready_path, self.known_as)
+        how = (self.cmd, self.container, self.stop_cmd, self.cwd, self.file, self.ready_path, self.known_as)
         footprint = frozenset((self.footprint or {}).items())
         return (*how, frozenset(self.env.items()), self.files, footprint)
 
@@ -65,20 +67,24 @@ def _read(draft: Draft, alias: str, entry: CommandEntry, system: System) -> Comm
     if entry.model_path is not None:
         file = draft.resolve(entry.model_path, Path(system.base_models_path))
         draft.check_file((*path, "model_path"), file, wrong_with_anything)
-    if entry.cmd != (_UNKNOWN,) and not any("{port}" in text for text in (*entry.cmd, *entry.env.values())):
-        draft.problem((*path, "cmd"), "holds no {port}, by which it is told where to listen")
+    if entry.container is None:
+        if not entry.cmd:
+            draft.problem((*path, "cmd"), "is required, unless there is a container")
+        elif entry.cmd != (_UNKNOWN,) and not any("{port}" in text for text in (*entry.cmd, *entry.env.values())):
+            draft.problem((*path, "cmd"), "holds no {port}, by which it is told where to listen")
+    container = None if entry.container is None else _container(draft, path, entry, entry.container)
     for variable in sorted({MARK_VARIABLE}.intersection(entry.env)):
         draft.problem((*path, "env", variable), "cannot be set: the router sets it itself")
     for index, route in enumerate(entry.routes):
         if route not in SERVED:
             draft.problem((*path, "routes", index), f"is no route of models{did_you_mean(route, SERVED)}")
-    cmd = entry.cmd
-    if os.sep in cmd[0] and "{" not in cmd[0]:
+    cmd = entry.cmd or (() if container is not None else (_UNKNOWN,))
+    if container is None and os.sep in cmd[0] and "{" not in cmd[0]:
         cmd = (str(draft.resolve(cmd[0], draft.base_of((*path, "cmd")))), *cmd[1:])
     cwd = None if entry.cwd is None else draft.resolve(entry.cwd, draft.base_of((*path, "cwd")))
     return CommandModel(
         alias=alias,
-        model_path=file or Path(cmd[0]),
+        model_path=file or Path(cmd[0] if container is None else container.image),
         slots=entry.slots,
         env=entry.env,
         files=_stamps(file) if draft.is_for_here else (),
@@ -86,16 +92,35 @@ def _read(draft: Draft, alias: str, entry: CommandEntry, system: System) -> Comm
         idle_timeout_sec=idle_timeout(entry.idle_timeout_sec),
         priority=entry.priority or "normal",
         description=entry.description,
-        source=draft.origin_of((*path, "cmd")),
+        source=draft.origin_of((*path, "engine")),
         routes=frozenset(entry.routes),
         known_as=entry.model_name or alias,
         cmd=cmd,
+        container=container,
         stop_cmd=entry.stop_cmd,
         cwd=cwd,
         file=file,
         ready_path=entry.ready_path,
         footprint=entry.footprint_mb,
     )
+
+
+def _container(draft: Draft, path: KeyPath, entry: CommandEntry, container: Container) -> Container:
+    """Return the container with absolute sources of its volumes."""
+    for key, instead in (("stop_cmd", "Docker stops it"), ("cwd", "its image has a working directory")):
+        if getattr(entry, key):
+            draft.problem((*path, key), f"is of no use with a container: {instead}")
+    if container.network in ("host", "none"):
+        message = f"cannot be {container.network}: name a network, or leave it out for a port of 127.0.0.1"
+        draft.problem((*path, "container", "network"), message)
+
+    def resolved(volume: str) -> str:
+        source, colon, rest = volume.partition(":")
+        if source.startswith((".", "~")) or os.sep in source:  # else it is the name of a volume
+            source = str(draft.resolve(source, draft.base_of((*path, "container", "volumes"))))
+        return f"{source}{colon}{rest}"
+
+    return container.model_copy(update={"volumes": tuple(map(resolved, container.volumes))})
 
 
 def _stamps(file: Path | None) -> tuple[tuple[str, int, int], ...]:

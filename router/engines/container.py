@@ -1,0 +1,172 @@
+"""Engines that run in containers: their logs, how they are stopped, and why they exited.
+
+The death of a container, and that of its daemon, is the death of the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+import signal
+import time
+from abc import abstractmethod
+from collections.abc import Sequence
+
+from router.engines.base import Ending, Endpoint
+from router.engines.docker import Containers, Started, address
+from router.engines.log_ring import LogRing
+from router.engines.out_of_memory import ran_out
+from router.engines.process import signal_name
+from router.engines.supervised import Limits, SupervisedEngine
+from router.hardware.ram import resident_bytes
+from router.observe.reasons import Reason
+from router.scheduling.messages import Retry
+from router.system.processes import birth
+
+_LAST_WORDS_SEC = 2.0
+"""Time for the rest of the log after an exit."""
+_KILL_SEC = 10.0
+"""Time after which a daemon that was asked to kill a container is given up."""
+_LINES_OF_AN_END = 200
+
+
+class ContainerEngine(SupervisedEngine):
+    """Running engine in a container. `exited` is done once the container is removed."""
+
+    def __init__(
+        self, containers: Containers, started: Started, endpoint: Endpoint, limits: Limits, log: LogRing
+    ) -> None:
+        super().__init__(endpoint, limits, log)
+        self._containers = containers
+        self._started = started
+        self._exit_code: int | None = None
+        self._is_over = False
+        self._given_up = asyncio.Event()
+        self._killing: asyncio.Task[None] | None = None
+        self._exited = asyncio.create_task(self._wait(), name=f"exit of {started.name}")
+
+    @property
+    def exited(self) -> asyncio.Task[Reason]:
+        return self._exited
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        return () if self._started.pid is None else (self._started.pid,)
+
+    @property
+    def alive(self) -> bool:
+        return not self._is_over
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._exit_code
+
+    async def _ask_to_go(self, grace_sec: float) -> None:
+        """Let the daemon send the image's stop signal, and SIGKILL after the grace period."""
+        asked = asyncio.create_task(self._stop(grace_sec))
+        await asyncio.wait({self.exited}, timeout=grace_sec)
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+
+    async def _stop(self, grace_sec: float) -> None:
+        # A little later than the router's own kill, which knows why.
+        with contextlib.suppress(Exception):  # whatever it is, the kill that follows reports it
+            await self._started.container.stop(t=math.ceil(grace_sec) + 1)
+
+    def kill(self, reason: str = "") -> None:
+        if self.alive and self._killing is None:
+            self._killed_because = self._killed_because or reason
+            self._killing = asyncio.create_task(self._kill(), name=f"kill of {self._started.name}")
+
+    async def _kill(self) -> None:
+        with contextlib.suppress(Exception):  # whatever it is, the container is given up
+            await asyncio.wait_for(self._started.container.kill(), _KILL_SEC)
+            await asyncio.wait({self._exited}, timeout=_KILL_SEC)
+        self._given_up.set()
+
+    def _resident_bytes(self) -> int:
+        return 0 if self._started.pid is None else resident_bytes(self._started.pid)
+
+    async def _wait(self) -> Reason:
+        """Wait for the end of the container, of its daemon, or of patience with the daemon; then remove it."""
+        follows = asyncio.create_task(self._follow_log())
+        waits = asyncio.create_task(self._ended())
+        gives_up = asyncio.create_task(self._given_up.wait())
+        try:
+            await asyncio.wait({waits, gives_up}, return_when=asyncio.FIRST_COMPLETED)
+            self._is_over = True
+            ended = waits.result() if waits.done() else None
+            await asyncio.wait({follows}, timeout=_LAST_WORDS_SEC)
+            return self._reason(ended)
+        finally:
+            self._is_over = True
+            for task in (follows, waits, gives_up):
+                task.cancel()
+            await asyncio.gather(follows, waits, gives_up, return_exceptions=True)
+            await self._containers.remove(self._started.container)
+            await self._started.docker.close()
+
+    async def _ended(self) -> tuple[int, bool] | None:
+        """Return exit code and whether the kernel killed it for lack of memory; None if the daemon has gone."""
+        try:
+            code = (await self._started.container.wait())["StatusCode"]
+            state = (await self._started.container.show())["State"]
+        except Exception:  # of any kind: nobody watches the container any more
+            return None
+        return code, state.get("OOMKilled", False)
+
+    def _reason(self, ended: tuple[int, bool] | None) -> Reason:
+        self.was_killed = bool(self._killed_because)
+        if ended is None:
+            self._end_process()
+            lost = f"the daemon at {address()} that ran its container has gone or does not answer"
+            return Reason(self._killed_because or lost, self._killed_because or "its Docker daemon has gone")
+        code, self.out_of_memory = ended
+        self._exit_code = 128 - code if 128 < code < 128 + signal.NSIG else code
+        log = self.log.since(self._log_begin)
+        wanted_mib = ran_out(log[-_LINES_OF_AN_END:])
+        if self.out_of_memory and wanted_mib is None:
+            wanted_mib = {}
+        self.ending = Ending(self.retry_after(code, log), wanted_mib)
+        if self._killed_because and self._exit_code == -signal.SIGKILL:
+            return Reason(self._killed_because, self._killed_because)
+        self.was_killed = False
+        return self._describe_exit(self._exit_code)
+
+    def _describe_exit(self, code: int) -> Reason:
+        if self.out_of_memory:
+            reason = "killed by the kernel: out of memory"
+        elif code >= 0:
+            reason = f"its container exited with code {code}"
+        else:
+            reason = f"its container was killed by {signal_name(code)}"
+        said = self._complaints()
+        return Reason(f"{reason}: {said}" if said and code not in (0, -signal.SIGTERM) else reason, reason)
+
+    def _end_process(self) -> None:
+        """End the process of a container whose daemon has gone, where it can be seen and is still the same."""
+        pid, born = self._started.pid, self._started.born
+        if pid is not None and born is not None and birth(pid) == born:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+
+    @staticmethod
+    @abstractmethod
+    def retry_after(code: int, log: Sequence[str]) -> Retry:
+        """Return when to start the next engine, by exit code and log of one that ended before it was ready."""
+
+    async def _follow_log(self) -> None:
+        try:
+            async for text in self._started.container.log(stdout=True, stderr=True, follow=True):
+                self._hear(text)
+        except Exception as error:  # of any kind: an engine without a log still serves
+            if self.alive:
+                self._hear(f"the log of container {self._started.name} cannot be read: {error}\n")
+
+    def _hear(self, text: str) -> None:
+        logged = self.log.total
+        self.log.feed(text.encode())
+        if self._shows_progress(logged):
+            self._last_sign = time.monotonic()

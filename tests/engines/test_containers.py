@@ -1,0 +1,285 @@
+"""Servers that run in containers are routed, replaced and stopped like any other, and none outlives its router."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import docker_daemon
+import httpx2 as httpx
+import pytest
+from conftest import ROOT, Router, Start, eventually, http_client, run
+from docker_daemon import IMAGE, Daemon, said, speech
+
+from router.engines.docker import MODEL_LABEL
+
+LACKING = docker_daemon.missing()
+needs_docker = pytest.mark.skipif(LACKING is not None, reason=LACKING or "")
+
+
+@pytest.fixture(scope="module")
+def daemon() -> Iterator[Daemon]:
+    with open("/tmp/llama-router-dockerd.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two of them would share a bridge and give the same addresses
+        daemon = Daemon()
+        yield daemon
+        daemon.remove()
+
+
+@pytest.fixture(scope="module")
+def router(start_shared: Start, daemon: Daemon, tmp_path_factory: pytest.TempPathFactory) -> Router:
+    voices = tmp_path_factory.mktemp("voices") / "voices.bin"
+    voices.write_bytes(b"voices")
+    daemon.docker("create", "--name", "taken", IMAGE, "/x")
+    wrong = {
+        "no-image": speech(container={"image": "ghcr.io/acme/none:1"}),
+        "no-network": speech(container={"network": "lost"}),
+        "no-gpu": speech(container={"gpus": "all"}),
+        "taken": speech(container={"name": "taken"}),
+        "no-program": speech(container={"entrypoint": ["/no/such"]}),
+        "wrong-flag": speech("--nonsense"),
+        "elsewhere": speech(cmd=[str(docker_daemon.SERVER), "--host", "{host}", "--port", "8111"]),
+    }
+    config = {
+        "system": {"stop_grace_sec": 3, "model_load_max_retries": 0, "load_stall_sec": 2},
+        "models": {
+            "a/b:c": speech("--load-sec", "0.3", env={"WHERE": "http://{host}:{port}/{alias}"}),
+            "voices": speech("--model", "{model}", model_path=str(voices)),
+            "open": speech(ready_path=None),
+            **wrong,
+        },
+    }
+    return start_shared(config, DOCKER_HOST=daemon.host)
+
+
+def spoken(router: Router, model: str) -> httpx.Response:
+    answer = router.http.post("/v1/audio/speech", json={"model": model, "input": "hi"})
+    assert answer.status_code == 200, answer.text
+    return answer
+
+
+@needs_docker
+def test_a_server_in_a_container_is_told_what_it_needs(router: Router, daemon: Daemon) -> None:
+    spoken(router, "a/b:c")
+    seen = router.http.get("/upstream/a/b:c/seen").json()
+    assert seen["argv"] == ["--host", "0.0.0.0", "--port", "8000", "--load-sec", "0.3"]
+    assert seen["env"]["WHERE"] == "http://0.0.0.0:8000/a/b:c"
+    assert "DOCKER_HOST" not in seen["env"], "it inherits nothing of the router's"
+    assert '"POST /v1/audio/speech HTTP/1.1" 200' in router.http.get("/v1/logs/a/b:c").text
+    (name,) = daemon.names(**{MODEL_LABEL: "a/b:c"})
+    assert name.startswith("llama-router-a-b-c-")
+    published = daemon.docker("port", name).strip()
+    assert published == f"8000/tcp -> 127.0.0.1:{router.status('a/b:c')['port']}", "for nobody else"
+
+
+@needs_docker
+def test_its_memory_is_that_of_its_processes(router: Router) -> None:
+    spoken(router, "a/b:c")
+    eventually(lambda: bool(router.status("a/b:c")["memory"]["measured_mb"]))
+    assert 5 < router.status("a/b:c")["memory"]["booked_mb"]["host"] < 200
+
+
+@needs_docker
+def test_a_model_is_mounted_under_its_own_path(router: Router) -> None:
+    spoken(router, "voices")
+    *_, file = router.http.get("/upstream/voices/seen").json()["argv"]
+    assert Path(file).read_bytes() == b"voices"
+
+
+@needs_docker
+def test_a_published_port_is_not_taken_for_a_server_that_listens(router: Router) -> None:
+    """Docker accepts connections to it from the start on."""
+    spoken(router, "open")
+
+
+@needs_docker
+def test_one_that_is_killed_is_replaced(router: Router, daemon: Daemon) -> None:
+    spoken(router, "a/b:c")
+    (before,) = daemon.names(**{MODEL_LABEL: "a/b:c"})
+    daemon.docker("kill", before)
+    spoken(router, "a/b:c")
+    (after,) = daemon.names(**{MODEL_LABEL: "a/b:c"})
+    assert after != before
+
+
+@needs_docker
+def test_one_that_is_unloaded_is_removed(router: Router, daemon: Daemon) -> None:
+    spoken(router, "a/b:c")
+    since = time.monotonic()
+    assert router.http.post("/v1/models/eject", json={"model": "a/b:c"}).status_code == 200
+    eventually(lambda: daemon.names(**{MODEL_LABEL: "a/b:c"}) == [])
+    assert time.monotonic() - since < 3, "by SIGTERM, and not after the grace period"
+
+
+@needs_docker
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("no-image", "there is no image ghcr.io/acme/none:1 on this machine: docker pull ghcr.io/acme/none:1"),
+        ("no-network", "there is no network lost: docker network create lost"),
+        ("no-gpu", "containers cannot use GPUs here: install NVIDIA's container toolkit"),
+        ("taken", "another container has the name taken: docker rm -f taken, or set another container.name"),
+        ("no-program", 'exec: "/no/such": stat /no/such: no such file or directory'),
+        (
+            "wrong-flag",
+            "its container exited with code 2: speech_server.py: error: unrecognized arguments",
+        ),
+        ("elsewhere", "loading made no progress for 2 s; it does not answer /ready (ready_path)"),
+    ],
+)
+def test_one_that_does_not_start_says_why(router: Router, daemon: Daemon, model: str, reason: str) -> None:
+    refused = router.http.post("/v1/audio/speech", json={"model": model, "input": "hi"})
+    assert refused.status_code == 503
+    assert reason in said(refused)
+    eventually(lambda: daemon.names(**{MODEL_LABEL: model}) == [])
+
+
+@needs_docker
+def test_check_looks_for_image_and_network(tmp_path: Path, daemon: Daemon) -> None:
+    entries = {
+        "a": speech(),
+        "b": speech(container={"image": "ghcr.io/acme/none:1"}),
+        "c": speech(container={"network": "lost"}),
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"models": entries}))
+    warnings = run("check", cwd=tmp_path, DOCKER_HOST=daemon.host).stderr
+    assert "models.b will not load: there is no image ghcr.io/acme/none:1 on this machine" in warnings
+    assert "models.c will not load: there is no network lost" in warnings
+    assert "models.a" not in warnings
+
+
+@needs_docker
+def test_what_a_killed_router_leaves_is_removed_by_the_next(start: Start, daemon: Daemon, tmp_path: Path) -> None:
+    own = {"DOCKER_HOST": daemon.host, "LLAMA_ROUTER_STATE_DIR": str(tmp_path / "state")}
+    killed = start({"models": {"left": speech()}}, **own)
+    spoken(killed, "left")
+    killed.stop(signal.SIGKILL)
+    another = start({"models": {"other": speech()}}, DOCKER_HOST=daemon.host)
+    spoken(another, "other")
+    (left,) = daemon.names(**{MODEL_LABEL: "left"})
+    following = start({"models": {}}, **own)
+    assert f"removed containers left by a killed router: {left}" in following.log
+    assert daemon.names(**{MODEL_LABEL: "left"}) == []
+    assert len(daemon.names(**{MODEL_LABEL: "other"})) == 1, "which is another router's"
+    assert another.stop() == 0
+    assert daemon.names(**{MODEL_LABEL: "other"}) == []
+
+
+@needs_docker
+def test_a_router_in_a_container_reaches_its_neighbours_by_name(
+    daemon: Daemon, tmp_path: Path, free_port: int
+) -> None:
+    daemon.docker("network", "create", "shared")
+    (tmp_path / "state").mkdir()
+    (tmp_path / "voices.bin").write_bytes(b"voices")
+    config = {
+        "api": {"host": "0.0.0.0", "port": 8000},
+        "system": {"state_dir": str(tmp_path / "state"), "model_load_max_retries": 0},
+        "models": {
+            "near": speech("--model", "{model}", model_path="state/voices.bin", container={"network": "shared"}),
+            "far": speech(),
+        },
+    }
+    (tmp_path / "state" / "voices.bin").write_bytes(b"voices")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    inside = docker_daemon.as_container(
+        tmp_path / "config.json", tmp_path / "state", daemon.host.removeprefix("unix://")
+    )
+    daemon.docker(
+        "run", "-d", "--name", "gateway", "--network", "shared", "-p", f"127.0.0.1:{free_port}:8000", *inside
+    )
+    client = http_client(f"http://127.0.0.1:{free_port}")
+
+    def ask(model: str) -> httpx.Response:
+        return client.post("/v1/audio/speech", json={"model": model, "input": "hi"})
+
+    def answers() -> bool:
+        try:
+            return client.get("/ready").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    eventually(answers, 30)
+    assert ask("near").status_code == 200
+    (name,) = daemon.names(**{MODEL_LABEL: "near"})
+    assert daemon.docker("port", name) == "", "and it is not published"
+    assert "the router runs in a container itself: set container.network to a network of both (shared)" in said(
+        ask("far")
+    )
+    daemon.docker("stop", "gateway")
+    assert daemon.names(**{MODEL_LABEL: "near"}) == []
+    daemon.docker("rm", "gateway")
+    daemon.docker("network", "rm", "shared")
+
+
+@needs_docker
+def test_the_end_of_the_daemon_is_that_of_its_engines(router: Router, daemon: Daemon) -> None:
+    """The last one: the daemon that starts again has lost its containers."""
+    spoken(router, "a/b:c")
+    daemon.end(signal.SIGKILL)
+    router.until("a/b:c", "off")
+    refused = router.http.post("/v1/audio/speech", json={"model": "a/b:c", "input": "hi"})
+    assert f"there is no Docker daemon at {daemon.host} (Connection refused): start it" in said(refused)
+    daemon.start()
+    router.http.post("/v1/models/a/b:c/reset")
+    spoken(router, "a/b:c")
+    assert len(daemon.names(**{MODEL_LABEL: "a/b:c"})) == 1, "what the daemon had left is removed"
+
+
+# --- without a daemon -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("host", "reason"),
+    [
+        ("unix:///no/such.sock", "there is no Docker daemon at unix:///no/such.sock (No such file or directory)"),
+        ("no/scheme", "DOCKER_HOST=no/scheme is not understood"),
+    ],
+)
+def test_a_daemon_that_is_not_there_is_named(start: Start, host: str, reason: str) -> None:
+    router = start({"system": {"model_load_max_retries": 0}, "models": {"a": speech()}}, DOCKER_HOST=host)
+    refused = router.http.post("/v1/audio/speech", json={"model": "a", "input": "hi"})
+    assert refused.status_code == 503
+    assert reason in said(refused)
+
+
+def test_all_that_is_wrong_with_a_container_is_said(tmp_path: Path) -> None:
+    wrong = {
+        "a": speech(cwd="/tmp", stop_cmd="docker stop a"),
+        "b": speech(container={"network": "host", "imag": "x"}),
+        "c": speech(container={"network": "host"}),
+        "d": speech(container={"volumes": ["/models"], "shm_size": "much"}),
+        "e": {"engine": "command"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"models": wrong}))
+    problems = run("check", cwd=tmp_path).stderr
+    for problem in (
+        "models.a.cwd: is of no use with a container: its image has a working directory",
+        "models.a.stop_cmd: is of no use with a container: Docker stops it",
+        "models.b.container.imag: unknown key",
+        "models.c.container.network: cannot be host: name a network, or leave it out for a port of 127.0.0.1",
+        "models.d.container.volumes[0]: should match pattern",
+        "models.d.container.shm_size: should match pattern",
+        "models.e.cmd: is required, unless there is a container",
+    ):
+        assert problem in problems
+
+
+def test_volumes_are_relative_to_the_configuration(tmp_path: Path) -> None:
+    (tmp_path / "conf").mkdir()
+    entry = speech(container={"volumes": ["./voices:/voices:ro", "cache:/cache", "/a/../b:/b"]})
+    (tmp_path / "conf" / "config.json").write_text(json.dumps({"models": {"a": entry}}))
+    shown = run("check", "--config", "conf/config.json", cwd=tmp_path, DOCKER_HOST="unix:///no").stdout
+    assert f'volumes = ["{tmp_path}/conf/voices:/voices:ro", "cache:/cache", "/b:/b"]' in shown
+
+
+def test_the_library_is_not_imported_without_a_container() -> None:
+    look = "import sys, router.server; print('aiodocker' in sys.modules, 'aiohttp' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False False\n"
