@@ -1,6 +1,6 @@
-"""The answer to one request of the data plane, as it goes over the client's connection.
+"""The answer to one request of the data plane, framed for the client's connection.
 
-It knows HTTP's framing, and of what it frames no more than where a translator of it has its turns.
+This module knows HTTP's framing. Of the content, it knows only when a translator has to be called.
 """
 
 from __future__ import annotations
@@ -18,36 +18,37 @@ _STATUS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode()
 DOCUMENT = b"content-type: application/json; charset=utf-8\r\n"
 
 _BODILESS = frozenset({204, 304})
-"""Their heads are all of them (RFC 9112, 6.3), and nothing may frame what is not there."""
+"""Statuses of responses without a body (RFC 9112, 6.3), which may not have headers for framing either."""
 
 
 class Wire(Protocol):
-    """The connection that an answer is for."""
+    """The connection to which an answer is written."""
 
     def write(self, data: bytes) -> None: ...
 
     def answered(self, *, keep_alive: bool) -> None:
-        """The answer is whole: the next request's turn."""
+        """Note that the answer is complete, so that the connection's next request may begin."""
 
     @property
     def peer(self) -> str:
         """The client's address."""
 
     def abort(self) -> None:
-        """Cut it, so that nobody takes what was sent for a whole answer."""
+        """Reset the connection, so that the client does not take a partial answer for a complete one."""
 
     def invite_body(self) -> None:
-        """Have the client send its body, which waits for it (Expect: 100-continue)."""
+        """Answer 100 to a client that waits for it before it sends its body (Expect: 100-continue)."""
 
     @property
     def default_lines(self) -> bytes:
-        """Headers of every answer, each with its end."""
+        """Header lines of every answer, each with its line end."""
 
 
 class Answer:
-    """Either `whole`, or `start` and then `write` until `end`.
+    """An answer in the engine's own words: either `whole`, or `start` and then `write` until `end`.
 
-    What an engine says last goes through `told` or `rest` first, which may find that it makes no sense.
+    A complete document goes through `told` first, the last part of a started answer through `rest`: both may find
+    that it makes no sense.
     """
 
     __slots__ = ("_chunked", "_head", "_http_1_0", "_wire", "has_length", "keep_alive", "started")
@@ -59,9 +60,9 @@ class Answer:
         self._head = b""
         self.keep_alive = keep_alive
         self.started = False
-        """The client has got a head, or will with what is written next."""
+        """True once the client has been sent a head, or will be with the next write."""
         self.has_length = False
-        """It was announced, so that nothing can be added."""
+        """True if the length was announced, so that nothing can be added."""
 
     @property
     def peer(self) -> str:
@@ -72,15 +73,15 @@ class Answer:
         self._wire.invite_body()
 
     def told(self, body: bytes) -> bytes:
-        """A whole answer of the engine's that is no error, as the client gets it. Raises BrokenAnswer."""
+        """Return an engine's complete document that is no error as the client gets it. Raises BrokenAnswer."""
         return body
 
     def rest(self, part: bytes) -> bytes:
-        """The last part of an engine's answer that was begun, if anything, likewise. Raises BrokenAnswer."""
+        """Return the last part of a started answer, perhaps empty, as the client gets it. Raises BrokenAnswer."""
         return part
 
     def whole(self, status: int, lines: bytes, body: bytes) -> None:
-        """`lines` are headers, each with its end; those for the framing are added."""
+        """Send a complete answer. `lines` are header lines with their line ends; those for framing are added."""
         self.started = self.has_length = True
         first = self._first_lines(status)
         if status in _BODILESS:
@@ -90,7 +91,7 @@ class Answer:
         self._wire.answered(keep_alive=self.keep_alive)
 
     def start(self, status: int, lines: bytes, length: int | None = None) -> None:
-        """The head, which goes out together with the first part. None: the end is not known yet."""
+        """Begin an answer, whose head is sent together with the first part. `length`: None if it is not known."""
         self.started = True
         self.has_length = length is not None or status in _BODILESS
         self._chunked = not (self.has_length or self._http_1_0)
@@ -103,7 +104,7 @@ class Answer:
         self._head = self._first_lines(status) + lines + b"\r\n"
 
     def write(self, part: bytes) -> None:
-        """More of it; nothing is no part. Raises BrokenAnswer."""
+        """Send the next part, which is not empty. Raises BrokenAnswer."""
         if self._chunked:
             part = b"%x\r\n%b\r\n" % (len(part), part)
         if self._head:
@@ -112,7 +113,7 @@ class Answer:
         self._wire.write(part)
 
     def end(self, part: bytes = b"") -> None:
-        """The last of it, if anything, and its end."""
+        """Send the last part, perhaps empty, and end the answer."""
         if self._chunked:
             part = (b"%x\r\n%b\r\n" % (len(part), part) if part else b"") + b"0\r\n\r\n"
         if self._head or part:
@@ -120,7 +121,7 @@ class Answer:
         self._wire.answered(keep_alive=self.keep_alive)
 
     def break_off(self, reason: bytes) -> None:
-        """End what was begun with this."""
+        """End a started answer with an error event."""
         self.end(reason)
 
     def abort(self) -> None:
@@ -132,21 +133,21 @@ class Answer:
 
 
 LONGEST_EVENT = 16 << 20
-"""Bytes of one event of a stream, where it is read. That of a response that is complete has all of its text."""
+"""Maximum size in bytes of a parsed event: `response.completed` repeats all text of a response."""
 _LONGEST_DOCUMENT = 256 << 20
-"""Bytes of a document that is translated, if its engine says how long it is: the vectors of two thousand texts
-take half of it. One that does not say is as long as an event at most."""
+"""Maximum size in bytes of a translated document with a Content-Length: the vectors of two thousand texts take
+half of it. A document of unknown length may be as long as an event."""
 
 
 class BrokenAnswer(Exception):
-    """An engine has answered something else than it does, or that it failed."""
+    """Raised if an engine's answer cannot be understood, or says that the engine failed."""
 
     def __init__(self, error: ApiError) -> None:
-        """`error` says so to the client."""
+        """`error` is sent to the client."""
         super().__init__(error.message)
         self.error = error
         self.before = b""
-        """What the client is told first: events that came with it."""
+        """Events for the client that precede the error: they arrived together with it."""
 
     @classmethod
     def unreadable(cls, why: object) -> BrokenAnswer:
@@ -154,38 +155,40 @@ class BrokenAnswer(Exception):
 
     @classmethod
     def of(cls, error: Exception, before: bytes = b"") -> BrokenAnswer:
-        """That, or what cannot be read. No frame that raises it may name it: each would hold the other."""
+        """Return `error` as a BrokenAnswer.
+
+        A frame that raises the result may not bind it to a name: exception and frame would keep each other alive.
+        """
         broken = error if isinstance(error, cls) else cls.unreadable(error)
         broken.before = before
         return broken
 
 
 _UNREADABLE = (*UNREADABLE, OverflowError)
-"""Raised for an engine's JSON, of which numbers may be beyond all bounds, too."""
+"""Exceptions of decoding an engine's JSON, whose numbers may be out of range, too."""
 
 
 class Translator(ABC):
-    """Knows what an engine's answer is in the words of the client's API. Of a stream it sees one event at a time,
-    however the network tears it.
+    """Translates an engine's answer to the client's API, a stream event by event, however packets split it.
 
-    What cannot be read may raise whatever its reading raises.
+    Methods of subclasses may raise any of `_UNREADABLE` for an answer that cannot be decoded.
     """
 
     stream_type = b"content-type: text/event-stream\r\n"
     streams = True
-    """An engine's stream is one for the client, too. Else `last_events` is the document that it comes to."""
+    """False if the engine's stream becomes one document for the client, which `last_events` returns."""
 
     def __init__(self) -> None:
         self._rest: list[bytes] = []
-        """Of a line that is not all here."""
+        """Parts of a line whose end has not arrived."""
         self._rest_size = 0
 
     @abstractmethod
     def document(self, body: bytes) -> bytes:
-        """May raise BrokenAnswer."""
+        """Translate a complete document. May raise BrokenAnswer."""
 
     def events(self, part: bytes) -> bytes:
-        """Of the next bytes of a stream, as many events as are whole. Raises BrokenAnswer."""
+        """Translate the events that the next bytes of a stream complete. Raises BrokenAnswer."""
         events = b""
         try:
             for line in self._lines(part):
@@ -195,7 +198,7 @@ class Translator(ABC):
         return events
 
     def last_events(self) -> bytes:
-        """What is still to be said when the engine has said its last. May raise BrokenAnswer."""
+        """Return what follows the engine's last event. May raise BrokenAnswer."""
         return b""
 
     def _lines(self, part: bytes) -> Iterator[bytes]:
@@ -212,27 +215,27 @@ class Translator(ABC):
                 raise BrokenAnswer.unreadable(f"an event of its stream is longer than {LONGEST_EVENT >> 20} MiB")
 
     def _line(self, line: bytes) -> bytes:
-        """What a line of the stream comes to."""
+        """Translate one line of a stream."""
         if line.startswith(b"data:"):
             return self._event(line[5:].strip())
         return self._comment(line) if line.startswith(b":") else b""
 
     @abstractmethod
     def _event(self, data: bytes) -> bytes:
-        """What an event comes to, of which this is the data."""
+        """Translate one event, of which `data` is the content."""
 
     def _comment(self, line: bytes) -> bytes:
-        """A sign of life, the engine's or the router's. A document has none."""
+        """Return a heartbeat for the client, unless its answer is a document."""
         return line + b"\n\n" if self.streams else b""
 
 
 class TranslatedAnswer(Answer):
-    """Takes an engine's answer, and gives the client another one: of a document, once all of it is here."""
+    """An answer that is translated: a stream event by event, a document once it is complete."""
 
     __slots__ = ("_left", "_lines", "_parts", "_status", "_streams", "_takes_stream", "_translator")
 
     def __init__(self, plain: Answer, translator: Translator, *, streams: bool) -> None:
-        """Instead of `plain`, of which nothing is written yet. `streams`: the client has asked for a stream."""
+        """Replace `plain`, of which nothing is written yet. `streams`: the client asked for a stream."""
         super().__init__(plain._wire, keep_alive=plain.keep_alive, http_1_0=plain._http_1_0)
         self._translator = translator
         self._takes_stream = streams or not translator.streams
@@ -240,9 +243,9 @@ class TranslatedAnswer(Answer):
         self._status = 200
         self._lines = b""
         self._parts: list[bytes] = []
-        """Of a document, until all of it is here."""
+        """Parts of a document that is not complete."""
         self._left = 0
-        """Bytes that it may still have."""
+        """Bytes that the document may still have."""
 
     def told(self, body: bytes) -> bytes:
         try:
@@ -302,6 +305,6 @@ class TranslatedAnswer(Answer):
 
 
 def with_type(lines: bytes, content_type: bytes) -> bytes:
-    """Headers, each with its end, with that one instead of any other of its name."""
+    """Return header lines with this Content-Type line in place of any other."""
     kept = [line for line in lines.splitlines(keepends=True) if not line.startswith(b"content-type:")]
     return b"".join((content_type, *kept))

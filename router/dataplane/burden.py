@@ -1,8 +1,8 @@
-"""What a body takes in the engine that reads it, beyond its own size: objects are made of all of its values.
+"""Memory that an engine needs for parsing a body, beyond the body's size: it makes objects of all values.
 
 Measured with llama-server (build 11434): up to a hundred bytes for a number, three hundred more for a
-text, a list or an object, and seven thousand for each of many prompts, which are requests of their own to it. It
-keeps much of that.
+text, a list or an object, and seven thousand for each of many prompts, each of which becomes a task of its own.
+Much of that memory is not returned to the system.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from router.http.errors import ApiError
 from router.http.routes import Route
 
 _MOST_VALUES = 1 << 22
-"""A prompt of a million tokens has a quarter of that."""
+"""Maximum number of values: a prompt of a million tokens has a quarter of that."""
 _MOST_COMPOSED = 1 << 19
-"""Texts, lists and objects: a bias for every token of a large vocabulary takes half of that, and forty thousand
-messages about as much."""
+"""Maximum number of texts, lists and objects: a bias for every token of a large vocabulary takes half of that,
+forty thousand messages about as much."""
 _VALUE_BYTES = 100
 _COMPOSED_BYTES = 300
 _PROMPT_BYTES = 7000
 MOST_PROMPTS = MOST_VALUES
-"""Of one request."""
+"""Maximum number of prompts in one request."""
 _EACH_BY_ITSELF = ("embedding", "ranking")
-"""What is asked for where an engine makes a request of its own of each text."""
+"""Kinds of request for which llama-server computes each text as a task of its own."""
 
 
 def burden(count: Count, route: Route) -> int:
-    """Bytes that an engine takes for the values of a large body. Raises ApiError 413 where they are too many."""
+    """Return the bytes that an engine needs for the values of a large body. Raises ApiError 413 for too many."""
     if count.values > _MOST_VALUES:
         raise _too_many(f"more than {_MOST_VALUES} values")
     is_each_by_itself = route.asks in _EACH_BY_ITSELF

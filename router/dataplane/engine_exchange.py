@@ -1,8 +1,8 @@
-"""`/upstream/MODEL/…`, as llama-swap has it: whatever the engine of that model has, at its own path.
+"""`/upstream/MODEL/…`, as in llama-swap: every path of that model's engine.
 
-What is a route of the data plane is exchanged as it is without that prefix; only its model is named elsewhere.
-All else is passed on beside the slots, and loads the model as a chat does. Who may only use models may not change
-what an engine goes by for all: such requests want a full key.
+Routes of the data plane behave as without the prefix, which only names their model. Other paths are forwarded
+without a slot, and load the model as a chat does. They need full access unless they only read, as they may change
+settings of the engine for all clients.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PREFIX = "/upstream/"
 _METHODS = frozenset({b"GET", b"POST", b"PUT", b"DELETE"})
 _CLOSED = "The engine's {} is closed: load and unload models through the router (/v1/models/load and …/eject)."
 _MOST_PARTS = 8
-"""Of a name, that are looked at."""
+"""Maximum number of path segments in which a model's name is looked for."""
 
 
 def is_for_engine(head: RequestHead) -> bool:
@@ -34,7 +34,7 @@ def is_for_engine(head: RequestHead) -> bool:
 
 
 def of_engine(head: RequestHead, config: Config) -> RequestHead:
-    """The same request without the prefix, and with the model that is named there."""
+    """Return the head without the prefix, and with the model that it names."""
     name, path = _parted(head.path.removeprefix(_PREFIX), config)
     inner = copy.copy(head)
     inner.admission = None
@@ -46,7 +46,7 @@ def of_engine(head: RequestHead, config: Config) -> RequestHead:
 
 
 def _parted(path: str, config: Config) -> tuple[str, str]:
-    """The longest beginning that is a name, and the path that is left; all of it, if none is."""
+    """Split a path after the longest beginning that names a model. Without one, all of it is the name."""
     parts = path.split("/")
     ends = range(min(len(parts), _MOST_PARTS), 0, -1)
     beginnings = [(name, end) for end in ends if len(name := "/".join(parts[:end])) <= LONGEST]
@@ -60,7 +60,7 @@ def _parted(path: str, config: Config) -> tuple[str, str]:
 
 
 class EngineExchange(Exchange):
-    """An exchange of whatever an engine has that is no route of the data plane."""
+    """An exchange at a path of an engine that is no route of the data plane."""
 
     __slots__ = ()
 
@@ -86,11 +86,11 @@ class EngineExchange(Exchange):
         return True
 
     def _not_served(self, wish: Wish) -> ApiError | None:
-        """Its engine knows what it has."""
+        """Return None: the engine answers for its paths itself."""
         return None
 
     def _asked_of_engine(self) -> tuple[bytes, bytes]:
-        """llama-server has its web page in gzip only."""
+        """Forward the accepted encodings, too: llama-server has its web page in gzip only."""
         target, lines = super()._asked_of_engine()
         encodings = self._head.fields.get(b"accept-encoding")
         return target, lines if encodings is None else b"%baccept-encoding: %b\r\n" % (lines, encodings)
@@ -102,7 +102,7 @@ class EngineExchange(Exchange):
         return kind.documents
 
     def _is_for_less(self, head: Head) -> bool:
-        """Whether its client must not see all of what the engine says there."""
+        """Whether the client may see only a part of the engine's document."""
         return self._client is not None and head.status < 400 and self._head.path in self._documents().private
 
     def _is_read_whole(self, head: Head) -> bool:

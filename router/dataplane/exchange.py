@@ -1,16 +1,16 @@
 """Exchange: one request of the data plane, queued, sent to an engine and answered.
 
-What comes before the queue is in `incoming`. There are no tasks or coroutines here. Events call methods that
-advance the request: its client disconnects, it is granted a slot, its engine responds or fails. Guarantees:
+The way to the queue is in `incoming`. There are no tasks or coroutines here. Events call methods that advance
+the request: its client disconnects, it is granted a slot, its engine responds or fails. Guarantees:
 
 - A client that disconnects frees its place at once: in the queue, or in the engine by closing the connection.
 - A request whose engine died before anything reached the client goes back to the head of its queue.
 - A stream that has begun ends with an error event, never with silence or a torn chunk.
 - Every request ends in exactly one `RequestDone`, whatever happens to it. For that, all of an engine's answer goes
-  through `AnswerMeter.note`, right before it is sent; the meter is read once, when all is over.
+  through `AnswerMeter.note`, right before it is sent; the meter is read once, at the end.
 
-From the queue to the end it is one class, as any of its steps may be the next, and each has to know how far the
-others came.
+From the queue to the end this is one class, as nearly any step may follow any other, and depends on what was done
+before.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ from router.system.turns import Rounds
 _log = logging.getLogger("router")
 
 _SERVED = Outcome.SERVED
-"""(An enumeration takes its time to tell a member.)"""
+"""Bound once, as looking up a member of an enumeration is slow."""
 _STILL_READ_SEC = 30.0
 """Time for which an engine may keep reading a body after its client has disconnected."""
 _BUFFERED_ANSWER = 4 << 20
 """Responses up to this size are read completely before any of it is sent, so that the request can be retried."""
 _LONGEST_ANSWER = 4 << 30
-"""A million tokens, each with the twenty most likely instead of it, take three quarters of that."""
+"""Maximum size of a response. A million tokens, each with its twenty likeliest alternatives, take 3 GiB."""
 
 _EVENT_STREAM = b"content-type: text/event-stream\r\ncache-control: no-cache\r\n"
 
@@ -70,7 +70,7 @@ class Exchanges:
         cards: Cards,
         translators: Mapping[tuple[Dialect, Ask], type[Exchange]],
     ) -> None:
-        """`translators` exchange what does not go to an engine, and come from it, as it is."""
+        """`translators` are the classes of exchanges for APIs whose requests or answers are translated."""
         self.by_path = {
             path: translators.get((route.dialect, route.asks), Exchange) for path, route in ROUTES.items()
         }
@@ -78,7 +78,7 @@ class Exchanges:
         self.of_engines = {
             path: each for path, each in self.by_path.items() if ROUTES[path].dialect is not Dialect.OLLAMA
         }
-        """Those of its paths that an engine has, too."""
+        """Routes of `by_path` that engines have, too."""
         self.dispatcher = dispatcher
         self.keyring = keyring
         self.browsers = browsers
@@ -86,7 +86,7 @@ class Exchanges:
         self.bodies = Bodies()
         self.rounds = Rounds()
         """Connections that have sent more than is read at once, served in turn."""
-        self.readers = threads.pool("large bodies", 1)  # several would leave the event loop less
+        self.readers = threads.pool("large bodies", 1)  # several would slow down the event loop
         self._watched: set[Exchange] = set()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -120,7 +120,7 @@ class Exchanges:
 
 
 class Exchange(IncomingRequest):
-    """A turn of a client's connection, and the receiver of an engine's answer."""
+    """One request: a turn of its client's connection, and the receiver of its engine's answer."""
 
     __slots__ = (
         "_connection",
@@ -169,7 +169,7 @@ class Exchange(IncomingRequest):
         return not ROUTES[self._head.path].needs_slot
 
     def _not_served(self, wish: Wish) -> ApiError | None:
-        """Why the model cannot be asked at this route; None: it can, as far as is known."""
+        """Return an error if the model's engine is known not to serve this route."""
         path = self._path_of_engine()
         if not path or wish.is_served(path):
             return None
@@ -283,7 +283,7 @@ class Exchange(IncomingRequest):
         self._set_heartbeat()
 
     def _told(self, ticket: Ticket, text: str) -> str:
-        """What its client may know of a reason."""
+        """Return as much of a reason as the client may see."""
         return text if self._client is not None else self._dispatcher.in_full(ticket.alias, text)
 
     def _lines_of_wait(self, ticket: Ticket, wait: Waiting | None) -> bytes:
@@ -301,7 +301,7 @@ class Exchange(IncomingRequest):
         if self._is_over:
             connection.close()
             return
-        if self._connection is not None:  # the one that it was sent on before was just being closed
+        if self._connection is not None:  # the engine was just closing the one that the request was sent on before
             self._resends += 1
         self._connection = connection
         if self._is_paused:
@@ -325,7 +325,7 @@ class Exchange(IncomingRequest):
             self._answer.write(part)
 
     def _gather(self, head: Head, part: bytes, last: bool) -> None:
-        """More of an answer that is read whole."""
+        """Collect an answer that is read completely before any of it is sent."""
         if last:
             self._answer_whole(head, bytes(self._gathered + part) if self._gathered else part)
             return
@@ -334,7 +334,7 @@ class Exchange(IncomingRequest):
             raise BrokenAnswer.unreadable("it is too long")
 
     def _end_relaying(self, head: Head, part: bytes) -> None:
-        """`part` is the last of it, if anything."""
+        """Relay the last part of an answer, perhaps empty. Raises BrokenAnswer for a stream without its end."""
         if head.streams and not (self._meter.has_ended or self._meter.ends_in_error) and self._has_last_event():
             if part:
                 self._answer.write(part)
@@ -345,7 +345,7 @@ class Exchange(IncomingRequest):
         self._end(outcome)
 
     def _has_last_event(self) -> bool:
-        """Whether a stream of this route says where it ends."""
+        """Whether streams of this route and engine have a last event that marks their end."""
         route, ticket = self._route_of_engine(), self._ticket
         if route is None or ticket is None or ticket.engine is None:
             return False
@@ -354,7 +354,7 @@ class Exchange(IncomingRequest):
     def _outcome_of_stream(self) -> Outcome:
         if not self._meter.ends_in_error:
             return _outcome(self._status)
-        self._reason = "the engine has ended the stream with an error"  # its words may quote the prompt
+        self._reason = "the engine has ended the stream with an error"  # the engine's message may quote the prompt
         return Outcome.ENGINE_ERROR
 
     def lost(self, reason: str) -> None:
@@ -370,15 +370,15 @@ class Exchange(IncomingRequest):
             self._wait_for_slot(self._ticket)
 
     def attempt(self, step: Callable[..., None], *arguments: object) -> None:
-        """One that the event loop takes: nobody else would hear that it has failed."""
+        """Take a step on behalf of the event loop, which could not tell the client of an exception."""
         try:
             step(*arguments)
         except Exception as error:
             self.failed(error)
 
     def failed(self, error: Exception) -> None:
-        """What the engine says makes no sense, or the router has made a mistake: its client gets an error, or sees
-        that the answer is not whole.
+        """Handle an answer that makes no sense, or a mistake of the router: the client gets an error, or its
+        connection is cut so that the answer is seen to be incomplete.
         """
         if isinstance(error, BrokenAnswer) and not self._is_over:
             said = error.error
@@ -420,7 +420,7 @@ class Exchange(IncomingRequest):
             self._answer.abort()
         elif connection is None or not connection.is_open:
             self._time_out(f"The engine could not be reached for {limit_sec:g} s (request_timeout_sec).")
-        elif connection.stopped_midway:  # it computes no more of it, whatever it says to probes
+        elif connection.stopped_midway:  # nothing is being computed, whatever probes say
             self._time_out(f"The engine's response paused for {limit_sec:g} s (request_timeout_sec).")
         elif engine.failed_probes and now - engine.alive_sec >= limit_sec:
             self._time_out(
@@ -444,7 +444,7 @@ class Exchange(IncomingRequest):
     """True if the client's accepted encodings are forwarded."""
 
     def _is_read_whole(self, head: Head) -> bool:
-        if self._answer.started:  # with heartbeats: nothing but events may follow
+        if self._answer.started:  # after heartbeats, only events may follow
             return head.status != 200 or not head.streams
         if head.content_length is None:
             return head.status >= 400
@@ -498,7 +498,7 @@ class Exchange(IncomingRequest):
         self._write_error(error, self._id_line + self._lines)
 
     def _fail(self, error: ApiError, outcome: str = "") -> None:
-        """`outcome`: what it counts as, if not by the error's code."""
+        """End the request with an error, as far as its client can still get one. `outcome`: see `RequestDone`."""
         self._reason = error.message
         if not self._answer.started:
             self._status = error.status
@@ -508,7 +508,7 @@ class Exchange(IncomingRequest):
         elif self._streams and not self._answer.has_length:
             self._answer.break_off(self._event_of(error))
         else:
-            self._answer.abort()  # half a document must not look whole
+            self._answer.abort()  # a partial document must not look complete
 
     def _write_error(self, error: ApiError, lines: bytes) -> None:
         own = b"".join(b"%b: %b\r\n" % header for header in error.headers())
@@ -542,7 +542,7 @@ class Exchange(IncomingRequest):
             self._shared.readers.submit(_give_back, self._large, self._body)
 
     def _publish(self, ticket: Ticket | None, outcome: str) -> None:
-        """Once. Without a ticket: the request was turned away before it asked for a slot."""
+        """Publish the one `RequestDone`. Without a ticket, the request was refused before it was queued."""
         now, at = time.monotonic(), time.time()
         if ticket is None:
             done = RequestDone(
@@ -567,10 +567,10 @@ class Exchange(IncomingRequest):
             meter, arrival_sec = self._meter, ticket.arrival_sec
             try:
                 usage = self._usage()
-            except Exception:  # a request is over once, whatever its engine says of it
+            except Exception:  # the request must end exactly once, whatever its engine reports
                 _log.exception("request %s: the tokens of the response could not be counted", self._request_id)
                 usage = NO_USAGE
-            done = RequestDone(  # by position: keywords would take as long as all metrics
+            done = RequestDone(  # by position: keywords would take as long as all metrics together
                 self._request_id,
                 ticket.alias,
                 self._route(),

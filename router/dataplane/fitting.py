@@ -1,8 +1,8 @@
-"""Requests as an engine takes them that is not llama-server: its model's name, and parameters under its own names.
+"""Requests for engines other than llama-server: the engine's name of the model, and its names of parameters.
 
 llama-server's parameters come from its own clients, and from Ollama's and Anthropic's, whose requests are
-translated to them. Those that the engine lacks are left out; a request that cannot do without one is refused. Only
-top-level keys are looked at.
+translated to them. Parameters that the engine lacks are left out; a request that cannot do without one is refused.
+Only top-level keys are read.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ class Lacking(Exception):
 
 
 def fitted(body: Text, wish: Wish, route: Route | None) -> bytes:
-    """Return the body, a JSON object, as the engine of `wish` is to get it at `route`.
+    """Return the body, a JSON object, as the engine of `wish` expects it at `route`.
 
-    Streams are asked for with usage: such engines tell it nowhere else. Raises Lacking, and what decoding raises.
+    Streams are requested with usage, which such engines report nowhere else. Raises Lacking, and `UNREADABLE` of
+    `router.http.documents`.
     """
     fields: dict[str, Any] = dict(_fields_of(body))
     if wish.known_as is not None:

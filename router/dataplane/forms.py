@@ -1,7 +1,7 @@
 """Short text fields of a multipart body (RFC 7578), found without copying the files beside them.
 
-A body is searched in steps, so that other threads get their turns while a large one is. Whoever makes its parts so
-that there is much to do for each is refused.
+A body is searched in steps, so that other threads can run while a large one is searched. Forms with more parts,
+or with longer heads of parts, than a client has use for are refused.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from router.system.large_memory import Pieces
 
 _STEP = 64 << 10
 _LONGEST_HEAD = 4096
-"""Bytes of a part's head, or of a Content-Type."""
+"""Maximum size in bytes of a part's head, and of a Content-Type."""
 _LONGEST_TEXT = 4096
-"""Bytes of a field that are read."""
+"""Maximum number of bytes read of a field."""
 _MOST_PARTS = 1024
-"""llama-server takes no more either. What only begins like a part's boundary counts, too."""
+"""llama-server accepts no more either. Text that only begins like a boundary counts, too."""
 _MOST_LINES = 32
-"""Of a part's head: by RFC 7578 there are three at most."""
+"""Maximum number of header lines of a part: RFC 7578 has three."""
 
 _KIND = b"multipart/form-data"
 
@@ -32,7 +32,10 @@ def is_form(content_type: bytes) -> bool:
 
 
 def text_fields(body: bytes | memoryview, content_type: bytes, names: Collection[str]) -> dict[str, str]:
-    """Those of these names; of a long one the beginning. Of one that is there twice, the last. Raises ApiError."""
+    """Return the fields of these names, each cut to `_LONGEST_TEXT` bytes. The last of repeated fields counts.
+
+    Raises ApiError.
+    """
     fields: dict[str, str] = {}
     for part in _parts(body, _boundary(content_type)):
         head = bytes(body[part.head : part.content])
@@ -48,7 +51,7 @@ def text_fields(body: bytes | memoryview, content_type: bytes, names: Collection
 
 
 def with_text(body: bytes | memoryview, content_type: bytes, name: str, text: str) -> Pieces:
-    """The form with this field, instead of any of its name. Nothing else of it is copied. Raises ApiError."""
+    """Return the form with this field in place of any of its name, without copying the rest. Raises ApiError."""
     boundary = _boundary(content_type)
     said = f'Content-Disposition: form-data; name="{name}"\r\n\r\n{text}'.encode()
     view = memoryview(body)
@@ -69,7 +72,7 @@ def with_text(body: bytes | memoryview, content_type: bytes, name: str, text: st
 
 
 def as_engines_read_it(content_type: bytes) -> bytes:
-    """One that says the same: llama-server knows a form and its boundary by small letters only."""
+    """Return an equivalent Content-Type: llama-server recognizes forms and boundaries in lower case only."""
     boundary = _told_boundary(content_type) if is_form(content_type) else None
     return b'%b; boundary="%b"' % (_KIND, boundary) if boundary else content_type
 
@@ -89,7 +92,7 @@ def _told_boundary(content_type: bytes) -> bytes | None:
 
 
 class _Part(NamedTuple):
-    """Where in the body its head, its content and the end of that are."""
+    """Offsets in the body: of a part's head, of its content, and of the content's end."""
 
     head: int
     content: int
@@ -97,7 +100,7 @@ class _Part(NamedTuple):
 
 
 def _parts(body: bytes | memoryview, boundary: bytes) -> Iterator[_Part]:
-    """Raises ApiError after the last one, unless the body ends as it should, and when there are too many."""
+    """Yield the parts. Raises ApiError for too many, and after the last one if the body does not end properly."""
     delimiter = b"\r\n--" + boundary
     at = -2 if body[: len(delimiter) - 2] == delimiter[2:] else _find(body, delimiter, 0)
     for _ in range(_MOST_PARTS + 1):
@@ -106,7 +109,7 @@ def _parts(body: bytes | memoryview, boundary: bytes) -> Iterator[_Part]:
             break
         ahead = bytes(body[line : line + 2 * _LONGEST_HEAD])
         line_end = ahead.find(b"\r\n", 0, _LONGEST_HEAD)
-        if line_end < 0 or ahead[:line_end].strip(b" \t"):  # it only begins like one
+        if line_end < 0 or ahead[:line_end].strip(b" \t"):  # a line that only begins like a boundary
             at = _find(body, delimiter, line)
             continue
         head_end = ahead.find(b"\r\n\r\n", line_end, line_end + _LONGEST_HEAD)

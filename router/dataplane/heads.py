@@ -1,4 +1,4 @@
-"""Heads of requests: what is read out of them, and what engines get to see of it."""
+"""Heads of requests: what the router reads from them, and what it forwards to engines."""
 
 from __future__ import annotations
 
@@ -24,34 +24,36 @@ _FORWARDED = frozenset(
         b"user-agent",
     }
 )
-"""Not `Accept`: no engine goes by it, but one that it does not understand is a 400, and the end of its connection.
-Not `X-Conversation-Id`: an engine that sees it computes on for a client that has left, and keeps what comes for
-`GET /v1/stream`. Here who leaves frees the slot, as others wait for it."""
+"""Headers forwarded to engines.
+
+`Accept` is not: no engine heeds it, but llama-server answers 400 to one that it does not understand, and closes
+the connection. `X-Conversation-Id` is not: llama-server would go on computing after the client has disconnected,
+and keep the result for `GET /v1/stream`. The router frees the slot of such a client, as others wait for it."""
 LONGEST_TARGET = 32_000
 MOST_HEADERS = 100
-"""What engines take (cpp-httplib, as llama.cpp compiles it; of a first line, it is 32 KiB). They answer more by an
-error or by nothing, and close the connection, which looks as if they had broken while a body is being sent."""
+"""Limits of engines (cpp-httplib as llama.cpp compiles it; 32 KiB for a request line). Beyond these, engines
+answer with an error or not at all, and close the connection, which looks like a crash while a body is sent."""
 _LONGEST_LINE = 8192
 _MOST_FORWARDED = 90
-"""Beside them, an engine gets the router's own."""
+"""Maximum number of forwarded headers: the router adds its own."""
 
 
 class Admission(msgspec.Struct):
-    """Why the requests with one head are let in."""
+    """The outcome of checking a head, valid for further requests with the same head."""
 
     config: Config
-    """As long as it is this one."""
+    """The configuration for which the outcome is valid."""
     client: Client | None
     lines: bytes
-    """Headers for all answers to them."""
+    """Headers of all answers to these requests."""
 
 
 class BadTarget(Exception):
-    """What is asked for is no path."""
+    """Raised for a request target that is not a path."""
 
 
 class RequestHead:
-    """What a client asks for, before its body."""
+    """The head of a request: method, path, query and headers."""
 
     __slots__ = (
         "admission",
@@ -84,23 +86,23 @@ class RequestHead:
         self.headers = headers
         self.admission: Admission | None = None
         self.model = ""
-        """If its path names one."""
+        """The model that the path names, if any."""
         self.fields: Mapping[bytes, bytes] = dict(headers)
         self.target = self.path.encode() + (b"?" + self.query if self.query else b"")
-        """What an engine is asked for, if the path is one of an engine's: there is nothing to quote in those."""
+        """The target of the engine's request, if the path is a route of engines: those need no quoting."""
         self.forwarded = forwarded(headers, self.path)
-        """The headers that an engine gets to see, each with its end."""
+        """Header lines for the engine, each with its line end."""
 
     @property
     def declared(self) -> int:
-        """Bytes of the body, as far as that was said beforehand."""
+        """Size of the body in bytes as announced; 0 without a Content-Length."""
         return int(self.fields.get(b"content-length", b"0"))
 
 
 def forwarded(headers: Headers, path: str) -> bytes:
-    """Headers of a request for an engine that is asked at this path.
+    """Return the header lines of the engine's request at this path.
 
-    JSON is called that, whatever its client calls it: `curl -d` says that it is a form, which vLLM refuses.
+    JSON gets its proper Content-Type, whatever the client sent: `curl -d` declares a form, which vLLM refuses.
     """
     content_type = dict(headers).get(b"content-type", b"")
     lines = [b"%b: %b\r\n" % header for header in headers if header[0] in _FORWARDED]
@@ -113,18 +115,18 @@ def forwarded(headers: Headers, path: str) -> bytes:
 
 
 def check_size(target: bytes, lines: bytes) -> None:
-    """Raises ApiError 414 or 431 for what an engine would not take: what it is asked for, or a header."""
+    """Check target and headers against the limits of engines. Raises ApiError 414 or 431."""
     if len(target) > LONGEST_TARGET:
         raise target_too_long()
     headers = lines.split(b"\r\n")
     if len(headers) > _MOST_FORWARDED:
-        raise head_too_large(f"A request has more than {_MOST_FORWARDED} headers that are for the engine.")
+        raise head_too_large(f"The request has more than {_MOST_FORWARDED} headers for the engine.")
     if len(lines) > _LONGEST_LINE and max(map(len, headers)) > _LONGEST_LINE - 2:
-        raise head_too_large(f"A header that is for the engine is longer than {_LONGEST_LINE} bytes.")
+        raise head_too_large(f"A header for the engine is longer than {_LONGEST_LINE} bytes.")
 
 
 def target_too_long() -> ApiError:
-    message = f"What is asked for, with its query, is longer than {LONGEST_TARGET} bytes."
+    message = f"The request target, including its query, is longer than {LONGEST_TARGET} bytes."
     return ApiError(414, "target_too_long", message)
 
 

@@ -1,8 +1,8 @@
-"""Requests of the data plane on their way in: head checked, body received, and read for what it asks for.
+"""Requests of the data plane on their way in: the head is checked, the body received and parsed.
 
-Small bodies are read on the event loop, large ones on a thread and in their short form (see `shortening`). Either
-way, what comes out is a `Wish` and the body for the engine, or a refusal. Exchanges of other APIs override the
-methods under "what it asks for".
+Small bodies are parsed on the event loop, large ones on a thread and in their short form (see `shortening`). The
+result is a `Wish` and the body for the engine, or a refusal. Exchanges of translated APIs override methods of the
+last section.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from router.scheduling.queue import Priority
 from router.system.large_memory import LargeMemory, Pieces
 
 _READ_AT_ONCE = 1 << 20
-"""Bodies up to this size are read on the event loop in a few milliseconds, unless they have too many values."""
+"""Bodies up to this size are parsed on the event loop in a few milliseconds, unless they have too many values."""
 _LITTLE = 64 << 10
-"""Not in one of this size."""
+"""Bodies up to this size cannot have too many values for the event loop."""
 _MOST_VALUES = 1 << 14
 """Maximum number of values that are parsed on the event loop."""
 _PLACE = re.compile(r" \(byte \d+\)")
-"""Of a mistake, in what was read instead of a large body."""
+"""The place of an error in the short form of a large body, which says nothing about the body itself."""
 
 _WOULD_SHOW_PROMPT = (
     "The answer would hold the alias's system prompt, which this API key may not see; ask for {!r} instead."
@@ -66,7 +66,7 @@ class Shared(Protocol):
 
 
 class IncomingRequest(ABC):
-    """A request from its first byte until it is known what it asks for."""
+    """A request from its first byte until its intent is known."""
 
     __slots__ = (
         "_answer",
@@ -108,14 +108,14 @@ class IncomingRequest(ABC):
         """Part of `_held` expected for the engine, if the body has many values."""
         self._body: Body = b""
         self._question: Question | None = None
-        """How the engine is asked, if its kind has a manner of its own."""
+        """The engine's request, if its kind of engine has an API of its own."""
         self._is_over = False
 
     # --- what comes after it ------------------------------------------------------------------------------
 
     @abstractmethod
     def _submit(self, wish: Wish) -> None:
-        """Queue the request, which is all here."""
+        """Queue the request, which has been read completely."""
 
     @abstractmethod
     def _refuse(self, error: ApiError) -> None:
@@ -123,7 +123,7 @@ class IncomingRequest(ABC):
 
     @abstractmethod
     def attempt(self, step: Callable[..., None], *arguments: object) -> None:
-        """One that the event loop takes: nobody else would hear that it has failed."""
+        """Take a step on behalf of the event loop, which could not tell the client of an exception."""
 
     # --- its head -----------------------------------------------------------------------------------------
 
@@ -151,20 +151,20 @@ class IncomingRequest(ABC):
         self._id_line = f"x-request-id: {request_id}\r\n".encode()
 
     def _admit(self, to_come: int) -> None:
-        """Raises ApiError, before the body is read."""
+        """Check the request before its body is read. Raises ApiError."""
         config = self._dispatcher.config
         admission = self._head.admission
         if admission is None or admission.config is not config:
             self._check_head()
             admission = self._head.admission = Admission(config, self._client, self._lines)
         self._client, self._lines = admission.client, admission.lines
-        if to_come:  # no use to begin with what is too large
+        if to_come:  # a body that is too large is not read at all
             if to_come > config.api.max_body_mb << 20:
                 raise self._too_large()
             self._shared.bodies.check(to_come, config.api.max_bodies_mb << 20, self._priority_of_head)
 
     def _check_head(self) -> None:
-        """Raises ApiError."""
+        """Check origin, key and headers, which all requests with this head share. Raises ApiError."""
         fields = self._head.fields
         if (origin := fields.get(b"origin")) is not None:
             self._lines = self._shared.browsers.origin_lines(origin, self._head.path)
@@ -219,7 +219,7 @@ class IncomingRequest(ABC):
             self._received += part
 
     def _hold(self, size: int) -> None:
-        """Raises ApiError 503."""
+        """Count bytes towards the limit on all request bodies. Raises ApiError 503."""
         self._shared.bodies.hold(size, self._dispatcher.config.api.max_bodies_mb << 20, self._priority_of_head)
         self._held += size
 
@@ -248,15 +248,15 @@ class IncomingRequest(ABC):
             self._submit(wish)
 
     def _read_apart(self, body: memoryview) -> None:
-        """A large one, on a thread; one after the other, as several threads would leave the event loop less."""
+        """Parse a large body on a thread. There is one such thread, as several would slow down the event loop."""
         loop = asyncio.get_running_loop()
         reading = self._shared.readers.submit(self._read_large, body)
         reading.add_done_callback(lambda reading: loop.call_soon_threadsafe(self.attempt, self._was_read, reading))
 
     def _read_large(self, body: memoryview) -> tuple[Wish, Pieces]:
-        """The same in steps, between which other threads get their turns."""
+        """Parse a large body in steps, between which other threads can run. Raises ApiError."""
         if self._is_form():
-            wish, _ = self._read(body)  # which changes nothing of it
+            wish, _ = self._read(body)  # which does not rewrite forms
             return wish, Pieces(body) if wish.known_as is None else self._renamed(body, wish.known_as)
         depth = self._depth()
         while True:
@@ -274,8 +274,8 @@ class IncomingRequest(ABC):
             depth = needed
 
     def _was_read(self, reading: Future[tuple[Wish, Pieces]]) -> None:
-        failure = reading.exception()  # raised here, it and this frame would hold each other, and what was read
-        if self._is_over:  # its client has left
+        failure = reading.exception()  # raised here, it and this frame would keep each other and the body alive
+        if self._is_over:  # the client has disconnected
             if failure is None:
                 self._shared.readers.submit(reading.result()[1].give_back)
         elif isinstance(failure, ApiError):
@@ -293,7 +293,9 @@ class IncomingRequest(ABC):
                 self._submit(wish)
 
     def _hold_burden(self) -> None:
-        """Raises ApiError 503, and 413 if even by itself it is too much."""
+        """Count the memory that the engine needs for the body's values. Raises ApiError 503, and 413 if that alone
+        exceeds the limit.
+        """
         limit = self._dispatcher.config.api.max_bodies_mb << 20
         if self._burden > limit:
             message = (
@@ -306,11 +308,11 @@ class IncomingRequest(ABC):
     # --- what it asks for -----------------------------------------------------------------------------------
 
     def _read(self, body: Text) -> tuple[Wish, Text]:
-        """Read the body. Returns the request's intent and the body for the engine. Raises ApiError."""
+        """Parse the body. Returns the request's intent and the body for the engine. Raises ApiError."""
         head = self._head
         route = ROUTES[head.path]
         wish = read_wish(body, head.fields, self._dispatcher.config, self._client, head.model)
-        if wish.streams and route.stream is Stream.NONE:  # its engine answers with a document all the same
+        if wish.streams and route.stream is Stream.NONE:  # the engine answers with a document all the same
             wish = wish._replace(streams=False)
         if not self._may_name_addresses() and may_name_media(body) and not self._is_form():
             check_media(body)
@@ -321,7 +323,7 @@ class IncomingRequest(ABC):
         return wish, body
 
     def _read_fitted(self, body: Text) -> tuple[Wish, Text]:
-        """The same, with the body as the engine takes it if that is not llama-server."""
+        """Parse the body, and fit it to an engine other than llama-server. Raises ApiError."""
         wish, body = self._read(body)
         if (wish.known_as is None and wish.parameters is None) or not body or self._is_form():
             return wish, body
@@ -334,12 +336,12 @@ class IncomingRequest(ABC):
             raise ApiError(400, "not_supported", message, name) from None
 
     def _others(self, able: Callable[[ModelConfig], bool]) -> str:
-        """Advice which models to ask instead of one that cannot."""
+        """Return advice which models to use instead: those that are `able`."""
         others = [alias for alias, model in self._dispatcher.config.models.items() if able(model)]
         return f"Ask {some_of(others)} instead" if others else "No model here does"
 
     def _in_its_manner(self, wish: Wish, body: Text, size: int) -> Text:
-        """Return the body as this kind of engine wants it; `size` is that of the client's. Raises ApiError."""
+        """Return the body in the engine's own API. `size`: bytes of the client's body. Raises ApiError."""
         model = self._dispatcher.config.models[wish.alias]
         manner = kind_of(model).manner
         if manner is None:
@@ -351,7 +353,7 @@ class IncomingRequest(ABC):
         return is_form(self._head.fields.get(b"content-type", b""))
 
     def _renamed(self, form: Text, name: str) -> Pieces:
-        """A form with the model's name as its engine knows it."""
+        """Return a form with the engine's name of the model."""
         return with_text(form, self._head.fields[b"content-type"], "model", name)
 
     def _may_name_addresses(self) -> bool:
@@ -359,19 +361,19 @@ class IncomingRequest(ABC):
         return self._client is None or self._dispatcher.config.api.remote_media
 
     def _path_of_engine(self) -> str:
-        """Path of the engine to which the body is sent."""
+        """Return the path of the engine to which the body is sent."""
         return self._head.path
 
     def _route_of_engine(self) -> Route | None:
-        """None: its engine is asked at a path that is no route of the data plane, or not at all."""
+        """Return the engine's route. None: a path that is no route of the data plane, or no request at all."""
         return ROUTES.get(self._path_of_engine())
 
     def _depth(self) -> int:
-        """How deep one has to look into a body at first."""
+        """Return the depth to which a large body is parsed at first."""
         return 1
 
     def _depth_of(self, wish: Wish, short: Shortened) -> int:
-        """How deep one has to look into a body, as far as is known from this short form of it."""
+        """Return the depth to which a body has to be parsed, as far as this short form of it shows."""
         model = self._dispatcher.config.models[wish.alias]
         manner = kind_of(model).manner
         depth = 1 if manner is None else manner.depth(model, self._path_of_engine(), short.text)
@@ -383,7 +385,7 @@ class IncomingRequest(ABC):
         return depth
 
     def _restore(self, short: Shortened) -> None:  # noqa: B027
-        """What was read of the short form of a large body besides."""
+        """Restore other values that were read from the short form of a large body."""
 
 
 def _unreadable(error: Exception) -> ApiError:

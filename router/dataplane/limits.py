@@ -1,9 +1,9 @@
-"""Bounds on what all clients together may take of the router itself: connections, and memory for their bodies.
+"""Limits on what all clients together take of the router itself: connections, and memory for request bodies.
 
-At `api.max_connections`, who comes takes the place of who has been idle for the longest, or has only sent half a
-request. Where all wait for an answer, or get one, a few more are let in for pages only, so that whoever looks
-after the router still reaches it when it is full; these places change hands in the same way. What is beyond those,
-too, is told so and closed. A queue of requests is bounded by the scheduler; this bounds what never gets as far.
+At `api.max_connections`, a new connection replaces the one that has been idle, or in the middle of a request, for
+the longest. If all connections wait for an answer or receive one, a few more are accepted for pages only, so that
+operators still reach a full router; these places change hands in the same way. Connections beyond those get an
+error and are closed. The scheduler bounds the queues; these limits apply before a request gets there.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _COME_BACK_SEC = 5.0
 _TELL_AGAIN_SEC = 60.0
 _FOUND_AT_ONCE = 256
 _MOST_GIVE_WAY = 64
-"""Requests, for the body of one."""
+"""Maximum number of requests that are displaced for the body of one."""
 _LOOK_AGAIN_SEC = 0.1
-"""For idle ones, when there was none."""
+"""Pause before idle connections are looked for again, if there were none."""
 _JUST_COME_SEC = 0.05
-"""What such a one has sent may not have been read yet."""
+"""Connections that came within this time are not idle: their request may not have been read yet."""
 
 
 class Guest(Protocol):
@@ -43,17 +43,17 @@ class Guest(Protocol):
 
     @property
     def idle_since_sec(self) -> float | None:
-        """Since when nothing has come from its client; None while an answer is asked for or on its way."""
+        """Time of the last data from the client; None while an answer is awaited or on its way."""
 
     @property
     def is_gone(self) -> bool: ...
 
     def give_way(self) -> None:
-        """End it: others need its place."""
+        """Close the connection, as another one needs its place."""
 
 
 class Door:
-    """A protocol factory for uvicorn: `protocol` while there is or can be room, else `pages`, else a refusal."""
+    """A protocol factory for uvicorn: `protocol` while there is room, else `pages`, else a refusal."""
 
     def __init__(
         self,
@@ -142,7 +142,7 @@ def _since(found: tuple[float, Guest]) -> float:
 
 
 class _TurnedAway(asyncio.Protocol):
-    """Refused connection: sends the error after the client's first data; earlier it would be lost."""
+    """A refused connection: the error is sent after the client's first data; earlier it would be lost."""
 
     def __init__(self, door: Door) -> None:
         self._door = door
@@ -175,7 +175,7 @@ def no_connection_left() -> ApiError:
 
 
 class Holder(Protocol):
-    """Waiting request that holds its body."""
+    """A waiting request that holds its body."""
 
     def give_way(self, reason: str) -> None:
         """Release the body and refuse the request with `reason`."""
@@ -189,8 +189,9 @@ class Bodies:
         self._waiting: dict[Priority, dict[Holder, int]] = {priority: {} for priority in Priority}
 
     def check(self, size: int, limit: int, priority: Callable[[], Priority]) -> None:
-        """Raises ApiError 503 when all together would be more than `limit` bytes, even if those who wait with a
-        lower priority gave way."""
+        """Raise ApiError 503 if all bodies would exceed `limit` bytes even with waiting requests of lower priority
+        displaced.
+        """
         if self.held + size > limit:
             self._who_give_way(self.held + size - limit, limit, priority())
 
@@ -212,7 +213,7 @@ class Bodies:
         self._waiting[priority].pop(holder, None)
 
     def _who_give_way(self, missing: int, limit: int, priority: Priority) -> list[Holder]:
-        """Raises ApiError 503 when nobody, or more than a few, would have to."""
+        """Return the requests to displace. Raises ApiError 503 if none, or only too many, would make room."""
         lower = [self._waiting[below] for below in (Priority.LOW, Priority.NORMAL) if below > priority]
         found: list[Holder] = []
         for holder, size in islice(chain.from_iterable(reversed(line.items()) for line in lower), _MOST_GIVE_WAY):

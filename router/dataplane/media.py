@@ -1,8 +1,8 @@
-"""Images, audio and video of a request: are they in it, or is the engine to fetch them from an address?
+"""Images, audio and video of a request: whether the request contains them, or has the engine fetch them.
 
-llama-server fetches every address of http and https that stands where it takes a medium, from where it runs, and
-with `--media-path` files, too. Where media may stand is up to the API and the build, so all of a document is gone
-through, but for the arguments of tools, which are the client's own affair.
+llama-server fetches any http or https URL in place of a medium from its own network, and with `--media-path`
+files, too. Where media may occur depends on API and build, so the whole document is searched, except for the
+arguments of tool calls, which are the client's own data.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import msgspec
 from router.http.errors import ApiError
 
 DEPTH = 8
-"""How deep in a body a medium may be: the address of an image in the result of a tool, in Anthropic's words."""
+"""Maximum depth of a medium in a body: the URL of an image in the result of a tool, in Anthropic's API."""
 _NAMES = (b"_url", b"input_audio", b"input_video", b'"source"')
 _ESCAPES = (b"\\u004", b"\\u005", b"\\u006", b"\\u007")
-"""Of the letters in these names, which nobody writes so who does not want to hide them."""
+"""Escapes of the letters in these names, which only a client that wants to hide them writes."""
 LONGEST_NAME = max(map(len, _NAMES)) + 4
 
 _MEDIA = ("image_url", "input_audio", "input_video", "video_url", "audio_url")
-"""Keys of media: in OpenAI's chats and responses, and those that llama-server has besides."""
+"""Keys of media: of OpenAI's chats and responses, and further ones of llama-server."""
 _BASE64 = re.compile(r"(?!http)[A-Za-z0-9+/=_-]{0,8}")
-"""How a medium begins that is there without saying what it is."""
+"""The beginning of a medium in base64 without a data: URL."""
 
 _decode = msgspec.json.Decoder().decode
 
 
 def may_name_media(body: bytes | memoryview) -> bool:
-    """Whether it is worth looking for media in a body, or in a part of it."""
+    """Whether a body, or a part of it, may have media, so that it has to be searched."""
     text = bytes(body)
     return any(name in text for name in _NAMES) or (
         b"\\u00" in text and any(letters in text for letters in _ESCAPES)
@@ -38,7 +38,7 @@ def may_name_media(body: bytes | memoryview) -> bool:
 
 
 def check_media(body: bytes | memoryview) -> None:
-    """Raises ApiError 400 for a JSON document, perhaps in its short form, with a medium that is not in it."""
+    """Raise ApiError 400 for a JSON document, perhaps in its short form, that has the engine fetch a medium."""
     document = _decode(body)
     values = list(document.values()) if isinstance(document, dict) else [document]
     while values:

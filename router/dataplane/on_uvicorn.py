@@ -1,7 +1,7 @@
-"""What the router takes of uvicorn beyond its public API: its flow control, its ASGI cycle, its server's inside.
+"""All that the router uses of uvicorn beyond its public API: flow control, ASGI cycle, internals of the server.
 
-Nothing else imports uvicorn, and `pyproject.toml` pins the minor version that this was written for. A test says
-what another one has changed of it.
+No other module imports uvicorn, and `pyproject.toml` pins the minor version for which this one was written. A test
+shows what another version changes.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _log = logging.getLogger("router.http")
 
 _TICK_SEC = 1.0
 _GRACE_SEC = 2
-"""For what is still to be written when the server ends; requests have had their time by then."""
+"""Time for writing what is left when the server ends; requests have been finished by then."""
 
 
 class Server(uvicorn.Server):
-    """Signals are ours: requests are answered, by 503, until those in flight are done."""
+    """A server that leaves signals to the router, which answers requests with 503 until those in flight end."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Server(uvicorn.Server):
         *,
         keep_alive_sec: int,
     ) -> None:
-        """`protocols` makes that of each connection."""
+        """`protocols` makes the protocol of each connection."""
         config = Config(
             cast(Any, app),
             http=cast(Any, protocols),
@@ -65,7 +65,7 @@ class Server(uvicorn.Server):
         self._is_to_end.set()
 
     async def main_loop(self) -> None:
-        """Makes a new Date header every second. uvicorn's looks ten times a second whether it is to end."""
+        """Renew the Date header every second. uvicorn's own loop wakes up ten times a second for that."""
         while not await self.on_tick(0):
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._is_to_end.wait(), _TICK_SEC)
@@ -80,13 +80,13 @@ class Server(uvicorn.Server):
 
 
 def peer_of(transport: asyncio.Transport) -> str:
-    """The client's address, as far as it is known."""
+    """Return the client's address, or "unknown"."""
     address = get_remote_addr(transport)
     return address[0] if address is not None else "unknown"
 
 
 class Line(Protocol):
-    """The connection that a page is for."""
+    """The connection on which a page was requested."""
 
     config: Config
     server_state: ServerState
@@ -107,7 +107,7 @@ class Line(Protocol):
 
 
 class Page:
-    """A request for the ASGI application: a turn, and the transport of the cycle that uvicorn runs for it."""
+    """A request for the ASGI application: a turn of the connection, and the transport of uvicorn's cycle."""
 
     def __init__(self, connection: Line, request: RequestHead) -> None:
         self._connection = connection
@@ -167,10 +167,10 @@ class Page:
         self._cycle.message_event.set()
 
     def pause(self) -> None:
-        """The cycle looks at the connection's flow."""
+        """Do nothing: the cycle watches the connection's flow control."""
 
     def resume(self) -> None:
-        """The same."""
+        """Do nothing, as in `pause`."""
 
     def hang_up(self) -> None:
         self._cycle.keep_alive = False
@@ -182,7 +182,7 @@ class Page:
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._connection.server_state.tasks.discard(task)
         cycle = self._cycle
-        cast(dict[str, Any], cycle.scope).clear()  # by these, headers would wait for the garbage collector
+        cast(dict[str, Any], cycle.scope).clear()  # reference cycles would keep the headers alive
         del cycle.transport, cycle.flow
 
     def _answered(self) -> None:
@@ -207,5 +207,5 @@ class Page:
         return self._connection.transport.is_closing()
 
     def close(self) -> None:
-        if not self._cycle.response_complete:  # half an answer must not look whole; `_answered` ends a whole one
+        if not self._cycle.response_complete:  # a partial answer must not look complete; `_answered` ends those
             self._connection.abort()

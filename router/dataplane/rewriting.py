@@ -1,7 +1,7 @@
 """What an alias changes in a request: parameters set, replaced or removed, a system prompt, and examples.
 
-Only top-level keys and the list of messages are looked at; all other values are copied as the bytes that they are.
-Knows nothing of routes but where they keep their conversations, and nothing of multipart bodies.
+Only top-level keys and the list of messages are parsed; all other values are copied as bytes. This module depends
+on a route only by where its conversation is. Multipart bodies are not rewritten.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SAME = (
     frozenset({"max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict"}),
     frozenset({"n", "n_cmpl"}),
 )
-"""The engine's names for one thing, of which none may get past another."""
+"""llama-server's synonyms: setting one of these replaces the others."""
 _SYSTEM_ROLES = ("system", "developer")
 
 
@@ -38,15 +38,15 @@ _encode = msgspec.json.encode
 
 
 def depth_of(conversation: Conversation | None, alias: AliasConfig) -> int:
-    """How deep in a body it is changed: 1 is the depth of the parameters, 3 that of what a message consists of."""
+    """Return the depth to which an alias changes a body: 1 for parameters, 3 for the fields of messages."""
     return 3 if alias.speaks and conversation is not None else 1
 
 
 def rewritten(body: Text, conversation: Conversation | None, alias: AliasConfig) -> bytes:
-    """The body, a JSON object, as the engine is to get it. Of a key that is there twice, the last one counts.
+    """Return the body, a JSON object, as the alias changes it. Of a repeated key, the last one counts.
 
-    Parameters go before the messages. What is not of the shape that its route demands stays as it is, for
-    the engine to refuse. Raises ApiError for a body that cannot be read.
+    Parameters are changed before the messages. Values that do not have the shape that the route demands stay as
+    they are, for the engine to refuse. Raises ApiError for a body that cannot be parsed.
     """
     try:
         fields: dict[str, Any] = dict(_fields_of(body))
@@ -69,7 +69,7 @@ def _names_of(key: str) -> Iterable[str]:
 
 
 def _names_none(key: str, fields: Mapping[str, Any]) -> bool:
-    """Whether a client says in so many words that it names no scales of adapters."""
+    """Whether the client sends an empty list of adapters, which means the same as none."""
     return key == ADAPTERS and _value(fields[key]) == []
 
 
@@ -87,7 +87,7 @@ def _instruct(fields: dict[str, Any], conversation: Conversation, alias: AliasCo
         turns, examples = _turns(fields.get(messages)), alias.messages
         if examples and messages == "input":
             examples = tuple({"type": "message", **turn} for turn in examples)
-            if isinstance(_value(fields.get(messages)), str):  # what the user says
+            if isinstance(_value(fields.get(messages)), str):  # one message of the user
                 turns = [{"role": "user", "content": fields[messages]}]
         said = _value(fields.get(own))
         if alias.system_prompt and alias.system_prompt_replaces:
@@ -100,7 +100,7 @@ def _instruct(fields: dict[str, Any], conversation: Conversation, alias: AliasCo
 
 
 def _with_prompt(turns: list[Any], alias: AliasConfig) -> list[Any]:
-    """One system prompt, and first: many chat templates take no other."""
+    """Put the system prompt first, and merge it with the client's: many chat templates accept no other."""
     prompt = alias.system_prompt
     if not prompt:
         return turns
@@ -137,7 +137,7 @@ def _is_prompt(turn: msgspec.Raw | dict[str, Any]) -> bool:
 
 
 def joined(prompt: str, said: Any) -> Any:
-    """Text, or a list of parts of which each is an object with a type."""
+    """Return `prompt` followed by `said`, which is text, or a list of parts that are objects with a type."""
     if said is None or said == "":
         return prompt
     if isinstance(said, str):

@@ -1,7 +1,7 @@
-"""What a request of the data plane asks for: the model, whether it wants a stream, and its priority.
+"""The intent of a request of the data plane: its model, its priority, and whether it wants a stream.
 
-Here names become models: all that comes later, the queues and the metrics too, knows models only.
-Only `model` and `stream` are picked out of a body, which is never built into objects.
+Names are resolved to models here: all that follows, queues and metrics included, knows models only. Of a body,
+only a few top-level keys are decoded.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PRIORITIES = {
 
 
 class Shape(NamedTuple):
-    """How many answers a request asks for, where its route can give several."""
+    """The number of answers that a request asks for, where its route can give several."""
 
     per_prompt: int = 1
     prompts: int = 1
@@ -43,35 +43,35 @@ ONE = Shape()
 
 
 class Wish(NamedTuple):
-    """What a request asks for."""
+    """The intent of a request."""
 
     alias: str
-    """The model's own."""
+    """The model's own name."""
     streams: bool
     priority: Priority
     asked_as: AliasConfig | None = None
-    """The name that it was asked for by, if that changes the request."""
+    """The alias that the client named, if it changes the request."""
     answers: Shape = ONE
     routes: frozenset[str] | None = None
-    """Those that its engine serves; None: llama-server's."""
+    """Routes that the engine serves; None: those of llama-server."""
     known_as: str | None = None
-    """What the body has to say as `model`, if it says something else."""
+    """The engine's name of the model, if the body has to be changed to it."""
     parameters: Mapping[str, str] | None = None
     """See `ModelConfig.parameters`."""
 
     @property
     def is_for_llama_server(self) -> bool:
-        """Whether its engine understands all that llama-server does."""
+        """Whether the engine understands all of llama-server's parameters."""
         return self.parameters is None
 
     def is_served(self, path: str) -> bool:
-        """Whether its engine has that route."""
+        """Whether the engine has that route."""
         return path in served_routes(self.routes)
 
 
 _NO_PROMPT = msgspec.Raw(b"")
 _LIST_OF_PROMPTS = re.compile(rb'\[\s*["\[{]')
-"""What else begins like a list is one prompt, of tokens, which may be many: they are not looked at."""
+"""The beginning of a list of prompts. Other lists are one prompt of tokens, perhaps many: they are not decoded."""
 
 
 class _Envelope(msgspec.Struct):
@@ -79,7 +79,7 @@ class _Envelope(msgspec.Struct):
     stream: Any = None
     n: Any = None
     n_cmpl: Any = None
-    """The engine's name of `n`."""
+    """llama-server's name of `n`."""
     prompt: msgspec.Raw = _NO_PROMPT
 
 
@@ -94,16 +94,16 @@ def read_wish(
     client: Client | None = None,
     model: str = "",
 ) -> Wish:
-    """`model` is the one that was named elsewhere than in the body, if it was.
+    """Return the intent of a request. `model` is the one that its path names, if any.
 
-    Raises ApiError for what is not to be understood, and for models that are not there.
+    Raises ApiError for a body that cannot be parsed, and for an unknown model.
     """
     content_type = headers.get(b"content-type", b"")
     if is_form(content_type):
         fields = text_fields(body, content_type, ("model", "stream"))
         streams = fields.get("stream", "").lower() in ("true", "1")
         wish = wish_of(model or fields.get("model"), streams, headers, config, client)
-        return wish._replace(asked_as=None)  # of a form no more than the model's name is rewritten
+        return wish._replace(asked_as=None)  # forms are not rewritten, but for the model's name
     envelope = _read_envelope(body)
     wish = wish_of(model or envelope.model, envelope.stream is True, headers, config, client)
     answers = _shape_of(envelope)
@@ -111,12 +111,12 @@ def read_wish(
 
 
 def shape_of(body: Text) -> Shape:
-    """How many answers it asks for. Raises ApiError for what is no JSON object."""
+    """Return the number of answers that a body asks for. Raises ApiError unless it is a JSON object."""
     return _shape_of(_read_envelope(body))
 
 
 def _shape_of(envelope: _Envelope) -> Shape:
-    """What an engine would refuse counts as one."""
+    """Values that an engine would refuse count as one."""
     prompt, wanted = envelope.prompt, envelope.n if envelope.n_cmpl is None else envelope.n_cmpl
     if wanted is None and prompt is _NO_PROMPT:
         return ONE
@@ -137,7 +137,7 @@ def _first(raw: msgspec.Raw) -> bytes:
 def wish_of(
     model: object, streams: bool, headers: Mapping[bytes, bytes], config: Config, client: Client | None = None
 ) -> Wish:
-    """Raises ApiError for a model that is not there, and for a priority that is none."""
+    """Resolve a model's name and a priority. Raises ApiError for unknown ones."""
     if not model and (model is None or model == ""):
         model = named_by_nobody(config)
     if not isinstance(model, str):
@@ -165,7 +165,7 @@ def wish_of(
 
 
 def priority_of(headers: Mapping[bytes, bytes], client: Client | None) -> Priority:
-    """Of a request whose body, which names its model, is still to come: as far as its head and its key tell."""
+    """Return the priority of a request whose model is not known yet, by its head and its key."""
     wanted = _PRIORITIES.get(headers.get(b"x-request-priority", b"").strip().lower())
     if client is None:
         return wanted or Priority.NORMAL
@@ -185,12 +185,12 @@ def _priority(wanted: bytes) -> Priority:
 
 
 def lists_prompts(short: Shortened) -> bool:
-    """Whether a request has a list of prompts, which are to be counted, and not one of tokens. Raises ApiError."""
+    """Whether a request has a list of prompts, and not one prompt of tokens. Raises ApiError."""
     return short.first_of_list(bytes(_read_envelope(short.text).prompt)) in (b'"', b"[", b"{")
 
 
 def shortened(body: Text, depth: int) -> Shortened:
-    """A JSON document down to a depth. Raises ApiError."""
+    """Return the short form of a JSON document down to a depth. Raises ApiError."""
     try:
         return Shortened(body, depth)
     except TooManyValues:

@@ -1,16 +1,16 @@
-"""HTTP/1.1 to the clients: uvicorn's server, with a protocol of our own on its connections.
+"""HTTP/1.1 for clients: uvicorn's server, with the router's own protocol on its connections.
 
-The protocol reads requests, one after the other, and gives each its turn. Those of the data plane are answered
-by an `Exchange` without ASGI: a task, two queues of dictionaries and an event for every token cost more than all
-else that happens to it. Every other request is a page of the ASGI application, run by uvicorn's own cycle.
+The protocol reads requests one after the other, and makes each a `Turn`. Requests of the data plane are answered
+by an `Exchange` without ASGI: a task, two queues of dictionaries and an event for every token would cost more than
+all other work on a token. Every other request is a page of the ASGI application, run by uvicorn's own cycle.
 
-It has what uvicorn's protocols lack: bounds on how long and how large a request's head may be, and on its trailer;
-an end for clients that stop in the middle, and for those that do not read. And what one client sends is read in
-small steps, a request at a time: the next one is not begun before the answer to the last is whole, and most of it
-read; a turn of the event loop reads no more than one buffer of a connection. A client that sends more waits, in
-`Rounds`, while others have their turns.
+Unlike uvicorn's protocols, it limits the time and size of a request's head, and of its trailer, and ends
+connections of clients that stop in the middle of a request, or that do not read. Requests of a client are read in
+small steps and one at a time: the next one does not begin before the answer to the last is complete, and most of
+it read. One turn of the event loop reads at most one buffer of a connection. A client that sends more waits in
+`Rounds` while others are served.
 
-What is read, answered and timed of a connection is one state, and so one class.
+Reading, answering and timing a connection share one state, so this is one class.
 """
 
 from __future__ import annotations
@@ -51,47 +51,47 @@ _LOOK_SEC = 10.0
 _SPARE_SEC = 10.0
 _SPARE_MOST_SEC = 60.0
 _STEP = 8192
-"""Bytes that are read at once, but for a body whose length is known: crumbs are worth a method's call each."""
+"""Bytes parsed in one step, except for a body of known length: each tiny chunk costs a method call."""
 _ROOM = memoryview(bytearray(256 << 10))
-"""Where what is read lies until it is looked at, before anything else is read."""
+"""Read buffer shared by all connections: its content is copied out before anything else is read."""
 _LITTLE_ROOM = _ROOM[: 16 << 10]
-"""For what may have to be kept until its turn comes, on each of ten thousand connections. A head with its body is
-seldom larger; where one is, the rest is known to be a body."""
+"""Buffer for data that may have to be kept until it is parsed, on each of ten thousand connections. Few requests
+are larger, and the rest of those is known to be a body."""
 _STEPS_AT_ONCE = 2
-"""A head, and a body."""
+"""One step for a head, and one for a body."""
 _END_OF_HEAD = b"\r\n\r\n"
-"""Of a trailer, too: nothing else ends a request, but for the length of its body."""
+"""End of a head or trailer. Apart from this, a request can only end with the announced length of its body."""
 
 
 class Turn(Protocol):
-    """A request whose turn it is, from its head to the end of its answer."""
+    """The one request that a connection is serving, from its head to the end of its answer."""
 
     def begin(self, to_come: int) -> None:
-        """The connection is ready for its answer. `to_come`: bytes of its body that are not here yet, if known."""
+        """Begin: the connection is ready for the answer. `to_come`: bytes of the body yet to arrive, if known."""
 
     def add_body(self, part: bytes) -> None: ...
 
     def end_body(self) -> None: ...
 
     def leave(self) -> None:
-        """The client is gone."""
+        """Handle a disconnected client."""
 
     def pause(self) -> None:
-        """The client reads too slowly: write no more until `resume`."""
+        """Write no more until `resume`, as the client reads too slowly."""
 
     def resume(self) -> None: ...
 
     def hang_up(self) -> None:
-        """Close the connection after the answer."""
+        """Have the connection closed after the answer."""
 
     def failed(self, error: Exception) -> None:
-        """One of these methods has raised this."""
+        """Handle an exception that one of these methods raised."""
 
 
 class HttpProtocol(asyncio.BufferedProtocol):
-    """One client's connection. uvicorn makes it, and ends it by `shutdown`.
+    """One client's connection, which uvicorn makes, and ends by `shutdown`.
 
-    It says how much is read at once, where uvloop would read 256 KB, of which most might have to wait here.
+    It provides the read buffer: uvloop's own has 256 KB, most of which might have to be kept here.
     """
 
     def __init__(
@@ -110,59 +110,59 @@ class HttpProtocol(asyncio.BufferedProtocol):
         self.flow: FlowControl
         self._exchanges = exchanges
         self._parts: list[bytes] = []
-        """Of a body, in what was read last."""
-        self.on_body = self._parts.append  # no frame of Python for a crumb
+        """Parts of a body in the data parsed last."""
+        self.on_body = self._parts.append  # no Python frame for a tiny chunk
         self._parser = self._new_parser()
         self._unread = b""
-        """What has come, and is not read yet, from `_at` on."""
+        """Received data, not parsed yet from `_at` on."""
         self._at = 0
         self._tail = b""
-        """The last bytes that were read, as far as they may begin the end of a head."""
+        """The last bytes that were parsed, if they may be the beginning of `_END_OF_HEAD`."""
         self._in_line = False
-        """It waits for its next step."""
+        """True while the connection waits for its next step."""
         self._rests = False
-        """It has read as much as one turn is for."""
+        """True once the connection has read a full buffer in this turn of the event loop."""
         self.stepped_sec = float("-inf")
         self._is_full = False
-        """A page has as much of a body as it takes, until it asks for more."""
+        """True while a page has enough of a body, until it asks for more."""
         self._url = b""
         self._headers: Headers = []
         self._head: RequestHead | None = None
-        """Of a request that is to be begun."""
+        """The head of a request that is about to begin."""
         self._unreadable: ApiError | None = None
-        """Why what was read last cannot be gone on with."""
+        """The error in the data parsed last, if any."""
         self._turn: Turn | None = None
         self._begun: RequestHead | None = None
-        """The head of a request of the data plane, if what was read last began with one."""
+        """The head of a request of the data plane, if the data received last began with one."""
         self._known: Known[RequestHead] | None = None
-        """Such a head, which the next request may have, too."""
+        """The last such head, which the next request may repeat."""
         self._missing = 0
-        """Bytes of the body of a request with such a head that are still to come: the parser never sees them."""
+        """Bytes yet to arrive of the body of a request with a known head: they bypass the parser."""
         self._to_come = 0
-        """Bytes of the body of another, if their number was said."""
+        """Bytes yet to arrive of the body of any other request, if announced."""
         self._reading: str | None = "head"
-        """The part of a request that is on its way; None between two requests."""
+        """The part of a request that is being received; None between two requests."""
         self._beside_bodies = 0
-        """Bytes since this request began, or since the last of its body: of its head, or of a trailer."""
+        """Bytes of the head or trailer so far: since the request began, or since the last part of its body."""
         self._since = self._last = self.loop.time()
         self._answering = False
-        """Of the answer to the request whose turn it is, some is written."""
+        """True once part of the current answer has been written."""
         self._stuck: tuple[float, int] = (0.0, 0)
-        """Since when the client has read nothing of so many bytes that wait for it."""
+        """Time since which the client has read nothing, and the bytes that wait for it."""
         self._closing = self._is_gone = False
         self._is_deaf = False
-        """The last answer is written, and what still comes is thrown away."""
+        """True once the last answer is written: further data is discarded."""
         self._patience: asyncio.TimerHandle | None = None
 
     def _new_parser(self) -> httptools.HttpRequestParser:
         parser = httptools.HttpRequestParser(self)
-        parser.set_dangerous_leniencies(lenient_data_after_close=True)  # it is never looked at
+        parser.set_dangerous_leniencies(lenient_data_after_close=True)  # which is never parsed
         return parser
 
     # --- asyncio.BufferedProtocol -----------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's is one only by its methods
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's has the methods, but not the type
         self.flow = FlowControl(self.transport)
         self.server_state.connections.add(cast(Any, self))
         self._patience = self.loop.call_later(_LOOK_SEC, self._look)
@@ -171,13 +171,13 @@ class HttpProtocol(asyncio.BufferedProtocol):
         self.server_state.connections.discard(cast(Any, self))
         self._is_gone = True
         self._unread = b""
-        del self._parser  # they hold each other, and a parser holds what it has read of a head: 64 KiB perhaps
+        del self._parser  # a reference cycle, and the parser keeps up to 64 KiB of a head
         if self._patience is not None:
             self._patience.cancel()
         if self._turn is not None:
             turn, self._turn = self._turn, None
             turn.leave()
-        self.flow.resume_writing()  # whoever waits for that must learn that the client is gone
+        self.flow.resume_writing()  # a page that waits for this must see that the client is gone
 
     def eof_received(self) -> None:
         pass
@@ -206,7 +206,7 @@ class HttpProtocol(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         if not self._is_deaf:
             self.data_received(bytes(_ROOM[:nbytes]))
-        if nbytes >= len(_LITTLE_ROOM) and not self._rests:  # then libuv reads on at once, up to 32 times
+        if nbytes >= len(_LITTLE_ROOM) and not self._rests:  # otherwise, libuv reads on at once, up to 32 times
             self._rests = True
             self.flow.pause_reading()
             self._exchanges.rounds.rest(self)
@@ -223,7 +223,7 @@ class HttpProtocol(asyncio.BufferedProtocol):
             data = self._read_body(data)
             if not data:
                 return
-        if self._unread:  # its turn comes; who goes on sending is not heard until then
+        if self._unread:  # parsed in its turn; reading is paused if the client sends more
             self._unread = self._unread[self._at :] + data
             self._at = 0
             self._regulate()
@@ -241,12 +241,12 @@ class HttpProtocol(asyncio.BufferedProtocol):
                 self._reading = "body" if self._missing else None
                 try:
                     self._begin(known.head, self._missing, body, is_whole=not self._missing)
-                except Exception as cause:  # as where the parser calls
+                except Exception as cause:  # as for methods that the parser calls
                     self._broke(cause)
             return
         self._begun = None
         self._unread, self._at = data, 0
-        if self._to_come or self._exchanges.rounds.admit(self, self._last):  # the length of a body bounds its cost
+        if self._to_come or self._exchanges.rounds.admit(self, self._last):  # the announced length bounds the cost
             for _ in range(_STEPS_AT_ONCE):
                 if self._may_read():
                     self._read()
@@ -258,7 +258,7 @@ class HttpProtocol(asyncio.BufferedProtocol):
             self._regulate()
 
     def _read_body(self, data: bytes) -> bytes:
-        """Of a request whose head was known. What is left is the next one's."""
+        """Pass on body data of a request whose head was known. Returns data of the next request."""
         part, rest = data[: self._missing], data[self._missing :]
         self._missing -= len(part)
         turn = self._turn
@@ -279,17 +279,17 @@ class HttpProtocol(asyncio.BufferedProtocol):
         if self._may_read():
             self._read()
             self._regulate()
-        self._in_line = self._may_read()  # not before: it stands in the line once, though an answer bids it go on
+        self._in_line = self._may_read()  # set last: `_go_on`, called meanwhile, must not queue it twice
         return self._in_line
 
     def _go_on(self) -> None:
-        """With what is not read yet, if that may be, in a step of its own."""
+        """Queue a step for unparsed data, if it may be parsed now."""
         if not self._in_line and self._may_read():
             self._in_line = True
             self._exchanges.rounds.join(self, self.loop.time())
 
     def _may_read(self) -> bool:
-        """A request is begun when the answer to the last is whole, and when not too much of it is unread."""
+        """Whether data may be parsed: a request begins once the last answer is complete, and mostly read."""
         if not self._unread or self._is_deaf or self.transport.is_closing():
             return False
         if self._reading == "body":
@@ -297,7 +297,7 @@ class HttpProtocol(asyncio.BufferedProtocol):
         return self._turn is None and not self.flow.write_paused
 
     def _regulate(self) -> None:
-        """Hear no more than a little beyond what can be read now; whether the client has left is part of it."""
+        """Pause reading beyond one step of unparsed data. Reading a little more detects disconnection."""
         if self._rests or self.transport.is_closing():
             return
         if len(self._unread) - self._at > _STEP:
@@ -306,7 +306,7 @@ class HttpProtocol(asyncio.BufferedProtocol):
             self.flow.resume_reading()
 
     def _read(self) -> None:
-        """Read on: at most to the end of a head, and to the end of a request. What is whole by that is begun."""
+        """Parse one step, at most to the end of a head or of a request, and begin or continue the request."""
         unread, at = self._unread, self._at
         end = at + self._to_come if self._to_come else self._end_of_step()
         if end < len(unread):
@@ -345,7 +345,7 @@ class HttpProtocol(asyncio.BufferedProtocol):
             self._broke(cause)
 
     def _end_of_step(self) -> int:
-        """Where to stop, so that no two heads are in what is read: a parser cannot be held up between them."""
+        """Return the end of the step, so that it has no two heads: the parser cannot be paused between them."""
         at, tail = self._at, self._tail
         begin = at - len(tail)
         found = (tail + self._unread[at : at + 3]).find(_END_OF_HEAD) if tail else -1
@@ -363,18 +363,18 @@ class HttpProtocol(asyncio.BufferedProtocol):
         except httptools.HttpParserUpgrade:
             self._parse_without_upgrade()
         except httptools.HttpParserError as error:
-            cause = error.__context__  # what one of the methods below has raised
+            cause = error.__context__  # an exception of one of the methods below
             if cause is None or isinstance(cause, BadTarget):
                 self._unreadable = _not_understood()
                 return
             try:
                 raise cause from None
             finally:
-                del cause  # its traceback holds this frame, and all of the request would wait for the collector
+                del cause  # a reference cycle by its traceback would keep the request alive
 
     def _broke(self, cause: BaseException) -> None:
         turn = self._turn
-        if turn is not None and isinstance(cause, Exception):  # it accounts for itself, and knows how it is told
+        if turn is not None and isinstance(cause, Exception):  # it counts itself, and reports errors in its API
             turn.hang_up()
             turn.failed(cause)
             return
@@ -394,7 +394,7 @@ class HttpProtocol(asyncio.BufferedProtocol):
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._reading == "head" and len(self._headers) <= MOST_HEADERS:  # a trailer says nothing that matters
+        if self._reading == "head" and len(self._headers) <= MOST_HEADERS:  # trailers are ignored
             self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
@@ -410,7 +410,7 @@ class HttpProtocol(asyncio.BufferedProtocol):
     # --- turns ------------------------------------------------------------------------------------------
 
     def _begin(self, head: RequestHead, to_come: int, body: bytes = b"", *, is_whole: bool = False) -> None:
-        """Give it its turn, with as much of its body as is here."""
+        """Begin a request, with as much of its body as has arrived."""
         turn: Turn
         exchanges, is_post = self._exchanges, head.method == b"POST"
         exchange = exchanges.by_path.get(head.path) if is_post else None
@@ -446,11 +446,11 @@ class HttpProtocol(asyncio.BufferedProtocol):
             self._go_on()
 
     def hold_body(self) -> None:
-        """A page has enough of it for now."""
+        """Stop reading a body, as the page has enough for now."""
         self._is_full = True
 
     def take_body(self) -> None:
-        """The page asks for more."""
+        """Read on, as the page asks for more."""
         self._is_full = False
         self._go_on()
 
@@ -462,7 +462,7 @@ class HttpProtocol(asyncio.BufferedProtocol):
 
     def write(self, data: bytes) -> None:
         self._answering = True
-        if not self._is_deaf and not self.transport.is_closing():  # uvloop raises when the client is gone
+        if not self._is_deaf and not self.transport.is_closing():  # uvloop raises if the client is gone
             self.transport.write(data)
 
     @property
@@ -475,15 +475,15 @@ class HttpProtocol(asyncio.BufferedProtocol):
 
     @property
     def idle_since_sec(self) -> float | None:
-        """Since when nothing has come of a request; None while an answer is asked for, or not read yet."""
+        """Time of the last data of a request; None while an answer is awaited, or not read by the client."""
         if self._answering or self._unread or (self._turn is not None and self._reading is None):
             return None
         if self._patience is None or self.transport.is_closing() or self.transport.get_write_buffer_size():
-            return None  # not here yet, on its way out, or with some of its answer to come
+            return None  # not connected yet, closing, or with output to be sent
         return self._last
 
     def give_way(self) -> None:
-        """Others need its place."""
+        """Close the connection, as another one needs its place."""
         if self._turn is not None or (self._reading == "head" and self._beside_bodies):
             self._refuse(no_connection_left())
         else:
@@ -497,9 +497,10 @@ class HttpProtocol(asyncio.BufferedProtocol):
         self.transport.abort()
 
     def close(self) -> None:
-        """Once the rest is read; but nobody may hold the connection by not reading.
+        """Close once the client has read the rest, or has had time to.
 
-        Who is still sending would get a reset for it, and perhaps never see the answer: it is heard out first.
+        A client that is still sending would get a reset, and perhaps never see the answer: its data is read and
+        discarded first.
         """
         self._unread = b""
         if self.transport.is_closing() or (self._is_deaf and not self._closing):
@@ -514,7 +515,7 @@ class HttpProtocol(asyncio.BufferedProtocol):
             self.loop.call_later(_LINGER_SEC, self.transport.abort)
 
     def shutdown(self) -> None:
-        """uvicorn is about to end: finish what was begun."""
+        """Finish the current request and close, as uvicorn is about to end."""
         self._closing = True
         if self._turn is None:
             self.close()
@@ -524,9 +525,9 @@ class HttpProtocol(asyncio.BufferedProtocol):
     # --- what can go wrong ------------------------------------------------------------------------------
 
     def _parse_without_upgrade(self) -> None:
-        """Read the head that was read as if it did not ask for an upgrade.
+        """Parse the last head again, as if it did not ask for an upgrade.
 
-        Java's HttpClient asks for HTTP/2 this way. Whoever does not upgrade answers the request as it is.
+        Java's HttpClient asks for HTTP/2 this way. A server that does not upgrade answers the request as it is.
         """
         if self._unreadable is not None:
             return
@@ -543,7 +544,7 @@ class HttpProtocol(asyncio.BufferedProtocol):
         self._parse(b"".join((*head, b"\r\n")))
 
     def _look(self) -> None:
-        """Every few seconds: one timer for all limits, and none to set and cancel with every request."""
+        """Check all time limits every few seconds: a timer for each request would cost more."""
         self._patience = self.loop.call_later(_LOOK_SEC, self._look)
         if self.transport.is_closing():
             return
@@ -552,7 +553,7 @@ class HttpProtocol(asyncio.BufferedProtocol):
             self._tell("does_not_read", "it does not read what it has asked for")
             self.transport.abort()
             return
-        if self._unread:  # then it is we who do not read
+        if self._unread:  # the router itself is not reading
             return
         idle_sec = now - self._last
         if self._reading is None:
@@ -562,22 +563,20 @@ class HttpProtocol(asyncio.BufferedProtocol):
             self._refuse(ApiError(408, "request_too_slow", "The rest of the request did not arrive in time."))
 
     def _reads_nothing(self, now: float) -> bool:
-        """Whether its client has taken none of what is written for longer than it might have been idle."""
+        """Whether the client has read nothing of its answer for longer than it might have been idle."""
         since, size = self._stuck
         left = self.transport.get_write_buffer_size()
         self._stuck = now if left < size else since, left
         return now - self._stuck[0] > self.config.timeout_keep_alive
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer a request that cannot be read to its end, if it has no answer yet, and close."""
+        """Answer a request that cannot be read to its end, unless it has an answer, and close."""
         self._tell(error.code, error.message)
         if self._answering:
             self.transport.abort()
             return
         is_begun = self._turn is not None
-        if (
-            is_begun or self._reading == "head" or self._head is not None
-        ):  # else it has its answer, and gets no other
+        if is_begun or self._reading == "head" or self._head is not None:  # else it has its answer
             head = b"HTTP/1.1 %d %b\r\n%bcontent-length: %d\r\nconnection: close\r\n\r\n"
             body = error.body(self._url.decode("latin-1"))
             lines = b"".join(map(_line, error.headers()))
@@ -593,7 +592,7 @@ def _not_understood() -> ApiError:
 
 
 class PagesProtocol(HttpProtocol):
-    """A connection beyond those that there may be: for a page, and for a moment."""
+    """A connection beyond `api.max_connections`, for pages, and closed after a short time."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -608,7 +607,7 @@ class PagesProtocol(HttpProtocol):
         Answer(self, keep_alive=False, http_1_0=False).whole(error.status, lines, error.body(head.path))
 
     def _leave(self) -> None:
-        """It may finish what it is at, but not for ever: others wait for the place."""
+        """Close the connection once its request has ended, or after `_SPARE_MOST_SEC`: others need its place."""
         if self._turn is None:
             self.transport.abort()
         else:

@@ -1,13 +1,13 @@
-"""Large JSON documents made short enough to be read at once: what is long is taken out, and put back later.
+"""Short forms of large JSON documents, fit to be decoded at once: long values are taken out, and put back later.
 
-Whoever decodes 100 MiB holds Python's lock for a fifth of a second or longer, on whatever thread, and every token
-of every stream waits for it. Here each step takes a fraction of a millisecond, so that other threads get their
-turns, and what was taken out is never copied. No key has a meaning here: the short document has all keys of the
-long one, down to a depth, with placeholders for long strings, of which the beginning stays, and for long objects
-and what is in long arrays below that depth.
+Decoding 100 MiB holds Python's global lock for a fifth of a second or longer, on whatever thread, and every token
+of every stream waits for it. Here each step takes a fraction of a millisecond, so that other threads can run, and
+values that are taken out are never copied. Keys have no meaning here: the short form has all keys of the document
+down to a depth, with placeholders for long strings, of which the beginning stays, and for long objects and the
+content of long arrays below that depth.
 
-What is taken out is not looked at: whoever reads it in the end will say if it is not valid. What stays is bounded:
-a document of a million small values is not made into objects, which would take many times its size.
+Values that are taken out are not validated: the engine that parses them does that. The short form is bounded: a
+document of a million small values is not made into objects, which would take many times its size.
 """
 
 from __future__ import annotations
@@ -24,59 +24,59 @@ import msgspec
 from router.system.large_memory import Pieces
 
 Text = bytes | memoryview
-"""What lies together."""
+"""A document in one contiguous buffer."""
 
 ALL_DEPTHS = 1 << 30
 _STEP = 128 << 10
 _LONG = 512
 _BEGINNING = 260
-"""Bytes of a long string that stay, by which an image is told from another. Where fewer do, what stands for the
-rest is longer: a name that is too long is so in the short form, too."""
+"""Bytes of a long string that stay, enough to tell images apart. If fewer do, the placeholder is longer: a name
+that is too long is too long in the short form, too."""
 _DEEPEST = 200
 _LONGEST_TEXT = 8 << 20
-"""Of the short form. To go through it once, in one go, takes some milliseconds."""
+"""Maximum size of the short form. Going through it in one step takes a few milliseconds."""
 MOST_VALUES = 1 << 16
-"""Of the short form, to make objects of: twenty thousand messages have as many. No context is as long."""
+"""Maximum number of values of the short form. Twenty thousand messages, which fit no context, have as many."""
 
 _PLACE = re.compile(rb"([sv])(\d+)-*>(\\?)")
-"""Of a placeholder, what is behind its beginning."""
+"""A placeholder after its mark."""
 _PLAIN = re.compile(rb"[ !#-\[\]-~]{0,%d}" % _BEGINNING)
 """Characters of a string that stand for themselves."""
 _BRACKET = re.compile(rb"[\[\]{}]")
 _ALL_BUT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _ALL_BUT_MARKS = bytes(set(range(256)) - set(b",[{"))
-"""Nearly every value of a document has one of these before it."""
+"""All bytes but those of which nearly every value of a document has one before it."""
 
 
 @dataclass(slots=True)
 class Count:
-    """How many values a document has, or a few more or less."""
+    """The approximate number of values of a document."""
 
     values: int = 0
-    """Of all kinds."""
+    """Values of all kinds."""
     composed: int = 0
-    """Those that take most memory: texts, keys among them, lists and objects."""
+    """Values that take most memory: texts (including keys), lists and objects."""
 
 
 class TooManyValues(Exception):
-    """A document has too many values to be made into objects."""
+    """Raised for a document with too many values to be made into objects."""
 
 
 class Shortened:
-    """A document, of which `text` is the short form."""
+    """A document and its short form, `text`."""
 
     def __init__(self, document: Text, depth: int) -> None:
         """Depth 1 is that of the values of the outermost object.
 
-        Raises msgspec.DecodeError if it is cut off or its brackets do not match, RecursionError if they are too
-        many, TooManyValues.
+        Raises msgspec.DecodeError for a document that is cut off or has brackets that do not match, RecursionError
+        for one that is nested too deeply, and TooManyValues.
         """
         self._document = memoryview(document)
         self._name = secrets.token_hex(8).encode()
-        """Of the placeholders: none that a client could write."""
+        """The name in all placeholders, which no client can guess."""
         self._taken: list[memoryview] = []
         self.count = Count()
-        """Of the whole document."""
+        """The values of the whole document."""
         kept: list[bytes] = []
         at = size = 0
         for run in _long_runs(self._document, depth, self.count):
@@ -106,7 +106,7 @@ class Shortened:
         return (bytes(self._document[at : min(end, at + _STEP)]) for at in range(begin, end, _STEP))
 
     def restored(self, text: Text) -> Pieces:
-        """The long form of what was made of `text`."""
+        """Put the values that were taken out back into `text`, the short form after changes."""
         if text is self.text:
             return Pieces(self._document)
         text = bytes(text)
@@ -116,8 +116,8 @@ class Shortened:
             found = _PLACE.match(text, begin + len(mark))
             assert found is not None
             taken, end = self._taken[int(found[2])], found.start(3)
-            is_escaped = bool(found[3])  # within a string, of which the text is JSON itself
-            if found[1] == b"v":  # the quotes are not its own
+            is_escaped = bool(found[3])  # within a string whose text is JSON itself
+            if found[1] == b"v":  # the quotes are part of the placeholder
                 begin, end = begin - 1 - is_escaped, found.end(3) + 1
             pieces.add(view[at:begin])
             at = end
@@ -132,16 +132,16 @@ class Shortened:
         return pieces
 
     def mentions(self, words: bytes) -> bool:
-        """Whether the document has these somewhere, as they are written here."""
+        """Whether the document contains these bytes anywhere."""
         return any(words in step for step in self.in_steps(len(words)))
 
     def in_steps(self, overlap: int) -> Iterator[bytes]:
-        """The document, each step with so much of the next one."""
+        """Return the document in steps, each with `overlap` bytes of the next one."""
         steps = range(0, len(self._document), _STEP)
         return (bytes(self._document[at : at + _STEP + overlap]) for at in steps)
 
     def first_of_list(self, text: bytes) -> bytes:
-        """The first character of the first element of a list, of which `text` may be the short form."""
+        """Return the first character of the first element of a list, which may be taken out of `text`."""
         found = re.match(rb'\[\s*(?:"<%b-v(\d+)>"|(.?))' % self._name, text)
         if found is None or found[1] is None:
             return found[2] if found is not None else b""
@@ -149,12 +149,12 @@ class Shortened:
 
 
 def most_values(document: bytes) -> int:
-    """No fewer than the values of a small document, or a few: what is in its strings counts, too."""
+    """Return an upper bound of a small document's values, give or take a few: strings are searched, too."""
     return len(document.translate(None, _ALL_BUT_MARKS))
 
 
 def _values(document: memoryview) -> int:
-    """The same without what is in its strings."""
+    """Return the approximate number of values, without what looks like values in strings."""
     count, begin, in_string = 0, 0, False
     while begin < len(document):
         texts, begin = _between_quotes(document, begin)
@@ -164,7 +164,7 @@ def _values(document: memoryview) -> int:
 
 
 class _Run(NamedTuple):
-    """What is to be taken out: of a long string its content; a long object; what is in a long array."""
+    """A range to take out: the content of a long string or array, or a long object."""
 
     is_string: bool
     begin: int
@@ -172,10 +172,10 @@ class _Run(NamedTuple):
 
 
 def _long_runs(document: memoryview, depth: int, count: Count) -> Iterator[_Run]:
-    """In their order. Counts what there is besides."""
+    """Yield the ranges to take out, in order, and count all values on the way."""
     level, in_string = 0, False
     string, value = 0, 0
-    """Where the string and the value that we are in began, if they may have to be taken out."""
+    """Offsets of the current string and of the current nested value, which may have to be taken out."""
     begin = 0
     while begin < len(document):
         texts, end = _between_quotes(document, begin)
@@ -198,8 +198,11 @@ def _long_runs(document: memoryview, depth: int, count: Count) -> Iterator[_Run]
 
 
 def _long_strings(texts: list[bytes], begin: int, string: int | None) -> Iterator[_Run]:
-    """Of those that end here. `texts` are what is between quotes, from `begin` on; `string` is where one began in
-    which the first of them is."""
+    """Yield the long strings that end in this step.
+
+    `texts` are the parts between quotes, from `begin` on; `string` is the offset of the string to which the first
+    of them belongs, if any.
+    """
     if string is not None and len(texts) > 1 and begin + len(texts[0]) - string >= _LONG:
         yield _Run(True, string, begin + len(texts[0]))
     whole = range(1 if string is None else 2, len(texts) - 1, 2)
@@ -214,7 +217,7 @@ def _long_strings(texts: list[bytes], begin: int, string: int | None) -> Iterato
 def _mixed(
     texts: list[bytes], begin: int, string: int | None, level: int, depth: int, value: int
 ) -> Generator[_Run, None, int]:
-    """The same where something begins or ends that is nested too deeply. Returns where the last of that began."""
+    """Yield long strings, and long values below `depth`. Returns the offset of the last such value."""
     at = begin
     for index, text in enumerate(texts):
         end = at + len(text)
@@ -240,10 +243,10 @@ def _mixed(
 
 
 def _between_quotes(document: memoryview, begin: int) -> tuple[list[bytes], int]:
-    """What comes next of it, cut at the quotes that begin and end strings; and where that ends."""
+    """Return the next step of the document, split at the quotes that delimit strings, and the step's end."""
     end = min(begin + _STEP, len(document))
     step = bytes(document[begin:end])
-    if (len(step) - len(step.rstrip(b"\\"))) % 2:  # what is escaped stays with what escapes it
+    if (len(step) - len(step.rstrip(b"\\"))) % 2:  # an escaped character stays with its backslash
         end = min(end + 1, len(document))
         step = bytes(document[begin:end])
     if b"\\" in step:
@@ -252,16 +255,16 @@ def _between_quotes(document: memoryview, begin: int) -> tuple[list[bytes], int]
 
 
 class _Levels(NamedTuple):
-    """How deeply nested what comes next is."""
+    """Levels of nesting within a step."""
 
     lowest: int
     highest: int
-    """Or a few less."""
+    """The highest level, or a few below it."""
     last: int
 
 
 def _levels(brackets: bytes, level: int) -> _Levels:
-    """Of these. Raises msgspec.DecodeError and RecursionError."""
+    """Return the levels within these brackets. Raises msgspec.DecodeError and RecursionError."""
     for pairs in range(_DEEPEST):
         length = len(brackets)
         brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
