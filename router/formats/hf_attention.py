@@ -66,9 +66,6 @@ class LayerCache(NamedTuple):
     """What one layer caches, in numbers per token."""
 
     numbers: int
-    expanded: int
-    """The same in an engine that does not cache the latent vectors of multi-head latent attention, but keys and
-    values: Transformers."""
     window: int | None = None
     """The number of tokens that it caches at most."""
 
@@ -115,7 +112,7 @@ def caches(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> tu
         if numbers is None:
             return None
         window = number(of_layer, *_WINDOWS) if kind == "window" else None
-        found.append(LayerCache(numbers, _expanded(of_layer) or numbers, window))
+        found.append(LayerCache(numbers, window))
     if text.get("is_encoder_decoder", config.get("is_encoder_decoder")) is True or model_type == "longcat_flash":
         found += found  # the keys and values of the encoder's output; LongCat has two attentions in each layer
     return tuple(found)
@@ -190,12 +187,12 @@ def _slides(text: Mapping[str, Any], model_type: str, index: int) -> bool:
 
 def _numbers(text: Mapping[str, Any], index: int, kind: _Kind) -> int | None:
     """Return how many numbers layer `index` caches per token, if the configuration says so."""
-    rank = number(text, "kv_lora_rank")
-    if rank is not None and "qk_rope_head_dim" in text:
-        if text.get("model_type") == "minicpm3":  # for which vLLM has no kernels of the kind
-            return _expanded(text)
+    rank, heads = number(text, "kv_lora_rank"), number(text, *_HEADS)
+    if rank is not None and "qk_rope_head_dim" in text:  # multi-head latent attention: one vector for all heads
+        keys_and_values = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        if text.get("model_type") == "minicpm3" and heads is not None:  # which vLLM caches like any other model
+            return heads * sum(number(text, key) or 0 for key in keys_and_values)
         return rank + (number(text, "qk_rope_head_dim") or 0) + (number(text, "index_head_dim") or 0)
-    heads = number(text, *_HEADS)
     width = number(text, *_WIDTH)
     keys = _key_heads(text, index, kind) or heads
     if keys is None:
@@ -223,15 +220,6 @@ def _key_heads(text: Mapping[str, Any], index: int, kind: _Kind) -> int | None:
         return None
     special = "swa_num_key_value_heads" if kind == "window" else "num_global_key_value_heads"
     return number(text, special, *_KEY_HEADS)
-
-
-def _expanded(text: Mapping[str, Any]) -> int | None:
-    """Return how many numbers multi-head latent attention has when its latent vectors are expanded."""
-    heads, values = number(text, *_HEADS), number(text, "v_head_dim")
-    if number(text, "kv_lora_rank") is None or heads is None or values is None:
-        return None
-    keys = sum(number(text, key) or 0 for key in ("qk_nope_head_dim", "qk_rope_head_dim"))
-    return heads * (keys + values)
 
 
 def _widths_of_weights(shapes: Mapping[str, Sequence[int]]) -> dict[int, int]:

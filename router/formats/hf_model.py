@@ -106,23 +106,21 @@ class HfModel:
         named = self.architecture
         return not named or named.endswith(("ForCausalLM", "ForConditionalGeneration")) or "LMHead" in named
 
-    def kv_bytes_per_token(self, dtype: str | None = None, *, expanded: bool = False) -> int | None:
+    def kv_bytes_per_token(self, dtype: str | None = None) -> int | None:
         """Return the size of what all layers cache of one token; None if that is unknown.
 
-        `dtype` is the type of the cached numbers, by default the model's. `expanded` is for engines that cache
-        keys and values instead of the latent vectors of multi-head latent attention.
+        `dtype` is the type of the cached numbers, by default the model's.
         """
-        return self.kv_bytes(1, dtype, expanded=expanded)
+        return self.kv_bytes(1, dtype)
 
-    def kv_bytes(self, tokens: int, dtype: str | None = None, *, expanded: bool = False) -> int | None:
+    def kv_bytes(self, tokens: int, dtype: str | None = None) -> int | None:
         """Return the size of the cache of a sequence, in an engine that keeps only the last tokens where that is
         all that a layer looks at; None if that is unknown."""
         bits = DTYPE_BITS.get(self.dtype if dtype in (None, "auto") else str(dtype).removeprefix("torch."))
         if self.caches is None or bits is None:
             return None
         numbers = sum(
-            (cache.expanded if expanded else cache.numbers)
-            * (tokens if cache.window is None else min(tokens, cache.window))
+            cache.numbers * (tokens if cache.window is None else min(tokens, cache.window))
             for cache in self.caches
         )
         return numbers * bits // 8

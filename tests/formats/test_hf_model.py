@@ -220,12 +220,6 @@ def test_the_type_of_the_cache_may_be_another(tmp_path: Path) -> None:
     assert model.kv_bytes_per_token("a type of tomorrow") is None
 
 
-def test_transformers_expands_latent_vectors(tmp_path: Path) -> None:
-    config, _ = FAMILIES["DeepSeek-V3, which caches latent vectors"]
-    model = of_config(tmp_path, config)
-    assert model.kv_bytes_per_token(expanded=True) == 61 * 128 * (128 + 64 + 128) * 2
-
-
 SLIDING: Mapping[str, tuple[Mapping[str, Any], tuple[int | None, ...]]] = {
     "Mistral 7B 0.1": ({"sliding_window": 4096}, (4096,) * 6),
     "Qwen2.5, where it is off": (
