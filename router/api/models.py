@@ -297,6 +297,7 @@ def status_of(dispatcher: Dispatcher, alias: str, *, full: bool) -> dict[str, An
         "vram_mb": vram_mib,  # an earlier router's word for it
         "memory": memory(account) if account is not None else None,
         "engine": _kind_of(dispatcher, alias),
+        "fallback": dispatcher.fallback_of(alias),
         "slots": model.spec.slots,
         "context_length": facts.context if facts is not None else None,
         "in_flight": sum(each["in_flight"] for each in engines),

@@ -12,16 +12,15 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from router.catalog import engine_choice
 from router.config.draft import Draft
 from router.config.names import is_alias
 from router.config.resolved import AliasConfig
 from router.config.schema import Api
 from router.config.source import Source
-from router.engines.registry import FOR_SAFETENSORS, kind_of_entry
-from router.engines.transformers.program import find_program
+from router.engines.registry import is_for_gguf, kind_of_entry
 from router.formats import hf_cache
 from router.formats.hf_model import HfModel
-from router.memory.plan import Unusable
 from router.store import created, discovery, external, pulled
 from router.system.state import default_path
 
@@ -88,7 +87,6 @@ class Discovered:
                     continue
                 keys = {"model_path": str(found.path)}
                 if isinstance(found.model, HfModel):
-                    keys["engine"] = FOR_SAFETENSORS
                     if found.quantize is not None:
                         keys["quantize"] = found.quantize
                 elif found.projector is not None:
@@ -127,15 +125,7 @@ class Discovered:
     @cached_property
     def _lacks(self) -> str:
         """Say what is missing to run models in safetensors; empty if nothing is."""
-        system = self.draft.values.get("system")
-        program = system.get("transformers_path") if isinstance(system, dict) else None
-        if isinstance(program, str) and os.sep in program:
-            program = str(self.draft.resolve(program, self.draft.base_of(("system", "transformers_path"))))
-        try:
-            find_program(program if isinstance(program, str) else None)
-        except Unusable as error:
-            return str(error)
-        return ""
+        return engine_choice.missing(self.draft)
 
     def _add_layers(self, alias: str, made: created.Created, origin: str) -> None:
         """Add what a store attaches to a model. Flags of the configuration take precedence over the store's."""
@@ -157,9 +147,7 @@ class Discovered:
             return
         for name, made in records.items():
             entry = models.get(name)
-            has_model = isinstance(entry, dict) and (
-                "model_path" in entry or kind_of_entry(entry).entries is not None
-            )
+            has_model = isinstance(entry, dict) and ("model_path" in entry or not is_for_gguf(entry))
             if name in aliases or has_model:
                 self.draft.warnings.append(
                     f"the created model {name!r} is not served: the configuration uses its name"
@@ -260,8 +248,8 @@ def _model_named(aliases: Mapping[str, Any], name: str) -> object:
 
 def _of_another_kind(entry: Mapping[str, Any], found: discovery.Found) -> str:
     """Say what an entry without a path is if it cannot be one for the discovered model; empty if it can."""
-    kind = kind_of_entry(entry)
-    takes_it = "engine" not in entry or kind.file_format == "safetensors"
-    if takes_it if isinstance(found.model, HfModel) else kind.entries is None:
+    named = entry.get("engine", "auto")
+    takes_it = named == "auto" or kind_of_entry(entry).file_format == engine_choice.SAFETENSORS
+    if takes_it if isinstance(found.model, HfModel) else is_for_gguf(entry):
         return ""
-    return f"a model of engine {entry['engine']}"
+    return "a model in safetensors" if named == "auto" else f"a model of engine {named}"

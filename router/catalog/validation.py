@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from router.catalog.discovered import Discovered
+from router.catalog.engine_choice import hf_models, is_hf_model
 from router.catalog.engine_flags import files_of, final_flags, told_by
 from router.config.draft import DEFAULT
 from router.config.errors import did_you_mean
@@ -39,6 +40,8 @@ class _Validation:
     def __init__(self, discovered: Discovered) -> None:
         self.draft = discovered.draft
         self.discovered = discovered
+        self.otherwise: dict[str, ModelConfig] = {}
+        """By alias, the model on another kind of engine."""
 
     def config(self) -> Config:
         api = self.draft.section(Api, ("api",)) or Api()
@@ -74,7 +77,15 @@ class _Validation:
         self.discovered.lost |= {name: alias.uses for name, alias in aliases.items() if name not in usable}
         usable |= dict(self.discovered.stored_aliases(usable, there))
         usable |= dict(self.discovered.created_aliases(usable, there))
-        config = Config(api, system, scheduling, there, adapters.named(usable, there), self.discovered.lost)
+        config = Config(
+            api,
+            system,
+            scheduling,
+            there,
+            adapters.named(usable, there),
+            otherwise={alias: other for alias, other in self.otherwise.items() if alias in there},
+            lost=self.discovered.lost,
+        )
         if api.default_model is not None and meant(api.default_model, config) is None:  # it may be pulled later
             message = f"there is currently no model {api.default_model!r}"
             self.draft.warn(("api", "default_model"), message + did_you_mean(api.default_model, config.names))
@@ -153,6 +164,11 @@ class _Validation:
         if isinstance(given, dict) and (own := kind_of_entry(given).entries) is not None:
             read = self.draft.section(own.schema, path, **own.stand_ins)
             return None if read is None else own.read(self.draft, alias, read, system)
+        if isinstance(given, dict) and is_hf_model(self.draft, given, Path(system.base_models_path)):
+            models = hf_models(self.draft, alias, system)
+            if len(models) > 1:
+                self.otherwise[alias] = models[1]
+            return models[0] if models else None
         if isinstance(given, dict) and "model_path" not in given:
             message = "is required, because no model of this name was found"
             if self.draft.check_files:

@@ -111,6 +111,8 @@ class Config:
     scheduling: Scheduling = field(default_factory=Scheduling)
     models: Mapping[str, ModelConfig] = field(default_factory=dict)
     aliases: Mapping[str, AliasConfig] = field(default_factory=dict)
+    otherwise: Mapping[str, ModelConfig] = field(default_factory=dict)
+    """By alias, the same model on another kind of engine, to be tried if it does not load on its own."""
     lost: Mapping[str, str] = field(default_factory=dict)
     """Names whose model is missing, with the file or model they refer to."""
 

@@ -25,7 +25,8 @@ from pydantic import (
     Tag,
     WithJsonSchema,
 )
-from pydantic.json_schema import GenerateJsonSchema
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core.core_schema import TaggedUnionSchema
 
 from router.config.names import LONGEST
 from router.scheduling.policy import CONSTANTS, DEFAULTS
@@ -501,7 +502,10 @@ class Params(Section):
 class ModelEntry(Section):
     """Model: its file and how its engine is started."""
 
-    engine: Literal["llamacpp"] = Field(default="llamacpp", description="llama-server or the embedded engine.")
+    engine: Literal["auto", "llamacpp"] = Field(
+        default="auto",
+        description="`llamacpp`: llama-server or the embedded engine, which `auto` chooses for a GGUF file.",
+    )
     model_path: str | None = Field(
         default=None,
         min_length=1,
@@ -705,6 +709,52 @@ class CommandEntry(Section):
 Quantize = Literal["auto", "q4", "fp16", "fp32", "no"]
 
 
+class HfEntry(Section):
+    """Model in Hugging Face's format, on the kind of engine that is installed: vLLM before Transformers."""
+
+    engine: Literal["auto"] = Field(
+        default="auto",
+        description="The first installed kind of engine that has all keys of the entry. If a model does not load "
+        "there, the next one is tried, once.",
+    )
+    model_path: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder with config.json and safetensors files, absolute or relative to base_models_path.",
+    )
+    repo: str | None = Field(
+        default=None,
+        pattern=r"^[\w.-]+(/[\w.-]+)?$",
+        description="Repository in the Hugging Face cache, as USER/REPO, instead of model_path. It is not "
+        "downloaded.",
+    )
+    quantize: Quantize = Field(
+        default="auto", description="Precision of the weights. Of the kinds of engine, Transformers has this key."
+    )
+    slots: PositiveCount | None = Field(
+        default=None, description="Number of concurrent requests. Of the kinds of engine, vLLM has this key."
+    )
+    context: PositiveCount | None = Field(
+        default=None, description="Tokens of the longest request. null: as many as the model was made for."
+    )
+    env: Environment = Field(default={}, description="Additional environment variables of the engine.")
+    pinned: bool = Field(
+        default=False,
+        description="Never unload this model once it is loaded. If its engine exits, it is restarted immediately.",
+    )
+    idle_timeout_sec: Seconds | None = Field(
+        default=None, description="Replaces system.idle_timeout_sec for this model. 0: never unload."
+    )
+    priority: PriorityName | None = Field(
+        default=None, description="Priority of requests that do not specify one. null: normal."
+    )
+    description: str = Field(default="", description="Description shown in the list of models.")
+
+
+OF_HF_MODELS = frozenset(HfEntry.model_fields.keys() - ModelEntry.model_fields.keys())
+"""Keys by which an entry shows that it is not for a GGUF file."""
+
+
 class TransformersEntry(Section):
     """Hugging Face model served by `transformers serve`: its folder or repository, and how it is run."""
 
@@ -753,19 +803,27 @@ class TransformersEntry(Section):
 
 
 def _kind_of(entry: object) -> str:
-    return str(entry.get("engine", "llamacpp") if isinstance(entry, Mapping) else getattr(entry, "engine", ""))
+    if not isinstance(entry, Mapping):
+        return str(getattr(entry, "engine", ""))
+    named = entry.get("engine", "auto")
+    return ("hf" if OF_HF_MODELS & entry.keys() else "llamacpp") if named == "auto" else str(named)
 
 
 Entry = Annotated[
     Annotated[ModelEntry, Tag("llamacpp")]
     | Annotated[CommandEntry, Tag("command")]
-    | Annotated[TransformersEntry, Tag("transformers")],
+    | Annotated[TransformersEntry, Tag("transformers")]
+    | Annotated[HfEntry, Tag("hf")],
     Discriminator(_kind_of),
 ]
 ENGINES: tuple[str, ...] = tuple(
-    tag.tag for union in get_args(Entry)[:1] for entry in get_args(union) for tag in get_args(entry)[1:]
+    tag.tag
+    for union in get_args(Entry)[:1]
+    for entry in get_args(union)
+    for tag in get_args(entry)[1:]
+    if tag.tag != "hf"
 )
-"""Values of `engine` in entries, the default first."""
+"""Kinds of engine that entries can name besides `auto`; first the one that runs GGUF files."""
 
 _Names = TypeVar("_Names", bound=Iterable[str])
 
@@ -855,6 +913,11 @@ class _Untitled(GenerateJsonSchema):
 
     def field_title_should_be_set(self, schema: object) -> bool:
         return False
+
+    def tagged_union_schema(self, schema: TaggedUnionSchema) -> JsonSchemaValue:
+        """Entries are told apart by more than their shape: some fit several sections."""
+        described = super().tagged_union_schema(schema)
+        return {"anyOf" if key == "oneOf" else key: value for key, value in described.items()}
 
 
 def schema() -> dict[str, Any]:

@@ -82,6 +82,9 @@ class EngineExchange(Exchange):
     def _read_large(self, body: memoryview) -> tuple[Wish, Pieces]:
         return self._read(body)[0], Pieces(body)
 
+    def _manner(self, alias: str) -> None:
+        """Its engine is asked as its client asks."""
+
     def _is_slotless(self) -> bool:
         return True
 

@@ -20,6 +20,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from functools import lru_cache, partial
 from urllib.parse import quote
 
@@ -235,7 +236,30 @@ class Exchange(IncomingRequest):
             reason = self._told(ticket, said.reason)
             self._fail(refused(said.refusal, reason, said.retry_after_sec, is_final=said.is_final))
             return
-        engine = ticket.engine
+        if self._manner(ticket.alias) is self._read_for:
+            self._ask()
+        else:
+            model = self._dispatcher.config.models[ticket.alias]
+            loop = asyncio.get_running_loop()
+            reading = self._shared.readers.submit(self._translate_anew, model)
+            reading.add_done_callback(
+                lambda reading: loop.call_soon_threadsafe(self.attempt, self._was_translated, reading)
+            )
+
+    def _was_translated(self, reading: Future[Body]) -> None:
+        failure = reading.exception()
+        if self._is_over:  # its client has left
+            return
+        if isinstance(failure, ApiError):
+            self._fail(failure)
+        else:
+            self._body = reading.result()
+            self._ask()
+
+    def _ask(self) -> None:
+        """Send the request to the engine that was granted."""
+        assert self._ticket is not None
+        engine = self._ticket.engine
         assert engine is not None
         self._shared.watch(self)
         target, lines = self._asked_of_engine()

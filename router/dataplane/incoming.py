@@ -29,14 +29,14 @@ from router.dataplane.media import LONGEST_NAME, check_media, may_name_media
 from router.dataplane.rewriting import depth_of, rewritten
 from router.dataplane.routing import Wish, priority_of, read_wish, shortened
 from router.dataplane.shortening import Shortened, Text, most_values
-from router.engines.manner import Question
+from router.engines.manner import Manner, Question
 from router.engines.registry import kind_of
 from router.engines.upstream import Body
 from router.http.auth import Client, Keyring
 from router.http.documents import UNREADABLE
 from router.http.errors import ApiError
 from router.http.origins import Browsers
-from router.http.routes import ROUTES, Route, Stream
+from router.http.routes import ROUTES, Route, Stream, served_routes
 from router.runtime.dispatcher import Dispatcher
 from router.scheduling.queue import Priority
 from router.system.large_memory import LargeMemory, Pieces
@@ -81,6 +81,7 @@ class IncomingRequest(ABC):
         "_large",
         "_lines",
         "_question",
+        "_read_for",
         "_received",
         "_request_id",
         "_shared",
@@ -107,6 +108,8 @@ class IncomingRequest(ABC):
         self._burden = 0
         """Part of `_held` expected for the engine, if the body has many values."""
         self._body: Body = b""
+        self._read_for: Manner | None = None
+        """That of the kind of engine for which the body was read."""
         self._question: Question | None = None
         """The engine's request, if its kind of engine has an API of its own."""
         self._is_over = False
@@ -340,13 +343,32 @@ class IncomingRequest(ABC):
         others = [alias for alias, model in self._dispatcher.config.models.items() if able(model)]
         return f"Ask {some_of(others)} instead" if others else "No model here does"
 
+    def _manner(self, alias: str) -> Manner | None:
+        """How the engines of a model want to be asked; None: as llama-server does."""
+        model = self._dispatcher.config.models.get(alias)
+        manner = None if model is None else kind_of(model).manner
+        return None if manner is None or self._is_form() else manner
+
     def _in_its_manner(self, wish: Wish, body: Text, size: int) -> Text:
         """Return the body in the engine's own API. `size`: bytes of the client's body. Raises ApiError."""
-        model = self._dispatcher.config.models[wish.alias]
-        manner = kind_of(model).manner
+        manner = self._read_for = self._manner(wish.alias)
         if manner is None:
             return body
+        model = self._dispatcher.config.models[wish.alias]
         self._question = manner.question(model, self._path_of_engine(), body, size)
+        return body if self._question is None else self._question.body
+
+    def _translate_anew(self, model: ModelConfig) -> Body:
+        """Return the body in the words of another kind of engine, to which the model fell back while it waited.
+
+        Blocking. Raises ApiError.
+        """
+        path, body = self._path_of_engine(), self._body
+        if path not in served_routes(model.routes):
+            raise ApiError(400, "not_supported", f"{model.alias!r} does not serve {path} any more.", "model")
+        text = b"".join(body.parts) if isinstance(body, Pieces) else body
+        manner = self._read_for = self._manner(model.alias)
+        self._question = None if manner is None else manner.question(model, path, text, len(text))
         return body if self._question is None else self._question.body
 
     def _is_form(self) -> bool:
@@ -374,8 +396,7 @@ class IncomingRequest(ABC):
 
     def _depth_of(self, wish: Wish, short: Shortened) -> int:
         """Return the depth to which a body has to be parsed, as far as this short form of it shows."""
-        model = self._dispatcher.config.models[wish.alias]
-        manner = kind_of(model).manner
+        manner, model = self._manner(wish.alias), self._dispatcher.config.models[wish.alias]
         depth = 1 if manner is None else manner.depth(model, self._path_of_engine(), short.text)
         if wish.asked_as is not None:
             route = self._route_of_engine()

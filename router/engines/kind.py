@@ -52,5 +52,7 @@ class Kind(NamedTuple):
     """Blocking. Raises OSError, GGUFError and FlagError."""
     manner: Manner | None = None
     """How its engines are asked; None: as llama-server is."""
+    can_run: Callable[[System], bool] = lambda _: True
+    """Returns whether its program is installed. Blocking."""
     entries: EntryReader | None = None
     """None: the catalog reads them together with the models that it finds in folders."""

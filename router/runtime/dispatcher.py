@@ -22,7 +22,7 @@ import msgspec
 
 from router.config.resolved import DEFAULT_ENGINE, Config, ModelConfig, idle_timeout
 from router.config.schema import MaxWait, Patience, Scheduling, WaitFactor
-from router.engines.base import EngineBackend, Facts, Launch
+from router.engines.base import EngineBackend, Facts, Fallback, Launch
 from router.engines.launcher import LAST_PORT
 from router.engines.log_ring import LogRing
 from router.engines.running import RunningEngine
@@ -223,8 +223,8 @@ class Dispatcher:
         self._tasks: set[asyncio.Task[None]] = set()
         self._inspections: set[asyncio.Task[None]] = set()
         self._stopping: set[int] = set()
-        self._fallen_back: dict[str, Hashable] = {}
-        """By alias, the revision that did not load and is run in the other way that its kind knows."""
+        self._fallen_back: dict[str, tuple[Hashable, Fallback]] = {}
+        """By alias, the revision that did not load, and the other way in which it is run."""
         self._preloading: set[str] = set()
         self._told: set[str] = set()
         """Warnings about models that have been logged."""
@@ -287,7 +287,7 @@ class Dispatcher:
 
     def apply(self, config: Config) -> None:
         """Apply a new configuration. Engines of unchanged entries keep running."""
-        models = {alias: self._as_it_loads(model) for alias, model in config.models.items()}
+        models = {alias: self._as_it_loads(model, config) for alias, model in config.models.items()}
         self.config = replace(config, models=models)
         self._configure()
         self.events.publish(ModelsListed(time.time()))
@@ -572,6 +572,10 @@ class Dispatcher:
             try:
                 answer = await self._memory_manager.inspect(model, system) if model is not None else None
             except Unusable as unusable:
+                other = None if model is None else self._on_another_kind(model, self.config)
+                if model is not None and other is not None:
+                    self._run_otherwise(model, other, unusable.reason.full)
+                    continue
                 told = f"{alias!r}: {unusable.reason.told}"
                 self._reasons.note(alias, Reason(unusable.reason.full, told))
                 answer = Inspected(time.monotonic(), alias, problem=told, for_good=unusable.for_good)
@@ -628,27 +632,49 @@ class Dispatcher:
                 running.pool.close_idle()
                 del self.running[engine_id]
             advice = await self._look_for_memory(account, model, running, wanted=wanted)
-            if ended_itself and not wanted and advice is None and retry is Retry.LATER:
-                retry = self._fall_back(model, reason.full)
+            if ended_itself and not wanted and advice is None and retry is not Retry.AT_ONCE:
+                retry = self._fall_back(model, reason.full, retry)
             told = f"{reason.told}; {advice}" if advice else reason.told
             self._post(EngineExited(time.monotonic(), engine_id, told, advice is not None, retry))
 
-    def _fall_back(self, model: ModelConfig, reason: str) -> Retry:
-        """Return when to retry a failed load: at once, if the kind of its engine knows another way."""
-        other = self.backend_of(model).fallback(model)
-        if other is None:
-            return Retry.LATER
-        _log.warning("model %s did not load, and %s: %s", model.alias, other.why, reason)
-        self._fallen_back[model.alias] = model.revision
-        self.apply(self.config)
+    def _fall_back(self, model: ModelConfig, reason: str, retry: Retry) -> Retry:
+        """Return when to retry a failed load: at once, if there is another way."""
+        other = self._other_way(model, self.config)
+        if other is None or (retry is Retry.NEVER and other.model.engine == model.engine):
+            return retry
+        self._run_otherwise(model, other, reason)
         return Retry.AT_ONCE
 
-    def _as_it_loads(self, model: ModelConfig) -> ModelConfig:
-        failed = self._fallen_back.get(model.alias)
-        if failed is None or failed != model.revision:
+    def _run_otherwise(self, model: ModelConfig, other: Fallback, reason: str) -> None:
+        """Remember another way, until the model's entry or files change."""
+        _log.warning("model %s did not load, and %s: %s", model.alias, other.why, reason)
+        self._fallen_back[model.alias] = model.revision, other
+        self.apply(self.config)
+
+    def _other_way(self, model: ModelConfig, config: Config) -> Fallback | None:
+        return self.backend_of(model).fallback(model) or self._on_another_kind(model, config)
+
+    def _on_another_kind(self, model: ModelConfig, config: Config) -> Fallback | None:
+        other = config.otherwise.get(model.alias)
+        if other is None or other.engine == model.engine:
+            return None
+        names = (self.backend_of(each).name for each in (other, model))
+        return Fallback(other, "runs on {} instead of {}".format(*names))
+
+    def _as_it_loads(self, model: ModelConfig, config: Config) -> ModelConfig:
+        failed, fallback = self._fallen_back.get(model.alias, (None, None))
+        if fallback is None or model.revision == fallback.model.revision:
             return model
-        other = self.backend_of(model).fallback(model)
-        return model if other is None else other.model
+        other = self._other_way(model, config) if model.revision == failed else None
+        if other is None:
+            del self._fallen_back[model.alias]
+            return model
+        return other.model
+
+    def fallback_of(self, alias: str) -> str | None:
+        """Return how a model runs that did not load as it is configured; None if it runs as configured."""
+        _, fallback = self._fallen_back.get(alias, (None, None))
+        return None if fallback is None else f"did not load, and {fallback.why}"
 
     async def _look_for_memory(
         self, account: Account, model: ModelConfig, running: RunningEngine | None, *, wanted: bool

@@ -354,7 +354,7 @@ def test_all_that_is_wrong_with_an_entry_is_said(tmp_path: Path) -> None:
         "models.foreign.cmdStop: unknown key; it is a key of llama-swap, "
         "here replaced by: stop_cmd (docs/llama-swap.md; `llama-router import` converts a whole file)",
         "models.foreign.flags: unknown key",
-        "models.other.engine: should be llamacpp, which is the default, or command",
+        "models.other.engine: should be auto, which is the default, or llamacpp or command",
         "models.heavy.footprint_mb.cuda",
     ):
         assert problem in said, said

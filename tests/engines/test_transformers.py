@@ -382,7 +382,7 @@ def test_models_in_folders_are_found_if_they_can_run(tmp_path: Path, start: Star
 
     router = start({"system": {}}, arguments=arguments, PATH="/usr/bin:/bin")
     assert router.http.get("/v1/models").json()["data"] == []
-    assert f"{models / 'chatty'}: not served, as the program `transformers` was not found" in router.log
+    assert f"{models / 'chatty'}: not served, as no engine for it is installed: pip install" in router.log
 
 
 def test_without_the_program_the_extra_is_named(tmp_path: Path, start: Start) -> None:
@@ -400,6 +400,58 @@ def test_four_bits_need_a_gpu_and_bitsandbytes(tmp_path: Path, start: Start) -> 
     answer = router.chat("m")
     assert answer.status_code == 503
     assert "quantize: q4 needs bitsandbytes (pip install bitsandbytes) and a GPU" in answer.text
+
+
+# --- engine: auto ------------------------------------------------------------------------------------------------
+
+
+def test_an_entry_for_a_hugging_face_model_needs_no_engine(tmp_path: Path, start: Start, tiny: Path) -> None:
+    """In the cache or in a folder; a GGUF file is one of llama.cpp's as ever."""
+    snapshot = tmp_path / "cache/models--org--name/snapshots/abc"
+    write_model(snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs/main").write_text("abc")
+    models = {
+        "cached": {"repo": "org/name"},
+        "folder": {"engine": "auto", "model_path": str(write_model(tmp_path / "m")), "quantize": "fp32"},
+        "gguf": {"engine": "auto", "model_path": str(tiny)},
+    }
+    system = {"transformers_path": str(played_transformers(tmp_path))}
+    router = start({"system": system, "models": models}, HF_HUB_CACHE=str(tmp_path / "cache"))
+    assert text_of(chat(router, "one", "cached")) == "one"
+    assert text_of(chat(router, "one", "folder")) == "one"
+    flags = router.http.get("/upstream/folder/seen").json()["argv"]
+    assert flags[flags.index("--dtype") + 1] == "float32"
+    assert router.chat("gguf").status_code == 200
+    engines = {name: router.status(name)["engine"] for name in models}
+    assert engines == {"cached": "transformers", "folder": "transformers", "gguf": "embedded"}
+
+
+def test_what_is_wrong_with_such_an_entry_is_said(tmp_path: Path) -> None:
+    folder = str(write_model(tmp_path / "m"))
+    models = {
+        "flagged": {"model_path": folder, "flags": ["--dtype", "auto"]},
+        "typo": {"model_path": folder, "contxt": 100},
+        "both": {"model_path": "m.gguf", "context": 100},
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"models": models}))
+    checked = run("check", "--config", "config.json", cwd=tmp_path)
+    for problem in (
+        "models.flagged.flags: are those of one kind of engine: name it (engine: ",
+        "models.typo.contxt: unknown key; did you mean context?",
+        "models.both.context: unknown key",
+    ):
+        assert problem in checked.stderr, checked.stderr
+
+
+def test_without_any_engine_for_it_the_extras_are_named(tmp_path: Path) -> None:
+    models = {"m": {"model_path": str(write_model(tmp_path / "m"))}}
+    (tmp_path / "config.json").write_text(json.dumps({"models": models}))
+    checked = run("check", "--config", "config.json", cwd=tmp_path)
+    assert checked.returncode == 0
+    assert (
+        "models.m: will not load, as no engine for it is installed: pip install 'llama-router[" in checked.stderr
+    )
 
 
 # --- the real one ------------------------------------------------------------------------------------------------

@@ -24,6 +24,13 @@ def _backend(system: System, launcher: LocalLauncher, learned: Learned) -> Engin
     return Transformers(system, launcher, learned)
 
 
+def _can_run(system: System) -> bool:
+    """Return whether `transformers` is installed."""
+    from router.engines.transformers.program import is_installed
+
+    return is_installed(system.transformers_path)
+
+
 _PRIVATE = frozenset({"/v1/models"})
 
 TRANSFORMERS = Kind(
@@ -32,5 +39,6 @@ TRANSFORMERS = Kind(
     documents=Documents(_PRIVATE | {"/health", "/openapi.json"}, _PRIVATE, frozenset({"/load_model", "/reset"})),
     file_format="safetensors",
     manner=MANNER,
+    can_run=_can_run,
     entries=ENTRIES,
 )

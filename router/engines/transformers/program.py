@@ -57,3 +57,12 @@ def find_program(configured: str | None) -> Program:
     if shutil.which(beside):
         return Program(beside, "from the router's environment")
     raise Unusable(_MISSING, _MISSING)
+
+
+def is_installed(configured: str | None) -> bool:
+    """Return whether `find_program` finds one."""
+    try:
+        find_program(configured)
+    except Unusable:
+        return False
+    return True

@@ -1,0 +1,86 @@
+"""Choice of the kind of engine for entries that leave it open (`engine: auto`).
+
+A GGUF file runs on llama.cpp. A model in Hugging Face's format runs on the first of the installed kinds that load
+such models, in the order of `registry.KINDS`; the next one is tried if it does not load there.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from router.config.draft import Draft
+from router.config.names import some_of
+from router.config.problems import KeyPath
+from router.config.resolved import ModelConfig
+from router.config.schema import HfEntry, System
+from router.engines.registry import KINDS, is_for_hf_model
+from router.formats.hf_model import CONFIG
+
+SAFETENSORS = "safetensors"
+
+
+def is_hf_model(draft: Draft, entry: Mapping[str, Any], base: Path) -> bool:
+    """Whether an entry that names no kind of engine is for a model in Hugging Face's format. Reads the disk."""
+    if is_for_hf_model(entry):
+        return True
+    named = entry.get("model_path")
+    if not draft.is_for_here or not isinstance(named, str):
+        return False
+    try:
+        return (draft.resolve(named, base) / CONFIG).is_file()
+    except OSError:
+        return False
+
+
+def missing(draft: Draft) -> str:
+    """Say what to install to run models in Hugging Face's format; empty if something is. Reads the disk."""
+    given = draft.values.get("system")
+    paths: dict[str, str] = {}
+    for key, value in (given if isinstance(given, dict) else {}).items():
+        if key in System.model_fields and key.endswith("_path") and isinstance(value, str):
+            is_file = os.sep in value
+            paths[key] = str(draft.resolve(value, draft.base_of(("system", key)))) if is_file else value
+    system = System.model_construct(None, **paths)
+    kinds = [name for name, kind in KINDS.items() if kind.file_format == SAFETENSORS]
+    return "" if any(KINDS[name].can_run(system) for name in kinds) else _to_install(kinds)
+
+
+def _to_install(kinds: Iterable[str]) -> str:
+    return "no engine for it is installed: pip install " + " or ".join(f"'llama-router[{name}]'" for name in kinds)
+
+
+def hf_models(draft: Draft, alias: str, system: System) -> list[ModelConfig]:
+    """Return the model of an entry on each kind of engine that can run it, best first; none if it is not valid."""
+    path: KeyPath = ("models", alias)
+    given = draft.values["models"][alias]
+    kinds = {
+        name: kind.entries
+        for name, kind in KINDS.items()
+        if kind.file_format == SAFETENSORS and kind.entries is not None
+    }
+    if "flags" in given:
+        draft.problem((*path, "flags"), f"are those of one kind of engine: name it (engine: {' or '.join(kinds)})")
+        given = draft.values["models"][alias] = {key: value for key, value in given.items() if key != "flags"}
+    entry = draft.section(HfEntry, path)
+    if entry is None:
+        return []
+    values = {key: given[key] for key in entry.model_fields_set if key != "engine"}
+    able = [name for name, own in kinds.items() if values.keys() <= own.schema.model_fields.keys()]
+    if not able:
+        draft.problem(path, f"has keys that no kind of engine has together: {some_of(sorted(values))}")
+        return []
+    chosen = [name for name in able if KINDS[name].can_run(system)]
+    if not chosen:
+        draft.warn(path, f"will not load, as {_to_install(able)}")
+        chosen = able[-1:]
+    models: list[ModelConfig] = []
+    for name in chosen:
+        own = kinds[name]
+        noting = copy.deepcopy(draft) if models else draft  # what is wrong with an entry is told once
+        read = own.schema.model_validate({**values, "engine": name})
+        models.append(own.read(noting, alias, read, system))
+    return models
