@@ -1,4 +1,5 @@
-"""`/openapi.json`: FastAPI's description of the pages, completed with the data plane, keys and errors.
+"""`/openapi.json`: FastAPI's description of the management endpoints, completed with the data plane, keys and
+errors.
 
 FastAPI does not serve the data plane, whose bodies are defined by llama-server except for `model`; only `model` is
 described here. Every error response has one of the statuses listed with its route and a body in the error format.

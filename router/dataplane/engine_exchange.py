@@ -13,7 +13,7 @@ from urllib.parse import quote
 from router.config.names import LONGEST, meant, same_name
 from router.config.resolved import DEFAULT_ENGINE, Config
 from router.dataplane.exchange import Exchange
-from router.dataplane.heads import RequestHead, check_size, forwarded
+from router.dataplane.heads import RequestHead, check_head_size, forwarded
 from router.dataplane.routing import Wish, wish_of
 from router.dataplane.shortening import Text
 from router.engines.documents import Documents, for_clients
@@ -68,7 +68,7 @@ class EngineExchange(Exchange):
 
     def _check_head(self) -> None:
         super()._check_head()
-        check_size(*self._asked_of_engine())
+        check_head_size(*self._asked_of_engine())
         documents = self._documents()
         if self._head.path in documents.closed:
             raise ApiError(403, "not_allowed", _CLOSED.format(self._head.path))

@@ -114,7 +114,7 @@ def forwarded(headers: Headers, path: str) -> bytes:
     return b"".join(lines)
 
 
-def check_size(target: bytes, lines: bytes) -> None:
+def check_head_size(target: bytes, lines: bytes) -> None:
     """Check target and headers against the limits of engines. Raises ApiError 414 or 431."""
     if len(target) > LONGEST_TARGET:
         raise target_too_long()

@@ -22,7 +22,7 @@ from router.dataplane.answer import Answer
 from router.dataplane.burden import burden
 from router.dataplane.fitting import Lacking, fitted
 from router.dataplane.forms import is_form, with_text
-from router.dataplane.heads import Admission, RequestHead, check_size
+from router.dataplane.heads import Admission, RequestHead, check_head_size
 from router.dataplane.limits import Bodies
 from router.dataplane.media import DEPTH as DEPTH_OF_MEDIA
 from router.dataplane.media import LONGEST_NAME, check_media, may_name_media
@@ -175,7 +175,7 @@ class IncomingRequest(ABC):
         self._client = self._shared.keyring.check(self._head.headers, manages=False)
         if fields.get(b"content-encoding", b"identity") != b"identity":
             raise ApiError(415, "unsupported_encoding", "Send the body without Content-Encoding.")
-        check_size(self._head.target, self._head.forwarded)
+        check_head_size(self._head.target, self._head.forwarded)
 
     def _too_large(self) -> ApiError:
         limit = self._dispatcher.config.api.max_body_mb

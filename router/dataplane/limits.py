@@ -1,9 +1,10 @@
 """Limits on what all clients together take of the router itself: connections, and memory for request bodies.
 
 At `api.max_connections`, a new connection replaces the one that has been idle, or in the middle of a request, for
-the longest. If all connections wait for an answer or receive one, a few more are accepted for pages only, so that
-operators still reach a full router; these places change hands in the same way. Connections beyond those get an
-error and are closed. The scheduler bounds the queues; these limits apply before a request gets there.
+the longest. If all connections wait for an answer or receive one, a few more are accepted for management only, so
+that operators still reach a full router; these places change hands in the same way. Connections beyond those get
+an error and are closed. The scheduler bounds the queues; these limits apply before a request gets there.
+The size of one body (`api.max_body_mb`) is checked in `incoming`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The kinds of engine. A new kind is a package beside this module, and a line in `KINDS`."""
+"""The kinds of engine. A new kind is a package beside this module, a line in `KINDS`, and a section in the union
+`Entry` of `config/schema.py`."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ _NOBODY_IN_PARTICULAR = Client("", None, Priority.HIGH)
 
 
 def sees_all(request: Request) -> bool:
-    """Whether a page is for who runs the router: with a full key, or where there are no keys."""
+    """Whether a request may see everything: it came with a full key, or there are no keys."""
     return request.state.client is None
 
 

@@ -1,4 +1,5 @@
-"""Pages: what FastAPI answers. Each says beside itself who may have it, and is not begun for anybody else.
+"""Pages, which are the management endpoints: all routes that FastAPI serves. Each declares the required access
+right, and its function is not called without it.
 
 FastAPI's own dependencies come too late for that: it has read and parsed a body before it asks the first of them.
 """
@@ -22,18 +23,18 @@ _SAID = "_needs"
 
 
 class Right(IntEnum):
-    """What a page asks for. Of two, the larger one holds."""
+    """Access right that an endpoint requires. Of two, the larger one holds."""
 
     NONE = 0
     """Not even a key."""
     USE = 1
-    """Any key: it tells nothing of the machine, and changes nothing."""
+    """Any key: the endpoint tells nothing of the machine, and changes nothing."""
     MANAGE = 2
     """A full key."""
 
 
 def needs(right: Right) -> Callable[[_Endpoint], _Endpoint]:
-    """Say who may have a page: stands under its `@router.get(…)`."""
+    """Declare the right that an endpoint requires: stands under its `@router.get(…)`."""
 
     def said(endpoint: _Endpoint) -> _Endpoint:
         setattr(endpoint, _SAID, right)
@@ -49,11 +50,11 @@ def let_in(request: Request, right: Right) -> None:
 
 
 class Page(APIRoute):
-    """The class of all routes of the application (`APIRouter(route_class=Page)`)."""
+    """Management endpoint: the class of all routes of the application (`APIRouter(route_class=Page)`)."""
 
     @property
     def right(self) -> Right:
-        """Raises TypeError for a page that does not say."""
+        """Raises TypeError for an endpoint that declares none."""
         right = getattr(self.endpoint, _SAID, None)
         if not isinstance(right, Right):
             raise TypeError(f"{self.path}: say by @needs(…) who may have it")
@@ -72,10 +73,10 @@ class Page(APIRoute):
 
 
 class PagesByPath(BaseRoute):
-    """All pages as the one route of an application, which looks them up by their path.
+    """All endpoints as the one route of an application, which looks them up by their path.
 
-    FastAPI would match the regular expression of one after the other, and of all of them where no page is. Which
-    page answers is the same: the first that has path and method, else the first that has the path, with a 405.
+    FastAPI would match the regular expression of one after the other, and of all of them where there is none.
+    Which one answers is the same: the first that has path and method, else the first that has the path (a 405).
     """
 
     def __init__(self, pages: Iterable[Page]) -> None:
@@ -89,7 +90,7 @@ class PagesByPath(BaseRoute):
         """Each with what all of its paths begin with."""
 
     def at(self, scope: Scope) -> Iterator[tuple[Page, Match, Scope]]:
-        """The pages that have its path, in their order: how each matches, and what it reads out of the path."""
+        """The endpoints at its path, in their order: how each matches, and what it reads out of the path."""
         path = scope["path"]
         pages = self._by_path.get(path)
         if pages is None:
@@ -109,5 +110,5 @@ class PagesByPath(BaseRoute):
         return best
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        page: Page = scope["route"]  # a page says so itself where it matches
+        page: Page = scope["route"]  # set by `Page.matches`
         await page.handle(scope, receive, send)

@@ -1,7 +1,8 @@
 """The routes of the data plane, a row each: whose API it is, what it asks of a model, what its bodies are like.
 
 Errors, dispatch, rewriting, the description at `/openapi.json` and `docs/api.md` all go by these rows, and
-nothing else compares paths. A further endpoint is a row here, and where it is translated an exchange besides.
+nothing else compares paths. A further POST route of the data plane is a row here, and where it is translated a
+subclass of `Exchange` besides. All other routes are management endpoints (see `pages`).
 """
 
 from __future__ import annotations
@@ -190,12 +191,12 @@ def served_routes(routes: frozenset[str] | None) -> frozenset[str]:
 
 
 def is_endless(path: str) -> bool:
-    """Whether a page there tells what happens for as long as somebody listens."""
+    """Whether a management endpoint there streams for as long as somebody listens."""
     return path.endswith(("/stream", "/sse", "/events")) or path.startswith("/logs/stream/")
 
 
 def dialect_of(path: str) -> Dialect:
-    """How errors are told there: also of pages, and of paths where nothing is."""
+    """How errors are told there: also by management endpoints, and at paths where nothing is."""
     route = ROUTES.get(path)
     if route is not None:
         return route.dialect
