@@ -171,7 +171,7 @@ class Exchange(IncomingRequest):
 
     def _not_served(self, wish: Wish) -> ApiError | None:
         """Return an error if the model's engine is known not to serve this route."""
-        path = self._path_of_engine()
+        path = self._path
         if not path or wish.is_served(path):
             return None
         others = self._others(lambda model: path in served_routes(model.routes))
@@ -285,7 +285,8 @@ class Exchange(IncomingRequest):
 
     def _asked_of_engine(self) -> tuple[bytes, bytes]:
         """Target and forwarded headers of the engine's request."""
-        return self._head.target, self._head.forwarded
+        target = self._head.target if self._path == self._head.path else self._path.encode()
+        return target, self._head.forwarded
 
     def _set_heartbeat(self) -> None:
         beat_sec = self._dispatcher.config.api.heartbeat_sec

@@ -80,6 +80,7 @@ class IncomingRequest(ABC):
         "_is_over",
         "_large",
         "_lines",
+        "_path",
         "_question",
         "_read_for",
         "_received",
@@ -93,6 +94,8 @@ class IncomingRequest(ABC):
         self._dispatcher = shared.dispatcher
         self._answer = answer
         self._head = head
+        self._path = head.path
+        """Path of the engine to which the body is sent; empty: it is not asked."""
         self._client: Client | None = None
         self._request_id = ""
         self._id_line = b""
@@ -315,6 +318,7 @@ class IncomingRequest(ABC):
         head = self._head
         route = ROUTES[head.path]
         wish = read_wish(body, head.fields, self._dispatcher.config, self._client, head.model)
+        self._path = wish.path_of(head.path)
         if wish.streams and route.stream is Stream.NONE:  # the engine answers with a document all the same
             wish = wish._replace(streams=False)
         if not self._may_name_addresses() and may_name_media(body) and not self._is_form():
@@ -355,7 +359,7 @@ class IncomingRequest(ABC):
         if manner is None:
             return body
         model = self._dispatcher.config.models[wish.alias]
-        self._question = manner.question(model, self._path_of_engine(), body, size)
+        self._question = manner.question(model, self._path, body, size)
         return body if self._question is None else self._question.body
 
     def _translate_anew(self, model: ModelConfig) -> Body:
@@ -363,7 +367,7 @@ class IncomingRequest(ABC):
 
         Blocking. Raises ApiError.
         """
-        path, body = self._path_of_engine(), self._body
+        path, body = self._path, self._body
         if path not in served_routes(model.routes):
             raise ApiError(400, "not_supported", f"{model.alias!r} does not serve {path} any more.", "model")
         text = b"".join(body.parts) if isinstance(body, Pieces) else body
@@ -382,13 +386,9 @@ class IncomingRequest(ABC):
         """Whether the engine may fetch URLs for the client."""
         return self._client is None or self._dispatcher.config.api.remote_media
 
-    def _path_of_engine(self) -> str:
-        """Return the path of the engine to which the body is sent."""
-        return self._head.path
-
     def _route_of_engine(self) -> Route | None:
         """Return the engine's route. None: a path that is no route of the data plane, or no request at all."""
-        return ROUTES.get(self._path_of_engine())
+        return ROUTES.get(self._path)
 
     def _depth(self) -> int:
         """Return the depth to which a large body is parsed at first."""
@@ -397,7 +397,7 @@ class IncomingRequest(ABC):
     def _depth_of(self, wish: Wish, short: Shortened) -> int:
         """Return the depth to which a body has to be parsed, as far as this short form of it shows."""
         manner, model = self._manner(wish.alias), self._dispatcher.config.models[wish.alias]
-        depth = 1 if manner is None else manner.depth(model, self._path_of_engine(), short.text)
+        depth = 1 if manner is None else manner.depth(model, self._path, short.text)
         if wish.asked_as is not None:
             route = self._route_of_engine()
             depth = max(depth, depth_of(None if route is None else route.conversation, wish.asked_as))

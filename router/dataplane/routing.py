@@ -19,7 +19,7 @@ from router.dataplane.shortening import MOST_VALUES, Shortened, Text, TooManyVal
 from router.http.auth import Client
 from router.http.documents import UNREADABLE
 from router.http.errors import ApiError
-from router.http.routes import served_routes
+from router.http.routes import ROUTES, served_routes
 from router.scheduling.queue import BY_NAME, NAMES, Priority
 
 _PRIORITIES = {
@@ -63,6 +63,12 @@ class Wish(NamedTuple):
     def is_for_llama_server(self) -> bool:
         """Whether the engine understands all of llama-server's parameters."""
         return self.parameters is None
+
+    def path_of(self, path: str) -> str:
+        """The path among those of the same route at which its engine has it, if it has it at all."""
+        if self.routes is None or path in self.routes:
+            return path
+        return next((other for other in ROUTES[path].paths if other in self.routes), path)
 
     def is_served(self, path: str) -> bool:
         """Whether the engine has that route."""

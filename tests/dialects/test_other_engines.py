@@ -126,6 +126,14 @@ class TestOpenai:
         client.chat.completions.create(model="strict", messages=CHAT, n=9)
         assert seen(router)["n"] == 9
 
+    def test_an_engine_is_asked_at_the_path_that_it_has(self, router: Router) -> None:
+        body = {"model": "strict", "messages": CHAT}
+        answer = router.http.post("/chat/completions?a=b", json=body)
+        assert answer.json()["choices"][0]["message"]["content"] == "one two three"
+        assert (
+            router.http.post("/responses", json={"model": "strict", "input": "hi"}).json()["object"] == "response"
+        )
+
     @pytest.mark.parametrize("path", ["/v1/chat/completions", "/upstream/strict/v1/chat/completions", "/api/chat"])
     def test_json_is_called_that_whatever_its_client_calls_it(self, router: Router, path: str) -> None:
         """`curl -d` says that it is a form."""

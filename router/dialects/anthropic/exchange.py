@@ -22,14 +22,16 @@ class MessagesExchange(Exchange):
 
     def _read(self, body: Text) -> tuple[Wish, Text]:
         wish, body = super()._read(body)
-        if not wish.is_served(self._head.path):
+        if not wish.is_served(self._path):
             self._asked = for_others(body)
         else:
             self._asked = read(body) if wish.is_for_llama_server else Asked(body)
-        return wish, self._asked.body
+        return wish, self._body_of_asked()
 
-    def _path_of_engine(self) -> str:
-        return CHATS if self._asked.is_chat else self._head.path
+    def _body_of_asked(self) -> Text:
+        if self._asked.is_chat:
+            self._path = CHATS
+        return self._asked.body
 
     def _depth_of(self, wish: Wish, short: Shortened) -> int:
         needed = max(self._asked.depth, super()._depth_of(wish, short))
@@ -49,10 +51,6 @@ class MessagesExchange(Exchange):
             return Translation(self._asked.stops, self._asked.model)
         return StopReasons(self._asked.stops) if self._asked.stops else None
 
-    def _asked_of_engine(self) -> tuple[bytes, bytes]:
-        target, lines = super()._asked_of_engine()
-        return (CHATS.encode() if self._asked.is_chat else target), lines
-
 
 class CountExchange(MessagesExchange):
     """An exchange about how long a message is.
@@ -64,9 +62,9 @@ class CountExchange(MessagesExchange):
 
     def _read(self, body: Text) -> tuple[Wish, Text]:
         wish, body = Exchange._read(self, body)
-        served = wish.is_served(self._head.path)
+        served = wish.is_served(self._path)
         self._asked = Asked(in_order(body)) if served else counted_by_others(body)
-        return wish, self._asked.body
+        return wish, self._body_of_asked()
 
     def _is_slotless(self) -> bool:
         return not self._asked.is_chat

@@ -43,14 +43,12 @@ class OllamaExchange(Exchange):
         if not wish.is_for_llama_server:
             asked = for_others(asked)
         asked = self._asked = asked._replace(model=asked.model or wish.alias)
+        self._path = asked.target
         self._translation = Translation(asked)
         question: Text = asked.body(wish.alias)
         if wish.asked_as is not None and question:
             question = rewritten(question, ROUTES[asked.target].conversation, wish.asked_as)
         return wish, question
-
-    def _path_of_engine(self) -> str:
-        return self._asked.target
 
     def _is_slotless(self) -> bool:
         return not self._asked.target  # a load is all that it asks for
@@ -111,9 +109,6 @@ class OllamaExchange(Exchange):
                 return
             self._answer = TranslatedAnswer(self._answer, self._translation, streams=self._streams)
         super()._decided()
-
-    def _asked_of_engine(self) -> tuple[bytes, bytes]:
-        return self._asked.target.encode(), self._head.forwarded
 
     def _heed_keep_alive(self, alias: str) -> None:
         """Of those who may manage: how long a model stays is everybody's business."""

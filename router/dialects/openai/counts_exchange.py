@@ -29,9 +29,10 @@ class CountsExchange(Exchange):
     def _read(self, body: Text) -> tuple[Wish, Text]:
         wish, body = super()._read(body)
         self._mistake = None
-        self._is_chat = not wish.is_served(self._head.path)
+        self._is_chat = not wish.is_served(self._path)
         if not self._is_chat:
             return wish, body
+        self._path = CHATS
         try:
             conversation = ROUTES[self._head.path].conversation
             is_response = conversation is not None and conversation.messages == "input"
@@ -42,13 +43,6 @@ class CountsExchange(Exchange):
 
     def _depth_of(self, wish: Wish, short: Shortened) -> int:
         return ALL_DEPTHS if self._is_chat else super()._depth_of(wish, short)
-
-    def _path_of_engine(self) -> str:
-        return CHATS if self._is_chat else self._head.path
-
-    def _asked_of_engine(self) -> tuple[bytes, bytes]:
-        target, lines = super()._asked_of_engine()
-        return (CHATS.encode() if self._is_chat else target), lines
 
     def _is_slotless(self) -> bool:
         return not self._is_chat

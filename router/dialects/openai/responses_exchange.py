@@ -39,21 +39,15 @@ class ResponsesExchange(Exchange):
             raise ApiError(400, "invalid_request", message, "n")
         self._asked = read(body)
         self._mistake = None
-        self._is_chat = not wish.is_served(self._head.path)
+        self._is_chat = not wish.is_served(self._path)
         if not self._is_chat:
             return wish, self._asked.body
+        self._path = CHATS
         try:
             return wish, as_chat(self._asked.body)
         except UNREADABLE as error:
             self._mistake = error
             return wish, body
-
-    def _path_of_engine(self) -> str:
-        return CHATS if self._is_chat else self._head.path
-
-    def _asked_of_engine(self) -> tuple[bytes, bytes]:
-        target, lines = super()._asked_of_engine()
-        return (CHATS.encode() if self._is_chat else target), lines
 
     def _depth_of(self, wish: Wish, short: Shortened) -> int:
         if self._is_chat:
