@@ -21,8 +21,6 @@ from router.scheduling.messages import Retry
 from router.system.devices import Device
 
 PROBE_LIMIT_SEC = 3
-MARK_VARIABLE = "LLAMA_ROUTER_ENGINE"
-"""Environment variable that identifies an engine that takes no key, should it outlive its router."""
 
 
 class NoEngine(Exception):

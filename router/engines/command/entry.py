@@ -14,7 +14,7 @@ from router.config.paths import wrong_with_anything
 from router.config.problems import KeyPath
 from router.config.resolved import ModelConfig, idle_timeout
 from router.config.schema import CommandEntry, Container, System
-from router.engines.base import MARK_VARIABLE
+from router.engines import MARK_VARIABLE
 from router.engines.kind import EntryReader
 from router.engines.parameters import WIDESPREAD
 from router.http.routes import SERVED

@@ -15,7 +15,8 @@ import secrets
 import signal
 from collections.abc import Mapping, Sequence
 
-from router.engines.base import MARK_VARIABLE, PROBE_LIMIT_SEC, Endpoint, Facts, Launch
+from router.engines import MARK_VARIABLE
+from router.engines.base import PROBE_LIMIT_SEC, Endpoint, Facts, Launch
 from router.engines.command.entry import CommandModel
 from router.engines.log_ring import LogRing
 from router.engines.process import EngineOrder, EngineProcess, Spawned

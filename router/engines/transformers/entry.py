@@ -8,7 +8,7 @@ from pathlib import Path
 from router.config.draft import Draft
 from router.config.resolved import ModelConfig, idle_timeout
 from router.config.schema import System, TransformersEntry
-from router.engines.base import MARK_VARIABLE
+from router.engines import MARK_VARIABLE
 from router.engines.kind import EntryReader
 from router.engines.transformers.model import TransformersModel
 from router.engines.transformers.questions import ROUTES

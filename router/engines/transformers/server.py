@@ -16,7 +16,8 @@ from collections.abc import Sequence
 
 import psutil
 
-from router.engines.base import MARK_VARIABLE, PROBE_LIMIT_SEC, Endpoint, Facts, Launch
+from router.engines import MARK_VARIABLE
+from router.engines.base import PROBE_LIMIT_SEC, Endpoint, Facts, Launch
 from router.engines.log_ring import LogRing
 from router.engines.process import EngineOrder, EngineProcess, Spawned
 from router.engines.questions import CANNOT_ASK, status
