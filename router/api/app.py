@@ -1,4 +1,4 @@
-"""The ASGI application: everything but the data plane, which has no need of ASGI (see `dataplane/exchange.py`)."""
+"""The ASGI application: everything but the data plane, which does not use ASGI (see `dataplane/server.py`)."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ PAGES = tuple(
         page,
     )
 )
-"""All but the description of them."""
+"""All pages but their description."""
 _LARGEST_PAGE_BODY = 1 << 20
 _MOST_VALUES_OF_PAGE = 1 << 14
-"""In such a body: to make objects of a million takes a fifth of a second."""
+"""Maximum number of values in such a body: decoding a million takes a fifth of a second."""
 
 
 def create_app(
@@ -83,11 +83,11 @@ def create_app(
     library: Library,
     cards: Cards,
 ) -> ASGIApp:
-    """Wire it up. The dispatcher is started and stopped by whoever runs the server."""
+    """Build the application. The dispatcher is started and stopped by the caller."""
     pages = _pages(dispatcher, keyring, reload, library, cards)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        is_file = scope["path"].startswith(_BLOBS)  # which goes to the disk as it comes
+        is_file = scope["path"].startswith(_BLOBS)  # which is written to disk as it arrives
         await pages(scope, receive if is_file else _bounded(receive), send)
 
     for_browsers = browsers.cross_origin(app)
@@ -110,7 +110,7 @@ def _is_safe(scope: Scope) -> bool:
 
 
 def _bounded(receive: Receive) -> Receive:
-    """Requests to manage are a line or two; a body without end must not fill the memory."""
+    """Limit the body of a request: management requests are a line or two, and none may fill the memory."""
     size = values = 0
 
     async def receive_some() -> Message:
@@ -139,7 +139,7 @@ def _pages(
         openapi_url=None,
         docs_url=None,
         redoc_url=None,
-        telemetry={"tracing": False, "metrics": False, "logs": False},  # it asks for each page if it is to
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # FastAPI would check for it at each page
     )
     description = Description(app.title, app.version, list(_pages_of(*PAGES)))
     of_description = APIRouter(route_class=Page)
@@ -153,7 +153,7 @@ def _pages(
     pages = list(_pages_of(of_description, *PAGES))
     for each in pages:
         if each.methods and "GET" in each.methods and each.path not in DONE_BY_GET:
-            each.methods.add("HEAD")  # what monitors and load balancers like to ask with
+            each.methods.add("HEAD")  # used by monitors and load balancers
     by_path = PagesByPath(pages)
     app.router.routes.append(by_path)
 
@@ -208,7 +208,7 @@ def _pages(
         return _answer(path, ApiError(error.status_code, code, str(error.detail)))
 
     @app.exception_handler(ClientDisconnect)
-    async def left(_: Request, __: ClientDisconnect) -> Response:  # in the middle of its request
+    async def left(_: Request, __: ClientDisconnect) -> Response:  # in the middle of the request
         return Response(status_code=400)  # which nobody reads
 
     @app.exception_handler(Exception)
@@ -223,20 +223,21 @@ def _pages(
 def _pages_of(*groups: APIRouter) -> Iterator[Page]:
     for group in groups:
         for route in group.routes:
-            assert isinstance(route, Page), f"{route} is not of the class that says who may have it"
+            assert isinstance(route, Page), f"{route} is not of the class that declares rights"
             yield route
 
 
 def _let_in_where_no_page_is(request: Request, pages: PagesByPath) -> None:
-    """Raises ApiError for who might not have asked, either, had there been one."""
+    """Check the right that an endpoint at this path, had it this method, would need. Raises ApiError."""
     rights = [found.right for found, *_ in pages.at(request.scope)]
     if Right.NONE not in rights:
         let_in(request, max(rights, default=Right.USE) if request.method in _SAFE else Right.MANAGE)
 
 
 def _methods_of(request: Request, pages: PagesByPath) -> list[str]:
-    """Of the routes for its path that say most of it: what ends with `/status` asks how a model is, though a name
-    could end so, too."""
+    """Return the methods of the most specific routes for a path: `…/status` is a model's status, although names of
+    models may end so, too.
+    """
     methods: dict[int, set[str]] = defaultdict(set)
     for found, *_ in pages.at(request.scope):
         said = len(re.sub(r"{.*?}", "", found.path))

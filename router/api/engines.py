@@ -1,8 +1,7 @@
-"""What engines say of themselves, at llama-server's own paths: `/props`, `/slots`, `/lora-adapters`, `/metrics`.
+"""Engines' documents about themselves, at llama-server's paths: `/props`, `/slots`, `/lora-adapters`, `/metrics`.
 
-The model is named in the query. Nothing is loaded for such a question, and it waits for no slot: who watches must
-not change what is watched. Who names no model means the one that a chat would get, or else the only one that is
-loaded.
+The model is named in the query. Such a request loads nothing and waits for no slot: monitoring must not change
+what it monitors. Without a name, it is about the default model if there is one, else about the only loaded model.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from router.scheduling.messages import ModelState
 router = APIRouter(tags=["monitoring"], route_class=Page)
 
 _ANSWER_SEC = 10.0
-"""An engine in the middle of a batch answers after it."""
+"""Time for an engine to answer: it finishes a batch first."""
 ERRORS: dict[int | str, dict[str, Any]] = {404: {}, 501: {}, 504: {}}
 
 ModelQuery = Annotated[str | None, Query(description="Name of a model. The request does not load it.")]
@@ -48,7 +47,7 @@ async def props(request: Request, model: ModelQuery = None) -> Response:
     said: dict[str, Any] = {}
     if answer is not None and answer.status == 200:
         body = answer.body if sees_all(request) else for_clients(answer.body)
-        with contextlib.suppress(msgspec.MsgspecError):  # it has other ones
+        with contextlib.suppress(msgspec.MsgspecError):  # another server's properties
             said = msgspec.json.decode(body, type=dict[str, Any])
     of_the_router = {
         "role": "router",
@@ -67,7 +66,7 @@ _NO_ENGINE = {
     "default_generation_settings": {"params": {}, "n_ctx": 0},
     "ui_settings": {},
 }
-"""llama-server in router mode says so, too: its web page expects them."""
+"""Properties of llama-server in router mode, which its web page expects."""
 
 
 @router.get("/slots", responses=ERRORS)
@@ -85,7 +84,7 @@ async def lora_adapters(request: Request, model: ModelQuery = None) -> Response:
 
 
 async def said_by_engine(request: Request, model: str | None, path: str) -> Response:
-    """What the engine of a model has at that path. Raises ApiError."""
+    """Return the document of a model's engine at that path. Raises ApiError."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     running = _engine_of(dispatcher, model)
     answer = await questions.document(running.handle.endpoint, path, _ANSWER_SEC)
@@ -98,7 +97,7 @@ async def said_by_engine(request: Request, model: str | None, path: str) -> Resp
 
 
 def _engine_of(dispatcher: Dispatcher, model: str | None) -> RunningEngine:
-    """Raises ApiError: there is no such model, or it is not loaded."""
+    """Return a model's engine. Raises ApiError for a model that is unknown or not loaded."""
     if not model:
         if (running := _watched(dispatcher)) is not None:
             return running
@@ -109,12 +108,12 @@ def _engine_of(dispatcher: Dispatcher, model: str | None) -> RunningEngine:
         return running
     if dispatcher.scheduler.state(alias) is ModelState.LOADING:
         raise ApiError(503, "model_not_loaded", f"{alias!r} is loading.", "model", 1)
-    message = f"{alias!r} is not loaded, and no question for this loads it: a chat does, and POST /v1/models/load."
+    message = f"{alias!r} is not loaded, and this request does not load it. Send a chat, or POST /v1/models/load."
     raise ApiError(400, "model_not_loaded", message, "model")
 
 
 def _watched(dispatcher: Dispatcher) -> RunningEngine | None:
-    """Of which who names none wants to know, if it is loaded."""
+    """Return the engine that a request without a model is about, if it is loaded."""
     config = dispatcher.config
     if config.default_model is not None:
         known = meant(config.default_model, config)

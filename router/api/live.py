@@ -1,6 +1,6 @@
-"""Event streams: the states of models as they change, and figures every two seconds.
+"""Event streams: changes of models' states, and figures every two seconds.
 
-Everything is encoded once, when it happens, so that who comes back later gets it as it was.
+Events are encoded once, when they happen, so that clients who reconnect get them as they were.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ class Live:
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
         self._run = f"{int(dispatcher.started_at * 1000):x}"
-        """Tells the events of this run of the router from those of another."""
+        """Prefix of event ids, which differs between runs of the router."""
         self.states = {full: Feed(partial(self._status_of_all, full), _KEPT_EVENTS) for full in (True, False)}
-        """`True`: for who runs the router. Both have the same events, but for how much is told in them."""
+        """The streams for full access (`True`) and for other clients: the same events in more or less detail."""
         self.decisions: dict[bool, deque[dict[str, Any]]] = {
             full: deque(maxlen=_KEPT_DECISIONS) for full in (True, False)
         }
-        """The last changes of states, the earliest first; also of models that are gone; and who was displaced."""
+        """The last changes of states, oldest first, including removed models; and displaced requests."""
         self._displaced: tuple[dict[str, Any] | None, int] = (None, 0)
-        """The decision that tells of it last, and how many requests it is about."""
+        """The last decision about displaced requests, and their number."""
         self.as_llama_server = Feed(lambda: unnamed({"model": "*", "event": "models_reload"}), _KEPT_EVENTS)
-        """The same in its words, for clients of its router mode."""
+        """The same events in the format of llama-server's router mode."""
         self.figures = Shared(lambda: frame("metrics", figures(dispatcher)))
         self.ending = asyncio.Event()
-        """The router shuts down."""
+        """Set once the router shuts down."""
         dispatcher.events.listen(ModelChanged, self._model_changed)
         dispatcher.events.listen(LoadMoved, self._load_moved)
         dispatcher.events.listen(ModelsListed, self._models_listed)
@@ -62,7 +62,7 @@ class Live:
         dispatcher.events.listen(RequestsDone, self._requests_done)
 
     def number_of(self, event_id: str) -> int | None:
-        """Of the event with this id; None when it was none of ours."""
+        """Return the number of the event with this id; None for an id of another run."""
         run, _, number = event_id.partition("-")
         return int(number) if run == self._run and number.isdecimal() and len(number) < 20 else None
 
@@ -74,7 +74,7 @@ class Live:
             for full, reason in reasons.items():
                 news = {"status": change.state, "reason": reason}
                 self._send(full, "model_update", {**self._status(change.alias, full), **news})
-            if change.state not in (ModelState.DRAINING, ModelState.STOPPING):  # it is loaded until it is gone
+            if change.state not in (ModelState.DRAINING, ModelState.STOPPING):  # still loaded
                 self._tell_as_llama_server(change.alias, change.state)
 
     def _load_moved(self, load: LoadMoved) -> None:
@@ -106,7 +106,7 @@ class Live:
                 self._tell_of_displaced(labels.alias, len(requests), requests[-1].at)
 
     def _tell_of_displaced(self, alias: str, count: int, at: float) -> None:
-        """In one decision, as long as nothing else happens: thousands may be displaced."""
+        """Report displaced requests in one decision until something else happens: there may be thousands."""
         last, before = self._displaced
         known = self.decisions[True]
         if known and known[-1] is last and last["model"] == alias:
@@ -121,7 +121,7 @@ class Live:
     def _decided(
         self, alias: str | None, state: str, reasons: dict[bool, str], at: float, *, is_event: bool
     ) -> None:
-        """If it `is_event`, that is what is sent next."""
+        """Record a decision. `is_event`: the next event to be sent is about it."""
         last = self.states[True].last
         identity = self._identity(last + 1) if is_event else f"{self._identity(last)}-{alias}"
         for full, reason in reasons.items():
@@ -133,7 +133,7 @@ class Live:
         states.send(frame(name, document, self._identity(states.last + 1)), last=last)
 
     def _tell_as_llama_server(self, alias: str, state: ModelState) -> None:
-        """By each of its names, as each has a card of its own."""
+        """Report a state under each of the model's names, as each has an entry of its own in lists."""
         feed, dispatcher = self.as_llama_server, self._dispatcher
         if not feed.followers:
             return
@@ -170,7 +170,7 @@ async def decisions(request: Request) -> dict[str, Any]:
 
 
 def _progress(dispatcher: Dispatcher, alias: str) -> dict[str, Any] | None:
-    """Of a load whose engine tells how far it is."""
+    """Return the progress of a load, if its engine reports it."""
     running = dispatcher.front_of(alias)
     progress = running.handle.load_progress if running is not None else None
     if progress is None or progress.stage is None:
@@ -224,7 +224,7 @@ async def _figures(dispatcher: Dispatcher, live: Live) -> AsyncIterator[bytes]:
 
 
 def figures(dispatcher: Dispatcher) -> dict[str, Any]:
-    """How everything is, in a few numbers."""
+    """Return the state of devices, models and requests in a few numbers."""
     scheduler = dispatcher.scheduler
     models: dict[str, dict[str, Any]] = {}
     for alias, model in scheduler.models.items():
@@ -255,7 +255,7 @@ def figures(dispatcher: Dispatcher) -> dict[str, Any]:
 
 
 def _gpu(gpus: Sequence[Reading]) -> dict[str, Any]:
-    """All GPUs together, as they were read last."""
+    """Return the sums of all GPUs, as they were read last."""
     total, free = sum(gpu.total_mib for gpu in gpus), sum(gpu.free_mib for gpu in gpus)
     busy = [gpu.utilization for gpu in gpus if gpu.utilization is not None]
     return {

@@ -1,7 +1,7 @@
-"""What clients of llama-server's own router mode ask for: its web page, and Open WebUI's llama.cpp provider.
+"""Endpoints for clients of llama-server's own router mode: its web page, and Open WebUI's llama.cpp provider.
 
-Their lists are `/v1/models` and `/models`, their events `/models/sse` (`live`), their questions to engines in
-`engines`. Shapes and words are those of build 10434.
+They list models at `/v1/models` and `/models`; their events, `/models/sse`, are in `live`, documents of engines in
+`engines`. Formats are those of build 10434.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What clients of llama-swap ask for: which models run, their events, their logs, and to unload them.
+"""Endpoints for clients of llama-swap: running models, their events and logs, and unloading.
 
-Its way to an engine is `/upstream` (`dataplane/engine_exchange.py`). Shapes and words are those of its commit
-0bdb372 (August 2026). What it would tell of an engine's command line and address is left empty.
+Requests to engines, `/upstream`, are in `dataplane/engine_exchange.py`. Formats are those of its commit 0bdb372
+(August 2026). Command line and address of an engine are left empty.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from router.scheduling.residency import Engine
 router = APIRouter(tags=["llama-swap"], route_class=Page)
 
 DONE_BY_GET = frozenset({"/unload"})
-"""Reads nothing: it wants what a POST wants."""
+"""Paths at which a GET has side effects, and needs what a POST needs."""
 
 _STATES = {
     ModelState.OFF: "stopped",
@@ -41,7 +41,7 @@ _STATES = {
     ModelState.DRAINING: "ready",
     ModelState.STOPPING: "stopping",
 }
-"""llama-swap's words for our states."""
+"""llama-swap's name of each state."""
 _KEEP_ALIVE_SEC = 30
 _LOG_LOOK_SEC = 0.25
 _LINES = 200
@@ -49,7 +49,7 @@ _NoHistory = Annotated[str | None, Query(alias="no-history", description="Send n
 
 
 class Events:
-    """What llama-swap pushes of the states of models: all of them, whenever one changes."""
+    """llama-swap's events: the states of all models, whenever one changes."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self.feed = Feed(lambda: frame("message", _told(dispatcher)), 1)
@@ -143,7 +143,7 @@ async def unload_one(alias: str, request: Request) -> Response:
 
 
 async def _unload_all(dispatcher: Dispatcher) -> None:
-    """Those that are only to be loaded are not, any more."""
+    """Unload all models, and cancel pending loads."""
     models = dispatcher.scheduler.models.items()
     going = [alias for alias, model in models if model.engines or model.wanted_since_sec is not None]
     await asyncio.gather(*map(dispatcher.eject, going))
@@ -195,7 +195,7 @@ def _stream(
 async def _follow(
     dispatcher: Dispatcher, logs: Callable[[], Iterable[LogRing]], before: int
 ) -> AsyncIterator[str]:
-    """`before` lines of each, and what comes; of a log that begins meanwhile, all."""
+    """Yield `before` lines of each log, and all new lines; all lines of a log that is new."""
     seen = {id(log): log.total - len(log.tail(before)) for log in logs()}
     yield ""
     while dispatcher.status is not ServerState.SHUTTING_DOWN:

@@ -1,4 +1,4 @@
-"""Who holds what of the memory: per device and per model, as far as it is known, and how it is known."""
+"""Use of memory per device and per model, with the source of each figure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ router = APIRouter(tags=["monitoring"], route_class=Page)
 
 _WARNING, _CRITICAL = 80, 95
 _ADD_UP = ("vram_used_mb", "vram_used_gb", "average_usage_mb", "vram_percentage")
-"""Of what engines take."""
+"""Figures of engines that are added up for a model."""
 
 
 @router.get("/vram")
@@ -81,7 +81,7 @@ def _summary(dispatcher: Dispatcher) -> dict[str, Any]:
 
 
 def _main(lines: list[Line]) -> list[Line]:
-    """Where models compute."""
+    """Return the lines of the GPUs, or of RAM without GPUs."""
     return [line for line in lines if line.device.is_gpu] or lines
 
 

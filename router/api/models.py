@@ -1,4 +1,4 @@
-"""Managing models: load, eject, reset, their state, and the reload of the configuration."""
+"""Management of models: load, eject, reset and state, and the reload of the configuration."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ async def load_model(body: LoadRequest, request: Request) -> JSONResponse:
         reason = dispatcher.in_full(alias, why(model, time.monotonic()))
         return JSONResponse({"status": status, "model": alias, "message": reason}, 202)
     if state is not ModelState.READY:
-        to_load(alias, dispatcher)  # unless that is why
+        to_load(alias, dispatcher)  # raises if that is why
         reason = (model.last_error if model else None) or f"it is {state}"
         if model is not None and model.too_big:
             raise refused(Refusal.INSUFFICIENT_MEMORY, reason, None)
@@ -84,7 +84,7 @@ async def load_model(body: LoadRequest, request: Request) -> JSONResponse:
 
 
 def to_load(name: str, dispatcher: Dispatcher) -> str:
-    """Raises ApiError: there is no such model (any more), or the router goes."""
+    """Return the model's own name. Raises ApiError for an unknown or removed model, and during shutdown."""
     if dispatcher.status is ServerState.SHUTTING_DOWN:
         raise ApiError(503, "shutting_down", "The router is shutting down.", retry_after_sec=5)
     return model_of(name, dispatcher.config).alias
@@ -124,7 +124,7 @@ async def load_and_show_model(body: ModelToLoad, request: Request) -> dict[str, 
 
 
 def _check_device(device: str, model: ModelConfig, dispatcher: Dispatcher) -> None:
-    """Raises ApiError 400 for a device that the model will not compute on."""
+    """Raise ApiError 400 for a device on which the model will not run."""
     kind = device.partition(":")[0].lower()
     kept_off, how = False, "set system.gpu_devices to [], which keeps all models on the CPU"
     if model.engine == DEFAULT_ENGINE:
@@ -243,7 +243,7 @@ async def _status_in_turns(request: Request) -> dict[str, Any]:
 
 
 def status_of_all(dispatcher: Dispatcher, *, full: bool) -> dict[str, Any]:
-    """Of one moment."""
+    """Return the state of all models at one moment."""
     models = {alias: status_of(dispatcher, alias, full=full) for alias in dispatcher.config.models}
     return _with_summary(dispatcher, models)
 
@@ -263,7 +263,7 @@ def _error(dispatcher: Dispatcher, alias: str, *, full: bool) -> str | None:
 
 
 def status_of(dispatcher: Dispatcher, alias: str, *, full: bool) -> dict[str, Any]:
-    """`full`: with what is for who runs the router alone."""
+    """Return the state of one model. `full`: with details for clients with full access."""
     scheduler = dispatcher.scheduler
     model = scheduler.models[alias]
     engines = [_engine(dispatcher, engine, full=full) for engine in model.engines]
@@ -294,7 +294,7 @@ def status_of(dispatcher: Dispatcher, alias: str, *, full: bool) -> dict[str, An
         "load_sec": round(model.load_sec, 3) if model.load_is_known else None,
         "error_message": _error(dispatcher, alias, full=full),
         "vram_used_mb": vram_mib,
-        "vram_mb": vram_mib,  # an earlier router's word for it
+        "vram_mb": vram_mib,  # its name in an earlier router
         "memory": memory(account) if account is not None else None,
         "engine": _kind_of(dispatcher, alias),
         "fallback": dispatcher.fallback_of(alias),
@@ -312,7 +312,7 @@ def status_of(dispatcher: Dispatcher, alias: str, *, full: bool) -> dict[str, An
 
 
 def _engine(dispatcher: Dispatcher, engine: Engine, *, full: bool) -> dict[str, Any]:
-    """One of a model's engines; what is said of the model besides is of the one that serves it, or will first."""
+    """Return the state of one of a model's engines. The model's own fields are about its front engine."""
     running = dispatcher.running.get(engine.id) if full else None
     account = dispatcher.ledger.accounts.get(engine.id)
     return {
@@ -330,13 +330,13 @@ def _engine(dispatcher: Dispatcher, engine: Engine, *, full: bool) -> dict[str, 
 
 
 def _kind_of(dispatcher: Dispatcher, alias: str) -> str | None:
-    """Of its engine, by name; None for a model that is not configured any more."""
+    """Return the kind of a model's engine; None for a model that is not configured any more."""
     model = dispatcher.config.models.get(alias)
     return dispatcher.backend_of(model).name if model is not None else None
 
 
 def _load(model: Model, running: RunningEngine | None) -> dict[str, Any]:
-    """How a load goes on: the engine's own words and share, where it tells; what it took before, or a guess."""
+    """Return the progress of a load as its engine reports it, and the duration of the last load, or a guess."""
     engine = model.front
     progress = running.handle.load_progress if running is not None else None
     return {
@@ -348,7 +348,7 @@ def _load(model: Model, running: RunningEngine | None) -> dict[str, Any]:
 
 
 def memory(account: Account) -> dict[str, Any]:
-    """Where an engine is, what it takes there in MiB, and how that is known."""
+    """Return an engine's devices, its memory in MiB on each, and the source of these figures."""
     chosen = account.chosen
     return {
         "source": chosen.size.source,
@@ -367,7 +367,7 @@ def iso(at: float) -> str:
 
 
 def _wall(monotonic_sec: float) -> str | None:
-    """A moment on the scheduler's clock as people's time; None when it never came."""
+    """Return a time of the scheduler's clock as wall-clock time; None for minus infinity."""
     if monotonic_sec == float("-inf"):
         return None
     return iso(time.time() - (time.monotonic() - monotonic_sec))

@@ -34,7 +34,7 @@ router = APIRouter(tags=["monitoring"], route_class=Page)
 _LOG_LOOK_SEC = 0.25
 _MOST_SHOWN = 100
 READING_SEC = 0.5
-"""For drivers and engines to say how they are; then what they said last counts."""
+"""Time for drivers and engines to report; after that, their last values count."""
 
 
 @router.get("/health")
@@ -57,14 +57,14 @@ async def health(request: Request) -> JSONResponse:
 
 
 def _connections(dispatcher: Dispatcher) -> dict[str, Any]:
-    """Ours to the engines: degraded while one that is ready does not answer. It is being replaced then."""
+    """Return the state of connections to engines: degraded while a ready engine fails probes."""
     ready = [running for running in dispatcher.running.values() if running.ready_sec is not None]
     silent = sorted(running.alias for running in ready if running.failed_probes)
     return {"status": "degraded" if silent else "ok", "engines": len(ready), "not_answering": silent}
 
 
 def _background(dispatcher: Dispatcher) -> dict[str, Any]:
-    """What goes on beside all requests: degraded while some of it keeps breaking. It is begun again each time."""
+    """Return the state of background tasks: degraded while one keeps failing. Each is restarted every time."""
     failing = [each.name for each in dispatcher.background if not each.is_well]
     failures = {each.name: each.failures for each in dispatcher.background}
     return {"status": "degraded" if failing else "ok", "failing": failing, "failures": failures}
@@ -154,8 +154,10 @@ async def logs(alias: str, request: Request, lines: Annotated[int, Query(ge=1)] 
 
 
 def log_named(name: str, dispatcher: Dispatcher) -> LogRing:
-    """The log of a model, of all its engines; or of one that runs, by the name that its status has: `a#3`.
-    Raises ApiError."""
+    """Return the log of a model's engines, or of one running engine by its name in the model's status: `a#3`.
+
+    Raises ApiError.
+    """
     if meant(name, dispatcher.config) is None:
         for running in dispatcher.running.values():
             if running.name == name:

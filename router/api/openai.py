@@ -1,7 +1,7 @@
 """`/v1/models`: available models, with what is known of each without loading it.
 
-A card is OpenAI's, and that of llama-server in router mode, too: its clients look for `status`, `architecture`,
-`meta` and `aliases` there. Our own word for how a model is stands under `state`.
+An entry ("card") has OpenAI's fields, and those of llama-server in router mode: its clients read `status`,
+`architecture`, `meta` and `aliases`. The router's own state of a model is `state`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _VALUES = {
     ModelState.STOPPING: "unloaded",
     ModelState.FAILED: "failed",
 }
-"""llama-server's words for our states."""
+"""llama-server's name of each state."""
 _REMOVABLE = (Source.PULLED, Source.CREATED)
 
 
@@ -42,7 +42,7 @@ async def list_models(request: Request) -> Document:
 
 
 async def all_cards(request: Request) -> list[Card]:
-    """Of every name, as it is now."""
+    """Return the cards of all names with their current state."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     config = dispatcher.config
     cards: Cards = request.app.state.cards
@@ -70,7 +70,7 @@ async def show_model(alias: str, request: Request) -> dict[str, Any]:
 
 
 def further_names(config: Config) -> dict[str, list[str]]:
-    """Of models that have any."""
+    """Return the further names of each model that has any."""
     names: dict[str, list[str]] = {}
     for name, alias in config.aliases.items():
         if name != alias.uses:
@@ -79,7 +79,7 @@ def further_names(config: Config) -> dict[str, list[str]]:
 
 
 def loading_status(dispatcher: Dispatcher, alias: str, state: ModelState) -> dict[str, Any]:
-    """How llama-server says that a model is in that state; with how its last engine ended, if it failed."""
+    """Return llama-server's status for a state, with the exit code of the model's last engine if it failed."""
     if state is not ModelState.FAILED:
         return {"value": _VALUES[state]}
     ended = dispatcher.exits.get(alias)
@@ -98,7 +98,7 @@ def _now(dispatcher: Dispatcher, model: ModelConfig, further: list[str]) -> Card
 
 
 def _named(card: Card, alias: AliasConfig) -> Card:
-    """A model's card under another name."""
+    """Return a model's card under another name."""
     described = {"description": alias.description} if alias.description else {}
     if alias.uses == alias.alias:
         return {**card, "source": alias.source, **described}

@@ -75,7 +75,7 @@ class Description:
         if self._being_made is None:
             work = asyncio.to_thread(_describe, self._title, self._version, self._pages)
             self._being_made = asyncio.create_task(work)
-        document = await asyncio.shield(self._being_made)  # whoever asked first may leave
+        document = await asyncio.shield(self._being_made)  # the client that asked first may disconnect
         if self._of is None or self._of[0] is not config or self._of[1] is not keys_required:
             self._of = config, keys_required
             self._encoded = msgspec.json.encode(_of_now(document, config.names, keys_required=keys_required))
@@ -118,7 +118,7 @@ def _describe(title: str, version: str, pages: Sequence[Page]) -> dict[str, Any]
     }
     open_paths = {page.path for page in pages if page.right is Right.NONE}
     for path, item in document["paths"].items():
-        item.pop("head", None)  # as GET, without a body
+        item.pop("head", None)  # like GET, without a body
         for method, operation in item.items():
             _complete_page(path, method, operation, is_open=path in open_paths)
     for path, route in sorted(ROUTES.items()):
@@ -134,7 +134,7 @@ def _complete_page(path: str, method: str, operation: dict[str, Any], *, is_open
         if parameter["name"] == "alias":
             parameter["schema"] = _ALIAS
     answers = operation["responses"]
-    answers.pop("422", None)  # ours are 400
+    answers.pop("422", None)  # the router answers 400
     if is_endless(path) and "text/plain" not in answers["200"]["content"]:
         answers["200"]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
     if is_open:

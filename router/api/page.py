@@ -1,7 +1,7 @@
-"""The page for people, at `/`, and the description of the API, at `/docs` and `/redoc`: a few files, as they are.
+"""The web page, at `/`, and the description of the API, at `/docs` and `/redoc`: static files.
 
-What they show they ask the API for, as any client would; so there is nothing secret in them, and they are served
-without a key. Swagger UI and Redoc come from the package fastapi-offline, and from nobody else's host.
+They get all data from the API, as any client would; so there is nothing secret in them, and they are served
+without a key. Swagger UI and Redoc are files of the package fastapi-offline; no other host is contacted.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'"
 )
-"""Were the page ever to take a model's text for HTML, nothing in it would run. And it is shown in no frame."""
+"""Keeps scripts in a model's text from running, should the page ever take it for HTML. Frames are not allowed."""
 
 _POLICY_OF_DOCS = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""Swagger UI and Redoc style what they draw themselves, and bring their pictures along."""
+"""Allows inline styles and images in data: URLs, which Swagger UI and Redoc use."""
 
 _HEADERS = {
     "x-content-type-options": "nosniff",

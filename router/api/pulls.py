@@ -36,7 +36,7 @@ _STATUS = {
     "unreachable": 502,
     "disk_full": 507,
 }
-"""Of a failed pull, by its code; the others are 500."""
+"""The status of each error code of a failed pull; other codes are 500."""
 
 
 class PullRequest(BaseModel):

@@ -1,6 +1,6 @@
-"""Server-sent events of the router itself: each is encoded once, however many read it.
+"""Server-sent events of the router itself: each is encoded once for all readers.
 
-A reader who stops reading is let go; one who is too slow, or was away for too long, starts anew with a snapshot.
+A reader that stops reading is disconnected; one that is too slow, or was away for too long, gets a new snapshot.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 _log = logging.getLogger("router")
 
 SEND_LIMIT_SEC = 30.0
-"""For one event to leave once the connection is full: longer, and nobody reads it."""
+"""Time for sending one event over a full connection, after which the client is taken not to read."""
 _AWOKEN_AT_ONCE = 25
 _SENT_AT_ONCE = 16
 _FRESH_SEC = 1.0
@@ -31,18 +31,18 @@ _encode = msgspec.json.Encoder().encode
 
 
 def frame(name: str, document: object, identity: str = "") -> bytes:
-    """One event, as it is sent. `document` is made JSON of."""
+    """Encode one event. `document` is encoded as JSON."""
     head = f"id: {identity}\nevent: {name}\ndata: " if identity else f"event: {name}\ndata: "
     return b"%b%b\n\n" % (head.encode(), _encode(document))
 
 
 def unnamed(document: object) -> bytes:
-    """One event of a stream whose events have no names."""
+    """Encode one event of a stream whose events have no names."""
     return b"data: %b\n\n" % _encode(document)
 
 
 class Shared:
-    """What is made when it is asked for, and for a second after that not again."""
+    """A value that is made on demand, and cached for a second."""
 
     def __init__(self, make: Callable[[], bytes]) -> None:
         self._make = make
@@ -63,9 +63,9 @@ class Shared:
 
 
 class Feed:
-    """Events that many may follow, numbered from 1; the last `kept` can be asked for again.
+    """Events for any number of followers, numbered from 1; the last `kept` can be requested again.
 
-    `snapshot` is sent first, and instead of events that are no longer here.
+    `snapshot` is sent first, and in place of events that are no longer kept.
     """
 
     def __init__(self, snapshot: Callable[[], bytes], kept: int) -> None:
@@ -78,19 +78,19 @@ class Feed:
         self._is_over = False
 
     def send(self, event: bytes, *, last: bool = False) -> None:
-        """The next event; after `last`, as after `end`."""
+        """Send the next event. `last`: end all streams after it, as `end` does."""
         self.last += 1
         self._frames.append(event)
         self._is_over = self._is_over or last
         self._tell()
 
     def end(self) -> None:
-        """Every stream ends once it has sent what there is."""
+        """End every stream once it has sent all events."""
         self._is_over = True
         self._tell()
 
     def start_anew(self) -> None:
-        """Everybody needs a snapshot: what has changed is not told by events."""
+        """Send everybody a new snapshot, after changes that have no events."""
         self.last += 1
         self._frames.clear()
         self._tell()
@@ -102,7 +102,7 @@ class Feed:
             asyncio.get_running_loop().call_soon(_awake, list(waiting))
 
     async def follow(self, after: int | None) -> AsyncIterator[bytes]:
-        """Everything after that event, and what comes; None: from now on."""
+        """Yield the events after that one, and new ones; None: a snapshot and new ones."""
         seen = -1 if after is None else after
         self.followers += 1
         try:
@@ -130,7 +130,7 @@ class Feed:
 
 
 def _awake(waiting: list[asyncio.Future[None]]) -> None:
-    """A few in each turn of the event loop, so that however many follow, they keep no token waiting."""
+    """Wake a few followers in each turn of the event loop, so that no token waits for all of them."""
     for news in waiting[-_AWOKEN_AT_ONCE:]:
         if not news.done():
             news.set_result(None)
@@ -140,7 +140,7 @@ def _awake(waiting: list[asyncio.Future[None]]) -> None:
 
 
 class EventStream(EventSourceResponse):
-    """An `EventSourceResponse` that ends, and logs no traceback, when its client does not take what is sent."""
+    """An `EventSourceResponse` that ends without a traceback if its client does not read."""
 
     def __init__(self, events: AsyncIterator[ServerSentEvent | bytes], **more: Any) -> None:
         super().__init__(events, **{"send_timeout": SEND_LIMIT_SEC, **more})

@@ -1,7 +1,7 @@
-"""Who may do what: full keys, keys for inference, or everybody when none is set. Compared in constant time.
+"""Access by API key: full keys, keys for inference, or free access if no key is set. Compared in constant time.
 
-Who may only use models is told nothing of the machine that runs them: no files, processes or ports, nothing that
-an engine has said there, nobody else's name, and no alias's system prompt.
+Clients with a key for inference see nothing of the machine that runs the models: no files, processes or ports, no
+engine's output, no other client's name, and no alias's system prompt.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from router.scheduling.queue import BY_NAME, Priority, PriorityName
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """Who may use models, and no more: whose key for inference a request came with."""
+    """A client that may only use models, identified by its key for inference."""
 
     name: str
-    """Empty for a key that has none."""
+    """Empty for a key in `inference_keys`."""
     priority: PriorityName | None
-    """Of requests that name none; None: their model's."""
+    """Priority of requests that name none; None: that of their model."""
     highest: Priority
 
 
@@ -32,7 +32,7 @@ _NOBODY_IN_PARTICULAR = Client("", None, Priority.HIGH)
 
 
 def sees_all(request: Request) -> bool:
-    """Whether a request may see everything: it came with a full key, or there are no keys."""
+    """Whether the requester has full access: by a full key, or because no keys are configured."""
     return request.state.client is None
 
 
@@ -51,16 +51,16 @@ class Keyring:
         self.required = bool(self._full or self._inference)
 
     def check(self, headers: Iterable[tuple[bytes, bytes]], *, manages: bool) -> Client | None:
-        """Who it is; None for who may do everything. Of two keys, any valid one lets in.
+        """Return the client; None for full access. Of two keys, one has to be valid.
 
-        Raises ApiError 401 without a valid key, 403 if none of them may manage.
+        Raises ApiError 401 without a valid key, 403 if `manages` is set and no key has full access.
         """
         if not self.required:
             return None
         given = _given_keys(headers)
         if not given:
             raise ApiError(401, "missing_api_key", "Send an API key as `Authorization: Bearer KEY`.")
-        # Every key is compared, so that the time tells nothing.
+        # All keys are compared, so that the time taken reveals nothing.
         full = [hmac.compare_digest(one, key) for one in given for key in self._full]
         inference = [client for one in given for key, client in self._inference if hmac.compare_digest(one, key)]
         if any(full):
@@ -73,7 +73,7 @@ class Keyring:
 
 
 def _given_keys(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
-    """One from each header that may hold one: Anthropic's clients send both, of which one may be for others."""
+    """Return the key of each header: Anthropic's clients send both, one perhaps with a key for other servers."""
     given: dict[bytes, bytes] = {}
     for name, value in headers:
         if name == b"authorization" and value[:7].lower() == b"bearer ":

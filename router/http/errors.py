@@ -1,6 +1,4 @@
-"""Errors as clients expect them: OpenAI's envelope, Anthropic's and Ollama's on their routes, each with what to do
-about it.
-"""
+"""Errors in the formats that clients expect: OpenAI's, or Anthropic's and Ollama's on their routes."""
 
 from __future__ import annotations
 
@@ -25,11 +23,11 @@ _STATUS = {
 }
 
 _LONGEST_PAUSE_SEC = 60
-"""Of `Retry-After`. Told to come back after more than two minutes, OpenAI's library does not come back at all, and
-Anthropic's sleeps for as long as it is told.
+"""Maximum of `Retry-After`. Beyond two minutes, OpenAI's library does not retry at all, and Anthropic's sleeps for
+however long it is told.
 """
 _MAY_PASS = (408, 409, 429)
-"""Of the 4xx those that another try may not get."""
+"""Statuses 4xx that a retry may avoid."""
 
 _TYPES = {
     401: "authentication_error",
@@ -37,12 +35,12 @@ _TYPES = {
     404: "not_found_error",
     429: "rate_limit_error",
 }
-"""Of the 4xx those that are more than an invalid request."""
+"""Error types of the 4xx that are not simply invalid requests."""
 
 
 @dataclass(slots=True)
 class ApiError(Exception):
-    """An answer that is an error. `code` is stable, `message` is for people."""
+    """Raised to answer with an error. `code` is stable, `message` is for people."""
 
     status: int
     code: str
@@ -50,10 +48,10 @@ class ApiError(Exception):
     param: str | None = None
     retry_after_sec: float | None = None
     is_final: bool = False
-    """Another try would get it again. Of nearly all 4xx that is known without saying so."""
+    """True if a retry would fail likewise. For nearly all 4xx, this need not be set."""
 
     def __post_init__(self) -> None:
-        self.message = printable(self.message)  # it may quote names of files
+        self.message = printable(self.message)  # may quote file names
 
     @property
     def type(self) -> str:
@@ -61,7 +59,7 @@ class ApiError(Exception):
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         headers = [(b"content-type", b"application/json")]
-        if self.retry_after_sec is not None and not self.is_final:  # Codex would wait, and then come again
+        if self.retry_after_sec is not None and not self.is_final:  # Codex would wait and retry
             pause_sec = min(max(1, math.ceil(self.retry_after_sec)), _LONGEST_PAUSE_SEC)
             headers.append((b"retry-after", b"%d" % pause_sec))
         if self.is_final or (self.status < 500 and self.status not in _MAY_PASS):
@@ -90,9 +88,10 @@ class ApiError(Exception):
         return msgspec.json.encode(self.ollama() if dialect is Dialect.OLLAMA else self.openai())
 
     def event(self, path: str) -> bytes:
-        """The same inside a stream that has begun: one event, then the end that the route's clients expect.
+        """Return the error as the end of a started stream: one event, and the end that the route's clients expect.
 
-        An event that the engine was in the middle of ends before it, or would swallow it; lines are whole anyway.
+        Blank lines before it end an incomplete event of the engine, which would absorb the error otherwise. Lines
+        of Ollama's streams are always complete.
         """
         event = error_event(self.body(path), path)
         return event if dialect_of(path) is Dialect.OLLAMA else b"\n\n" + event
@@ -100,7 +99,7 @@ class ApiError(Exception):
 
 @dataclass(slots=True)
 class ContextExceeded(ApiError):
-    """A prompt that is longer than its engine's context, said so that clients shorten it and come again.
+    """Raised for a prompt longer than its engine's context, in words by which clients shorten it and retry.
 
     They know it by its code, or by a phrase: "maximum context length is M tokens" (litellm, aider), "exceeds the
     available context size" (opencode, pi), "prompt is too long: N tokens > M maximum" (Claude Code).
@@ -122,13 +121,13 @@ class ContextExceeded(ApiError):
 
     @classmethod
     def by_others(cls, message: str, prompt_tokens: int, context_tokens: int) -> ContextExceeded:
-        """In the words of an engine that is not llama-server, and may not have counted to the prompt's end."""
+        """Return an error with another engine's message. Such an engine may not have counted all of the prompt."""
         error = cls(400, "context_length_exceeded", message)
         error.prompt_tokens, error.context_tokens = max(prompt_tokens, context_tokens + 1), context_tokens
         return error
 
     def openai(self) -> dict[str, object]:
-        """With llama-server's own figures, which its web page reads."""
+        """Return the error with llama-server's own figures, which its web page reads."""
         figures = {"n_prompt_tokens": self.prompt_tokens, "n_ctx": self.context_tokens}
         return {"error": {**_fields(self), **figures}}
 
@@ -154,6 +153,6 @@ def error_event(body: bytes, path: str) -> bytes:
 
 
 def refused(refusal: Refusal, reason: str, retry_after_sec: float | None, *, is_final: bool = False) -> ApiError:
-    """The scheduler's refusal as an answer."""
+    """Return the error for a refusal by the scheduler."""
     param = "model" if refusal is Refusal.MODEL_NOT_FOUND else None
     return ApiError(_STATUS[refusal], refusal.value, reason, param, retry_after_sec, is_final)

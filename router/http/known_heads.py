@@ -1,8 +1,8 @@
-"""Heads of HTTP messages that need no reading, as the message before had the same.
+"""Heads of HTTP messages that need no parsing, as the previous message on the connection had the same.
 
-Whoever sends a second message on a connection nearly always sends the head of the first again, and only the
-digits of its Content-Length differ. A parser that has taken the first would say the same of the second; so it is
-not asked again. Messages whose heads come in pieces or are very long, and those with no length, are the parser's.
+The second message on a connection nearly always repeats the head of the first, except for the digits of its
+Content-Length. A parser would accept the second like the first, so it is skipped. Messages whose heads arrive in
+pieces or are very long, and messages without a length, are parsed.
 """
 
 from __future__ import annotations
@@ -15,30 +15,32 @@ Headers = list[tuple[bytes, bytes]]
 
 _MOST_DIGITS = 12
 _LONGEST_KNOWN = 8192
-"""Bytes of a head that are kept between two messages. Connections may be many, and their clients hostile."""
+"""Maximum size in bytes of a head kept between two messages: there may be many connections of hostile clients."""
 
 
 class Known(Generic[_Head]):
-    """A head that a parser has read, on a connection that stays: the next message with it needs no parser.
+    """A parsed head of a persistent connection: the next message with the same head needs no parser.
 
-    Where the digits of the length are is beyond doubt: a parser takes no second Content-Length, and no header's
-    value can look like this name, which comes right after the end of a line.
+    The place of the length's digits is unambiguous: a parser accepts no second Content-Length, and no header's
+    value can look like this name, which follows a line end.
     """
 
     __slots__ = ("_after", "_before", "_begin", "head")
 
     def __init__(self, before: bytes, after: bytes, head: _Head) -> None:
-        """`before` the digits of the length, and `after` them, up to the body."""
+        """`before` and `after` are the bytes around the digits of the length, up to the body."""
         self._before = before
         self._begin = len(before)
         self._after = after
         self.head = head
-        """As it was read."""
+        """The result of parsing it."""
 
     @classmethod
     def of(cls, message: bytes, head: _Head) -> Known[_Head] | None:
-        """None if the message has no length or a very long head, or if these are not its bytes up to anywhere in
-        its body."""
+        """Return the head of a message that was parsed as `head`.
+
+        None if it has no length or is very long, or if `message` does not reach the body, or goes beyond it.
+        """
         end = message.find(b"\r\n\r\n", 0, _LONGEST_KNOWN) + 4
         for name in (b"\nContent-Length: ", b"\ncontent-length: "):
             begin = message.find(name, 0, max(end, 0)) + len(name)
@@ -49,8 +51,10 @@ class Known(Generic[_Head]):
         return None
 
     def body_of(self, message: bytes) -> tuple[bytes, int] | None:
-        """As much of it as is here, and how many bytes are still to come. None for a message with another head,
-        and for more than one message."""
+        """Return the part of the body that has arrived, and the number of missing bytes.
+
+        None for a message with another head, and for more than one message.
+        """
         if not message.startswith(self._before):
             return None
         stop = message.find(b"\r", self._begin)

@@ -48,7 +48,7 @@ _FOREIGN_LINK = (
     "in the browser instead."
 )
 _LONGEST_HOST = 300
-"""Longer than any name with its port."""
+"""Maximum length of a Host header that is read: longer than any name with its port."""
 
 
 _EXPOSED = (
@@ -67,18 +67,18 @@ _DEFAULT_PORTS = {"http": "80", "https": "443"}
 
 
 class _Host(NamedTuple):
-    """What a Host header says."""
+    """A parsed Host header."""
 
     place: str
-    """All of it, in lower case."""
+    """The whole value, in lower case."""
     name: str
-    """Without a port."""
+    """The name without a port."""
     cannot_be_rebound: bool
-    """No page can have pointed that name at us."""
+    """True if no web page can have pointed that name at this machine."""
 
 
 class Browsers:
-    """The configured names and origins, and whether keys keep the rest out."""
+    """The accepted host names and origins."""
 
     def __init__(self, api: Api, keyring: Keyring) -> None:
         self._keyring = keyring
@@ -89,11 +89,11 @@ class Browsers:
         self._ollamas = _matching((*api.cors_origins, *OLLAMAS_ORIGINS))
 
     async def ask_for_own_names(self) -> None:
-        """The name with its domain, which name servers may have to tell, and may take their time for."""
+        """Look up this machine's name with its domain, which may need slow name servers."""
         self._own = await apart(lambda: _names_of_this_machine(asks=True))
 
     def check(self, headers: Sequence[tuple[bytes, bytes]], version: str, path: str, *, has_effect: bool) -> None:
-        """Raises ApiError: 400 without just one Host (HTTP/1.0 may have none), 403 for foreign names and pages."""
+        """Raise ApiError 400 without exactly one Host (HTTP/1.0: at most one), 403 for foreign names and pages."""
         hosts, origin, site = [], b"", b""
         for name, value in headers:
             if name == b"host":
@@ -113,10 +113,10 @@ class Browsers:
             self._check_page(origin.decode("latin-1").lower(), site, host, path)
 
     def _check_page(self, origin: str, site: bytes, host: _Host, path: str) -> None:
-        """Raises ApiError 403.
+        """Raise ApiError 403 for requests of foreign pages.
 
-        Sec-Fetch-Site, which browsers send over TLS or to their own machine only, knows our page behind a proxy
-        that has changed Host, and links and pictures, which have no Origin.
+        Sec-Fetch-Site, which browsers send over TLS or to their own machine only, identifies the router's own page
+        behind a proxy that changes Host, and links and images, which have no Origin.
         """
         if site == b"same-origin" or self._all_may:
             return
@@ -128,7 +128,7 @@ class Browsers:
             raise ApiError(403, "unknown_origin", foreign)
 
     def cross_origin(self, app: ASGIApp) -> ASGIApp:
-        """`app`, for requests with an Origin header."""
+        """Wrap `app` for requests with an Origin header."""
         of_ollama, of_others = (self._middleware(app, path) for path in (OLLAMAS_PAGES, "/"))
 
         async def for_browsers(scope: Scope, receive: Receive, send: Send) -> None:
@@ -148,7 +148,7 @@ class Browsers:
         )
 
     def origin_lines(self, origin: bytes, path: str) -> bytes:
-        """Headers of an answer to a page of this origin, as `cross_origin` adds them to its app's."""
+        """Return the header lines of an answer to a page of this origin, like those that `cross_origin` adds."""
         lines = b"access-control-expose-headers: %b\r\nvary: Origin\r\n" % ", ".join(_EXPOSED).encode()
         if self._all_may:
             return lines + b"access-control-allow-origin: *\r\n"
@@ -161,7 +161,7 @@ class Browsers:
 
 
 def _matching(origins: Iterable[str]) -> re.Pattern[str]:
-    """What an origin must match in full to be one of these, as `api.cors_origins` has them, but for `*`."""
+    """Return a pattern for these origins, which are in the format of `api.cors_origins`; `*` is ignored."""
     return _any_of(_expression(origin) for origin in origins if origin != "*")
 
 
@@ -170,7 +170,7 @@ def _any_of(expressions: Iterable[str]) -> re.Pattern[str]:
 
 
 def _expression(origin: str) -> str:
-    """`*` is any part of a host, and as a port any, also the default one, which browsers leave out."""
+    """Return an expression for an origin. `*` is any part of a host, or any port, even an omitted default one."""
     scheme, _, rest = origin.lower().partition("://")
     host, colon, port = rest.rpartition(":")
     if not colon or rest.endswith("]"):
@@ -183,7 +183,7 @@ def _expression(origin: str) -> str:
 
 
 def _is_at(origin: str, host: str) -> bool:
-    """Whether a page of this origin was got from what is called so in `Host`; a proxy may have taken TLS off."""
+    """Whether a page of this origin comes from this host. A proxy may have terminated TLS."""
     scheme, _, place = origin.partition("://")
     port = _DEFAULT_PORTS.get(scheme)
     return port is not None and _with_port(place, port) == _with_port(host, port)
@@ -194,13 +194,16 @@ def _with_port(place: str, port: str) -> str:
 
 
 def _host_expression(name: str) -> str:
-    """`*` is any part of it, or all."""
+    """Return an expression for a host name. `*` is any part of it, or all."""
     return re.escape(name.lower()).replace(r"\*", ".*")
 
 
 def _cannot_be_rebound(name: str) -> bool:
-    """An address is no name. One without a dot is known in this network only, as that of a container is: public
-    name servers have none. Nor will they ever have one under .localhost or .internal (RFC 6761; ICANN, 2024).
+    """Whether no web page can have pointed a name at this machine.
+
+    IP addresses are not looked up. Names without a dot, such as those of containers, are known in the local
+    network only: public name servers have none, and will have none under .localhost or .internal (RFC 6761; ICANN,
+    2024).
     """
     if name.endswith((".localhost", ".internal")) or not ("." in name or ":" in name):
         return True
@@ -220,7 +223,7 @@ def _read(value: bytes) -> _Host:
 
 
 def _names_of_this_machine(*, asks: bool) -> frozenset[str]:
-    """Its own, and as others find it by mDNS; and with its domain, if who knows may be asked."""
+    """Return the machine's own name, its mDNS name, and if `asks` is set the one that name servers report."""
     name = socket.gethostname().lower()
     names = {name, f"{name.partition('.')[0]}.local"}
     if asks:

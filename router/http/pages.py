@@ -1,7 +1,7 @@
-"""Pages, which are the management endpoints: all routes that FastAPI serves. Each declares the required access
-right, and its function is not called without it.
+"""Pages, which are the management endpoints: all routes that FastAPI serves. Each declares the access right that
+it requires, which is checked before it runs.
 
-FastAPI's own dependencies come too late for that: it has read and parsed a body before it asks the first of them.
+FastAPI's own dependencies would come too late: it reads and parses the body before it calls the first of them.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ _SAID = "_needs"
 
 
 class Right(IntEnum):
-    """Access right that an endpoint requires. Of two, the larger one holds."""
+    """The access right that an endpoint requires. Of two, the larger one applies."""
 
     NONE = 0
-    """Not even a key."""
+    """No key."""
     USE = 1
-    """Any key: the endpoint tells nothing of the machine, and changes nothing."""
+    """Any key: the endpoint reveals nothing of the machine, and changes nothing."""
     MANAGE = 2
     """A full key."""
 
 
 def needs(right: Right) -> Callable[[_Endpoint], _Endpoint]:
-    """Declare the right that an endpoint requires: stands under its `@router.get(…)`."""
+    """Declare the right that an endpoint requires; the decorator below its `@router.get(…)`."""
 
     def said(endpoint: _Endpoint) -> _Endpoint:
         setattr(endpoint, _SAID, right)
@@ -44,20 +44,20 @@ def needs(right: Right) -> Callable[[_Endpoint], _Endpoint]:
 
 
 def let_in(request: Request, right: Right) -> None:
-    """Note who it is that asks, for `sees_all`. Raises ApiError 401 and 403."""
+    """Check the key, and note the client for `sees_all`. Raises ApiError 401 and 403."""
     keyring: Keyring = request.app.state.keyring
     request.state.client = keyring.check(request.scope["headers"], manages=right is Right.MANAGE)
 
 
 class Page(APIRoute):
-    """Management endpoint: the class of all routes of the application (`APIRouter(route_class=Page)`)."""
+    """A management endpoint: the class of all routes of the application (`APIRouter(route_class=Page)`)."""
 
     @property
     def right(self) -> Right:
-        """Raises TypeError for an endpoint that declares none."""
+        """The declared right. Raises TypeError for an endpoint that declares none."""
         right = getattr(self.endpoint, _SAID, None)
         if not isinstance(right, Right):
-            raise TypeError(f"{self.path}: say by @needs(…) who may have it")
+            raise TypeError(f"{self.path}: declare by @needs(…) the right that it needs")
         return right
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -73,10 +73,10 @@ class Page(APIRoute):
 
 
 class PagesByPath(BaseRoute):
-    """All endpoints as the one route of an application, which looks them up by their path.
+    """All endpoints as one route of an application, which looks them up by path.
 
-    FastAPI would match the regular expression of one after the other, and of all of them where there is none.
-    Which one answers is the same: the first that has path and method, else the first that has the path (a 405).
+    FastAPI would try the regular expressions one after the other, and all of them for an unknown path. The same
+    endpoint answers: the first with this path and method, else the first with this path, with a 405.
     """
 
     def __init__(self, pages: Iterable[Page]) -> None:
@@ -85,12 +85,12 @@ class PagesByPath(BaseRoute):
             path: [page for page in pages if page.path_regex.match(path)]
             for path in (page.path for page in pages if not page.param_convertors)
         }
-        """Also those of which it is but one of many paths."""
+        """Endpoints of each fixed path, including those with parameters that match it."""
         self._with_parameters = [(page.path.partition("{")[0], page) for page in pages if page.param_convertors]
-        """Each with what all of its paths begin with."""
+        """Endpoints with parameters, each with the prefix of all its paths."""
 
     def at(self, scope: Scope) -> Iterator[tuple[Page, Match, Scope]]:
-        """The endpoints at its path, in their order: how each matches, and what it reads out of the path."""
+        """Yield the endpoints at this path in order, each with its match and the parameters of the path."""
         path = scope["path"]
         pages = self._by_path.get(path)
         if pages is None:

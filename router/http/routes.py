@@ -1,8 +1,8 @@
-"""The routes of the data plane, a row each: whose API it is, what it asks of a model, what its bodies are like.
+"""The routes of the data plane, one row each: the API, the kind of request, the format of bodies.
 
-Errors, dispatch, rewriting, the description at `/openapi.json` and `docs/api.md` all go by these rows, and
-nothing else compares paths. A further POST route of the data plane is a row here, and where it is translated a
-subclass of `Exchange` besides. All other routes are management endpoints (see `pages`).
+Errors, dispatch, rewriting, the description at `/openapi.json` and `docs/api.md` all depend on these rows, and no
+other code compares paths. A further POST route of the data plane is a row here, and if it is translated, a
+subclass of `Exchange`. All other routes are management endpoints (see `pages`).
 """
 
 from __future__ import annotations
@@ -15,42 +15,42 @@ from typing import Literal, NamedTuple
 Ask = Literal[
     "chat", "completion", "response", "embedding", "ranking", "transcription", "speech", "image", "count", "text"
 ]
-"""What a model is to give. `count`: how many tokens that takes; `text`: what tokenizer or template make of one."""
+"""The kind of request. `count`: the number of tokens of a request; `text`: the output of tokenizer or template."""
 
 
 class Dialect(Enum):
-    """Whose API a route is of, and so how its errors and its streams are told."""
+    """The API of a route, which determines the format of its errors and streams."""
 
     OPENAI = auto()
     LLAMA_SERVER = auto()
-    """With OpenAI's envelope of errors, and streams whose end is that of the connection's answer."""
+    """llama-server's own API: OpenAI's error format, and streams that end with the response."""
     ANTHROPIC = auto()
     OLLAMA = auto()
-    """No engine speaks it: its requests are translated for one, and the answers back."""
+    """Ollama's API, which no engine has: its requests are translated for one, and the answers back."""
 
 
 class Stream(Enum):
-    """What an answer is if the request says `stream`."""
+    """The format of an answer if the request has `stream`."""
 
     NONE = auto()
-    """A document all the same."""
+    """A document all the same: the route has no streams."""
     OPEN = auto()
-    """Events, the last of which is like the others."""
+    """Events without a mark at their end."""
     CLOSED = auto()
-    """Events, the last of which says so: without it an answer is not whole, however properly it ends."""
+    """Events with a mark at their end: without it, an answer is incomplete even if HTTP's framing is not."""
 
 
 class Conversation(NamedTuple):
-    """Where a request has its messages and its system prompt."""
+    """The fields of a request that hold its messages and its system prompt."""
 
     messages: str
     prompt: str | None = None
-    """The field of the system prompt; None: the first of the messages."""
+    """The field of the system prompt; None: it is the first message."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """What is called by POST to any of these paths, and names its model in the body."""
+    """One or more paths for POST requests whose body names the model."""
 
     paths: tuple[str, ...]
     dialect: Dialect
@@ -58,13 +58,13 @@ class Route:
     body: Literal["json", "form"] = "json"
     stream: Stream = Stream.NONE
     needs_slot: bool = True
-    """Whether a slot computes it; else its engine answers beside what its slots do."""
+    """Whether a request occupies a slot of its engine."""
     conversation: Conversation | None = None
-    """None: it has no place for a system prompt."""
+    """None: requests have no system prompt."""
     shows_prompt: bool = False
     """Whether the answer quotes the system prompt."""
     of_llama_server: bool = True
-    """Whether llama-server has it, or only other servers."""
+    """Whether llama-server has this route."""
 
 
 _MESSAGES = Conversation("messages")
@@ -173,30 +173,30 @@ TABLE = (
 )
 
 ROUTES: Mapping[str, Route] = {path: route for route in TABLE for path in route.paths}
-"""By path."""
+"""The route of each path."""
 CHATS = "/v1/chat/completions"
-"""Where requests of other APIs are sent that an engine has no route for."""
+"""Path of the engine's chats, to which requests of other APIs are translated if the engine lacks their route."""
 SERVED = tuple(path for path, route in ROUTES.items() if route.dialect is not Dialect.OLLAMA)
-"""Those that engines have: the others are translated."""
+"""Paths that engines may have: all but those of Ollama's API."""
 _OF_LLAMA_SERVER = frozenset(path for path, route in ROUTES.items() if route.of_llama_server)
 
 OLLAMAS_PAGES = "/api/"
-"""What all paths of Ollama's begin with."""
+"""Prefix of all paths of Ollama's API."""
 _ANTHROPICS_PAGES = "/v1/messages"
 
 
 def served_routes(routes: frozenset[str] | None) -> frozenset[str]:
-    """The routes of a model's engine: those that are configured, or all of llama-server's."""
+    """Return the paths that an engine serves: the configured ones, or (None) all of llama-server's."""
     return _OF_LLAMA_SERVER if routes is None else routes
 
 
 def is_endless(path: str) -> bool:
-    """Whether a management endpoint there streams for as long as somebody listens."""
+    """Whether the management endpoint at a path is an endless stream."""
     return path.endswith(("/stream", "/sse", "/events")) or path.startswith("/logs/stream/")
 
 
 def dialect_of(path: str) -> Dialect:
-    """How errors are told there: also by management endpoints, and at paths where nothing is."""
+    """Return the API whose error format applies at any path, including management endpoints and unknown paths."""
     route = ROUTES.get(path)
     if route is not None:
         return route.dialect

@@ -21,7 +21,7 @@ def test_a_page_that_does_not_say_who_may_have_it_is_none() -> None:
     async def forgotten() -> Response:
         return Response()
 
-    with pytest.raises(TypeError, match=r"/forgotten: say by @needs\(…\) who may have it"):
+    with pytest.raises(TypeError, match=r"/forgotten: declare by @needs\(…\) the right that it needs"):
         APIRouter(route_class=Page).add_api_route("/forgotten", forgotten)
 
 
