@@ -7,8 +7,9 @@ and begin before anything is computed; it refuses unknown fields with 422, and i
 text; in a stream an error is no JSON; a text that stops the answer stays in it.
 
 It answers with the words of its prompt, one after the other. Some make it do something instead: "fails" and
-"overflows" are errors, "breaks" ends the stream, and "waits" lasts until its client has left. What it was asked is
-at `/seen`, a list of objects with path, id, body and whether its client has left.
+"overflows" are errors, "poisons" is one after which all answers are, "breaks" ends the stream, and "waits" lasts
+until its client has left. What it was asked is at `/seen`, a list of objects with path, id, body and whether its
+client has left.
 """
 
 from __future__ import annotations
@@ -100,7 +101,13 @@ class Handler(BaseHTTPRequestHandler):
             self.event(chunk({"role": "assistant"}, is_chat))
         pieces = []
         for piece in answer(body):
-            if (word := piece.strip()) in ERRORS:
+            if (word := piece.strip()) == "poisons" or SEEN[0].get("poisoned"):
+                SEEN[0]["poisoned"] = True
+                self.event(
+                    '{"error": "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might …"}'
+                )
+                break
+            if word in ERRORS:
                 self.event(f'{{"error": "{ERRORS[word]}"}}')
                 break
             if word == "breaks":

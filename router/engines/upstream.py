@@ -203,6 +203,10 @@ class Connection(asyncio.Protocol):
             self._transport.write(part)
         asyncio.get_running_loop().call_soon(self._send_on)
 
+    def condemn(self, reason: str) -> None:
+        """End the engine: its answer shows that it can answer nothing any more."""
+        self._pool.condemn(reason)
+
     def pause(self) -> None:
         """Stop reading until `resume`; backpressure makes the engine wait."""
         self._is_held = True
@@ -415,7 +419,15 @@ def _first_lines(endpoint: Endpoint) -> bytes:
 class EnginePool:
     """Connections to one engine, with at most `max_idle` idle ones; the slots limit the number in use."""
 
-    def __init__(self, endpoint: Endpoint, max_idle: int, is_alive: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        max_idle: int,
+        is_alive: Callable[[], bool],
+        condemn: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """`condemn` ends an engine whose answer shows that it can answer nothing any more, with the reason."""
+        self.condemn = condemn
         self.asked_sec = 0.0
         """Time of the last request to the engine (monotonic)."""
         self.heard_sec = 0.0

@@ -596,7 +596,7 @@ class Dispatcher:
             log = LogRing(self.config.system.log_ring_lines, self.log_of(model.alias).feed)
             handle = await self.backend_of(model).launch(self._order(model, account), log)
             most_idle = self.config.system.http_max_keepalive
-            pool = EnginePool(handle.endpoint, most_idle, lambda: handle.alive)
+            pool = EnginePool(handle.endpoint, most_idle, lambda: handle.alive, handle.kill)
             running = RunningEngine(engine_id, model.alias, handle, pool, account, log, started)
             self.running[engine_id] = running
             account.pids = handle.pids

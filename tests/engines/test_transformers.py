@@ -279,6 +279,16 @@ def test_a_stream_that_breaks_off_is_no_answer(router: Router) -> None:
     assert chat(router, "breaks").status_code == 503
 
 
+def test_an_engine_whose_gpu_has_failed_is_replaced(router: Router) -> None:
+    """It lives, and its health is fine, but it answers nothing any more."""
+    chat(router, "one")
+    pid = router.status("chatty")["pid"]
+    failed = chat(router, "poisons")
+    assert (failed.status_code, "illegal memory access" in failed.text) == (500, True)
+    assert text_of(chat(router, "one")) == "one"
+    assert router.status("chatty")["pid"] != pid
+
+
 def test_a_client_that_leaves_frees_the_engine(router: Router) -> None:
     """Also one that wants a document: the engine would compute that to its end, and everybody else would wait."""
     with pytest.raises(httpx.TimeoutException):

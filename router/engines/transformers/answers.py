@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 _LONGEST = 16 << 20
 """Bytes of a line of a stream, or of a document."""
 _DOCUMENT = b"content-type: application/json\r\n"
-_ERROR = re.compile(rb'\{"error": ?"(.*)"\}', re.DOTALL)
-"""An error in a stream: the text is not escaped, so it is no JSON."""
+_ERROR = re.compile(rb'\{"error": ?"(.*?)(?:"\})?', re.DOTALL)
+"""An error in a stream: the text is not escaped, so it is no JSON, and ends early if it has several lines."""
 _BEYOND_CONTEXT = re.compile(r"index out of range in self|device-side assert|maximum sequence length")
 """What torch says of a position that a model has no embedding for, on CPU and on CUDA."""
+_POISONED = re.compile(r"(?:CUDA|HIP) error|device-side assert|CUBLAS_STATUS_|CUDNN_STATUS_")
+"""What torch says of a GPU after which the process cannot use it any more; memory that ran out is none of it."""
 _BROKEN = "its stream ended before its last event"
 _TOO_LONG = "its answer is too long"
 _NO_REASON = "Internal Server Error"
@@ -58,6 +60,7 @@ class _Detail(msgspec.Struct):
 _decode_chunk = msgspec.json.Decoder(_Chunk).decode
 _decode_detail = msgspec.json.Decoder(_Detail).decode
 _encode = msgspec.json.encode
+_UNREADABLE = (msgspec.MsgspecError, UnicodeError, RecursionError)
 
 
 class Cut:
@@ -141,9 +144,16 @@ class Understood:
         if head.status != 200 or not head.streams:
             self._add_to_document(head, part, last)
             return
-        told, error = self._read(part)
+        try:
+            told, error = self._read(part)
+        except _UNREADABLE as unreadable:
+            self._hang_up(last)
+            self._receiver.lost(f"its stream cannot be read: {unreadable}")
+            return
         if error is not None:
             self._hang_up(last)
+            if self._connection is not None and _POISONED.search(error):
+                self._connection.condemn(f"its GPU failed: {error.splitlines()[0]}")
             if self._has_begun and self._streams:
                 event = b"data: %b\n\ndata: [DONE]\n\n" % _encode(_error(500, error, self._context))
                 self._receiver.received(head, told + event, True)
@@ -174,7 +184,7 @@ class Understood:
             said = bytes(self._document)
             try:
                 detail = _decode_detail(said).detail
-            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            except _UNREADABLE:
                 detail = None
             self._tell_error(head, max(400, head.status), _in_words(detail) or said.decode("utf-8", "replace"))
 
@@ -251,7 +261,7 @@ class Understood:
             self._texts.setdefault(name, []).append(text)
             self._size += len(text)
         if self._size > _LONGEST:
-            raise ValueError(_TOO_LONG)
+            raise msgspec.ValidationError(_TOO_LONG)
         return b""
 
     def _chunk(self, told: dict[str, Any], *, finish_reason: str | None = None) -> bytes:
