@@ -3,13 +3,16 @@ mounted. Nothing is pulled."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tempfile
 import time
@@ -21,10 +24,33 @@ _PYTHON = Path(sys.executable).resolve()
 _PLACES = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", sys.base_prefix, str(Path(__file__).parents[1]))
 VOLUMES = [f"{place}:{place}:ro" for place in dict.fromkeys(_PLACES) if os.path.exists(place)]
 SERVER = Path(__file__).with_name("speech_server.py")
+VLLM_IMAGE = "llama-router-test:vllm"
+_VLLM = f"""#!{sys.base_prefix}/bin/python3
+import argparse, os, sys
+sys.path.insert(0, "/srv")
+import openai_server
+parser = argparse.ArgumentParser()
+parser.add_argument("serve")
+parser.add_argument("model")
+parser.add_argument("--host")
+parser.add_argument("--port", type=int)
+parser.add_argument("--served-model-name")
+parser.add_argument("--gpu-memory-utilization", type=float)
+options = parser.parse_args()
+print(options, os.environ.get("HUGGING_FACE_HUB_TOKEN"), os.environ.get("NVIDIA_VISIBLE_DEVICES"), flush=True)
+print(os.listdir("/root/.cache/huggingface"), flush=True)
+openai_server.run(options.host, options.port, options.served_model_name)
+"""
+"""What vLLM's image is played by: its command line, and the answers of `openai_server.py`."""
+_LEFT_OUT = re.compile(
+    r"/(site-packages|test|tests|idlelib|ensurepip|__pycache__|tkinter|lib2to3|config-[^/]*)(/|$)"
+)
 
 
 def missing() -> str | None:
     """Return why no daemon can be started here; None if one can."""
+    if importlib.util.find_spec("aiodocker") is None:
+        return "aiodocker is not installed"
     if os.geteuid() != 0:
         return "a Docker daemon is started as root"
     lacking = [program for program in ("dockerd", "docker", "iptables") if shutil.which(program) is None]
@@ -39,17 +65,34 @@ class Daemon:
         self._folder = folder = Path(tempfile.mkdtemp(prefix="llama-router-docker-"))
         self.host = f"unix://{folder}/docker.sock"
         self.start()
-        image = io.BytesIO()
-        with tarfile.open(fileobj=image, mode="w") as tar:
+        with _Image(self, IMAGE) as image:
             for name in ("tmp", "proc", "dev", "sys", "etc"):
-                entry = tarfile.TarInfo(name)
-                entry.type, entry.mode = tarfile.DIRTYPE, 0o777
-                tar.addfile(entry)
-        self.docker("import", "-", IMAGE, stdin=image.getvalue())
+                image.folder(name)
+
+    def import_vllm(self) -> None:
+        """Make an image with a Python, in which vLLM is played, and let the daemon believe in GPUs after its next
+        start: it looks for a program of NVIDIA's, and runs it before each container that asks for them."""
+        hook = self._folder / "bin" / "nvidia-container-runtime-hook"
+        hook.parent.mkdir()
+        hook.write_text("#!/bin/sh\n")
+        hook.chmod(0o755)
+        library = Path(sysconfig.get_path("stdlib"))
+        python = Path(sys.base_prefix, "bin", "python3").resolve()
+        with _Image(self, VLLM_IMAGE) as image:
+            image.folder("tmp")
+            image.text("usr/bin/vllm", _VLLM)
+            image.file(Path(__file__).with_name("openai_server.py"), "srv/openai_server.py")
+            image.file(python, f"{sys.base_prefix}/bin/python3")
+            for file in library.rglob("*"):
+                if file.is_file() and not _LEFT_OUT.search(str(file)):
+                    image.file(file)
+            for file in _libraries(python, *library.glob("lib-dynload/*.so")):
+                image.file(file)
 
     def start(self) -> None:
         folder = self._folder
-        (folder / "pid").unlink(missing_ok=True)
+        for name in ("pid", "exec/containerd/containerd.pid"):  # whose processes may be zombies, taken for alive
+            (folder / name).unlink(missing_ok=True)
         places = {"--data-root": "data", "--exec-root": "exec", "--pidfile": "pid"}
         options = [word for option, name in places.items() for word in (option, str(folder / name))]
         command = [
@@ -63,7 +106,8 @@ class Daemon:
             *options,
         ]
         log = (folder / "log").open("ab")
-        self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        environ = {**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}"}
+        self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environ)
         deadline = time.monotonic() + 30
         while subprocess.run(["docker", "-H", self.host, "version"], capture_output=True).returncode:
             assert time.monotonic() < deadline, (folder / "log").read_text()
@@ -98,6 +142,47 @@ class Daemon:
         return self.docker("ps", "-a", "--format", "{{.Names}}", *wanted).split()
 
 
+class _Image:
+    """An image that is imported at the end of the block."""
+
+    def __init__(self, daemon: Daemon, name: str) -> None:
+        self._daemon, self._name = daemon, name
+        self._bytes = io.BytesIO()
+        self._tar = tarfile.open(fileobj=self._bytes, mode="w")  # noqa: SIM115 - closed by the block
+        self._names: set[str] = set()
+
+    def __enter__(self) -> _Image:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tar.close()
+        self._daemon.docker("import", "-", self._name, stdin=self._bytes.getvalue())
+
+    def folder(self, name: str) -> None:
+        entry = tarfile.TarInfo(name)
+        entry.type, entry.mode = tarfile.DIRTYPE, 0o777
+        self._tar.addfile(entry)
+
+    def text(self, name: str, text: str) -> None:
+        entry = tarfile.TarInfo(name)
+        entry.size, entry.mode = len(text.encode()), 0o755
+        self._tar.addfile(entry, io.BytesIO(text.encode()))
+
+    def file(self, file: Path, name: str = "") -> None:
+        name = name or str(file)
+        if name not in self._names:
+            self._names.add(name)
+            entry = self._tar.gettarinfo(str(file.resolve()), name)
+            with file.open("rb") as content:
+                self._tar.addfile(entry, content)
+
+
+def _libraries(*programs: Path) -> list[Path]:
+    """Return the shared libraries that programs load, and their loader."""
+    listed = subprocess.run(["ldd", *map(str, programs)], capture_output=True, text=True, check=False).stdout
+    return [Path(path) for path in dict.fromkeys(re.findall(r"(/\S+\.so\S*) \(0x", listed))]
+
+
 def speech(*arguments: str, **more: Any) -> dict[str, Any]:
     """Return an entry for a speech server in a container."""
     container = {"image": IMAGE, "entrypoint": [str(_PYTHON)], "volumes": VOLUMES, **more.pop("container", {})}
@@ -112,13 +197,13 @@ def speech(*arguments: str, **more: Any) -> dict[str, Any]:
     }
 
 
-def as_container(config: Path, state: Path, socket: str) -> list[str]:
-    """Return the words by which Docker's client runs a router inside a container."""
-    mounts = [f"{socket}:/var/run/docker.sock", f"{config}:{config}:ro", f"{state}:{state}", *VOLUMES]
-    mounts.append(f"{sys.prefix}:{sys.prefix}:ro")
+def as_container(daemon: Daemon, *volumes: str, **environ: str) -> list[str]:
+    """Return the words by which Docker's client runs a router inside a container, up to the router's arguments."""
+    socket = daemon.host.removeprefix("unix://")
+    mounts = (f"{socket}:/var/run/docker.sock", *volumes, *VOLUMES, f"{sys.prefix}:{sys.prefix}:ro")
     words = [word for mount in dict.fromkeys(mounts) for word in ("-v", mount)]
-    run = Path(__file__).parents[1] / "run.py"
-    return [*words, IMAGE, sys.executable, str(run), "serve", "--config", str(config)]
+    words += [word for name, value in environ.items() for word in ("-e", f"{name}={value}")]
+    return [*words, IMAGE, sys.executable, str(Path(__file__).parents[1] / "run.py")]
 
 
 def said(answer: Any) -> str:

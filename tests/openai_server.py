@@ -202,8 +202,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    def __init__(self, port: int, name: str) -> None:
-        super().__init__(("127.0.0.1", port), Handler)
+    def __init__(self, host: str, port: int, name: str) -> None:
+        super().__init__((host, port), Handler)
         self.name = name
         self.seen: list[dict[str, Any]] = []
 
@@ -221,10 +221,16 @@ def _whole(pieces: list[dict[str, Any]], *, is_text: bool) -> dict[str, Any]:
     return {"message": {"role": "assistant", **said, "refusal": None, "tool_calls": calls}}
 
 
+def run(host: str, port: int, name: str) -> None:
+    """Serve until SIGTERM."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    Server(host, port, name).serve_forever()
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
+    parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--name", required=True)
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    Server(options.port, options.name).serve_forever()
+    run(options.host, options.port, options.name)

@@ -12,6 +12,7 @@ from typing import Any, get_args, get_origin
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from router.config import gateway
 from router.config.draft import Draft
 from router.config.errors import section_at, single_value, unknown_key
 from router.config.file import read_file
@@ -59,6 +60,7 @@ def read_values(draft: Draft, path: Path | None, overrides: Mapping[str, tuple[s
     if source is not None:
         _read(draft, source)
     _apply_environment(draft, variables)
+    gateway.add_models(draft, variables)
     for key, (option, value) in overrides.items():
         parts = key.split(".", 1) if key.startswith("models.") else key.split(".")
         draft.put(tuple(parts), value, option)

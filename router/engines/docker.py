@@ -15,7 +15,7 @@ import platform
 import re
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +102,11 @@ class _Home:
                 return str(PurePosixPath(self.mounts[mount]) / inner.relative_to(mount))
         return None if self.is_container else path
 
+    def own_name_of(self, network: str) -> str:
+        """Return the full name of a network that the router is in, too: Compose puts the project's before it."""
+        named = [ours for ours in self.networks if ours == network or ours.endswith(f"_{network}")]
+        return named[0] if len(named) == 1 else network
+
     @property
     def reaches_loopback(self) -> bool:
         return not self.is_container or "host" in self.networks
@@ -163,14 +168,16 @@ class Containers:
 
     async def _started(self, docker: Docker, order: ContainerOrder, home: _Home, router: str) -> Started:
         spec = order.container
-        shares_network = spec.network is not None and spec.network in home.networks
+        if spec.network is not None:
+            spec = spec.model_copy(update={"network": home.own_name_of(spec.network)})
+        shares_network = spec.network in home.networks
         if not shares_network and not home.reaches_loopback:
             ours = ", ".join(sorted(home.networks))
             reason = f"the router runs in a container itself: set container.network to a network of both ({ours})"
             raise EngineFailed(reason, "its container would not be reached")
         part = _NAME_PART.sub("-", order.alias).strip("-.") or "model"
         name = spec.name or f"llama-router-{part}-{secrets.token_hex(3)}"
-        config = _request(order, home, router, publishes=not shares_network)
+        config = _request(replace(order, container=spec), home, router, publishes=not shares_network)
         container: DockerContainer | None = None
         try:
             async with _in_plain_words(spec, name):

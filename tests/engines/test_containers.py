@@ -14,6 +14,7 @@ from pathlib import Path
 import docker_daemon
 import httpx2 as httpx
 import pytest
+import yaml
 from conftest import ROOT, Router, Start, eventually, http_client, run
 from docker_daemon import IMAGE, Daemon, said, speech
 
@@ -188,24 +189,16 @@ def test_a_router_in_a_container_reaches_its_neighbours_by_name(
     }
     (tmp_path / "state" / "voices.bin").write_bytes(b"voices")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    inside = docker_daemon.as_container(
-        tmp_path / "config.json", tmp_path / "state", daemon.host.removeprefix("unix://")
-    )
-    daemon.docker(
-        "run", "-d", "--name", "gateway", "--network", "shared", "-p", f"127.0.0.1:{free_port}:8000", *inside
-    )
+    state, file = tmp_path / "state", tmp_path / "config.json"
+    inside = docker_daemon.as_container(daemon, f"{state}:{state}", f"{file}:{file}:ro")
+    listens = ("--network", "shared", "-p", f"127.0.0.1:{free_port}:8000")
+    daemon.docker("run", "-d", "--name", "gateway", *listens, *inside, "--config", str(file))
     client = http_client(f"http://127.0.0.1:{free_port}")
 
     def ask(model: str) -> httpx.Response:
         return client.post("/v1/audio/speech", json={"model": model, "input": "hi"})
 
-    def answers() -> bool:
-        try:
-            return client.get("/ready").status_code == 200
-        except httpx.TransportError:
-            return False
-
-    eventually(answers, 30)
+    eventually(lambda: _answers(client), 30)
     assert ask("near").status_code == 200
     (name,) = daemon.names(**{MODEL_LABEL: "near"})
     assert daemon.docker("port", name) == "", "and it is not published"
@@ -218,10 +211,18 @@ def test_a_router_in_a_container_reaches_its_neighbours_by_name(
     daemon.docker("network", "rm", "shared")
 
 
+def _answers(client: httpx.Client) -> bool:
+    try:
+        return client.get("/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
 @needs_docker
 def test_the_end_of_the_daemon_is_that_of_its_engines(router: Router, daemon: Daemon) -> None:
-    """The last one: the daemon that starts again has lost its containers."""
+    """The daemon that starts again has lost its containers."""
     spoken(router, "a/b:c")
+    daemon.import_vllm()
     daemon.end(signal.SIGKILL)
     router.until("a/b:c", "off")
     refused = router.http.post("/v1/audio/speech", json={"model": "a/b:c", "input": "hi"})
@@ -230,6 +231,55 @@ def test_the_end_of_the_daemon_is_that_of_its_engines(router: Router, daemon: Da
     router.http.post("/v1/models/a/b:c/reset")
     spoken(router, "a/b:c")
     assert len(daemon.names(**{MODEL_LABEL: "a/b:c"})) == 1, "what the daemon had left is removed"
+
+
+@needs_docker
+def test_the_environment_of_an_earlier_gateway_works_as_it_is(
+    daemon: Daemon, tmp_path: Path, free_port: int
+) -> None:
+    """One container of vLLM at a time, of the model that was asked for last. Comes after a start with GPUs."""
+    (cache := tmp_path / "cache").mkdir()
+    (cache / "hub").mkdir()
+    compose = yaml.safe_load((ROOT / "config" / "docker-compose.vllm.yml").read_text())
+    variables = {
+        **compose["services"]["gateway"]["environment"],
+        "API_KEY": "",
+        "HUGGING_FACE_HUB_TOKEN": "hf_secret",
+        "VLLM_IMAGE": docker_daemon.VLLM_IMAGE,
+        "LLAMA_ROUTER__API__HOST": "0.0.0.0",  # from here on as in our image
+        "LLAMA_ROUTER_STATE_DIR": "/tmp/state",
+    }
+    inside = docker_daemon.as_container(daemon, f"{cache}:/root/.cache/huggingface", **variables)
+    daemon.docker("network", "create", "stack_vllm_network")  # as Compose calls it
+    listens = ("--network", "stack_vllm_network", "-p", f"127.0.0.1:{free_port}:9000")
+    daemon.docker("run", "-d", "--name", "vllm_gateway", *listens, *inside)
+    client = http_client(f"http://127.0.0.1:{free_port}")
+    eventually(lambda: _answers(client), 30)
+
+    def ask(model: str) -> httpx.Response:
+        messages = [{"role": "user", "content": "What are the top 3 benefits of using Docker?"}]
+        return client.post("/v1/chat/completions", json={"model": model, "messages": messages})
+
+    listed = client.get("/v1/models").json()["data"]
+    assert [card["id"] for card in listed] == ["gemma3-4B", "qwen2.5"]
+    assert daemon.names(**{MODEL_LABEL: "gemma3-4B"}) == [], "it is loaded by the first request"
+    for model, repository in (
+        ("gemma3-4B", "google/gemma-3-4b-it"),
+        ("qwen2.5", "Qwen/Qwen2.5-Coder-7B-Instruct"),
+    ):
+        answer = ask(model)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["model"] == model
+        assert daemon.names(**{MODEL_LABEL: model}) == ["vllm_server"]
+        log = client.get(f"/v1/logs/{model}").text
+        assert f"model='{repository}'" in log
+        assert "gpu_memory_utilization=0.85) hf_secret all" in log
+        assert "['hub']" in log, "the cache is the one that is mounted into the gateway"
+    assert daemon.names(**{MODEL_LABEL: "gemma3-4B"}) == [], "one at a time"
+    refused = ask("google/gemma-3-27b-it")
+    assert refused.status_code == 404
+    assert "Available models: 'gemma3-4B', 'qwen2.5'" in said(refused)
+    daemon.docker("rm", "-f", "vllm_gateway")
 
 
 # --- without a daemon -----------------------------------------------------------------------------------
@@ -243,6 +293,7 @@ def test_the_end_of_the_daemon_is_that_of_its_engines(router: Router, daemon: Da
     ],
 )
 def test_a_daemon_that_is_not_there_is_named(start: Start, host: str, reason: str) -> None:
+    pytest.importorskip("aiodocker")
     router = start({"system": {"model_load_max_retries": 0}, "models": {"a": speech()}}, DOCKER_HOST=host)
     refused = router.http.post("/v1/audio/speech", json={"model": "a", "input": "hi"})
     assert refused.status_code == 503
