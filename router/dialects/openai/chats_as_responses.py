@@ -1,4 +1,4 @@
-"""Answers to chats as OpenAI's responses, for engines that have chats only."""
+"""Answers of chats translated to OpenAI's responses, for engines that have chats only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from router.engines.llamacpp.capability import error_of_engine
 from router.http.errors import ApiError
 
 _MOST_CALLS = 1 << 10
-"""Of one answer."""
+"""Maximum number of tool calls in one answer."""
 
 _encode = msgspec.json.encode
 
@@ -34,7 +34,7 @@ class _Said(msgspec.Struct):
     content: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    """The same from vLLM."""
+    """vLLM's name of `reasoning_content`."""
     tool_calls: list[_Call] | None = None
 
 
@@ -58,7 +58,7 @@ _NO_ERROR = msgspec.Raw(b"")
 
 
 class _Chunk(msgspec.Struct):
-    """An event of a chat's stream, or all of its answer."""
+    """An event of a chat's stream, or a complete answer."""
 
     model: str = ""
     choices: list[_Choice] = []
@@ -69,14 +69,14 @@ class _Chunk(msgspec.Struct):
 _decode = msgspec.json.Decoder(_Chunk).decode
 
 _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
-"""Reasons of an answer that is not complete, by those of a chat."""
+"""Reasons for an incomplete response, by the chat's finish reason."""
 
 
 class _Item:
-    """A thought, a text or a call, as much of it as is here."""
+    """An output item, as far as it has arrived: reasoning, a message or a call."""
 
     def __init__(self, kind: str, number: int, fields: dict[str, Any]) -> None:
-        """`number`: its place in the response."""
+        """`number`: the item's index in the response."""
         self.kind = kind
         self.number = number
         self.identity = f"{_PREFIXES[kind]}_{time.time_ns():x}{number:02x}"
@@ -89,14 +89,14 @@ class _Item:
         return {"item_id": self.identity, "output_index": self.number, **content}
 
     def part(self) -> dict[str, Any]:
-        """What its content is."""
+        """Return the content part of the item."""
         text = "".join(self.pieces)
         if self.kind == "reasoning":
             return {"type": "reasoning_text", "text": text}
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
     def told(self, status: str) -> dict[str, Any]:
-        """As much as is known of it."""
+        """Return the item, as far as it has arrived."""
         named = {"id": self.identity, "type": self.kind, "status": status, **self._fields}
         if self.kind == "function_call":
             return {**named, "arguments": "".join(self.pieces)}
@@ -113,23 +113,23 @@ _DELTAS = {
 
 
 class ChatAsResponse(Completion):
-    """A chat's answer as the response to one request."""
+    """Translates a chat's answer to the response to one request."""
 
     def __init__(self, asked: Asked) -> None:
         super().__init__(asked)
         self._finish: str | None = None
-        """Why the answer has ended, once the engine has said so."""
+        """The chat's finish reason, once it has arrived."""
         self._usage: _Usage | None = None
         self._model = ""
-        """As the engine calls it: clients that name none are told that."""
+        """The engine's name of the model, for clients that named none."""
         self._output: list[_Item] = []
         self._current: _Item | None = None
-        """Thought or text that grows."""
+        """The open item, reasoning or message."""
         self._calls: dict[int, _Item] = {}
         self._collected = 0
-        """Characters of all items, and pieces."""
+        """Characters and pieces of all items."""
 
-    # --- what the engine says -----------------------------------------------------------------------------
+    # --- the engine's answer ------------------------------------------------------------------------------
 
     def document(self, body: bytes) -> bytes:
         chunk = _decode(body)
@@ -239,7 +239,7 @@ class ChatAsResponse(Completion):
         return begin + self._written("response.in_progress", {"response": shown})
 
     def _whole(self) -> dict[str, Any]:
-        """All of it, once the engine has said its last."""
+        """Return the complete response after the engine's last event."""
         cut = _INCOMPLETE.get(self._finish or "")
         if cut is None:
             ended: dict[str, Any] = {"status": "completed", "completed_at": int(time.time())}

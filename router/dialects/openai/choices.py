@@ -1,11 +1,11 @@
-"""Answers with several choices, told and counted as OpenAI's API has them.
+"""Answers with several choices in the format of OpenAI's API, with usage for all of them.
 
-llama-server (tools/server/server-context.cpp, build 11434) counts one choice only: its document has the usage of
-the first, its stream a usage chunk for each, and the event `null` between two prompts. So it is asked for a stream
-with usage in any case, of which the client gets either the stream, with one usage chunk at its end, or a document.
+llama-server (tools/server/server-context.cpp, build 11434) reports usage per choice: its document has the usage of
+the first one, its stream a usage chunk for each, and the event `null` between two prompts. So it is always asked
+for a stream with usage. The client gets either that stream, with one usage chunk at its end, or a document.
 
-On the engine's own routes each choice is an answer of its own, with its figures. Those go to the client as they
-are; what is counted for all of them is read on the way.
+On the engine's own routes, each choice is an answer of its own, with its timings. Those are passed on unchanged,
+and counted on the way.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from router.http.documents import UNREADABLE
 from router.observe.usage import Usage
 
 _MOST_COUNTED = 1 << 16
-"""Choices of one answer. No engine has as many slots, nor takes as many prompts."""
+"""Maximum number of choices in one answer. No engine has as many slots, or accepts as many prompts."""
 _MOST_COLLECTED = 64 << 20
-"""Bytes of events of which a document is made: of 20,000 tokens, each with 20 alternatives, or of many more."""
+"""Maximum size of the events that make a document: 20,000 tokens with 20 alternatives, or many more without."""
 
 
 class _Wanted(msgspec.Struct):
@@ -43,7 +43,7 @@ class _Counted(msgspec.Struct):
 
 
 class _Figures(msgspec.Struct):
-    """What an event says of one choice: which it is, that it has ended, what it took."""
+    """The index and usage of the choice that an event ends."""
 
     choices: list[_Numbered] = []
     usage: _Counted | None = None
@@ -66,7 +66,7 @@ class _Logprobs(msgspec.Struct):
 
 
 class _Piece(msgspec.Struct):
-    """Of a choice."""
+    """A piece of a choice."""
 
     index: int = 0
     finish_reason: str | None = None
@@ -76,7 +76,7 @@ class _Piece(msgspec.Struct):
 
 
 class _Event(msgspec.Struct):
-    """One that is put together with the others into a document."""
+    """An event that becomes part of a document."""
 
     choices: list[_Piece] = []
     error: msgspec.Raw = msgspec.Raw(b"")
@@ -91,10 +91,10 @@ _encode = msgspec.json.encode
 
 
 class Several(Translator):
-    """The choices of one answer, as they come."""
+    """Translates the choices of one answer."""
 
     def __init__(self, body: Text, shape: Shape) -> None:
-        """`body` is a JSON object, as the engine would get it."""
+        """`body` is the engine's request, a JSON object."""
         super().__init__()
         fields: dict[str, Any] = dict(_decode_fields(body))
         wanted = _decode_wanted(body)
@@ -103,23 +103,23 @@ class Several(Translator):
         self._tells_usage = not self.streams or options.get("include_usage") is True
         fields |= {"stream": True, "stream_options": {**options, "include_usage": True}}
         self.body = _encode(fields)
-        """What the engine is asked instead."""
+        """The changed request for the engine."""
         self._per_prompt = shape.per_prompt
         self.forget()
 
     def forget(self) -> None:
-        """What has come so far: the engine is asked again."""
+        """Discard all that has arrived, as the request is sent again."""
         self._rest, self._rest_size = [], 0
         self._collected = 0
-        """Bytes of events, of which a document is made."""
+        """Bytes of the events that make a document."""
         self._ended = 0
-        """The choice whose end was told last: its usage follows."""
+        """The choice that ended last: its usage follows."""
         self._counted: dict[int, _Figures] = {}
         self._envelope: dict[str, Any] = {}
         self._choices: dict[int, dict[str, Any]] = {}
 
     def document(self, body: bytes) -> bytes:
-        """An engine that gives no stream has said all of it."""
+        """Return a document unchanged: it has all choices."""
         return body
 
     def last_events(self) -> bytes:
@@ -141,7 +141,7 @@ class Several(Translator):
     # --- a stream -----------------------------------------------------------------------------------------
 
     def _without_figures(self, data: bytes) -> bytes:
-        """An event without what it says of one choice alone; nothing if that is all it says."""
+        """Return an event without the figures of a single choice; empty if it has nothing else."""
         if b'"usage":' not in data and b'"timings":' not in data and b'"finish_reason":"' not in data:
             return data
         figures = self._count(data)
@@ -185,7 +185,7 @@ class Several(Translator):
             _add(self._choices.setdefault(piece.index, {}), piece)
 
     def _document(self) -> bytes:
-        """All choices, in their order, with the figures of all of them."""
+        """Return the document: all choices in order, with the usage of all."""
         choices = [{"index": index, **_finished(self._choices[index])} for index in sorted(self._choices)]
         kind = _decode_kind(self._envelope.get("object", msgspec.Raw(b'""'))).removesuffix(".chunk")
         envelope = {**self._envelope, "object": kind}
@@ -194,7 +194,7 @@ class Several(Translator):
     # --- figures ------------------------------------------------------------------------------------------
 
     def usage(self) -> Usage:
-        """Of all choices together; of the choices of one prompt, the prompt counts once."""
+        """Return the usage of all choices. A prompt with several choices counts once."""
         timings = self._timings()
         if timings.predicted_n:
             return timings.usage()
@@ -204,7 +204,7 @@ class Several(Translator):
         )
 
     def _firsts(self) -> list[_Figures]:
-        """Of each prompt, the choice that has computed it."""
+        """Return the figures of the first choice of each prompt, which computed the prompt."""
         return [figures for index, figures in self._counted.items() if index % self._per_prompt == 0]
 
     def _told(self) -> dict[str, Any]:
@@ -227,7 +227,7 @@ class Several(Translator):
 
 
 def _together(told: Mapping[int, Timings], per_prompt: int) -> Timings:
-    """By their numbers, those of all choices; a prompt counts for the first of its choices, which computes it."""
+    """Add up the timings of choices by index. A prompt counts for its first choice, which computes it."""
     firsts = [timings for index, timings in told.items() if index % per_prompt == 0]
     return Timings(
         cache_n=sum(timings.cache_n for timings in firsts),
@@ -242,14 +242,14 @@ _ENVELOPE = ("id", "object", "created", "model", "system_fingerprint")
 
 
 class _Text(list[str]):
-    """Pieces of one, until all are here."""
+    """The pieces of a text."""
 
     def whole(self) -> str:
         return "".join(self)
 
 
 def _add(choice: dict[str, Any], piece: _Piece) -> None:
-    """A piece of a choice to what there is of it."""
+    """Append a piece to its choice."""
     if piece.finish_reason is not None:
         choice["finish_reason"] = piece.finish_reason
     if piece.logprobs is not None:
@@ -299,16 +299,16 @@ def _finished_call(call: dict[str, Any]) -> dict[str, Any]:
 
 _SAID_OF_EACH = re.compile(rb'"(?:index": ?(\d{1,5})\b|stop": ?(true)|timings": ?(\{[^{}]*\}))')
 _LONGEST_SAID = 1024
-"""Bytes of any of these."""
+"""Maximum length of a match."""
 _decode_timings = msgspec.json.Decoder(Timings).decode
 
 
 class ChoicesMeter(AnswerMeter, kw_only=True):
-    """Of an answer in which every choice tells its number, then its text, then its figures."""
+    """Counts an answer in which every choice has its index, its text and its timings, in this order."""
 
     shape: Shape
     _seen: bytes = b""
-    """The end of what was looked at, of which a part may be to come."""
+    """The end of the searched text, which may hold the beginning of a match."""
     _index: int = 0
     _ended: set[int] = msgspec.field(default_factory=set)
     _timings: dict[int, Timings] = msgspec.field(default_factory=dict)

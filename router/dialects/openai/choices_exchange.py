@@ -1,5 +1,7 @@
-"""Chats and completions on the data plane: of several choices, OpenAI's are put together and the engine's own only
-counted; others pass as they are, but for usage that other engines are asked for and clients are not.
+"""Chats and completions on the data plane.
+
+Several choices are merged on OpenAI's routes, and counted on the engine's own. Other answers are passed on,
+without the usage that engines other than llama-server are asked for if the client did not ask for it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from router.observe.usage import Usage
 
 
 class ChoicesExchange(Exchange):
-    """An exchange whose client may ask for several answers at once."""
+    """An exchange whose client may ask for several choices."""
 
     __slots__ = ("_hides_usage", "_several")
 
@@ -29,7 +31,7 @@ class ChoicesExchange(Exchange):
         self._several = None
         self._hides_usage = False
         wish, body = super()._read(body)
-        if not wish.is_for_llama_server:  # it counts all choices by itself
+        if not wish.is_for_llama_server:  # other engines count all choices themselves
             self._hides_usage = wish.streams and not asks_for_usage(body)
             return wish, body
         answers = wish.answers if wish.asked_as is None else shape_of(body)
@@ -55,7 +57,7 @@ class ChoicesExchange(Exchange):
         super()._submit(wish)
 
     def _check(self, answers: Shape, alias: str) -> None:
-        """Raises ApiError 400."""
+        """Raise ApiError 400 for more choices than the engine has slots, or too many prompts."""
         slots = self._dispatcher.config.models[alias].slots
         if answers.per_prompt > slots:
             message = (
@@ -78,6 +80,6 @@ class ChoicesExchange(Exchange):
         super().lost(reason)
 
     def _usage(self) -> Usage:
-        """Of a stream that was broken off before any choice had ended, as of all such streams."""
+        """Return the usage of all choices, or of a stream that broke off before any choice had ended."""
         usage = None if self._several is None else self._several.usage()
         return usage if usage is not None and usage.output_tokens else super()._usage()

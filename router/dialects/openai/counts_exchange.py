@@ -1,4 +1,4 @@
-"""OpenAI's questions how long a chat or a response would be, on the data plane."""
+"""OpenAI's requests to count the tokens of a chat or a response, on the data plane."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from router.http.routes import CHATS, ROUTES
 
 
 class CountsExchange(Exchange):
-    """An exchange about a number of tokens.
+    """An exchange that counts the tokens of a request.
 
     An engine without a route for that computes the first token of an answer in one of its slots.
     """
@@ -24,7 +24,7 @@ class CountsExchange(Exchange):
 
     _is_chat: bool
     _mistake: Exception | None
-    """Why it could not be made a chat."""
+    """Why the request could not be translated to a chat."""
 
     def _read(self, body: Text) -> tuple[Wish, Text]:
         wish, body = super()._read(body)

@@ -1,4 +1,4 @@
-"""Streams of engines that tell usage only if they are asked: clients that did not ask are not shown it."""
+"""Streams of engines that report usage on request only: it is removed for clients that did not request it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from router.dataplane.shortening import Text
 from router.http.documents import UNREADABLE
 
 _LONGEST_EVENT = 16 << 10
-"""Bytes of an event that may hold usage and nothing else."""
+"""Maximum size in bytes of an event with usage only."""
 
 
 class _Options(msgspec.Struct):
@@ -30,32 +30,32 @@ class _Event(msgspec.Struct):
 
 _ENDS = (b"\n\n", b"\n\r\n")
 _END = re.compile(rb"\n\r?\n")
-"""Of an event."""
+"""The end of an event."""
 
 _decode_wanted = msgspec.json.Decoder(_Wanted).decode
 _decode_event = msgspec.json.Decoder(_Event).decode
 
 
 def asks_for_usage(body: Text) -> bool:
-    """Whether a request for a stream wants to be told its usage."""
+    """Whether a request for a stream asks for usage."""
     options = _decode_wanted(body).stream_options
     return isinstance(options, dict) and options.get("include_usage") is True
 
 
 class AnswerWithoutUsage(Answer):
-    """Passes an engine's stream on, but for the event that holds its usage and no choice.
+    """Passes on an engine's stream without the event that has usage and no choice.
 
-    A part of whole events that mentions no usage, as nearly all do, is looked into no further.
+    Parts of complete events without the word `usage`, which nearly all are, are not parsed.
     """
 
     __slots__ = ("_streams", "_torn")
 
     def __init__(self, plain: Answer) -> None:
-        """Instead of `plain`, of which nothing is written yet."""
+        """Replace `plain`, of which nothing is written yet."""
         super().__init__(plain._wire, keep_alive=plain.keep_alive, http_1_0=plain._http_1_0)
         self._streams = False
         self._torn = b""
-        """Event that is not all here."""
+        """The beginning of an incomplete event."""
 
     def start(self, status: int, lines: bytes, length: int | None = None) -> None:
         self._streams = b"content-type: text/event-stream" in lines

@@ -1,11 +1,11 @@
-"""`/v1/responses` as OpenAI's own clients take it: an engine's answer, completed by what it leaves out.
+"""`/v1/responses` as OpenAI's own clients expect it: an engine's answer, completed with fields that it leaves out.
 
-llama-server has the events of that API, but numbers nothing in them, tells hardly anything of the response before
-its end, and says `completed` of what was cut. OpenAI's libraries and others check all of that, and throw. So each
-event is read on its way, one at a time, and written again with what belongs there. What an engine says itself
-stays: builds that say more one day are not contradicted. Nothing is kept but the names of items that have begun.
+llama-server has the events of that API, but without indices and sequence numbers, with few fields of the response
+before its end, and with `completed` for answers that were cut. OpenAI's libraries and others check all of that,
+and throw. So each event is parsed on its way, one at a time, and written again with the missing fields. Fields
+that the engine sets itself are kept, so that newer builds are not contradicted. Only ids of items are stored.
 
-What the request wants of the text's form, an engine gets in the words that it understands.
+The format that a request demands of the text is translated to the engine's parameters.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from router.http.documents import UNREADABLE
 from router.http.errors import ApiError
 
 _Fields = dict[str, Any]
-"""Of an object; what is of no interest here stays the bytes that it is."""
+"""Fields of an object; values that are not needed stay encoded."""
 
 _encode = msgspec.json.encode
 _fields_of = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -50,7 +50,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "truncation": "disabled",
     "usage": None,
 }
-"""What a response has, whoever says nothing of it. None is stored here."""
+"""Fields of a response if neither engine nor request sets them. Responses are not stored here."""
 _REPEATED = frozenset(
     {
         "max_output_tokens",
@@ -65,13 +65,13 @@ _REPEATED = frozenset(
         "top_p",
     }
 )
-"""What a response repeats of its request. Not the instructions: those of an alias are its operator's business."""
+"""Fields that a response repeats of its request. Not the instructions, which may be an alias's secret."""
 _LIMITS = ("max_output_tokens", "max_tokens", "max_completion_tokens", "n_predict")
-"""The engine's names for the most tokens of an answer, the one that counts first."""
+"""llama-server's names of the limit on an answer's tokens, in order of precedence."""
 _OWN_FORMS = frozenset({"response_format", "json_schema", "grammar"})
-"""The engine's own names for the form of a text: who uses them is taken at their word."""
+"""llama-server's own parameters for the format of a text, which take precedence."""
 _MOST_ITEMS = 1 << 16
-"""Of one response, whose names are kept."""
+"""Maximum number of items of one response, whose ids are stored."""
 _NO_DETAILS = {"reasoning_tokens": 0}
 
 
@@ -84,7 +84,7 @@ class _Tool(msgspec.Struct):
 
 
 class _Wanted(msgspec.Struct):
-    """What of a request decides about its form."""
+    """The fields of a request that decide about the format of its answer."""
 
     text: _Text | None = None
     tools: list[_Tool] | None = None
@@ -117,26 +117,26 @@ _decode_text = msgspec.json.Decoder(str).decode
 
 
 class Bounds(NamedTuple):
-    """Of the answers of an engine, as far as it tells them."""
+    """Limits on an engine's answers, as far as they are known."""
 
     context_tokens: int | None = None
     output_tokens: int | None = None
-    """Of who asks for no other number."""
+    """Default of `max_output_tokens`."""
 
 
 class Asked(msgspec.Struct):
-    """A request, as far as its answer has to do with it."""
+    """A request: its body for the engine, and the fields that its answer depends on."""
 
     body: Text
-    """For the engine."""
+    """The engine's body."""
     repeated: _Fields
     most_tokens: int | None = None
     has_form: bool = False
-    """It says something of the form of the answer's text."""
+    """True if the request has the field `text`."""
 
 
 def read(body: Text) -> Asked:
-    """What is not of the API's shape is left for the engine to refuse."""
+    """Parse a request. Bodies that do not have the API's format are left for the engine to refuse."""
     try:
         fields: _Fields = dict(_fields_of(body))
     except UNREADABLE:
@@ -154,7 +154,10 @@ def _most_tokens(fields: _Fields) -> int | None:
 
 
 def _with_form(body: Text, fields: _Fields) -> Text:
-    """An engine that may call tools and has a schema calls none of them: there the schema is only told."""
+    """Return the body with the format of its text in the engine's parameters.
+
+    Under a schema, engines call no tools: if the request has tools, the schema goes into the instructions instead.
+    """
     if "text" not in fields or not _OWN_FORMS.isdisjoint(fields):
         return body
     try:
@@ -172,18 +175,18 @@ def _with_form(body: Text, fields: _Fields) -> Text:
 
 
 class Completion(Translator):
-    """The answer to one request."""
+    """Completes the answer to one request."""
 
     def __init__(self, asked: Asked, bounds: Callable[[], Bounds] = Bounds) -> None:
-        """`bounds`: those of the engine that answers."""
+        """`bounds` returns the limits of the engine that answers."""
         super().__init__()
         self._asked = asked
         self._bounds = bounds
         self._created_at = int(time.time())
         self._number = 0
-        """Of events, so far."""
+        """The sequence number of the next event."""
         self._id: Any = f"resp_{time.time_ns():x}"
-        """Of the response: the engine's, once that has told it."""
+        """The id of the response: the engine's, once it has arrived."""
         self._begun = False
         self._ended = False
         self._items: dict[str, int] = {}
@@ -191,17 +194,17 @@ class Completion(Translator):
     # --- documents --------------------------------------------------------------------------------------
 
     def document(self, body: bytes) -> bytes:
-        """A whole answer."""
+        """Complete a document."""
         said = _fields_of(body)
         try:
             return _encode(self._response(said)[0])
-        except (msgspec.MsgspecError, UnicodeDecodeError):  # the engine's new ways, and its client's to understand
+        except (msgspec.MsgspecError, UnicodeDecodeError):  # a newer format of the engine: passed on
             return body
 
     # --- streams ----------------------------------------------------------------------------------------
 
     def last_events(self) -> bytes:
-        """What is still to be said when the engine has said its last."""
+        """Raise BrokenAnswer for a stream that ended before its last event."""
         if self._ended:
             return b""
         raise BrokenAnswer(
@@ -209,8 +212,9 @@ class Completion(Translator):
         )
 
     def failed(self, error: ApiError) -> bytes:
-        """An end in the API's own way, and wherever its clients look for one: Codex in the response, versions of
-        the AI SDK in an event or in its `error`, which OpenAI's libraries throw."""
+        """Return an error wherever clients of this API look for one: Codex in the response, versions of the AI SDK
+        in an event or in its `error`, which OpenAI's libraries throw.
+        """
         said = {"type": error.type, "code": error.code, "message": error.message, "param": error.param}
         begin = b"" if self._begun else self._begin({})
         self._ended = True
@@ -228,7 +232,7 @@ class Completion(Translator):
         )
 
     def _event(self, data: bytes) -> bytes:
-        if self._ended or data == b"[DONE]":  # which is another API's end
+        if self._ended or data == b"[DONE]":  # the end of streams in another API
             return b""
         try:
             fields: _Fields = dict(_fields_of(data))
@@ -280,7 +284,7 @@ class Completion(Translator):
         }
 
     def _response(self, said: Mapping[str, Any]) -> tuple[_Fields, bool]:
-        """With all that a response has, and whether it was cut."""
+        """Return the response with all its fields, and whether it was cut."""
         response = {**self._base(), **said, "created_at": self._created_at}
         if "usage" not in said:
             return response, False
@@ -293,7 +297,7 @@ class Completion(Translator):
         return response, is_cut
 
     def _is_cut(self, usage: _Usage) -> bool:
-        """The engine does not say so. Who shifts its context can get beyond that."""
+        """Whether an answer was cut, which the engine does not report. With context shift, it may be longer."""
         bounds = self._bounds()
         most = self._asked.most_tokens or bounds.output_tokens
         if most is not None and usage.output_tokens >= most:
@@ -320,7 +324,7 @@ class Completion(Translator):
         item = _decode_item(fields["item"])
         identity = _identity(item)
         begin = b""
-        if identity not in self._items:  # it was there at once, without pieces
+        if identity not in self._items:  # the item arrived complete, without pieces
             added = {**_fields_of(fields["item"]), "status": "in_progress"}
             begin = self._begin_item({"item": msgspec.Raw(_encode(added))})
         index = self._items[identity]
@@ -337,7 +341,7 @@ class Completion(Translator):
         return begin + self._written("response.output_item.done", {"output_index": index, **fields})
 
     def _place(self, kind: str, fields: _Fields) -> bool:
-        """Say where in the response it belongs. False for a part of what has not begun: the whole will follow."""
+        """Add an event's place in the response. False for a part of an item not begun: all of it will follow."""
         if "item_id" not in fields:
             return True
         index = self._items.get(_decode_text(fields["item_id"]))
@@ -359,7 +363,7 @@ class Completion(Translator):
 
 
 def _identity(item: _Item) -> str:
-    """Older builds give a call no name of its own, but refer to it by this one."""
+    """Return an item's id. Older builds give calls none, and refer to them by their `call_id`."""
     return item.id or item.call_id
 
 

@@ -1,4 +1,4 @@
-"""Requests for OpenAI's responses as chats, for engines that have those only."""
+"""Requests for OpenAI's responses translated to chats, for engines that have chats only."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _KEPT = OF_LLAMA_SERVER | {
     "user",
 }
 _STORED = ("previous_response_id", "conversation", "prompt")
-"""What refers to something that OpenAI stores."""
+"""Fields that refer to objects stored at OpenAI."""
 
 _NOTHING = msgspec.Raw(b"null")
 
@@ -48,7 +48,7 @@ _Parts = str | list[_Part]
 
 
 class _Item(msgspec.Struct):
-    """A turn of the conversation, or a part of one."""
+    """An input item: a turn of the conversation, or a part of one."""
 
     type: str = "message"
     role: str = ""
@@ -89,7 +89,7 @@ _decode_request = msgspec.json.Decoder(_Request).decode
 
 
 def as_chat(body: Text) -> bytes:
-    """A request for a response as one for a chat. Raises ApiError 400, and what decoding raises."""
+    """Translate a request to one for a chat. Raises ApiError 400, and `UNREADABLE`."""
     request = _decode_request(body)
     for name in _STORED:
         if getattr(request, name):
@@ -128,11 +128,13 @@ def _choice(choice: str | Mapping[str, Any]) -> Any:
         return choice
     if choice.get("type") == "function":
         return {"type": "function", "function": {"name": choice.get("name")}}
-    return choice.get("mode", "auto")  # of several tools that are allowed; others are not offered to it
+    return choice.get("mode", "auto")  # of `allowed_tools`; other choices are of tools that are not offered
 
 
 def _turns(request: _Request) -> list[dict[str, Any]]:
-    """The conversation. What an assistant thought, said and called is one turn; so are first instructions."""
+    """Return the messages of a chat. Reasoning, text and calls of the assistant become one message, and so do
+    instructions at the beginning.
+    """
     turns: list[dict[str, Any]] = []
     if isinstance(request.instructions, str):
         turns.append({"role": "system", "content": request.instructions})
@@ -167,7 +169,7 @@ def _turns(request: _Request) -> list[dict[str, Any]]:
 
 
 def _assistants(turns: list[dict[str, Any]]) -> dict[str, Any]:
-    """The assistant's turn at the end, or a new one."""
+    """Return the assistant's message at the end, or append one."""
     if not turns or turns[-1]["role"] != "assistant":
         turns.append({"role": "assistant", "content": ""})
     return turns[-1]
@@ -180,7 +182,7 @@ def _text(content: _Parts | None) -> str:
 
 
 def _content(content: _Parts) -> str | list[dict[str, Any]]:
-    """Text, or a list of parts if there is more. Raises ApiError 400."""
+    """Return text, or a list of parts if there is more than one text. Raises ApiError 400."""
     if isinstance(content, str):
         return content
     parts = [_part(part) for part in content]

@@ -1,4 +1,4 @@
-"""OpenAI's responses on the data plane: exchanged like all requests, and answered with all that their API has."""
+"""OpenAI's responses on the data plane, whose answers are completed with all fields of the API."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from router.runtime.dispatcher import Dispatcher
 
 
 class ResponsesExchange(Exchange):
-    """An exchange whose client expects more than the engine says."""
+    """An exchange of a response, whose engine may have chats only."""
 
     __slots__ = ("_asked", "_completion", "_is_chat", "_mistake")
 
     _asked: Asked
     _is_chat: bool
-    """Its engine has chats, and no responses."""
+    """True if the engine has chats, but no responses."""
     _mistake: Exception | None
-    """Why it could not be made a chat."""
+    """Why the request could not be translated to a chat."""
     _completion: Completion
 
     def _read(self, body: Text) -> tuple[Wish, Text]:
         wish, body = super()._read(body)
         answers = wish.answers if wish.asked_as is None else shape_of(body)
-        if answers.per_prompt > 1:  # the engine would compute them, and tell what is no response
+        if answers.per_prompt > 1:  # the engine would answer in another format
             message = f"`n` is {answers.per_prompt}, and a response is one. Send several requests."
             raise ApiError(400, "invalid_request", message, "n")
         self._asked = read(body)
@@ -53,7 +53,7 @@ class ResponsesExchange(Exchange):
         if self._is_chat:
             return ALL_DEPTHS
         needed = super()._depth_of(wish, short)
-        return max(needed, 3) if self._asked.has_form else needed  # that of a schema, and of what is not one
+        return max(needed, 3) if self._asked.has_form else needed  # the depth of `text.format.schema`
 
     def _restore(self, short: Shortened) -> None:
         repeated = {key: short.restored(bytes(raw)) for key, raw in self._asked.repeated.items()}
