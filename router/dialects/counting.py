@@ -1,4 +1,4 @@
-"""How long a request is, from engines that tell it only with an answer: asked for one token, its usage says so."""
+"""Counting tokens on engines without a route for that: the usage of an answer of one token has the prompt's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 from router.dataplane.answer import BrokenAnswer, Translator
 
 _OF_THE_PROMPT = ("model", "messages", "tools", "tool_choice", "chat_template_kwargs", "reasoning_effort")
-"""What makes a prompt longer or shorter."""
+"""Fields that determine the prompt."""
 
 _fields_of = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _encode = msgspec.json.encode
@@ -27,17 +27,17 @@ _decode_answer = msgspec.json.Decoder(_Answer).decode
 
 
 def question(chat: bytes | memoryview) -> bytes:
-    """The shortest chat with the same prompt."""
+    """Return the shortest request for a chat with the same prompt."""
     fields = _fields_of(chat)
     kept: dict[str, Any] = {name: fields[name] for name in _OF_THE_PROMPT if name in fields}
     return _encode({**kept, "max_tokens": 1, "stream": False})
 
 
 class Count(Translator):
-    """The answer to that question as the length of its prompt."""
+    """Translates the answer to `question` to a number of tokens."""
 
     def __init__(self, **beside: str) -> None:
-        """`beside`: what else the answer says."""
+        """`beside`: further fields of the answer."""
         super().__init__()
         self._beside = beside
 

@@ -1,4 +1,4 @@
-"""Which exchange speaks for which dialect: what the data plane is handed."""
+"""The exchange of each kind of request whose requests or answers are translated or read."""
 
 from __future__ import annotations
 
@@ -24,4 +24,4 @@ TRANSLATORS: Mapping[tuple[Dialect, Ask], type[Exchange]] = {
     (Dialect.OLLAMA, "completion"): OllamaExchange,
     (Dialect.OLLAMA, "embedding"): OllamaExchange,
 }
-"""What is not here goes to an engine, and comes from it, as it is."""
+"""Requests of other kinds, and their answers, are passed on unchanged."""

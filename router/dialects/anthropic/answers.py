@@ -1,4 +1,4 @@
-"""An engine's answers as Anthropic's: of a chat all of it, of its own route for messages why it has ended."""
+"""Answers of engines in Anthropic's API: chats are translated, and stop reasons of messages corrected."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class _Said(msgspec.Struct):
     content: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    """The same from vLLM."""
+    """vLLM's name of `reasoning_content`."""
     tool_calls: list[_Call] | None = None
 
 
 class _Answer(msgspec.Struct):
     finish_reason: str | None = None
     stop_reason: Any = None
-    """With vLLM, the stop sequence or the token at which it has ended."""
+    """With vLLM, the stop sequence or token that ended the answer."""
     message: _Said | None = None
     delta: _Said | None = None
 
@@ -65,7 +65,7 @@ class _Usage(msgspec.Struct):
 
 
 class _Part(msgspec.Struct):
-    """A whole answer, or an event of a stream."""
+    """A complete answer, or an event of a stream."""
 
     id: str = ""
     model: str = ""
@@ -73,7 +73,7 @@ class _Part(msgspec.Struct):
     timings: Timings | None = None
     usage: _Usage | None = None
     verbose: _Verbose = msgspec.field(default_factory=_Verbose, name="__verbose")
-    """Of who asks for it; not from older builds, such as 9294."""
+    """Present if requested, and with newer builds of llama-server: not with 9294."""
     error: msgspec.Raw = _NO_ERROR
 
 
@@ -81,10 +81,10 @@ _decode_part = msgspec.json.Decoder(_Part).decode
 
 
 class Translation(Translator):
-    """A chat's answer as Anthropic's."""
+    """Translates the answer of a chat to Anthropic's API."""
 
     def __init__(self, stops: Sequence[str], model: str = "") -> None:
-        """`model`: what it is called in the answer, if not as the engine calls it."""
+        """`model`: the model's name in the answer, if it differs from the engine's."""
         super().__init__()
         self._stops = stops
         self._model = model
@@ -92,14 +92,14 @@ class Translation(Translator):
         self._block = ""
         """The kind of block that is open."""
         self._call = -1
-        """Of the calls, the one whose block that is."""
+        """Index of the call to which the open block belongs."""
         self._blocks = 0
         self._reason = "end_turn"
         self._word: str | None = None
         self._ended = False
-        """The engine has said why its answer has ended."""
+        """True once the engine has sent the reason for the end."""
         self._part = _Part()
-        """The last that had figures."""
+        """The last event with usage or timings."""
 
     def document(self, body: bytes) -> bytes:
         part = _decode_part(body)
@@ -207,7 +207,7 @@ class Translation(Translator):
 
 
 class StopReasons(Translator):
-    """An engine's own answer to a request with stop sequences."""
+    """Corrects the stop reason of the engine's own answer to a request with stop sequences."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ class StopReasons(Translator):
         fields = _fields_of(body)
         try:
             return _encode(self._told(fields))
-        except (msgspec.MsgspecError, UnicodeDecodeError):  # the engine's new ways, and its client's to understand
+        except (msgspec.MsgspecError, UnicodeDecodeError):  # a newer format of the engine: passed on
             return body
 
     def last_events(self) -> bytes:
@@ -254,12 +254,12 @@ _decode_ended = msgspec.json.Decoder(_Ended).decode
 
 
 def _told(reason: str, word: Any, stops: Sequence[str]) -> tuple[str, str | None]:
-    """Why an answer has ended, and at which sequence of the client's. Templates have others."""
+    """Return the stop reason and the client's stop sequence. Chat templates have stop sequences of their own."""
     return ("stop_sequence", word) if reason == "end_turn" and word in stops else (reason, None)
 
 
 def _input(arguments: str | None) -> dict[str, msgspec.Raw]:
-    """Of a call; empty for one that was cut off in the middle, as on the engine's own route."""
+    """Return the input of a call; empty if it was cut off in the middle, as on the engine's own route."""
     try:
         return _fields_of(arguments or "{}")
     except UNREADABLE:
@@ -267,7 +267,7 @@ def _input(arguments: str | None) -> dict[str, msgspec.Raw]:
 
 
 def _usage(part: _Part) -> dict[str, int]:
-    """The engine's figures; Anthropic counts what was cached apart."""
+    """Return the engine's counts in Anthropic's format, which has cached tokens apart."""
     timings, usage = part.timings, part.usage
     if timings is None:
         usage = usage or _Usage()

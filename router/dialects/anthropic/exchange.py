@@ -1,4 +1,4 @@
-"""Anthropic's messages on the data plane: as chats where the engine's own route would lose something of them."""
+"""Anthropic's messages on the data plane: sent as chats where the engine's own route would lose some of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from router.http.routes import CHATS
 
 
 class MessagesExchange(Exchange):
-    """An exchange whose engine is asked on another route, where need be."""
+    """An exchange of messages, sent to the engine's chats if necessary."""
 
     __slots__ = ("_asked",)
 
@@ -53,7 +53,7 @@ class MessagesExchange(Exchange):
 
 
 class CountExchange(MessagesExchange):
-    """An exchange about how long a message is.
+    """An exchange that counts the tokens of a request.
 
     An engine without a route for that computes the first token of an answer in one of its slots.
     """

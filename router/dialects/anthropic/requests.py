@@ -1,12 +1,12 @@
-"""`/v1/messages` where the engine's own route would lose something: asked as a chat, answered as Anthropic does.
+"""Requests for `/v1/messages` as chats, where the engine's own route would lose some of them.
 
-llama-server translates Anthropic's requests itself, and drops what that translation does not know: the schema of
-an answer, a seed, a grammar. Requests with any of these are translated here, to the route that knows all of them,
-and so are their answers; all other requests go as they are, but for two things. It puts what is said beside the
-results of tools before them, where it parts them from their calls. And it tells of an answer that one of the
-client's stop sequences has ended which that was, but not that it was one.
+llama-server translates Anthropic's requests itself, and drops what its translation does not know: an answer's
+schema, a seed, a grammar. Requests with any of these are translated here, to chats, which know all of them, and so
+are their answers. All other requests are passed on, except for two corrections. llama-server moves text beside
+results of tools before these, where it separates them from their calls. And for an answer that ended at one of the
+client's stop sequences, it reports the sequence, but not that as the stop reason.
 
-For an engine that has no such route, all requests are translated, and what chats have no place for is refused.
+For engines without the route, all requests are translated, and those that chats cannot express are refused.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ _DROPPED = (
     "xtc_probability",
     "xtc_threshold",
 )
-"""Parameters of chats that the engine does not take over from Anthropic's requests."""
+"""Parameters of chats that llama-server drops from Anthropic's requests."""
 _FORMS = ("output_config", "output_format")
-"""Where the form of an answer is told; the second is its name in the API's beta."""
+"""Fields with the format of an answer; the second is its name in the API's beta."""
 TOOL_RESULT = b'"tool_result"'
-"""In whose messages there is one, they may have to change their places."""
+"""Requests that contain this may need their messages reordered."""
 _NOTHING = msgspec.Raw(b"null")
 
 _encode = msgspec.json.encode
@@ -98,7 +98,7 @@ class _Block(msgspec.Struct):
 
 
 class _Shown(msgspec.Struct):
-    """What decides about the place of a block."""
+    """The field of a block that decides about its place."""
 
     type: str = ""
 
@@ -151,23 +151,23 @@ _value_of = msgspec.json.Decoder().decode
 
 
 class Asked(NamedTuple):
-    """What the engine is asked for."""
+    """A request for the engine."""
 
     body: Text
     is_chat: bool = False
-    """On the route of chats; else on its own."""
+    """True for the route of chats."""
     stops: Sequence[str] = ()
     """The client's stop sequences."""
     depth: int = 1
-    """How deep one has to look into a body with these parameters to know all that."""
+    """The depth to which a body with these parameters has to be parsed."""
     model: str = ""
-    """As its client calls it, if its engine may call it otherwise."""
+    """The client's name of the model, if the engine's may differ."""
     mistake: Exception | None = None
-    """Why it could not be translated, although the engine has no route for it as it is."""
+    """Why the request could not be translated, if the engine has no route for it."""
 
 
 def read(body: Text) -> Asked:
-    """What is not of the API's shape is left for the engine to refuse."""
+    """Return a request for llama-server. Bodies that do not have the API's format are left for it to refuse."""
     depth = 1
     try:
         fields = _fields_of(body)
@@ -190,7 +190,7 @@ def read(body: Text) -> Asked:
 
 
 def for_others(body: Text) -> Asked:
-    """A request as a chat, for an engine that has no route for messages. Raises ApiError 400."""
+    """Return a request as a chat, for an engine without a route for messages. Raises ApiError 400."""
     try:
         fields = _fields_of(body)
         if TOOL_RESULT in body:
@@ -210,7 +210,7 @@ def for_others(body: Text) -> Asked:
 
 
 def counted_by_others(body: Text) -> Asked:
-    """A question how long a request is as a chat of one token, whose usage tells that. Raises ApiError 400."""
+    """Return a request to count tokens as a chat of one token. Raises ApiError 400."""
     asked = for_others(body)
     if asked.mistake is not None:
         return asked
@@ -218,7 +218,7 @@ def counted_by_others(body: Text) -> Asked:
 
 
 def _check(request: _Request) -> None:
-    """Raises ApiError 400 for what chats have no place for."""
+    """Raise ApiError 400 for a request that chats cannot express."""
     for tool in request.tools or ():
         if tool.type not in (None, "custom"):
             message = f"This model's engine has no tool of type {tool.type!r}: offer tools with an `input_schema`."
@@ -236,12 +236,12 @@ _BLOCKS = ("text", "image", "thinking", "redacted_thinking", "tool_use", "tool_r
 
 
 def _beside(fields: dict[str, msgspec.Raw]) -> tuple[Any, dict[str, Any]]:
-    """The system prompt if it has to say more than it does, and parameters of chats that messages do not have."""
+    """Return the system prompt if it has to be extended, and the parameters of chats that messages do not have."""
     kept: dict[str, Any] = {name: fields[name] for name in _DROPPED if name in fields}
     form = _form_of(fields)
     if form is None or form.type != "json_schema" or kept.keys() & {"grammar", "json_schema"}:
         return None, kept
-    if _may_call(fields):  # an engine that is held to a schema calls nothing: there it is only told
+    if _may_call(fields):  # under a schema, engines call no tools: it goes into the prompt instead
         system = joined(told(form.schema), _value_of(fields.get("system", _NOTHING)))
         return msgspec.Raw(_encode(system)), kept
     return None, {**kept, "response_format": {"type": "json_schema", "json_schema": _named(form.schema)}}
@@ -252,12 +252,12 @@ def _named(schema: msgspec.Raw) -> dict[str, Any]:
 
 
 def _telling(stops: Sequence[str]) -> dict[str, Any]:
-    """Parameters by which llama-server tells at which of them it has stopped."""
+    """Return parameters with which llama-server reports the stop sequence that ended a chat."""
     return {"verbose": True, "response_fields": ["stopping_word"]} if stops else {}
 
 
 def in_order(body: Text) -> Text:
-    """The same as far as it is about the order of what is said."""
+    """Return the body with messages in the order that llama-server needs."""
     try:
         ordered = _ordered(_fields_of(body)) if TOOL_RESULT in body else None
     except UNREADABLE:
@@ -266,8 +266,9 @@ def in_order(body: Text) -> Text:
 
 
 def _ordered(fields: dict[str, msgspec.Raw]) -> dict[str, msgspec.Raw] | None:
-    """So that results of tools come right after their calls, and what else their message says in one of its own
-    after them: Anthropic's API wants it so within a message. None if that is how it is."""
+    """Put results of tools right after their calls, and other content of their message into a message after them:
+    the order that Anthropic's API demands within a message. None if nothing changes.
+    """
     ordered: list[dict[str, Any]] = []
     messages = _decode_messages(fields.get("messages", _NOTHING))
     for message in messages:
@@ -280,7 +281,7 @@ def _ordered(fields: dict[str, msgspec.Raw]) -> dict[str, msgspec.Raw] | None:
 
 
 def _parted(content: msgspec.Raw) -> tuple[list[msgspec.Raw], list[msgspec.Raw]]:
-    """The results of tools, and what else there is."""
+    """Split content into results of tools and other blocks."""
     results: list[msgspec.Raw] = []
     others: list[msgspec.Raw] = []
     if TOOL_RESULT in bytes(content):
@@ -335,7 +336,7 @@ def _text(said: str | Iterable[_Block]) -> str:
 
 
 def _turns(message: _Message) -> Iterable[dict[str, Any]]:
-    """One of Anthropic's messages is several of a chat's when it has several results of tools."""
+    """Yield the messages of a chat for one of Anthropic's: each result of a tool is a message of its own."""
     if isinstance(message.content, str):
         yield {"role": message.role, "content": message.content}
         return
