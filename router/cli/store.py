@@ -110,7 +110,10 @@ def _remove_pulled(name: str, records: Mapping[str, Created], config: Config) ->
     cache = hf_cache.folder(os.environ)
     if cache is None:
         raise pulled.NotPulled("the location of the Hugging Face cache is unknown: set HF_HOME")
-    if name not in config.names and name in pulled.read(cache) and (needed := created.made_from(records, name)):
+    known = pulled.read(cache)
+    if name not in known:
+        name = hf_cache.NEW_NAMES.get(name, name)
+    if name not in config.names and name in known and (needed := created.made_from(records, name)):
         raise pulled.NotPulled(f"{some_of(needed)} was created from {name!r}: remove that first")
     try:
         return pulled.remove(cache, name)

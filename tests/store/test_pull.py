@@ -769,3 +769,7 @@ def test_gpt2_is_pulled_used_and_removed_by_the_name_that_everybody_knows(
     assert removed.status_code == 200, removed.text
     assert aliases(router) == set()
     assert list(cache.glob("models--*")) == []
+    assert fetch("distilgpt2", environ).error is not None  # it is not on this hub
+    assert fetch("gpt2", environ).status == "success"
+    assert run("rm", "gpt2", cwd=tmp_path, **environ).returncode == 0
+    assert list(cache.glob("models--*")) == []
