@@ -37,7 +37,7 @@ from router.catalog.library import Library
 from router.dataplane.shortening import most_values
 from router.dialects.ollama import create as creating
 from router.dialects.ollama import pages as ollama
-from router.engines.llamacpp.metrics import EngineMetrics
+from router.engines.metrics import EngineMetrics
 from router.http.auth import Keyring
 from router.http.errors import ApiError
 from router.http.origins import Browsers

@@ -15,8 +15,8 @@ from router.api.engines import ERRORS, ModelQuery, said_by_engine
 from router.api.streams import EventStream
 from router.catalog.lookup import model_of
 from router.config.names import meant
-from router.engines.llamacpp.metrics import EngineMetrics
 from router.engines.log_ring import LogRing
+from router.engines.metrics import EngineMetrics
 from router.engines.process import signal_name
 from router.hardware.devices import Devices
 from router.http.auth import sees_all

@@ -143,7 +143,7 @@ class _Validation:
                 repository.parse(text, self.draft.environ)
             except repository.BadReference as error:
                 self.draft.problem(allowed, str(error))
-        for key in ("llama_server_path", "transformers_path"):
+        for key in ("llama_server_path", "vllm_path", "transformers_path"):
             program = getattr(system, key)
             if program and os.sep in program:
                 path = ("system", key)

@@ -12,6 +12,7 @@ _NEEDS_RESTART = {
     "system": (
         "llama_server_path",
         "transformers_path",
+        "vllm_path",
         "base_port",
         "gpu_devices",
         "preload_models",

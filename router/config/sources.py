@@ -22,6 +22,7 @@ from router.config.schema import ConfigFile, Key
 _VARIABLES: dict[str, KeyPath] = {
     "LLAMA_SERVER_PATH": ("system", "llama_server_path"),
     "TRANSFORMERS_PATH": ("system", "transformers_path"),
+    "VLLM_PATH": ("system", "vllm_path"),
     "BASE_MODELS_PATH": ("system", "base_models_path"),
     "LLAMA_ROUTER_STATE_DIR": ("system", "state_dir"),
     "MAX_CACHE_MODELS": ("system", "max_concurrent_models"),

@@ -57,6 +57,7 @@ _BUFFERED_ANSWER = 4 << 20
 _LONGEST_ANSWER = 4 << 30
 """Maximum size of a response. A million tokens, each with its twenty likeliest alternatives, take 3 GiB."""
 
+_JSON = b"content-type: application/json"
 _EVENT_STREAM = b"content-type: text/event-stream\r\ncache-control: no-cache\r\n"
 
 
@@ -284,9 +285,15 @@ class Exchange(IncomingRequest):
             self._decided()
 
     def _asked_of_engine(self) -> tuple[bytes, bytes]:
-        """Target and forwarded headers of the engine's request."""
+        """Target and forwarded headers of the engine's request.
+
+        Many clients do not say that their JSON is JSON (curl's `-d`), and some engines take nothing else.
+        """
+        lines = self._head.forwarded
+        if _JSON not in lines and self._head.path in ROUTES and not self._is_form():
+            lines = with_type(lines, DOCUMENT)
         target = self._head.target if self._path == self._head.path else self._path.encode()
-        return target, self._head.forwarded
+        return target, lines
 
     def _set_heartbeat(self) -> None:
         beat_sec = self._dispatcher.config.api.heartbeat_sec
@@ -341,6 +348,9 @@ class Exchange(IncomingRequest):
             if self._is_read_whole(head):
                 self._gather(head, part, last)
                 return
+            if self._tells_end(head.status, part):
+                self._give_up_engine()
+                return
             self._start_relaying(head)
         if part:
             self._meter.note(part)
@@ -348,6 +358,20 @@ class Exchange(IncomingRequest):
             self._end_relaying(head, part)
         else:
             self._answer.write(part)
+
+    def _tells_end(self, status: int, body: bytes) -> bool:
+        """Whether an answer, or a part of it, is that of an engine that has failed or is ending."""
+        engine = self._ticket.engine if self._ticket is not None else None
+        if engine is None or (tells_end := engine.pool.endpoint.tells_end) is None or not tells_end(status, body):
+            return False
+        engine.is_ending = True
+        return True
+
+    def _give_up_engine(self) -> None:
+        """Nothing of the answer has reached the client."""
+        if self._connection is not None:
+            self._connection.close()
+        self.lost("the engine has failed or is ending")
 
     def _gather(self, head: Head, part: bytes, last: bool) -> None:
         """Collect an answer that is read completely before any of it is sent."""
@@ -377,7 +401,8 @@ class Exchange(IncomingRequest):
         return route.stream is Stream.CLOSED and ticket.engine.pool.endpoint.marks_end
 
     def _outcome_of_stream(self) -> Outcome:
-        if not self._meter.ends_in_error:
+        tells_end = self._tells_end(self._status, self._meter.tail)
+        if not (tells_end or self._meter.ends_in_error):
             return _outcome(self._status)
         self._reason = "the engine has ended the stream with an error"  # the engine's message may quote the prompt
         return Outcome.ENGINE_ERROR
@@ -478,6 +503,9 @@ class Exchange(IncomingRequest):
     def _answer_whole(self, head: Head, body: bytes) -> None:
         ticket = self._ticket
         assert ticket is not None
+        if self._tells_end(head.status, body):
+            self._give_up_engine()
+            return
         if head.status >= 500:
             refusal = refused_by_engine(body, ticket.alias, self._dispatcher.config.models)
             if refusal is not None:

@@ -45,6 +45,9 @@ class Endpoint:
     """True if the headers hold a key of the router's own: a 401 then means that another program has its port."""
     marks_end: bool = True
     """True if its streams end with an event such as `[DONE]`; a stream without it is incomplete."""
+    tells_end: Callable[[int, bytes], bool] | None = None
+    """Returns whether a response, by its status and its (last) bytes, is that of an engine that has failed or is
+    ending although it answers. None: its connections then break off."""
 
 
 class Facts(NamedTuple):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from router.config.draft import Draft
 from router.config.resolved import ModelConfig
 from router.config.schema import Section, System
 from router.engines.documents import Documents
+from router.observe.prometheus import Gauges
 
 if TYPE_CHECKING:
     from router.engines.base import EngineBackend
@@ -38,6 +39,15 @@ class FileInfo(NamedTuple):
     """Metadata of the projector; None if the model has none."""
 
 
+class EngineTexts(NamedTuple):
+    """Metrics that engines of a kind have at `/metrics` themselves."""
+
+    are_told: Callable[[ModelConfig], bool]
+    """Returns whether the engines of a model have them."""
+    families: Callable[[Iterable[tuple[str, str]]], list[Gauges]]
+    """Returns families for the texts of engines, each given with the alias of its model."""
+
+
 class Kind(NamedTuple):
     """A kind of engine, as named by `engine` in the entry of a model."""
 
@@ -54,5 +64,7 @@ class Kind(NamedTuple):
     """How its engines are asked; None: as llama-server is."""
     can_run: Callable[[System], bool] = lambda _: True
     """Returns whether its program is installed. Blocking."""
+    metrics: EngineTexts | None = None
+    """None: its engines have none that are known."""
     entries: EntryReader | None = None
     """None: the catalog reads them together with the models that it finds in folders."""

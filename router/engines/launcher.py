@@ -37,9 +37,12 @@ class LocalLauncher:
         self._engines: dict[int, EngineProcess] = {}
         self._lost_sec: dict[int, float] = {}
 
-    def launch(self, start: Callable[[int], E]) -> E:
-        """Return the engine that `start` spawns for a free port. Raises EngineFailed."""
-        port = self._free_port()
+    def launch(self, start: Callable[[int], E], *, binds_early: bool = False) -> E:
+        """Return the engine that `start` spawns for a free port. Raises EngineFailed.
+
+        `binds_early`: such engines, also those of other routers, bind a port long before they listen.
+        """
+        port = self._free_port(shared=not binds_early)
         engine = self._engines[port] = start(port)
         self._record.add(engine)
         return engine
@@ -53,7 +56,7 @@ class LocalLauncher:
         """Path of the socket of an engine with this port; None without sockets."""
         return None if self._sockets is None else self._sockets / f"{port}.sock"
 
-    def _free_port(self) -> int:
+    def _free_port(self, *, shared: bool) -> int:
         """Return a free port, a recently lost one only if there is no other. Raises EngineFailed."""
         now = time.monotonic()
         for port, engine in list(self._engines.items()):
@@ -64,7 +67,9 @@ class LocalLauncher:
         self._lost_sec = {port: sec for port, sec in self._lost_sec.items() if now - sec < _LOST_SEC}
         for lost in (False, True):
             for port in range(self.base_port, LAST_PORT + 1):
-                if port not in self._engines and (port in self._lost_sec) is lost and port_is_free(port):
+                if port in self._engines or (port in self._lost_sec) is not lost:
+                    continue
+                if port_is_free(port, shared=shared):
                     return port
         raise EngineFailed(f"no port is free from {self.base_port} on", "no port is free")
 

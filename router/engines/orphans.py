@@ -3,7 +3,9 @@
 Engines normally die with their router (`system.processes.spawn`), but not on every platform, nor can every engine
 be made to. A starting router therefore ends the engines recorded in its state directory by a dead one. An engine
 is recognized by its mark, an environment variable that its descendants inherit; where environments cannot be read,
-by its pid together with its start time. A pid alone is never enough, since it may have been reused.
+by its pid together with its start time. A pid alone is never enough, since it may have been reused. Descendants
+that have wiped their environment, as vLLM's do to change their names, are recognized by their session, whose
+number no other process can have while a member lives.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ import contextlib
 import hashlib
 import logging
 import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import psutil
@@ -25,7 +28,6 @@ from router.system.state import State
 
 _log = logging.getLogger("router")
 
-_TERM_SEC = 2.0
 _KILL_SEC = 3.0
 _LOOK_AGAIN_SEC = 0.02
 
@@ -38,6 +40,8 @@ class _Engine(msgspec.Struct, frozen=True):
     key_sha256: str
     """Hash of the value of the variable `marked_by`."""
     marked_by: str = "LLAMA_API_KEY"
+    term_sec: float = 2.0
+    """Time from SIGTERM to SIGKILL."""
 
 
 class _Record(msgspec.Struct, frozen=True):
@@ -72,7 +76,7 @@ class EngineRecord:
         left = _leftovers(record.engines)
         if left:
             _log.warning("stopping engines left by a killed router: %s", _named(left))
-            survivors = _end(left)
+            survivors = _end(left, max(engine.term_sec for engine in record.engines))
             if survivors:
                 _log.error("%s could not be stopped, and may still hold memory and ports", _named(survivors))
         self._file.write(_Record(*self._router, ()))
@@ -81,8 +85,11 @@ class EngineRecord:
         born = birth(engine.pid)
         if born is None:  # it has exited already
             return
-        alias, (variable, value) = engine.order.alias, engine.mark
-        self._engines[engine] = _Engine(alias, engine.pid, born, engine.endpoint.port, _sha256(value), variable)
+        (variable, value), port = engine.mark, engine.endpoint.port
+        key_sha256, alias = _sha256(value), engine.order.alias
+        self._engines[engine] = _Engine(
+            alias, engine.pid, born, port, key_sha256, variable, engine.orphan_term_sec
+        )
         engine.exited.add_done_callback(lambda _: self._remove(engine))
         self._save()
 
@@ -110,25 +117,44 @@ def _leftovers(engines: Sequence[_Engine]) -> list[psutil.Process]:
     marks = {(engine.marked_by, engine.key_sha256) for engine in engines}
     variables = {engine.marked_by for engine in engines}
     births = {engine.pid: engine.born for engine in engines}
+    sessions = {pid: born for pid, born in births.items() if birth(pid) in (None, born)}
     left = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             carried: set[tuple[str, str]] = set()
+            environ: dict[str, str] | None = None
             with contextlib.suppress(psutil.AccessDenied):
                 environ = process.environ()
                 carried = {(name, _sha256(environ[name])) for name in variables if name in environ}
             born = birth(process.pid)
-            if carried & marks if carried else born is not None and births.get(process.pid) == born:
+            if born is None:
+                continue
+            is_known = births.get(process.pid) == born or (
+                not environ and _is_of_session(process.pid, born, sessions)
+            )
+            if carried & marks if carried else is_known:
                 left.append(process)
     return left
 
 
-def _end(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
+def _is_of_session(pid: int, born: str, sessions: Mapping[int, str]) -> bool:
+    """Return whether a process is of one of the sessions, given with the start times of their leaders."""
+    try:
+        leader_born = sessions.get(os.getsid(pid))
+    except ProcessLookupError:
+        return False
+    if leader_born is None or sys.platform != "linux":
+        return False
+    (boot, ticks), (leader_boot, leader_ticks) = (text.rsplit(" ", 1) for text in (born, leader_born))
+    return boot == leader_boot and int(ticks) >= int(leader_ticks)
+
+
+def _end(processes: Sequence[psutil.Process], term_sec: float) -> list[psutil.Process]:
     """End processes, and return those that could not be ended."""
     for process in processes:
         with contextlib.suppress(psutil.Error):  # psutil checks that the pid is still that process's
             process.terminate()
-    left = _wait(processes, _TERM_SEC)
+    left = _wait(processes, term_sec)
     for process in left:
         with contextlib.suppress(psutil.Error):
             process.kill()

@@ -17,6 +17,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from router.engines.base import Ending, Endpoint, EngineFailed
 from router.engines.log_ring import LogRing
@@ -79,6 +80,9 @@ class Spawned:
 class EngineProcess(SupervisedEngine):
     """Running engine. `exited` is done once the process has exited."""
 
+    orphan_term_sec: ClassVar[float] = 2.0
+    """Time that it has after SIGTERM if it has outlived its router."""
+
     def __init__(
         self,
         order: EngineOrder,
@@ -136,7 +140,11 @@ class EngineProcess(SupervisedEngine):
     def kill(self, reason: str = "") -> None:
         if self.alive:  # once it is reaped, its number may be somebody else's
             self._killed_because = self._killed_because or reason
-            signal_group(self.pid, signal.SIGKILL)
+            self._kill_now()
+
+    def _kill_now(self) -> None:
+        """Have it and all its descendants ended at once."""
+        signal_group(self.pid, signal.SIGKILL)
 
     async def _wait(self) -> Reason:
         code = await exit_code(self._process)
@@ -230,10 +238,14 @@ def signal_name(code: int) -> str:
         return f"signal {-code}"
 
 
-def port_is_free(port: int) -> bool:
-    """Return whether an engine could listen on the port. SO_REUSEADDR, as engines set it, ignores TIME_WAIT."""
+def port_is_free(port: int, *, shared: bool = True) -> bool:
+    """Return whether an engine could listen on the port.
+
+    With SO_REUSEADDR (`shared`), as engines set it, neither TIME_WAIT counts nor a socket that is bound but does
+    not listen yet.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(shared))
         try:
             probe.bind(("127.0.0.1", port))
         except OSError:

@@ -1,4 +1,4 @@
-"""GET requests of the router itself to an engine, each over a connection of its own, outside the pool."""
+"""Requests of the router itself to an engine, each over a connection of its own, outside the pool."""
 
 from __future__ import annotations
 
@@ -44,10 +44,13 @@ async def document(endpoint: Endpoint, path: str, limit_sec: float) -> Document 
         return None
 
 
-async def status(endpoint: Endpoint, path: str) -> int | None:
-    """Return the status of the response at `path`; None if it is not HTTP. Call it with a timeout."""
+async def status(endpoint: Endpoint, path: str, body: bytes | None = None) -> int | None:
+    """Return the status of the response at `path`; None if it is not HTTP. Call it with a timeout.
+
+    `body` is JSON to be posted; without it, the request is a GET.
+    """
     try:
-        async with _asked(endpoint, path) as answer:
+        async with _asked(endpoint, path, body) as answer:
             return int((await answer.readline()).split()[1])
     except OSError as error:
         return CANNOT_ASK if error.errno in (errno.EMFILE, errno.ENFILE) else None
@@ -56,12 +59,17 @@ async def status(endpoint: Endpoint, path: str) -> int | None:
 
 
 @contextlib.asynccontextmanager
-async def _asked(endpoint: Endpoint, path: str) -> AsyncIterator[asyncio.StreamReader]:
+async def _asked(endpoint: Endpoint, path: str, body: bytes | None = None) -> AsyncIterator[asyncio.StreamReader]:
     """Open a connection, send the request, and yield the stream of the response. Raises OSError."""
     reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port)
     try:
         lines = "".join(f"{name}: {value}\r\n" for name, value in endpoint.headers)
-        writer.write(f"GET {path} HTTP/1.1\r\nHost: {endpoint.host}\r\n{lines}Connection: close\r\n\r\n".encode())
+        method = "GET"
+        if body is not None:
+            method = "POST"
+            lines += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        head = f"{method} {path} HTTP/1.1\r\nHost: {endpoint.host}\r\n{lines}Connection: close\r\n\r\n"
+        writer.write(head.encode() + (body or b""))
         yield reader
     finally:
         writer.close()

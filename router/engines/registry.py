@@ -12,10 +12,12 @@ from router.engines.command.kind import COMMAND
 from router.engines.kind import Kind
 from router.engines.llamacpp.kind import LLAMACPP
 from router.engines.transformers.kind import TRANSFORMERS
+from router.engines.vllm.kind import VLLM
 
 KINDS: Mapping[str, Kind] = {
     "llamacpp": LLAMACPP,
     "command": COMMAND,
+    "vllm": VLLM,
     "transformers": TRANSFORMERS,
 }
 """Kinds by the value of `engine` in entries."""

@@ -32,6 +32,8 @@ class RunningEngine:
     """When it last answered a probe (monotonic)."""
     failed_probes: int = 0
     """Consecutive probes without an answer."""
+    is_ending: bool = False
+    """It has told by a response that it has failed or is ending (see `Endpoint.tells_end`)."""
 
     @property
     def pid(self) -> int | None:

@@ -90,6 +90,8 @@ _POSITIONS_VALID_SEC = 1
 _SEE_LOG = "the router's log says why"
 _DYING_SEC = 1.0
 """Time for an unresponsive engine to exit by itself, so that the real reason of its exit is recorded."""
+_ENDING_SEC = 5.0
+"""The same for one that has told that it is ending."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -722,10 +724,10 @@ class Dispatcher:
             return
         handle = running.handle
         began = time.monotonic()
-        if await handle.healthy() or running.pool.heard_sec >= began:
+        if not running.is_ending and (await handle.healthy() or running.pool.heard_sec >= began):
             self._post(EngineAlive(time.monotonic(), engine_id))
             return
-        await asyncio.wait({handle.exited}, timeout=_DYING_SEC)
+        await asyncio.wait({handle.exited}, timeout=_ENDING_SEC if running.is_ending else _DYING_SEC)
         handle.kill("it broke a request off and does not answer")
 
     async def _ask_what_it_has(self, running: RunningEngine) -> None:

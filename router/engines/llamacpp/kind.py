@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from router.engines.documents import OF_LLAMA_SERVER
-from router.engines.kind import Kind
+from router.engines.kind import EngineTexts, Kind
 from router.engines.llamacpp.describe import described, file_info
+from router.engines.llamacpp.metrics import are_told, relayed
 
 if TYPE_CHECKING:
     from router.config.schema import System
@@ -29,4 +30,5 @@ LLAMACPP = Kind(
     documents=OF_LLAMA_SERVER,
     file_format="gguf",
     file_info=file_info,
+    metrics=EngineTexts(are_told, relayed),
 )

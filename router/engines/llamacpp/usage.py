@@ -105,6 +105,11 @@ class AnswerMeter(msgspec.Struct, eq=False):
             self._tail = deque((self._first, part), _TAIL_PARTS)
 
     @property
+    def tail(self) -> bytes:
+        """The last parts of the response."""
+        return self._first if self._tail is None else b"".join(self._tail)
+
+    @property
     def ends_in_error(self) -> bool:
         """Return whether a stream ends with an error event of the engine, in OpenAI's or Anthropic's form."""
         parts = (self._first,) if self._tail is None else self._tail
@@ -113,14 +118,14 @@ class AnswerMeter(msgspec.Struct, eq=False):
     @property
     def has_ended(self) -> bool:
         """Return whether the last event of a stream was sent; many clients then disconnect."""
-        tail = self._first if self._tail is None else b"".join(self._tail)
+        tail = self.tail
         return tail.endswith(b"\n") and any(end in tail for end in _ENDS)
 
     def usage(self) -> Usage:
         """Return the figures of the response. Call it once, after the last part."""
         if not self.size:
             return NO_USAGE
-        tail = (self._first if self._tail is None else b"".join(self._tail))[-_TAIL_BYTES:]
+        tail = self.tail[-_TAIL_BYTES:]
         usage = _of_timings(tail) or _of_usage(self._first[:_TAIL_BYTES], tail)
         if not usage.output_tokens and self._first.startswith((b"data: ", b"event: ")) and not self.has_ended:
             return msgspec.structs.replace(usage, output_tokens=self._pieces())

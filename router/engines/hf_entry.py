@@ -1,0 +1,55 @@
+"""Keys of entries for models in safetensors: the folder, or the repository in the Hugging Face cache.
+
+The kinds of engine that load such models share this.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from router.config.draft import Draft
+from router.config.paths import wrong_with_anything
+from router.config.problems import KeyPath
+from router.config.schema import System
+from router.formats import hf_cache
+from router.formats.hf_model import HfModel
+from router.memory.measurements import files_of
+
+_CONFIG = "config.json"
+
+
+def folder_of(
+    draft: Draft, path: KeyPath, model_path: str | None, repo: str | None, system: System
+) -> Path | None:
+    """Return the folder of an entry's model. Notes what is wrong with it; None if there is none."""
+    if (model_path is None) == (repo is None):
+        draft.problem(path, "needs either model_path (a folder) or repo (USER/REPO in the Hugging Face cache)")
+        return None
+    if model_path is not None:
+        folder = draft.resolve(model_path, Path(system.base_models_path))
+        draft.check_file((*path, "model_path"), folder, _wrong_with_folder)
+        return folder
+    assert repo is not None
+    cache = hf_cache.folder(draft.environ) if draft.is_for_here else None
+    found = hf_cache.snapshot(cache, repo) if cache is not None else None
+    if found is None and draft.check_files:
+        advice = f"`llama-router pull {repo}` downloads it"
+        draft.problem((*path, "repo"), f"{repo} is not in the Hugging Face cache: {advice}")
+    return found
+
+
+def stamps(model: HfModel) -> tuple[tuple[str, int, int], ...]:
+    """Return stamps of the files that decide how a model is loaded; none if they are gone."""
+    try:
+        return files_of(model.folder / _CONFIG, *model.files)
+    except OSError:
+        return ()
+
+
+def _wrong_with_folder(folder: Path) -> str:
+    """Return why a folder holds no model in safetensors; empty if it may. Raises OSError."""
+    if wrong := wrong_with_anything(folder):
+        return wrong
+    if not folder.is_dir():
+        return f"{folder} is a file; name the folder with {_CONFIG} and the safetensors files"
+    return "" if (folder / _CONFIG).exists() else f"{folder} has no {_CONFIG}"

@@ -1,0 +1,1 @@
+"""vLLM: models in safetensors, served by `vllm serve`."""

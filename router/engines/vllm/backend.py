@@ -1,0 +1,123 @@
+"""vLLM as a kind of engine: see `EngineBackend`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+
+from router.config.resolved import ModelConfig
+from router.config.schema import System
+from router.engines.base import EngineFailed, Fallback, Launch, NoEngine
+from router.engines.launcher import LocalLauncher
+from router.engines.log_ring import LogRing
+from router.engines.vllm.model import VllmModel
+from router.engines.vllm.plan import VllmPlan
+from router.engines.vllm.program import Program, find_program
+from router.engines.vllm.server import VllmServer
+from router.formats import hf_model
+from router.formats.hf_model import HfModel, Unreadable
+from router.hardware.devices import shown
+from router.memory.measurements import Learned
+from router.memory.plan import Ground, Inspection, Unusable
+from router.scheduling.messages import Placement
+from router.system.readings import apart
+
+
+class Vllm:
+    """One program for all its models; it need not be there as long as nobody asks for one."""
+
+    name = "vllm"
+
+    def __init__(self, configured: str | None, launcher: LocalLauncher, learned: Learned) -> None:
+        self._configured = configured
+        self._launcher = launcher
+        self._learned = learned
+
+    @property
+    def origin(self) -> str:
+        try:
+            program = self._program()
+        except Unusable as error:
+            return str(error)
+        return f"{program.version} {program.origin}".strip()
+
+    @property
+    def uses_gpus(self) -> bool:
+        try:
+            return not self._program().is_for_cpu
+        except Unusable:
+            return False
+
+    def _program(self) -> Program:
+        """Return the program. Raises Unusable."""
+        return find_program(self._configured)
+
+    def gpu_list(self, asked: Collection[int]) -> None:
+        return None
+
+    def check_runs(self) -> None:
+        self._program()
+
+    def validate(self, model: ModelConfig) -> Iterator[str]:
+        try:
+            self._program()
+        except Unusable as error:
+            raise NoEngine(str(error)) from error
+        try:
+            _opened(_of_this_kind(model))
+        except Unusable as error:
+            yield str(error)
+
+    def warnings(self, models: Mapping[str, ModelConfig]) -> Iterator[str]:
+        return iter(())
+
+    def plan(self, model: ModelConfig, system: System, ground: Ground, *, beside_others: bool) -> Inspection:
+        return self._plan(_of_this_kind(model), ground).inspection()
+
+    def advise(self, model: ModelConfig, system: System, ground: Ground, too_much: Placement) -> str:
+        def smaller(mib: int, placed: int | None) -> int:
+            return mib if placed is None else int(0.9 * placed)
+
+        gpus = tuple(
+            replace(site, budget_mib=smaller(site.budget_mib, too_much.get(site.device))) for site in ground.gpus
+        )
+        host = ground.host
+        if not any(device.is_gpu for device in too_much):
+            host = replace(host, budget_mib=smaller(host.budget_mib, too_much.get(host.device)))
+        return self._plan(_of_this_kind(model), Ground(gpus, host, ground.environment)).advice()
+
+    def _plan(self, model: VllmModel, ground: Ground) -> VllmPlan:
+        """Return the plan of a model. Blocking. Raises Unusable."""
+        return VllmPlan(model, _opened(model), self._program(), ground, self._learned)
+
+    async def launch(self, order: Launch, log: LogRing) -> VllmServer:
+        model = _of_this_kind(order.model)
+        try:
+            program = await apart(self._program)
+        except Unusable as error:
+            raise EngineFailed(error.reason.full, error.reason.told) from error
+        own = replace(order, shows=shown(order.shows, model.env))
+
+        def start(port: int) -> VllmServer:
+            return VllmServer.start(own, model, program, port, log)
+
+        return self._launcher.launch(start, binds_early=True)
+
+    def fallback(self, model: ModelConfig) -> Fallback | None:
+        return None
+
+
+def _of_this_kind(model: ModelConfig) -> VllmModel:
+    assert isinstance(model, VllmModel)
+    return model
+
+
+def _opened(model: VllmModel) -> HfModel:
+    """Return what the model's files say. Raises Unusable."""
+    try:
+        return hf_model.read(model.model_path)
+    except Unreadable as error:
+        raise Unusable(str(error), "its files cannot be used") from error
+    except OSError as error:
+        what = f"cannot be read: {error.strerror or error}"
+        raise Unusable(f"{error.filename or model.model_path} {what}", f"its folder {what}") from error

@@ -1,0 +1,96 @@
+"""Configuration entries of models for vLLM, and the conversion to `VllmModel`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from router.config.draft import Draft
+from router.config.resolved import Purpose, idle_timeout
+from router.config.schema import System, VllmEntry
+from router.engines.hf_entry import folder_of, stamps
+from router.engines.kind import EntryReader
+from router.engines.vllm.flags import Flags, owned
+from router.engines.vllm.model import VllmModel
+from router.formats import hf_model
+from router.formats.hf_model import HfModel, Unreadable
+
+KEY_VARIABLE = "VLLM_API_KEY"
+_OWNED_VARIABLES = (KEY_VARIABLE, "TMPDIR")
+_MOST_REQUESTS = 8
+"""Slots of a model whose entry says nothing of them."""
+
+_TEXT = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/tokenize",
+    "/detokenize",
+)
+_SPEECH = ("/v1/audio/transcriptions", "/v1/audio/translations")
+_EMBEDDING = ("/v1/embeddings", "/tokenize", "/detokenize")
+_RANKING = ("/v1/rerank", "/rerank", "/tokenize", "/detokenize")
+_WRITES = re.compile(r"For(CausalLM|ConditionalGeneration)|LMHeadModel|^$")
+"""Architectures that generate text."""
+_HEARS = re.compile(r"Whisper|Voxtral|SpeechForConditional|SpeechToText")
+_RANKS = re.compile(r"ForSequenceClassification|ForRanking|CrossEncoder")
+
+
+def routes_of(architecture: str, flags: Flags) -> frozenset[str]:
+    """Return the routes that vLLM has for a model, by its architecture, or by --runner and --convert."""
+    runner, converted = flags.text("runner"), flags.text("convert") or flags.text("task")
+    pools = runner == "pooling" or converted in ("embed", "classify", "embedding", "score", "reward")
+    if not pools and (runner == "generate" or _WRITES.search(architecture)):
+        return frozenset((*_TEXT, *(_SPEECH if _HEARS.search(architecture) else ())))
+    ranks = converted in ("classify", "score") or (converted is None and _RANKS.search(architecture) is not None)
+    return frozenset(_RANKING if ranks else _EMBEDDING)
+
+
+def _read(draft: Draft, alias: str, entry: VllmEntry, system: System) -> VllmModel:
+    path = ("models", alias)
+    for index, flag, reason in owned(entry.flags):
+        draft.problem((*path, "flags", index), f"{flag} cannot be set: {reason}")
+    for variable in sorted(entry.env.keys() & set(_OWNED_VARIABLES)):
+        draft.problem((*path, "env", variable), "cannot be set: the router sets it itself")
+    flags = Flags(entry.flags)
+    if entry.context is not None and "max-model-len" in flags:
+        draft.problem((*path, "context"), "is also set by --max-model-len in flags: remove one of them")
+    if entry.slots is not None and "max-num-seqs" in flags:
+        draft.problem((*path, "slots"), "is also set by --max-num-seqs in flags: remove one of them")
+    folder = folder_of(draft, path, entry.model_path, entry.repo, system)
+    model = _opened(folder) if folder is not None and draft.is_for_here else None
+    routes = routes_of(model.architecture if model is not None else "", flags)
+    purposes: frozenset[Purpose] = frozenset()
+    if "/v1/chat/completions" not in routes:
+        purposes = frozenset({"rerank" if "/v1/rerank" in routes else "embedding"})
+    return VllmModel(
+        alias=alias,
+        model_path=folder or draft.models_folder(),
+        flags=entry.flags,
+        slots=entry.slots or flags.size("max-num-seqs") or _MOST_REQUESTS,
+        env=entry.env,
+        files=() if model is None else stamps(model),
+        pinned=entry.pinned,
+        idle_timeout_sec=idle_timeout(entry.idle_timeout_sec),
+        priority=entry.priority or "normal",
+        description=entry.description,
+        source=draft.origin_of((*path, "model_path" if entry.repo is None else "repo")),
+        purposes=purposes,
+        routes=routes,
+        known_as=alias,
+        repo=entry.repo,
+        context=entry.context,
+    )
+
+
+def _opened(folder: Path) -> HfModel | None:
+    """Return the model of a folder; None if it cannot be read, which is reported when it is loaded."""
+    try:
+        return hf_model.read(folder)
+    except (Unreadable, OSError):
+        return None
+
+
+ENTRIES = EntryReader(VllmEntry, {"engine": VllmModel.engine}, _read)

@@ -1,0 +1,148 @@
+"""Where a vLLM could run a model, and the arguments that make it claim what was planned.
+
+On GPUs, vLLM claims a share of each (`--gpu-memory-utilization`) and makes everything that weights and working
+memory leave of it a KV cache. So the share is computed from what the KV cache needs. On the CPU, the size of the
+cache is an argument of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from router.engines.hf_plan import Cache, Demand, HfPlan, caches
+from router.engines.vllm.flags import Flags
+from router.engines.vllm.model import VllmModel
+from router.engines.vllm.program import Program
+from router.formats.hf_model import HfModel
+from router.memory.measurements import Identity, Learned, files_of
+from router.memory.plan import Ground, Site, Unusable
+
+_MIB = 1 << 20
+_GIB_IN_MIB = 1024
+CPU_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
+_KINDS = ("cuda", "rocm")
+"""Kinds of GPUs that vLLM can use."""
+_ON_EACH_GPU_MIB = 2048
+"""CUDA's context, buffers for a batch, and graphs."""
+_BESIDE_GPUS_MIB = 3000
+_WITHOUT_GPUS_MIB = 1500
+"""RAM of its four processes; measured with vLLM 0.32 on the CPU."""
+_UNKNOWN_CACHE = 0.25
+"""KV cache of a model whose layers are not understood, as a part of its weights."""
+_DEFAULT_CONTEXT = 4096
+_START_SEC = 45.0
+_STEP = 1000
+"""Shares of GPUs are multiples of a thousandth."""
+_OWN_SEAT = 1
+"""Requests in addition to the slots, so that a health probe does not wait for one."""
+
+
+class VllmPlan(HfPlan):
+    """Alternatives of one model."""
+
+    def __init__(
+        self, model: VllmModel, folder: HfModel, program: Program, ground: Ground, learned: Learned
+    ) -> None:
+        self._model = model
+        self._folder = folder
+        self._program = program
+        self._flags = Flags(model.flags)
+        env = {**os.environ, **model.env}
+        self._given_cache_mib = _given_cache_mib(self._flags, env)
+        self._own_share = self._flags.share("gpu-memory-utilization")
+        gpus = tuple(site for site in ground.gpus if site.kind in _KINDS) if not program.is_for_cpu else ()
+        ground = Ground(gpus, ground.host, ground.environment)
+        super().__init__(self._demand_of(model, folder, len(gpus)), ground, learned)
+        if program.needs_gpu and not gpus:
+            reason = f"{program.build} ({program.path}) is built for GPUs, and there is none that it can use"
+            raise Unusable(reason, reason)
+
+    def _demand_of(self, model: VllmModel, folder: HfModel, gpus: int) -> Demand:
+        flags = self._flags
+        asked = model.context or flags.size("max-model-len")
+        context = asked or folder.context or _DEFAULT_CONTEXT
+        requests = model.slots
+        if self._own_share is not None or self._given_cache_mib is not None:
+            requests = 1  # how large the cache becomes is settled; it has to hold one
+        weights_mib = folder.weight_bytes / _MIB
+        kv_bytes = folder.kv_bytes(context, flags.text("kv-cache-dtype"))
+        kv_per_token = (weights_mib * _UNKNOWN_CACHE if kv_bytes is None else kv_bytes / _MIB) / context
+        if self._given_cache_mib is not None:
+            kv_per_token = self._given_cache_mib / context
+        wanted = flags.devices
+        if wanted is not None:
+            counts: Sequence[int] = (wanted,)
+        else:
+            heads = _heads(folder.folder)
+            counts = [count for count in (1, 2, 4, 8, 16) if count <= max(1, gpus) and not heads % count]
+        return Demand(
+            weights=weights_mib,
+            kv_per_token=kv_per_token,
+            caches=caches(context, requests, may_shorten=asked is None and self._given_cache_mib is None),
+            on_each_gpu=_ON_EACH_GPU_MIB,
+            beside_gpus=_BESIDE_GPUS_MIB,
+            without_gpus=_WITHOUT_GPUS_MIB,
+            gpu_counts=counts,
+            start_sec=_START_SEC,
+        )
+
+    def identity(self, gpus: int, cache: Cache) -> Identity:
+        files = files_of(*self._folder.files)
+        own = tuple(f"{name}={value}" for name, value in sorted(self._model.env.items()))
+        words = (*self._model.flags, *own, str(cache.context), str(cache.requests), str(self._model.slots))
+        return Identity(files, self._program.build, words, gpus)
+
+    def claim(self, site: Site, mib: int) -> int | None:
+        share = self._own_share or self._share(site, mib)
+        return math.ceil(share * site.total_mib) if share <= 1 else None
+
+    def flags(self, sites: Sequence[Site], cache: Cache, mib: int) -> tuple[str, ...]:
+        own, added = self._flags, []
+        if "max-model-len" not in own and (
+            self._model.context is not None or cache.context != self._folder.context
+        ):
+            added += ["--max-model-len", str(cache.context)]
+        if "max-num-seqs" not in own:
+            added += ["--max-num-seqs", str(self._model.slots + _OWN_SEAT)]
+        if not sites:
+            if self._given_cache_mib is None:
+                size = max(1, math.ceil(cache.tokens * self._demand.kv_per_token * _MIB))
+                added += ["--kv-cache-memory-bytes", str(size)]
+            return tuple(added)
+        if self._own_share is None:
+            share = max(self._share(site, mib) for site in sites)
+            added += ["--gpu-memory-utilization", f"{min(1.0, share):g}"]
+        if len(sites) > 1 and own.devices is None:
+            added += ["--tensor-parallel-size", str(len(sites))]
+        return tuple(added)
+
+    @staticmethod
+    def _share(site: Site, mib: int) -> float:
+        """Return the share of a GPU that this is, rounded up."""
+        return math.ceil(_STEP * mib / max(1, site.total_mib)) / _STEP
+
+
+def _given_cache_mib(flags: Flags, env: Mapping[str, str]) -> float | None:
+    """Return the size of the KV cache that flags or variables set; None if they leave it to the router."""
+    nbytes = flags.size("kv-cache-memory-bytes")
+    if nbytes is not None:
+        return nbytes / _MIB
+    gib = env.get(CPU_CACHE_VARIABLE, "")
+    return float(gib) * _GIB_IN_MIB if gib.isdecimal() and int(gib) else None
+
+
+def _heads(folder: Path) -> int:
+    """Return the number of attention heads, which a division among GPUs must not tear; 1 if it is unknown."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        for part in (config, config.get("text_config") or {}):
+            for name in ("num_attention_heads", "n_head", "num_heads"):
+                if isinstance(heads := part.get(name), int) and heads > 0:
+                    return heads
+    except (OSError, ValueError, AttributeError):
+        pass
+    return 1

@@ -1,0 +1,89 @@
+"""Search for the program `vllm`, and what is known of its build without running it, which takes seconds."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from router.memory.plan import Unusable
+
+_NAME = "vllm"
+_MISSING = (
+    "the program `vllm` was not found: pip install 'llama-router[vllm]', put it on PATH, or set VLLM_PATH "
+    "(system.vllm_path)"
+)
+_VERSION = re.compile(r"vllm-(\d[\w.]*)(?:\+([\w.]+))?\.dist-info")
+_DRIVERS = ("/dev/nvidiactl", "/dev/dxg")
+"""Devices of CUDA's driver, in Linux and in Windows' subsystem for it."""
+_OF_CUDA = re.compile(r"cu\d+|")
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """Installed `vllm`."""
+
+    path: Path
+    origin: str
+    """Where it was found, for display."""
+    version: str = ""
+    """Version without its local part; empty if it cannot be determined."""
+    variant: str = ""
+    """Local part of the version, such as `cpu`; empty for builds for CUDA."""
+
+    @property
+    def build(self) -> str:
+        """Name of the build, by which measurements are remembered."""
+        return f"vllm {self.version}{'+' + self.variant if self.variant else ''}"
+
+    @property
+    def is_for_cpu(self) -> bool:
+        return self.variant == "cpu"
+
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether it is known to be a build for GPUs only."""
+        return bool(self.version) and _OF_CUDA.fullmatch(self.variant) is not None
+
+    def is_since(self, *version: int) -> bool:
+        """Return whether it is known to be of this version or a later one."""
+        own = tuple(int(part) for part in re.findall(r"\d+", self.version)[: len(version)])
+        return len(own) == len(version) and own >= version
+
+
+def find_program(configured: str | None) -> Program:
+    """Return the program to run. Blocking. Raises Unusable if the configured one is missing or none is found."""
+    if configured is not None:
+        path = shutil.which(configured)
+        if path is None:
+            reason = f"vllm_path: there is no program {configured}, or it is not executable"
+            raise Unusable(reason, "the program `vllm` is missing")
+        return _found(Path(path).absolute(), "configured")
+    if on_path := shutil.which(_NAME):
+        return _found(Path(on_path).absolute(), "on PATH")
+    beside = Path(sys.executable).with_name(_NAME)
+    if shutil.which(beside):
+        return _found(beside, "from the router's environment")
+    raise Unusable(_MISSING, _MISSING)
+
+
+def is_for_here(configured: str | None, *, uses_gpus: bool) -> bool:
+    """Return whether a program is found, and there is a GPU if it needs one. Blocking."""
+    try:
+        program = find_program(configured)
+    except Unusable:
+        return False
+    return not program.needs_gpu or (uses_gpus and any(map(os.path.exists, _DRIVERS)))
+
+
+@lru_cache(maxsize=16)
+def _found(path: Path, origin: str) -> Program:
+    """Return a program with the version of the package in its environment, as the name of a folder tells it."""
+    for folder in sorted(path.resolve().parent.parent.glob("lib/python*/site-packages/vllm-*.dist-info")):
+        if (named := _VERSION.fullmatch(folder.name)) is not None:
+            return Program(path, origin, named[1], named[2] or "")
+    return Program(path, origin)
