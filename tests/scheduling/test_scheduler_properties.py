@@ -147,7 +147,7 @@ class World:
             max_queue_size_per_model=rng.choice((0, 3, 20)),
             max_queue_size_total=rng.choice((5, 10_000)),
             queue_timeout_sec=rng.choice((10, 300)),
-            idle_timeout_sec=rng.choice((None, 5, 60)),
+            idle_timeout_sec=rng.choice((math.inf, 5, 60)),
             keep_warm_models=rng.choice((0, 1, 2)),
             max_drain_sec=rng.choice((None, None, 10)),
             model_load_max_retries=rng.choice((0, 2)),
