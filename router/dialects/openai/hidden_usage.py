@@ -28,9 +28,10 @@ class _Event(msgspec.Struct):
     choices: list[msgspec.Raw] | None = None
 
 
-_ENDS = (b"\n\n", b"\n\r\n")
-_END = re.compile(rb"\n\r?\n")
-"""The end of an event."""
+_CHOICES = b"}]}\n\n"
+"""The end of an event whose last field is its choices."""
+_EVENT = re.compile(rb".*?\n\r?\n", re.DOTALL)
+"""With its end."""
 
 _decode_wanted = msgspec.json.Decoder(_Wanted).decode
 _decode_event = msgspec.json.Decoder(_Event).decode
@@ -45,7 +46,7 @@ def asks_for_usage(body: Text) -> bool:
 class AnswerWithoutUsage(Answer):
     """Passes on an engine's stream without the event that has usage and no choice.
 
-    Parts of complete events without the word `usage`, which nearly all are, are not parsed.
+    Usage is told after all choices: a part that ends with an event of choices, as nearly all do, passes at once.
     """
 
     __slots__ = ("_streams", "_torn")
@@ -62,7 +63,7 @@ class AnswerWithoutUsage(Answer):
         super().start(status, lines, None if self._streams else length)
 
     def write(self, part: bytes) -> None:
-        if part := self._shown(part):
+        if (part.endswith(_CHOICES) and not self._torn) or (part := self._shown(part)):
             super().write(part)
 
     def rest(self, part: bytes) -> bytes:
@@ -71,20 +72,23 @@ class AnswerWithoutUsage(Answer):
         return shown
 
     def _shown(self, part: bytes) -> bytes:
-        if not self._streams or (not self._torn and b'"usage"' not in part and part.endswith(_ENDS)):
+        if not self._streams:
             return part
         part = self._torn + part
-        shown, begin = b"", 0
-        for end in _END.finditer(part):
-            event = part[begin : end.end()]
-            if not _is_usage(event):
-                shown += event
-            begin = end.end()
-        self._torn = part[begin:]
+        events, self._torn = _whole_events(part)
+        if b'"usage"' in events:
+            events = b"".join(event for event in _EVENT.findall(events) if not _is_usage(event))
         if len(self._torn) > _LONGEST_EVENT:
-            shown += self._torn
+            events += self._torn
             self._torn = b""
-        return shown
+        return events
+
+
+def _whole_events(part: bytes) -> tuple[bytes, bytes]:
+    """All events that are whole, and what has come of the next."""
+    found = [at + len(end) for end in (b"\n\n", b"\n\r\n") if (at := part.rfind(end)) >= 0]
+    at = max(found, default=0)
+    return part[:at], part[at:]
 
 
 def _is_usage(event: bytes) -> bool:
