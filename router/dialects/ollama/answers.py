@@ -1,8 +1,8 @@
-"""An engine's answer in Ollama's words: server-sent events to lines of JSON, and documents to documents.
+"""Answers of engines translated to Ollama's API: server-sent events to lines of JSON, documents to documents.
 
-It sees every part of a stream on its way, so it does little with it: one event is read into a struct and written
-as one line. The engine's figures come with its last event; an event without news (a role, an empty text) gives no
-line. Tool calls arrive in pieces and leave whole, in a line of their own before the last one.
+Every event of a stream passes here, so there is little work for each: it is decoded into a struct and written as
+one line. The engine's figures come with its last event; events without content (a role, an empty text) make no
+line. Tool calls arrive in pieces, and are sent complete, in a line of their own before the last one.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class _Function(msgspec.Struct):
 class _ToolCall(msgspec.Struct):
     function: _Function
     index: int | None = None
-    """Only in a stream, where it tells which call a piece belongs to."""
+    """In streams only: the call to which a piece belongs."""
     id: str | None = None
 
 
 class _Call(msgspec.Struct):
-    """As much of a call as is here."""
+    """A call, as far as it has arrived."""
 
     id: str = ""
     name: str = ""
@@ -59,7 +59,7 @@ class _Message(msgspec.Struct):
     content: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    """The same from vLLM."""
+    """vLLM's name of `reasoning_content`."""
     tool_calls: list[_ToolCall] | None = None
 
 
@@ -67,7 +67,7 @@ class _Choice(msgspec.Struct):
     delta: _Message | None = None
     message: _Message | None = None
     text: str | None = None
-    """Of `/v1/completions`."""
+    """The text of `/v1/completions`."""
     finish_reason: str | None = None
     logprobs: _Logprobs | None = None
 
@@ -86,7 +86,7 @@ _NO_ERROR = msgspec.Raw(b"")
 
 
 class _Part(msgspec.Struct):
-    """An event of a stream or a whole answer, of any of the engine's routes that we ask."""
+    """An event of a stream, or a complete answer, of any of the engine's routes that are used."""
 
     choices: list[_Choice] = []
     timings: Timings | None = None
@@ -106,27 +106,27 @@ _decode_vector = msgspec.json.Decoder(list[float]).decode
 
 
 class Translation(Translator):
-    """The answer to one request."""
+    """Translates the answer to one request."""
 
     stream_type = b"content-type: application/x-ndjson\r\n"
 
     def __init__(self, asked: Asked) -> None:
         super().__init__()
         self.waited_sec = 0.0
-        """For which the request waited for its model."""
+        """Time for which the request waited for its model."""
         self.meter: AnswerMeter | None = None
-        """Knows when a stream has begun, for engines that tell nothing of their times."""
+        """The meter with the time of a stream's first part, for engines that report no times."""
         self._asked = asked
         self._chats = asked.kind in ("chat", "earlier_chat")
         self._begun_sec = time.monotonic()
         self._calls: dict[int, _Call] = {}
         self._collected = 0
-        """Characters of all their arguments, and pieces."""
+        """Characters and pieces of the arguments of all calls."""
         self._reason = "stop"
         self._timings: Timings | None = None
         self._usage: _Usage | None = None
         self._ended = False
-        """The engine has said that this was its last event."""
+        """True once the engine has sent the end of its answer."""
 
     # --- streams ----------------------------------------------------------------------------------------
 
@@ -148,7 +148,7 @@ class Translation(Translator):
         return self._written(said) if said else b""
 
     def _comment(self, line: bytes) -> bytes:
-        """Lines of JSON have none."""
+        """Return nothing: lines of JSON have no comments."""
         return b""
 
     # --- documents --------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ class Translation(Translator):
         return self._written({**said, **calls, "content": text}, done=True)
 
     def loaded(self, reason: str) -> bytes:
-        """The answer to a request that asks nothing: `reason` is `load` or `unload`."""
+        """Return the answer to a request without a prompt. `reason` is `load` or `unload`."""
         model = self._asked.model
         match self._asked.kind:
             case "embed":
@@ -191,7 +191,7 @@ class Translation(Translator):
     # --- both -------------------------------------------------------------------------------------------
 
     def _take_in(self, part: _Part) -> dict[str, Any]:
-        """What the part says that is to be passed on at once; what is for the end is kept."""
+        """Return the content of an event, which is passed on at once, and keep the figures for the end."""
         if part.timings is not None:
             self._timings = part.timings
         if part.usage is not None:
@@ -202,7 +202,7 @@ class Translation(Translator):
             return self._said(part.content, None, part.completion_probabilities)
         choice = part.choices[0]
         if choice.finish_reason is not None:
-            self._ended = True  # with some engines the stream ends without [DONE]
+            self._ended = True  # some engines end streams without [DONE]
             if choice.finish_reason == "length":
                 self._reason = "length"
         message = choice.delta or choice.message
@@ -234,7 +234,7 @@ class Translation(Translator):
             raise BrokenAnswer.unreadable("its calls of tools do not end")
 
     def _tool_calls(self) -> dict[str, Any]:
-        """The calls that are whole; what was cut off in the middle is content, as with Ollama."""
+        """Return the complete calls. Calls that were cut off become content, as with Ollama."""
         whole: list[dict[str, Any]] = []
         torn = ""
         for index, call in self._calls.items():
@@ -281,7 +281,7 @@ class Translation(Translator):
         }
 
     def _times(self) -> Timings:
-        """The times that the router has seen; of a document, all of it counts for the answer."""
+        """Return the times that the router has measured. For a document, all of it counts as generation."""
         granted_sec, now = self._begun_sec + self.waited_sec, time.monotonic()
         first_sec = self.meter.first_sec if self.meter is not None and self._asked.streams else None
         if first_sec is None:
@@ -299,7 +299,7 @@ def _shown(token: _Token, alternatives: int) -> dict[str, Any]:
 
 
 def _cut(vector: list[float], dimensions: int) -> list[float]:
-    """Its first components, again of length 1."""
+    """Return the first components of a vector, normalized to length 1."""
     cut = vector[:dimensions]
     length = math.sqrt(sum(x * x for x in cut))
     return [x / length for x in cut] if length else cut

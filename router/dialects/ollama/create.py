@@ -1,7 +1,7 @@
-"""Ollama's calls that make models: `/api/create`, `/api/copy`, and `/api/blobs` for files that they are made of.
+"""Ollama's calls that create models: `/api/create`, `/api/copy`, and `/api/blobs` for their files.
 
-What cannot be had here is refused, with what to do instead: a model that quietly is another one than its Modelfile
-says would be worse. For full keys only.
+Fields that are not supported are refused, with advice: a model that silently differs from its Modelfile would be
+worse. All need full access.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from router.system.readings import apart
 router = APIRouter(tags=["Ollama"], route_class=Page)
 
 _NAME = re.compile(r"([A-Za-z0-9][\w.-]*(:\d+)?/)?([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*(:\w[\w.-]*)?", re.ASCII)
-"""`HOST:PORT/NAMESPACE/MODEL:TAG`, of which only the model is needed."""
+"""`HOST:PORT/NAMESPACE/MODEL:TAG`, where only MODEL is required."""
 _LONGEST_NAME = 200
 _PART = 1 << 20
-"""Bytes of an upload that are written at once."""
+"""Bytes of an upload that are written in one step."""
 _GO = re.compile(r"\{\{-?\s*(?:[.$(]|(?:if|range|end|else|with|block|define|template|and|or|not)\b)")
 
 _INSTEAD = {
@@ -75,7 +75,7 @@ class _Create(msgspec.Struct):
     messages: list[_Message] | None = None
     license: str | list[str] | None = None
     stream: bool | None = None
-    # what is refused
+    # refused fields
     adapters: Any = None
     quantize: Any = None
     quantization: Any = None
@@ -98,7 +98,7 @@ class _Copy(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class _Basis:
-    """What something is made from: what is known of it so far, and the model, if there is one already."""
+    """The basis of a new model: its description so far, and the existing model, if it is made from one."""
 
     made: Created
     model: ModelConfig | None
@@ -162,7 +162,7 @@ async def _put(name: str, made: Created, request: Request) -> None:
 
 
 def _free_name(text: str, creations: Creations, config: Config) -> str:
-    """The alias of what is to be created. Raises ApiError for what is no name, or somebody else's."""
+    """Return the alias of a new model. Raises ApiError for an invalid name, or one that is taken."""
     if not text:
         raise ApiError(400, "model_required", "model is required", "model")
     if len(text) > _LONGEST_NAME or not _NAME.fullmatch(text):
@@ -178,7 +178,7 @@ def _free_name(text: str, creations: Creations, config: Config) -> str:
 
 
 def _basis_of_model(text: str, creations: Creations, config: Config) -> _Basis:
-    """Raises ApiError 404."""
+    """Return an existing model as a basis. Raises ApiError 404, and 400 for models of other servers."""
     name = known_as(text, config)
     made = creations.named(name, config) or Created(0.0, base=name)
     model = config.model_of(name)
@@ -190,7 +190,7 @@ def _basis_of_model(text: str, creations: Creations, config: Config) -> _Basis:
 
 
 def _basis_of_files(files: Mapping[str, str], creations: Creations) -> _Basis:
-    """Raises ApiError 400 for files that are not there, or are no model."""
+    """Return uploaded files as a basis. Raises ApiError 400 for files that are missing, or are not one model."""
     blobs = _store(creations)
     models: list[str] = []
     projectors: list[str] = []
@@ -221,7 +221,7 @@ def _header_of(name: str, digest: str, blobs: Blobs) -> GGUF:
 
 
 def _changed(basis: _Basis, asked: _Create, creations: Creations, config: Config) -> Created:
-    """The basis with what the request adds to it. Reads and writes files. Raises ApiError and BadOption."""
+    """Apply the request to its basis. Reads and writes files. Raises ApiError and BadOption."""
     made, parameters = basis.made, asked.parameters or {}
     if unknown := unknown_options(parameters):
         message = f"llama-server has nothing for the parameter {', '.join(map(repr, unknown))}"
@@ -254,7 +254,7 @@ def _flags(parameters: Mapping[str, Any], basis: _Basis, config: Config) -> dict
 
 
 def _template(template: str | None, basis: _Basis, creations: Creations) -> str:
-    """The digest of a template that is not the one there is anyway; empty for none."""
+    """Store a template that differs from the basis's. Returns its digest; empty if there is none."""
     if not template or (basis.model is not None and template.strip() == template_of(basis.model).strip()):
         return ""
     if _GO.search(template) or "messages" not in template:
@@ -316,7 +316,7 @@ async def send_blob(digest: str, request: Request) -> Response:
 
 
 async def _receive(request: Request, upload: Upload) -> None:
-    """In pieces that are worth a thread's work. Nothing more is read while one is written."""
+    """Write an upload in large pieces, each on a thread. Reading pauses while one is written."""
     waiting = bytearray()
     async for part in request.stream():
         waiting += part
@@ -328,7 +328,7 @@ async def _receive(request: Request, upload: Upload) -> None:
 
 
 def _digest(text: str) -> str:
-    """Its digits. Raises ApiError 400."""
+    """Return the hexadecimal digits of a digest. Raises ApiError 400."""
     digits = hexadecimal(text)
     if digits is None:
         raise ApiError(400, "invalid_request", "invalid digest format: not sha256: and 64 hexadecimal digits")
@@ -355,7 +355,7 @@ def _creations(request: Request) -> Creations:
 
 
 def _store(creations: Creations) -> Blobs:
-    """Raises ApiError 501."""
+    """Return the store of files. Raises ApiError 501 for a router without a state directory."""
     if creations.blobs is None:
         message = "nothing can be created, as this router keeps no state: set LLAMA_ROUTER_STATE_DIR to a folder"
         raise ApiError(501, "not_supported", message)

@@ -1,7 +1,7 @@
-"""Ollama's requests on the data plane: translated once they are read, then exchanged like all others.
+"""Ollama's requests on the data plane: translated when they are read, then exchanged like all others.
 
-The engine is asked in its own words, and its answer is metered as it comes; the translation stands between there
-and the client's connection. So queues, priorities, retries, cancellation and events are those of every request.
+The engine gets requests of its own API, and its answer is metered as it arrives; it is translated right before it
+is sent to the client. So queues, priorities, retries, cancellation and events are those of every request.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _log = logging.getLogger("router")
 
 
 class OllamaExchange(Exchange):
-    """An exchange whose client speaks another language than the engine."""
+    """An exchange whose client has Ollama's API."""
 
     __slots__ = ("_asked", "_look", "_translation")
 
     _asked: Asked
     _look: asyncio.Future[dict[str, Card]]
-    """At what its model is capable of, where that matters."""
+    """The model's card with its capabilities, if the request needs any."""
     _translation: Translation
 
     # --- the client -------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ class OllamaExchange(Exchange):
         return wish, question
 
     def _is_slotless(self) -> bool:
-        return not self._asked.target  # a load is all that it asks for
+        return not self._asked.target  # a request without a prompt only loads the model
 
     def _depth(self) -> int:
         return 1 if ROUTES[self._head.path].asks == "embedding" else ALL_DEPTHS
@@ -59,14 +59,14 @@ class OllamaExchange(Exchange):
     def _submit(self, wish: Wish) -> None:
         if self._asked.unloads:
             self._unload(wish.alias)
-        elif self._asked.needs and wish.is_for_llama_server:  # others know best, and say so
+        elif self._asked.needs and wish.is_for_llama_server:  # other engines refuse by themselves
             self._look = asyncio.ensure_future(self._shared.cards.of([self._dispatcher.config.models[wish.alias]]))
             self._look.add_done_callback(lambda look: self.attempt(self._submit_if_capable, wish, look))
         else:
             super()._submit(wish)
 
     def _submit_if_capable(self, wish: Wish, look: asyncio.Future[dict[str, Card]]) -> None:
-        """As Ollama does. Of a model that could not be looked into, the engine knows."""
+        """Refuse what the model cannot do, as Ollama does. If its file cannot be read, the engine decides."""
         if self._is_over or look.cancelled():
             return
         failed = look.exception()
@@ -81,7 +81,7 @@ class OllamaExchange(Exchange):
             super()._submit(wish)
 
     def _unload(self, alias: str) -> None:
-        """Once nobody uses it. There is nothing to wait for."""
+        """Have the model unloaded once it is idle, and answer without waiting for it."""
         try:
             self._shared.keyring.check(self._head.headers, manages=True)
         except ApiError as error:
@@ -91,7 +91,7 @@ class OllamaExchange(Exchange):
         self._answer_without_engine("unload")
 
     def _answer_without_engine(self, reason: str) -> None:
-        """With a document, also to who would take a stream: so does Ollama."""
+        """Answer with a document even if a stream was requested, as Ollama does."""
         self._status = 200
         self._answer.whole(200, DOCUMENT + self._id_line + self._lines, self._translation.loaded(reason))
         self._end(Outcome.SERVED)
@@ -111,7 +111,7 @@ class OllamaExchange(Exchange):
         super()._decided()
 
     def _heed_keep_alive(self, alias: str) -> None:
-        """Of those who may manage: how long a model stays is everybody's business."""
+        """Apply `keep_alive` of clients with full access only, as it affects all clients of the model."""
         if self._asked.keep_alive_sec is None:
             return
         try:
@@ -121,7 +121,7 @@ class OllamaExchange(Exchange):
         self._dispatcher.keep_alive(alias, self._asked.keep_alive_sec)
 
     def _set_heartbeat(self) -> None:
-        """Lines of JSON have no comments: as with Ollama, nothing is heard until the answer begins."""
+        """Send no heartbeats: lines of JSON have no comments, and Ollama, too, is silent before the answer."""
 
     # --- the end ----------------------------------------------------------------------------------------
 
@@ -133,7 +133,7 @@ class OllamaExchange(Exchange):
 
 
 def _with_ollamas_status(error: ApiError) -> ApiError:
-    """Its clients wait and come again at 503, where OpenAI's do at 429."""
+    """Return 503 in place of 429: at that status, Ollama's clients wait and retry."""
     if error.status != 429:
         return error
     message = f"server busy, please try again. {error.message}"

@@ -1,4 +1,4 @@
-"""Ollama's API but for the four calls that engines answer (`exchange.py`) and those that make models
+"""Ollama's API except for the calls that engines answer (`exchange.py`) and those that create models
 (`create.py`): lists, states, pulls.
 """
 
@@ -42,10 +42,10 @@ from router.system.turns import in_turns
 router = APIRouter(tags=["Ollama"], route_class=Page)
 
 API_VERSION = "0.32.1"
-"""Of Ollama's API that this is. Clients compare it with what they need, number by number."""
+"""The version of Ollama's API that is supported. Clients compare it with the one that they need."""
 
 _FOR_EVER = timedelta(days=365 * 200)
-"""With Ollama, too, a model that stays expires centuries from now."""
+"""Expiry of models that stay loaded: Ollama, too, reports one that is centuries away."""
 
 
 class _Named(msgspec.Struct):
@@ -150,11 +150,11 @@ async def _named(request: Request) -> _Named:
 
 
 class _Known(NamedTuple):
-    """What a name stands for."""
+    """The model that a name stands for."""
 
     model: ModelConfig
     named: AliasConfig | None = None
-    """What the name adds to the model."""
+    """The alias, if the name is one."""
     made: Created | None = None
     """How it was created, if it was."""
 
@@ -167,7 +167,7 @@ class _Known(NamedTuple):
 
 
 def _known(name: str, request: Request, config: Config | None = None) -> _Known:
-    """By the configuration of now, or by that. Raises ApiError 404."""
+    """Resolve a name, by the current configuration unless one is given. Raises ApiError 404."""
     config = config or request.app.state.dispatcher.config
     creations: Creations = request.app.state.library.creations
     alias = known_as(name, config)
@@ -197,7 +197,7 @@ def _entry(known: _Known, card: Card) -> dict[str, Any]:
 
 
 def _identity(known: _Known, card: Card) -> bytes:
-    """The same for names of which nobody can tell the difference."""
+    """Return the same bytes for names that behave alike."""
     named = known.named
     changes = () if named is None or not named.rewrites else replace(named, alias="", description="", source="")
     return f"{known.model.model_path} {known.model.flags} {card['created']} {changes}".encode()
@@ -259,7 +259,7 @@ _ONLY_IF_THERE = ("system", "messages", "projector_info")
 
 
 def _modelfile(model: str, named: AliasConfig, options: dict[str, Any]) -> str:
-    """In Ollama's words, and so that `ollama create` makes the same of it here."""
+    """Return a Modelfile from which `ollama create` makes the same model here."""
     lines = ["# Served by llama-router.", f"FROM {model}"]
     if named.system_prompt:
         lines.append(f'SYSTEM """{named.system_prompt}"""')
@@ -269,7 +269,7 @@ def _modelfile(model: str, named: AliasConfig, options: dict[str, Any]) -> str:
 
 
 def _short(count: int) -> str:
-    """`8.0B`, `135M`"""
+    """Format a number of parameters: `8.0B`, `135M`."""
     for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
         if count >= size:
             return f"{count / size:.1f}{letter}" if letter == "B" else f"{count / size:.0f}{letter}"
@@ -284,7 +284,7 @@ def _moment(at: float) -> str:
 
 
 async def _lines(wanted: Pull) -> AsyncIterator[bytes]:
-    """Its progress in Ollama's words. A pull goes on when its client leaves, as others may wait for it."""
+    """Yield the progress in Ollama's format. A pull goes on without its client, as others may wait for it."""
     yield _line(status="pulling manifest")
     async for progress in wanted.follow():
         for file in progress.files:

@@ -1,11 +1,11 @@
-"""Requests in Ollama's words, in llama-server's: `/api/chat`, `/api/generate`, `/api/embed`, `/api/embeddings`,
-and `/chat`, which earlier hosts have: it streams only when asked to, and refuses what it does not know.
+"""Ollama's requests translated to llama-server's: `/api/chat`, `/api/generate`, `/api/embed`, `/api/embeddings`,
+and `/chat` of earlier hosts, which streams only on request, and refuses unknown fields.
 
-Pure functions. Only what the client has set is passed on, so that the model's own defaults hold for all else.
-What Ollama decides when it loads a model (`num_ctx`, `num_gpu`, …) is decided here by the configuration: such
-options are read over, and the engine refuses what does not fit its context instead of cutting it off.
+Pure functions. Only fields that the client has set are passed on, so that the model's own defaults hold for the
+others. Options that Ollama applies when it loads a model (`num_ctx`, `num_gpu`, …) are ignored, as the
+configuration decides about them; an engine refuses prompts that exceed its context instead of cutting them.
 
-The surface is that of Ollama's api/types.go and docs/api.md; llama-server's that of build 11434.
+Fields are those of Ollama's api/types.go and docs/api.md, and of build 11434 of llama-server.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ class Asked(NamedTuple):
 
     kind: Kind
     model: str
-    """As the client calls it."""
+    """The client's name of the model."""
     streams: bool
     keep_alive_sec: float | None
-    """None: it does not say."""
+    """None: not in the request."""
     target: str
-    """The engine's route; empty when there is nothing to ask it: the model is to be loaded, or to go."""
+    """The engine's route; empty for a request that only loads or unloads the model."""
     question: dict[str, Any]
-    """The engine's body, but for its `model`."""
+    """The engine's body without `model`."""
     dimensions: int | None = None
-    """What embeddings are cut to."""
+    """The number of components to which embeddings are cut."""
     most_alternatives: int = 0
     """`top_logprobs`"""
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What the model must be capable of, as lists call it. To think no is asked of nobody."""
+        """The capabilities that the model must have. Not to think needs none."""
         thinks = self.question.get("chat_template_kwargs", {}).get("enable_thinking")
         return (*(("tools",) if self.question.get("tools") else ()), *(("thinking",) if thinks else ()))
 
@@ -55,7 +55,7 @@ class Asked(NamedTuple):
         return not self.target and self.keep_alive_sec == 0
 
     def body(self, alias: str) -> bytes:
-        """For the engine."""
+        """Return the engine's body; empty if there is no request for it."""
         return msgspec.json.encode({"model": alias, **self.question}) if self.target else b""
 
 
@@ -101,7 +101,7 @@ class _Chat(_Generating):
 
 
 class _EarlierChat(_Chat, forbid_unknown_fields=True):
-    """`/chat`, where the parameters of the answer stand beside the messages."""
+    """A request for `/chat`, whose sampling parameters are beside the messages."""
 
     max_tokens: int | None = None
     temperature: float | None = None
@@ -110,14 +110,14 @@ class _EarlierChat(_Chat, forbid_unknown_fields=True):
     stop: str | list[str] | None = None
 
     def with_options(self) -> _Chat:
-        """Say the same as Ollama's clients do."""
+        """Return the same request in Ollama's format."""
         beside = {
             "num_predict": self.max_tokens,
             **{name: getattr(self, name) for name in ("temperature", "top_p", "seed", "stop")},
         }
         given = {name: value for name, value in beside.items() if value is not None}
         self.options = {**(self.options or {}), **given}
-        self.stream = self.stream is True  # who reads lines reads one, too
+        self.stream = self.stream is True  # here, the default is a document
         return self
 
 
@@ -148,7 +148,7 @@ _embeddings = msgspec.json.Decoder(_Embeddings).decode
 
 
 def translate(path: str, body: Text) -> Asked:
-    """What a request asks for. Raises ApiError 400 for what is not to be understood."""
+    """Translate a request. Raises ApiError 400 for one that cannot be parsed or is not supported."""
     try:
         if path == "/api/chat":
             return _asked_chat(_chat(body), "chat")
@@ -168,7 +168,7 @@ def translate(path: str, body: Text) -> Asked:
 
 
 def for_others(asked: Asked) -> Asked:
-    """What an engine is asked that has OpenAI's routes only. Raises ApiError 400."""
+    """Return the request for an engine that has OpenAI's routes only. Raises ApiError 400."""
     question = dict(asked.question)
     if "messages" in question:
         question["messages"] = _with_ids(question["messages"])
@@ -181,7 +181,7 @@ def for_others(asked: Asked) -> Asked:
 
 
 def _with_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Calls and their results with the ids that OpenAI's API demands. Ollama's clients may go by their order."""
+    """Add the ids that OpenAI's API demands to calls and results. Ollama's clients may go by their order."""
     unanswered: list[str] = []
     told: list[dict[str, Any]] = []
     for number, message in enumerate(messages):
@@ -290,7 +290,7 @@ def _message(message: _Message) -> dict[str, Any]:
 
 
 def _tool_call(call: _Call) -> dict[str, Any]:
-    """Ollama has the arguments as an object, OpenAI as a text with that object in it."""
+    """Translate a call: Ollama has the arguments as an object, OpenAI as that object encoded in a string."""
     arguments = bytes(call.function.arguments)
     text = msgspec.json.decode(arguments) if arguments.startswith(b'"') else arguments.decode()
     translated = {"type": "function", "function": {"name": call.function.name, "arguments": text}}
@@ -309,7 +309,7 @@ _MAGIC = (
 
 
 def _medium(encoded: str) -> dict[str, Any]:
-    """A part of a message's content, from base64. What it is, its first bytes tell."""
+    """Return the content part of a medium in base64, whose type is recognized by its first bytes."""
     if encoded.startswith("data:"):
         return {"type": "image_url", "image_url": {"url": encoded}}
     try:
@@ -359,7 +359,7 @@ def _schema(wanted: Any) -> dict[str, Any]:
 def _logprobs(asked: _Generating) -> dict[str, Any]:
     if not asked.logprobs:
         return {}
-    return {"logprobs": True, "top_logprobs": max(1, asked.top_logprobs or 0)}  # with 0 it sends none at all
+    return {"logprobs": True, "top_logprobs": max(1, asked.top_logprobs or 0)}  # with 0, it sends none at all
 
 
 # --- embeddings -----------------------------------------------------------------------------------------
@@ -384,7 +384,10 @@ _PLAIN_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 
 
 def duration_sec(keep_alive: float | str | None) -> float | None:
-    """Seconds, of a number or of a duration as Go writes them (`1h30m`); `math.inf` when it is negative."""
+    """Return the seconds of a number, or of a duration in Go's format (`1h30m`); `math.inf` if negative.
+
+    Raises ApiError 400.
+    """
     if keep_alive is None or keep_alive == "":
         return None
     if isinstance(keep_alive, str):
