@@ -129,7 +129,7 @@ def test_check_looks_into_the_models_as_a_load_would(tmp_path: Path, tiny: Path)
         "warning: models.vague will not load: -c takes a whole number, not 'much'",
         "warning: models.narrow will not load: -ctk cannot be q8_0: it packs 32 numbers at a time, and a head "
         "has 16",
-        "warning: models.beyond will not load: the embedded engine (xllamacpp) can't honour --top-nsigma; "
+        "warning: models.beyond will not load: the embedded engine (xllamacpp) can't honor --top-nsigma; "
         "remove them, or install llama-server",
         f"warning: models.letter will not load: {tmp_path}/letter.gguf: not a GGUF file: "
         "it starts with b'Dear' (at byte 0)",

@@ -43,7 +43,7 @@ def parameters(flags: Flags) -> Any:
     if refused:
         names = ", ".join(dict.fromkeys(refused))
         problems.append(
-            f"the embedded engine (xllamacpp) can't honour {names}; remove them, or install llama-server"
+            f"the embedded engine (xllamacpp) can't honor {names}; remove them, or install llama-server"
         )
     if not params.model.path:
         problems.append("-m FILE is missing")
