@@ -1,1 +1,1 @@
-"""Pages beside the data plane: lists, management, status, metrics, and the web page."""
+"""Management endpoints: lists, loading and pulling of models, status, metrics, and the web UI."""

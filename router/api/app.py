@@ -209,7 +209,7 @@ def _pages(
 
     @app.exception_handler(ClientDisconnect)
     async def left(_: Request, __: ClientDisconnect) -> Response:  # in the middle of the request
-        return Response(status_code=400)  # which nobody reads
+        return Response(status_code=400)  # never sent
 
     @app.exception_handler(Exception)
     async def broken(request: Request, _: Exception) -> Response:  # uvicorn logs the traceback

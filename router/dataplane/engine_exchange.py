@@ -83,7 +83,7 @@ class EngineExchange(Exchange):
         return self._read(body)[0], Pieces(body)
 
     def _manner(self, alias: str) -> None:
-        """Its engine is asked as its client asks."""
+        """Return None: the client uses the engine's own API."""
 
     def _is_slotless(self) -> bool:
         return True

@@ -71,7 +71,7 @@ class RequestHead:
     )
 
     def __init__(self, parser: httptools.HttpRequestParser, url: bytes, headers: Headers) -> None:
-        """Raises BadTarget."""
+        """Read a head from `parser`, which has parsed it. Raises BadTarget."""
         self.method = parser.get_method()
         self.http_version = parser.get_http_version()
         self.keep_alive = self.http_version != "1.0" and parser.should_keep_alive()

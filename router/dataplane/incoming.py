@@ -112,7 +112,7 @@ class IncomingRequest(ABC):
         """Part of `_held` expected for the engine, if the body has many values."""
         self._body: Body = b""
         self._read_for: Manner | None = None
-        """That of the kind of engine for which the body was read."""
+        """The manner of the kind of engine for which the body was translated."""
         self._question: Question | None = None
         """The engine's request, if its kind of engine has an API of its own."""
         self._is_over = False
@@ -348,7 +348,7 @@ class IncomingRequest(ABC):
         return f"Ask {some_of(others)} instead" if others else "No model here does"
 
     def _manner(self, alias: str) -> Manner | None:
-        """How the engines of a model want to be asked; None: as llama-server does."""
+        """Return how requests are translated for a model's engines; None: not beyond parameters and names."""
         model = self._dispatcher.config.models.get(alias)
         manner = None if model is None else kind_of(model).manner
         return None if manner is None or self._is_form() else manner
@@ -363,7 +363,7 @@ class IncomingRequest(ABC):
         return body if self._question is None else self._question.body
 
     def _translate_anew(self, model: ModelConfig) -> Body:
-        """Return the body in the words of another kind of engine, to which the model fell back while it waited.
+        """Return the body translated for another kind of engine, to which the model fell back while it waited.
 
         Blocking. Raises ApiError.
         """

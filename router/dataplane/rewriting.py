@@ -1,4 +1,4 @@
-"""What an alias changes in a request: parameters set, replaced or removed, a system prompt, and examples.
+"""Changes of an alias to a request: parameters set, replaced or removed, a system prompt, and examples.
 
 Only top-level keys and the list of messages are parsed; all other values are copied as bytes. This module depends
 on a route only by where its conversation is. Multipart bodies are not rewritten.

@@ -1,1 +1,1 @@
-"""APIs that are translated or completed on their way: Anthropic's, OpenAI's responses, several choices."""
+"""APIs whose requests or answers are translated or completed: Anthropic's, Ollama's, and parts of OpenAI's."""

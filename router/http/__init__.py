@@ -1,1 +1,1 @@
-"""What pages and data plane share: errors in each API's dialect, keys, origins of web pages."""
+"""Shared by management endpoints and data plane: errors in each API's format, keys, origins of web pages."""

@@ -1,1 +1,1 @@
-"""Anthropic's messages: its requests in OpenAI's words, and the answers back."""
+"""Anthropic's messages: requests translated to OpenAI's chats, and the answers back."""

@@ -1,1 +1,1 @@
-"""Ollama's API: its requests and answers in llama-server's words, and its pages."""
+"""Ollama's API: requests translated to llama-server's, the answers back, and its management endpoints."""

@@ -156,7 +156,7 @@ class _Known(NamedTuple):
     named: AliasConfig | None = None
     """The alias, if the name is one."""
     made: Created | None = None
-    """How it was created, if it was."""
+    """Its description, if it was created here."""
 
     @property
     def name(self) -> str:

@@ -31,7 +31,7 @@ class _Event(msgspec.Struct):
 _CHOICES = b"}]}\n\n"
 """The end of an event whose last field is its choices."""
 _EVENT = re.compile(rb".*?\n\r?\n", re.DOTALL)
-"""With its end."""
+"""An event with its end."""
 
 _decode_wanted = msgspec.json.Decoder(_Wanted).decode
 _decode_event = msgspec.json.Decoder(_Event).decode
@@ -46,7 +46,7 @@ def asks_for_usage(body: Text) -> bool:
 class AnswerWithoutUsage(Answer):
     """Passes on an engine's stream without the event that has usage and no choice.
 
-    Usage is told after all choices: a part that ends with an event of choices, as nearly all do, passes at once.
+    Usage comes after all choices: a part that ends with an event of choices, as nearly all do, passes at once.
     """
 
     __slots__ = ("_streams", "_torn")
@@ -85,7 +85,7 @@ class AnswerWithoutUsage(Answer):
 
 
 def _whole_events(part: bytes) -> tuple[bytes, bytes]:
-    """All events that are whole, and what has come of the next."""
+    """Split a part of a stream after the last complete event."""
     found = [at + len(end) for end in (b"\n\n", b"\n\r\n") if (at := part.rfind(end)) >= 0]
     at = max(found, default=0)
     return part[:at], part[at:]
