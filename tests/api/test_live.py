@@ -1,4 +1,4 @@
-"""What is pushed: states as they change, loads as they go on, figures every two seconds; also after a pause."""
+"""Event streams: changes of states, progress of loads, figures every two seconds; also after a reconnection."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The API of llama-server's own router mode, and llama-swap's way to an engine, as their clients use them.
 
-What llama-server says was read off build 10434 in router mode.
+Expected answers of llama-server were recorded from build 10434 in router mode.
 """
 
 from __future__ import annotations

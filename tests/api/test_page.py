@@ -1,4 +1,4 @@
-"""The page for people: how it is served, and what a real browser makes of it."""
+"""The web UI: how it is served, and how a real browser shows it."""
 
 from __future__ import annotations
 

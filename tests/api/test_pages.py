@@ -1,4 +1,4 @@
-"""Everything but the data plane: what its answers look like, and who may see them."""
+"""Management endpoints: the format of their answers, and who may see them."""
 
 from __future__ import annotations
 

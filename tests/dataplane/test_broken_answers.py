@@ -1,4 +1,4 @@
-"""What an engine says wrong is forgotten as soon as it is told."""
+"""Answers of engines that cannot be understood leave nothing in memory once their client has its error."""
 
 from __future__ import annotations
 

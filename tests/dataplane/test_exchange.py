@@ -1,7 +1,7 @@
-"""What an exchange does about whatever can happen to it, in each of its states: a table.
+"""An exchange in each of its states, and every event that can happen in it: a table.
 
-The client is played, and so are dispatcher and engine, in this process: each request is led to where it is to
-stand, and then one thing happens. Stories with real engines are in `tests/runtime` and `tests/chaos`.
+Client, dispatcher and engine are played in this process: each request is brought into a state, and then one event
+happens. Stories with real engines are in `tests/runtime` and `tests/chaos`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A form whose field is replaced is the same form in all else, whatever is in it."""
+"""Forms in which one field is replaced are otherwise unchanged, whatever they contain."""
 
 from __future__ import annotations
 

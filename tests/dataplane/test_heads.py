@@ -1,4 +1,4 @@
-"""Heads that were read before: what is taken without the parser is what the parser would have said."""
+"""Known heads: a head accepted without the parser is read as the parser would read it."""
 
 from __future__ import annotations
 

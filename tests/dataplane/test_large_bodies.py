@@ -1,6 +1,6 @@
-"""Bodies that are too large to be read at once: the engine gets of them what it gets of small ones.
+"""Bodies that are too large to be parsed at once: the engine gets the same as for small ones.
 
-The engine is one that writes down what it is asked.
+The engine is a fake one that notes its requests.
 """
 
 from __future__ import annotations

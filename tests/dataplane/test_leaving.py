@@ -1,4 +1,4 @@
-"""Who leaves a stream: with all of it, or in the middle."""
+"""Clients that leave a stream: after its last event, or in the middle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the router relies on inside uvicorn is there: else this says what has changed, before anything hangs."""
+"""Internals of uvicorn that the router uses: a version that changed them is reported before anything hangs."""
 
 from __future__ import annotations
 

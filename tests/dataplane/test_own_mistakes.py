@@ -1,4 +1,4 @@
-"""A mistake of the router's own while it reads a request: answered, logged, and then forgotten."""
+"""Mistakes of the router while it reads a request are answered and logged, and leave nothing in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the data path does with junk, with waiting, and with limits."""
+"""The data path with invalid input, with waiting requests, and at its limits."""
 
 from __future__ import annotations
 

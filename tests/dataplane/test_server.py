@@ -1,4 +1,4 @@
-"""Requests on a connection: their turns, their framing, and what becomes of them when one of both is slow."""
+"""Requests on a connection: their order, their framing, and slow clients and engines."""
 
 from __future__ import annotations
 

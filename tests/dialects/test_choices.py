@@ -1,4 +1,4 @@
-"""Stories of answers with several choices: what the client is told, and what is counted."""
+"""Stories of answers with several choices: what the client gets, and what is counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stories of models that clients make: with Ollama's client, and as `ollama create` does."""
+"""Stories of models that clients create, with Ollama's client, and like `ollama create`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`/v1/messages` takes what the engine's own route for it would drop, and answers as Anthropic's API does."""
+"""`/v1/messages` keeps what llama-server's own route would drop, and answers as Anthropic's API does."""
 
 from __future__ import annotations
 

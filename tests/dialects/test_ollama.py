@@ -1,4 +1,4 @@
-"""The translation between Ollama's words and llama-server's, by itself."""
+"""The translation between Ollama's API and llama-server's, by itself."""
 
 from __future__ import annotations
 

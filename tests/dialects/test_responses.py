@@ -1,7 +1,7 @@
-"""`/v1/responses` is OpenAI's API, also where the engine's answer is poorer than that.
+"""`/v1/responses` is OpenAI's API, also where the engine's answer lacks a part of it.
 
-What OpenAI's library checks of a stream, it checks here. The engine is a real one, but for what a demo model never
-does: calls and thoughts are played, in the words of llama-server (tools/server/server-task.cpp, build 11434).
+Streams are checked by OpenAI's own library. The engine is a real one, except for what a demo model never does:
+calls and reasoning are played, in the format of llama-server (tools/server/server-task.cpp, build 11434).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An engine that sends its answer in crumbs, faster than they are read: others have their turns in between."""
+"""An engine that sends its answer in tiny chunks, faster than they are read, does not hold up others."""
 
 from __future__ import annotations
 

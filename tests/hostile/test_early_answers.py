@@ -1,4 +1,4 @@
-"""An engine that answers before it has read all: nobody else gets what it says to the rest."""
+"""An engine that answers before it has read all of a request: the rest of its output reaches no other client."""
 
 from __future__ import annotations
 

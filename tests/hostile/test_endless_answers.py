@@ -1,4 +1,4 @@
-"""Engines that go on for ever: their slot is free again once no honest answer would be as long."""
+"""Engines whose answers do not end: their slot is freed once no honest answer would be as long."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Engines that say anything but an answer: every client gets an end within seconds, in the words of its API.
+"""Engines that send garbage: every client gets an end within seconds, in the format of its API.
 
-What must hold whatever an engine says, on every route, streamed or not: what is broken never counts as served, the
-router makes no mistake, its memory stays, and the next honest request is answered.
+Whatever an engine sends, on every route, streamed or not: broken answers never count as served, the router makes
+no mistake, its memory does not grow, and the next honest request is answered.
 """
 
 from __future__ import annotations

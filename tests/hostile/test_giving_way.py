@@ -1,4 +1,4 @@
-"""Who came first does not keep out who matters more: full queues, and bodies that fill the memory for them."""
+"""Requests of higher priority displace earlier ones: in full queues, and where bodies fill the memory for them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Clients that lie, dawdle, babble and leave: over raw sockets, because no client library would.
 
-What must hold against every one of them: nothing is passed on that was not asked for, no answer is a mistake of
-the router, its memory and its log stay clean, and the next client is served as if nothing had been.
+With every one of them: nothing is passed on that was not requested, no answer is a mistake of the router, its
+memory and its log stay clean, and the next client is served as usual.
 
 `CHAOS=long` sends 20,000 mutated requests and waits for the clients that never finish theirs.
 """

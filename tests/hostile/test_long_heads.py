@@ -1,4 +1,4 @@
-"""Heads that an engine would not take: the router refuses them itself, and the engine is none the worse for it."""
+"""Heads that an engine would not accept are refused by the router, and do the engine no harm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers of engines with anything wrong in them: each ends its client's, and counts once, not as our mistake."""
+"""Mutated answers of engines: each ends its client's request, and counts once, as no mistake of the router."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests with anything wrong in them, on every route: each is answered or refused, and no mistake of ours."""
+"""Mutated requests on every route: each is answered or refused, and none makes the router fail."""
 
 from __future__ import annotations
 

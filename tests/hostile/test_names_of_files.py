@@ -1,4 +1,4 @@
-"""What names of files try at a terminal, at a shell, and at an engine's command line."""
+"""Hostile file names: at a terminal, in a shell, and on an engine's command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Never two answers to one request, whatever becomes of the rest of it; and every answer to its own request."""
+"""One answer for each request, whatever becomes of the rest of it; and every answer for its own request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reloads without end, and junk where nobody looks for it."""
+"""Endless reloads, invalid Accept headers, and pulls with invalid names."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Clients that ask and do not read: they are given no more than fits on the way, and not for ever.
+"""Clients that do not read their answers get no more than fits into the connection, and are disconnected.
 
-The server is the router's, in this process, with pages that are larger than what a connection holds, and with less
-patience.
+The server is the router's, in this process, with documents larger than a connection's buffers, and with shorter
+timeouts.
 """
 
 from __future__ import annotations

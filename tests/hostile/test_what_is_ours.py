@@ -1,4 +1,4 @@
-"""What an engine must not inherit, and who may read what the router writes."""
+"""Secrets that an engine must not inherit, and permissions of files that the router writes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a key for inference is told: of files, processes, ports, other clients and aliases' prompts nothing.
+"""A key for inference shows nothing of files, processes, ports, other clients, and prompts of aliases.
 
-Marks are planted wherever such things stand, and every answer is searched for them. With a full key they are all
-found, or the search would prove nothing.
+Marks are planted in all of these, and every answer is searched for them. With a full key all are found, or the
+search would prove nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An error has the words of the route that it answers, and says so that clients do the right thing next."""
+"""Errors are in the format of their route, and make clients do the right thing next."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From which pages the router may be called, and by which names."""
+"""Origins of web pages and Host names that the router accepts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pages are looked up by their path: those that a walk along all of them finds."""
+"""Endpoints are looked up by path: the same ones that a search through all of them finds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may have which page: each says so beside itself, and holds to it before it has read a byte of a body."""
+"""Rights of endpoints: each declares the one that it needs, and checks it before it reads any of a body."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of routes: that each row holds where it counts, and is told to users as it is."""
+"""The table of routes: each row is applied where it counts, and documented as it is."""
 
 from __future__ import annotations
 
