@@ -1,7 +1,8 @@
 """Choice of the kind of engine for entries that leave it open (`engine: auto`).
 
 A GGUF file runs on llama.cpp. A model in Hugging Face's format runs on the first of the installed kinds that load
-such models, in the order of `registry.KINDS`; the next one is tried if it does not load there.
+such models, in the order of `registry.KINDS`, but first on those that can chat with it. If it does not load there,
+the next one is tried.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from router.config.problems import KeyPath
 from router.config.resolved import ModelConfig
 from router.config.schema import HfEntry, System
 from router.engines.registry import KINDS, is_for_hf_model
-from router.formats.hf_model import CONFIG
+from router.formats import hf_model
 
 SAFETENSORS = "safetensors"
 
@@ -31,7 +32,7 @@ def is_hf_model(draft: Draft, entry: Mapping[str, Any], base: Path) -> bool:
     if not draft.is_for_here or not isinstance(named, str):
         return False
     try:
-        return (draft.resolve(named, base) / CONFIG).is_file()
+        return (draft.resolve(named, base) / hf_model.CONFIG).is_file()
     except OSError:
         return False
 
@@ -80,7 +81,23 @@ def hf_models(draft: Draft, alias: str, system: System) -> list[ModelConfig]:
     models: list[ModelConfig] = []
     for name in chosen:
         own = kinds[name]
-        noting = copy.deepcopy(draft) if models else draft  # what is wrong with an entry is told once
         read = own.schema.model_validate({**values, "engine": name})
-        models.append(own.read(noting, alias, read, system))
+        models.append(own.read(_muted(draft) if models else draft, alias, read, system))
+    if len(models) > 1 and not _has_chat_template(models[0].model_path):
+        models.sort(key=lambda model: KINDS[model.engine].needs_chat_template)
     return models
+
+
+def _muted(draft: Draft) -> Draft:
+    """Return a draft that notes elsewhere: what is wrong with an entry is told once."""
+    muted = copy.copy(draft)
+    muted.problems, muted.warnings = [], []
+    return muted
+
+
+def _has_chat_template(folder: Path) -> bool:
+    """Whether a model has a chat template, as far as is known."""
+    try:
+        return hf_model.read(folder).has_chat_template
+    except (hf_model.Unreadable, OSError):
+        return True

@@ -369,7 +369,8 @@ class IncomingRequest(ABC):
         """
         path, body = self._path, self._body
         if path not in served_routes(model.routes):
-            raise ApiError(400, "not_supported", f"{model.alias!r} does not serve {path} any more.", "model")
+            message = f"{model.alias!r} runs on another kind of engine by now. Send the request again."
+            raise ApiError(503, "unavailable", message, "model", retry_after_sec=1)
         text = b"".join(body.parts) if isinstance(body, Pieces) else body
         manner = self._read_for = self._manner(model.alias)
         self._question = None if manner is None else manner.question(model, path, text, len(text))

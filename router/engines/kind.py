@@ -62,6 +62,8 @@ class Kind(NamedTuple):
     """Blocking. Raises OSError, GGUFError and FlagError."""
     manner: Manner | None = None
     """How its engines are asked; None: as llama-server is."""
+    needs_chat_template: bool = False
+    """Whether only models that have a chat template can chat."""
     can_run: Callable[[System], bool] = lambda _: True
     """Returns whether its program is installed. Blocking."""
     metrics: EngineTexts | None = None

@@ -1,0 +1,113 @@
+"""Which kind of engine runs a model in safetensors: the first installed one, and the next if it does not load."""
+
+from __future__ import annotations
+
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import pytest
+from conftest import ROOT, Router, Start, run
+from hf_models import LLAMA, played_transformers, write_model
+
+REFUSAL = "ValueError: Model architectures ['LlamaForCausalLM'] are not supported for now."
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Both programs. That of vLLM refuses what is called `odd`."""
+    folder = tmp_path_factory.mktemp("programs")
+    vllm = folder / "vllm"
+    fake = f'exec "{sys.executable}" "{ROOT}/tests/fake_vllm.py" "$@"'
+    vllm.write_text(f'#!/bin/sh\ncase "$2" in *odd*) sleep 1; echo "{REFUSAL}" >&2; exit 1;; esac\n{fake}\n')
+    vllm.chmod(0o755)
+    return {"vllm_path": str(vllm), "transformers_path": str(played_transformers(folder))}
+
+
+@pytest.fixture(scope="module")
+def router(start_shared: Start, system: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Router:
+    folder = tmp_path_factory.mktemp("models")
+    usual = str(write_model(folder / "usual"))
+    odd = str(write_model(folder / "odd", {**LLAMA, "max_position_embeddings": 100_000}))
+    models = {
+        "usual": {"model_path": usual},
+        "quantized": {"model_path": usual, "quantize": "fp32"},
+        "plain": {"model_path": str(write_model(folder / "plain", chat_template=None))},
+        "odd": {"model_path": odd},
+        "strict": {"engine": "vllm", "model_path": odd},
+    }
+    return start_shared({"system": {**system, "stop_grace_sec": 3}, "models": models})
+
+
+def engine_of(router: Router, model: str) -> str:
+    name: str = router.status(model)["engine"]
+    return name
+
+
+def test_vllm_is_the_first_choice_unless_it_lacks_a_key(router: Router) -> None:
+    assert router.chat("usual").status_code == 200
+    assert router.chat("quantized").status_code == 200
+    assert (engine_of(router, "usual"), engine_of(router, "quantized")) == ("vllm", "transformers")
+    assert router.status("usual")["fallback"] is None
+
+
+def test_a_model_without_a_chat_template_runs_where_it_can_chat(router: Router) -> None:
+    assert router.chat("plain").status_code == 200
+    assert engine_of(router, "plain") == "transformers"
+
+
+def test_a_model_that_does_not_load_there_runs_on_the_next(router: Router) -> None:
+    """What waits meanwhile was meant for the first: it is put into the words of the other, large bodies, too."""
+
+    def ask(content: str) -> Any:
+        return router.chat("odd", content=content, max_tokens=2, temperature=1, top_k=5)
+
+    with ThreadPoolExecutor(3) as clients:
+        answers = list(clients.map(ask, ["one", "one " * 400_000, "two two"]))
+    assert [answer.status_code for answer in answers] == [200] * 3, [answer.text for answer in answers]
+    assert [answer.json()["choices"][0]["message"]["content"] for answer in answers] == [
+        "one",
+        "one one",
+        "two two",
+    ]
+    for seen in router.http.get("/upstream/odd/seen").json()["requests"]:
+        assert json.loads(seen["body"]["generation_config"]) == {"top_k": 5, "do_sample": True}
+    status = router.status("odd")
+    assert (status["engine"], status["slots"]) == ("transformers", 1)
+    assert status["fallback"] == "did not load, and runs on transformers instead of vllm"
+    assert REFUSAL in router.log
+
+
+def test_that_is_remembered(router: Router) -> None:
+    router.chat("odd")
+    router.http.post("/v1/models/eject", json={"model": "odd"})
+    assert router.http.post("/v1/config/reload").status_code == 200
+    before = router.log.count(REFUSAL)
+    assert router.chat("odd").status_code == 200
+    assert (engine_of(router, "odd"), router.log.count(REFUSAL)) == ("transformers", before)
+
+
+def test_a_model_that_names_its_engine_runs_on_no_other(router: Router) -> None:
+    answer = router.chat("strict")
+    assert answer.status_code == 503
+    assert REFUSAL in answer.json()["error"]["message"]
+    assert engine_of(router, "strict") == "vllm"
+
+
+def test_a_client_of_an_api_that_the_other_lacks_comes_again(tmp_path: Path, start: Start, system: Any) -> None:
+    """vLLM has Anthropic's API itself, and Transformers is asked for chats."""
+    router = start({"system": system, "models": {"odd": {"model_path": str(write_model(tmp_path / "odd"))}}})
+    client = anthropic.Anthropic(base_url=router.url, api_key="-", max_retries=2)
+    said = client.messages.create(model="odd", max_tokens=9, messages=[{"role": "user", "content": "one two"}])
+    assert [block.text for block in said.content if block.type == "text"] == ["one two"]
+
+
+def test_keys_that_no_kind_has_together_are_named(tmp_path: Path, system: dict[str, str]) -> None:
+    models = {"m": {"model_path": str(write_model(tmp_path / "m")), "quantize": "q4", "slots": 4}}
+    (tmp_path / "config.json").write_text(json.dumps({"system": system, "models": models}))
+    checked = run("check", "--config", "config.json", cwd=tmp_path)
+    problem = "models.m: has keys that no kind of engine has together: 'model_path', 'quantize', 'slots'"
+    assert problem in checked.stderr
