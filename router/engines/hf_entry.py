@@ -11,11 +11,12 @@ from router.config.draft import Draft
 from router.config.paths import wrong_with_anything
 from router.config.problems import KeyPath
 from router.config.schema import System
-from router.formats import hf_cache
+from router.formats import hf_cache, hf_model
 from router.formats.hf_model import HfModel
 from router.memory.measurements import files_of
 
-_CONFIG = "config.json"
+_SETTINGS = (hf_model.CONFIG, hf_model.TOKENIZER_CONFIG, *hf_model.TEMPLATES, "generation_config.json")
+"""Files beside the weights that decide how a model is loaded and asked."""
 
 
 def folder_of(
@@ -40,8 +41,9 @@ def folder_of(
 
 def stamps(model: HfModel) -> tuple[tuple[str, int, int], ...]:
     """Return stamps of the files that decide how a model is loaded; none if they are gone."""
+    settings = (model.folder / name for name in _SETTINGS)
     try:
-        return files_of(model.folder / _CONFIG, *model.files)
+        return files_of(*(file for file in settings if file.is_file()), *model.files)
     except OSError:
         return ()
 
@@ -51,5 +53,5 @@ def _wrong_with_folder(folder: Path) -> str:
     if wrong := wrong_with_anything(folder):
         return wrong
     if not folder.is_dir():
-        return f"{folder} is a file; name the folder with {_CONFIG} and the safetensors files"
-    return "" if (folder / _CONFIG).exists() else f"{folder} has no {_CONFIG}"
+        return f"{folder} is a file; name the folder with {hf_model.CONFIG} and the safetensors files"
+    return "" if (folder / hf_model.CONFIG).exists() else f"{folder} has no {hf_model.CONFIG}"

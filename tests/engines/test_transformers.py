@@ -366,8 +366,8 @@ def test_what_is_not_there_is_said_with_what_to_do(tmp_path: Path) -> None:
     checked = run("check", "--config", "config.json", cwd=tmp_path)
     assert checked.returncode == 2
     for problem in (
-        "models.gone.repo: is not in the Hugging Face cache: run `llama-router pull openai-community/gpt2`",
-        "models.none: needs a model_path (a folder) or a repo (in the Hugging Face cache)",
+        "models.gone.repo: openai-community/gpt2 is not in the Hugging Face cache: `llama-router pull",
+        "models.none: needs either model_path (a folder) or repo (USER/REPO in the Hugging Face cache)",
         "models.flagged.flags[0]: cannot be set: the router sets it itself",
         "models.flagged.flags[2]: is not supported: Transformers then ignores stop texts",
         "models.flagged.env.HF_HUB_OFFLINE: cannot be set: the router sets it itself",

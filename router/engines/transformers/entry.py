@@ -9,11 +9,12 @@ from router.config.draft import Draft
 from router.config.resolved import ModelConfig, idle_timeout
 from router.config.schema import System, TransformersEntry
 from router.engines import MARK_VARIABLE
+from router.engines.hf_entry import folder_of, stamps
 from router.engines.kind import EntryReader
 from router.engines.transformers.model import TransformersModel
 from router.engines.transformers.questions import ROUTES
-from router.formats import hf_cache, hf_model
-from router.memory.measurements import files_of
+from router.formats import hf_model
+from router.formats.hf_model import HfModel, Unreadable
 
 OFFLINE: Mapping[str, str] = {
     "HF_HUB_OFFLINE": "1",
@@ -41,8 +42,6 @@ _OWNED: Mapping[str, str] = {
     "--model-timeout": "has no effect with a single model: use the key `idle_timeout_sec`",
     "--enable-cors": "cannot be set: browsers talk to the router (api.cors_origins)",
 }
-_UNKNOWN = "?"
-_SETTINGS = (hf_model.CONFIG, hf_model.TOKENIZER_CONFIG, *hf_model.TEMPLATES, "generation_config.json")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -53,15 +52,15 @@ def _read(draft: Draft, alias: str, entry: TransformersEntry, system: System) ->
             draft.problem((*path, "flags", index), wrong)
     for variable in sorted({MARK_VARIABLE, *OFFLINE}.intersection(entry.env)):
         draft.problem((*path, "env", variable), _BY_ROUTER)
-    folder = _folder(draft, alias, entry, system)
-    model = _opened(draft, alias, entry, folder) if draft.is_for_here else None
+    folder = folder_of(draft, path, entry.model_path, entry.repo, system) or draft.models_folder()
+    model = _opened(folder) if draft.is_for_here else None
     longest = (entry.context, None if model is None else model.context)
     return TransformersModel(
         alias=alias,
         model_path=folder,
         flags=entry.flags,
         env=entry.env,
-        files=() if model is None else _stamps(model),
+        files=() if model is None else stamps(model),
         pinned=entry.pinned,
         idle_timeout_sec=idle_timeout(entry.idle_timeout_sec),
         priority=entry.priority or "normal",
@@ -77,41 +76,12 @@ def _read(draft: Draft, alias: str, entry: TransformersEntry, system: System) ->
     )
 
 
-def _folder(draft: Draft, alias: str, entry: TransformersEntry, system: System) -> Path:
-    """Return the folder of the model. Notes in the draft if none is named, or it is not there."""
-    path = ("models", alias)
-    if entry.model_path is not None and entry.repo is not None:
-        draft.problem((*path, "repo"), "cannot be given together with model_path")
-    if entry.model_path is not None:
-        return draft.resolve(entry.model_path, Path(system.base_models_path))
-    if entry.repo is None:
-        draft.problem(path, "needs a model_path (a folder) or a repo (in the Hugging Face cache)")
-        return Path(_UNKNOWN)
-    cache = hf_cache.folder(draft.environ) if draft.is_for_here else None
-    folder = None if cache is None else hf_cache.snapshot(cache, entry.repo)
-    if folder is None and draft.check_files:
-        draft.problem((*path, "repo"), f"is not in the Hugging Face cache: run `llama-router pull {entry.repo}`")
-    return folder or Path(entry.repo)
-
-
-def _opened(draft: Draft, alias: str, entry: TransformersEntry, folder: Path) -> hf_model.HfModel | None:
-    """Return what the files in the folder say; None, with a note in the draft, if they cannot be read."""
+def _opened(folder: Path) -> HfModel | None:
+    """Return the model of a folder; None if it cannot be read, which is reported when it is loaded."""
     try:
         return hf_model.read(folder)
-    except (hf_model.Unreadable, OSError) as error:
-        if draft.check_files and folder.is_absolute():
-            why = str(error) if isinstance(error, hf_model.Unreadable) else f"{folder}: {error.strerror or error}"
-            draft.problem(("models", alias, "model_path" if entry.repo is None else "repo"), why)
+    except (Unreadable, OSError):
         return None
-
-
-def _stamps(model: hf_model.HfModel) -> tuple[tuple[str, int, int], ...]:
-    """Return the stamps of the files that matter to an engine."""
-    settings = (model.folder / name for name in _SETTINGS)
-    try:
-        return files_of(*(file for file in settings if file.is_file()), *model.files)
-    except OSError:
-        return ()
 
 
 ENTRIES = EntryReader(TransformersEntry, {"engine": TransformersModel.engine}, _read)

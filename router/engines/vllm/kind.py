@@ -38,6 +38,7 @@ VLLM = Kind(
     documents=Documents(_PRIVATE | {"/health", "/ping", "/version", "/load", "/metrics"}, _PRIVATE),
     file_format="safetensors",
     file_info=file_info,
+    needs_chat_template=True,
     can_run=_can_run,
     metrics=EngineTexts(lambda _: True, families),
     entries=ENTRIES,
