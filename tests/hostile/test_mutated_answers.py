@@ -125,6 +125,7 @@ async def play(router: PlayedRouter, route: Route, streams: bool, answer: list[b
     body = json.dumps(route.body("hi", streams=streams)).encode()
     router.engines.clear()
     router.done_requests.clear()
+    await asyncio.sleep(0)  # a turn of the event loop reads from a few clients only
     client.data_received(
         b"POST %b HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n%b"
         % (route.path.encode(), len(body), body)
