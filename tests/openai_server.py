@@ -78,6 +78,7 @@ class Handler(BaseHTTPRequestHandler):
             "/v1/chat/completions": self._chat,
             "/v1/completions": self._complete,
             "/v1/embeddings": self._embed,
+            "/v1/messages": self._message,
         }
         if self.path not in answering:
             self._answer(404, {"detail": "Not Found"})
@@ -109,6 +110,13 @@ class Handler(BaseHTTPRequestHandler):
             self._say(body, words, [{"content": '{"city": '}, {"content": '"Oslo"}'}])
         else:
             self._say(body, words, [{"content": word} for word in re.findall(r"\s*\S+", last)])
+
+    def _message(self, body: dict[str, Any]) -> None:
+        """As vLLM's own route, which ignores what it does not know."""
+        content = [{"type": "text", "text": "Hello"}]
+        usage = {"input_tokens": 1, "output_tokens": 1}
+        named = {"id": "msg_1", "type": "message", "role": "assistant", "model": self.server.name}
+        self._answer(200, {**named, "content": content, "stop_reason": "end_turn", "usage": usage})
 
     def _complete(self, body: dict[str, Any]) -> None:
         prompts = body["prompt"] if isinstance(body["prompt"], list) else [body["prompt"]]

@@ -48,7 +48,8 @@ def router(start_shared: Start, tiny: Path) -> Router:
         "cmd": [sys.executable, "-m", "router.engines.llamacpp.embedded", "-m", "{model}", "--port", "{port}"],
         "model_path": str(MODEL_PATH),
     }
-    return start_shared({"models": {"strict": strict, "real": real, **models(tiny, "tiny")}})
+    own = {**strict, "routes": ["/v1/chat/completions", "/v1/messages"]}
+    return start_shared({"models": {"own": own, "strict": strict, "real": real, **models(tiny, "tiny")}})
 
 
 def seen(router: Router) -> dict[str, Any]:
@@ -328,6 +329,17 @@ class TestAnthropic:
             error = answer.json()["error"]
             assert (answer.status_code, error["type"]) == (400, "invalid_request_error")
             assert words in error["message"]
+
+    def test_an_engines_own_route_is_asked_unless_it_would_drop_something(self, router: Router) -> None:
+        body = {"model": "own", "max_tokens": 9, "messages": CHAT}
+        said = [
+            router.http.post("/v1/messages", json={**body, **more}).json()["content"][0]["text"]
+            for more in ({}, {"seed": 7})
+        ]
+        assert said == ["Hello", "one two three"]
+        *_, native, chat = router.http.get("/upstream/own/seen").json()
+        assert (native["path"], native["model"]) == ("/v1/messages", "served")
+        assert (chat["path"], chat["seed"]) == ("/v1/chat/completions", 7)
 
     def test_a_prompt_that_is_too_long_is_told_in_its_words(self, router: Router) -> None:
         for path in ("/v1/messages", "/v1/messages/count_tokens"):

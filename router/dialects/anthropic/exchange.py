@@ -7,7 +7,15 @@ from router.dataplane.exchange import Exchange
 from router.dataplane.routing import Wish
 from router.dataplane.shortening import ALL_DEPTHS, Shortened, Text
 from router.dialects.anthropic.answers import StopReasons, Translation
-from router.dialects.anthropic.requests import TOOL_RESULT, Asked, counted_by_others, for_others, in_order, read
+from router.dialects.anthropic.requests import (
+    TOOL_RESULT,
+    Asked,
+    counted_by_others,
+    for_others,
+    in_order,
+    is_for_chats,
+    read,
+)
 from router.dialects.counting import Count
 from router.http.errors import ApiError
 from router.http.routes import CHATS
@@ -22,10 +30,13 @@ class MessagesExchange(Exchange):
 
     def _read(self, body: Text) -> tuple[Wish, Text]:
         wish, body = super()._read(body)
-        if not wish.is_served(self._path):
-            self._asked = for_others(body)
+        is_served = wish.is_served(self._path)
+        if is_served and wish.is_for_llama_server:
+            self._asked = read(body)
+        elif is_served and not is_for_chats(body):
+            self._asked = Asked(body)
         else:
-            self._asked = read(body) if wish.is_for_llama_server else Asked(body)
+            self._asked = for_others(body)
         return wish, self._body_of_asked()
 
     def _body_of_asked(self) -> Text:

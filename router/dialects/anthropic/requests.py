@@ -189,6 +189,11 @@ def read(body: Text) -> Asked:
         return Asked(body, depth=depth)
 
 
+def is_for_chats(body: Text) -> bool:
+    """Return whether a request has parameters that only chats have: vLLM, too, drops them from messages."""
+    return not _fields_of(body).keys().isdisjoint((*_DROPPED, _FORMS[1]))
+
+
 def for_others(body: Text) -> Asked:
     """Return a request as a chat, for an engine without a route for messages. Raises ApiError 400."""
     try:
