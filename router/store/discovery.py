@@ -234,7 +234,7 @@ class Headers:
 
     def of_folder(self, path: Path, settle_sec: float = 0.0, beside: str = "") -> HfModel:
         """Return the model in safetensors of a folder, like `of`. Raises Unreadable instead of GGUFError."""
-        model = self._of(path, settle_sec, beside, _stamps_of_folder, _read_folder)
+        model = self._of(path, settle_sec, beside, hf_model.stamps, _read_folder)
         assert isinstance(model, HfModel)
         return model
 
@@ -422,21 +422,6 @@ def _stamps(path: Path) -> _Stamps:
             stamps.append((str(path.with_name(name)), -1, 0))
         else:
             stamps.append((str(path.with_name(name)), status.st_size, status.st_mtime_ns))
-    return tuple(stamps)
-
-
-def _stamps_of_folder(folder: Path) -> _Stamps:
-    """Return the stamps of the files that make up a model in safetensors. Raises OSError if there is no folder."""
-    stamps: list[tuple[str, int, int]] = []
-    with os.scandir(folder) as entries:
-        paths = sorted(entry.path for entry in entries if entry.name.endswith((".safetensors", ".json")))
-    for path in paths:
-        try:
-            status = os.stat(path)
-        except FileNotFoundError:  # a link to a file that is not there yet
-            stamps.append((path, -1, 0))
-        else:
-            stamps.append((path, status.st_size, status.st_mtime_ns))
     return tuple(stamps)
 
 

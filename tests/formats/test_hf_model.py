@@ -39,6 +39,16 @@ def test_a_model_in_several_files_is_all_of_them(tmp_path: Path) -> None:
     assert (split.weight_bytes, split.parameters) == (whole.weight_bytes, whole.parameters)
 
 
+def test_files_are_read_again_once_they_have_changed(tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
+    first = read(folder)
+    assert read(folder) is first
+    write_model(folder, {**LLAMA, "max_position_embeddings": 4096})
+    assert read(folder).context == 4096
+    (folder / "model.safetensors").unlink()
+    assert refusal(folder) == "has no weights in safetensors format"
+
+
 def test_a_copy_in_another_format_does_not_count(tmp_path: Path) -> None:
     folder = write_model(tmp_path, shards=2)
     write_weights(folder / "consolidated.safetensors", LLAMA_TENSORS)
@@ -379,6 +389,7 @@ def refusal(folder: Path) -> str:
 
 
 def test_a_partial_download_is_no_model(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "nowhere") == "is no folder"
     assert refusal(tmp_path) == "has no config.json"
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     assert refusal(tmp_path) == "has no weights in safetensors format"
