@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from router.engines.hf_plan import Cache, Demand, HfPlan, caches
+from router.engines.hf_plan import Cache, Demand, HfPlan, caches, largest_context
 from router.formats.hf_model import HfModel
 from router.hardware.devices import Devices
 from router.memory.ledger import idle_ground
@@ -25,7 +25,6 @@ _BESIDE_GPUS_MIB = 1500
 _WITHOUT_GPUS_MIB = 400
 """Of Transformers 5.24 with torch 2.13: the interpreter, its libraries and working memory."""
 _GPU_COUNTS = (1, 2, 4, 8)
-_STEP = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +55,18 @@ def forecast(model: HfModel, context: int | None = None) -> HfForecast:
     Blocking: reads the devices. Raises ValueError if its KV cache is unknown.
     """
     context = context or model.context or _USUAL_CONTEXT
-    kv_bytes = model.kv_bytes(context)
-    if kv_bytes is None:
+    if model.kv_bytes(context) is None:
         named = model.architecture or model.model_type or "a model of unknown kind"
         weights = f"its weights take {model.weight_bytes / _MIB:,.0f} MiB"
         raise ValueError(f"what {named} caches of each token is unknown; {weights}")
+
+    def kv(tokens: int) -> float:
+        return (model.kv_bytes(tokens) or 0) / _MIB
+
     ground = idle_ground(Devices())
     demand = Demand(
         weights=model.weight_bytes / _MIB,
-        kv_per_token=kv_bytes / context / _MIB,
+        kv=kv,
         caches=caches(context, 1, may_shorten=False),
         on_each_gpu=_ON_EACH_GPU_MIB,
         beside_gpus=_BESIDE_GPUS_MIB,
@@ -75,9 +77,8 @@ def forecast(model: HfModel, context: int | None = None) -> HfForecast:
     best = _Places(demand, ground, Learned()).inspection().alternatives[0]
     free = {site.device: site.budget_mib for site in (*ground.gpus, ground.host)}
     room = _room_mib(demand, best, ground)
-    return HfForecast(
-        best, context, free, demand.weights, kv_bytes / _MIB, _largest_context(model, int(room * _MIB))
-    )
+    largest = largest_context(kv, room, model.context or _USUAL_CONTEXT)
+    return HfForecast(best, context, free, demand.weights, kv(context), largest)
 
 
 class _Places(HfPlan):
@@ -96,19 +97,3 @@ def _room_mib(demand: Demand, best: Alternative, ground: Ground) -> float:
         return ground.host.budget_mib - demand.without_gpus - demand.weights
     budgets = [site.budget_mib for site in ground.gpus if site.device in best.gpus]
     return len(budgets) * (min(budgets) - demand.on_each_gpu) - demand.weights
-
-
-def _largest_context(model: HfModel, room_bytes: int) -> int:
-    """Return the most tokens whose KV cache fits, up to those that the model was made for."""
-    most = model.context or _USUAL_CONTEXT
-
-    def fits(tokens: int) -> bool:
-        return (model.kv_bytes(tokens) or 0) <= room_bytes
-
-    if fits(most):
-        return most
-    low, high = 0, -(-most // _STEP)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle * _STEP) else (low, middle - 1)
-    return low * _STEP

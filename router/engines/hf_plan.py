@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 
@@ -18,6 +18,7 @@ from router.system.devices import HOST, Device
 
 _MIB = 1 << 20
 _LEAST_CONTEXT = 4096
+_STEP = 256
 _LOAD_BYTES_PER_SEC = 1 << 30
 
 
@@ -52,12 +53,24 @@ def caches(context: int, slots: int, *, may_shorten: bool) -> list[Cache]:
     return found
 
 
+def largest_context(kv: Callable[[int], float], room_mib: float, most: int) -> int:
+    """Return the most tokens, up to `most`, whose KV cache fits into the room; a multiple of 256, or `most`."""
+    if kv(most) <= room_mib:
+        return most
+    low, high = 0, most // _STEP
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if kv(middle * _STEP) <= room_mib else (low, middle - 1)
+    return low * _STEP
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
     """Memory that engines of one model take, in MiB."""
 
     weights: float
-    kv_per_token: float
+    kv: Callable[[int], float]
+    """Returns the MiB of the KV cache of one request with so many tokens. It need not grow evenly."""
     caches: Sequence[Cache]
     """Best first; at least one."""
     on_each_gpu: float
@@ -116,12 +129,10 @@ class HfPlan(ABC):
         room = max(rooms) if rooms else host.budget_mib - demand.without_gpus
         if room < demand.weights:
             return f"its weights alone are {math.ceil(demand.weights)} MiB"
-        if not demand.kv_per_token:
-            return ""
-        tokens = int((room - demand.weights) / demand.kv_per_token) // 256 * 256
+        tokens = largest_context(demand.kv, room - demand.weights, demand.caches[0].context)
         if tokens <= 0:
             return "no context is small enough for it to fit"
-        return f"it would fit with a context of {min(tokens, demand.caches[0].context)}"
+        return f"it would fit with a context of {tokens}"
 
     def _groups(self) -> Iterator[tuple[Site, ...]]:
         """Yield each GPU alone, then several with the most room: by what is free, and by what there is in all.
@@ -153,7 +164,7 @@ class HfPlan(ABC):
 
     def _with(self, sites: tuple[Site, ...], cache: Cache) -> Alternative:
         demand, count = self._demand, len(sites)
-        kv = cache.tokens * demand.kv_per_token
+        kv = cache.requests * demand.kv(cache.context)
         share = Share(weights=demand.weights / max(1, count), kv=kv / max(1, count))
         if sites:
             shares = {Device.shown(place): replace(share, compute=demand.on_each_gpu) for place in range(count)}

@@ -116,14 +116,17 @@ class HfModel:
         """
         return self.kv_bytes(1, dtype)
 
-    def kv_bytes(self, tokens: int, dtype: str | None = None) -> int | None:
-        """Return the size of the cache of a sequence, in an engine that keeps only the last tokens where that is
-        all that a layer looks at; None if that is unknown."""
+    def kv_bytes(self, tokens: int, dtype: str | None = None, *, ahead: int = 0) -> int | None:
+        """Return the size of the cache of a sequence; None if that is unknown.
+
+        Layers that look only at the last tokens keep no others, except that an engine may write so many `ahead`,
+        such as those of a piece of a prompt, before it drops what is out of sight.
+        """
         bits = DTYPE_BITS.get(self.dtype if dtype in (None, "auto") else str(dtype).removeprefix("torch."))
         if self.caches is None or bits is None:
             return None
         numbers = sum(
-            cache.numbers * (tokens if cache.window is None else min(tokens, cache.window))
+            cache.numbers * (tokens if cache.window is None else min(tokens, cache.window + ahead))
             for cache in self.caches
         )
         return numbers * bits // 8

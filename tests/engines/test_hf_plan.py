@@ -13,7 +13,7 @@ from router.system.devices import HOST, Device
 GPU0, GPU1, GPU2 = Device.gpu(0), Device.gpu(1), Device.gpu(2)
 DEMAND = Demand(
     weights=8000,
-    kv_per_token=0.125,
+    kv=lambda tokens: tokens * 0.125,
     caches=caches(16384, 4, may_shorten=True),
     on_each_gpu=1000,
     beside_gpus=2000,

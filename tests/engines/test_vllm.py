@@ -514,6 +514,26 @@ def test_builds_for_the_cpu_use_no_gpu_and_others_need_one(tmp_path: Path) -> No
         inspected(folder)
 
 
+def test_layers_with_a_window_take_as_much_as_vllm_demands(tmp_path: Path) -> None:
+    """vLLM 0.32 counted 20.84 MB for this model, and starts with no less."""
+    config = {"model_type": "gemma3_text", "num_hidden_layers": 18, "num_attention_heads": 4, "head_dim": 256}
+    config |= {"num_key_value_heads": 1, "sliding_window": 512, "max_position_embeddings": 131072}
+    folder = write_model(tmp_path, config, {"weight": ("BF16", (8 << 20, 16))})
+    best = inspected(folder, version="0.32.0+cpu", context=1024).alternatives[0]
+    assert 2 * 20.84e6 <= int(best.flags[-1]) <= 2 * 22e6
+    long = inspected(folder, version="0.32.0+cpu").alternatives[0]
+    full, sliding = 3 * (131072 + 128), 15 * (512 + 8192 + 128)
+    assert int(long.flags[-1]) == 2 * 1024 * (full + sliding)
+
+
+def test_a_model_of_32_bits_computes_with_16(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, {**LLAMA, "torch_dtype": "float32"}, {"weight": ("F32", (8 << 20, 128))})
+    host = {HOST: 4096 // 2 + 1500 + 1}
+    assert inspected(folder, version="0.32.0+cpu").alternatives[0].placement == host
+    as_stored = inspected(folder, version="0.32.0+cpu", flags=["--dtype", "float32"]).alternatives[0]
+    assert as_stored.placement == {HOST: 4096 + 1500 + 2}
+
+
 # --- what it says -----------------------------------------------------------------------------------------
 
 NO_ROOM = (

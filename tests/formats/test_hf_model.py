@@ -262,6 +262,8 @@ def test_layers_with_a_window_cache_no_more_than_it(tmp_path: Path, family: str)
     assert tuple(cache.window for cache in model.caches) == windows
     assert model.kv_bytes_per_token() == 6 * 2 * 2
     assert model.kv_bytes(10_000) == sum(min(10_000, window or 10_000) for window in windows) * 2 * 2
+    ahead = sum(min(10_000, (window or 10_000) + 512) for window in windows) * 2 * 2
+    assert model.kv_bytes(10_000, ahead=512) == ahead
 
 
 def test_the_shapes_of_weights_tell_what_a_nested_configuration_leaves_out(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ class _Places(HfPlan):
         weights = files.weight_bytes if bytes_each is None else files.parameters * bytes_each
         demand = Demand(
             weights=weights / _MIB,
-            kv_per_token=(files.kv_bytes(context, dtype) or 0) / context / _MIB,
+            kv=lambda tokens: (files.kv_bytes(tokens, dtype) or 0) / _MIB,
             caches=caches(context, 1, may_shorten=False),
             on_each_gpu=_ON_EACH_GPU_MIB,
             beside_gpus=_BESIDE_GPUS_MIB,

@@ -11,13 +11,14 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from router.engines.hf_plan import Cache, Demand, HfPlan, caches
 from router.engines.vllm.flags import Flags
 from router.engines.vllm.model import VllmModel
 from router.engines.vllm.program import Program
-from router.formats.hf_model import HfModel
+from router.formats.hf_model import DTYPE_BITS, HfModel
 from router.memory.measurements import Identity, Learned, files_of
 from router.memory.plan import Ground, Site, Unusable
 
@@ -34,6 +35,11 @@ _WITHOUT_GPUS_MIB = 1500
 _UNKNOWN_CACHE = 0.25
 """KV cache of a model whose layers are not understood, as a part of its weights."""
 _DEFAULT_CONTEXT = 4096
+_BLOCK = 128
+"""Tokens of a block of the KV cache on the CPU; on GPUs it is smaller. Only whole blocks are used,
+and layers with a window need one more."""
+_BATCH = 8192
+"""Largest default of --max-num-batched-tokens. Layers with a window keep so many tokens beyond it."""
 _START_SEC = 45.0
 _STEP = 1000
 """Shares of GPUs are multiples of a thousandth."""
@@ -68,11 +74,9 @@ class VllmPlan(HfPlan):
         requests = model.slots
         if self._own_share is not None or self._given_cache_mib is not None:
             requests = 1  # how large the cache becomes is settled; it has to hold one
-        weights_mib = folder.weight_bytes / _MIB
-        kv_bytes = folder.kv_bytes(context, flags.text("kv-cache-dtype"))
-        kv_per_token = (weights_mib * _UNKNOWN_CACHE if kv_bytes is None else kv_bytes / _MIB) / context
-        if self._given_cache_mib is not None:
-            kv_per_token = self._given_cache_mib / context
+        dtype = _dtype(flags, folder)
+        converted = 1.0 if folder.quantization else DTYPE_BITS[dtype] / DTYPE_BITS.get(folder.dtype, 16)
+        weights_mib = folder.weight_bytes * converted / _MIB
         wanted = flags.devices
         if wanted is not None:
             counts: Sequence[int] = (wanted,)
@@ -81,7 +85,7 @@ class VllmPlan(HfPlan):
             counts = [count for count in (1, 2, 4, 8, 16) if count <= max(1, gpus) and not heads % count]
         return Demand(
             weights=weights_mib,
-            kv_per_token=kv_per_token,
+            kv=partial(self._kv_mib, dtype, weights_mib, context),
             caches=caches(context, requests, may_shorten=asked is None and self._given_cache_mib is None),
             on_each_gpu=_ON_EACH_GPU_MIB,
             beside_gpus=_BESIDE_GPUS_MIB,
@@ -89,6 +93,19 @@ class VllmPlan(HfPlan):
             gpu_counts=counts,
             start_sec=_START_SEC,
         )
+
+    def _kv_mib(self, dtype: str, weights_mib: float, longest: int, tokens: int) -> float:
+        """Return the KV cache of one request with so many tokens, as vLLM demands it before it starts."""
+        if self._given_cache_mib is not None:
+            return self._given_cache_mib * tokens / longest
+        kept_as = self._flags.text("kv-cache-dtype")
+        slides = any(cache.window is not None for cache in self._folder.caches or ())
+        nbytes = self._folder.kv_bytes(
+            (math.ceil(tokens / _BLOCK) + slides) * _BLOCK,
+            dtype if kept_as in (None, "auto") else kept_as,
+            ahead=(self._flags.size("max-num-batched-tokens") or _BATCH) + slides * _BLOCK,
+        )
+        return weights_mib * _UNKNOWN_CACHE * tokens / longest if nbytes is None else nbytes / _MIB
 
     def identity(self, gpus: int, cache: Cache) -> Identity:
         files = files_of(*self._folder.files)
@@ -110,7 +127,7 @@ class VllmPlan(HfPlan):
             added += ["--max-num-seqs", str(self._model.slots + _OWN_SEAT)]
         if not sites:
             if self._given_cache_mib is None:
-                size = max(1, math.ceil(cache.tokens * self._demand.kv_per_token * _MIB))
+                size = max(1, math.ceil(cache.requests * self._demand.kv(cache.context) * _MIB))
                 added += ["--kv-cache-memory-bytes", str(size)]
             return tuple(added)
         if self._own_share is None:
@@ -124,6 +141,14 @@ class VllmPlan(HfPlan):
     def _share(site: Site, mib: int) -> float:
         """Return the share of a GPU that this is, rounded up."""
         return math.ceil(_STEP * mib / max(1, site.total_mib)) / _STEP
+
+
+def _dtype(flags: Flags, folder: HfModel) -> str:
+    """Return the type of numbers that vLLM computes with: of 16 bits even for models of 32, without --dtype."""
+    asked = flags.text("dtype")
+    if asked is not None and asked in DTYPE_BITS:
+        return asked
+    return folder.dtype if folder.dtype in DTYPE_BITS and folder.dtype != "float32" else "bfloat16"
 
 
 def _given_cache_mib(flags: Flags, env: Mapping[str, str]) -> float | None:
