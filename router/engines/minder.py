@@ -28,7 +28,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 _SECOND_WORD_SEC = 2.0
 _REST_SEC = 10.0
 """For what the first process of an engine leaves, from SIGTERM to SIGKILL."""
@@ -48,7 +48,9 @@ class Minder:
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
             signal.signal(number, lambda *_: None)
-        self._pid = subprocess.Popen(command, stdin=subprocess.DEVNULL).pid  # noqa: S603 - the router's own order
+        self._pid = subprocess.Popen(  # noqa: S603 - the router's own order
+            command, stdin=subprocess.DEVNULL, preexec_fn=_tie_to_minder()
+        ).pid
         self._status: int | None = None
         self._steps: deque[tuple[float, Callable[[], None]]] = deque()
         """What is to be done to end it, and when (monotonic)."""
@@ -135,6 +137,14 @@ class Minder:
         until = time.monotonic() + limit_sec
         while self._reap() and (left_sec := until - time.monotonic()) > 0:
             self._wait(left_sec)
+
+
+def _tie_to_minder() -> Callable[[], None] | None:
+    """Return what a child runs before its program, so that it gets SIGTERM if the minder is killed."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def _session() -> list[int]:

@@ -260,6 +260,21 @@ def test_nothing_outlives_a_router_that_is_killed(start: Start, vllm: Path, fold
 
 
 @linux_only
+def test_nothing_outlives_a_router_and_a_minder_that_are_killed_together(
+    start: Start, vllm: Path, folder: Path
+) -> None:
+    entry = {"engine": "vllm", "model_path": str(folder)}
+    router = start({"system": {"vllm_path": str(vllm), "preload_models": ["a"]}, "models": {"a": entry}})
+    eventually(lambda: router.status("a")["status"] == "ready")
+    processes = tree(router, "a")
+    psutil.Process(router.process.pid).suspend()  # or it would end the rest
+    processes[0].kill()
+    router.process.kill()
+    router.process.wait()
+    eventually(lambda: all(map(is_gone, processes)))
+
+
+@linux_only
 def test_the_next_router_ends_an_engine_of_which_only_a_nameless_process_is_left(
     start: Start, vllm: Path, folder: Path, tmp_path: Path
 ) -> None:
@@ -274,8 +289,9 @@ def test_the_next_router_ends_an_engine_of_which_only_a_nameless_process_is_left
     assert engine.environ() == {}
     eventually(lambda: f'"pid":{minder.pid}' in Path(state, "engines.json").read_text().replace(" ", ""))
     psutil.Process(router.process.pid).suspend()
-    minder.kill()
+    minder.suspend()  # or it would end the rest
     server.kill()
+    minder.kill()
     router.process.kill()
     router.process.wait()
     assert engine.is_running()

@@ -1,0 +1,219 @@
+"""The real vLLM under a router: chats, deaths of each of its processes, stops while it loads.
+
+A long form, skipped unless VLLM names the program `vllm`. It is started about twenty times, for half a minute or
+more each. Its model is made on the spot: the weights are zero, so that it says the same token for ever.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import openai
+import psutil
+import pytest
+from conftest import Router, Start, eventually
+from hf_models import LLAMA, write_model
+
+VLLM = os.environ.get("VLLM", "")
+pytestmark = [
+    pytest.mark.skipif(not VLLM, reason="VLLM names no program"),
+    pytest.mark.timeout(900),
+]
+LOAD_SEC = 300
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
+"""Of 32 numbers each: vLLM cannot compute smaller ones on the CPU, and crashes when it is asked to."""
+PROCESSES = ("minder", "server", "core", "worker", "tracker")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama whose tokens are bytes."""
+    made = write_model(
+        tmp_path_factory.mktemp("hf") / "tiny", {**LLAMA, **HEADS, "bos_token_id": 257, "eos_token_id": 258}
+    )
+    alphabet = [chr(code) if code < 256 else f"<{code}>" for code in bytes_in_text()]
+    vocabulary = {token: number for number, token in enumerate([*alphabet, "<s>", "</s>", "<pad>"])}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": vocabulary[token], "content": token, "special": True, **dict.fromkeys(FORM, False)}
+            for token in ("<s>", "</s>", "<pad>")
+        ],
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+    }
+    (made / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "</s>",
+        "chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}",
+    }
+    (made / "tokenizer_config.json").write_text(json.dumps(settings))
+    return made
+
+
+FORM = ("single_word", "lstrip", "rstrip", "normalized")
+
+
+def bytes_in_text() -> list[int]:
+    """The characters by which byte-level tokenizers write the bytes."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [*plain, *(256 + place for place in range(256 - len(plain)))]
+
+
+def config(folder: Path, **more: Any) -> dict[str, Any]:
+    entry = {
+        "engine": "vllm",
+        "model_path": str(folder),
+        "context": 1024,
+        "slots": 2,
+        "flags": ["--enforce-eager"],
+    }
+    system = {"vllm_path": VLLM, "load_stall_sec": LOAD_SEC, **more}
+    return {"system": system, "models": {"a": entry}}
+
+
+@pytest.fixture
+def place() -> Iterator[str]:
+    """A place for temporary files, in which nothing stays; nor in /dev/shm."""
+    before = set(os.listdir("/dev/shm"))
+    with tempfile.TemporaryDirectory(dir="/tmp") as made:
+        yield made
+        eventually(lambda: not os.listdir(made))
+    eventually(lambda: set(os.listdir("/dev/shm")) <= before)
+
+
+def tree(router: Router) -> dict[str, psutil.Process]:
+    """The processes of the engine by what they are, as far as they are there."""
+    minder = psutil.Process(router.status("a")["pid"])
+    found = {"minder": minder}
+    for process in minder.children(recursive=True):
+        words = " ".join(process.cmdline())
+        for name, sign in (("core", "EngineCore"), ("worker", "Worker"), ("tracker", "resource_tracker")):
+            if sign in words:
+                found[name] = process
+        if process.ppid() == minder.pid and "serve" in words:
+            found["server"] = process
+    return found
+
+
+def is_gone(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def loading(router: Router, name: str) -> dict[str, psutil.Process]:
+    """Wait until a process of the engine is there while it loads."""
+    eventually(lambda: router.status("a")["status"] == "loading", LOAD_SEC)
+    eventually(lambda: name in tree(router), LOAD_SEC)
+    return tree(router)
+
+
+def test_openais_client_chats_with_it(start: Start, folder: Path, place: str) -> None:
+    router = start(config(folder, preload_models=["a"]), TMPDIR=place)
+    first_200: list[float] = []
+
+    def knock() -> None:
+        while not first_200:
+            try:
+                if httpx.get(f"http://127.0.0.1:{router.status('a')['port']}/health").status_code == 200:
+                    first_200.append(time.time())
+            except httpx.HTTPError:
+                time.sleep(0.002)
+
+    eventually(lambda: router.status("a")["port"] is not None)
+    knocking = threading.Thread(target=knock)
+    knocking.start()
+    router.until("a", "ready", LOAD_SEC)
+    noticed = time.time()
+    knocking.join()
+    print(f"ready was noticed {1000 * (noticed - first_200[0]):.0f} ms after the first 200")
+    assert noticed - first_200[0] < 0.2, "50 ms, and what a test takes to see it"
+    client = openai.OpenAI(base_url=f"{router.url}/v1", api_key="none")
+    asked: Any = {"model": "a", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 5}
+    whole = client.chat.completions.create(**asked)
+    assert whole.usage is not None
+    assert (whole.choices[0].finish_reason, whole.usage.completion_tokens) == ("length", 5)
+    text = "".join(
+        chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(stream=True, **asked)
+    )
+    assert text == whole.choices[0].message.content == "!!!!!"
+    memory = router.status("a")["memory"]
+    eventually(lambda: bool(router.status("a")["memory"]["measured_mb"]))
+    print(f"estimated {memory['estimated_mb']}, measured {router.status('a')['memory']['measured_mb']}")
+    processes = tree(router)
+    since = time.monotonic()
+    assert router.stop() == 0
+    print(f"stopped in {time.monotonic() - since:.1f} s")
+    assert all(map(is_gone, processes.values()))
+
+
+@pytest.mark.parametrize("victim", PROCESSES)
+def test_a_request_survives_the_death_of_each_process(start: Start, folder: Path, victim: str, place: str) -> None:
+    if victim == "tracker":
+        pytest.skip("only cleans up: an engine serves without it")
+    router = start(config(folder), TMPDIR=place)
+    assert router.http.post("/v1/models/load", json={"model": "a"}, timeout=LOAD_SEC).status_code == 200
+    processes = tree(router)
+    processes["core"].suspend()  # so that nothing is answered yet
+    answers: list[httpx.Response] = []
+    body = {"model": "a", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
+    asking = threading.Thread(
+        target=lambda: answers.append(router.http.post("/v1/chat/completions", json=body, timeout=LOAD_SEC))
+    )
+    asking.start()
+    eventually(lambda: router.status("a")["in_flight"] == 1)
+    since = time.monotonic()
+    processes[victim].kill()
+    if victim == "worker":
+        processes["core"].resume()
+    eventually(lambda: all(map(is_gone, processes.values())), 15)
+    print(f"{victim}: all gone after {time.monotonic() - since:.1f} s")
+    asking.join(LOAD_SEC)
+    assert answers[0].json()["choices"][0]["message"]["content"] == "!!!", answers[0].text
+    router.stop()
+
+
+@pytest.mark.parametrize("victim", ["minder", "server", "core", "worker"])
+def test_a_load_survives_the_death_of_each_process(start: Start, folder: Path, victim: str, place: str) -> None:
+    router = start(config(folder, preload_models=["a"]), TMPDIR=place)
+    processes = loading(router, victim)
+    since = time.monotonic()
+    processes[victim].kill()
+    eventually(lambda: all(map(is_gone, processes.values())), 20)
+    print(f"{victim}: all gone after {time.monotonic() - since:.1f} s")
+    router.until("a", "ready", LOAD_SEC)
+    router.stop()
+
+
+@pytest.mark.parametrize("moment", ["server", "core", "worker"])
+def test_stopping_it_while_it_loads_leaves_nothing(start: Start, folder: Path, moment: str, place: str) -> None:
+    router = start(config(folder, preload_models=["a"]), TMPDIR=place)
+    processes = loading(router, moment)
+    since = time.monotonic()
+    router.http.post("/v1/models/eject", json={"model": "a"})
+    eventually(lambda: all(map(is_gone, processes.values())), 20)
+    print(f"stopped at {moment}: all gone after {time.monotonic() - since:.1f} s")
+
+
+@pytest.mark.parametrize("moment", ["server", "core", "worker", "ready"])
+def test_nothing_outlives_a_router_that_is_killed(start: Start, folder: Path, moment: str, place: str) -> None:
+    router = start(config(folder, preload_models=["a"]), TMPDIR=place)
+    if moment == "ready":
+        router.until("a", "ready", LOAD_SEC)
+        processes = tree(router)
+    else:
+        processes = loading(router, moment)
+    since = time.monotonic()
+    router.process.kill()
+    router.process.wait()
+    eventually(lambda: all(map(is_gone, processes.values())), 15)
+    print(f"killed at {moment}: all gone after {time.monotonic() - since:.1f} s")
