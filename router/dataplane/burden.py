@@ -39,5 +39,5 @@ def burden(count: Count, route: Route) -> int:
 
 
 def _too_many(what: str) -> ApiError:
-    message = f"The body has {what}: an engine takes many times their size for that. Send less at once."
+    message = f"The body has {what}: an engine needs many times their size for these. Send less at once."
     return ApiError(413, "body_too_large", message)

@@ -305,8 +305,8 @@ class IncomingRequest(ABC):
         limit = self._dispatcher.config.api.max_bodies_mb << 20
         if self._burden > limit:
             message = (
-                f"The body has so many values that an engine takes {self._burden >> 20} MiB for them, and "
-                f"all bodies together may have {limit >> 20} MiB (api.max_bodies_mb)."
+                f"The body has so many values that an engine needs {self._burden >> 20} MiB for them, and all "
+                f"bodies together may take {limit >> 20} MiB (api.max_bodies_mb)."
             )
             raise ApiError(413, "body_too_large", message)
         self._hold(self._burden)

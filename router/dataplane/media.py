@@ -67,7 +67,7 @@ def _check_medium(key: str, medium: Any) -> None:
 def _check_address(place: str, said: Any) -> None:
     if isinstance(said, str) and not said.startswith("data:") and not _BASE64.fullmatch(said[:8]):
         message = (
-            f"`{place}` is an address, and this API key may not have things fetched (api.remote_media). Send what "
-            "is there as a data: URL (data:image/png;base64,…)."
+            f"`{place}` is a URL, and this API key may not have the engine fetch URLs (api.remote_media). Send "
+            "the content as a data: URL (data:image/png;base64,…)."
         )
         raise ApiError(400, "remote_media_not_allowed", message, place)

@@ -323,7 +323,7 @@ class HttpProtocol(asyncio.BufferedProtocol):
             elif self._head is not None and len(self._url) > LONGEST_TARGET:
                 self._unreadable = target_too_long()
             elif self._beside_bodies > _LONGEST_HEAD and not self._parts:
-                said = f"What a request has beside its body takes more than {_LONGEST_HEAD} bytes."
+                said = f"The head or the trailer of the request is larger than {_LONGEST_HEAD} bytes."
                 self._unreadable = head_too_large(said)
             if self._unreadable is not None:
                 self._refuse(self._unreadable)
@@ -487,7 +487,7 @@ class HttpProtocol(asyncio.BufferedProtocol):
         if self._turn is not None or (self._reading == "head" and self._beside_bodies):
             self._refuse(no_connection_left())
         else:
-            self._tell("gave_way", "it was idle, and others came (api.max_connections)")
+            self._tell("gave_way", "it was idle, and another connection needed its place (api.max_connections)")
             self.transport.abort()
 
     def invite_body(self) -> None:
@@ -550,7 +550,7 @@ class HttpProtocol(asyncio.BufferedProtocol):
             return
         now = self.loop.time()
         if self.flow.write_paused and self._reads_nothing(now):
-            self._tell("does_not_read", "it does not read what it has asked for")
+            self._tell("does_not_read", "it does not read its answer")
             self.transport.abort()
             return
         if self._unread:  # the router itself is not reading

@@ -213,7 +213,7 @@ def test_what_cannot_be_had_is_refused_with_what_to_do_instead(
         (400, '"num_ctx" must be from 1 to'): {"from": "tiny", "parameters": {"num_ctx": 10**12}},
         (400, '"num_gpu" must be at most'): {"from": "tiny", "parameters": {"num_gpu": 10**12}},
         (400, '"temperature" must be'): {"from": "tiny", "parameters": {"temperature": [1]}},
-        (400, "the system's goes into"): {"from": "tiny", "messages": [{"role": "system", "content": "x"}]},
+        (400, "send a system prompt"): {"from": "tiny", "messages": [{"role": "system", "content": "x"}]},
         (400, "invalid request"): {"from": "tiny", "messages": [{"role": "user", "content": "x", "images": []}]},
     }
     for (status, reason), body in cases.items():

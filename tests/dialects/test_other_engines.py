@@ -438,7 +438,7 @@ class TestResponses:
             ({"background": True}, "nothing is stored here"),
             ({"input": [{"type": "item_reference", "id": "a"}]}, "takes no 'item_reference' items"),
             ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "takes no 'input_file' parts"),
-            ({"input": 5}, "is no request for a response"),
+            ({"input": 5}, "is not a valid request for a response"),
         ],
     )
     def test_what_chats_have_no_place_for_is_refused(

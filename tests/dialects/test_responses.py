@@ -186,7 +186,7 @@ def test_a_schema_is_only_told_where_tools_may_be_called(player: Router, router:
 def test_several_choices_are_refused_as_no_response_has_them(router: Router, asked: dict[str, Any]) -> None:
     answer = router.http.post("/v1/responses", json={"input": "Hello", **asked})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
-    assert answer.json()["error"]["message"] == "`n` is 2, and a response is one. Send several requests."
+    assert answer.json()["error"]["message"] == "`n` is 2, but a response has one answer. Send several requests."
 
 
 def test_what_asks_for_no_form_goes_to_the_engine_byte_for_byte() -> None:

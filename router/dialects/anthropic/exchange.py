@@ -85,4 +85,4 @@ class CountExchange(MessagesExchange):
 
 
 def _wrong(mistake: Exception) -> ApiError:
-    return ApiError(400, "invalid_request", f"The body is no message: {mistake}.")
+    return ApiError(400, "invalid_request", f"The body is not a valid request for a message: {mistake}.")

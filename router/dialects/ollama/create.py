@@ -183,9 +183,8 @@ def _basis_of_model(text: str, creations: Creations, config: Config) -> _Basis:
     made = creations.named(name, config) or Created(0.0, base=name)
     model = config.model_of(name)
     if model.engine != DEFAULT_ENGINE:
-        raise ApiError(
-            400, "not_supported", f"{name!r} is a model of another server: nothing is made from it.", "from"
-        )
+        message = f"{name!r} is not served by llama-server: no model can be created from it."
+        raise ApiError(400, "not_supported", message, "from")
     return _Basis(msgspec.structs.replace(made, created_at=time.time()), model)
 
 
@@ -224,7 +223,7 @@ def _changed(basis: _Basis, asked: _Create, creations: Creations, config: Config
     """Apply the request to its basis. Reads and writes files. Raises ApiError and BadOption."""
     made, parameters = basis.made, asked.parameters or {}
     if unknown := unknown_options(parameters):
-        message = f"llama-server has nothing for the parameter {', '.join(map(repr, unknown))}"
+        message = f"llama-server has no equivalent of the parameter {', '.join(map(repr, unknown))}"
         raise ApiError(400, "not_supported", message, "parameters")
     request_parameters(parameters)
     licenses = [asked.license] if isinstance(asked.license, str) else asked.license
@@ -259,9 +258,9 @@ def _template(template: str | None, basis: _Basis, creations: Creations) -> str:
         return ""
     if _GO.search(template) or "messages" not in template:
         message = (
-            "`template` is in the language of Ollama's (Go's), or none for chats; llama-server's are in Jinja: "
+            "`template` is a template in Go, as Ollama's are, or none for chats; llama-server's are in Jinja: "
+            "leave it out to use the one in the model's file, or send one in Jinja"
         )
-        message += "leave it out to use the one in the model's file, or send one in Jinja"
         raise ApiError(400, "not_supported", message, "template")
     try:
         return _store(creations).add(template.encode())
@@ -273,7 +272,7 @@ def _examples(messages: Sequence[_Message] | None) -> tuple[Example, ...]:
     try:
         return tuple(msgspec.convert(message, Example, from_attributes=True) for message in messages or ())
     except msgspec.ValidationError:
-        message = "`messages` may be of the roles user and assistant; the system's goes into `system`"
+        message = "`messages` may have the roles user and assistant; send a system prompt as `system`"
         raise ApiError(400, "not_supported", message, "messages") from None
 
 

@@ -181,7 +181,7 @@ class Several(Translator):
         self._envelope |= {key: fields[key] for key in _ENVELOPE if key in fields}
         for piece in event.choices:
             if not 0 <= piece.index < _MOST_COUNTED:
-                raise BrokenAnswer.unreadable(f"choice {piece.index} of an answer")
+                raise BrokenAnswer.unreadable(f"it has a choice with index {piece.index}")
             _add(self._choices.setdefault(piece.index, {}), piece)
 
     def _document(self) -> bytes:

@@ -35,7 +35,7 @@ class ResponsesExchange(Exchange):
         wish, body = super()._read(body)
         answers = wish.answers if wish.asked_as is None else shape_of(body)
         if answers.per_prompt > 1:  # the engine would answer in another format
-            message = f"`n` is {answers.per_prompt}, and a response is one. Send several requests."
+            message = f"`n` is {answers.per_prompt}, but a response has one answer. Send several requests."
             raise ApiError(400, "invalid_request", message, "n")
         self._asked = read(body)
         self._mistake = None
@@ -61,9 +61,8 @@ class ResponsesExchange(Exchange):
 
     def _submit(self, wish: Wish) -> None:
         if self._mistake is not None:
-            self._refuse(
-                ApiError(400, "invalid_request", f"The body is no request for a response: {self._mistake}.")
-            )
+            message = f"The body is not a valid request for a response: {self._mistake}."
+            self._refuse(ApiError(400, "invalid_request", message))
             return
         if self._is_chat:
             self._completion = ChatAsResponse(self._asked)
