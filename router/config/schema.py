@@ -712,10 +712,9 @@ class CommandEntry(Section):
     description: str = Field(default="", description="Description shown in the list of models.")
 
 
-class VllmEntry(Section):
-    """Model in safetensors, served by vLLM: its folder or repository, and how vLLM is started."""
+class _OfHfModel(Section):
+    """Keys of all entries for models in Hugging Face's format."""
 
-    engine: Literal["vllm"] = Field(description="`vllm serve`.")
     model_path: str | None = Field(
         default=None,
         min_length=1,
@@ -727,17 +726,6 @@ class VllmEntry(Section):
         description="Repository in the Hugging Face cache, as USER/REPO, instead of model_path. It is not "
         "downloaded.",
     )
-    context: PositiveCount | None = Field(
-        default=None,
-        description="Maximum number of tokens of a request (--max-model-len). null: that of the model, or the "
-        "largest that fits.",
-    )
-    slots: PositiveCount | None = Field(
-        default=None,
-        description="Number of requests that vLLM handles concurrently (--max-num-seqs), for which KV cache is "
-        "reserved as far as it fits. null: 8.",
-    )
-    flags: Arguments = Field(default=(), description="Further arguments for `vllm serve`, passed on unchanged.")
     env: Environment = Field(
         default={},
         description="Additional environment variables of the engine. It inherits the router's environment except "
@@ -756,27 +744,33 @@ class VllmEntry(Section):
     description: str = Field(default="", description="Description shown in the list of models.")
 
 
+class VllmEntry(_OfHfModel):
+    """Model in safetensors, served by vLLM: its folder or repository, and how vLLM is started."""
+
+    engine: Literal["vllm"] = Field(description="`vllm serve`.")
+    context: PositiveCount | None = Field(
+        default=None,
+        description="Maximum number of tokens of a request (--max-model-len). null: that of the model, or the "
+        "largest that fits.",
+    )
+    slots: PositiveCount | None = Field(
+        default=None,
+        description="Number of requests that vLLM handles concurrently (--max-num-seqs), for which KV cache is "
+        "reserved as far as it fits. null: 8.",
+    )
+    flags: Arguments = Field(default=(), description="Further arguments for `vllm serve`, passed on unchanged.")
+
+
 Quantize = Literal["auto", "q4", "fp16", "fp32", "no"]
 
 
-class HfEntry(Section):
+class HfEntry(_OfHfModel):
     """Model in Hugging Face's format, on the kind of engine that is installed: vLLM before Transformers."""
 
     engine: Literal["auto"] = Field(
         default="auto",
         description="The first installed kind of engine that has all keys of the entry. If a model does not load "
         "there, the next one is tried, once.",
-    )
-    model_path: str | None = Field(
-        default=None,
-        min_length=1,
-        description="Folder with config.json and safetensors files, absolute or relative to base_models_path.",
-    )
-    repo: str | None = Field(
-        default=None,
-        pattern=r"^[\w.-]+(/[\w.-]+)?$",
-        description="Repository in the Hugging Face cache, as USER/REPO, instead of model_path. It is not "
-        "downloaded.",
     )
     quantize: Quantize = Field(
         default="auto", description="Precision of the weights. Of the kinds of engine, Transformers has this key."
@@ -787,39 +781,16 @@ class HfEntry(Section):
     context: PositiveCount | None = Field(
         default=None, description="Tokens of the longest request. null: as many as the model was made for."
     )
-    env: Environment = Field(default={}, description="Additional environment variables of the engine.")
-    pinned: bool = Field(
-        default=False,
-        description="Never unload this model once it is loaded. If its engine exits, it is restarted immediately.",
-    )
-    idle_timeout_sec: Seconds | None = Field(
-        default=None, description="Replaces system.idle_timeout_sec for this model. 0: never unload."
-    )
-    priority: PriorityName | None = Field(
-        default=None, description="Priority of requests that do not specify one. null: normal."
-    )
-    description: str = Field(default="", description="Description shown in the list of models.")
 
 
 OF_HF_MODELS = frozenset(HfEntry.model_fields.keys() - ModelEntry.model_fields.keys())
 """Keys by which an entry shows that it is not for a GGUF file."""
 
 
-class TransformersEntry(Section):
+class TransformersEntry(_OfHfModel):
     """Hugging Face model served by `transformers serve`: its folder or repository, and how it is run."""
 
     engine: Literal["transformers"] = Field(description="Hugging Face's `transformers serve`.")
-    model_path: str | None = Field(
-        default=None,
-        min_length=1,
-        description="Folder with config.json and safetensors files, absolute or relative to base_models_path.",
-    )
-    repo: str | None = Field(
-        default=None,
-        pattern=r"^[\w.-]+(/[\w.-]+)?$",
-        description="Repository in the Hugging Face cache, as USER/REPO, instead of model_path. It is not "
-        "downloaded.",
-    )
     quantize: Quantize = Field(
         default="auto",
         description="Precision of the weights: `q4` (4 bits, by bitsandbytes on a GPU), `fp16`, `fp32`, or `no` "
@@ -834,22 +805,6 @@ class TransformersEntry(Section):
     flags: Arguments = Field(
         default=(), description="Further arguments for `transformers serve`, passed on unchanged."
     )
-    env: Environment = Field(
-        default={},
-        description="Additional environment variables of the engine. It inherits the router's environment except "
-        "for variables whose names indicate secrets.",
-    )
-    pinned: bool = Field(
-        default=False,
-        description="Never unload this model once it is loaded. If its engine exits, it is restarted immediately.",
-    )
-    idle_timeout_sec: Seconds | None = Field(
-        default=None, description="Replaces system.idle_timeout_sec for this model. 0: never unload."
-    )
-    priority: PriorityName | None = Field(
-        default=None, description="Priority of requests that do not specify one. null: normal."
-    )
-    description: str = Field(default="", description="Description shown in the list of models.")
 
 
 def _kind_of(entry: object) -> str:

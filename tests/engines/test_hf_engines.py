@@ -105,6 +105,17 @@ def test_a_client_of_an_api_that_the_other_lacks_comes_again(tmp_path: Path, sta
     assert [block.text for block in said.content if block.type == "text"] == ["one two"]
 
 
+def test_a_program_that_is_gone_is_none(tmp_path: Path, start: Start, system: dict[str, str]) -> None:
+    gone = tmp_path / "vllm"
+    gone.write_bytes(Path(system["vllm_path"]).read_bytes())
+    gone.chmod(0o755)
+    models = {"m": {"model_path": str(write_model(tmp_path / "m"))}}
+    router = start({"system": {**system, "vllm_path": str(gone)}, "models": models})
+    gone.unlink()
+    assert router.chat("m").status_code == 200
+    assert engine_of(router, "m") == "transformers"  # for want of a plan, or as the models were looked at again
+
+
 def test_keys_that_no_kind_has_together_are_named(tmp_path: Path, system: dict[str, str]) -> None:
     models = {"m": {"model_path": str(write_model(tmp_path / "m")), "quantize": "q4", "slots": 4}}
     (tmp_path / "config.json").write_text(json.dumps({"system": system, "models": models}))
