@@ -13,7 +13,7 @@ from typing import Any
 import openai
 import pytest
 from conftest import Router, Start, models
-from hf_models import write_model
+from hf_models import played_transformers, write_model
 from tiny_models import write_embedding
 
 TESTS = Path(__file__).parent.parent
@@ -25,9 +25,7 @@ QWEN = "Qwen/Qwen2-72B-Chat"
 def router(start_shared: Start, tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Router:
     """Models of every format: in safetensors with and without a chat template, of another server, and in GGUF."""
     folder = tmp_path_factory.mktemp("models")
-    transformers = folder / "transformers"
-    transformers.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{TESTS / "played_transformers.py"}" "$@"\n')
-    transformers.chmod(0o755)
+    transformers = played_transformers(folder)
     in_safetensors = {
         name: {"engine": "transformers", "model_path": str(write_model(folder / str(number), **more))}
         for number, (name, more) in enumerate({QWEN: {}, "gpt2": {"chat_template": None}}.items())

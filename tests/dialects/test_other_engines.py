@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import ollama
 import openai
 import pytest
 from conftest import Router, Start, eventually, models
+from hf_models import played_transformers, write_model
 
 from router.dataplane.answer import Answer
 from router.dialects.openai.hidden_usage import AnswerWithoutUsage
@@ -36,7 +37,10 @@ LARGE = [{"type": "text", "text": "large"}, {"type": "text", "text": "and small"
 
 
 @pytest.fixture(scope="module")
-def router(start_shared: Start, tiny: Path) -> Router:
+def router(start_shared: Start, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Router:
+    folder = tmp_path_factory.mktemp("transformers")
+    program = played_transformers(folder)
+    transformers = {"engine": "transformers", "model_path": str(write_model(folder / "model"))}
     strict = {
         "engine": "command",
         "cmd": [sys.executable, str(SERVER), "--port", "{port}", "--name", "served"],
@@ -49,7 +53,9 @@ def router(start_shared: Start, tiny: Path) -> Router:
         "model_path": str(MODEL_PATH),
     }
     own = {**strict, "routes": ["/v1/chat/completions", "/v1/messages"]}
-    return start_shared({"models": {"own": own, "strict": strict, "real": real, **models(tiny, "tiny")}})
+    entries = {"own": own, "strict": strict, "real": real, "transformers": transformers, **models(tiny, "tiny")}
+    system = {"transformers_path": str(program), "max_concurrent_models": 9, "stop_grace_sec": 3}
+    return start_shared({"system": system, "models": entries})
 
 
 def seen(router: Router) -> dict[str, Any]:
@@ -475,6 +481,29 @@ class TestResponses:
 def test_errors_of_other_frameworks_are_read(status: int, body: bytes, code: str, message: str) -> None:
     error = error_of_engine(status, body)
     assert (error.status, error.code, error.message) == (status, code, message)
+
+
+@pytest.mark.parametrize(
+    ("path", "asked", "found"),
+    [
+        ("/v1/chat/completions", {"messages": CHAT}, lambda said: said["choices"][0]["message"]["content"]),
+        ("/v1/responses", {"input": CHAT}, lambda said: said["output"][0]["content"][0]["text"]),
+        ("/v1/messages", {"messages": CHAT, "max_tokens": 50}, lambda said: said["content"][0]["text"]),
+        ("/v1/messages/count_tokens", {"messages": CHAT}, lambda said: said["input_tokens"] and "one two three"),
+        ("/api/chat", {"messages": CHAT, "stream": False}, lambda said: said["message"]["content"]),
+        (
+            "/api/generate",
+            {"prompt": "one two three", "stream": False, "raw": True},
+            lambda said: said["response"],
+        ),
+    ],
+)
+def test_every_api_reaches_an_engine_with_a_manner_of_its_own(
+    router: Router, path: str, asked: dict[str, Any], found: Callable[[dict[str, Any]], str]
+) -> None:
+    answer = router.http.post(path, json={"model": "transformers", **asked})
+    assert answer.status_code == 200, answer.text
+    assert found(answer.json()).strip().startswith("one two three")
 
 
 class Recording:
