@@ -29,7 +29,12 @@ _LAST_WORDS_SEC = 2.0
 """Time for the rest of the log after an exit."""
 _KILL_SEC = 10.0
 """Time after which a daemon that was asked to kill a container is given up."""
+_REMOVE_SEC = 5.0
+"""Time for which a daemon that has been given up may still remove a container."""
 _LINES_OF_AN_END = 200
+_READ_AT_ONCE = 1 << 16
+_PAUSE_SEC = 0.02
+"""Pause after so many characters of log, as an engine may write without end."""
 
 
 class ContainerEngine(SupervisedEngine):
@@ -94,6 +99,7 @@ class ContainerEngine(SupervisedEngine):
         follows = asyncio.create_task(self._follow_log())
         waits = asyncio.create_task(self._ended())
         gives_up = asyncio.create_task(self._given_up.wait())
+        ended = None
         try:
             await asyncio.wait({waits, gives_up}, return_when=asyncio.FIRST_COMPLETED)
             self._is_over = True
@@ -105,7 +111,7 @@ class ContainerEngine(SupervisedEngine):
             for task in (follows, waits, gives_up):
                 task.cancel()
             await asyncio.gather(follows, waits, gives_up, return_exceptions=True)
-            await self._containers.remove(self._started.container)
+            await self._containers.remove(self._started.container, None if ended else _REMOVE_SEC)
             await self._started.docker.close()
 
     async def _ended(self) -> tuple[int, bool] | None:
@@ -158,9 +164,14 @@ class ContainerEngine(SupervisedEngine):
         """Return when to start the next engine, by exit code and log of one that ended before it was ready."""
 
     async def _follow_log(self) -> None:
+        size = 0
         try:
             async for text in self._started.container.log(stdout=True, stderr=True, follow=True):
                 self._hear(text)
+                size += len(text)
+                if size > _READ_AT_ONCE:
+                    size = 0
+                    await asyncio.sleep(_PAUSE_SEC)
         except Exception as error:  # of any kind: an engine without a log still serves
             if self.alive:
                 self._hear(f"the log of container {self._started.name} cannot be read: {error}\n")

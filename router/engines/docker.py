@@ -201,11 +201,11 @@ class Containers:
             return Started(docker, container, name, LOOPBACK, spec.port, True, pid, born)
         return Started(docker, container, name, LOOPBACK, int(published["HostPort"]), True, pid, born)
 
-    async def remove(self, container: DockerContainer) -> None:
+    async def remove(self, container: DockerContainer, limit_sec: float | None = None) -> None:
         """Remove a container, whatever its state. One that cannot be removed now is removed by the next start."""
         try:
-            await _remove(container)
-        except EngineFailed:
+            await asyncio.wait_for(_remove(container), limit_sec)
+        except (EngineFailed, asyncio.TimeoutError):
             self._alive.discard(container.id)
             return
         self._alive.discard(container.id)
