@@ -1,8 +1,8 @@
 """Wait reasons in words with figures, as shown in queue statistics, heartbeats and headers.
 
-Nothing is decided here. Why there is no room, and which departures a model waits for, is decided in `eviction`
-(`Wait`); the scheduler keeps it in `Model.why_waiting`, as it does its own reasons (an inspection, a retry). Pure
-functions.
+Why there is no room, and which departures a model waits for, is decided in `eviction` (`Wait`); the scheduler
+keeps it in `Model.why_waiting`, as it does its own reasons (an inspection, a retry). Only what an engine is busy
+with (loading, draining, full slots) is read here. Pure functions.
 """
 
 from __future__ import annotations
