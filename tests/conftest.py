@@ -208,6 +208,7 @@ def starting(tmp_path: Path) -> Iterator[Start]:
             engines = []
         router.process.kill()
         router.process.wait()
+        psutil.wait_procs(engines, timeout=1)  # what tidies up after an engine is given the time for it
         for engine in engines:
             if engine.is_running():
                 engine.kill()

@@ -89,6 +89,12 @@ def folder_of(process: psutil.Process) -> Path:
 
 
 def test_a_chat_is_answered_and_its_tokens_are_counted(router: Router) -> None:
+    def tokens() -> float:
+        lines = router.http.get("/metrics").text.splitlines()
+        found = [line for line in lines if line.startswith('router_output_tokens_total{model="chat"')]
+        return sum(float(line.rpartition(" ")[2]) for line in found)
+
+    before = tokens()
     answer = router.chat("chat", max_tokens=4)
     assert answer.json()["choices"][0]["message"]["content"] == "xxxx"
     status = router.status("chat")
@@ -107,12 +113,7 @@ def test_a_chat_is_answered_and_its_tokens_are_counted(router: Router) -> None:
         "usage is hidden from who did not ask for it"
     )
 
-    def tokens() -> float:
-        lines = router.http.get("/metrics").text.splitlines()
-        found = [line for line in lines if line.startswith('router_output_tokens_total{model="chat"')]
-        return sum(float(line.rpartition(" ")[2]) for line in found)
-
-    eventually(lambda: tokens() == 9)
+    eventually(lambda: tokens() == before + 9)
 
 
 def test_json_need_not_be_called_json(router: Router) -> None:
