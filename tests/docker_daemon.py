@@ -123,6 +123,7 @@ class Daemon:
             self.start()
         for name in self.names():
             self.docker("rm", "-f", name)
+        self.docker("network", "prune", "-f")  # bridges outlive their daemon
         self.end()
         for line in reversed(Path("/proc/mounts").read_text().splitlines()):
             if (place := line.split()[1]).startswith(str(self._folder)):
