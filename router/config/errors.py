@@ -36,7 +36,7 @@ def explain(error: ErrorDetails, path: KeyPath, section: type[Section]) -> str:
         case "string_type" if isinstance(error["input"], int | float):
             return "should be text: enclose it in quotes"
         case "literal_error" if path[0] == "models" and path[2:] == ("engine",):
-            return f"should be auto, which is the default, or {' or '.join(ENGINES)}"
+            return f"should be auto, which is the default, or one of: {', '.join(ENGINES)}"
         case "string_pattern_mismatch" if path[0] == "models" and path[2:3] == ("footprint_mb",):
             return "should be host, gpu (any one) or the name of a GPU, such as gpu0"
         case "literal_error" if path[0] == "models" and path[2:] == ("device",):

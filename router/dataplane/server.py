@@ -122,7 +122,6 @@ class HttpProtocol(asyncio.BufferedProtocol):
         """True while the connection waits for its next step."""
         self._rests = False
         """True once the connection has read a full buffer in this turn of the event loop."""
-        self.stepped_sec = float("-inf")
         self._is_full = False
         """True while a page has enough of a body, until it asks for more."""
         self._url = b""
@@ -246,7 +245,10 @@ class HttpProtocol(asyncio.BufferedProtocol):
             return
         self._begun = None
         self._unread, self._at = data, 0
-        if self._to_come or self._exchanges.rounds.admit(self, self._last):  # the announced length bounds the cost
+        is_patient = is_first and len(data) <= _STEP
+        if self._to_come or self._exchanges.rounds.admit(
+            is_patient=is_patient
+        ):  # the announced length bounds the cost
             for _ in range(_STEPS_AT_ONCE):
                 if self._may_read():
                     self._read()
@@ -254,7 +256,7 @@ class HttpProtocol(asyncio.BufferedProtocol):
         if is_first and begun is not None and begun.keep_alive:
             self._known = Known.of(data, begun)
         if self._unread:
-            self._go_on()
+            self._go_on(is_patient=is_patient)
             self._regulate()
 
     def _read_body(self, data: bytes) -> bytes:
@@ -282,11 +284,11 @@ class HttpProtocol(asyncio.BufferedProtocol):
         self._in_line = self._may_read()  # set last: `_go_on`, called meanwhile, must not queue it twice
         return self._in_line
 
-    def _go_on(self) -> None:
+    def _go_on(self, *, is_patient: bool = False) -> None:
         """Queue a step for unparsed data, if it may be parsed now."""
         if not self._in_line and self._may_read():
             self._in_line = True
-            self._exchanges.rounds.join(self, self.loop.time())
+            self._exchanges.rounds.join(self, is_patient=is_patient)
 
     def _may_read(self) -> bool:
         """Whether data may be parsed: a request begins once the last answer is complete, and mostly read."""

@@ -16,8 +16,6 @@ _STEPS = 2
 meanwhile waits for all of them, twice. One more turn costs hardly anything."""
 _STEPS_AT_ONCE = 8
 """Steps of a turn that are taken as soon as data arrives, without standing in line."""
-_QUIET_SEC = 0.1
-"""Time without a step after which a worker goes ahead of those that are busy all the time."""
 
 
 async def in_turns(items: Iterable[_T]) -> AsyncIterator[_T]:
@@ -36,9 +34,6 @@ async def in_turns(items: Iterable[_T]) -> AsyncIterator[_T]:
 class Worker(Protocol):
     """A connection, or anything else, that may have more to do than fits into one turn."""
 
-    stepped_sec: float
-    """Time of its last step, by the event loop's clock."""
-
     def step(self) -> bool:
         """Do a little of the work. Return whether there is more that could be done at once."""
 
@@ -50,29 +45,32 @@ class Rounds:
     """Shares the event loop among workers: a few steps in every turn, of one worker after the other.
 
     However many workers there are, and however much work each of them has, everything else has its turn in
-    between. Workers that were quiet for a moment go first, as new flows do in FQ-CoDel (RFC 8290): a client that
-    asks now and then does not wait for those that send without end. These have every other step all the same.
+    between. Workers that ask for a single step go first, as new flows do in FQ-CoDel (RFC 8290): a client that
+    waits for each answer before it asks again does not wait for those that send without end. These have every
+    other step.
     """
 
     def __init__(self) -> None:
-        self._quiet: deque[Worker] = deque()
+        self._patient: deque[Worker] = deque()
         self._busy: deque[Worker] = deque()
         self._resting: list[Worker] = []
         self._steps_at_once = _STEPS_AT_ONCE
         self._is_set = False
 
-    def admit(self, worker: Worker, now_sec: float) -> bool:
-        """Return whether the worker may take a step of this turn at once instead of joining the line."""
-        if not self._steps_at_once or (self._busy and now_sec - worker.stepped_sec < _QUIET_SEC):
+    def admit(self, *, is_patient: bool) -> bool:
+        """Return whether a worker may take a step of this turn at once instead of joining the line.
+
+        `is_patient`: it asks for a single step, and had asked for none before its last was done.
+        """
+        if not self._steps_at_once or (self._busy and not is_patient):
             return False
         self._steps_at_once -= 1
-        worker.stepped_sec = now_sec
         self._set()
         return True
 
-    def join(self, worker: Worker, now_sec: float) -> None:
+    def join(self, worker: Worker, *, is_patient: bool) -> None:
         """Have the worker's steps taken until it has nothing more to do. It must not be in the line already."""
-        (self._busy if now_sec - worker.stepped_sec < _QUIET_SEC else self._quiet).append(worker)
+        (self._patient if is_patient else self._busy).append(worker)
         self._set()
 
     def rest(self, worker: Worker) -> None:
@@ -89,9 +87,8 @@ class Rounds:
         self._is_set = False
         self._steps_at_once = _STEPS_AT_ONCE
         resting, self._resting = self._resting, []
-        now_sec = asyncio.get_running_loop().time()
         until_sec = time.perf_counter() + _TURN_SEC
-        lines = (self._quiet, self._busy)
+        lines = (self._patient, self._busy)
         try:
             for worker in resting:
                 worker.rested()
@@ -100,11 +97,10 @@ class Rounds:
                 if not line:
                     break
                 worker = line.popleft()
-                worker.stepped_sec = now_sec
                 if worker.step():
                     self._busy.append(worker)
                 if time.perf_counter() > until_sec:
                     break
         finally:  # a worker that raises is out of the line; the others are not
-            if self._quiet or self._busy:
+            if self._patient or self._busy:
                 self._set()

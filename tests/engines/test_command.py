@@ -342,7 +342,7 @@ def test_all_that_is_wrong_with_an_entry_is_said(tmp_path: Path) -> None:
         "deaf": speech(cmd=["whisper-server"]),
         "lost": speech(routes=["/v1/audio/transcription"], model_path="gone.bin"),
         "foreign": {**speech(), "cmdStop": "docker stop x", "flags": ["-c", 1]},
-        "other": {"engine": "vllm", "model_path": "a.gguf"},
+        "other": {"engine": "ollama", "model_path": "a.gguf"},
         "heavy": speech(footprint_mb={"cuda": 5}),
     }
     (tmp_path / "config.json").write_text(json.dumps({"models": wrong}))
@@ -354,7 +354,8 @@ def test_all_that_is_wrong_with_an_entry_is_said(tmp_path: Path) -> None:
         "models.foreign.cmdStop: unknown key; it is a key of llama-swap, "
         "here replaced by: stop_cmd (docs/llama-swap.md; `llama-router import` converts a whole file)",
         "models.foreign.flags: unknown key",
-        "models.other.engine: should be auto, which is the default, or llamacpp or command",
+        "models.other.engine: should be auto, which is the default, "
+        "or one of: llamacpp, command, vllm, transformers",
         "models.heavy.footprint_mb.cuda",
     ):
         assert problem in said, said

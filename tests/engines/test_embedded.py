@@ -230,7 +230,7 @@ def refusal(*flags: str | Path, **environ: str) -> tuple[int, str]:
 def test_it_names_every_flag_that_it_can_not_honour(model: Path) -> None:
     code, errors = refusal("-m", model, "--override-kv", "a=int:1", "--quantum", "on", "-hf", "a/b", "-c", "512")
     assert code == 2
-    assert "can't honour --override-kv, --quantum, -hf;" in errors
+    assert "can't honor --override-kv, --quantum, -hf;" in errors
     assert "-c" not in errors.split(";")[0]
 
 
@@ -243,7 +243,7 @@ def test_it_names_every_value_that_is_wrong(model: Path) -> None:
 
 def test_a_variable_is_refused_by_its_name(model: Path) -> None:
     code, errors = refusal("-m", model, LLAMA_ARG_RPC="host:1")
-    assert (code, "can't honour LLAMA_ARG_RPC" in errors) == (2, True)
+    assert (code, "can't honor LLAMA_ARG_RPC" in errors) == (2, True)
 
 
 def test_it_needs_a_model() -> None:
@@ -387,5 +387,5 @@ def test_every_flag_that_is_honoured_can_be_set(name: str, tmp_path: Path) -> No
 def test_what_is_neither_honoured_nor_passed_over_is_refused() -> None:
     for form in FORMS.values():
         if form.name not in embedded_flags.HONOURED and form.name not in embedded_flags.PASSED_OVER:
-            with pytest.raises(embedded_flags.UsageError, match=f"can't honour {form.spellings[0]};"):
+            with pytest.raises(embedded_flags.UsageError, match=f"can't honor {form.spellings[0]};"):
                 embedded_flags.parameters(Flags(["-m", "x", form.spellings[0], *["1"] * form.arity]))

@@ -184,7 +184,7 @@ class Refused:
 
     def begin(self, to_come: int) -> None:
         Refused.begun += 1
-        Refused.most_in_line = max(Refused.most_in_line, len(self._rounds._quiet) + len(self._rounds._busy))
+        Refused.most_in_line = max(Refused.most_in_line, len(self._rounds._patient) + len(self._rounds._busy))
         self._answer.whole(401, b"", b"no")
 
     def add_body(self, part: bytes) -> None: ...

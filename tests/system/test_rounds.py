@@ -14,7 +14,6 @@ class Worker:
     def __init__(self, name: str, steps: int, written: list[str]) -> None:
         self.name = name
         self.steps = steps
-        self.stepped_sec = float("-inf")
         self._written = written
 
     def step(self) -> bool:
@@ -36,43 +35,36 @@ def played(story: Callable[[Rounds, list[str]], Awaitable[None]]) -> list[str]:
     return written
 
 
-def test_a_worker_that_was_quiet_goes_before_those_that_are_always_busy() -> None:
+def test_who_asks_for_one_step_goes_before_those_that_are_always_busy() -> None:
     async def story(rounds: Rounds, written: list[str]) -> None:
-        now_sec = asyncio.get_running_loop().time()
         for name in "abcdef":
-            busy = Worker(name, 100, written)
-            busy.stepped_sec = now_sec
-            rounds.join(busy, now_sec)
+            rounds.join(Worker(name, 100, written), is_patient=False)
         await asyncio.sleep(0)
         written.clear()
-        rounds.join(Worker("quiet", 1, written), now_sec)
+        rounds.join(Worker("patient", 1, written), is_patient=True)
         await asyncio.sleep(0)
         await asyncio.sleep(0)
 
-    assert played(story)[0] == "quiet"
+    assert played(story)[0] == "patient"
 
 
-def test_busy_workers_have_every_other_step_however_many_quiet_ones_come() -> None:
+def test_busy_workers_have_every_other_step_however_many_patient_ones_come() -> None:
     async def story(rounds: Rounds, written: list[str]) -> None:
-        now_sec = asyncio.get_running_loop().time()
-        busy = Worker("busy", 100, written)
-        busy.stepped_sec = now_sec
-        rounds.join(busy, now_sec)
+        rounds.join(Worker("busy", 100, written), is_patient=False)
         for _ in range(50):
-            rounds.join(Worker("quiet", 1, written), now_sec)
+            rounds.join(Worker("patient", 1, written), is_patient=True)
         for _ in range(40):
             await asyncio.sleep(0)
 
     assert played(story)[:40].count("busy") == 20
 
 
-def test_a_worker_is_quiet_for_one_step_only() -> None:
+def test_who_has_more_to_do_after_a_first_step_is_busy() -> None:
     async def story(rounds: Rounds, written: list[str]) -> None:
-        now_sec = asyncio.get_running_loop().time()
-        rounds.join(Worker("first", 100, written), now_sec)
+        rounds.join(Worker("first", 100, written), is_patient=True)
         await asyncio.sleep(0)
         written.clear()
-        rounds.join(Worker("second", 1, written), now_sec)
+        rounds.join(Worker("second", 1, written), is_patient=True)
         await asyncio.sleep(0)
 
     assert played(story)[:2] == ["second", "first"]
@@ -82,25 +74,21 @@ def test_few_steps_of_a_turn_are_taken_at_once() -> None:
     admitted: list[int] = []
 
     async def story(rounds: Rounds, written: list[str]) -> None:
-        loop = asyncio.get_running_loop()
         for _ in range(2):
-            admitted.append(sum(rounds.admit(Worker("a", 1, written), loop.time()) for _ in range(100)))
+            admitted.append(sum(rounds.admit(is_patient=True) for _ in range(100)))
             await asyncio.sleep(0)
 
     played(story)
     assert admitted == [8, 8]
 
 
-def test_beside_busy_workers_only_quiet_ones_take_a_step_at_once() -> None:
+def test_beside_busy_workers_only_patient_ones_take_a_step_at_once() -> None:
     admitted: list[bool] = []
 
     async def story(rounds: Rounds, written: list[str]) -> None:
-        now_sec = asyncio.get_running_loop().time()
-        first, second, quiet = (Worker(name, 5, written) for name in ("first", "second", "quiet"))
-        first.stepped_sec = second.stepped_sec = now_sec
-        admitted.append(rounds.admit(second, now_sec))
-        rounds.join(first, now_sec)
-        admitted.extend((rounds.admit(second, now_sec), rounds.admit(quiet, now_sec)))
+        admitted.append(rounds.admit(is_patient=False))
+        rounds.join(Worker("busy", 5, written), is_patient=False)
+        admitted.extend((rounds.admit(is_patient=False), rounds.admit(is_patient=True)))
 
     played(story)
     assert admitted == [True, False, True]
