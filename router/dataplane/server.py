@@ -246,9 +246,8 @@ class HttpProtocol(asyncio.BufferedProtocol):
         self._begun = None
         self._unread, self._at = data, 0
         is_patient = is_first and len(data) <= _STEP
-        if self._to_come or self._exchanges.rounds.admit(
-            is_patient=is_patient
-        ):  # the announced length bounds the cost
+        is_bounded = self._to_come > 0  # a body whose length was announced
+        if is_bounded or self._exchanges.rounds.admit(is_patient=is_patient):
             for _ in range(_STEPS_AT_ONCE):
                 if self._may_read():
                     self._read()
