@@ -232,10 +232,15 @@ def main() -> int:
     options.add_argument("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS))
     options.add_argument("--log", type=Path, help="a file for the router's log")
     options.add_argument("--holders", type=Path, help="a file for who held the event loop; watching takes time")
+    options.add_argument("--own-processor", action="store_true", help="the router's, and nobody else's (taskset)")
     asked = options.parse_args()
+    *others, own = sorted(os.sched_getaffinity(0)) if asked.own_processor else (0,)
+    if asked.own_processor:
+        os.sched_setaffinity(0, others)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        setup = configuration(folder, large=model_file("hostile", megabytes=40), small=model_file("overhead"))
+        large, small = model_file("hostile", megabytes=40), model_file("overhead")
+        setup = configuration(folder, large=large, small=small, processors=",".join(map(str, others)))
         setup["system"]["base_port"] = free_port()
         configuration_file = folder / "config.json"
         configuration_file.write_text(json.dumps(setup))
@@ -245,6 +250,8 @@ def main() -> int:
         port = free_port()
         command = [sys.executable, event_loop.__file__, "watched", str(place)]
         command += ["--config", str(configuration_file), "--port", str(port)]
+        if asked.own_processor:
+            command = ["taskset", "-c", str(own), *command]
         environ = {"LLAMA_ROUTER_STATE_DIR": str(folder / "state")}
         if asked.holders:
             environ["HOLDERS"] = str(asked.holders.absolute())

@@ -29,7 +29,7 @@ LOADED = ("large", "small", "killed", "crowded", "garbage")
 _HERE = Path(__file__).parent
 
 
-def configuration(folder: Path, *, large: Path, small: Path) -> dict[str, Any]:
+def configuration(folder: Path, *, large: Path, small: Path, processors: str = "") -> dict[str, Any]:
     """Return the router's configuration, and write the files that it names into the folder."""
     models: dict[str, Any] = {}
     for name, model, slots in (
@@ -51,7 +51,7 @@ def configuration(folder: Path, *, large: Path, small: Path) -> dict[str, Any]:
             "clients": {"anna": {"key": "anna"}, "neighbour": {"key": "neighbour", "highest_priority": "low"}},
         },
         "system": {
-            "llama_server_path": str(_engines(folder / "engines")),
+            "llama_server_path": str(_engines(folder / "engines", processors)),
             "max_concurrent_models": len(LOADED),
             "model_crash_window_sec": 0.01,  # crashes are our doing, and no reason to give a model up
             "request_timeout_sec": 10,
@@ -62,15 +62,16 @@ def configuration(folder: Path, *, large: Path, small: Path) -> dict[str, Any]:
     }
 
 
-def _engines(script: Path) -> Path:
+def _engines(script: Path, processors: str) -> Path:
     """Write the program that runs all models: a router has one binary."""
     crowded = shlex.join([sys.executable, str(_HERE.parent / "fake_engine.py")])
     garbage = shlex.join([sys.executable, str(_HERE / "garbage_engine.py")])
+    on = f"taskset -c {processors}" if processors else ""
     script.write_text(
         '#!/bin/sh\ncase " $* " in\n'
-        f'*/crowded.gguf*) FAKE_ANSWER_SEC=0.5 exec {crowded} "$@" ;;\n'
-        f'*/garbage.gguf*) exec nice -n 19 {garbage} "$@" ;;\n'
-        f'*) exec {shlex.join(embedded.command())} "$@" ;;\n'
+        f'*/crowded.gguf*) FAKE_ANSWER_SEC=0.5 exec {on} {crowded} "$@" ;;\n'
+        f'*/garbage.gguf*) exec {on} nice -n 19 {garbage} "$@" ;;\n'
+        f'*) exec {on} {shlex.join(embedded.command())} "$@" ;;\n'
         "esac\n"
     )
     script.chmod(0o755)
