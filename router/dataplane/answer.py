@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from http import HTTPStatus
 from typing import Protocol
 
-from router.http.documents import UNREADABLE
+from router.formats.unreadable import UNREADABLE
 from router.http.errors import ApiError
 
 _STATUS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}

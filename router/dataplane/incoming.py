@@ -32,8 +32,8 @@ from router.dataplane.shortening import Shortened, Text, most_values
 from router.engines.manner import Manner, Question
 from router.engines.registry import kind_of
 from router.engines.upstream import Body
+from router.formats.unreadable import UNREADABLE
 from router.http.auth import Client, Keyring
-from router.http.documents import UNREADABLE
 from router.http.errors import ApiError
 from router.http.origins import Browsers
 from router.http.routes import ROUTES, Route, Stream, served_routes

@@ -14,7 +14,7 @@ import msgspec
 from router.config.resolved import AliasConfig
 from router.dataplane.shortening import Text
 from router.engines.llamacpp.adapters import PARAMETER as ADAPTERS
-from router.http.documents import UNREADABLE
+from router.formats.unreadable import UNREADABLE
 from router.http.errors import ApiError
 from router.http.routes import Conversation
 

@@ -16,8 +16,8 @@ from router.catalog.lookup import check_name, known_as, named_by_nobody
 from router.config.resolved import AliasConfig, Config
 from router.dataplane.forms import is_form, text_fields
 from router.dataplane.shortening import MOST_VALUES, Shortened, Text, TooManyValues
+from router.formats.unreadable import UNREADABLE
 from router.http.auth import Client
-from router.http.documents import UNREADABLE
 from router.http.errors import ApiError
 from router.http.routes import ROUTES, served_routes
 from router.scheduling.queue import BY_NAME, NAMES, Priority

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from router.formats.unreadable import UNREADABLE
 from router.http.errors import ApiError
 
 
@@ -29,7 +30,7 @@ def for_clients(document: bytes) -> bytes:
     """
     try:
         return msgspec.json.encode(_for_clients("", msgspec.json.decode(document)))
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         raise ApiError(502, "engine_error", "The engine's response is not JSON.") from None
 
 

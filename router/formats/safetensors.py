@@ -17,6 +17,8 @@ from typing import Annotated
 
 import msgspec
 
+from router.formats.unreadable import UNREADABLE
+
 LENGTH_BYTES = 8
 MOST_HEADER_BYTES = 32 << 20
 """Far above any real header (91,000 tensors of DeepSeek-V3 in one file: 12 MB); the format allows 100 MB."""
@@ -151,7 +153,7 @@ def _tensors(text: bytes, source: str) -> dict[str, Tensor]:
         for name, entry in entries.items():
             if name != "__metadata__":
                 tensors[name] = _tensor(entry)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         where = f"in its header, tensor {name[:99]!r}" if name else "its header"
         raise Unreadable(f"{source}: {where} is not valid: {error}") from None
     end = 0

@@ -8,12 +8,11 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from router.formats.unreadable import UNREADABLE
 from router.http.errors import ApiError
 
 _T = TypeVar("_T")
 
-UNREADABLE = (msgspec.MsgspecError, UnicodeError, RecursionError)
-"""Raised where a document is decoded that is not JSON, not of the expected shape, or nested too deeply."""
 NAMES_A_MODEL = {
     "requestBody": {
         "required": True,

@@ -25,6 +25,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from router.formats import hf_cache
+from router.formats.unreadable import UNREADABLE
 from router.store.discovery import Discovery, Found, Headers, Survey
 
 _log = logging.getLogger("router")
@@ -296,7 +297,7 @@ def _read(folder: Path, name: str = RECORD) -> _Record:
         return msgspec.json.decode((folder / name).read_bytes(), type=_Record)
     except FileNotFoundError:
         return _Record({})
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         reason = f"is damaged ({error}): the models of that repository must be pulled again"
         raise _Damaged(errno.EINVAL, reason) from error
 

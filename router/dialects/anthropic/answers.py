@@ -10,7 +10,7 @@ import msgspec
 from router.dataplane.answer import BrokenAnswer, Translator
 from router.engines.llamacpp.capability import error_of_engine
 from router.engines.llamacpp.usage import Timings
-from router.http.documents import UNREADABLE
+from router.formats.unreadable import UNREADABLE
 from router.http.errors import ApiError
 
 _REASONS = {"length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}

@@ -21,7 +21,7 @@ from router.dataplane.rewriting import joined
 from router.dataplane.shortening import ALL_DEPTHS, Text
 from router.dialects.counting import question
 from router.dialects.schemas import Format, told
-from router.http.documents import UNREADABLE
+from router.formats.unreadable import UNREADABLE
 from router.http.errors import ApiError
 
 _KEPT = ("model", "stream", "temperature", "top_p", "top_k", "chat_template_kwargs")

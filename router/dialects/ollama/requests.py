@@ -19,7 +19,7 @@ import msgspec
 
 from router.dataplane.shortening import Text
 from router.formats.ollama_options import BadOption, request_parameters
-from router.http.documents import UNREADABLE
+from router.formats.unreadable import UNREADABLE
 from router.http.errors import ApiError
 
 Kind = Literal["chat", "earlier_chat", "generate", "raw", "embed", "embeddings"]

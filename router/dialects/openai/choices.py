@@ -22,7 +22,7 @@ from router.dataplane.routing import Shape
 from router.dataplane.shortening import Text
 from router.engines.llamacpp.capability import error_of_engine
 from router.engines.llamacpp.usage import AnswerMeter, Timings
-from router.http.documents import UNREADABLE
+from router.formats.unreadable import UNREADABLE
 from router.observe.usage import Usage
 
 _MOST_COUNTED = 1 << 16

@@ -9,7 +9,7 @@ from router.dataplane.shortening import ALL_DEPTHS, Shortened, Text
 from router.dialects.counting import Count, question
 from router.dialects.openai.responses import read
 from router.dialects.openai.responses_as_chats import as_chat
-from router.http.documents import UNREADABLE
+from router.formats.unreadable import UNREADABLE
 from router.http.errors import ApiError
 from router.http.routes import CHATS, ROUTES
 

@@ -9,7 +9,7 @@ import msgspec
 
 from router.dataplane.answer import Answer
 from router.dataplane.shortening import Text
-from router.http.documents import UNREADABLE
+from router.formats.unreadable import UNREADABLE
 
 _LONGEST_EVENT = 16 << 10
 """Maximum size in bytes of an event with usage only."""

@@ -21,7 +21,7 @@ from router.dataplane.rewriting import joined
 from router.dataplane.shortening import Text
 from router.dialects.schemas import Format, told
 from router.engines.llamacpp.capability import error_of_engine
-from router.http.documents import UNREADABLE
+from router.formats.unreadable import UNREADABLE
 from router.http.errors import ApiError
 
 _Fields = dict[str, Any]

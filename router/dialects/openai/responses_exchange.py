@@ -13,7 +13,7 @@ from router.dataplane.shortening import ALL_DEPTHS, Shortened, Text
 from router.dialects.openai.chats_as_responses import ChatAsResponse
 from router.dialects.openai.responses import Asked, Bounds, Completion, read
 from router.dialects.openai.responses_as_chats import as_chat
-from router.http.documents import UNREADABLE
+from router.formats.unreadable import UNREADABLE
 from router.http.errors import ApiError
 from router.http.routes import CHATS
 from router.runtime.dispatcher import Dispatcher

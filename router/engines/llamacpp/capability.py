@@ -16,6 +16,7 @@ import msgspec
 from router.config.names import some_of
 from router.config.resolved import ModelConfig
 from router.engines.llamacpp.flags import Purpose
+from router.formats.unreadable import UNREADABLE
 from router.http.errors import ApiError, ContextExceeded
 
 _LONGEST_REFUSAL = 1000
@@ -76,7 +77,7 @@ def error_of_engine(status: int, body: bytes) -> ApiError:
     try:
         said = _decode(body)
         error = said.error or _of_detail(said.detail)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # some errors have no body
+    except UNREADABLE:  # some errors have no body
         error = ""
     if isinstance(error, str):
         text = error or body[:_LONGEST_WORDS].decode("utf-8", "replace").strip()

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from router.formats.unreadable import UNREADABLE
+
 if TYPE_CHECKING:
     from router.engines.upstream import Connection, Head, Receiver
 
@@ -60,7 +62,6 @@ class _Detail(msgspec.Struct):
 _decode_chunk = msgspec.json.Decoder(_Chunk).decode
 _decode_detail = msgspec.json.Decoder(_Detail).decode
 _encode = msgspec.json.encode
-_UNREADABLE = (msgspec.MsgspecError, UnicodeError, RecursionError)
 
 
 class Cut:
@@ -146,7 +147,7 @@ class Understood:
             return
         try:
             told, error = self._read(part)
-        except _UNREADABLE as unreadable:
+        except UNREADABLE as unreadable:
             self._hang_up(last)
             self._receiver.lost(f"its stream cannot be read: {unreadable}")
             return
@@ -184,7 +185,7 @@ class Understood:
             said = bytes(self._document)
             try:
                 detail = _decode_detail(said).detail
-            except _UNREADABLE:
+            except UNREADABLE:
                 detail = None
             self._tell_error(head, max(400, head.status), _in_words(detail) or said.decode("utf-8", "replace"))
 

@@ -21,6 +21,7 @@ from router.config.resolved import ModelConfig
 from router.engines.manner import Question
 from router.engines.transformers.answers import Understood
 from router.engines.transformers.model import TransformersModel
+from router.formats.unreadable import UNREADABLE
 from router.http.errors import ApiError
 
 CHAT = "/v1/chat/completions"
@@ -132,7 +133,7 @@ class _Asked:
         self._text = body
         try:
             self._raw = _decode(body)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        except UNREADABLE as error:
             raise ApiError(400, "invalid_json", f"The body is not a JSON object: {error}.") from None
 
     def question(self) -> Question:
