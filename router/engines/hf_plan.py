@@ -107,16 +107,8 @@ class HfPlan(ABC):
 
     def inspection(self) -> Inspection:
         found = sorted((self._on(sites) for sites in dict.fromkeys(self._groups())), key=self._rank)
-        fitting = [one for one in found if self._ground.holds(one.placement)]
-        best = (fitting or found)[0].identity
-        load_sec = self._learned.load_sec(best) if best is not None else None
-        demand = self._demand
-        return Inspection(
-            alternatives=tuple(fitting or found[:1]),
-            expected_load_sec=load_sec or demand.start_sec + demand.weights * _MIB / _LOAD_BYTES_PER_SEC,
-            load_is_known=load_sec is not None,
-            advice="" if fitting else self.advice(),
-        )
+        load_sec = self._demand.start_sec + self._demand.weights * _MIB / _LOAD_BYTES_PER_SEC
+        return Inspection.of(found, self._ground, self._learned, load_sec, self.advice)
 
     def advice(self) -> str:
         """Return what would fit on the roomiest place."""
@@ -208,6 +200,5 @@ class HfPlan(ABC):
 
     def _rank(self, one: Alternative) -> tuple[bool, bool, int, bool, int]:
         """What fits comes first, then what is whole, then fewer GPUs; of those, where it fits now and snugly."""
-        free = {site.device: site.free_mib for site in self._ground.gpus}
-        left = sum(free[gpu] - one.placement.get(gpu, 0) for gpu in one.gpus)
+        left = self._ground.left_mib(one)
         return not self._ground.holds(one.placement), bool(one.remark), len(one.gpus), left < 0, left
