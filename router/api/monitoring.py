@@ -17,7 +17,6 @@ from router.catalog.lookup import model_of
 from router.config.names import meant
 from router.engines.log_ring import LogRing
 from router.engines.metrics import EngineMetrics
-from router.engines.process import signal_name
 from router.hardware.devices import Devices
 from router.http.auth import sees_all
 from router.http.documents import Document
@@ -27,6 +26,7 @@ from router.observe.events import ServerState
 from router.observe.metrics import Metrics, NotAcceptable
 from router.runtime.dispatcher import Dispatcher, LastExit, Waiting
 from router.scheduling.queue import NAMES
+from router.system.processes import signal_name
 from router.system.turns import in_turns
 
 router = APIRouter(tags=["monitoring"], route_class=Page)

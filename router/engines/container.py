@@ -11,19 +11,14 @@ import math
 import os
 import signal
 import time
-from abc import abstractmethod
-from collections.abc import Sequence
 
 from router.engines.base import Ending, Endpoint
 from router.engines.docker import Containers, Started, address
 from router.engines.log_ring import LogRing
-from router.engines.out_of_memory import ran_out
-from router.engines.process import signal_name
 from router.engines.supervised import Limits, SupervisedEngine
 from router.hardware.ram import resident_bytes
 from router.observe.reasons import Reason
-from router.scheduling.messages import Retry
-from router.system.processes import birth
+from router.system.processes import birth, signal_name
 
 _LAST_WORDS_SEC = 2.0
 """Time for the rest of the log after an exit."""
@@ -31,7 +26,6 @@ _KILL_SEC = 10.0
 """Time after which a daemon that was asked to kill a container is given up."""
 _REMOVE_SEC = 5.0
 """Time for which a daemon that has been given up may still remove a container."""
-_LINES_OF_AN_END = 200
 _READ_AT_ONCE = 1 << 16
 _PAUSE_SEC = 0.02
 """Pause after so many characters of log, as an engine may write without end."""
@@ -132,24 +126,15 @@ class ContainerEngine(SupervisedEngine):
         code, self.out_of_memory = ended
         self._exit_code = 128 - code if 128 < code < 128 + signal.NSIG else code
         log = self.log.since(self._log_begin)
-        wanted_mib = ran_out(log[-_LINES_OF_AN_END:])
-        if self.out_of_memory and wanted_mib is None:
-            wanted_mib = {}
-        self.ending = Ending(self.retry_after(code, log), wanted_mib)
+        self.ending = Ending(self.retry_after(code, log), self._wanted_mib(log))
         if self._killed_because and self._exit_code == -signal.SIGKILL:
             return Reason(self._killed_because, self._killed_because)
         self.was_killed = False
         return self._describe_exit(self._exit_code)
 
-    def _describe_exit(self, code: int) -> Reason:
-        if self.out_of_memory:
-            reason = "killed by the kernel: out of memory"
-        elif code >= 0:
-            reason = f"its container exited with code {code}"
-        else:
-            reason = f"its container was killed by {signal_name(code)}"
-        said = self._complaints()
-        return Reason(f"{reason}: {said}" if said and code not in (0, -signal.SIGTERM) else reason, reason)
+    def _exit_in_words(self, code: int) -> str:
+        how = f"exited with code {code}" if code >= 0 else f"was killed by {signal_name(code)}"
+        return f"its container {how}"
 
     def _end_process(self) -> None:
         """End the process of a container whose daemon has gone, where it can be seen and is still the same."""
@@ -157,11 +142,6 @@ class ContainerEngine(SupervisedEngine):
         if pid is not None and born is not None and birth(pid) == born:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
-
-    @staticmethod
-    @abstractmethod
-    def retry_after(code: int, log: Sequence[str]) -> Retry:
-        """Return when to start the next engine, by exit code and log of one that ended before it was ready."""
 
     async def _follow_log(self) -> None:
         size = 0

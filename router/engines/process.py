@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import time
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,17 +20,14 @@ from typing import ClassVar
 
 from router.engines.base import Ending, Endpoint, EngineFailed
 from router.engines.log_ring import LogRing
-from router.engines.out_of_memory import ran_out
 from router.engines.supervised import Limits, SupervisedEngine
 from router.hardware.ram import oom_kills, resident_bytes
 from router.observe.reasons import Reason
 from router.scheduling.messages import Retry
-from router.system.processes import PIPE_BYTES, exit_code, is_foreign, log_pipe, signal_group, spawn
+from router.system.processes import PIPE_BYTES, exit_code, is_foreign, log_pipe, signal_group, signal_name, spawn
 
 _READS_AT_ONCE = 4
 _DRAIN_SEC = (0.02, 1.0)
-_LINES_OF_AN_END = 200
-"""Number of last log lines that can tell of memory that ran out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,30 +172,16 @@ class EngineProcess(SupervisedEngine):
         """Derive the consequences of the exit. An engine may exit before the thread that logs a taken port has
         done so; then the port itself is checked."""
         log = self.log.since(self._log_begin)
-        wanted_mib = ran_out(log[-_LINES_OF_AN_END:])
-        if self.out_of_memory and wanted_mib is None:
-            wanted_mib = {}
         retry = self.retry_after(code, log)
         if code > 0 and retry is Retry.LATER and not port_is_free(self.endpoint.port):
             retry = Retry.AT_ONCE
-        return Ending(retry, wanted_mib)
+        return Ending(retry, self._wanted_mib(log))
 
-    @staticmethod
-    @abstractmethod
-    def retry_after(code: int, log: Sequence[str]) -> Retry:
-        """Return when to start the next engine, by exit code and log of one that ended before it was ready."""
-
-    def _describe_exit(self, code: int) -> Reason:
-        if self.out_of_memory:
-            reason = "killed by the kernel: out of memory"
-        elif code >= 0:
-            reason = f"exited with code {code}"
-        else:
-            reason = f"killed by {signal_name(code)}"
-            if code == -signal.SIGKILL and self._oom_kills is None:
-                reason += " (out of memory?)"
-        said = self._complaints()
-        return Reason(f"{reason}: {said}" if said and code not in (0, -signal.SIGTERM) else reason, reason)
+    def _exit_in_words(self, code: int) -> str:
+        if code >= 0:
+            return f"exited with code {code}"
+        is_unknown = code == -signal.SIGKILL and self._oom_kills is None
+        return f"killed by {signal_name(code)}{' (out of memory?)' if is_unknown else ''}"
 
     def _drain(self) -> None:
         """Read what the engine has logged since the last call.
@@ -228,14 +210,6 @@ class EngineProcess(SupervisedEngine):
 
     def _resident_bytes(self) -> int:
         return resident_bytes(self.pid)
-
-
-def signal_name(code: int) -> str:
-    """Return the name of the signal that a negative exit code stands for."""
-    try:
-        return signal.Signals(-code).name
-    except ValueError:
-        return f"signal {-code}"
 
 
 def port_is_free(port: int, *, shared: bool = True) -> bool:

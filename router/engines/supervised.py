@@ -7,17 +7,23 @@ How an engine becomes ready and how it is probed is the matter of its kind; how 
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from router.engines.base import PROBE_LIMIT_SEC, Ending, Endpoint, EngineFailed, Facts, LoadProgress
 from router.engines.complaints import complaints
 from router.engines.log_ring import LogRing
+from router.engines.out_of_memory import ran_out
 from router.observe.reasons import Reason
+from router.scheduling.messages import Retry
+from router.system.devices import Device
 
 _SILENCE_CHECK_SEC = 1.0
+_LINES_OF_AN_END = 200
+"""Number of last log lines that can tell of memory that ran out."""
 
 
 class Limits(NamedTuple):
@@ -110,6 +116,25 @@ class SupervisedEngine(ABC):
     @abstractmethod
     def kill(self, reason: str = "") -> None:
         """See `EngineHandle`."""
+
+    @staticmethod
+    @abstractmethod
+    def retry_after(code: int, log: Sequence[str]) -> Retry:
+        """Return when to start the next engine, by exit code and log of one that ended before it was ready."""
+
+    def _wanted_mib(self, log: Sequence[str]) -> Mapping[Device, int] | None:
+        """Return the memory that it asked for last, if it ended for want of memory (see `Ending`)."""
+        wanted_mib = ran_out(log[-_LINES_OF_AN_END:])
+        return {} if self.out_of_memory and wanted_mib is None else wanted_mib
+
+    def _describe_exit(self, code: int) -> Reason:
+        reason = "killed by the kernel: out of memory" if self.out_of_memory else self._exit_in_words(code)
+        said = self._complaints()
+        return Reason(f"{reason}: {said}" if said and code not in (0, -signal.SIGTERM) else reason, reason)
+
+    @abstractmethod
+    def _exit_in_words(self, code: int) -> str:
+        """Return what an exit code means that is not about memory; negative codes are signals."""
 
     def _complaints(self) -> str:
         return complaints(self.log.since(self._log_begin))

@@ -238,6 +238,14 @@ def allow_many_files() -> int:
     return soft
 
 
+def signal_name(code: int) -> str:
+    """Return the name of the signal that a negative exit code stands for."""
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
+
+
 def signal_group(pid: int, number: int) -> None:
     """Send a signal to a child and its process group; it leads its own session. No error if it has ended."""
     try:

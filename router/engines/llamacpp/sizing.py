@@ -27,7 +27,6 @@ from router.engines.llamacpp.build_flags import Has, Spoken, default_slots, read
 from router.engines.llamacpp.flags import OWNED, FlagError, Flags, argv, replaced
 from router.engines.llamacpp.purpose import unserved
 from router.engines.llamacpp.server import KEY_VARIABLE
-from router.engines.process import signal_name
 from router.formats import gguf
 from router.formats.gguf import GGUF
 from router.formats.gguf_cursor import GGUFError
@@ -35,6 +34,7 @@ from router.memory.measurements import Identity, Learned, files_of
 from router.memory.plan import Footprint, Share, Size, Unusable
 from router.system.devices import HOST, Device
 from router.system.privacy import without_secrets
+from router.system.processes import signal_name
 
 _MIB = 1 << 20
 
