@@ -12,7 +12,7 @@ from router.config.paths import wrong_with_anything
 from router.config.problems import KeyPath
 from router.config.schema import System
 from router.formats import hf_cache, hf_model
-from router.formats.hf_model import HfModel
+from router.formats.hf_model import HfModel, Unreadable
 from router.memory.measurements import files_of
 
 _SETTINGS = (hf_model.CONFIG, hf_model.TOKENIZER_CONFIG, *hf_model.TEMPLATES, "generation_config.json")
@@ -37,6 +37,14 @@ def folder_of(
         advice = f"`llama-router pull {repo}` downloads it"
         draft.problem((*path, "repo"), f"{repo} is not in the Hugging Face cache: {advice}")
     return found
+
+
+def opened(folder: Path) -> HfModel | None:
+    """Return the model of a folder; None if it cannot be read, which is reported when it is loaded."""
+    try:
+        return hf_model.read(folder)
+    except (Unreadable, OSError):
+        return None
 
 
 def stamps(model: HfModel) -> tuple[tuple[str, int, int], ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from router.config.resolved import ModelConfig
+from router.engines.hf_card import card
 from router.engines.transformers.model import TransformersModel
 from router.formats import hf_model
 
@@ -23,16 +24,8 @@ def described(model: ModelConfig) -> dict[str, Any]:
         "n_params": files.parameters,
         "size": files.weight_bytes,
     }
-    return {
-        "n_ctx": context,
-        "context_length": context,
-        "size": files.weight_bytes,
-        "parameters": files.parameters,
-        "quantization": files.quantization or files.dtype,
-        "family": files.model_type,
-        "capabilities": capabilities,
-        "meta": {key: value for key, value in meta.items() if value is not None},
-    }
+    known = {key: value for key, value in meta.items() if value is not None}
+    return {**card(files, context, capabilities), "meta": known}
 
 
 def _template(files: hf_model.HfModel) -> str:

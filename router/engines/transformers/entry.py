@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from router.config.draft import Draft
 from router.config.resolved import ModelConfig, idle_timeout
 from router.config.schema import System, TransformersEntry
 from router.engines import MARK_VARIABLE
-from router.engines.hf_entry import folder_of, stamps
+from router.engines.hf_entry import folder_of, opened, stamps
 from router.engines.kind import EntryReader
 from router.engines.transformers.model import TransformersModel
 from router.engines.transformers.questions import ROUTES
-from router.formats import hf_model
-from router.formats.hf_model import HfModel, Unreadable
 
 OFFLINE: Mapping[str, str] = {
     "HF_HUB_OFFLINE": "1",
@@ -53,7 +50,7 @@ def _read(draft: Draft, alias: str, entry: TransformersEntry, system: System) ->
     for variable in sorted({MARK_VARIABLE, *OFFLINE}.intersection(entry.env)):
         draft.problem((*path, "env", variable), _BY_ROUTER)
     folder = folder_of(draft, path, entry.model_path, entry.repo, system) or draft.models_folder()
-    model = _opened(folder) if draft.is_for_here else None
+    model = opened(folder) if draft.is_for_here else None
     longest = (entry.context, None if model is None else model.context)
     return TransformersModel(
         alias=alias,
@@ -74,14 +71,6 @@ def _read(draft: Draft, alias: str, entry: TransformersEntry, system: System) ->
         has_template=model is None or model.has_chat_template,
         takes_media=any((folder / name).is_file() for name in _PROCESSORS),
     )
-
-
-def _opened(folder: Path) -> HfModel | None:
-    """Return the model of a folder; None if it cannot be read, which is reported when it is loaded."""
-    try:
-        return hf_model.read(folder)
-    except (Unreadable, OSError):
-        return None
 
 
 ENTRIES = EntryReader(TransformersEntry, {"engine": TransformersModel.engine}, _read)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from router.engines import installed
 from router.memory.plan import Unusable
 
-_NAME = "transformers"
 _MISSING = (
     "the program `transformers` was not found: pip install 'llama-router[transformers]', put it on PATH, or set "
     "TRANSFORMERS_PATH"
@@ -45,18 +43,7 @@ class Program:
 
 def find_program(configured: str | None) -> Program:
     """Return the program to run. Raises Unusable if the configured one is missing or none is found."""
-    if configured is not None:
-        path = shutil.which(configured)
-        if path is None:
-            reason = f"transformers_path: there is no program {configured}, or it is not executable"
-            raise Unusable(reason, "the program `transformers` is missing")
-        return Program(Path(path).absolute(), "configured")
-    if on_path := shutil.which(_NAME):
-        return Program(Path(on_path).absolute(), "on PATH")
-    beside = Path(sys.executable).with_name(_NAME)
-    if shutil.which(beside):
-        return Program(beside, "from the router's environment")
-    raise Unusable(_MISSING, _MISSING)
+    return Program(*installed.find("transformers", configured, _MISSING))
 
 
 def is_installed(configured: str | None) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from router.config.resolved import ModelConfig
+from router.engines.hf_card import card
 from router.engines.kind import FileInfo
 from router.engines.vllm.flags import Flags
 from router.engines.vllm.model import VllmModel
@@ -21,15 +22,7 @@ def described(model: ModelConfig) -> dict[str, Any]:
     assert isinstance(model, VllmModel)
     found = hf_model.read(model.model_path)
     context = model.context or Flags(model.flags).size("max-model-len") or found.context
-    return {
-        "n_ctx": context,
-        "context_length": context,
-        "size": found.weight_bytes,
-        "parameters": found.parameters,
-        "quantization": found.quantization or found.dtype,
-        "family": found.model_type,
-        "capabilities": _capabilities(model, found),
-    }
+    return card(found, context, _capabilities(model, found))
 
 
 def _capabilities(model: VllmModel, found: HfModel) -> list[str]:

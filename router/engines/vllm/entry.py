@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from router.config.draft import Draft
 from router.config.resolved import Purpose, idle_timeout
 from router.config.schema import System, VllmEntry
-from router.engines.hf_entry import folder_of, stamps
+from router.engines.hf_entry import folder_of, opened, stamps
 from router.engines.kind import EntryReader
 from router.engines.vllm.flags import Flags, owned
 from router.engines.vllm.model import VllmModel
-from router.formats import hf_model
-from router.formats.hf_model import HfModel, Unreadable
 
 KEY_VARIABLE = "VLLM_API_KEY"
 _OWNED_VARIABLES = (KEY_VARIABLE, "TMPDIR")
@@ -60,7 +57,7 @@ def _read(draft: Draft, alias: str, entry: VllmEntry, system: System) -> VllmMod
     if entry.slots is not None and "max-num-seqs" in flags:
         draft.problem((*path, "slots"), "is also set by --max-num-seqs in flags: remove one of them")
     folder = folder_of(draft, path, entry.model_path, entry.repo, system)
-    model = _opened(folder) if folder is not None and draft.is_for_here else None
+    model = opened(folder) if folder is not None and draft.is_for_here else None
     routes = routes_of(model.architecture if model is not None else "", flags)
     purposes: frozenset[Purpose] = frozenset()
     if "/v1/chat/completions" not in routes:
@@ -83,14 +80,6 @@ def _read(draft: Draft, alias: str, entry: VllmEntry, system: System) -> VllmMod
         repo=entry.repo,
         context=entry.context,
     )
-
-
-def _opened(folder: Path) -> HfModel | None:
-    """Return the model of a folder; None if it cannot be read, which is reported when it is loaded."""
-    try:
-        return hf_model.read(folder)
-    except (Unreadable, OSError):
-        return None
 
 
 ENTRIES = EntryReader(VllmEntry, {"engine": VllmModel.engine}, _read)

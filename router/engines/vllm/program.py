@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from router.engines import installed
 from router.memory.plan import Unusable
 
-_NAME = "vllm"
 _MISSING = (
     "the program `vllm` was not found: pip install 'llama-router[vllm]', put it on PATH, or set VLLM_PATH "
     "(system.vllm_path)"
@@ -57,18 +55,7 @@ class Program:
 
 def find_program(configured: str | None) -> Program:
     """Return the program to run. Blocking. Raises Unusable if the configured one is missing or none is found."""
-    if configured is not None:
-        path = shutil.which(configured)
-        if path is None:
-            reason = f"vllm_path: there is no program {configured}, or it is not executable"
-            raise Unusable(reason, "the program `vllm` is missing")
-        return _found(Path(path).absolute(), "configured")
-    if on_path := shutil.which(_NAME):
-        return _found(Path(on_path).absolute(), "on PATH")
-    beside = Path(sys.executable).with_name(_NAME)
-    if shutil.which(beside):
-        return _found(beside, "from the router's environment")
-    raise Unusable(_MISSING, _MISSING)
+    return _found(*installed.find("vllm", configured, _MISSING))
 
 
 def is_for_here(configured: str | None, *, uses_gpus: bool) -> bool:
