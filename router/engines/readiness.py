@@ -6,8 +6,9 @@ import asyncio
 import errno
 import re
 
-from router.engines.base import PROBE_LIMIT_SEC, Endpoint
+from router.engines.base import PROBE_LIMIT_SEC, Endpoint, Facts
 from router.engines.questions import CANNOT_ASK, status
+from router.engines.supervised import SupervisedEngine
 
 _POLL_SEC = (0.02, 0.5)
 """Interval of readiness checks: initial and longest."""
@@ -83,6 +84,28 @@ class Readiness:
         if self._last_status is None:
             return f"it does not answer {self._path} (ready_path); {signs}"
         return f"it answers {self._path} (ready_path) with {self._last_status}; {signs}"
+
+
+class AnswersAtPath(SupervisedEngine):
+    """Engine of which nothing is known but a path, or a port, at which it answers: see `Readiness`."""
+
+    _readiness: Readiness
+
+    async def _until_it_serves(self) -> None:
+        await self._readiness.until_ready()
+
+    async def healthy(self, limit_sec: float = PROBE_LIMIT_SEC) -> bool:
+        return await self._readiness.is_healthy(limit_sec) and self.alive
+
+    def _shows_progress(self, logged: int) -> bool:
+        return self._readiness.is_progress(self.log.since(logged))
+
+    def _signs(self) -> str:
+        return self._readiness.with_last_answer(super()._signs())
+
+    async def facts(self) -> Facts | None:
+        """Return None: no server-independent way to ask exists."""
+        return None
 
 
 async def _stays_open(reader: asyncio.StreamReader) -> bool:

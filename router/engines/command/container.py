@@ -7,20 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from router.engines.base import PROBE_LIMIT_SEC, Endpoint, Facts, Launch
+from router.engines.base import Endpoint, Launch
 from router.engines.command.entry import CommandModel
 from router.engines.command.server import CommandServer, filled
 from router.engines.container import ContainerEngine
 from router.engines.docker import ContainerOrder, Containers, Started
 from router.engines.log_ring import LogRing
-from router.engines.readiness import Readiness
+from router.engines.readiness import AnswersAtPath, Readiness
 from router.engines.supervised import Limits
 from router.scheduling.messages import Retry
 
 _ANY_ADDRESS = "0.0.0.0"  # noqa: S104 - inside the container; outside, 127.0.0.1 or a network of Docker's
 
 
-class CommandContainer(ContainerEngine):
+class CommandContainer(AnswersAtPath, ContainerEngine):
     """Running server in a container. Create it with `start`."""
 
     def __init__(
@@ -47,22 +47,6 @@ class CommandContainer(ContainerEngine):
             file,
         )
         return cls(containers, await containers.start(order), launch, model, log)
-
-    async def _until_it_serves(self) -> None:
-        await self._readiness.until_ready()
-
-    async def healthy(self, limit_sec: float = PROBE_LIMIT_SEC) -> bool:
-        return await self._readiness.is_healthy(limit_sec) and self.alive
-
-    def _shows_progress(self, logged: int) -> bool:
-        return self._readiness.is_progress(self.log.since(logged))
-
-    def _signs(self) -> str:
-        return self._readiness.with_last_answer(super()._signs())
-
-    async def facts(self) -> Facts | None:
-        """Return None: no server-independent way to ask exists."""
-        return None
 
     @staticmethod
     def retry_after(code: int, log: Sequence[str]) -> Retry:

@@ -16,11 +16,11 @@ import signal
 from collections.abc import Mapping, Sequence
 
 from router.engines import MARK_VARIABLE
-from router.engines.base import PROBE_LIMIT_SEC, Endpoint, Facts, Launch
+from router.engines.base import Endpoint, Launch
 from router.engines.command.entry import CommandModel
 from router.engines.log_ring import LogRing
 from router.engines.process import EngineOrder, EngineProcess, Spawned
-from router.engines.readiness import Readiness
+from router.engines.readiness import AnswersAtPath, Readiness
 from router.scheduling.messages import Retry
 from router.system.privacy import without_secrets
 
@@ -41,7 +41,7 @@ def filled(text: str, values: Mapping[str, str]) -> str:
     return text
 
 
-class CommandServer(EngineProcess):
+class CommandServer(AnswersAtPath, EngineProcess):
     """Running server. Create it with `start`."""
 
     def __init__(
@@ -78,22 +78,6 @@ class CommandServer(EngineProcess):
         spawned = Spawned.by(argv, env, cwd=model.cwd, logs_stdout=True, death_signal=signal.SIGTERM)
         endpoint = Endpoint(port, host=_HOST, marks_end=False)
         return cls(order, model, endpoint, mark, spawned, log, values)
-
-    async def _until_it_serves(self) -> None:
-        await self._readiness.until_ready()
-
-    async def healthy(self, limit_sec: float = PROBE_LIMIT_SEC) -> bool:
-        return await self._readiness.is_healthy(limit_sec) and self.alive
-
-    def _shows_progress(self, logged: int) -> bool:
-        return self._readiness.is_progress(self.log.since(logged))
-
-    def _signs(self) -> str:
-        return self._readiness.with_last_answer(super()._signs())
-
-    async def facts(self) -> Facts | None:
-        """Return None: no server-independent way to ask exists."""
-        return None
 
     async def _ask_to_go(self, grace_sec: float) -> None:
         if self._stop_cmd:
