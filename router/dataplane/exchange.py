@@ -37,7 +37,7 @@ from router.engines.upstream import Body, Connection, Head, Receiver
 from router.http.auth import Keyring
 from router.http.errors import ApiError, refused
 from router.http.origins import Browsers
-from router.http.routes import ROUTES, Ask, Dialect, Stream, served_routes
+from router.http.routes import ROUTES, SERVED, Ask, Dialect, Stream, served_routes
 from router.observe.events import Outcome, RequestDone
 from router.observe.usage import NO_USAGE, Usage
 from router.runtime.dispatcher import Dispatcher, Ticket, Waiting
@@ -77,9 +77,7 @@ class Exchanges:
             path: translators.get((route.dialect, route.asks), Exchange) for path, route in ROUTES.items()
         }
         """Routes of the data plane; all others are pages."""
-        self.of_engines = {
-            path: each for path, each in self.by_path.items() if ROUTES[path].dialect is not Dialect.OLLAMA
-        }
+        self.of_engines = {path: self.by_path[path] for path in SERVED}
         """Routes of `by_path` that engines have, too."""
         self.dispatcher = dispatcher
         self.keyring = keyring

@@ -397,8 +397,9 @@ class IncomingRequest(ABC):
 
     def _depth_of(self, wish: Wish, short: Shortened) -> int:
         """Return the depth to which a body has to be parsed, as far as this short form of it shows."""
-        manner, model = self._manner(wish.alias), self._dispatcher.config.models[wish.alias]
-        depth = 1 if manner is None else manner.depth(model, self._path, short.text)
+        depth = 1
+        if (manner := self._manner(wish.alias)) is not None:
+            depth = manner.depth(self._dispatcher.config.models[wish.alias], self._path, short.text)
         if wish.asked_as is not None:
             route = self._route_of_engine()
             depth = max(depth, depth_of(None if route is None else route.conversation, wish.asked_as))
