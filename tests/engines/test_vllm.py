@@ -16,12 +16,13 @@ from conftest import ROOT, Router, Start, eventually, models, run
 from hf_models import LLAMA, write_model
 
 from router.engines.vllm import log
+from router.engines.vllm.engine import tells_end
 from router.engines.vllm.entry import routes_of
 from router.engines.vllm.flags import Flags
 from router.engines.vllm.model import VllmModel
 from router.engines.vllm.plan import VllmPlan
 from router.engines.vllm.program import Program, find_program
-from router.engines.vllm.server import VllmServer, tells_end
+from router.engines.vllm.server import VllmServer
 from router.formats import hf_model
 from router.memory.measurements import Learned
 from router.memory.plan import Ground, Inspection, Site, Unusable
