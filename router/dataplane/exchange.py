@@ -38,6 +38,7 @@ from router.http.auth import Keyring
 from router.http.errors import ApiError, refused
 from router.http.origins import Browsers
 from router.http.routes import ROUTES, SERVED, Ask, Dialect, Stream, served_routes
+from router.http.tools import form_of
 from router.observe.events import Outcome, RequestDone
 from router.observe.usage import NO_USAGE, Usage
 from router.runtime.dispatcher import Dispatcher, Ticket, Waiting
@@ -509,7 +510,9 @@ class Exchange(IncomingRequest):
             if refusal is not None:
                 self._fail(refusal)
                 return
-        error = error_of_engine(head.status, body) if head.status >= 400 else None
+        error = None
+        if head.status >= 400:
+            error = error_of_engine(head.status, body, form_of(self._head.path))
         self._status = head.status if error is None else error.status
         if self._answer.started:
             if error is None:

@@ -21,6 +21,7 @@ from hf_models import played_transformers, write_model
 from router.dataplane.answer import Answer
 from router.dialects.openai.hidden_usage import AnswerWithoutUsage
 from router.engines.llamacpp.capability import error_of_engine
+from router.http.tools import OF_CHATS, OF_MESSAGES, OF_RESPONSES
 from router.store.demo import MODEL_PATH
 
 SERVER = Path(__file__).parent.parent / "openai_server.py"
@@ -481,6 +482,38 @@ class TestResponses:
 def test_errors_of_other_frameworks_are_read(status: int, body: bytes, code: str, message: str) -> None:
     error = error_of_engine(status, body)
     assert (error.status, error.code, error.message) == (status, code, message)
+
+
+IN_RESPONSES = {"type": "function", **WEATHER["function"]}
+IN_MESSAGES = {"name": "weather", "input_schema": WEATHER["function"]["parameters"]}
+
+
+@pytest.mark.parametrize("model", ["tiny", "real", "transformers"])
+@pytest.mark.parametrize(
+    ("path", "asked", "tools", "form"),
+    [
+        ("/v1/chat/completions", {"messages": CHAT}, [IN_RESPONSES, IN_MESSAGES, "weather"], OF_CHATS),
+        ("/v1/responses", {"input": "hi"}, [WEATHER, IN_MESSAGES], OF_RESPONSES),
+        ("/v1/messages", {"messages": CHAT, "max_tokens": 1}, [WEATHER, IN_RESPONSES], OF_MESSAGES),
+        ("/v1/messages/count_tokens", {"messages": CHAT}, [WEATHER], OF_MESSAGES),
+    ],
+)
+def test_a_tool_in_the_form_of_another_api_is_refused_with_the_right_one(
+    router: Router, path: str, asked: dict[str, Any], tools: list[Any], form: str, model: str
+) -> None:
+    """Engines fail at it, call it nameless, or leave it out without a word."""
+    for tool in tools:
+        answer = router.http.post(path, json={"model": model, **asked, "tools": [tool]})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["type"]) == (400, "invalid_request_error"), error
+        assert error["message"].startswith("`tools"), error
+        assert error["message"].endswith(f"as {form}."), error
+
+
+def test_a_large_request_is_searched_for_tools_of_another_api_too(router: Router) -> None:
+    asked = {"model": "tiny", "max_tokens": 1, "messages": [{"role": "user", "content": "a" * (2 << 20)}]}
+    answer = router.http.post("/v1/messages", json={**asked, "tools": [IN_MESSAGES, WEATHER]})
+    assert (answer.status_code, "`tools[1]`" in answer.text) == (400, True), answer.text
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ from router.dialects.anthropic.requests import (
 from router.dialects.counting import Count
 from router.http.errors import ApiError
 from router.http.routes import CHATS
+from router.http.tools import DEPTH as DEPTH_OF_TOOLS
+from router.http.tools import FUNCTION
 
 
 class MessagesExchange(Exchange):
@@ -46,6 +48,8 @@ class MessagesExchange(Exchange):
 
     def _depth_of(self, wish: Wish, short: Shortened) -> int:
         needed = max(self._asked.depth, super()._depth_of(wish, short))
+        if short.mentions(FUNCTION):
+            needed = max(needed, DEPTH_OF_TOOLS)
         return ALL_DEPTHS if short.mentions(TOOL_RESULT) else needed
 
     def _submit(self, wish: Wish) -> None:

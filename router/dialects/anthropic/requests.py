@@ -12,7 +12,7 @@ For engines without the route, all requests are translated, and those that chats
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -23,6 +23,7 @@ from router.dialects.counting import question
 from router.dialects.schemas import Format, told
 from router.formats.unreadable import UNREADABLE
 from router.http.errors import ApiError
+from router.http.tools import OF_MESSAGES, check_message_tools, unreadable
 
 _KEPT = ("model", "stream", "temperature", "top_p", "top_k", "chat_template_kwargs")
 _DROPPED = (
@@ -167,10 +168,14 @@ class Asked(NamedTuple):
 
 
 def read(body: Text) -> Asked:
-    """Return a request for llama-server. Bodies that do not have the API's format are left for it to refuse."""
+    """Return a request for llama-server. Bodies that do not have the API's format are left for it to refuse.
+
+    Raises ApiError 400 for tools in the form of another API, of which it would lose the names.
+    """
     depth = 1
     try:
         fields = _fields_of(body)
+        _check_tools(fields)
         depth = 2 if "stop_sequences" in fields else 1
         depth = depth if fields.keys().isdisjoint((*_DROPPED, *_FORMS)) else ALL_DEPTHS
         if TOOL_RESULT in body and (ordered := _ordered(fields)) is not None:
@@ -198,6 +203,7 @@ def for_others(body: Text) -> Asked:
     """Return a request as a chat, for an engine without a route for messages. Raises ApiError 400."""
     try:
         fields = _fields_of(body)
+        _check_tools(fields)
         if TOOL_RESULT in body:
             fields = _ordered(fields) or fields
         system, kept = _beside(fields)
@@ -222,9 +228,16 @@ def counted_by_others(body: Text) -> Asked:
     return asked._replace(body=question(asked.body))
 
 
+def _check_tools(fields: Mapping[str, msgspec.Raw]) -> None:
+    if (tools := fields.get("tools")) is not None:
+        check_message_tools(tools)
+
+
 def _check(request: _Request) -> None:
     """Raise ApiError 400 for a request that chats cannot express."""
-    for tool in request.tools or ():
+    for index, tool in enumerate(request.tools or ()):
+        if not tool.name and tool.type in (None, "custom"):
+            raise unreadable(index, OF_MESSAGES)
         if tool.type not in (None, "custom"):
             message = f"This model's engine has no tool of type {tool.type!r}: offer tools with an `input_schema`."
             raise ApiError(400, "not_supported", message, "tools")
@@ -262,9 +275,11 @@ def _telling(stops: Sequence[str]) -> dict[str, Any]:
 
 
 def in_order(body: Text) -> Text:
-    """Return the body with messages in the order that llama-server needs."""
+    """Return the body with messages in the order that llama-server needs. Raises ApiError 400."""
     try:
-        ordered = _ordered(_fields_of(body)) if TOOL_RESULT in body else None
+        fields = _fields_of(body)
+        _check_tools(fields)
+        ordered = _ordered(fields) if TOOL_RESULT in body else None
     except UNREADABLE:
         return body
     return body if ordered is None else _encode(ordered)

@@ -23,6 +23,7 @@ from router.dialects.schemas import Format, told
 from router.engines.llamacpp.capability import error_of_engine
 from router.formats.unreadable import UNREADABLE
 from router.http.errors import ApiError
+from router.http.tools import check_response_tools
 
 _Fields = dict[str, Any]
 """Fields of an object; values that are not needed stay encoded."""
@@ -136,11 +137,16 @@ class Asked(msgspec.Struct):
 
 
 def read(body: Text) -> Asked:
-    """Parse a request. Bodies that do not have the API's format are left for the engine to refuse."""
+    """Parse a request. Bodies that do not have the API's format are left for the engine to refuse.
+
+    Raises ApiError 400 for tools in the form of another API, which it would leave out.
+    """
     try:
         fields: _Fields = dict(_fields_of(body))
     except UNREADABLE:
         return Asked(body, {})
+    if (tools := fields.get("tools")) is not None:
+        check_response_tools(tools)
     repeated = {key: raw for key, raw in fields.items() if key in _REPEATED and bytes(raw) != b"null"}
     return Asked(_with_form(body, fields), repeated, _most_tokens(fields), "text" in fields)
 

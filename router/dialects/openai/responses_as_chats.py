@@ -11,6 +11,7 @@ from router.dataplane.rewriting import joined
 from router.dataplane.shortening import Text
 from router.engines.parameters import OF_LLAMA_SERVER
 from router.http.errors import ApiError
+from router.http.tools import OF_RESPONSES, unreadable
 
 _KEPT = OF_LLAMA_SERVER | {
     "frequency_penalty",
@@ -61,7 +62,7 @@ class _Item(msgspec.Struct):
 
 
 class _Tool(msgspec.Struct):
-    type: str
+    type: str = ""
     name: str = ""
     description: str | None = None
     parameters: msgspec.Raw = _NOTHING
@@ -104,6 +105,9 @@ def as_chat(body: Text) -> bytes:
         chat["max_tokens"] = request.max_output_tokens
     if request.reasoning is not None and request.reasoning.effort is not None:
         chat["reasoning_effort"] = request.reasoning.effort
+    for index, tool in enumerate(request.tools or ()):
+        if not tool.type or (tool.type == "function" and not tool.name):
+            raise unreadable(index, OF_RESPONSES)
     if tools := [_tool(tool) for tool in request.tools or () if tool.type == "function"]:
         chat["tools"] = tools
         if request.tool_choice is not None:

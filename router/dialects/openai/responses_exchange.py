@@ -16,6 +16,8 @@ from router.dialects.openai.responses_as_chats import as_chat
 from router.formats.unreadable import UNREADABLE
 from router.http.errors import ApiError
 from router.http.routes import CHATS
+from router.http.tools import DEPTH as DEPTH_OF_TOOLS
+from router.http.tools import INPUT_SCHEMA
 from router.runtime.dispatcher import Dispatcher
 
 
@@ -53,6 +55,8 @@ class ResponsesExchange(Exchange):
         if self._is_chat:
             return ALL_DEPTHS
         needed = super()._depth_of(wish, short)
+        if short.mentions(INPUT_SCHEMA):
+            needed = max(needed, DEPTH_OF_TOOLS)
         return max(needed, 3) if self._asked.has_form else needed  # the depth of `text.format.schema`
 
     def _restore(self, short: Shortened) -> None:

@@ -18,6 +18,7 @@ from router.config.resolved import ModelConfig
 from router.engines.llamacpp.flags import Purpose
 from router.formats.unreadable import UNREADABLE
 from router.http.errors import ApiError, ContextExceeded
+from router.http.tools import OF_CHATS
 
 _LONGEST_REFUSAL = 1000
 _LONGEST_WORDS = 4000
@@ -43,6 +44,8 @@ _MISTAKES = (
     "is too large to process",
 )
 """Errors of requests that an engine answers with 500, as its own error, which makes clients retry."""
+_TOOLS = re.compile(r"Failed to parse tools: (?:\[json\.exception\.[^\]]*\] )?(.*?)(?:; tools = |\Z)", re.DOTALL)
+"""What it says of a tool that it cannot read, with all tools after it."""
 _LARGER_THAN_A_BATCH = re.compile(
     r"input \((\d{1,12}) tokens\) is too large to process\. increase [^(]*\(current batch size: (\d{1,12})\)"
 )
@@ -72,8 +75,8 @@ class _Answer(msgspec.Struct):
 _decode = msgspec.json.Decoder(_Answer).decode
 
 
-def error_of_engine(status: int, body: bytes) -> ApiError:
-    """Return the error for a response of an engine with an error status."""
+def error_of_engine(status: int, body: bytes, tool_form: str = OF_CHATS) -> ApiError:
+    """Return the error for a response of an engine with an error status. `tool_form`: how clients offer a tool."""
     try:
         said = _decode(body)
         error = said.error or _of_detail(said.detail)
@@ -86,6 +89,9 @@ def error_of_engine(status: int, body: bytes) -> ApiError:
         return ContextExceeded.of(error.n_prompt_tokens or 0, error.n_ctx)
     if (told := _LARGER_THAN_A_BATCH.search(error.message)) is not None:
         return ContextExceeded.of(int(told[1]), int(told[2]), flags="-c, and -b and -ub if they are there,")
+    if (told := _TOOLS.match(error.message)) is not None:
+        message = f"`tools` cannot be read: {told[1][:_LONGEST_WORDS]}. Write each as {tool_form}."
+        return ApiError(400, "invalid_request", message, "tools")
     if status >= 500 and any(mistake in error.message for mistake in _MISTAKES):
         return ApiError(400, "invalid_request", error.message)
     if status == 400 and (told := _TOO_LONG_FOR_OTHERS.search(error.message)) is not None:

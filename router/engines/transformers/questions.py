@@ -23,6 +23,7 @@ from router.engines.transformers.answers import Understood
 from router.engines.transformers.model import TransformersModel
 from router.formats.unreadable import UNREADABLE
 from router.http.errors import ApiError
+from router.http.tools import OF_CHATS, unreadable
 
 CHAT = "/v1/chat/completions"
 COMPLETION = "/v1/completions"
@@ -264,7 +265,10 @@ class _Asked:
         choice, tools = self._value("tool_choice"), self._raw.get("tools")
         if choice not in (None, "auto", "none"):
             raise self._not_supported("tool_choice", "it calls tools as it likes (`auto`) or not at all (`none`)")
-        if choice != "none" and tools is not None and _value_of(tools):
+        if choice != "none" and tools is not None and (offered := _value_of(tools)):
+            for index, tool in enumerate(offered if isinstance(offered, list) else [None]):
+                if not _is_function(tool):
+                    raise unreadable(index, OF_CHATS)
             asked["tools"] = tools
         settings = self._value("chat_template_kwargs") or {}
         if not isinstance(settings, dict):
@@ -318,6 +322,11 @@ class _Asked:
             "Leave it out, or ask a model that runs on llama.cpp or vLLM."
         )
         return ApiError(400, "not_supported", told, name)
+
+
+def _is_function(tool: Any) -> bool:
+    function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
 def _text_of(content: Any) -> str:
