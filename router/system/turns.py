@@ -18,17 +18,26 @@ _STEPS_AT_ONCE = 8
 """Steps of a turn that are taken as soon as data arrives, without standing in line."""
 
 
+_in_progress = 0
+"""Number of `in_turns`, which share the time of a turn: no token waits for a dozen pages, one after the other."""
+
+
 async def in_turns(items: Iterable[_T]) -> AsyncIterator[_T]:
     """Yield the items, and give other tasks their turns whenever making and using them has taken a while.
 
     Copy first what may change meanwhile.
     """
-    since_sec = time.perf_counter()
-    for item in items:
-        yield item
-        if time.perf_counter() - since_sec > _TURN_SEC:
-            await asyncio.sleep(0)
-            since_sec = time.perf_counter()
+    global _in_progress
+    _in_progress += 1
+    try:
+        since_sec = time.perf_counter()
+        for item in items:
+            yield item
+            if time.perf_counter() - since_sec > _TURN_SEC / _in_progress:
+                await asyncio.sleep(0)
+                since_sec = time.perf_counter()
+    finally:
+        _in_progress -= 1
 
 
 class Worker(Protocol):

@@ -1,11 +1,14 @@
-"""Who goes first when many connections have more to do than a turn of the event loop is for."""
+"""What is done in a turn of the event loop when there is more to do than a turn is for, and who goes first."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Iterator
 
-from router.system.turns import Rounds
+import pytest
+
+from router.system.turns import Rounds, in_turns
 
 
 class Worker:
@@ -101,3 +104,32 @@ def test_a_worker_that_rests_goes_on_in_the_next_turn() -> None:
         await asyncio.sleep(0)
 
     assert played(story) == ["a rested"]
+
+
+def test_long_work_shares_the_time_of_a_turn_however_many_have_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    taken = [0]
+    """Items by turn."""
+
+    def tenths_of_a_millisecond() -> Iterator[None]:
+        nonlocal now
+        for _ in range(200):
+            now += 0.0001
+            taken[-1] += 1
+            yield
+
+    async def work() -> None:
+        async for _ in in_turns(tenths_of_a_millisecond()):
+            pass
+
+    async def story(workers: int) -> list[int]:
+        taken[:] = [0]
+        tasks = [asyncio.create_task(work()) for _ in range(workers)]
+        while not all(task.done() for task in tasks):
+            await asyncio.sleep(0)
+            taken.append(0)
+        return taken[1:-1]  # some have not begun before the first
+
+    assert max(asyncio.run(story(1))) <= 21
+    assert max(asyncio.run(story(10))) <= 30
