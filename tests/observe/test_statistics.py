@@ -53,6 +53,27 @@ def test_counts_are_exact_however_long_ago_and_windows_forget() -> None:
     assert summary["total_requests"] == 180
 
 
+def test_a_window_is_right_however_often_it_is_asked_for() -> None:
+    """Slices that are over are added up once."""
+    clock, events = Clock(), Events()
+    telemetry = Telemetry(events, clock)
+
+    async def story() -> list[tuple[int, float]]:
+        asked = []
+        for sec in range(0, 200, 5):
+            clock.now = 1000.0 + sec
+            events.publish(RequestsDone([done(total_sec=1.0 + sec)]))
+            window = await telemetry.window(60)
+            assert await telemetry.window(60) == window
+            asked.append((window["by_model"]["a"]["requests"], window["total_sec"]["p50"]))
+        return asked
+
+    asked = asyncio.run(story())
+    assert [requests for requests, _ in asked[:16]] == [*range(1, 15), 13, 14]  # six slices of 10 s, and a new one
+    assert [requests for requests, _ in asked[-2:]] == [13, 14]
+    assert asked[-1][1] == pytest.approx(1 + 195 - 35, rel=0.02)
+
+
 def test_percentiles_are_within_two_percent() -> None:
     events = Events()
     telemetry = Telemetry(events, Clock())
