@@ -35,6 +35,7 @@ parser.add_argument("model")
 parser.add_argument("--host")
 parser.add_argument("--port", type=int)
 parser.add_argument("--served-model-name")
+parser.add_argument("--max-num-seqs", type=int)
 parser.add_argument("--gpu-memory-utilization", type=float)
 options = parser.parse_args()
 print(options, os.environ.get("HUGGING_FACE_HUB_TOKEN"), os.environ.get("NVIDIA_VISIBLE_DEVICES"), flush=True)
@@ -196,6 +197,18 @@ def speech(*arguments: str, **more: Any) -> dict[str, Any]:
         "ready_path": "/ready",
         **more,
     }
+
+
+def vllm(**more: Any) -> dict[str, Any]:
+    """Return an entry for vLLM in a container, played by `fake_vllm.py`."""
+    played = Path(__file__).with_name("fake_vllm.py")
+    container = {
+        "image": IMAGE,
+        "entrypoint": [str(_PYTHON), str(played), "serve"],
+        "volumes": VOLUMES,
+        "gpus": None,
+    }
+    return {"engine": "vllm", "slots": 3, **more, "container": {**container, **more.pop("container", {})}}
 
 
 def as_container(daemon: Daemon, *volumes: str, **environ: str) -> list[str]:

@@ -211,6 +211,6 @@ def bound() -> socket.socket:
 
 if __name__ == "__main__":
     note(sys.argv)
-    Path(os.environ["TMPDIR"], "a-socket").touch()
+    Path(os.environ.get("TMPDIR", "/tmp"), "a-socket").touch()
     engine = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env={})
     asyncio.run(main(bound(), engine))

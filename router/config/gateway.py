@@ -14,8 +14,7 @@ from router.config.draft import Draft
 _NETWORK, _HOST, _UTILIZATION = "DOCKER_NETWORK_NAME", "VLLM_HOST", "VLLM_GPU_MEMORY_UTILIZATION"
 _IMAGE = "VLLM_IMAGE"
 _TOKEN = "HUGGING_FACE_HUB_TOKEN"  # noqa: S105 - a name
-_DEFAULT_IMAGE = "vllm/vllm-openai:latest"
-_CACHE = "/root/.cache/huggingface"
+_CACHE_VARIABLE, _CACHE = "HF_HOME", "/root/.cache/huggingface"
 _AT_ONCE = 256
 """Requests that vLLM computes at once by default (--max-num-seqs)."""
 _DEFAULTS: Mapping[tuple[str, str], Any] = {
@@ -48,7 +47,7 @@ def add_models(draft: Draft, variables: Mapping[str, tuple[str, str]]) -> None:
         if alias in models or not isinstance(repository, str):
             continue
         path, source = ("models", alias), draft.origin_of(("system", "allowed_models", alias))
-        draft.put(path, _entry(alias, repository), source)
+        draft.put(path, _entry(repository), source)
         if _IMAGE in variables:
             draft.put((*path, "container", "image"), *variables[_IMAGE])
         if _NETWORK in told:
@@ -56,8 +55,7 @@ def add_models(draft: Draft, variables: Mapping[str, tuple[str, str]]) -> None:
         if _HOST in told and is_alone:
             draft.put((*path, "container", "name"), *told[_HOST])
         if _UTILIZATION in told:
-            cmd = draft.values["models"][alias]["cmd"]
-            draft.put((*path, "cmd"), [*cmd, "--gpu-memory-utilization", told[_UTILIZATION][0]], source)
+            draft.put((*path, "flags"), ["--gpu-memory-utilization", told[_UTILIZATION][0]], source)
         if _TOKEN in variables:
             draft.put((*path, "env", _TOKEN), *variables[_TOKEN])
 
@@ -67,17 +65,12 @@ def _section(draft: Draft, name: str) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _entry(alias: str, repository: str) -> dict[str, Any]:
+def _entry(repository: str) -> dict[str, Any]:
     return {
-        "engine": "command",
-        "cmd": [repository, "--served-model-name", alias, "--host", "{host}", "--port", "{port}"],
-        "container": {
-            "image": _DEFAULT_IMAGE,
-            "entrypoint": ["vllm", "serve"],
-            "gpus": "all",
-            "volumes": [f"{_CACHE}:{_CACHE}"],
-            "shm_size": "8g",
-        },
+        "engine": "vllm",
+        "repo": repository,
         "slots": _AT_ONCE,
+        "container": {"downloads": True},
+        "env": {_CACHE_VARIABLE: _CACHE},
         "description": repository,
     }

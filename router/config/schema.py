@@ -637,7 +637,41 @@ class Container(Section):
         pattern=r"^\d+[bkmgBKMG]?[bB]?$",
         description="Size of /dev/shm, such as 8g. null: 64 MB.",
     )
+    ipc: Literal["host"] | None = Field(
+        default=None, description="`host`: share /dev/shm with this machine, whatever its size."
+    )
     user: str | None = Field(default=None, min_length=1, description="User in the container. null: the image's.")
+
+
+class ContainerOfVllm(Container):
+    """Container in which vLLM runs instead of as a process, by Docker or Podman on this machine.
+
+    The model is mounted read-only. The image has its own vLLM; none is needed on this machine.
+    """
+
+    image: str = Field(
+        default="vllm/vllm-openai:latest",
+        min_length=1,
+        description="Image. It must be on this machine: the router pulls none.",
+    )
+    entrypoint: CommandLine = Field(
+        default=("vllm", "serve"), description="Program that is passed the model and its flags."
+    )
+    gpus: Literal["all"] | None = Field(
+        default="all",
+        description="`all`: give it NVIDIA's GPUs, of which it is shown those that the router chose. null: none, "
+        "for images that compute on the CPU; also the default with `devices`.",
+    )
+    shm_size: str | None = Field(
+        default="8g",
+        pattern=r"^\d+[bkmgBKMG]?[bB]?$",
+        description="Size of /dev/shm, through which vLLM's processes exchange data. null: 64 MB.",
+    )
+    downloads: bool = Field(
+        default=False,
+        description="Let vLLM download the repository into the Hugging Face cache if it is not there, when the "
+        "model is loaded. false: it has to be there.",
+    )
 
 
 class CommandEntry(Section):
@@ -712,7 +746,7 @@ class CommandEntry(Section):
     description: str = Field(default="", description="Description shown in the list of models.")
 
 
-class _OfHfModel(Section):
+class OfHfModel(Section):
     """Keys of all entries for models in Hugging Face's format."""
 
     model_path: str | None = Field(
@@ -744,7 +778,7 @@ class _OfHfModel(Section):
     description: str = Field(default="", description="Description shown in the list of models.")
 
 
-class VllmEntry(_OfHfModel):
+class VllmEntry(OfHfModel):
     """Model in safetensors, served by vLLM: its folder or repository, and how vLLM is started."""
 
     engine: Literal["vllm"] = Field(description="`vllm serve`.")
@@ -759,12 +793,15 @@ class VllmEntry(_OfHfModel):
         "reserved as far as it fits. null: 8.",
     )
     flags: Arguments = Field(default=(), description="Further arguments for `vllm serve`, passed on unchanged.")
+    container: ContainerOfVllm | None = Field(
+        default=None, description="Container in which vLLM runs. It needs the extra `docker`."
+    )
 
 
 Quantize = Literal["auto", "q4", "fp16", "fp32", "no"]
 
 
-class HfEntry(_OfHfModel):
+class HfEntry(OfHfModel):
     """Model in Hugging Face's format, on the kind of engine that is installed: vLLM before Transformers."""
 
     engine: Literal["auto"] = Field(
@@ -787,7 +824,7 @@ OF_HF_MODELS = frozenset(HfEntry.model_fields.keys() - ModelEntry.model_fields.k
 """Keys by which an entry shows that it is not for a GGUF file."""
 
 
-class TransformersEntry(_OfHfModel):
+class TransformersEntry(OfHfModel):
     """Hugging Face model served by `transformers serve`: its folder or repository, and how it is run."""
 
     engine: Literal["transformers"] = Field(description="Hugging Face's `transformers serve`.")

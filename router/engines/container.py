@@ -26,9 +26,16 @@ _KILL_SEC = 10.0
 """Time after which a daemon that was asked to kill a container is given up."""
 _REMOVE_SEC = 5.0
 """Time for which a daemon that has been given up may still remove a container."""
+_STATS_SEC = 5.0
+"""Time limit for figures of a container, which the daemon takes twice, a second apart."""
+_COMPUTES = 0.1
+"""Processors in use from which on an engine that does not answer is at work."""
 _READ_AT_ONCE = 1 << 16
 _PAUSE_SEC = 0.02
 """Pause after so many characters of log, as an engine may write without end."""
+
+
+ANY_ADDRESS = "0.0.0.0"  # noqa: S104 - inside a container; outside, 127.0.0.1 or a network of Docker's
 
 
 class ContainerEngine(SupervisedEngine):
@@ -84,6 +91,17 @@ class ContainerEngine(SupervisedEngine):
             await asyncio.wait_for(self._started.container.kill(), _KILL_SEC)
             await asyncio.wait({self._exited}, timeout=_KILL_SEC)
         self._given_up.set()
+
+    async def _computes(self) -> bool:
+        """Return whether its processes compute, as the daemon sees them for a second."""
+        try:
+            (seen,) = await asyncio.wait_for(self._started.container.stats(stream=False), _STATS_SEC)
+            after, before = seen["cpu_stats"], seen["precpu_stats"]
+            used = after["cpu_usage"]["total_usage"] - before["cpu_usage"]["total_usage"]
+            passed = after["system_cpu_usage"] - before["system_cpu_usage"]
+            return bool(used * after["online_cpus"] >= _COMPUTES * passed > 0)
+        except Exception:  # of any kind: then nothing is known to compute
+            return False
 
     def _resident_bytes(self) -> int:
         return 0 if self._started.pid is None else resident_bytes(self._started.pid)

@@ -65,8 +65,10 @@ class ContainerOrder:
     command: tuple[str, ...]
     """Arguments of the entrypoint; empty: those of the image."""
     env: Mapping[str, str]
-    file: Path | None = None
-    """File or folder of the model, mounted read-only under its own path."""
+    readable: Sequence[Path] = ()
+    """Files and folders of the model, each mounted read-only under its own path."""
+    writable: Sequence[Path] = ()
+    """Folders mounted under their own paths, and created where they are missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,19 +361,24 @@ def _visible(pid: int, container: str) -> int | None:
 def _request(order: ContainerOrder, home: _Home, router: str, *, publishes: bool) -> dict[str, Any]:
     """Return the body of the request that creates a container. Raises EngineFailed."""
     spec = order.container
-    host: dict[str, Any] = {"Binds": [_bind(volume, home) for volume in spec.volumes]}
-    if order.file is not None:
-        source = home.on_daemon(str(order.file))
-        if source is None:
-            reason = f"{order.file} is in the router's own container only: mount its folder into that"
-            raise EngineFailed(reason, "its file is in the router's own container only")
-        host["Mounts"] = [{"Type": "bind", "Source": source, "Target": str(order.file), "ReadOnly": True}]
+    host: dict[str, Any] = {
+        "Binds": [
+            *(_bind(volume, home) for volume in spec.volumes),
+            *(f"{_on_daemon(path, home)}:{path}" for path in order.writable),
+        ],
+        "Mounts": [
+            {"Type": "bind", "Source": _on_daemon(path, home), "Target": str(path), "ReadOnly": True}
+            for path in order.readable
+        ],
+    }
     if publishes:
         host["PortBindings"] = {f"{spec.port}/tcp": [{"HostIp": LOOPBACK, "HostPort": ""}]}
     if spec.network is not None:
         host["NetworkMode"] = spec.network
     if spec.shm_size is not None:
         host["ShmSize"] = _bytes(spec.shm_size)
+    if spec.ipc is not None:
+        host["IpcMode"] = spec.ipc
     if spec.gpus is not None:
         host["DeviceRequests"] = [{"Count": -1, "Capabilities": [["gpu"]]}]
     if spec.devices:
@@ -390,6 +397,15 @@ def _request(order: ContainerOrder, home: _Home, router: str, *, publishes: bool
     if spec.user is not None:
         body["User"] = spec.user
     return body
+
+
+def _on_daemon(path: Path, home: _Home) -> str:
+    """Return where a path of the router's is on the daemon's machine. Raises EngineFailed."""
+    source = home.on_daemon(str(path))
+    if source is None:
+        reason = f"{path} is in the router's own container only: mount its folder into that"
+        raise EngineFailed(reason, "its file is in the router's own container only")
+    return source
 
 
 def _bind(volume: str, home: _Home) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from router.config.draft import Draft
 from router.config.paths import wrong_with_anything
 from router.config.problems import KeyPath
-from router.config.schema import System
+from router.config.schema import OfHfModel, System
 from router.formats import hf_cache, hf_model
 from router.formats.hf_model import HfModel, Unreadable
 from router.memory.measurements import files_of
@@ -19,24 +19,27 @@ _SETTINGS = (hf_model.CONFIG, hf_model.TOKENIZER_CONFIG, *hf_model.TEMPLATES, "g
 """Files beside the weights that decide how a model is loaded and asked."""
 
 
-def folder_of(
-    draft: Draft, path: KeyPath, model_path: str | None, repo: str | None, system: System
-) -> Path | None:
+def folder_of(draft: Draft, path: KeyPath, entry: OfHfModel, system: System) -> Path | None:
     """Return the folder of an entry's model. Notes what is wrong with it; None if there is none."""
-    if (model_path is None) == (repo is None):
+    if (entry.model_path is None) == (entry.repo is None):
         draft.problem(path, "needs either model_path (a folder) or repo (USER/REPO in the Hugging Face cache)")
         return None
-    if model_path is not None:
-        folder = draft.resolve(model_path, Path(system.base_models_path))
+    if entry.model_path is not None:
+        folder = draft.resolve(entry.model_path, Path(system.base_models_path))
         draft.check_file((*path, "model_path"), folder, _wrong_with_folder)
         return folder
-    assert repo is not None
-    cache = hf_cache.folder(draft.environ) if draft.is_for_here else None
-    found = hf_cache.snapshot(cache, repo) if cache is not None else None
+    assert entry.repo is not None
+    cache = cache_of(draft, entry)
+    found = hf_cache.snapshot(cache, entry.repo) if cache is not None else None
     if found is None and draft.check_files:
-        advice = f"`llama-router pull {repo}` downloads it"
-        draft.problem((*path, "repo"), f"{repo} is not in the Hugging Face cache: {advice}")
+        advice = f"`llama-router pull {entry.repo}` downloads it"
+        draft.problem((*path, "repo"), f"{entry.repo} is not in the Hugging Face cache: {advice}")
     return found
+
+
+def cache_of(draft: Draft, entry: OfHfModel) -> Path | None:
+    """Return the Hugging Face cache that an entry's engine uses; None if there is none, or it is elsewhere."""
+    return hf_cache.folder({**draft.environ, **entry.env}) if draft.is_for_here else None
 
 
 def opened(folder: Path) -> HfModel | None:

@@ -71,3 +71,14 @@ def snapshot(cache: Path, repo: str) -> Path | None:
     """Return the snapshot of a repository's main branch, or else its newest; None if it is not in the cache."""
     names = dict.fromkeys((repo, NEW_NAMES.get(repo, repo)))
     return next((found for name in names for found in snapshots(repository(cache, name))), None)
+
+
+def held(folder: Path) -> Path:
+    """Return the snapshot that a repository's folder holds; any other folder as it is."""
+    found = snapshots(folder) if folder.name.startswith(_PREFIX) else []
+    return found[0] if found else folder
+
+
+def repository_of(folder: Path) -> Path | None:
+    """Return the folder of the repository that a folder is, or that it is a snapshot of; None if it is neither."""
+    return next((each for each in (folder, folder.parent.parent) if each.name.startswith(_PREFIX)), None)

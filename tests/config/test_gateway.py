@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hf_models import write_model
 
 from router.catalog.load import load
 from router.config.resolved import Config
-from router.engines.command.entry import CommandModel
+from router.engines.vllm.model import VllmModel
 
 ALLOWED = {"gemma3-4B": "google/gemma-3-4b-it", "qwen2.5": "Qwen/Qwen2.5-Coder-7B-Instruct"}
 VARIABLES = {
@@ -27,9 +28,9 @@ def read(folder: Path, environ: dict[str, str], **written: Any) -> Config:
     return load(environ=environ, cwd=folder).config
 
 
-def model(config: Config, alias: str = "gemma3-4B") -> CommandModel:
+def model(config: Config, alias: str = "gemma3-4B") -> VllmModel:
     found = config.models[alias]
-    assert isinstance(found, CommandModel)
+    assert isinstance(found, VllmModel)
     assert found.container is not None
     return found
 
@@ -43,13 +44,13 @@ def test_each_allowed_model_is_vllm_in_a_container(tmp_path: Path) -> None:
     assert container is not None
     assert (container.image, container.entrypoint) == ("vllm/vllm-openai:latest", ("vllm", "serve"))
     assert (container.network, container.name, container.gpus) == ("vllm_network", "vllm_server", "all")
-    assert gemma.cmd[:3] == ("google/gemma-3-4b-it", "--served-model-name", "gemma3-4B")
-    assert gemma.cmd[-2:] == ("--gpu-memory-utilization", "0.85")
-    assert (gemma.env, gemma.known_as) == ({"HUGGING_FACE_HUB_TOKEN": "hf_secret"}, "gemma3-4B")
+    assert (gemma.repo, container.downloads) == ("google/gemma-3-4b-it", True), "nobody else's is downloaded"
+    assert gemma.flags == ("--gpu-memory-utilization", "0.85")
+    assert gemma.env == {"HUGGING_FACE_HUB_TOKEN": "hf_secret", "HF_HOME": "/root/.cache/huggingface"}
 
 
 def test_what_is_configured_takes_precedence(tmp_path: Path) -> None:
-    own = {"engine": "command", "container": {"image": "mine"}}
+    own = {"engine": "vllm", "model_path": str(write_model(tmp_path / "tiny")), "container": {"image": "mine"}}
     config = read(
         tmp_path,
         {**VARIABLES, "VLLM_IMAGE": "vllm:mine"},

@@ -1,4 +1,5 @@
-"""Servers that run in containers are routed, replaced and stopped like any other, and none outlives its router."""
+"""Servers in containers, vLLM among them, are routed, replaced and stopped like others, and none outlives its
+router."""
 
 from __future__ import annotations
 
@@ -7,16 +8,19 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import docker_daemon
 import httpx2 as httpx
+import psutil
 import pytest
 import yaml
 from conftest import ROOT, Router, Start, eventually, http_client, run
-from docker_daemon import IMAGE, Daemon, said, speech
+from docker_daemon import IMAGE, Daemon, said, speech, vllm
+from hf_models import write_model
 
 from router.engines.docker import MODEL_LABEL
 
@@ -47,9 +51,16 @@ def router(start_shared: Start, daemon: Daemon, tmp_path_factory: pytest.TempPat
         "wrong-flag": speech("--nonsense"),
         "elsewhere": speech(cmd=[str(docker_daemon.SERVER), "--host", "{host}", "--port", "8111"]),
     }
+    folder = tmp_path_factory.mktemp("hf") / "models--acme--tiny"
+    cached = in_cache(write_model(tmp_path_factory.mktemp("tiny") / "model"), folder)
+    limits = {"stop_grace_sec": 3, "load_stall_sec": 2, "stall_timeout_sec": 3, "health_check_interval_sec": 0.5}
     config = {
-        "system": {"stop_grace_sec": 3, "model_load_max_retries": 0, "load_stall_sec": 2},
+        "system": {**limits, "model_load_max_retries": 0, "max_concurrent_models": 6},
         "models": {
+            "vllm": vllm(repo="acme/tiny", env={"HF_HUB_CACHE": str(folder.parent)}),
+            "hangs": vllm(model_path=str(cached)),
+            "loads": vllm(model_path=str(cached), env={"FAKE_VLLM_LOAD_SEC": "60"}),
+            "vllm-image": vllm(model_path=str(cached), container={"image": "acme/vllm:v0.32.0"}),
             "a/b:c": speech("--load-sec", "0.3", env={"WHERE": "http://{host}:{port}/{alias}"}),
             "voices": speech("--model", "{model}", model_path=str(voices)),
             "open": speech(ready_path=None),
@@ -57,6 +68,23 @@ def router(start_shared: Start, daemon: Daemon, tmp_path_factory: pytest.TempPat
         },
     }
     return start_shared(config, DOCKER_HOST=daemon.host)
+
+
+def in_cache(model: Path, repository: Path) -> Path:
+    """Lay a model's files out as in the Hugging Face cache, and return the snapshot."""
+    snapshot = repository / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for file in model.iterdir():
+        file.rename(repository / "blobs" / f"hash-of-{file.name}")
+        (snapshot / file.name).symlink_to(f"../../blobs/hash-of-{file.name}")
+    return snapshot
+
+
+def container_of(daemon: Daemon, model: str) -> str:
+    """Return the name of the one container that a model has."""
+    (name,) = daemon.names(**{MODEL_LABEL: model})
+    return name
 
 
 def spoken(router: Router, model: str) -> httpx.Response:
@@ -141,18 +169,100 @@ def test_one_that_does_not_start_says_why(router: Router, daemon: Daemon, model:
     eventually(lambda: daemon.names(**{MODEL_LABEL: model}) == [])
 
 
+# --- vLLM -----------------------------------------------------------------------------------------------
+
+
+@needs_docker
+def test_vllm_in_a_container_is_told_what_one_in_processes_is(router: Router, daemon: Daemon) -> None:
+    assert router.chat("vllm", max_tokens=4).json()["choices"][0]["message"]["content"] == "xxxx"
+    name = container_of(daemon, "vllm")
+    (shown,) = json.loads(daemon.docker("inspect", name))
+    snapshot, *arguments = shown["Config"]["Cmd"]
+    cache_bytes = 3 * 2048 * 2 * 2 * 32 * 2
+    assert arguments == [
+        *("--max-num-seqs", "4", "--kv-cache-memory-bytes", str(cache_bytes)),
+        *("--host", "0.0.0.0", "--port", "8000", "--served-model-name", "vllm"),
+    ]
+    env = dict(each.split("=", 1) for each in shown["Config"]["Env"])
+    assert (env["HF_HUB_OFFLINE"], env["VLLM_NO_USAGE_STATS"], len(env["VLLM_API_KEY"])) == ("1", "1", 48)
+    assert shown["HostConfig"]["ShmSize"] == 8 << 30
+    read = daemon.docker("exec", name, "/bin/cat", f"{snapshot}/config.json")
+    assert json.loads(read)["model_type"] == "llama", "the files to which the snapshot links are there"
+    with pytest.raises(AssertionError, match="Read-only file system"):
+        daemon.docker("exec", name, "/usr/bin/touch", f"{snapshot}/new")
+    lines = router.http.get("/metrics").text.splitlines()
+    assert 'router_engine_kv_cache_usage_ratio{model="vllm"} 0.25' in lines
+    assert "Application startup complete" in router.http.get("/v1/logs/vllm").text
+
+
+@needs_docker
+def test_what_vllm_has_not_finished_when_it_is_stopped_is_asked_again(router: Router, daemon: Daemon) -> None:
+    """It ends with 200, half an answer and the word "abort"."""
+    router.chat("vllm")
+    before = container_of(daemon, "vllm")
+    answers: list[httpx.Response] = []
+    asking = threading.Thread(target=lambda: answers.append(router.chat("vllm", content="slowly tokens 20")))
+    asking.start()
+    eventually(lambda: router.status("vllm")["in_flight"] == 1)
+    daemon.docker("kill", "-s", "TERM", before)
+    asking.join(30)
+    assert answers[0].json()["choices"][0]["message"]["content"] == "x" * 20
+    assert container_of(daemon, "vllm") != before
+    assert "ended by itself" in router.log, "although its exit code was 0"
+
+
+@needs_docker
+def test_a_vllm_in_a_container_that_hangs_is_replaced(router: Router, daemon: Daemon) -> None:
+    """Its health is good all the time."""
+    router.chat("hangs")
+    before = container_of(daemon, "hangs")
+    (engine,) = psutil.Process(router.status("hangs")["pid"]).children()
+    engine.suspend()
+    eventually(lambda: daemon.names(**{MODEL_LABEL: "hangs"}) != [before], 25)
+    assert "hung" in router.log
+
+
+@needs_docker
+def test_a_vllm_in_a_container_that_loads_is_removed_at_once(router: Router, daemon: Daemon) -> None:
+    """It would swallow SIGTERM."""
+    asking = threading.Thread(target=router.chat, args=("loads",))
+    asking.start()
+    eventually(lambda: router.status("loads")["status"] == "loading")
+    eventually(lambda: daemon.names(**{MODEL_LABEL: "loads"}) != [])
+    loading = container_of(daemon, "loads")
+    since = time.monotonic()
+    router.http.post("/v1/models/eject", json={"model": "loads"})
+    eventually(lambda: loading not in daemon.names(**{MODEL_LABEL: "loads"}))
+    assert time.monotonic() - since < 2.5, "and not after the grace period"
+    asking.join(30)
+
+
+@needs_docker
+def test_an_image_of_vllm_that_is_not_there_is_named(router: Router) -> None:
+    refused = router.chat("vllm-image")
+    assert refused.status_code == 503
+    assert "there is no image acme/vllm:v0.32.0 on this machine: docker pull acme/vllm:v0.32.0" in said(refused)
+
+
+# --- what surrounds them ----------------------------------------------------------------------------------
+
+
 @needs_docker
 def test_check_looks_for_image_and_network(tmp_path: Path, daemon: Daemon) -> None:
     entries = {
         "a": speech(),
         "b": speech(container={"image": "ghcr.io/acme/none:1"}),
         "c": speech(container={"network": "lost"}),
+        "d": {"engine": "vllm", "model_path": str(write_model(tmp_path / "tiny")), "container": {}},
     }
     (tmp_path / "config.json").write_text(json.dumps({"models": entries}))
     warnings = run("check", cwd=tmp_path, DOCKER_HOST=daemon.host).stderr
     assert "models.b will not load: there is no image ghcr.io/acme/none:1 on this machine" in warnings
     assert "models.c will not load: there is no network lost" in warnings
     assert "models.a" not in warnings
+    image = "vllm/vllm-openai:latest"
+    assert f"models.d will not load: there is no image {image} on this machine: docker pull {image}" in warnings
+    assert "program `vllm`" not in warnings, "the image has its own"
 
 
 @needs_docker

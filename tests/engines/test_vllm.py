@@ -15,13 +15,14 @@ import pytest
 from conftest import ROOT, Router, Start, eventually, models, run
 from hf_models import LLAMA, write_model
 
+from router.config.schema import ContainerOfVllm
 from router.engines.vllm import log
 from router.engines.vllm.engine import tells_end
 from router.engines.vllm.entry import routes_of
 from router.engines.vllm.flags import Flags
 from router.engines.vllm.model import VllmModel
 from router.engines.vllm.plan import VllmPlan
-from router.engines.vllm.program import Program, find_program
+from router.engines.vllm.program import Program, find_program, in_image
 from router.engines.vllm.server import VllmServer
 from router.formats import hf_model
 from router.memory.measurements import Learned
@@ -373,6 +374,9 @@ def test_what_is_wrong_with_an_entry_is_said(tmp_path: Path, folder: Path, vllm:
         "file": {"model_path": "file.gguf"},
         "empty": {"model_path": "empty"},
         "absent": {"repo": "org/absent"},
+        "boxed": {"model_path": str(folder), "container": {"downloads": True, "network": "host"}},
+        "boxed-absent": {"repo": "org/absent", "container": {}},
+        "boxed-both": {"model_path": str(folder), "repo": "org/name", "container": {"downloads": True}},
     }
     config = {"models": {alias: {"engine": "vllm", **entry} for alias, entry in entries.items()}}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -388,6 +392,10 @@ def test_what_is_wrong_with_an_entry_is_said(tmp_path: Path, folder: Path, vllm:
         "name the folder with config.json and the safetensors files",
         "empty has no config.json",
         "models.absent.repo: org/absent is not in the Hugging Face cache: `llama-router pull org/absent`",
+        "models.boxed.container.downloads: needs repo, the repository that is downloaded",
+        "models.boxed.container.network: cannot be host: name a network",
+        "models.boxed-absent.repo: org/absent is not in the Hugging Face cache: `llama-router pull org/absent`",
+        "models.boxed-both: needs either model_path (a folder) or repo",
     ):
         assert expected in said
 
@@ -424,6 +432,15 @@ def test_the_build_is_told_by_the_package_beside_the_program(tmp_path: Path) -> 
     assert (rocm.is_for_cpu, rocm.needs_gpu) == (False, False)
     with pytest.raises(Unusable, match="there is no program"):
         find_program(str(tmp_path / "none"))
+
+
+def test_the_build_in_an_image_is_told_by_its_tag_and_its_devices() -> None:
+    tagged = in_image(ContainerOfVllm(image="quay.io:5000/vllm/vllm-openai:v0.32.1-x86_64"))
+    assert (tagged.is_since(0, 32), tagged.is_for_cpu, tagged.needs_gpu) == (True, False, False)
+    latest = in_image(ContainerOfVllm(gpus=None))
+    assert (latest.build, latest.version, latest.is_for_cpu) == ("vllm/vllm-openai:latest", "", True)
+    amd = in_image(ContainerOfVllm(image="rocm/vllm", gpus=None, devices=("/dev/kfd", "/dev/dri")))
+    assert not amd.is_for_cpu
 
 
 def test_flags_are_understood_in_all_their_forms() -> None:
@@ -470,11 +487,14 @@ def big_model(folder: Path) -> Path:
 def inspected(
     folder: Path, *gpus: Site, version: str = "0.32.0", flags: Sequence[str] = (), **model: Any
 ) -> Inspection:
+    container: ContainerOfVllm | None = model.get("container")
     build = Program(Path("/bin/vllm"), "on PATH", *version.partition("+")[::2])
+    if container is not None:
+        build = in_image(container)
     host = Site(HOST, 64000, 64000, total_mib=80000)
     configured = VllmModel(alias="a", model_path=folder, flags=tuple(flags), slots=2, **model)
-    plan = VllmPlan(configured, hf_model.read(folder), build, Ground(gpus, host), Learned())
-    return plan.inspection()
+    files = hf_model.read(folder) if folder.exists() else None
+    return VllmPlan(configured, files, build, Ground(gpus, host), Learned()).inspection()
 
 
 def gpu(device: Device, mib: int) -> Site:
@@ -530,6 +550,29 @@ def test_builds_for_the_cpu_use_no_gpu_and_others_need_one(tmp_path: Path) -> No
     assert own.placement == {HOST: 16384 + 3072 + 1500}
     with pytest.raises(Unusable, match="is built for GPUs"):
         inspected(folder)
+
+
+def test_a_container_is_planned_for_the_gpus_that_it_is_given(tmp_path: Path) -> None:
+    folder, one = big_model(tmp_path), gpu(GPU0, 81920)
+    seen = inspected(folder, one, container=ContainerOfVllm()).alternatives[0]
+    by_processes = inspected(folder, one).alternatives[0]
+    assert (seen.flags, seen.placement) == (by_processes.flags, by_processes.placement)
+    none = inspected(folder, one, container=ContainerOfVllm(gpus=None), env={"VLLM_CPU_KVCACHE_SPACE": "3"})
+    assert none.alternatives[0].placement == {HOST: 16384 + 3072 + 1500}
+    unseen = inspected(folder, container=ContainerOfVllm()).alternatives[0]
+    assert (unseen.flags, unseen.placement) == (("--max-num-seqs", "3"), {HOST: 3000})
+
+
+def test_nothing_is_known_of_a_model_that_is_still_to_be_downloaded(tmp_path: Path) -> None:
+    """So it is given all of a GPU, as by vLLM itself."""
+    absent, container = tmp_path / "models--org--name", ContainerOfVllm(downloads=True)
+    best = inspected(absent, gpu(GPU0, 10000), container=container, repo="org/name").alternatives[0]
+    assert best.flags == ("--max-num-seqs", "3", "--gpu-memory-utilization", "0.9")
+    assert best.placement == {GPU0: 9000, HOST: 3000}
+    own = inspected(absent, gpu(GPU0, 10000), container=container, flags=["--gpu-memory-utilization", "0.4"])
+    assert own.alternatives[0].placement == {GPU0: 4000, HOST: 3000}
+    full = Site(GPU0, 8000, 8000, total_mib=10000)
+    assert inspected(absent, full, container=container).advice == "lower --gpu-memory-utilization in its flags"
 
 
 def test_layers_with_a_window_take_as_much_as_vllm_demands(tmp_path: Path) -> None:

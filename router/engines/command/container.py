@@ -10,14 +10,12 @@ from collections.abc import Mapping, Sequence
 from router.engines.base import Endpoint, Launch
 from router.engines.command.entry import CommandModel
 from router.engines.command.server import CommandServer, filled
-from router.engines.container import ContainerEngine
+from router.engines.container import ANY_ADDRESS, ContainerEngine
 from router.engines.docker import ContainerOrder, Containers, Started
 from router.engines.log_ring import LogRing
 from router.engines.readiness import AnswersAtPath, Readiness
 from router.engines.supervised import Limits
 from router.scheduling.messages import Retry
-
-_ANY_ADDRESS = "0.0.0.0"  # noqa: S104 - inside the container; outside, 127.0.0.1 or a network of Docker's
 
 
 class CommandContainer(AnswersAtPath, ContainerEngine):
@@ -38,13 +36,13 @@ class CommandContainer(AnswersAtPath, ContainerEngine):
         """Start a container. Raises EngineFailed."""
         assert model.container is not None
         port, file = str(model.container.port), model.file
-        values = {"host": _ANY_ADDRESS, "port": port, "model": str(file or ""), "alias": model.alias}
+        values = {"host": ANY_ADDRESS, "port": port, "model": str(file or ""), "alias": model.alias}
         order = ContainerOrder(
             model.alias,
             model.container,
             tuple(filled(word, values) for word in model.cmd),
             {name: filled(value, values) for name, value in env.items()},
-            file,
+            () if file is None else (file,),
         )
         return cls(containers, await containers.start(order), launch, model, log)
 

@@ -11,10 +11,10 @@ from typing import ClassVar
 from router.config.draft import Draft
 from router.config.errors import did_you_mean
 from router.config.paths import wrong_with_anything
-from router.config.problems import KeyPath
 from router.config.resolved import ModelConfig, idle_timeout
 from router.config.schema import CommandEntry, Container, System
 from router.engines import MARK_VARIABLE
+from router.engines.container_entry import resolved_container
 from router.engines.kind import EntryReader
 from router.engines.parameters import WIDESPREAD
 from router.http.routes import SERVED
@@ -72,7 +72,12 @@ def _read(draft: Draft, alias: str, entry: CommandEntry, system: System) -> Comm
             draft.problem((*path, "cmd"), "is required, unless there is a container")
         elif entry.cmd != (_UNKNOWN,) and not any("{port}" in text for text in (*entry.cmd, *entry.env.values())):
             draft.problem((*path, "cmd"), "holds no {port}, by which it is told where to listen")
-    container = None if entry.container is None else _container(draft, path, entry, entry.container)
+    container = None
+    if entry.container is not None:
+        container = resolved_container(draft, path, entry.container)
+        for key, instead in (("stop_cmd", "Docker stops it"), ("cwd", "its image has a working directory")):
+            if getattr(entry, key):
+                draft.problem((*path, key), f"is of no use with a container: {instead}")
     for variable in sorted({MARK_VARIABLE}.intersection(entry.env)):
         draft.problem((*path, "env", variable), "cannot be set: the router sets it itself")
     for index, route in enumerate(entry.routes):
@@ -103,24 +108,6 @@ def _read(draft: Draft, alias: str, entry: CommandEntry, system: System) -> Comm
         ready_path=entry.ready_path,
         footprint=entry.footprint_mb,
     )
-
-
-def _container(draft: Draft, path: KeyPath, entry: CommandEntry, container: Container) -> Container:
-    """Return the container with absolute sources of its volumes."""
-    for key, instead in (("stop_cmd", "Docker stops it"), ("cwd", "its image has a working directory")):
-        if getattr(entry, key):
-            draft.problem((*path, key), f"is of no use with a container: {instead}")
-    if container.network in ("host", "none"):
-        message = f"cannot be {container.network}: name a network, or leave it out for a port of 127.0.0.1"
-        draft.problem((*path, "container", "network"), message)
-
-    def resolved(volume: str) -> str:
-        source, colon, rest = volume.partition(":")
-        if source.startswith((".", "~")) or os.sep in source:  # else it is the name of a volume
-            source = str(draft.resolve(source, draft.base_of((*path, "container", "volumes"))))
-        return f"{source}{colon}{rest}"
-
-    return container.model_copy(update={"volumes": tuple(map(resolved, container.volumes))})
 
 
 def _stamps(file: Path | None) -> tuple[tuple[str, int, int], ...]:

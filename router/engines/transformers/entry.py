@@ -49,7 +49,7 @@ def _read(draft: Draft, alias: str, entry: TransformersEntry, system: System) ->
             draft.problem((*path, "flags", index), wrong)
     for variable in sorted({MARK_VARIABLE, *OFFLINE}.intersection(entry.env)):
         draft.problem((*path, "env", variable), _BY_ROUTER)
-    folder = folder_of(draft, path, entry.model_path, entry.repo, system) or draft.models_folder()
+    folder = folder_of(draft, path, entry, system) or draft.models_folder()
     model = opened(folder) if draft.is_for_here else None
     longest = (entry.context, None if model is None else model.context)
     return TransformersModel(

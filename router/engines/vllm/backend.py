@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
 from router.config.resolved import ModelConfig
 from router.config.schema import System
-from router.engines.base import EngineFailed, Fallback, Launch, NoEngine
+from router.engines.base import EngineFailed, Fallback, Launch
+from router.engines.docker import problem_of
 from router.engines.launcher import LocalLauncher
 from router.engines.log_ring import LogRing
+from router.engines.vllm.container import VllmContainer
+from router.engines.vllm.engine import VllmEngine
 from router.engines.vllm.model import VllmModel
 from router.engines.vllm.plan import VllmPlan
-from router.engines.vllm.program import Program, find_program
+from router.engines.vllm.program import Program, find_program, in_image
 from router.engines.vllm.server import VllmServer
-from router.formats import hf_model
+from router.formats import hf_cache, hf_model
 from router.formats.hf_model import HfModel, Unreadable
 from router.hardware.devices import shown
 from router.memory.measurements import Learned
@@ -27,6 +31,7 @@ class Vllm:
     """One program for all its models; it need not be there as long as nobody asks for one."""
 
     name = "vllm"
+    uses_gpus = True
 
     def __init__(self, configured: str | None, launcher: LocalLauncher, learned: Learned) -> None:
         self._configured = configured
@@ -41,32 +46,29 @@ class Vllm:
             return str(error)
         return f"{program.version} {program.origin}".strip()
 
-    @property
-    def uses_gpus(self) -> bool:
-        try:
-            return not self._program().is_for_cpu
-        except Unusable:
-            return False
-
-    def _program(self) -> Program:
-        """Return the program. Raises Unusable."""
+    def _program(self, model: VllmModel | None = None) -> Program:
+        """Return the program, on this machine or in the image of a model's container. Raises Unusable."""
+        if model is not None and model.container is not None:
+            return in_image(model.container)
         return find_program(self._configured)
 
     def gpu_list(self, asked: Collection[int]) -> None:
         return None
 
     def check_runs(self) -> None:
-        self._program()
+        """Check nothing: a model may be in a container, which has a program of its own."""
 
     def validate(self, model: ModelConfig) -> Iterator[str]:
+        configured = _of_this_kind(model)
         try:
-            self._program()
-        except Unusable as error:
-            raise NoEngine(str(error)) from error
-        try:
-            _opened(_of_this_kind(model))
+            self._program(configured)
+            _opened(configured)
         except Unusable as error:
             yield str(error)
+        if configured.container is not None:
+            problem = asyncio.run(problem_of(configured.container))
+            if problem is not None:
+                yield problem
 
     def warnings(self, models: Mapping[str, ModelConfig]) -> Iterator[str]:
         return iter(())
@@ -88,15 +90,17 @@ class Vllm:
 
     def _plan(self, model: VllmModel, ground: Ground) -> VllmPlan:
         """Return the plan of a model. Blocking. Raises Unusable."""
-        return VllmPlan(model, _opened(model), self._program(), ground, self._learned)
+        return VllmPlan(model, _opened(model), self._program(model), ground, self._learned)
 
-    async def launch(self, order: Launch, log: LogRing) -> VllmServer:
+    async def launch(self, order: Launch, log: LogRing) -> VllmEngine:
         model = _of_this_kind(order.model)
         try:
-            program = await apart(self._program)
+            program = await apart(lambda: self._program(model))
         except Unusable as error:
             raise EngineFailed(error.reason.full, error.reason.told) from error
         own = replace(order, shows=shown(order.shows, model.env))
+        if model.container is not None:
+            return await VllmContainer.start(own, model, program, self._launcher.containers, log)
 
         def start(port: int) -> VllmServer:
             return VllmServer.start(own, model, program, port, log)
@@ -112,12 +116,14 @@ def _of_this_kind(model: ModelConfig) -> VllmModel:
     return model
 
 
-def _opened(model: VllmModel) -> HfModel:
-    """Return what the model's files say. Raises Unusable."""
+def _opened(model: VllmModel) -> HfModel | None:
+    """Return what the model's files say; None if they are still to be downloaded. Raises Unusable."""
     try:
-        return hf_model.read(model.model_path)
-    except Unreadable as error:
-        raise Unusable(str(error), "its files cannot be used") from error
-    except OSError as error:
+        return hf_model.read(hf_cache.held(model.model_path))
+    except (Unreadable, OSError) as error:
+        if model.is_downloaded:
+            return None
+        if isinstance(error, Unreadable):
+            raise Unusable(str(error), "its files cannot be used") from error
         what = f"cannot be read: {error.strerror or error}"
         raise Unusable(f"{error.filename or model.model_path} {what}", f"its folder {what}") from error

@@ -11,7 +11,7 @@ from router.engines.hf_card import card
 from router.engines.kind import FileInfo
 from router.engines.vllm.flags import Flags
 from router.engines.vllm.model import VllmModel
-from router.formats import hf_model
+from router.formats import hf_cache, hf_model
 from router.formats.hf_model import HfModel
 
 _LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
@@ -20,7 +20,7 @@ _LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 def described(model: ModelConfig) -> dict[str, Any]:
     """Return the card of a model. Raises Unreadable and OSError."""
     assert isinstance(model, VllmModel)
-    found = hf_model.read(model.model_path)
+    found = hf_model.read(hf_cache.held(model.model_path))
     context = model.context or Flags(model.flags).size("max-model-len") or found.context
     return card(found, context, _capabilities(model, found))
 
@@ -32,7 +32,7 @@ def _capabilities(model: VllmModel, found: HfModel) -> list[str]:
     if "/v1/embeddings" in routes:
         return ["embedding"]
     capabilities = ["completion"]
-    if "vision_config" in _config(model.model_path):
+    if "vision_config" in _config(found.folder):
         capabilities.append("vision")
     if "/v1/audio/transcriptions" in routes:
         capabilities.append("transcription")
@@ -45,7 +45,7 @@ def _capabilities(model: VllmModel, found: HfModel) -> list[str]:
 
 def file_info(model: ModelConfig) -> FileInfo:
     """Return the chat template, license and configuration of a model. Raises OSError."""
-    folder = model.model_path
+    folder = hf_cache.held(model.model_path)
     license_text = next((_text(folder / name) for name in _LICENSES if (folder / name).is_file()), "")
     return FileInfo(template=template_of(folder), license=license_text, metadata=_config(folder))
 

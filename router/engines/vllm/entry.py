@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from router.config.draft import Draft
+from router.config.problems import KeyPath
 from router.config.resolved import Purpose, idle_timeout
-from router.config.schema import System, VllmEntry
-from router.engines.hf_entry import folder_of, opened, stamps
+from router.config.schema import ContainerOfVllm, System, VllmEntry
+from router.engines.container_entry import resolved_container
+from router.engines.hf_entry import cache_of, folder_of, opened, stamps
 from router.engines.kind import EntryReader
 from router.engines.vllm.flags import Flags, owned
 from router.engines.vllm.model import VllmModel
+from router.formats import hf_cache
 
 KEY_VARIABLE = "VLLM_API_KEY"
 _OWNED_VARIABLES = (KEY_VARIABLE, "TMPDIR")
@@ -56,7 +60,11 @@ def _read(draft: Draft, alias: str, entry: VllmEntry, system: System) -> VllmMod
         draft.problem((*path, "context"), "is also set by --max-model-len in flags: remove one of them")
     if entry.slots is not None and "max-num-seqs" in flags:
         draft.problem((*path, "slots"), "is also set by --max-num-seqs in flags: remove one of them")
-    folder = folder_of(draft, path, entry.model_path, entry.repo, system)
+    container = None if entry.container is None else _container(draft, path, entry, entry.container)
+    if container is not None and container.downloads and entry.repo is not None and entry.model_path is None:
+        folder = _in_cache(draft, entry, entry.repo)
+    else:
+        folder = folder_of(draft, path, entry, system)
     model = opened(folder) if folder is not None and draft.is_for_here else None
     routes = routes_of(model.architecture if model is not None else "", flags)
     purposes: frozenset[Purpose] = frozenset()
@@ -79,7 +87,22 @@ def _read(draft: Draft, alias: str, entry: VllmEntry, system: System) -> VllmMod
         known_as=alias,
         repo=entry.repo,
         context=entry.context,
+        container=container,
     )
+
+
+def _container(draft: Draft, path: KeyPath, entry: VllmEntry, container: ContainerOfVllm) -> ContainerOfVllm:
+    if container.downloads and entry.repo is None:
+        draft.problem((*path, "container", "downloads"), "needs repo, the repository that is downloaded")
+    if container.devices and "gpus" not in container.model_fields_set:
+        container = container.model_copy(update={"gpus": None})
+    return resolved_container(draft, path, container)
+
+
+def _in_cache(draft: Draft, entry: VllmEntry, repo: str) -> Path | None:
+    """Return the folder of a repository that need not be there yet: that of its snapshot, or its own."""
+    cache = cache_of(draft, entry)
+    return None if cache is None else hf_cache.snapshot(cache, repo) or hf_cache.repository(cache, repo)
 
 
 ENTRIES = EntryReader(VllmEntry, {"engine": VllmModel.engine}, _read)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from router.config.resolved import ModelConfig
+from router.config.schema import ContainerOfVllm
 from router.engines.parameters import WIDESPREAD
 
 _OF_ITS_OWN = ("add_generation_prompt", "continue_final_message")
@@ -17,7 +18,8 @@ _PARAMETERS = {**WIDESPREAD, **{name: name for name in _OF_ITS_OWN}}
 class VllmModel(ModelConfig):
     """Resolved configuration of a model that vLLM serves; see `VllmEntry`.
 
-    `model_path` is its folder, also for a model of the Hugging Face cache.
+    `model_path` is its folder, also for a model of the Hugging Face cache. As long as the repository has not been
+    downloaded, it is the folder of that; see `hf_cache.held`.
     """
 
     engine: ClassVar[str] = "vllm"
@@ -28,6 +30,12 @@ class VllmModel(ModelConfig):
     repo: str | None = None
     context: int | None = None
     """Tokens of the longest request. None: as many as the model was made for, or as fit."""
+    container: ContainerOfVllm | None = None
+
+    @property
+    def is_downloaded(self) -> bool:
+        """Whether vLLM downloads the model if it is not there."""
+        return self.container is not None and self.container.downloads
 
     @property
     def parameters(self) -> Mapping[str, str]:
@@ -45,4 +53,5 @@ class VllmModel(ModelConfig):
             self.alias,
             self.context,
             self.slots,
+            self.container,
         )

@@ -34,6 +34,10 @@ _WITHOUT_GPUS_MIB = 1500
 """RAM of its four processes; measured with vLLM 0.32 on the CPU."""
 _UNKNOWN_CACHE = 0.25
 """KV cache of a model whose layers are not understood, as a part of its weights."""
+_UNKNOWN_SHARE = 0.9
+"""Share of each GPU for a model whose files are still to be downloaded; vLLM's own default."""
+_UNKNOWN_MIB = 4096
+"""RAM for weights and KV cache of such a model on the CPU, and vLLM's own default for the cache."""
 _DEFAULT_CONTEXT = 4096
 _BLOCK = 128
 """Tokens of a block of the KV cache on the CPU; on GPUs it is smaller. Only whole blocks are used,
@@ -51,18 +55,25 @@ class VllmPlan(HfPlan):
     """Alternatives of one model."""
 
     def __init__(
-        self, model: VllmModel, folder: HfModel, program: Program, ground: Ground, learned: Learned
+        self, model: VllmModel, folder: HfModel | None, program: Program, ground: Ground, learned: Learned
     ) -> None:
+        """`folder` is None for a model whose files are still to be downloaded."""
         self._model = model
         self._folder = folder
         self._program = program
         self._flags = Flags(model.flags)
-        env = {**os.environ, **model.env}
+        env = model.env if program.image else {**os.environ, **model.env}
         self._given_cache_mib = _given_cache_mib(self._flags, env)
         self._own_share = self._flags.share("gpu-memory-utilization")
         gpus = tuple(site for site in ground.gpus if site.kind in _KINDS) if not program.is_for_cpu else ()
         ground = Ground(gpus, ground.host, ground.environment)
-        super().__init__(self._demand_of(model, folder, len(gpus)), ground, learned)
+        self._is_unseen = bool(program.image) and not program.is_for_cpu and not gpus
+        """Whether it is given GPUs that the router, in a container of its own without any, does not see."""
+        if folder is None or self._is_unseen:
+            demand = self._least_demand(model, folder)
+        else:
+            demand = self._demand_of(model, folder, len(gpus))
+        super().__init__(demand, ground, learned)
         if program.needs_gpu and not gpus:
             reason = f"{program.build} ({program.path}) is built for GPUs, and there is none that it can use"
             raise Unusable(reason, reason)
@@ -85,7 +96,7 @@ class VllmPlan(HfPlan):
             counts = [count for count in (1, 2, 4, 8, 16) if count <= max(1, gpus) and not heads % count]
         return Demand(
             weights=weights_mib,
-            kv=partial(self._kv_mib, dtype, weights_mib, context),
+            kv=partial(self._kv_mib, folder, dtype, weights_mib, context),
             caches=caches(context, requests, may_shorten=asked is None and self._given_cache_mib is None),
             on_each_gpu=_ON_EACH_GPU_MIB,
             beside_gpus=_BESIDE_GPUS_MIB,
@@ -94,13 +105,27 @@ class VllmPlan(HfPlan):
             start_sec=_START_SEC,
         )
 
-    def _kv_mib(self, dtype: str, weights_mib: float, longest: int, tokens: int) -> float:
+    def _least_demand(self, model: VllmModel, folder: HfModel | None) -> Demand:
+        """Return the demand of an engine of which it is not known what it takes of its GPUs, or in RAM."""
+        context = model.context or (folder.context if folder is not None else None) or _DEFAULT_CONTEXT
+        return Demand(
+            weights=0.0,
+            kv=lambda _: 0.0,
+            caches=[Cache(context, 1)],
+            on_each_gpu=0.0,
+            beside_gpus=_BESIDE_GPUS_MIB,
+            without_gpus=_BESIDE_GPUS_MIB if self._is_unseen else _WITHOUT_GPUS_MIB + _UNKNOWN_MIB,
+            gpu_counts=(self._flags.devices or 1,),
+            start_sec=_START_SEC,
+        )
+
+    def _kv_mib(self, folder: HfModel, dtype: str, weights_mib: float, longest: int, tokens: int) -> float:
         """Return the KV cache of one request with so many tokens, as vLLM demands it before it starts."""
         if self._given_cache_mib is not None:
             return self._given_cache_mib * tokens / longest
         kept_as = self._flags.text("kv-cache-dtype")
-        slides = any(cache.window is not None for cache in self._folder.caches or ())
-        nbytes = self._folder.kv_bytes(
+        slides = any(cache.window is not None for cache in folder.caches or ())
+        nbytes = folder.kv_bytes(
             (math.ceil(tokens / _BLOCK) + slides) * _BLOCK,
             dtype if kept_as in (None, "auto") else kept_as,
             ahead=(self._flags.size("max-num-batched-tokens") or _BATCH) + slides * _BLOCK,
@@ -108,25 +133,26 @@ class VllmPlan(HfPlan):
         return weights_mib * _UNKNOWN_CACHE * tokens / longest if nbytes is None else nbytes / _MIB
 
     def identity(self, gpus: int, cache: Cache) -> Identity:
-        files = files_of(*self._folder.files)
+        files = () if self._folder is None else files_of(*self._folder.files)
         own = tuple(f"{name}={value}" for name, value in sorted(self._model.env.items()))
+        if self._folder is None:
+            own += (str(self._model.repo),)
         words = (*self._model.flags, *own, str(cache.context), str(cache.requests), str(self._model.slots))
         return Identity(files, self._program.build, words, gpus)
 
     def claim(self, site: Site, mib: int) -> int | None:
-        share = self._own_share or self._share(site, mib)
+        share = self._share(site, mib)
         return math.ceil(share * site.total_mib) if share <= 1 else None
 
     def flags(self, sites: Sequence[Site], cache: Cache, mib: int) -> tuple[str, ...]:
         own, added = self._flags, []
-        if "max-model-len" not in own and (
-            self._model.context is not None or cache.context != self._folder.context
-        ):
+        context = cache.context if self._folder is None else self._folder.context
+        if "max-model-len" not in own and (self._model.context is not None or cache.context != context):
             added += ["--max-model-len", str(cache.context)]
         if "max-num-seqs" not in own:
             added += ["--max-num-seqs", str(self._model.slots + _OWN_SEAT)]
         if not sites:
-            if self._given_cache_mib is None:
+            if self._given_cache_mib is None and self._folder is not None and not self._is_unseen:
                 size = max(1, math.ceil(cache.requests * self._demand.kv(cache.context) * _MIB))
                 added += ["--kv-cache-memory-bytes", str(size)]
             return tuple(added)
@@ -137,9 +163,16 @@ class VllmPlan(HfPlan):
             added += ["--tensor-parallel-size", str(len(sites))]
         return tuple(added)
 
-    @staticmethod
-    def _share(site: Site, mib: int) -> float:
-        """Return the share of a GPU that this is, rounded up."""
+    def advice(self) -> str:
+        """See `HfPlan`."""
+        return "lower --gpu-memory-utilization in its flags" if self._folder is None else super().advice()
+
+    def _share(self, site: Site, mib: int) -> float:
+        """Return the share of a GPU that its flags set; else the one that this is, rounded up."""
+        if self._own_share is not None:
+            return self._own_share
+        if self._folder is None:
+            return _UNKNOWN_SHARE
         return math.ceil(_STEP * mib / max(1, site.total_mib)) / _STEP
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from router.config.schema import ContainerOfVllm
 from router.engines import installed
 from router.memory.plan import Unusable
 
@@ -16,6 +17,8 @@ _MISSING = (
     "(system.vllm_path)"
 )
 _VERSION = re.compile(r"vllm-(\d[\w.]*)(?:\+([\w.]+))?\.dist-info")
+_TAG = re.compile(r":v?(\d+(?:\.\d+)+)[^:/]*$")
+"""Version in the name of an image, such as vllm/vllm-openai:v0.32.0."""
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg")
 """Devices of CUDA's driver, in Linux and in Windows' subsystem for it."""
 _OF_CUDA = re.compile(r"cu\d+|")
@@ -32,11 +35,13 @@ class Program:
     """Version without its local part; empty if it cannot be determined."""
     variant: str = ""
     """Local part of the version, such as `cpu`; empty for builds for CUDA."""
+    image: str = ""
+    """Image that it is in; empty: it is on this machine."""
 
     @property
     def build(self) -> str:
         """Name of the build, by which measurements are remembered."""
-        return f"vllm {self.version}{'+' + self.variant if self.variant else ''}"
+        return self.image or f"vllm {self.version}{'+' + self.variant if self.variant else ''}"
 
     @property
     def is_for_cpu(self) -> bool:
@@ -45,7 +50,7 @@ class Program:
     @property
     def needs_gpu(self) -> bool:
         """Whether it is known to be a build for GPUs only."""
-        return bool(self.version) and _OF_CUDA.fullmatch(self.variant) is not None
+        return not self.image and bool(self.version) and _OF_CUDA.fullmatch(self.variant) is not None
 
     def is_since(self, *version: int) -> bool:
         """Return whether it is known to be of this version or a later one."""
@@ -56,6 +61,19 @@ class Program:
 def find_program(configured: str | None) -> Program:
     """Return the program to run. Blocking. Raises Unusable if the configured one is missing or none is found."""
     return _found(*installed.find("vllm", configured, _MISSING))
+
+
+def in_image(container: ContainerOfVllm) -> Program:
+    """Return the program of a container. Little is known of it; it is for the CPU if it is given no GPUs."""
+    tagged = _TAG.search(container.image)
+    sees_gpus = container.gpus is not None or bool(container.devices)
+    return Program(
+        Path(container.image),
+        f"in {container.image}",
+        tagged[1] if tagged is not None else "",
+        "" if sees_gpus else "cpu",
+        container.image,
+    )
 
 
 def is_for_here(configured: str | None, *, uses_gpus: bool) -> bool:
