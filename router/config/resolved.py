@@ -18,7 +18,7 @@ from router.scheduling.queue import PriorityName
 DEFAULT_ENGINE = ENGINES[0]
 """Kind of engine of models whose entry names none, and of those that are found or pulled."""
 Purpose = Literal["embedding", "rerank", "mmproj"]
-"""Purposes other than text for which a llama-server can be started."""
+"""Purposes other than text for which an engine can be started; `mmproj` is that of images, and of audio."""
 
 
 def idle_timeout(configured: float | None) -> float | None:
@@ -63,6 +63,9 @@ class ModelConfig:
     """Routes that its engine serves. None: those of llama-server."""
     known_as: str | None = None
     """Name by which its engine knows the model. None: any."""
+
+    def takes_images(self) -> bool:
+        return "mmproj" in self.purposes
 
     @property
     def revision(self) -> Hashable:

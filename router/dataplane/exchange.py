@@ -251,7 +251,7 @@ class Exchange(IncomingRequest):
         if self._is_over:  # its client has left
             return
         if isinstance(failure, ApiError):
-            self._fail(failure)
+            self._fail(self._advised(failure))
         else:
             self._body = reading.result()
             self._ask()

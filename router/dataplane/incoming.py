@@ -34,7 +34,7 @@ from router.engines.registry import kind_of
 from router.engines.upstream import Body
 from router.formats.unreadable import UNREADABLE
 from router.http.auth import Client, Keyring
-from router.http.errors import ApiError
+from router.http.errors import ApiError, Unable
 from router.http.origins import Browsers
 from router.http.routes import ROUTES, Route, Stream, served_routes
 from router.runtime.dispatcher import Dispatcher
@@ -247,7 +247,7 @@ class IncomingRequest(ABC):
             if wish.known_as is not None and self._is_form():
                 self._body = self._renamed(body, wish.known_as)
         except ApiError as error:
-            self._refuse(error)
+            self._refuse(self._advised(error))
         except UNREADABLE as error:
             self._refuse(_unreadable(error))
         else:
@@ -285,7 +285,7 @@ class IncomingRequest(ABC):
             if failure is None:
                 self._shared.readers.submit(reading.result()[1].give_back)
         elif isinstance(failure, ApiError):
-            self._refuse(failure)
+            self._refuse(self._advised(failure))
         elif isinstance(failure, UNREADABLE):
             self._refuse(_unreadable(failure))
         else:
@@ -341,6 +341,12 @@ class IncomingRequest(ABC):
             others = self._others(lambda model: model.parameters is None or name in model.parameters)
             message = f"{wish.alias!r} does not take `{name}`. {others}."
             raise ApiError(400, "not_supported", message, name) from None
+
+    def _advised(self, error: ApiError) -> ApiError:
+        """Return an error with the models that can do what it says that this one cannot."""
+        if isinstance(error, Unable):
+            error.message += f" {self._others(error.is_able)}."
+        return error
 
     def _others(self, able: Callable[[ModelConfig], bool]) -> str:
         """Return advice which models to use instead: those that are `able`."""

@@ -102,6 +102,7 @@ class HfModel:
     has_chat_template: bool
     files: tuple[Path, ...]
     """The files with the weights."""
+    takes_images: bool = False
 
     @property
     def writes_text(self) -> bool:
@@ -257,6 +258,7 @@ def of_parts(
         caches=hf_attention.caches(config, {name: tensor.shape for name, tensor in tensors.items()}),
         has_chat_template=has_chat_template,
         files=files,
+        takes_images="vision_config" in config,
     )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
 
+from router.config.resolved import ModelConfig
 from router.http.routes import Dialect, dialect_of
 from router.scheduling.messages import Refusal
 from router.system.printable import printable
@@ -137,6 +139,17 @@ class ContextExceeded(ApiError):
 
     def ollama(self) -> dict[str, object]:
         return {"error": f"{self.message} The context is set in the router's configuration, not by num_ctx."}
+
+
+@dataclass(slots=True)
+class Unable(ApiError):
+    """Raised for what the engine of a model cannot do. The client is told which models can."""
+
+    is_able: Callable[[ModelConfig], bool] = lambda _: False
+
+    @classmethod
+    def to(cls, message: str, param: str, is_able: Callable[[ModelConfig], bool]) -> Unable:
+        return cls(400, "not_supported", message, param, is_able=is_able)
 
 
 def _fields(error: ApiError) -> dict[str, object]:

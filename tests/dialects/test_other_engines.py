@@ -34,6 +34,7 @@ WEATHER = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
     },
 }
+DOCUMENT = {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "a"}}
 LARGE = [{"type": "text", "text": "large"}, {"type": "text", "text": "and small"}]
 
 
@@ -54,7 +55,11 @@ def router(start_shared: Start, tiny: Path, tmp_path_factory: pytest.TempPathFac
         "model_path": str(MODEL_PATH),
     }
     own = {**strict, "routes": ["/v1/chat/completions", "/v1/messages"]}
-    entries = {"own": own, "strict": strict, "real": real, "transformers": transformers, **models(tiny, "tiny")}
+    seeing = write_model(folder / "sees")
+    (seeing / "preprocessor_config.json").write_text("{}")
+    sees = {**transformers, "model_path": str(seeing)}
+    entries = {"own": own, "strict": strict, "real": real, "transformers": transformers, "sees": sees}
+    entries |= models(tiny, "tiny")
     system = {"transformers_path": str(program), "max_concurrent_models": 9, "stop_grace_sec": 3}
     return start_shared({"system": system, "models": entries})
 
@@ -323,10 +328,11 @@ class TestAnthropic:
         assert (asked["path"], asked["max_tokens"]) == ("/v1/chat/completions", 1)
 
     def test_what_chats_have_no_place_for_is_refused(self, router: Router, client: Any) -> None:
-        document = {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "a"}}
         search = {"type": "web_search_20250305", "name": "web_search"}
         refusals = {
-            "takes no 'document' blocks": {"messages": [{"role": "user", "content": [document]}]},
+            "blocks: send text and images. Ask 'own' instead.": {
+                "messages": [{"role": "user", "content": [DOCUMENT]}]
+            },
             "no tool of type 'web_search_20250305'": {"messages": CHAT, "tools": [search]},
             "does not take `grammar`": {"messages": CHAT, "grammar": "root ::= [a]"},
             "at `$.stop_sequences`": {"messages": CHAT, "stop_sequences": "a"},
@@ -444,6 +450,7 @@ class TestResponses:
             ({"previous_response_id": "resp_1"}, "nothing is stored here"),
             ({"background": True}, "nothing is stored here"),
             ({"input": [{"type": "item_reference", "id": "a"}]}, "takes no 'item_reference' items"),
+            ({"input": [{"type": "item_reference"}]}, "No model here does."),
             ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "takes no 'input_file' parts"),
             ({"input": 5}, "is not a valid request for a response"),
         ],
@@ -508,6 +515,33 @@ def test_a_tool_in_the_form_of_another_api_is_refused_with_the_right_one(
         assert (answer.status_code, error["type"]) == (400, "invalid_request_error"), error
         assert error["message"].startswith("`tools"), error
         assert error["message"].endswith(f"as {form}."), error
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}
+
+
+@pytest.mark.parametrize(
+    ("path", "model", "more", "words"),
+    [
+        ("/v1/messages", "tiny", {"messages": [{"role": "user", "content": [DOCUMENT]}]}, "blocks: send text"),
+        ("/v1/chat/completions", "transformers", {"messages": CHAT, "n": 2}, "this `n`. Leave it out."),
+    ],
+)
+def test_who_can_do_what_an_engine_cannot_is_said(
+    router: Router, path: str, model: str, more: dict[str, Any], words: str
+) -> None:
+    """llama-server itself would leave documents out without a word, and Transformers most parameters."""
+    able = "'own'" if model == "tiny" else "'own', 'strict', 'real', 'tiny'"
+    answer = router.http.post(path, json={"model": model, "max_tokens": 1, **more})
+    assert answer.status_code == 400
+    assert words in answer.json()["error"]["message"]
+    assert answer.json()["error"]["message"].endswith(f" Ask {able} instead.")
+
+
+def test_who_takes_images_is_said(router: Router) -> None:
+    chat = [{"role": "user", "content": [IMAGE]}]
+    answer = router.http.post("/v1/chat/completions", json={"model": "transformers", "messages": chat})
+    assert (answer.status_code, "Ask 'sees' instead." in answer.text) == (400, True), answer.text
 
 
 def test_a_large_request_is_searched_for_tools_of_another_api_too(router: Router) -> None:

@@ -8,6 +8,7 @@ from router.dataplane.routing import Wish
 from router.dataplane.shortening import ALL_DEPTHS, Shortened, Text
 from router.dialects.anthropic.answers import StopReasons, Translation
 from router.dialects.anthropic.requests import (
+    DOCUMENT,
     TOOL_RESULT,
     Asked,
     counted_by_others,
@@ -50,7 +51,7 @@ class MessagesExchange(Exchange):
         needed = max(self._asked.depth, super()._depth_of(wish, short))
         if short.mentions(FUNCTION):
             needed = max(needed, DEPTH_OF_TOOLS)
-        return ALL_DEPTHS if short.mentions(TOOL_RESULT) else needed
+        return ALL_DEPTHS if short.mentions(TOOL_RESULT) or short.mentions(DOCUMENT) else needed
 
     def _submit(self, wish: Wish) -> None:
         asked = self._asked

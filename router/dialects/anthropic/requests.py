@@ -20,9 +20,10 @@ import msgspec
 from router.dataplane.rewriting import joined
 from router.dataplane.shortening import ALL_DEPTHS, Text
 from router.dialects.counting import question
+from router.dialects.own_routes import has_own
 from router.dialects.schemas import Format, told
 from router.formats.unreadable import UNREADABLE
-from router.http.errors import ApiError
+from router.http.errors import Unable
 from router.http.tools import OF_MESSAGES, check_message_tools, unreadable
 
 _KEPT = ("model", "stream", "temperature", "top_p", "top_k", "chat_template_kwargs")
@@ -70,6 +71,8 @@ _FORMS = ("output_config", "output_format")
 """Fields with the format of an answer; the second is its name in the API's beta."""
 TOOL_RESULT = b'"tool_result"'
 """Requests that contain this may need their messages reordered."""
+DOCUMENT = b'"document"'
+"""Requests that contain this may have a file beside their texts."""
 _NOTHING = msgspec.Raw(b"null")
 
 _encode = msgspec.json.encode
@@ -144,6 +147,7 @@ _decode_config = msgspec.json.Decoder(_Config | None).decode
 _decode_format = msgspec.json.Decoder(Format | None).decode
 _decode_tools = msgspec.json.Decoder(list[_Tool] | None).decode
 _decode_choice = msgspec.json.Decoder(_Choice | None).decode
+_decode_turns = msgspec.json.Decoder(list[_Message]).decode
 _decode_messages = msgspec.json.Decoder(list[dict[str, msgspec.Raw]]).decode
 _decode_blocks = msgspec.json.Decoder(str | list[msgspec.Raw]).decode
 _decode_shown = msgspec.json.Decoder(_Shown).decode
@@ -170,12 +174,15 @@ class Asked(NamedTuple):
 def read(body: Text) -> Asked:
     """Return a request for llama-server. Bodies that do not have the API's format are left for it to refuse.
 
-    Raises ApiError 400 for tools in the form of another API, of which it would lose the names.
+    Raises ApiError 400 for what it would lose without a word: documents, and the names of tools in the form of
+    another API.
     """
     depth = 1
     try:
         fields = _fields_of(body)
         _check_tools(fields)
+        if DOCUMENT in body:
+            _check_blocks(_decode_turns(fields.get("messages", _NOTHING)))
         depth = 2 if "stop_sequences" in fields else 1
         depth = depth if fields.keys().isdisjoint((*_DROPPED, *_FORMS)) else ALL_DEPTHS
         if TOOL_RESULT in body and (ordered := _ordered(fields)) is not None:
@@ -240,14 +247,19 @@ def _check(request: _Request) -> None:
             raise unreadable(index, OF_MESSAGES)
         if tool.type not in (None, "custom"):
             message = f"This model's engine has no tool of type {tool.type!r}: offer tools with an `input_schema`."
-            raise ApiError(400, "not_supported", message, "tools")
-    for turn in request.messages:
+            raise Unable.to(message, "tools", has_own("/v1/messages"))
+    _check_blocks(request.messages)
+
+
+def _check_blocks(messages: Iterable[_Message]) -> None:
+    """Raise Unable for content that neither chats nor llama-server's own route have a place for."""
+    for turn in messages:
         blocks = () if isinstance(turn.content, str) else turn.content
         inner = (block.content for block in blocks if isinstance(block.content, list))
         for block in itertools.chain(blocks, *inner):
             if block.type not in _BLOCKS:
                 message = f"This model's engine takes no {block.type!r} blocks: send text and images."
-                raise ApiError(400, "not_supported", message, "messages")
+                raise Unable.to(message, "messages", has_own("/v1/messages"))
 
 
 _BLOCKS = ("text", "image", "thinking", "redacted_thinking", "tool_use", "tool_result")

@@ -9,8 +9,9 @@ import msgspec
 
 from router.dataplane.rewriting import joined
 from router.dataplane.shortening import Text
+from router.dialects.own_routes import has_own
 from router.engines.parameters import OF_LLAMA_SERVER
-from router.http.errors import ApiError
+from router.http.errors import ApiError, Unable
 from router.http.tools import OF_RESPONSES, unreadable
 
 _KEPT = OF_LLAMA_SERVER | {
@@ -168,7 +169,7 @@ def _turns(request: _Request) -> list[dict[str, Any]]:
                 message = (
                     f"This model's engine takes no {item.type!r} items: send messages and calls of functions."
                 )
-                raise ApiError(400, "not_supported", message, "input")
+                raise Unable.to(message, "input", has_own("/v1/responses"))
     return turns
 
 
@@ -202,4 +203,4 @@ def _part(part: _Part) -> dict[str, Any]:
     if part.type == "input_audio":
         return {"type": "input_audio", "input_audio": part.input_audio}
     message = f"This model's engine takes no {part.type!r} parts: send text, and images by their `image_url`."
-    raise ApiError(400, "not_supported", message, "input")
+    raise Unable.to(message, "input", has_own("/v1/responses"))

@@ -51,6 +51,7 @@ def _read(draft: Draft, alias: str, entry: TransformersEntry, system: System) ->
         draft.problem((*path, "env", variable), _BY_ROUTER)
     folder = folder_of(draft, path, entry, system) or draft.models_folder()
     model = opened(folder) if draft.is_for_here else None
+    takes_media = any((folder / name).is_file() for name in _PROCESSORS)
     longest = (entry.context, None if model is None else model.context)
     return TransformersModel(
         alias=alias,
@@ -69,7 +70,8 @@ def _read(draft: Draft, alias: str, entry: TransformersEntry, system: System) ->
         longest=min(filter(None, longest), default=None),
         repo=entry.repo,
         has_template=model is None or model.has_chat_template,
-        takes_media=any((folder / name).is_file() for name in _PROCESSORS),
+        takes_media=takes_media,
+        purposes=frozenset({"mmproj"} if takes_media else ()),
     )
 
 

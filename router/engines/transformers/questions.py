@@ -22,7 +22,8 @@ from router.engines.manner import Question
 from router.engines.transformers.answers import Understood
 from router.engines.transformers.model import TransformersModel
 from router.formats.unreadable import UNREADABLE
-from router.http.errors import ApiError
+from router.http.errors import ApiError, Unable
+from router.http.routes import served_routes
 from router.http.tools import OF_CHATS, unreadable
 
 CHAT = "/v1/chat/completions"
@@ -290,7 +291,7 @@ class _Asked:
                 kind = part.get("type") if isinstance(part, dict) else None
                 if kind not in ("text", "input_text", "output_text"):
                     told = f"{self._model.alias!r} takes text only, and the messages hold a part of type {kind!r}."
-                    raise ApiError(400, "not_supported", told, "messages")
+                    raise Unable.to(told, "messages", ModelConfig.takes_images)
 
     def _messages(self) -> list[dict[str, Any]]:
         """Raises ApiError 400."""
@@ -319,14 +320,20 @@ class _Asked:
         because = f": {why}" if why else ""
         told = (
             f"{self._model.alias!r} runs on Transformers, which does not support this `{name}`{because}. "
-            "Leave it out, or ask a model that runs on llama.cpp or vLLM."
+            "Leave it out."
         )
-        return ApiError(400, "not_supported", told, name)
+        return Unable.to(told, name, _is_of_another_kind)
 
 
 def _is_function(tool: Any) -> bool:
     function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
     return isinstance(function, dict) and isinstance(function.get("name"), str)
+
+
+def _is_of_another_kind(model: ModelConfig) -> bool:
+    """Whether a model answers chats, on an engine that does not ignore parameters."""
+    chats = CHAT in served_routes(model.routes) and model.purposes.isdisjoint(("embedding", "rerank"))
+    return chats and not isinstance(model, TransformersModel)
 
 
 def _text_of(content: Any) -> str:
@@ -339,7 +346,7 @@ def _text_of(content: Any) -> str:
         text = part.get("text") if isinstance(part, dict) else None
         if not isinstance(text, str):
             told = "The model takes text only, and the messages hold more."
-            raise ApiError(400, "not_supported", told, "messages")
+            raise Unable.to(told, "messages", ModelConfig.takes_images)
         texts.append(text)
     return " ".join(texts)
 

@@ -32,7 +32,7 @@ def _capabilities(model: VllmModel, found: HfModel) -> list[str]:
     if "/v1/embeddings" in routes:
         return ["embedding"]
     capabilities = ["completion"]
-    if "vision_config" in _config(found.folder):
+    if found.takes_images:
         capabilities.append("vision")
     if "/v1/audio/transcriptions" in routes:
         capabilities.append("transcription")

@@ -70,6 +70,8 @@ def _read(draft: Draft, alias: str, entry: VllmEntry, system: System) -> VllmMod
     purposes: frozenset[Purpose] = frozenset()
     if "/v1/chat/completions" not in routes:
         purposes = frozenset({"rerank" if "/v1/rerank" in routes else "embedding"})
+    elif model is not None and model.takes_images:
+        purposes = frozenset({"mmproj"})
     return VllmModel(
         alias=alias,
         model_path=folder or draft.models_folder(),
