@@ -8,8 +8,9 @@ SIGTERM   stop: SIGTERM to the engine, again after two seconds, and SIGKILL to a
           The end of standard input means the same: then the router is dead.
 SIGINT    stop at once, by SIGKILL.
 
-It ends as the engine's first process did, and by SIGKILL if it had to use that. The engine's folder for temporary
-files is removed in any case. Nothing but the standard library is imported, so that it starts fast and stays small.
+It ends as the engine's first process did, and by SIGKILL if it had to use that. If somebody else has killed the
+first process by SIGKILL, it exits with 137, as a shell does. The engine's folder for temporary files is removed in
+any case. Nothing but the standard library is imported, so that it starts fast and stays small.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ _REST_SEC = 10.0
 """For what the first process of an engine leaves, from SIGTERM to SIGKILL."""
 _TRACKER_SEC = 2.0
 """For Python's tracker of resources to remove shared memory once the processes that used it are gone."""
+_KILLED_BY_OTHERS = 128 + signal.SIGKILL
 _TRACKER = b"multiprocessing.resource_tracker"
 
 
@@ -59,9 +61,11 @@ class Minder:
         self._rests = False
         """The first process has ended, and the others are to."""
         self._is_over = False
+        self._has_killed = False
+        """The first process was killed by us."""
 
     def run(self) -> int:
-        """Return the engine's exit status, as `os.waitpid` has it."""
+        """Return how to end: the exit code, negative for a signal."""
         while self._reap() and not self._is_over:
             if self._status is None:
                 signals = self._wait()
@@ -76,7 +80,10 @@ class Minder:
             elif signal.SIGINT in self._wait():
                 self._kill_all()
             self._do_what_is_due()
-        return signal.SIGKILL if self._status is None else self._status
+        if self._has_killed or self._status is None:
+            return -signal.SIGKILL
+        code = os.waitstatus_to_exitcode(self._status)
+        return _KILLED_BY_OTHERS if code == -signal.SIGKILL else code
 
     def _plan(self, *steps: tuple[float, Callable[[], None]]) -> None:
         now = time.monotonic()
@@ -121,6 +128,7 @@ class Minder:
     def _kill_all(self) -> None:
         """Kill all other processes of the session, the trackers of shared memory last."""
         self._is_over = True
+        self._has_killed = self._status is None
         self._steps.clear()
         trackers = []
         for pid in _session():
@@ -185,15 +193,13 @@ def _kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _end_like(status: int) -> None:
-    """End with the same exit code, or by the same signal."""
-    if os.WIFEXITED(status):
-        os._exit(os.WEXITSTATUS(status))
+def _end_with(code: int) -> None:
+    if code >= 0:
+        os._exit(code)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    number = os.WTERMSIG(status)
-    if number not in (signal.SIGKILL, signal.SIGSTOP):
-        signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
+    if -code not in (signal.SIGKILL, signal.SIGSTOP):
+        signal.signal(-code, signal.SIG_DFL)
+    os.kill(os.getpid(), -code)
 
 
 def main() -> None:
@@ -202,12 +208,12 @@ def main() -> None:
     if sys.platform == "linux":  # whoever loses its parent becomes our child, and is waited for
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
-        status = Minder(float(grace), command).run()
+        code = Minder(float(grace), command).run()
     except OSError as error:
         sys.exit(f"{command[0]} cannot be run: {error}")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    _end_like(status)
+    _end_with(code)
 
 
 if __name__ == "__main__":

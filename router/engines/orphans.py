@@ -5,7 +5,7 @@ be made to. A starting router therefore ends the engines recorded in its state d
 is recognized by its mark, an environment variable that its descendants inherit; where environments cannot be read,
 by its pid together with its start time. A pid alone is never enough, since it may have been reused. Descendants
 that have wiped their environment, as vLLM's do to change their names, are recognized by their session, whose
-number no other process can have while a member lives.
+number no other process can have while a member lives. Their folders for temporary files are removed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,8 @@ class _Engine(msgspec.Struct, frozen=True):
     marked_by: str = "LLAMA_API_KEY"
     term_sec: float = 2.0
     """Time from SIGTERM to SIGKILL."""
+    folder: str = ""
+    """Its folder for temporary files, if it has one."""
 
 
 class _Record(msgspec.Struct, frozen=True):
@@ -79,6 +82,9 @@ class EngineRecord:
             survivors = _end(left, max(engine.term_sec for engine in record.engines))
             if survivors:
                 _log.error("%s could not be stopped, and may still hold memory and ports", _named(survivors))
+        for engine in record.engines:
+            if engine.folder:
+                shutil.rmtree(engine.folder, ignore_errors=True)
         self._file.write(_Record(*self._router, ()))
 
     def add(self, engine: EngineProcess) -> None:
@@ -88,7 +94,7 @@ class EngineRecord:
         (variable, value), port = engine.mark, engine.endpoint.port
         key_sha256, alias = _sha256(value), engine.order.alias
         self._engines[engine] = _Engine(
-            alias, engine.pid, born, port, key_sha256, variable, engine.orphan_term_sec
+            alias, engine.pid, born, port, key_sha256, variable, engine.orphan_term_sec, str(engine.folder or "")
         )
         engine.exited.add_done_callback(lambda _: self._remove(engine))
         self._save()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,6 +29,8 @@ from router.system.processes import PIPE_BYTES, exit_code, is_foreign, log_pipe,
 
 _READS_AT_ONCE = 4
 _DRAIN_SEC = (0.02, 1.0)
+_KILLED_BEHIND = 128 + signal.SIGKILL
+"""Exit code of a shell or a minder whose engine was killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,8 @@ class EngineProcess(SupervisedEngine):
 
     orphan_term_sec: ClassVar[float] = 2.0
     """Time that it has after SIGTERM if it has outlived its router."""
+    folder: Path | None = None
+    """Its folder for temporary files, which nothing else uses."""
 
     def __init__(
         self,
@@ -145,6 +150,8 @@ class EngineProcess(SupervisedEngine):
     async def _wait(self) -> Reason:
         code = await exit_code(self._process)
         await self._close_pipes()
+        if self.folder is not None:
+            await asyncio.to_thread(shutil.rmtree, self.folder, ignore_errors=True)
         self._drain_timer.cancel()
         self._drain()  # what it said last is the reason
         self._drain_timer.cancel()
@@ -152,13 +159,13 @@ class EngineProcess(SupervisedEngine):
         if self.endpoint.unix_socket is not None:
             with contextlib.suppress(OSError):
                 self.endpoint.unix_socket.unlink()
-        was_killed = code in (-signal.SIGKILL, 128 + signal.SIGKILL)  # by itself, or behind a shell
-        self.out_of_memory = was_killed and not self._killed_because and oom_kills() != self._oom_kills
+        self.was_killed = bool(self._killed_because) and code == -signal.SIGKILL  # else it was gone before
+        killed = code in (-signal.SIGKILL, _KILLED_BEHIND) and not self.was_killed
+        self.out_of_memory = killed and oom_kills() != self._oom_kills
         if code in (126, 127) and is_foreign(self.order.argv[0]):  # a shell has tried to make sense of it
             what = "cannot be run: Exec format error (it is built for another processor)"
             return Reason(f"{self.order.argv[0]} {what}", f"the engine {what}")
         self.ending = self._why(code)
-        self.was_killed = bool(self._killed_because) and code == -signal.SIGKILL  # else it was gone before
         if self.was_killed:
             return Reason(self._killed_because, self._killed_because)
         return self._describe_exit(code)
@@ -178,6 +185,8 @@ class EngineProcess(SupervisedEngine):
         return Ending(retry, self._wanted_mib(log))
 
     def _exit_in_words(self, code: int) -> str:
+        if code == _KILLED_BEHIND:
+            code = -signal.SIGKILL
         if code >= 0:
             return f"exited with code {code}"
         is_unknown = code == -signal.SIGKILL and self._oom_kills is None

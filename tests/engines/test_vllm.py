@@ -197,6 +197,8 @@ def test_a_request_survives_the_death_of_any_process_before_its_answer(
     assert "error" not in answers[0]
     eventually(lambda: all(map(is_gone, processes.values())), 5)
     eventually(lambda: not temporary.exists())
+    reason = router.http.get("/v1/health/models").json()["models"][alias]["last_exit"]["reason"]
+    assert reason.startswith("ended by itself" if victim == "engine" else "killed by SIGKILL"), reason
 
 
 @linux_only
@@ -281,6 +283,7 @@ def test_nothing_outlives_a_router_and_a_minder_that_are_killed_together(
 def test_the_next_router_ends_an_engine_of_which_only_a_nameless_process_is_left(
     start: Start, vllm: Path, folder: Path, tmp_path: Path
 ) -> None:
+    """And removes its folder, of which its minder could not take care."""
     config = {
         "system": {"vllm_path": str(vllm), "preload_models": ["a"]},
         "models": {"a": {"engine": "vllm", "model_path": str(folder)}},
@@ -290,6 +293,7 @@ def test_the_next_router_ends_an_engine_of_which_only_a_nameless_process_is_left
     eventually(lambda: router.status("a")["status"] == "ready")
     minder, server, engine = tree(router, "a")
     assert engine.environ() == {}
+    temporary = folder_of(server)
     eventually(lambda: f'"pid":{minder.pid}' in Path(state, "engines.json").read_text().replace(" ", ""))
     psutil.Process(router.process.pid).suspend()
     minder.suspend()  # or it would end the rest
@@ -298,8 +302,10 @@ def test_the_next_router_ends_an_engine_of_which_only_a_nameless_process_is_left
     router.process.kill()
     router.process.wait()
     assert engine.is_running()
+    assert temporary.exists()
     successor = start({}, LLAMA_ROUTER_STATE_DIR=state)
     assert is_gone(engine)
+    assert not temporary.exists()
     assert f"pid {engine.pid} " in successor.log
 
 

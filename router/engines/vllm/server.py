@@ -58,7 +58,7 @@ class VllmServer(VllmEngine, EngineProcess):
     ) -> None:
         """`folder` is for temporary files."""
         super().__init__(order, endpoint_of(_HOST, port, key), (KEY_VARIABLE, key), spawned, log)
-        self._folder = folder
+        self.folder = folder
         self._probe = probe_of(model)
         self._port_is_foreign = False
 
@@ -139,10 +139,6 @@ class VllmServer(VllmEngine, EngineProcess):
     def _kill_with_minder(self) -> None:
         if self.alive:
             signal_group(self.pid, signal.SIGKILL)
-
-    async def _close_pipes(self) -> None:
-        await super()._close_pipes()
-        await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)  # its minder was killed
 
     def _why(self, code: int) -> Ending:
         ending = super()._why(code)
