@@ -98,6 +98,37 @@ def write_model(
     return folder
 
 
+def write_model_of_bytes(folder: Path) -> Path:
+    """A Llama that real engines can load. Its tokens are bytes; its weights are zero, so that it says the first of
+    them for ever: `!`."""
+    # Heads of 32 numbers: vLLM cannot compute smaller ones on the CPU, and crashes when it is asked to.
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    write_model(folder, {**LLAMA, **heads, "bos_token_id": 257, "eos_token_id": 258})
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    alphabet = [chr(code) for code in (*plain, *(256 + place for place in range(256 - len(plain))))]
+    special = ("<s>", "</s>", "<pad>")
+    vocabulary = {token: number for number, token in enumerate([*alphabet, *special])}
+    form = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    bytes_as_text = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": vocabulary[token], "content": token, "special": True, **form} for token in special
+        ],
+        "pre_tokenizer": bytes_as_text,
+        "decoder": bytes_as_text,
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "</s>",
+        "chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
 def played_transformers(folder: Path) -> Path:
     """`played_transformers.py` as the program `transformers`, in a folder."""
     path = folder / "transformers"

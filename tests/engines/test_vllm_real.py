@@ -1,12 +1,11 @@
 """The real vLLM under a router: chats, deaths of each of its processes, stops while it loads.
 
 A long form, skipped unless VLLM names the program `vllm`. It is started about twenty times, for half a minute or
-more each. Its model is made on the spot: the weights are zero, so that it says the same token for ever.
+more each.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import threading
@@ -20,7 +19,7 @@ import openai
 import psutil
 import pytest
 from conftest import Router, Start, eventually
-from hf_models import LLAMA, write_model
+from hf_models import write_model_of_bytes
 
 VLLM = os.environ.get("VLLM", "")
 pytestmark = [
@@ -28,46 +27,12 @@ pytestmark = [
     pytest.mark.timeout(900),
 ]
 LOAD_SEC = 300
-HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
-"""Of 32 numbers each: vLLM cannot compute smaller ones on the CPU, and crashes when it is asked to."""
 PROCESSES = ("minder", "server", "core", "worker", "tracker")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama whose tokens are bytes."""
-    made = write_model(
-        tmp_path_factory.mktemp("hf") / "tiny", {**LLAMA, **HEADS, "bos_token_id": 257, "eos_token_id": 258}
-    )
-    alphabet = [chr(code) for code in bytes_in_text()]
-    vocabulary = {token: number for number, token in enumerate([*alphabet, "<s>", "</s>", "<pad>"])}
-    tokenizer = {
-        "version": "1.0",
-        "added_tokens": [
-            {"id": vocabulary[token], "content": token, "special": True, **dict.fromkeys(FORM, False)}
-            for token in ("<s>", "</s>", "<pad>")
-        ],
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
-    }
-    (made / "tokenizer.json").write_text(json.dumps(tokenizer))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "</s>",
-        "chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}",
-    }
-    (made / "tokenizer_config.json").write_text(json.dumps(settings))
-    return made
-
-
-FORM = ("single_word", "lstrip", "rstrip", "normalized")
-
-
-def bytes_in_text() -> list[int]:
-    """The characters by which byte-level tokenizers write the bytes."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return [*plain, *(256 + place for place in range(256 - len(plain)))]
+    return write_model_of_bytes(tmp_path_factory.mktemp("hf") / "tiny")
 
 
 def config(folder: Path, **more: Any) -> dict[str, Any]:
