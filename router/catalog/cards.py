@@ -7,6 +7,7 @@ configured.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -15,11 +16,14 @@ from typing import Any
 from router.config.resolved import ModelConfig
 from router.engines.base import Facts
 from router.engines.registry import kind_of
-from router.system.readings import apart
+from router.system.readings import begun
 
 Card = dict[str, Any]
 
 _MOST_KNOWN = 10_000
+_FRESH_SEC = 1.0
+"""Age up to which a card is not read again: each read starts a thread, and its list takes several turns of the
+event loop."""
 
 
 class Cards:
@@ -32,33 +36,35 @@ class Cards:
         """
         self._look_sec = look_sec
         self._silent_sec = silent_sec
-        self._known: dict[ModelConfig, Card] = {}
+        self._known: dict[ModelConfig, tuple[float, Card]] = {}
+        """The last card of each model, and when it was read."""
         self._waiting: dict[Path, _Look] = {}
 
-    async def of(self, models: Iterable[ModelConfig]) -> dict[str, Card]:
-        """Return the cards of the models by alias, within the time limits."""
+    async def of(self, models: Iterable[ModelConfig], within_sec: float = _FRESH_SEC) -> dict[str, Card]:
+        """Return the cards of the models by alias, within the time limits. Cards may be `within_sec` old."""
         models = list({model.alias: model for model in models}.values())
-        cards = {model.alias: self._known.get(model) or _configured(model) for model in models}
-        until_sec = time.monotonic() + 2 * self._look_sec
-        left = models
+        now = time.monotonic()
+        known = {model.alias: self._known.get(model) or (-math.inf, _configured(model)) for model in models}
+        left = [model for model in models if now - known[model.alias][0] > within_sec]
+        until_sec = now + 2 * self._look_sec
         while left := [model for model in left if self._look_at(model.model_path.parent) is None]:
-            look = _Look(left, cards)
+            look = _Look(left, known)
             left_sec = until_sec - time.monotonic()
-            await asyncio.wait({look.task}, timeout=max(0.0, min(self._look_sec, left_sec)))
-            if look.task.done():
-                look.task.result()
+            await asyncio.wait({look.outcome}, timeout=max(0.0, min(self._look_sec, left_sec)))
+            if look.outcome.done():
+                look.outcome.result()
                 break
             at = look.at
             self._waiting[at.model_path.parent] = look
             left = left[left.index(at) :]
         if len(self._known) > _MOST_KNOWN:
             self._known.clear()
-        self._known.update((model, cards[model.alias]) for model in models)
-        return {alias: dict(card) for alias, card in cards.items()}
+        self._known.update((model, known[model.alias]) for model in models)
+        return {alias: dict(card) for alias, (_, card) in known.items()}
 
     async def answers(self, model: ModelConfig) -> bool:
         """Whether the disk of the model's file responds. Waits for a disk that has to spin up."""
-        await self.of([model])
+        await self.of([model], within_sec=0)
         folder = model.model_path.parent
         while (look := self._look_at(folder)) is not None:
             silent_sec = time.monotonic() - look.since_sec
@@ -66,13 +72,13 @@ class Cards:
                 return True  # the read has moved on to other models
             if silent_sec >= self._silent_sec:
                 return False
-            await asyncio.wait({look.task}, timeout=self._silent_sec - silent_sec)
+            await asyncio.wait({look.outcome}, timeout=self._silent_sec - silent_sec)
         return True
 
     def _look_at(self, folder: Path) -> _Look | None:
         """Return the pending read that this folder blocks, if there is one."""
         look = self._waiting.get(folder)
-        if look is not None and look.task.done():
+        if look is not None and look.outcome.done():
             del self._waiting[folder]
             return None
         return look
@@ -81,17 +87,17 @@ class Cards:
 class _Look:
     """A read of several models' files in a thread, one after the other; `at` is the current one."""
 
-    def __init__(self, models: list[ModelConfig], cards: dict[str, Card]) -> None:
+    def __init__(self, models: list[ModelConfig], known: dict[str, tuple[float, Card]]) -> None:
         self.at = models[0]
         self.since_sec = time.monotonic()
         self._models = models
-        self._cards = cards
-        self.task = asyncio.create_task(apart(self._take))
+        self._known = known
+        self.outcome = begun(self._take)
 
     def _take(self) -> None:
         for model in self._models:
             self.at, self.since_sec = model, time.monotonic()
-            self._cards[model.alias] = card_of(model)
+            self._known[model.alias] = self.since_sec, card_of(model)
 
 
 def card_of(model: ModelConfig) -> Card:

@@ -54,6 +54,11 @@ async def apart(work: Callable[[], T]) -> T:
 
     A thread pool would lose a thread to each hanging call, and wait for all of them at the end of the process.
     """
+    return await begun(work)
+
+
+def begun(work: Callable[[], T]) -> asyncio.Future[T]:
+    """Begin work as `apart` does, without waiting for it."""
     outcome: Future[T] = Future()
     outcome.set_running_or_notify_cancel()  # cancelling the wait does not cancel the work
 
@@ -64,7 +69,7 @@ async def apart(work: Callable[[], T]) -> T:
             outcome.set_exception(error)
 
     threads.begin(run)
-    return await asyncio.wrap_future(outcome)
+    return asyncio.wrap_future(outcome)
 
 
 class Watch(Generic[T]):

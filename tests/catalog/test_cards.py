@@ -76,3 +76,27 @@ def test_a_disk_that_hangs_is_given_up(kept: Kept) -> None:
         back.set()
 
     asyncio.run(story())
+
+
+def test_a_file_is_read_once_for_all_lists_of_a_second_and_again_for_who_asks_whether_its_disk_responds(
+    kept: Kept,
+) -> None:
+    reads: list[None] = []
+
+    async def story() -> None:
+        cards, (model, other) = Cards(), kept(lambda: reads.append(None), "a", "b")
+        before = (await cards.of([model]))["a"]
+        for_one = len(reads)
+        before["meta"] = "what a list adds"
+        card = (await cards.of([model]))["a"]
+        assert card["size"] == before["size"]
+        assert card["meta"] != before["meta"]
+        assert len(reads) == for_one
+        assert "size" in (await cards.of([model, other]))["b"]
+        assert len(reads) == 2 * for_one
+        assert await cards.answers(model)
+        assert len(reads) == 3 * for_one
+        await cards.of([other], within_sec=0)
+        assert len(reads) == 4 * for_one
+
+    asyncio.run(story())
