@@ -3,6 +3,8 @@ mounted. Nothing is pulled."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib.util
 import io
 import json
@@ -16,6 +18,7 @@ import sysconfig
 import tarfile
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +145,16 @@ class Daemon:
         """Return the names of all containers with these labels, running or not."""
         wanted = [word for name, value in labels.items() for word in ("--filter", f"label={name}={value}")]
         return self.docker("ps", "-a", "--format", "{{.Names}}", *wanted).split()
+
+
+@contextlib.contextmanager
+def running() -> Iterator[Daemon]:
+    """A daemon, while no other of the tests runs: two of them would share a bridge and give the same addresses."""
+    with open("/tmp/llama-router-dockerd.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        daemon = Daemon()
+        yield daemon
+        daemon.remove()
 
 
 class _Image:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
+from router.cli.docker_run import DockerRun, NotConverted, is_run, is_stop
 from router.config.llama_swap import DROPPED
 from router.config.names import ALLOWED, is_alias
 from router.config.problems import ConfigError, KeyPath, Problem, dotted
@@ -27,6 +28,7 @@ _AT_START = ("PORT", "PID")
 _NAME_RULE = f"a name is {ALLOWED} and does not begin with _"
 _ENGINE = re.compile(r"llama-server([-_.].*)?")
 _HERE = re.compile(r"http://(?:localhost|127\.0\.0\.1|\[::1\])(?::(\$\{PORT\}|[0-9]+))?/?")
+_PLACE = re.compile(r"http://([^:/]+)(?::(\$\{PORT\}|[0-9]+))?/?")
 _SHORTEST_LOAD_SEC = 15
 """llama-swap's lower bound for healthCheckTimeout."""
 _USUAL_SLOTS = 10
@@ -280,9 +282,9 @@ class _Import:
             if key == "ttl":
                 if _is_number(value) and value >= 0:
                     entry["idle_timeout_sec"] = value
-            elif key == "env":
+            elif key == "env" and "container" not in entry:
                 entry["env"] = {**entry.get("env", {}), **self._environment(_texts(value), at)}
-            elif "engine" in entry and key in _OF_COMMANDS:
+            elif "engine" in entry and key in (*_OF_COMMANDS, "env"):
                 continue
             elif key in ("proxy", "checkEndpoint", "cmdStop", "useModelName"):
                 self._check_address(key, value, at)
@@ -315,6 +317,8 @@ class _Import:
             words = words[1:]
             while words and "=" in words[0] and not words[0].startswith("-"):
                 set_before.append(words.pop(0))
+        if is_run(words):
+            return self._container(words, set_before, model, path)
         if not words or not _ENGINE.fullmatch(PurePath(words[0]).name):
             entry = self._command(words, model, path)
             if entry is not None and set_before:
@@ -350,23 +354,64 @@ class _Import:
             self._note(at, f"the model is left out: {program} is not told which port to listen on ({port})")
             return None
         program = self._path(words[0], at) if "/" in words[0] else words[0]
-        limit, ready = model.get("concurrencyLimit", 0), model.get("checkEndpoint")
-        entry: dict[str, Any] = {
+        entry = {
             "engine": "command",
             "cmd": Words(_as_number(_in_our_words(word)) for word in (program, *words[1:])),
-            "slots": limit if isinstance(limit, int) and limit > 0 else _USUAL_SLOTS,
         }
+        self._complete(entry, words, model, path)
+        if model.get("cmdStop"):
+            entry["stop_cmd"] = _in_our_words(str(model["cmdStop"]).strip())
+        return entry
+
+    def _container(
+        self, words: Sequence[str], set_before: Sequence[str], model: Mapping[str, Any], path: KeyPath
+    ) -> dict[str, Any] | None:
+        """Convert a model whose server runs in a container; None, with a remark, if it could not be reached."""
+        at = (*path, "cmd")
+        asked = _PLACE.fullmatch(str(model.get("proxy") or "http://localhost:${PORT}"))
+        if asked is None:
+            self._note((*path, "proxy"), "the model is left out: its proxy has a path")
+            return None
+        of_command = dict(each.partition("=")[::2] for each in (*set_before, *_texts(model.get("env"))))
+        try:
+            run = DockerRun(words, asked[2] or "80", asked[1], of_command, lambda each: self._path(each, at))
+        except NotConverted as error:
+            self._note(at, f"the model is left out: {error}")
+            return None
+        entry: dict[str, Any] = {"engine": "command", "container": run.container}
+        if run.arguments:
+            entry["cmd"] = Words(map(_as_number, run.arguments))
+        if run.env:
+            entry["env"] = run.env
+        for reason in run.dropped:
+            self._drop(at, reason)
+        if unused := sorted(of_command.keys() - run.env.keys()):
+            self._drop((*path, "env"), f"a container gets the variables of -e only, and not {', '.join(unused)}")
+        stop = str(model.get("cmdStop") or "")
+        if stop and not is_stop(stop.split()):
+            self._drop((*path, "cmdStop"), "Docker stops the container")
+        if "vllm" in run.container["image"]:
+            self._note(
+                at, "as `engine: vllm` with this `container` its memory would be planned: see docs/engines.md"
+            )
+        self._complete(entry, [run.container["image"], *run.arguments], model, path)
+        return entry
+
+    def _complete(
+        self, entry: dict[str, Any], words: Sequence[str], model: Mapping[str, Any], path: KeyPath
+    ) -> None:
+        """Add what is known of a server apart from its command line."""
+        at = (*path, "cmd")
+        limit, ready = model.get("concurrencyLimit", 0), model.get("checkEndpoint")
+        entry["slots"] = limit if isinstance(limit, int) and limit > 0 else _USUAL_SLOTS
         if routes := _routes_of(words, _mapping(model.get("capabilities"))):
             entry["routes"] = Words(routes)
         if ready not in ("", None, "/health"):
             entry["ready_path"] = None if ready == "none" else str(ready)
         if model.get("useModelName"):
             entry["model_name"] = str(model["useModelName"])
-        if model.get("cmdStop"):
-            entry["stop_cmd"] = _in_our_words(str(model["cmdStop"]).strip())
         served = ", ".join(routes) or "chats, completions and embeddings"
         self._note(at, f"is assumed to serve {served}: check `routes` and `footprint_mb` in its entry")
-        return entry
 
     def _file_and_flags(self, flags: Sequence[Flag], path: KeyPath) -> dict[str, Any] | None:
         entry: dict[str, Any] = {}

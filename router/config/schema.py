@@ -580,8 +580,8 @@ def _devices(footprint: object) -> object:
     return {"gpu": footprint} if isinstance(footprint, int) and not isinstance(footprint, bool) else footprint
 
 
-_CONTAINER_NAME = r"^[a-zA-Z0-9][a-zA-Z0-9_.-]*$"
-_VOLUME = r"^[^:]+:/[^:]*(:[\w,]+)?$"
+CONTAINER_NAME = r"^[a-zA-Z0-9][a-zA-Z0-9_.-]*$"
+VOLUME = r"^[^:]+:/[^:]*(:[\w,]+)?$"
 
 CommandLine = Annotated[
     tuple[Argument, ...],
@@ -610,20 +610,20 @@ class Container(Section):
     entrypoint: CommandLine = Field(
         default=(), description="Program that `cmd` is passed to. Default: the image's."
     )
-    volumes: Annotated[tuple[Annotated[str, Field(pattern=_VOLUME)], ...], Field(strict=False)] = Field(
+    volumes: Annotated[tuple[Annotated[str, Field(pattern=VOLUME)], ...], Field(strict=False)] = Field(
         default=(),
         description="Folders and volumes to mount, as SOURCE:TARGET[:ro]. A relative SOURCE such as ./voices is "
         "resolved against the folder of the configuration file.",
     )
     network: str | None = Field(
         default=None,
-        pattern=_CONTAINER_NAME,
+        pattern=CONTAINER_NAME,
         description="Docker network to join. A router that is in it, too, reaches the server by the name of its "
         "container. null: the daemon's default, and a published port of 127.0.0.1.",
     )
     name: str | None = Field(
         default=None,
-        pattern=_CONTAINER_NAME,
+        pattern=CONTAINER_NAME,
         description="Name of the container. null: a new one at each start.",
     )
     gpus: Literal["all"] | None = Field(

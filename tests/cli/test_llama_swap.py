@@ -212,21 +212,53 @@ def command(**model: Any) -> tuple[dict[str, Any] | None, list[str]]:
     [
         ({"cmd": "vllm serve M --port ${PORT}"}, {"cmd": ["vllm", "serve", "M", "--port", "{port}"], "slots": 10}),
         (
+            {"cmd": "env A=1 served ${PORT}", "cmdStop": "kill ${PID}", "env": ["B=2"], "ttl": 60},
             {
-                "cmd": "env A=1 docker run --name ${MODEL_ID} -p ${PORT}:8080 image",
-                "cmdStop": "docker stop ${MODEL_ID}",
-                "checkEndpoint": "none",
-                "env": ["B=2"],
-                "ttl": 60,
-            },
-            {
-                "cmd": ["docker", "run", "--name", "x", "-p", "{port}:8080", "image"],
+                "cmd": ["served", "{port}"],
                 "slots": 10,
-                "ready_path": None,
-                "stop_cmd": "docker stop x",
+                "stop_cmd": "kill {pid}",
                 "env": {"A": "1", "B": "2"},
                 "idle_timeout_sec": 60,
             },
+        ),
+        (
+            {
+                "cmd": "docker run --rm -it --name ${MODEL_ID} --gpus all --shm-size=8g --ipc host -u 1000 "
+                "-p ${PORT}:8080 -v /data/m:/models:ro --mount type=bind,src=/v,dst=/voices,readonly -e HF_TOKEN "
+                "-e A=1 --entrypoint /serve --network shared --device=/dev/dri ghcr.io/acme/speech:1 "
+                "--voices /voices",
+                "cmdStop": "docker stop ${MODEL_ID}",
+                "checkEndpoint": "none",
+                "env": ["HF_TOKEN=secret"],
+            },
+            {
+                "cmd": ["--voices", "/voices"],
+                "container": {
+                    "image": "ghcr.io/acme/speech:1",
+                    "name": "x",
+                    "gpus": "all",
+                    "shm_size": "8g",
+                    "ipc": "host",
+                    "user": "1000",
+                    "entrypoint": ["/serve"],
+                    "network": "shared",
+                    "devices": ["/dev/dri"],
+                    "port": 8080,
+                    "volumes": ["/data/m:/models:ro", "/v:/voices:ro"],
+                },
+                "slots": 10,
+                "routes": ["/v1/audio/speech"],
+                "ready_path": None,
+                "env": {"HF_TOKEN": "secret", "A": "1"},
+            },
+        ),
+        (
+            {"cmd": "podman run -p127.0.0.1:9000:9000/tcp x:1 --port 9000", "proxy": "http://localhost:9000"},
+            {"cmd": ["--port", "{port}"], "container": {"image": "x:1", "port": 9000}, "slots": 10},
+        ),
+        (
+            {"cmd": "docker run --net=near --name y x:1", "proxy": "http://y:5000"},
+            {"container": {"image": "x:1", "network": "near", "name": "y", "port": 5000}, "slots": 10},
         ),
         (
             {"cmd": "whisper-server --port 9233 -t 4", "proxy": "http://127.0.0.1:9233", "concurrencyLimit": 1},
@@ -248,9 +280,53 @@ def test_another_server_is_run_by_its_command(model: dict[str, Any], expected: d
     assert remark.startswith("is assumed to serve")
 
 
+def test_what_a_container_here_has_no_key_for_is_said() -> None:
+    options = (
+        "--network host --memory 8g --privileged --gpus device=1 --restart=always --pull always -p 1:2 "
+        "-v /anonymous -e HOME --env-file x -l a=b"
+    )
+    entry, remarks = command(
+        cmd=f"docker run {options} vllm/vllm-openai:v0.32.0 --host 127.0.0.1 --port ${{PORT}}",
+        cmdStop="sh stop.sh",
+        env=["A=1"],
+    )
+    assert entry == {
+        "engine": "command",
+        "container": {"image": "vllm/vllm-openai:v0.32.0", "gpus": "all"},
+        "cmd": ["--host", "{host}", "--port", "{port}"],
+        "slots": 10,
+    }
+    said = "\n".join(remarks)
+    for remark in (
+        "--memory 8g: `container` has no such key",
+        "--privileged: `container` has no such key",
+        "--gpus device=1: the router chooses GPUs by memory",
+        "--restart always: the router starts servers again itself",
+        "--pull always: the router pulls no images",
+        "--publish 1:2: only the port at which the router asks is published",
+        "--volume /anonymous: only SOURCE:TARGET[:ro] is mounted",
+        "--env HOME: containers inherit nothing of the router's; set it in `env`",
+        "--env-file x: `container` has no such key",
+        "--label a=b: `container` has no such key",
+        "--network host: the server gets a network of its own, and a port of 127.0.0.1",
+        "a container gets the variables of -e only, and not A",
+        "has no counterpart: Docker stops the container",
+        "as `engine: vllm` with this `container` its memory would be planned",
+        "is assumed to serve chats, completions and embeddings",
+    ):
+        assert remark in said
+    assert len(remarks) == 15, "and nothing twice"
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
+        ({"cmd": "docker run x:1"}, "docker publishes no port as ${PORT}, at which the server is asked (-p)"),
+        ({"cmd": "docker run --network host x:1"}, "its server is not told which port to listen on (${PORT})"),
+        ({"cmd": "docker run -p ${PORT}:${PORT} x:1"}, "its server is not told which port to listen on (${PORT})"),
+        ({"cmd": "docker run --rm -p"}, "-p has no value"),
+        ({"cmd": "docker run --rm"}, "its command names no image"),
+        ({"cmd": "docker run x", "proxy": "http://localhost:1/v2"}, "its proxy has a path"),
         ({"cmd": "serve ${PORT}", "proxy": "http://192.0.2.1:80"}, "its proxy is on another host"),
         ({"cmd": "serve ${PORT}", "proxy": "http://localhost:${PORT}/api"}, "or has a path"),
         ({"cmd": "serve", "proxy": "http://localhost:80"}, "serve is not told which port to listen on (80)"),

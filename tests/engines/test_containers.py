@@ -3,7 +3,6 @@ router."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import signal
 import subprocess
@@ -30,11 +29,8 @@ needs_docker = pytest.mark.skipif(LACKING is not None, reason=LACKING or "")
 
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[Daemon]:
-    with open("/tmp/llama-router-dockerd.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two of them would share a bridge and give the same addresses
-        daemon = Daemon()
+    with docker_daemon.running() as daemon:
         yield daemon
-        daemon.remove()
 
 
 @pytest.fixture(scope="module")

@@ -7,19 +7,25 @@ more each.
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import docker_daemon
 import httpx2 as httpx
 import openai
 import psutil
 import pytest
 from conftest import Router, Start, eventually
+from docker_daemon import Daemon
 from hf_models import write_model_of_bytes
+
+from router.engines.docker import MODEL_LABEL
 
 VLLM = os.environ.get("VLLM", "")
 pytestmark = [
@@ -201,3 +207,74 @@ def test_nothing_outlives_a_router_that_is_killed(place: str, start: Start, fold
     router.process.wait()
     eventually(lambda: all(map(is_gone, processes.values())), 15)
     print(f"killed at {moment}: all gone after {time.monotonic() - since:.1f} s")
+
+
+# --- in a container --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def daemon() -> Iterator[Daemon]:
+    if (lacking := docker_daemon.missing()) is not None:
+        pytest.skip(lacking)
+    with docker_daemon.running() as daemon:
+        yield daemon
+
+
+def test_it_runs_in_a_container(start: Start, folder: Path, daemon: Daemon, tmp_path: Path) -> None:
+    """Its program is mounted into an empty image. It chats, streams, dies, is replaced, and never stays."""
+    environment = Path(VLLM).parents[1]
+    container = {
+        "image": docker_daemon.IMAGE,
+        "entrypoint": [VLLM, "serve"],
+        "volumes": [*docker_daemon.VOLUMES, f"{environment}:{environment}:ro"],
+        "gpus": None,
+    }
+    settings = config(folder)
+    settings["models"]["a"]["container"] = container
+    own = {"DOCKER_HOST": daemon.host, "LLAMA_ROUTER_STATE_DIR": str(tmp_path / "state")}
+    router = start(settings, **own)
+
+    def name() -> str:
+        return " ".join(daemon.names(**{MODEL_LABEL: "a"}))
+
+    def killed_while_it_answers(kill: Callable[[], object]) -> None:
+        core = psutil.Process(router.status("a")["pid"]).children()[-1]
+        core.suspend()  # so that nothing is answered yet
+        before = name()
+        asking = ThreadPoolExecutor().submit(router.chat, "a", max_tokens=3, temperature=0)
+        eventually(lambda: router.status("a")["in_flight"] == 1)
+        since = time.monotonic()
+        kill()
+        eventually(lambda: before not in name(), 15)
+        print(f"gone after {time.monotonic() - since:.1f} s")
+        assert asking.result(LOAD_SEC).json()["choices"][0]["message"]["content"] == "!!!"
+
+    router.http.timeout = httpx.Timeout(LOAD_SEC)
+    since = time.monotonic()
+    whole = router.chat("a", max_tokens=5, temperature=0)
+    print(f"first answer after {time.monotonic() - since:.1f} s")
+    assert whole.json()["choices"][0]["message"]["content"] == "!!!!!", whole.text
+    client = openai.OpenAI(base_url=f"{router.url}/v1", api_key="none")
+    hello: Any = {"model": "a", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 5}
+    stream = client.chat.completions.create(stream=True, temperature=0, **hello)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "!!!!!"
+    message = router.http.post("/v1/messages", json=hello)
+    assert message.json()["usage"]["output_tokens"] == 5
+    status = router.status("a")
+    assert (status["context_length"], status["memory"]["gpus"]) == (1024, [])
+    eventually(lambda: bool(router.status("a")["memory"]["measured_mb"]))
+    print(f"estimated {status['memory']['estimated_mb']}, measured {router.status('a')['memory']['measured_mb']}")
+    assert 'router_engine_requests_running{model="a"} 0.0' in router.http.get("/metrics").text
+    killed_while_it_answers(lambda: daemon.docker("kill", name()))
+    killed_while_it_answers(lambda: psutil.Process(router.status("a")["pid"]).children()[-1].kill())
+    assert "ended by itself" in router.log
+    since = time.monotonic()
+    router.http.post("/v1/models/eject", json={"model": "a"})
+    eventually(lambda: not name())
+    print(f"stopped in {time.monotonic() - since:.1f} s")
+    router.http.post("/v1/models/load", json={"model": "a"})
+    left = name()
+    router.stop(signal.SIGKILL)
+    assert name() == left
+    assert f"removed containers left by a killed router: {left}" in start({"models": {}}, **own).log
+    assert not name()
