@@ -29,6 +29,7 @@ from router.dataplane.media import LONGEST_NAME, check_media, may_name_media
 from router.dataplane.rewriting import depth_of, rewritten
 from router.dataplane.routing import Wish, priority_of, read_wish, shortened
 from router.dataplane.shortening import Shortened, Text, most_values
+from router.engines.llamacpp.capability import answers
 from router.engines.manner import Manner, Question
 from router.engines.registry import kind_of
 from router.engines.upstream import Body
@@ -349,8 +350,10 @@ class IncomingRequest(ABC):
         return error
 
     def _others(self, able: Callable[[ModelConfig], bool]) -> str:
-        """Return advice which models to use instead: those that are `able`."""
-        others = [alias for alias, model in self._dispatcher.config.models.items() if able(model)]
+        """Return advice which models to use instead: those that are `able`, and made for such requests."""
+        asks = ROUTES[self._head.path].asks
+        models = self._dispatcher.config.models.items()
+        others = [alias for alias, model in models if able(model) and answers(model, asks)]
         return f"Ask {some_of(others)} instead" if others else "No model here does"
 
     def _manner(self, alias: str) -> Manner | None:

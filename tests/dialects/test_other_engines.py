@@ -17,6 +17,7 @@ import openai
 import pytest
 from conftest import Router, Start, eventually, models
 from hf_models import played_transformers, write_model
+from tiny_models import write_embedding
 
 from router.dataplane.answer import Answer
 from router.dialects.openai.hidden_usage import AnswerWithoutUsage
@@ -59,7 +60,7 @@ def router(start_shared: Start, tiny: Path, tmp_path_factory: pytest.TempPathFac
     (seeing / "preprocessor_config.json").write_text("{}")
     sees = {**transformers, "model_path": str(seeing)}
     entries = {"own": own, "strict": strict, "real": real, "transformers": transformers, "sees": sees}
-    entries |= models(tiny, "tiny")
+    entries |= {**models(tiny, "tiny"), "embeds": {"model_path": str(write_embedding(folder / "embeds.gguf"))}}
     system = {"transformers_path": str(program), "max_concurrent_models": 9, "stop_grace_sec": 3}
     return start_shared({"system": system, "models": entries})
 
@@ -536,6 +537,21 @@ def test_who_can_do_what_an_engine_cannot_is_said(
     assert answer.status_code == 400
     assert words in answer.json()["error"]["message"]
     assert answer.json()["error"]["message"].endswith(f" Ask {able} instead.")
+
+
+@pytest.mark.parametrize(
+    ("path", "asked", "able"),
+    [
+        ("/v1/embeddings", {"input": "a"}, "Ask 'strict', 'real', 'embeds' instead."),
+        ("/api/embed", {"input": "a"}, "Ask 'strict', 'real', 'embeds' instead."),
+        ("/infill", {"input_prefix": "a", "input_suffix": "b"}, "Ask 'tiny' instead."),
+        ("/v1/rerank", {"query": "a", "documents": ["b"]}, "No model here does."),
+    ],
+)
+def test_who_is_named_was_started_for_it(router: Router, path: str, asked: dict[str, Any], able: str) -> None:
+    """llama-server has all of these routes, and refuses those that a model was not started for."""
+    answer = router.http.post(path, json={"model": "transformers", **asked})
+    assert (answer.status_code, able in answer.text) == (400, True), answer.text
 
 
 def test_who_takes_images_is_said(router: Router) -> None:

@@ -18,6 +18,7 @@ from router.config.resolved import ModelConfig
 from router.engines.llamacpp.flags import Purpose
 from router.formats.unreadable import UNREADABLE
 from router.http.errors import ApiError, ContextExceeded
+from router.http.routes import Ask
 from router.http.tools import OF_CHATS
 
 _LONGEST_REFUSAL = 1000
@@ -124,6 +125,9 @@ _NEEDS = (
     _Need(b"audio input is not supported", "audio", "mmproj"),
 )
 
+_PURPOSES: Mapping[Ask, Purpose] = {"embedding": "embedding", "ranking": "rerank", "transcription": "mmproj"}
+"""What llama-server is started for to answer requests other than for text."""
+
 _WRITES_NOTHING = b"does not support logits computation"
 """Message of the engine if an encoder such as BERT is asked for text."""
 
@@ -157,6 +161,17 @@ def _writes(model: ModelConfig) -> bool:
 def purpose_of(model: ModelConfig) -> str:
     """Return the purpose that its engine is started for: `completion`, `embedding` or `rerank`."""
     return next((purpose for purpose in ("embedding", "rerank") if purpose in model.purposes), "completion")
+
+
+def answers(model: ModelConfig, asks: Ask) -> bool:
+    """Return whether a model's llama-server is started for a kind of request. True for other engines: what they
+    answer is told by their routes."""
+    if model.routes is not None:
+        return True
+    if asks in ("chat", "completion", "response"):
+        return _writes(model)
+    purpose = _PURPOSES.get(asks)
+    return purpose is None or _is_for(model, purpose)
 
 
 def _is_for(model: ModelConfig, purpose: Purpose) -> bool:
