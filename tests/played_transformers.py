@@ -7,7 +7,8 @@ and begin before anything is computed; it refuses unknown fields with 422, and i
 text; in a stream an error is no JSON; a text that stops the answer stays in it.
 
 It answers with the words of its prompt, one after the other. Some make it do something instead: "fails" and
-"overflows" are errors, "poisons" is one after which all answers are, "breaks" ends the stream, and "waits" lasts
+"overflows" are errors, "endless" has a
+prompt of 4000 tokens, "poisons" is one after which all answers are, "breaks" ends the stream, and "waits" lasts
 until its client has left. What it was asked is at `/seen`, a list of objects with path, id, body and whether its
 client has left.
 """
@@ -121,7 +122,8 @@ class Handler(BaseHTTPRequestHandler):
         else:
             count = len(pieces)
             reason = "length" if count == body["max_tokens"] else "stop"
-            usage = {"prompt_tokens": 7, "completion_tokens": count, "total_tokens": 7 + count}
+            prompt = 4000 if "endless" in body.get("prompt", str(body.get("messages"))) else 7
+            usage = {"prompt_tokens": prompt, "completion_tokens": count, "total_tokens": prompt + count}
             self.event(chunk({}, is_chat, finish_reason=reason, usage=usage))
         self.wfile.write(b"0\r\n\r\n")
 

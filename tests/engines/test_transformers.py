@@ -266,6 +266,37 @@ def test_an_error_before_any_text_has_a_status_and_openais_shape(router: Router)
         assert refusal(beyond)[:2] == (400, "context_length_exceeded")
 
 
+@pytest.mark.parametrize(
+    ("path", "asked", "words"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": "endless"}]}, '"n_prompt_tokens":4000,"n_ctx":2048'),
+        (COMPLETION, {"prompt": "endless"}, '"code":"context_length_exceeded"'),
+        ("/v1/responses", {"input": "endless"}, '"code":"context_length_exceeded"'),
+        (
+            "/v1/messages",
+            {"messages": [{"role": "user", "content": "endless"}], "max_tokens": 9},
+            "prompt is too long: 4000 tokens > 2048 maximum",
+        ),
+        (
+            "/api/chat",
+            {"messages": [{"role": "user", "content": "endless"}], "stream": False},
+            "it has 4000 tokens",
+        ),
+    ],
+)
+def test_a_prompt_beyond_the_context_is_no_answer(
+    router: Router, path: str, asked: dict[str, Any], words: str
+) -> None:
+    """The engine computes whatever it gets, and counts the tokens afterwards."""
+    answer = router.http.post(path, json={"model": "chatty", **asked})
+    assert (answer.status_code, words in answer.text) == (400, True), answer.text
+    if path == CHAT:
+        *_, error, end = router.http.post(path, json={"model": "chatty", **asked, "stream": True}).text.split(
+            "\n\n"
+        )[:-1]
+        assert ("it has 4000 tokens" in error, end) == (True, "data: [DONE]")
+
+
 def test_an_error_after_text_ends_the_stream(router: Router) -> None:
     first, error, end = chat(router, "one fails", stream=True).text.strip().split("\n\n")
     assert '"content":"one"' in first

@@ -24,8 +24,11 @@ _LONGEST = 16 << 20
 _DOCUMENT = b"content-type: application/json\r\n"
 _ERROR = re.compile(rb'\{"error": ?"(.*?)(?:"\})?', re.DOTALL)
 """An error in a stream: the text is not escaped, so it is no JSON, and ends early if it has several lines."""
-_BEYOND_CONTEXT = re.compile(r"index out of range in self|device-side assert|maximum sequence length")
-"""What torch says of a position that a model has no embedding for, on CPU and on CUDA."""
+_BEYOND_CONTEXT = re.compile(
+    r"it has \d+ tokens|index out of range in self|device-side assert|maximum sequence length"
+)
+"""What is said of a prompt that was counted, and what torch says of a position that a model has no embedding for,
+on CPU and on CUDA."""
 _POISONED = re.compile(r"(?:CUDA|HIP) error|device-side assert|CUBLAS_STATUS_|CUDNN_STATUS_")
 """What torch says of a GPU after which the process cannot use it any more; memory that ran out is none of it."""
 _BROKEN = "its stream ended before its last event"
@@ -151,6 +154,8 @@ class Understood:
             self._hang_up(last)
             self._receiver.lost(f"its stream cannot be read: {unreadable}")
             return
+        if error is None and last and self._is_beyond_context():
+            error = f"it has {self._usage.prompt_tokens} tokens"
         if error is not None:
             self._hang_up(last)
             if self._connection is not None and _POISONED.search(error):
@@ -168,6 +173,10 @@ class Understood:
             self._receiver.received(head, told + self._end(), True)
         elif told:
             self._receiver.received(head, told, False)
+
+    def _is_beyond_context(self) -> bool:
+        """Whether the prompt was longer than the context: most models answer all the same, without any sense."""
+        return self._context is not None and self._usage.prompt_tokens > self._context
 
     def _hang_up(self, last: bool) -> None:
         """Close the connection, unless the answer has ended and the connection is back in its pool."""
