@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -14,7 +15,9 @@ from router.api.openai import show_model
 from router.catalog.lookup import model_of
 from router.config.problems import ConfigError
 from router.config.resolved import DEFAULT_ENGINE, ModelConfig
+from router.config.schema import System
 from router.engines.llamacpp.flags import Flags
+from router.engines.registry import KINDS
 from router.engines.running import RunningEngine
 from router.http.auth import sees_all
 from router.http.documents import Document
@@ -27,6 +30,7 @@ from router.scheduling.messages import ModelState, Refusal
 from router.scheduling.residency import Engine, Model
 from router.scheduling.wait_reason import why
 from router.system.devices import by_name
+from router.system.readings import apart
 from router.system.turns import in_turns
 
 router = APIRouter(tags=["management"], route_class=Page)
@@ -189,13 +193,14 @@ async def all_status(request: Request) -> Document:
 @router.get("/status")
 @needs(Right.USE)
 async def diagnostics(request: Request) -> Document:
-    """State of every model, with the engine, the limit on resident models, failed models, and the effective values
-    of the environment variables of earlier hosts."""
+    """State of every model, with the engine, what is installed of each kind, the limit on resident models, failed
+    models, and the effective values of the environment variables of earlier hosts."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     system, scheduler = dispatcher.config.system, dispatcher.scheduler
     told = {
         **await _status_in_turns(request),
         "engine": dispatcher.backend.name,
+        "engines": await apart(partial(_engines, system, full=sees_all(request))),
         "cache": {
             "limit": system.max_concurrent_models,
             "models": [alias for alias, model in scheduler.models.items() if model.engines],
@@ -209,6 +214,14 @@ async def diagnostics(request: Request) -> Document:
         },
     }
     return Document(told)
+
+
+def _engines(system: System, *, full: bool) -> dict[str, Any]:
+    """Return what is installed of each kind of engine; without paths to clients that do not see all. Blocking."""
+    found = {name: kind.installed(system) for name, kind in KINDS.items()}
+    return {
+        name: {"can_run": not each.problem, **({} if not full else each._asdict())} for name, each in found.items()
+    }
 
 
 @router.get("/v1/models/{alias:path}/status")
@@ -297,6 +310,7 @@ def status_of(dispatcher: Dispatcher, alias: str, *, full: bool) -> dict[str, An
         "vram_mb": vram_mib,  # its name in an earlier router
         "memory": memory(account) if account is not None else None,
         "engine": _kind_of(dispatcher, alias),
+        "engine_reason": _engine_reason(dispatcher, alias) if full else None,
         "fallback": dispatcher.fallback_of(alias),
         "slots": model.spec.slots,
         "context_length": facts.context if facts is not None else None,
@@ -333,6 +347,12 @@ def _kind_of(dispatcher: Dispatcher, alias: str) -> str | None:
     """Return the kind of a model's engine; None for a model that is not configured any more."""
     model = dispatcher.config.models.get(alias)
     return dispatcher.backend_of(model).name if model is not None else None
+
+
+def _engine_reason(dispatcher: Dispatcher, alias: str) -> str | None:
+    """Return why a model runs on its kind of engine; None if its entry names it, or there is no choice."""
+    model = dispatcher.config.models.get(alias)
+    return (model.chosen_because or None) if model is not None else None
 
 
 def _load(model: Model, running: RunningEngine | None) -> dict[str, Any]:

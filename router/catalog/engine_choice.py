@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def missing(draft: Draft) -> str:
             paths[key] = str(draft.resolve(value, draft.base_of(("system", key)))) if is_file else value
     system = System.model_construct(None, **paths)
     kinds = [name for name, kind in KINDS.items() if kind.file_format == SAFETENSORS]
-    return "" if any(KINDS[name].can_run(system) for name in kinds) else _to_install(kinds)
+    return "" if any(_can_run(name, system) for name in kinds) else _to_install(kinds)
 
 
 def _to_install(kinds: Iterable[str]) -> str:
@@ -74,7 +75,8 @@ def hf_models(draft: Draft, alias: str, system: System) -> list[ModelConfig]:
     if not able:
         draft.problem(path, f"has keys that no kind of engine has together: {some_of(sorted(values))}")
         return []
-    chosen = [name for name in able if KINDS[name].can_run(system)]
+    problems = {name: KINDS[name].installed(system).problem for name in able}
+    chosen = [name for name in able if not problems[name]]
     if not chosen:
         draft.warn(path, f"will not load, as {_to_install(able)}")
         chosen = able[-1:]
@@ -83,9 +85,28 @@ def hf_models(draft: Draft, alias: str, system: System) -> list[ModelConfig]:
         own = kinds[name]
         read = own.schema.model_validate({**values, "engine": name})
         models.append(own.read(_muted(draft) if models else draft, alias, read, system))
+    why = _why(kinds, problems)
     if len(models) > 1 and not _has_chat_template(models[0].model_path):
+        first = models[0].engine
         models.sort(key=lambda model: KINDS[model.engine].needs_chat_template)
-    return models
+        if models[0].engine != first:
+            why = f"the model has no chat template, without which {first} answers no chats"
+    return [replace(model, chosen_because=why) for model in models]
+
+
+def _can_run(name: str, system: System) -> bool:
+    return not KINDS[name].installed(system).problem
+
+
+def _why(kinds: Iterable[str], problems: Mapping[str, str]) -> str:
+    """Say why the first kind without a problem was chosen. Kinds that `problems` lacks do not have all keys."""
+    passed: list[str] = []
+    for name in kinds:
+        problem = problems.get(name, "it lacks keys of the entry")
+        if not problem:
+            break
+        passed.append(f"{name}: {problem}")
+    return "; ".join(passed) or "the first that can run here"
 
 
 def _muted(draft: Draft) -> Draft:

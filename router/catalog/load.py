@@ -45,7 +45,11 @@ class Loaded:
     @property
     def origins(self) -> dict[str, str]:
         """The origin of each key's value: `default`, `config.json`, `env API_KEY`, `--port` …"""
-        return {dotted(path): self.draft.origin_of(path) for path, _ in leaves(self.config)}
+        origins = {dotted(path): self.draft.origin_of(path) for path, _ in leaves(self.config)}
+        for alias, model in self.config.models.items():
+            if model.chosen_because:
+                origins[dotted(("models", alias, "engine"))] = f"chosen: {model.chosen_because}"
+        return origins
 
     @property
     def settling(self) -> bool:

@@ -62,9 +62,13 @@ def asked_for(options: argparse.Namespace, state_dir: Path | None = None, before
 
 
 def check(options: argparse.Namespace) -> None:
-    """Validate and print the configuration, with warnings on standard error. Raises ConfigError."""
+    """Validate and print the configuration and what is installed of each kind of engine, with warnings on standard
+    error. Raises ConfigError.
+    """
     loaded = asked_for(options)
     print("\n".join(map(line, render(loaded.config, loaded.origins))))
+    for name, kind in KINDS.items():
+        print(line(f"engines.{name} = {kind.installed(loaded.config.system)}"))
     for warning in (*loaded.warnings, *_would_not_load(loaded.config)):
         print(line(f"warning: {warning}"), file=sys.stderr)
 

@@ -64,6 +64,9 @@ class ModelConfig:
     known_as: str | None = None
     """Name by which its engine knows the model. None: any."""
 
+    chosen_because: str = field(default="", compare=False)
+    """Why it runs on this kind of engine, where its entry leaves that open and there is a choice."""
+
     def takes_images(self) -> bool:
         return "mmproj" in self.purposes
 

@@ -48,6 +48,23 @@ class EngineTexts(NamedTuple):
     """Returns families for the texts of engines, each given with the alias of its model."""
 
 
+class Installed(NamedTuple):
+    """What is installed of a kind of engine, for the choice of a kind and for display."""
+
+    program: str = ""
+    """Path or name of the program; empty if none was found."""
+    version: str = ""
+    """Empty if only running it would tell."""
+    origin: str = ""
+    """Where it was found."""
+    problem: str = ""
+    """Why it cannot run here; empty if it can."""
+
+    def __str__(self) -> str:
+        named = " ".join(filter(None, (self.program or "none", self.version)))
+        return f"{named}   ({'; '.join(filter(None, (self.origin, self.problem)))})"
+
+
 class Kind(NamedTuple):
     """A kind of engine, as named by `engine` in the entry of a model."""
 
@@ -57,6 +74,8 @@ class Kind(NamedTuple):
     described: Callable[[ModelConfig], dict[str, Any]]
     """Returns what lists show of a model without loading it. Blocking; raises whatever is wrong with its files."""
     documents: Documents
+    installed: Callable[[System], Installed]
+    """Returns what is installed of it. Blocking."""
     file_format: str = ""
     file_info: Callable[[ModelConfig], FileInfo] = lambda _: FileInfo()
     """Blocking. Raises OSError, GGUFError and FlagError."""
@@ -64,8 +83,6 @@ class Kind(NamedTuple):
     """How its engines are asked; None: as llama-server is."""
     needs_chat_template: bool = False
     """Whether only models that have a chat template can chat."""
-    can_run: Callable[[System], bool] = lambda _: True
-    """Returns whether its program is installed. Blocking."""
     metrics: EngineTexts | None = None
     """None: its engines have none that are known."""
     entries: EntryReader | None = None

@@ -54,6 +54,33 @@ def test_vllm_is_the_first_choice_unless_it_lacks_a_key(router: Router) -> None:
     assert router.status("usual")["fallback"] is None
 
 
+def test_why_a_kind_was_chosen_and_what_is_installed_is_told(
+    router: Router, system: dict[str, str], tmp_path: Path
+) -> None:
+    reasons = {name: router.status(name)["engine_reason"] for name in ("usual", "quantized", "plain", "strict")}
+    assert reasons == {
+        "usual": "the first that can run here",
+        "quantized": "vllm: it lacks keys of the entry",
+        "plain": "the model has no chat template, without which vllm answers no chats",
+        "strict": None,
+    }
+    engines = router.http.get("/status").json()["engines"]
+    assert engines["vllm"] == {
+        "can_run": True,
+        "program": system["vllm_path"],
+        "version": "",
+        "origin": "configured",
+        "problem": "",
+    }
+    usual = {"model_path": str(write_model(tmp_path / "usual"))}
+    config = {"system": {"transformers_path": system["transformers_path"]}, "models": {"usual": usual}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    checked = run("check", cwd=tmp_path).stdout
+    assert "models.usual.engine = transformers   (chosen: vllm: the program `vllm` was not found" in checked
+    assert "engines.vllm = none   (the program `vllm` was not found: pip install" in checked
+    assert "without bitsandbytes" in checked
+
+
 def test_a_model_without_a_chat_template_runs_where_it_can_chat(router: Router) -> None:
     assert router.chat("plain").status_code == 200
     assert engine_of(router, "plain") == "transformers"

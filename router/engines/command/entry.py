@@ -32,7 +32,7 @@ class CommandModel(ModelConfig):
 
     engine: ClassVar[str] = "command"
     derived: ClassVar[frozenset[str]] = frozenset(
-        {"alias", "source", "files", "model_path", "flags", "purposes", "most_tokens"}
+        {"alias", "source", "chosen_because", "files", "model_path", "flags", "purposes", "most_tokens"}
     )
     written_as: ClassVar[Mapping[str, str]] = {
         "file": "model_path",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from router.engines.command.describe import described
 from router.engines.command.entry import ENTRIES
 from router.engines.documents import OF_LLAMA_SERVER
-from router.engines.kind import Kind
+from router.engines.kind import Installed, Kind
 
 if TYPE_CHECKING:
     from router.config.schema import System
@@ -24,6 +24,7 @@ def _backend(system: System, launcher: LocalLauncher, learned: Learned) -> Engin
 
 
 COMMAND = Kind(
+    installed=lambda _: Installed("any", origin="as `cmd` or `container` of an entry says"),
     backend=_backend,
     described=described,
     documents=OF_LLAMA_SERVER,  # many commands start one, or a server with its routes

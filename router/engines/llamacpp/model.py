@@ -14,7 +14,7 @@ class LlamaCppModel(ModelConfig):
 
     engine: ClassVar[str] = DEFAULT_ENGINE
     derived: ClassVar[frozenset[str]] = frozenset(
-        {"alias", "source", "files", "slots", "routes", "known_as"}
+        {"alias", "source", "chosen_because", "files", "slots", "routes", "known_as"}
         | {"projector_was_found", "purposes", "most_tokens"}
     )
     footprint_mb: int | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from router.engines.documents import Documents
-from router.engines.kind import Kind
+from router.engines.kind import Installed, Kind
 from router.engines.transformers.describe import described
 from router.engines.transformers.entry import ENTRIES
 from router.engines.transformers.questions import MANNER
@@ -24,11 +24,17 @@ def _backend(system: System, launcher: LocalLauncher, learned: Learned) -> Engin
     return Transformers(system, launcher, learned)
 
 
-def _can_run(system: System) -> bool:
-    """Return whether `transformers` is installed."""
-    from router.engines.transformers.program import is_installed
+def _installed(system: System) -> Installed:
+    """Return the program `transformers`, and whether it can load models in four bits."""
+    from router.engines.transformers.program import find_program
+    from router.memory.plan import Unusable
 
-    return is_installed(system.transformers_path)
+    try:
+        program = find_program(system.transformers_path)
+    except Unusable as error:
+        return Installed(problem=str(error))
+    bits = "with" if program.has_bitsandbytes else "without"
+    return Installed(str(program.path), program.version, f"{program.origin}, {bits} bitsandbytes")
 
 
 _PRIVATE = frozenset({"/v1/models"})
@@ -39,6 +45,6 @@ TRANSFORMERS = Kind(
     documents=Documents(_PRIVATE | {"/health", "/openapi.json"}, _PRIVATE, frozenset({"/load_model", "/reset"})),
     file_format="safetensors",
     manner=MANNER,
-    can_run=_can_run,
+    installed=_installed,
     entries=ENTRIES,
 )

@@ -21,7 +21,7 @@ class TransformersModel(ModelConfig):
 
     engine: ClassVar[str] = "transformers"
     derived: ClassVar[frozenset[str]] = frozenset(
-        {"alias", "source", "files", "slots", "routes", "known_as", "purposes", "most_tokens"}
+        {"alias", "source", "chosen_because", "files", "slots", "routes", "known_as", "purposes", "most_tokens"}
         | {"has_template", "takes_media", "longest"}
     )
     repo: str | None = None

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from router.engines import installed
-from router.memory.plan import Unusable
 
 _MISSING = (
     "the program `transformers` was not found: pip install 'llama-router[transformers]', put it on PATH, or set "
@@ -44,12 +43,3 @@ class Program:
 def find_program(configured: str | None) -> Program:
     """Return the program to run. Raises Unusable if the configured one is missing or none is found."""
     return Program(*installed.find("transformers", configured, _MISSING))
-
-
-def is_installed(configured: str | None) -> bool:
-    """Return whether `find_program` finds one."""
-    try:
-        find_program(configured)
-    except Unusable:
-        return False
-    return True

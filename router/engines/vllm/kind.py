@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from router.engines.documents import Documents
-from router.engines.kind import EngineTexts, Kind
+from router.engines.kind import EngineTexts, Installed, Kind
 from router.engines.vllm.describe import described, file_info
 from router.engines.vllm.entry import ENTRIES
 from router.engines.vllm.metrics import families
@@ -24,11 +24,17 @@ def _backend(system: System, launcher: LocalLauncher, learned: Learned) -> Engin
     return Vllm(system.vllm_path, launcher, learned)
 
 
-def _can_run(system: System) -> bool:
-    """Return whether `vllm` is installed, and the machine has what its build needs."""
-    from router.engines.vllm.program import is_for_here
+def _installed(system: System) -> Installed:
+    """Return the program `vllm`, and whether the machine has what its build needs."""
+    from router.engines.vllm.program import find_program, lacking
+    from router.memory.plan import Unusable
 
-    return is_for_here(system.vllm_path, uses_gpus=system.gpu_devices != ())
+    try:
+        program = find_program(system.vllm_path)
+    except Unusable as error:
+        return Installed(problem=str(error))
+    lacks = lacking(program, uses_gpus=system.gpu_devices != ())
+    return Installed(str(program.path), program.full_version, program.origin, lacks)
 
 
 _PRIVATE = frozenset({"/v1/models", "/server_info"})
@@ -39,7 +45,7 @@ VLLM = Kind(
     file_format="safetensors",
     file_info=file_info,
     needs_chat_template=True,
-    can_run=_can_run,
+    installed=_installed,
     metrics=EngineTexts(lambda _: True, families),
     entries=ENTRIES,
 )

@@ -24,7 +24,7 @@ class VllmModel(ModelConfig):
 
     engine: ClassVar[str] = "vllm"
     derived: ClassVar[frozenset[str]] = frozenset(
-        {"alias", "source", "files", "purposes", "most_tokens", "routes", "known_as"}
+        {"alias", "source", "chosen_because", "files", "purposes", "most_tokens", "routes", "known_as"}
     )
     written_as: ClassVar[Mapping[str, str]] = {}
     repo: str | None = None

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from router.config.schema import ContainerOfVllm
 from router.engines import installed
-from router.memory.plan import Unusable
 
 _MISSING = (
     "the program `vllm` was not found: pip install 'llama-router[vllm]', put it on PATH, or set VLLM_PATH "
@@ -41,7 +40,11 @@ class Program:
     @property
     def build(self) -> str:
         """Name of the build, by which measurements are remembered."""
-        return self.image or f"vllm {self.version}{'+' + self.variant if self.variant else ''}"
+        return self.image or f"vllm {self.full_version}"
+
+    @property
+    def full_version(self) -> str:
+        return f"{self.version}{'+' + self.variant if self.variant else ''}"
 
     @property
     def is_for_cpu(self) -> bool:
@@ -76,13 +79,11 @@ def in_image(container: ContainerOfVllm) -> Program:
     )
 
 
-def is_for_here(configured: str | None, *, uses_gpus: bool) -> bool:
-    """Return whether a program is found, and there is a GPU if it needs one. Blocking."""
-    try:
-        program = find_program(configured)
-    except Unusable:
-        return False
-    return not program.needs_gpu or (uses_gpus and any(map(os.path.exists, _DRIVERS)))
+def lacking(program: Program, *, uses_gpus: bool) -> str:
+    """Return what a program lacks to run here; empty if nothing. Blocking."""
+    if not program.needs_gpu or (uses_gpus and any(map(os.path.exists, _DRIVERS))):
+        return ""
+    return "this build needs a GPU, and " + ("there is none" if uses_gpus else "system.gpu_devices allows none")
 
 
 @lru_cache(maxsize=16)
