@@ -156,7 +156,7 @@ def test_lists_show_what_its_files_say(router: Router, folder: Path) -> None:
 def test_what_it_does_not_serve_is_refused(router: Router) -> None:
     refused = router.http.post("/v1/embeddings", json={"model": "chat", "input": "hi"})
     assert refused.status_code == 400
-    assert "'chat' does not serve /v1/embeddings. Ask 'gguf' instead." in refused.json()["error"]["message"]
+    assert "'chat' does not serve /v1/embeddings. No model here does." in refused.json()["error"]["message"]
 
 
 def test_its_own_figures_are_among_the_metrics(router: Router) -> None:

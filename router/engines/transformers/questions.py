@@ -332,8 +332,7 @@ def _is_function(tool: Any) -> bool:
 
 def _is_of_another_kind(model: ModelConfig) -> bool:
     """Whether a model answers chats, on an engine that does not ignore parameters."""
-    chats = CHAT in served_routes(model.routes) and model.purposes.isdisjoint(("embedding", "rerank"))
-    return chats and not isinstance(model, TransformersModel)
+    return CHAT in served_routes(model.routes) and not isinstance(model, TransformersModel)
 
 
 def _text_of(content: Any) -> str:
