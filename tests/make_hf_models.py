@@ -1,4 +1,4 @@
-"""Makes tiny random models: a Llama with a chat template, and a GPT-2 without one.
+"""Makes tiny random models: a Llama with a chat template, a GPT-2 without one, and a GPT, which vLLM lacks.
 
     python make_hf_models.py FOLDER
 
@@ -12,7 +12,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 SPECIAL = ("<s>", "</s>", "<pad>")
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -42,6 +50,9 @@ def main(folder: Path) -> None:
         folder / "gpt2"
     )
     tokenizer(None).save_pretrained(folder / "gpt2")
+    gpt = OpenAIGPTConfig(n_positions=512, n_embd=64, n_layer=2, n_head=2, vocab_size=ids["vocab_size"])
+    OpenAIGPTLMHeadModel(gpt).save_pretrained(folder / "gpt")
+    tokenizer(TEMPLATE).save_pretrained(folder / "gpt")
 
 
 if __name__ == "__main__":

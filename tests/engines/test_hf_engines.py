@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +16,11 @@ from conftest import ROOT, Router, Start, run
 from hf_models import LLAMA, played_transformers, write_model
 
 REFUSAL = "ValueError: Model architectures ['LlamaForCausalLM'] are not supported for now."
+
+
+FELL_BACK = "did not load, and runs on transformers instead of vllm"
+MAKE_MODELS = Path(__file__).parent.parent / "make_hf_models.py"
+REAL = {name: os.environ.get(name.upper(), "") for name in ("vllm", "transformers")}
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +111,7 @@ def test_a_model_that_does_not_load_there_runs_on_the_next(router: Router) -> No
         assert json.loads(seen["body"]["generation_config"]) == {"top_k": 5, "do_sample": True}
     status = router.status("odd")
     assert (status["engine"], status["slots"]) == ("transformers", 1)
-    assert status["fallback"] == "did not load, and runs on transformers instead of vllm"
+    assert status["fallback"] == router.http.get("/status").json()["models"]["odd"]["fallback"] == FELL_BACK
     assert REFUSAL in router.log
 
 
@@ -149,3 +156,24 @@ def test_keys_that_no_kind_has_together_are_named(tmp_path: Path, system: dict[s
     checked = run("check", "--config", "config.json", cwd=tmp_path)
     problem = "models.m: has keys that no kind of engine has together: 'model_path', 'quantize', 'slots'"
     assert problem in checked.stderr
+
+
+@pytest.mark.skipif(not all(REAL.values()), reason="VLLM and TRANSFORMERS name no programs")
+@pytest.mark.timeout(900)
+def test_what_the_real_vllm_does_not_load_runs_on_the_real_transformers(tmp_path: Path, start: Start) -> None:
+    """vLLM has no GPT, the first one, and says so once."""
+    python = Path(REAL["transformers"]).resolve().with_name("python")
+    subprocess.run([python, MAKE_MODELS, tmp_path], check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    system = {f"{name}_path": path for name, path in REAL.items()}
+    models = {"gpt": {"model_path": str(tmp_path / "gpt")}}
+    router = start({"system": {**system, "load_stall_sec": 300}, "models": models})
+    router.http.timeout = 600
+    for _ in range(2):
+        answer = router.chat("gpt", max_tokens=3)
+        assert answer.json()["usage"]["completion_tokens"] == 3, answer.text
+        status = router.http.get("/status").json()["models"]["gpt"]
+        assert (status["engine"], status["fallback"]) == ("transformers", FELL_BACK)
+        router.unload()
+    (told,) = [line for line in router.output if "instead of vllm" in line]
+    print(told)
+    assert "OpenAIGPTLMHeadModel" in told

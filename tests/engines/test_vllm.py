@@ -656,6 +656,13 @@ def test_its_log_tells_the_cause(said: Sequence[str], cause: str, lack: str | No
     assert VllmServer.retry_after(2, said) is (retry if retry is Retry.AT_ONCE else Retry.NEVER)
 
 
+def test_a_cause_is_no_list_of_all_that_vllm_has() -> None:
+    said = "  Value error, Model architectures ['OldGPT'] are not supported for now. Supported architectures: "
+    said += "dict_keys(['AfmoeForCausalLM', 'ApertusForCausalLM']) [type=value_error, input_value=ArgsKwargs(())]"
+    assert log.cause([said]) == "Model architectures ['OldGPT'] are not supported for now."
+    assert VllmServer.retry_after(1, [said]) is Retry.NEVER
+
+
 def test_an_answer_tells_the_end_by_its_form_and_not_by_its_text() -> None:
     assert tells_end(
         200, b'data: {"choices":[{"delta":{"content":""},"finish_reason":"abort"}]}\n\ndata: [DONE]\n\n'

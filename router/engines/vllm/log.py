@@ -10,6 +10,8 @@ _PREFIX = re.compile(r"^(?:\(\S+(?: \S+)*? pid=\d+\) )?(?:(?:INFO|WARNING|ERROR)
 _CAUSE = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt)): (.+)")
 _DETAIL = re.compile(r"^\s+(?:Value|Assertion) error, (.+)")
 """The line after pydantic's ValidationError that says what is wrong."""
+_MORE = re.compile(r" (?:Supported architectures: dict_keys\(|\[type=value_error, input_value=).*")
+"""What follows it and helps nobody: all that vLLM supports, and all of its settings."""
 _CONSEQUENCE = re.compile(
     r"Engine core initialization failed|EngineDeadError|EngineCore encountered|Worker failed"
 )
@@ -66,7 +68,7 @@ def cause(log: Sequence[str]) -> str:
     last = ""
     for line in map(plain, log):
         if (detail := _DETAIL.match(line)) is not None:
-            return detail[1]
+            return _MORE.sub("", detail[1])
         if (usage := _USAGE.match(line)) is not None:
             return usage[1]
         if (found := _CAUSE.match(line)) is None:
