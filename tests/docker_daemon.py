@@ -85,6 +85,7 @@ class Daemon:
         with _Image(self, VLLM_IMAGE) as image:
             image.folder("tmp")
             image.text("usr/bin/vllm", _VLLM)
+            image.text("usr/bin/true", f"#!{sys.base_prefix}/bin/python3\n")
             image.file(Path(__file__).with_name("openai_server.py"), "srv/openai_server.py")
             image.file(python, f"{sys.base_prefix}/bin/python3")
             for file in library.rglob("*"):
@@ -153,8 +154,10 @@ def running() -> Iterator[Daemon]:
     with open("/tmp/llama-router-dockerd.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         daemon = Daemon()
-        yield daemon
-        daemon.remove()
+        try:
+            yield daemon
+        finally:
+            daemon.remove()
 
 
 class _Image:
@@ -224,13 +227,21 @@ def vllm(**more: Any) -> dict[str, Any]:
     return {"engine": "vllm", "slots": 3, **more, "container": {**container, **more.pop("container", {})}}
 
 
+ROUTER = [sys.executable, str(Path(__file__).parents[1] / "run.py")]
+"""The router as the program of a container."""
+
+
+def mounts_of_router(daemon: Daemon) -> list[str]:
+    """Return the volumes that a router in a container needs."""
+    socket = daemon.host.removeprefix("unix://")
+    return list(dict.fromkeys((f"{socket}:/var/run/docker.sock", *VOLUMES, f"{sys.prefix}:{sys.prefix}:ro")))
+
+
 def as_container(daemon: Daemon, *volumes: str, **environ: str) -> list[str]:
     """Return the words by which Docker's client runs a router inside a container, up to the router's arguments."""
-    socket = daemon.host.removeprefix("unix://")
-    mounts = (f"{socket}:/var/run/docker.sock", *volumes, *VOLUMES, f"{sys.prefix}:{sys.prefix}:ro")
-    words = [word for mount in dict.fromkeys(mounts) for word in ("-v", mount)]
+    words = [word for mount in (*mounts_of_router(daemon), *volumes) for word in ("-v", mount)]
     words += [word for name, value in environ.items() for word in ("-e", f"{name}={value}")]
-    return [*words, IMAGE, sys.executable, str(Path(__file__).parents[1] / "run.py")]
+    return [*words, IMAGE, *ROUTER]
 
 
 def said(answer: Any) -> str:

@@ -56,7 +56,7 @@ def add_models(draft: Draft, variables: Mapping[str, tuple[str, str]]) -> None:
             draft.put((*path, "container", "name"), *told[_HOST])
         if _UTILIZATION in told:
             draft.put((*path, "flags"), ["--gpu-memory-utilization", told[_UTILIZATION][0]], source)
-        if _TOKEN in variables:
+        if variables.get(_TOKEN, ("", ""))[0]:
             draft.put((*path, "env", _TOKEN), *variables[_TOKEN])
 
 

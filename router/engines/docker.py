@@ -1,8 +1,9 @@
 """Containers of engines, by the API of a Docker or Podman daemon on this machine.
 
-The library is an extra and is imported when the first container is needed. Containers carry two labels: the model,
-and the router, by a name that its state directory keeps. What a killed router has left is removed by the next one
-with that directory.
+The library is an extra and is imported when the first container is needed. Containers carry labels: the model, and
+the router, by a name that its state directory keeps. What a killed router has left is removed by the next one with
+that directory. If the router was in a container itself, a third label names that: once it does not exist any more,
+whichever router starts a container next removes what was left.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ _log = logging.getLogger("router")
 
 ROUTER_LABEL = "llama-router.router"
 MODEL_LABEL = "llama-router.model"
+HOME_LABEL = "llama-router.home"
 LOOPBACK = "127.0.0.1"
 _ANSWER_SEC = 60.0
 """Time limit of each request to the daemon, except those that wait for a container."""
@@ -94,7 +96,8 @@ class _Home:
     networks: frozenset[str] = frozenset()
     mounts: Mapping[str, str] = field(default_factory=dict)
     """Sources on the daemon's machine by path in the container."""
-    is_container: bool = False
+    id: str = ""
+    """Empty: it runs in none."""
 
     def on_daemon(self, path: str) -> str | None:
         """Return the path on the daemon's machine; None if it exists only in the router's container."""
@@ -102,7 +105,7 @@ class _Home:
         for mount in sorted(self.mounts, key=len, reverse=True):
             if inner.is_relative_to(mount):
                 return str(PurePosixPath(self.mounts[mount]) / inner.relative_to(mount))
-        return None if self.is_container else path
+        return None if self.id else path
 
     def own_name_of(self, network: str) -> str:
         """Return the full name of a network that the router is in, too: Compose puts the project's before it."""
@@ -111,7 +114,7 @@ class _Home:
 
     @property
     def reaches_loopback(self) -> bool:
-        return not self.is_container or "host" in self.networks
+        return not self.id or "host" in self.networks
 
 
 def address() -> str | None:
@@ -298,15 +301,18 @@ def _plain(status: int, message: str, spec: Container | None, name: str) -> tupl
 async def _remove_all(router: str, docker: Docker | None = None, *, apart: set[str] | None = None) -> list[str]:
     """Remove a router's containers, except those whose ids are in `apart`; return their names.
 
-    Raises EngineFailed.
+    So with those of routers whose own container is gone. Raises EngineFailed.
     """
     async with contextlib.AsyncExitStack() as opened:
         client = docker if docker is not None else await opened.enter_async_context(connect())
         async with _in_plain_words(None, ""):
-            found = await client.containers.list(all=True, filters=f'{{"label": ["{ROUTER_LABEL}={router}"]}}')
+            found = await client.containers.list(all=True)
+        existing = {container.id for container in found}
         removed = []
         for container in found:
-            if container.id not in (apart or ()):
+            labels = container["Labels"] or {}
+            is_ours = labels.get(ROUTER_LABEL) == router and container.id not in (apart or ())
+            if is_ours or labels.get(HOME_LABEL, container.id) not in existing:
                 await _remove(container)
                 removed.append(container["Names"][0].lstrip("/"))
         return removed
@@ -338,7 +344,7 @@ async def _home(docker: Docker) -> _Home:
                 continue
         if shown["Id"].startswith(name):  # and not a container that is named like this machine
             sources = {mount["Destination"]: mount["Source"] for mount in shown["Mounts"] if mount.get("Source")}
-            return _Home(frozenset(shown["NetworkSettings"]["Networks"]), sources, is_container=True)
+            return _Home(frozenset(shown["NetworkSettings"]["Networks"]), sources, shown["Id"])
     return _Home()
 
 
@@ -386,7 +392,7 @@ def _request(order: ContainerOrder, home: _Home, router: str, *, publishes: bool
     body: dict[str, Any] = {
         "Image": spec.image,
         "Env": [f"{name}={value}" for name, value in order.env.items()],
-        "Labels": {ROUTER_LABEL: router, MODEL_LABEL: order.alias},
+        "Labels": {ROUTER_LABEL: router, MODEL_LABEL: order.alias, **({HOME_LABEL: home.id} if home.id else {})},
         "ExposedPorts": {f"{spec.port}/tcp": {}},
         "HostConfig": host,
     }

@@ -4,6 +4,7 @@ router."""
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -21,9 +22,11 @@ from conftest import ROOT, Router, Start, eventually, http_client, run
 from docker_daemon import IMAGE, Daemon, said, speech, vllm
 from hf_models import write_model
 
-from router.engines.docker import MODEL_LABEL
+from router.engines.docker import HOME_LABEL, MODEL_LABEL, ROUTER_LABEL
 
 LACKING = docker_daemon.missing()
+COMPOSE = os.environ.get("COMPOSE", "")
+"""Docker's Compose, of version 2."""
 needs_docker = pytest.mark.skipif(LACKING is not None, reason=LACKING or "")
 
 
@@ -268,7 +271,12 @@ def test_what_a_killed_router_leaves_is_removed_by_the_next(start: Start, daemon
     spoken(killed, "left")
     killed.stop(signal.SIGKILL)
     another = start({"models": {"other": speech()}}, DOCKER_HOST=daemon.host)
+    alive = daemon.docker("create", IMAGE, "/x").strip()
+    for name, home in (("of-the-gone", "f" * 64), ("of-the-alive", alive)):
+        labels = ("--label", f"{ROUTER_LABEL}=x", "--label", f"{HOME_LABEL}={home}")
+        daemon.docker("create", "--name", name, *labels, IMAGE, "/x")
     spoken(another, "other")
+    assert daemon.names(**{ROUTER_LABEL: "x"}) == ["of-the-alive"], "whose router may come again"
     (left,) = daemon.names(**{MODEL_LABEL: "left"})
     following = start({"models": {}}, **own)
     assert f"removed containers left by a killed router: {left}" in following.log
@@ -359,7 +367,11 @@ def test_the_environment_of_an_earlier_gateway_works_as_it_is(
     daemon.docker("network", "create", "stack_vllm_network")  # as Compose calls it
     listens = ("--network", "stack_vllm_network", "-p", f"127.0.0.1:{free_port}:9000")
     daemon.docker("run", "-d", "--name", "vllm_gateway", *listens, *inside)
-    client = http_client(f"http://127.0.0.1:{free_port}")
+    _loads_one_model_at_a_time(http_client(f"http://127.0.0.1:{free_port}"), daemon)
+    daemon.docker("rm", "-f", "vllm_gateway")
+
+
+def _loads_one_model_at_a_time(client: httpx.Client, daemon: Daemon) -> None:
     eventually(lambda: _answers(client), 30)
 
     def ask(model: str) -> httpx.Response:
@@ -385,7 +397,42 @@ def test_the_environment_of_an_earlier_gateway_works_as_it_is(
     refused = ask("google/gemma-3-27b-it")
     assert refused.status_code == 404
     assert "Available models: 'gemma3-4B', 'qwen2.5'" in said(refused)
-    daemon.docker("rm", "-f", "vllm_gateway")
+
+
+@needs_docker
+@pytest.mark.skipif(not COMPOSE, reason="COMPOSE names no program")
+def test_compose_runs_that_gateway(daemon: Daemon, tmp_path: Path, free_port: int) -> None:
+    """As its file says, but for what takes the place of images that nobody can pull here, and for the port."""
+    (tmp_path / "cache" / "hub").mkdir(parents=True)
+    played = {
+        "image": IMAGE,
+        "entrypoint": docker_daemon.ROUTER,
+        "environment": {"LLAMA_ROUTER__API__HOST": "0.0.0.0", "LLAMA_ROUTER_STATE_DIR": "/var/lib/llama-router"},
+        "volumes": docker_daemon.mounts_of_router(daemon),
+    }
+    project = yaml.safe_dump({"services": {"gateway": played}})
+    project += f"    ports: !override ['127.0.0.1:{free_port}:9000']\n"
+    (tmp_path / "played.yml").write_text(project)
+    variables = {
+        **os.environ,
+        "DOCKER_HOST": daemon.host,
+        "HF_CACHE": str(tmp_path / "cache"),
+        "HUGGING_FACE_HUB_TOKEN": "hf_secret",
+        "VLLM_IMAGE": docker_daemon.VLLM_IMAGE,
+    }
+    files = ("-f", str(ROOT / "config" / "docker-compose.vllm.yml"), "-f", str(tmp_path / "played.yml"))
+
+    def compose(*words: str) -> None:
+        done = subprocess.run(
+            [COMPOSE, *files, *words], env=variables, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+
+    compose("up", "-d", "--no-build", "--pull", "never")
+    _loads_one_model_at_a_time(http_client(f"http://127.0.0.1:{free_port}"), daemon)
+    eventually(lambda: "(healthy)" in daemon.docker("ps", "--filter", "name=vllm_gateway"), 60)
+    compose("down", "-v")
+    assert daemon.names(**{MODEL_LABEL: "qwen2.5"}) == [], "it has removed its own"
 
 
 # --- without a daemon -----------------------------------------------------------------------------------
