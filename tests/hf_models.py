@@ -29,26 +29,73 @@ LLAMA: Mapping[str, Any] = {
     "vocab_size": 259,
     "torch_dtype": "bfloat16",
 }
-LLAMA_TENSORS: Tensors = {
-    "model.embed_tokens.weight": ("BF16", (259, 64)),
-    "model.norm.weight": ("BF16", (64,)),
-    "lm_head.weight": ("BF16", (259, 64)),
-    **{
-        f"model.layers.{layer}.{name}.weight": ("BF16", shape)
-        for layer in range(2)
-        for name, shape in {
-            "self_attn.q_proj": (64, 64),
-            "self_attn.k_proj": (32, 64),
-            "self_attn.v_proj": (32, 64),
-            "self_attn.o_proj": (64, 64),
-            "mlp.gate_proj": (128, 64),
-            "mlp.up_proj": (128, 64),
-            "mlp.down_proj": (64, 128),
-            "input_layernorm": (64,),
-            "post_attention_layernorm": (64,),
-        }.items()
-    },
+
+
+def tensors_of(config: Mapping[str, Any]) -> Tensors:
+    """The tensors of a Llama, or a Qwen 2, whose queries, keys and values have a bias."""
+    hidden, inner, words = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    keys = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    of_layer: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj.weight": (hidden, hidden),
+        "self_attn.k_proj.weight": (keys, hidden),
+        "self_attn.v_proj.weight": (keys, hidden),
+        "self_attn.o_proj.weight": (hidden, hidden),
+        "mlp.gate_proj.weight": (inner, hidden),
+        "mlp.up_proj.weight": (inner, hidden),
+        "mlp.down_proj.weight": (hidden, inner),
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+    }
+    if config["model_type"] == "qwen2":
+        of_layer |= {
+            f"self_attn.{name}_proj.bias": (size,) for name, size in zip("qkv", (hidden, keys, keys), strict=True)
+        }
+    shapes = {"model.embed_tokens.weight": (words, hidden), "model.norm.weight": (hidden,)}
+    if not config.get("tie_word_embeddings"):
+        shapes["lm_head.weight"] = (words, hidden)
+    for layer in range(config["num_hidden_layers"]):
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in of_layer.items()}
+    kind = {"bfloat16": "BF16", "float32": "F32"}[config["torch_dtype"]]
+    return {name: (kind, shape) for name, shape in shapes.items()}
+
+
+LLAMA_TENSORS = tensors_of(LLAMA)
+LOADABLE_LLAMA: Mapping[str, Any] = {**LLAMA, "num_attention_heads": 2, "num_key_value_heads": 1}
+"""With heads of 32 numbers: vLLM cannot compute smaller ones on the CPU, and crashes when it is asked to."""
+MIDDLE_LLAMA: Mapping[str, Any] = {
+    **LLAMA,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 14,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 8192,
+    "vocab_size": 32000,
 }
+"""223 million parameters."""
+MIDDLE_QWEN: Mapping[str, Any] = {
+    **MIDDLE_LLAMA,
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 1152,
+    "intermediate_size": 5376,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 18,
+    "num_key_value_heads": 2,
+    "vocab_size": 100_000,
+    "tie_word_embeddings": True,
+}
+"""460 million parameters, a quarter of them in one table for tokens that come in and go out."""
+SMALLER_QWEN: Mapping[str, Any] = {
+    **MIDDLE_QWEN,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 14,
+    "vocab_size": 64_000,
+    "torch_dtype": "float32",
+}
+"""236 million parameters of 32 bits."""
 LLAMA_PARAMETERS = sum(math.prod(shape) for _, shape in LLAMA_TENSORS.values())
 
 
@@ -98,12 +145,10 @@ def write_model(
     return folder
 
 
-def write_model_of_bytes(folder: Path) -> Path:
-    """A Llama that real engines can load. Its tokens are bytes; its weights are zero, so that it says the first of
+def write_model_of_bytes(folder: Path, config: Mapping[str, Any] = LOADABLE_LLAMA) -> Path:
+    """A model that real engines can load. Its tokens are bytes; its weights are zero, so that it says the first of
     them for ever: `!`."""
-    # Heads of 32 numbers: vLLM cannot compute smaller ones on the CPU, and crashes when it is asked to.
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    write_model(folder, {**LLAMA, **heads, "bos_token_id": 257, "eos_token_id": 258})
+    write_model(folder, {**config, "bos_token_id": 257, "eos_token_id": 258}, tensors_of(config))
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     alphabet = [chr(code) for code in (*plain, *(256 + place for place in range(256 - len(plain))))]
     special = ("<s>", "</s>", "<pad>")

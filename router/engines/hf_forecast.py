@@ -1,15 +1,17 @@
 """Forecast of where a model in safetensors runs on an otherwise idle machine, also before it is downloaded.
 
-By formula: the weights as they are stored, the KV cache of one request, and what an engine takes besides. Engines
-that have run are planned with what was measured of them instead.
+By formula: the weights as they are stored, the KV cache of one request, and what Transformers takes besides (vLLM:
+`engines/vllm/plan.py`). Engines that have run are planned with what was measured of them instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from router.engines.hf_plan import Cache, Demand, HfPlan, caches, largest_context
+from router.engines.hf_plan import Cache, Demand, HfPlan, largest_context
+from router.engines.transformers.plan import demand_of
 from router.formats.hf_model import HfModel
 from router.hardware.devices import Devices
 from router.memory.ledger import idle_ground
@@ -20,11 +22,6 @@ from router.scheduling.messages import Placement
 _MIB = 1 << 20
 _USUAL_CONTEXT = 4096
 """For models whose configuration names none."""
-_ON_EACH_GPU_MIB = 700
-_BESIDE_GPUS_MIB = 1500
-_WITHOUT_GPUS_MIB = 400
-"""Of Transformers 5.24 with torch 2.13: the interpreter, its libraries and working memory."""
-_GPU_COUNTS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,25 +57,14 @@ def forecast(model: HfModel, context: int | None = None) -> HfForecast:
         weights = f"its weights take {model.weight_bytes / _MIB:,.0f} MiB"
         raise ValueError(f"what {named} caches of each token is unknown; {weights}")
 
-    def kv(tokens: int) -> float:
-        return (model.kv_bytes(tokens) or 0) / _MIB
-
     ground = idle_ground(Devices())
-    demand = Demand(
-        weights=model.weight_bytes / _MIB,
-        kv=kv,
-        caches=caches(context, 1, may_shorten=False),
-        on_each_gpu=_ON_EACH_GPU_MIB,
-        beside_gpus=_BESIDE_GPUS_MIB,
-        without_gpus=_WITHOUT_GPUS_MIB,
-        gpu_counts=_GPU_COUNTS,
-        start_sec=0,
-    )
+    demand = demand_of(model, context, gpus=len(ground.gpus))
     best = _Places(demand, ground, Learned()).inspection().alternatives[0]
     free = {site.device: site.budget_mib for site in (*ground.gpus, ground.host)}
     room = _room_mib(demand, best, ground)
-    largest = largest_context(kv, room, model.context or _USUAL_CONTEXT)
-    return HfForecast(best, context, free, demand.weights, kv(context), largest)
+    taken = partial(demand.of_request, on_gpus=bool(best.gpus))
+    largest = largest_context(taken, room, model.context or _USUAL_CONTEXT)
+    return HfForecast(best, context, free, demand.weights, demand.kv(context), largest)
 
 
 class _Places(HfPlan):

@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import attrgetter
 
 from router.memory.measurements import Identity, Learned
@@ -53,14 +54,15 @@ def caches(context: int, slots: int, *, may_shorten: bool) -> list[Cache]:
     return found
 
 
-def largest_context(kv: Callable[[int], float], room_mib: float, most: int) -> int:
-    """Return the most tokens, up to `most`, whose KV cache fits into the room; a multiple of 256, or `most`."""
-    if kv(most) <= room_mib:
+def largest_context(taken: Callable[[int], float], room_mib: float, most: int) -> int:
+    """Return the most tokens, up to `most`, for which what is taken fits into the room; a multiple of 256, or
+    `most`."""
+    if taken(most) <= room_mib:
         return most
     low, high = 0, most // _STEP
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if kv(middle * _STEP) <= room_mib else (low, middle - 1)
+        low, high = (middle, high) if taken(middle * _STEP) <= room_mib else (low, middle - 1)
     return low * _STEP
 
 
@@ -78,11 +80,17 @@ class Demand:
     beside_gpus: float
     """RAM of an engine that computes on GPUs."""
     without_gpus: float
-    """RAM of an engine that computes on the CPU, in addition to weights and KV cache."""
+    """RAM of an engine that computes on the CPU, in addition to weights, KV cache and what `work` returns."""
     gpu_counts: Sequence[int] = (1,)
     """Numbers of GPUs among which the model can be divided; none: it runs in RAM even if there are GPUs."""
     start_sec: float
     """Loading time apart from reading the weights."""
+    work: Callable[[int], float] = lambda _: 0.0
+    """Returns the MiB that an engine on the CPU needs to compute a prompt with so many tokens at once."""
+
+    def of_request(self, tokens: int, *, on_gpus: bool) -> float:
+        """Return the MiB that grow with a request: its KV cache, and working memory on the CPU."""
+        return self.kv(tokens) + (0.0 if on_gpus else self.work(tokens))
 
 
 class HfPlan(ABC):
@@ -121,7 +129,8 @@ class HfPlan(ABC):
         room = max(rooms) if rooms else host.budget_mib - demand.without_gpus
         if room < demand.weights:
             return f"its weights alone are {math.ceil(demand.weights)} MiB"
-        tokens = largest_context(demand.kv, room - demand.weights, demand.caches[0].context)
+        taken = partial(demand.of_request, on_gpus=bool(rooms))
+        tokens = largest_context(taken, room - demand.weights, demand.caches[0].context)
         if tokens <= 0:
             return "no context is small enough for it to fit"
         return f"it would fit with a context of {tokens}"
@@ -162,7 +171,7 @@ class HfPlan(ABC):
             shares = {Device.shown(place): replace(share, compute=demand.on_each_gpu) for place in range(count)}
             shares[HOST] = Share(work=demand.beside_gpus)
         else:
-            shares = {HOST: replace(share, compute=demand.without_gpus)}
+            shares = {HOST: replace(share, compute=demand.without_gpus, work=demand.work(cache.context))}
         estimated = {device: math.ceil(each.total) for device, each in shares.items()}
         identity = self.identity(count, cache)
         raised = self._learned.raised(identity)

@@ -89,6 +89,11 @@ def number(config: Mapping[str, Any], *keys: str) -> int | None:
     return next((value for key in keys if (value := _positive(config.get(key))) is not None), None)
 
 
+def width(text: Mapping[str, Any]) -> int | None:
+    """Return how many numbers represent a token between two layers; None if that is unknown."""
+    return number(text, *_WIDTH)
+
+
 def caches(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> tuple[LayerCache, ...] | None:
     """Return what each layer with a cache caches, first to last; None if that is unknown.
 

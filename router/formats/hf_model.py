@@ -93,6 +93,10 @@ class HfModel:
     """Method by which the weights are quantized, such as `awq`, `gptq`, `fp8` and `bitsandbytes`."""
     quantization_bits: int | None
     weight_bytes: int
+    vocabulary_bytes: int
+    """Size of the table with a row for each token of the vocabulary; 0 if it is unknown."""
+    width: int | None
+    """How many numbers represent a token between two layers; None if that is unknown."""
     parameters: int
     context: int | None
     """The most tokens for which it was made."""
@@ -252,6 +256,8 @@ def of_parts(
         quantization=quantization,
         quantization_bits=bits,
         weight_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        vocabulary_bytes=_vocabulary_bytes(text, tensors),
+        width=hf_attention.width(text),
         parameters=_parameters(tensors, bits),
         context=_context(text),
         layers=layers,
@@ -348,6 +354,12 @@ def _parameters(tensors: Mapping[str, Tensor], bits: int | None) -> int:
         is_packed = tensor.dtype in ("I32", "U8", "I8", "I64", "U32") and bits < size
         count += tensor.elements * size // bits if is_packed else tensor.elements
     return count
+
+
+def _vocabulary_bytes(text: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
+    words = hf_attention.number(text, "vocab_size", "n_vocab")
+    tables = (tensor for tensor in tensors.values() if len(tensor.shape) == 2 and tensor.shape[0] == words)
+    return max((table.nbytes for table in tables), default=0)
 
 
 def _context(text: Mapping[str, Any]) -> int | None:

@@ -93,6 +93,16 @@ def test_without_gpus_it_runs_in_ram() -> None:
         assert (best.gpus, best.placement) == ((), {HOST: 8000 + 8192 + 1500})
 
 
+def test_what_a_prompt_needs_is_counted_in_ram_only() -> None:
+    demand = replace(DEMAND, work=lambda tokens: tokens * 0.25, caches=caches(16384, 1, may_shorten=False))
+    best = Plan(demand, ground(), Learned()).inspection().alternatives[0]
+    assert best.placement == {HOST: 8000 + 2048 + 4096 + 1500}
+    on_gpu = Plan(demand, ground(gpu(GPU0, 40000)), Learned()).inspection().alternatives[0]
+    assert on_gpu.placement == {GPU0: 8000 + 2048 + 1000, HOST: 2000}
+    found = Plan(demand, ground(ram=11000), Learned()).inspection()
+    assert found.advice == "it would fit with a context of 3840"  # of 1500 MiB left, 0.375 for each token
+
+
 def test_a_claim_counts_although_less_was_measured() -> None:
     learned = Learned()
     where = ground(gpu(GPU0, 40000))

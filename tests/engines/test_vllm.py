@@ -550,10 +550,13 @@ def test_builds_for_the_cpu_use_no_gpu_and_others_need_one(tmp_path: Path) -> No
     best = inspected(folder, gpu(GPU0, 81920), version="0.32.0+cpu").alternatives[0]
     assert best.gpus == ()
     assert best.flags[-2:] == ("--kv-cache-memory-bytes", str(2 * 16384 * 131072))
-    assert best.placement == {HOST: 16384 + 4096 + 1500}
+    work = 2048 * 24 * 4096 * 2 >> 20  # tokens of a batch, and what it computes for each of the numbers of a token
+    assert best.placement == {HOST: 16384 + 4096 + 1500 + work}
     own = inspected(folder, version="0.32.0+cpu", env={"VLLM_CPU_KVCACHE_SPACE": "3"}).alternatives[0]
     assert "--kv-cache-memory-bytes" not in own.flags
-    assert own.placement == {HOST: 16384 + 3072 + 1500}
+    assert own.placement == {HOST: 16384 + 3072 + 1500 + work}
+    short = inspected(folder, version="0.32.0+cpu", flags=["--max-num-batched-tokens", "512"]).alternatives[0]
+    assert short.placement == {HOST: 16384 + 4096 + 1500 + work // 4}
     with pytest.raises(Unusable, match="is built for GPUs"):
         inspected(folder)
 
@@ -564,7 +567,7 @@ def test_a_container_is_planned_for_the_gpus_that_it_is_given(tmp_path: Path) ->
     by_processes = inspected(folder, one).alternatives[0]
     assert (seen.flags, seen.placement) == (by_processes.flags, by_processes.placement)
     none = inspected(folder, one, container=ContainerOfVllm(gpus=None), env={"VLLM_CPU_KVCACHE_SPACE": "3"})
-    assert none.alternatives[0].placement == {HOST: 16384 + 3072 + 1500}
+    assert none.alternatives[0].placement == {HOST: 16384 + 3072 + 1500 + 384}
     unseen = inspected(folder, container=ContainerOfVllm()).alternatives[0]
     assert (unseen.flags, unseen.placement) == (("--max-num-seqs", "3"), {HOST: 3000})
 
@@ -595,10 +598,10 @@ def test_layers_with_a_window_take_as_much_as_vllm_demands(tmp_path: Path) -> No
 
 def test_a_model_of_32_bits_computes_with_16(tmp_path: Path) -> None:
     folder = write_model(tmp_path, {**LLAMA, "torch_dtype": "float32"}, {"weight": ("F32", (8 << 20, 128))})
-    host = {HOST: 4096 // 2 + 1500 + 1}
+    host = {HOST: 4096 // 2 + 1500 + 1 + 6}
     assert inspected(folder, version="0.32.0+cpu").alternatives[0].placement == host
     as_stored = inspected(folder, version="0.32.0+cpu", flags=["--dtype", "float32"]).alternatives[0]
-    assert as_stored.placement == {HOST: 4096 + 1500 + 2}
+    assert as_stored.placement == {HOST: 4096 + 1500 + 2 + 12}
 
 
 # --- what it says -----------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ def test_a_folder_says_what_its_model_is(tmp_path: Path) -> None:
 
     assert (model.architecture, model.model_type, model.dtype) == ("LlamaForCausalLM", "llama", "bfloat16")
     assert (model.parameters, model.weight_bytes) == (LLAMA_PARAMETERS, 2 * LLAMA_PARAMETERS)
+    assert (model.vocabulary_bytes, model.width) == (2 * 259 * 64, 64)
     assert (model.context, model.layers, model.quantization) == (2048, 2, None)
     assert model.has_chat_template
     assert model.files == (tmp_path / "model.safetensors",)

@@ -14,14 +14,17 @@ from router.engines.hf_plan import Cache, Demand, HfPlan, caches
 from router.engines.transformers.model import TransformersModel
 from router.engines.transformers.program import Program
 from router.formats import hf_model
-from router.formats.hf_model import HfModel
+from router.formats.hf_model import DTYPE_BITS, HfModel
 from router.memory.measurements import Identity, Learned, files_of
 from router.memory.plan import Ground, Inspection, Site, Unusable
 
 _MIB = 1 << 20
 _PLANNED_TOKENS = 8192
 """Of the cache where `context` is not set: it grows with the conversation, and few get longer."""
-_WITHOUT_GPUS_MIB = 400
+_WITHOUT_GPUS_MIB = 410
+_WORK_WITHOUT_GPUS = 15
+"""Numbers of working memory per token of a prompt, which is computed at once, for each number that represents a
+token between layers."""
 _BESIDE_GPUS_MIB = 1500
 _ON_EACH_GPU_MIB = 700
 _START_SEC = 10.0
@@ -68,6 +71,25 @@ def precision(model: TransformersModel, files: HfModel, program: Program, system
     return "q4" if is_large and not lacks else "no"
 
 
+def demand_of(files: HfModel, context: int, precision: str = "no", *, gpus: int) -> Demand:
+    """Return the memory that a model takes with one request of `context` tokens, on up to so many GPUs."""
+    dtype = {"fp16": "float16", "fp32": "float32"}.get(precision)
+    bytes_each = {"fp16": 2.0, "fp32": 4.0, "q4": _Q4_BYTES}.get(precision)
+    weights = files.weight_bytes if bytes_each is None else files.parameters * bytes_each
+    work_bytes = _WORK_WITHOUT_GPUS * (files.width or 0) * DTYPE_BITS.get(dtype or files.dtype, 16) / 8
+    return Demand(
+        weights=weights / _MIB,
+        kv=lambda tokens: (files.kv_bytes(tokens, dtype) or 0) / _MIB,
+        caches=caches(context, 1, may_shorten=False),
+        on_each_gpu=_ON_EACH_GPU_MIB,
+        beside_gpus=_BESIDE_GPUS_MIB,
+        without_gpus=_WITHOUT_GPUS_MIB,
+        gpu_counts=range(1, min(gpus, _MOST_GPUS) + 1),
+        start_sec=_START_SEC,
+        work=lambda tokens: tokens * work_bytes / _MIB,
+    )
+
+
 class _Places(HfPlan):
     """Alternatives of one model."""
 
@@ -86,19 +108,7 @@ class _Places(HfPlan):
         self._build = f"transformers {program.version}"
         self._precision = precision(model, files, program, system, gpus=len(ground.gpus))
         context = model.context or min(files.context or _PLANNED_TOKENS, _PLANNED_TOKENS)
-        dtype = {"fp16": "float16", "fp32": "float32"}.get(self._precision)
-        bytes_each = {"fp16": 2.0, "fp32": 4.0, "q4": _Q4_BYTES}.get(self._precision)
-        weights = files.weight_bytes if bytes_each is None else files.parameters * bytes_each
-        demand = Demand(
-            weights=weights / _MIB,
-            kv=lambda tokens: (files.kv_bytes(tokens, dtype) or 0) / _MIB,
-            caches=caches(context, 1, may_shorten=False),
-            on_each_gpu=_ON_EACH_GPU_MIB,
-            beside_gpus=_BESIDE_GPUS_MIB,
-            without_gpus=_WITHOUT_GPUS_MIB,
-            gpu_counts=range(1, min(len(ground.gpus), _MOST_GPUS) + 1),
-            start_sec=_START_SEC,
-        )
+        demand = demand_of(files, context, self._precision, gpus=len(ground.gpus))
         super().__init__(demand, ground, learned)
 
     def identity(self, gpus: int, cache: Cache) -> Identity:

@@ -31,7 +31,11 @@ _ON_EACH_GPU_MIB = 2048
 """CUDA's context, buffers for a batch, and graphs."""
 _BESIDE_GPUS_MIB = 3000
 _WITHOUT_GPUS_MIB = 1500
-"""RAM of its four processes; measured with vLLM 0.32 on the CPU."""
+"""RAM of its four processes, of which compiled code takes 45 MiB; measured with vLLM 0.32 on the CPU."""
+_BATCH_ON_CPU = 2048
+"""Default of --max-num-batched-tokens there."""
+_WORK_ON_CPU = 24
+"""Numbers of working memory per token of a batch, for each number that represents a token between layers."""
 _UNKNOWN_CACHE = 0.25
 """KV cache of a model whose layers are not understood, as a part of its weights."""
 _UNKNOWN_SHARE = 0.9
@@ -100,7 +104,7 @@ class VllmPlan(HfPlan):
             caches=caches(context, requests, may_shorten=asked is None and self._given_cache_mib is None),
             on_each_gpu=_ON_EACH_GPU_MIB,
             beside_gpus=_BESIDE_GPUS_MIB,
-            without_gpus=_WITHOUT_GPUS_MIB,
+            without_gpus=_without_gpus_mib(folder, flags, DTYPE_BITS[dtype] // 8, converted),
             gpu_counts=counts,
             start_sec=_START_SEC,
         )
@@ -182,6 +186,17 @@ def _dtype(flags: Flags, folder: HfModel) -> str:
     if asked is not None and asked in DTYPE_BITS:
         return asked
     return folder.dtype if folder.dtype in DTYPE_BITS and folder.dtype != "float32" else "bfloat16"
+
+
+def _without_gpus_mib(folder: HfModel, flags: Flags, nbytes: int, converted: float) -> float:
+    """Return the RAM that it takes on the CPU besides weights and KV cache. `nbytes`: size of a number.
+
+    There, tables of the vocabulary are packed for faster multiplication, and the originals stay: one for tokens
+    that come in, and one for those that go out, also where the model has a single table for both.
+    """
+    copies = (2 if folder.writes_text else 1) * folder.vocabulary_bytes * converted
+    batch = flags.size("max-num-batched-tokens") or _BATCH_ON_CPU
+    return _WITHOUT_GPUS_MIB + (copies + batch * _WORK_ON_CPU * (folder.width or 0) * nbytes) / _MIB
 
 
 def _given_cache_mib(flags: Flags, env: Mapping[str, str]) -> float | None:
