@@ -5,6 +5,7 @@
 1. It fits: start it.
 2. Idle engines can make room: the cheapest sufficient set goes. An engine that fell idle a moment ago counts
    as busy for a short *linger*, because agents and batch jobs send their next request right after the answer.
+   Engines that are asleep go first. One that can sleep does so instead of exiting, if there is memory for that.
 3. Only busy engines can make room: they drain, once the candidate has waited for its bound *and* the victim
    has been resident for its quantum (a short one while high waits for low). So while engines are kept busy, the
    share of time lost to swapping is at most about `1 / (1 + residency_factor)`, and the time until a drain starts
@@ -93,6 +94,8 @@ class NeverFits:
 _Holder = TypeVar("_Holder", bound=Holder)
 Bounds = list[tuple[float, float, float]]
 Verdict = Fits | MakeRoom | Wait | NeverFits
+_GONE_SOON = (EngineState.STOPPING, EngineState.ASLEEP)
+"""States in which nothing keeps an engine from releasing its memory."""
 
 
 def decide(candidate: Model, inspected: Inspected, room: Room) -> Verdict:
@@ -136,7 +139,7 @@ def decide(candidate: Model, inspected: Inspected, room: Room) -> Verdict:
     _, index, leaving = min(plans, key=lambda plan: plan[:2])
     names = ", ".join(sorted({engine.alias for engine in leaving}))
     overdue = all(
-        due_at(bounds, candidate.load_sec + room.models[engine.alias].load_sec) <= room.now for engine in leaving
+        due_at(bounds, candidate.comes_sec + room.models[engine.alias].comes_sec) <= room.now for engine in leaving
     )
     return Wait(
         again_at,
@@ -186,10 +189,10 @@ def _departure(candidate: Model, bounds: Bounds, engine: Engine, room: Room) -> 
     """Earliest time at which an engine may be unloaded for the candidate, or is expected to exit anyway."""
     if engine.state is EngineState.LOADING:
         return Departure(engine.id, engine.alias, math.inf, Hold.LOADING)
-    if engine.state is EngineState.STOPPING:
+    if engine.state in _GONE_SOON:
         return Departure(engine.id, engine.alias, room.now, Hold.BOUND)
     model = room.models[engine.alias]
-    swap_sec = candidate.load_sec + model.load_sec
+    swap_sec = candidate.comes_sec + model.comes_sec
     due = due_at(bounds, swap_sec)
     if engine.state is EngineState.DRAINING:
         return Departure(engine.id, engine.alias, due, Hold.BOUND)
@@ -200,7 +203,7 @@ def _departure(candidate: Model, bounds: Bounds, engine: Engine, room: Room) -> 
     by_turn = max(due, turn_ends_at)
     if engine.idle_since_sec is None or model.queue:
         return Departure(engine.id, engine.alias, by_turn, Hold.QUANTUM if turn_ends_at > due else Hold.BOUND)
-    worth_sec = candidate.load_sec / max(1, len(candidate.queue))
+    worth_sec = candidate.comes_sec / max(1, len(candidate.queue))
     linger_sec = model.returns.linger_sec(worth_sec, room.policy.max_linger_sec)
     return Departure(engine.id, engine.alias, min(by_turn, engine.idle_since_sec + linger_sec), Hold.LINGER)
 
@@ -239,7 +242,7 @@ def _stays(engine: Engine) -> bool:
 
 def _is_idle(engine: Engine, room: Room) -> bool:
     """Whether the engine can be unloaded without waiting for requests."""
-    if engine.state is EngineState.STOPPING:
+    if engine.state in _GONE_SOON:
         return True
     return engine.idle_since_sec is not None and not room.models[engine.alias].queue
 
@@ -250,7 +253,7 @@ def _eviction_cost(engine: Engine, room: Room) -> float:
         return 0.0
     model = room.models[engine.alias]
     unused_sec = room.now - model.last_used_sec if _is_idle(engine, room) else 0.0
-    return model.load_sec / max(model.mean_gap_sec, unused_sec, 0.1)
+    return model.comes_sec / max(model.mean_gap_sec, unused_sec, 0.1)
 
 
 def _possible(placements: Iterable[Placement], room: Room, budgets: Placement) -> list[Placement]:

@@ -40,9 +40,13 @@ class ModelSpec:
 
 class EngineState(Word):
     LOADING = "loading"
+    """Until it is ready, also when it wakes up."""
     READY = "ready"
+    ASLEEP = "asleep"
+    """It holds its weights in RAM and serves nothing until it is woken up."""
     DRAINING = "draining"
     STOPPING = "stopping"
+    """Until it has exited, or is asleep."""
 
 
 class ModelState(Word):
@@ -51,6 +55,7 @@ class ModelState(Word):
     OFF = "off"
     LOADING = EngineState.LOADING.value
     READY = EngineState.READY.value
+    ASLEEP = EngineState.ASLEEP.value
     DRAINING = EngineState.DRAINING.value
     STOPPING = EngineState.STOPPING.value
     FAILED = "failed"
@@ -177,6 +182,20 @@ class Inspected:
 class EngineReady:
     at: float
     engine_id: int
+    asleep: Placement | None = None
+    """Memory that it is expected to hold asleep; None: it cannot sleep."""
+    wake_sec: float | None = None
+    """Expected time to wake it up, as measured earlier; None: unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineAsleep:
+    """Reply to `PutToSleep` once the memory is released; otherwise `EngineExited` follows."""
+
+    at: float
+    engine_id: int
+    placement: Placement
+    """Memory that it holds asleep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +289,7 @@ Event = (
     | Requeue
     | Inspected
     | EngineReady
+    | EngineAsleep
     | EngineMeasured
     | EngineAlive
     | EngineLost
@@ -324,6 +344,20 @@ class StopEngine:
 
 
 @dataclass(frozen=True, slots=True)
+class PutToSleep:
+    """Have an idle engine release its GPUs. It serves nothing until `WakeUp`."""
+
+    engine_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class WakeUp:
+    """Have a sleeping engine serve again: `EngineReady` or `EngineExited` follows."""
+
+    engine_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class Probe:
     """A request failed on this engine: check whether it still responds. It admits no requests until then."""
 
@@ -341,4 +375,4 @@ class Transition:
     """None: the model has no engine, or must not have one."""
 
 
-Effect = Grant | Reject | Inspect | StartEngine | StopEngine | Probe | Transition
+Effect = Grant | Reject | Inspect | StartEngine | StopEngine | PutToSleep | WakeUp | Probe | Transition

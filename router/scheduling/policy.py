@@ -192,6 +192,11 @@ class Policy:
         return min(self.max_concurrent_models, self.ports)
 
     @property
+    def most_asleep(self) -> int:
+        """Maximum number of sleeping engines: they take no place, but keep their ports."""
+        return max(0, self.ports - self.max_concurrent_models)
+
+    @property
     def places_in_words(self) -> str:
         if self.ports < self.max_concurrent_models:
             return f"base_port leaves {self.ports} port{'s' if self.ports > 1 else ''} for engines"

@@ -32,7 +32,13 @@ ENGINES = Device(kind="engine")
 _NEARNESS = {
     state: place
     for place, state in enumerate(
-        (EngineState.READY, EngineState.LOADING, EngineState.DRAINING, EngineState.STOPPING)
+        (
+            EngineState.READY,
+            EngineState.LOADING,
+            EngineState.ASLEEP,
+            EngineState.DRAINING,
+            EngineState.STOPPING,
+        )
     )
 }
 """Order of engine states by how soon the engine serves."""
@@ -138,6 +144,10 @@ class Engine:
     died_while: EngineState | None = None
     """State in which its process exited without a request to."""
     served: int = 0
+    asleep: Placement | None = None
+    """Memory that it holds, or is expected to hold, asleep; None: it cannot sleep."""
+    awake: Placement | None = None
+    """Memory that it holds awake, from the decision to put it to sleep until it is ready again; else None."""
 
     @property
     def alias(self) -> str:
@@ -153,6 +163,24 @@ class Engine:
         if self.cause is None:
             return ""
         return f"{self.cause}: {self.leaves_for}" if self.leaves_for else self.cause.value
+
+    @property
+    def falls_asleep(self) -> bool:
+        return self.awake is not None and self.state is EngineState.STOPPING
+
+    @property
+    def wakes_up(self) -> bool:
+        return self.awake is not None and self.state is EngineState.LOADING
+
+    @property
+    def leaves(self) -> Placement:
+        """Memory that it releases when it exits, or when it is asleep if it is about to sleep."""
+        return rest(self.placement, self.asleep or {}) if self.falls_asleep else self.placement
+
+    @property
+    def more_awake(self) -> Placement:
+        """What one that is asleep needs in addition to be awake."""
+        return {device: amount for device, amount in rest(self.awake or {}, self.placement).items() if amount}
 
     @property
     def is_busy(self) -> bool:
@@ -335,6 +363,8 @@ class Model:
     mean_gap_sec: float = 3600.0
     load_is_known: bool = False
     """True if `load_sec` was measured, for this engine or an earlier one."""
+    wake_sec: float | None = None
+    """Time to wake up its engine; None until measured."""
     recent_sec: deque[float] = field(default_factory=lambda: deque(maxlen=64))
     """Service times of the last computed requests."""
     _lately_sec: Sequence[float] | None = None
@@ -366,8 +396,31 @@ class Model:
         return self.queue.count(Priority.HIGH) > 0
 
     @property
+    def is_wanted(self) -> bool:
+        """Whether requests or an operator wait for an engine of it."""
+        return self.wanted_since_sec is not None or len(self.queue) > 0
+
+    @property
     def wants_engine(self) -> bool:
-        return not self.engines and (self.wanted_since_sec is not None or len(self.queue) > 0)
+        """Whether an engine of it is to be started, or woken up."""
+        return self.is_wanted and all(engine.state is EngineState.ASLEEP for engine in self.engines)
+
+    @property
+    def sleeper(self) -> Engine | None:
+        """Engine that is asleep and can be woken up; None if there is none."""
+        return next((engine for engine in self.engines if engine.state is EngineState.ASLEEP), None)
+
+    @property
+    def comes_sec(self) -> float:
+        """Expected time to have a ready engine of it again, if the one it has makes room or sleeps already."""
+        sleeps = any(engine.asleep is not None for engine in self.engines)
+        return self.wake_sec if sleeps and self.wake_sec is not None else self.load_sec
+
+    @property
+    def coming_is_known(self) -> bool:
+        """Whether `comes_sec` was measured."""
+        is_asleep = any(engine.awake is not None for engine in self.engines)
+        return self.wake_sec is not None if is_asleep else self.load_is_known
 
     @property
     def front(self) -> Engine | None:
@@ -433,6 +486,9 @@ class Model:
         self.load_sec += (0.3 if self.load_is_known else 1.0) * (took_sec - self.load_sec)
         self.load_is_known = True
 
+    def woke(self, took_sec: float) -> None:
+        self.wake_sec = took_sec if self.wake_sec is None else self.wake_sec + 0.3 * (took_sec - self.wake_sec)
+
     def computed(self, took_sec: float) -> None:
         """Record the service time of a request whose tokens were computed."""
         self.recent_sec.append(took_sec)
@@ -489,9 +545,12 @@ class Swap:
     takes it."""
 
     alias: str
-    """Model of the engine to be started."""
+    """Model of the engine to be started, or woken up."""
     placement: Placement
+    """Memory of that engine; of one that is asleep, what it needs in addition."""
     victims: frozenset[Engine]
+    wakes: Engine | None = None
+    """Engine to be woken up; None: a new one is started."""
 
 
 def total(placements: Iterable[Placement]) -> dict[Device, int]:
@@ -508,6 +567,16 @@ def shortage(need: Placement, free: Placement) -> dict[Device, int]:
     return {
         device: amount - free.get(device, 0) for device, amount in need.items() if amount > free.get(device, 0)
     }
+
+
+def rest(placement: Placement, kept: Placement) -> dict[Device, int]:
+    """Return what remains of a placement without what is kept; never less than nothing."""
+    return {device: max(0, amount - kept.get(device, 0)) for device, amount in placement.items()}
+
+
+def larger(one: Placement, other: Placement) -> dict[Device, int]:
+    """Return the larger amount of each resource."""
+    return {device: max(one.get(device, 0), other.get(device, 0)) for device in {**one, **other}}
 
 
 def take(free: dict[Device, int], placement: Placement) -> None:

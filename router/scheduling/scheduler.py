@@ -24,6 +24,7 @@ from router.scheduling.messages import (
     Effect,
     Eject,
     EngineAlive,
+    EngineAsleep,
     EngineExited,
     EngineLost,
     EngineMeasured,
@@ -54,7 +55,18 @@ from router.scheduling.messages import (
 )
 from router.scheduling.policy import Policy
 from router.scheduling.queue import Priority, Request
-from router.scheduling.residency import ENGINES, Engine, Model, Swap, Why, claim, shortage, take
+from router.scheduling.residency import (
+    ENGINES,
+    Engine,
+    Model,
+    Swap,
+    Why,
+    amounts,
+    claim,
+    rest,
+    shortage,
+    take,
+)
 from router.scheduling.wait_estimate import Forecast, forecast
 from router.scheduling.wait_reason import why
 from router.system.devices import Device
@@ -127,6 +139,8 @@ class Scheduler:
                 self._inspected(event)
             case EngineReady():
                 self._ready(event)
+            case EngineAsleep():
+                self._asleep(event)
             case EngineMeasured():
                 room_may_change = self._measured(event)
             case EngineAlive():
@@ -181,7 +195,7 @@ class Scheduler:
         most_recent = self._most_recent()
         goes_at_sec: list[float] = []
         for engine in self.models[alias].engines:
-            if engine.idle_since_sec is None or engine.state is not EngineState.READY:
+            if engine.idle_since_sec is None or engine.state not in (EngineState.READY, EngineState.ASLEEP):
                 return None
             limit_sec = self._idle_limit_sec(engine, most_recent)
             if limit_sec > _FOR_EVER_SEC:
@@ -242,7 +256,7 @@ class Scheduler:
         if displaced is not None:
             self._displace(displaced, f"{reason}, and a request of higher priority has arrived")
             return True
-        return not model.engines and (event.priority is Priority.HIGH or not self._can_wait_for_a_look())
+        return model.wants_engine and (event.priority is Priority.HIGH or not self._can_wait_for_a_look())
 
     def _can_wait_for_a_look(self) -> bool:
         """Return whether so many models wait that placement is postponed: a thousand may arrive or leave at
@@ -317,7 +331,7 @@ class Scheduler:
 
     def _want_engine_or_keep(self, model: Model) -> None:
         """Note that the model is wanted; an engine that loads without waiting requests is kept."""
-        if not model.engines:
+        if model.wants_engine:
             self._want_engine(model)
         for engine in model.engines:
             engine.nobody_waits_since_sec = None
@@ -386,7 +400,7 @@ class Scheduler:
             engine.idle_since_sec = self._now
             model.busy.fall_idle(self._now)
             if engine.state is EngineState.DRAINING:
-                self._fleet.stop(engine, engine.cause or StopCause.DRAINED, self._now)
+                self._fleet.leave(engine, engine.cause or StopCause.DRAINED, self._now)
             else:
                 self._wake(self._now + engine.idle_timeout_sec(self.policy))
 
@@ -397,9 +411,11 @@ class Scheduler:
         self._waiting.pop(model.spec.alias, None)
         model.cramped_since_sec = None
         for engine in model.engines:
-            if engine.state is EngineState.LOADING:
+            if engine.state is EngineState.LOADING and not engine.wakes_up:
                 engine.nobody_waits_since_sec = self._now
                 self._wake(self._now + self.policy.abandoned_load_grace_sec)
+            elif engine.state is EngineState.ASLEEP:
+                self._wake_for_its_end(engine)
 
     def _requeue(self, event: Requeue) -> None:
         request = self._requests.get(event.request_id)
@@ -469,13 +485,21 @@ class Scheduler:
             return
         model = self.models[engine.alias]
         took_sec = self._now - engine.started_sec
-        model.loaded(took_sec)
+        if engine.awake is not None:
+            engine.placement, engine.awake = engine.awake, None
+            model.woke(took_sec)
+            told = f"woke up in {took_sec:.1f} s"
+        else:
+            engine.asleep = event.asleep
+            model.loaded(took_sec)
+            model.wake_sec = model.wake_sec or event.wake_sec
+            told = f"loaded in {took_sec:.1f} s"
         model.forget_wish()
         model.ran_out = model.comes_back = False
         model.ports_lost = 0
         engine.ready_sec = engine.idle_since_sec = model.last_used_sec = self._now
         engine.nobody_waits_since_sec = None
-        self._fleet.enter(engine, EngineState.READY, f"loaded in {took_sec:.1f} s")
+        self._fleet.enter(engine, EngineState.READY, told)
         self._serve(model, engine)
 
     def _serve(self, model: Model, engine: Engine) -> None:
@@ -485,9 +509,37 @@ class Scheduler:
         if engine.idle_since_sec is not None:
             self._wake(engine.idle_since_sec + engine.idle_timeout_sec(self.policy))
 
+    def _asleep(self, event: EngineAsleep) -> None:
+        engine = self.engines.get(event.engine_id)
+        if engine is None or not engine.falls_asleep:
+            return
+        model = self.models[engine.alias]
+        self._note_stop(engine)
+        self._fleet.rests(engine, event.placement)
+        if model.wants_engine:
+            self._want_engine(model)
+        self._wake_for_its_end(engine)
+        self._relieve()
+
+    def _wake_for_its_end(self, engine: Engine) -> None:
+        """Have a `Tick` at which an engine without requests has been idle for too long."""
+        idle_since_sec = self._now if engine.idle_since_sec is None else engine.idle_since_sec
+        self._wake(max(self._now, idle_since_sec + engine.idle_timeout_sec(self.policy)))
+
+    def _relieve(self) -> None:
+        """Stop sleeping engines if they hold memory that is not there any more."""
+        self._fleet.relieve(self._now)
+        self._wait_no_more(self._waiting.values())
+
+    def _wait_no_more(self, models: Iterable[Model]) -> None:
+        """Remove models whose sleeping engine is being stopped from those that want one, until it has exited."""
+        for model in tuple(models):
+            if not model.wants_engine:
+                self._waiting.pop(model.spec.alias, None)
+
     def _measured(self, event: EngineMeasured) -> bool:
         engine = self.engines.get(event.engine_id)
-        if engine is None or engine.state is EngineState.STOPPING:
+        if engine is None or engine.state is EngineState.STOPPING or engine.awake is not None:
             return False
         engine.placement = {**event.placement, ENGINES: 1}
         return True
@@ -503,6 +555,7 @@ class Scheduler:
         engine = self.engines.get(event.engine_id)
         if engine is not None:
             self._fleet.lose(engine)
+            self._wait_no_more((self.models[engine.alias],))
 
     def _exited(self, event: EngineExited) -> None:
         engine = self._fleet.engines.pop(event.engine_id, None)
@@ -511,7 +564,7 @@ class Scheduler:
         model = self.models[engine.alias]
         model.engines.remove(engine)
         if engine.state is EngineState.STOPPING and engine.died_while is None:
-            self._stop_sec += 0.3 * (self._now - engine.stopping_since_sec - self._stop_sec)
+            self._note_stop(engine)
             self._off(model, engine.departure or event.reason, engine)
         else:
             self._engine_failed(model, engine, event)
@@ -522,6 +575,9 @@ class Scheduler:
         self._want_back(model)
         if model.wants_engine:
             self._want_engine(model)
+
+    def _note_stop(self, engine: Engine) -> None:
+        self._stop_sec += 0.3 * (self._now - engine.stopping_since_sec - self._stop_sec)
 
     def _want_back(self, model: Model) -> None:
         """Request a load as for a preloaded model, but not during a cooldown."""
@@ -535,11 +591,14 @@ class Scheduler:
         A model fails either without serving any request, or by crashing repeatedly in between.
         """
         policy = self.policy
-        loading = (engine.died_while or engine.state) is EngineState.LOADING
+        state = engine.died_while or engine.state
+        loading = state is EngineState.LOADING and not engine.ready_sec
         crashes = 0 if loading else model.crashed(self._now, policy.model_crash_window_sec)
-        model.last_error = f"{engine.alias!r} {'did not load' if loading else 'crashed'}: {event.reason}"
+        what = "did not load" if loading else "did not wake up" if state is EngineState.LOADING else "crashed"
+        model.last_error = f"{engine.alias!r} {what}: {event.reason}"
         if not loading:
-            model.comes_back = model.spec.kept and engine.cause is None and not self.shutting_down
+            had_place = engine.cause is None and state is not EngineState.ASLEEP
+            model.comes_back = model.spec.kept and had_place and not self.shutting_down
         if event.retry is Retry.AT_ONCE and model.ports_lost < policy.most_port_races:
             model.ports_lost += 1
             model.retry_at_sec = self._now + self._backoff_sec(model.ports_lost > policy.free_port_races, engine)
@@ -590,6 +649,7 @@ class Scheduler:
     def _drain_all(self, model: Model, cause: StopCause, reason: str) -> None:
         for engine in tuple(model.engines):
             self._drain(engine, cause, reason)
+        self._wait_no_more((model,))
 
     def _drain(self, engine: Engine, cause: StopCause, reason: str) -> None:
         self._fleet.drain(engine, cause, reason, self._now)
@@ -611,9 +671,10 @@ class Scheduler:
         free = self._fleet.free()
         swaps = self._fleet.swaps
         taken = {victim: swap.alias for swap in swaps.values() for victim in swap.victims}
+        taken |= {own: swap.alias for swap in swaps.values() if (own := self.models[swap.alias].sleeper)}
         line = sorted((*self._order(model), place, model) for place, model in enumerate(self._waiting.values()))
         for number, (deadline_sec, seq, place, model) in enumerate(self._to_look_at(line)):
-            if self._has_swap(model):
+            if self._has_swap(model) or not model.wants_engine:
                 continue
             if model.retry_at_sec > self._now:
                 model.why_waiting = Why(f"a retry is pending: {model.last_error}")
@@ -648,7 +709,7 @@ class Scheduler:
         swaps = self._fleet.swaps
         for engine_id, swap in list(swaps.items()):
             model = self.models[swap.alias]
-            if not model.wants_engine:
+            if not model.wants_engine or model.sleeper is not swap.wakes:
                 self._end_swap(engine_id)
                 continue
             del swaps[engine_id]  # its own claim must not count against it
@@ -659,6 +720,9 @@ class Scheduler:
                 self._start(model, swap.placement, engine_id)
             if there or not will_be:  # the budget may have shrunk
                 self._end_swap(engine_id)
+            else:
+                self._fleet.stop_sleepers(swap, self._now)
+                self._wait_no_more(self.models[victim.alias] for victim in swap.victims)
 
     def _has_swap(self, model: Model) -> bool:
         """Return whether a swap for the model is in progress."""
@@ -684,15 +748,28 @@ class Scheduler:
 
     def _place(self, model: Model, free: dict[Device, int], taken: dict[Engine, str]) -> None:
         """Carry out the policy's verdict on a candidate; updates `free` and `taken` by what is kept for it."""
-        inspected = model.inspected
+        sleeper, fleet = model.sleeper, self._fleet
+        if sleeper in taken:
+            model.why_waiting = Why(f"its memory is kept for {taken[sleeper]}, which has waited longer")
+            return
+        inspected = model.inspected if sleeper is None else self._as_found(sleeper)
         if inspected is None:
             self._inspect(model)
             return
-        fleet = self._fleet
-        room = Room(
-            self._now, self.policy, self.models, self.engines.values(), fleet.budgets, fleet.capacity, free, taken
-        )
+        budgets, capacity = fleet.budgets, fleet.capacity
+        others = [engine for engine in self.engines.values() if engine is not sleeper]
+        if sleeper is not None:
+            budgets, capacity = (rest(each, sleeper.placement) for each in (budgets, capacity))
+        room = Room(self._now, self.policy, self.models, others, budgets, capacity, free, taken)
         verdict = decide(model, inspected, room)
+        if sleeper is not None and (
+            isinstance(verdict, NeverFits)
+            or (isinstance(verdict, Wait) and any(not shortage(place, free) for place in model.places))
+        ):
+            sleeper.leaves_for = "it is loaded anew, as there is no room to wake it up where it was"
+            fleet.stop(sleeper, StopCause.EVICTED, self._now)
+            self._waiting.pop(model.spec.alias)
+            return
         if not isinstance(verdict, NeverFits):
             model.cramped_since_sec = None
         elif verdict.others_hold_it and self._may_get_back(model):
@@ -703,7 +780,12 @@ class Scheduler:
                 return
             model.forget_wish()
             self._waiting.pop(model.spec.alias)
-            self._off(model, f"not preloaded: {verdict.reason}")
+            told = f"not preloaded: {verdict.reason}"
+            if sleeper is not None:
+                fleet.enter(sleeper, EngineState.ASLEEP, told)
+                self._wake_for_its_end(sleeper)
+            else:
+                self._off(model, told)
             return
         if not isinstance(verdict, Wait) and self._now - inspected.at > self.policy.inspection_valid_sec:
             self._inspect(model)  # inspect again before acting
@@ -713,7 +795,7 @@ class Scheduler:
                 self._start(model, placement, fleet.next_id())
                 take(free, placement)
             case MakeRoom(placement, victims):
-                self._swap(model, Swap(model.spec.alias, placement, victims))
+                self._swap(model, Swap(model.spec.alias, placement, victims, sleeper))
                 take(free, claim(placement, victims))
                 taken |= dict.fromkeys(victims, model.spec.alias)
             case Wait(again_at, reason, reserve, hold, departures):
@@ -731,7 +813,8 @@ class Scheduler:
                 self._reject_waiting(model, Refusal.INSUFFICIENT_MEMORY, reason, is_final=not others_hold_it)
 
     def _memory_changed(self, event: MemoryChanged) -> None:
-        self._fleet.set_budgets(event.budgets, event.capacity, self.policy.places)
+        self._fleet.set_budgets(event.budgets, event.capacity, self.policy)
+        self._relieve()
         for model in self._waiting.values():
             if model.cramped_since_sec is not None:
                 model.inspected = None  # other placements may be possible now
@@ -747,9 +830,17 @@ class Scheduler:
             self._wake(until)
         return until > self._now
 
+    def _as_found(self, sleeper: Engine) -> Inspected:
+        """Return what a sleeping engine needs in addition to be woken up, as if an inspection had found it."""
+        more = sleeper.more_awake
+        return Inspected(self._now, sleeper.alias, (more,), need=f"{amounts(more)} to wake up")
+
     def _start(self, model: Model, placement: Placement, engine_id: int) -> None:
         model.too_big = False
-        self._fleet.start(engine_id, model, placement, self._now)
+        if (sleeper := model.sleeper) is not None:
+            self._fleet.wake(sleeper, self._now)
+        else:
+            self._fleet.start(engine_id, model, placement, self._now)
         self._waiting.pop(model.spec.alias)
         model.inspected = None
         model.why_waiting = Why("it is loading")
@@ -758,6 +849,7 @@ class Scheduler:
         names = ", ".join(sorted({victim.alias for victim in swap.victims}))
         model.why_waiting = Why(f"waiting to be loaded in place of {names}")
         self._fleet.swap(swap, self._now)
+        self._wait_no_more(self.models[victim.alias] for victim in swap.victims)
         if self.policy.max_drain_sec is not None:
             self._wake(self._now + self.policy.max_drain_sec)
 
@@ -779,7 +871,7 @@ class Scheduler:
             model.inspected = Inspected(self._now, event.alias, places, need=event.need, advice=event.advice)
             if event.expected_load_sec is not None and not model.load_is_known:
                 model.load_sec, model.load_is_known = event.expected_load_sec, event.load_is_known
-        elif model.wants_engine:
+        elif model.wants_engine and not model.engines:
             model.last_error = event.problem
             model.comes_back = False
             self._fail(model, self.policy.inspection_valid_sec, for_good=event.for_good)
@@ -837,6 +929,8 @@ class Scheduler:
             case EngineState.DRAINING if self.policy.max_drain_sec is not None:
                 cause = engine.cause or StopCause.DRAINED
                 return engine.draining_since_sec, self.policy.max_drain_sec, cause
+            case EngineState.ASLEEP if not self.models[engine.alias].is_wanted:
+                return engine.idle_since_sec, self._idle_limit_sec(engine, self._recent), StopCause.IDLE
             case EngineState.READY if not engine.suspect:
                 return engine.idle_since_sec, self._idle_limit_sec(engine, self._recent), StopCause.IDLE
         return None, math.inf, StopCause.IDLE
@@ -911,7 +1005,7 @@ class Scheduler:
     def _configure(self, event: Configured) -> None:
         self.policy = event.policy
         if self.budgets:
-            self._fleet.set_budgets(self.budgets, self._fleet.capacity, event.policy.places)
+            self._fleet.set_budgets(self.budgets, self._fleet.capacity, event.policy)
         for alias, model in list(self.models.items()):
             if alias not in event.models and not model.retired:
                 self._retire(model)

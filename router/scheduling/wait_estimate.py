@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from router.scheduling.eviction import due_at, sufficient
@@ -113,7 +113,10 @@ class _Course:
     """Number of requests waiting now that have no slot yet."""
     slotless: list[str]
     service_sec: float
+    places: Sequence[Placement]
+    """Possible placements of its next engine."""
     state: EngineState | None = None
+    """None: it has no engine, or one that is asleep, whose memory others can have."""
     until: float = math.inf
     """Time at which its engine is loaded, or has exited."""
     placement: Placement = field(default_factory=dict)
@@ -138,7 +141,7 @@ class _Course:
     @property
     def waits(self) -> bool:
         """Whether an estimate is needed and a placement of the model is known."""
-        return bool(self.left or self.slotless) and (self.state is not None or bool(self.model.places))
+        return bool(self.left or self.slotless) and (self.state is not None or bool(self.places))
 
     def oldest(self, priority: Priority, at: float) -> float:
         return self.lines[priority].oldest(at, is_here=self.is_here)
@@ -230,12 +233,17 @@ class _Rehearsal:
             sum(len(line.ids) for line in lines.values()),
             slotless,
             model.service_sec(elapsed_sec) or _SERVICE_SEC,
+            model.places,
         )
         self.courses[model.spec.alias] = course
         if engine is None:
             return
+        if engine.awake is not None:
+            course.places = (engine.awake,)
+        if engine.state is EngineState.ASLEEP:
+            return
         course.state, course.placement, course.ready_at = engine.state, engine.placement, engine.ready_sec
-        course.is_guess = not model.load_is_known
+        course.is_guess = not model.coming_is_known
         ends = [now + remaining_sec for remaining_sec in model.remaining_sec(elapsed_sec)]
         if any(priority is not Priority.LOW for priority in engine.in_flight.values()):
             course.others_until = max(ends)
@@ -243,7 +251,7 @@ class _Rehearsal:
         match engine.state:
             case EngineState.LOADING:
                 loading_sec = now - engine.started_sec
-                course.until = now + max(model.load_sec - loading_sec, _OVERDUE * loading_sec)
+                course.until = now + max(model.comes_sec - loading_sec, _OVERDUE * loading_sec)
             case EngineState.READY:
                 if not course.left:
                     course.idle_at = max(course.slots) if engine.idle_since_sec is None else engine.idle_since_sec
@@ -257,7 +265,7 @@ class _Rehearsal:
         for swap in swaps:
             course = self.courses.get(swap.alias)
             if course is not None:
-                course.placement = swap.placement
+                course.placement = course.places[0] if course.model.sleeper is not None else swap.placement
                 course.victims = [
                     victim
                     for engine in swap.victims
@@ -345,8 +353,8 @@ class _Rehearsal:
 
     def start(self, course: _Course, placement: Placement) -> None:
         course.state, course.placement = EngineState.LOADING, placement
-        course.until = self.now + course.model.load_sec
-        course.is_guess |= not course.model.load_is_known
+        course.until = self.now + course.model.comes_sec
+        course.is_guess |= not course.model.coming_is_known
 
     def leave(self, course: _Course) -> None:
         """Drain a model: later requests wait. They arrive as for a busy model if its slots were saturated."""
@@ -392,7 +400,7 @@ class _Rehearsal:
         self, course: _Course, residents: list[_Course], free: dict[Device, int], taken: set[_Course]
     ) -> float:
         now = self.now
-        for placement in course.model.places:
+        for placement in course.places:
             if not shortage(placement, free):
                 self.start(course, placement)
                 residents.append(course)
@@ -407,14 +415,14 @@ class _Rehearsal:
         soonest = sorted(goes_at, key=lambda other: goes_at[other])
         plans = [
             (max((goes_at[other] for other in leaving), default=now), index, leaving)
-            for index, placement in enumerate(course.model.places)
+            for index, placement in enumerate(course.places)
             if (leaving := sufficient(shortage(placement, free), soonest)) is not None
         ]
         again_at = min((at for at in goes_at.values() if at > now), default=math.inf)
         if not plans:
             return again_at
         at, index, leaving = min(plans, key=lambda plan: plan[:2])
-        placement = course.model.places[index]
+        placement = course.places[index]
         take(free, claim(placement, leaving))
         if at > now:
             if all(self.due_at(course, other) <= now for other in leaving):
@@ -433,7 +441,7 @@ class _Rehearsal:
             arrivals.append((course.model.wanted_since_sec, Priority.NORMAL))
         policy = self.policy
         bounds = [(at, policy.max_wait_sec[priority], policy.wait_factor[priority]) for at, priority in arrivals]
-        swap_sec = course.model.load_sec + other.model.load_sec
+        swap_sec = course.model.comes_sec + other.model.comes_sec
         return due_at(bounds, swap_sec)
 
     def goes_at(self, course: _Course, other: _Course) -> float:
@@ -449,7 +457,7 @@ class _Rehearsal:
         if other.left:
             return by_turn
         waiting = sum(len(line.arrivals) - line.served for line in course.lines.values())
-        worth_sec = course.model.load_sec / max(1, waiting)
+        worth_sec = course.model.comes_sec / max(1, waiting)
         linger_sec = other.model.returns.linger_sec(worth_sec, self.policy.max_linger_sec)
         return min(by_turn, other.idle_at + self.stays_sec(other, linger_sec))
 
@@ -457,7 +465,7 @@ class _Rehearsal:
         factor = self.policy.residency_factor
         if only_low:
             factor = min(1.0, factor)
-        turn_sec = factor * (course.model.load_sec + other.model.load_sec)
+        turn_sec = factor * (course.model.comes_sec + other.model.comes_sec)
         return max(self.due_at(course, other), other.ready_at + turn_sec)
 
     def stays_sec(self, other: _Course, linger_sec: float) -> float:

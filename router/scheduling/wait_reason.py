@@ -14,12 +14,15 @@ from router.scheduling.residency import Departure, Hold, Model
 def why(model: Model, now: float, *, slotless: bool = False) -> str:
     """Describe in one clause what the first waiting request of a model waits for: a slot, or only an engine."""
     alias, engine = model.spec.alias, model.front
-    if engine is None:
+    if engine is None or engine.state is EngineState.ASLEEP:
         if model.retry_at_sec > now:
             return f"{model.why_waiting} (next try in {_seconds(model.retry_at_sec - now)})"
         return _for_room(model, now)
     busy = engine.load
     match engine.state:
+        case EngineState.LOADING if engine.wakes_up:
+            expected = "" if model.wake_sec is None else f" of ~{model.wake_sec:.1f}"
+            return f"{alias} is waking up ({now - engine.started_sec:.1f}{expected} s)"
         case EngineState.LOADING:
             expected = f"~{model.load_sec:.1f} s" if model.load_is_known else f"perhaps {model.load_sec:.1f} s"
             return f"{alias} is loading ({now - engine.started_sec:.1f} of {expected})"
@@ -27,6 +30,8 @@ def why(model: Model, now: float, *, slotless: bool = False) -> str:
             return f"{alias} will be restarted once its requests in flight ({busy}) are done"
         case EngineState.STOPPING if engine.died_while is not None:
             return f"the engine of {alias} has exited and restarts once its memory is released"
+        case EngineState.STOPPING if engine.falls_asleep:
+            return f"{alias} is falling asleep and will then be woken up"
         case EngineState.STOPPING:
             return f"{alias} is being stopped and will then be restarted"
         case EngineState.READY if engine.suspect:

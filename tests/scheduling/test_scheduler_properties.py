@@ -31,6 +31,7 @@ from router.scheduling.messages import (
     Effect,
     Eject,
     EngineAlive,
+    EngineAsleep,
     EngineExited,
     EngineLost,
     EngineMeasured,
@@ -47,6 +48,7 @@ from router.scheduling.messages import (
     ModelSpec,
     Placement,
     Probe,
+    PutToSleep,
     Refusal,
     Reject,
     Requeue,
@@ -58,9 +60,11 @@ from router.scheduling.messages import (
     Submit,
     Tick,
     Transition,
+    WakeUp,
 )
 from router.scheduling.policy import ByPriority, Policy
 from router.scheduling.queue import Priority
+from router.scheduling.residency import larger
 from router.scheduling.scheduler import Scheduler
 from router.system.devices import HOST
 
@@ -72,7 +76,8 @@ MAY_FOLLOW = {
     "loading": {"ready", "stopping", "off", "failed"},
     "ready": {"draining", "stopping", "off", "failed"},
     "draining": {"ready", "stopping", "off", "failed"},
-    "stopping": {"off", "failed"},
+    "stopping": {"off", "failed", "asleep"},
+    "asleep": {"asleep", "loading", "stopping", "off", "failed"},
     "failed": {"off", "failed"},
 }
 
@@ -93,6 +98,11 @@ class Process:
     stop_asked: bool = False
     hangs: bool = False
     """It is told to stop and does not, until the world has had enough."""
+    asleep: Placement | None = None
+    """What it holds asleep, if it can sleep."""
+    awake: Placement | None = None
+    """What it held, from when it was told to sleep until it is awake again."""
+    has_place: bool = True
 
 
 class World:
@@ -265,7 +275,19 @@ class World:
         self.feed(EngineExited(self.now, engine_id, reason, out_of_memory))
 
     def ready(self, engine_id: int) -> None:
-        self.feed(EngineReady(self.now, engine_id))
+        process = self.processes[engine_id]
+        if process.awake is not None:
+            process.placement, process.awake = process.awake, None
+        elif self.rng.random() < 0.5:
+            process.asleep = {name: self.rng.choice((0, 1, 3)) for name in self.devices}
+        self.feed(EngineReady(self.now, engine_id, process.asleep))
+
+    def fall_asleep(self, engine_id: int, more: int = 0) -> None:
+        process = self.processes[engine_id]
+        assert process.asleep is not None
+        process.asleep = process.placement = {name: mib + more for name, mib in process.asleep.items()}
+        process.has_place = False
+        self.feed(EngineAsleep(self.now, engine_id, process.asleep))
 
     def answer_probe(self, engine_id: int) -> None:
         self.probes.discard(engine_id)
@@ -319,6 +341,22 @@ class World:
                     assert not process.pinned, f"a pinned engine went: {cause}"
                 if cause is StopCause.IDLE:
                     assert process.alias not in self.waiting.values()
+            case PutToSleep(engine_id):
+                process = self.processes[engine_id]
+                assert process.asleep is not None, "told to sleep, and cannot"
+                assert process.state in ("ready", "draining")
+                assert not process.in_flight
+                assert not process.stop_asked
+                process.awake = process.placement
+                self.grow(process, larger(process.placement, process.asleep))
+            case WakeUp(engine_id):
+                process = self.processes[engine_id]
+                assert not self.down
+                assert process.state == "asleep"
+                assert not process.stop_asked
+                assert process.awake is not None
+                process.has_place = True
+                self.grow(process, larger(process.awake, process.placement))
             case Probe(engine_id):
                 assert self.processes[engine_id].suspect
                 self.probes.add(engine_id)
@@ -348,13 +386,18 @@ class World:
         assert all(process.alias != alias for process in self.processes.values()), "two engines of one model"
         assert placement in [dict(place) for place in self.files[alias]], "started where nobody proposed"
         spec = self.specs[alias]
-        self.processes[engine_id] = Process(
-            alias, spec.slots, spec.pinned, placement, most_slotless=spec.most_slotless
-        )
-        for name in placement:
+        self.processes[engine_id] = Process(alias, spec.slots, spec.pinned, {}, most_slotless=spec.most_slotless)
+        self.grow(self.processes[engine_id], placement)
+
+    def grow(self, process: Process, placement: Placement) -> None:
+        """It takes so much from now on."""
+        before, process.placement = process.placement, placement
+        for name, mib in placement.items():
             used = sum(process.placement.get(name, 0) for process in self.processes.values())
-            assert placement[name] == 0 or used <= self.budgets[name], f"more in use on {name} than there is"
-        assert len(self.processes) <= self.policy.max_concurrent_models
+            is_more = mib > before.get(name, 0)
+            assert not is_more or used <= self.budgets[name], f"more in use on {name} than there is"
+        places = sum(process.has_place for process in self.processes.values())
+        assert places <= self.policy.max_concurrent_models or before
 
     def check(self) -> None:
         scheduler = self.scheduler
@@ -384,10 +427,9 @@ class World:
         for engine_id, swap in scheduler._fleet.swaps.items():
             assert swap.alias in scheduler._waiting
             assert engine_id not in scheduler.engines, "room is made for an engine that is there"
-            for victim in swap.victims:
-                assert (
-                    victim.state in (EngineState.DRAINING, EngineState.STOPPING) or victim.id not in self.processes
-                )
+            going = {victim.state for victim in swap.victims if victim.id in self.processes}
+            assert going <= {EngineState.DRAINING, EngineState.STOPPING, EngineState.ASLEEP}
+            assert going != {EngineState.ASLEEP}, "nothing is about to give room, and what sleeps keeps it"
 
     # --- the end ----------------------------------------------------------------------------------------
 
@@ -433,6 +475,8 @@ class World:
         for engine_id, process in sorted(self.processes.items()):
             if process.stop_asked:
                 self.exit(engine_id, "as asked")
+            elif self.is_dozing(process):
+                self.fall_asleep(engine_id)
             elif process.state == "loading":
                 self.ready(engine_id)
 
@@ -492,6 +536,18 @@ class World:
             else:
                 self.exit(engine_id, "it failed", out_of_memory=self.rng.random() < 0.5)
 
+    def is_dozing(self, process: Process) -> bool:
+        return process.state == "stopping" and process.awake is not None and not process.stop_asked
+
+    def some_fall_asleep(self) -> None:
+        dozing = [number for number, process in self.processes.items() if self.is_dozing(process)]
+        if dozing:
+            engine_id = self.rng.choice(dozing)
+            if self.rng.random() < 0.8:
+                self.fall_asleep(engine_id, more=self.rng.choice((0, 0, 0, 2)))
+            else:
+                self.exit(engine_id, "it freed nothing, and was stopped")
+
     def some_stop_ends(self) -> None:
         for engine_id, process in list(self.processes.items()):
             if process.stop_asked and not process.hangs:
@@ -547,7 +603,7 @@ class World:
         if self.processes:
             engine_id, process = self.rng.choice(sorted(self.processes.items()))
             measured = {name: max(0, mib + self.rng.choice((-1, 0, 1))) for name, mib in process.placement.items()}
-            if process.state != "stopping":
+            if process.state != "stopping" and process.awake is None:
                 process.placement = measured
             self.feed(EngineMeasured(self.now, engine_id, measured))
 
@@ -571,6 +627,7 @@ class World:
         some_look,
         some_load_ends,
         some_stop_ends,
+        some_fall_asleep,
         some_cancel,
         some_displace,
         some_break,
@@ -583,7 +640,10 @@ class World:
         memory_changes,
         configuration_changes,
     )
-    WEIGHTS = (300, 250, 120, 90, 90, 20, 5, 10, 60, 20, 12, 4, 30, 12, 6, 3)
+    WEIGHTS = (300, 250, 120, 90, 90, 90, 20, 5, 10, 60, 20, 12, 4, 30, 12, 6, 3)
+
+
+EFFECTS = (Grant, Inspect, Probe, PutToSleep, Reject, StartEngine, StopEngine, Transition, WakeUp)
 
 
 def replayed(history: list[tuple[Event, list[Effect]]]) -> bool:
@@ -614,14 +674,14 @@ def test_promises_hold_in_worlds_that_do_everything_at_the_worst_moment() -> Non
         seen += world.seen
 
     never_happened = {
-        *(effect.__name__ for effect in (Grant, Inspect, Probe, Reject, StartEngine, StopEngine, Transition)),
+        *(effect.__name__ for effect in EFFECTS),
         *(refusal.value for refusal in Refusal if refusal is not Refusal.INTERNAL_ERROR),  # others' business
         *(cause.value for cause in StopCause),
     } - set(seen)
     assert not never_happened
 
 
-LOAD_SEC, STOP_SEC, SERVICE_SEC, CLIENTS = 2.0, 0.2, 1.5, 6
+LOAD_SEC, WAKE_SEC, STOP_SEC, SERVICE_SEC, CLIENTS = 2.0, 0.3, 0.2, 1.5, 6
 IMPATIENT = Policy(
     patience_sec=ByPriority(0, 2, 4),
     max_wait_sec=ByPriority(0, 4, 8),
@@ -629,14 +689,18 @@ IMPATIENT = Policy(
     max_concurrent_models=8,
     queue_timeout_sec=math.inf,
 )
-TURN_SEC = 8 + 1 * 2 * LOAD_SEC + SERVICE_SEC + STOP_SEC + LOAD_SEC
-"""Of a candidate: its bound, the quantum of those in its place, their last request, their stop, its load."""
+TURN_SEC = 8 + 1 * 2 * LOAD_SEC + SERVICE_SEC + 2 * STOP_SEC + LOAD_SEC
+"""Of a candidate: its bound, the quantum of those in its place, their last request, their stop, also if they have
+gone to sleep and that was not enough, its load."""
 LONGEST_WAIT_SEC = 4 + CLIENTS * (TURN_SEC + SERVICE_SEC)
 """Until nobody who comes is ahead any more, then a turn for each who still is, and its own."""
 
 
-def longest_wait(rng: random.Random, seconds: float) -> float:
-    """The longest wait of clients without think time, each of whom may want any model at any priority."""
+def longest_wait(rng: random.Random, seconds: float, *, sleep: bool) -> float:
+    """The longest wait of clients without think time, each of whom may want any model at any priority.
+
+    `sleep`: engines can sleep, and hold then what they are not expected to.
+    """
     devices = (GPU0, HOST)[: rng.randint(1, 2)]
     files = [{name: rng.choice((2, 3, 5, 9)) for name in devices} for _ in range(rng.randint(2, 6))]
     scheduler = Scheduler()
@@ -671,16 +735,23 @@ def longest_wait(rng: random.Random, seconds: float) -> float:
                     at(done, None)
                 case Inspect(alias):
                     at(now, Inspected(now, alias, (files[int(alias[1:])],)))
-                case StartEngine(engine_id):
-                    at(now + LOAD_SEC, EngineReady(now + LOAD_SEC, engine_id))
+                case StartEngine(engine_id, _, placement):
+                    asleep = {device: rng.choice((0, 1)) for device in placement} if sleep else None
+                    at(now + LOAD_SEC, EngineReady(now + LOAD_SEC, engine_id, asleep))
+                case PutToSleep(engine_id):
+                    holds = {device: rng.choice((0, 1, 2)) for device in devices}
+                    at(now + STOP_SEC, EngineAsleep(now + STOP_SEC, engine_id, holds))
+                case WakeUp(engine_id):
+                    at(now + WAKE_SEC, EngineReady(now + WAKE_SEC, engine_id))
                 case StopEngine(engine_id):
                     at(now + STOP_SEC, EngineExited(now + STOP_SEC, engine_id, "stopped"))
     return max([longest, *(now - when for when in arrived.values())])
 
 
+@pytest.mark.parametrize("sleep", [False, True], ids=["stop", "sleep"])
 @pytest.mark.parametrize("seed", range(SEED, SEED + 12))
-def test_every_wait_is_bounded_whatever_the_others_do(seed: int) -> None:
-    assert longest_wait(random.Random(seed), seconds=400) <= LONGEST_WAIT_SEC
+def test_every_wait_is_bounded_whatever_the_others_do(seed: int, sleep: bool) -> None:
+    assert longest_wait(random.Random(seed), seconds=400, sleep=sleep) <= LONGEST_WAIT_SEC
 
 
 class SchedulerMachine(RuleBasedStateMachine):
