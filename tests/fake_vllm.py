@@ -10,7 +10,13 @@ exits with 0, which it also does when its engine has died. A stopped engine (SIG
 
 The last words of the user say what is answered: "tokens N" (by default 3), "slowly" (one each 50 ms).
 
+With --enable-sleep-mode and VLLM_SERVER_DEV_MODE=1 it can sleep: then the second process holds half of what the
+first held, and requests hang until it is woken up. /health stays 200.
+
 FAKE_VLLM_LOAD_SEC   how long it loads
+FAKE_VLLM_HOLDS_MIB  memory that the first process holds, which plays that of a GPU (see fake_nvml)
+FAKE_VLLM_SLEEP      ignored: says that it sleeps, and frees nothing, as on the CPU; fails: answers 500
+FAKE_VLLM_WAKE       fails: answers 500; dies; lies: says that it is awake, and is not
 FAKE_VLLM_FAILS      file with what it logs before it exits with 1 instead of serving
 FAKE_VLLM_NOTES      file to which it appends its arguments and what it was asked, a line each
 """
@@ -51,10 +57,54 @@ def note(what: object) -> None:
             notes.write(json.dumps(what) + "\n")
 
 
+def is_for_developers() -> bool:
+    return os.environ.get("VLLM_SERVER_DEV_MODE") == "1" and "--enable-sleep-mode" in sys.argv
+
+
+HOLDER = """
+import sys, time
+for line in sys.stdin:
+    held = b"x" * (int(line) << 20)
+    print(flush=True)
+time.sleep(600)
+"""
+
+
 class Server:
     def __init__(self, engine: subprocess.Popen[bytes]) -> None:
         self.engine = engine
         self.is_ending = False
+        self.holds = b""
+        self.awake = asyncio.Event()
+        self.hold(engine_mib=0)
+
+    def hold(self, engine_mib: int) -> None:
+        """Hold all memory, or let the engine hold this much instead."""
+        own_mib = 0 if engine_mib else int(SETTINGS.get("holds_mib", "0"))
+        self.holds = b"x" * (own_mib << 20)
+        assert self.engine.stdin is not None
+        assert self.engine.stdout is not None
+        self.engine.stdin.write(b"%d\n" % engine_mib)
+        self.engine.stdin.flush()
+        self.engine.stdout.readline()
+        (self.awake.clear if engine_mib else self.awake.set)()
+
+    def sleep_or_wake(self, writer: asyncio.StreamWriter, path: str) -> None:
+        """As vLLM's routes for developers do, which ask for no key."""
+        note({"path": path})
+        how = SETTINGS.get("sleep" if path.startswith("/sleep") else "wake")
+        if how == "fails":
+            self.answer(writer, 500, {"error": {"message": "it failed", "code": 500}})
+        elif path.startswith("/sleep"):
+            if how != "ignored":
+                self.hold(engine_mib=int(SETTINGS["holds_mib"]) // 2)
+            self.answer(writer, 200, {"status": "sleeping", "level": 1})
+        elif how == "dies":
+            self.engine.kill()
+        else:
+            if how != "lies":
+                self.hold(engine_mib=0)
+            self.answer(writer, 200, {"status": "awake", "tags": None})
 
     @property
     def is_alive(self) -> bool:
@@ -79,6 +129,8 @@ class Server:
                     self.answer(writer, 401, {"error": "Unauthorized"})
                 elif method == "GET":
                     self.tell(writer, path)
+                elif path.partition("?")[0] in ("/sleep", "/wake_up") and is_for_developers():
+                    self.sleep_or_wake(writer, path)
                 elif headers.get("content-type", "").split(";")[0] != "application/json":
                     self.answer(writer, 400, {"error": {"message": "Unsupported Media Type", "code": 400}})
                 else:
@@ -98,6 +150,8 @@ class Server:
         name = flag("--served-model-name")
         if path == "/health":
             self.answer(writer, 200 if self.is_alive else 503, "")
+        elif path == "/is_sleeping" and is_for_developers():
+            self.answer(writer, 200, {"is_sleeping": not self.awake.is_set()})
         elif path == "/v1/models":
             limit = int(flag("--max-model-len")) if "--max-model-len" in sys.argv else 2048
             self.answer(writer, 200, {"object": "list", "data": [{"id": name, "max_model_len": limit}]})
@@ -119,6 +173,7 @@ class Server:
 
     async def complete(self, writer: asyncio.StreamWriter, path: str, asked: dict[str, Any]) -> None:
         note({"path": path, **asked})
+        await self.awake.wait()
         words = str(asked["messages"][-1]["content"]) if "messages" in asked else str(asked.get("prompt", ""))
         count = int(found[1]) if (found := re.search(r"tokens (\d+)", words)) else asked.get("max_tokens", 3)
         streams = asked.get("stream") is True
@@ -212,5 +267,7 @@ def bound() -> socket.socket:
 if __name__ == "__main__":
     note(sys.argv)
     Path(os.environ.get("TMPDIR", "/tmp"), "a-socket").touch()
-    engine = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env={})
+    engine = subprocess.Popen(
+        [sys.executable, "-c", HOLDER], env={}, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     asyncio.run(main(bound(), engine))

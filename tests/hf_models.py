@@ -181,3 +181,14 @@ def played_transformers(folder: Path) -> Path:
     path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{played}" "$@"\n')
     path.chmod(0o755)
     return path
+
+
+def played_vllm(folder: Path, version: str = "0.32.0+cpu") -> Path:
+    """`fake_vllm.py` as the program `vllm`, in an environment of its own."""
+    (folder / f"lib/python3.11/site-packages/vllm-{version}.dist-info").mkdir(parents=True)
+    path = folder / "bin" / "vllm"
+    path.parent.mkdir()
+    played = Path(__file__).with_name("fake_vllm.py")
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{played}" "$@"\n')
+    path.chmod(0o755)
+    return path

@@ -27,6 +27,7 @@ STATES = {
     "draining": ORANGE,
     "stopping": ORANGE,
     "failed": RED,
+    "asleep": BLUE,
 }
 HERE = 'instance=~"$instance"'
 MODEL = f'{HERE},model=~"$model"'

@@ -78,6 +78,7 @@ async def unload(request: Request) -> dict[str, bool]:
     if model.wanted_since_sec is None and dispatcher.scheduler.state(alias) not in (
         ModelState.LOADING,
         ModelState.READY,
+        ModelState.ASLEEP,
         ModelState.DRAINING,
     ):
         raise ApiError(400, "invalid_request", "model is not running", "model")

@@ -39,6 +39,7 @@ _STATES = {
     ModelState.LOADING: "starting",
     ModelState.READY: "ready",
     ModelState.DRAINING: "ready",
+    ModelState.ASLEEP: "stopped",
     ModelState.STOPPING: "stopping",
 }
 """llama-swap's name of each state."""

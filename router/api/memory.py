@@ -12,7 +12,7 @@ from router.http.auth import sees_all
 from router.http.pages import Page, Right, needs
 from router.memory.ledger import Account, Line
 from router.runtime.dispatcher import Dispatcher
-from router.scheduling.residency import engine_name
+from router.scheduling.residency import ENGINES, engine_name
 
 router = APIRouter(tags=["monitoring"], route_class=Page)
 
@@ -62,7 +62,7 @@ def _summary(dispatcher: Dispatcher) -> dict[str, Any]:
     allocated = sum(account.main_mib for account in ledger.accounts.values())
     percentage = _percentage(used, total)
     system = dispatcher.config.system
-    has_place = len(ledger.accounts) < dispatcher.scheduler.policy.places
+    has_place = dispatcher.scheduler.free().get(ENGINES, 0) > 0
     return {
         "gpu_info": {
             **_both("total", total),

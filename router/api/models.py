@@ -305,6 +305,7 @@ def status_of(dispatcher: Dispatcher, alias: str, *, full: bool) -> dict[str, An
         "load_progress": 100 if state in (ModelState.READY, ModelState.DRAINING) else round(100 * fraction),
         "load": _load(model, running) if state is ModelState.LOADING else None,
         "load_sec": round(model.load_sec, 3) if model.load_is_known else None,
+        "sleep": _sleep(dispatcher, model),
         "error_message": _error(dispatcher, alias, full=full),
         "vram_used_mb": vram_mib,
         "vram_mb": vram_mib,  # its name in an earlier router
@@ -355,6 +356,14 @@ def _engine_reason(dispatcher: Dispatcher, alias: str) -> str | None:
     return (model.chosen_because or None) if model is not None else None
 
 
+def _sleep(dispatcher: Dispatcher, model: Model) -> dict[str, Any] | None:
+    """Return what is known of the sleep of a model's engine; None if it has none, or is not to sleep."""
+    problem = dispatcher.sleep_problem_of(model.spec.alias)
+    if problem is None and all(engine.asleep is None for engine in model.engines):
+        return None
+    return {"wake_sec": None if model.wake_sec is None else round(model.wake_sec, 3), "problem": problem}
+
+
 def _load(model: Model, running: RunningEngine | None) -> dict[str, Any]:
     """Return the progress of a load as its engine reports it, and the duration of the last load, or a guess."""
     engine = model.front
@@ -363,7 +372,7 @@ def _load(model: Model, running: RunningEngine | None) -> dict[str, Any]:
         "stage": progress.stage if progress is not None else None,
         "fraction": progress.value if progress is not None else None,
         "elapsed_sec": round(time.monotonic() - engine.started_sec, 2) if engine is not None else 0.0,
-        "expected_sec": round(model.load_sec, 2),
+        "expected_sec": round(model.comes_sec, 2),
     }
 
 
@@ -374,6 +383,7 @@ def memory(account: Account) -> dict[str, Any]:
         "source": chosen.size.source,
         "gpus": [str(gpu) for gpu in chosen.gpus],
         "estimated_mb": by_name(chosen.placement),
+        "asleep_mb": by_name(chosen.asleep) if chosen.asleep is not None else None,
         "measured_mb": by_name(account.measured) or None,
         "booked_mb": by_name(account.booked()),
         "context": chosen.context,

@@ -27,6 +27,7 @@ _VALUES = {
     ModelState.LOADING: "loading",
     ModelState.READY: "loaded",
     ModelState.DRAINING: "loaded",
+    ModelState.ASLEEP: "sleeping",
     ModelState.STOPPING: "unloaded",
     ModelState.FAILED: "failed",
 }

@@ -38,8 +38,15 @@ _RATE_SEC = 10.0
 """Period over which rates are averaged."""
 _DECISIONS = 100
 _PRIORITIES = ("high", "normal", "low")
-_STYLES = {"ready": "green", "loading": "yellow", "draining": "magenta", "stopping": "magenta", "failed": "red"}
-_RANK = {"failed": 0, "loading": 1, "draining": 1, "stopping": 1, "ready": 1, "off": 2}
+_STYLES = {
+    "ready": "green",
+    "loading": "yellow",
+    "asleep": "blue",
+    "draining": "magenta",
+    "stopping": "magenta",
+    "failed": "red",
+}
+_RANK = {"failed": 0, "loading": 1, "draining": 1, "stopping": 1, "ready": 1, "asleep": 2, "off": 3}
 _HEADING = "bold"
 _NARROW = 60
 _SERIES = re.compile(
@@ -209,7 +216,7 @@ class Watch:
                 self._decide_as({**change, "id": event.id, "model": change["alias"], "at": change["updated_at"]})
 
     def _decide_as(self, told: dict[str, Any]) -> None:
-        """Add a decision reported by the router; `stopping` is skipped: `off` follows for the same reason."""
+        """Add a decision reported by the router, except `stopping`: `off` or `asleep` follows for its reason."""
         if told["model"] is not None and told["status"] != "stopping":
             at = datetime.fromisoformat(told["at"]).astimezone()
             self._decide(told["model"], told["status"], told["reason"], at, told["id"])

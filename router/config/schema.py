@@ -792,6 +792,12 @@ class VllmEntry(OfHfModel):
         description="Number of requests that vLLM handles concurrently (--max-num-seqs), for which KV cache is "
         "reserved as far as it fits. null: 8.",
     )
+    sleep: bool = Field(
+        default=False,
+        description="Whether it sleeps instead of exiting when it makes room for another model, if RAM holds its "
+        "weights: waking it up is much faster than loading. Only on GPUs; elsewhere it exits as without it. Opens "
+        "vLLM's developer routes to programs of this machine.",
+    )
     flags: Arguments = Field(default=(), description="Further arguments for `vllm serve`, passed on unchanged.")
     container: ContainerOfVllm | None = Field(
         default=None, description="Container in which vLLM runs. It needs the extra `docker`."

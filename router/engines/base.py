@@ -93,10 +93,28 @@ class Launch:
     stop_grace_sec: float = 10
 
 
+class Sleeper(Protocol):
+    """Way to have an engine give up its GPUs and take them back without loading anew."""
+
+    async def fall_asleep(self, limit_sec: float) -> None:
+        """Ask it to sleep; return once it says that it does. It must have no requests. Raises EngineFailed."""
+
+    async def wake_up(self, limit_sec: float) -> None:
+        """Have it serve again. Raises EngineFailed."""
+
+
 class EngineHandle(Protocol):
     """One engine, from its start to its exit. It supervises itself."""
 
     when_load_moves: Callable[[], None]
+
+    @property
+    def sleeper(self) -> Sleeper | None:
+        """None: it cannot sleep."""
+
+    @property
+    def cannot_sleep(self) -> str | None:
+        """Reason why it cannot sleep although it is configured to; None if there is none."""
 
     @property
     def endpoint(self) -> Endpoint: ...

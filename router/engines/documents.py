@@ -20,7 +20,7 @@ class Documents(NamedTuple):
     private: frozenset[str]
     """Readable paths whose documents name files of the machine or contain text of requests: see `for_clients`."""
     closed: frozenset[str] = frozenset()
-    """Paths that nobody may ask, because they load or unload models behind the router's back."""
+    """Paths that nobody may ask, because they load, unload or stop models behind the router's back."""
 
 
 def for_clients(document: bytes) -> bytes:

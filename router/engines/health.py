@@ -86,7 +86,7 @@ class HealthMonitor:
     def _is_due(self, running: RunningEngine) -> bool:
         engine = self._scheduler.engines.get(running.id)
         if running.ready_sec is None or engine is None or engine.state is EngineState.STOPPING:
-            return False
+            return False  # one that sleeps would answer no probe
         now = time.monotonic()
         probed_sec = running.probed_sec or running.ready_sec
         interval_sec = self._system().health_check_interval_sec
@@ -113,6 +113,8 @@ class HealthMonitor:
         answers = await running.handle.healthy(limit_sec)
         now = running.probed_sec = time.monotonic()
         running.probe_latency_sec = now - began
+        if running.ready_sec is None:  # it has fallen asleep meanwhile
+            return
         if answers:
             running.answered_sec = now
         if running.alive_sec >= began:  # by an answer to the probe, or output for a request

@@ -20,6 +20,11 @@ from router.system.devices import HOST, Device
 _MIB = 1 << 20
 _LEAST_CONTEXT = 4096
 _STEP = 256
+_ASLEEP_MIB = 1024
+"""On each GPU of an engine that sleeps, of which it had more: CUDA's context and graphs."""
+_PINNED = 1.5
+"""RAM for weights of an engine that sleeps, as a multiple: PyTorch rounds blocks of pinned memory up to powers of
+two."""
 _LOAD_BYTES_PER_SEC = 1 << 30
 
 
@@ -113,6 +118,10 @@ class HfPlan(ABC):
         """Return the MiB that an engine wants free on a GPU on which it needs `mib`; None: only those."""
         return None
 
+    def sleeps(self, sites: Sequence[Site]) -> bool:
+        """Whether an engine on these GPUs can sleep."""
+        return False
+
     def inspection(self) -> Inspection:
         found = sorted((self._on(sites) for sites in dict.fromkeys(self._groups())), key=self._rank)
         load_sec = self._demand.start_sec + self._demand.weights * _MIB / _LOAD_BYTES_PER_SEC
@@ -185,7 +194,15 @@ class HfPlan(ABC):
         gpus = tuple(site.device for site in sites)
         flags = self.flags(sites, cache, mib)
         one = Alternative(gpus, size, {}, flags, cache.tokens, cache.remark)
-        return replace(one, placement=one.as_driven(size.mib))
+        asleep = one.as_driven(self._asleep(size, count, identity)) if self.sleeps(sites) else None
+        return replace(one, placement=one.as_driven(size.mib), asleep=asleep)
+
+    def _asleep(self, size: Size, count: int, identity: Identity) -> Mapping[Device, int]:
+        """Return what an engine holds asleep: the weights in RAM, a rest on its GPUs; or what was measured."""
+        gpus = map(Device.shown, range(count))
+        held = {gpu: min(_ASLEEP_MIB, size.mib[gpu] // 4) for gpu in gpus}
+        held[HOST] = size.mib[HOST] + math.ceil(_PINNED * self._demand.weights)
+        return self._learned.asleep(identity) or held
 
     def _corrected(self, needed: Mapping[Device, int], claimed: Mapping[Device, int], identity: Identity) -> Size:
         """Return a size corrected by what such engines, or others of the same files, were measured to take.

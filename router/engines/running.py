@@ -23,7 +23,9 @@ class RunningEngine:
     log: LogRing
     """Its own log."""
     started_sec: float
+    """When it began to load, or to wake up."""
     ready_sec: float | None = None
+    """None while it loads, sleeps or wakes up."""
     facts: Facts | None = None
     """Properties that it reported, once it is ready."""
     probed_sec: float | None = None

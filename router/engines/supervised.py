@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from router.engines.base import PROBE_LIMIT_SEC, Ending, Endpoint, EngineFailed, Facts, LoadProgress
+from router.engines.base import PROBE_LIMIT_SEC, Ending, Endpoint, EngineFailed, Facts, LoadProgress, Sleeper
 from router.engines.complaints import complaints
 from router.engines.log_ring import LogRing
 from router.engines.out_of_memory import ran_out
@@ -48,6 +48,8 @@ class SupervisedEngine(ABC):
         self.was_killed = False
         self.out_of_memory = False
         self.ending = Ending()
+        self.sleeper: Sleeper | None = None
+        self.cannot_sleep: str | None = None
         self._limits = limits
         self._log_begin = log.total
         self._killed_because = ""

@@ -60,6 +60,8 @@ class Account:
     """Maximum MiB held so far."""
     mapped_mib: int | None = None
     """Mapped weights in use, in MiB of RAM; None until known."""
+    asleep: dict[Device, int] | None = None
+    """Reservation while it falls asleep, sleeps or wakes up; None while it is awake."""
 
     @property
     def main_mib(self) -> int:
@@ -71,7 +73,7 @@ class Account:
     def lesson(self) -> dict[Device, int] | None:
         """Measurement to store for later engines with the same identity; None while incomplete."""
         known = self.has_answered and set(self.chosen.placement) <= set(self.measured)
-        return self.booked() if known and not self.chosen.is_given else None
+        return self.booked_awake() if known and not self.chosen.is_given else None
 
     def in_ram(self, memory: ProcessMemory) -> int:
         """Return the MiB of RAM held by its processes that it needs.
@@ -96,6 +98,10 @@ class Account:
 
     def booked(self) -> dict[Device, int]:
         """Reservation by device in MiB."""
+        return self.booked_awake() if self.asleep is None else dict(self.asleep)
+
+    def booked_awake(self) -> dict[Device, int]:
+        """Reservation by device in MiB while it is awake."""
         estimated = self.chosen.placement
         if self.chosen.is_given:
             return dict(estimated)
@@ -173,6 +179,8 @@ class Ledger:
             if readings.is_stale:
                 held |= {device: mib for device, mib in account.holds.items() if device.is_gpu}
             account.holds = held
+            if account.asleep is not None:  # the copy of its weights in RAM is no part of it awake
+                continue
             for device, mib in account.holds.items():
                 account.measured[device] = max(mib, account.measured.get(device, 0))
         for device, reading in self.devices.items():

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -23,10 +23,11 @@ from router.hardware.ram import ProcessMemory
 from router.memory.ledger import Account, Ledger, is_news
 from router.memory.measurements import Learned
 from router.memory.plan import Alternative, Ground, Planner, Size, Unusable
+from router.observe.reasons import Problem
 from router.scheduling.messages import EngineMeasured, Event, Inspected, MemoryChanged, Placement
-from router.scheduling.residency import memory_of
+from router.scheduling.residency import larger, memory_of
 from router.scheduling.scheduler import Scheduler
-from router.system.devices import Device
+from router.system.devices import HOST, Device
 
 INSPECTION_LIMIT_SEC = 60
 _REMEMBERED = 4
@@ -40,8 +41,14 @@ _OLD_SEC = 30.0
 _ANSWER_SEC = 0.1
 _BACK_SEC = 5.0
 _BACK_LOOK_SEC = 0.05
+_FREED, _LEAST_FREED_MIB = 0.5, 32
+"""Share of what an engine was expected to release that it must have released to count as asleep."""
 
 _log = logging.getLogger("router")
+
+
+class FreesTooLittle(Problem):
+    """Raised if an engine that says that it sleeps has not released its memory."""
 
 
 class MemoryManager:
@@ -206,6 +213,69 @@ class MemoryManager:
             self._learned.learn(chosen.identity, chosen.size.estimated, chosen.as_counted(lesson))
             await self._save()
 
+    def wake_sec(self, account: Account) -> float | None:
+        """Return the time in which such an engine woke up earlier; None if unknown."""
+        identity = account.chosen.identity
+        return None if identity is None else self._learned.wake_sec(identity)
+
+    async def put_to_sleep(self, account: Account, fall_asleep: Callable[[], Awaitable[None]]) -> Placement:
+        """Have an engine sleep and return the memory that it then holds, as measured.
+
+        Its word does not count, but what is freed. Raises FreesTooLittle, and whatever `fall_asleep` raises.
+        """
+        await self.look(mapped=True)
+        expected, booked, freed = account.chosen.asleep or {}, account.booked_awake(), self._freed_since(account)
+        held = {gpu: account.holds.get(gpu, booked[gpu]) for gpu in account.chosen.gpus}
+        wanted = {gpu: max(_LEAST_FREED_MIB, _FREED * (mib - expected.get(gpu, 0))) for gpu, mib in held.items()}
+        account.asleep = larger(booked, expected)
+        account.is_settled = False
+        await fall_asleep()
+        deadline = time.monotonic() + _BACK_SEC
+        while True:
+            is_fresh = await self.look(mapped=True)
+            if is_fresh and all(freed(gpu) >= mib for gpu, mib in wanted.items()):
+                break
+            if time.monotonic() > deadline:
+                parts = [f"{max(0, freed(gpu))} of {held[gpu]} MiB on {gpu}" for gpu in wanted]
+                told = f"it said that it sleeps and freed only {' and '.join(parts)}"
+                raise FreesTooLittle(told if is_fresh else "what it freed cannot be read from the driver", told)
+            await asyncio.sleep(_BACK_LOOK_SEC)
+        asleep = {gpu: account.holds.get(gpu, max(0, mib - freed(gpu))) for gpu, mib in held.items()}
+        asleep[HOST] = account.holds.get(HOST, expected.get(HOST, 0))
+        account.asleep, account.is_settled = asleep, True
+        if account.chosen.identity is not None:
+            self._learned.slept(account.chosen.identity, account.chosen.as_counted(asleep))
+            await self._save()
+        return dict(asleep)
+
+    def _freed_since(self, account: Account) -> Callable[[Device], int]:
+        """Return a function that tells how many MiB an engine has released on a GPU since now; if the driver does
+        not tell what it holds, by what is free there."""
+        ledger, held = self.ledger, dict(account.holds)
+        before = {gpu: reading.free_mib for gpu, reading in ledger.devices.items()}
+
+        def freed(gpu: Device) -> int:
+            if gpu in held:
+                return held[gpu] - account.holds.get(gpu, 0)
+            return ledger.devices[gpu].free_mib - before[gpu] if gpu in before and gpu in ledger.devices else 0
+
+        return freed
+
+    def wakes_up(self, account: Account) -> None:
+        """Reserve what an engine needs that is being woken up."""
+        account.asleep = larger(account.booked_awake(), account.booked())
+        account.is_settled = False
+
+    async def woke(self, account: Account) -> None:
+        """Measure an engine that is awake again, and store how long that took."""
+        account.asleep, account.is_settled = None, True
+        identity, model = account.chosen.identity, self._scheduler.models.get(account.alias)
+        if identity is not None and model is not None and model.wake_sec is not None:
+            self._learned.woke(identity, model.wake_sec)
+            await self._save()
+        await asyncio.sleep(_ANSWER_SEC)
+        await self.look(mapped=True)
+
     async def ran_out(
         self, account: Account, model: ModelConfig, system: System, wanted_mib: Mapping[Device, int]
     ) -> str:
@@ -213,7 +283,7 @@ class MemoryManager:
         device as the engine counts them. Returns advice on what would have fit; empty if unknown."""
         chosen = account.chosen
         if chosen.identity is not None and not chosen.is_given:
-            self._learned.ran_out(chosen.identity, chosen.as_counted(account.booked()), wanted_mib)
+            self._learned.ran_out(chosen.identity, chosen.as_counted(account.booked_awake()), wanted_mib)
             await self._save()
         ground, placement = self._ground(), chosen.placement
         look = partial(self._planner_of(model).advise, model, system, ground, placement)

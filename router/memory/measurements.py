@@ -76,6 +76,10 @@ class Entry(msgspec.Struct, frozen=True):
     """Minimum after it ran out of memory with less."""
     load_sec: _Seconds = 0.0
     """Load time; 0 if unknown."""
+    asleep: Mapping[str, _Mib] = {}
+    """What it held asleep."""
+    wake_sec: _Seconds = 0.0
+    """Time to wake it up; 0 if unknown."""
     at: float = 0.0
     """Time of the last change in seconds since the epoch."""
     rule: int = 0
@@ -153,6 +157,22 @@ class Learned:
         """Store a load time."""
         self._know(replace(self._entry(identity), load_sec=load_sec))
 
+    def asleep(self, identity: Identity) -> Mapping[Device, int] | None:
+        """Return the MiB by device that such an engine held asleep; None if it never slept."""
+        return _by_device(self._entry(identity).asleep) or None
+
+    def wake_sec(self, identity: Identity) -> float | None:
+        """Return the time to wake such an engine up; None if unknown."""
+        return self._entry(identity).wake_sec or None
+
+    def slept(self, identity: Identity, held: Mapping[Device, int]) -> None:
+        """Store what an engine held asleep."""
+        self._know(replace(self._entry(identity), asleep=by_name(held)))
+
+    def woke(self, identity: Identity, wake_sec: float) -> None:
+        """Store the time in which an engine woke up."""
+        self._know(replace(self._entry(identity), wake_sec=wake_sec))
+
     def ran_out(self, identity: Identity, booked: Mapping[Device, int], wanted: Mapping[Device, int]) -> None:
         """Raise the minimum after `booked` did not suffice; `wanted` are the last failed allocations, as far as
         known.
@@ -195,7 +215,7 @@ class Learned:
 def _is_readable(entry: Entry) -> bool:
     """Return whether all its device names are valid."""
     try:
-        for figures in (entry.estimated, entry.measured, entry.raised):
+        for figures in (entry.estimated, entry.measured, entry.raised, entry.asleep):
             _by_device(figures)
     except ValueError:
         return False

@@ -128,6 +128,8 @@ class Alternative:
     """Reductions made to fit the model, in words."""
     is_given: bool = False
     """True if the footprint is configured; measurements then do not replace it."""
+    asleep: Placement | None = None
+    """Memory that the engine holds asleep; None: it cannot sleep."""
 
     @property
     def identity(self) -> Identity | None:

@@ -319,10 +319,14 @@ class _Engines:
         self._known: set[str] = set()
         self._loading: set[int] = set()
         """Engines that have not become ready yet."""
+        self._waking: set[int] = set()
         self._broken: set[str] = set()
         """Models whose last engine ended unexpectedly."""
         self.load = Histogram(
             "router_model_load_duration_seconds", "Time from engine start to ready", "model", bounds=_SECONDS
+        )
+        self.wake = Histogram(
+            "router_model_wake_duration_seconds", "Time to wake up an engine", "model", bounds=_SECONDS
         )
         self.loads = Counter("router_model_loads_total", "Engine starts that became ready", "model")
         self.restarts = Counter(
@@ -339,6 +343,7 @@ class _Engines:
         )
         self.families: tuple[Counter | Histogram, ...] = (
             self.load,
+            self.wake,
             self.loads,
             self.restarts,
             self.ejects,
@@ -370,7 +375,13 @@ class _Engines:
             return
         engine_id = happening.engine_id
         if happening.state is ModelState.LOADING and engine_id is not None:
-            self._loading.add(engine_id)
+            engine = self._scheduler.engines.get(engine_id)
+            (self._waking if engine is not None and engine.wakes_up else self._loading).add(engine_id)
+        elif engine_id in self._waking:
+            self._waking.discard(engine_id)
+            if happening.state is ModelState.READY:
+                engine = self._scheduler.engines[engine_id]
+                self.wake.of(alias).observe([engine.ready_sec - engine.started_sec])
         elif engine_id in self._loading:
             self._loading.discard(engine_id)
             if happening.state is ModelState.READY:

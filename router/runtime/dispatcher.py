@@ -15,6 +15,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Coroutine, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -50,6 +51,7 @@ from router.scheduling.messages import (
     Effect,
     Eject,
     EngineAlive,
+    EngineAsleep,
     EngineExited,
     EngineLost,
     EngineReady,
@@ -63,6 +65,7 @@ from router.scheduling.messages import (
     ModelSpec,
     ModelState,
     Probe,
+    PutToSleep,
     Refusal,
     Reject,
     Requeue,
@@ -75,6 +78,7 @@ from router.scheduling.messages import (
     Submit,
     Tick,
     Transition,
+    WakeUp,
 )
 from router.scheduling.policy import CONSTANTS, ByPriority, Policy
 from router.scheduling.queue import Priority, Request
@@ -227,6 +231,8 @@ class Dispatcher:
         self._stopping: set[int] = set()
         self._fallen_back: dict[str, tuple[Hashable, Fallback]] = {}
         """By alias, the revision that did not load, and the other way in which it is run."""
+        self._sleepless: dict[str, tuple[Hashable, str]] = {}
+        """By alias, what could not sleep, and the reason."""
         self._preloading: set[str] = set()
         self._told: set[str] = set()
         """Warnings about models that have been logged."""
@@ -428,7 +434,7 @@ class Dispatcher:
             return ModelState.OFF
         state = self.scheduler.state(alias)
         is_settled = state in (ModelState.READY, ModelState.FAILED) or (
-            not model.engines and model.wanted_since_sec is None
+            state in (ModelState.OFF, ModelState.ASLEEP) and model.wanted_since_sec is None
         )
         return state if is_settled else None
 
@@ -490,7 +496,7 @@ class Dispatcher:
                 )
             case StartEngine(engine_id):
                 self._pending.append(EngineExited(now, engine_id, f"it could not be started; {_SEE_LOG}"))
-            case StopEngine(engine_id) | Probe(engine_id):
+            case StopEngine(engine_id) | Probe(engine_id) | PutToSleep(engine_id) | WakeUp(engine_id):
                 if (running := self.running.get(engine_id)) is not None:
                     running.handle.kill()
 
@@ -524,6 +530,10 @@ class Dispatcher:
                 self._spawn(self._live(account, model), f"engine {engine_id} of {alias}")
             case StopEngine(engine_id):
                 self._stop(engine_id)
+            case PutToSleep(engine_id):
+                self._spawn(self._put_to_sleep(engine_id), f"sleep of engine {engine_id}")
+            case WakeUp(engine_id):
+                self._spawn(self._wake_up(engine_id), f"waking of engine {engine_id}")
             case Probe(engine_id):
                 self._spawn(self._probe(engine_id), f"probe of engine {engine_id}")
             case Transition(alias, state, reason, engine_id):
@@ -592,7 +602,7 @@ class Dispatcher:
         before = self.exits.get(model.alias)
         self.restarts[model.alias] += before is not None and not before.wanted
         running: RunningEngine | None = None
-        ended_itself = False
+        ended_itself = has_been_ready = False
         try:
             started = time.monotonic()
             log = LogRing(self.config.system.log_ring_lines, self.log_of(model.alias).feed)
@@ -607,7 +617,10 @@ class Dispatcher:
             handle.when_load_moves = lambda: self.events.publish(LoadMoved(model.alias, time.time()))
             await handle.ready()
             running.ready_sec = time.monotonic()
-            self._post(EngineReady(running.ready_sec, engine_id))
+            has_been_ready = True
+            asleep = account.chosen.asleep if self._can_sleep(running, model) else None
+            wake_sec = self._memory_manager.wake_sec(account)
+            self._post(EngineReady(running.ready_sec, engine_id, asleep, wake_sec))
             self._spawn(self._memory_manager.ready(account), f"measuring of {model.alias}")
             self._spawn(self._ask_what_it_has(running), f"question to the engine of {model.alias}")
             reason = await handle.exited
@@ -624,10 +637,9 @@ class Dispatcher:
             wanted = engine_id in self._stopping
             self._reasons.note(model.alias, reason)
             self.exits[model.alias] = _exit_of(running, reason.full, wanted)
-            loads = running is not None and running.ready_sec is None
-            retry = running.handle.ending.retry if running is not None and loads else Retry.LATER
+            retry = Retry.LATER if running is None or has_been_ready else running.handle.ending.retry
             self.crashes[model.alias] += not wanted and retry is not Retry.AT_ONCE
-            cause = self._cause_of_end(engine_id, running, wanted=wanted)
+            cause = self._cause_of_end(engine_id, running if has_been_ready else None, wanted=wanted)
             self.events.publish(EngineEnded(engine_id, model.alias, cause, wanted, reason.full, time.time()))
             self._stopping.discard(engine_id)
             if running is not None:
@@ -697,14 +709,70 @@ class Dispatcher:
             _log.exception("whether the memory of the engine of %s is back could not be found out", model.alias)
         return advice
 
+    def _can_sleep(self, running: RunningEngine, model: ModelConfig) -> bool:
+        known, _ = self._sleepless.get(model.alias, (None, ""))
+        return running.handle.sleeper is not None and known != _what_sleeps(running.account, model)
+
+    def sleep_problem_of(self, alias: str) -> str | None:
+        """Return why a model's engine does not sleep although it is configured to; None if there is no reason."""
+        running = self.front_of(alias)
+        if running is not None and running.handle.cannot_sleep is not None:
+            return running.handle.cannot_sleep
+        return self._sleepless[alias][1] if alias in self._sleepless else None
+
+    async def _put_to_sleep(self, engine_id: int) -> None:
+        """Have an engine sleep; stop it if it does not, or does not release its memory, and do not try again."""
+        running = self.running.get(engine_id)
+        if running is None or running.handle.sleeper is None:
+            return
+        running.ready_sec = None
+        sleeper, alias, limit_sec = running.handle.sleeper, running.alias, self.config.system.load_stall_sec
+        try:
+            held = await self._memory_manager.put_to_sleep(
+                running.account, partial(sleeper.fall_asleep, limit_sec)
+            )
+        except Problem as failed:
+            reason = failed.reason.full
+        except Exception:
+            _log.exception("the engine of %s could not be put to sleep", alias)
+            reason = f"it could not be put to sleep; {_SEE_LOG}"
+        else:
+            self._post(EngineAsleep(time.monotonic(), engine_id, held))
+            return
+        if engine_id in self._stopping or not running.handle.alive:
+            return  # that is why
+        _log.warning("model %s: its engine cannot sleep, and is stopped instead from now on: %s", alias, reason)
+        model = self.config.models.get(alias)
+        if model is not None:
+            self._sleepless[alias] = _what_sleeps(running.account, model), reason
+        self._stop(engine_id)
+
+    async def _wake_up(self, engine_id: int) -> None:
+        """Have an engine serve again; one that does not is killed, and its model is loaded anew."""
+        running = self.running.get(engine_id)
+        if running is None or running.handle.sleeper is None:
+            return
+        running.started_sec = time.monotonic()
+        self._memory_manager.wakes_up(running.account)
+        try:
+            await running.handle.sleeper.wake_up(self.config.system.load_stall_sec)
+        except Problem as failed:
+            running.handle.kill(f"it did not wake up: {failed.reason.full}")
+            return
+        running.failed_probes = 0
+        running.probed_sec = running.ready_sec = time.monotonic()
+        self._post(EngineReady(running.ready_sec, engine_id))
+        self._spawn(self._memory_manager.woke(running.account), f"measuring of {running.alias}")
+
     def _cause_of_end(
         self, engine_id: int, running: RunningEngine | None, *, wanted: bool
     ) -> StopCause | Breakdown:
+        """`running` is an engine that was ready; None if it never was."""
         engine = self.scheduler.engines.get(engine_id)
         if wanted:
             cause = engine.cause if engine is not None else None
             return cause or StopCause.SHUTDOWN
-        if running is None or running.ready_sec is None:
+        if running is None:
             return Breakdown.LOAD_FAILED
         return Breakdown.HUNG if running.handle.was_killed else Breakdown.CRASHED
 
@@ -816,6 +884,11 @@ def warnings(backends: Mapping[str, EngineBackend], models: Mapping[str, ModelCo
     """Yield warnings about models, by the kinds of their engines. Blocking."""
     for kind, backend in backends.items():
         yield from backend.warnings({alias: model for alias, model in models.items() if model.engine == kind})
+
+
+def _what_sleeps(account: Account, model: ModelConfig) -> Hashable:
+    """Return what a failure to sleep holds for: files, build and flags."""
+    return account.chosen.identity or model.revision
 
 
 def _exit_of(running: RunningEngine | None, reason: str, wanted: bool) -> LastExit:

@@ -14,10 +14,10 @@ from router import __version__
 from router.engines.running import RunningEngine
 from router.observe.prometheus import Counter, Family, Gauges, label_text
 from router.runtime.dispatcher import Dispatcher
-from router.scheduling.messages import ModelState
+from router.scheduling.messages import EngineState, ModelState
 from router.scheduling.policy import CONSTANTS, ByPriority
 from router.scheduling.queue import NAMES, Priority
-from router.scheduling.residency import Model
+from router.scheduling.residency import Engine, Model
 from router.system.readings import Reading
 
 K = TypeVar("K")
@@ -27,6 +27,7 @@ _STATUS = {
     ModelState.LOADING: 1,
     ModelState.READY: 2,
     ModelState.DRAINING: 2,
+    ModelState.ASLEEP: 0,
     ModelState.STOPPING: 0,
     ModelState.FAILED: 3,
 }
@@ -46,13 +47,16 @@ class _Look:
         return sum(engine.load for engine in self.model.engines)
 
     def slots(self) -> int:
-        return sum(engine.spec.slots for engine in self.model.engines)
+        return sum(engine.spec.slots for engine in self._awake())
+
+    def _awake(self) -> Iterator[Engine]:
+        return (engine for engine in self.model.engines if engine.state is not EngineState.ASLEEP)
 
     def slots_used(self) -> int:
         return sum(len(engine.in_flight) for engine in self.model.engines)
 
     def resident_sec(self) -> float:
-        return max((self.now - engine.ready_sec for engine in self.model.engines if engine.ready_sec), default=0)
+        return max((self.now - engine.ready_sec for engine in self._awake() if engine.ready_sec), default=0)
 
     def failed_probes(self) -> int:
         return max((running.failed_probes for running in self.running), default=0)
@@ -72,12 +76,12 @@ _PER_MODEL: tuple[tuple[str, str, Callable[[_Look], float]], ...] = (
     ),
     (
         "router_model_status",
-        "State of a model: 0 stopped, 1 loading, 2 ready, 3 failed",
+        "State of a model: 0 stopped or asleep, 1 loading, 2 ready, 3 failed",
         lambda look: _STATUS[look.state],
     ),
     (
         "router_model_slots_total",
-        "Slots of the model's engine; 0 without an engine",
+        "Slots of the model's engine; 0 without an engine that is awake",
         _Look.slots,
     ),
     (
@@ -90,6 +94,11 @@ _PER_MODEL: tuple[tuple[str, str, Callable[[_Look], float]], ...] = (
         "router_model_expected_load_seconds",
         "Expected load time, learned from earlier loads",
         lambda look: look.model.load_sec,
+    ),
+    (
+        "router_model_expected_wake_seconds",
+        "Expected time to wake up the model's engine, learned from earlier times; 0 if unknown",
+        lambda look: look.model.wake_sec or 0,
     ),
     (
         "router_model_failed_attempts",
@@ -115,7 +124,10 @@ def gauges_of(dispatcher: Dispatcher) -> Iterator[Family]:
     yield from _scheduler_gauges(dispatcher)
     yield from _gpu_gauges(dispatcher.devices.last.gpus)
     yield from _machine_gauges()
-    yield _single("router_models_loaded_total", "Resident engines", len(dispatcher.scheduler.engines))
+    engines = dispatcher.scheduler.engines.values()
+    asleep = sum(engine.state is EngineState.ASLEEP for engine in engines)
+    yield _single("router_models_loaded_total", "Resident engines, without those asleep", len(engines) - asleep)
+    yield _single("router_models_asleep", "Engines that are asleep", asleep)
     yield _single("router_uptime_seconds", "Time since the router started", dispatcher.uptime_sec)
     yield _failures(dispatcher)
     build = Gauges("router_build_info", "Version of the router and of the engine", "version", "engine")

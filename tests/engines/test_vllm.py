@@ -12,8 +12,8 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import ROOT, Router, Start, eventually, models, run
-from hf_models import LLAMA, write_model
+from conftest import Router, Start, eventually, models, run
+from hf_models import LLAMA, played_vllm, write_model
 
 from router.config.schema import ContainerOfVllm
 from router.engines.vllm import log
@@ -36,16 +36,6 @@ FORMS = ("document", "stream")
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="the fake looks into /proc")
 
 
-def program(folder: Path, version: str = "0.32.0+cpu") -> Path:
-    """An environment with the program `vllm`, which is the fake one."""
-    (folder / f"lib/python3.11/site-packages/vllm-{version}.dist-info").mkdir(parents=True)
-    path = folder / "bin" / "vllm"
-    path.parent.mkdir()
-    path.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/fake_vllm.py "$@"\n')
-    path.chmod(0o755)
-    return path
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("hf") / "tiny")
@@ -53,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def vllm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return program(tmp_path_factory.mktemp("vllm"))
+    return played_vllm(tmp_path_factory.mktemp("vllm"))
 
 
 @pytest.fixture(scope="module")
@@ -428,13 +418,13 @@ def test_without_the_program_all_else_works(start: Start, folder: Path, tiny: Pa
     assert "pip install 'llama-router[vllm]'" in refused.json()["error"]["message"]
 
 
-def test_the_build_is_told_by_the_package_beside_the_program(tmp_path: Path) -> None:
-    cpu = find_program(str(program(tmp_path / "cpu")))
+def test_the_build_is_told_by_the_package_beside_the_played_vllm(tmp_path: Path) -> None:
+    cpu = find_program(str(played_vllm(tmp_path / "cpu")))
     assert (cpu.build, cpu.is_for_cpu, cpu.needs_gpu) == ("vllm 0.32.0+cpu", True, False)
     assert (cpu.is_since(0, 32), cpu.is_since(0, 33), cpu.is_since(1, 0)) == (True, False, False)
-    cuda = find_program(str(program(tmp_path / "cuda", "0.33.1")))
+    cuda = find_program(str(played_vllm(tmp_path / "cuda", "0.33.1")))
     assert (cuda.build, cuda.is_for_cpu, cuda.needs_gpu) == ("vllm 0.33.1", False, True)
-    rocm = find_program(str(program(tmp_path / "rocm", "0.33.1+rocm641")))
+    rocm = find_program(str(played_vllm(tmp_path / "rocm", "0.33.1+rocm641")))
     assert (rocm.is_for_cpu, rocm.needs_gpu) == (False, False)
     with pytest.raises(Unusable, match="there is no program"):
         find_program(str(tmp_path / "none"))
@@ -584,6 +574,18 @@ def test_nothing_is_known_of_a_model_that_is_still_to_be_downloaded(tmp_path: Pa
     assert inspected(absent, full, container=container).advice == "lower --gpu-memory-utilization in its flags"
 
 
+def test_one_that_sleeps_keeps_its_weights_in_ram_and_a_rest_on_each_gpu(tmp_path: Path) -> None:
+    folder = big_model(tmp_path)
+    best = inspected(folder, gpu(GPU0, 81920), sleep=True).alternatives[0]
+    assert best.flags[-1] == "--enable-sleep-mode"
+    assert best.asleep == {GPU0: 1024, HOST: 3000 + 1.5 * 16384}
+    on_two = inspected(folder, gpu(GPU0, 16384), gpu(GPU1, 16384), sleep=True).alternatives[0]
+    assert on_two.asleep == {GPU0: 1024, GPU1: 1024, HOST: 3000 + 1.5 * 16384}
+    on_the_cpu = inspected(folder, version="0.32.0+cpu", sleep=True).alternatives[0]
+    assert on_the_cpu.asleep is None
+    assert "--enable-sleep-mode" not in on_the_cpu.flags
+
+
 def test_layers_with_a_window_take_as_much_as_vllm_demands(tmp_path: Path) -> None:
     """vLLM 0.32 counted 20.84 MB for this model, and starts with no less."""
     config = {"model_type": "gemma3_text", "num_hidden_layers": 18, "num_attention_heads": 4, "head_dim": 256}
@@ -645,10 +647,16 @@ GIVES_UP = (
             "a GPU is out of memory",
             Retry.LATER,
         ),
+        (
+            ("ValueError: Sleep mode is not supported on current platform.",),
+            "ValueError: Sleep mode is not supported",
+            None,
+            Retry.NEVER,
+        ),
         (("OSError: [Errno 98] Address already in use",), "OSError: [Errno 98]", None, Retry.AT_ONCE),
         (("INFO 11-28 17:10:57 [a.py:1] all is well",), "", None, Retry.LATER),
     ],
-    ids=["no room", "gives up", "usage", "too long", "out of memory", "port", "nothing"],
+    ids=["no room", "gives up", "usage", "too long", "out of memory", "sleep", "port", "nothing"],
 )
 def test_its_log_tells_the_cause(said: Sequence[str], cause: str, lack: str | None, retry: Retry) -> None:
     assert log.cause(said).startswith(cause)

@@ -45,6 +45,18 @@ def test_how_long_loads_take_outlives_the_router_but_not_the_machine(tmp_path: P
     assert later.raised(identity())
 
 
+def test_what_an_engine_holds_asleep_and_how_long_it_takes_to_wake_outlive_the_router(tmp_path: Path) -> None:
+    learned = Learned(store(tmp_path))
+    assert (learned.asleep(identity()), learned.wake_sec(identity())) == (None, None)
+    learned.slept(identity(), {SHOWN0: 900, HOST: 20000})
+    learned.woke(identity(), 2.5)
+    learned.loaded(identity(), 40.0)
+    learned.save(learned.entries())
+    later = Learned(store(tmp_path), machine_since=time.time() + 60)
+    assert later.asleep(identity()) == {SHOWN0: 900, HOST: 20000}
+    assert (later.wake_sec(identity()), later.load_sec(identity())) == (2.5, None)
+
+
 def test_a_load_takes_what_it_took_with_other_flags() -> None:
     learned = Learned()
     learned.loaded(identity("a", "-c", "1"), 5.0)

@@ -21,12 +21,13 @@ import {
 
 // --- models --------------------------------------------------------------------------------------------------
 
-const RANK = { failed: 0, loading: 1, draining: 1, stopping: 1, ready: 1, off: 2 };
+const RANK = { failed: 0, loading: 1, draining: 1, stopping: 1, ready: 1, asleep: 2, off: 3 };
 const ACTIONS = {
   off: "Load",
   failed: "Reset",
   loading: "Unload",
   ready: "Unload",
+  asleep: "Unload",
   draining: "Unload",
   stopping: "",
 };
@@ -127,7 +128,7 @@ function places(booked, known) {
 }
 
 function leaves(model, inFlight) {
-  if (model.status !== "ready") return "";
+  if (!["ready", "asleep"].includes(model.status)) return "";
   if (inFlight || model.slotless) return "busy";
   if (model.unload_at === null) return model.pinned ? "pinned" : "kept";
   const left = secondsBetween(model.updated_at, model.unload_at) - ago(model.seenAt);

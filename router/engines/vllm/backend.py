@@ -71,7 +71,16 @@ class Vllm:
                 yield problem
 
     def warnings(self, models: Mapping[str, ModelConfig]) -> Iterator[str]:
-        return iter(())
+        sleepers = [alias for alias, model in models.items() if _of_this_kind(model).sleep]
+        if not sleepers:
+            return
+        try:
+            program = self._program()
+        except Unusable:
+            return
+        if program.is_for_cpu:
+            for alias in sleepers:
+                yield f"{alias!r}: `sleep` needs a GPU, and {program.build} computes on the CPU: it exits instead"
 
     def plan(self, model: ModelConfig, system: System, ground: Ground, *, beside_others: bool) -> Inspection:
         return self._plan(_of_this_kind(model), ground).inspection()

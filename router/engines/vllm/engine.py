@@ -33,7 +33,7 @@ _WRONG_USAGE = 2
 _TAKEN_PORT = re.compile(r"address already in use", re.IGNORECASE)
 _FOR_GOOD = re.compile(
     r"does not recognize this architecture|are not supported for now|Cannot find model module|is greater than the "
-    r"derived max_model_len|must be divisible by tensor parallel size"
+    r"derived max_model_len|must be divisible by tensor parallel size|Sleep mode is not supported"
 )
 QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 """Variables, unless its entry sets them: nothing is to be told to anybody."""

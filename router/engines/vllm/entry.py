@@ -60,6 +60,9 @@ def _read(draft: Draft, alias: str, entry: VllmEntry, system: System) -> VllmMod
         draft.problem((*path, "context"), "is also set by --max-model-len in flags: remove one of them")
     if entry.slots is not None and "max-num-seqs" in flags:
         draft.problem((*path, "slots"), "is also set by --max-num-seqs in flags: remove one of them")
+    if entry.sleep and entry.container is not None:
+        why = "whoever reaches the container could use vLLM's routes for developers, which no key guards"
+        draft.problem((*path, "sleep"), f"cannot be combined with `container`: {why}")
     container = None if entry.container is None else _container(draft, path, entry, entry.container)
     if container is not None and container.downloads and entry.repo is not None and entry.model_path is None:
         folder = _in_cache(draft, entry, entry.repo)
@@ -90,6 +93,7 @@ def _read(draft: Draft, alias: str, entry: VllmEntry, system: System) -> VllmMod
         repo=entry.repo,
         context=entry.context,
         container=container,
+        sleep=entry.sleep,
     )
 
 

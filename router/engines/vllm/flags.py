@@ -16,6 +16,7 @@ OWNED: Mapping[str, str] = {
     "ssl-keyfile": "the router talks to engines on this machine without TLS",
     "ssl-certfile": "the router talks to engines on this machine without TLS",
     "headless": "the router needs the API server",
+    "enable-sleep-mode": "set `sleep` to true in the entry",
 }
 """Flags that are the router's to set, each with the reason."""
 _SHORT = {

@@ -37,11 +37,22 @@ def _installed(system: System) -> Installed:
     return Installed(str(program.path), program.full_version, program.origin, lacks)
 
 
-_PRIVATE = frozenset({"/v1/models", "/server_info"})
+_FOR_DEVELOPERS = (
+    *("/sleep", "/wake_up", "/is_sleeping", "/release_kv_cache_memory", "/server_info", "/collective_rpc"),
+    *("/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"),
+    *("/pause", "/resume", "/is_paused", "/abort_requests", "/get_world_size"),
+    *("/init_weight_transfer_engine", "/shutdown_weight_transfer_engine", "/weight_info", "/weight_checker"),
+    *("/start_weight_update", "/start_draft_weight_update", "/finish_weight_update"),
+    *("/update_weights", "/update_weight_version"),
+)
+"""Routes with VLLM_SERVER_DEV_MODE, as one that sleeps has it. Its key does not guard them."""
+_PRIVATE = frozenset({"/v1/models"})
 VLLM = Kind(
     backend=_backend,
     described=described,
-    documents=Documents(_PRIVATE | {"/health", "/ping", "/version", "/load", "/metrics"}, _PRIVATE),
+    documents=Documents(
+        _PRIVATE | {"/health", "/ping", "/version", "/load", "/metrics"}, _PRIVATE, frozenset(_FOR_DEVELOPERS)
+    ),
     file_format="safetensors",
     file_info=file_info,
     needs_chat_template=True,

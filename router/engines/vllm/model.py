@@ -31,6 +31,8 @@ class VllmModel(ModelConfig):
     context: int | None = None
     """Tokens of the longest request. None: as many as the model was made for, or as fit."""
     container: ContainerOfVllm | None = None
+    sleep: bool = False
+    """Whether it sleeps instead of exiting when it makes room."""
 
     @property
     def is_downloaded(self) -> bool:
@@ -54,4 +56,5 @@ class VllmModel(ModelConfig):
             self.context,
             self.slots,
             self.container,
+            self.sleep,
         )

@@ -18,6 +18,7 @@ from router.engines.hf_plan import Cache, Demand, HfPlan, caches
 from router.engines.vllm.flags import Flags
 from router.engines.vllm.model import VllmModel
 from router.engines.vllm.program import Program
+from router.engines.vllm.sleep import FLAG
 from router.formats.hf_model import DTYPE_BITS, HfModel
 from router.memory.measurements import Identity, Learned, files_of
 from router.memory.plan import Ground, Site, Unusable
@@ -142,6 +143,8 @@ class VllmPlan(HfPlan):
         if self._folder is None:
             own += (str(self._model.repo),)
         words = (*self._model.flags, *own, str(cache.context), str(cache.requests), str(self._model.slots))
+        if self._model.sleep:
+            words += (FLAG,)
         return Identity(files, self._program.build, words, gpus)
 
     def claim(self, site: Site, mib: int) -> int | None:
@@ -165,7 +168,13 @@ class VllmPlan(HfPlan):
             added += ["--gpu-memory-utilization", f"{min(1.0, share):g}"]
         if len(sites) > 1 and own.devices is None:
             added += ["--tensor-parallel-size", str(len(sites))]
+        if self._model.sleep:
+            added.append(FLAG)
         return tuple(added)
+
+    def sleeps(self, sites: Sequence[Site]) -> bool:
+        """See `HfPlan`."""
+        return self._model.sleep and bool(sites)
 
     def advice(self) -> str:
         """See `HfPlan`."""

@@ -25,6 +25,7 @@ from router.engines import minder
 from router.engines.base import Ending, EngineFailed, Launch
 from router.engines.log_ring import LogRing
 from router.engines.process import EngineOrder, EngineProcess, Spawned
+from router.engines.vllm import sleep
 from router.engines.vllm.engine import COMPUTES, OFFLINE, QUIET, VllmEngine, arguments, endpoint_of, probe_of
 from router.engines.vllm.entry import KEY_VARIABLE
 from router.engines.vllm.model import VllmModel
@@ -61,6 +62,8 @@ class VllmServer(VllmEngine, EngineProcess):
         self.folder = folder
         self._probe = probe_of(model)
         self._port_is_foreign = False
+        if sleep.FLAG in order.argv:
+            self.sleeper = sleep.VllmSleeper(self.endpoint)
 
     @classmethod
     def start(cls, launch: Launch, model: VllmModel, program: Program, port: int, log: LogRing) -> VllmServer:
@@ -79,6 +82,8 @@ class VllmServer(VllmEngine, EngineProcess):
         )
         own = {KEY_VARIABLE: key, "TMPDIR": str(folder)}
         env = {**without_secrets(os.environ), **OFFLINE, **QUIET, **launch.shows, **own}
+        if sleep.FLAG in argv:
+            env[sleep.VARIABLE] = "1"
         order = EngineOrder(
             model.alias, argv, env, launch.load_stall_sec, launch.load_limit_sec, launch.stop_grace_sec
         )
@@ -87,7 +92,10 @@ class VllmServer(VllmEngine, EngineProcess):
         except EngineFailed:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        return cls(order, model, port, key, spawned, log, folder)
+        server = cls(order, model, port, key, spawned, log, folder)
+        if model.sleep and server.sleeper is None:
+            server.cannot_sleep = f"{program.build} computes on the CPU here, and vLLM sleeps on GPUs only"
+        return server
 
     async def _until_it_serves(self) -> None:
         await super()._until_it_serves()
