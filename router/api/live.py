@@ -6,13 +6,13 @@ Events are encoded once, when they happen, so that clients who reconnect get the
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Any
 
+import anyio
 from fastapi import APIRouter, Request
 from sse_starlette import ServerSentEvent
 
@@ -218,8 +218,8 @@ async def _figures(dispatcher: Dispatcher, live: Live) -> AsyncIterator[bytes]:
         if not live.figures.is_fresh:
             await dispatcher.devices.read(READING_SEC)
         yield live.figures.get()
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(live.ending.wait(), _FIGURES_SEC)
+        with anyio.move_on_after(_FIGURES_SEC):
+            await live.ending.wait()
     yield frame("shutdown", {})
 
 

@@ -13,6 +13,7 @@ import socket
 from collections.abc import Callable, Generator
 from typing import Any, Protocol, cast
 
+import anyio
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.config import Config
@@ -67,8 +68,8 @@ class Server(uvicorn.Server):
     async def main_loop(self) -> None:
         """Renew the Date header every second. uvicorn's own loop wakes up ten times a second for that."""
         while not await self.on_tick(0):
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._is_to_end.wait(), _TICK_SEC)
+            with anyio.move_on_after(_TICK_SEC):
+                await self._is_to_end.wait()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

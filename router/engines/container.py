@@ -12,6 +12,8 @@ import os
 import signal
 import time
 
+import anyio
+
 from router.engines.base import Ending, Endpoint
 from router.engines.docker import Containers, Started, address
 from router.engines.log_ring import LogRing
@@ -88,14 +90,16 @@ class ContainerEngine(SupervisedEngine):
 
     async def _kill(self) -> None:
         with contextlib.suppress(Exception):  # whatever it is, the container is given up
-            await asyncio.wait_for(self._started.container.kill(), _KILL_SEC)
+            with anyio.fail_after(_KILL_SEC):
+                await self._started.container.kill()
             await asyncio.wait({self._exited}, timeout=_KILL_SEC)
         self._given_up.set()
 
     async def _computes(self) -> bool:
         """Return whether its processes compute, as the daemon sees them for a second."""
         try:
-            (seen,) = await asyncio.wait_for(self._started.container.stats(stream=False), _STATS_SEC)
+            with anyio.fail_after(_STATS_SEC):
+                (seen,) = await self._started.container.stats(stream=False)
             after, before = seen["cpu_stats"], seen["precpu_stats"]
             used = after["cpu_usage"]["total_usage"] - before["cpu_usage"]["total_usage"]
             passed = after["system_cpu_usage"] - before["system_cpu_usage"]

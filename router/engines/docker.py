@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import msgspec
 
 from router.config.schema import Container
@@ -144,8 +145,8 @@ class Containers:
         if record is None or not record.may_be_left:
             return
         try:
-            removed = asyncio.run(asyncio.wait_for(_remove_all(record.router), _LEFTOVERS_SEC))
-        except (EngineFailed, asyncio.TimeoutError) as error:
+            removed = asyncio.run(_remove_leftovers(record.router))
+        except (EngineFailed, TimeoutError) as error:
             _log.warning("containers left by a killed router may still run: %s", error or "no answer from Docker")
             return
         if removed:
@@ -209,8 +210,9 @@ class Containers:
     async def remove(self, container: DockerContainer, limit_sec: float | None = None) -> None:
         """Remove a container, whatever its state. One that cannot be removed now is removed by the next start."""
         try:
-            await asyncio.wait_for(_remove(container), limit_sec)
-        except (EngineFailed, asyncio.TimeoutError):
+            with anyio.fail_after(limit_sec):
+                await _remove(container)
+        except (EngineFailed, TimeoutError):
             self._alive.discard(container.id)
             return
         self._alive.discard(container.id)
@@ -296,6 +298,11 @@ def _plain(status: int, message: str, spec: Container | None, name: str) -> tupl
             reason = f"containers cannot use GPUs here: install NVIDIA's container toolkit ({message})"
             return reason, "containers cannot use GPUs here"
     return f"Docker: {message}", "its container cannot be started"
+
+
+async def _remove_leftovers(router: str) -> list[str]:
+    with anyio.fail_after(_LEFTOVERS_SEC):
+        return await _remove_all(router)
 
 
 async def _remove_all(router: str, docker: Docker | None = None, *, apart: set[str] | None = None) -> list[str]:

@@ -8,6 +8,8 @@ import errno
 from collections.abc import AsyncIterator
 from typing import NamedTuple
 
+import anyio
+
 from router.engines.base import Endpoint
 
 CANNOT_ASK = -1
@@ -34,13 +36,11 @@ class Document(NamedTuple):
 async def document(endpoint: Endpoint, path: str, limit_sec: float) -> Document | None:
     """Return the document at `path`; None without a valid response in time."""
 
-    async def fetch() -> Document:
-        async with _asked(endpoint, path) as answer:
-            return await Document.read(answer)
-
     try:
-        return await asyncio.wait_for(fetch(), limit_sec)
-    except (OSError, EOFError, ValueError, IndexError, asyncio.LimitOverrunError, asyncio.TimeoutError):
+        with anyio.fail_after(limit_sec):
+            async with _asked(endpoint, path) as answer:
+                return await Document.read(answer)
+    except (OSError, EOFError, ValueError, IndexError, asyncio.LimitOverrunError):  # TimeoutError is an OSError
         return None
 
 

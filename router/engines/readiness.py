@@ -6,6 +6,8 @@ import asyncio
 import errno
 import re
 
+import anyio
+
 from router.engines.base import PROBE_LIMIT_SEC, Endpoint, Facts
 from router.engines.questions import CANNOT_ASK, status
 from router.engines.supervised import SupervisedEngine
@@ -47,14 +49,16 @@ class Readiness:
     async def _serves(self) -> bool:
         """A probe that is not answered in time is sent again: a server may lose those that come while it loads."""
         try:
-            return await asyncio.wait_for(self._answer(), PROBE_LIMIT_SEC) is True
-        except asyncio.TimeoutError:
+            with anyio.fail_after(PROBE_LIMIT_SEC):
+                return await self._answer() is True
+        except TimeoutError:
             return False
 
     async def is_healthy(self, limit_sec: float) -> bool:
         try:
-            return await asyncio.wait_for(self._answer(), limit_sec) is not False
-        except asyncio.TimeoutError:
+            with anyio.fail_after(limit_sec):
+                return await self._answer() is not False
+        except TimeoutError:
             return False
 
     async def _answer(self) -> bool | None:
@@ -110,8 +114,9 @@ class AnswersAtPath(SupervisedEngine):
 
 async def _stays_open(reader: asyncio.StreamReader) -> bool:
     try:
-        return await asyncio.wait_for(reader.read(1), _OPEN_SEC) != b""
-    except asyncio.TimeoutError:
+        with anyio.fail_after(_OPEN_SEC):
+            return await reader.read(1) != b""
+    except TimeoutError:
         return True
     except OSError:
         return False

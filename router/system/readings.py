@@ -15,6 +15,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
+import anyio
+
 from router.system import threads
 from router.system.devices import Device
 
@@ -102,8 +104,9 @@ class Watch(Generic[T]):
 
         self._ask(tell)
         try:
-            await asyncio.wait_for(answered.wait(), deadline_sec)
-        except asyncio.TimeoutError:
+            with anyio.fail_after(deadline_sec):
+                await answered.wait()
+        except TimeoutError:
             self._is_overdue(deadline_sec)
         finally:
             self._forget(tell)

@@ -15,6 +15,8 @@ import secrets
 import signal
 from collections.abc import Mapping, Sequence
 
+import anyio
+
 from router.engines import MARK_VARIABLE
 from router.engines.base import Endpoint, Launch
 from router.engines.command.entry import CommandModel
@@ -108,9 +110,10 @@ class CommandServer(AnswersAtPath, EngineProcess):
             self.log.feed(f"stop_cmd: {self._stop_cmd[0]} cannot be run: {error}\n".encode())
             return
         try:
-            said, _ = await asyncio.wait_for(process.communicate(), limit_sec)
+            with anyio.fail_after(limit_sec):
+                said, _ = await process.communicate()
             self.log.feed(said)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             self.log.feed(f"stop_cmd: {self._stop_cmd[0]} took longer than {limit_sec:g} s\n".encode())
             with contextlib.suppress(ProcessLookupError):
                 process.kill()

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import anyio
 import msgspec
 
 from router.engines.base import PROBE_LIMIT_SEC, Endpoint, Facts, LoadProgress
@@ -116,9 +117,10 @@ class LlamaServer(EngineProcess):
     async def healthy(self, limit_sec: float = PROBE_LIMIT_SEC) -> bool:
         """Return whether it is alive and accepts a request with the key in time."""
         try:
-            answer = await asyncio.wait_for(status(self.endpoint, "/v1/models"), limit_sec)
+            with anyio.fail_after(limit_sec):
+                answer = await status(self.endpoint, "/v1/models")
             return self.alive and answer in (200, CANNOT_ASK)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             return False
 
     async def facts(self) -> Facts | None:

@@ -14,6 +14,7 @@ import re
 import secrets
 from collections.abc import Sequence
 
+import anyio
 import psutil
 
 from router.engines import MARK_VARIABLE
@@ -85,8 +86,9 @@ class TransformersServer(EngineProcess):
 
     async def healthy(self, limit_sec: float = PROBE_LIMIT_SEC) -> bool:
         try:
-            answer = await asyncio.wait_for(status(self.endpoint, _HEALTH), limit_sec)
-        except asyncio.TimeoutError:
+            with anyio.fail_after(limit_sec):
+                answer = await status(self.endpoint, _HEALTH)
+        except TimeoutError:
             return False
         return self.alive and answer in (200, CANNOT_ASK)
 

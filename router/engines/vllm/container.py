@@ -12,6 +12,8 @@ import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
+import anyio
+
 from router.engines.base import Launch
 from router.engines.container import ANY_ADDRESS, ContainerEngine
 from router.engines.docker import ContainerOrder, Containers, Started
@@ -71,7 +73,8 @@ class VllmContainer(VllmEngine, ContainerEngine):
             await super()._ask_to_go(grace_sec)
             return
         with contextlib.suppress(Exception):  # whatever it is, the kill that follows reports it
-            await asyncio.wait_for(self._started.container.kill(), grace_sec)
+            with anyio.fail_after(grace_sec):
+                await self._started.container.kill()
             await asyncio.wait({self.exited}, timeout=grace_sec)
 
 

@@ -12,6 +12,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
+import anyio
 import msgspec
 
 from router.engines.base import PROBE_LIMIT_SEC, Endpoint, Facts, Launch
@@ -89,16 +90,18 @@ class VllmEngine(SupervisedEngine):
     async def _is_up(self) -> bool:
         """A question that is not answered in time is asked again: what forwards it may lose it."""
         try:
-            return await asyncio.wait_for(status(self.endpoint, "/health"), PROBE_LIMIT_SEC) == 200
-        except asyncio.TimeoutError:
+            with anyio.fail_after(PROBE_LIMIT_SEC):
+                return await status(self.endpoint, "/health") == 200
+        except TimeoutError:
             return False
 
     async def healthy(self, limit_sec: float = PROBE_LIMIT_SEC) -> bool:
         """See `EngineHandle`. A request for one token tells a hang, unless there is much to compute before it."""
         computes = self._watch_work()
         try:
-            answer = await asyncio.wait_for(self._answer(), limit_sec)
-        except asyncio.TimeoutError:
+            with anyio.fail_after(limit_sec):
+                answer = await self._answer()
+        except TimeoutError:
             return await computes() and self.alive
         return self.alive and answer is not None and (answer == CANNOT_ASK or answer < 500)
 

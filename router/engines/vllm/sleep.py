@@ -7,7 +7,7 @@ hang.
 
 from __future__ import annotations
 
-import asyncio
+import anyio
 
 from router.engines.base import Endpoint, EngineFailed
 from router.engines.questions import document, status
@@ -38,8 +38,9 @@ class VllmSleeper:
     async def _ask(self, path: str, limit_sec: float) -> None:
         name = path.partition("?")[0]
         try:
-            answer = await asyncio.wait_for(status(self._endpoint, path, b""), limit_sec)
-        except asyncio.TimeoutError:
+            with anyio.fail_after(limit_sec):
+                answer = await status(self._endpoint, path, b"")
+        except TimeoutError:
             told = f"it did not answer {name} within {limit_sec:g} s"
             raise EngineFailed(told, told) from None
         if answer != 200:
