@@ -70,8 +70,9 @@ _BACKLOG = 2048
 _OTHER_FILES = 512
 """Open files other than client connections: connections to engines, pipes, spare and refused connections."""
 _KEEP_ALIVE_SEC = 75
-_THREADS_TURN_SEC = 0.0005
-"""Longest time that a thread reading files or memory may delay the event loop."""
+_THREADS_TURN_SEC = 0.0001
+"""Longest time that a thread reading files or memory may delay each callback of the event loop. uvloop gives up
+Python's lock between two of them, so a hundred readable connections wait that long a hundred times."""
 _YOUNG_OBJECTS = 5_000
 """Number of new objects that triggers a garbage collection, during which no request is served."""
 _FIRST_MODEL = "hf.co/ggml-org/Qwen3-4B-GGUF:Q4_K_M"

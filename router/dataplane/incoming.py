@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from random import getrandbits
 from typing import Protocol
 
@@ -266,9 +267,10 @@ class IncomingRequest(ABC):
             wish, _ = self._read(body)  # which does not rewrite forms
             return wish, Pieces(body) if wish.known_as is None else self._renamed(body, wish.known_as)
         depth = self._depth()
+        of_engine = partial(burden, route=ROUTES[self._head.path])
         while True:
-            short = shortened(body, depth)
-            self._burden = burden(short.count, ROUTES[self._head.path])
+            short = shortened(body, depth, of_engine)  # which refuses too many values before the rest is read
+            self._burden = of_engine(short.count)
             try:
                 wish, text = self._read_fitted(short.text)
                 needed = self._depth_of(wish, short)

@@ -7,7 +7,7 @@ only a few top-level keys are decoded.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
@@ -15,7 +15,7 @@ import msgspec
 from router.catalog.lookup import check_name, known_as, named_by_nobody
 from router.config.resolved import AliasConfig, Config
 from router.dataplane.forms import is_form, text_fields
-from router.dataplane.shortening import MOST_VALUES, Shortened, Text, TooManyValues
+from router.dataplane.shortening import MOST_VALUES, Count, Shortened, Text, TooManyValues
 from router.formats.unreadable import UNREADABLE
 from router.http.auth import Client
 from router.http.errors import ApiError
@@ -195,10 +195,10 @@ def lists_prompts(short: Shortened) -> bool:
     return short.first_of_list(bytes(_read_envelope(short.text).prompt)) in (b'"', b"[", b"{")
 
 
-def shortened(body: Text, depth: int) -> Shortened:
-    """Return the short form of a JSON document down to a depth. Raises ApiError."""
+def shortened(body: Text, depth: int, check: Callable[[Count], object]) -> Shortened:
+    """Return the short form of a JSON document down to a depth. Raises ApiError, also what `check` raises."""
     try:
-        return Shortened(body, depth)
+        return Shortened(body, depth, check)
     except TooManyValues:
         message = (
             f"The body has too many values to be taken apart: besides long texts, at most {MOST_VALUES} in 8 MiB."

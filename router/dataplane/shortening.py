@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -27,7 +27,8 @@ Text = bytes | memoryview
 """A document in one contiguous buffer."""
 
 ALL_DEPTHS = 1 << 30
-_STEP = 128 << 10
+_STEP = 32 << 10
+"""Bytes of a step: each callback of the event loop may wait for Python's lock as long as a call on them takes."""
 _LONG = 512
 _BEGINNING = 260
 """Bytes of a long string that stay, enough to tell images apart. If fewer do, the placeholder is longer: a name
@@ -65,8 +66,8 @@ class TooManyValues(Exception):
 class Shortened:
     """A document and its short form, `text`."""
 
-    def __init__(self, document: Text, depth: int) -> None:
-        """Depth 1 is that of the values of the outermost object.
+    def __init__(self, document: Text, depth: int, check: Callable[[Count], object]) -> None:
+        """Depth 1 is that of the values of the outermost object. `check` may raise for what was counted so far.
 
         Raises msgspec.DecodeError for a document that is cut off or has brackets that do not match, RecursionError
         for one that is nested too deeply, and TooManyValues.
@@ -79,7 +80,7 @@ class Shortened:
         """The values of the whole document."""
         kept: list[bytes] = []
         at = size = 0
-        for run in _long_runs(self._document, depth, self.count):
+        for run in _long_runs(self._document, depth, self.count, check):
             begin = run.begin
             if run.is_string:
                 plain = _PLAIN.match(self._document, begin, run.end)
@@ -171,8 +172,8 @@ class _Run(NamedTuple):
     end: int
 
 
-def _long_runs(document: memoryview, depth: int, count: Count) -> Iterator[_Run]:
-    """Yield the ranges to take out, in order, and count all values on the way."""
+def _long_runs(document: memoryview, depth: int, count: Count, check: Callable[[Count], object]) -> Iterator[_Run]:
+    """Yield the ranges to take out, in order, and count all values on the way, with a `check` after each step."""
     level, in_string = 0, False
     string, value = 0, 0
     """Offsets of the current string and of the current nested value, which may have to be taken out."""
@@ -181,9 +182,10 @@ def _long_runs(document: memoryview, depth: int, count: Count) -> Iterator[_Run]
         texts, end = _between_quotes(document, begin)
         outside = b"".join(texts[in_string::2])
         brackets = outside.translate(None, _ALL_BUT_BRACKETS)
-        levels = _levels(brackets, level)
         count.values += outside.count(b",") + len(brackets) // 2
         count.composed += (len(brackets) + len(texts) - 1) // 2
+        check(count)
+        levels = _levels(brackets, level)
         if levels.highest <= depth:
             yield from _long_strings(texts, begin, string if in_string else None)
         elif levels.lowest <= depth:

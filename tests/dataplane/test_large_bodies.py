@@ -17,10 +17,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from router.dataplane import shortening
+from router.dataplane.burden import burden
 from router.dataplane.forms import text_fields
 from router.dataplane.routing import shortened
-from router.dataplane.shortening import ALL_DEPTHS, Shortened
+from router.dataplane.shortening import ALL_DEPTHS, Count, Shortened
 from router.http.errors import ApiError
+from router.http.routes import ROUTES
 from router.system.large_memory import Pieces
 
 LONG = 'All "work" and no play\\\n\u00e9 ' * 60_000
@@ -31,6 +33,10 @@ def joined(pieces: Pieces) -> bytes:
     whole = b"".join(map(bytes, pieces.parts))
     assert len(whole) == len(pieces)
     return whole
+
+
+def anything(_: Count) -> None:
+    """Allow any number of values."""
 
 
 # --- what is taken out of a document ---------------------------------------------------------------------------
@@ -56,7 +62,7 @@ def test_what_was_taken_out_is_put_back(document: dict[str, Any], depth: int, st
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shortening, "_LONG", 8)
         patch.setattr(shortening, "_STEP", step)
-        short = Shortened(whole, depth)
+        short = Shortened(whole, depth, anything)
     assert json.loads(short.text).keys() >= {key for key in document if len(json.dumps(key)) < 8}
     assert joined(short.restored(short.text)) == whole
 
@@ -66,24 +72,24 @@ def test_a_short_document_has_what_is_asked_for_and_nothing_long() -> None:
     turns = [{"role": "system", "content": LONG}, {"role": "user", "content": [{"type": "text", "text": LONG}]}]
     document = {"model": "a", "messages": turns * 50, "tools": tools, "stop": ["x"], "stream": True}
     whole = json.dumps(document).encode()
-    top = json.loads(Shortened(whole, 1).text)
+    top = json.loads(Shortened(whole, 1, anything).text)
     assert {**top, "messages": []} == {**document, "messages": []}
-    turn = json.loads(Shortened(whole, 3).text)["messages"][0]
+    turn = json.loads(Shortened(whole, 3, anything).text)["messages"][0]
     assert (turn["role"], turn["content"][:4]) == ("system", LONG[:4])
-    assert len(Shortened(whole, 1).text) < 1000
-    assert len(Shortened(whole, ALL_DEPTHS).text) < 50_000
+    assert len(Shortened(whole, 1, anything).text) < 1000
+    assert len(Shortened(whole, ALL_DEPTHS, anything).text) < 50_000
 
 
 def test_what_is_taken_out_is_not_looked_at() -> None:
     """Which would take long: here it would even fail."""
     nonsense = b"nonsense, " * 1000
-    short = shortened(b'{"model": "a", "input": [[%b]], "stream": true}' % nonsense, 1)
+    short = shortened(b'{"model": "a", "input": [[%b]], "stream": true}' % nonsense, 1, anything)
     assert json.loads(short.text)["stream"] is True
     assert nonsense in joined(short.restored(short.text))
 
 
 def test_json_within_a_string_gets_what_was_taken_out_as_text() -> None:
-    short = Shortened(json.dumps({"schema": {"const": LONG}, "list": [LONG], "text": LONG}).encode(), 1)
+    short = Shortened(json.dumps({"schema": {"const": LONG}, "list": [LONG], "text": LONG}).encode(), 1, anything)
     within = json.dumps({"arguments": short.text.decode()}).encode()
     arguments = json.loads(joined(short.restored(within)))["arguments"]
     assert json.loads(arguments) == {"schema": {"const": LONG}, "list": [LONG], "text": LONG}
@@ -101,7 +107,20 @@ def test_json_within_a_string_gets_what_was_taken_out_as_text() -> None:
 )
 def test_what_is_cut_off_or_nested_too_deeply_is_refused(body: bytes, problem: str) -> None:
     with pytest.raises(ApiError, match=problem):
-        shortened(body, 1)
+        shortened(body, 1, anything)
+
+
+def test_too_many_values_are_refused_before_the_rest_is_read() -> None:
+    lists = b'{"a": [' + b"[]," * 2_000_000  # six megabytes, and cut off
+    counted: list[int] = []
+
+    def few(count: Count) -> None:
+        counted.append(count.values)
+        burden(count, ROUTES["/v1/chat/completions"])
+
+    with pytest.raises(ApiError, match="more than 524288 texts, lists and objects"):
+        shortened(lists, 1, few)
+    assert counted[-1] < 1_500_000
 
 
 # --- what an engine gets ---------------------------------------------------------------------------------------
