@@ -355,6 +355,18 @@ def test_anthropics_client_talks_to_it(router: Router) -> None:
     assert (said.stop_reason, said.usage.output_tokens) == ("end_turn", 2)
 
 
+def test_anthropics_client_is_told_which_stop_sequence_has_come(router: Router) -> None:
+    client = anthropic.Anthropic(base_url=router.url, api_key="-", max_retries=0)
+    asked: Any = {"max_tokens": 9, "messages": [{"role": "user", "content": "one two three"}]}
+    asked |= {"model": "chatty", "stop_sequences": ["zebra", " two"]}
+    whole = client.messages.create(**asked)
+    with client.messages.stream(**asked) as stream:
+        final = stream.get_final_message()
+    for said in (whole, final):
+        assert [block.text for block in said.content if block.type == "text"] == ["one"]
+        assert (said.stop_reason, said.stop_sequence) == ("stop_sequence", " two")
+
+
 # --- engines -----------------------------------------------------------------------------------------------------
 
 

@@ -168,7 +168,7 @@ def answers(model: ModelConfig, asks: Ask) -> bool:
     answer is told by their routes."""
     if model.routes is not None:
         return True
-    if asks in ("chat", "completion", "response"):
+    if asks in ("chat", "completion", "response", "count"):
         return _writes(model)
     purpose = _PURPOSES.get(asks)
     return purpose is None or _is_for(model, purpose)

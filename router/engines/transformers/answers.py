@@ -74,17 +74,22 @@ class Cut:
         self._stops = stops
         self._held = ""
         """The end of what has come, which may be the beginning of a stop."""
-        self.is_over = False
+        self.stop: str | None = None
+        """The stop that has come."""
+
+    @property
+    def is_over(self) -> bool:
+        return self.stop is not None
 
     def add(self, piece: str) -> str:
         """Return what of the text is known to be part of the answer by now."""
         if not self._stops or self.is_over:
             return "" if self.is_over else piece
         text = self._held + piece
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
-            self.is_over, self._held = True, ""
-            return text[: min(found)]
+            (end, self.stop), self._held = min(found), ""
+            return text[:end]
         most = min(len(text), max(map(len, self._stops)) - 1)
         kept = next((n for n in range(most, 0, -1) if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)
         self._held = text[len(text) - kept :]
@@ -282,6 +287,8 @@ class Understood:
             choice |= {"text": told.get("content", ""), "logprobs": None}
         self._has_begun = True
         choice["finish_reason"] = finish_reason
+        if finish_reason is not None:
+            choice |= self._stopped_by()
         chunk = {**self._envelope("chat.completion.chunk"), "choices": [choice]}
         if finish_reason is not None:
             chunk["usage"] = self._usage
@@ -312,7 +319,12 @@ class Understood:
         else:
             choice |= {"text": texts.get("content", ""), "logprobs": None}
         choice["finish_reason"] = self._finish_reason
+        choice |= self._stopped_by()
         return _encode({**self._envelope("chat.completion"), "choices": [choice], "usage": self._usage})
+
+    def _stopped_by(self) -> dict[str, str]:
+        """Return the stop that has ended the answer, as vLLM names it."""
+        return {} if self._cut.stop is None else {"stop_reason": self._cut.stop}
 
     def _envelope(self, of_chats: str) -> dict[str, Any]:
         prefix, kind = ("chatcmpl", of_chats) if self._as_chat else ("cmpl", "text_completion")
