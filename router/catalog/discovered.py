@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from router.config.schema import Api
 from router.config.source import Source
 from router.engines.registry import is_for_gguf, kind_of_entry
 from router.formats import hf_cache
-from router.formats.hf_model import HfModel
+from router.formats.hf_model import HfModel, Purpose
 from router.store import created, discovery, external, pulled
 from router.system.state import default_path
 
@@ -38,6 +38,8 @@ class Discovered:
         """Folders that were scanned."""
         self.lost: dict[str, str] = {}
         """Names that cannot be served, each with the file or model that is missing."""
+        self._missing: dict[Purpose, str] = {}
+        """What is missing to run models in safetensors, by their purpose."""
         self._layers: dict[str, tuple[created.Created, str]] = {}
         """System prompts, parameters and flags that a store attaches to its models, each with the store."""
         self._created: dict[str, created.Created] = {}
@@ -53,7 +55,7 @@ class Discovered:
         self._read_created(models, aliases if isinstance(aliases, dict) else {})
         paths = map(self._path_of, models.values())
         served = {os.path.realpath(path) for path in paths if path is not None}
-        unrunnable: list[Path] = []
+        unrunnable: dict[str, list[Path]] = {}
         for origin, folder, look in self._places(models_dirs):
             self.folders.append(folder)
             try:
@@ -66,12 +68,12 @@ class Discovered:
             ]
             for found in looked.models:
                 if isinstance(found.model, HfModel):
-                    if not found.model.writes_text:
-                        reason = f"{found.model.architecture} writes no text"
+                    if (purpose := found.model.purpose) is None:
+                        reason = f"{found.model.architecture} neither writes text nor embeds nor ranks"
                         self.draft.warnings.append(f"{found.path} is not served: {reason}")
                         continue
-                    if origin is not Source.PULLED and self._lacks:
-                        unrunnable.append(found.path)
+                    if origin is not Source.PULLED and (lacks := self._lacks(purpose)):
+                        unrunnable.setdefault(lacks, []).append(found.path)
                         continue
                 # A pulled model keeps the alias that was requested, even if its file is served under another name.
                 if origin is not Source.PULLED and os.path.realpath(found.path) in served:
@@ -107,9 +109,9 @@ class Discovered:
                 if found.made is not None:
                     self._add_layers(found.alias, found.made, origin)
             served |= {os.path.realpath(found.path) for found in looked.models}
-        if unrunnable:
-            others = f" and {len(unrunnable) - 1} others in safetensors" if len(unrunnable) > 1 else ""
-            self.draft.warnings.append(f"{unrunnable[0]}{others}: not served, as {self._lacks}")
+        for lacks, (one, *others) in unrunnable.items():
+            more = f" and {len(others)} others in safetensors" if others else ""
+            self.draft.warnings.append(f"{one}{more}: not served, as {lacks}")
         self._add_created(models, aliases if isinstance(aliases, dict) else {})
 
     def _path_of(self, entry: Any) -> Path | None:
@@ -122,10 +124,11 @@ class Discovered:
         cache = hf_cache.folder(self.draft.environ) if self.draft.is_for_here else None
         return hf_cache.snapshot(cache, repo) if isinstance(repo, str) and cache is not None else None
 
-    @cached_property
-    def _lacks(self) -> str:
-        """Say what is missing to run models in safetensors; empty if nothing is."""
-        return engine_choice.missing(self.draft)
+    def _lacks(self, purpose: Purpose) -> str:
+        """Say what is missing to run models in safetensors for a purpose; empty if nothing is."""
+        if purpose not in self._missing:
+            self._missing[purpose] = engine_choice.missing(self.draft, purpose)
+        return self._missing[purpose]
 
     def _add_layers(self, alias: str, made: created.Created, origin: str) -> None:
         """Add what a store attaches to a model. Flags of the configuration take precedence over the store's."""

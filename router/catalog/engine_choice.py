@@ -18,7 +18,8 @@ from router.config.draft import Draft
 from router.config.names import some_of
 from router.config.problems import KeyPath
 from router.config.resolved import ModelConfig
-from router.config.schema import HfEntry, System
+from router.config.schema import HfEntry, Section, System
+from router.engines.kind import EntryReader
 from router.engines.registry import KINDS, is_for_hf_model
 from router.formats import hf_model
 
@@ -38,8 +39,10 @@ def is_hf_model(draft: Draft, entry: Mapping[str, Any], base: Path) -> bool:
         return False
 
 
-def missing(draft: Draft) -> str:
-    """Say what to install to run models in Hugging Face's format; empty if something is. Reads the disk."""
+def missing(draft: Draft, purpose: hf_model.Purpose) -> str:
+    """Say what to install to run models in Hugging Face's format for a purpose; empty if something is. Reads the
+    disk.
+    """
     given = draft.values.get("system")
     paths: dict[str, str] = {}
     for key, value in (given if isinstance(given, dict) else {}).items():
@@ -47,7 +50,7 @@ def missing(draft: Draft) -> str:
             is_file = os.sep in value
             paths[key] = str(draft.resolve(value, draft.base_of(("system", key)))) if is_file else value
     system = System.model_construct(None, **paths)
-    kinds = [name for name, kind in KINDS.items() if kind.file_format == SAFETENSORS]
+    kinds = [name for name, kind in KINDS.items() if kind.file_format == SAFETENSORS and purpose in kind.purposes]
     return "" if any(_can_run(name, system) for name in kinds) else _to_install(kinds)
 
 
@@ -75,6 +78,8 @@ def hf_models(draft: Draft, alias: str, system: System) -> list[ModelConfig]:
     if not able:
         draft.problem(path, f"has keys that no kind of engine has together: {some_of(sorted(values))}")
         return []
+    purpose = _purpose(kinds[able[0]].read(_muted(draft), alias, _entry(kinds, able[0], values), system))
+    able = [name for name in able if purpose in KINDS[name].purposes] or able
     problems = {name: KINDS[name].installed(system).problem for name in able}
     chosen = [name for name in able if not problems[name]]
     if not chosen:
@@ -83,9 +88,9 @@ def hf_models(draft: Draft, alias: str, system: System) -> list[ModelConfig]:
     models: list[ModelConfig] = []
     for name in chosen:
         own = kinds[name]
-        read = own.schema.model_validate({**values, "engine": name})
+        read = _entry(kinds, name, values)
         models.append(own.read(_muted(draft) if models else draft, alias, read, system))
-    why = _why(kinds, problems)
+    why = _why(kinds, problems, purpose)
     if len(models) > 1 and not _has_chat_template(models[0].model_path):
         first = models[0].engine
         models.sort(key=lambda model: KINDS[model.engine].needs_chat_template)
@@ -98,15 +103,20 @@ def _can_run(name: str, system: System) -> bool:
     return not KINDS[name].installed(system).problem
 
 
-def _why(kinds: Iterable[str], problems: Mapping[str, str]) -> str:
+def _why(kinds: Iterable[str], problems: Mapping[str, str], purpose: hf_model.Purpose | None) -> str:
     """Say why the first kind without a problem was chosen. Kinds that `problems` lacks do not have all keys."""
     passed: list[str] = []
     for name in kinds:
-        problem = problems.get(name, "it lacks keys of the entry")
+        does = purpose in KINDS[name].purposes
+        problem = problems.get(name, "it lacks keys of the entry" if does else f"it has no {purpose}")
         if not problem:
             break
         passed.append(f"{name}: {problem}")
     return "; ".join(passed) or "the first that can run here"
+
+
+def _entry(kinds: Mapping[str, EntryReader], name: str, values: Mapping[str, Any]) -> Section:
+    return kinds[name].schema.model_validate({**values, "engine": name})
 
 
 def _muted(draft: Draft) -> Draft:
@@ -114,6 +124,14 @@ def _muted(draft: Draft) -> Draft:
     muted = copy.copy(draft)
     muted.problems, muted.warnings = [], []
     return muted
+
+
+def _purpose(model: ModelConfig) -> hf_model.Purpose | None:
+    """Return what a model is for; text, as far as its files do not say."""
+    try:
+        return hf_model.read(model.model_path).purpose
+    except (hf_model.Unreadable, OSError):
+        return "completion"
 
 
 def _has_chat_template(folder: Path) -> bool:

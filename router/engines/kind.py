@@ -9,6 +9,7 @@ from router.config.draft import Draft
 from router.config.resolved import ModelConfig
 from router.config.schema import Section, System
 from router.engines.documents import Documents
+from router.formats import hf_model
 from router.observe.prometheus import Gauges
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ class Kind(NamedTuple):
     installed: Callable[[System], Installed]
     """Returns what is installed of it. Blocking."""
     file_format: str = ""
+    purposes: frozenset[hf_model.Purpose] = frozenset({"completion"})
+    """What models in safetensors may be for that its engines serve."""
     file_info: Callable[[ModelConfig], FileInfo] = lambda _: FileInfo()
     """Blocking. Raises OSError, GGUFError and FlagError."""
     manner: Manner | None = None

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from router.formats import hf_attention, safetensors
 from router.formats.hf_attention import LayerCache
@@ -23,10 +23,13 @@ from router.formats.safetensors import BITS, Header, Incomplete, Tensor, Unreada
 
 __all__ = ["HfModel", "Incomplete", "Unreadable", "read"]
 
+Purpose = Literal["completion", "embedding", "rerank"]
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+_MODULES = "modules.json"
+"""The parts of a model of Sentence Transformers, which embeds whatever its architecture."""
 _READ = (".safetensors", ".json", ".jinja")
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 MOST_BYTES = 64 << 20
@@ -107,12 +110,12 @@ class HfModel:
     files: tuple[Path, ...]
     """The files with the weights."""
     takes_images: bool = False
+    purpose: Purpose | None = "completion"
+    """What it is for, according to its architecture and files; None: none of these, such as classifying images."""
 
     @property
     def writes_text(self) -> bool:
-        """Whether it generates text, according to its architecture; other models embed, rank or see only."""
-        named = self.architecture
-        return not named or named.endswith(("ForCausalLM", "ForConditionalGeneration")) or "LMHead" in named
+        return self.purpose == "completion"
 
     def kv_bytes_per_token(self, dtype: str | None = None) -> int | None:
         """Return the size of what all layers cache of one token; None if that is unknown.
@@ -189,6 +192,7 @@ def _remembered(folder: Path, _version: tuple[tuple[str, int, int], ...]) -> HfM
         tuple(folder / name for name in files),
         has_chat_template=bool(tokenizer.get("chat_template"))
         or any((folder / name).is_file() for name in TEMPLATES),
+        has_modules=_MODULES in names,
     )
 
 
@@ -233,6 +237,7 @@ def of_parts(
     files: tuple[Path, ...],
     *,
     has_chat_template: bool,
+    has_modules: bool = False,
 ) -> HfModel:
     """Return the model that a configuration and the headers of its weights describe. Raises Unreadable."""
     tensors = {
@@ -265,7 +270,23 @@ def of_parts(
         has_chat_template=has_chat_template,
         files=files,
         takes_images="vision_config" in config,
+        purpose=_purpose(str(named), config, has_modules=has_modules),
     )
+
+
+def _purpose(architecture: str, config: Mapping[str, Any], *, has_modules: bool) -> Purpose | None:
+    if "ForSequenceClassification" in architecture:  # with a single label, it says how well two texts match
+        labels = config.get("id2label")
+        count = len(labels) if isinstance(labels, dict) else config.get("num_labels")
+        return "rerank" if count == 1 else None
+    if has_modules:
+        return "embedding"
+    if not architecture or architecture.endswith(("ForCausalLM", "ForConditionalGeneration")):
+        return "completion"
+    if "LMHead" in architecture:
+        return "completion"
+    reads_text = "vocab_size" in config and "vision_config" not in config
+    return "embedding" if architecture.endswith("Model") and reads_text else None
 
 
 def parse_object(text: bytes, source: str) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class Found:
     @property
     def capabilities(self) -> tuple[str, ...]:
         if isinstance(self.model, HfModel):
-            return ("completion",) if self.model.writes_text else ()
+            return () if self.model.purpose is None else (self.model.purpose,)
         return gguf.capabilities(self.model, self.projector)
 
 

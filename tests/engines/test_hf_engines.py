@@ -21,6 +21,16 @@ REFUSAL = "ValueError: Model architectures ['LlamaForCausalLM'] are not supporte
 FELL_BACK = "did not load, and runs on transformers instead of vllm"
 MAKE_MODELS = Path(__file__).parent.parent / "make_hf_models.py"
 REAL = {name: os.environ.get(name.upper(), "") for name in ("vllm", "transformers")}
+RANKS = {**LLAMA, "architectures": ["BertForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+
+
+def embedding_model(folder: Path) -> Path:
+    """One of Sentence Transformers, whose architecture is that of a model that writes text."""
+    write_model(folder)
+    (folder / "modules.json").write_text(
+        '[{"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"}]'
+    )
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +55,8 @@ def router(start_shared: Start, system: dict[str, str], tmp_path_factory: pytest
         "plain": {"model_path": str(write_model(folder / "plain", chat_template=None))},
         "odd": {"model_path": odd},
         "strict": {"engine": "vllm", "model_path": odd},
+        "embeds": {"model_path": str(embedding_model(folder / "embeds"))},
+        "ranks": {"model_path": str(write_model(folder / "ranks", RANKS, chat_template=None))},
     }
     return start_shared({"system": {**system, "stop_grace_sec": 3}, "models": models})
 
@@ -59,6 +71,35 @@ def test_vllm_is_the_first_choice_unless_it_lacks_a_key(router: Router) -> None:
     assert router.chat("quantized").status_code == 200
     assert (engine_of(router, "usual"), engine_of(router, "quantized")) == ("vllm", "transformers")
     assert router.status("usual")["fallback"] is None
+
+
+def test_models_that_embed_or_rank_run_where_they_can_and_lists_say_so(router: Router) -> None:
+    cards = {card["id"]: card for card in router.http.get("/v1/models").json()["data"]}
+    assert [cards[name]["capabilities"] for name in ("embeds", "ranks")] == [["embedding"], ["rerank"]]
+    assert [engine_of(router, name) for name in ("embeds", "ranks")] == ["vllm", "vllm"]
+    refused = router.chat("embeds")
+    assert (refused.status_code, "'embeds' does not serve /v1/chat/completions" in refused.text) == (400, True)
+
+
+def test_models_that_no_installed_engine_serves_are_told_with_the_reason(
+    system: dict[str, str], tmp_path: Path
+) -> None:
+    embedding_model(tmp_path / "models/embeds")
+    write_model(tmp_path / "models/sees", {**LLAMA, "architectures": ["ViTModel"], "vision_config": {}})
+    write_model(tmp_path / "models/sorts", {**RANKS, "id2label": {"0": "good", "1": "bad"}})
+    own = {"model_path": str(write_model(tmp_path / "ranks", RANKS))}
+    config = {"system": {"transformers_path": system["transformers_path"]}, "models": {"ranks": own}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    told = run("check", "--models-dir", "models", cwd=tmp_path).stderr
+    assert (
+        f"{tmp_path}/models/embeds: not served, as no engine for it is installed: pip install 'llama-router[vllm]'"
+        in told
+    )
+    assert "models/sees is not served: ViTModel neither writes text nor embeds nor ranks" in told
+    assert "models/sorts is not served: BertForSequenceClassification neither" in told
+    assert (
+        "models.ranks: will not load, as no engine for it is installed: pip install 'llama-router[vllm]'" in told
+    )
 
 
 def test_why_a_kind_was_chosen_and_what_is_installed_is_told(

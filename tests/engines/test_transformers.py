@@ -430,7 +430,7 @@ def test_models_in_folders_are_found_if_they_can_run(tmp_path: Path, start: Star
     (listed,) = router.http.get("/v1/models").json()["data"]
     assert (listed["id"], listed["description"], listed["source"]) == ("chatty", "Talks.", "--models-dir")
     assert text_of(chat(router, "one")) == "one"
-    assert f"{models / 'bert'} is not served: BertForMaskedLM writes no text" in router.log
+    assert f"{models / 'bert'} is not served: BertForMaskedLM neither writes text" in router.log
     router.stop()
 
     router = start({"system": {}}, arguments=arguments, PATH="/usr/bin:/bin")

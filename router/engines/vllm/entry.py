@@ -14,7 +14,7 @@ from router.engines.hf_entry import cache_of, folder_of, opened, stamps
 from router.engines.kind import EntryReader
 from router.engines.vllm.flags import Flags, owned
 from router.engines.vllm.model import VllmModel
-from router.formats import hf_cache
+from router.formats import hf_cache, hf_model
 
 KEY_VARIABLE = "VLLM_API_KEY"
 _OWNED_VARIABLES = (KEY_VARIABLE, "TMPDIR")
@@ -39,11 +39,14 @@ _HEARS = re.compile(r"Whisper|Voxtral|SpeechForConditional|SpeechToText")
 _RANKS = re.compile(r"ForSequenceClassification|ForRanking|CrossEncoder")
 
 
-def routes_of(architecture: str, flags: Flags) -> frozenset[str]:
-    """Return the routes that vLLM has for a model, by its architecture, or by --runner and --convert."""
+def routes_of(architecture: str, flags: Flags, purpose: hf_model.Purpose | None = None) -> frozenset[str]:
+    """Return the routes that vLLM has for a model, by --runner and --convert, else by its purpose, else by its
+    architecture.
+    """
     runner, converted = flags.text("runner"), flags.text("convert") or flags.text("task")
     pools = runner == "pooling" or converted in ("embed", "classify", "embedding", "score", "reward")
-    if not pools and (runner == "generate" or _WRITES.search(architecture)):
+    writes = purpose == "completion" if purpose is not None else _WRITES.search(architecture) is not None
+    if not pools and (runner == "generate" or writes):
         return frozenset((*_TEXT, *(_SPEECH if _HEARS.search(architecture) else ())))
     ranks = converted in ("classify", "score") or (converted is None and _RANKS.search(architecture) is not None)
     return frozenset(_RANKING if ranks else _EMBEDDING)
@@ -69,7 +72,7 @@ def _read(draft: Draft, alias: str, entry: VllmEntry, system: System) -> VllmMod
     else:
         folder = folder_of(draft, path, entry, system)
     model = opened(folder) if folder is not None and draft.is_for_here else None
-    routes = routes_of(model.architecture if model is not None else "", flags)
+    routes = routes_of("", flags) if model is None else routes_of(model.architecture, flags, model.purpose)
     purposes: frozenset[Purpose] = frozenset()
     if "/v1/chat/completions" not in routes:
         purposes = frozenset({"rerank" if "/v1/rerank" in routes else "embedding"})

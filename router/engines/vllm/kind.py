@@ -54,6 +54,7 @@ VLLM = Kind(
         _PRIVATE | {"/health", "/ping", "/version", "/load", "/metrics"}, _PRIVATE, frozenset(_FOR_DEVELOPERS)
     ),
     file_format="safetensors",
+    purposes=frozenset({"completion", "embedding", "rerank"}),
     file_info=file_info,
     needs_chat_template=True,
     installed=_installed,
