@@ -236,10 +236,10 @@ class Exchange(IncomingRequest):
             reason = self._told(ticket, said.reason)
             self._fail(refused(said.refusal, reason, said.retry_after_sec, is_final=said.is_final))
             return
-        if self._manner(ticket.alias) is self._read_for:
+        model = self._dispatcher.config.models.get(ticket.alias)
+        if model is None or self._manner(ticket.alias) is self._read_for:  # it may have been removed meanwhile
             self._ask()
         else:
-            model = self._dispatcher.config.models[ticket.alias]
             loop = asyncio.get_running_loop()
             reading = self._shared.readers.submit(self._translate_anew, model)
             reading.add_done_callback(

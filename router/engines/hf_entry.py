@@ -14,6 +14,7 @@ from router.config.schema import OfHfModel, System
 from router.formats import hf_cache, hf_model
 from router.formats.hf_model import HfModel, Unreadable
 from router.memory.measurements import files_of
+from router.memory.plan import Unusable
 
 _SETTINGS = (hf_model.CONFIG, hf_model.TOKENIZER_CONFIG, *hf_model.TEMPLATES, "generation_config.json")
 """Files beside the weights that decide how a model is loaded and asked."""
@@ -48,6 +49,17 @@ def opened(folder: Path) -> HfModel | None:
         return hf_model.read(folder)
     except (Unreadable, OSError):
         return None
+
+
+def usable(folder: Path) -> HfModel:
+    """Return the model of a folder for an engine that is to load it. Raises Unusable."""
+    try:
+        return hf_model.read(folder)
+    except Unreadable as error:
+        raise Unusable(str(error), "its files cannot be used") from error
+    except OSError as error:
+        what = f"cannot be read: {error.strerror or error}"
+        raise Unusable(f"{error.filename or folder} {what}", f"its folder {what}") from error
 
 
 def stamps(model: HfModel) -> tuple[tuple[str, int, int], ...]:

@@ -19,7 +19,7 @@ import signal
 import sys
 from typing import Any, NoReturn
 
-from router.engines.llamacpp.embedded_flags import HONOURED, PASSED_OVER, UsageError, parameters
+from router.engines.llamacpp.embedded_flags import PASSED_OVER, SUPPORTED, UsageError, parameters
 from router.engines.llamacpp.flags import FORMS, FlagError, Flags
 
 _EXIT_COMMAND = b"cmd_router_to_child:exit"
@@ -144,7 +144,7 @@ def _serve(server: Any, stdin: int | None, watcher: int | None) -> NoReturn:
 def _help() -> str:
     """Return the help text in llama-server's layout, from which the router reads the supported flags."""
     lines = [f"llama-server's flags, as far as xllamacpp {available()} has them:", ""]
-    for form in (FORMS[name] for name in HONOURED):
+    for form in (FORMS[name] for name in SUPPORTED):
         spellings = ", ".join((*form.spellings, *form.negations))
         variable = f"    (env: {form.variable})" if form.variable else ""
         lines.append(f"{spellings}{' N' * form.arity}{variable}")

@@ -1,4 +1,4 @@
-"""Translates llama-server's flags to `xllamacpp.CommonParams`, and rejects those that cannot be honoured.
+"""Translates llama-server's flags to `xllamacpp.CommonParams`, and rejects those that are not supported.
 
 Part of the embedded engine, which imports it at every start. The module is long because it is a table with one row
 per flag, preceded by the functions that the rows are built from.
@@ -15,7 +15,7 @@ from router.engines.llamacpp.flags import Flag, FlagError, Flags
 
 
 class UsageError(Exception):
-    """Raised for flags that the embedded engine cannot honour; the message is for people."""
+    """Raised for flags that the embedded engine does not support; the message is for people."""
 
 
 def parameters(flags: Flags) -> Any:
@@ -33,7 +33,7 @@ def parameters(flags: Flags) -> Any:
         if flag.name in PASSED_OVER:
             continue
         try:
-            HONOURED.get(flag.name, _refuse)(params, flag)
+            SUPPORTED.get(flag.name, _refuse)(params, flag)
         except AttributeError:  # this xllamacpp does not have the parameter
             refused.append(flag.spelling)
         except FlagError as error:
@@ -280,7 +280,7 @@ _CACHE_TYPES = _names("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q
 _LOAD_MODES = _names("auto", "none", "mmap", "mlock") | {"mmap+mlock": "mmap_mlock", "dio": "direct_io"}
 _REASONING_FORMATS = _names("none", "auto", "deepseek", "deepseek-legacy")
 
-HONOURED: dict[str, Apply] = {
+SUPPORTED: dict[str, Apply] = {
     # threads
     "threads": _threads("cpuparams.n_threads"),
     "cpu-mask": _cpus("cpuparams", _mask),
@@ -475,36 +475,36 @@ PASSED_OVER = frozenset(("log-disable", "log-jsonl", "log-colors", "log-prefix",
 """Ignored flags: the log's format cannot be set and affects no response; the last one is obsolete."""
 
 
-def _honours(name: str) -> Callable[[Apply], Apply]:
+def _supports(name: str) -> Callable[[Apply], Apply]:
     def enter(apply: Apply) -> Apply:
-        HONOURED[name] = apply
+        SUPPORTED[name] = apply
         return apply
 
     return enter
 
 
-@_honours("ctx-size")
+@_supports("ctx-size")
 def _(params: Any, flag: Flag) -> None:
     params.n_ctx = flag.integer(0)
     if params.n_ctx == 0:
         params.fit_params_min_ctx = -1  # the model's full context, not as much as fits
 
 
-@_honours("parallel")
+@_supports("parallel")
 def _(params: Any, flag: Flag) -> None:
     if flag.integer() == 0:
         raise flag.error("must not be 0")
     params.n_parallel = flag.integer()
 
 
-@_honours("rope-scale")
+@_supports("rope-scale")
 def _(params: Any, flag: Flag) -> None:
     if flag.number() == 0:
         raise flag.error("must not be 0")
     params.rope_freq_scale = 1 / flag.number()
 
 
-@_honours("mmap")
+@_supports("mmap")
 def _(params: Any, flag: Flag) -> None:
     """Translate `mmap`, `mlock` and `direct-io`, which `load-mode` replaces in newer builds."""
     locked = params.load_mode.name.endswith("MLOCK")
@@ -512,24 +512,24 @@ def _(params: Any, flag: Flag) -> None:
     params.load_mode = _enumerator("llama_load_mode", mode[not flag.negated, locked])
 
 
-@_honours("mlock")
+@_supports("mlock")
 def _(params: Any, flag: Flag) -> None:
     copied = params.load_mode.name in ("LLAMA_LOAD_MODE_NONE", "LLAMA_LOAD_MODE_MLOCK")
     params.load_mode = _enumerator("llama_load_mode", "mlock" if copied else "mmap_mlock")
 
 
-@_honours("direct-io")
+@_supports("direct-io")
 def _(params: Any, flag: Flag) -> None:
     if not flag.negated:
         params.load_mode = _enumerator("llama_load_mode", "direct_io")
 
 
-@_honours("moe-cache-mib")
+@_supports("moe-cache-mib")
 def _(params: Any, flag: Flag) -> None:
     params.moe_cache_size = flag.integer(0) * 2**20
 
 
-@_honours("tensor-split")
+@_supports("tensor-split")
 def _(params: Any, flag: Flag) -> None:
     shares, devices = flag.numbers(), len(params.fit_params_target)
     if len(shares) >= devices:
@@ -537,7 +537,7 @@ def _(params: Any, flag: Flag) -> None:
     params.tensor_split = [*shares, *[0.0] * (len(params.tensor_split) - len(shares))]
 
 
-@_honours("fit-target")
+@_supports("fit-target")
 def _(params: Any, flag: Flag) -> None:
     margins, before = [int(mib) * 2**20 for mib in flag.numbers()], params.fit_params_target
     if len(margins) >= len(before) or min(margins) < 0:
@@ -545,12 +545,12 @@ def _(params: Any, flag: Flag) -> None:
     params.fit_params_target = margins * len(before) if len(margins) == 1 else margins + before[len(margins) :]
 
 
-@_honours("seed")
+@_supports("seed")
 def _(params: Any, flag: Flag) -> None:
     params.sampling.seed = flag.integer(-1, 2**32 - 1) % 2**32
 
 
-@_honours("sampler-seq")
+@_supports("sampler-seq")
 def _(params: Any, flag: Flag) -> None:
     names = {
         "d": "dry", "k": "top_k", "y": "typ_p", "p": "top_p", "s": "top_n_sigma", "m": "min_p",
@@ -561,20 +561,20 @@ def _(params: Any, flag: Flag) -> None:
     params.sampling.samplers = ";".join(names[letter] for letter in flag.text)
 
 
-@_honours("repeat-last-n")
+@_supports("repeat-last-n")
 def _(params: Any, flag: Flag) -> None:
     _sampling("penalty_last_n", _whole("sampling.penalty_last_n", 0))(params, flag)
     params.sampling.n_prev = max(params.sampling.n_prev, params.sampling.penalty_last_n)
 
 
-@_honours("repeat-penalty")
+@_supports("repeat-penalty")
 def _(params: Any, flag: Flag) -> None:
     if flag.number() <= 0:
         raise flag.error(f"must be greater than 0, not {flag.text}")
     _sampling("penalty_repeat", _number("sampling.penalty_repeat"))(params, flag)
 
 
-@_honours("perf")
+@_supports("perf")
 def _(params: Any, flag: Flag) -> None:
     params.no_perf = params.sampling.no_perf = flag.negated
 
@@ -586,7 +586,7 @@ def _render_with(params: Any, **arguments: object) -> None:
     params.default_template_kwargs |= {name: json.dumps(value) for name, value in arguments.items()}
 
 
-@_honours("chat-template-kwargs")
+@_supports("chat-template-kwargs")
 def _(params: Any, flag: Flag) -> None:
     import json
 
@@ -599,7 +599,7 @@ def _(params: Any, flag: Flag) -> None:
     _render_with(params, **arguments)
 
 
-@_honours("reasoning")
+@_supports("reasoning")
 def _(params: Any, flag: Flag) -> None:
     word = _one_of(flag, (*_ON, *_OFF, *_AUTO))
     params.enable_reasoning = -1 if word in _AUTO else int(word in _ON)
@@ -607,7 +607,7 @@ def _(params: Any, flag: Flag) -> None:
         _render_with(params, enable_thinking=word in _ON)
 
 
-@_honours("reasoning-effort")
+@_supports("reasoning-effort")
 def _(params: Any, flag: Flag) -> None:
     _render_with(params, reasoning_effort=flag.text)
     if flag.text == "default":
@@ -616,65 +616,65 @@ def _(params: Any, flag: Flag) -> None:
         params.default_template_kwargs = arguments
 
 
-@_honours("reasoning-preserve")
+@_supports("reasoning-preserve")
 def _(params: Any, flag: Flag) -> None:
     _render_with(params, preserve_reasoning=not flag.negated)
     params.preserve_reasoning_specified = True
 
 
-@_honours("rerank")
+@_supports("rerank")
 def _(params: Any, flag: Flag) -> None:
     params.embedding = True
     params.pooling_type = _enumerator("llama_pooling_type", "rank")
 
 
-@_honours("host")
+@_supports("host")
 def _(params: Any, flag: Flag) -> None:
     params.hostnames = [host for field in _fields(flag.text) if (host := field.strip())]
     if not params.hostnames:
         raise flag.error("takes at least one address")
 
 
-@_honours("api-key-file")
+@_supports("api-key-file")
 def _(params: Any, flag: Flag) -> None:
     lines = _read(flag).splitlines()
     _extend(params, "api_keys", (line for line in lines if line and not line.startswith("#")))
 
 
-@_honours("cors-origins")
+@_supports("cors-origins")
 def _(params: Any, flag: Flag) -> None:
     params.cors_origins = flag.text
     params.cors_origins_explicit = True
 
 
-@_honours("timeout")
+@_supports("timeout")
 def _(params: Any, flag: Flag) -> None:
     params.timeout_read = params.timeout_write = flag.integer(0)
 
 
-@_honours("sleep-idle-seconds")
+@_supports("sleep-idle-seconds")
 def _(params: Any, flag: Flag) -> None:
     if flag.integer(-1) == 0:
         raise flag.error("must not be 0")
     params.sleep_idle_seconds = flag.integer()
 
 
-@_honours("log-prompts-dir")
+@_supports("log-prompts-dir")
 def _(params: Any, flag: Flag) -> None:
     params.path_prompts_log_dir = flag.text
 
 
-@_honours("verbose")
+@_supports("verbose")
 def _(params: Any, flag: Flag) -> None:
     params.verbosity = 2**31 - 1
 
 
-@_honours("spec-draft-model")
+@_supports("spec-draft-model")
 def _(params: Any, flag: Flag) -> None:
     params.speculative.draft.mparams.path = params.speculative.draft.mparams.hf_file = flag.text
 
 
-@_honours("spec-type")
+@_supports("spec-type")
 def _(params: Any, flag: Flag) -> None:
     kinds = _names(
         "none", "draft-simple", "draft-eagle3", "draft-mtp", "draft-dflash", "draft-dspark",
@@ -685,7 +685,7 @@ def _(params: Any, flag: Flag) -> None:
         _extend(params, "speculative.types", [_enumerator("common_speculative_type", kind)])
 
 
-@_honours("spec-default")
+@_supports("spec-default")
 def _(params: Any, flag: Flag) -> None:
     _extend(params, "speculative.types", [_enumerator("common_speculative_type", "ngram_mod")])
     params.speculative.ngram_mod.n_match = 24
@@ -693,6 +693,6 @@ def _(params: Any, flag: Flag) -> None:
     params.speculative.ngram_mod.n_max = 64
 
 
-@_honours("spec-synth-rates")
+@_supports("spec-synth-rates")
 def _(params: Any, flag: Flag) -> None:
     _extend(params, "speculative.synth_rates", flag.numbers())

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from router.config.schema import System
+from router.engines.hf_entry import usable
 from router.engines.hf_plan import Cache, Demand, HfPlan, caches
 from router.engines.transformers.model import TransformersModel
 from router.engines.transformers.program import Program
@@ -43,13 +44,7 @@ def inspect(
 
 def opened(model: TransformersModel) -> HfModel:
     """Return what the model's files say. Raises Unusable."""
-    try:
-        files = hf_model.read(model.model_path)
-    except hf_model.Unreadable as error:
-        raise Unusable(str(error), "its files cannot be read") from error
-    except OSError as error:
-        reason = f"{error.filename or model.model_path} cannot be read: {error.strerror or error}"
-        raise Unusable(reason, "its files cannot be read") from error
+    files = usable(model.model_path)
     if not files.writes_text:
         reason = f"{files.architecture} writes no text, and Transformers serves no other models here"
         raise Unusable(f"{model.model_path}: {reason}", reason)

@@ -10,6 +10,7 @@ from router.config.resolved import ModelConfig
 from router.config.schema import System
 from router.engines.base import EngineFailed, Fallback, Launch
 from router.engines.docker import problem_of
+from router.engines.hf_entry import usable
 from router.engines.launcher import LocalLauncher
 from router.engines.log_ring import LogRing
 from router.engines.vllm.container import VllmContainer
@@ -18,8 +19,8 @@ from router.engines.vllm.model import VllmModel
 from router.engines.vllm.plan import VllmPlan
 from router.engines.vllm.program import Program, find_program, in_image
 from router.engines.vllm.server import VllmServer
-from router.formats import hf_cache, hf_model
-from router.formats.hf_model import HfModel, Unreadable
+from router.formats import hf_cache
+from router.formats.hf_model import HfModel
 from router.hardware.devices import shown
 from router.memory.measurements import Learned
 from router.memory.plan import Ground, Inspection, Unusable
@@ -128,11 +129,8 @@ def _of_this_kind(model: ModelConfig) -> VllmModel:
 def _opened(model: VllmModel) -> HfModel | None:
     """Return what the model's files say; None if they are still to be downloaded. Raises Unusable."""
     try:
-        return hf_model.read(hf_cache.held(model.model_path))
-    except (Unreadable, OSError) as error:
+        return usable(hf_cache.held(model.model_path))
+    except Unusable:
         if model.is_downloaded:
             return None
-        if isinstance(error, Unreadable):
-            raise Unusable(str(error), "its files cannot be used") from error
-        what = f"cannot be read: {error.strerror or error}"
-        raise Unusable(f"{error.filename or model.model_path} {what}", f"its folder {what}") from error
+        raise
