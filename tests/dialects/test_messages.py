@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from conftest import Router, Start, fake, models
 
+from router.dialects.anthropic.answers import Translation
 from router.dialects.anthropic.requests import read
 from router.store.demo import MODEL_PATH
 
@@ -249,3 +250,16 @@ def test_what_the_engine_does_not_drop_goes_to_it_byte_for_byte() -> None:
         b"--form\r\n",
     ):
         assert read(body).body == body
+
+
+def test_calls_without_a_number_are_told_apart_by_their_place() -> None:
+    """Some servers send each call in one piece, and no `index` with it."""
+    calls = [{"id": f"call_{city}", "function": {"name": "weather", "arguments": f'"{city}"'}} for city in "ab"]
+    translation = Translation([])
+    said = translation.events(f"data: {json.dumps(chunk('tool_calls', tool_calls=calls))}\n\n".encode())
+    begun = [
+        json.loads(line[6:])
+        for line in said.splitlines()
+        if line.startswith(b'data: {"type":"content_block_start"')
+    ]
+    assert [each["content_block"]["id"] for each in begun] == ["call_a", "call_b"]

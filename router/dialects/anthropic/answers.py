@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from router.dataplane.answer import BrokenAnswer, Translator
+from router.dialects.chats import NO_ERROR, Said, Usage
 from router.engines.llamacpp.capability import error_of_engine
 from router.engines.llamacpp.usage import Timings
 from router.formats.unreadable import UNREADABLE
@@ -20,48 +21,16 @@ _encode = msgspec.json.encode
 _fields_of = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
-class _Function(msgspec.Struct):
-    name: str | None = None
-    arguments: str | None = None
-
-
-class _Call(msgspec.Struct):
-    function: _Function
-    index: int = 0
-    id: str | None = None
-
-
-class _Said(msgspec.Struct):
-    content: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    """vLLM's name of `reasoning_content`."""
-    tool_calls: list[_Call] | None = None
-
-
 class _Answer(msgspec.Struct):
     finish_reason: str | None = None
     stop_reason: Any = None
     """With vLLM, the stop sequence or token that ended the answer."""
-    message: _Said | None = None
-    delta: _Said | None = None
-
-
-_NO_ERROR = msgspec.Raw(b"")
+    message: Said | None = None
+    delta: Said | None = None
 
 
 class _Verbose(msgspec.Struct):
     stopping_word: str | None = None
-
-
-class _Cached(msgspec.Struct):
-    cached_tokens: int | None = None
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int | None = None
-    prompt_tokens_details: _Cached | None = None
 
 
 class _Part(msgspec.Struct):
@@ -71,10 +40,10 @@ class _Part(msgspec.Struct):
     model: str = ""
     choices: list[_Answer] = []
     timings: Timings | None = None
-    usage: _Usage | None = None
+    usage: Usage | None = None
     verbose: _Verbose = msgspec.field(default_factory=_Verbose, name="__verbose")
     """Present if requested, and with newer builds of llama-server: not with 9294."""
-    error: msgspec.Raw = _NO_ERROR
+    error: msgspec.Raw = NO_ERROR
 
 
 _decode_part = msgspec.json.Decoder(_Part).decode
@@ -104,9 +73,9 @@ class Translation(Translator):
     def document(self, body: bytes) -> bytes:
         part = _decode_part(body)
         choice = part.choices[0] if part.choices else _Answer()
-        said = choice.message or _Said()
+        said = choice.message or Said()
         content: list[dict[str, Any]] = []
-        if thoughts := said.reasoning_content or said.reasoning:
+        if thoughts := said.thoughts:
             content.append({"type": "thinking", "thinking": thoughts, "signature": ""})
         if said.content:
             content.append({"type": "text", "text": said.content})
@@ -145,7 +114,7 @@ class Translation(Translator):
         if data == b"[DONE]":
             return b""
         part = _decode_part(data)
-        if part.error is not _NO_ERROR:
+        if part.error is not NO_ERROR:
             raise BrokenAnswer(error_of_engine(500, data))
         if part.timings is not None or part.usage is not None:
             self._part = part
@@ -169,15 +138,16 @@ class Translation(Translator):
         named = {"id": part.id, "type": "message", "role": "assistant", "model": self._model or part.model}
         return {**named, "stop_sequence": None}
 
-    def _said(self, said: _Said) -> bytes:
+    def _said(self, said: Said) -> bytes:
         events = b""
-        if thoughts := said.reasoning_content or said.reasoning:
+        if thoughts := said.thoughts:
             events += self._piece("thinking", "thinking_delta", "thinking", thoughts)
         if said.content:
             events += self._piece("text", "text_delta", "text", said.content)
-        for call in said.tool_calls or ():
-            if call.index != self._call:
-                self._call = call.index
+        for number, call in enumerate(said.tool_calls or ()):
+            index = number if call.index is None else call.index
+            if index != self._call:
+                self._call = index
                 named = {"id": call.id or "", "name": call.function.name or "", "input": {}}
                 events += self._close() + self._open("tool_use", named)
             if call.function.arguments:
@@ -270,12 +240,11 @@ def _usage(part: _Part) -> dict[str, int]:
     """Return the engine's counts in Anthropic's format, which has cached tokens apart."""
     timings, usage = part.timings, part.usage
     if timings is None:
-        usage = usage or _Usage()
-        details = usage.prompt_tokens_details or _Cached()
+        usage = usage or Usage()
         timings = Timings(
-            cache_n=details.cached_tokens or 0,
-            prompt_n=usage.prompt_tokens - (details.cached_tokens or 0),
-            predicted_n=usage.completion_tokens or 0,
+            cache_n=usage.cached_tokens,
+            prompt_n=usage.prompt_tokens - usage.cached_tokens,
+            predicted_n=usage.output_tokens,
         )
     return {
         "input_tokens": timings.prompt_n,

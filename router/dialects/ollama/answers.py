@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from router.dataplane.answer import LONGEST_EVENT, BrokenAnswer, Translator
+from router.dialects.chats import NO_ERROR, Call, Said, Usage
 from router.dialects.ollama.requests import Asked
 from router.engines.llamacpp.capability import error_of_engine
 from router.engines.llamacpp.usage import AnswerMeter, Timings
@@ -35,18 +36,6 @@ class _Logprobs(msgspec.Struct):
     content: list[_Token] | None = None
 
 
-class _Function(msgspec.Struct):
-    name: str | None = None
-    arguments: str | None = None
-
-
-class _ToolCall(msgspec.Struct):
-    function: _Function
-    index: int | None = None
-    """In streams only: the call to which a piece belongs."""
-    id: str | None = None
-
-
 class _Call(msgspec.Struct):
     """A call, as far as it has arrived."""
 
@@ -55,26 +44,13 @@ class _Call(msgspec.Struct):
     arguments: list[str] = []
 
 
-class _Message(msgspec.Struct):
-    content: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    """vLLM's name of `reasoning_content`."""
-    tool_calls: list[_ToolCall] | None = None
-
-
 class _Choice(msgspec.Struct):
-    delta: _Message | None = None
-    message: _Message | None = None
+    delta: Said | None = None
+    message: Said | None = None
     text: str | None = None
     """The text of `/v1/completions`."""
     finish_reason: str | None = None
     logprobs: _Logprobs | None = None
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
 
 
 class _Embedding(msgspec.Struct):
@@ -82,16 +58,13 @@ class _Embedding(msgspec.Struct):
     index: int = 0
 
 
-_NO_ERROR = msgspec.Raw(b"")
-
-
 class _Part(msgspec.Struct):
     """An event of a stream, or a complete answer, of any of the engine's routes that are used."""
 
     choices: list[_Choice] = []
     timings: Timings | None = None
-    usage: _Usage | None = None
-    error: msgspec.Raw = _NO_ERROR
+    usage: Usage | None = None
+    error: msgspec.Raw = NO_ERROR
     # `/completion` and `/infill`
     content: str | None = None
     stop: bool = False
@@ -124,7 +97,7 @@ class Translation(Translator):
         """Characters and pieces of the arguments of all calls."""
         self._reason = "stop"
         self._timings: Timings | None = None
-        self._usage: _Usage | None = None
+        self._usage: Usage | None = None
         self._ended = False
         """True once the engine has sent the end of its answer."""
 
@@ -141,7 +114,7 @@ class Translation(Translator):
             self._ended = True
             return b""
         part = _decode(data)
-        if part.error is not _NO_ERROR:
+        if part.error is not NO_ERROR:
             raise BrokenAnswer(error_of_engine(500, data))
         self._ended |= part.stop
         said = self._take_in(part)
@@ -172,7 +145,7 @@ class Translation(Translator):
         shown = {"model": model, "created_at": datetime.now(timezone.utc), **self._content({})}
         return _encode({**shown, "done": True, "done_reason": reason})
 
-    def _embedded(self, vectors: list[_Embedding], usage: _Usage | None) -> bytes:
+    def _embedded(self, vectors: list[_Embedding], usage: Usage | None) -> bytes:
         raw = [vector.embedding for vector in sorted(vectors, key=lambda vector: vector.index)]
         if (dimensions := self._asked.dimensions or 0) > 0:
             raw = [msgspec.Raw(_encode(_cut(_decode_vector(vector), dimensions))) for vector in raw]
@@ -211,7 +184,7 @@ class Translation(Translator):
         for number, piece in enumerate(message.tool_calls or ()):
             self._collect(number if piece.index is None else piece.index, piece)
         tokens = choice.logprobs.content if choice.logprobs is not None else None
-        return self._said(message.content, message.reasoning_content or message.reasoning, tokens)
+        return self._said(message.content, message.thoughts, tokens)
 
     def _said(self, text: str | None, thinking: str | None, tokens: list[_Token] | None) -> dict[str, Any]:
         said: dict[str, Any] = {}
@@ -223,7 +196,7 @@ class Translation(Translator):
             said["logprobs"] = [_shown(token, self._asked.most_alternatives) for token in tokens]
         return said
 
-    def _collect(self, index: int, piece: _ToolCall) -> None:
+    def _collect(self, index: int, piece: Call) -> None:
         call = self._calls.setdefault(index, _Call())
         call.id = call.id or piece.id or ""
         call.name = call.name or piece.function.name or ""
@@ -269,14 +242,14 @@ class Translation(Translator):
         return {"response": said.pop("content", ""), **said, **logprobs}
 
     def _figures(self) -> dict[str, Any]:
-        timings, usage = self._timings or self._times(), self._usage or _Usage()
+        timings, usage = self._timings or self._times(), self._usage or Usage()
         return {
             "done_reason": self._reason,
             "total_duration": round((time.monotonic() - self._begun_sec) * _NS),
             "load_duration": round(self.waited_sec * _NS),
             "prompt_eval_count": timings.cache_n + timings.prompt_n or usage.prompt_tokens,
             "prompt_eval_duration": round(timings.prompt_ms * 1e6),
-            "eval_count": timings.predicted_n or usage.completion_tokens,
+            "eval_count": timings.predicted_n or usage.output_tokens,
             "eval_duration": round(timings.predicted_ms * 1e6),
         }
 

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from router.dataplane.answer import LONGEST_EVENT, BrokenAnswer
+from router.dialects.chats import NO_ERROR, Call, Said, Usage
 from router.dialects.openai.responses import Asked, Completion
 from router.engines.llamacpp.capability import error_of_engine
 from router.http.errors import ApiError
@@ -19,42 +20,10 @@ _MOST_CALLS = 1 << 10
 _encode = msgspec.json.encode
 
 
-class _Function(msgspec.Struct):
-    name: str | None = None
-    arguments: str | None = None
-
-
-class _Call(msgspec.Struct):
-    function: _Function
-    index: int | None = None
-    id: str | None = None
-
-
-class _Said(msgspec.Struct):
-    content: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    """vLLM's name of `reasoning_content`."""
-    tool_calls: list[_Call] | None = None
-
-
 class _Choice(msgspec.Struct):
-    delta: _Said | None = None
-    message: _Said | None = None
+    delta: Said | None = None
+    message: Said | None = None
     finish_reason: str | None = None
-
-
-class _Cached(msgspec.Struct):
-    cached_tokens: int | None = None
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int | None = None
-    prompt_tokens_details: _Cached | None = None
-
-
-_NO_ERROR = msgspec.Raw(b"")
 
 
 class _Chunk(msgspec.Struct):
@@ -62,8 +31,8 @@ class _Chunk(msgspec.Struct):
 
     model: str = ""
     choices: list[_Choice] = []
-    usage: _Usage | None = None
-    error: msgspec.Raw = _NO_ERROR
+    usage: Usage | None = None
+    error: msgspec.Raw = NO_ERROR
 
 
 _decode = msgspec.json.Decoder(_Chunk).decode
@@ -119,7 +88,7 @@ class ChatAsResponse(Completion):
         super().__init__(asked)
         self._finish: str | None = None
         """The chat's finish reason, once it has arrived."""
-        self._usage: _Usage | None = None
+        self._usage: Usage | None = None
         self._model = ""
         """The engine's name of the model, for clients that named none."""
         self._output: list[_Item] = []
@@ -136,7 +105,7 @@ class ChatAsResponse(Completion):
         self._model, self._usage = chunk.model, chunk.usage
         for choice in chunk.choices[:1]:
             self._finish = choice.finish_reason
-            self._say(choice.message or _Said())
+            self._say(choice.message or Said())
         return _encode(self._whole())
 
     def last_events(self) -> bytes:
@@ -156,7 +125,7 @@ class ChatAsResponse(Completion):
         if self._ended or data == b"[DONE]":
             return b""
         chunk = _decode(data)
-        if chunk.error is not _NO_ERROR:
+        if chunk.error is not NO_ERROR:
             raise BrokenAnswer(error_of_engine(500, data))
         self._model, self._usage = chunk.model, chunk.usage or self._usage
         events = b"" if self._begun else self._begin({})
@@ -168,9 +137,9 @@ class ChatAsResponse(Completion):
 
     # --- its items ----------------------------------------------------------------------------------------
 
-    def _say(self, said: _Said) -> bytes:
+    def _say(self, said: Said) -> bytes:
         events = b""
-        if thoughts := said.reasoning_content or said.reasoning:
+        if thoughts := said.thoughts:
             events += self._piece("reasoning", thoughts)
         if said.content:
             events += self._piece("message", said.content)
@@ -189,7 +158,7 @@ class ChatAsResponse(Completion):
             events += begin + self._written("response.content_part.added", {**item.place, "part": item.part()})
         return events + self._grow(item, text)
 
-    def _called(self, index: int, call: _Call) -> bytes:
+    def _called(self, index: int, call: Call) -> bytes:
         events = b""
         item = self._calls.get(index)
         if item is None:
@@ -246,16 +215,14 @@ class ChatAsResponse(Completion):
         else:
             ended = {"status": "incomplete", "incomplete_details": {"reason": cut}}
         output = [item.told("completed") for item in self._output]
-        return {**self._base(), **ended, "output": output, "usage": _told(self._usage or _Usage())}
+        return {**self._base(), **ended, "output": output, "usage": _told(self._usage or Usage())}
 
 
-def _told(usage: _Usage) -> dict[str, Any]:
-    details = usage.prompt_tokens_details or _Cached()
-    output = usage.completion_tokens or 0
+def _told(usage: Usage) -> dict[str, Any]:
     return {
         "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": details.cached_tokens or 0},
-        "output_tokens": output,
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "output_tokens": usage.output_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": usage.prompt_tokens + output,
+        "total_tokens": usage.prompt_tokens + usage.output_tokens,
     }
