@@ -389,6 +389,10 @@ def test_lists_say_what_the_files_say(router: Router) -> None:
     cards = {card["id"]: card for card in router.http.get("/v1/models").json()["data"]}
     known = {key: cards["chatty"][key] for key in ("n_ctx", "quantization", "family", "capabilities")}
     assert known == {"n_ctx": 2048, "quantization": "bfloat16", "family": "llama", "capabilities": ["completion"]}
+    shown = router.http.post("/api/show", json={"model": "chatty"}).json()
+    info = {key: shown["model_info"][key] for key in ("general.architecture", "llama.context_length")}
+    assert (info["general.architecture"], info["llama.context_length"]) == ("llama", 2048)
+    assert (shown["template"], shown["details"]["context_length"]) == ("{{ messages }}", 2048)
 
 
 def test_a_model_that_writes_no_text_is_refused(router: Router) -> None:

@@ -141,6 +141,7 @@ def test_lists_show_what_its_files_say(router: Router, folder: Path) -> None:
     shown = router.http.post("/api/show", json={"model": "chat"}).json()
     assert (shown["details"]["format"], shown["template"]) == ("safetensors", "{{ messages }}")
     assert shown["model_info"]["architectures"] == ["LlamaForCausalLM"]
+    assert shown["details"]["context_length"] == shown["model_info"]["llama.context_length"] == 2048
 
 
 def test_what_it_does_not_serve_is_refused(router: Router) -> None:

@@ -18,14 +18,7 @@ def described(model: ModelConfig) -> dict[str, Any]:
     capabilities = ["completion", *(["vision"] if model.takes_media else [])]
     if files.has_chat_template and "tools" in _template(files):
         capabilities.append("tools")
-    meta = {
-        "n_ctx": context,
-        "n_ctx_train": files.context,
-        "n_params": files.parameters,
-        "size": files.weight_bytes,
-    }
-    known = {key: value for key, value in meta.items() if value is not None}
-    return {**card(files, context, capabilities), "meta": known}
+    return card(files, context, capabilities)
 
 
 def _template(files: hf_model.HfModel) -> str:

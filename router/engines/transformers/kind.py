@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from router.engines.documents import Documents
+from router.engines.hf_card import file_info
 from router.engines.kind import Installed, Kind
 from router.engines.transformers.describe import described
 from router.engines.transformers.entry import ENTRIES
@@ -44,6 +45,7 @@ TRANSFORMERS = Kind(
     described=described,
     documents=Documents(_PRIVATE | {"/health", "/openapi.json"}, _PRIVATE, frozenset({"/load_model", "/reset"})),
     file_format="safetensors",
+    file_info=file_info,
     manner=MANNER,
     installed=_installed,
     entries=ENTRIES,

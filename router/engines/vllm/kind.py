@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from router.engines.documents import Documents
+from router.engines.hf_card import file_info
 from router.engines.kind import EngineTexts, Installed, Kind
-from router.engines.vllm.describe import described, file_info
+from router.engines.vllm.describe import described
 from router.engines.vllm.entry import ENTRIES
 from router.engines.vllm.metrics import families
 
