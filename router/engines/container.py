@@ -28,8 +28,10 @@ _KILL_SEC = 10.0
 """Time after which a daemon that was asked to kill a container is given up."""
 _REMOVE_SEC = 5.0
 """Time for which a daemon that has been given up may still remove a container."""
-_STATS_SEC = 5.0
-"""Time limit for figures of a container, which the daemon takes twice, a second apart."""
+_STATS_SEC = 8.0
+"""Time limit for figures of a container."""
+_LOOK_SEC = 1.0
+"""Time between two looks at what a container has computed: Docker looks each second, Podman when it is asked."""
 _COMPUTES = 0.1
 """Processors in use from which on an engine that does not answer is at work."""
 _READ_AT_ONCE = 1 << 16
@@ -96,16 +98,22 @@ class ContainerEngine(SupervisedEngine):
         self._given_up.set()
 
     async def _computes(self) -> bool:
-        """Return whether its processes compute, as the daemon sees them for a second."""
+        """Return whether its processes compute, by what the daemon sees of them in a second."""
         try:
             with anyio.fail_after(_STATS_SEC):
-                (seen,) = await self._started.container.stats(stream=False)
-            after, before = seen["cpu_stats"], seen["precpu_stats"]
-            used = after["cpu_usage"]["total_usage"] - before["cpu_usage"]["total_usage"]
-            passed = after["system_cpu_usage"] - before["system_cpu_usage"]
-            return bool(used * after["online_cpus"] >= _COMPUTES * passed > 0)
+                before_sec, after_sec = await self._used_sec()
+                if not before_sec:
+                    await asyncio.sleep(_LOOK_SEC)
+                    before_sec, (_, after_sec) = after_sec, await self._used_sec()
+                return after_sec - before_sec >= _COMPUTES * _LOOK_SEC
         except Exception:  # of any kind: then nothing is known to compute
             return False
+
+    async def _used_sec(self) -> tuple[float, float]:
+        """Return the processor time of the container a second ago, 0 if the daemon does not say, and now."""
+        (seen,) = await self._started.container.stats(stream=False)
+        before, after = (seen[key]["cpu_usage"]["total_usage"] / 1e9 for key in ("precpu_stats", "cpu_stats"))
+        return before, after
 
     def _resident_bytes(self) -> int:
         return 0 if self._started.pid is None else resident_bytes(self._started.pid)

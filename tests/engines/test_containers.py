@@ -3,6 +3,7 @@ router."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -22,7 +23,15 @@ from conftest import ROOT, Router, Start, eventually, http_client, run
 from docker_daemon import IMAGE, Daemon, said, speech, vllm
 from hf_models import write_model
 
-from router.engines.docker import HOME_LABEL, MODEL_LABEL, ROUTER_LABEL
+from router.config.schema import ContainerOfVllm
+from router.engines.base import Launch
+from router.engines.docker import HOME_LABEL, MODEL_LABEL, ROUTER_LABEL, Containers
+from router.engines.log_ring import LogRing
+from router.engines.vllm.container import VllmContainer
+from router.engines.vllm.model import VllmModel
+from router.engines.vllm.program import in_image
+from router.memory.plan import Alternative, Size
+from router.system.state import State
 
 LACKING = docker_daemon.missing()
 COMPOSE = os.environ.get("COMPOSE", "")
@@ -218,7 +227,33 @@ def test_a_vllm_in_a_container_that_hangs_is_replaced(router: Router, daemon: Da
     (engine,) = psutil.Process(router.status("hangs")["pid"]).children()
     engine.suspend()
     eventually(lambda: daemon.names(**{MODEL_LABEL: "hangs"}) != [before], 25)
-    assert "hung" in router.log
+    assert "does not respond and is killed" in router.log
+
+
+@needs_docker
+def test_a_vllm_in_a_container_that_computes_need_not_answer(
+    daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As during a long prompt."""
+    monkeypatch.setenv("DOCKER_HOST", daemon.host)
+    busy = "import socket; listener = socket.create_server(('', 8000))\nwhile True: pass"
+    python = (str(Path(sys.executable).resolve()), "-c", busy)
+    spec = ContainerOfVllm(image=IMAGE, entrypoint=python, volumes=tuple(docker_daemon.VOLUMES), gpus=None)
+    model = VllmModel(alias="busy", model_path=write_model(tmp_path / "tiny"), container=spec)
+    launch = Launch(model, Alternative((), Size({}, "", {}), {}))
+
+    async def computes() -> bool:
+        engine = await VllmContainer.start(launch, model, in_image(spec), Containers(State()), LogRing(10))
+        try:
+            until_sec = time.monotonic() + 15
+            while not (healthy := await engine.healthy(0.3)) and time.monotonic() < until_sec:  # noqa: ASYNC110
+                await asyncio.sleep(0.1)  # before it listens, its connections break off
+            return healthy
+        finally:
+            engine.kill()
+            await engine.exited
+
+    assert asyncio.run(computes())
 
 
 @needs_docker

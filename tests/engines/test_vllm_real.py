@@ -256,7 +256,8 @@ def test_it_runs_in_a_container(start: Start, folder: Path, daemon: Daemon, tmp_
     since = time.monotonic()
     whole = router.chat("a", max_tokens=5, temperature=0)
     print(f"first answer after {time.monotonic() - since:.1f} s")
-    assert whole.json()["choices"][0]["message"]["content"] == "!!!!!", whole.text
+    assert whole.status_code == 200, whole.text + "\n".join(router.log.splitlines()[-9:])
+    assert whole.json()["choices"][0]["message"]["content"] == "!!!!!"
     client = openai.OpenAI(base_url=f"{router.url}/v1", api_key="none")
     hello: Any = {"model": "a", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 5}
     stream = client.chat.completions.create(stream=True, temperature=0, **hello)
