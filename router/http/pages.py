@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from enum import IntEnum
+from traceback import clear_frames
 from typing import Any, TypeVar
 
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Match
@@ -67,7 +69,11 @@ class Page(APIRoute):
 
         async def for_who_may(request: Request) -> Response:
             let_in(request, right)
-            return await answer(request)
+            try:
+                return await answer(request)
+            except HTTPException as error:
+                clear_frames(error.__traceback__)  # FastAPI's frame and its error would keep each other alive
+                raise
 
         return for_who_may
 

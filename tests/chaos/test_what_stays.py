@@ -53,8 +53,16 @@ def test_nothing_of_a_request_waits_for_the_garbage_collector(router: Router, tm
         for path in ("/v1/models/load", "/api/show"):
             assert http.post(path, content=b"{").status_code == 400
     leave_while_waiting(router)
+    leave_in_the_body_of_a_page(router)
     eject_all(router, "a")  # and its connections
     assert books(router, tmp_path)["waiting for the garbage collector"] <= 1
+
+
+def leave_in_the_body_of_a_page(router: Router) -> None:
+    head = b"POST /v1/models/load HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{"
+    for _ in range(4):
+        with socket.create_connection(router.address) as client:
+            client.sendall(head)
 
 
 def leave_while_waiting(router: Router) -> None:
