@@ -137,6 +137,7 @@ class InstantEngine(asyncio.Protocol):
         b'data: {"choices": [{"index": 0, "delta": {"content": "x"}}], "object": "chat.completion.chunk"}\n\n' * 2
     )
     CHUNK = b"%x\r\n%b\r\n" % (len(EVENT), EVENT)
+    END = b"0\r\n\r\n"
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.write: Callable[[bytes], None] = transport.write  # type: ignore[attr-defined]
@@ -149,7 +150,7 @@ class InstantEngine(asyncio.Protocol):
         if not found or len(body) < int(length[1] if length else 0):
             return
         self.seen = b""
-        if b'"stream": true' in body:
+        if re.search(rb'"stream": ?true', body):
             self.write(self.HEAD)
             self.tick(TOKENS)
         else:
@@ -160,7 +161,7 @@ class InstantEngine(asyncio.Protocol):
             self.write(self.CHUNK)
             asyncio.get_running_loop().call_later(0.004, self.tick, left - 1)
         else:
-            self.write(b"0\r\n\r\n")
+            self.write(self.END)
 
 
 async def serve_instantly(port: int, protocol: type[InstantEngine] = InstantEngine) -> None:

@@ -243,8 +243,10 @@ def router(
     folder: Path,
     program: Sequence[str] = (str(ROOT / "run.py"),),
     aliases: Mapping[str, object] | None = None,
+    more: Mapping[str, object] | None = None,
     **system: object,
 ) -> Router:
+    """`more` are entries of models of other kinds."""
     config = {
         "system": {
             "max_concurrent_models": resident,
@@ -253,7 +255,8 @@ def router(
             **system,
         },
         "models": {
-            alias: {"model_path": str(path), "flags": command_line(flags)} for alias, path in models.items()
+            **{alias: {"model_path": str(path), "flags": command_line(flags)} for alias, path in models.items()},
+            **(more or {}),
         },
         "aliases": aliases or {},
     }

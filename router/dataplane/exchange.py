@@ -289,7 +289,7 @@ class Exchange(IncomingRequest):
         Many clients do not say that their JSON is JSON (curl's `-d`), and some engines take nothing else.
         """
         lines = self._head.forwarded
-        if _JSON not in lines and self._head.path in ROUTES and not self._is_form():
+        if _JSON not in lines and self._head.path in ROUTES and not self._head.is_form:
             lines = with_type(lines, DOCUMENT)
         target = self._head.target if self._path == self._head.path else self._path.encode()
         return target, lines

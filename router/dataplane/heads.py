@@ -61,6 +61,7 @@ class RequestHead:
         "forwarded",
         "headers",
         "http_version",
+        "is_form",
         "keep_alive",
         "method",
         "model",
@@ -88,6 +89,8 @@ class RequestHead:
         self.model = ""
         """The model that the path names, if any."""
         self.fields: Mapping[bytes, bytes] = dict(headers)
+        self.is_form = is_form(self.fields.get(b"content-type", b""))
+        """Whether the body is a multipart form."""
         self.target = self.path.encode() + (b"?" + self.query if self.query else b"")
         """The target of the engine's request, if the path is a route of engines: those need no quoting."""
         self.forwarded = forwarded(headers, self.path)

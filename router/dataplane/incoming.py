@@ -22,7 +22,7 @@ from router.config.resolved import ModelConfig
 from router.dataplane.answer import Answer
 from router.dataplane.burden import burden
 from router.dataplane.fitting import Lacking, fitted
-from router.dataplane.forms import is_form, with_text
+from router.dataplane.forms import with_text
 from router.dataplane.heads import Admission, RequestHead, check_head_size
 from router.dataplane.limits import Bodies
 from router.dataplane.media import DEPTH as DEPTH_OF_MEDIA
@@ -240,13 +240,13 @@ class IncomingRequest(ABC):
             return
         body = self._body = bytes(self._received)
         self._received = b""
-        if len(body) > _LITTLE and (self._is_form() or most_values(body) > _MOST_VALUES):
+        if len(body) > _LITTLE and (self._head.is_form or most_values(body) > _MOST_VALUES):
             self._read_apart(memoryview(body))
             return
         try:
             wish, text = self._read_fitted(body)
             self._body = self._in_its_manner(wish, text, len(body))
-            if wish.known_as is not None and self._is_form():
+            if wish.known_as is not None and self._head.is_form:
                 self._body = self._renamed(body, wish.known_as)
         except ApiError as error:
             self._refuse(self._advised(error))
@@ -263,7 +263,7 @@ class IncomingRequest(ABC):
 
     def _read_large(self, body: memoryview) -> tuple[Wish, Pieces]:
         """Parse a large body in steps, between which other threads can run. Raises ApiError."""
-        if self._is_form():
+        if self._head.is_form:
             wish, _ = self._read(body)  # which does not rewrite forms
             return wish, Pieces(body) if wish.known_as is None else self._renamed(body, wish.known_as)
         depth = self._depth()
@@ -324,7 +324,7 @@ class IncomingRequest(ABC):
         self._path = wish.path_of(head.path)
         if wish.streams and route.stream is Stream.NONE:  # the engine answers with a document all the same
             wish = wish._replace(streams=False)
-        if not self._may_name_addresses() and may_name_media(body) and not self._is_form():
+        if not self._may_name_addresses() and may_name_media(body) and not self._head.is_form:
             check_media(body)
         if wish.asked_as is not None:
             if self._client is not None and route.shows_prompt and wish.asked_as.speaks:
@@ -335,7 +335,7 @@ class IncomingRequest(ABC):
     def _read_fitted(self, body: Text) -> tuple[Wish, Text]:
         """Parse the body, and fit it to an engine other than llama-server. Raises ApiError."""
         wish, body = self._read(body)
-        if (wish.known_as is None and wish.parameters is None) or not body or self._is_form():
+        if (wish.known_as is None and wish.parameters is None) or not body or self._head.is_form:
             return wish, body
         try:
             return wish, fitted(body, wish, self._route_of_engine())
@@ -362,7 +362,7 @@ class IncomingRequest(ABC):
         """Return how requests are translated for a model's engines; None: not beyond parameters and names."""
         model = self._dispatcher.config.models.get(alias)
         manner = None if model is None else kind_of(model).manner
-        return None if manner is None or self._is_form() else manner
+        return None if manner is None or self._head.is_form else manner
 
     def _in_its_manner(self, wish: Wish, body: Text, size: int) -> Text:
         """Return the body in the engine's own API. `size`: bytes of the client's body. Raises ApiError."""
@@ -386,9 +386,6 @@ class IncomingRequest(ABC):
         manner = self._read_for = self._manner(model.alias)
         self._question = None if manner is None else manner.question(model, path, text, len(text))
         return body if self._question is None else self._question.body
-
-    def _is_form(self) -> bool:
-        return is_form(self._head.fields.get(b"content-type", b""))
 
     def _renamed(self, form: Text, name: str) -> Pieces:
         """Return a form with the engine's name of the model."""

@@ -153,7 +153,10 @@ def _of_timings(tail: bytes) -> Usage | None:
 
 def _of_usage(head: bytes, tail: bytes) -> Usage:
     """Return the usage from the first and last bytes: a stream may report the prompt first and the output last."""
-    figures = {**_figures(head, head.find(b'"usage":')), **_figures(tail, tail.rfind(b'"usage":'))}
+    first, last = head.find(b'"usage":'), tail.rfind(b'"usage":')
+    figures = _figures(tail, last)
+    if head != tail or first != last:
+        figures = {**_figures(head, first), **figures}
     cached = figures.get(b"cached_tokens", 0)
     prompt = figures.get(b"prompt_tokens", 0) or figures.get(b"input_tokens", 0)
     if b"cache_read_input_tokens" in figures:  # Anthropic counts cached tokens separately

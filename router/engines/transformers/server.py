@@ -29,7 +29,7 @@ from router.system.privacy import without_secrets
 from router.system.readings import apart
 
 _HOST = "127.0.0.1"
-_POLL_SEC = 0.05
+_POLL_SEC = 0.025
 _HEALTH = "/health"
 _PORT_IS_TAKEN = 3
 _WRONG_USAGE = 2

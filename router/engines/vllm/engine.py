@@ -57,7 +57,8 @@ class _Cards(msgspec.Struct):
 
 def tells_end(status_code: int, body: bytes) -> bool:
     """Return whether an answer, or the end of a stream, is that of a server that ends or has lost its engine."""
-    return any(sign in body for sign in (_ENDS if status_code == 200 else _REFUSES))
+    one, two, three = _ENDS if status_code == 200 else _REFUSES
+    return one in body or two in body or three in body  # any() would take longer than the search
 
 
 def endpoint_of(host: str, port: int, key: str) -> Endpoint:
