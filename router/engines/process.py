@@ -160,8 +160,8 @@ class EngineProcess(SupervisedEngine):
             with contextlib.suppress(OSError):
                 self.endpoint.unix_socket.unlink()
         self.was_killed = bool(self._killed_because) and code == -signal.SIGKILL  # else it was gone before
-        killed = code in (-signal.SIGKILL, _KILLED_BEHIND) and not self.was_killed
-        self.out_of_memory = killed and oom_kills() != self._oom_kills
+        killed = code in (-signal.SIGKILL, _KILLED_BEHIND) or self._has_lost_a_process()
+        self.out_of_memory = killed and not self.was_killed and oom_kills() != self._oom_kills
         if code in (126, 127) and is_foreign(self.order.argv[0]):  # a shell has tried to make sense of it
             what = "cannot be run: Exec format error (it is built for another processor)"
             return Reason(f"{self.order.argv[0]} {what}", f"the engine {what}")
@@ -169,6 +169,10 @@ class EngineProcess(SupervisedEngine):
         if self.was_killed:
             return Reason(self._killed_because, self._killed_because)
         return self._describe_exit(code)
+
+    def _has_lost_a_process(self) -> bool:
+        """Return whether it ended because one of its other processes was killed."""
+        return False
 
     async def _close_pipes(self) -> None:
         """Close the pipes other than the log's, after the exit."""

@@ -622,6 +622,14 @@ GIVES_UP = (
 )
 
 
+WORKER_DIED = (
+    "(EngineCore pid=8188) ERROR 11-28 21:00:11 [multiproc_executor.py:315] Worker proc VllmWorker-0 died "
+    "unexpectedly (exit code: None), shutting down executor.",
+    '(EngineCore pid=8188) ERROR 11-28 21:00:11 [core.py:1512]     raise RuntimeError("cancelled")',
+    "(EngineCore pid=8188) ERROR 11-28 21:00:11 [core.py:1512] RuntimeError: cancelled",
+)
+
+
 @pytest.mark.parametrize(
     ("said", "cause", "lack", "retry"),
     [
@@ -654,10 +662,11 @@ GIVES_UP = (
             None,
             Retry.NEVER,
         ),
+        (WORKER_DIED, "proc VllmWorker-0 died unexpectedly (exit code: None)", None, Retry.LATER),
         (("OSError: [Errno 98] Address already in use",), "OSError: [Errno 98]", None, Retry.AT_ONCE),
         (("INFO 11-28 17:10:57 [a.py:1] all is well",), "", None, Retry.LATER),
     ],
-    ids=["no room", "gives up", "usage", "too long", "out of memory", "sleep", "port", "nothing"],
+    ids=["no room", "gives up", "usage", "too long", "out of memory", "sleep", "worker", "port", "nothing"],
 )
 def test_its_log_tells_the_cause(said: Sequence[str], cause: str, lack: str | None, retry: Retry) -> None:
     assert log.cause(said).startswith(cause)
@@ -666,6 +675,13 @@ def test_its_log_tells_the_cause(said: Sequence[str], cause: str, lack: str | No
     assert (found is None) == (lack is None)
     assert VllmServer.retry_after(1, said) is retry
     assert VllmServer.retry_after(2, said) is (retry if retry is Retry.AT_ONCE else Retry.NEVER)
+
+
+def test_a_killed_process_is_found_by_what_the_others_say() -> None:
+    """They end with 0 and 1, as if nobody was killed, be it by the kernel for want of memory."""
+    assert log.has_lost_a_process(WORKER_DIED)
+    assert log.has_lost_a_process([f"{GIVES_UP[1][:-2]}{{'EngineCore': -9}}"])
+    assert not log.has_lost_a_process(NO_ROOM + GIVES_UP)
 
 
 def test_a_cause_is_no_list_of_all_that_vllm_has() -> None:

@@ -138,7 +138,7 @@ class VllmEngine(SupervisedEngine):
         return "; ".join(told)
 
     def _describe_exit(self, code: int) -> Reason:
-        if code == 0 and not self._is_asked_to_go:
+        if code == 0 and not self._is_asked_to_go and not self.out_of_memory:
             told = "ended by itself"
             said = self._complaints()
             return Reason(f"{told}: {said}" if said else told, told)

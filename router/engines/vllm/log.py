@@ -15,6 +15,8 @@ _MORE = re.compile(r" (?:Supported architectures: dict_keys\(|\[type=value_error
 _CONSEQUENCE = re.compile(
     r"Engine core initialization failed|EngineDeadError|EngineCore encountered|Worker failed"
 )
+_DIED = re.compile(r"\bproc \S+ died unexpectedly(?: \(exit code: [^)]*\))?|Failed core proc\(s\): \{.*: -9\b")
+"""What its other processes say of one that was killed, or has crashed."""
 _USAGE = re.compile(r"^(?:vllm|vllm serve|\S+\.py): error: (.+)")
 
 
@@ -59,6 +61,11 @@ def lack_of_memory(log: Sequence[str]) -> str | None:
     return None
 
 
+def has_lost_a_process(log: Sequence[str]) -> bool:
+    """Return whether one of its processes was killed or has crashed, without a word of its own."""
+    return any(map(_DIED.search, log))
+
+
 def cause(log: Sequence[str]) -> str:
     """Return the error that the others follow from; empty if the log tells none.
 
@@ -67,6 +74,8 @@ def cause(log: Sequence[str]) -> str:
     """
     last = ""
     for line in map(plain, log):
+        if (died := _DIED.search(line)) is not None:
+            return died[0]
         if (detail := _DETAIL.match(line)) is not None:
             return _MORE.sub("", detail[1])
         if (usage := _USAGE.match(line)) is not None:

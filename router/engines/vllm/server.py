@@ -25,6 +25,7 @@ from router.engines import minder
 from router.engines.base import Ending, EngineFailed, Launch
 from router.engines.log_ring import LogRing
 from router.engines.process import EngineOrder, EngineProcess, Spawned
+from router.engines.vllm import log as words
 from router.engines.vllm import sleep
 from router.engines.vllm.engine import COMPUTES, OFFLINE, QUIET, VllmEngine, arguments, endpoint_of, probe_of
 from router.engines.vllm.entry import KEY_VARIABLE
@@ -147,6 +148,9 @@ class VllmServer(VllmEngine, EngineProcess):
     def _kill_with_minder(self) -> None:
         if self.alive:
             signal_group(self.pid, signal.SIGKILL)
+
+    def _has_lost_a_process(self) -> bool:
+        return words.has_lost_a_process(self.log.since(self._log_begin))
 
     def _why(self, code: int) -> Ending:
         ending = super()._why(code)
