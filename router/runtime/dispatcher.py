@@ -757,7 +757,8 @@ class Dispatcher:
         try:
             await running.handle.sleeper.wake_up(self.config.system.load_stall_sec)
         except Problem as failed:
-            running.handle.kill(f"it did not wake up: {failed.reason.full}")
+            if engine_id not in self._stopping:
+                running.handle.kill(f"it did not wake up: {failed.reason.full}")
             return
         running.failed_probes = 0
         running.probed_sec = running.ready_sec = time.monotonic()

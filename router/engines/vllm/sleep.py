@@ -14,7 +14,6 @@ from router.engines.questions import document, status
 
 FLAG = "--enable-sleep-mode"
 VARIABLE = "VLLM_SERVER_DEV_MODE"
-_LOOK_SEC = 3.0
 
 
 class VllmSleeper:
@@ -30,9 +29,9 @@ class VllmSleeper:
     async def wake_up(self, limit_sec: float) -> None:
         """See `Sleeper`."""
         await self._ask("/wake_up", limit_sec)
-        said = await document(self._endpoint, "/is_sleeping", _LOOK_SEC)
-        if said is None or said.status != 200 or b"false" not in said.body.lower():
-            told = "it says that it is still asleep"
+        said = await document(self._endpoint, "/is_sleeping", limit_sec)  # after what it has begun to compute
+        if said is None or b"false" not in said.body.lower():
+            told = "it did not say whether it is awake" if said is None else "it says that it is still asleep"
             raise EngineFailed(told, told)
 
     async def _ask(self, path: str, limit_sec: float) -> None:
