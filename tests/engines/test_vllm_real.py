@@ -6,8 +6,10 @@ more each.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+import subprocess
 import tempfile
 import threading
 import time
@@ -25,7 +27,13 @@ from conftest import Router, Start, eventually
 from docker_daemon import Daemon
 from hf_models import write_model_of_bytes
 
+from router.engines.base import Endpoint
 from router.engines.docker import MODEL_LABEL
+from router.engines.vllm import log
+from router.engines.vllm.server import VllmServer
+from router.engines.vllm.sleep import VllmSleeper
+from router.hardware.ram import process_memory
+from router.scheduling.messages import Retry
 
 VLLM = os.environ.get("VLLM", "")
 pytestmark = [
@@ -282,3 +290,48 @@ def test_it_runs_in_a_container(start: Start, folder: Path, daemon: Daemon, tmp_
     assert name() == left
     assert f"removed containers left by a killed router: {left}" in start({"models": {}}, **own).log
     assert not name()
+
+
+def test_it_refuses_to_sleep_on_the_cpu_and_that_is_said(folder: Path, tmp_path: Path) -> None:
+    command = [VLLM, "serve", str(folder), "--enable-sleep-mode", "--max-model-len", "1024", "--enforce-eager"]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TMPDIR": str(tmp_path)}
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LOAD_SEC, check=False)
+    said = [*ended.stdout.splitlines(), *ended.stderr.splitlines()]
+    print(f"exit {ended.returncode}: {log.cause(said)}")
+    assert ended.returncode == 1
+    assert "Sleep mode is not supported" in log.cause(said)
+    assert VllmServer.retry_after(ended.returncode, said) is Retry.NEVER
+
+
+def test_its_word_that_it_sleeps_is_worth_nothing_on_the_cpu(place: str, start: Start, folder: Path) -> None:
+    """So what is freed decides; see `MemoryManager.put_to_sleep`."""
+    asked = config(folder, health_check_interval_sec=600)
+    asked["models"]["a"] |= {
+        "env": {"VLLM_SERVER_DEV_MODE": "1"},
+        "flags": ["--enforce-eager", "--dtype", "float32"],
+    }
+    router = start(asked, TMPDIR=place)
+    assert router.http.post("/v1/models/load", json={"model": "a"}, timeout=LOAD_SEC).status_code == 200
+    pid, port = router.status("a")["pid"], router.status("a")["port"]
+    url, sleeper = f"http://127.0.0.1:{port}", VllmSleeper(Endpoint(port))
+    before = process_memory([pid])[pid].anonymous_mib
+    asyncio.run(sleeper.fall_asleep(60))
+    after = process_memory([pid])[pid].anonymous_mib
+    print(f"{before} MiB awake, {after} MiB asleep")
+    assert abs(after - before) < 32
+    assert httpx.get(f"{url}/is_sleeping").json() == {"is_sleeping": True}
+    assert httpx.get(f"{url}/health").status_code == 200
+    answers: list[httpx.Response] = []
+    asking = threading.Thread(target=lambda: answers.append(router.chat("a")))
+    asking.start()
+    eventually(lambda: router.status("a")["in_flight"] == 1)
+    asking.join(3)
+    assert not answers, "it hangs until it is woken up"
+    since = time.monotonic()
+    asyncio.run(sleeper.wake_up(60))
+    print(f"woke up in {time.monotonic() - since:.2f} s")
+    asking.join(LOAD_SEC)
+    assert answers[0].status_code == 200
+    for path in ("/sleep", "/wake_up", "/collective_rpc", "/pause"):
+        assert router.http.post(f"/upstream/a{path}").status_code == 403
+    router.stop()
