@@ -45,6 +45,7 @@ from router.engines.registry import KINDS
 from router.hardware.devices import Devices
 from router.http.auth import Keyring
 from router.http.origins import Browsers
+from router.kv.store import KvStore
 from router.memory.measurements import Entry, Learned
 from router.observe import logs
 from router.observe.events import Events, RequestsDone
@@ -110,14 +111,22 @@ def _serve(loaded: Loaded, load: Load, log: Logs) -> None:
         containers.end_leftovers()
         store = state.file("footprints", list[Entry], "what was measured of engines is forgotten at the end")
         learned = Learned(store, psutil.boot_time())
-        launcher = LocalLauncher(config.system.base_port, record, state.path, containers)
+        kv_store = opened.enter_context(contextlib.closing(_kv_store(config, state)))
+        launcher = LocalLauncher(config.system.base_port, record, state.path, containers, kv_store)
         backends = _backends(config.system, launcher, learned)
         uses_gpus = any(backends[engine].uses_gpus for engine in config.engines)
         gpu_devices = config.system.gpu_devices if uses_gpus else ()
         devices = Devices(gpu_devices, listed=backends[DEFAULT_ENGINE].gpu_list(gpu_devices or ()))
         devices.read_blocking()
         dispatcher = Dispatcher(config, backends, devices, learned, Events())
-        _run(_Service(loaded, load, dispatcher, listeners, record, state, log).run())
+        _run(_Service(loaded, load, dispatcher, listeners, record, state, log, kv_store).run())
+
+
+def _kv_store(config: Config, state: State) -> KvStore:
+    """Open the folder of saved conversations. Without a state directory and without `dir`, none are saved."""
+    settings = config.kv_store
+    folder = Path(settings.dir) if settings.dir is not None else state.path and state.path / "kv"
+    return KvStore.open(folder, settings)
 
 
 def _backends(system: System, launcher: LocalLauncher, learned: Learned) -> dict[str, EngineBackend]:
@@ -213,6 +222,7 @@ class _Service:
         record: EngineRecord,
         state: State,
         log: Logs,
+        kv_store: KvStore,
     ) -> None:
         config = loaded.config
         self._loaded = loaded
@@ -232,6 +242,9 @@ class _Service:
         if self._tracing is not None:
             self._dispatcher.events.listen(RequestsDone, self._tracing.note)
         self._keyring = Keyring(config.api)
+        self._kv_store = kv_store
+        self._dispatcher.states_of = kv_store.files_of
+        kv_store.is_shared = lambda: not self._keyring.required
         self._creations = Creations(state, self.look_again)
         self._reloading = asyncio.Lock()
         self._looks = Looks()
@@ -268,6 +281,7 @@ class _Service:
             keep("notifications to systemd", lambda: self._notifier.keep_telling(self._status)),
             keep("lookup of the machine's names", browsers.ask_for_own_names),
             keep("return of memory", give_memory_back),
+            keep("age of saved conversations", self._kv_store.keep_young),
         ]
         if os.getpid() == 1:
             kept.append(keep("reaping of orphans", reap_orphans))
@@ -301,6 +315,7 @@ class _Service:
             loaded = await self._looks.take(partial(self._load, self._loaded), self._places())
             before, after = self._loaded.config, loaded.config
             self._keyring.set(after.api)
+            self._kv_store.settings = after.kv_store
             self._dispatcher.apply(after)
             self._loaded = loaded
         changes = {**changes_between(before, after), "needs_restart": needs_restart(self._started_with, after)}

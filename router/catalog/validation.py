@@ -16,7 +16,7 @@ from router.config.names import ALLOWED, is_alias, meant
 from router.config.paths import not_a_path, wrong_with_program
 from router.config.problems import KeyPath, Problem, dotted
 from router.config.resolved import AliasConfig, Config, ModelConfig, idle_timeout
-from router.config.schema import AliasEntry, Api, ModelEntry, Scheduling, System
+from router.config.schema import AliasEntry, Api, KvStore, ModelEntry, Scheduling, System
 from router.config.source import FOUND
 from router.engines.llamacpp import adapters
 from router.engines.llamacpp.flags import FlagError, Flags
@@ -83,6 +83,7 @@ class _Validation:
             scheduling,
             there,
             adapters.named(usable, there),
+            kv_store=self._kv_store(),
             otherwise={alias: other for alias, other in self.otherwise.items() if alias in there},
             lost=self.discovered.lost,
         )
@@ -155,6 +156,13 @@ class _Validation:
             if folder := getattr(system, key):
                 changes[key] = str(self.draft.resolve(folder, self.draft.base_of(("system", key))))
         return system.model_copy(update=changes)
+
+    def _kv_store(self) -> KvStore:
+        kv_store = self.draft.section(KvStore, ("kv_store",)) or KvStore()
+        if kv_store.dir is None:
+            return kv_store
+        folder = self.draft.resolve(kv_store.dir, self.draft.base_of(("kv_store", "dir")))
+        return kv_store.model_copy(update={"dir": str(folder)})
 
     def _model(self, alias: str, system: System) -> ModelConfig | None:
         path = ("models", alias)

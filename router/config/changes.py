@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from router.config.resolved import AliasConfig, Config, ModelConfig
-from router.config.schema import Api, System
 
 _NEEDS_RESTART = {
     "api": ("host", "port", "ollama_port", "cors_origins", "allowed_hosts", "max_connections"),
@@ -25,6 +24,7 @@ _NEEDS_RESTART = {
         "log_dir",
         "tracing",
     ),
+    "kv_store": ("dir",),
 }
 
 
@@ -51,13 +51,9 @@ def _what_is(name: str, config: Config) -> tuple[ModelConfig | None, AliasConfig
 
 def needs_restart(running: Config, wanted: Config) -> list[str]:
     """Return the changed keys that take effect only at a restart; `running` is the configuration of the start."""
-    sections: tuple[tuple[str, Api | System, Api | System], ...] = (
-        ("api", running.api, wanted.api),
-        ("system", running.system, wanted.system),
-    )
     return [
         f"{name}.{key}"
-        for name, old, new in sections
-        for key in _NEEDS_RESTART[name]
-        if getattr(old, key) != getattr(new, key)
+        for name, keys in _NEEDS_RESTART.items()
+        for key in keys
+        if getattr(getattr(running, name), key) != getattr(getattr(wanted, name), key)
     ]

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from router.config import llama_swap
 from router.config.problems import KeyPath
-from router.config.schema import ENGINES, Api, ConfigFile, Scheduling, Section, System
+from router.config.schema import ENGINES, Api, ConfigFile, KvStore, Scheduling, Section, System
 
 
 def explain(error: ErrorDetails, path: KeyPath, section: type[Section]) -> str:
@@ -82,7 +82,7 @@ def _unit(path: KeyPath) -> str:
 
 def unknown_key(section: type[Section] | None, key: str) -> str:
     """Return the message for a key that a section does not have."""
-    for name, other in (("api", Api), ("system", System), ("scheduling", Scheduling)):
+    for name, other in (("api", Api), ("system", System), ("scheduling", Scheduling), ("kv_store", KvStore)):
         if key in other.model_fields:
             return f"unknown key here; it belongs to {name}"
     if explained := llama_swap.hint(section, key):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from router.config.schema import ENGINES, Api, Scheduling, System
+from router.config.schema import ENGINES, Api, KvStore, Scheduling, System
 from router.scheduling.queue import PriorityName
 
 DEFAULT_ENGINE = ENGINES[0]
@@ -119,6 +119,7 @@ class Config:
     aliases: Mapping[str, AliasConfig] = field(default_factory=dict)
     otherwise: Mapping[str, ModelConfig] = field(default_factory=dict)
     """By alias, the same model on another kind of engine, to be tried if it does not load on its own."""
+    kv_store: KvStore = field(default_factory=KvStore)
     lost: Mapping[str, str] = field(default_factory=dict)
     """Names whose model is missing, with the file or model they refer to."""
 

@@ -136,6 +136,7 @@ class ClientEntry(Section):
         description="Upper limit on priority: higher priorities, whether requested or set for "
         "the model, are lowered to this one.",
     )
+    kv_store: bool = Field(default=True, description="false: this client's conversations are never saved to disk.")
 
 
 class Api(Section):
@@ -936,6 +937,36 @@ class AliasEntry(Section):
     )
 
 
+class KvStore(Section):
+    """Conversations that are kept on disk while their model has no engine."""
+
+    enabled: bool = Field(
+        default=True,
+        description="Save the states of conversations (KV caches of engines) to disk, and restore them instead of "
+        "computing the prompt again: after swaps, unloads, crashes and restarts.",
+    )
+    max_gb: Annotated[float, Field(gt=0, le=_LARGEST_FACTOR)] = Field(
+        default=10,
+        description="Limit in GB on all saved conversations together. Those that save least time per byte are "
+        "deleted first. At least 5 % of the disk, or 2 GiB if that is less, remains free.",
+    )
+    max_age_h: Annotated[float, Field(gt=0, le=_LARGEST_FACTOR)] = Field(
+        default=72, description="Hours after its last use until a saved conversation is deleted."
+    )
+    min_tokens: Count = Field(default=512, description="Shortest conversation, in tokens, that is saved.")
+    dir: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder of the saved conversations; it must be used by nothing else. Relative paths are "
+        "resolved against the folder of the configuration file. Default: kv in the state directory.",
+    )
+    shared: bool | None = Field(
+        default=None,
+        description="Whether a client's request may find what another client's request has left, which shows in "
+        "its waiting time. null: only if there are no keys.",
+    )
+
+
 class ConfigFile(Section):
     """Configuration of llama-router."""
 
@@ -944,6 +975,7 @@ class ConfigFile(Section):
     scheduling: Scheduling = Field(
         default_factory=Scheduling, description="Trade-off between throughput and waiting times."
     )
+    kv_store: KvStore = Field(default_factory=KvStore, description="Conversations kept on disk.")
     models: dict[Alias, Entry] = Field(
         default={},
         description="Models by name.",

@@ -30,7 +30,8 @@ def render(config: Config, origins: Mapping[str, str]) -> list[str]:
 
 def leaves(config: Config) -> Iterator[tuple[KeyPath, str]]:
     """Yield every key of the configuration with its value as text."""
-    for name, section in (("api", config.api), ("system", config.system), ("scheduling", config.scheduling)):
+    for name in ("api", "system", "scheduling", "kv_store"):
+        section: Section = getattr(config, name)
         yield from _section_leaves((name,), section)
     for alias, model in config.models.items():
         if model.engine != DEFAULT_ENGINE:

@@ -33,12 +33,14 @@ from router.dataplane.limits import Bodies
 from router.dataplane.routing import Wish
 from router.engines.llamacpp.capability import error_of_engine, refused_by_engine
 from router.engines.llamacpp.usage import AnswerMeter
+from router.engines.running import RunningEngine
 from router.engines.upstream import Body, Connection, Head, Receiver
 from router.http.auth import Keyring
 from router.http.errors import ApiError, refused
 from router.http.origins import Browsers
-from router.http.routes import ROUTES, SERVED, Ask, Dialect, Stream, served_routes
+from router.http.routes import KEPT, ROUTES, SERVED, Ask, Dialect, Stream, served_routes
 from router.http.tools import form_of
+from router.kv.keeper import Keeper, Placement, Source
 from router.observe.events import Outcome, RequestDone
 from router.observe.usage import NO_USAGE, Usage
 from router.runtime.dispatcher import Dispatcher, Ticket, Waiting
@@ -59,6 +61,8 @@ _LONGEST_ANSWER = 4 << 30
 """Maximum size of a response. A million tokens, each with its twenty likeliest alternatives, take 3 GiB."""
 
 _JSON = b"content-type: application/json"
+_KV_STORE = b"x-kv-store"
+_KV_LINES = {source: b"x-kv: %b\r\n" % source.value.encode() for source in Source}
 _EVENT_STREAM = b"content-type: text/event-stream\r\ncache-control: no-cache\r\n"
 
 
@@ -129,6 +133,7 @@ class Exchange(IncomingRequest):
         "_heartbeat",
         "_is_paused",
         "_meter",
+        "_placement",
         "_reason",
         "_relays",
         "_resends",
@@ -146,6 +151,8 @@ class Exchange(IncomingRequest):
         """Response received so far, if it is read completely before any of it is sent."""
         self._streams = False
         self._ticket: Ticket | None = None
+        self._placement: Placement | None = None
+        """Slot of the engine, if its states are kept."""
         self._connection: Connection | None = None
         self._heartbeat: asyncio.TimerHandle | None = None
         self._meter = AnswerMeter()
@@ -262,12 +269,34 @@ class Exchange(IncomingRequest):
         engine = self._ticket.engine
         assert engine is not None
         self._shared.watch(self)
+        keeper = engine.handle.keeper
+        if keeper is not None and not self._ticket.slotless:
+            self._placement = placement = self._placed(keeper)
+            if placement is not None and not placement.is_ready:
+                placement.when_ready(partial(self.attempt, self._send, engine))
+                return
+        self._send(engine)
+
+    def _placed(self, keeper: Keeper) -> Placement | None:
+        """Return the slot for the request; None: the engine chooses."""
+        client, body = self._client, self._body
+        owner, keeps = ("", True) if client is None else (client.owner, client.kv_store)
+        if _KV_STORE in self._head.fields and self._head.fields[_KV_STORE].lower() == b"no-store":
+            keeps = False
+        known = body if isinstance(body, bytes) and self._path in KEPT else None
+        return keeper.place(known, owner, keeps=keeps)
+
+    def _send(self, engine: RunningEngine) -> None:
         target, lines = self._asked_of_engine()
         receiver: Receiver = self
+        body, placement = self._body, self._placement
+        if placement is not None and placement.named:
+            assert isinstance(body, bytes)
+            body = b'{"id_slot":%d,%b' % (placement.slot, body[body.index(b"{") + 1 :])
         if (question := self._question) is not None:
             target, lines = question.path.encode(), with_type(lines, DOCUMENT)
             receiver = question.understood_by(self)
-        engine.pool.ask(self._head.method, target, self._id_line + lines, self._body, receiver)
+        engine.pool.ask(self._head.method, target, self._id_line + lines, body, receiver)
 
     def _wait_no_more(self, ticket: Ticket) -> None:
         self._waits = False
@@ -415,6 +444,9 @@ class Exchange(IncomingRequest):
             self._break_off(ApiError(502, "engine_lost", f"The engine's response was interrupted: {reason}."))
         else:
             self._gathered.clear()
+            if self._placement is not None:
+                self._placement.ended(None)
+                self._placement = None
             self._dispatcher.requeue(self._ticket, reason)
             self._wait_for_slot(self._ticket)
 
@@ -538,6 +570,8 @@ class Exchange(IncomingRequest):
         lines = self._id_line + self._lines + _alias_line(ticket.alias)
         if ticket.engine is None:
             return lines
+        if self._placement is not None:
+            lines += _KV_LINES[self._placement.source]
         figures = (lines, ticket.queue_sec * 1000 + 0.5, ticket.load_sec * 1000 + 0.5)
         return b"%bx-queue-ms: %d\r\nx-load-ms: %d\r\n" % figures
 
@@ -624,6 +658,9 @@ class Exchange(IncomingRequest):
             except Exception:  # the request must end exactly once, whatever its engine reports
                 _log.exception("request %s: the tokens of the response could not be counted", self._request_id)
                 usage = NO_USAGE
+            if self._placement is not None:
+                self._placement.ended(usage)
+                self._placement = None
             done = RequestDone(  # by position: keywords would take as long as all metrics together
                 self._request_id,
                 ticket.alias,

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 from router.config.resolved import ModelConfig
 from router.engines.log_ring import LogRing
 from router.hardware.devices import ListedGpus
+from router.kv.keeper import Keeper
 from router.memory.plan import Alternative, Planner
 from router.observe.reasons import Problem, Reason
 from router.scheduling.messages import Retry
@@ -107,6 +108,8 @@ class EngineHandle(Protocol):
     """One engine, from its start to its exit. It supervises itself."""
 
     when_load_moves: Callable[[], None]
+    keeper: Keeper | None
+    """Keeper of its slots; None if their states cannot be saved."""
 
     @property
     def sleeper(self) -> Sleeper | None:

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from router.config.schema import KvStore as Settings
 from router.engines.base import EngineFailed
 from router.engines.docker import Containers
 from router.engines.orphans import EngineRecord
 from router.engines.process import EngineProcess, port_is_free
+from router.kv.store import KvStore
 from router.system.state import State
 
 LAST_PORT = 65535
@@ -28,9 +30,15 @@ class LocalLauncher:
     """
 
     def __init__(
-        self, base_port: int, record: EngineRecord, folder: Path | None, containers: Containers | None = None
+        self,
+        base_port: int,
+        record: EngineRecord,
+        folder: Path | None,
+        containers: Containers | None = None,
+        kv_store: KvStore | None = None,
     ) -> None:
         self.base_port = base_port
+        self.kv_store = kv_store if kv_store is not None else KvStore(None, Settings())
         self.containers = containers if containers is not None else Containers(State())
         self._record = record
         self._sockets = None if folder is None else _made_ready(folder.absolute())

@@ -33,12 +33,11 @@ class Document(NamedTuple):
         return cls(int(first.split(" ")[1]), fields.get("content-type", "application/json"), body)
 
 
-async def document(endpoint: Endpoint, path: str, limit_sec: float) -> Document | None:
-    """Return the document at `path`; None without a valid response in time."""
-
+async def document(endpoint: Endpoint, path: str, limit_sec: float, body: bytes | None = None) -> Document | None:
+    """Return the document at `path`, or the answer to the JSON `body`; None without a valid response in time."""
     try:
         with anyio.fail_after(limit_sec):
-            async with _asked(endpoint, path) as answer:
+            async with _asked(endpoint, path, body) as answer:
                 return await Document.read(answer)
     except (OSError, EOFError, ValueError, IndexError, asyncio.LimitOverrunError):  # TimeoutError is an OSError
         return None

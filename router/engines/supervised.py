@@ -17,6 +17,7 @@ from router.engines.base import PROBE_LIMIT_SEC, Ending, Endpoint, EngineFailed,
 from router.engines.complaints import complaints
 from router.engines.log_ring import LogRing
 from router.engines.out_of_memory import ran_out
+from router.kv.keeper import Keeper
 from router.observe.reasons import Reason
 from router.scheduling.messages import Retry
 from router.system.devices import Device
@@ -45,6 +46,7 @@ class SupervisedEngine(ABC):
         self.started = time.monotonic()
         self.load_progress: LoadProgress | None = None
         self.when_load_moves: Callable[[], None] = lambda: None
+        self.keeper: Keeper | None = None
         self.was_killed = False
         self.out_of_memory = False
         self.ending = Ending()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hmac
 from collections.abc import Iterable
 from dataclasses import dataclass
+from hashlib import blake2b
 
 from starlette.requests import Request
 
@@ -26,9 +27,10 @@ class Client:
     priority: PriorityName | None
     """Priority of requests that name none; None: that of their model."""
     highest: Priority
-
-
-_NOBODY_IN_PARTICULAR = Client("", None, Priority.HIGH)
+    owner: str
+    """Whose conversations its requests belong to: its name, or what stands for a key without one."""
+    kv_store: bool = True
+    """Whether they may be saved."""
 
 
 def sees_all(request: Request) -> bool:
@@ -44,9 +46,10 @@ class Keyring:
 
     def set(self, api: Api) -> None:
         self._full = [key.get_secret_value().encode() for key in api.api_keys]
-        self._inference = [(key.get_secret_value().encode(), _NOBODY_IN_PARTICULAR) for key in api.inference_keys]
+        keys = [key.get_secret_value().encode() for key in api.inference_keys]
+        self._inference = [(key, Client("", None, Priority.HIGH, _standing_for(key))) for key in keys]
         for name, entry in api.clients.items():
-            client = Client(name, entry.priority, BY_NAME[entry.highest_priority])
+            client = Client(name, entry.priority, BY_NAME[entry.highest_priority], name, entry.kv_store)
             self._inference.append((entry.key.get_secret_value().encode(), client))
         self.required = bool(self._full or self._inference)
 
@@ -70,6 +73,11 @@ class Keyring:
         if manages:
             raise ApiError(403, "insufficient_permissions", "This API key is for inference only.")
         return inference[0]
+
+
+def _standing_for(key: bytes) -> str:
+    """Return a name for an unnamed key that no client can have: names begin neither with `_` nor with a space."""
+    return f"_{blake2b(key, digest_size=8).hexdigest()}"
 
 
 def _given_keys(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:

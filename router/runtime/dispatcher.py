@@ -13,10 +13,11 @@ import logging
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Coroutine, Hashable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -28,6 +29,7 @@ from router.engines.launcher import LAST_PORT
 from router.engines.log_ring import LogRing
 from router.engines.running import RunningEngine
 from router.engines.upstream import EnginePool
+from router.hardware import page_cache
 from router.hardware.devices import Devices
 from router.memory.ledger import Account, Ledger
 from router.memory.manager import MemoryManager
@@ -66,6 +68,7 @@ from router.scheduling.messages import (
     ModelState,
     Probe,
     PutToSleep,
+    ReadAhead,
     Refusal,
     Reject,
     Requeue,
@@ -94,6 +97,8 @@ _POSITIONS_VALID_SEC = 1
 _SEE_LOG = "the router's log says why"
 _DYING_SEC = 1.0
 """Time for an unresponsive engine to exit by itself, so that the real reason of its exit is recorded."""
+_SAVING_SEC = 5.0
+"""Time for saving the conversations of an engine that is stopped."""
 _ENDING_SEC = 5.0
 """The same for one that has told that it is ending."""
 
@@ -207,6 +212,8 @@ class Dispatcher:
         """Log of each model; a running engine also has its own."""
         self.engine_file: Callable[[str], Callable[[bytes], None] | None] = lambda alias: None
         """Returns a second destination for the output of an alias's engines; None: none."""
+        self.states_of: Callable[[str], Iterable[Path]] = lambda alias: ()
+        """Returns the files of an alias's saved conversations, the likeliest first."""
         self.running: dict[int, RunningEngine] = {}
         self.status = ServerState.INITIALIZING
         self.started_at = time.time()
@@ -536,6 +543,8 @@ class Dispatcher:
                 self._spawn(self._wake_up(engine_id), f"waking of engine {engine_id}")
             case Probe(engine_id):
                 self._spawn(self._probe(engine_id), f"probe of engine {engine_id}")
+            case ReadAhead(alias):
+                self._spawn(self._read_ahead(alias), f"reading ahead for {alias}")
             case Transition(alias, state, reason, engine_id):
                 for waiter in (*self._changes.pop(alias, ()), *self._changes.pop("", ())):
                     if not waiter.done():
@@ -632,6 +641,8 @@ class Dispatcher:
         finally:
             if running is not None:
                 await running.handle.stop()
+                if running.handle.keeper is not None:
+                    running.handle.keeper.end()
                 running.log.end()
             self._post(EngineLost(time.monotonic(), engine_id))
             wanted = engine_id in self._stopping
@@ -777,6 +788,13 @@ class Dispatcher:
             return Breakdown.LOAD_FAILED
         return Breakdown.HUNG if running.handle.was_killed else Breakdown.CRASHED
 
+    async def _read_ahead(self, alias: str) -> None:
+        """Read what the model's next engine will read, as far as memory is free, while others finish."""
+        model = self.config.models.get(alias)
+        if model is not None:
+            files = [Path(path) for path, *_ in model.files]
+            await apart(lambda: page_cache.read_ahead([*files, *self.states_of(alias)], page_cache.room()))
+
     def _stop(self, engine_id: int) -> None:
         """Stop an engine; one that is being spawned is stopped right after."""
         if engine_id in self._stopping:
@@ -784,8 +802,13 @@ class Dispatcher:
         self._stopping.add(engine_id)
         running = self.running.get(engine_id)
         if running is not None:
-            running.pool.break_off()
-            self._spawn(running.handle.stop(), f"stop of {running.alias}")
+            self._spawn(self._end(running), f"stop of {running.alias}")
+
+    async def _end(self, running: RunningEngine) -> None:
+        if (keeper := running.handle.keeper) is not None and running.ready_sec is not None:
+            await keeper.flush(_SAVING_SEC)
+        running.pool.break_off()
+        await running.handle.stop()
 
     async def _probe(self, engine_id: int) -> None:
         running = self.running.get(engine_id)

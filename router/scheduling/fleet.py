@@ -12,6 +12,7 @@ from router.scheduling.messages import (
     ModelState,
     Placement,
     PutToSleep,
+    ReadAhead,
     StartEngine,
     StopCause,
     StopEngine,
@@ -179,6 +180,8 @@ class Fleet:
             if victim.state in (EngineState.READY, EngineState.ASLEEP):
                 cause = StopCause.DRAINED if victim.is_busy else StopCause.EVICTED
                 self.drain(victim, cause, f"makes room for {swap.alias!r}", now)
+        if any(victim.state is EngineState.DRAINING for victim in swap.victims):
+            self.effects.append(ReadAhead(swap.alias))
 
     def end_swap(self, engine_id: int) -> list[Engine]:
         """End a swap, completed or cancelled, and return the victims that were still draining and serve again."""

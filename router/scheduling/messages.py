@@ -375,4 +375,11 @@ class Transition:
     """None: the model has no engine, or must not have one."""
 
 
-Effect = Grant | Reject | Inspect | StartEngine | StopEngine | PutToSleep | WakeUp | Probe | Transition
+@dataclass(frozen=True, slots=True)
+class ReadAhead:
+    """The model will be loaded once the requests of others have finished; its files may be read until then."""
+
+    alias: str
+
+
+Effect = Grant | Reject | Inspect | StartEngine | StopEngine | PutToSleep | WakeUp | Probe | Transition | ReadAhead

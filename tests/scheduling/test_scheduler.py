@@ -33,6 +33,7 @@ from router.scheduling.messages import (
     MemoryChanged,
     ModelSpec,
     Probe,
+    ReadAhead,
     Refusal,
     Reject,
     Requeue,
@@ -432,6 +433,20 @@ def test_high_request_does_not_wait_for_the_full_quantum_of_low_ones(
     assert machine.states() == "ready off"
     machine.wait(0.02)
     assert machine.states() == "draining off"
+
+
+def test_files_are_read_ahead_while_another_engine_finishes() -> None:
+    machine = Machine("a", "b")
+    machine.finish(machine.served("a"))
+    machine.wait(60)
+    machine.finish(machine.served("b"))  # an idle engine makes room at once: there is no time to read anything
+    machine.wait(60)
+    assert not [effect for effect in machine.effects if isinstance(effect, ReadAhead)]
+    machine.served("a")
+    machine.wait(100)
+    machine.ask("b", HIGH)
+    assert machine.states() == "draining off"
+    assert machine.effects[-1] == ReadAhead("b")
 
 
 def test_draining_engine_admits_nobody_and_its_own_model_queues_again() -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 from router.config.resolved import ModelConfig
 from router.config.schema import System
 from router.engines.base import EngineFailed, Fallback, Launch, NoEngine
 from router.engines.launcher import LocalLauncher
-from router.engines.llamacpp import footprint, plan, server
+from router.engines.llamacpp import footprint, plan, server, slot_states
 from router.engines.llamacpp.binary import Binary
 from router.engines.llamacpp.embedded_flags import UsageError, parameters
 from router.engines.llamacpp.flags import FORMS, FlagError, Flags, argv, as_started, parse, replaced
@@ -20,6 +21,7 @@ from router.engines.llamacpp.sizing import EngineKind, read_files
 from router.engines.log_ring import LogRing
 from router.engines.process import EngineOrder
 from router.hardware.devices import shown
+from router.kv.keeper import Keeper
 from router.memory.measurements import Learned
 from router.memory.plan import Ground, Inspection, Unusable
 from router.scheduling.messages import Placement
@@ -86,15 +88,25 @@ class LlamaCpp:
             flags = await apart(lambda: self.build.in_its_words(written, {**os.environ, **env}))
         except FlagError as error:
             raise EngineFailed(f"its flags: {error.message}", "its flags are wrong") from error
+        store = self._launcher.kv_store
+        told = Flags(flags.words, {**os.environ, **env})
+        saves = store.enabled and slot_states.can_be_saved(told)
+        words = (*flags.words, "--slot-save-path", f"{store.folder}{os.sep}") if saves else flags.words
         command = EngineOrder(
             alias=model.alias,
-            argv=(*self._binary.argv, "-m", str(model.model_path), "--alias", model.alias, *flags.words),
+            argv=(*self._binary.argv, "-m", str(model.model_path), "--alias", model.alias, *words),
             env=env,
             load_stall_sec=order.load_stall_sec,
             load_limit_sec=order.load_limit_sec,
             stop_grace_sec=order.stop_grace_sec,
         )
-        return await self.start(command, log)
+        engine = await self.start(command, log)
+        if saves:
+            group = slot_states.group(model.files, self.build.build, told)
+            engine.keeper = Keeper(
+                store, group, model.alias, model.slots, partial(slot_states.ask, engine.endpoint)
+            )
+        return engine
 
     async def start(self, command: EngineOrder, log: LogRing) -> server.LlamaServer:
         launcher = self._launcher

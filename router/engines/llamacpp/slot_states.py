@@ -1,0 +1,73 @@
+"""States of slots: which engines save and restore them, what a state is good for, and how an engine is asked.
+
+Measured on builds 9294 to 11549. An engine takes a state of any model of the same shape without a word and answers
+wrongly, and one with another number of streams or other types of its cache is refused. So a state belongs to the
+engine's build, to all files that it is started with, and to the flags below. Context size, batches, layers on GPUs
+and sampling do not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import msgspec
+
+from router.engines.base import Endpoint
+from router.engines.llamacpp.flags import Flags
+from router.engines.questions import document
+from router.kv.keeper import Said
+
+_LIMIT_SEC = 60.0
+_MATTERING = ("cache-type-", "control-vector", "kv-unified", "lora", "rope-", "spec-", "yarn-")
+_MATTERING_TOO = frozenset(
+    {"flash-attn", "grp-attn-n", "grp-attn-w", "model-draft", "override-kv", "parallel", "swa-full"}
+)
+_NOT_SUPPORTED = 501
+
+
+class _Saved(msgspec.Struct):
+    n_saved: int = 0
+    n_written: int = 0
+    n_restored: int = 0
+    n_read: int = 0
+
+
+class _Error(msgspec.Struct):
+    message: str = ""
+
+
+class _Refused(msgspec.Struct):
+    error: _Error = msgspec.field(default_factory=_Error)
+
+
+def can_be_saved(flags: Flags) -> bool:
+    """Whether an engine with these flags can be told to save states: not where the flags name a folder themselves,
+    nor of models that see or hear, nor where nothing is written."""
+    return not flags.purposes and flags.last("slot-save-path") is None
+
+
+def group(files: Sequence[tuple[str, int, int]], build: str, flags: Flags) -> str:
+    """Return a name for all that a state depends on. `files`: path, size and modification time of each."""
+    mattering = sorted(
+        (flag.name, *flag.words)
+        for flag in flags.given
+        if flag.name in _MATTERING_TOO or flag.name.startswith(_MATTERING)
+    )
+    return blake2b(repr((tuple(files), build, mattering)).encode(), digest_size=12).hexdigest()
+
+
+async def ask(endpoint: Endpoint, slot: int, action: str, name: str) -> Said | None:
+    """Ask an engine to `save` or `restore` a slot; None: it does not answer."""
+    body = msgspec.json.encode({"filename": name})
+    answer = await document(endpoint, f"/slots/{slot}?action={action}", _LIMIT_SEC, body)
+    if answer is None:
+        return None
+    try:
+        if answer.status == 200:
+            said = msgspec.json.decode(answer.body, type=_Saved)
+            return Said(said.n_saved or said.n_restored, said.n_written or said.n_read)
+        message = msgspec.json.decode(answer.body, type=_Refused).error.message
+    except msgspec.MsgspecError:
+        message = ""
+    return Said(refusal=message or f"status {answer.status}", is_final=answer.status == _NOT_SUPPORTED)

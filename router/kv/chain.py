@@ -1,0 +1,104 @@
+"""The beginning of a request as a chain of digests, by which a conversation is recognized without being kept.
+
+The prompt is taken as it is sent to the engine, in bytes, and cut into blocks. Each digest covers its block and
+all before it, so that two requests have as many digests in common as blocks. Whatever comes before the messages in
+the engine's prompt is part of every digest: tools, arguments of the template, adapters.
+
+A few hundred bytes more or less are no matter: an engine compares tokens, and reuses those that are equal.
+"""
+
+from __future__ import annotations
+
+import re
+from hashlib import blake2b
+from typing import Any
+
+import msgspec
+
+from router.formats.unreadable import UNREADABLE
+
+Chain = tuple[int, ...]
+"""Digests of 64 bits; the first is that of the first block."""
+
+BLOCK = 1024
+"""Size of a block in bytes, some 250 tokens of English."""
+SHORTEST = 256
+_FIRST = (SHORTEST, 512)
+"""Ends of the first blocks in bytes, which are shorter: most conversations begin short."""
+_MAY_CHOOSE = re.compile(rb'[^{]|.*"(?:id_slot|cache_prompt|n|n_cmpl|previous_response_id)"', re.DOTALL)
+"""Matches short bodies that have to be parsed."""
+LONGEST = 1 << 20
+"""Longest body, in bytes, of which a chain is made: longer ones hold images, or are parsed on a thread."""
+_ABSENT = msgspec.Raw(b"")
+
+
+class _Body(msgspec.Struct):
+    """What decides the beginning of an engine's prompt, of all APIs that llama-server has, and what forbids to
+    choose its slot."""
+
+    messages: msgspec.Raw = _ABSENT
+    prompt: msgspec.Raw = _ABSENT
+    input: msgspec.Raw = _ABSENT
+    system: msgspec.Raw = _ABSENT
+    instructions: msgspec.Raw = _ABSENT
+    tools: msgspec.Raw = _ABSENT
+    chat_template_kwargs: msgspec.Raw = _ABSENT
+    reasoning_effort: msgspec.Raw = _ABSENT
+    reasoning: msgspec.Raw = _ABSENT
+    thinking: msgspec.Raw = _ABSENT
+    lora: msgspec.Raw = _ABSENT
+    id_slot: Any = None
+    cache_prompt: Any = True
+    n: Any = None
+    n_cmpl: Any = None
+    previous_response_id: Any = None
+
+
+_decode = msgspec.json.Decoder(_Body).decode
+
+
+def chain_of(body: bytes, key: bytes) -> Chain | None:
+    """Return the chain of a request's body, which is empty if the prompt is shorter than a block.
+
+    None: the request wants several answers or a slot of its own choice, or it is unreadable. `key` keeps digests
+    from being compared with those of guessed prompts.
+    """
+    if len(body) <= SHORTEST and not _MAY_CHOOSE.match(body):
+        return ()
+    try:
+        read = _decode(body)
+    except UNREADABLE:
+        return None
+    if read.id_slot is not None or read.cache_prompt is not True or read.previous_response_id is not None:
+        return None
+    if read.n not in (None, 1) or read.n_cmpl not in (None, 1):
+        return None
+    content = bytes(read.messages) or bytes(read.prompt) or bytes(read.input)
+    before = (read.system, read.instructions, read.tools, read.chat_template_kwargs, read.reasoning_effort)
+    hashed = blake2b(
+        b"\0".join(map(bytes, (*before, read.reasoning, read.thinking, read.lora))), digest_size=8, key=key
+    )
+    digests: list[int] = []
+    view = memoryview(content)[:-1]  # without the end of the list or text, which the next request goes on with
+    begin, size = 0, len(view)
+    for end in (*_FIRST, *range(BLOCK, size + 1, BLOCK)):
+        if end > size:
+            break
+        hashed.update(view[begin:end])
+        digests.append(int.from_bytes(hashed.digest(), "big"))
+        begin = end
+    return tuple(digests)
+
+
+def covered(blocks: int) -> int:
+    """Return the number of bytes in so many blocks."""
+    return (0, *_FIRST)[blocks] if blocks <= len(_FIRST) else (blocks - len(_FIRST)) * BLOCK
+
+
+def common(one: Chain, other: Chain) -> int:
+    """Return the number of blocks that two chains have in common."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[middle - 1] == other[middle - 1] else (low, middle - 1)
+    return low

@@ -1,0 +1,500 @@
+"""The slots of one engine: what each holds of which conversation, and what is saved of it and restored into it.
+
+Every request is given a slot before it is sent: the one that has most of its beginning, or one into which it is
+restored from disk if that is cheaper than computing it again, or else the one that is missed least. What a slot
+has computed is saved when it has been quiet for a moment, before something else is computed in it, and before the
+engine ends. All costs are measured: the engine's time per token of a prompt, and bytes per second of both ways.
+
+What an engine says of a restore is no proof. The answer to the next request is: it counts the cached tokens. An
+engine that twice reuses less than half of what it was given is left alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, NamedTuple
+
+import msgspec
+
+from router.kv.chain import LONGEST, Chain, chain_of, common, covered
+from router.kv.store import KvStore, Saved
+from router.observe.usage import Usage
+from router.system.readings import apart
+from router.system.words import Word
+
+_log = logging.getLogger("router")
+
+_QUIET_SEC = 1.0
+"""Time without a request after which a slot is saved."""
+_GROWTH = 1.05
+"""Growth of a conversation from which on it is saved again before its engine ends."""
+_LITTLE = 16
+"""Number of tokens that are not worth saving a conversation again."""
+_SHARE = 20
+"""While other slots compute, saves take at most one part in so many of the time."""
+_URGENT = 10
+"""A request waits for the save of what it displaces if that is so many times cheaper than computing it again."""
+_AGAIN_SEC = 60.0
+"""Pause after a save that failed: the disk may be full."""
+_BYTES_OF_TOKEN = 4
+_MEASURABLE = 64
+"""Number of computed tokens from which on their time is a measurement."""
+_MOST_FAILURES = 2
+
+
+class Source(Word):
+    """Where the beginning of a prompt came from."""
+
+    SLOT = "slot"
+    DISK = "disk"
+    NONE = "none"
+
+
+class Said(NamedTuple):
+    """Response of an engine that was asked to save or to restore a slot."""
+
+    tokens: int = 0
+    nbytes: int = 0
+    refusal: str = ""
+    is_final: bool = False
+    """True if the engine cannot do it at all."""
+
+
+Ask = Callable[[int, str, str], Awaitable[Said | None]]
+"""Asks an engine to `save` or `restore` a slot, by its number, to or from a file; None: it does not answer."""
+
+
+class _Slot:
+    """What is known of a slot."""
+
+    __slots__ = (
+        "chain",
+        "client",
+        "is_busy",
+        "keeps",
+        "number",
+        "prompt_tokens",
+        "saved_tokens",
+        "tokens",
+        "used_sec",
+        "work",
+    )
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.work: asyncio.Task[None] | None = None
+        """Save or restore in progress."""
+        self.is_busy = False
+        self.used_sec = 0.0
+        self.clear()
+
+    def clear(self) -> None:
+        self.chain: Chain = ()
+        self.client = ""
+        self.keeps = False
+        self.tokens = self.prompt_tokens = self.saved_tokens = 0
+
+
+class Placement(msgspec.Struct, eq=False):
+    """The slot of one request, until `ended` is called."""
+
+    slot: int
+    """Its number."""
+    named: bool
+    """Whether the request must name it."""
+    chain: Chain
+    client: str
+    keeps: bool
+    _keeper: Keeper
+    _slot: _Slot
+    source: Source = Source.NONE
+    promised: int = 0
+    """Number of tokens of its prompt that the slot is expected to have."""
+    is_ready: bool = True
+    """False while its state is being restored, or another is being saved to make room."""
+    _listener: Callable[[], None] | None = None
+
+    def when_ready(self, listener: Callable[[], None]) -> None:
+        self._listener = listener
+
+    def get_ready(self) -> None:
+        self.is_ready = True
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener()
+
+    def ended(self, usage: Usage | None) -> None:
+        """Note the end of the request, by the engine's figures; None: it was never sent."""
+        self._listener = None
+        self._keeper.ended(self, self._slot, usage)
+
+
+class Keeper:
+    """Decides about the slots of one engine. `group` is what its states are only good for."""
+
+    def __init__(self, store: KvStore, group: str, model: str, slots: int, ask: Ask) -> None:
+        self._store = store
+        self._group = group
+        self._model = model
+        self._ask = ask
+        self._slots = [_Slot(number) for number in range(slots)]
+        self._names_slots = slots > 1
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._next_save_sec = 0.0
+        self._is_ending = False
+        self._failures = 0
+        self._rates = store.rates(group)
+
+    # --- requests -------------------------------------------------------------------------------------------
+
+    def place(self, body: bytes | None, client: str, *, keeps: bool) -> Placement | None:
+        """Choose the slot of a request; `body` is what the engine gets, None: too long, or no JSON.
+
+        None: the engine chooses. The placement may have to wait until it is ready.
+        """
+        store = self._store
+        if self._is_ending or not store.settings.enabled or self._group in store.distrusted:
+            return None
+        chain = chain_of(body, store.key) if body is not None and len(body) <= LONGEST else None
+        free = [slot for slot in self._slots if not slot.is_busy]
+        if chain is None or not free:  # nobody knows what it displaces
+            for slot in free:
+                slot.clear()
+            return None
+        if not chain:
+            slot = self._least_missed(free)
+            placement = Placement(slot.number, self._names_slots, chain, "", False, self, slot)
+            if slot.chain or slot.work is not None:
+                self._get_ready(placement, slot, None)
+            slot.is_busy = True
+            return placement
+        owner = store.owner(client)
+        slot, blocks = self._nearest(free, chain, owner)
+        in_slot = slot.prompt_tokens * covered(blocks) // max(1, covered(len(slot.chain)))
+        found = store.find(self._group, client, chain)
+        wanted, source, promised = None, Source.SLOT if blocks else Source.NONE, in_slot
+        if found is not None and self._pays(found.saved, found.saved.promised(found.blocks) - in_slot):
+            wanted, source, promised = found.saved, Source.DISK, found.saved.promised(found.blocks)
+            if blocks < len(slot.chain):
+                slot = self._least_missed(free)
+        placement = Placement(slot.number, self._names_slots, chain, owner, keeps, self, slot, source, promised)
+        slot.is_busy = True
+        self._get_ready(placement, slot, wanted)
+        return placement
+
+    def _get_ready(self, placement: Placement, slot: _Slot, wanted: Saved | None) -> None:
+        """Save what is displaced, if it is worth waiting for, and restore what is `wanted`."""
+        saves = common(slot.chain, placement.chain) < len(slot.chain) and self._is_urgent(slot)
+        if wanted is not None or saves or slot.work is not None:
+            placement.is_ready = False
+            if wanted is not None:
+                self._store.use(wanted)
+            self._occupy(slot, self._prepare(placement, slot, slot.work, wanted, saves=saves), "restore")
+        elif placement.source is Source.NONE:
+            slot.clear()
+
+    def _nearest(self, free: list[_Slot], chain: Chain, owner: str) -> tuple[_Slot, int]:
+        """Return the slot to use without a restore, and the number of blocks that it has of a request."""
+        best, most = free[0], 0
+        for slot in free:
+            if slot.chain and slot.client == owner and (blocks := common(slot.chain, chain)) > most:
+                best, most = slot, blocks
+        if most and (2 * most >= len(best.chain) or not self._is_worth_saving(best, at_least=_LITTLE)):
+            return best, most
+        least = self._least_missed(free)
+        return least, common(least.chain, chain) if least.client == owner else 0
+
+    def _least_missed(self, free: list[_Slot]) -> _Slot:
+        for slot in free:
+            if not slot.chain:
+                return slot
+        return min(free, key=lambda slot: (self._is_worth_saving(slot, at_least=_LITTLE), slot.used_sec))
+
+    def _pays(self, saved: Saved, gained: int) -> bool:
+        """Whether to restore a state costs less than to compute the tokens that it has more than the slot."""
+        return gained > _LITTLE and gained / self._rates.tokens_per_sec > saved.nbytes / self._rates.restore
+
+    async def _prepare(
+        self,
+        placement: Placement,
+        slot: _Slot,
+        before: asyncio.Task[None] | None,
+        wanted: Saved | None,
+        *,
+        saves: bool,
+    ) -> None:
+        """Save what is in a slot and restore what is `wanted`, after the work that was begun `before`."""
+        try:
+            if before is not None:
+                await asyncio.wait({before})
+            if saves:
+                await self._save(slot)
+            if wanted is not None:
+                slot.clear()
+                if await self._restore(slot, wanted):
+                    slot.chain, slot.client, slot.keeps = wanted.chain, wanted.client, True
+                    slot.tokens = slot.saved_tokens = wanted.tokens
+                    slot.prompt_tokens = wanted.prompt_tokens
+                else:
+                    placement.source, placement.promised = Source.NONE, 0
+            elif placement.source is Source.NONE:
+                slot.clear()
+        finally:
+            if wanted is not None:
+                self._store.release(wanted)
+            placement.get_ready()
+
+    def ended(self, placement: Placement, slot: _Slot, usage: Usage | None) -> None:
+        """Note the end of a request: what its slot holds, what was measured, whether a promise was kept."""
+        slot.is_busy = False
+        slot.used_sec = time.monotonic()
+        if usage is None or not (placement.chain or slot.chain):
+            return
+        if not usage.prompt_tokens and not usage.output_tokens:  # its client left before anything was computed
+            slot.clear()
+            return
+        self._measure(usage)
+        if placement.source is Source.DISK:
+            self._verify(placement, usage)
+        if not slot.chain or common(slot.chain, placement.chain) < len(slot.chain):
+            slot.saved_tokens = 0  # it no longer continues what is saved
+        prompt = usage.prompt_tokens or covered(len(placement.chain)) // _BYTES_OF_TOKEN
+        slot.chain, slot.client, slot.keeps = placement.chain, placement.client, placement.keeps
+        slot.prompt_tokens, slot.tokens = prompt, prompt + usage.output_tokens
+        if not placement.keeps:
+            self._forget(placement)
+        elif slot.chain and not self._is_ending:
+            self._save_later(_QUIET_SEC)
+
+    def _measure(self, usage: Usage) -> None:
+        computed = usage.prompt_tokens - usage.cached_tokens
+        if computed >= _MEASURABLE and usage.prefill_sec > 0:
+            rate = computed / usage.prefill_sec
+            before = self._rates.prefill or rate
+            self._rates.prefill = 0.7 * before + 0.3 * rate
+
+    def _verify(self, placement: Placement, usage: Usage) -> None:
+        if not usage.prompt_tokens:  # its client has left
+            return
+        totals = self._store.of(self._model)
+        if usage.cached_tokens >= placement.promised // 2:
+            self._failures = 0
+            totals.restores += 1
+            totals.restored_tokens += usage.cached_tokens
+            totals.prefill_saved_sec += usage.cached_tokens / self._rates.tokens_per_sec
+            return
+        totals.failures += 1
+        self._failures += 1
+        if self._failures >= _MOST_FAILURES:
+            self._give_up(
+                f"it reused {usage.cached_tokens} of {placement.promised} tokens that it said it had restored"
+            )
+
+    def _give_up(self, reason: str) -> None:
+        self._store.distrusted[self._group] = reason
+        _log.warning("model %s: conversations are no longer saved with this engine: %s", self._model, reason)
+        gone = [saved for saved in self._store if saved.group == self._group]
+        for saved in gone:
+            self._store.forget(saved)
+        self._begin(_delete(self._store, gone), "deletion")
+        self._begin(apart(lambda: self._store.distrust(self._group, reason)), "note")
+
+    def _forget(self, placement: Placement) -> None:
+        """Delete what is saved of a conversation, because its client wants nothing of it stored."""
+        gone = [
+            saved
+            for saved in self._store
+            if saved.group == self._group
+            and saved.client == placement.client
+            and common(saved.chain, placement.chain) == len(saved.chain)
+        ]
+        for saved in gone:
+            self._store.forget(saved)
+        if gone:
+            self._begin(_delete(self._store, gone), "deletion")
+
+    # --- saving ---------------------------------------------------------------------------------------------
+
+    async def flush(self, limit_sec: float) -> None:
+        """Save everything worth it before the engine ends; no more is saved afterwards."""
+        self._is_ending = True
+        deadline = time.monotonic() + limit_sec
+        for slot in sorted(self._slots, key=lambda slot: -slot.tokens):
+            if slot.work is not None:
+                await asyncio.wait({slot.work}, timeout=max(0.0, deadline - time.monotonic()))
+            left = deadline - time.monotonic()
+            if left > 0 and not slot.is_busy and self._is_worth_saving(slot, at_least=_LITTLE):
+                await asyncio.wait({self._begin_saving(slot)}, timeout=left)
+        self.end()
+
+    def end(self) -> None:
+        """Give up everything that has been begun: the engine has ended, or is about to."""
+        self._is_ending = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in list(self._tasks):
+            task.cancel()
+
+    def _is_worth_saving(self, slot: _Slot, *, at_least: float) -> bool:
+        """Whether to compute a slot's tokens again costs more than to save and restore them, and `at_least` so
+        many are not saved yet."""
+        if not slot.keeps or not slot.chain or slot.tokens < max(1, self._store.settings.min_tokens):
+            return False
+        if slot.tokens - slot.saved_tokens < at_least:
+            return False
+        nbytes = slot.tokens * self._rates.token_bytes
+        return slot.tokens / self._rates.tokens_per_sec > nbytes / self._rates.save + nbytes / self._rates.restore
+
+    def _is_urgent(self, slot: _Slot) -> bool:
+        if not self._is_worth_saving(slot, at_least=_LITTLE) or time.monotonic() < self._next_save_sec:
+            return False
+        lost = (slot.tokens - slot.saved_tokens) / self._rates.tokens_per_sec
+        return lost > _URGENT * slot.tokens * self._rates.token_bytes / self._rates.save
+
+    def _save_later(self, delay_sec: float) -> None:
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(delay_sec, self._save_quiet)
+
+    def _save_quiet(self) -> None:
+        """Save the slot that has been quiet for longest, and come again if there are more."""
+        self._timer = None
+        if self._is_ending:
+            return
+        now = time.monotonic()
+        waiting = [
+            slot
+            for slot in self._slots
+            if not slot.is_busy
+            and slot.work is None
+            and self._is_worth_saving(slot, at_least=max(_LITTLE, slot.saved_tokens * (_GROWTH - 1)))
+        ]
+        if not waiting:
+            return
+        slot = min(waiting, key=lambda slot: slot.used_sec)
+        wait_sec = max(slot.used_sec + _QUIET_SEC, self._next_save_sec) - now
+        if wait_sec <= 0:
+            self._begin_saving(slot)
+            wait_sec = _QUIET_SEC
+        self._save_later(max(0.05, wait_sec))
+
+    def _begin_saving(self, slot: _Slot) -> asyncio.Task[None]:
+        return self._occupy(slot, self._save(slot), "save")
+
+    def _occupy(self, slot: _Slot, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = self._begin(work, name)
+        slot.work = task
+
+        def end(_: asyncio.Task[None]) -> None:
+            if slot.work is task:
+                slot.work = None
+
+        task.add_done_callback(end)
+        return task
+
+    async def _save(self, slot: _Slot) -> None:
+        """Save a slot. Nothing else is computed in it meanwhile."""
+        store = self._store
+        chain, client, tokens, prompt = slot.chain, slot.client, slot.tokens, slot.prompt_tokens
+        name = store.new_name()
+        began = time.monotonic()
+        saved: Saved | None = None
+        try:
+            if not await self._make_room(int(tokens * self._rates.token_bytes)):
+                raise OSError("it is larger than kv_store.max_gb and the free disk allow")
+            said = await self._ask(slot.number, "save", store.part(name))
+            took = max(1e-3, time.monotonic() - began)
+            if said is None or not said.tokens or not said.nbytes:
+                if said is not None and said.is_final:
+                    self._give_up(said.refusal)
+                raise OSError(said.refusal if said is not None else "the engine does not answer")
+            self._rates.token_bytes = said.nbytes / said.tokens
+            self._rates.save = said.nbytes / took
+            one = Saved(
+                name,
+                self._group,
+                self._model,
+                client,
+                chain,
+                said.tokens,
+                min(prompt, said.tokens),
+                said.nbytes,
+                0,
+                said.tokens / self._rates.tokens_per_sec,
+                time.time(),
+            )
+            if not await apart(lambda: store.keep(one)):
+                raise OSError("the file is not as long as the engine said")
+            saved = one
+        except OSError as error:
+            store.of(self._model).failures += 1
+            self._next_save_sec = time.monotonic() + _AGAIN_SEC
+            _log.warning("model %s: a conversation could not be saved: %s", self._model, error)
+        finally:
+            if saved is None:
+                await apart(lambda: store.delete(name))
+        if saved is None:
+            return
+        took = time.monotonic() - began
+        busy = any(other.is_busy for other in self._slots if other is not slot)
+        self._next_save_sec = time.monotonic() + (took * _SHARE if busy else 0)
+        store.of(self._model).saves += 1
+        if slot.chain == chain and slot.client == client:
+            slot.saved_tokens = saved.tokens
+        gone = store.add(saved)
+        for old in gone:
+            store.forget(old)
+        await apart(lambda: store.delete(*(old.name for old in gone)))
+        await self._make_room(0)
+
+    async def _make_room(self, more: int) -> bool:
+        """Delete what must go for `more` bytes. Returns False if there would not be room even so."""
+        store = self._store
+        gone = await apart(lambda: store.victims(more))
+        for saved in gone or ():
+            store.forget(saved)
+        if gone:
+            await _delete(store, gone)
+        return gone is not None
+
+    async def _restore(self, slot: _Slot, wanted: Saved) -> bool:
+        """Restore a state into a slot. One that cannot be restored is deleted, and one with which a second engine
+        ends."""
+        store = self._store
+        if await apart(lambda: store.is_whole(wanted)):
+            began = time.monotonic()
+            said = await self._ask(slot.number, "restore", store.file(wanted))
+            if said is not None and said.tokens:
+                self._rates.restore = wanted.nbytes / max(1e-3, time.monotonic() - began)
+                wanted.used_at, wanted.uses = time.time(), wanted.uses + 1
+                await apart(lambda: store.note_use(wanted))
+                return True
+            if said is None and wanted.name not in store.suspects:
+                store.suspects.add(wanted.name)
+                return False
+            reason = "two engines have ended with it" if said is None else said.refusal
+        else:
+            reason = "its file is damaged"
+        store.of(self._model).failures += 1
+        _log.warning("model %s: a saved conversation is deleted: %s", self._model, reason)
+        store.forget(wanted)
+        await _delete(store, [wanted])
+        return False
+
+    def _begin(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work, name=f"{name} of a slot of {self._model}")
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("%s failed: %s", task.get_name(), error, exc_info=error)
+
+
+async def _delete(store: KvStore, gone: list[Saved]) -> None:
+    await apart(lambda: store.delete(*(saved.name for saved in gone)))

@@ -1,0 +1,407 @@
+"""What is saved of conversations: files in a folder, found again by the beginning of a request, and bounded.
+
+Each conversation has two files: its state as the engine has written it, `NAME.kv`, and beside it a record,
+`NAME.json`, written once the state is whole. Neither holds a word of a prompt in plain text, but the state holds
+its tokens: whoever can read the folder can read the conversations, so it is closed to all but the owner.
+
+An engine takes whatever a file says: a state of another model gives wrong answers, a damaged one may end it. So
+a state belongs to a *group*, the engine's build, files and flags, and its checksum is compared before it is used.
+
+Methods that touch files block; those of the first section do not, and are called on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import math
+import mmap
+import os
+import secrets
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import msgspec
+
+from router.config.schema import KvStore as Settings
+from router.kv.chain import Chain, common, covered
+from router.system.privacy import FILE_MODE, FOLDER_MODE, keep_to_owner
+from router.system.readings import apart
+
+_log = logging.getLogger("router")
+
+_HALF_LIFE_SEC = 24 * 3600.0
+"""Time after which an unused conversation is worth half as much."""
+_FREE_SHARE = 0.05
+_FREE_BYTES = 2 << 30
+"""Part and number of bytes of the disk that remain free, whichever is less."""
+_READ_AT_ONCE = 4 << 20
+_BYTES_PER_SEC = 500e6
+_TOKENS_PER_SEC = 1000.0
+_LOOKS_SEC = 900.0
+"""Interval of the search for conversations that are too old."""
+_AHEAD = 4
+"""Number of a model's conversations that are read before it is loaded."""
+_MOST_DISTRUSTED = 200
+_DISTRUSTED = "distrusted.json"
+_PART = ".part"
+_STATE = ".kv"
+_RECORD = ".json"
+_Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 53)]
+
+
+class Saved(msgspec.Struct, eq=False):
+    """A conversation on disk."""
+
+    name: str
+    """Name of its files, without their extension."""
+    group: str
+    model: str
+    client: str
+    """Name of the client whose it is; empty: of those without a name."""
+    chain: tuple[int, ...]
+    tokens: _Count
+    """Tokens in the state, answers included."""
+    prompt_tokens: _Count
+    """Tokens of the request that `chain` is of."""
+    nbytes: _Count
+    checksum: _Count
+    prefill_sec: float
+    """Time that its tokens would take to be computed again."""
+    used_at: float
+    """Last use in seconds since the epoch."""
+    uses: int = 0
+
+    def worth(self, now: float) -> float:
+        """Expected seconds saved per byte, by its age: the measure by which conversations go."""
+        age = max(0.0, now - self.used_at) / _HALF_LIFE_SEC
+        return self.prefill_sec / max(1, self.nbytes) * math.pow(0.5, age)
+
+    def promised(self, blocks: int) -> int:
+        """Return how many tokens a request will find that has this many blocks in common with it."""
+        return self.prompt_tokens * covered(blocks) // max(1, covered(len(self.chain)))
+
+
+class Rates(msgspec.Struct):
+    """What was measured of the engines of a group; the first values are guesses."""
+
+    prefill: float = 0.0
+    """Computed tokens of prompts per second; 0: not measured."""
+    save: float = _BYTES_PER_SEC
+    restore: float = _BYTES_PER_SEC
+    token_bytes: float = 0.0
+    """Bytes per token of a state; 0: not measured."""
+
+    @property
+    def tokens_per_sec(self) -> float:
+        return self.prefill or _TOKENS_PER_SEC
+
+
+class Found(NamedTuple):
+    """What is known of the beginning of a request."""
+
+    saved: Saved
+    blocks: int
+    """Number of blocks in common."""
+
+
+class Totals(msgspec.Struct):
+    """What has been done for one model since the start."""
+
+    saves: int = 0
+    restores: int = 0
+    restored_tokens: int = 0
+    prefill_saved_sec: float = 0.0
+    failures: int = 0
+
+
+class KvStore:
+    """The conversations that are saved. Without a folder, none are."""
+
+    def __init__(self, folder: Path | None, settings: Settings) -> None:
+        self.folder = folder
+        self.settings = settings
+        self.key = b""
+        """Secret of the chains of digests."""
+        self.totals: dict[str, Totals] = {}
+        self.distrusted: dict[str, str] = {}
+        """Groups whose engines do not reuse what they have restored, with the reason."""
+        self.suspects: set[str] = set()
+        """Names of states during whose restore an engine has ended."""
+        self._rates: dict[str, Rates] = {}
+        self._saved: dict[str, Saved] = {}
+        self._by_digest: dict[tuple[str, str, int], Saved] = {}
+        """By group, client and digest; of several with the same beginning, one."""
+        self._lock = -1
+        self._in_use: dict[str, int] = {}
+        """Names of files that an engine is reading."""
+        self.is_shared: Callable[[], bool] = lambda: True
+        """Returns whether clients find each other's conversations, unless the settings decide."""
+
+    def close(self) -> None:
+        """Leave the folder to the next router."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    # --- what is known --------------------------------------------------------------------------------------
+
+    @property
+    def enabled(self) -> bool:
+        return self.settings.enabled and self.folder is not None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(saved.nbytes for saved in self)
+
+    def __len__(self) -> int:
+        return len(self._saved)
+
+    def __iter__(self) -> Iterator[Saved]:
+        return iter(list(self._saved.values()))
+
+    def of(self, model: str) -> Totals:
+        """Return the totals of a model, to be read and added to."""
+        if model not in self.totals:
+            self.totals[model] = Totals()
+        return self.totals[model]
+
+    def rates(self, group: str) -> Rates:
+        """Return what was measured of a group's engines, to be read and written."""
+        if group not in self._rates:
+            rates = self._rates[group] = Rates()
+            for saved in self:
+                if saved.group == group and saved.tokens and saved.prefill_sec > 0:
+                    rates.prefill = saved.tokens / saved.prefill_sec
+                    rates.token_bytes = saved.nbytes / saved.tokens
+        return self._rates[group]
+
+    def owner(self, client: str) -> str:
+        """Return under which name a client's conversations are kept."""
+        shared = self.settings.shared
+        return "" if (self.is_shared() if shared is None else shared) else client
+
+    def find(self, group: str, client: str, chain: Chain) -> Found | None:
+        """Return the conversation that has most of the beginning of a request; None if none has a block of it."""
+        owner, known = self.owner(client), self._by_digest
+        low, high = 0, len(chain)
+        while low < high:  # a digest that is known has all before it known
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if (group, owner, chain[middle - 1]) in known else (low, middle - 1)
+        return Found(known[group, owner, chain[low - 1]], low) if low else None
+
+    def add(self, saved: Saved) -> list[Saved]:
+        """Note a conversation. Returns those that it continues, which are no longer needed."""
+        owner = saved.client
+        before = {
+            id(old): old for digest in saved.chain if (old := self._by_digest.get((saved.group, owner, digest)))
+        }
+        superseded = [old for old in before.values() if common(old.chain, saved.chain) == len(old.chain)]
+        self._saved[saved.name] = saved
+        for digest in saved.chain:
+            self._by_digest[saved.group, owner, digest] = saved
+        return superseded
+
+    def forget(self, saved: Saved) -> None:
+        """Forget a conversation; its files stay."""
+        if self._saved.pop(saved.name, None) is None:
+            return
+        left = set(saved.chain)
+        for digest in saved.chain:
+            if self._by_digest.get((saved.group, saved.client, digest)) is saved:
+                del self._by_digest[saved.group, saved.client, digest]
+        for other in self._saved.values():
+            if other.group == saved.group and other.client == saved.client and other.chain[:1] == saved.chain[:1]:
+                for digest in left.intersection(other.chain):
+                    self._by_digest.setdefault((saved.group, saved.client, digest), other)
+
+    def use(self, saved: Saved) -> None:
+        """Keep the files of a conversation until `release`: an engine is about to read them."""
+        self._in_use[saved.name] = self._in_use.get(saved.name, 0) + 1
+
+    def release(self, saved: Saved) -> None:
+        left = self._in_use.pop(saved.name, 0) - 1
+        if left > 0:
+            self._in_use[saved.name] = left
+
+    def victims(self, more: int) -> list[Saved] | None:
+        """Return the conversations that must go so that `more` bytes have room, by age and by worth per byte.
+
+        None: there would not be room without any other. Blocking.
+        """
+        now = time.time()
+        allowed = self._room()
+        if more > allowed:
+            return None
+        oldest = now - self.settings.max_age_h * 3600
+        going = [saved for saved in self if saved.used_at < oldest and not self._is_used(saved)]
+        room = allowed - more - self.nbytes + sum(saved.nbytes for saved in going)
+        if room < 0:
+            rest = (saved for saved in self if saved not in going and not self._is_used(saved))
+            for saved in sorted(rest, key=lambda saved: saved.worth(now)):
+                if room >= 0:
+                    break
+                going.append(saved)
+                room += saved.nbytes
+        return going
+
+    def _is_used(self, saved: Saved) -> bool:
+        return saved.name in self._in_use
+
+    # --- files ----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def open(cls, folder: Path | None, settings: Settings) -> KvStore:
+        """Open the folder for its owner only, and read what it holds. What is incomplete is deleted."""
+        store = cls(folder, settings)
+        if folder is None:
+            return store
+        try:
+            folder.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
+            keep_to_owner(folder)
+            store._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, FILE_MODE)
+            fcntl.flock(store._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            store.key = _key_of(folder / "key")
+            store._read(folder)
+        except OSError as error:
+            reason = "another router uses it" if isinstance(error, BlockingIOError) else error.strerror or error
+            _log.warning("kv_store: %s cannot be used: %s. No conversation is kept", folder, reason)
+            store.folder = None
+        return store
+
+    def _read(self, folder: Path) -> None:
+        whole = set()
+        for record in folder.glob(f"*{_RECORD}"):
+            with contextlib.suppress(OSError, msgspec.MsgspecError):
+                saved = msgspec.json.decode(record.read_bytes(), type=Saved)
+                saved.used_at = max(saved.used_at, record.stat().st_mtime)
+                if record.stem == saved.name and (folder / f"{saved.name}{_STATE}").stat().st_size == saved.nbytes:
+                    self.add(saved)
+                    whole.add(saved.name)
+        with contextlib.suppress(OSError, msgspec.MsgspecError):
+            self.distrusted = msgspec.json.decode((folder / _DISTRUSTED).read_bytes(), type=dict[str, str])
+        for place in folder.iterdir():
+            if place.name != _DISTRUSTED and place.suffix in (_PART, _STATE, _RECORD) and place.stem not in whole:
+                place.unlink(missing_ok=True)
+
+    def new_name(self) -> str:
+        return secrets.token_hex(12)
+
+    def part(self, name: str) -> str:
+        """Return the name of the file that an engine is told to write."""
+        return f"{name}{_PART}"
+
+    def file(self, saved: Saved) -> str:
+        """Return the name of the file that an engine is told to read."""
+        return f"{saved.name}{_STATE}"
+
+    def keep(self, saved: Saved) -> bool:
+        """Make a written part the state of a conversation, and write its record. Blocking.
+
+        Returns False if it is not what the engine said that it wrote. Raises OSError.
+        """
+        assert self.folder is not None
+        part, state = self.folder / self.part(saved.name), self.folder / self.file(saved)
+        os.chmod(part, FILE_MODE)
+        if part.stat().st_size != saved.nbytes:
+            part.unlink()
+            return False
+        saved.checksum = _checksum(part)
+        os.replace(part, state)
+        self._write(f"{saved.name}{_RECORD}", saved)
+        return True
+
+    def is_whole(self, saved: Saved) -> bool:
+        """Whether the state is what was written. Blocking; reads all of it, so that the engine finds it in RAM."""
+        assert self.folder is not None
+        try:
+            return _checksum(self.folder / self.file(saved)) == saved.checksum
+        except (OSError, ValueError):
+            return False
+
+    def delete(self, *names: str) -> None:
+        """Delete the files of conversations, in whatever state they are. Blocking."""
+        if self.folder is not None:
+            for name in names:
+                for suffix in (_RECORD, _STATE, _PART):
+                    with contextlib.suppress(OSError):
+                        (self.folder / f"{name}{suffix}").unlink(missing_ok=True)
+
+    def note_use(self, saved: Saved) -> None:
+        """Make the time of a record that of its last use. Blocking."""
+        assert self.folder is not None
+        with contextlib.suppress(OSError):
+            os.utime(self.folder / f"{saved.name}{_RECORD}", (saved.used_at, saved.used_at))
+
+    def distrust(self, group: str, reason: str) -> None:
+        """Leave engines of a group alone from now on, also after a restart. Blocking."""
+        self.distrusted[group] = reason
+        assert self.folder is not None
+        with contextlib.suppress(OSError):
+            self._write(_DISTRUSTED, dict(list(self.distrusted.items())[-_MOST_DISTRUSTED:]))
+
+    async def keep_young(self) -> None:
+        """Delete conversations that are too old, and those that have no room any more, for ever."""
+        while True:
+            for saved in await apart(lambda: self.victims(0)) or ():
+                self.forget(saved)
+                await apart(partial(self.delete, saved.name))
+            await asyncio.sleep(_LOOKS_SEC)
+
+    def _write(self, name: str, value: object) -> None:
+        """Replace a file of the folder. Raises OSError."""
+        assert self.folder is not None
+        new = self.folder / f"{name}{_PART}"
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, FILE_MODE), "wb") as file:
+            file.write(msgspec.json.encode(value))
+        os.replace(new, self.folder / name)
+
+    def _room(self) -> int:
+        """Return how many bytes all conversations may take, by the settings and by what the disk has left."""
+        allowed = int(self.settings.max_gb * 1e9)
+        if self.folder is not None:
+            with contextlib.suppress(OSError):
+                disk = shutil.disk_usage(self.folder)
+                spare = disk.free - min(_FREE_BYTES, int(disk.total * _FREE_SHARE))
+                allowed = min(allowed, spare + self.nbytes)
+        return allowed
+
+    def files_of(self, model: str) -> list[Path]:
+        """Return the states of a model's last conversations, the last first."""
+        assert self.folder is not None or not self._saved
+        mine = sorted((saved for saved in self if saved.model == model), key=lambda saved: -saved.used_at)
+        return [self.folder / self.file(saved) for saved in mine[:_AHEAD] if self.folder is not None]
+
+    def by_model(self) -> Mapping[str, list[Saved]]:
+        found: dict[str, list[Saved]] = {}
+        for saved in self:
+            found.setdefault(saved.model, []).append(saved)
+        return found
+
+
+def _key_of(path: Path) -> bytes:
+    """Return the secret of a folder; a new one if it has none."""
+    with contextlib.suppress(OSError):
+        if len(known := path.read_bytes()) == 32:
+            return known
+    key = secrets.token_bytes(32)
+    path.unlink(missing_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE), "wb") as file:
+        file.write(key)
+    return key
+
+
+def _checksum(path: Path) -> int:
+    """Return the checksum of a file. Raises OSError, and ValueError if it is empty."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        checksum = 0
+        for begin in range(0, len(mapped), _READ_AT_ONCE):
+            checksum = zlib.crc32(mapped[begin : begin + _READ_AT_ONCE], checksum)
+        return checksum

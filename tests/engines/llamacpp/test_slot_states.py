@@ -1,0 +1,205 @@
+"""Conversations survive swaps, crashes and restarts on the real engine."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Router, Start, eventually, models
+
+from router.engines.llamacpp import slot_states
+from router.engines.llamacpp.flags import Flags
+
+TEXT = " ".join(f"word{number}" for number in range(150))
+"""Some 1,200 tokens of the tiny model, which knows bytes only."""
+FLAGS = ["-c", "4096", "-t", "1"]
+
+
+@pytest.fixture(scope="module")
+def router(start_shared: Start, tiny: Path) -> Router:
+    entries = models(tiny, "a", "b", flags=FLAGS) | models(tiny, "two", flags=[*FLAGS, "-np", "2"])
+    return start_shared({"system": {"max_concurrent_models": 1}, "models": entries})
+
+
+class Conversation:
+    """A client that sends its history with each turn, and gets the same answers every time."""
+
+    def __init__(self, router: Router, model: str, begin: str) -> None:
+        self.router = router
+        self.model = model
+        self.messages = [{"role": "user", "content": f"{begin} {TEXT}"}]
+
+    def turn(self, **more: Any) -> tuple[str, int, int]:
+        """Return where the beginning came from, and its cached and all tokens."""
+        body = {"model": self.model, "messages": self.messages, "max_tokens": 4, "temperature": 0}
+        answer = self.router.http.post("/v1/chat/completions", json=body, **more)
+        assert answer.status_code == 200, answer.text
+        said = answer.json()
+        self.messages += [
+            {"role": "assistant", "content": said["choices"][0]["message"]["content"]},
+            {"role": "user", "content": "go on"},
+        ]
+        timings = said["timings"]
+        return answer.headers["x-kv"], timings["cache_n"], timings["cache_n"] + timings["prompt_n"]
+
+
+def test_a_conversation_goes_on_after_a_swap(router: Router) -> None:
+    one, other = Conversation(router, "a", "A"), Conversation(router, "b", "B")
+    assert one.turn()[:2] == ("none", 0)
+    assert other.turn()[:2] == ("none", 0)
+    for conversation in (one, other, one):
+        source, cached, tokens = conversation.turn()
+        assert source == "disk"
+        assert cached > 0.9 * tokens
+
+
+def test_two_slots_keep_two_conversations(router: Router) -> None:
+    one, other = Conversation(router, "two", "C"), Conversation(router, "two", "D")
+    for conversation in (one, other):
+        assert conversation.turn()[0] == "none"
+    for conversation in (one, other):
+        source, cached, tokens = conversation.turn()
+        assert source == "slot"
+        assert cached > 0.9 * tokens
+    assert router.chat("a").status_code == 200  # a swap
+    for conversation in (other, one):
+        source, cached, tokens = conversation.turn()
+        assert source == "disk"
+        assert cached > 0.9 * tokens
+
+
+def test_answers_are_the_same_with_a_restored_state(router: Router) -> None:
+    one = Conversation(router, "a", "E")
+    one.turn()
+    router.unload()
+    messages = one.messages
+    source, *_ = one.turn()
+    restored = one.messages[-2]
+    router.unload()
+    one.messages = messages[:3]
+    answer = router.http.post(
+        "/v1/chat/completions",
+        json={"model": "a", "messages": one.messages, "max_tokens": 4, "temperature": 0, "cache_prompt": False},
+    )
+    assert source == "disk"
+    assert answer.json()["choices"][0]["message"]["content"] == restored["content"]
+
+
+def test_other_apis_find_their_conversations(router: Router) -> None:
+    for path, body in (
+        ("/v1/completions", {"prompt": f"F {TEXT}"}),
+        ("/completion", {"prompt": f"G {TEXT}"}),
+        ("/v1/responses", {"input": f"H {TEXT}"}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": f"I {TEXT}"}], "max_tokens": 4}),
+        ("/api/chat", {"messages": [{"role": "user", "content": f"J {TEXT}"}], "stream": False}),
+    ):
+        limit = {"max_tokens": 4, "max_output_tokens": 4, "n_predict": 4, "options": {"num_predict": 4}}
+        body = {"model": "a", **limit, **body}
+        sources = []
+        for _ in range(2):
+            answer = router.http.post(path, json=body)
+            assert answer.status_code == 200, (path, answer.text)
+            sources.append(answer.headers["x-kv"])
+            router.unload()
+        assert sources == ["none", "disk"], path
+
+
+def test_no_store_leaves_nothing(router: Router) -> None:
+    one = Conversation(router, "a", "K")
+    forbids = {"headers": {"X-KV-Store": "no-store"}}
+    one.turn(**forbids)
+    router.unload()
+    assert one.turn(**forbids)[:2] == ("none", 0)
+
+
+def test_nothing_is_lost_with_a_killed_engine_and_router(start: Start, tiny: Path, tmp_path: Path) -> None:
+    config = {"models": models(tiny, "a", flags=FLAGS)}
+    state = str(tmp_path / "state")
+    router = start(config, LLAMA_ROUTER_STATE_DIR=state)
+    one = Conversation(router, "a", "A")
+    one.turn()
+    folder = Path(state, "kv")
+    eventually(lambda: len(list(folder.glob("*.json"))) == 1)
+    router.engines[0].kill()
+    source, cached, tokens = one.turn()
+    assert (source, cached > 0.9 * tokens) == ("disk", True)
+    eventually(lambda: len(list(folder.glob("*.json"))) == 1)
+    router.process.send_signal(signal.SIGKILL)
+    router.process.wait()
+    one.router = again = start(config, LLAMA_ROUTER_STATE_DIR=state)
+    source, cached, tokens = one.turn()
+    assert (source, cached > 0.9 * tokens) == ("disk", True)
+
+    # A state that was truncated, or in which a bit was flipped, costs nobody an error.
+    for damage in (lambda file: os.truncate(file, 1000), _flip):
+        again.unload()
+        (kept,) = folder.glob("*.kv")
+        damage(kept)
+        assert one.turn()[:2] == ("none", 0)
+        assert not kept.exists()
+
+
+def _flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_clients_with_keys_do_not_find_each_others_conversations(start: Start, tiny: Path) -> None:
+    keys = {
+        "inference_keys": ["one", "other"],
+        "api_keys": ["all"],
+        "clients": {"never": {"key": "never", "kv_store": False}},
+    }
+    router = start({"api": keys, "models": models(tiny, "a", flags=FLAGS)})
+    router.http.headers["authorization"] = "Bearer all"
+
+    def source(key: str) -> str:
+        headers = {"Authorization": f"Bearer {key}"}
+        found = Conversation(router, "a", "A").turn(headers=headers)[0]
+        router.unload()
+        return found
+
+    assert [source(key) for key in ("one", "other", "one", "never", "never")] == [
+        "none",
+        "none",
+        "disk",
+        "none",
+        "none",
+    ]
+
+
+def test_a_switched_off_store_writes_nothing(start: Start, tiny: Path, tmp_path: Path) -> None:
+    router = start({"kv_store": {"enabled": False}, "models": models(tiny, "a", flags=FLAGS)})
+    answer = router.chat("a", content=TEXT)
+    assert "x-kv" not in answer.headers
+    router.unload()
+    assert list(tmp_path.glob("state-*/kv/*.kv")) == []
+
+
+def test_groups_tell_apart_what_an_engine_would_confuse() -> None:
+    files = (("/m.gguf", 5, 7),)
+    group = slot_states.group(files, "build", Flags(FLAGS))
+    assert group == slot_states.group(files, "build", Flags(["-c", "512", "-t", "4", "-ngl", "3", "--temp", "0"]))
+    assert group != slot_states.group((("/m.gguf", 5, 8),), "build", Flags(FLAGS))
+    assert group != slot_states.group(files, "other build", Flags(FLAGS))
+    for more in (
+        ["-np", "2"],
+        ["-ctk", "q8_0"],
+        ["-fa", "on"],
+        ["--lora", "l.gguf"],
+        ["--lora-scaled", "l.gguf:0.5"],
+        ["--rope-freq-base", "5000"],
+        ["--swa-full"],
+        ["-kvu"],
+    ):
+        assert group != slot_states.group(files, "build", Flags([*FLAGS, *more])), more
+
+
+def test_some_engines_cannot_save() -> None:
+    assert slot_states.can_be_saved(Flags(FLAGS))
+    for more in (["--mmproj", "p.gguf"], ["--embedding"], ["--reranking"], ["--slot-save-path", "/mine"]):
+        assert not slot_states.can_be_saved(Flags([*FLAGS, *more])), more

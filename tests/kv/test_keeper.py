@@ -1,0 +1,384 @@
+"""What a keeper saves of the slots of an engine, and what it restores; the engine is played."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from router.config.schema import KvStore as Settings
+from router.kv import keeper as keeping
+from router.kv.keeper import Keeper, Placement, Said, Source
+from router.kv.store import KvStore
+from router.observe.usage import Usage
+
+TOKENS_PER_SEC = 100.0
+TEXT = "".join(f"{number:04}" for number in range(2000))
+
+
+class Engine:
+    """Plays an engine: one token per byte of a prompt, and four bytes per token of a state."""
+
+    def __init__(self, folder: Path, slots: int = 1) -> None:
+        self.folder = folder
+        self.slots = [""] * slots
+        self.asked: list[str] = []
+        self.reuses = True
+        self.refusal: Said | None = None
+        self.is_dead = False
+
+    async def ask(self, slot: int, action: str, name: str) -> Said | None:
+        self.asked.append(f"{action} {slot}")
+        await asyncio.sleep(0)
+        if self.is_dead:
+            return None
+        if self.refusal is not None:
+            return self.refusal
+        file = self.folder / name
+        if action == "save":
+            file.write_bytes(self.slots[slot].encode("utf-32-le"))
+        else:
+            self.slots[slot] = file.read_bytes().decode("utf-32-le") if self.reuses else ""
+        return Said(len(self.slots[slot]), 4 * len(self.slots[slot]))
+
+    def answer(self, slot: int, prompt: str) -> Usage:
+        held = self.slots[slot]
+        cached = next(
+            (at for at, (a, b) in enumerate(zip(held, prompt, strict=False)) if a != b),
+            min(len(held), len(prompt)),
+        )
+        self.slots[slot] = f"{prompt}answer"
+        computed = len(prompt) - cached
+        return Usage(len(prompt), cached, 6, computed / TOKENS_PER_SEC)
+
+
+class World:
+    """A store and an engine with its keeper."""
+
+    def __init__(self, folder: Path, slots: int = 1) -> None:
+        self.store = KvStore.open(folder, Settings())
+        self.slots = slots
+        self.start()
+
+    def start(self) -> None:
+        """Start another engine, as after a swap."""
+        assert self.store.folder is not None
+        self.engine = Engine(self.store.folder, self.slots)
+        self.keeper = Keeper(self.store, "group", "m", self.slots, self.engine.ask)
+
+    async def begin(self, prompt: str, client: str = "", *, keeps: bool = True) -> Placement:
+        placement = self.keeper.place(json.dumps({"prompt": prompt}).encode(), client, keeps=keeps)
+        assert placement is not None
+        if not placement.is_ready:
+            ready = asyncio.Event()
+            placement.when_ready(ready.set)
+            await ready.wait()
+        return placement
+
+    async def chat(self, prompt: str, client: str = "", *, keeps: bool = True) -> tuple[Source, int]:
+        """Return the source of the beginning, and how many tokens were cached."""
+        placement = await self.begin(prompt, client, keeps=keeps)
+        usage = self.engine.answer(placement.slot, prompt)
+        placement.ended(usage)
+        return placement.source, usage.cached_tokens
+
+    async def swap(self) -> None:
+        await self.keeper.flush(5)
+        self.start()
+
+
+Story = Callable[[World], Awaitable[None]]
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeping, "_QUIET_SEC", 0.02)
+
+
+def play(tmp_path: Path, story: Story, slots: int = 1) -> None:
+    async def run() -> None:
+        world = World(tmp_path / "kv", slots)
+        try:
+            await story(world)
+        finally:
+            world.keeper.end()
+
+    asyncio.run(run())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(500):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it did not happen")
+
+
+def test_a_conversation_survives_a_swap(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        assert await world.chat(TEXT) == (Source.NONE, 0)
+        await world.swap()
+        assert await world.chat(TEXT + "more") == (Source.DISK, len(TEXT))
+        assert world.store.of("m").restores == 1
+        assert world.store.of("m").prefill_saved_sec == pytest.approx(len(TEXT) / TOKENS_PER_SEC)
+
+    play(tmp_path, story)
+
+
+def test_a_quiet_slot_is_saved_so_that_a_crash_loses_nothing(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.chat(TEXT)
+        await until(lambda: len(world.store) == 1)
+        world.keeper.end()  # killed
+        world.start()
+        assert await world.chat(TEXT + "x") == (Source.DISK, len(TEXT))
+
+    play(tmp_path, story)
+
+
+def test_a_conversation_is_saved_again_only_when_it_has_grown(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.chat(TEXT)
+        await until(lambda: world.store.of("m").saves == 1)
+        assert await world.chat(TEXT + "x") == (Source.SLOT, len(TEXT))
+        await asyncio.sleep(0.1)
+        assert world.store.of("m").saves == 1
+        await world.chat(TEXT + "y" * 2000)
+        await until(lambda: world.store.of("m").saves == 2)
+        assert len(world.store) == 1
+
+    play(tmp_path, story)
+
+
+def test_two_conversations_share_one_slot(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        one, other = TEXT, TEXT[::-1]
+        await world.chat(one)
+        await world.chat(other)  # at once: the first is saved before it is displaced
+        assert await world.chat(one + "x") == (Source.DISK, len(one))
+        assert await world.chat(other + "x") == (Source.DISK, len(other))
+
+    play(tmp_path, story)
+
+
+def test_each_conversation_keeps_its_slot(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        one, other = TEXT, TEXT[::-1]
+        await world.chat(one)
+        await world.chat(other)
+        for prompt in (one + "x", other + "x"):
+            assert (await world.chat(prompt))[0] is Source.SLOT
+        await world.swap()
+        for prompt in (other + "xy", one + "xy"):
+            source, cached = await world.chat(prompt)
+            assert (source, cached >= len(TEXT)) == (Source.DISK, True)
+
+    play(tmp_path, story, slots=2)
+
+
+def test_running_requests_keep_their_slots(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        first, second = await world.begin(TEXT), await world.begin(TEXT)
+        assert {first.slot, second.slot} == {0, 1}
+        assert world.keeper.place(b'{"prompt": "x"}', "", keeps=True) is None
+        for placement in (first, second):
+            placement.ended(world.engine.answer(placement.slot, TEXT))
+
+    play(tmp_path, story, slots=2)
+
+
+def test_many_conversations_go_through_two_slots(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        prompts = [f"{number:03}" * 1000 for number in range(20)]
+        for turn in range(3):
+            for prompt in prompts:
+                source, cached = await world.chat(prompt + "x" * turn)
+                assert turn == 0 or (source is not Source.NONE and cached >= 3000)
+
+    play(tmp_path, story, slots=2)
+
+
+def test_short_prompts_are_not_saved(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.chat("x" * 500)
+        await world.swap()
+        assert world.engine.asked == []
+        assert len(world.store) == 0
+
+    play(tmp_path, story)
+
+
+def test_what_is_computed_faster_than_saved_is_not_saved(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        world.store.rates("group").save = 10.0
+        world.store.rates("group").token_bytes = 4.0
+        await world.chat(TEXT)
+        await world.swap()
+        assert len(world.store) == 0
+
+    play(tmp_path, story)
+
+
+def test_a_client_may_forbid_it(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.chat(TEXT, keeps=False)
+        await world.swap()
+        assert len(world.store) == 0
+        await world.chat(TEXT)
+        await world.swap()
+        assert len(world.store) == 1
+        assert await world.chat(TEXT + "x", keeps=False) == (Source.DISK, len(TEXT))
+        assert len(world.store) == 0
+        folder = world.store.folder
+        assert folder is not None
+        await until(lambda: not list(folder.glob("*.kv")))
+
+    play(tmp_path, story)
+
+
+def test_clients_with_keys_do_not_share(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        world.store.is_shared = lambda: False
+        await world.chat(TEXT, "me")
+        await world.swap()
+        assert (await world.chat(TEXT + "x", "you"))[0] is Source.NONE
+        assert (await world.chat(TEXT + "x", "me"))[0] is Source.DISK
+
+    play(tmp_path, story)
+
+
+def test_an_engine_that_forgets_what_it_restored_is_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def story(world: World) -> None:
+        await world.chat(TEXT)
+        await world.chat(TEXT[::-1])
+        await world.swap()
+        world.engine.reuses = False
+        real = world.engine.ask
+
+        async def lying(slot: int, action: str, name: str) -> Said | None:
+            said = await real(slot, action, name)
+            return Said(len(TEXT), 4 * len(TEXT)) if said is not None and action == "restore" else said
+
+        world.keeper._ask = lying
+        assert await world.chat(TEXT + "x") == (Source.DISK, 0)
+        assert await world.chat(TEXT[::-1] + "x") == (Source.DISK, 0)
+        assert world.keeper.place(b'{"prompt": "x"}', "", keeps=True) is None
+        assert len(world.store) == 0
+        assert "it reused 0 of 8000 tokens that it said it had restored" in caplog.text
+
+    play(tmp_path, story)
+
+
+def test_a_damaged_file_is_deleted_and_costs_nobody_an_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def story(world: World) -> None:
+        await world.chat(TEXT)
+        await world.swap()
+        folder = world.store.folder
+        assert folder is not None
+        (state,) = folder.glob("*.kv")
+        state.write_bytes(b"x" * state.stat().st_size)
+        assert await world.chat(TEXT + "x") == (Source.NONE, 0)
+        assert world.engine.asked == []
+        assert not state.exists()
+        assert "a saved conversation is deleted: its file is damaged" in caplog.text
+
+    play(tmp_path, story)
+
+
+def test_a_refused_file_is_deleted(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.chat(TEXT)
+        await world.swap()
+        world.engine.refusal = Said(refusal="No available space")
+        assert await world.chat(TEXT + "x") == (Source.NONE, 0)
+        assert len(world.store) == 0
+
+    play(tmp_path, story)
+
+
+def test_a_file_with_which_one_engine_ended_gets_a_second_chance(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.chat(TEXT)
+        for left in (1, 0):
+            await world.swap()
+            world.engine.is_dead = True
+            placement = await world.begin(TEXT + "x")
+            assert placement.source is Source.NONE
+            placement.ended(None)
+            assert len(world.store) == left
+
+    play(tmp_path, story)
+
+
+def test_a_full_disk_is_told_once_a_minute_and_leaves_no_part(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def story(world: World) -> None:
+        world.engine.refusal = Said(refusal="No space left on device")
+        await world.chat(TEXT)
+        await until(lambda: world.store.of("m").failures == 1)
+        await world.chat(TEXT[::-1])
+        await asyncio.sleep(0.1)
+        assert caplog.text.count("could not be saved: No space left on device") == 1
+        assert len(world.store) == 0
+
+    play(tmp_path, story)
+
+
+def test_what_is_larger_than_allowed_is_not_saved(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        world.store.settings = Settings(max_gb=20_000 / 1e9)
+        await world.chat(TEXT)  # its size is not known before
+        await world.swap()
+        assert len(world.store) == 0
+        await world.chat(TEXT)
+        await world.swap()
+        assert world.engine.asked == []
+
+    play(tmp_path, story)
+
+
+def test_an_engine_that_cannot_save_is_not_asked_again(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        world.engine.refusal = Said(refusal="This feature is not supported by multimodal", is_final=True)
+        await world.chat(TEXT)
+        await until(lambda: "group" in world.store.distrusted)
+        assert world.keeper.place(b'{"prompt": "x"}', "", keeps=True) is None
+
+    play(tmp_path, story)
+
+
+def test_a_client_that_leaves_while_its_state_is_restored_frees_the_slot(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.chat(TEXT)
+        await world.swap()
+        placement = world.keeper.place(json.dumps({"prompt": TEXT + "x"}).encode(), "", keeps=True)
+        assert placement is not None
+        assert not placement.is_ready
+        placement.when_ready(lambda: pytest.fail("nobody waits any more"))
+        placement.ended(Usage())
+        assert await world.chat(TEXT + "x") == (Source.DISK, len(TEXT))
+
+    play(tmp_path, story)
+
+
+def test_an_aborted_answer_is_kept_and_an_unsent_request_is_not(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        placement = await world.begin(TEXT)
+        world.engine.answer(placement.slot, TEXT)
+        placement.ended(Usage(output_tokens=3))
+        await world.swap()
+        assert await world.chat(TEXT + "x") == (Source.DISK, len(TEXT))
+        placement = await world.begin(TEXT[::-1])
+        placement.ended(Usage())
+        await world.swap()
+        assert (await world.chat(TEXT[::-1]))[0] is Source.NONE
+
+    play(tmp_path, story)
