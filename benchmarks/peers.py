@@ -244,6 +244,8 @@ def router(
     program: Sequence[str] = (str(ROOT / "run.py"),),
     aliases: Mapping[str, object] | None = None,
     more: Mapping[str, object] | None = None,
+    kv_store: bool = True,
+    name: str = "llama-router",
     **system: object,
 ) -> Router:
     """`more` are entries of models of other kinds."""
@@ -259,6 +261,7 @@ def router(
             **(more or {}),
         },
         "aliases": aliases or {},
+        "kv_store": {"enabled": kv_store},
     }
     file = folder / f"router-{secrets.token_hex(4)}.json"
     file.write_text(json.dumps(config))
@@ -269,10 +272,10 @@ def router(
         start.chmod(0o755)
     port = free_port()
     return Router(
-        "llama-router",
+        name,
         [sys.executable, *program, "--config", str(file), "--port", str(port)],
         port,
-        environ={"LLAMA_SERVER_PATH": str(start)},
+        environ={"LLAMA_SERVER_PATH": str(start), "LLAMA_ROUTER_STATE_DIR": str(folder / f"state-{port}")},
         spawn_lines=r"model (\S+): loading ",
     )
 
