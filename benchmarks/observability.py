@@ -125,7 +125,7 @@ class _World:
         learned, launcher = Learned(), LocalLauncher(8085, EngineRecord(State()), None)  # nothing is launched
         backend = LlamaCpp(Binary(("none",), "embedded", "this benchmark"), launcher, learned)
         dispatcher = Dispatcher(Config(models=models), {"llamacpp": backend}, devices, learned, self.events)
-        self.metrics = Metrics(self.events, dispatcher.scheduler, lambda: gauges_of(dispatcher))
+        self.metrics = Metrics(self.events, dispatcher.scheduler, lambda: gauges_of(dispatcher, launcher.kv_store))
         dispatcher.start()
 
 

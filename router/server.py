@@ -30,6 +30,7 @@ from router.config.problems import CannotServe, ConfigError
 from router.config.resolved import DEFAULT_ENGINE, Config, ModelConfig
 from router.config.schema import Api, System
 from router.config.snapshots import Looks
+from router.config.source import Source
 from router.dataplane.exchange import Exchanges
 from router.dataplane.limits import Door
 from router.dataplane.on_uvicorn import Server
@@ -45,7 +46,7 @@ from router.engines.registry import KINDS
 from router.hardware.devices import Devices
 from router.http.auth import Keyring
 from router.http.origins import Browsers
-from router.kv.store import KvStore
+from router.kv.store import KvStore, folder_of
 from router.memory.measurements import Entry, Learned
 from router.observe import logs
 from router.observe.events import Events, RequestsDone
@@ -111,7 +112,8 @@ def _serve(loaded: Loaded, load: Load, log: Logs) -> None:
         containers.end_leftovers()
         store = state.file("footprints", list[Entry], "what was measured of engines is forgotten at the end")
         learned = Learned(store, psutil.boot_time())
-        kv_store = opened.enter_context(contextlib.closing(_kv_store(config, state)))
+        kv_store = KvStore.open(folder_of(config.kv_store, state.path), config.kv_store)
+        opened.enter_context(contextlib.closing(kv_store))
         launcher = LocalLauncher(config.system.base_port, record, state.path, containers, kv_store)
         backends = _backends(config.system, launcher, learned)
         uses_gpus = any(backends[engine].uses_gpus for engine in config.engines)
@@ -120,13 +122,6 @@ def _serve(loaded: Loaded, load: Load, log: Logs) -> None:
         devices.read_blocking()
         dispatcher = Dispatcher(config, backends, devices, learned, Events())
         _run(_Service(loaded, load, dispatcher, listeners, record, state, log, kv_store).run())
-
-
-def _kv_store(config: Config, state: State) -> KvStore:
-    """Open the folder of saved conversations. Without a state directory and without `dir`, none are saved."""
-    settings = config.kv_store
-    folder = Path(settings.dir) if settings.dir is not None else state.path and state.path / "kv"
-    return KvStore.open(folder, settings)
 
 
 def _backends(system: System, launcher: LocalLauncher, learned: Learned) -> dict[str, EngineBackend]:
@@ -257,7 +252,7 @@ class _Service:
         browsers = Browsers(self._loaded.config.api, self._keyring)
         cards = Cards()
         library = Library(lambda: self._dispatcher.config, downloads, self._creations)
-        app = create_app(self._dispatcher, self._keyring, browsers, self.reload, library, cards)
+        app = create_app(self._dispatcher, self._keyring, browsers, self.reload, library, cards, self._kv_store)
         exchanges = Exchanges(self._dispatcher, self._keyring, browsers, cards, TRANSLATORS)
         protocols = partial(HttpProtocol, exchanges), partial(PagesProtocol, exchanges)
         most_clients = _most_clients(self._loaded.config.api)
@@ -318,6 +313,7 @@ class _Service:
             self._kv_store.settings = after.kv_store
             self._dispatcher.apply(after)
             self._loaded = loaded
+            await self._forget_conversations(before, after)
         changes = {**changes_between(before, after), "needs_restart": needs_restart(self._started_with, after)}
         _log.info("configuration reloaded: %s", in_words(changes))
         for warning in loaded.warnings:
@@ -344,10 +340,18 @@ class _Service:
             if any(changes.values()) or before.config.lost != loaded.config.lost:
                 self._dispatcher.apply(loaded.config)
                 _log.info("models changed: %s", in_words(changes))
+                await self._forget_conversations(before.config, loaded.config)
         for warning in loaded.warnings:
             if warning not in before.warnings:
                 _log.warning("%s", warning)
         return loaded.settling
+
+    async def _forget_conversations(self, before: Config, after: Config) -> None:
+        """Delete what is saved of models that were removed, by whom ever: not of those whose entry or folder may
+        come back."""
+        for alias, model in before.models.items():
+            if alias not in after.models and model.source in (Source.PULLED, Source.CREATED):
+                await self._kv_store.clear(alias)
 
     def _places(self) -> set[Path]:
         """Folders with the files of the configuration and of its models."""

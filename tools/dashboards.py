@@ -455,6 +455,41 @@ def model() -> dashboard.Dashboard:
         ),
     ):
         new.with_panel(panel)
+    new.with_row(dashboard.Row("Conversations on disk"))
+    for panel in (
+        graph(
+            "Saves and restores",
+            "Whether what is saved is used again. Failures are in the log.",
+            *(
+                (
+                    f"sum by (model) (increase({of_model(f'router_kv_{what}_total')}[$__rate_interval]))",
+                    f"{{{{model}}}} {what}",
+                )
+                for what in ("saves", "restores", "failures")
+            ),
+        ),
+        graph(
+            "Prefill spared",
+            "Seconds of engine time a second that restored prompts would have cost.",
+            (f"sum by (model) ({rate(of_model('router_kv_prefill_saved_seconds_total'))})", "{{model}}"),
+            unit="s",
+        ),
+        graph(
+            "Restored tokens",
+            "Prompt tokens a second that were read from disk instead of computed.",
+            (f"sum by (model) ({rate(of_model('router_kv_restored_tokens_total'))})", "{{model}}"),
+        ),
+        graph(
+            "Size on disk",
+            "Who fills the folder. At the limit, what saves least time per byte is deleted.",
+            (of_model("router_model_kv_saved_bytes"), "{{model}}"),
+            (f"max({of('router_kv_limit_bytes')})", "limit"),
+            unit="bytes",
+            stacked=True,
+            bound="/^limit$/",
+        ),
+    ):
+        new.with_panel(panel)
     return new
 
 

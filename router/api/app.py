@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from router import __version__
 from router.api import (
     engines,
+    kv,
     live,
     llama_server,
     llama_swap,
@@ -43,6 +44,7 @@ from router.http.errors import ApiError
 from router.http.origins import Browsers
 from router.http.pages import Page, PagesByPath, Right, let_in, needs
 from router.http.routes import ROUTES
+from router.kv.store import KvStore
 from router.observe.metrics import Metrics
 from router.observe.statistics import Telemetry
 from router.runtime.dispatcher import Dispatcher
@@ -65,6 +67,7 @@ PAGES = tuple(
         ollama,
         creating,
         memory,
+        kv,
         monitoring,
         page,
     )
@@ -82,9 +85,10 @@ def create_app(
     reload: Reload,
     library: Library,
     cards: Cards,
+    kv_store: KvStore,
 ) -> ASGIApp:
     """Build the application. The dispatcher is started and stopped by the caller."""
-    pages = _pages(dispatcher, keyring, reload, library, cards)
+    pages = _pages(dispatcher, keyring, reload, library, cards, kv_store)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         is_file = scope["path"].startswith(_BLOBS)  # which is written to disk as it arrives
@@ -132,6 +136,7 @@ def _pages(
     reload: Reload,
     library: Library,
     cards: Cards,
+    kv_store: KvStore,
 ) -> FastAPI:
     app = FastAPI(
         title="llama-router",
@@ -162,10 +167,13 @@ def _pages(
     app.state.reload = reload
     app.state.library = library
     app.state.cards = cards
+    app.state.kv_store = kv_store
     of_engines = EngineMetrics(lambda: dispatcher.running, lambda: dispatcher.config)
     app.state.engine_metrics = of_engines
     app.state.metrics = Metrics(
-        dispatcher.events, dispatcher.scheduler, lambda: chain(gauges_of(dispatcher), of_engines.families())
+        dispatcher.events,
+        dispatcher.scheduler,
+        lambda: chain(gauges_of(dispatcher, kv_store), of_engines.families()),
     )
     app.state.live = Live(dispatcher)
     app.state.as_llama_swap = llama_swap.Events(dispatcher)

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse
 
+from router.api.kv import summary
 from router.api.openai import show_model
 from router.catalog.lookup import model_of
 from router.config.problems import ConfigError
@@ -23,6 +24,7 @@ from router.http.auth import sees_all
 from router.http.documents import Document
 from router.http.errors import ApiError, refused
 from router.http.pages import Page, Right, needs
+from router.kv.store import KvStore
 from router.memory.ledger import Account
 from router.observe.events import ServerState
 from router.runtime.dispatcher import Dispatcher
@@ -197,6 +199,7 @@ async def diagnostics(request: Request) -> Document:
     models, and the effective values of the environment variables of earlier hosts."""
     dispatcher: Dispatcher = request.app.state.dispatcher
     system, scheduler = dispatcher.config.system, dispatcher.scheduler
+    kv_store: KvStore = request.app.state.kv_store
     told = {
         **await _status_in_turns(request),
         "engine": dispatcher.backend.name,
@@ -213,6 +216,8 @@ async def diagnostics(request: Request) -> Document:
             "ALLOWED_MODELS_JSON": system.allowed_models,
         },
     }
+    if sees_all(request):
+        told["kv_store"] = summary(kv_store)
     return Document(told)
 
 

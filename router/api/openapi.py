@@ -161,7 +161,7 @@ def _of_the_data_plane(path: str, route: Route) -> dict[str, Any]:
         "summary": _summary(path, route),
         "description": f"{_ASKS[route.asks]} {_TRANSLATED if is_translated else _OF_ENGINES}",
         "operationId": ("ollama" if is_translated else "engine") + path.replace("/", "_").replace("-", "_"),
-        "parameters": [_PRIORITY, _REQUEST_ID],
+        "parameters": [_PRIORITY, _REQUEST_ID, _KV_STORE],
         "requestBody": {"required": True, "content": _bodies(route)},
         "responses": _answers(path, _kinds(route)),
     }
@@ -243,6 +243,12 @@ _REQUEST_ID = {
     "description": "Request id for the logs, up to 128 visible ASCII characters; generated if missing or invalid.",
     "schema": {"type": "string"},
 }
+_KV_STORE = {
+    "name": "X-KV-Store",
+    "in": "header",
+    "description": "`no-store`: nothing of this conversation is saved to disk, and what is saved is deleted.",
+    "schema": {"type": "string", "enum": ["no-store"]},
+}
 _ANSWER_HEADERS = {
     "X-Request-Id": {"schema": {"type": "string"}},
     "X-Model-Alias": {"schema": {"type": "string"}},
@@ -251,6 +257,11 @@ _ANSWER_HEADERS = {
         "schema": {"type": "integer"},
     },
     "X-Load-Ms": {"description": "Part of this time spent on loading the model.", "schema": {"type": "integer"}},
+    "X-KV": {
+        "description": "Where the beginning of the prompt came from: the engine's slot, a conversation on disk, "
+        "or nowhere. Absent if the engine's conversations are not kept.",
+        "schema": {"type": "string", "enum": ["slot", "disk", "none"]},
+    },
     "X-Queue-Position": {
         "description": "For a stream that begins while waiting: position in the queue at that time.",
         "schema": {"type": "integer"},

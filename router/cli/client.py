@@ -1,4 +1,4 @@
-"""HTTP client of a running router, for the commands `top`, `ps`, `queue`, `logs` and `rm`.
+"""HTTP client of a running router, for the commands `top`, `ps`, `queue`, `logs`, `kv` and `rm`.
 
 Based on `http.client`: one request at a time, and a stream of server-sent events read line by line. It uses no
 proxy of the environment and follows no redirect, so that the key is sent only to the router.

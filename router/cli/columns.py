@@ -1,4 +1,4 @@
-"""Formats the status of a router for the terminal: columns, durations, memory."""
+"""Formats the status of a router for the terminal: columns, durations, memory, sizes."""
 
 from __future__ import annotations
 
@@ -36,6 +36,15 @@ def duration(sec: float) -> str:
 def memory(mib: float) -> str:
     """Format an amount of memory."""
     return f"{mib / 1024:.1f}GiB" if mib >= 1024 else f"{mib:.0f}MiB"
+
+
+def size_text(count: float) -> str:
+    """Format a size in bytes."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
 
 
 def model_row(model: dict[str, Any]) -> tuple[str, ...]:

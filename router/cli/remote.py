@@ -1,4 +1,4 @@
-"""Commands that query a running router, local or remote: `llama-router top`, `ps`, `queue`, `logs`.
+"""Commands that query a running router, local or remote: `llama-router top`, `ps`, `queue`, `logs`, `kv`.
 
 The router is the one at `--url` or `LLAMA_ROUTER_URL`, else the one of the configuration. Keys come from the
 environment or the configuration, never from the command line, which every user of the machine can read.
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from router.cli.client import KEY_VARIABLE, CannotAsk, RouterClient
-from router.cli.columns import duration, model_row, print_columns
-from router.system.printable import printable
+from router.cli.columns import duration, model_row, print_columns, size_text
+from router.system.printable import line, printable
 
 if TYPE_CHECKING:
     from router.config.schema import Api
@@ -52,6 +52,9 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     logs.add_argument(
         "-n", "--lines", type=_positive, default=200, metavar="N", help="lines to start with (default: 200)"
     )
+    kv = add("kv", _kv, "show the conversations that a router keeps on disk, or delete them", as_json)
+    kv.add_argument("action", nargs="?", choices=("clear",), help="delete them instead")
+    kv.add_argument("model", nargs="?", metavar="MODEL", help="only those of this model")
 
 
 def connect(options: argparse.Namespace) -> RouterClient:
@@ -133,6 +136,54 @@ def _request_row(request: dict[str, Any]) -> tuple[str, ...]:
         request["id"],
         request["why"],
     )
+
+
+def _kv(options: argparse.Namespace) -> None:
+    client = connect(options)
+    if options.action == "clear":
+        chosen = "" if options.model is None else f"?model={quote(options.model, safe='')}"
+        cleared = client.delete(f"/v1/kv{chosen}")
+        if options.json:
+            print(json.dumps(cleared, indent=2))
+        else:
+            gone = cleared["deleted"]
+            print(f"{_conversations(gone['count'])} deleted, {size_text(gone['bytes'])} freed")
+        return
+    kept = client.get("/v1/kv")
+    if options.json:
+        print(json.dumps(kept, indent=2))
+        return
+    rows = [_kv_row(alias, each) for alias, of in kept["models"].items() for each in of["conversations"]]
+    if rows:
+        print_columns([("MODEL", "TOKENS", "SIZE", "AGE", "USES", "CLIENT"), *rows])
+    for each in kept["distrusted"]:
+        models = ", ".join(each["models"]) or "a model that is not loaded"
+        print(line(f"Not kept for {models}: {each['reason']}"))
+    print(line(_kv_summary(kept)))
+
+
+def _kv_row(alias: str, each: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        alias,
+        str(each["tokens"]),
+        size_text(each["bytes"]).replace(" ", ""),
+        duration(each["age_sec"]),
+        str(each["uses"]),
+        each["client"] or "-",
+    )
+
+
+def _kv_summary(kept: dict[str, Any]) -> str:
+    total, limits = kept["total"], kept["limits"]
+    if not kept["enabled"]:
+        why = "kv_store.enabled is false" if kept["folder"] else "there is no folder for them"
+        return f"Conversations are not kept: {why}. {_conversations(total['count'])} on disk."
+    limit = f"{size_text(limits['bytes'])}, {duration(limits['age_sec'])}"
+    return f"{_conversations(total['count'])}, {size_text(total['bytes'])} of at most {limit}, in {kept['folder']}"
+
+
+def _conversations(count: int) -> str:
+    return f"{count} conversation{'' if count == 1 else 's'}"
 
 
 def _logs(options: argparse.Namespace) -> None:

@@ -21,11 +21,13 @@ import msgspec
 
 from router.catalog.load import load
 from router.cli import remote
+from router.cli.columns import size_text
 from router.config.names import same_name, some_of
 from router.config.problems import ConfigError
 from router.config.resolved import Config
 from router.config.source import Source
 from router.formats import hf_cache
+from router.kv.store import KvStore, folder_of
 from router.store import created, pulled
 from router.store.created import Created
 from router.store.creations import Creations
@@ -83,6 +85,8 @@ def remove(options: argparse.Namespace) -> None:
             freed = _remove_created(name, state, config)
         else:
             freed = _remove_pulled(name, records, config)
+        if state is not None:
+            _forget_conversations(name, state, config)
     except (pulled.NotPulled, pulled.BeingPulled, StateHeld, OSError) as error:
         print(printable(f"llama-router: {error}"), file=sys.stderr)
         sys.exit(1)
@@ -99,6 +103,14 @@ def _remove_created(name: str, folder: Path, config: Config) -> int:
         return int(router.delete(f"/v1/models/pulled/{quote(name, safe='')}")["freed_bytes"])
     with contextlib.closing(State.open(folder, config.api.port)) as state:
         return asyncio.run(Creations(state, _nobody_looks).remove(name)) or 0
+
+
+def _forget_conversations(name: str, state: Path, config: Config) -> None:
+    """Delete what is saved of a removed model's conversations, unless a running router does."""
+    folder = folder_of(config.kv_store, state)
+    if folder is not None and folder.is_dir() and State.holder(state) is None:
+        with contextlib.closing(KvStore.open(folder, config.kv_store)) as conversations:
+            asyncio.run(conversations.clear(name))
 
 
 async def _nobody_looks() -> None:
@@ -192,14 +204,6 @@ def memory_text(note: MemoryNote) -> str:
     else:
         verdict = "does not fit now with any context size"
     return f"memory: {need} for a context of {note.context:,}: {verdict}"
-
-
-def size_text(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def _clock(sec: float) -> str:

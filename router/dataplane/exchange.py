@@ -658,7 +658,9 @@ class Exchange(IncomingRequest):
             except Exception:  # the request must end exactly once, whatever its engine reports
                 _log.exception("request %s: the tokens of the response could not be counted", self._request_id)
                 usage = NO_USAGE
+            kv = ""
             if self._placement is not None:
+                kv = self._placement.source
                 self._placement.ended(usage)
                 self._placement = None
             done = RequestDone(  # by position: keywords would take as long as all metrics together
@@ -683,6 +685,7 @@ class Exchange(IncomingRequest):
                 usage,
                 ticket.client,
                 self._answer.peer if ticket.rejection is not None else "",
+                kv,
             )
         self._dispatcher.events.done(done)
 

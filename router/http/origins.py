@@ -56,6 +56,7 @@ _EXPOSED = (
     "X-Model-Alias",
     "X-Queue-Ms",
     "X-Load-Ms",
+    "X-KV",
     "X-Queue-Position",
     "X-Queue-Expected-Ms",
     "X-Queue-Reason",

@@ -73,6 +73,7 @@ class _Slot:
     __slots__ = (
         "chain",
         "client",
+        "era",
         "is_busy",
         "keeps",
         "number",
@@ -95,6 +96,8 @@ class _Slot:
         self.chain: Chain = ()
         self.client = ""
         self.keeps = False
+        self.era = 0
+        """Era of the store in which the last request was placed."""
         self.tokens = self.prompt_tokens = self.saved_tokens = 0
 
 
@@ -113,6 +116,8 @@ class Placement(msgspec.Struct, eq=False):
     source: Source = Source.NONE
     promised: int = 0
     """Number of tokens of its prompt that the slot is expected to have."""
+    era: int = 0
+    """That of the store in which it was placed."""
     is_ready: bool = True
     """False while its state is being restored, or another is being saved to make room."""
     _listener: Callable[[], None] | None = None
@@ -149,6 +154,14 @@ class Keeper:
         self._failures = 0
         self._rates = store.rates(group)
 
+    @property
+    def group(self) -> str:
+        return self._group
+
+    @property
+    def era(self) -> int:
+        return self._store.era(self._model)
+
     # --- requests -------------------------------------------------------------------------------------------
 
     def place(self, body: bytes | None, client: str, *, keeps: bool) -> Placement | None:
@@ -181,7 +194,9 @@ class Keeper:
             wanted, source, promised = found.saved, Source.DISK, found.saved.promised(found.blocks)
             if blocks < len(slot.chain):
                 slot = self._least_missed(free)
-        placement = Placement(slot.number, self._names_slots, chain, owner, keeps, self, slot, source, promised)
+        placement = Placement(
+            slot.number, self._names_slots, chain, owner, keeps, self, slot, source, promised, self.era
+        )
         slot.is_busy = True
         self._get_ready(placement, slot, wanted)
         return placement
@@ -237,6 +252,7 @@ class Keeper:
                 slot.clear()
                 if await self._restore(slot, wanted):
                     slot.chain, slot.client, slot.keeps = wanted.chain, wanted.client, True
+                    slot.era = placement.era
                     slot.tokens = slot.saved_tokens = wanted.tokens
                     slot.prompt_tokens = wanted.prompt_tokens
                 else:
@@ -244,8 +260,8 @@ class Keeper:
             elif placement.source is Source.NONE:
                 slot.clear()
         finally:
-            if wanted is not None:
-                self._store.release(wanted)
+            if wanted is not None and self._store.release(wanted):
+                self._begin(_delete(self._store, [wanted]), "deletion")
             placement.get_ready()
 
     def ended(self, placement: Placement, slot: _Slot, usage: Usage | None) -> None:
@@ -262,8 +278,11 @@ class Keeper:
             self._verify(placement, usage)
         if not slot.chain or common(slot.chain, placement.chain) < len(slot.chain):
             slot.saved_tokens = 0  # it no longer continues what is saved
+        if slot.era != placement.era:
+            slot.saved_tokens = 0  # it was deleted
         prompt = usage.prompt_tokens or covered(len(placement.chain)) // _BYTES_OF_TOKEN
         slot.chain, slot.client, slot.keeps = placement.chain, placement.client, placement.keeps
+        slot.era = placement.era
         slot.prompt_tokens, slot.tokens = prompt, prompt + usage.output_tokens
         if not placement.keeps:
             self._forget(placement)
@@ -342,7 +361,12 @@ class Keeper:
     def _is_worth_saving(self, slot: _Slot, *, at_least: float) -> bool:
         """Whether to compute a slot's tokens again costs more than to save and restore them, and `at_least` so
         many are not saved yet."""
-        if not slot.keeps or not slot.chain or slot.tokens < max(1, self._store.settings.min_tokens):
+        if (
+            not slot.keeps
+            or slot.era != self.era
+            or not slot.chain
+            or slot.tokens < max(1, self._store.settings.min_tokens)
+        ):
             return False
         if slot.tokens - slot.saved_tokens < at_least:
             return False
@@ -399,6 +423,7 @@ class Keeper:
         """Save a slot. Nothing else is computed in it meanwhile."""
         store = self._store
         chain, client, tokens, prompt = slot.chain, slot.client, slot.tokens, slot.prompt_tokens
+        era = slot.era
         name = store.new_name()
         began = time.monotonic()
         saved: Saved | None = None
@@ -428,7 +453,8 @@ class Keeper:
             )
             if not await apart(lambda: store.keep(one)):
                 raise OSError("the file is not as long as the engine said")
-            saved = one
+            if self.era == era:
+                saved = one
         except OSError as error:
             store.of(self._model).failures += 1
             self._next_save_sec = time.monotonic() + _AGAIN_SEC

@@ -23,8 +23,8 @@ import secrets
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -122,6 +122,11 @@ class Totals(msgspec.Struct):
     failures: int = 0
 
 
+def folder_of(settings: Settings, state: Path | None) -> Path | None:
+    """Return the folder of saved conversations, by default in the state directory; None without one."""
+    return Path(settings.dir) if settings.dir is not None else state and state / "kv"
+
+
 class KvStore:
     """The conversations that are saved. Without a folder, none are."""
 
@@ -142,6 +147,10 @@ class KvStore:
         self._lock = -1
         self._in_use: dict[str, int] = {}
         """Names of files that an engine is reading."""
+        self._cleared: set[str] = set()
+        """Names of those among them that are to be deleted then."""
+        self._eras: defaultdict[str, int] = defaultdict(int)
+        """How often the conversations of a model were cleared."""
         self.is_shared: Callable[[], bool] = lambda: True
         """Returns whether clients find each other's conversations, unless the settings decide."""
 
@@ -156,6 +165,12 @@ class KvStore:
     @property
     def enabled(self) -> bool:
         return self.settings.enabled and self.folder is not None
+
+    @property
+    def shares(self) -> bool:
+        """Whether clients find each other's conversations."""
+        shared = self.settings.shared
+        return self.is_shared() if shared is None else shared
 
     @property
     def nbytes(self) -> int:
@@ -185,8 +200,7 @@ class KvStore:
 
     def owner(self, client: str) -> str:
         """Return under which name a client's conversations are kept."""
-        shared = self.settings.shared
-        return "" if (self.is_shared() if shared is None else shared) else client
+        return "" if self.shares else client
 
     def find(self, group: str, client: str, chain: Chain) -> Found | None:
         """Return the conversation that has most of the beginning of a request; None if none has a block of it."""
@@ -209,27 +223,41 @@ class KvStore:
             self._by_digest[saved.group, owner, digest] = saved
         return superseded
 
-    def forget(self, saved: Saved) -> None:
-        """Forget a conversation; its files stay."""
-        if self._saved.pop(saved.name, None) is None:
+    def forget(self, *gone: Saved) -> None:
+        """Forget conversations; their files stay."""
+        left: defaultdict[tuple[str, str, Chain], set[int]] = defaultdict(set)
+        for saved in gone:
+            if self._saved.pop(saved.name, None) is None:
+                continue
+            left[saved.group, saved.client, saved.chain[:1]].update(saved.chain)
+            for digest in saved.chain:
+                if self._by_digest.get((saved.group, saved.client, digest)) is saved:
+                    del self._by_digest[saved.group, saved.client, digest]
+        if not left:
             return
-        left = set(saved.chain)
-        for digest in saved.chain:
-            if self._by_digest.get((saved.group, saved.client, digest)) is saved:
-                del self._by_digest[saved.group, saved.client, digest]
         for other in self._saved.values():
-            if other.group == saved.group and other.client == saved.client and other.chain[:1] == saved.chain[:1]:
-                for digest in left.intersection(other.chain):
-                    self._by_digest.setdefault((saved.group, saved.client, digest), other)
+            digests = left.get((other.group, other.client, other.chain[:1]), set())
+            for digest in digests.intersection(other.chain):
+                self._by_digest.setdefault((other.group, other.client, digest), other)
+
+    def era(self, model: str) -> int:
+        """Return a number that changes when a model is cleared: what was asked before must not be saved later."""
+        return self._eras[model]
 
     def use(self, saved: Saved) -> None:
         """Keep the files of a conversation until `release`: an engine is about to read them."""
         self._in_use[saved.name] = self._in_use.get(saved.name, 0) + 1
 
-    def release(self, saved: Saved) -> None:
+    def release(self, saved: Saved) -> bool:
+        """End a use. Returns whether the files are to be deleted now, because they were cleared meanwhile."""
         left = self._in_use.pop(saved.name, 0) - 1
         if left > 0:
             self._in_use[saved.name] = left
+            return False
+        if saved.name not in self._cleared:
+            return False
+        self._cleared.discard(saved.name)
+        return True
 
     def victims(self, more: int) -> list[Saved] | None:
         """Return the conversations that must go so that `more` bytes have room, by age and by worth per byte.
@@ -328,11 +356,16 @@ class KvStore:
 
     def delete(self, *names: str) -> None:
         """Delete the files of conversations, in whatever state they are. Blocking."""
+        for name in names:
+            for suffix in (_RECORD, _STATE, _PART):
+                self._unlink(f"{name}{suffix}")
+
+    def _unlink(self, name: str) -> None:
         if self.folder is not None:
-            for name in names:
-                for suffix in (_RECORD, _STATE, _PART):
-                    with contextlib.suppress(OSError):
-                        (self.folder / f"{name}{suffix}").unlink(missing_ok=True)
+            try:
+                (self.folder / name).unlink(missing_ok=True)
+            except OSError as error:
+                _log.warning("kv_store: %s cannot be deleted: %s", self.folder / name, error.strerror or error)
 
     def note_use(self, saved: Saved) -> None:
         """Make the time of a record that of its last use. Blocking."""
@@ -347,12 +380,36 @@ class KvStore:
         with contextlib.suppress(OSError):
             self._write(_DISTRUSTED, dict(list(self.distrusted.items())[-_MOST_DISTRUSTED:]))
 
+    async def clear(self, model: str | None = None) -> list[Saved]:
+        """Delete the conversations of a model, or all, and what its engines hold of them is not saved any more.
+
+        Files that an engine is reading are deleted when it has read them. Returns what is deleted.
+        """
+        for each in [model] if model is not None else list(self._eras):
+            self._eras[each] += 1
+        return await self.drop(saved for saved in self if model is None or saved.model == model)
+
+    async def drop(self, going: Iterable[Saved]) -> list[Saved]:
+        """Forget conversations and delete their files, as `clear` does; a restart finds none of them."""
+        gone = list(going)
+        self.forget(*gone)
+        used = {saved.name for saved in gone if self._is_used(saved)}
+        self._cleared |= used
+
+        def delete() -> None:
+            self.delete(*(saved.name for saved in gone if saved.name not in used))
+            for name in used:
+                self._unlink(f"{name}{_RECORD}")
+
+        if gone:
+            await apart(delete)
+        return gone
+
     async def keep_young(self) -> None:
         """Delete conversations that are too old, and those that have no room any more, for ever."""
         while True:
-            for saved in await apart(lambda: self.victims(0)) or ():
-                self.forget(saved)
-                await apart(partial(self.delete, saved.name))
+            going = await apart(lambda: self.victims(0))
+            await self.drop(going or ())
             await asyncio.sleep(_LOOKS_SEC)
 
     def _write(self, name: str, value: object) -> None:

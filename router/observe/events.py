@@ -158,6 +158,8 @@ class RequestDone(msgspec.Struct, frozen=True):
     """Name of the client, if its key has one."""
     peer: str = ""
     """Address of the client, if the request was refused or ended before it asked for a slot; else empty."""
+    kv: str = ""
+    """Where the beginning of its prompt came from (`Source` in `kv/keeper.py`); empty if its engine decided."""
 
 
 class Labels(NamedTuple):

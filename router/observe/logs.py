@@ -279,6 +279,7 @@ class _RequestLine(msgspec.Struct, omit_defaults=True):
     reason: str = ""
     client: str = ""
     peer: str = ""
+    kv: str = ""
 
 
 _encode = msgspec.json.Encoder().encode
@@ -310,6 +311,7 @@ def _request_json(done: RequestDone) -> str:
         done.reason,
         done.client,
         done.peer,
+        done.kv,
     )
     text = _encode(line)
     return text.decode() if text.isascii() else json.dumps(json.loads(text))
@@ -330,6 +332,8 @@ def _request_text(done: RequestDone) -> str:
     parts.append(f"total {done.total_sec:.3f} s")
     if done.usage.prompt_tokens:
         parts.append(f"{done.usage.prompt_tokens} + {done.usage.output_tokens} tokens")
+    if done.kv:
+        parts.append(f"kv {done.kv}")
     if done.retries:
         parts.append(f"{done.retries} retries")
     parts.append(f"id {done.request_id}")

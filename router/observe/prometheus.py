@@ -156,6 +156,12 @@ class Gauges:
         return ["".join(self._lines).encode()]
 
 
+class Counts(Gauges):
+    """A counter per combination of labels that is counted elsewhere, and read for each scrape."""
+
+    kind = "counter"
+
+
 Family = Counter | Histogram | Gauges
 
 

@@ -88,6 +88,7 @@ def _attributes(done: RequestDone) -> Mapping[str, str | int]:
         "llama_router.priority": done.priority,
         "llama_router.outcome": done.outcome,
         "llama_router.retries": done.retries,
+        **({"llama_router.kv": done.kv} if done.kv else {}),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -12,7 +12,8 @@ import psutil
 
 from router import __version__
 from router.engines.running import RunningEngine
-from router.observe.prometheus import Counter, Family, Gauges, label_text
+from router.kv.store import KvStore, Saved, Totals
+from router.observe.prometheus import Counter, Counts, Family, Gauges, label_text
 from router.runtime.dispatcher import Dispatcher
 from router.scheduling.messages import EngineState, ModelState
 from router.scheduling.policy import CONSTANTS, ByPriority
@@ -118,8 +119,9 @@ _PER_MODEL: tuple[tuple[str, str, Callable[[_Look], float]], ...] = (
 )
 
 
-def gauges_of(dispatcher: Dispatcher) -> Iterator[Family]:
+def gauges_of(dispatcher: Dispatcher, kv_store: KvStore) -> Iterator[Family]:
     yield from _model_gauges(dispatcher)
+    yield from _kv_families(kv_store, dispatcher.scheduler.models)
     yield from _memory_gauges(dispatcher)
     yield from _scheduler_gauges(dispatcher)
     yield from _gpu_gauges(dispatcher.devices.last.gpus)
@@ -180,6 +182,48 @@ def _model_gauges(dispatcher: Dispatcher) -> Iterator[Gauges]:
 
 _PRIORITY_LABELS = tuple((priority, f',priority="{name}"') for priority, name in NAMES.items())
 _STATES = tuple((state, f',state="{state}"') for state in ModelState)
+
+
+def _kv_families(store: KvStore, aliases: Collection[str]) -> Iterator[Family]:
+    """Yield what is kept on disk of conversations, and what came of it. The store counts, as it also shows that
+    elsewhere."""
+    saved, by_model, nothing = list(store), store.by_model(), Totals()
+    labels = {alias: label_text(("model",), (alias,)) for alias in aliases}
+    for name, text, value in _PER_KV_MODEL:
+        counts = Counts(name, text, "model")
+        counts.lines((label, value(store.totals.get(alias, nothing))) for alias, label in labels.items())
+        yield counts
+    for name, text, measure in _OF_SAVED:
+        gauges = Gauges(f"router_model_{name}", f"{text}, by model", "model")
+        gauges.lines((label, measure(by_model.get(alias, ()))) for alias, label in labels.items())
+        yield gauges
+        yield _single(f"router_{name}", f"{text}, of all models together", measure(saved))
+    yield _single("router_kv_limit_bytes", "Limit on all conversations on disk", store.settings.max_gb * 1e9)
+
+
+_PER_KV_MODEL: tuple[tuple[str, str, Callable[[Totals], float]], ...] = (
+    ("router_kv_saves_total", "Conversations saved to disk", lambda totals: totals.saves),
+    ("router_kv_restores_total", "Conversations restored from disk and reused", lambda totals: totals.restores),
+    (
+        "router_kv_failures_total",
+        "Saves and restores that failed, or that the engine did not reuse",
+        lambda totals: totals.failures,
+    ),
+    (
+        "router_kv_restored_tokens_total",
+        "Prompt tokens that were restored from disk instead of computed",
+        lambda totals: totals.restored_tokens,
+    ),
+    (
+        "router_kv_prefill_saved_seconds_total",
+        "Engine time that computing these tokens would have taken",
+        lambda totals: totals.prefill_saved_sec,
+    ),
+)
+_OF_SAVED: tuple[tuple[str, str, Callable[[Sequence[Saved]], float]], ...] = (
+    ("kv_saved_bytes", "Size of conversations on disk", lambda of: sum([saved.nbytes for saved in of])),
+    ("kv_saved_conversations", "Conversations on disk", len),
+)
 
 
 def _memory_gauges(dispatcher: Dispatcher) -> Iterator[Gauges]:

@@ -32,8 +32,8 @@ _T = TypeVar("_T")
 
 _TRIES = 10  # a router that was just killed may not have ended yet
 _TRY_AGAIN_SEC = 0.05
-_OURS = re.compile(r"lock|blobs|\w+\.json(\.new|\.broken)?|\d+\.sock")
-"""Names of the files that a router writes to its directory."""
+_OURS = re.compile(r"lock|blobs|kv|\w+\.json(\.new|\.broken)?|\d+\.sock")
+"""Names of the files and folders that a router writes to its directory."""
 _HOME_FOLDERS = ("Library", "Application Support") if sys.platform == "darwin" else (".local", "state")
 
 

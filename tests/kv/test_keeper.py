@@ -239,6 +239,59 @@ def test_a_client_may_forbid_it(tmp_path: Path) -> None:
     play(tmp_path, story)
 
 
+def test_what_was_asked_before_a_clear_is_not_saved_after_it(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.chat(TEXT)
+        await until(lambda: len(world.store) == 1)
+        asking = await world.begin(TEXT + "x")
+        assert len(await world.store.clear("m")) == 1
+        asking.ended(world.engine.answer(asking.slot, TEXT + "x" * 2000))
+        await world.swap()
+        assert len(world.store) == 0
+        await world.chat(TEXT)
+        await world.swap()
+        assert await world.chat(TEXT + "x") == (Source.DISK, len(TEXT))
+
+    play(tmp_path, story)
+
+
+def test_a_conversation_that_goes_on_after_a_clear_is_saved_again(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.chat(TEXT)
+        await until(lambda: len(world.store) == 1)
+        await world.store.clear()
+        assert await world.chat(TEXT + "x") == (Source.SLOT, len(TEXT))
+        await until(lambda: len(world.store) == 1)
+
+    play(tmp_path, story)
+
+
+def test_what_is_cleared_while_it_is_saved_or_restored_leaves_no_file(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        folder = world.store.folder
+        assert folder is not None
+        await world.chat(TEXT)
+        cleared = 0
+
+        async def meddled(slot: int, action: str, name: str) -> Said | None:
+            nonlocal cleared
+            said = await world.engine.ask(slot, action, name)
+            cleared += len(await world.store.clear())
+            return said
+
+        world.keeper._ask = meddled
+        await world.swap()
+        assert not list(folder.glob("*.kv"))
+        await world.chat(TEXT)
+        await world.swap()
+        world.keeper._ask = meddled
+        assert await world.chat(TEXT + "x") == (Source.DISK, len(TEXT))
+        assert cleared == 1
+        await until(lambda: not list(folder.glob("*.kv")))
+
+    play(tmp_path, story)
+
+
 def test_clients_with_keys_do_not_share(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         world.store.is_shared = lambda: False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from pathlib import Path
@@ -193,3 +194,43 @@ def test_a_folder_that_cannot_be_used_keeps_nothing(tmp_path: Path, caplog: pyte
     store = KvStore.open(tmp_path / "file" / "kv", Settings())
     assert not store.enabled
     assert "cannot be used: Not a directory" in caplog.text
+
+
+def test_what_is_cleared_is_deleted_and_leaves_others_findable(store: KvStore) -> None:
+    one, other, of_another = save(store, (1, 2, 3)), save(store, (1, 2, 4)), save(store, (1, 5), group="h")
+    of_another.model = "n"
+    assert asyncio.run(store.clear("m")) == [one, other]
+    assert names(store) == {of_another.name}
+    assert store.find("g", "", (1, 2, 3)) is None
+    assert store.find("h", "", (1, 5)) == (of_another, 2)
+    assert asyncio.run(store.clear()) == [of_another]
+    assert store.folder is not None
+    assert {place.name for place in store.folder.iterdir()} == {"key", "lock"}
+
+
+def test_several_can_be_forgotten_at_once(store: KvStore) -> None:
+    saved = [save(store, (1, 2, number)) for number in (3, 4, 5)]
+    store.forget(*saved[:2])
+    assert store.find("g", "", (1, 2, 3)) == (saved[2], 2)
+
+
+def test_a_file_that_an_engine_reads_is_cleared_when_it_has_read_it(store: KvStore) -> None:
+    saved = save(store, (1, 2))
+    assert store.folder is not None
+    store.use(saved)
+    store.use(saved)
+    assert asyncio.run(store.clear()) == [saved]
+    assert store.find("g", "", (1, 2)) is None
+    assert (store.folder / store.file(saved)).exists()
+    assert not (store.folder / f"{saved.name}.json").exists(), "a restart must not find it"
+    assert not store.release(saved)
+    assert store.release(saved)
+
+
+def test_what_cannot_be_deleted_is_said(store: KvStore, caplog: pytest.LogCaptureFixture) -> None:
+    saved = save(store, (1, 2))
+    assert store.folder is not None
+    (store.folder / f"{saved.name}.kv").unlink()
+    (store.folder / f"{saved.name}.kv").mkdir()
+    asyncio.run(store.clear())
+    assert f"{saved.name}.kv cannot be deleted: Is a directory" in caplog.text

@@ -45,6 +45,7 @@ def test_a_request_becomes_a_span_with_its_parts() -> None:
         ttft_sec=2.5,
         usage=Usage(10, 0, 20, 0.4, 1.4),
         trace=f"00-{TRACE}-{PARENT}-01",
+        kv="disk",
     )
     tracing.note(RequestsDone([done]))
     spans = {span.name: span for span in exporter.get_finished_spans()}
@@ -54,6 +55,7 @@ def test_a_request_becomes_a_span_with_its_parts() -> None:
     assert f"{request.parent.span_id:016x}" == PARENT
     assert request.attributes is not None
     assert request.attributes["gen_ai.usage.output_tokens"] == 20
+    assert request.attributes["llama_router.kv"] == "disk"
     lasted = {name: (span.end_time - span.start_time) / 1e9 for name, span in spans.items()}  # type: ignore[operator]
     assert lasted == pytest.approx(
         {"/v1/chat/completions": 4.0, "queue": 2.0, "load": 1.5, "prefill": 0.5, "stream": 1.5}, abs=1e-3

@@ -493,10 +493,13 @@ def test_a_running_router_notices_what_the_command_line_pulls_and_removes(
     start: Start, environ: dict[str, str], tmp_path: Path
 ) -> None:
     with_state = {**environ, "LLAMA_ROUTER_STATE_DIR": str(tmp_path / "state")}
-    router = start(**with_state)
+    router = start(**with_state, LLAMA_ROUTER__KV_STORE__MIN_TOKENS="64")
     assert run("pull", REPO, "--alias", "small", cwd=tmp_path, **environ).returncode == 0
     eventually(lambda: "small" in aliases(router))
-    assert router.chat("small").status_code == 200
+    long, conversations = "A long conversation. " * 40, tmp_path / "state" / "kv"
+    assert router.chat("small", content=long).status_code == 200
+    router.unload()
+    assert len(list(conversations.glob("*.kv"))) == 1
     assert run("pull", REPO, cwd=tmp_path, **environ).returncode == 0
     eventually(lambda: {"small", ALIAS} <= aliases(router))  # two names for one file
     with ollama.Client(router.url, timeout=60) as client:
@@ -507,7 +510,12 @@ def test_a_running_router_notices_what_the_command_line_pulls_and_removes(
     assert run("rm", "small", cwd=tmp_path, **with_state).returncode == 0
     eventually(lambda: "small" not in aliases(router))
     assert router.chat("small").status_code == 404
-    assert router.chat(ALIAS).status_code == 200
+    eventually(lambda: not list(conversations.glob("*.kv")))
+    assert router.chat(ALIAS, content=long).headers["x-kv"] == "none"
+    router.stop()
+    assert len(list(conversations.glob("*.kv"))) == 1
+    assert run("rm", ALIAS, cwd=tmp_path, **with_state).returncode == 0
+    assert not list(conversations.glob("*.kv")), "without a router, too"
 
 
 def events(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -520,18 +528,20 @@ def events(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def test_a_router_pulls_and_serves_at_once(start: Start, hub: Hub, environ: dict[str, str]) -> None:
-    router = start(**environ)
+    router = start(**environ, LLAMA_ROUTER__KV_STORE__MIN_TOKENS="64")
     body = {"model": f"hf.co/{REPO}", "stream": True}
     with router.http.stream("POST", "/v1/models/pull", json=body) as stream:
         told = list(events(stream.iter_lines()))
     assert [name for name, _ in told][-1] == "success"
     assert told[-1][1]["memory"]["fits"] is True
     assert told[-1][1]["completed_bytes"] == len(hub.repositories[REPO]["tiny-Q4_K_M.gguf"])
-    assert router.chat(ALIAS).status_code == 200
+    assert router.chat(ALIAS, content="A long conversation. " * 40).headers["x-kv"] == "none"
     gone = router.http.delete(f"/v1/models/pulled/{ALIAS}").json()
     assert gone["freed_bytes"] == told[-1][1]["total_bytes"]
     assert router.chat(ALIAS).status_code == 404
     assert router.http.delete(f"/v1/models/pulled/{ALIAS}").json()["error"]["code"] == "model_not_found"
+    eventually(lambda: router.engines == [])
+    assert router.http.get("/v1/kv").json()["total"]["count"] == 0, "nor is it saved when its engine ends"
 
 
 def test_ollamas_client_pulls_uses_and_deletes(start: Start, hub: Hub, environ: dict[str, str]) -> None:

@@ -24,6 +24,7 @@ import {
   canChat,
   drawDecisions,
   drawHead,
+  drawKept,
   drawMemory,
   drawModels,
   drawPulls,
@@ -50,6 +51,7 @@ const known = {
   queueSeenAt: 0,
   vram: null,
   telemetry: null,
+  kv: null,
   decisions: [],
   pulls: [],
   pending: new Map(), // by model: what ends the wait for the answer to a command
@@ -70,6 +72,7 @@ function draw() {
     drawMemory(known);
     drawQueue(known);
     drawRequests(known);
+    drawKept(known);
     drawDecisions(known);
     drawPulls(known);
   });
@@ -167,6 +170,7 @@ async function look(turn) {
     memoryIsOld = false;
   }
   if (turn % SLOW_LOOKS === 0) known.telemetry = await get("v1/telemetry/summary");
+  if (known.manages && turn % SLOW_LOOKS === 0) known.kv = await get("v1/kv?conversations=false");
   if (known.manages && (turn % SLOW_LOOKS === 0 || known.pulls.some(isRunning))) {
     known.pulls = (await get("v1/models/pull")).pulls;
   }

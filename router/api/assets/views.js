@@ -296,6 +296,24 @@ export function drawRequests({ telemetry }) {
   put(element("since-start"), turnedAway ? `${served}; turned away: ${turnedAway}` : served);
 }
 
+// --- conversations on disk -----------------------------------------------------------------------------------
+
+const showKept = list(
+  element("kv-rows"),
+  plain("tr"),
+  (row) => row.alias,
+  ({ root }, { alias, count, bytes: onDisk, since_start: { restores, prefill_saved_sec: spared } }) =>
+    putCells(root, [alias, number(count), bytes(onDisk), number(restores), duration(spared)]),
+);
+
+export function drawKept({ kv, manages }) {
+  show(element("kv"), manages && kv?.enabled);
+  if (!kv) return;
+  const { total, limits, models } = kv;
+  put(element("kv-counts"), `${number(total.count)}, ${bytes(total.bytes)} of ${bytes(limits.bytes)}`);
+  showKept(Object.entries(models).map(([alias, kept]) => ({ alias, ...kept })));
+}
+
 const showDecisions = list(
   element("decision-rows"),
   plain("li"),

@@ -91,6 +91,9 @@ class LlamaCpp:
         store = self._launcher.kv_store
         told = Flags(flags.words, {**os.environ, **env})
         saves = store.enabled and slot_states.can_be_saved(told)
+        group = slot_states.group(model.files, self.build.build, told)
+        if saves:
+            await store.drop(slot_states.outdated(store, model.alias, group))
         words = (*flags.words, "--slot-save-path", f"{store.folder}{os.sep}") if saves else flags.words
         command = EngineOrder(
             alias=model.alias,
@@ -102,7 +105,6 @@ class LlamaCpp:
         )
         engine = await self.start(command, log)
         if saves:
-            group = slot_states.group(model.files, self.build.build, told)
             engine.keeper = Keeper(
                 store, group, model.alias, model.slots, partial(slot_states.ask, engine.endpoint)
             )

@@ -17,6 +17,7 @@ from router.engines.base import Endpoint
 from router.engines.llamacpp.flags import Flags
 from router.engines.questions import document
 from router.kv.keeper import Said
+from router.kv.store import KvStore, Saved
 
 _LIMIT_SEC = 60.0
 _MATTERING = ("cache-type-", "control-vector", "kv-unified", "lora", "rope-", "spec-", "yarn-")
@@ -48,13 +49,27 @@ def can_be_saved(flags: Flags) -> bool:
 
 
 def group(files: Sequence[tuple[str, int, int]], build: str, flags: Flags) -> str:
-    """Return a name for all that a state depends on. `files`: path, size and modification time of each."""
+    """Return a name for all that a state depends on. `files`: path, size and modification time of each.
+
+    Its first part is a name for the files alone: see `outdated`.
+    """
     mattering = sorted(
         (flag.name, *flag.words)
         for flag in flags.given
         if flag.name in _MATTERING_TOO or flag.name.startswith(_MATTERING)
     )
-    return blake2b(repr((tuple(files), build, mattering)).encode(), digest_size=12).hexdigest()
+    return f"{_digest(tuple(files))}-{_digest((build, mattering))}"
+
+
+def outdated(store: KvStore, model: str, group: str) -> list[Saved]:
+    """Return the saved states of a model that no engine can use again, once one with this group has started: those
+    of other files. Another build or other flags may come back."""
+    files = group.partition("-")[0]
+    return [saved for saved in store if saved.model == model and saved.group.partition("-")[0] != files]
+
+
+def _digest(of: object) -> str:
+    return blake2b(repr(of).encode(), digest_size=12).hexdigest()
 
 
 async def ask(endpoint: Endpoint, slot: int, action: str, name: str) -> Said | None:
