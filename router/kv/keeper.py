@@ -15,7 +15,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -24,6 +24,8 @@ from router.kv.store import KvStore, Saved
 from router.observe.usage import Usage
 from router.system.readings import apart
 from router.system.words import Word
+
+_T = TypeVar("_T")
 
 _log = logging.getLogger("router")
 
@@ -148,6 +150,8 @@ class Keeper:
         self._slots = [_Slot(number) for number in range(slots)]
         self._names_slots = slots > 1
         self._tasks: set[asyncio.Task[None]] = set()
+        """Tasks that are given up when the engine ends."""
+        self._finishing: set[asyncio.Task[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._next_save_sec = 0.0
         self._is_ending = False
@@ -261,7 +265,7 @@ class Keeper:
                 slot.clear()
         finally:
             if wanted is not None and self._store.release(wanted):
-                self._begin(_delete(self._store, [wanted]), "deletion")
+                self._finish(self._store.drop([wanted]), "deletion")
             placement.get_ready()
 
     def ended(self, placement: Placement, slot: _Slot, usage: Usage | None) -> None:
@@ -317,10 +321,9 @@ class Keeper:
         self._store.distrusted[self._group] = reason
         _log.warning("model %s: conversations are no longer saved with this engine: %s", self._model, reason)
         gone = [saved for saved in self._store if saved.group == self._group]
-        for saved in gone:
-            self._store.forget(saved)
-        self._begin(_delete(self._store, gone), "deletion")
-        self._begin(apart(lambda: self._store.distrust(self._group, reason)), "note")
+        self._store.forget(*gone)  # nobody finds them any more
+        self._finish(self._store.drop(gone), "deletion")
+        self._finish(apart(lambda: self._store.distrust(self._group, reason)), "note")
 
     def _forget(self, placement: Placement) -> None:
         """Delete what is saved of a conversation, because its client wants nothing of it stored."""
@@ -331,10 +334,9 @@ class Keeper:
             and saved.client == placement.client
             and common(saved.chain, placement.chain) == len(saved.chain)
         ]
-        for saved in gone:
-            self._store.forget(saved)
         if gone:
-            self._begin(_delete(self._store, gone), "deletion")
+            self._store.forget(*gone)
+            self._finish(self._store.drop(gone), "deletion")
 
     # --- saving ---------------------------------------------------------------------------------------------
 
@@ -470,20 +472,14 @@ class Keeper:
         store.of(self._model).saves += 1
         if slot.chain == chain and slot.client == client:
             slot.saved_tokens = saved.tokens
-        gone = store.add(saved)
-        for old in gone:
-            store.forget(old)
-        await apart(lambda: store.delete(*(old.name for old in gone)))
+        await store.drop(store.add(saved))
         await self._make_room(0)
 
     async def _make_room(self, more: int) -> bool:
         """Delete what must go for `more` bytes. Returns False if there would not be room even so."""
         store = self._store
         gone = await apart(lambda: store.victims(more))
-        for saved in gone or ():
-            store.forget(saved)
-        if gone:
-            await _delete(store, gone)
+        await store.drop(gone or ())
         return gone is not None
 
     async def _restore(self, slot: _Slot, wanted: Saved) -> bool:
@@ -506,21 +502,24 @@ class Keeper:
             reason = "its file is damaged"
         store.of(self._model).failures += 1
         _log.warning("model %s: a saved conversation is deleted: %s", self._model, reason)
-        store.forget(wanted)
-        await _delete(store, [wanted])
+        await store.drop([wanted])
         return False
 
     def _begin(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work, name=f"{name} of a slot of {self._model}")
+        """Begin work that is given up when the engine ends."""
+        task = self._finish(work, name)
         self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _finish(self, work: Coroutine[Any, Any, _T], name: str) -> asyncio.Task[_T]:
+        """Begin work that is finished even if the engine ends."""
+        task = asyncio.get_running_loop().create_task(work, name=f"{name} of a slot of {self._model}")
+        self._finishing.add(task)
         task.add_done_callback(self._ended)
         return task
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._finishing.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("%s failed: %s", task.get_name(), error, exc_info=error)
-
-
-async def _delete(store: KvStore, gone: list[Saved]) -> None:
-    await apart(lambda: store.delete(*(saved.name for saved in gone)))

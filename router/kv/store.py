@@ -25,6 +25,7 @@ import time
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -200,7 +201,11 @@ class KvStore:
 
     def owner(self, client: str) -> str:
         """Return under which name a client's conversations are kept."""
-        return "" if self.shares else client
+        if self.shares:
+            return ""
+        if client[:1] != "_":
+            return client
+        return f"_{blake2b(client.encode(), digest_size=8, key=self.key).hexdigest()}"  # it stands for a key
 
     def find(self, group: str, client: str, chain: Chain) -> Found | None:
         """Return the conversation that has most of the beginning of a request; None if none has a block of it."""

@@ -339,7 +339,7 @@ def test_a_damaged_file_is_deleted_and_costs_nobody_an_error(
         state.write_bytes(b"x" * state.stat().st_size)
         assert await world.chat(TEXT + "x") == (Source.NONE, 0)
         assert world.engine.asked == []
-        assert not state.exists()
+        await until(lambda: not state.exists())
         assert "a saved conversation is deleted: its file is damaged" in caplog.text
 
     play(tmp_path, story)
