@@ -297,6 +297,18 @@ def test_a_prompt_beyond_the_context_is_no_answer(
         assert ("it has 4000 tokens" in error, end) == (True, "data: [DONE]")
 
 
+def test_an_answer_that_fills_the_context_is_as_long_as_it_can_be(router: Router) -> None:
+    """GPT-2 has so many positions; it rarely ends by itself, and many clients name no limit."""
+    whole = chat(router, "one two overflows")
+    assert (text_of(whole), whole.json()["choices"][0]["finish_reason"]) == ("one two", "length")
+    events = [event for event in chat(router, "one two overflows", stream=True).text.split("\n\n") if event]
+    assert json.loads(events[-2][6:])["choices"][0]["finish_reason"] == "length"
+    assert events[-1] == "data: [DONE]"
+    messages = [{"role": "user", "content": "x " * 600}]
+    router.http.post(CHAT, json={"model": "chatty", "messages": messages})
+    assert 512 <= last_seen(router)["body"]["max_tokens"] < 2048 - 1200
+
+
 def test_an_error_after_text_ends_the_stream(router: Router) -> None:
     first, error, end = chat(router, "one fails", stream=True).text.strip().split("\n\n")
     assert '"content":"one"' in first

@@ -201,6 +201,7 @@ def test_stopping_it_while_it_loads_leaves_nothing(place: str, start: Start, fol
     since = time.monotonic()
     router.http.post("/v1/models/eject", json={"model": "a"})
     eventually(lambda: all(map(is_gone, processes.values())), 20)
+    eventually(lambda: router.http.get("/vram").json()["loaded_models_count"] == 0)
     print(f"stopped at {moment}: all gone after {time.monotonic() - since:.1f} s")
 
 

@@ -29,6 +29,8 @@ _BEYOND_CONTEXT = re.compile(
 )
 """What is said of a prompt that was counted, and what torch says of a position that a model has no embedding for,
 on CPU and on CUDA."""
+_FULL = "index out of range in self"
+"""What torch says on the CPU of a position beyond the last one; after text, the answer has filled the context."""
 _POISONED = re.compile(r"(?:CUDA|HIP) error|device-side assert|CUBLAS_STATUS_|CUDNN_STATUS_")
 """What torch says of a GPU after which the process cannot use it any more; memory that ran out is none of it."""
 _BROKEN = "its stream ended before its last event"
@@ -161,6 +163,9 @@ class Understood:
             return
         if error is None and last and self._is_beyond_context():
             error = f"it has {self._usage.prompt_tokens} tokens"
+        if error is not None and _FULL in error and (self._has_begun or self._texts):
+            self._hang_up(last)
+            last, error, self._finish_reason = True, None, "length"
         if error is not None:
             self._hang_up(last)
             if self._connection is not None and _POISONED.search(error):

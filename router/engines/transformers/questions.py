@@ -198,16 +198,20 @@ class _Asked:
         return value
 
     def _limit(self) -> int:
-        """How long the answer may be. Raises ApiError 400."""
+        """How long the answer may be; by default, what the prompt certainly leaves of the context. Raises ApiError
+        400."""
+        context = self._model.longest
         for name in ("max_completion_tokens", "max_tokens"):
             value = self._value(name)
             if value is None or value == -1:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise _invalid(name, f"`{name}` must be a whole number of at least 1.")
-            context = self._model.longest
             return value if context is None else min(value, context)
-        return MOST_TOKENS
+        if context is None:
+            return MOST_TOKENS
+        left = context - len(self._text)  # a byte is a token at most
+        return min(MOST_TOKENS, max(left, context // 4))
 
     def _stops(self) -> tuple[str, ...]:
         """Raises ApiError 400."""
