@@ -208,10 +208,19 @@ def starting(tmp_path: Path) -> Iterator[Start]:
             engines = []
         router.process.kill()
         router.process.wait()
-        psutil.wait_procs(engines, timeout=1)  # what tidies up after an engine is given the time for it
+        _, left = psutil.wait_procs(engines, timeout=1)
+        psutil.wait_procs(filter(tidies_up, left), timeout=20)
         for engine in engines:
             if engine.is_running():
                 engine.kill()
+
+
+def tidies_up(process: psutil.Process) -> bool:
+    """Whether it ends an engine of several processes: killed meanwhile, it would leave them for ever."""
+    try:
+        return any(word.endswith("minder.py") for word in process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.fixture
