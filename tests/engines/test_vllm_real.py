@@ -253,7 +253,7 @@ def test_it_runs_in_a_container(start: Start, folder: Path, daemon: Daemon, tmp_
         core = psutil.Process(router.status("a")["pid"]).children()[-1]
         core.suspend()  # so that nothing is answered yet
         before = name()
-        asking = ThreadPoolExecutor().submit(router.chat, "a", max_tokens=3, temperature=0)
+        asking = ThreadPoolExecutor().submit(router.chat, "a", content="hello", max_tokens=3, temperature=0)
         eventually(lambda: router.status("a")["in_flight"] == 1)
         since = time.monotonic()
         kill()
@@ -263,7 +263,7 @@ def test_it_runs_in_a_container(start: Start, folder: Path, daemon: Daemon, tmp_
 
     router.http.timeout = httpx.Timeout(PATIENCE_SEC)
     since = time.monotonic()
-    whole = router.chat("a", max_tokens=5, temperature=0)
+    whole = router.chat("a", content="hello", max_tokens=5, temperature=0)
     print(f"first answer after {time.monotonic() - since:.1f} s")
     assert whole.status_code == 200, whole.text + "\n".join(router.log.splitlines()[-9:])
     assert whole.json()["choices"][0]["message"]["content"] == "!!!!!"
