@@ -114,7 +114,6 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def test_three_kinds_share_memory_for_one(start: Start, tmp_path: Path, tiny: Path, middling: Path) -> None:
-    shared = set(os.listdir("/dev/shm"))
     router = start(config(tmp_path, middling if LONG else tiny), TMPDIR=str(tmp_path))
     crowd = Mixed(router, ALIASES)
     crowd.start(9, crowd.ask)
@@ -157,7 +156,6 @@ def test_three_kinds_share_memory_for_one(start: Start, tmp_path: Path, tiny: Pa
     eject_all(router, *ALIASES)
     eventually(lambda: not any(map(is_alive, seen)), 15)
     assert not list(tmp_path.glob("llama-router-*"))
-    assert not set(os.listdir("/dev/shm")) - shared, "others may use vLLM on this machine at the same time"
 
 
 def _nobody_waits_longer_than_promised(log: list[str]) -> None:
