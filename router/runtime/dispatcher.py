@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -180,6 +180,16 @@ class Waiting:
     """Its name, if its key has one."""
 
 
+class _Sleepless(NamedTuple):
+    """Engine that could not be put to sleep."""
+
+    what: Hashable
+    """What that holds for; see `_what_sleeps`."""
+    revision: Hashable
+    """Revision of its model."""
+    reason: str
+
+
 @dataclass(slots=True)
 class Counts:
     """Number of requests for one model since the start."""
@@ -238,8 +248,8 @@ class Dispatcher:
         self._stopping: set[int] = set()
         self._fallen_back: dict[str, tuple[Hashable, Fallback]] = {}
         """By alias, the revision that did not load, and the other way in which it is run."""
-        self._sleepless: dict[str, tuple[Hashable, str]] = {}
-        """By alias, what could not sleep, and the reason."""
+        self._sleepless: dict[str, _Sleepless] = {}
+        """What could not sleep, by alias."""
         self._preloading: set[str] = set()
         self._told: set[str] = set()
         """Warnings about models that have been logged."""
@@ -721,15 +731,21 @@ class Dispatcher:
         return advice
 
     def _can_sleep(self, running: RunningEngine, model: ModelConfig) -> bool:
-        known, _ = self._sleepless.get(model.alias, (None, ""))
-        return running.handle.sleeper is not None and known != _what_sleeps(running.account, model)
+        failed = self._sleepless.get(model.alias)
+        if failed is not None and failed.what == _what_sleeps(running.account, model):
+            return False
+        self._sleepless.pop(model.alias, None)
+        return running.handle.sleeper is not None
 
     def sleep_problem_of(self, alias: str) -> str | None:
         """Return why a model's engine does not sleep although it is configured to; None if there is no reason."""
         running = self.front_of(alias)
         if running is not None and running.handle.cannot_sleep is not None:
             return running.handle.cannot_sleep
-        return self._sleepless[alias][1] if alias in self._sleepless else None
+        failed, model = self._sleepless.get(alias), self.config.models.get(alias)
+        if failed is None or model is None or model.revision != failed.revision:
+            return None
+        return failed.reason
 
     async def _put_to_sleep(self, engine_id: int) -> None:
         """Have an engine sleep; stop it if it does not, or does not release its memory, and do not try again."""
@@ -755,7 +771,7 @@ class Dispatcher:
         _log.warning("model %s: its engine cannot sleep, and is stopped instead from now on: %s", alias, reason)
         model = self.config.models.get(alias)
         if model is not None:
-            self._sleepless[alias] = _what_sleeps(running.account, model), reason
+            self._sleepless[alias] = _Sleepless(_what_sleeps(running.account, model), model.revision, reason)
         self._stop(engine_id)
 
     async def _wake_up(self, engine_id: int) -> None:

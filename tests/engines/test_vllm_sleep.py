@@ -145,6 +145,22 @@ def test_one_that_frees_nothing_is_stopped_and_never_asked_again(
     assert router.http.get("/v1/models/status").json()["models"]["b"]["sleep"]["problem"] is None
 
 
+def test_a_problem_is_forgotten_with_the_entry_that_had_it(router: Router, config: dict[str, Any]) -> None:
+    answered(router, "refuses")
+    answered(router, "b")
+    assert router.status("refuses")["sleep"]["problem"] is not None
+    file = Path(psutil.Process(router.process.pid).cwd(), "config.json")
+    mended = {**config["models"], "refuses": config["models"]["a"]}
+    file.write_text(json.dumps({**config, "models": mended}))
+    router.http.post("/v1/config/reload").raise_for_status()
+    assert router.status("refuses")["sleep"] is None
+    answered(router, "refuses")
+    answered(router, "b")
+    assert router.status("refuses")["status"] == "asleep"
+    file.write_text(json.dumps(config))
+    router.http.post("/v1/config/reload").raise_for_status()
+
+
 @pytest.mark.parametrize(
     ("alias", "why"), [("fails", "answered /wake_up with 500"), ("dies", ""), ("lies", "still asleep")]
 )
