@@ -135,6 +135,11 @@ class Containers:
         self._file = state.file("containers", _Record, loss)
         self._record: _Record | None = None
         self._alive: set[str] = set()
+        self._starting = 0
+        """Containers being started, which are not known as alive yet."""
+        self._is_one_left = False
+        """Whether one could not be removed."""
+        self._noting = asyncio.Lock()
         self._home: _Home | None = None
         self._creating = asyncio.Lock()
         """Held from a look for leftovers until a new container is known as alive."""
@@ -158,19 +163,29 @@ class Containers:
         self._record = _Record(router, may_be_left)
         self._file.write(self._record)
 
+    async def _note_what_is(self) -> None:
+        """Have the record say whether containers may exist."""
+        async with self._noting:
+            may_be_left = bool(self._alive or self._starting or self._is_one_left)
+            if self._record is None or self._record.may_be_left != may_be_left:
+                await asyncio.to_thread(self._note, may_be_left=may_be_left)
+
     async def start(self, order: ContainerOrder) -> Started:
         """Create and start a container. Raises EngineFailed."""
-        if self._record is None or not self._record.may_be_left:
-            await asyncio.to_thread(self._note, may_be_left=True)
-        assert self._record is not None
-        docker = connect()
+        self._starting += 1
         try:
-            if self._home is None:
-                self._home = await _home(docker)
-            return await self._started(docker, order, self._home, self._record.router)
-        except BaseException:
-            await docker.close()
-            raise
+            await self._note_what_is()
+            assert self._record is not None
+            docker = connect()
+            try:
+                if self._home is None:
+                    self._home = await _home(docker)
+                return await self._started(docker, order, self._home, self._record.router)
+            except BaseException:
+                await docker.close()
+                raise
+        finally:
+            self._starting -= 1
 
     async def _started(self, docker: Docker, order: ContainerOrder, home: _Home, router: str) -> Started:
         spec = order.container
@@ -189,6 +204,7 @@ class Containers:
             async with _in_plain_words(spec, name):
                 async with self._creating:
                     await _remove_all(router, docker, apart=self._alive)
+                    self._is_one_left = False
                     container = await docker.containers.create(config, name=name)
                     self._alive.add(container.id)
                 await container.start()
@@ -213,11 +229,9 @@ class Containers:
             with anyio.fail_after(limit_sec):
                 await _remove(container)
         except (EngineFailed, TimeoutError):
-            self._alive.discard(container.id)
-            return
+            self._is_one_left = True
         self._alive.discard(container.id)
-        if not self._alive:
-            await asyncio.to_thread(self._note, may_be_left=False)
+        await self._note_what_is()
 
 
 def connect() -> Docker:

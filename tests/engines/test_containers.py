@@ -23,9 +23,9 @@ from conftest import ROOT, Router, Start, eventually, http_client, run
 from docker_daemon import IMAGE, Daemon, said, speech, vllm
 from hf_models import write_model
 
-from router.config.schema import ContainerOfVllm
+from router.config.schema import Container, ContainerOfVllm
 from router.engines.base import Launch
-from router.engines.docker import HOME_LABEL, MODEL_LABEL, ROUTER_LABEL, Containers
+from router.engines.docker import HOME_LABEL, MODEL_LABEL, ROUTER_LABEL, ContainerOrder, Containers
 from router.engines.log_ring import LogRing
 from router.engines.vllm.container import VllmContainer
 from router.engines.vllm.model import VllmModel
@@ -319,6 +319,62 @@ def test_what_a_killed_router_leaves_is_removed_by_the_next(start: Start, daemon
     assert len(daemon.names(**{MODEL_LABEL: "other"})) == 1, "which is another router's"
     assert another.stop() == 0
     assert daemon.names(**{MODEL_LABEL: "other"}) == []
+
+
+@needs_docker
+def test_what_may_be_left_is_remembered_as_long_as_it_may(
+    daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the next router does not look for it: for one that starts while another is removed, and for one
+    that cannot be removed."""
+    sleeps = (str(Path(sys.executable).resolve()), "-c", "import time; time.sleep(600)")
+    spec = Container(image=IMAGE, entrypoint=sleeps, volumes=tuple(docker_daemon.VOLUMES))
+    order = ContainerOrder("kept", spec, (), {})
+
+    def may_be_left() -> bool:
+        return bool(json.loads((tmp_path / "containers.json").read_text())["may_be_left"])
+
+    async def story() -> None:
+        containers, creates, may_create = Containers(State(tmp_path)), asyncio.Event(), asyncio.Event()
+
+        async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while chunk := await reader.read(65536):
+                if b"/containers/create" in chunk:
+                    creates.set()
+                    await may_create.wait()
+                if b"DELETE " in chunk:
+                    break
+                writer.write(chunk)
+            writer.close()
+
+        async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            from_daemon, to_daemon = await asyncio.open_unix_connection(daemon.host.removeprefix("unix://"))
+            await asyncio.gather(pass_on(reader, to_daemon), pass_on(from_daemon, writer))
+
+        monkeypatch.setenv("DOCKER_HOST", daemon.host)
+        first = await containers.start(order)
+        async with await asyncio.start_unix_server(connected, tmp_path / "socket"):
+            monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/socket")
+            starting = asyncio.create_task(containers.start(order))
+            await creates.wait()
+            await containers.remove(first.container)
+            may_create.set()
+            second = await starting
+            assert may_be_left(), "the second"
+            monkeypatch.setenv("DOCKER_HOST", daemon.host)
+            third = await containers.start(order)
+            await containers.remove(second.container)
+            await containers.remove(third.container)
+            assert may_be_left(), "the second, still"
+            assert daemon.names(**{MODEL_LABEL: "kept"}) == [second.name]
+            fourth = await containers.start(order)
+            await containers.remove(fourth.container)
+            assert not may_be_left(), "as the start has removed it"
+            assert daemon.names(**{MODEL_LABEL: "kept"}) == []
+            for each in (first, second, third, fourth):
+                await each.docker.close()
+
+    asyncio.run(story())
 
 
 @needs_docker
