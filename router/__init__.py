@@ -1,4 +1,4 @@
-"""llama-router: one OpenAI-compatible endpoint in front of any number of GGUF models on one machine."""
+"""llama-router: one OpenAI-compatible endpoint in front of any number of models on one machine."""
 
 
 def __getattr__(name: str) -> str:

@@ -229,7 +229,7 @@ def _error(status: int, path: str) -> dict[str, Any]:
     return answer
 
 
-_SUMMARY = "One OpenAI-compatible endpoint in front of any number of GGUF models on one machine."
+_SUMMARY = "One OpenAI-compatible endpoint in front of any number of models on one machine."
 _ALIAS = {"$ref": "#/components/schemas/Alias"}
 _PRIORITY = {
     "name": "X-Request-Priority",

@@ -96,7 +96,8 @@ def hf_models(draft: Draft, alias: str, system: System) -> list[ModelConfig]:
         models.sort(key=lambda model: KINDS[model.engine].needs_chat_template)
         if models[0].engine != first:
             why = f"the model has no chat template, without which {first} answers no chats"
-    return [replace(model, chosen_because=why) for model in models]
+    chosen_model, *others = models
+    return [replace(chosen_model, chosen_because=why), *others]
 
 
 def _can_run(name: str, system: System) -> bool:

@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="llama-router",
         usage="llama-router [COMMAND] [--config FILE] [--models-dir DIR] [--hf-cache] [--ollama-store] "
         "[--host HOST] [--port PORT] [--ollama-port PORT]",
-        description="One OpenAI-compatible endpoint in front of any number of GGUF models.",
+        description="One OpenAI-compatible endpoint in front of any number of models.",
         epilog="The default command is serve. `llama-router COMMAND --help` describes a command.",
     )
     parser.add_argument("--version", action=_Version, help="show the version and exit")

@@ -153,6 +153,7 @@ def test_a_model_that_does_not_load_there_runs_on_the_next(router: Router) -> No
     status = router.status("odd")
     assert (status["engine"], status["slots"]) == ("transformers", 1)
     assert status["fallback"] == router.http.get("/status").json()["models"]["odd"]["fallback"] == FELL_BACK
+    assert status["engine_reason"] is None, "it is not the one that was chosen"
     assert REFUSAL in router.log
 
 
