@@ -173,6 +173,11 @@ class Server:
 
     async def complete(self, writer: asyncio.StreamWriter, path: str, asked: dict[str, Any]) -> None:
         note({"path": path, **asked})
+        if any(isinstance(each.get("content"), list) for each in asked.get("messages", ())):
+            told = f"{asked['model']} is not a multimodal model"
+            fault = {"message": told, "type": "BadRequestError", "param": None, "code": 400}
+            self.answer(writer, 400, {"error": fault})
+            return
         await self.awake.wait()
         words = str(asked["messages"][-1]["content"]) if "messages" in asked else str(asked.get("prompt", ""))
         count = int(found[1]) if (found := re.search(r"tokens (\d+)", words)) else asked.get("max_tokens", 3)

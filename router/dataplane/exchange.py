@@ -537,8 +537,8 @@ class Exchange(IncomingRequest):
         if self._tells_end(head.status, body):
             self._give_up_engine()
             return
-        if head.status >= 500:
-            refusal = refused_by_engine(body, ticket.alias, self._dispatcher.config.models)
+        if head.status >= 400:
+            refusal = refused_by_engine(head.status, body, ticket.alias, self._dispatcher.config.models)
             if refusal is not None:
                 self._fail(refusal)
                 return

@@ -56,6 +56,8 @@ def router(start_shared: Start, vllm: Path, folder: Path, tiny: Path, tmp_path_f
         ("loses", "hangs", *(f"{victim}-{form}" for victim in PROCESSES for form in FORMS)), entry
     )
     vllms["chat"] = {**entry, "env": {"FAKE_VLLM_NOTES": str(notes)}}
+    sees = write_model(tmp_path_factory.mktemp("hf") / "sees", {**LLAMA, "vision_config": {}})
+    vllms["sees"] = {**entry, "model_path": str(sees)}
     return start_shared(
         {"system": {**system, "max_concurrent_models": 20}, "models": {**vllms, **models(tiny, "gguf")}}
     )
@@ -148,6 +150,10 @@ def test_what_it_does_not_serve_is_refused(router: Router) -> None:
     refused = router.http.post("/v1/embeddings", json={"model": "chat", "input": "hi"})
     assert refused.status_code == 400
     assert "'chat' does not serve /v1/embeddings. No model here does." in refused.json()["error"]["message"]
+    seen: Any = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}]
+    refused = router.chat("chat", content=seen)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "not_supported")
+    assert refused.json()["error"]["message"] == "'chat' takes text only. Ask 'sees' instead."
 
 
 def test_its_own_figures_are_among_the_metrics(router: Router) -> None:

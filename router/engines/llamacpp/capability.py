@@ -132,12 +132,20 @@ _WRITES_NOTHING = b"does not support logits computation"
 """Message of the engine if an encoder such as BERT is asked for text."""
 
 
-def refused_by_engine(body: bytes, alias: str, models: Mapping[str, ModelConfig]) -> ApiError | None:
+_TAKES_TEXT_ONLY = re.compile(rb'"message": ?"[^"]{1,200} is not a multimodal model"')
+"""Message of vLLM 0.32 if a model is given an image or the like."""
+
+
+def refused_by_engine(status: int, body: bytes, alias: str, models: Mapping[str, ModelConfig]) -> ApiError | None:
     """Return a more helpful error for an unsupported request; None if the engine's error is another."""
     if len(body) > _LONGEST_REFUSAL:
         return None
     able: Callable[[ModelConfig], bool]
-    if _WRITES_NOTHING in body:
+    if status < 500:
+        if _TAKES_TEXT_ONLY.search(body) is None:
+            return None
+        reason, nobody, able = f"{alias!r} takes text only", "No model here takes more", ModelConfig.takes_images
+    elif _WRITES_NOTHING in body:
         reason, nobody, able = (
             f"{alias!r} is made for embeddings and writes no text",
             "No model here does",

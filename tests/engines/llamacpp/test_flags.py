@@ -398,6 +398,6 @@ def test_what_models_are_for_is_not_read_from_their_flags_when_an_engine_refuses
     (tmp_path / "config.json").write_text(json.dumps({"models": entries}))
     config = load(environ={}, cwd=tmp_path).config
     monkeypatch.setattr("router.engines.llamacpp.flags.parse", lambda flags: pytest.fail("they are read again"))
-    refusal = refused_by_engine(b"This server does not support embeddings", "a", config.models)
+    refusal = refused_by_engine(500, b"This server does not support embeddings", "a", config.models)
     assert refusal is not None
     assert "Ask 'embed' instead" in refusal.message
