@@ -44,8 +44,13 @@ class _Refused(msgspec.Struct):
 
 def can_be_saved(flags: Flags) -> bool:
     """Whether an engine with these flags can be told to save states: not where the flags name a folder themselves,
-    nor of models that see or hear, nor where nothing is written."""
-    return not flags.purposes and flags.last("slot-save-path") is None
+    nor of models that see or hear, nor where nothing is written.
+
+    Nor where several slots share one cache: with each new request, such an engine moves what the other slots hold
+    into its cache in RAM, where it does not look for the prompt of a request that names an empty slot.
+    """
+    shares = flags.slots > 1 and flags.kv_unified
+    return not flags.purposes and not shares and flags.last("slot-save-path") is None
 
 
 def group(files: Sequence[tuple[str, int, int]], build: str, flags: Flags) -> str:

@@ -200,6 +200,10 @@ def test_groups_tell_apart_what_an_engine_would_confuse() -> None:
 
 
 def test_some_engines_cannot_save() -> None:
-    assert slot_states.can_be_saved(Flags(FLAGS))
+    one = [*FLAGS, "-np", "1"]
+    assert slot_states.can_be_saved(Flags(one))
+    assert slot_states.can_be_saved(Flags([*one, "-kvu"]))
+    for more in (["-np", "4", "-kvu"], ["-np", "-1"]):  # these move their idle slots into RAM
+        assert not slot_states.can_be_saved(Flags([*one, *more])), more
     for more in (["--mmproj", "p.gguf"], ["--embedding"], ["--reranking"], ["--slot-save-path", "/mine"]):
-        assert not slot_states.can_be_saved(Flags([*FLAGS, *more])), more
+        assert not slot_states.can_be_saved(Flags([*one, *more])), more
