@@ -445,7 +445,7 @@ class Exchange(IncomingRequest):
         else:
             self._gathered.clear()
             if self._placement is not None:
-                self._placement.ended(None)
+                self._placement.ended(NO_USAGE)
                 self._placement = None
             self._dispatcher.requeue(self._ticket, reason)
             self._wait_for_slot(self._ticket)

@@ -6,7 +6,7 @@ has computed is saved when it has been quiet for a moment, before something else
 engine ends. All costs are measured: the engine's time per token of a prompt, and bytes per second of both ways.
 
 What an engine says of a restore is no proof. The answer to the next request is: it counts the cached tokens. An
-engine that twice reuses less than half of what it was given is left alone.
+engine that twice reuses less than half of what it was given, and more often than not, is left alone.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, NamedTuple, TypeVar
 
+import anyio
 import msgspec
 
 from router.kv.chain import LONGEST, Chain, chain_of, common, covered
@@ -41,6 +42,8 @@ _URGENT = 10
 """A request waits for the save of what it displaces if that is so many times cheaper than computing it again."""
 _AGAIN_SEC = 60.0
 """Pause after a save that failed: the disk may be full."""
+_PATIENCE_SEC = 10.0
+"""Time that a request waits for its slot at most, besides that of computing what is restored: a disk may hang."""
 _BYTES_OF_TOKEN = 4
 _MEASURABLE = 64
 """Number of computed tokens from which on their time is a measurement."""
@@ -133,10 +136,10 @@ class Placement(msgspec.Struct, eq=False):
         if listener is not None:
             listener()
 
-    def ended(self, usage: Usage | None) -> None:
-        """Note the end of the request, by the engine's figures; None: it was never sent."""
+    def ended(self, usage: Usage) -> None:
+        """Note the end of the request, by the engine's figures. If it was not sent yet, they do not matter."""
         self._listener = None
-        self._keeper.ended(self, self._slot, usage)
+        self._keeper.ended(self, self._slot, usage if self.is_ready else None)
 
 
 class Keeper:
@@ -154,8 +157,9 @@ class Keeper:
         self._finishing: set[asyncio.Task[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._next_save_sec = 0.0
+        self._rests_until_sec = 0.0
+        """Time until which the engine chooses its slots itself, because the disk has not answered."""
         self._is_ending = False
-        self._failures = 0
         self._rates = store.rates(group)
 
     @property
@@ -166,6 +170,10 @@ class Keeper:
     def era(self) -> int:
         return self._store.era(self._model)
 
+    @property
+    def _is_on(self) -> bool:
+        return self._store.settings.enabled and self._group not in self._store.distrusted
+
     # --- requests -------------------------------------------------------------------------------------------
 
     def place(self, body: bytes | None, client: str, *, keeps: bool) -> Placement | None:
@@ -174,9 +182,10 @@ class Keeper:
         None: the engine chooses. The placement may have to wait until it is ready.
         """
         store = self._store
-        if self._is_ending or not store.settings.enabled or self._group in store.distrusted:
+        if self._is_ending:
             return None
-        chain = chain_of(body, store.key) if body is not None and len(body) <= LONGEST else None
+        chooses = self._is_on and time.monotonic() >= self._rests_until_sec
+        chain = chain_of(body, store.key) if chooses and body is not None and len(body) <= LONGEST else None
         free = [slot for slot in self._slots if not slot.is_busy]
         if chain is None or not free:  # nobody knows what it displaces
             for slot in free:
@@ -212,7 +221,8 @@ class Keeper:
             placement.is_ready = False
             if wanted is not None:
                 self._store.use(wanted)
-            self._occupy(slot, self._prepare(placement, slot, slot.work, wanted, saves=saves), "restore")
+            work = self._occupy(slot, self._prepare(placement, slot, slot.work, wanted, saves=saves), "restore")
+            work.add_done_callback(lambda _: self._prepared(placement, wanted))
         elif placement.source is Source.NONE:
             slot.clear()
 
@@ -248,33 +258,53 @@ class Keeper:
     ) -> None:
         """Save what is in a slot and restore what is `wanted`, after the work that was begun `before`."""
         try:
-            if before is not None:
-                await asyncio.wait({before})
-            if saves:
-                await self._save(slot)
-            if wanted is not None:
-                slot.clear()
-                if await self._restore(slot, wanted):
-                    slot.chain, slot.client, slot.keeps = wanted.chain, wanted.client, True
-                    slot.era = placement.era
-                    slot.tokens = slot.saved_tokens = wanted.tokens
-                    slot.prompt_tokens = wanted.prompt_tokens
-                else:
-                    placement.source, placement.promised = Source.NONE, 0
-            elif placement.source is Source.NONE:
-                slot.clear()
-        finally:
-            if wanted is not None and self._store.release(wanted):
-                self._finish(self._store.drop([wanted]), "deletion")
-            placement.get_ready()
+            with anyio.fail_after(_PATIENCE_SEC + placement.promised / self._rates.tokens_per_sec):
+                if before is not None:
+                    await asyncio.wait({before})
+                if saves and slot.chain:
+                    await self._save(slot)
+                if wanted is not None:
+                    slot.clear()
+                    if await self._restore(slot, wanted):
+                        slot.chain, slot.client, slot.keeps = wanted.chain, wanted.client, True
+                        slot.era = placement.era
+                        slot.tokens = slot.saved_tokens = wanted.tokens
+                        slot.prompt_tokens = wanted.prompt_tokens
+                    else:
+                        placement.source, placement.promised = Source.NONE, 0
+                elif placement.source is Source.NONE:
+                    slot.clear()
+        except TimeoutError:
+            self._rest(slot, before)
+            placement.source, placement.promised = Source.NONE, 0
+
+    def _prepared(self, placement: Placement, wanted: Saved | None) -> None:
+        """Let a request go on, whatever became of its slot: work may be given up before it begins."""
+        if wanted is not None and self._store.release(wanted):
+            self._finish(self._store.drop([wanted]), "deletion")
+        placement.get_ready()
+
+    def _rest(self, slot: _Slot, before: asyncio.Task[None] | None) -> None:
+        """Leave slots to the engine for a while, as nobody knows when the disk will answer."""
+        if before is not None:
+            before.cancel()
+        slot.clear()
+        self._rests_until_sec = self._next_save_sec = time.monotonic() + _AGAIN_SEC
+        _log.warning(
+            "model %s: %s does not answer; conversations are not restored for %.0f s",
+            self._model,
+            self._store.folder,
+            _AGAIN_SEC,
+        )
 
     def ended(self, placement: Placement, slot: _Slot, usage: Usage | None) -> None:
-        """Note the end of a request: what its slot holds, what was measured, whether a promise was kept."""
+        """Note the end of a request: what its slot holds, what was measured, whether a promise was kept. None: it
+        was never sent."""
         slot.is_busy = False
         slot.used_sec = time.monotonic()
         if usage is None or not (placement.chain or slot.chain):
             return
-        if not usage.prompt_tokens and not usage.output_tokens:  # its client left before anything was computed
+        if not usage.prompt_tokens and not usage.output_tokens:  # nobody knows what was computed, if anything
             slot.clear()
             return
         self._measure(usage)
@@ -303,16 +333,16 @@ class Keeper:
     def _verify(self, placement: Placement, usage: Usage) -> None:
         if not usage.prompt_tokens:  # its client has left
             return
-        totals = self._store.of(self._model)
+        totals, rates = self._store.of(self._model), self._rates
         if usage.cached_tokens >= placement.promised // 2:
-            self._failures = 0
+            rates.kept += 1
             totals.restores += 1
             totals.restored_tokens += usage.cached_tokens
-            totals.prefill_saved_sec += usage.cached_tokens / self._rates.tokens_per_sec
+            totals.prefill_saved_sec += usage.cached_tokens / rates.tokens_per_sec
             return
         totals.failures += 1
-        self._failures += 1
-        if self._failures >= _MOST_FAILURES:
+        rates.broken += 1
+        if rates.broken >= _MOST_FAILURES and rates.broken > rates.kept:
             self._give_up(
                 f"it reused {usage.cached_tokens} of {placement.promised} tokens that it said it had restored"
             )
@@ -364,7 +394,8 @@ class Keeper:
         """Whether to compute a slot's tokens again costs more than to save and restore them, and `at_least` so
         many are not saved yet."""
         if (
-            not slot.keeps
+            not self._is_on
+            or not slot.keeps
             or slot.era != self.era
             or not slot.chain
             or slot.tokens < max(1, self._store.settings.min_tokens)

@@ -17,7 +17,6 @@ import contextlib
 import fcntl
 import logging
 import math
-import mmap
 import os
 import secrets
 import shutil
@@ -91,7 +90,7 @@ class Saved(msgspec.Struct, eq=False):
 
 
 class Rates(msgspec.Struct):
-    """What was measured of the engines of a group; the first values are guesses."""
+    """What was measured of the engines of a group since the start; the first values are guesses."""
 
     prefill: float = 0.0
     """Computed tokens of prompts per second; 0: not measured."""
@@ -99,6 +98,10 @@ class Rates(msgspec.Struct):
     restore: float = _BYTES_PER_SEC
     token_bytes: float = 0.0
     """Bytes per token of a state; 0: not measured."""
+    kept: int = 0
+    """Number of restores after which an engine reused what it was given."""
+    broken: int = 0
+    """Number of those after which it did not."""
 
     @property
     def tokens_per_sec(self) -> float:
@@ -270,7 +273,7 @@ class KvStore:
         None: there would not be room without any other. Blocking.
         """
         now = time.time()
-        allowed = self._room()
+        allowed = max(0, self._room())
         if more > allowed:
             return None
         oldest = now - self.settings.max_age_h * 3600
@@ -462,8 +465,10 @@ def _key_of(path: Path) -> bytes:
 
 def _checksum(path: Path) -> int:
     """Return the checksum of a file. Raises OSError, and ValueError if it is empty."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
-        checksum = 0
-        for begin in range(0, len(mapped), _READ_AT_ONCE):
-            checksum = zlib.crc32(mapped[begin : begin + _READ_AT_ONCE], checksum)
-        return checksum
+    checksum, part = 0, memoryview(bytearray(_READ_AT_ONCE))
+    with path.open("rb", buffering=0) as file:  # not mapped: an unreadable part would end the router
+        if not os.fstat(file.fileno()).st_size:
+            raise ValueError(f"{path} is empty")
+        while count := file.readinto(part):
+            checksum = zlib.crc32(part[:count], checksum)
+    return checksum

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -327,6 +328,95 @@ def test_an_engine_that_forgets_what_it_restored_is_left_alone(
     play(tmp_path, story)
 
 
+def test_an_engine_that_forgets_after_every_swap_is_left_alone(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.chat(TEXT)
+        for _ in range(2):
+            assert "group" not in world.store.distrusted
+            await world.swap()
+            real = world.engine.ask
+
+            async def lying(slot: int, action: str, name: str) -> Said | None:
+                said = await real(slot, action, name)  # noqa: B023
+                world.engine.slots[slot] = ""
+                return said
+
+            world.keeper._ask = lying
+            assert await world.chat(TEXT + "x") == (Source.DISK, 0)
+        assert "group" in world.store.distrusted
+        await world.swap()
+        assert len(world.store) == 0  # nor is anything saved that is in its slots
+        await until(lambda: not list((tmp_path / "kv").glob("*.kv")))
+
+    play(tmp_path, story)
+
+
+def test_an_engine_that_keeps_most_of_its_promises_is_trusted(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.chat(TEXT)
+        for is_kept in (True, True, False, False, True):
+            await world.swap()
+            placement = await world.begin(TEXT + "x")
+            assert placement.source is Source.DISK
+            usage = world.engine.answer(placement.slot, TEXT + "x")
+            placement.ended(usage if is_kept else Usage(usage.prompt_tokens, 0, 6, 80.0))
+
+    play(tmp_path, story)
+
+
+def test_a_hanging_disk_holds_up_one_request_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(keeping, "_PATIENCE_SEC", -80.0 + 0.1)  # besides the time of computing what is restored
+    answers = threading.Event()
+
+    async def story(world: World) -> None:
+        await world.chat(TEXT)
+        await world.swap()
+        monkeypatch.setattr(world.store, "is_whole", lambda saved: answers.wait(10))
+        assert await world.chat(TEXT + "x") == (Source.NONE, 0)
+        assert "does not answer; conversations are not restored for 60 s" in caplog.text
+        assert world.keeper.place(json.dumps({"prompt": TEXT}).encode(), "", keeps=True) is None
+
+    try:
+        play(tmp_path, story)
+    finally:
+        answers.set()
+
+
+def test_a_request_goes_on_if_its_engine_ends_before_its_state_is_restored(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.chat(TEXT)
+        await world.swap()
+        placement = world.keeper.place(json.dumps({"prompt": TEXT + "x"}).encode(), "", keeps=True)
+        assert placement is not None
+        ready = asyncio.Event()
+        placement.when_ready(ready.set)
+        world.keeper.end()  # before the event loop has come to anything else
+        await asyncio.wait_for(ready.wait(), 5)
+        world.start()
+        assert await world.chat(TEXT + "x") == (Source.DISK, len(TEXT))
+        await world.store.clear()
+        assert list((tmp_path / "kv").glob("*.kv")) == []  # nothing is in use
+
+    play(tmp_path, story)
+
+
+def test_what_is_switched_off_saves_no_more_and_forgets_what_the_slots_held(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.chat(TEXT)
+        world.store.settings = Settings(enabled=False)
+        await asyncio.sleep(0.05)
+        assert world.keeper.place(json.dumps({"prompt": TEXT[::-1]}).encode(), "", keeps=True) is None
+        world.engine.answer(0, TEXT[::-1])
+        world.store.settings = Settings()
+        assert (await world.begin(TEXT + "x")).source is Source.NONE
+        await world.swap()
+        assert len(world.store) == 0
+
+    play(tmp_path, story)
+
+
 def test_a_damaged_file_is_deleted_and_costs_nobody_an_error(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -364,7 +454,7 @@ def test_a_file_with_which_one_engine_ended_gets_a_second_chance(tmp_path: Path)
             world.engine.is_dead = True
             placement = await world.begin(TEXT + "x")
             assert placement.source is Source.NONE
-            placement.ended(None)
+            placement.ended(Usage())
             assert len(world.store) == left
 
     play(tmp_path, story)
@@ -417,6 +507,20 @@ def test_a_client_that_leaves_while_its_state_is_restored_frees_the_slot(tmp_pat
         assert not placement.is_ready
         placement.when_ready(lambda: pytest.fail("nobody waits any more"))
         placement.ended(Usage())
+        assert await world.chat(TEXT + "x") == (Source.DISK, len(TEXT))
+
+    play(tmp_path, story)
+
+
+def test_a_client_that_leaves_while_another_conversation_is_saved_loses_none(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.chat(TEXT)
+        placement = world.keeper.place(json.dumps({"prompt": TEXT[::-1]}).encode(), "", keeps=True)
+        assert placement is not None
+        assert not placement.is_ready
+        placement.ended(Usage())
+        await world.swap()
+        assert [len(saved.chain) > 0 for saved in world.store] == [True]
         assert await world.chat(TEXT + "x") == (Source.DISK, len(TEXT))
 
     play(tmp_path, story)

@@ -234,3 +234,10 @@ def test_what_cannot_be_deleted_is_said(store: KvStore, caplog: pytest.LogCaptur
     (store.folder / f"{saved.name}.kv").mkdir()
     asyncio.run(store.clear())
     assert f"{saved.name}.kv cannot be deleted: Is a directory" in caplog.text
+
+
+def test_a_disk_that_others_have_filled_keeps_none(store: KvStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, young = save(store, (1,), age_sec=100 * 3600), save(store, (2,))
+    monkeypatch.setattr(store, "_room", lambda: -1)
+    assert store.victims(0) == [old, young]
+    assert store.victims(1) is None
