@@ -421,7 +421,7 @@ class _Service:
         url = f"http://{shown}:{port}"
         aliases = list(config.models)
         names = ", ".join(aliases[:8]) + (f" and {len(aliases) - 8} more" if len(aliases) > 8 else "")
-        names = names or "none yet: pull a model, or add GGUF files to a folder that is served"
+        names = names or "none yet: pull a model, or add models to a folder that is served"
         yield f"llama-router listens on {url}"
         if config.api.ollama_port is not None:
             yield f"  Ollama  also on port {config.api.ollama_port}"

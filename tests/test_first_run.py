@@ -70,7 +70,7 @@ def test_an_empty_folder_is_served_until_something_is_put_into_it(start: Start, 
     (folder := tmp_path / "empty").mkdir()
     router = start(arguments=["--models-dir", str(folder)])
     eventually(lambda: "Try:" in router.log)
-    assert "models  none yet: pull a model, or add GGUF files" in router.log
+    assert "models  none yet: pull a model, or add models to a folder" in router.log
     assert "/v1/models/pull" in router.log
     assert router.http.get("/v1/models").json()["data"] == router.http.get("/api/tags").json()["models"] == []
     assert router.http.get("/health").status_code == router.http.get("/ready").status_code == 200

@@ -49,7 +49,7 @@ def _unknown_model(name: str, config: Config) -> str:
     if (lost := meant(name, config.lost)) is not None:
         advice = f"That name refers to {config.lost[lost]!r}, which no longer exists."
     elif not config.names:
-        advice = "No models yet: pull one, or add GGUF files to a folder that is served."
+        advice = "No models yet: pull one, or add models to a folder that is served."
     elif close := near(name, config.names):
         advice = f"Did you mean {some_of(close)}?"
     else:

@@ -85,6 +85,7 @@ def report_of_folder(model: HfModel, context: int | None) -> Iterable[str]:
         yield f"largest context that fits now: {found.largest_context}"
     else:
         yield "no context is small enough to fit now: try a quantized model"
+    yield "counted for Transformers: vLLM takes more, KV cache for all its slots among it (docs/memory.md)"
 
 
 def report(header: GGUF, flags: Flags, found: Forecast) -> Iterable[str]:

@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="DIR",
-        help="serve every GGUF in this folder under its file name; may be repeated",
+        help="serve every GGUF file and every model in safetensors in this folder, by its name; may be repeated",
     )
     source.add_argument(
         "--hf-cache", action="store_true", help="serve the models in the Hugging Face cache (system.hf_cache)"

@@ -739,6 +739,7 @@ def test_a_model_in_safetensors_is_estimated_by_its_headers_only(
     mib = 2 * LLAMA_PARAMETERS / (1 << 20)
     assert lines[0] == f"{FOLDER}: LlamaForCausalLM (bfloat16, {mib:.0f} MiB on disk, trained for 2048 tokens)"
     assert "for one request of 512 tokens" in ended.stdout
+    assert "counted for Transformers" in ended.stdout
     assert hub.fetched == []
     local = run("estimate", str(tmp_path / "source"), "-c", "512", cwd=tmp_path, **environ)
     assert local.stdout.splitlines()[2:4] == lines[2:4]
