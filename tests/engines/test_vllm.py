@@ -634,6 +634,12 @@ WORKER_DIED = (
     '(EngineCore pid=8188) ERROR 11-28 21:00:11 [core.py:1512]     raise RuntimeError("cancelled")',
     "(EngineCore pid=8188) ERROR 11-28 21:00:11 [core.py:1512] RuntimeError: cancelled",
 )
+CORE_DIED = (
+    "(APIServer pid=5740) WARNING 11-28 21:31:33 [core_client.py:817] [shutdown] MPClient: engine core exited "
+    "unexpectedly; starting cleanup",
+    "(APIServer pid=5740) ERROR 11-28 21:31:33 [async_llm.py:906] vllm.v1.engine.exceptions.EngineDeadError: "
+    "EngineCore encountered an issue. See stack trace (above) for the root cause.",
+)
 
 
 @pytest.mark.parametrize(
@@ -669,10 +675,15 @@ WORKER_DIED = (
             Retry.NEVER,
         ),
         (WORKER_DIED, "proc VllmWorker-0 died unexpectedly (exit code: None)", None, Retry.LATER),
+        (CORE_DIED, "engine core exited unexpectedly", None, Retry.LATER),
+        (NO_ROOM + CORE_DIED, "ValueError: To serve at least", "its KV cache does not fit", Retry.LATER),
         (("OSError: [Errno 98] Address already in use",), "OSError: [Errno 98]", None, Retry.AT_ONCE),
         (("INFO 11-28 17:10:57 [a.py:1] all is well",), "", None, Retry.LATER),
     ],
-    ids=["no room", "gives up", "usage", "too long", "out of memory", "sleep", "worker", "port", "nothing"],
+    ids=[
+        *("no room", "gives up", "usage", "too long", "out of memory", "sleep", "worker", "core", "room and core"),
+        *("port", "nothing"),
+    ],
 )
 def test_its_log_tells_the_cause(said: Sequence[str], cause: str, lack: str | None, retry: Retry) -> None:
     assert log.cause(said).startswith(cause)
@@ -686,6 +697,7 @@ def test_its_log_tells_the_cause(said: Sequence[str], cause: str, lack: str | No
 def test_a_killed_process_is_found_by_what_the_others_say() -> None:
     """They end with 0 and 1, as if nobody was killed, be it by the kernel for want of memory."""
     assert log.has_lost_a_process(WORKER_DIED)
+    assert log.has_lost_a_process(CORE_DIED)
     assert log.has_lost_a_process([f"{GIVES_UP[1][:-2]}{{'EngineCore': -9}}"])
     assert not log.has_lost_a_process(NO_ROOM + GIVES_UP)
 

@@ -15,7 +15,10 @@ _MORE = re.compile(r" (?:Supported architectures: dict_keys\(|\[type=value_error
 _CONSEQUENCE = re.compile(
     r"Engine core initialization failed|EngineDeadError|EngineCore encountered|Worker failed"
 )
-_DIED = re.compile(r"\bproc \S+ died unexpectedly(?: \(exit code: [^)]*\))?|Failed core proc\(s\): \{.*: -9\b")
+_DIED = re.compile(
+    r"\bproc \S+ died unexpectedly(?: \(exit code: [^)]*\))?|\bengine core exited unexpectedly|"
+    r"Failed core proc\(s\): \{.*: -9\b"
+)
 """What its other processes say of one that was killed, or has crashed."""
 _USAGE = re.compile(r"^(?:vllm|vllm serve|\S+\.py): error: (.+)")
 
