@@ -33,8 +33,10 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 _SECOND_WORD_SEC = 2.0
 _REST_SEC = 10.0
 """For what the first process of an engine leaves, from SIGTERM to SIGKILL."""
-_TRACKER_SEC = 2.0
-"""For Python's tracker of resources to remove shared memory once the processes that used it are gone."""
+_KILLED_SEC = 8.0
+"""For what was killed to be gone: the kernel takes seconds to free gigabytes on a busy machine. Only after that
+does Python's tracker of resources remove the shared memory."""
+_AGAIN_SEC = 0.2
 _KILLED_BY_OTHERS = 128 + signal.SIGKILL
 _TRACKER = b"multiprocessing.resource_tracker"
 
@@ -126,25 +128,22 @@ class Minder:
         os.killpg(0, signal.SIGTERM)
 
     def _kill_all(self) -> None:
-        """Kill all other processes of the session, the trackers of shared memory last."""
+        """Kill all other processes of the session, and those that they were starting meanwhile.
+
+        The trackers of shared memory end by themselves once they have removed what the others left.
+        """
         self._is_over = True
         self._has_killed = self._status is None
         self._steps.clear()
-        trackers = []
+        until = time.monotonic() + _KILLED_SEC
+        while self._reap() and time.monotonic() < until:
+            for pid in _session():
+                if _TRACKER not in _command_line(pid):
+                    _kill(pid)
+            self._wait(_AGAIN_SEC)
         for pid in _session():
-            if _TRACKER in _command_line(pid):
-                trackers.append(pid)
-            else:
-                _kill(pid)
-        self._reap_for(_TRACKER_SEC)
-        for pid in trackers:
             _kill(pid)
-        self._reap_for(_TRACKER_SEC)
-
-    def _reap_for(self, limit_sec: float) -> None:
-        until = time.monotonic() + limit_sec
-        while self._reap() and (left_sec := until - time.monotonic()) > 0:
-            self._wait(left_sec)
+        self._reap()
 
 
 def _tie_to_minder() -> Callable[[], None] | None:

@@ -37,7 +37,7 @@ from router.system.processes import descendants, signal_group
 from router.system.readings import apart
 
 _HOST = "127.0.0.1"
-_MINDER_SEC = 5.0
+_MINDER_SEC = 9.0
 """For the minder to kill what is left, and to remove what that leaves."""
 _LONGEST_FOLDER = 60
 """Of the temporary folder: sockets in it have names of 40 characters, and paths of sockets may have 107."""
