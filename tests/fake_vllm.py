@@ -4,9 +4,9 @@
 
 It is two processes in one session. The second stands for the engine: it knows nothing of the first's death, and
 its environment is empty, as setproctitle leaves it. The first binds its port at once, and listens when it has
-loaded. While it loads, it swallows SIGTERM and goes at the second; later it ends every answer with "abort", and
-exits with 0, which it also does when its engine has died. A stopped engine (SIGSTOP) answers nothing, but
-/health stays 200.
+loaded. While it loads, it swallows SIGTERM and goes at the second, or at one SIGINT; later it ends every answer
+with "abort", and exits with 0, which it also does when its engine has died. A stopped engine (SIGSTOP) answers
+nothing, but /health stays 200.
 
 The last words of the user say what is answered: "tokens N" (by default 3), "slowly" (one each 50 ms).
 
@@ -233,7 +233,12 @@ async def main(listener: socket.socket, engine: subprocess.Popen[bytes]) -> None
         if len(swallowed) > 1:
             os._exit(1)
 
+    def interrupted() -> None:
+        engine.kill()
+        os._exit(1)
+
     loop.add_signal_handler(signal.SIGTERM, while_loading)
+    loop.add_signal_handler(signal.SIGINT, interrupted)
     server = Server(engine)
     print("INFO 11-28 10:00:00 [model.py:733] Resolved architecture: LlamaForCausalLM", flush=True)
     await asyncio.sleep(float(SETTINGS.get("load_sec", "0")))

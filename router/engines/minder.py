@@ -7,6 +7,7 @@ which starts the engine and ends when all of the engine is gone. It is told by s
 SIGTERM   stop: SIGTERM to the engine, again after two seconds, and SIGKILL to all of it after the time given.
           The end of standard input means the same: then the router is dead.
 SIGINT    stop at once, by SIGKILL.
+SIGKILL   cannot be heeded: the engine gets SIGINT then, from the kernel.
 
 It ends as the engine's first process did, and by SIGKILL if it had to use that. If somebody else has killed the
 first process by SIGKILL, it exits with 137, as a shell does. The engine's folder for temporary files is removed in
@@ -147,11 +148,14 @@ class Minder:
 
 
 def _tie_to_minder() -> Callable[[], None] | None:
-    """Return what a child runs before its program, so that it gets SIGTERM if the minder is killed."""
+    """Return what a child runs before its program, so that it gets SIGINT if the minder is killed.
+
+    While vLLM loads, it would swallow a SIGTERM, and nobody would send the second.
+    """
     if sys.platform != "linux":
         return None
     prctl = ctypes.CDLL(None).prctl
-    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGINT, 0, 0, 0)
 
 
 def _session() -> list[int]:

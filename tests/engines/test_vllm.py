@@ -262,12 +262,15 @@ def test_nothing_outlives_a_router_that_is_killed(start: Start, vllm: Path, fold
 
 
 @linux_only
+@pytest.mark.parametrize("load_sec", ["0", "60"], ids=["ready", "loading"])
 def test_nothing_outlives_a_router_and_a_minder_that_are_killed_together(
-    start: Start, vllm: Path, folder: Path
+    start: Start, vllm: Path, folder: Path, load_sec: str
 ) -> None:
-    entry = {"engine": "vllm", "model_path": str(folder)}
+    entry = {"engine": "vllm", "model_path": str(folder), "env": {"FAKE_VLLM_LOAD_SEC": load_sec}}
     router = start({"system": {"vllm_path": str(vllm), "preload_models": ["a"]}, "models": {"a": entry}})
-    eventually(lambda: router.status("a")["status"] == "ready")
+    state = "loading" if load_sec == "60" else "ready"
+    eventually(lambda: router.status("a")["status"] == state)
+    eventually(lambda: "Resolved architecture" in router.http.get("/v1/logs/a").text)
     processes = tree(router, "a")
     psutil.Process(router.process.pid).suspend()  # or it would end the rest
     processes[0].kill()
