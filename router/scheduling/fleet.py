@@ -91,6 +91,7 @@ class Fleet:
         """Stop an engine after its requests in flight; admit no new ones."""
         if engine.falls_asleep:
             engine.awake = None
+            engine.cause, engine.leaves_for = cause, reason
             self.effects.append(StopEngine(engine.id, cause))
         if engine.state is EngineState.STOPPING:
             return

@@ -22,6 +22,7 @@ from router.scheduling.messages import (
     Placement,
     PutToSleep,
     StartEngine,
+    Transition,
     WakeUp,
 )
 from router.scheduling.policy import Policy
@@ -158,6 +159,7 @@ def test_an_eject_and_a_keep_alive_of_nothing_end_one_that_sleeps_or_is_about_to
     machine.tell(Eject(machine.now, "a"))
     machine.wait(LOAD_SEC)
     assert machine.states() == "off ready"
+    assert Transition("a", "off", "manual: ejected by hand", engine_id=1) in machine.effects
 
 
 def test_one_that_sleeps_is_loaded_anew_where_there_is_room_rather_than_waiting_for_its_own() -> None:
