@@ -9,16 +9,10 @@ from typing import Any
 
 from router.config.resolved import ModelConfig
 from router.engines.kind import FileInfo
-from router.formats import hf_cache
-from router.formats.hf_model import HfModel
+from router.formats import hf_cache, hf_model
+from router.formats.hf_model import HfModel, Unreadable
 
 _LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
-_NAMES = {
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "block_count": "num_hidden_layers",
-}
-"""Names in the metadata of GGUF files, by which clients of Ollama look, and in `config.json`."""
 
 
 def card(files: HfModel, context: int | None, capabilities: Sequence[str]) -> dict[str, Any]:
@@ -26,6 +20,7 @@ def card(files: HfModel, context: int | None, capabilities: Sequence[str]) -> di
     meta = {
         "n_ctx": context,
         "n_ctx_train": files.context,
+        "n_embd": files.width,
         "n_params": files.parameters,
         "size": files.weight_bytes,
     }
@@ -46,18 +41,32 @@ def file_info(model: ModelConfig) -> FileInfo:
     folder = hf_cache.held(model.model_path)
     license_text = next((_text(folder / name) for name in _LICENSES if (folder / name).is_file()), "")
     config = _object(folder / "config.json")
-    kind = config.get("model_type")
-    named = {f"{kind}.{name}": config[key] for name, key in _NAMES.items() if key in config}
-    metadata = {"general.architecture": kind, **named, **config}
+    metadata = {"general.architecture": config.get("model_type"), **_as_in_gguf(folder), **config}
     return FileInfo(template=_template(folder), license=license_text, metadata=metadata)
+
+
+def _as_in_gguf(folder: Path) -> dict[str, Any]:
+    """Return figures by their names in GGUF files, by which clients of Ollama look; empty if they are unknown.
+
+    Each kind of model has other names for them in its `config.json`.
+    """
+    try:
+        found = hf_model.read(folder)
+    except (OSError, Unreadable):
+        return {}
+    figures = {"context_length": found.context, "embedding_length": found.width, "block_count": found.layers}
+    return {f"{found.model_type}.{name}": figure for name, figure in figures.items() if figure is not None}
 
 
 def _template(folder: Path) -> str:
     """Return the chat template in a folder; empty if there is none. Raises OSError."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return _text(file)
-    template = _object(folder / "tokenizer_config.json").get("chat_template")
+    plain, in_json = (folder / name for name in hf_model.TEMPLATES)
+    if plain.is_file():
+        return _text(plain)
+    template = _object(in_json if in_json.is_file() else folder / hf_model.TOKENIZER_CONFIG).get("chat_template")
+    if isinstance(template, list):  # several, with names
+        named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+        template = named.get("default")
     return template if isinstance(template, str) else ""
 
 
