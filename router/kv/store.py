@@ -237,10 +237,10 @@ class KvStore:
         for saved in gone:
             if self._saved.pop(saved.name, None) is None:
                 continue
-            left[saved.group, saved.client, saved.chain[:1]].update(saved.chain)
             for digest in saved.chain:
                 if self._by_digest.get((saved.group, saved.client, digest)) is saved:
                     del self._by_digest[saved.group, saved.client, digest]
+                    left[saved.group, saved.client, saved.chain[:1]].add(digest)
         if not left:
             return
         for other in self._saved.values():
