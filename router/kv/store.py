@@ -18,6 +18,7 @@ import fcntl
 import logging
 import math
 import os
+import re
 import secrets
 import shutil
 import time
@@ -54,6 +55,9 @@ _DISTRUSTED = "distrusted.json"
 _PART = ".part"
 _STATE = ".kv"
 _RECORD = ".json"
+_NAME_BYTES = 12
+_OWN_FILE = re.compile(rf"([0-9a-f]{{{2 * _NAME_BYTES}}})\.(?:kv|json|part|json\.part)|distrusted\.json\.part")
+"""Matches names of files that this module makes, with the name of the conversation: the folder may hold others."""
 _Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 53)]
 
 
@@ -324,11 +328,11 @@ class KvStore:
         with contextlib.suppress(OSError, msgspec.MsgspecError):
             self.distrusted = msgspec.json.decode((folder / _DISTRUSTED).read_bytes(), type=dict[str, str])
         for place in folder.iterdir():
-            if place.name != _DISTRUSTED and place.suffix in (_PART, _STATE, _RECORD) and place.stem not in whole:
+            if (own := _OWN_FILE.fullmatch(place.name)) and own[1] not in whole:
                 place.unlink(missing_ok=True)
 
     def new_name(self) -> str:
-        return secrets.token_hex(12)
+        return secrets.token_hex(_NAME_BYTES)
 
     def part(self, name: str) -> str:
         """Return the name of the file that an engine is told to write."""
@@ -391,11 +395,19 @@ class KvStore:
     async def clear(self, model: str | None = None) -> list[Saved]:
         """Delete the conversations of a model, or all, and what its engines hold of them is not saved any more.
 
-        Files that an engine is reading are deleted when it has read them. Returns what is deleted.
+        Files that an engine is reading are deleted when it has read them. Engines that are left alone get another
+        chance if all is cleared. Returns what is deleted.
         """
         for each in [model] if model is not None else list(self._eras):
             self._eras[each] += 1
-        return await self.drop(saved for saved in self if model is None or saved.model == model)
+        if model is not None:
+            return await self.drop(saved for saved in self if saved.model == model)
+        self.distrusted.clear()
+        for rates in self._rates.values():
+            rates.kept = rates.broken = 0
+        gone = await self.drop(self)
+        await apart(lambda: self._unlink(_DISTRUSTED))
+        return gone
 
     async def drop(self, going: Iterable[Saved]) -> list[Saved]:
         """Forget conversations and delete their files, as `clear` does; a restart finds none of them."""

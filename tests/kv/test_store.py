@@ -98,7 +98,7 @@ def test_a_restart_finds_what_is_whole_and_deletes_the_rest(store: KvStore) -> N
     kept, cut, unrecorded = save(store, (1,)), save(store, (2,)), save(store, (3,))
     os.truncate(folder / store.file(cut), 10)
     (folder / f"{unrecorded.name}.json").unlink()
-    (folder / "half.part").write_bytes(b"x")
+    (folder / store.part(store.new_name())).write_bytes(b"x")
     store.distrust("bad", "it lies")
     store.close()
     again = KvStore.open(folder, Settings())
@@ -241,3 +241,27 @@ def test_a_disk_that_others_have_filled_keeps_none(store: KvStore, monkeypatch: 
     monkeypatch.setattr(store, "_room", lambda: -1)
     assert store.victims(0) == [old, young]
     assert store.victims(1) is None
+
+
+def test_files_of_others_in_its_folder_are_left_alone(tmp_path: Path) -> None:
+    names = {"config.json", "m.kv", "m.part", "distrusted.json", "x.json.part"}
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    own = {"0123456789abcdef01234567" + suffix for suffix in (".kv", ".json", ".part", ".json.part")}
+    for name in own:
+        (tmp_path / name).write_text("{}")
+    KvStore.open(tmp_path, Settings()).close()
+    assert {place.name for place in tmp_path.iterdir()} == names | {"key", "lock"}
+
+
+def test_to_clear_all_gives_engines_another_chance(store: KvStore) -> None:
+    assert store.folder is not None
+    store.distrust("g", "it reused 0 of 100 tokens")
+    store.rates("g").broken = 2
+    asyncio.run(store.clear("m"))
+    assert store.distrusted
+    asyncio.run(store.clear())
+    assert not store.distrusted
+    assert store.rates("g").broken == 0
+    assert not (store.folder / "distrusted.json").exists()
+    asyncio.run(store.clear())  # without any
