@@ -175,6 +175,7 @@ class Server:
         note({"path": path, **asked})
         if any(isinstance(each.get("content"), list) for each in asked.get("messages", ())):
             told = f"{asked['model']} is not a multimodal model"
+            print(f"(APIServer pid=1) ERROR 11-28 21:38:40 [serving.py:1] ValueError: {told}", flush=True)
             fault = {"message": told, "type": "BadRequestError", "param": None, "code": 400}
             self.answer(writer, 400, {"error": fault})
             return

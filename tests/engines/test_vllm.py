@@ -156,6 +156,17 @@ def test_what_it_does_not_serve_is_refused(router: Router) -> None:
     assert refused.json()["error"]["message"] == "'chat' takes text only. Ask 'sees' instead."
 
 
+@linux_only
+def test_what_it_refused_is_not_told_as_the_reason_of_its_end(router: Router) -> None:
+    seen: Any = [{"type": "image_url", "image_url": {"url": "data:,"}}]
+    assert router.chat("sees", content=seen).status_code == 400
+    tree(router, "sees")[2].kill()
+    router.until("sees", "off")
+    reason = router.http.get("/v1/health/models").json()["models"]["sees"]["last_exit"]["reason"]
+    assert "multimodal" in router.http.get("/v1/logs/sees").text
+    assert "multimodal" not in reason
+
+
 def test_its_own_figures_are_among_the_metrics(router: Router) -> None:
     router.chat("chat")
     lines = router.http.get("/metrics").text.splitlines()
@@ -695,6 +706,15 @@ def test_its_log_tells_the_cause(said: Sequence[str], cause: str, lack: str | No
     assert (found is None) == (lack is None)
     assert VllmServer.retry_after(1, said) is retry
     assert VllmServer.retry_after(2, said) is (retry if retry is Retry.AT_ONCE else Retry.NEVER)
+
+
+def test_errors_of_requests_are_not_why_it_ended() -> None:
+    request = ("(APIServer pid=7) ERROR 11-28 21:38:40 [a.py:1] ValueError: m is not a multimodal model",)
+    assert log.cause(request) != "", "while it loads, they are"
+    assert log.cause(log.without_requests(request)) == ""
+    assert log.cause(log.without_requests(request + CORE_DIED)) == "engine core exited unexpectedly"
+    assert log.cause(log.without_requests(request + CORE_DIED[1:])).startswith("vllm.v1.engine.exceptions.Eng")
+    assert log.cause(log.without_requests(request + NO_ROOM)).startswith("ValueError: To serve at least")
 
 
 def test_a_killed_process_is_found_by_what_the_others_say() -> None:

@@ -38,7 +38,6 @@ class VllmContainer(VllmEngine, ContainerEngine):
         limits = Limits(launch.load_stall_sec, launch.load_limit_sec, launch.stop_grace_sec)
         super().__init__(containers, started, endpoint_of(started.host, started.port, key), limits, log)
         self._probe = probe_of(model)
-        self._has_served = False
 
     @classmethod
     async def start(
@@ -59,17 +58,13 @@ class VllmContainer(VllmEngine, ContainerEngine):
         )
         return cls(containers, await containers.start(order), launch, model, key, log)
 
-    async def _until_it_serves(self) -> None:
-        await super()._until_it_serves()
-        self._has_served = True
-
     def _watch_work(self) -> Callable[[], Awaitable[bool]]:
         return self._computes
 
     async def _ask_to_go(self, grace_sec: float) -> None:
         """While it loads, it swallows SIGTERM, and has nothing to save."""
         self._is_asked_to_go = True
-        if self._has_served:
+        if self._served_since is not None:
             await super()._ask_to_go(grace_sec)
             return
         with contextlib.suppress(Exception):  # whatever it is, the kill that follows reports it

@@ -16,6 +16,7 @@ import anyio
 import msgspec
 
 from router.engines.base import PROBE_LIMIT_SEC, Endpoint, Facts, Launch
+from router.engines.complaints import complaints
 from router.engines.questions import CANNOT_ASK, document, status
 from router.engines.supervised import SupervisedEngine
 from router.engines.vllm import log as words
@@ -83,10 +84,13 @@ class VllmEngine(SupervisedEngine):
     _probe: tuple[str, bytes]
     """Path and body of a small request; see `probe_of`."""
     _is_asked_to_go = False
+    _served_since: int | None = None
+    """Number of lines that it had logged when it began to serve; None before."""
 
     async def _until_it_serves(self) -> None:
         while not await self._is_up():  # noqa: ASYNC110 - only its port can be asked
             await asyncio.sleep(_POLL_SEC)
+        self._served_since = self.log.total
 
     async def _is_up(self) -> bool:
         """A question that is not answered in time is asked again: what forwards it may lose it."""
@@ -133,8 +137,11 @@ class VllmEngine(SupervisedEngine):
         return Retry.NEVER if code == _WRONG_USAGE or any(map(_FOR_GOOD.search, log)) else Retry.LATER
 
     def _complaints(self) -> str:
-        log = self.log.since(self._log_begin)
-        told = filter(None, (words.cause(log) or super()._complaints(), words.lack_of_memory(log)))
+        if self._served_since is None:
+            log = self.log.since(self._log_begin)
+        else:
+            log = words.without_requests(self.log.since(self._served_since))
+        told = filter(None, (words.cause(log) or complaints(log), words.lack_of_memory(log)))
         return "; ".join(told)
 
     def _describe_exit(self, code: int) -> Reason:

@@ -20,6 +20,8 @@ _DIED = re.compile(
     r"Failed core proc\(s\): \{.*: -9\b"
 )
 """What its other processes say of one that was killed, or has crashed."""
+_OF_SERVER = re.compile(r"^\(APIServer\S* pid=\d+\)")
+"""How lines of the API server begin. It tells errors of requests, too, after which it goes on."""
 _USAGE = re.compile(r"^(?:vllm|vllm serve|\S+\.py): error: (.+)")
 
 
@@ -67,6 +69,11 @@ def lack_of_memory(log: Sequence[str]) -> str | None:
 def has_lost_a_process(log: Sequence[str]) -> bool:
     """Return whether one of its processes was killed or has crashed, without a word of its own."""
     return any(map(_DIED.search, log))
+
+
+def without_requests(log: Sequence[str]) -> list[str]:
+    """Return the lines of one that has served without what the API server tells, but for deaths of the others."""
+    return [line for line in log if not _OF_SERVER.match(line) or _DIED.search(line) or _CONSEQUENCE.search(line)]
 
 
 def cause(log: Sequence[str]) -> str:
