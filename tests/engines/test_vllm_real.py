@@ -1,6 +1,6 @@
 """The real vLLM under a router: chats, deaths of each of its processes, stops while it loads.
 
-A long form, skipped unless VLLM names the program `vllm`. It is started about twenty times, for half a minute or
+A long form, skipped unless VLLM names the program `vllm`. It is started about thirty times, for half a minute or
 more each.
 """
 
@@ -13,8 +13,9 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import psutil
 import pytest
 from conftest import Router, Start, eventually
 from docker_daemon import Daemon
-from hf_models import write_model_of_bytes
+from hf_models import LOADABLE_LLAMA, write_model_of_bytes
 
 from router.engines.base import Endpoint
 from router.engines.docker import MODEL_LABEL
@@ -41,6 +42,8 @@ pytestmark = [
     pytest.mark.timeout(900),
 ]
 LOAD_SEC = 300
+END_SEC = 60
+"""For vLLM to end by itself while others compute, too: after the death of a worker, 6 to 15 s were measured."""
 PATIENCE_SEC = 900
 """For a load while others compute, too."""
 PROCESSES = ("minder", "server", "core", "worker", "tracker")
@@ -48,7 +51,8 @@ PROCESSES = ("minder", "server", "core", "worker", "tracker")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model_of_bytes(tmp_path_factory.mktemp("hf") / "tiny")
+    long = {**LOADABLE_LLAMA, "max_position_embeddings": 8192}
+    return write_model_of_bytes(tmp_path_factory.mktemp("hf") / "tiny", long)
 
 
 def config(folder: Path, **more: Any) -> dict[str, Any]:
@@ -105,6 +109,10 @@ def is_gone(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
+def are_gone(processes: Mapping[str, psutil.Process]) -> bool:
+    return all(map(is_gone, processes.values()))
+
+
 def loading(router: Router, name: str) -> dict[str, psutil.Process]:
     """Wait until a process of the engine is there while it loads."""
     eventually(lambda: router.status("a")["status"] == "loading", LOAD_SEC)
@@ -153,7 +161,7 @@ def test_openais_client_chats_with_it(place: str, start: Start, folder: Path) ->
     since = time.monotonic()
     assert router.stop() == 0
     print(f"stopped in {time.monotonic() - since:.1f} s")
-    assert all(map(is_gone, processes.values()))
+    assert are_gone(processes)
 
 
 @pytest.mark.parametrize("victim", PROCESSES)
@@ -175,11 +183,70 @@ def test_a_request_survives_the_death_of_each_process(place: str, start: Start, 
     processes[victim].kill()
     if victim == "worker":
         processes["core"].resume()
-    eventually(lambda: all(map(is_gone, processes.values())), 15)
+    eventually(lambda: are_gone(processes), 15)
     print(f"{victim}: all gone after {time.monotonic() - since:.1f} s")
     asking.join(LOAD_SEC)
     assert answers[0].json()["choices"][0]["message"]["content"] == "!!!", answers[0].text
     router.stop()
+
+
+def test_a_stream_that_loses_a_process_ends_in_an_error(place: str, start: Start, folder: Path) -> None:
+    """The next request is served, and nothing stays booked."""
+    asked = config(folder)
+    asked["models"]["a"]["context"] = 8192  # answers of 1000 tokens are over before anything can be killed
+    router = start(asked, TMPDIR=place)
+    router.http.timeout = httpx.Timeout(LOAD_SEC)
+
+    def says_hello() -> None:
+        answer = router.chat("a", content="hello", max_tokens=3, temperature=0)
+        assert answer.json()["choices"][0]["message"]["content"] == "!!!", answer.text
+
+    says_hello()
+    messages = [{"role": "user", "content": "hello"}]
+    body = {"model": "a", "messages": messages, "max_tokens": 8000, "temperature": 0, "stream": True}
+    for victim in ("core", "worker"):
+        processes = tree(router)
+        with router.http.stream("POST", "/v1/chat/completions", json=body) as stream:
+            lines = stream.iter_lines()
+            assert any('"content":"!' in line for line in lines)  # its first token
+            processes["core"].suspend()  # so that the answer is not over before
+            since = time.monotonic()
+            processes[victim].kill()
+            if victim == "worker":
+                processes["core"].resume()
+            rest = list(lines)
+        assert any('"error"' in line for line in rest), rest[-5:]
+        eventually(partial(are_gone, processes), END_SEC)
+        print(f"{victim}: all gone after {time.monotonic() - since:.1f} s")
+        says_hello()
+    router.http.post("/v1/models/eject", json={"model": "a"})
+    eventually(lambda: router.http.get("/vram").json()["loaded_models_count"] == 0, END_SEC)
+    assert router.http.get("/vram").json()["total_allocated_by_models_mb"] == 0
+    router.stop()
+
+
+def test_one_that_has_lost_its_port_is_replaced(place: str, start: Start, folder: Path, free_port: int) -> None:
+    """Two that load at once bind the same port. The second to listen logs that it started, and stays."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as made:
+        command = [VLLM, "serve", str(folder), "--port", str(free_port), "--enforce-eager"]
+        command += ["--host", "127.0.0.1", "--max-model-len", "1024"]
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TMPDIR": made}
+        env["VLLM_CPU_KVCACHE_SPACE"] = "1"
+        quiet = subprocess.DEVNULL
+        with subprocess.Popen(command, env=env, stdout=quiet, stderr=quiet, start_new_session=True) as stranger:
+            try:
+                eventually(lambda: psutil.Process(stranger.pid).cpu_times().user > 2, LOAD_SEC)  # is ahead
+                router = start(config(folder, preload_models=["a"], base_port=free_port), TMPDIR=place)
+                assert router.status("a")["port"] == free_port
+                lost = f"another program listens on its port, {free_port}"
+                eventually(lambda: lost in router.log, LOAD_SEC)
+                assert stranger.poll() is None
+            finally:
+                stranger.send_signal(signal.SIGINT)
+        router.until("a", "ready", LOAD_SEC)
+        answer = router.chat("a", content="hello", max_tokens=3, temperature=0)
+        assert answer.json()["choices"][0]["message"]["content"] == "!!!", answer.text
+        router.stop()
 
 
 @pytest.mark.parametrize("victim", ["minder", "server", "core", "worker"])
@@ -188,7 +255,7 @@ def test_a_load_survives_the_death_of_each_process(place: str, start: Start, fol
     processes = loading(router, victim)
     since = time.monotonic()
     processes[victim].kill()
-    eventually(lambda: all(map(is_gone, processes.values())), 20)
+    eventually(lambda: are_gone(processes), END_SEC)
     print(f"{victim}: all gone after {time.monotonic() - since:.1f} s")
     router.until("a", "ready", LOAD_SEC)
     router.stop()
@@ -200,7 +267,7 @@ def test_stopping_it_while_it_loads_leaves_nothing(place: str, start: Start, fol
     processes = loading(router, moment)
     since = time.monotonic()
     router.http.post("/v1/models/eject", json={"model": "a"})
-    eventually(lambda: all(map(is_gone, processes.values())), 20)
+    eventually(lambda: are_gone(processes), 20)
     eventually(lambda: router.http.get("/vram").json()["loaded_models_count"] == 0)
     print(f"stopped at {moment}: all gone after {time.monotonic() - since:.1f} s")
 
@@ -216,8 +283,30 @@ def test_nothing_outlives_a_router_that_is_killed(place: str, start: Start, fold
     since = time.monotonic()
     router.process.kill()
     router.process.wait()
-    eventually(lambda: all(map(is_gone, processes.values())), 15)
+    eventually(lambda: are_gone(processes), 20)
     print(f"killed at {moment}: all gone after {time.monotonic() - since:.1f} s")
+
+
+@pytest.mark.parametrize("moment", ["server", "core", "worker", "ready"])
+def test_nothing_outlives_a_router_and_a_minder_that_are_killed_together(
+    place: str, start: Start, folder: Path, tmp_path: Path, moment: str
+) -> None:
+    """The next router removes the folder for temporary files."""
+    state = str(tmp_path / "state")
+    router = start(config(folder, preload_models=["a"]), TMPDIR=place, LLAMA_ROUTER_STATE_DIR=state)
+    if moment == "ready":
+        router.until("a", "ready", LOAD_SEC)
+        processes = tree(router)
+    else:
+        processes = loading(router, moment)
+    psutil.Process(router.process.pid).suspend()  # or it would end the rest
+    since = time.monotonic()
+    processes["minder"].kill()
+    router.process.kill()
+    router.process.wait()
+    eventually(lambda: are_gone(processes), END_SEC)
+    print(f"killed with its minder at {moment}: all gone after {time.monotonic() - since:.1f} s")
+    start({}, LLAMA_ROUTER_STATE_DIR=state)
 
 
 # --- in a container --------------------------------------------------------------------------------------
