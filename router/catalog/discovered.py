@@ -18,6 +18,7 @@ from router.config.names import is_alias
 from router.config.resolved import AliasConfig
 from router.config.schema import Api
 from router.config.source import Source
+from router.engines.hf_choice import SAFETENSORS
 from router.engines.registry import is_for_gguf, kind_of_entry
 from router.formats import hf_cache
 from router.formats.hf_model import HfModel, Purpose
@@ -252,7 +253,7 @@ def _model_named(aliases: Mapping[str, Any], name: str) -> object:
 def _of_another_kind(entry: Mapping[str, Any], found: discovery.Found) -> str:
     """Say what an entry without a path is if it cannot be one for the discovered model; empty if it can."""
     named = entry.get("engine", "auto")
-    takes_it = named == "auto" or kind_of_entry(entry).file_format == engine_choice.SAFETENSORS
+    takes_it = named == "auto" or kind_of_entry(entry).file_format == SAFETENSORS
     if takes_it if isinstance(found.model, HfModel) else is_for_gguf(entry):
         return ""
     return "a model in safetensors" if named == "auto" else f"a model of engine {named}"

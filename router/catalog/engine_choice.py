@@ -19,11 +19,11 @@ from router.config.names import some_of
 from router.config.problems import KeyPath
 from router.config.resolved import ModelConfig
 from router.config.schema import HfEntry, Section, System
+from router.engines.hf_choice import SAFETENSORS, order
+from router.engines.hf_entry import opened
 from router.engines.kind import EntryReader
 from router.engines.registry import KINDS, is_for_hf_model
 from router.formats import hf_model
-
-SAFETENSORS = "safetensors"
 
 
 def is_hf_model(draft: Draft, entry: Mapping[str, Any], base: Path) -> bool:
@@ -78,24 +78,23 @@ def hf_models(draft: Draft, alias: str, system: System) -> list[ModelConfig]:
     if not able:
         draft.problem(path, f"has keys that no kind of engine has together: {some_of(sorted(values))}")
         return []
-    purpose = _purpose(kinds[able[0]].read(_muted(draft), alias, _entry(kinds, able[0], values), system))
-    able = [name for name in able if purpose in KINDS[name].purposes] or able
-    problems = {name: KINDS[name].installed(system).problem for name in able}
-    chosen = [name for name in able if not problems[name]]
+    files = opened(kinds[able[0]].read(_muted(draft), alias, _entry(kinds, able[0], values), system).model_path)
+    purpose = "completion" if files is None else files.purpose
+    has_chat_template = files is None or files.has_chat_template
+    chosen, problems = order(able, purpose, system, has_chat_template=has_chat_template)
     if not chosen:
-        draft.warn(path, f"will not load, as {_to_install(able)}")
-        chosen = able[-1:]
+        draft.warn(path, f"will not load, as {_to_install(problems)}")
+        chosen = [*problems][-1:]
     models: list[ModelConfig] = []
     for name in chosen:
         own = kinds[name]
         read = _entry(kinds, name, values)
         models.append(own.read(_muted(draft) if models else draft, alias, read, system))
-    why = _why(kinds, problems, purpose)
-    if len(models) > 1 and not _has_chat_template(models[0].model_path):
-        first = models[0].engine
-        models.sort(key=lambda model: KINDS[model.engine].needs_chat_template)
-        if models[0].engine != first:
-            why = f"the model has no chat template, without which {first} answers no chats"
+    first = next((name for name, problem in problems.items() if not problem), chosen[0])
+    if chosen[0] == first:
+        why = _why(kinds, problems, purpose)
+    else:
+        why = f"the model has no chat template, without which {first} answers no chats"
     chosen_model, *others = models
     return [replace(chosen_model, chosen_because=why), *others]
 
@@ -125,19 +124,3 @@ def _muted(draft: Draft) -> Draft:
     muted = copy.copy(draft)
     muted.problems, muted.warnings = [], []
     return muted
-
-
-def _purpose(model: ModelConfig) -> hf_model.Purpose | None:
-    """Return what a model is for; text, as far as its files do not say."""
-    try:
-        return hf_model.read(model.model_path).purpose
-    except (hf_model.Unreadable, OSError):
-        return "completion"
-
-
-def _has_chat_template(folder: Path) -> bool:
-    """Whether a model has a chat template, as far as is known."""
-    try:
-        return hf_model.read(folder).has_chat_template
-    except (hf_model.Unreadable, OSError):
-        return True

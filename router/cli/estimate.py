@@ -4,7 +4,8 @@ MODEL is a file, an http(s) URL, `hf.co/USER/REPO/FILE.gguf`, or, like for `pull
 includes its projector; only the headers of remote files are downloaded. FLAGS are those of llama-server. A local
 file is measured by the installed engine's own tool, if there is one; everything else is estimated by formula.
 
-A model in safetensors is a folder or a repository; of the flags, only the context (`-c`) counts for it.
+A model in safetensors is a folder or a repository; of the flags, only the context (`-c`) counts for it. It is
+estimated for the engine that would run it here: vLLM or Transformers.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def run(options: argparse.Namespace) -> None:
         flags = Flags(options.flags, os.environ)
         header, belonging, choice = read_whole(options.model, os.environ)
         if isinstance(header, HfModel):
-            print("\n".join(map(line, report_of_folder(header, _context(flags)))))
+            quantize = choice.quantize if choice is not None else None
+            print("\n".join(map(line, report_of_folder(header, _context(flags), quantize))))
             return
         if header.kind != "model":
             advice = ": give the model, and this file with --mmproj" if header.kind == "mmproj" else ""
@@ -67,25 +69,28 @@ def _context(flags: Flags) -> int | None:
     return flags.integer("ctx-size", 0) or None
 
 
-def report_of_folder(model: HfModel, context: int | None) -> Iterable[str]:
+def report_of_folder(model: HfModel, context: int | None, quantize: str | None) -> Iterable[str]:
     """Yield the lines to print of a model in safetensors."""
-    found = hf_forecast.forecast(model, context)
+    found = hf_forecast.forecast(model, context, quantize)
+    cache = found.cache
     size = model.weight_bytes / footprint.MIB
     trained = f", trained for {model.context} tokens" if model.context else ""
     kind = model.quantization or model.dtype
     yield f"{model.folder}: {model.architecture or model.model_type} ({kind}, {size:.0f} MiB on disk{trained})"
     yield ""
     yield f"weights: {found.weights_mib:,.0f} MiB"
-    yield f"KV cache: {found.kv_mib:,.0f} MiB for one request of {found.context} tokens"
+    requests = "one request" if cache.requests == 1 else f"{cache.requests} requests at once, each"
+    yield f"KV cache: {found.kv_mib:,.0f} MiB for {requests} of {cache.context} tokens"
     for device, mib in found.placement.items():
-        yield f"{device}: {mib:,} MiB in all, {found.free_mib[device]:,} usable"
+        yield f"{device}: {mib:,} MiB in all on {found.engine}, {found.free_mib[device]:,} usable"
+    if found.best.remark:
+        yield f"to make it fit: {found.best.remark}"
     if not found.fits:
         yield "does not fit now"
     if found.largest_context:
         yield f"largest context that fits now: {found.largest_context}"
     else:
         yield "no context is small enough to fit now: try a quantized model"
-    yield "counted for Transformers: vLLM takes more, KV cache for all its slots among it (docs/memory.md)"
 
 
 def report(header: GGUF, flags: Flags, found: Forecast) -> Iterable[str]:

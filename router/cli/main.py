@@ -154,7 +154,9 @@ def _add_estimate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         prog="llama-router estimate",
         help="estimate a model's memory use before downloading it",
         usage="llama-router estimate MODEL [flags of llama-server]",
-        description="Print the memory that a model needs on each device, and the largest context that fits.",
+        description="Print the memory that a model needs on each device, and the largest context that fits. A "
+        "model in safetensors is counted for vLLM if that is installed and can run it, else for Transformers; of "
+        "the flags, only -c counts for it.",
     )
     estimate.add_argument(
         "model",

@@ -203,7 +203,8 @@ def memory_text(note: MemoryNote) -> str:
         )
     else:
         verdict = "does not fit now with any context size"
-    return f"memory: {need} for a context of {note.context:,}: {verdict}"
+    engine = f" on {note.engine}" if note.engine else ""
+    return f"memory: {need} for a context of {note.context:,}{engine}: {verdict}"
 
 
 def _clock(sec: float) -> str:

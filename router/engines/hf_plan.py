@@ -102,8 +102,8 @@ class HfPlan(ABC):
     """Alternatives of one model on this machine. Each kind of engine has a subclass."""
 
     def __init__(self, demand: Demand, ground: Ground, learned: Learned) -> None:
-        self._demand = demand
-        self._ground = ground
+        self.demand = demand
+        self.ground = ground
         self._learned = learned
 
     @abstractmethod
@@ -124,12 +124,12 @@ class HfPlan(ABC):
 
     def inspection(self) -> Inspection:
         found = sorted((self._on(sites) for sites in dict.fromkeys(self._groups())), key=self._rank)
-        load_sec = self._demand.start_sec + self._demand.weights * _MIB / _LOAD_BYTES_PER_SEC
-        return Inspection.of(found, self._ground, self._learned, load_sec, self.advice)
+        load_sec = self.demand.start_sec + self.demand.weights * _MIB / _LOAD_BYTES_PER_SEC
+        return Inspection.of(found, self.ground, self._learned, load_sec, self.advice)
 
     def advice(self) -> str:
         """Return what would fit on the roomiest place."""
-        demand, host = self._demand, self._ground.host
+        demand, host = self.demand, self.ground.host
         rooms = [
             len(sites) * min(site.budget_mib - demand.on_each_gpu for site in sites)
             for sites in self._groups()
@@ -149,7 +149,7 @@ class HfPlan(ABC):
 
         A model is divided equally, so the GPUs of a group are of one size.
         """
-        gpus, counts = self._ground.gpus, self._demand.gpu_counts
+        gpus, counts = self.ground.gpus, self.demand.gpu_counts
         if not gpus or not counts:
             yield ()
             return
@@ -166,14 +166,14 @@ class HfPlan(ABC):
 
     def _on(self, sites: tuple[Site, ...]) -> Alternative:
         """Return the alternative with the best cache that fits; with the smallest one if none does."""
-        for cache in self._demand.caches:
+        for cache in self.demand.caches:
             one = self._with(sites, cache)
-            if self._ground.holds(one.placement):
+            if self.ground.holds(one.placement):
                 break
         return one
 
     def _with(self, sites: tuple[Site, ...], cache: Cache) -> Alternative:
-        demand, count = self._demand, len(sites)
+        demand, count = self.demand, len(sites)
         kv = cache.requests * demand.kv(cache.context)
         share = Share(weights=demand.weights / max(1, count), kv=kv / max(1, count))
         if sites:
@@ -201,7 +201,7 @@ class HfPlan(ABC):
         """Return what an engine holds asleep: the weights in RAM, a rest on its GPUs; or what was measured."""
         gpus = map(Device.shown, range(count))
         held = {gpu: min(_ASLEEP_MIB, size.mib[gpu] // 4) for gpu in gpus}
-        held[HOST] = size.mib[HOST] + math.ceil(_PINNED * self._demand.weights)
+        held[HOST] = size.mib[HOST] + math.ceil(_PINNED * self.demand.weights)
         return self._learned.asleep(identity) or held
 
     def _corrected(self, needed: Mapping[Device, int], claimed: Mapping[Device, int], identity: Identity) -> Size:
@@ -226,5 +226,5 @@ class HfPlan(ABC):
 
     def _rank(self, one: Alternative) -> tuple[bool, bool, int, bool, int]:
         """What fits comes first, then what is whole, then fewer GPUs; of those, where it fits now and snugly."""
-        left = self._ground.left_mib(one)
-        return not self._ground.holds(one.placement), bool(one.remark), len(one.gpus), left < 0, left
+        left = self.ground.left_mib(one)
+        return not self.ground.holds(one.placement), bool(one.remark), len(one.gpus), left < 0, left

@@ -94,6 +94,11 @@ def width(text: Mapping[str, Any]) -> int | None:
     return number(text, *_WIDTH)
 
 
+def heads(text: Mapping[str, Any]) -> int | None:
+    """Return the number of attention heads of a layer; None if that is unknown."""
+    return number(text, *_HEADS)
+
+
 def caches(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> tuple[LayerCache, ...] | None:
     """Return what each layer with a cache caches, first to last; None if that is unknown.
 

@@ -28,7 +28,7 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-_MODULES = "modules.json"
+MODULES = "modules.json"
 """The parts of a model of Sentence Transformers, which embeds whatever its architecture."""
 _READ = (".safetensors", ".json", ".jinja")
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
@@ -109,6 +109,8 @@ class HfModel:
     has_chat_template: bool
     files: tuple[Path, ...]
     """The files with the weights."""
+    heads: int | None = None
+    """Number of attention heads of a layer; None if that is unknown."""
     takes_images: bool = False
     purpose: Purpose | None = "completion"
     """What it is for, according to its architecture and files; None: none of these, such as classifying images."""
@@ -192,7 +194,7 @@ def _remembered(folder: Path, _version: tuple[tuple[str, int, int], ...]) -> HfM
         tuple(folder / name for name in files),
         has_chat_template=bool(tokenizer.get("chat_template"))
         or any((folder / name).is_file() for name in TEMPLATES),
-        has_modules=_MODULES in names,
+        has_modules=MODULES in names,
     )
 
 
@@ -269,6 +271,7 @@ def of_parts(
         caches=hf_attention.caches(config, {name: tensor.shape for name, tensor in tensors.items()}),
         has_chat_template=has_chat_template,
         files=files,
+        heads=hf_attention.heads(text) or hf_attention.heads(config),
         takes_images="vision_config" in config,
         purpose=_purpose(str(named), config, has_modules=has_modules),
     )

@@ -17,14 +17,17 @@ class MemoryNote(msgspec.Struct):
     """Estimate, made before the download, of whether the model fits on this machine."""
 
     need_mib: dict[str, int]
-    """Memory needed by device, for one slot with the model's full context."""
+    """Memory needed by device: on vLLM, for all requests at once; else for one."""
     free_mib: dict[str, int]
     context: int
+    """Tokens of a request; all that the model was made for, if so many fit."""
     fits: bool
     largest_context: int
     """Largest context with which the model fits now; 0 if none does."""
     context_key: str = "-c"
     """What sets the context: a flag, or a key of the model's entry."""
+    engine: str = ""
+    """Name of the engine that would run it; empty for GGUF files, which have only one."""
 
 
 class Problem(msgspec.Struct):

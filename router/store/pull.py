@@ -246,15 +246,16 @@ class _Pull:
             model = hf_model.read(self._pointer(commit, FOLDER))
         else:
             model = remote_headers.read_folder(self.hub, commit, choice, environ)
-        found = hf_forecast.forecast(model)
+        found = hf_forecast.forecast(model, quantize=choice.quantize)
         needs, free = by_name(found.placement), by_name(found.free_mib)
         return MemoryNote(
             needs,
             {device: free[device] for device in needs},
-            found.context,
+            found.cache.context,
             found.fits,
             found.largest_context,
             context_key="context",
+            engine=found.engine,
         )
 
     # --- download -----------------------------------------------------------------------------------------

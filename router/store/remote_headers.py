@@ -120,12 +120,16 @@ def read_folder(hub: HubRepository, commit: str, choice: Choice, environ: Mappin
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         headers = list(pool.map(header_of, choice.weights))
+    has_chat_template = any(path in choice.parts for path in hf_model.TEMPLATES)
+    if not has_chat_template and hf_model.TOKENIZER_CONFIG in choice.parts:
+        has_chat_template = bool(json_of(hf_model.TOKENIZER_CONFIG).get("chat_template"))
     return hf_model.of_parts(
         Path(hub.reference.repo),
         json_of(hf_model.CONFIG),
         headers,
         tuple(Path(path) for path in choice.weights),
-        has_chat_template=any(path in choice.parts for path in hf_model.TEMPLATES),
+        has_chat_template=has_chat_template,
+        has_modules=hf_model.MODULES in choice.parts,
     )
 
 

@@ -45,9 +45,15 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def router(start_shared: Start, system: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Router:
+def usual(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_model(tmp_path_factory.mktemp("usual")))
+
+
+@pytest.fixture(scope="module")
+def router(
+    start_shared: Start, system: dict[str, str], usual: str, tmp_path_factory: pytest.TempPathFactory
+) -> Router:
     folder = tmp_path_factory.mktemp("models")
-    usual = str(write_model(folder / "usual"))
     odd = str(write_model(folder / "odd", {**LLAMA, "max_position_embeddings": 100_000}))
     models = {
         "usual": {"model_path": usual},
@@ -100,6 +106,17 @@ def test_models_that_no_installed_engine_serves_are_told_with_the_reason(
     assert (
         "models.ranks: will not load, as no engine for it is installed: pip install 'llama-router[vllm]'" in told
     )
+
+
+def test_the_estimate_is_what_the_router_plans(
+    router: Router, system: dict[str, str], usual: str, tmp_path: Path
+) -> None:
+    assert router.chat("usual").status_code == 200
+    planned = router.status("usual")["memory"]["estimated_mb"]
+    told = run("estimate", usual, cwd=tmp_path, VLLM_PATH=system["vllm_path"])
+    assert told.returncode == 0, told.stderr
+    for device, mib in planned.items():
+        assert f"{device}: {mib:,} MiB in all on vLLM" in told.stdout
 
 
 def test_why_a_kind_was_chosen_and_what_is_installed_is_told(

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
+import pytest
+from hf_models import LLAMA, played_vllm, write_model
+
+from router.engines import hf_forecast
 from router.engines.hf_plan import Cache, Demand, HfPlan, caches
+from router.engines.vllm import program
+from router.engines.vllm.model import VllmModel
+from router.engines.vllm.plan import VllmPlan
+from router.formats import hf_model
 from router.memory.measurements import Identity, Learned
 from router.memory.plan import Ground, Site
 from router.system.devices import HOST, Device
@@ -140,3 +150,35 @@ def test_one_that_ran_out_of_memory_gets_more() -> None:
     again = Plan(DEMAND, where, learned).inspection().alternatives[0]
     assert again.placement[GPU0] == round(17192 * 1.1)
     assert again.flags[-1] == str(again.placement[GPU0])
+
+
+def test_a_forecast_is_the_plan_of_the_engine_that_would_run_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = [ground()]
+    monkeypatch.setattr(hf_forecast, "idle_ground", lambda _: there[0])
+    monkeypatch.setattr(program, "_DRIVERS", (os.devnull,))
+    folder = write_model(tmp_path / "model", LLAMA, {"weight": ("BF16", (8 << 20, 1024))})
+    local = hf_model.read(folder)
+    far = replace(local, folder=Path("org/model"), files=(Path("model.safetensors"),))
+    of_two_gpus = ground(gpu(GPU0, 16384), gpu(GPU1, 16384))
+    for version, where, gpus in (("0.32.0+cpu", ground(), ()), ("0.32.0", of_two_gpus, (GPU0, GPU1))):
+        there[0] = where
+        path = str(played_vllm(tmp_path / version, version))
+        monkeypatch.setenv("VLLM_PATH", path)
+        model = VllmModel(alias="m", model_path=folder, slots=8)
+        plan = VllmPlan(model, local, program.find_program(path), where, Learned())
+        best = plan.inspection().alternatives[0]
+        found = hf_forecast.forecast(far)
+        assert (found.engine, found.best.gpus) == ("vLLM", gpus)
+        assert (found.placement, found.best.flags) == (best.placement, best.flags)
+        assert (found.cache.requests, found.fits, found.largest_context) == (8, True, 2048)
+
+    there[0] = ground()  # where a build for GPUs cannot run, whether there is a driver or not
+    assert hf_forecast.forecast(far).engine == "Transformers"
+    monkeypatch.setattr(program, "_DRIVERS", ())
+    assert hf_forecast.forecast(far).engine == "Transformers"
+    monkeypatch.setenv("VLLM_PATH", str(tmp_path / "0.32.0+cpu/bin/vllm"))
+    assert hf_forecast.forecast(far).engine == "vLLM"
+    monkeypatch.setenv("TRANSFORMERS_PATH", "/bin/true")  # which chats without a template, too
+    assert hf_forecast.forecast(replace(far, has_chat_template=False)).engine == "Transformers"

@@ -17,7 +17,7 @@ import ollama
 import pytest
 from conftest import ROOT, Router, Start, eventually, run
 from fake_hub import Hub, serving
-from hf_models import LLAMA_PARAMETERS, played_transformers, write_model
+from hf_models import LLAMA_PARAMETERS, played_transformers, played_vllm, write_model
 from tiny_models import write_llama, write_projector
 
 from router.formats import hf_cache, hf_model
@@ -698,9 +698,9 @@ def test_a_repository_in_safetensors_is_pulled_whole_for_every_program(
     import huggingface_hub
 
     hub.cuts = [0.5]
-    ended = run("pull", FOLDER, cwd=tmp_path, **environ)
+    ended = run("pull", FOLDER, cwd=tmp_path, VLLM_PATH=str(played_vllm(tmp_path / "vllm")), **environ)
     assert ended.returncode == 0, ended.stderr
-    assert "fits now" in ended.stdout
+    assert "for a context of 2,048 on vLLM: fits now" in ended.stdout
 
     snapshot = hf_cache.snapshot(cache, FOLDER)
     assert snapshot is not None
@@ -739,10 +739,22 @@ def test_a_model_in_safetensors_is_estimated_by_its_headers_only(
     mib = 2 * LLAMA_PARAMETERS / (1 << 20)
     assert lines[0] == f"{FOLDER}: LlamaForCausalLM (bfloat16, {mib:.0f} MiB on disk, trained for 2048 tokens)"
     assert "for one request of 512 tokens" in ended.stdout
-    assert "counted for Transformers" in ended.stdout
-    assert hub.fetched == []
+    assert "MiB in all on Transformers" in ended.stdout
     local = run("estimate", str(tmp_path / "source"), "-c", "512", cwd=tmp_path, **environ)
     assert local.stdout.splitlines()[2:4] == lines[2:4]
+
+    with_vllm = {**environ, "VLLM_PATH": str(played_vllm(tmp_path / "vllm"))}
+    near, far = (
+        run("estimate", model, cwd=tmp_path, **with_vllm).stdout.splitlines()
+        for model in (str(tmp_path / "source"), FOLDER)
+    )
+    assert far[3].endswith("MiB for 8 requests at once, each of 2048 tokens")
+    assert "in all on vLLM" in far[4]
+    assert [line.partition(",")[0] for line in near[2:5]] == [line.partition(",")[0] for line in far[2:5]]
+    assert hub.fetched == []
+    quantized = run("estimate", f"{FOLDER}:fp32", cwd=tmp_path, **with_vllm).stdout
+    assert f"weights: {2 * mib:,.0f} MiB" in quantized
+    assert "in all on Transformers" in quantized, "vLLM does not know `quantize`"
 
     refused = run("estimate", FOLDER, "-ngl", "9", cwd=tmp_path, **environ)
     assert refused.returncode == 2

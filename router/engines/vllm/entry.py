@@ -18,7 +18,7 @@ from router.formats import hf_cache, hf_model
 
 KEY_VARIABLE = "VLLM_API_KEY"
 _OWNED_VARIABLES = (KEY_VARIABLE, "TMPDIR")
-_MOST_REQUESTS = 8
+MOST_REQUESTS = 8
 """Slots of a model whose entry says nothing of them."""
 
 _TEXT = (
@@ -82,7 +82,7 @@ def _read(draft: Draft, alias: str, entry: VllmEntry, system: System) -> VllmMod
         alias=alias,
         model_path=folder or draft.models_folder(),
         flags=entry.flags,
-        slots=entry.slots or flags.size("max-num-seqs") or _MOST_REQUESTS,
+        slots=entry.slots or flags.size("max-num-seqs") or MOST_REQUESTS,
         env=entry.env,
         files=() if model is None else stamps(model),
         pinned=entry.pinned,

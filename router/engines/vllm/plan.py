@@ -7,12 +7,10 @@ cache is an argument of its own.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 from router.engines.hf_plan import Cache, Demand, HfPlan, caches
 from router.engines.vllm.flags import Flags
@@ -97,7 +95,7 @@ class VllmPlan(HfPlan):
         if wanted is not None:
             counts: Sequence[int] = (wanted,)
         else:
-            heads = _heads(folder.folder)
+            heads = folder.heads or 1  # a division among GPUs must not tear them
             counts = [count for count in (1, 2, 4, 8, 16) if count <= max(1, gpus) and not heads % count]
         return Demand(
             weights=weights_mib,
@@ -160,7 +158,7 @@ class VllmPlan(HfPlan):
             added += ["--max-num-seqs", str(self._model.slots + _OWN_SEAT)]
         if not sites:
             if self._given_cache_mib is None and self._folder is not None and not self._is_unseen:
-                size = max(1, math.ceil(cache.requests * self._demand.kv(cache.context) * _MIB))
+                size = max(1, math.ceil(cache.requests * self.demand.kv(cache.context) * _MIB))
                 added += ["--kv-cache-memory-bytes", str(size)]
             return tuple(added)
         if self._own_share is None:
@@ -215,16 +213,3 @@ def _given_cache_mib(flags: Flags, env: Mapping[str, str]) -> float | None:
         return nbytes / _MIB
     gib = env.get(CPU_CACHE_VARIABLE, "")
     return float(gib) * _GIB_IN_MIB if gib.isdecimal() and int(gib) else None
-
-
-def _heads(folder: Path) -> int:
-    """Return the number of attention heads, which a division among GPUs must not tear; 1 if it is unknown."""
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-        for part in (config, config.get("text_config") or {}):
-            for name in ("num_attention_heads", "n_head", "num_heads"):
-                if isinstance(heads := part.get(name), int) and heads > 0:
-                    return heads
-    except (OSError, ValueError, AttributeError):
-        pass
-    return 1
