@@ -743,7 +743,11 @@ def test_a_model_in_safetensors_is_estimated_by_its_headers_only(
     local = run("estimate", str(tmp_path / "source"), "-c", "512", cwd=tmp_path, **environ)
     assert local.stdout.splitlines()[2:4] == lines[2:4]
 
-    with_vllm = {**environ, "VLLM_PATH": str(played_vllm(tmp_path / "vllm"))}
+    programs = {
+        "VLLM_PATH": str(played_vllm(tmp_path / "vllm")),
+        "TRANSFORMERS_PATH": str(played_transformers(tmp_path)),
+    }
+    with_vllm = {**environ, **programs}
     near, far = (
         run("estimate", model, cwd=tmp_path, **with_vllm).stdout.splitlines()
         for model in (str(tmp_path / "source"), FOLDER)
@@ -755,6 +759,10 @@ def test_a_model_in_safetensors_is_estimated_by_its_headers_only(
     quantized = run("estimate", f"{FOLDER}:fp32", cwd=tmp_path, **with_vllm).stdout
     assert f"weights: {2 * mib:,.0f} MiB" in quantized
     assert "in all on Transformers" in quantized, "vLLM does not know `quantize`"
+    untold = {**with_safetensors, "tokenizer_config.json": b"{}"}
+    hub.repositories["org/plain"], hub.repositories["org/embeds"] = untold, {**untold, "modules.json": b"[]"}
+    assert "on Transformers" in run("estimate", "org/plain", cwd=tmp_path, **with_vllm).stdout, "no chat template"
+    assert "on vLLM" in run("estimate", "org/embeds", cwd=tmp_path, **with_vllm).stdout, "only vLLM embeds"
 
     refused = run("estimate", FOLDER, "-ngl", "9", cwd=tmp_path, **environ)
     assert refused.returncode == 2
