@@ -6,8 +6,8 @@
 with A: time to its first byte, less that of a swap to A with a prompt of one word. Beside us with `kv_store` and
 without it: llama-server's router mode, which starts its engines anew like any other router.
 
-`crowd`: conversations in turn through two slots of one engine, with `--cache-ram 1024`, which keeps what fits into
-1 GiB: the share of cached tokens, and turns per second, with `kv_store` and without.
+`crowd`: conversations in turn through two slots of one engine, whose cache in RAM (`--cache-ram`) holds a fifth of
+them: the share of cached tokens, and turns per second, with `kv_store` and without.
 
 `unique`: prompts that nobody asks again, with `kv_store` and without, in turns: rate, processor time per request
 of the router, and the 99th percentile of the time to the first byte.
@@ -43,6 +43,8 @@ from tiny_models import write_llama
 from router.engines.llamacpp.binary import Binary
 
 CONTEXT = 16384
+TOKEN_BYTES = 3072
+"""What these models cache for each token: keys and values of 256 numbers of 16 bits in three layers."""
 OURS, WITHOUT, PEER = "llama-router", "llama-router without kv_store", "llama-server router mode"
 WORDS = [f"{number:x}" for number in range(4096)]
 
@@ -144,7 +146,8 @@ def returns(binary: Binary, tokens: int, repeat: int, goals: Goals) -> None:
 
 
 def crowd(binary: Binary, conversations: int, tokens: int, turns: int, goals: Goals) -> None:
-    flags = {"ctx-size": str(2 * CONTEXT), "threads": "2", "parallel": "2", "cache-ram": "1024"}
+    cache_mib = max(1, conversations * tokens * TOKEN_BYTES // 5 >> 20)
+    flags = {"ctx-size": str(2 * CONTEXT), "threads": "2", "parallel": "2", "cache-ram": str(cache_mib)}
     rates, shares = {}, {}
     for name, kv_store in ((OURS, True), (WITHOUT, False)):
         with ExitStack() as stack:
