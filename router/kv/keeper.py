@@ -63,6 +63,8 @@ class Said(NamedTuple):
 
     tokens: int = 0
     nbytes: int = 0
+    sec: float = 0.0
+    """Time that the engine took, without that in which it computed for others first; 0: it does not say."""
     refusal: str = ""
     is_final: bool = False
     """True if the engine cannot do it at all."""
@@ -464,7 +466,7 @@ class Keeper:
             if not await self._make_room(int(tokens * self._rates.token_bytes)):
                 raise OSError("it is larger than kv_store.max_gb and the free disk allow")
             said = await self._ask(slot.number, "save", store.part(name))
-            took = max(1e-3, time.monotonic() - began)
+            took = max(1e-3, (said.sec if said is not None else 0) or time.monotonic() - began)
             if said is None or not said.tokens or not said.nbytes:
                 if said is not None and said.is_final:
                     self._give_up(said.refusal)
@@ -497,7 +499,6 @@ class Keeper:
                 await apart(lambda: store.delete(name))
         if saved is None:
             return
-        took = time.monotonic() - began
         busy = any(other.is_busy for other in self._slots if other is not slot)
         self._next_save_sec = time.monotonic() + (took * _SHARE if busy else 0)
         store.of(self._model).saves += 1
@@ -521,7 +522,7 @@ class Keeper:
             began = time.monotonic()
             said = await self._ask(slot.number, "restore", store.file(wanted))
             if said is not None and said.tokens:
-                self._rates.restore = wanted.nbytes / max(1e-3, time.monotonic() - began)
+                self._rates.restore = wanted.nbytes / max(1e-3, said.sec or time.monotonic() - began)
                 wanted.used_at, wanted.uses = time.time(), wanted.uses + 1
                 await apart(lambda: store.note_use(wanted))
                 return True

@@ -30,6 +30,8 @@ class Engine:
         self.reuses = True
         self.refusal: Said | None = None
         self.is_dead = False
+        self.busy_sec = 0.0
+        """Time that it computes for others before it saves or restores."""
 
     async def ask(self, slot: int, action: str, name: str) -> Said | None:
         self.asked.append(f"{action} {slot}")
@@ -43,7 +45,8 @@ class Engine:
             file.write_bytes(self.slots[slot].encode("utf-32-le"))
         else:
             self.slots[slot] = file.read_bytes().decode("utf-32-le") if self.reuses else ""
-        return Said(len(self.slots[slot]), 4 * len(self.slots[slot]))
+        await asyncio.sleep(self.busy_sec)
+        return Said(len(self.slots[slot]), 4 * len(self.slots[slot]), 0.001)
 
     def answer(self, slot: int, prompt: str) -> Usage:
         held = self.slots[slot]
@@ -219,6 +222,20 @@ def test_what_is_computed_faster_than_saved_is_not_saved(tmp_path: Path) -> None
         await world.chat(TEXT)
         await world.swap()
         assert len(world.store) == 0
+
+    play(tmp_path, story)
+
+
+def test_what_an_engine_computes_for_others_first_is_no_cost_of_a_save(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        world.engine.busy_sec = 0.05
+        await world.chat(TEXT)
+        await world.swap()
+        world.engine.busy_sec = 0.05
+        await world.chat(TEXT + "x")
+        rates = world.store.rates("group")
+        assert rates.save == pytest.approx(4 * len(TEXT + "answer") / 0.001)
+        assert rates.restore == rates.save
 
     play(tmp_path, story)
 

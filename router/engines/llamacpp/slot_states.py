@@ -27,11 +27,17 @@ _MATTERING_TOO = frozenset(
 _NOT_SUPPORTED = 501
 
 
+class _Timings(msgspec.Struct):
+    save_ms: float = 0.0
+    restore_ms: float = 0.0
+
+
 class _Saved(msgspec.Struct):
     n_saved: int = 0
     n_written: int = 0
     n_restored: int = 0
     n_read: int = 0
+    timings: _Timings = msgspec.field(default_factory=_Timings)
 
 
 class _Error(msgspec.Struct):
@@ -86,7 +92,8 @@ async def ask(endpoint: Endpoint, slot: int, action: str, name: str) -> Said | N
     try:
         if answer.status == 200:
             said = msgspec.json.decode(answer.body, type=_Saved)
-            return Said(said.n_saved or said.n_restored, said.n_written or said.n_read)
+            took_ms = said.timings.save_ms or said.timings.restore_ms
+            return Said(said.n_saved or said.n_restored, said.n_written or said.n_read, took_ms / 1000)
         message = msgspec.json.decode(answer.body, type=_Refused).error.message
     except msgspec.MsgspecError:
         message = ""
