@@ -93,7 +93,12 @@ class _PlayedPool:
         connection.close()
 
 
+class _PlayedHandle:
+    keeper = None
+
+
 class _PlayedEngine:
+    handle = _PlayedHandle()
     ready_sec = failed_probes = 0
     alive_sec = 0.0
 

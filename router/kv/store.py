@@ -29,6 +29,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import anyio
 import msgspec
 
 from router.config.schema import KvStore as Settings
@@ -46,6 +47,7 @@ _FREE_BYTES = 2 << 30
 _READ_AT_ONCE = 4 << 20
 _BYTES_PER_SEC = 500e6
 _TOKENS_PER_SEC = 1000.0
+_DISK_SEC = 2.0
 _LOOKS_SEC = 900.0
 """Interval of the search for conversations that are too old."""
 _AHEAD = 4
@@ -424,6 +426,17 @@ class KvStore:
         if gone:
             await apart(delete)
         return gone
+
+    async def is_there(self) -> bool:
+        """Return whether states can be written now: an engine does not start with a folder that is missing.
+
+        A disk that does not answer counts as missing.
+        """
+        folder = self.folder
+        if folder is not None and self.settings.enabled:
+            with anyio.move_on_after(_DISK_SEC):
+                return await apart(folder.is_dir)
+        return False
 
     async def keep_young(self) -> None:
         """Delete conversations that are too old, and those that have no room any more, for ever."""

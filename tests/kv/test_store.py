@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -187,6 +188,13 @@ def test_two_routers_do_not_share_a_folder(store: KvStore, caplog: pytest.LogCap
     assert not other.enabled
     assert "another router uses it" in caplog.text
     assert store.is_whole(saved)
+
+
+def test_a_folder_that_was_deleted_is_not_there(store: KvStore) -> None:
+    assert asyncio.run(store.is_there())
+    assert store.folder is not None
+    shutil.rmtree(store.folder)
+    assert not asyncio.run(store.is_there())
 
 
 def test_a_folder_that_cannot_be_used_keeps_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -90,7 +90,7 @@ class LlamaCpp:
             raise EngineFailed(f"its flags: {error.message}", "its flags are wrong") from error
         store = self._launcher.kv_store
         told = Flags(flags.words, {**os.environ, **env})
-        saves = store.enabled and slot_states.can_be_saved(told)
+        saves = slot_states.can_be_saved(told) and await store.is_there()
         group = slot_states.group(model.files, self.build.build, told)
         if saves:
             await store.drop(slot_states.outdated(store, model.alias, group))
