@@ -7,29 +7,24 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from router.hardware.ram import memory
+from router.hardware.ram import fields, memory
 
 _MIB = 1 << 20
 _STEP = 16 << 20
 _SPARE_MIB = 512
 """Free memory that is left for whatever else happens meanwhile."""
-_FIELDS = ("MemFree", "Cached", "Mapped", "Shmem", "Dirty")
+_FIELDS = {"MemFree", "Cached", "Mapped", "Shmem", "Dirty"}
 
 
 def room(root: Path = Path("/")) -> int:
     """Return how many bytes can be read without displacing mapped or locked pages: free ones, and cached ones that
     nobody maps. 0 where the kernel does not tell."""
-    fields = {}
-    with contextlib.suppress(OSError, ValueError):
-        for line in (root / "proc/meminfo").read_text().splitlines():
-            name, _, figure = line.partition(":")
-            if name in _FIELDS:
-                fields[name] = int(figure.split()[0]) << 10
-    if len(fields) < len(_FIELDS):
+    told = fields(root / "proc/meminfo")
+    if not told.keys() >= _FIELDS:
         return 0
-    unmapped = max(0, fields["Cached"] - fields["Mapped"] - fields["Shmem"] - fields["Dirty"])
+    unmapped = max(0, told["Cached"] - told["Mapped"] - told["Shmem"] - told["Dirty"])
     _, available_mib = memory(root)
-    return max(0, min(fields["MemFree"] + unmapped, available_mib * _MIB) - _SPARE_MIB * _MIB)
+    return max(0, min(told["MemFree"] + unmapped, available_mib * _MIB) - _SPARE_MIB * _MIB)
 
 
 def read_ahead(files: Iterable[Path], most: int) -> int:

@@ -52,7 +52,7 @@ def memory(root: Path = _ROOT) -> tuple[int, int]:
         usage = _number(group / usage_name)
         if limit is None or usage is None or limit >= machine.total:
             continue
-        stat = _fields(group / "memory.stat")
+        stat = fields(group / "memory.stat")
         usage -= sum(stat.get(name, 0) for name in caches)  # the kernel reclaims it when needed
         total, available = min(total, limit), min(available, max(0, limit - usage))
     return total // _MIB, available // _MIB
@@ -94,10 +94,10 @@ def _held(pid: int, proc: Path, mapped: bool) -> tuple[int, int] | None:
             return figures.uss, max(0, figures.rss - figures.uss)
         return None
     # A page that n processes share counts 1/n in each: the parts of a family add up.
-    rollup = _fields(proc / str(pid) / "smaps_rollup") if mapped else {}
+    rollup = fields(proc / str(pid) / "smaps_rollup") if mapped else {}
     if "Pss_Anon" in rollup:
         return _sorted(rollup, "Pss_Anon", "Pss_Shmem", "Pss_File", "Locked")
-    status = _fields(proc / str(pid) / "status")  # also for older kernels, and processes of others
+    status = fields(proc / str(pid) / "status")  # also for older kernels, and processes of others
     if "RssAnon" in status:
         return _sorted(status, "RssAnon", "RssShmem", "RssFile", "VmLck")
     return None
@@ -134,16 +134,16 @@ def _number(path: Path) -> int | None:
     return None
 
 
-def _fields(path: Path) -> dict[str, int]:
+def fields(path: Path) -> dict[str, int]:
     """Parse lines such as `anon 4096` or `Rss:  4 kB`; values in bytes."""
-    fields: dict[str, int] = {}
+    found: dict[str, int] = {}
     with contextlib.suppress(OSError):
         for line in path.read_bytes().decode(errors="replace").splitlines():
             words = line.split()
             if len(words) >= 2 and words[1].isdecimal():
                 scale = 1024 if words[2:] == ["kB"] else 1
-                fields[words[0].rstrip(":")] = int(words[1]) * scale
-    return fields
+                found[words[0].rstrip(":")] = int(words[1]) * scale
+    return found
 
 
 def oom_kills(root: Path = _ROOT) -> int | None:
@@ -151,7 +151,7 @@ def oom_kills(root: Path = _ROOT) -> int | None:
     memory ran out; None if it does not count them."""
     counted = (group / name for group, _ in _cgroups(root) for name in ("memory.events", "memory.oom_control"))
     for path in (*counted, root / "proc/vmstat"):
-        kills = _fields(path).get("oom_kill")
+        kills = fields(path).get("oom_kill")
         if kills is not None:
             return kills
     return None
