@@ -14,6 +14,7 @@ from hashlib import blake2b
 import msgspec
 
 from router.engines.base import Endpoint
+from router.engines.llamacpp.capability import error_of_engine
 from router.engines.llamacpp.flags import Flags
 from router.engines.questions import document
 from router.kv.keeper import Said
@@ -24,7 +25,6 @@ _MATTERING = ("cache-type-", "control-vector", "kv-unified", "lora", "rope-", "s
 _MATTERING_TOO = frozenset(
     {"flash-attn", "grp-attn-n", "grp-attn-w", "model-draft", "override-kv", "parallel", "swa-full"}
 )
-_NOT_SUPPORTED = 501
 
 
 class _Timings(msgspec.Struct):
@@ -38,14 +38,6 @@ class _Saved(msgspec.Struct):
     n_restored: int = 0
     n_read: int = 0
     timings: _Timings = msgspec.field(default_factory=_Timings)
-
-
-class _Error(msgspec.Struct):
-    message: str = ""
-
-
-class _Refused(msgspec.Struct):
-    error: _Error = msgspec.field(default_factory=_Error)
 
 
 def can_be_saved(flags: Flags) -> bool:
@@ -89,12 +81,12 @@ async def ask(endpoint: Endpoint, slot: int, action: str, name: str) -> Said | N
     answer = await document(endpoint, f"/slots/{slot}?action={action}", _LIMIT_SEC, body)
     if answer is None:
         return None
+    if answer.status != 200:
+        error = error_of_engine(answer.status, answer.body)
+        return Said(refusal=error.message, is_final=error.is_final)
     try:
-        if answer.status == 200:
-            said = msgspec.json.decode(answer.body, type=_Saved)
-            took_ms = said.timings.save_ms or said.timings.restore_ms
-            return Said(said.n_saved or said.n_restored, said.n_written or said.n_read, took_ms / 1000)
-        message = msgspec.json.decode(answer.body, type=_Refused).error.message
+        said = msgspec.json.decode(answer.body, type=_Saved)
     except msgspec.MsgspecError:
-        message = ""
-    return Said(refusal=message or f"status {answer.status}", is_final=answer.status == _NOT_SUPPORTED)
+        return Said(refusal="its answer cannot be read")
+    took_ms = said.timings.save_ms or said.timings.restore_ms
+    return Said(said.n_saved or said.n_restored, said.n_written or said.n_read, took_ms / 1000)
