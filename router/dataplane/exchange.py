@@ -243,8 +243,10 @@ class Exchange(IncomingRequest):
             reason = self._told(ticket, said.reason)
             self._fail(refused(said.refusal, reason, said.retry_after_sec, is_final=said.is_final))
             return
-        model = self._dispatcher.config.models.get(ticket.alias)
-        if model is None or self._manner(ticket.alias) is self._read_for:  # it may have been removed meanwhile
+        model = None
+        if self._manner(ticket.alias) is not self._read_for:
+            model = self._dispatcher.config.models.get(ticket.alias)
+        if model is None:  # as usual, or as it was removed meanwhile
             self._ask()
         else:
             loop = asyncio.get_running_loop()
