@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from router.kv.chain import BLOCK, LONGEST, SHORTEST, chain_of, common, covered
+from router.kv.chain import BLOCK, SHORTEST, chain_of, common, covered
 
 KEY = b"k" * 32
 LONG = " ".join(f"word{number}" for number in range(600))
@@ -87,7 +87,3 @@ def test_a_list_of_tokens_is_a_beginning_too() -> None:
     first = of(*range(1000))
     assert len(first) > 4
     assert common(first, of(*range(1200))) == len(first)
-
-
-def test_the_longest_body_is_bounded() -> None:
-    assert LONGEST == 1 << 20

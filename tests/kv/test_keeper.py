@@ -12,6 +12,7 @@ import pytest
 
 from router.config.schema import KvStore as Settings
 from router.kv import keeper as keeping
+from router.kv.chain import LONGEST
 from router.kv.keeper import Keeper, Placement, Said, Source
 from router.kv.store import KvStore
 from router.observe.usage import Usage
@@ -203,6 +204,19 @@ def test_many_conversations_go_through_two_slots(tmp_path: Path) -> None:
                 assert turn == 0 or (source is not Source.NONE and cached >= 3000)
 
     play(tmp_path, story, slots=2)
+
+
+def test_bodies_beyond_a_mebibyte_are_left_to_the_engine(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        assert LONGEST == 1 << 20
+        for size, is_placed in ((LONGEST, True), (LONGEST + 1, False)):
+            body = json.dumps({"prompt": ""}).encode().ljust(size)
+            placement = world.keeper.place(body, "", keeps=True)
+            assert (placement is not None) == is_placed
+            if placement is not None:
+                placement.ended(Usage())
+
+    play(tmp_path, story)
 
 
 def test_short_prompts_are_not_saved(tmp_path: Path) -> None:
