@@ -13,7 +13,7 @@ from router.config.names import meant
 from router.http.documents import Document
 from router.http.errors import ApiError
 from router.http.pages import Page, Right, needs
-from router.kv.store import KvStore, Saved, Totals
+from router.kv.store import KvStore, Saved, Totals, by_model
 from router.runtime.dispatcher import Dispatcher
 from router.system.turns import in_turns
 
@@ -69,13 +69,10 @@ async def delete_conversations(
     dispatcher: Dispatcher = request.app.state.dispatcher
     alias = None if model is None else _named(model, store, dispatcher)
     gone = await store.clear(alias)
-    by_model: dict[str, list[Saved]] = {}
-    for saved in gone:
-        by_model.setdefault(saved.model, []).append(saved)
     return {
         "status": "success",
         "deleted": _sums(gone),
-        "models": {alias: _sums(saved) for alias, saved in by_model.items()},
+        "models": {alias: _sums(saved) for alias, saved in by_model(gone).items()},
     }
 
 
@@ -97,7 +94,7 @@ def _named(name: str, store: KvStore, dispatcher: Dispatcher) -> str:
 
 def _by_model(store: KvStore, dispatcher: Dispatcher) -> dict[str, list[Saved]]:
     """Return what is saved, the last used first, of models in the order of the configuration; then of others."""
-    saved = {alias: sorted(of, key=lambda one: -one.used_at) for alias, of in store.by_model().items()}
+    saved = {alias: sorted(of, key=lambda one: -one.used_at) for alias, of in by_model(store).items()}
     served = [alias for alias in dispatcher.config.models if alias in saved or alias in store.totals]
     return {alias: saved.get(alias, []) for alias in (*served, *(other for other in saved if other not in served))}
 

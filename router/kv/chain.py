@@ -10,6 +10,7 @@ A few hundred bytes more or less are no matter: an engine compares tokens, and r
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from hashlib import blake2b
 from typing import Any
 
@@ -97,8 +98,5 @@ def covered(blocks: int) -> int:
 
 def common(one: Chain, other: Chain) -> int:
     """Return the number of blocks that two chains have in common."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if one[middle - 1] == other[middle - 1] else (low, middle - 1)
-    return low
+    shorter = min(len(one), len(other))
+    return bisect_left(range(shorter), True, key=lambda block: one[block] != other[block])

@@ -14,8 +14,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, NamedTuple
 
 import anyio
 import msgspec
@@ -24,9 +24,8 @@ from router.kv.chain import LONGEST, Chain, chain_of, common, covered
 from router.kv.store import KvStore, Saved
 from router.observe.usage import Usage
 from router.system.readings import apart
+from router.system.tasks import Tasks
 from router.system.words import Word
-
-_T = TypeVar("_T")
 
 _log = logging.getLogger("router")
 
@@ -154,9 +153,10 @@ class Keeper:
         self._ask = ask
         self._slots = [_Slot(number) for number in range(slots)]
         self._names_slots = slots > 1
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         """Tasks that are given up when the engine ends."""
-        self._finishing: set[asyncio.Task[Any]] = set()
+        self._deletions = Tasks()
+        """Tasks that are finished even if the engine ends."""
         self._timer: asyncio.TimerHandle | None = None
         self._next_save_sec = 0.0
         self._rests_until_sec = 0.0
@@ -283,7 +283,7 @@ class Keeper:
     def _prepared(self, placement: Placement, wanted: Saved | None) -> None:
         """Let a request go on, whatever became of its slot: work may be given up before it begins."""
         if wanted is not None and self._store.release(wanted):
-            self._finish(self._store.drop([wanted]), "deletion")
+            self._delete([wanted])
         placement.get_ready()
 
     def _rest(self, slot: _Slot, before: asyncio.Task[None] | None) -> None:
@@ -353,9 +353,9 @@ class Keeper:
         self._store.distrusted[self._group] = reason
         _log.warning("model %s: conversations are no longer saved with this engine: %s", self._model, reason)
         gone = [saved for saved in self._store if saved.group == self._group]
-        self._store.forget(*gone)  # nobody finds them any more
-        self._finish(self._store.drop(gone), "deletion")
-        self._finish(apart(lambda: self._store.distrust(self._group, reason)), "note")
+        self._delete(gone)
+        noted = apart(lambda: self._store.distrust(self._group, reason))
+        self._deletions.begin(noted, f"note on the engine of {self._model}")
 
     def _forget(self, placement: Placement) -> None:
         """Delete what is saved of a conversation, because its client wants nothing of it stored."""
@@ -366,9 +366,13 @@ class Keeper:
             and saved.client == placement.client
             and common(saved.chain, placement.chain) == len(saved.chain)
         ]
+        self._delete(gone)
+
+    def _delete(self, gone: Sequence[Saved]) -> None:
+        """Delete conversations, which nobody finds from now on, whatever ends meanwhile."""
+        self._store.forget(*gone)
         if gone:
-            self._store.forget(*gone)
-            self._finish(self._store.drop(gone), "deletion")
+            self._deletions.begin(self._store.drop(gone), f"deletion of conversations of {self._model}")
 
     # --- saving ---------------------------------------------------------------------------------------------
 
@@ -389,8 +393,7 @@ class Keeper:
         self._is_ending = True
         if self._timer is not None:
             self._timer.cancel()
-        for task in list(self._tasks):
-            task.cancel()
+        self._tasks.cancel()
 
     def _is_worth_saving(self, slot: _Slot, *, at_least: float) -> bool:
         """Whether to compute a slot's tokens again costs more than to save and restore them, and `at_least` so
@@ -444,7 +447,7 @@ class Keeper:
         return self._occupy(slot, self._save(slot), "save")
 
     def _occupy(self, slot: _Slot, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        task = self._begin(work, name)
+        task = self._tasks.begin(work, f"{name} of a slot of {self._model}")
         slot.work = task
 
         def end(_: asyncio.Task[None]) -> None:
@@ -474,17 +477,16 @@ class Keeper:
             self._rates.token_bytes = said.nbytes / said.tokens
             self._rates.save = said.nbytes / took
             one = Saved(
-                name,
-                self._group,
-                self._model,
-                client,
-                chain,
-                said.tokens,
-                min(prompt, said.tokens),
-                said.nbytes,
-                0,
-                said.tokens / self._rates.tokens_per_sec,
-                time.time(),
+                name=name,
+                group=self._group,
+                model=self._model,
+                client=client,
+                chain=chain,
+                tokens=said.tokens,
+                prompt_tokens=min(prompt, said.tokens),
+                nbytes=said.nbytes,
+                prefill_sec=said.tokens / self._rates.tokens_per_sec,
+                used_at=time.time(),
             )
             if not await apart(lambda: store.keep(one)):
                 raise OSError("the file is not as long as the engine said")
@@ -536,22 +538,3 @@ class Keeper:
         _log.warning("model %s: a saved conversation is deleted: %s", self._model, reason)
         await store.drop([wanted])
         return False
-
-    def _begin(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        """Begin work that is given up when the engine ends."""
-        task = self._finish(work, name)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-    def _finish(self, work: Coroutine[Any, Any, _T], name: str) -> asyncio.Task[_T]:
-        """Begin work that is finished even if the engine ends."""
-        task = asyncio.get_running_loop().create_task(work, name=f"{name} of a slot of {self._model}")
-        self._finishing.add(task)
-        task.add_done_callback(self._ended)
-        return task
-
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._finishing.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("%s failed: %s", task.get_name(), error, exc_info=error)

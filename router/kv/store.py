@@ -23,6 +23,7 @@ import secrets
 import shutil
 import time
 import zlib
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import blake2b
@@ -78,11 +79,12 @@ class Saved(msgspec.Struct, eq=False):
     prompt_tokens: _Count
     """Tokens of the request that `chain` is of."""
     nbytes: _Count
-    checksum: _Count
     prefill_sec: float
     """Time that its tokens would take to be computed again."""
     used_at: float
     """Last use in seconds since the epoch."""
+    checksum: _Count = 0
+    """That of the state, once it is kept."""
     uses: int = 0
 
     def worth(self, now: float) -> float:
@@ -130,6 +132,13 @@ class Totals(msgspec.Struct):
     restored_tokens: int = 0
     prefill_saved_sec: float = 0.0
     failures: int = 0
+
+
+def by_model(conversations: Iterable[Saved]) -> Mapping[str, list[Saved]]:
+    found: defaultdict[str, list[Saved]] = defaultdict(list)
+    for saved in conversations:
+        found[saved.model].append(saved)
+    return found
 
 
 def folder_of(settings: Settings, state: Path | None) -> Path | None:
@@ -219,22 +228,17 @@ class KvStore:
     def find(self, group: str, client: str, chain: Chain) -> Found | None:
         """Return the conversation that has most of the beginning of a request; None if none has a block of it."""
         owner, known = self.owner(client), self._by_digest
-        low, high = 0, len(chain)
-        while low < high:  # a digest that is known has all before it known
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if (group, owner, chain[middle - 1]) in known else (low, middle - 1)
-        return Found(known[group, owner, chain[low - 1]], low) if low else None
+        # A digest that is known has all before it known.
+        blocks = bisect_left(range(len(chain)), True, key=lambda block: (group, owner, chain[block]) not in known)
+        return Found(known[group, owner, chain[blocks - 1]], blocks) if blocks else None
 
     def add(self, saved: Saved) -> list[Saved]:
         """Note a conversation. Returns those that it continues, which are no longer needed."""
-        owner = saved.client
-        before = {
-            id(old): old for digest in saved.chain if (old := self._by_digest.get((saved.group, owner, digest)))
-        }
+        keys = [(saved.group, saved.client, digest) for digest in saved.chain]
+        before = {old.name: old for key in keys if (old := self._by_digest.get(key)) is not None}
         superseded = [old for old in before.values() if common(old.chain, saved.chain) == len(old.chain)]
         self._saved[saved.name] = saved
-        for digest in saved.chain:
-            self._by_digest[saved.group, owner, digest] = saved
+        self._by_digest.update(dict.fromkeys(keys, saved))
         return superseded
 
     def forget(self, *gone: Saved) -> None:
@@ -465,15 +469,10 @@ class KvStore:
 
     def files_of(self, model: str) -> list[Path]:
         """Return the states of a model's last conversations, the last first."""
-        assert self.folder is not None or not self._saved
+        if self.folder is None:
+            return []
         mine = sorted((saved for saved in self if saved.model == model), key=lambda saved: -saved.used_at)
-        return [self.folder / self.file(saved) for saved in mine[:_AHEAD] if self.folder is not None]
-
-    def by_model(self) -> Mapping[str, list[Saved]]:
-        found: dict[str, list[Saved]] = {}
-        for saved in self:
-            found.setdefault(saved.model, []).append(saved)
-        return found
+        return [self.folder / self.file(saved) for saved in mine[:_AHEAD]]
 
 
 def _key_of(path: Path) -> bytes:

@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Coroutine, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -90,6 +90,7 @@ from router.scheduling.scheduler import Scheduler
 from router.scheduling.wait_estimate import Forecast
 from router.scheduling.wait_reason import why
 from router.system.readings import apart
+from router.system.tasks import Tasks
 
 _log = logging.getLogger("router")
 
@@ -243,7 +244,7 @@ class Dispatcher:
         self._posting = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._inspections: set[asyncio.Task[None]] = set()
         self._stopping: set[int] = set()
         self._fallen_back: dict[str, tuple[Hashable, Fallback]] = {}
@@ -285,7 +286,7 @@ class Dispatcher:
         self.status = ServerState.READY
         self.events.publish(ServerChanged(self.status, time.time()))
         if self._to_preload():
-            self._preload = self._spawn(self._preload_models(), "preload")
+            self._preload = self._tasks.begin(self._preload_models(), "preload")
 
     async def shut_down(self) -> None:
         """Refuse waiting requests, let those in flight finish within the grace period, stop every engine."""
@@ -300,8 +301,7 @@ class Dispatcher:
             await self._next_change(None, left)
         for engine_id in list(self.scheduler.engines):
             self._stop(engine_id)
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        await self._tasks.ended()
         if self._timer is not None:
             self._timer.cancel()
 
@@ -339,7 +339,7 @@ class Dispatcher:
             engine = ticket.engine
             if computed and engine is not None and not engine.account.has_answered:
                 engine.account.has_answered = True
-                self._spawn(self._memory_manager.answered(engine.account), f"measuring of {ticket.alias}")
+                self._tasks.begin(self._memory_manager.answered(engine.account), f"measuring of {ticket.alias}")
 
     def displace(self, ticket: Ticket, reason: str) -> None:
         """Refuse a waiting request at once because one of higher priority needs the memory of its body."""
@@ -538,23 +538,23 @@ class Dispatcher:
                     self.counts[ticket.alias].rejected += 1
                     ticket.decide(time.monotonic(), None, effect)
             case Inspect(alias):
-                inspection = self._spawn(self._inspect(alias), f"inspection of {alias}")
+                inspection = self._tasks.begin(self._inspect(alias), f"inspection of {alias}")
                 self._inspections.add(inspection)
                 inspection.add_done_callback(self._inspections.discard)
             case StartEngine(engine_id, alias, placement):
                 model = self.config.models[alias]
                 account = self._memory_manager.open(engine_id, alias, placement)
-                self._spawn(self._live(account, model), f"engine {engine_id} of {alias}")
+                self._tasks.begin(self._live(account, model), f"engine {engine_id} of {alias}")
             case StopEngine(engine_id):
                 self._stop(engine_id)
             case PutToSleep(engine_id):
-                self._spawn(self._put_to_sleep(engine_id), f"sleep of engine {engine_id}")
+                self._tasks.begin(self._put_to_sleep(engine_id), f"sleep of engine {engine_id}")
             case WakeUp(engine_id):
-                self._spawn(self._wake_up(engine_id), f"waking of engine {engine_id}")
+                self._tasks.begin(self._wake_up(engine_id), f"waking of engine {engine_id}")
             case Probe(engine_id):
-                self._spawn(self._probe(engine_id), f"probe of engine {engine_id}")
+                self._tasks.begin(self._probe(engine_id), f"probe of engine {engine_id}")
             case ReadAhead(alias):
-                self._spawn(self._read_ahead(alias), f"reading ahead for {alias}")
+                self._tasks.begin(self._read_ahead(alias), f"reading ahead for {alias}")
             case Transition(alias, state, reason, engine_id):
                 for waiter in (*self._changes.pop(alias, ()), *self._changes.pop("", ())):
                     if not waiter.done():
@@ -579,17 +579,6 @@ class Dispatcher:
     def _tick(self) -> None:
         self._timer_at = math.inf
         self._post(Tick(time.monotonic()))
-
-    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work, name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        return task
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("background task %s failed: %s", task.get_name(), error, exc_info=error)
 
     # --- the world --------------------------------------------------------------------------------------
 
@@ -640,8 +629,8 @@ class Dispatcher:
             asleep = account.chosen.asleep if self._can_sleep(running, model) else None
             wake_sec = self._memory_manager.wake_sec(account)
             self._post(EngineReady(running.ready_sec, engine_id, asleep, wake_sec))
-            self._spawn(self._memory_manager.ready(account), f"measuring of {model.alias}")
-            self._spawn(self._ask_what_it_has(running), f"question to the engine of {model.alias}")
+            self._tasks.begin(self._memory_manager.ready(account), f"measuring of {model.alias}")
+            self._tasks.begin(self._ask_what_it_has(running), f"question to the engine of {model.alias}")
             reason = await handle.exited
         except Problem as failed:
             reason = failed.reason
@@ -790,7 +779,7 @@ class Dispatcher:
         running.failed_probes = 0
         running.probed_sec = running.ready_sec = time.monotonic()
         self._post(EngineReady(running.ready_sec, engine_id))
-        self._spawn(self._memory_manager.woke(running.account), f"measuring of {running.alias}")
+        self._tasks.begin(self._memory_manager.woke(running.account), f"measuring of {running.alias}")
 
     def _cause_of_end(
         self, engine_id: int, running: RunningEngine | None, *, wanted: bool
@@ -818,7 +807,7 @@ class Dispatcher:
         self._stopping.add(engine_id)
         running = self.running.get(engine_id)
         if running is not None:
-            self._spawn(self._end(running), f"stop of {running.alias}")
+            self._tasks.begin(self._end(running), f"stop of {running.alias}")
 
     async def _end(self, running: RunningEngine) -> None:
         if (keeper := running.handle.keeper) is not None and running.ready_sec is not None:
@@ -884,7 +873,7 @@ class Dispatcher:
     def _configure(self) -> None:
         self._post(Configured(time.monotonic(), self._specs(), policy_of(self.config)))
         self._memory_manager.configure(self.config.system)
-        self._spawn(self._tell_what_is_odd(), "look at what is configured of models")
+        self._tasks.begin(self._tell_what_is_odd(), "look at what is configured of models")
 
     def _specs(self) -> Mapping[str, ModelSpec]:
         connections = self.config.system.http_max_connections

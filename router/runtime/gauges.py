@@ -12,7 +12,7 @@ import psutil
 
 from router import __version__
 from router.engines.running import RunningEngine
-from router.kv.store import KvStore, Saved, Totals
+from router.kv.store import KvStore, Saved, Totals, by_model
 from router.observe.prometheus import Counter, Counts, Family, Gauges, label_text
 from router.runtime.dispatcher import Dispatcher
 from router.scheduling.messages import EngineState, ModelState
@@ -187,7 +187,7 @@ _STATES = tuple((state, f',state="{state}"') for state in ModelState)
 def _kv_families(store: KvStore, aliases: Collection[str]) -> Iterator[Family]:
     """Yield what is kept on disk of conversations, and what came of it. The store counts, as it also shows that
     elsewhere."""
-    saved, by_model, nothing = list(store), store.by_model(), Totals()
+    saved, of_model, nothing = list(store), by_model(store), Totals()
     labels = {alias: label_text(("model",), (alias,)) for alias in aliases}
     for name, text, value in _PER_KV_MODEL:
         counts = Counts(name, text, "model")
@@ -195,7 +195,7 @@ def _kv_families(store: KvStore, aliases: Collection[str]) -> Iterator[Family]:
         yield counts
     for name, text, measure in _OF_SAVED:
         gauges = Gauges(f"router_model_{name}", f"{text}, by model", "model")
-        gauges.lines((label, measure(by_model.get(alias, ()))) for alias, label in labels.items())
+        gauges.lines((label, measure(of_model.get(alias, ()))) for alias, label in labels.items())
         yield gauges
         yield _single(f"router_{name}", f"{text}, of all models together", measure(saved))
     yield _single("router_kv_limit_bytes", "Limit on all conversations on disk", store.settings.max_gb * 1e9)
@@ -230,14 +230,14 @@ def _memory_gauges(dispatcher: Dispatcher) -> Iterator[Gauges]:
     ledger = dispatcher.ledger
     accounts = ledger.accounts.values()
     booked = _summed((account.alias, account.main_mib) for account in accounts)
-    by_model = Gauges(
+    reserved = Gauges(
         "router_model_vram_bytes",
         "Memory reserved for the model's engine on GPUs, or in RAM on a machine without GPUs",
         "model",
     )
     for alias in dispatcher.scheduler.models:
-        by_model.set(booked.get(alias, 0) * _MIB, alias)
-    yield by_model
+        reserved.set(booked.get(alias, 0) * _MIB, alias)
+    yield reserved
     held = _summed(((each.alias, str(device)), mib) for each in accounts for device, mib in each.holds.items())
     measured = Gauges(
         "router_model_memory_bytes", "Memory held by the model's engine at the last measurement", "model", "device"
