@@ -7,11 +7,80 @@ export const element = (id) => document.getElementById(id);
 export function put(node, value, property = "textContent") {
   if (node[property] !== value) node[property] = value;
 }
-export const show = (node, visible) => put(node, !visible, "hidden");
+
+export function link(node, address) {
+  if (node.getAttribute("href") !== address) node.setAttribute("href", address);
+}
+
+/** Shows or hides it. Focus within what is hidden goes to the heading above it. */
+export function show(node, visible) {
+  const hidden = !visible;
+  if (node.hidden === hidden) return;
+  if (hidden && node.contains(document.activeElement)) focusHeading(node);
+  node.hidden = hidden;
+}
+
+/** The heading of what a node is part of, or else of the view. */
+function focusHeading(node) {
+  const headings = [...document.querySelectorAll("h1, h2, h3")].filter(
+    (heading) => heading.checkVisibility() && !node.contains(heading),
+  );
+  const above = headings.filter(
+    (heading) => heading.compareDocumentPosition(node) & Node.DOCUMENT_POSITION_FOLLOWING,
+  );
+  focusOn(above.at(-1) ?? headings[0]);
+}
+
+export function focusOn(heading) {
+  heading.tabIndex = -1;
+  heading.focus({ preventScroll: true });
+}
+
+/**
+ * Lets a button be pressed, or not just now. It keeps the focus either way, unlike a disabled one; what a press of it
+ * would do is not done (see `stopPresses`).
+ */
+export const allow = (button, allowed) => put(button, allowed ? null : "true", "ariaDisabled");
+
+/** Once for the page: no press of a button that cannot be pressed just now reaches it. */
+export function stopPresses() {
+  const stop = (event) => {
+    if (!event.target.closest?.("[aria-disabled=true]")) return;
+    event.preventDefault();
+    event.stopImmediatePropagation();
+  };
+  document.addEventListener("click", stop, { capture: true });
+}
+
+const ANNOUNCED_MS = 1_000;
+const MOST_ANNOUNCED = 3;
+let toAnnounce = [];
+
+/** Tells those who do not see the page what has changed, once the page's reader has nothing else to say. */
+export function announce(text) {
+  if (toAnnounce.push(text) > 1) return;
+  setTimeout(() => {
+    const more = toAnnounce.length - MOST_ANNOUNCED;
+    const told = toAnnounce.slice(0, MOST_ANNOUNCED);
+    element("announcer").textContent = [...told, more > 0 && `and ${more} more changes`].filter(Boolean).join("; ");
+    toAnnounce = [];
+  }, ANNOUNCED_MS);
+}
+
+const words = (text) => text.toLowerCase().replaceAll(/[-_./:\s]+/g, " ");
+
+/** Whether each word is in one of the texts: `gemma 4b` is in gemma-3-4b. */
+export function matches(wanted, texts) {
+  const within = texts.map((text) => words(text ?? ""));
+  return words(wanted)
+    .trim()
+    .split(" ")
+    .every((word) => within.some((text) => text.includes(word)));
+}
 
 /** What a template holds, and its elements that have a name. */
 export function stamp(id) {
-  const root = element(id).content.firstElementChild.cloneNode(true);
+  const root = document.importNode(element(id).content.firstElementChild, true);
   const parts = Object.fromEntries(
     [...root.querySelectorAll("[data-part]")].map((node) => [node.dataset.part, node]),
   );
@@ -28,6 +97,7 @@ export function list(parent, make, keyOf, fill) {
     const keys = new Set(items.map(keyOf));
     for (const [key, { root }] of kept) {
       if (!keys.has(key)) {
+        if (root.contains(focused)) focusBeside(root, keys.size);
         root.remove();
         kept.delete(key);
       }
@@ -45,6 +115,15 @@ export function list(parent, make, keyOf, fill) {
   };
 }
 
+/** When a row with focus goes: the same part of its neighbour has it next. */
+function focusBeside(row, left) {
+  const { part } = document.activeElement.dataset;
+  const beside = left ? (row.nextElementSibling ?? row.previousElementSibling) : null;
+  const next = part && beside?.querySelector(`[data-part="${part}"]`);
+  if (next && next.checkVisibility()) next.focus({ preventScroll: true });
+  else focusHeading(row);
+}
+
 /** Of a row's list, which is made with the row. */
 export function lists(make, keyOf, fill) {
   const made = new WeakMap();
@@ -52,6 +131,12 @@ export function lists(make, keyOf, fill) {
     if (!made.has(parent)) made.set(parent, list(parent, make, keyOf, fill));
     made.get(parent)(items);
   };
+}
+
+/** The texts of a row's cells. */
+export function putCells(row, texts) {
+  while (row.children.length < texts.length) row.append(document.createElement("td"));
+  texts.forEach((text, index) => put(row.children[index], text));
 }
 
 // --- words ---------------------------------------------------------------------------------------------------

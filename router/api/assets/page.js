@@ -1,87 +1,45 @@
-// The page of a llama-router: what it knows, and how it learns it.
+// The page of a llama-router: how it learns what all of its views show, and the frame around them.
 //
 // States of models come as events. What changes all the time (who waits, who is served, memory) has no events of its
 // own and is asked for every two seconds, in one request after the other: a browser opens no more than six
 // connections to a server, for all of its tabs, so none is kept for what can be asked.
 
-import { chatWith, noteQueue, startChat } from "./chat.js";
-import {
-  ask,
-  follow,
-  forgetKey,
-  get,
-  hasKey,
-  lostSince,
-  pause,
-  quoted,
-  Refused,
-  seen,
-  send,
-  setKey,
-  whenLocked,
-} from "./router.js";
-import {
-  canChat,
-  drawDecisions,
-  drawHead,
-  drawKept,
-  drawMemory,
-  drawModels,
-  drawPulls,
-  drawQueue,
-  drawRequests,
-  isRunning,
-  waitsForLoad,
-} from "./views.js";
-import { element } from "./drawing.js";
+import { announce, ago, duration, element, focusOn, number, perSec, put, show, stopPresses } from "./drawing.js";
+import { changed, known, need, outdate, waitsForLoad, whenChanged } from "./known.js";
+import { ask, follow, get, lostSince, pause, quoted, Refused, seen, setKey, whenLocked } from "./router.js";
+import { enter, shown } from "./routes.js";
+import { tell } from "./notice.js";
 
 const LOOK_MS = 2_000;
 const NEWS_MS = 500; // after a model's state has changed
-const SLOW_LOOKS = 3; // so many looks are between two at what changes slowly
 const DECISIONS = 60;
-const LOG_LINES = 500;
 
-const known = {
-  server: null,
-  startedAt: 0,
-  models: new Map(),
-  cards: new Map(), // what `/v1/models` says, by model
-  names: new Map(), // further names of models, by model
-  queue: null,
-  queueSeenAt: 0,
-  vram: null,
-  telemetry: null,
-  kv: null,
-  decisions: [],
-  pulls: [],
-  pending: new Map(), // by model: what ends the wait for the answer to a command
-  manages: false,
-};
+whenChanged(() => {
+  drawHead();
+  if (!known.server) return;
+  show(element("main"), true);
+  shown?.draw?.(known);
+});
 
-let due = false;
-
-function draw() {
-  if (due) return;
-  due = true;
-  requestAnimationFrame(() => {
-    due = false;
-    drawHead(known, lostSince);
-    if (!known.server) return;
-    document.querySelector("main").hidden = false;
-    drawModels(known);
-    drawMemory(known);
-    drawQueue(known);
-    drawRequests(known);
-    drawKept(known);
-    drawDecisions(known);
-    drawPulls(known);
-  });
+function drawHead() {
+  const { server, queue, telemetry, startedAt } = known;
+  put(
+    element("server"),
+    lostSince ? "no answer, reconnecting …" : (server?.status ?? "connecting …").replace("_", " "),
+  );
+  put(document.body.dataset, lostSince ? "lost" : (server?.status ?? ""), "server");
+  const { total_processing: served = 0, total_queued: queued = 0 } = queue?.summary ?? {};
+  const pace = perSec(telemetry?.windows["1m"].output_tokens ?? 0, 60);
+  const figures = `${number(served)} in flight · ${number(queued)} waiting · ${pace} tokens/s`;
+  const since = lostSince
+    ? `for ${duration(Math.round(ago(lostSince)))}`
+    : `up ${duration(Math.round(ago(startedAt)))}`;
+  put(element("totals"), server ? `${since} · ${figures}` : "");
 }
 
 // --- models, as they change ----------------------------------------------------------------------------------
 
 let run = "";
-let memoryIsOld = true;
 let decisionsAreOld = true; // some were made while nobody followed, or before
 
 function note({ event, id, data }) {
@@ -100,7 +58,7 @@ function note({ event, id, data }) {
     known.server = { ...known.server, status: told.status };
     decideAs({ id, model: null, reason: "", ...told });
   }
-  draw();
+  changed();
 }
 
 function noteAll({ server, models }) {
@@ -111,17 +69,21 @@ function noteAll({ server, models }) {
   known.startedAt = performance.now() - (now - new Date(server.started_at));
   const before = [...known.models.keys()].join("\n");
   known.models = new Map(all.map((model) => [model.alias, { ...model, seenAt: performance.now() }]));
-  memoryIsOld = true;
+  outdate("vram");
   if ([...known.models.keys()].join("\n") !== before) namesAreOld = true;
 }
 
+const ANNOUNCED = { ready: "is ready", failed: "has failed", off: "is unloaded", asleep: "sleeps" };
+
 function noteModel(model) {
-  if (model.status !== known.models.get(model.alias)?.status) {
-    known.pending.get(model.alias)?.abort(); // the row tells the rest
-    memoryIsOld = true;
+  const { alias, status } = model;
+  if (status !== known.models.get(alias)?.status) {
+    known.pending.get(alias)?.abort(); // the row tells the rest
+    outdate("vram");
     lookSoon();
+    if (status in ANNOUNCED) announce(`${alias} ${ANNOUNCED[status]}`);
   }
-  known.models.set(model.alias, { ...model, seenAt: performance.now() });
+  known.models.set(alias, { ...model, seenAt: performance.now() });
 }
 
 let decided = 0;
@@ -144,13 +106,13 @@ function decideAs({ id, model, status, reason, at }) {
 
 let namesAreOld = true;
 let lookSoon = () => {};
+let lookNow = () => {};
 
-async function look(turn) {
+async function look() {
   const stats = await get("v1/queue/stats");
   const before = known.queue?.per_model ?? {};
   [known.queue, known.queueSeenAt] = [stats, performance.now()];
-  noteQueue(stats);
-  draw();
+  changed();
   for (const [alias, { current_processing: busy, total_requests: total }] of Object.entries(stats.per_model)) {
     const was = before[alias];
     const isIdleAgain = busy === 0 && was && (was.current_processing || was.total_requests !== total);
@@ -165,60 +127,42 @@ async function look(turn) {
   for (const model of known.models.values()) {
     if (waitsForLoad(model)) noteModel(await get(`v1/models/${quoted(model.alias)}/status`)); // for what now
   }
-  if (memoryIsOld || turn % SLOW_LOOKS === 0) {
-    known.vram = await get("vram");
-    memoryIsOld = false;
-  }
-  if (turn % SLOW_LOOKS === 0) known.telemetry = await get("v1/telemetry/summary");
-  if (known.manages && turn % SLOW_LOOKS === 0) known.kv = await get("v1/kv?conversations=false");
-  if (known.manages && (turn % SLOW_LOOKS === 0 || known.pulls.some(isRunning))) {
-    known.pulls = (await get("v1/models/pull")).pulls;
-  }
+  await need("telemetry");
   if (namesAreOld) {
     noteNames((await get("v1/models")).data);
     namesAreOld = false;
   }
-  draw();
+  await shown?.ask?.(known);
+  changed();
 }
 
 function noteNames(cards) {
+  known.allCards = cards;
   known.cards = new Map(cards.filter((card) => !card.uses).map((card) => [card.id, card]));
   known.names = new Map();
   for (const { id, uses } of cards) {
     if (uses) known.names.set(uses, [...(known.names.get(uses) ?? []), id]);
   }
-  offer(element("chat-model"), cards.filter(canChat));
-  offer(element("log-model"), [{ id: "" }, ...known.cards.values()]);
-}
-
-function offer(select, cards) {
-  const chosen = select.value;
-  const options = cards.map(({ id, uses }) => {
-    const option = new Option(id || "none", id);
-    option.dataset.uses = uses ?? id;
-    return option;
-  });
-  select.replaceChildren(...options);
-  if (cards.some(({ id }) => id === chosen)) select.value = chosen;
 }
 
 async function lookForEver() {
   for (let turn = 0; ; turn += 1) {
     await seen();
+    const news = new Promise((resolve) => {
+      lookNow = resolve;
+      lookSoon = () => setTimeout(resolve, NEWS_MS);
+    });
     try {
       if (turn === 0) known.manages = await mayManage();
-      await look(turn);
+      await look();
     } catch (error) {
       if (turn === 0) turn = -1;
       if (error instanceof Refused) {
         if (error.status !== 503) tell(error.message);
       } else if (!lostSince && error.name !== "AbortError") console.error(error);
-      draw();
+      changed();
     }
-    await Promise.race([
-      pause(LOOK_MS),
-      new Promise((resolve) => (lookSoon = () => setTimeout(resolve, NEWS_MS))),
-    ]);
+    await Promise.race([pause(LOOK_MS), news]);
   }
 }
 
@@ -232,96 +176,13 @@ async function mayManage() {
   }
 }
 
-// --- commands ------------------------------------------------------------------------------------------------
-
-element("model-rows").addEventListener("click", ({ target }) => {
-  const button = target.closest("button");
-  if (!button) return;
-  const { alias } = button.closest("tr").dataset;
-  if (button.dataset.part === "chat") chatWith(alias);
-  else if (button.dataset.part === "log") readLog(alias);
-  else if (button.textContent === "Load") command(alias, "v1/models/load", { model: alias, wait: false });
-  else if (["Unload", "Cancel"].includes(button.textContent)) command(alias, "v1/models/eject", { model: alias });
-  else command(alias, `v1/models/${quoted(alias)}/reset`, {});
-});
-
-/** Waits for the answer only until the model's state changes: what is left to tell, the row tells. */
-async function command(alias, path, body) {
-  for (const waiting of known.pending.values()) waiting.abort(); // one connection for all that wait for room
-  const wait = new AbortController();
-  known.pending.set(alias, wait);
-  draw();
-  try {
-    await send(path, body, { signal: wait.signal });
-    noteModel(await get(`v1/models/${quoted(alias)}/status`));
-  } catch (error) {
-    if (error.name !== "AbortError") tell(`${alias}: ${error.message}`);
-  }
-  if (known.pending.get(alias) === wait) known.pending.delete(alias);
-  draw();
-}
-
-element("pull-form").addEventListener("submit", async (event) => {
-  event.preventDefault();
-  try {
-    await send("v1/models/pull", { model: element("pull-model").value.trim() });
-    element("pull-form").reset();
-    known.pulls = (await get("v1/models/pull")).pulls;
-  } catch (error) {
-    tell(error.message);
-  }
-  draw();
-});
-
-element("pull-rows").addEventListener("click", async ({ target }) => {
-  const button = target.closest("button");
-  if (!button) return;
-  try {
-    await ask(`v1/models/pull/${button.closest("li").dataset.pull}`, { method: "DELETE" });
-    known.pulls = (await get("v1/models/pull")).pulls;
-  } catch (error) {
-    tell(error.message);
-  }
-  draw();
-});
-
-// --- the log -------------------------------------------------------------------------------------------------
-
-let endLog = () => {};
-
-function readLog(alias) {
-  const lines = element("log-lines");
-  endLog();
-  lines.replaceChildren();
-  lines.hidden = !alias;
-  element("log-model").value = alias;
-  if (!alias) return;
-  let news = [];
-  const add = () => {
-    const atEnd = lines.scrollHeight - lines.scrollTop - lines.clientHeight < 40;
-    for (const text of news) lines.appendChild(document.createElement("div")).textContent = text;
-    while (lines.childElementCount > LOG_LINES) lines.firstElementChild.remove();
-    if (atEnd) lines.scrollTop = lines.scrollHeight;
-    news = [];
-  };
-  const note = ({ data }) => {
-    if (news.push(data) === 1) requestAnimationFrame(add);
-  };
-  const begin = () => lines.replaceChildren();
-  const refused = ({ message }) => note({ data: message });
-  endLog = follow(`v1/logs/${quoted(alias)}/stream?lines=${LOG_LINES}`, note, { begin, refused });
-  lines.scrollIntoView({ block: "nearest" });
-}
-
-element("log-model").addEventListener("change", ({ target }) => readLog(target.value));
-
-// --- the key, and what goes wrong ----------------------------------------------------------------------------
+// --- the key -------------------------------------------------------------------------------------------------
 
 whenLocked(
   (reason) =>
     new Promise((resolve) => {
-      element("refusal").textContent = reason;
-      element("lock").hidden = false;
+      put(element("refusal"), reason);
+      show(element("lock"), true);
       element("key").focus();
       element("lock").addEventListener(
         "submit",
@@ -329,8 +190,8 @@ whenLocked(
           event.preventDefault();
           setKey(element("key").value.trim());
           element("lock").reset();
-          element("lock").hidden = true;
-          element("forget").hidden = false;
+          focusOn(element("title"));
+          show(element("lock"), false);
           resolve();
         },
         { once: true },
@@ -338,23 +199,17 @@ whenLocked(
     }),
 );
 
-element("forget").hidden = !hasKey();
-element("forget").addEventListener("click", () => {
-  forgetKey();
-  location.reload();
-});
+// --- views ---------------------------------------------------------------------------------------------------
 
-function tell(problem) {
-  element("notice").firstElementChild.textContent = problem;
-  element("notice").hidden = false;
+async function navigate() {
+  await enter((error) => tell(`This view cannot be loaded: ${error.message}`));
+  changed();
+  lookNow();
 }
 
-element("notice").lastElementChild.addEventListener("click", () => {
-  element("notice").hidden = true;
-});
-
-element("filter").addEventListener("input", draw);
-startChat();
+addEventListener("hashchange", navigate);
+stopPresses();
+navigate();
 follow("v1/models/status/stream", note);
 lookForEver();
-setInterval(draw, 1000);
+setInterval(changed, 1000);

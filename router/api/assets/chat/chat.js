@@ -1,7 +1,7 @@
 // A small chat, to try a model: it streams, says why it waits, and stops when told to.
 
-import { eventsOf, send } from "./router.js";
-import { duration, element, put, stamp } from "./drawing.js";
+import { eventsOf, send } from "../router.js";
+import { duration, element, put, stamp } from "../drawing.js";
 
 let turns = [];
 let current = null; // the request that is being answered
@@ -23,12 +23,6 @@ export function startChat() {
     element("chat-turns").replaceChildren();
     element("chat-new").hidden = true;
   });
-}
-
-export function chatWith(alias) {
-  element("chat-model").value = alias;
-  element("chat-text").focus();
-  element("chat").scrollIntoView({ block: "nearest" });
 }
 
 /** Before the router's own words come with the stream, the queue tells how our request is doing. */

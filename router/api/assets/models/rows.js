@@ -1,0 +1,106 @@
+// Rows of models, as the overview and the list of models show them, and what their buttons do.
+
+import { ago, allow, bytes, counted, duration, link, list, put, secondsBetween, show, size, stamp, tokens } from "../drawing.js";
+import { canChat, waitsForLoad } from "../known.js";
+import { address, addressOf } from "../routes.js";
+import { act } from "./commands.js";
+
+const ACTIONS = {
+  off: "Load",
+  failed: "Reset",
+  loading: "Unload",
+  ready: "Unload",
+  asleep: "Unload",
+  draining: "Unload",
+  stopping: "Unload",
+};
+
+/** Makes the children of `body` rows of models; the returned function is called with them. */
+export function rowsOf(body) {
+  body.addEventListener("click", ({ target }) => {
+    const button = target.closest("button");
+    if (button) act(button.closest("tr").dataset.alias, button.textContent);
+  });
+  const draw = list(
+    body,
+    () => stamp("model-row"),
+    (model) => model.alias,
+    (row, model) => fill(row, model),
+  );
+  return (models, known) => draw(models.map((model) => ({ ...model, known })));
+}
+
+function fill(row, model) {
+  const { known, alias, status } = model;
+  const queue = known.queue?.per_model[alias];
+  const inFlight = queue?.current_processing ?? model.in_flight;
+  const [progress, told] = status === "loading" && model.load ? load(model) : [null, ""];
+  const waits = waitsForLoad(model);
+  put(row.root.dataset, status, "state");
+  put(row.root.dataset, alias, "alias");
+  put(row.alias, alias);
+  link(row.alias, addressOf(alias));
+  const why = told || (waits && model.why_waiting);
+  put(row.about, why || trouble(model) || queue?.waiting[0]?.why || description(model));
+  put(row.about, !why && trouble(model) ? "error" : "dim", "className");
+  const share = progress !== null && model.load.fraction ? ` ${Math.round(100 * progress)} %` : "";
+  put(row.state, waits ? "waiting" : `${status}${share}`);
+  show(row.progress, progress !== null);
+  put(row.progress, progress ?? 0, "value");
+  put(row.progress, `How far ${alias} is loaded`, "ariaLabel");
+  put(row.slots, model.started_at ? `${inFlight}/${model.slots}` : "");
+  put(row.queue, counted(queue?.by_priority ?? {}));
+  put(row.memory, places(model.memory?.booked_mb ?? {}, known));
+  put(row.leaves, leaves(model, inFlight));
+  const action = waits ? "Cancel" : ACTIONS[status];
+  put(row.manage, action);
+  put(row.manage, `${action} ${alias}`, "ariaLabel");
+  allow(row.manage, !known.pending.has(alias) && status !== "stopping");
+  show(row.manage, known.manages);
+  show(row.log, known.manages);
+  link(row.log, addressOf(alias, "logs"));
+  put(row.log, `Log of ${alias}`, "ariaLabel");
+  show(row.chat, canChat(known.cards.get(alias)));
+  link(row.chat, address("chat", [], { model: alias }));
+  put(row.chat, `Chat with ${alias}`, "ariaLabel");
+}
+
+/** Its share, by the engine's own word or else by the time that it takes; and the words for it. */
+function load({ load: { stage, fraction, elapsed_sec, expected_sec }, load_sec: measured, seenAt }) {
+  const elapsed = elapsed_sec + ago(seenAt);
+  const share = fraction ?? Math.min(elapsed / expected_sec, 0.99);
+  const expected = `${measured ? "~" : "perhaps "}${duration(expected_sec)}`;
+  return [share, `${duration(elapsed)} of ${expected}${stage ? `: ${stage.replaceAll("_", " ")}` : ""}`];
+}
+
+const trouble = ({ status, error_message }) => (["off", "failed"].includes(status) && error_message) || "";
+
+function description({ alias, source, known }) {
+  const card = known.cards.get(alias) ?? {};
+  const names = known.names.get(alias);
+  return [
+    card.description,
+    names && `also ${names.join(", ")}`,
+    card.quantization,
+    card.size && bytes(card.size),
+    card.n_ctx && `${tokens(card.n_ctx)} context`,
+    card.capabilities?.filter((name) => name !== "completion").join(", "),
+    source?.split("/").pop(),
+  ]
+    .filter(Boolean)
+    .join(" · ");
+}
+
+function places(booked, known) {
+  const names = Object.keys(booked).filter((device) => booked[device]);
+  const several = (known.vram?.devices.length ?? 0) > 1;
+  return names.map((device) => (several ? `${device} ${size(booked[device])}` : size(booked[device]))).join("\n");
+}
+
+function leaves(model, inFlight) {
+  if (!["ready", "asleep"].includes(model.status)) return "";
+  if (inFlight || model.slotless) return "busy";
+  if (model.unload_at === null) return model.pinned ? "pinned" : "kept";
+  const left = secondsBetween(model.updated_at, model.unload_at) - ago(model.seenAt);
+  return `in ${duration(Math.max(0, Math.round(left)))}`;
+}

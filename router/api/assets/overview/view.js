@@ -1,0 +1,59 @@
+// What goes on just now: who is resident, who waits, what memory holds and what was decided.
+
+import { element, number, put, show } from "../drawing.js";
+import { need, waitsForLoad } from "../known.js";
+import { rowsOf } from "../models/rows.js";
+import { figuresIn } from "../requests/figures.js";
+import { drawDecisions } from "./decisions.js";
+import { drawKept } from "./kept.js";
+import { drawMemory } from "./memory.js";
+import { drawQueue } from "./queue.js";
+
+const FEW_MODELS = 8;
+
+let showRows;
+let drawFigures;
+
+export const view = {
+  name: "overview",
+  title: "Overview",
+  start() {
+    showRows = rowsOf(element("resident-rows"));
+    drawFigures = figuresIn(element("figure-rows"), element("since-start"));
+  },
+  draw(known) {
+    drawResidents(known);
+    drawMemory(known);
+    drawQueue(known);
+    drawFigures(known);
+    drawKept(known);
+    drawDecisions(known);
+  },
+  async ask() {
+    await need("vram", "kv");
+  },
+};
+
+/** All of a few models; of many, those of which there is something to say. */
+function drawResidents(known) {
+  const models = [...known.models.values()];
+  const shown = models.length > FEW_MODELS ? models.filter((model) => isOfInterest(model, known)) : models;
+  showRows(shown, known);
+  const others = models.length - shown.length;
+  put(element("others"), others ? `${number(others)} ${shown.length ? "more" : ""} off` : "all models");
+  show(element("no-residents"), !shown.length);
+  show(element("residents-table"), shown.length);
+  put(
+    element("no-residents"),
+    models.length
+      ? "No model is loaded. Each is loaded when it is asked for."
+      : "No models are configured: start the router with --models-dir, name some in its configuration, or pull one.",
+  );
+}
+
+const isOfInterest = (model, { queue, pending }) =>
+  model.status !== "off" ||
+  waitsForLoad(model) ||
+  pending.has(model.alias) ||
+  Boolean(model.error_message) ||
+  Boolean(queue?.per_model[model.alias]?.queue_length);
