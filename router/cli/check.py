@@ -1,18 +1,22 @@
-"""Loads the configuration for the options of the command line, and implements `llama-router check`."""
+"""Loads the configuration for the options of the command line; `llama-router check` and `schema`."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from router.catalog.load import Loaded, load
+from router.config.problems import ConfigError, dotted
 from router.config.resolved import Config
-from router.config.show import render
+from router.config.schema import schema as schema_of_configuration
+from router.config.show import leaves, render
 from router.config.source import Source
 from router.engines.base import EngineBackend, NoEngine
 from router.engines.launcher import LocalLauncher
@@ -65,11 +69,28 @@ def check(options: argparse.Namespace) -> None:
     """Validate and print the configuration and what is installed of each kind of engine, with warnings on standard
     error. Raises ConfigError.
     """
-    loaded = asked_for(options)
+    try:
+        loaded = asked_for(options)
+    except ConfigError as error:
+        if options.json:
+            problems = [asdict(problem) for problem in error.problems]
+            print(json.dumps({"valid": False, "problems": problems}, indent=2))
+        raise
+    installed = {name: kind.installed(loaded.config.system) for name, kind in KINDS.items()}
+    warnings = [*loaded.warnings, *_would_not_load(loaded.config)]
+    if options.json:
+        values = {
+            key: {"value": text, "origin": loaded.origins[key]}
+            for key, text in ((dotted(path), text) for path, text in leaves(loaded.config))
+        }
+        engines = {name: each._asdict() for name, each in installed.items()}
+        document = {"valid": True, "warnings": warnings, "engines": engines, "values": values}
+        print(json.dumps(document, indent=2, default=str))
+        return
     print("\n".join(map(line, render(loaded.config, loaded.origins))))
-    for name, kind in KINDS.items():
-        print(line(f"engines.{name} = {kind.installed(loaded.config.system)}"))
-    for warning in (*loaded.warnings, *_would_not_load(loaded.config)):
+    for name, each in installed.items():
+        print(line(f"engines.{name} = {each}"))
+    for warning in warnings:
         print(line(f"warning: {warning}"), file=sys.stderr)
 
 
@@ -98,3 +119,8 @@ def _would_not_load(config: Config) -> Iterator[str]:
 
 def _nobody(engine: str, config: Config) -> str:
     return f"no model of engine {engine} will load" if len(config.engines) > 1 else "no model will load"
+
+
+def schema(_: argparse.Namespace) -> None:
+    """Print the JSON Schema of the configuration."""
+    print(json.dumps(schema_of_configuration(), indent=2))

@@ -1,4 +1,4 @@
-"""HTTP client of a running router, for the commands `top`, `ps`, `queue`, `logs`, `kv` and `rm`.
+"""HTTP client of a running router, for the commands that ask one.
 
 Based on `http.client`: one request at a time, and a stream of server-sent events read line by line. It uses no
 proxy of the environment and follows no redirect, so that the key is sent only to the router.
@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import http.client
 import json
-from collections.abc import Iterator
+import ssl
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
-from urllib.parse import urlsplit
+from typing import IO, Any
+from urllib.parse import SplitResult, urlsplit
 
 KEY_VARIABLE = "LLAMA_ROUTER_API_KEY"
+DEFAULT_PORT = 8000
+_ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104
 _ANSWER_SEC = 10.0
 _SILENCE_SEC = 75.0
 """Streams send something every 30 s at the latest."""
+_JSON = {"Content-Type": "application/json"}
 
 
 class CannotAsk(Exception):
@@ -26,6 +30,15 @@ class CannotAsk(Exception):
 
 class Unreachable(CannotAsk):
     """Raised when the router cannot be reached or the connection broke; trying again may help."""
+
+
+class Refused(CannotAsk):
+    """Raised when the router answers with an error; `code` is its code, empty if it has none."""
+
+    def __init__(self, message: str, status: int, code: str = "") -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,21 +54,16 @@ class Happened:
 
 
 class RouterClient:
-    """Client of the router at `url`. Raises ValueError if the URL or the key is invalid."""
+    """Client of the router at `url` (see `base_url`). Raises ValueError if the URL or the key is invalid."""
 
     def __init__(self, url: str, key: str | None) -> None:
-        try:
-            parts = urlsplit(url)
-            self._host, self._port = parts.hostname or "", parts.port
-        except ValueError:
-            self._host = ""
-        if not self._host or parts.scheme not in ("http", "https"):
-            raise ValueError(f"{url!r} is not a URL such as http://127.0.0.1:8000")
         if key and not (key.isascii() and key.isprintable()):
             raise ValueError(f"{KEY_VARIABLE} is not a valid key: keys consist of printable ASCII characters")
-        self.url = url.rstrip("/")
+        self.url = base_url(url)
+        parts = urlsplit(self.url)
+        self._host, self._port = parts.hostname or "", parts.port
         self._secure = parts.scheme == "https"
-        self._prefix = parts.path.rstrip("/")
+        self._prefix = parts.path
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     def get(self, path: str) -> Any:
@@ -67,6 +75,28 @@ class RouterClient:
         """Send DELETE for `path` and return the JSON document of the answer. Raises CannotAsk."""
         with self._ask(path, {}, _ANSWER_SEC, "DELETE") as answer:
             return json.loads(answer.read())
+
+    def post(self, path: str, body: Any = None, *, timeout_sec: float | None = _ANSWER_SEC) -> Any:
+        """Send a JSON document to `path` and return that of the answer. Raises CannotAsk."""
+        content = json.dumps(body).encode()
+        with self._ask(path, _JSON, timeout_sec, "POST", content) as answer:
+            return json.loads(answer.read() or b"null")
+
+    def has(self, path: str) -> bool:
+        """Return whether there is something at `path`. Raises CannotAsk."""
+        try:
+            with self._ask(path, {}, _ANSWER_SEC, "HEAD"):
+                return True
+        except Refused as error:
+            if error.status == 404:
+                return False
+            raise
+
+    def send(self, path: str, file: IO[bytes], nbytes: int) -> None:
+        """Send a file of `nbytes` to `path`. Raises CannotAsk."""
+        headers = {"Content-Type": "application/octet-stream", "Content-Length": str(nbytes)}
+        with self._ask(path, headers, _SILENCE_SEC, "POST", file) as answer:
+            answer.read()
 
     def text(self, path: str) -> str:
         """Return the plain text at `path`. Raises CannotAsk."""
@@ -96,34 +126,94 @@ class RouterClient:
 
     @contextmanager
     def _ask(
-        self, path: str, headers: dict[str, str], timeout_sec: float, method: str = "GET"
+        self,
+        path: str,
+        headers: Mapping[str, str],
+        timeout_sec: float | None,
+        method: str = "GET",
+        body: bytes | IO[bytes] | None = None,
     ) -> Iterator[http.client.HTTPResponse]:
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
         connection = kind(self._host, self._port, timeout=timeout_sec)
         try:
-            connection.request(method, self._prefix + path, headers={**self._headers, **headers})
+            connection.request(method, self._prefix + path, body, {**self._headers, **headers})
             answer = connection.getresponse()
-            if answer.status != 200:
+            if not 200 <= answer.status < 300:
                 raise self._refusal(answer)
             yield answer
         except TimeoutError:
             raise Unreachable(f"The router at {self.url} does not answer.") from None
         except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise Unreachable(f"No router can be reached at {self.url}: {reason}.") from None
+            raise Unreachable(f"No router can be reached at {self.url}: {_in_words(error)}.") from None
         except ValueError:  # not JSON
             raise CannotAsk(f"The server at {self.url} is not a llama-router.") from None
         finally:
             connection.close()
 
     def _refusal(self, answer: http.client.HTTPResponse) -> CannotAsk:
-        try:
-            said = json.loads(answer.read())["error"]
-            code, message = said["code"], said["message"]
-        except (ValueError, KeyError, TypeError):
-            return CannotAsk(f"The server at {self.url} is not a llama-router: HTTP {answer.status}.")
+        """Return what an answer other than success means, in the dialect of any of the router's routes."""
+        content = answer.read()
         if answer.status == 401:
-            return CannotAsk(f"The router at {self.url} requires a valid API key: set {KEY_VARIABLE}.")
+            message = f"The router at {self.url} requires a valid API key: set {KEY_VARIABLE}."
+            return Refused(message, answer.status)
+        if not content:  # of a HEAD request
+            return Refused(f"The router at {self.url} answers with HTTP {answer.status}.", answer.status)
+        try:
+            document = json.loads(content)
+            said = document.get("error", document)
+            code, message = (
+                ("", said) if isinstance(said, str) else (said.get("code", said.get("status")), said["message"])
+            )
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return CannotAsk(f"The server at {self.url} is not a llama-router: HTTP {answer.status}.")
         if code == "insufficient_permissions":
-            return CannotAsk(f"{message} Set {KEY_VARIABLE} to one of api.api_keys.")
-        return CannotAsk(str(message))
+            message = f"{message} Set {KEY_VARIABLE} to one of api.api_keys."
+        return Refused(str(message), answer.status, str(code))
+
+
+def base_url(text: str) -> str:
+    """Return the URL under which a router's routes lie, from what people and other clients write for it.
+
+    Those are `host`, `host:port`, `:port`, and URLs, also with the `/v1` that OpenAI's clients want. Without
+    scheme and port, the port is the router's default. Raises ValueError.
+    """
+    written = text.strip()
+    if written.count(":") > 1 and "://" not in written and "[" not in written:
+        written = f"[{written}]"  # an IPv6 address
+    has_scheme = "://" in written
+    try:
+        parts = urlsplit(written if has_scheme else f"http://{written}")
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        raise _not_a_url(text) from None
+    if (
+        not written
+        or parts.scheme not in ("http", "https")
+        or (not host and (has_scheme or port is None))
+        or any(map(str.isspace, written))
+    ):
+        raise _not_a_url(text)
+    if parts.username is not None or parts.query:  # a fragment is a view of the web UI
+        part = "a user" if parts.username is not None else "a query"
+        raise ValueError(f"the router's URL cannot have {part}; the key is read from {KEY_VARIABLE}")
+    host = _ANY_ADDRESS.get(host, host)
+    if port is None and not has_scheme:
+        port = DEFAULT_PORT
+    named = f"[{host}]" if ":" in host else host
+    return f"{parts.scheme}://{named}{'' if port is None else f':{port}'}{_prefix(parts)}"
+
+
+def _prefix(parts: SplitResult) -> str:
+    return parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def _not_a_url(text: str) -> ValueError:
+    return ValueError(f"{text!r} is not the address of a router, such as 127.0.0.1:8000 or https://host/v1")
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted ({error.verify_message}); SSL_CERT_FILE names further ones"
+    if isinstance(error, ssl.SSLError) and error.reason == "WRONG_VERSION_NUMBER":
+        return "it does not speak TLS; write http:// instead of https://"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

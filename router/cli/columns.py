@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
+import shutil
+import sys
+import time
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -15,6 +20,11 @@ def print_columns(rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
         print(line("  ".join([*cells, row[-1]]).rstrip()))
+
+
+def print_json(document: Any) -> None:
+    """Print a document for programs; characters that a terminal would interpret are escaped."""
+    print(json.dumps(document, indent=2))
 
 
 def _seconds_between(earlier: str, later: str) -> float:
@@ -78,3 +88,30 @@ def _unload_text(model: dict[str, Any]) -> str:
     if model["pinned"]:
         return "pinned"
     return "busy" if model["in_flight"] or model["slotless"] or model["waiting"] else "kept"
+
+
+class Ticker:
+    """Tells on standard error what is going on: on a terminal in one line that is redrawn, else now and then."""
+
+    _EVERY_SEC = 10.0
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._drawn = False
+        self._told_sec = -math.inf
+
+    def __enter__(self) -> Ticker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._drawn:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def __call__(self, text: str) -> None:
+        if self._terminal:
+            shown = line(text)[: shutil.get_terminal_size().columns - 1]
+            print(f"\r{shown}\x1b[K", end="", file=sys.stderr, flush=True)
+            self._drawn = True
+        elif text and time.monotonic() - self._told_sec >= self._EVERY_SEC:
+            self._told_sec = time.monotonic()
+            print(line(text), file=sys.stderr, flush=True)

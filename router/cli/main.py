@@ -6,10 +6,9 @@ Modules are imported when their command runs: those of `serve` take most of a se
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
@@ -17,9 +16,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 from router.cli import remote
 from router.cli.client import CannotAsk
+from router.cli.commands import CONFIGURATION, LOOK, MODELS, Command, Commands, Help
 from router.config.problems import CannotServe, ConfigError
 from router.system import sighup
-from router.system.printable import printable
+from router.system.printable import line, printable
 
 if TYPE_CHECKING:
     from router.catalog.load import Load
@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 def main(serve: Callable[[Load], None], arguments: Sequence[str] | None = None) -> None:
     """Run the command of the arguments, by default those of the process; `serve` runs the router.
 
-    Exit codes: 0 ended in order, 1 cannot serve or ask, 2 wrong configuration or command line; interrupted: 130.
+    Exit codes: 0 done, 1 it failed or was refused, 2 wrong configuration or command line; interrupted: 130.
     """
     _open_standard_files()
-    options = _parser().parse_args(_with_command(sys.argv[1:] if arguments is None else list(arguments)))
+    program = Program()
+    options = program.parse_args(program.with_command(sys.argv[1:] if arguments is None else list(arguments)))
     try:
         if options.run is None:
             _serve(options, serve)
@@ -63,25 +64,80 @@ def _give_up(error: Exception) -> NoReturn:
     sys.exit(1)
 
 
-def _with_command(arguments: list[str]) -> list[str]:
-    """Insert `serve`, the default command, if no command is given."""
-    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help", "--version")):
-        return ["serve", *arguments]
-    return arguments
+class Program(argparse.ArgumentParser):
+    """Parser of the whole command line."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            prog="llama-router",
+            usage="llama-router [COMMAND] [OPTIONS]",
+            description="One address for all your models, for OpenAI, Anthropic and Ollama clients.",
+            formatter_class=Help,
+        )
+        self.add_argument("--version", action=_Version, help="show the version and exit")
+        self.commands = Commands(self)
+        _add_serve_and_check(self.commands)
+        remote.add_parsers(self.commands)
+        _add_pull_and_rm(self.commands)
+        _add_estimate(self.commands)
+        _add_import(self.commands)
+        self.commands.add(
+            CONFIGURATION,
+            "schema",
+            "check.schema",
+            "print the JSON Schema of the configuration",
+            examples=("llama-router schema > schema.json",),
+        )
+
+    def with_command(self, arguments: list[str]) -> list[str]:
+        """Return the arguments with `serve`, the default command, if they name none. Exits with 2 for a wrong
+        one."""
+        if not arguments:
+            return ["serve"]
+        first, *others = arguments
+        if first in ("-h", "--help", "--version"):
+            return arguments
+        if first == "help":
+            return [*others[:1], "--help"]
+        if first.startswith("-"):
+            if first.partition("=")[0] in ("--url", "--json") and (
+                named := _first_of(others, self.commands.names)
+            ):
+                self.error(f"the command comes first: llama-router {named} {first} …")
+            return ["serve", *arguments]
+        if first not in self.commands.names:
+            self.error(f"there is no command {line(repr(first))}: {self.commands.advice_on(first)}")
+        return arguments
+
+    def format_help(self) -> str:
+        """Return the help of the program: commands by group."""
+        known = [command for group in self.commands.groups.values() for command in group]
+        width = max(len(name) for name, _ in known) + 2
+        groups = [
+            "\n".join([f"{group}:", *(f"  {name:<{width}}{text}" for name, text in commands)])
+            for group, commands in self.commands.groups.items()
+        ]
+        return "\n\n".join([f"{self.format_usage()}\n{self.description}", *groups, _MORE])
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="llama-router",
-        usage="llama-router [COMMAND] [--config FILE] [--models-dir DIR] [--hf-cache] [--ollama-store] "
-        "[--host HOST] [--port PORT] [--ollama-port PORT]",
-        description="One OpenAI-compatible endpoint in front of any number of models.",
-        epilog="The default command is serve. `llama-router COMMAND --help` describes a command.",
-    )
-    parser.add_argument("--version", action=_Version, help="show the version and exit")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", prog="llama-router")
+_MORE = """\
+`llama-router COMMAND --help` describes a command, with examples; `llama-router --version` prints the version.
 
-    source = argparse.ArgumentParser(add_help=False)
+Commands that ask a running router ask the one at --url or LLAMA_ROUTER_URL, else the one that is configured
+here, with the key in LLAMA_ROUTER_API_KEY. --json prints one document with the names of the router's API.
+
+Exit codes: 0 done; 1 it failed, or the router refused or did not answer; 2 wrong command line or configuration;
+130 interrupted.
+"""
+
+
+def _first_of(words: Sequence[str], names: Iterable[str]) -> str | None:
+    known = set(names)
+    return next((word for word in words if word in known), None)
+
+
+def _add_serve_and_check(commands: Commands) -> None:
+    source = Command(add_help=False)
     source.add_argument("--config", type=Path, metavar="FILE", help="configuration, JSON or YAML")
     source.add_argument(
         "--models-dir",
@@ -100,29 +156,39 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--host", help="address to listen on (api.host)")
     source.add_argument("--port", type=int, help="port to listen on (api.port)")
     source.add_argument("--ollama-port", type=int, help="additional port for Ollama's clients (api.ollama_port)")
+    commands.add(
+        LOOK,
+        "serve",
+        None,
+        "serve models (the default command)",
+        source,
+        examples=("llama-router", "llama-router --models-dir ~/models --port 8001"),
+    )
+    check = commands.add(
+        CONFIGURATION,
+        "check",
+        "check.check",
+        "validate the configuration and show it",
+        source,
+        description="Validate the configuration, read the models' files, and print every value with its origin. "
+        "Warnings go to standard error.",
+        examples=("llama-router check", "llama-router check --config other.yaml | grep models.qwen"),
+    )
+    check.add_argument("--json", action="store_true", help="print one JSON document")
 
-    run = commands.add_parser("serve", parents=[source], help="serve models (the default command)")
-    run.set_defaults(run=None)
 
-    check = commands.add_parser("check", parents=[source], help="validate the configuration and show it")
-    check.set_defaults(run=_check)
-
-    _add_pull_and_rm(commands)
-    remote.add_parsers(commands)
-    _add_estimate(commands)
-    _add_import(commands)
-
-    show = commands.add_parser("schema", help="print the JSON Schema of the configuration")
-    show.set_defaults(run=_schema)
-    return parser
-
-
-def _add_pull_and_rm(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    pull = commands.add_parser(
+def _add_pull_and_rm(commands: Commands) -> None:
+    pull = commands.add(
+        MODELS,
         "pull",
-        help="download a model from the Hugging Face hub",
+        "store.pull",
+        "download a model from the Hugging Face hub",
         description="Download a model into the Hugging Face cache (HF_HOME) and serve it. An interrupted download "
         "is resumed. HF_TOKEN gives access to gated and private repositories.",
+        examples=(
+            "llama-router pull hf.co/ggml-org/Qwen3-4B-GGUF:Q4_K_M",
+            "llama-router pull ggml-org/Qwen3-4B-GGUF --alias qwen",
+        ),
     )
     pull.add_argument(
         "model",
@@ -132,31 +198,38 @@ def _add_pull_and_rm(commands: argparse._SubParsersAction[argparse.ArgumentParse
     pull.add_argument("--alias", metavar="NAME", help="serve it under this name instead of USER/REPO:QUANT")
     pull.add_argument("--json", action="store_true", help="print progress as JSON lines")
     pull.add_argument("--config", type=Path, metavar="FILE", help="configuration whose model names are reserved")
-    pull.set_defaults(run=_pull)
 
-    remove = commands.add_parser(
+    remove = commands.add(
+        MODELS,
         "rm",
-        help="remove a pulled or created model",
+        "store.remove",
+        "remove a pulled or created model",
         description="Remove a pulled model, even if only partly downloaded, or a model created by a client "
-        "(`ollama create`, `ollama cp`). Files that were cached before, or that another model needs, are kept.",
+        "(`create`, `cp`). Files that were cached before, or that another model needs, are kept.",
+        examples=("llama-router rm ggml-org/Qwen3-4B-GGUF:Q4_K_M",),
     )
-    remove.add_argument("alias", metavar="ALIAS")
+    remove.add_argument("alias", metavar="MODEL")
     remove.add_argument(
         "--config", type=Path, metavar="FILE", help="configuration of the router where it was created"
     )
     remove.add_argument("--port", type=int, help="port of that router, if not the configured one")
-    remove.set_defaults(run=_remove)
 
 
-def _add_estimate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    estimate = commands.add_parser(
+def _add_estimate(commands: Commands) -> None:
+    estimate = commands.add(
+        MODELS,
         "estimate",
+        "estimate.run",
+        "estimate a model's memory use before downloading it",
         prog="llama-router estimate",
-        help="estimate a model's memory use before downloading it",
         usage="llama-router estimate MODEL [flags of llama-server]",
         description="Print the memory that a model needs on each device, and the largest context that fits. A "
         "model in safetensors is counted for vLLM if that is installed and can run it, else for Transformers; of "
         "the flags, only -c counts for it.",
+        examples=(
+            "llama-router estimate hf.co/ggml-org/Qwen3-4B-GGUF:Q4_K_M",
+            "llama-router estimate ~/models/qwen.gguf -c 32768 -np 2 -ctk q8_0 -ctv q8_0",
+        ),
     )
     estimate.add_argument(
         "model",
@@ -165,15 +238,17 @@ def _add_estimate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     flags = estimate.add_argument("flags", metavar="FLAGS", nargs=argparse.REMAINDER, help="flags of llama-server")
     flags.required = False  # otherwise argparse reports them as missing, too, if MODEL is missing
-    estimate.set_defaults(run=_estimate)
 
 
-def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    bring = commands.add_parser(
+def _add_import(commands: Commands) -> None:
+    bring = commands.add(
+        CONFIGURATION,
         "import",
-        help="convert a configuration of llama-swap",
+        "importing.run",
+        "convert a configuration of llama-swap",
         description="Write a configuration equivalent to one of llama-swap. Settings without a counterpart are "
         "listed on standard error with their lines.",
+        examples=("llama-router import llama-swap.yaml -o llama-router.yaml",),
     )
     bring.add_argument("file", type=Path, metavar="FILE", help="llama-swap's configuration")
     bring.add_argument(
@@ -183,7 +258,6 @@ def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         metavar="FILE",
         help="file to write, which must not exist yet (default: standard output)",
     )
-    bring.set_defaults(run=_import)
 
 
 class _Version(argparse.Action):
@@ -211,39 +285,3 @@ def _serve(options: argparse.Namespace, serve: Callable[[Load], None]) -> None:
             sys.stderr.flush()
         except OSError:  # a failed write must not determine the exit code
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-
-
-def _check(options: argparse.Namespace) -> None:
-    from router.cli.check import check
-
-    check(options)
-
-
-def _pull(options: argparse.Namespace) -> None:
-    from router.cli.store import pull
-
-    pull(options)
-
-
-def _remove(options: argparse.Namespace) -> None:
-    from router.cli.store import remove
-
-    remove(options)
-
-
-def _estimate(options: argparse.Namespace) -> None:
-    from router.cli.estimate import run
-
-    run(options)
-
-
-def _import(options: argparse.Namespace) -> None:
-    from router.cli.importing import run
-
-    run(options)
-
-
-def _schema(_: argparse.Namespace) -> None:
-    from router.config.schema import schema
-
-    print(json.dumps(schema(), indent=2))

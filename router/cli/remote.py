@@ -1,4 +1,4 @@
-"""Commands that query a running router, local or remote: `llama-router top`, `ps`, `queue`, `logs`, `kv`.
+"""Commands that ask a running router, local or remote: their options, and the connection.
 
 The router is the one at `--url` or `LLAMA_ROUTER_URL`, else the one of the configuration. Keys come from the
 environment or the configuration, never from the command line, which every user of the machine can read.
@@ -7,54 +7,195 @@ environment or the configuration, never from the command line, which every user 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from typing import TYPE_CHECKING
 
 from router.cli.client import KEY_VARIABLE, CannotAsk, RouterClient
-from router.cli.columns import duration, model_row, print_columns, size_text
-from router.system.printable import line, printable
+from router.cli.commands import CONFIGURATION, LOOK, MODELS, Command, Commands
 
 if TYPE_CHECKING:
     from router.config.schema import Api
 
 URL_VARIABLE = "LLAMA_ROUTER_URL"
-_ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
+KEY_NOTE = f"The API key is read from {KEY_VARIABLE}."
 
 
-def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    place = argparse.ArgumentParser(add_help=False)
-    place.add_argument(
-        "--url", metavar="URL", help=f"URL of the router (default: {URL_VARIABLE}, or as configured)"
+def place() -> Command:
+    """Return a parser of the options that say which router is meant."""
+    parser = Command(add_help=False)
+    parser.add_argument(
+        "--url",
+        metavar="URL",
+        help=f"the router: HOST:PORT, or a URL, with or without /v1 (default: {URL_VARIABLE}, or as configured)",
     )
-    place.add_argument("--config", type=Path, metavar="FILE", help="configuration that names the router's address")
-    key = f"The API key is read from {KEY_VARIABLE}."
-    as_json = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="configuration that names the router's address"
+    )
+    return parser
+
+
+def add_parsers(commands: Commands) -> None:
+    at = place()
+    as_json = Command(add_help=False)
     as_json.add_argument("--json", action="store_true", help="print the router's JSON response")
+    _add_looks(commands, at, as_json)
+    _add_models(commands, at, as_json)
+    commands.add(
+        CONFIGURATION,
+        "reload",
+        "models.reload",
+        "have the router read its configuration again",
+        at,
+        as_json,
+        description="Apply the changed configuration file of a running router, like SIGHUP, and print what has "
+        "changed. Engines of models whose entry is the same go on. A file with errors changes nothing.",
+        notes=KEY_NOTE,
+        examples=("llama-router reload",),
+    )
 
-    def add(
-        name: str, run: Callable[[argparse.Namespace], None], text: str, *more: argparse.ArgumentParser
-    ) -> argparse.ArgumentParser:
-        parser = commands.add_parser(name, parents=[place, *more], help=text, description=text, epilog=key)
-        parser.set_defaults(run=run)
-        return parser
 
-    add("top", _top, "watch a running router: models, memory, queues, decisions")
-    add("ps", _ps, "show the models of a running router", as_json)
-    add("queue", _queue, "show the waiting requests of a running router, and why they wait", as_json)
-    logs = add("logs", _logs, "show the engine log of a model")
-    logs.add_argument("alias", metavar="ALIAS")
+def _add_looks(commands: Commands, at: Command, as_json: Command) -> None:
+    ps = commands.add(
+        LOOK,
+        "ps",
+        "looking.ps",
+        "show the models that are loaded, wait or failed, and why",
+        at,
+        as_json,
+        notes=KEY_NOTE,
+        examples=("llama-router ps", "llama-router ps --url gpu-box:8000"),
+    )
+    ps.add_argument("-a", "--all", action="store_true", help="show models that are off, too")
+    commands.add(
+        LOOK,
+        "top",
+        "top.top",
+        "watch models, memory, queues and decisions; q leaves",
+        at,
+        as_json,
+        notes=KEY_NOTE,
+        examples=("llama-router top",),
+    )
+    commands.add(
+        LOOK,
+        "queue",
+        "looking.queue",
+        "show the waiting requests, and why they wait",
+        at,
+        as_json,
+        notes=KEY_NOTE,
+        examples=("llama-router queue",),
+    )
+    logs = commands.add(
+        LOOK,
+        "logs",
+        "looking.logs",
+        "show the output of a model's engine",
+        at,
+        as_json,
+        notes=f"{KEY_NOTE} With --json, --follow prints one JSON document a line.",
+        examples=("llama-router logs qwen -n 50", "llama-router logs -f qwen"),
+    )
+    logs.add_argument("model", metavar="MODEL", help="a model, or one of its engines by its name, such as qwen#3")
     logs.add_argument("-f", "--follow", action="store_true", help="follow new output")
     logs.add_argument(
-        "-n", "--lines", type=_positive, default=200, metavar="N", help="lines to start with (default: 200)"
+        "-n", "--lines", type=positive, default=200, metavar="N", help="lines to start with (default: 200)"
     )
-    kv = add("kv", _kv, "show the conversations that a router keeps on disk, or delete them", as_json)
+    kv = commands.add(
+        LOOK,
+        "kv",
+        "looking.kv",
+        "show the conversations that are kept on disk, or delete them",
+        at,
+        as_json,
+        notes=KEY_NOTE,
+        examples=("llama-router kv", "llama-router kv clear qwen"),
+    )
     kv.add_argument("action", nargs="?", choices=("clear",), help="delete them instead")
     kv.add_argument("model", nargs="?", metavar="MODEL", help="only those of this model")
+
+
+def _add_models(commands: Commands, at: Command, as_json: Command) -> None:
+    listing = commands.add(
+        MODELS,
+        "list",
+        "models.listing",
+        "list the models, loaded or not",
+        at,
+        as_json,
+        notes=KEY_NOTE,
+        examples=("llama-router list", "llama-router list gemma 4b"),
+        also=("ls",),
+    )
+    listing.add_argument("words", nargs="*", metavar="WORD", help="only those whose line has every WORD")
+    show = commands.add(
+        MODELS,
+        "show",
+        "models.show",
+        "show everything about a model: file, state, memory, parameters, why it failed",
+        at,
+        as_json,
+        notes=KEY_NOTE,
+        examples=("llama-router show qwen", "llama-router show qwen --template"),
+    )
+    show.add_argument("model", metavar="MODEL")
+    only = show.add_mutually_exclusive_group()
+    for part, text in (
+        ("template", "chat template"),
+        ("system", "system prompt"),
+        ("parameters", "parameters"),
+        ("license", "license"),
+        ("modelfile", "Modelfile, from which `llama-router create` makes the same model"),
+    ):
+        only.add_argument(
+            f"--{part}", dest="part", action="store_const", const=part, help=f"print only its {text}"
+        )
+    load = commands.add(
+        MODELS,
+        "load",
+        "models.load",
+        "load a model now, making room if necessary",
+        at,
+        as_json,
+        description="Load a model, and wait until it is ready; meanwhile, standard error says what it waits for.",
+        notes=KEY_NOTE,
+        examples=("llama-router load qwen", "llama-router load qwen --no-wait"),
+    )
+    load.add_argument("model", metavar="MODEL")
+    load.add_argument(
+        "--wait", action=argparse.BooleanOptionalAction, default=True, help="wait until it is ready (the default)"
+    )
+    unload = commands.add(
+        MODELS,
+        "unload",
+        "models.unload",
+        "unload a model once its requests in flight are done",
+        at,
+        as_json,
+        description="Unload a model once its requests in flight are done, or cancel a load that waits.",
+        notes=KEY_NOTE,
+        examples=("llama-router unload qwen", "llama-router unload --all"),
+        also=("stop",),
+    )
+    _add_one_or_all(unload, "all that are loaded")
+    reset = commands.add(
+        MODELS,
+        "reset",
+        "models.reset",
+        "clear the failures of a model, so that it may be loaded at once",
+        at,
+        as_json,
+        notes=KEY_NOTE,
+        examples=("llama-router reset qwen", "llama-router reset --all"),
+    )
+    _add_one_or_all(reset, "all that have failed")
+
+
+def _add_one_or_all(parser: Command, all_of_them: str) -> None:
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("model", metavar="MODEL", nargs="?")
+    which.add_argument("--all", action="store_true", help=all_of_them)
 
 
 def connect(options: argparse.Namespace) -> RouterClient:
@@ -62,17 +203,23 @@ def connect(options: argparse.Namespace) -> RouterClient:
 
     A key of the configuration is sent only to the address in the configuration. Raises CannotAsk, ConfigError.
     """
-    if url := options.url or os.environ.get(URL_VARIABLE):
+    if url := url_given(options):
         return _client(url, os.environ.get(KEY_VARIABLE))
     from router.catalog.load import load  # takes 0.2 s, not needed with a URL
 
     return connect_here(load(options.config, environ=os.environ, cwd=Path.cwd(), check_files=False).config.api)
 
 
+def url_given(options: argparse.Namespace) -> str | None:
+    """Return the URL of the command line or the environment, as it is written there."""
+    return options.url or os.environ.get(URL_VARIABLE) or None
+
+
 def connect_here(api: Api) -> RouterClient:
     """Return a client of the router with this configuration."""
     configured = api.api_keys[0].get_secret_value() if api.api_keys else None
-    return _client(_own_url(api), os.environ.get(KEY_VARIABLE) or configured)
+    host = f"[{api.host}]" if ":" in api.host else api.host
+    return _client(f"http://{host}:{api.port}", os.environ.get(KEY_VARIABLE) or configured)
 
 
 def _client(url: str, key: str | None) -> RouterClient:
@@ -82,121 +229,9 @@ def _client(url: str, key: str | None) -> RouterClient:
         raise CannotAsk(f"{error}.") from None
 
 
-def _own_url(api: Api) -> str:
-    host = _ANY_ADDRESS.get(api.host, api.host)
-    return f"http://[{host}]:{api.port}" if ":" in host else f"http://{host}:{api.port}"
-
-
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Return a number of at least 1. Raises ArgumentTypeError."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return number
-
-
-def _top(options: argparse.Namespace) -> None:
-    from router.cli import top  # rich takes its time to import
-
-    top.run(connect(options))
-
-
-def _ps(options: argparse.Namespace) -> None:
-    status = connect(options).get("/v1/models/status")
-    if options.json:
-        print(json.dumps(status, indent=2))
-        return
-    head = ("MODEL", "STATE", "PID", "PORT", "MEMORY", "SLOTS", "QUEUE", "UP", "UNLOADS IN")
-    print_columns([head, *(model_row(model) for model in status["models"].values())])
-
-
-def _queue(options: argparse.Namespace) -> None:
-    stats = connect(options).get("/v1/queue/stats")
-    if options.json:
-        print(json.dumps(stats, indent=2))
-        return
-    queues = [model["waiting"] for model in stats["per_model"].values() if model["waiting"]]
-    if not queues:
-        print(f"No requests waiting; {stats['summary']['total_processing']} in flight.")
-        return
-    queues.sort(key=lambda queue: -max(request["waited_sec"] for request in queue))
-    waiting = [request for queue in queues for request in queue]
-    head = ("MODEL", "PRIORITY", "POSITION", "WAITED", "EXPECTED", "REQUEST", "WHY")
-    print_columns([head, *(_request_row(request) for request in waiting)])
-    if (more := stats["summary"]["total_queued"] - len(waiting)) > 0:
-        print(f"… and {more} more")
-
-
-def _request_row(request: dict[str, Any]) -> tuple[str, ...]:
-    return (
-        request["alias"],
-        request["priority"],
-        str(request["position"]),
-        duration(request["waited_sec"]),
-        "unknown" if request["expected_wait_sec"] is None else duration(request["expected_wait_sec"]),
-        request["id"],
-        request["why"],
-    )
-
-
-def _kv(options: argparse.Namespace) -> None:
-    client = connect(options)
-    if options.action == "clear":
-        chosen = "" if options.model is None else f"?model={quote(options.model, safe='')}"
-        cleared = client.delete(f"/v1/kv{chosen}")
-        if options.json:
-            print(json.dumps(cleared, indent=2))
-        else:
-            gone = cleared["deleted"]
-            print(f"{_conversations(gone['count'])} deleted, {size_text(gone['bytes'])} freed")
-        return
-    kept = client.get("/v1/kv")
-    if options.json:
-        print(json.dumps(kept, indent=2))
-        return
-    rows = [_kv_row(alias, each) for alias, of in kept["models"].items() for each in of["conversations"]]
-    if rows:
-        print_columns([("MODEL", "TOKENS", "SIZE", "AGE", "USES", "CLIENT"), *rows])
-    for each in kept["distrusted"]:
-        models = ", ".join(each["models"]) or "a model that is not loaded"
-        print(line(f"Not kept for {models}: {each['reason']}"))
-    print(line(_kv_summary(kept)))
-
-
-def _kv_row(alias: str, each: dict[str, Any]) -> tuple[str, ...]:
-    return (
-        alias,
-        str(each["tokens"]),
-        size_text(each["bytes"]).replace(" ", ""),
-        duration(each["age_sec"]),
-        str(each["uses"]),
-        each["client"] or "-",
-    )
-
-
-def _kv_summary(kept: dict[str, Any]) -> str:
-    total, limits = kept["total"], kept["limits"]
-    if not kept["enabled"]:
-        why = "kv_store.enabled is false" if kept["folder"] else "there is no folder for them"
-        return f"Conversations are not kept: {why}. {_conversations(total['count'])} on disk."
-    limit = f"{size_text(limits['bytes'])}, {duration(limits['age_sec'])}"
-    return f"{_conversations(total['count'])}, {size_text(total['bytes'])} of at most {limit}, in {kept['folder']}"
-
-
-def _conversations(count: int) -> str:
-    return f"{count} conversation{'' if count == 1 else 's'}"
-
-
-def _logs(options: argparse.Namespace) -> None:
-    client = connect(options)
-    path = f"/v1/logs/{quote(options.alias, safe='')}"
-    # Engine output may quote control sequences from a model file, which a terminal would interpret.
-    shown = printable if sys.stdout.isatty() else str
-    if not options.follow:
-        sys.stdout.write(shown(client.text(f"{path}?lines={options.lines}")))
-        return
-    for event in client.events(f"{path}/stream?lines={options.lines}"):
-        if event.name == "log":
-            print(shown(event.text), flush=True)
-        elif event.name == "missed":
-            print(f"… {shown(event.text)} lines missed", flush=True)
-    raise CannotAsk(f"The router at {client.url} has closed the stream.")

@@ -7,6 +7,7 @@ says so and keeps the last known values.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import re
@@ -29,7 +30,8 @@ from rich.table import Table
 from rich.text import Text
 
 from router.cli.client import CannotAsk, Happened, RouterClient
-from router.cli.columns import duration, memory, model_row
+from router.cli.columns import duration, memory, model_row, print_json
+from router.cli.remote import connect
 from router.system.printable import printable
 
 _LOOK_SEC = 1.0
@@ -106,6 +108,22 @@ class View:
     decisions: tuple[Decision, ...] = ()
     problem: str = ""
     """Why the other values are out of date; empty while the router responds."""
+
+
+def top(options: argparse.Namespace) -> None:
+    """Watch the router. Raises CannotAsk, ConfigError."""
+    client = connect(options)
+    if options.json:
+        print_json(
+            {
+                "status": client.get("/v1/models/status"),
+                "queue": client.get("/v1/queue/stats"),
+                "memory": client.get("/vram"),
+                "decisions": client.get("/v1/decisions")["decisions"],
+            }
+        )
+    else:
+        run(client)
 
 
 def run(client: RouterClient) -> None:

@@ -19,6 +19,7 @@ import pytest
 from conftest import ROOT, Router, Start, eventually, fake, models, run
 
 from router.__main__ import main
+from router.cli.client import base_url
 
 KEY = "sesame-open"
 
@@ -28,9 +29,11 @@ def command(*arguments: str) -> list[str]:
 
 
 def rows(printed: str) -> dict[str, dict[str, str]]:
-    """A printed table by the first column."""
-    head, *lines = [line.split() for line in printed.replace("UNLOADS IN", "UNLOADS").splitlines()]
-    return {line[0]: dict(zip(head, line, strict=True)) for line in lines}
+    """A printed table by the first column; the cells of the last column may be empty, or contain spaces."""
+    head, *lines = printed.replace("UNLOADS IN", "UNLOADS").splitlines()
+    names = head.split()
+    cells = [[*line.split(maxsplit=len(names) - 1), ""] for line in lines]
+    return {line[0]: dict(zip(names, line, strict=False)) for line in cells}
 
 
 def test_what_only_reads_the_configuration_imports_no_engine() -> None:
@@ -52,8 +55,12 @@ def test_ps_tells_what_runs_where_and_for_how_long_it_stays(start: Start, tiny: 
     for alias in ("idle", "own-timeout", "pin"):
         assert router.chat(alias).status_code == 200
 
-    asked = run("ps", "--url", router.url, cwd=tmp_path)
+    shown = run("ps", "--url", router.url, cwd=tmp_path)
+    assert list(rows(shown.stdout)) == ["idle", "own-timeout", "pin"]
+    assert shown.stderr == "1 more model is off (--all shows them).\n"
+    asked = run("ps", "--all", "--url", router.url, cwd=tmp_path)
     assert asked.returncode == 0, asked.stderr
+    assert asked.stderr == ""
     table = rows(asked.stdout)
     assert table["idle"]["STATE"] == "ready"
     assert {int(row["PID"]) for row in table.values() if row["PID"] != "-"} == {e.pid for e in router.engines}
@@ -62,6 +69,7 @@ def test_ps_tells_what_runs_where_and_for_how_long_it_stays(start: Start, tiny: 
     assert table["idle"]["UNLOADS"].startswith(("9m5", "10m00"))
     assert table["own-timeout"]["UNLOADS"].startswith(("1h59", "2h00"))
     assert table["pin"]["UNLOADS"] == "pinned"
+    assert table["idle"]["WHY"] == "idle"
     assert [table["never-used"][name] for name in ("STATE", "PID", "MEMORY", "UP")] == ["off", "-", "-", "-"]
 
     document = json.loads(run("ps", "--json", "--url", router.url, cwd=tmp_path).stdout)
@@ -200,7 +208,10 @@ def test_without_a_url_it_asks_the_configured_router_with_its_key(
         port = holder.getsockname()[1]
     config = {"api": {"host": "0.0.0.0", "port": port, "api_keys": [KEY]}, "models": models(tiny, "a")}
     router = start(config, arguments=["--port", str(port)])
-    assert rows(run("ps", "--config", str(tmp_path / "config.json"), cwd=Path("/")).stdout)["a"]["STATE"] == "off"
+    assert (
+        rows(run("ps", "--all", "--config", str(tmp_path / "config.json"), cwd=Path("/")).stdout)["a"]["STATE"]
+        == "off"
+    )
 
     loopback = f"http://127.0.0.1:{port}"
     refused = run("ps", "--url", loopback, cwd=tmp_path)  # a key of the configuration goes to no other address
@@ -250,9 +261,34 @@ def test_nobody_there_and_somebody_else_there_are_told_apart(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "url", ["127.0.0.1:8000", "ftp://127.0.0.1", "http://", "http://host:port", "http://[::1"]
+    ("written", "understood"),
+    [
+        ("127.0.0.1:8000", "http://127.0.0.1:8000"),
+        ("gpu-box", "http://gpu-box:8000"),
+        (":9000", "http://127.0.0.1:9000"),
+        ("0.0.0.0:9000/", "http://127.0.0.1:9000"),
+        ("::1", "http://[::1]:8000"),
+        ("[::1]:80", "http://[::1]:80"),
+        ("http://gpu-box", "http://gpu-box"),
+        ("http://gpu-box:8000/v1/", "http://gpu-box:8000"),
+        ("https://gpu-box/llm/v1", "https://gpu-box/llm"),
+        ("http://gpu-box:8000/#/requests", "http://gpu-box:8000"),
+    ],
 )
+def test_the_address_of_a_router_may_be_written_as_for_other_clients(written: str, understood: str) -> None:
+    assert base_url(written) == understood
+
+
+@pytest.mark.parametrize("url", ["ftp://127.0.0.1", "http://", "http://host:port", "http://[::1", "a b", " "])
 def test_a_url_that_is_none_is_named(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="1"):
         main(["ps", "--url", url])
     assert repr(url) in capsys.readouterr().err
+
+
+def test_a_url_with_a_password_is_refused_without_repeating_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        main(["ps", "--url", "http://me:secret@127.0.0.1:8000"])
+    said = capsys.readouterr().err
+    assert "LLAMA_ROUTER_API_KEY" in said
+    assert "secret" not in said
