@@ -52,6 +52,7 @@ from router.observe import logs
 from router.observe.events import Events, RequestsDone
 from router.observe.logs import Logs
 from router.runtime.dispatcher import Dispatcher
+from router.runtime.wait_log import WaitLog
 from router.scheduling.messages import ModelState
 from router.store.creations import Creations
 from router.store.downloads import Downloads
@@ -252,8 +253,19 @@ class _Service:
         browsers = Browsers(self._loaded.config.api, self._keyring)
         cards = Cards()
         library = Library(lambda: self._dispatcher.config, downloads, self._creations)
-        app = create_app(self._dispatcher, self._keyring, browsers, self.reload, library, cards, self._kv_store)
         exchanges = Exchanges(self._dispatcher, self._keyring, browsers, cards, TRANSLATORS)
+        waits = WaitLog(self._dispatcher)
+        app = create_app(
+            self._dispatcher,
+            self._keyring,
+            browsers,
+            self.reload,
+            library,
+            cards,
+            self._kv_store,
+            exchanges,
+            waits,
+        )
         protocols = partial(HttpProtocol, exchanges), partial(PagesProtocol, exchanges)
         most_clients = _most_clients(self._loaded.config.api)
         door = Door(*protocols, most_clients, self._dispatcher.events)
@@ -273,6 +285,7 @@ class _Service:
         )
         kept = [
             keep("health monitor", health.run),
+            keep("reasons for waits", waits.watch),
             keep("notifications to systemd", lambda: self._notifier.keep_telling(self._status)),
             keep("lookup of the machine's names", browsers.ask_for_own_names),
             keep("return of memory", give_memory_back),

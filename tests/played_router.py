@@ -99,6 +99,7 @@ class _PlayedHandle:
 
 class _PlayedEngine:
     handle = _PlayedHandle()
+    id = 1
     ready_sec = failed_probes = 0
     alive_sec = 0.0
 
@@ -171,6 +172,8 @@ class PlayedRouter:
         return text
 
     def publish(self, happening: object) -> None: ...
+
+    def listen(self, kind: type, listener: object) -> None: ...
 
     def done(self, request: RequestDone) -> None:
         self.done_requests.append(request)

@@ -29,12 +29,14 @@ from router.api import (
     openai,
     page,
     pulls,
+    requests,
 )
 from router.api.live import Live
 from router.api.llama_swap import DONE_BY_GET
 from router.api.openapi import Description
 from router.catalog.cards import Cards
 from router.catalog.library import Library
+from router.dataplane.exchange import Exchanges
 from router.dataplane.shortening import most_values
 from router.dialects.ollama import create as creating
 from router.dialects.ollama import pages as ollama
@@ -46,9 +48,11 @@ from router.http.pages import Page, PagesByPath, Right, let_in, needs
 from router.http.routes import ROUTES
 from router.kv.store import KvStore
 from router.observe.metrics import Metrics
+from router.observe.recent import RecentRequests
 from router.observe.statistics import Telemetry
 from router.runtime.dispatcher import Dispatcher
 from router.runtime.gauges import gauges_of
+from router.runtime.wait_log import WaitLog
 
 _BLOBS = "/api/blobs/"
 Reload = Callable[[], Awaitable[dict[str, Any]]]
@@ -68,6 +72,7 @@ PAGES = tuple(
         creating,
         memory,
         kv,
+        requests,
         monitoring,
         page,
     )
@@ -86,9 +91,13 @@ def create_app(
     library: Library,
     cards: Cards,
     kv_store: KvStore,
+    exchanges: Exchanges,
+    waits: WaitLog,
 ) -> ASGIApp:
     """Build the application. The dispatcher is started and stopped by the caller."""
     pages = _pages(dispatcher, keyring, reload, library, cards, kv_store)
+    pages.state.exchanges = exchanges
+    pages.state.waits = waits
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         is_file = scope["path"].startswith(_BLOBS)  # which is written to disk as it arrives
@@ -178,6 +187,7 @@ def _pages(
     app.state.live = Live(dispatcher)
     app.state.as_llama_swap = llama_swap.Events(dispatcher)
     app.state.telemetry = Telemetry(dispatcher.events, time.monotonic)
+    app.state.recent_requests = RecentRequests(dispatcher.events, lambda: dispatcher.config.system.requests_kept)
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:

@@ -40,7 +40,7 @@ class Live:
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
-        self._run = f"{int(dispatcher.started_at * 1000):x}"
+        self.run = f"{int(dispatcher.started_at * 1000):x}"
         """Prefix of event ids, which differs between runs of the router."""
         self.states = {full: Feed(partial(self._status_of_all, full), _KEPT_EVENTS) for full in (True, False)}
         """The streams for full access (`True`) and for other clients: the same events in more or less detail."""
@@ -64,7 +64,7 @@ class Live:
     def number_of(self, event_id: str) -> int | None:
         """Return the number of the event with this id; None for an id of another run."""
         run, _, number = event_id.partition("-")
-        return int(number) if run == self._run and number.isdecimal() and len(number) < 20 else None
+        return int(number) if run == self.run and number.isdecimal() and len(number) < 20 else None
 
     def _model_changed(self, change: ModelChanged) -> None:
         is_here = change.alias in self._dispatcher.scheduler.models
@@ -155,7 +155,7 @@ class Live:
         return status_of(self._dispatcher, alias, full=full)
 
     def _identity(self, number: int) -> str:
-        return f"{self._run}-{number}"
+        return f"{self.run}-{number}"
 
 
 @router.get("/v1/decisions")

@@ -30,6 +30,7 @@ _ERRORS = {
     415: "The request body has a Content-Encoding.",
     422: "The engine cannot process the request.",
     429: "Too many requests are waiting.",
+    499: "The request was cancelled by an operator.",
     500: "The engine or the disk failed.",
     501: "The model was not started for this kind of request, or the router has no state directory and cannot "
     "create models.",
@@ -38,7 +39,7 @@ _ERRORS = {
     504: "The request timed out.",
     507: "The model does not fit into memory, or the file does not fit onto the disk.",
 }
-_DATA_PLANE = (400, 401, 403, 404, 413, 415, 422, 429, 500, 501, 502, 503, 504, 507)
+_DATA_PLANE = (400, 401, 403, 404, 413, 415, 422, 429, 499, 500, 501, 502, 503, 504, 507)
 _FURTHER = {"/v1/models/pull": (409, 429), "/pull": (409, 429, 500, 502)}
 _OF_ENGINES = "Answered by the engine of `model`; the alias may be configured to change the request."
 _TRANSLATED = "The request is translated for the engine of `model`, and the response back."

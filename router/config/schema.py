@@ -226,6 +226,20 @@ def _of_policy(name: str, **more: Any) -> Any:
     return Field(description=CONSTANTS[name].words, **default, **more)
 
 
+class Capture(Section):
+    """Bodies of requests and answers, kept in memory for operators."""
+
+    requests: Count = Field(
+        default=0,
+        description="Number of the last requests whose bodies are kept, with their answers; 0: none. Full keys "
+        "see them in /v1/requests/{id}, without what looks like a key or a password. Nothing of them is logged or "
+        "written to disk.",
+    )
+    max_mb: PositiveCount = Field(
+        default=16, description="Limit in MiB on all of them together; of one body, at most 256 KiB are kept."
+    )
+
+
 class System(Section):
     """Engines, the memory that they may use, and time limits."""
 
@@ -394,6 +408,14 @@ class System(Section):
         "It is created with access for its owner only and used by one router at a time. null: llama-router/PORT "
         "in $XDG_STATE_HOME or ~/.local/state (macOS: ~/Library/Application Support); no folder if the port is "
         "0. The environment variable LLAMA_ROUTER_STATE_DIR takes precedence.",
+    )
+    requests_kept: Annotated[int, Field(ge=0, le=10_000)] = Field(
+        default=1000,
+        description="Number of the last requests that are kept in memory for /v1/requests; 0: none. Those that "
+        "were refused before they asked for a slot take at most a quarter of the room, if others need it.",
+    )
+    capture: Capture = Field(
+        default_factory=Capture, description="Which bodies of requests and answers operators may read later."
     )
     log_ring_lines: PositiveCount = Field(
         default=1000, description="Number of lines of each engine's output kept in memory."

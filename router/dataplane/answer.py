@@ -11,9 +11,10 @@ from http import HTTPStatus
 from typing import Protocol
 
 from router.formats.unreadable import UNREADABLE
-from router.http.errors import ApiError
+from router.http.errors import CANCELLED, ApiError
 
 _STATUS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
+_STATUS[CANCELLED] = b"HTTP/1.1 %d Client Closed Request\r\n" % CANCELLED
 
 DOCUMENT = b"content-type: application/json; charset=utf-8\r\n"
 
@@ -63,6 +64,11 @@ class Answer:
         """True once the client has been sent a head, or will be with the next write."""
         self.has_length = False
         """True if the length was announced, so that nothing can be added."""
+
+    @property
+    def wire(self) -> Wire:
+        """The connection to which it is written."""
+        return self._wire
 
     @property
     def peer(self) -> str:

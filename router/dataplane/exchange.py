@@ -22,11 +22,13 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import lru_cache, partial
+from typing import NamedTuple
 from urllib.parse import quote
 
 from router.catalog.cards import Cards
 from router.config.schema import System
 from router.dataplane.answer import DOCUMENT, Answer, BrokenAnswer, with_type
+from router.dataplane.capture import Captures, Recording, recording_of
 from router.dataplane.heads import RequestHead
 from router.dataplane.incoming import IncomingRequest
 from router.dataplane.limits import Bodies
@@ -36,12 +38,12 @@ from router.engines.llamacpp.usage import AnswerMeter
 from router.engines.running import RunningEngine
 from router.engines.upstream import Body, Connection, Head, Receiver
 from router.http.auth import Keyring
-from router.http.errors import ApiError, refused
+from router.http.errors import CANCELLED, ApiError, refused
 from router.http.origins import Browsers
 from router.http.routes import KEPT, ROUTES, SERVED, Ask, Dialect, Stream, served_routes
 from router.http.tools import form_of
 from router.kv.keeper import Keeper, Placement, Source
-from router.observe.events import Outcome, RequestDone
+from router.observe.events import ModelsListed, Outcome, RequestDone
 from router.observe.usage import NO_USAGE, Usage
 from router.runtime.dispatcher import Dispatcher, Ticket, Waiting
 from router.scheduling.queue import NAMES
@@ -66,8 +68,31 @@ _KV_LINES = {source: b"x-kv: %b\r\n" % source.value.encode() for source in Sourc
 _EVENT_STREAM = b"content-type: text/event-stream\r\ncache-control: no-cache\r\n"
 
 
+class LiveRequest(NamedTuple):
+    """What is known of a request that has not ended."""
+
+    id: str
+    ticket: Ticket | None
+    """None: its body is still being received or read."""
+    begun_sec: float
+    """Time of its head (monotonic)."""
+    route: str
+    client: str
+    owner: str
+    """See `RequestDone.owner`."""
+    peer: str
+    streamed: bool
+    request_bytes: int
+    first_sec: float | None
+    """Time of the first byte of its answer (monotonic)."""
+    answer_bytes: int
+    output_tokens: int
+    """Pieces of text that a stream has had, nearly always a token each."""
+    kv: str
+
+
 class Exchanges:
-    """State shared by all exchanges, and the exchanges currently with an engine."""
+    """State shared by all exchanges, and the exchanges that have not ended."""
 
     def __init__(
         self,
@@ -92,12 +117,20 @@ class Exchanges:
         self.rounds = Rounds()
         """Connections that have sent more than is read at once, served in turn."""
         self.readers = threads.pool("large bodies", 1)  # several would slow down the event loop
+        self.live: dict[Exchange, float] = {}
+        """Exchanges that have not ended, the oldest first, each with the time at which it began (monotonic)."""
+        self.captures = Captures(dispatcher.config.system.capture)
+        dispatcher.events.listen(ModelsListed, self._configured)
         self._watched: set[Exchange] = set()
+        """Exchanges with an engine."""
         self._timer: asyncio.TimerHandle | None = None
 
     def release_later(self, size: int) -> None:
         """Release memory counted for an engine later: it reads a body to its end even without a client."""
         asyncio.get_running_loop().call_later(_STILL_READ_SEC, self.bodies.release, size)
+
+    def _configured(self, _: ModelsListed) -> None:
+        self.captures.set(self.dispatcher.config.system.capture)
 
     def watch(self, exchange: Exchange) -> None:
         """Watch an exchange for timeouts. One timer serves all: setting one for each would cost more."""
@@ -216,6 +249,44 @@ class Exchange(IncomingRequest):
         if self._connection is not None:
             self._connection.resume()
 
+    def known(self) -> LiveRequest:
+        """Return what is known of the request, which has not ended."""
+        meter, ticket = self._meter, self._ticket
+        return LiveRequest(
+            self._request_id,
+            ticket,
+            self._shared.live[self],
+            self._route(),
+            self._client_name,
+            self._owner,
+            self._answer.peer,
+            self._streams,
+            len(self._body) or self._held,
+            meter.first_sec,
+            meter.size,
+            meter.pieces() if self._relays and self._streams else 0,
+            self._placement.source if self._placement is not None else "",
+        )
+
+    def is_called(self, request_id: str) -> bool:
+        return self._request_id == request_id
+
+    def captured(self) -> Recording | None:
+        """Return the recording of its bodies so far, if it is recorded."""
+        return recording_of(self._answer)
+
+    def cancel(self, reason: str) -> None:
+        """End the request, in whatever state, on behalf of somebody else than its connection.
+
+        Its client gets an error, or an event with it that ends its stream. A stream whose last event was sent is
+        complete.
+        """
+        error = ApiError(CANCELLED, Outcome.CANCELLED.value, reason)
+        if self._ticket is None:
+            self._refuse(error)
+        else:
+            self._break_off(error)
+
     def hang_up(self) -> None:
         """Close the connection after this response."""
         self._answer.keep_alive = False
@@ -282,7 +353,7 @@ class Exchange(IncomingRequest):
     def _placed(self, keeper: Keeper) -> Placement | None:
         """Return the slot for the request; None: the engine chooses."""
         client, body = self._client, self._body
-        owner, keeps = ("", True) if client is None else (client.owner, client.kv_store)
+        owner, keeps = self._owner, client is None or client.kv_store
         if _KV_STORE in self._head.fields and self._head.fields[_KV_STORE].lower() == b"no-store":
             keeps = False
         known = body if isinstance(body, bytes) and self._path in KEPT else None
@@ -612,6 +683,9 @@ class Exchange(IncomingRequest):
         """Release all resources and publish the outcome. Remaining output may still be written."""
         self._is_over = True
         self._shared.unwatch(self)
+        self._shared.live.pop(self, None)
+        if self._shared.captures.enabled:
+            self._shared.captures.keep(self._request_id, self._answer)
         if self._connection is not None:
             if self._burden:
                 self._held -= self._burden
@@ -634,6 +708,9 @@ class Exchange(IncomingRequest):
     def _publish(self, ticket: Ticket | None, outcome: str) -> None:
         """Publish the one `RequestDone`. Without a ticket, the request was refused before it was queued."""
         now, at = time.monotonic(), time.time()
+        admission = self._head.admission
+        peer = self._answer.peer if admission is None else admission.peer
+        owner = "" if self._client is None else self._client.owner
         if ticket is None:
             done = RequestDone(
                 request_id=self._request_id,
@@ -651,7 +728,9 @@ class Exchange(IncomingRequest):
                 streamed=self._streams,
                 request_bytes=len(self._body),
                 client=self._client_name,
-                peer=self._answer.peer if outcome is not _SERVED else "",
+                peer=peer,
+                refused=outcome is not _SERVED,
+                owner=owner,
             )
         else:
             meter, arrival_sec = self._meter, ticket.arrival_sec
@@ -660,7 +739,7 @@ class Exchange(IncomingRequest):
             except Exception:  # the request must end exactly once, whatever its engine reports
                 _log.exception("request %s: the tokens of the response could not be counted", self._request_id)
                 usage = NO_USAGE
-            kv = ""
+            kv, engine = "", ticket.engine
             if self._placement is not None:
                 kv = self._placement.source
                 self._placement.ended(usage)
@@ -686,8 +765,12 @@ class Exchange(IncomingRequest):
                 self._resends,
                 usage,
                 ticket.client,
-                self._answer.peer if ticket.rejection is not None else "",
+                peer,
                 kv,
+                ticket.rejection is not None,
+                owner,
+                None if engine is None else engine.id,
+                ticket.attempts,
             )
         self._dispatcher.events.done(done)
 

@@ -46,6 +46,8 @@ class Admission(msgspec.Struct):
     client: Client | None
     lines: bytes
     """Headers of all answers to these requests."""
+    peer: str
+    """Address of the client."""
 
 
 class BadTarget(Exception):

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from random import getrandbits
-from typing import Protocol
+from typing import Any, Protocol
 
 from router.config.names import some_of
 from router.config.resolved import ModelConfig
 from router.dataplane.answer import Answer
 from router.dataplane.burden import burden
+from router.dataplane.capture import Captures, recording_of
 from router.dataplane.fitting import Lacking, fitted
 from router.dataplane.forms import with_text
 from router.dataplane.heads import Admission, RequestHead, check_head_size
@@ -65,6 +67,8 @@ class Shared(Protocol):
     browsers: Browsers
     bodies: Bodies
     readers: ThreadPoolExecutor
+    live: dict[Any, float]
+    captures: Captures
 
 
 class IncomingRequest(ABC):
@@ -137,6 +141,7 @@ class IncomingRequest(ABC):
 
     def begin(self, to_come: int) -> None:
         self._to_come = to_come
+        self._shared.live[self] = time.monotonic()
         self._be_called(self._identify())
         try:
             self._admit(to_come)
@@ -164,7 +169,7 @@ class IncomingRequest(ABC):
         admission = self._head.admission
         if admission is None or admission.config is not config:
             self._check_head()
-            admission = self._head.admission = Admission(config, self._client, self._lines)
+            admission = self._head.admission = Admission(config, self._client, self._lines, self._answer.peer)
         self._client, self._lines = admission.client, admission.lines
         if to_come:  # a body that is too large is not read at all
             if to_come > config.api.max_body_mb << 20:
@@ -192,6 +197,11 @@ class IncomingRequest(ABC):
     @property
     def _client_name(self) -> str:
         return "" if self._client is None else self._client.name
+
+    @property
+    def _owner(self) -> str:
+        """Whose request it is; see `RequestDone.owner`."""
+        return "" if self._client is None else self._client.owner
 
     def _identify_again(self) -> None:
         """Take another id if a request that came while the body was read has this one."""
@@ -235,11 +245,16 @@ class IncomingRequest(ABC):
         if self._is_over:
             return
         if self._large is not None:
-            self._body = Pieces(self._large.view())
-            self._read_apart(self._large.view())
+            view = self._large.view()
+            self._body = Pieces(view)
+            if self._shared.captures.enabled:
+                self._note_question(view)
+            self._read_apart(view)
             return
         body = self._body = bytes(self._received)
         self._received = b""
+        if self._shared.captures.enabled:
+            self._note_question(body)
         if len(body) > _LITTLE and (self._head.is_form or most_values(body) > _MOST_VALUES):
             self._read_apart(memoryview(body))
             return
@@ -254,6 +269,10 @@ class IncomingRequest(ABC):
             self._refuse(_unreadable(error))
         else:
             self._submit(wish)
+
+    def _note_question(self, body: bytes | memoryview) -> None:
+        if (recording := recording_of(self._answer)) is not None:
+            recording.note_question(body)
 
     def _read_apart(self, body: memoryview) -> None:
         """Parse a large body on a thread. There is one such thread, as several would slow down the event loop."""

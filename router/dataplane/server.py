@@ -23,7 +23,8 @@ from typing import Any, Protocol, cast
 
 import httptools
 
-from router.dataplane.answer import Answer
+from router.dataplane.answer import Answer, Wire
+from router.dataplane.capture import Recording
 from router.dataplane.engine_exchange import EngineExchange, is_for_engine, of_engine
 from router.dataplane.exchange import Exchanges
 from router.dataplane.heads import (
@@ -413,6 +414,7 @@ class HttpProtocol(asyncio.BufferedProtocol):
     def _begin(self, head: RequestHead, to_come: int, body: bytes = b"", *, is_whole: bool = False) -> None:
         """Begin a request, with as much of its body as has arrived."""
         turn: Turn
+        wire: Wire
         exchanges, is_post = self._exchanges, head.method == b"POST"
         exchange = exchanges.by_path.get(head.path) if is_post else None
         begun = head
@@ -420,7 +422,8 @@ class HttpProtocol(asyncio.BufferedProtocol):
             head = of_engine(head, exchanges.dispatcher.config)
             exchange = (exchanges.of_engines.get(head.path) if is_post else None) or EngineExchange
         if exchange is not None:
-            answer = Answer(self, keep_alive=head.keep_alive, http_1_0=head.http_version == "1.0")
+            wire = Recording(self) if exchanges.captures.enabled else self
+            answer = Answer(wire, keep_alive=head.keep_alive, http_1_0=head.http_version == "1.0")
             turn = exchange(exchanges, answer, head)
             self._begun = begun
         else:

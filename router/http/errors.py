@@ -24,6 +24,10 @@ _STATUS = {
     Refusal.INTERNAL_ERROR: 500,
 }
 
+CANCELLED = 499
+"""Status of a request that was cancelled by others than its client's connection. HTTP has none for that. Google's
+APIs answer so, and clients do not repeat the request: they retry 408, 409, 429 and 5xx.
+"""
 _LONGEST_PAUSE_SEC = 60
 """Maximum of `Retry-After`. Beyond two minutes, OpenAI's library does not retry at all, and Anthropic's sleeps for
 however long it is told.

@@ -39,7 +39,7 @@ class Outcome(Word):
 
     SERVED = "served"
     CANCELLED = "cancelled"
-    """The client disconnected."""
+    """The client disconnected, or somebody cancelled the request (`DELETE /v1/requests/{id}`)."""
     ENGINE_REFUSED = "engine_refused"
     """The engine responded with 4xx."""
     ENGINE_ERROR = "engine_error"
@@ -117,6 +117,16 @@ class ClientRefused:
     """Description for people."""
 
 
+class Attempt(msgspec.Struct, frozen=True):
+    """A time that a request was granted an engine in vain: the engine failed, and the request went back."""
+
+    engine_id: int
+    granted_sec: float
+    """Time of the grant, and of the failure, in seconds since the request's arrival."""
+    failed_sec: float
+    reason: str
+
+
 class RequestDone(msgspec.Struct, frozen=True):
     """A request on the data plane has ended. Created exactly once for each, after its last byte.
 
@@ -157,9 +167,17 @@ class RequestDone(msgspec.Struct, frozen=True):
     client: str = ""
     """Name of the client, if its key has one."""
     peer: str = ""
-    """Address of the client, if the request was refused or ended before it asked for a slot; else empty."""
+    """Address of the client."""
     kv: str = ""
     """Where the beginning of its prompt came from (`Source` in `kv/keeper.py`); empty if its engine decided."""
+    refused: bool = False
+    """Whether it was refused, or ended before it asked for a slot."""
+    owner: str = ""
+    """Whose request it was (`Client.owner`); empty for a full key, without keys, and without a valid key."""
+    engine_id: int | None = None
+    """The engine that it was granted last; None: none."""
+    attempts: tuple[Attempt, ...] = ()
+    """Engines that it was granted before, in vain."""
 
 
 class Labels(NamedTuple):

@@ -62,8 +62,8 @@ class Logs:
 
     def _note_requests(self, happening: RequestsDone) -> None:
         done = happening.requests
-        if any(each.peer for each in done):
-            done = [each for each in done if not each.peer or self._is_new(each)]
+        if any(each.refused for each in done):
+            done = [each for each in done if not each.refused or self._is_new(each)]
         if done:
             self._put("router.access", done=done)
 
@@ -310,7 +310,7 @@ def _request_json(done: RequestDone) -> str:
         done.resends,
         done.reason,
         done.client,
-        done.peer,
+        done.peer if done.refused else "",
         done.kv,
     )
     text = _encode(line)
@@ -323,7 +323,7 @@ def _request_text(done: RequestDone) -> str:
         parts.append(f"{done.priority}, queue {done.queue_sec:.3f} s")
     if done.client:
         parts.append(f"by {done.client}")
-    if done.peer:
+    if done.refused:
         parts.append(f"from {done.peer}")
     if done.load_sec:
         parts.append(f"load {done.load_sec:.3f} s")

@@ -36,6 +36,7 @@ from router.memory.manager import MemoryManager
 from router.memory.measurements import Learned
 from router.memory.plan import Unusable
 from router.observe.events import (
+    Attempt,
     Breakdown,
     EngineEnded,
     Events,
@@ -138,6 +139,8 @@ class Ticket(msgspec.Struct, eq=False):
     rejection: Reject | None = None
     retries: int = 0
     """Number of returns to the queue after an engine failure."""
+    attempts: tuple[Attempt, ...] = ()
+    """The grants before these returns."""
     _listener: Callable[[], None] | None = None
 
     @property
@@ -347,9 +350,13 @@ class Dispatcher:
 
     def requeue(self, ticket: Ticket, reason: str) -> None:
         """Return a request to the head of its queue: its engine failed before the first byte of a response."""
+        now = time.monotonic()
+        if ticket.engine is not None:
+            granted_sec, failed_sec = ticket.granted_sec - ticket.arrival_sec, now - ticket.arrival_sec
+            ticket.attempts += (Attempt(ticket.engine.id, granted_sec, failed_sec, reason),)
         ticket.engine = None
         ticket.retries += 1
-        self._post(Requeue(time.monotonic(), ticket.id, reason))
+        self._post(Requeue(now, ticket.id, reason))
 
     def is_taken(self, request_id: str) -> bool:
         return request_id in self._tickets

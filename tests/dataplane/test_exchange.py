@@ -167,6 +167,12 @@ async def leaves(lane: Lane) -> None:
     assert exchange._is_over
 
 
+async def is_cancelled(lane: Lane) -> None:
+    """An operator ends it."""
+    assert lane.exchange in lane._exchanges.live
+    lane.exchange.cancel("It is not wanted.")
+
+
 async def refused(lane: Lane) -> None:
     """Its model failed."""
     assert lane.ticket is not None
@@ -225,26 +231,31 @@ TABLE: Mapping[tuple[State, Happening], tuple[str, list[str], str]] = {
     # what happens where: what the client sees, what the dispatcher hears, what the request is counted as
     (reading, leaves): (GONE, [], "cancelled"),
     (reading, breaks): ("500 internal_error", [], "internal_error"),
+    (reading, is_cancelled): ("499 cancelled", [], "cancelled"),
     (waiting, leaves): (GONE, ["over, in vain"], "cancelled"),
     (waiting, refused): ("503 model_failed", ["over, in vain"], "model_failed"),
     (waiting, displaced): ("429 displaced", ["over, in vain"], "displaced"),
     (waiting, breaks): ("500 internal_error", ["over, in vain"], "internal_error"),
+    (waiting, is_cancelled): ("499 cancelled", ["over, in vain"], "cancelled"),
     (granted, leaves): (GONE, ["over, in vain"], "cancelled"),
     (granted, is_lost): (WAITS, ["again"], ""),
     (granted, is_silent): ("504 request_timeout", ["over, in vain"], "request_timeout"),
     (granted, breaks): ("500 internal_error", ["over, in vain"], "internal_error"),
+    (granted, is_cancelled): ("499 cancelled", ["over, in vain"], "cancelled"),
     (asking, leaves): (GONE, ["over, in vain"], "cancelled"),
     (asking, is_lost): (WAITS, ["again"], ""),
     (asking, is_garbled): ("502 engine_error", ["over, in vain"], "engine_error"),
     (asking, breaks): ("500 internal_error", ["over, in vain"], "internal_error"),
     (asking, is_silent): (WAITS, [], ""),
     (asking, is_silent_and_deaf): ("504 request_timeout", ["over, in vain"], "request_timeout"),
+    (asking, is_cancelled): ("499 cancelled", ["over, in vain"], "cancelled"),
     (gathering, leaves): (GONE, ["over, in vain"], "cancelled"),
     (gathering, is_lost): (WAITS, ["again"], ""),
     (gathering, is_garbled): ("502 engine_error", ["over, in vain"], "engine_error"),
     (gathering, breaks): ("500 internal_error", ["over, in vain"], "internal_error"),
     (gathering, is_silent): ("504 request_timeout", ["over, in vain"], "request_timeout"),
     (gathering, ends_document): ("200 whole", ["over, and computed"], "served"),
+    (gathering, is_cancelled): ("499 cancelled", ["over, in vain"], "cancelled"),
     (relaying, leaves): (GONE, ["over, in vain"], "cancelled"),
     (relaying, is_lost): ("event engine_lost", ["over, in vain"], "engine_lost"),
     (relaying, is_garbled): ("event engine_error", ["over, in vain"], "engine_error"),
@@ -252,12 +263,15 @@ TABLE: Mapping[tuple[State, Happening], tuple[str, list[str], str]] = {
     (relaying, is_silent): (WAITS, [], ""),
     (relaying, is_silent_and_deaf): ("event request_timeout", ["over, in vain"], "request_timeout"),
     (relaying, ends): ("event engine_lost", ["over, in vain"], "engine_error"),
+    (relaying, is_cancelled): ("event cancelled", ["over, in vain"], "cancelled"),
     (complete, leaves): (GONE, ["over, and computed"], "served"),
     (complete, is_lost): ("stream whole", ["over, and computed"], "served"),
     (complete, ends): ("stream whole", ["over, and computed"], "served"),
     (complete, is_silent_and_deaf): ("stream whole", ["over, and computed"], "served"),
+    (complete, is_cancelled): ("stream whole", ["over, and computed"], "served"),
     (stuck, leaves): (GONE, ["over, in vain"], "cancelled"),
     (stuck, is_silent): ("cut", ["over, in vain"], "cancelled"),
+    (stuck, is_cancelled): ("event cancelled", ["over, in vain"], "cancelled"),
     (stuck, is_lost): ("event engine_lost", ["over, in vain"], "engine_lost"),
 }
 
@@ -299,6 +313,7 @@ def test_whatever_happens_a_request_is_ended_once_and_as_it_should(
             else:
                 assert seen(lane.client_end) == client
             assert all(not engine.is_open for engine in lane.engines) or not outcome, "its slot is free"
+            assert len(lane._exchanges.live) == (not outcome)
             if outcome:
                 await nothing_more(lane)
         finally:

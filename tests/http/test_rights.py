@@ -14,7 +14,13 @@ from router.api.app import PAGES
 from router.http.pages import Page, Right
 from router.http.routes import is_endless
 
-VALUES = {"alias": "none", "pull_id": "none", "digest": f"sha256:{'0' * 64}", "name": "page.js"}
+VALUES = {
+    "alias": "none",
+    "pull_id": "none",
+    "digest": f"sha256:{'0' * 64}",
+    "name": "page.js",
+    "request_id": "none",
+}
 
 
 def test_a_page_that_does_not_say_who_may_have_it_is_none() -> None:

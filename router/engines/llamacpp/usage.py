@@ -128,10 +128,10 @@ class AnswerMeter(msgspec.Struct, eq=False):
         tail = self.tail[-_TAIL_BYTES:]
         usage = _of_timings(tail) or _of_usage(self._first[:_TAIL_BYTES], tail)
         if not usage.output_tokens and self._first.startswith((b"data: ", b"event: ")) and not self.has_ended:
-            return msgspec.structs.replace(usage, output_tokens=self._pieces())
+            return msgspec.structs.replace(usage, output_tokens=self.pieces())
         return usage
 
-    def _pieces(self) -> int:
+    def pieces(self) -> int:
         """Return the number of text pieces sent; for parts no longer kept it is extrapolated by size."""
         pieces = len(_PIECE.findall(self._first))
         later = [part for part in self._tail or () if part is not self._first]
