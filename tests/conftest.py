@@ -29,19 +29,40 @@ ROOT = Path(__file__).parent.parent
 BASE_PORT = 10_000 + os.getpid() % 300 * 64
 """Of the engines of this run, out of the way of others on the machine."""
 MOST_WORKERS = 6
+LONGEST = (
+    "tests/test_quality.py",
+    "tests/engines/test_containers.py",
+    "tests/runtime/test_survival.py",
+    "tests/store/test_pull.py",
+    "tests/memory/test_memory_stories.py",
+    "tests/store/test_watch.py",
+    "tests/engines/test_vllm.py",
+    "tests/chaos/test_crowds.py",
+    "tests/api/test_page.py",
+    "tests/clients/test_clients.py",
+    "tests/engines/test_vllm_sleep.py",
+    "tests/scheduling/test_scheduler_properties.py",
+)
+"""Files that take half a minute or more, which therefore come first."""
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
 _LISTENS = re.compile(r"listens on (http://\S+)")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Return what `-n auto` stands for: one worker more than cores, as tests spend much of their time waiting.
+    """Return what `-n auto` stands for: two workers a core and one more, as tests mostly wait.
 
     A file is not divided, as its tests share expensive fixtures: a run of a single file gets no workers.
     """
     asked = {Path(argument.partition("::")[0]) for argument in config.args}
     files = len(asked) if all(path.is_file() for path in asked) else MOST_WORKERS
-    workers = min(files, (os.cpu_count() or 1) + 1, MOST_WORKERS)
+    workers = min(files, 2 * (os.cpu_count() or 1) + 1, MOST_WORKERS)
     return workers if workers > 1 else 0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the files that take longest be begun first, so that no worker is left alone with one at the end."""
+    ranks = {ROOT / path: rank for rank, path in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 def http_client(url: str, *, timeout: float = 60, **more: Any) -> httpx.Client:
