@@ -65,6 +65,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def signals_as_in_a_terminal() -> None:
+    """What tests start would inherit that a job in the background ignores these, but it inherits no handler."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+
+
 def http_client(url: str, *, timeout: float = 60, **more: Any) -> httpx.Client:
     """A client for a server on this machine, without certificates, as loading them takes longer than a request."""
     return httpx.Client(base_url=url, timeout=timeout, verify=False, **more)
