@@ -329,21 +329,26 @@ DRAWN_BY = {"docs": "swagger-ui-bundle.js", "redoc": "redoc.standalone.js"}
 
 @pytest.mark.parametrize(("path", "drawn_by"), DRAWN_BY.items())
 def test_the_description_of_the_api_is_drawn_from_here_only(
-    router: Router, locked: Router, browser: Any, path: str, drawn_by: str
+    locked: Router, browser: Any, path: str, drawn_by: str
 ) -> None:
     window = browser.new_context()
     page = window.new_page()
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
-    page.goto(f"{router.url}/{path}")
-    page.get_by_text("/v1/models/eject").first.wait_for()
-    assert f"{router.url}/docs/{drawn_by}" in asked
     page.goto(f"{locked.url}/{path}")
     page.get_by_text("This router asks for an API key.").wait_for()
     page.evaluate("sessionStorage.setItem('llama-router key', 'client')")
     page.reload()
     page.get_by_text("/v1/models/eject").first.wait_for()
+    assert f"{locked.url}/docs/{drawn_by}" in asked
     window.close()
+
+
+def test_who_needs_no_key_is_not_asked_for_one(router: Router, browser: Any) -> None:
+    page = browser.new_page()
+    page.goto(f"{router.url}/docs")
+    page.get_by_text("/v1/models/eject").first.wait_for()
+    page.close()
 
 
 def test_the_description_of_the_api_may_ask_nobody_else(locked: Router) -> None:
