@@ -12,6 +12,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from conftest import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import write_llama, write_projector
@@ -1052,7 +1053,7 @@ def test_schema_and_loader_refuse_the_same(tmp_path: Path, content: Any) -> None
 # --- properties -----------------------------------------------------------------------------------------------
 
 PROPERTY = settings(
-    max_examples=80,
+    max_examples=examples(40),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Router, Start, eventually, fake, models
+from conftest import Router, Start, eventually, examples, fake, models
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -49,7 +49,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(60))
 @example({"a": ["\\" * 9, {"b": "x" * 40}]}, 1, 3, False)
 @given(
     st.dictionaries(TEXTS, VALUES, max_size=5),

@@ -13,6 +13,7 @@ from typing import Any
 import gguf as gguf_package
 import numpy as np
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import (
@@ -506,7 +507,7 @@ snippets = st.one_of(
 
 
 @given(st.binary(max_size=400))
-@settings(max_examples=100, deadline=2000)
+@settings(max_examples=examples(50), deadline=2000)
 def test_arbitrary_bytes_are_refused_or_parsed(tail: bytes) -> None:
     parses_or_explains(tail)
     parses_or_explains(b"GGUF\x03\0\0\0" + tail)
@@ -517,7 +518,7 @@ def test_arbitrary_bytes_are_refused_or_parsed(tail: bytes) -> None:
     st.sampled_from(valid_files()),
     st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 12), snippets), min_size=1, max_size=4),
 )
-@settings(max_examples=200, deadline=2000)
+@settings(max_examples=examples(100), deadline=2000)
 def test_a_damaged_file_is_refused_or_parsed(blob: bytes, edits: list[tuple[int, int, bytes]]) -> None:
     for position, removed, added in edits:
         blob = blob[:position] + added + blob[position + removed :]

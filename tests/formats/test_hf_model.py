@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import examples
 from hf_models import LLAMA, LLAMA_PARAMETERS, LLAMA_TENSORS, Tensors, header, write_model, write_weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -511,7 +512,7 @@ KEYS = sorted(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(100), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(config=st.dictionaries(st.sampled_from(KEYS), json_values, max_size=8))
 def test_any_configuration_is_read_or_refused(tmp_path: Path, config: dict[str, Any]) -> None:
     try:
@@ -522,7 +523,7 @@ def test_any_configuration_is_read_or_refused(tmp_path: Path, config: dict[str, 
     assert size is None or size >= 0
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.binary(max_size=200) | st.builds(lambda x: raw({"weight": x}), json_values))
 def test_any_header_is_read_or_refused(blob: bytes) -> None:
     with contextlib.suppress(Unreadable):

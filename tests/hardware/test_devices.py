@@ -20,7 +20,7 @@ from typing import Any
 
 import pynvml
 import pytest
-from conftest import ROOT, eventually, fork
+from conftest import ROOT, eventually, examples, fork
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from played_nvml import (
@@ -380,7 +380,7 @@ def test_no_fault_whatever_raises_out_of_a_reading(gpus: PlayedGpus, ask: Ask) -
     asker = ask(gpus)
     whole, parted = Gpu(used_mib=600), Gpu(is_mig=True, parts=(Part(total_mib=5000),))
 
-    @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples(50), deadline=None, suppress_health_check=list(HealthCheck))
     @given(faults=st.lists(FAULTS, max_size=4), driver=st.integers(0, 3))
     def world(faults: list[Fault], driver: int) -> None:
         gpus.set(whole, parted, faults=faults, driver=driver)
@@ -596,7 +596,7 @@ def test_the_amd_gpus_that_may_be_used(tmp_path: Path, ask: Ask, environ: dict[s
     content=st.binary(max_size=40),
     name=st.sampled_from(["mem_info_vram_total", "mem_info_vram_used", "gpu_metrics", "uevent", "unique_id"]),
 )
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(50), deadline=None, suppress_health_check=list(HealthCheck))
 def test_no_content_of_amds_files_raises(tmp_path: Path, content: bytes, name: str) -> None:
     lay_out(tmp_path, card(0, vram_mib=16000, slot="0000:03:00.0"))
     lay_out(tmp_path, {f"sys/class/drm/card0/device/{name}": content})
@@ -662,7 +662,7 @@ def test_the_older_cgroups(tmp_path: Path) -> None:
 
 
 @given(content=st.binary(max_size=60), name=st.sampled_from(["proc/self/cgroup", "memory.max", "memory.stat"]))
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(50), deadline=None, suppress_health_check=list(HealthCheck))
 def test_no_content_of_a_cgroup_raises(tmp_path: Path, content: bytes, name: str) -> None:
     lay_out(tmp_path, {"proc/self/cgroup": "0::/"})
     lay_out(tmp_path, group("", memory_max=700 * MIB, memory_current=200 * MIB, memory_stat="inactive_file 0"))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import pytest
+from conftest import examples
 from gpus import GPU0, GPU1
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -279,7 +280,7 @@ def check(ledger: Ledger, world: World) -> None:
 @given(
     data=st.data(), by_process=st.booleans(), reserve=st.integers(0, 3000), cap=st.none() | st.integers(1, 20000)
 )
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=examples(75), deadline=None, derandomize=True, database=None)
 def test_the_books_add_up_whatever_happens(
     data: st.DataObject, by_process: bool, reserve: int, cap: int | None
 ) -> None:

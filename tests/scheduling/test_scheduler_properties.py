@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import pytest
+from conftest import examples
 from gpus import GPU0, GPU1
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -68,7 +69,7 @@ from router.scheduling.residency import larger
 from router.scheduling.scheduler import Scheduler
 from router.system.devices import HOST
 
-EVENTS = int(os.environ.get("SCHEDULER_EVENTS", "40000"))
+EVENTS = int(os.environ.get("SCHEDULER_EVENTS", examples(20_000)))
 SEED = int(os.environ.get("SCHEDULER_SEED", "1"))
 
 MAY_FOLLOW = {
@@ -780,6 +781,6 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 SchedulerMachine.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=60, deadline=None, derandomize=True, database=None
+    max_examples=examples(40), stateful_step_count=60, deadline=None, derandomize=True, database=None
 )
 TestSchedulerMachine = SchedulerMachine.TestCase

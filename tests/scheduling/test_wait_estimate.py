@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import fake
+from conftest import examples, fake
 
 from benchmarks.waits import MEDIAN_ERROR, MOST_BELOW, MOST_UNKNOWN, listen, live, stated, workloads
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", range(1, 1 + examples(1)))
 @pytest.mark.parametrize("name", ["saturated", "rotating", "quick", "low", "low-behind", "longer", "cold"])
 def test_what_people_are_told_of_waiting_is_true(name: str, seed: int) -> None:
     workload = next(workload for workload in stated(seed) if workload.name == name)

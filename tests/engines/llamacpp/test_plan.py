@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import examples
 from gpus import GPU0, GPU1, GPU2, SHOWN0
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -360,7 +361,7 @@ CONTEXTS = st.sampled_from(((), ("-c", "4096"), ("-c", "32768"), ("-c", "0")))
 
 
 @given(budgets=BUDGETS, used=st.floats(0, 1), flags=CONTEXTS, host_mib=st.integers(600, 64000))
-@settings(max_examples=20, deadline=None, derandomize=True, database=None)
+@settings(max_examples=examples(10), deadline=None, derandomize=True, database=None)
 def test_what_is_proposed_fits_and_the_best_comes_first(
     qwen: Path, budgets: list[int], used: float, flags: tuple[str, ...], host_mib: int
 ) -> None:
