@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import ssl
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from email.message import Message
 from typing import IO, Any
 from urllib.parse import SplitResult, urlsplit
 
@@ -22,6 +24,7 @@ _ANSWER_SEC = 10.0
 _SILENCE_SEC = 75.0
 """Streams send something every 30 s at the latest."""
 _JSON = {"Content-Type": "application/json"}
+_EVENTS = "text/event-stream"
 
 
 class CannotAsk(Exception):
@@ -108,21 +111,25 @@ class RouterClient:
 
         `after` is the id of the last event received: later ones that the router still has come first.
         """
-        headers = {"Accept": "text/event-stream", **({"Last-Event-ID": after} if after else {})}
+        headers = {"Accept": _EVENTS, **({"Last-Event-ID": after} if after else {})}
         with self._ask(path, headers, _SILENCE_SEC) as answer:
-            fields: dict[str, list[str]] = {}
-            for line in iter(answer.readline, b""):
-                name, _, value = line.decode(errors="replace").rstrip("\r\n").partition(":")
-                if name:
-                    fields.setdefault(name, []).append(value.removeprefix(" "))
-                elif fields and not line.strip():
-                    if "data" in fields:
-                        yield Happened(
-                            fields.get("event", ["message"])[-1],
-                            "\n".join(fields["data"]),
-                            fields.get("id", [""])[-1],
-                        )
-                    fields = {}
+            yield from _events(answer)
+
+    def asked(
+        self, path: str, body: Mapping[str, Any], headers: Mapping[str, str], began: Callable[[Message], None]
+    ) -> Generator[Happened, None, None]:
+        """Send a request for a model and yield the events of its answer, or the document as a single one.
+
+        `began` gets the headers of the answer. It may be a long time until they come, for which the router has its
+        own limits. Closing the iterator closes the connection, which cancels the request. Raises CannotAsk.
+        """
+        content = json.dumps(body).encode()
+        with self._ask(path, {**_JSON, **headers}, None, "POST", content) as answer, closing(answer):
+            began(answer.headers)
+            if answer.headers.get_content_type() == _EVENTS:
+                yield from _events(answer)
+            else:
+                yield Happened("message", answer.read().decode(errors="replace"), "")
 
     @contextmanager
     def _ask(
@@ -137,6 +144,8 @@ class RouterClient:
         connection = kind(self._host, self._port, timeout=timeout_sec)
         try:
             connection.request(method, self._prefix + path, body, {**self._headers, **headers})
+            if timeout_sec is None:
+                _notice_death(connection.sock)
             answer = connection.getresponse()
             if not 200 <= answer.status < 300:
                 raise self._refusal(answer)
@@ -169,6 +178,30 @@ class RouterClient:
         if code == "insufficient_permissions":
             message = f"{message} Set {KEY_VARIABLE} to one of api.api_keys."
         return Refused(str(message), answer.status, str(code))
+
+
+def _events(answer: http.client.HTTPResponse) -> Iterator[Happened]:
+    fields: dict[str, list[str]] = {}
+    for line in iter(answer.readline, b""):
+        name, _, value = line.decode(errors="replace").rstrip("\r\n").partition(":")
+        if name:
+            fields.setdefault(name, []).append(value.removeprefix(" "))
+        elif fields and not line.strip():
+            if "data" in fields:
+                yield Happened(
+                    fields.get("event", ["message"])[-1],
+                    "\n".join(fields["data"]),
+                    fields.get("id", [""])[-1],
+                )
+            fields = {}
+
+
+def _notice_death(connection: socket.socket) -> None:
+    """Have the kernel notice within minutes if the machine at the other end is gone."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    idle = getattr(socket, "TCP_KEEPIDLE", None) or getattr(socket, "TCP_KEEPALIVE", None)  # Linux, macOS
+    if idle is not None:
+        connection.setsockopt(socket.IPPROTO_TCP, idle, 60)
 
 
 def base_url(text: str) -> str:

@@ -55,9 +55,22 @@ class Help(argparse.HelpFormatter):
 class Command(argparse.ArgumentParser):
     """Parser of one command."""
 
+    takes_options_anywhere = False
+    """Whether options may also stand between the command's words, which argparse does not allow by itself."""
+    _is_inside = False
+
     def __init__(self, *arguments: Any, **options: Any) -> None:
         options.setdefault("formatter_class", Help)
         super().__init__(*arguments, **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._is_inside or not self.takes_options_anywhere:
+            return super().parse_known_args(args, namespace)
+        self._is_inside = True  # the function below calls this one
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._is_inside = False
 
 
 class Commands:

@@ -14,7 +14,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from router.cli import remote
+from router.cli import remote, using
 from router.cli.client import CannotAsk
 from router.cli.commands import CONFIGURATION, LOOK, MODELS, Command, Commands, Help
 from router.config.problems import CannotServe, ConfigError
@@ -77,6 +77,7 @@ class Program(argparse.ArgumentParser):
         self.add_argument("--version", action=_Version, help="show the version and exit")
         self.commands = Commands(self)
         _add_serve_and_check(self.commands)
+        using.add_parsers(self.commands)
         remote.add_parsers(self.commands)
         _add_pull_and_rm(self.commands)
         _add_estimate(self.commands)
