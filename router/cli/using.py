@@ -1,14 +1,15 @@
-"""Command lines of the commands that use a model: `run`."""
+"""Command lines of the commands that use a model: `run` and `bench`."""
 
 from __future__ import annotations
 
 import argparse
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from router.cli.client import CannotAsk
 from router.cli.commands import LOOK, Command, Commands
-from router.cli.remote import KEY_NOTE, place
+from router.cli.remote import KEY_NOTE, place, positive
 
 PRIORITIES = ("high", "normal", "low")
 
@@ -31,6 +32,22 @@ def add_parsers(commands: Commands) -> None:
         ),
     )
     _add_run(run)
+    bench = commands.add(
+        LOOK,
+        "bench",
+        "bench.command.run",
+        "measure the rates of a model, and compare them",
+        at,
+        description="Ask a model with several clients at once, and print the rates that they get: medians of the "
+        "rounds, with half their range. Prompts are new in each round, so that nothing is cached.",
+        notes=KEY_NOTE,
+        examples=(
+            "llama-router bench qwen -p 512 -n 128 --clients 1,4 --save before.json",
+            "llama-router bench qwen --clients 4 --priority high,low",
+            "llama-router bench --compare before.json after.json",
+        ),
+    )
+    _add_bench(bench)
 
 
 def _add_run(run: Command) -> None:
@@ -70,6 +87,44 @@ def _add_run(run: Command) -> None:
     run.add_argument(
         "--no-history", dest="history", action="store_false", help="do not keep what is typed in the chat"
     )
+
+
+def _add_bench(bench: Command) -> None:
+    """Add the arguments of `bench`."""
+    bench.takes_options_anywhere = True
+    bench.add_argument("model", metavar="MODEL", nargs="?")
+    bench.add_argument("-p", "--prompt", type=positive, default=512, metavar="N", help="tokens of a prompt (512)")
+    bench.add_argument("-n", "--output", type=positive, default=128, metavar="N", help="tokens of an answer (128)")
+    bench.add_argument("-r", "--repeat", type=positive, default=3, metavar="N", help="rounds (3)")
+    bench.add_argument(
+        "-c", "--clients", type=_counts, default=(1,), metavar="N,…", help="clients at once, such as 1,4,16 (1)"
+    )
+    bench.add_argument(
+        "--priority",
+        type=_priorities,
+        default=("",),
+        metavar="NAME,…",
+        help="priorities, such as high,low: so many clients of each, all at once",
+    )
+    bench.add_argument(
+        "--cached", action="store_true", help="ask the same prompts again, instead of new ones in each round"
+    )
+    bench.add_argument("--json", action="store_true", help="print the results as JSON")
+    bench.add_argument("--save", type=Path, metavar="FILE", help="write the results to a file, to compare with")
+    bench.add_argument("--against", type=Path, metavar="FILE", help="compare with saved results")
+    bench.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="only compare two saved results")
+    bench.set_defaults(wrong=bench.error)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(positive(each) for each in text.split(",")))
+
+
+def _priorities(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    if unknown := [name for name in names if name not in PRIORITIES]:
+        raise argparse.ArgumentTypeError(f"there is no priority {unknown[0]!r}, only {', '.join(PRIORITIES)}")
+    return names
 
 
 def _setting(name: str) -> Any:

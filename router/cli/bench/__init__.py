@@ -1,0 +1,1 @@
+"""The rates of a model as its clients see them: `llama-router bench`."""
