@@ -15,7 +15,7 @@ from typing import Any
 from router.catalog import engine_choice
 from router.config.draft import Draft
 from router.config.names import is_alias
-from router.config.resolved import AliasConfig
+from router.config.resolved import AliasConfig, Unserved
 from router.config.schema import Api
 from router.config.source import Source
 from router.engines.hf_choice import SAFETENSORS
@@ -37,6 +37,9 @@ class Discovered:
         self.headers = headers
         self.folders: list[Path] = []
         """Folders that were scanned."""
+        self.scanned: list[tuple[str, str]] = []
+        """The same folders, each with the source of what is found there."""
+        self.unserved: list[Unserved] = []
         self.lost: dict[str, str] = {}
         """Names that cannot be served, each with the file or model that is missing."""
         self._missing: dict[Purpose, str] = {}
@@ -59,34 +62,35 @@ class Discovered:
         unrunnable: dict[str, list[Path]] = {}
         for origin, folder, look in self._places(models_dirs):
             self.folders.append(folder)
+            self.scanned.append((str(folder), origin))
             try:
                 looked = look()
             except OSError as error:
                 self.draft.problem((), f"{folder}: {error.strerror or error}", origin)
                 continue
-            self.draft.warnings += [
-                f"{skipped.path} is not served: {skipped.reason}" for skipped in looked.skipped
-            ]
+            for skipped in looked.skipped:
+                self._leave_out(skipped.path, skipped.reason, origin)
             for found in looked.models:
                 if isinstance(found.model, HfModel):
                     if (purpose := found.model.purpose) is None:
                         reason = f"{found.model.architecture} neither writes text nor embeds nor ranks"
-                        self.draft.warnings.append(f"{found.path} is not served: {reason}")
+                        self._leave_out(found.path, reason, origin)
                         continue
                     if origin is not Source.PULLED and (lacks := self._lacks(purpose)):
                         unrunnable.setdefault(lacks, []).append(found.path)
+                        self.unserved.append(Unserved(str(found.path), lacks, origin))
                         continue
                 # A pulled model keeps the alias that was requested, even if its file is served under another name.
                 if origin is not Source.PULLED and os.path.realpath(found.path) in served:
                     continue
                 if not is_alias(found.alias):
-                    self.draft.warnings.append(f"{found.path} is not served: {found.alias!r} is not a valid name")
+                    self._leave_out(found.path, f"{found.alias!r} is not a valid name", origin)
                     continue
                 if isinstance(aliases, dict) and _model_named(aliases, found.alias) not in (None, found.alias):
-                    self.draft.warnings.append(f"{found.path} is not served: an alias has the same name")
+                    self._leave_out(found.path, "an alias has the same name", origin)
                     continue
                 if found.alias in self._created:
-                    self.draft.warnings.append(f"{found.path} is not served: a created model has the same name")
+                    self._leave_out(found.path, "a created model has the same name", origin)
                     continue
                 keys = {"model_path": str(found.path)}
                 if isinstance(found.model, HfModel):
@@ -98,11 +102,11 @@ class Discovered:
                 if not isinstance(entry, dict):
                     continue
                 if other := _of_another_kind(entry, found):
-                    self.draft.warnings.append(f"{found.path} is not served: {other} has the same name")
+                    self._leave_out(found.path, f"{other} has the same name", origin)
                     continue
                 if first := entry.get("model_path", entry.get("repo")):
                     if self._path_of(entry) != found.path:
-                        self.draft.warnings.append(f"{found.path} is not served: {first} has the same name")
+                        self._leave_out(found.path, f"{first} has the same name", origin)
                     continue
                 for key, value in keys.items():
                     if key not in entry:
@@ -114,6 +118,15 @@ class Discovered:
             more = f" and {len(others)} others in safetensors" if others else ""
             self.draft.warnings.append(f"{one}{more}: not served, as {lacks}")
         self._add_created(models, aliases if isinstance(aliases, dict) else {})
+
+    def _leave_out(self, path: Path, reason: str, origin: str) -> None:
+        """Note a model that is not served, and warn of it."""
+        self.draft.warnings.append(f"{path} is not served: {reason}")
+        self.unserved.append(Unserved(str(path), reason, origin))
+
+    def _leave_out_created(self, name: str, reason: str) -> None:
+        self.draft.warnings.append(f"the created model {name!r} is not served: {reason}")
+        self.unserved.append(Unserved(name, reason, Source.CREATED))
 
     def _path_of(self, entry: Any) -> Path | None:
         """Return the file or the folder that an entry of the configuration names; None if it names none."""
@@ -153,11 +166,9 @@ class Discovered:
             entry = models.get(name)
             has_model = isinstance(entry, dict) and ("model_path" in entry or not is_for_gguf(entry))
             if name in aliases or has_model:
-                self.draft.warnings.append(
-                    f"the created model {name!r} is not served: the configuration uses its name"
-                )
+                self._leave_out_created(name, "the configuration uses its name")
             elif missing := created.missing_file(made, folder):
-                self.draft.warnings.append(f"the created model {name!r} is not served: there is no file {missing}")
+                self._leave_out_created(name, f"there is no file {missing}")
                 self.lost[name] = str(missing)
             else:
                 self._created[name] = made
@@ -233,9 +244,7 @@ class Discovered:
             base = aliases.get(made.base)
             model = self._engines.get(name) or (made.base if base is None else base.uses)
             if model not in models:
-                self.draft.warnings.append(
-                    f"the created model {name!r} is not served: {made.base!r} no longer exists"
-                )
+                self._leave_out_created(name, f"{made.base!r} no longer exists")
                 self.lost[name] = made.base
                 continue
             named = created.alias(name, made, model, base)

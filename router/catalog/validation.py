@@ -86,6 +86,8 @@ class _Validation:
             kv_store=self._kv_store(),
             otherwise={alias: other for alias, other in self.otherwise.items() if alias in there},
             lost=self.discovered.lost,
+            scanned=tuple(self.discovered.scanned),
+            unserved=tuple(self.discovered.unserved),
         )
         if api.default_model is not None and meant(api.default_model, config) is None:  # it may be pulled later
             message = f"there is currently no model {api.default_model!r}"

@@ -111,6 +111,17 @@ class AliasConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Unserved:
+    """A model that was found but is not served."""
+
+    what: str
+    """Its file or folder; the name of a created model."""
+    reason: str
+    source: str
+    """Where it was found: a `Source`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     api: Api = field(default_factory=Api)
     system: System = field(default_factory=System)
@@ -122,6 +133,9 @@ class Config:
     kv_store: KvStore = field(default_factory=KvStore)
     lost: Mapping[str, str] = field(default_factory=dict)
     """Names whose model is missing, with the file or model they refer to."""
+    scanned: tuple[tuple[str, str], ...] = ()
+    """Folders that were scanned for models, each with its `Source`."""
+    unserved: tuple[Unserved, ...] = ()
 
     @property
     def engines(self) -> list[str]:
