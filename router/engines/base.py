@@ -112,6 +112,10 @@ class EngineHandle(Protocol):
     """Keeper of its slots; None if their states cannot be saved."""
 
     @property
+    def command(self) -> tuple[str, ...]:
+        """Its command line; of a container, its image and the arguments of its entrypoint."""
+
+    @property
     def sleeper(self) -> Sleeper | None:
         """None: it cannot sleep."""
 
@@ -207,6 +211,9 @@ class EngineBackend(Planner, Protocol):
 
     def check_runs(self) -> None:
         """Check that models of this kind can be run at all. Blocking. Raises Unusable."""
+
+    def command(self, model: ModelConfig) -> tuple[str, ...]:
+        """Return the command line of a model's engine, without what is decided when it is started."""
 
     def validate(self, model: ModelConfig) -> Iterator[str]:
         """Yield reasons why a model will not load, for `llama-router check`. Blocking.

@@ -49,6 +49,7 @@ class ContainerEngine(SupervisedEngine):
         self, containers: Containers, started: Started, endpoint: Endpoint, limits: Limits, log: LogRing
     ) -> None:
         super().__init__(endpoint, limits, log)
+        self.command = started.command
         self._containers = containers
         self._started = started
         self._exit_code: int | None = None

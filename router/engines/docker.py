@@ -88,6 +88,8 @@ class Started:
     pid: int | None
     """First process; None if this machine's processes do not include it."""
     born: str | None
+    command: tuple[str, ...]
+    """Its image, and the arguments of the image's entrypoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +201,7 @@ class Containers:
         part = _NAME_PART.sub("-", order.alias).strip("-.") or "model"
         name = spec.name or f"llama-router-{part}-{secrets.token_hex(3)}"
         config = _request(replace(order, container=spec), home, router, publishes=not shares_network)
+        command = (spec.image, *order.command)
         container: DockerContainer | None = None
         try:
             async with _in_plain_words(spec, name):
@@ -212,7 +215,7 @@ class Containers:
                 pid = _visible(shown["State"]["Pid"], container.id)
                 born = None if pid is None else birth(pid)
                 if shares_network:
-                    return Started(docker, container, name, name, spec.port, False, pid, born)
+                    return Started(docker, container, name, name, spec.port, False, pid, born, command)
                 ports = shown["NetworkSettings"]["Ports"] or {}
                 published = next(iter(ports.get(f"{spec.port}/tcp") or ()), None)
         except BaseException:
@@ -220,8 +223,8 @@ class Containers:
                 await self.remove(container)
             raise
         if published is None:  # it has exited already: its log says why
-            return Started(docker, container, name, LOOPBACK, spec.port, True, pid, born)
-        return Started(docker, container, name, LOOPBACK, int(published["HostPort"]), True, pid, born)
+            return Started(docker, container, name, LOOPBACK, spec.port, True, pid, born, command)
+        return Started(docker, container, name, LOOPBACK, int(published["HostPort"]), True, pid, born, command)
 
     async def remove(self, container: DockerContainer, limit_sec: float | None = None) -> None:
         """Remove a container, whatever its state. One that cannot be removed now is removed by the next start."""

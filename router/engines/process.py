@@ -52,6 +52,7 @@ class Spawned:
 
     process: subprocess.Popen[bytes]
     log: int
+    argv: tuple[str, ...]
 
     @classmethod
     def by(
@@ -68,7 +69,8 @@ class Spawned:
         log, log_of_child = log_pipe()
         stdout = log_of_child if logs_stdout else subprocess.PIPE
         try:
-            return cls(spawn(argv, env, log_of_child, stdout=stdout, cwd=cwd, death_signal=death_signal), log)
+            process = spawn(argv, env, log_of_child, stdout=stdout, cwd=cwd, death_signal=death_signal)
+            return cls(process, log, tuple(argv))
         except (OSError, ValueError) as error:
             os.close(log)
             raise EngineFailed(f"{argv[0]} cannot be run: {error}", "the engine cannot be run") from error
@@ -97,6 +99,7 @@ class EngineProcess(SupervisedEngine):
         limits = Limits(order.load_stall_sec, order.load_limit_sec, order.stop_grace_sec)
         super().__init__(endpoint, limits, log)
         self.order = order
+        self.command = spawned.argv
         self.mark = mark
         self._process = spawned.process
         self._oom_kills = oom_kills()

@@ -40,6 +40,9 @@ class Limits(NamedTuple):
 class SupervisedEngine(ABC):
     """Engine with a log, whose load is watched. `exited` is done once it has exited."""
 
+    command: tuple[str, ...]
+    """See `EngineHandle`."""
+
     def __init__(self, endpoint: Endpoint, limits: Limits, log: LogRing) -> None:
         self.endpoint = endpoint
         self.log = log

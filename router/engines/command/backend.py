@@ -53,6 +53,11 @@ class Command:
     def check_runs(self) -> None:
         """Check nothing: each model has a program of its own."""
 
+    def command(self, model: ModelConfig) -> tuple[str, ...]:
+        configured = _of_this_kind(model)
+        image = () if configured.container is None else (configured.container.image,)
+        return (*image, *configured.cmd)
+
     def validate(self, model: ModelConfig) -> Iterator[str]:
         command = _of_this_kind(model)
         if command.container is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -55,6 +55,12 @@ class LlamaCpp:
     def check_runs(self) -> None:
         self.build.check_runs()
 
+    def command(self, model: ModelConfig) -> tuple[str, ...]:
+        return self._argv(model, model.flags)
+
+    def _argv(self, model: ModelConfig, flags: Sequence[str]) -> tuple[str, ...]:
+        return (*self._binary.argv, "-m", str(model.model_path), "--alias", model.alias, *flags)
+
     def validate(self, model: ModelConfig) -> Iterator[str]:
         flags = as_started(model.flags, model.env)
         try:
@@ -97,7 +103,7 @@ class LlamaCpp:
         words = (*flags.words, "--slot-save-path", f"{store.folder}{os.sep}") if saves else flags.words
         command = EngineOrder(
             alias=model.alias,
-            argv=(*self._binary.argv, "-m", str(model.model_path), "--alias", model.alias, *words),
+            argv=self._argv(model, words),
             env=env,
             load_stall_sec=order.load_stall_sec,
             load_limit_sec=order.load_limit_sec,

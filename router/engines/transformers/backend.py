@@ -45,6 +45,9 @@ class Transformers:
     def check_runs(self) -> None:
         self._program()
 
+    def command(self, model: ModelConfig) -> tuple[str, ...]:
+        return (self._configured or "transformers", "serve", str(model.model_path), *model.flags)
+
     def validate(self, model: ModelConfig) -> Iterator[str]:
         try:
             plan.opened(_of_this_kind(model))

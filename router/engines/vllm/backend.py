@@ -59,6 +59,11 @@ class Vllm:
     def check_runs(self) -> None:
         """Check nothing: a model may be in a container, which has a program of its own."""
 
+    def command(self, model: ModelConfig) -> tuple[str, ...]:
+        container = _of_this_kind(model).container
+        program = (self._configured or "vllm", "serve") if container is None else (container.image,)
+        return (*program, str(model.model_path), *model.flags)
+
     def validate(self, model: ModelConfig) -> Iterator[str]:
         configured = _of_this_kind(model)
         try:
