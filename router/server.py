@@ -249,7 +249,7 @@ class _Service:
         self._look_failed = ""
 
     async def run(self) -> None:
-        downloads = Downloads(self.look_again)
+        downloads = Downloads(self.look_again, self._dispatcher.sites)
         browsers = Browsers(self._loaded.config.api, self._keyring)
         cards = Cards()
         library = Library(lambda: self._dispatcher.config, downloads, self._creations)

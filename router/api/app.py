@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from router import __version__
 from router.api import (
     engines,
+    estimates,
     kv,
     live,
     llama_server,
@@ -62,6 +63,7 @@ PAGES = tuple(
     module.router
     for module in (
         pulls,
+        estimates,
         live,
         models,
         openai,

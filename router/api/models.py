@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Field
+from pydantic import AwareDatetime, BaseModel, Field
 from starlette.responses import JSONResponse
 
 from router.api.kv import summary
@@ -32,10 +32,13 @@ from router.scheduling.messages import ModelState, Refusal
 from router.scheduling.residency import Engine, Model
 from router.scheduling.wait_reason import why
 from router.system.devices import by_name
+from router.system.privacy import shown_words
 from router.system.readings import apart
 from router.system.turns import in_turns
 
 router = APIRouter(tags=["management"], route_class=Page)
+
+_LONGEST_PIN_SEC = 366 * 86_400.0
 
 
 class ModelName(BaseModel):
@@ -170,6 +173,60 @@ async def reset_model(alias: str, request: Request) -> dict[str, Any]:
     return {"status": "success", "model": alias, "message": "may be loaded again", "previous_error": previous}
 
 
+@router.get("/v1/models/found")
+@needs(Right.MANAGE)
+async def found_models(request: Request) -> dict[str, Any]:
+    """Folders that are scanned for models, and what was found there but is not served, with the reason."""
+    config = request.app.state.dispatcher.config
+    return {
+        "folders": [{"path": path, "source": source} for path, source in config.scanned],
+        "not_served": [
+            {"what": each.what, "source": each.source, "reason": each.reason} for each in config.unserved
+        ],
+    }
+
+
+class Keep(BaseModel):
+    until: AwareDatetime | None = Field(default=None, description="Time with its zone, in ISO 8601.")
+    for_sec: float | None = Field(default=None, gt=0, le=_LONGEST_PIN_SEC)
+
+    def seconds(self) -> float | None:
+        """Return for how long the model is to be pinned; None: as configured. Raises ApiError 400."""
+        if self.until is None:
+            return self.for_sec
+        if self.for_sec is not None:
+            raise ApiError(400, "invalid_request", "Send either `until` or `for_sec`.", "for_sec")
+        left_sec = self.until.timestamp() - time.time()
+        if not 0 < left_sec <= _LONGEST_PIN_SEC:
+            raise ApiError(400, "invalid_request", f"`until` is over, or too far away: {self.until}.", "until")
+        return left_sec
+
+
+@router.post("/v1/models/{alias:path}/keep")
+@needs(Right.MANAGE)
+async def keep_model(alias: str, body: Keep, request: Request) -> dict[str, Any]:
+    """Pin a model for a while: it is neither unloaded when idle nor to make room, and replaced if its engine dies.
+
+    Loads nothing: a model that is not loaded is pinned once it is. Without a time, its entry decides again, as it
+    does after an eject by hand, and after a restart of the router.
+    """
+    dispatcher: Dispatcher = request.app.state.dispatcher
+    alias = model_of(alias, dispatcher.config).alias
+    dispatcher.pin(alias, body.seconds())
+    model = dispatcher.scheduler.models[alias]
+    until = pinned_until(model)
+    message = f"is pinned until {until}" if until is not None else "is unloaded when idle, and to make room"
+    if dispatcher.config.models[alias].pinned:
+        message = "is pinned by its entry, at all times"
+    said = {"status": "success", "model": alias, "message": f"{alias} {message}"}
+    return {**said, "pinned": model.spec.pinned, "pinned_until": until}
+
+
+def pinned_until(model: Model) -> str | None:
+    """Return when an operator's pin ends; None if there is none, or the model's entry pins it anyway."""
+    return _wall(model.pinned_until_sec) if model.unpinned is not None and model.pinned_until_sec else None
+
+
 @router.get("/v1/models/failed")
 @needs(Right.USE)
 async def failed_models(request: Request) -> dict[str, Any]:
@@ -233,10 +290,16 @@ def _engines(system: System, *, full: bool) -> dict[str, Any]:
 @router.get("/status/{alias:path}")
 @needs(Right.USE)
 async def model_status(alias: str, request: Request) -> dict[str, Any]:
-    """State of one model."""
+    """State of one model; for full keys with `command`, the command line of its engine: the one that runs, or what
+    is known of it before its start."""
     dispatcher: Dispatcher = request.app.state.dispatcher
-    alias = model_of(alias, dispatcher.config).alias
-    return {"model": alias, **status_of(dispatcher, alias, full=sees_all(request))}
+    model = model_of(alias, dispatcher.config)
+    status = {"model": model.alias, **status_of(dispatcher, model.alias, full=sees_all(request))}
+    if sees_all(request):
+        running = dispatcher.front_of(model.alias)
+        command = dispatcher.backend_of(model).command(model) if running is None else running.handle.command
+        status["command"] = shown_words(command)
+    return status
 
 
 @router.post("/v1/config/reload")
@@ -326,6 +389,7 @@ def status_of(dispatcher: Dispatcher, alias: str, *, full: bool) -> dict[str, An
         "load_asked_at": _wall(model.wanted_since_sec) if model.wanted_since_sec is not None else None,
         "why_waiting": dispatcher.in_full(alias, waiting) if waiting is not None and full else waiting,
         "pinned": model.spec.pinned,
+        "pinned_until": pinned_until(model),
         "engines": engines,
         "updated_at": iso(time.time()),
     }

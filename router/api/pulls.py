@@ -19,6 +19,7 @@ from router.http.errors import ApiError
 from router.http.pages import Page, Right, needs
 from router.store import repository
 from router.store.downloads import Downloads, Pull
+from router.store.progress import Problem
 
 router = APIRouter(tags=["management"], route_class=Page)
 
@@ -90,7 +91,7 @@ async def pull_and_wait(body: PullAndWait, request: Request) -> dict[str, Any]:
         pass
     progress = pull.progress
     if progress.error is not None:
-        raise ApiError(_STATUS.get(progress.error.code, 500), progress.error.code, progress.error.message, "model")
+        raise failed_pull(progress.error)
     if progress.alias is None or progress.path is None:
         raise ApiError(409, "cancelled", "The pull was cancelled; the next pull resumes it.")
     if body.init:
@@ -149,6 +150,11 @@ async def remove_pulled(alias: str, request: Request) -> dict[str, Any]:
     library: Library = request.app.state.library
     alias, freed = await library.remove(alias)
     return {"status": "success", "model": alias, "freed_bytes": freed}
+
+
+def failed_pull(problem: Problem) -> ApiError:
+    """Return the error for a client that waited for a pull, or for its estimate."""
+    return ApiError(_STATUS.get(problem.code, 500), problem.code, problem.message, "model")
 
 
 def _known(request: Request, pull_id: str) -> Pull:

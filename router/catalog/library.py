@@ -9,12 +9,14 @@ from collections.abc import Callable
 from router.catalog.lookup import check_name
 from router.config.names import ALLOWED, candidates, is_alias, same_name, some_of
 from router.config.resolved import Config
+from router.config.schema import System
 from router.config.source import Source
 from router.formats import hf_cache
 from router.http.errors import ApiError
 from router.store import created, pulled, repository
 from router.store.creations import Creations
 from router.store.downloads import MOST_AT_ONCE, Downloads, NoMorePulls, Pull, TooManyPulls
+from router.store.progress import Progress
 
 
 class Library:
@@ -27,32 +29,21 @@ class Library:
 
     def pull(self, model: str, alias: str | None = None, quantize: str | None = None) -> Pull:
         """Start a pull, or join the running pull of the same model. Raises ApiError."""
-        for name in (model, alias or ""):
-            check_name(name)
         config = self._config()
-        if alias is not None and not is_alias(alias):
-            message = f"{alias!r}: an alias is {ALLOWED}."
-            raise ApiError(400, "invalid_alias", message, "alias")
+        reference, alias, taken = _wanted(config, model, alias, quantize)
         try:
-            reference, listed_as = repository.permitted(model, config.system.allowed_models, os.environ)
-            if quantize is not None:
-                reference = repository.quantized(reference, quantize)
-            alias = alias or listed_as
-            taken = _taken(config, reference.repo)
-            if alias in taken:
-                message = f"{alias!r} is taken by a model from {taken[alias]}: choose another alias."
-                raise ApiError(409, "name_taken", message, "alias")
-            taken = {name: source for name, source in taken.items() if repository.is_of(reference.repo, name)}
-            return self.downloads.start(reference, alias, taken, config.system.q4_threshold_bytes)
-        except repository.BadReference as error:
-            raise ApiError(400, "invalid_reference", f"{error}.", "model") from None
-        except repository.NotAllowed as error:
-            raise ApiError(403, "model_not_allowed", f"{error}.", "model") from None
+            return self.downloads.start(reference, alias, taken, _environ(config.system))
         except NoMorePulls:
             raise ApiError(503, "shutting_down", "The router is shutting down.", retry_after_sec=5) from None
         except TooManyPulls:
             message = f"{MOST_AT_ONCE} pulls are running already; wait for one, or cancel it."
             raise ApiError(429, "too_many_pulls", message, retry_after_sec=30) from None
+
+    async def estimate(self, model: str, alias: str | None = None, quantize: str | None = None) -> Progress:
+        """Return what a pull would tell before it downloads anything. Raises ApiError."""
+        config = self._config()
+        reference, alias, taken = _wanted(config, model, alias, quantize)
+        return await self.downloads.estimate(reference, alias, taken, _environ(config.system))
 
     async def remove(self, name: str) -> tuple[str, int]:
         """Remove a pulled or created model; return its alias and the number of bytes freed. Raises ApiError.
@@ -105,6 +96,43 @@ class Library:
         if alias in records and not same_name(name, (alias,)):
             raise ApiError(404, "model_not_found", f"model {name!r} not found. Did you mean {alias!r}?", "model")
         return alias
+
+
+def _wanted(
+    config: Config, model: str, alias: str | None, quantize: str | None
+) -> tuple[repository.Reference, str | None, dict[str, str]]:
+    """Return what to pull, its alias if that is given, and names of the repository that are in use, with the
+    sources of those models. Raises ApiError."""
+    for name in (model, alias or ""):
+        check_name(name)
+    if alias is not None and not is_alias(alias):
+        message = f"{alias!r}: an alias is {ALLOWED}."
+        raise ApiError(400, "invalid_alias", message, "alias")
+    try:
+        reference, listed_as = repository.permitted(model, config.system.allowed_models, os.environ)
+        if quantize is not None:
+            reference = repository.quantized(reference, quantize)
+    except repository.BadReference as error:
+        raise ApiError(400, "invalid_reference", f"{error}.", "model") from None
+    except repository.NotAllowed as error:
+        raise ApiError(403, "model_not_allowed", f"{error}.", "model") from None
+    alias = alias or listed_as
+    taken = _taken(config, reference.repo)
+    if alias in taken:
+        message = f"{alias!r} is taken by a model from {taken[alias]}: choose another alias."
+        raise ApiError(409, "name_taken", message, "alias")
+    return reference, alias, {name: taken[name] for name in taken if repository.is_of(reference.repo, name)}
+
+
+def _environ(system: System) -> dict[str, str]:
+    """Return the variables by which the process of a pull knows what is configured."""
+    programs = {
+        "LLAMA_SERVER_PATH": system.llama_server_path,
+        "VLLM_PATH": system.vllm_path,
+        "TRANSFORMERS_PATH": system.transformers_path,
+    }
+    named = {name: str(path) for name, path in programs.items() if path}
+    return {**named, "MODEL_Q4_THRESHOLD_BYTES": str(system.q4_threshold_bytes)}
 
 
 def _taken(config: Config, repo: str) -> dict[str, str]:

@@ -24,7 +24,7 @@ from router.formats.hf_model import HfModel
 from router.hardware.devices import Devices
 from router.memory.ledger import idle_ground
 from router.memory.measurements import Identity, Learned
-from router.memory.plan import Alternative, Ground, Site, Unusable
+from router.memory.plan import Alternative, Ground, Site, Unusable, possible
 from router.scheduling.messages import Placement
 
 _MIB = 1 << 20
@@ -46,6 +46,8 @@ class HfForecast:
     kv_mib: float
     largest_context: int
     """Largest context that fits, with one request at once; 0 if none does."""
+    placements: tuple[Placement, ...]
+    """All placements that the budgets allow, best first; else the best."""
 
     @property
     def placement(self) -> Placement:
@@ -56,14 +58,16 @@ class HfForecast:
         return all(mib <= self.free_mib[device] for device, mib in self.placement.items())
 
 
-def forecast(model: HfModel, context: int | None = None, quantize: str | None = None) -> HfForecast:
+def forecast(
+    model: HfModel, context: int | None = None, quantize: str | None = None, sites: Sequence[Site] = ()
+) -> HfForecast:
     """Forecast a model with requests of `context` tokens, by default as many as it was made for.
 
     It is counted for the first kind of engine that can run it here, else for Transformers, which alone knows
-    `quantize`. Blocking: looks for the engines and reads the devices. Raises ValueError if its KV cache is unknown
-    there.
+    `quantize`. `sites` are the devices as seen by a router that has engines. Blocking: looks for the engines and
+    reads the devices. Raises ValueError if its KV cache is unknown there.
     """
-    ground = idle_ground(Devices())
+    ground = idle_ground(Devices(), sites)
     system = _system()
     plan: HfPlan | None = None
     if quantize is None and _first_kind(model, system) == VllmModel.engine:
@@ -79,13 +83,15 @@ def forecast(model: HfModel, context: int | None = None, quantize: str | None = 
         plan = _OnTransformers(demand, ground, Learned())
 
     demand, ground = plan.demand, plan.ground
-    best = plan.inspection().alternatives[0]
+    found = plan.inspection().alternatives
+    best = found[0]
     cache = next(cache for cache in demand.caches if cache.remark == best.remark)
     free = {site.device: site.budget_mib for site in (*ground.gpus, ground.host)}
     taken = partial(demand.of_request, on_gpus=bool(best.gpus))
     largest = largest_context(taken, _room_mib(plan, best), model.context or longest)
     kv_mib = cache.requests * demand.kv(cache.context)
-    return HfForecast(engine, best, cache, free, demand.weights, kv_mib, largest)
+    placements = possible(found, ground)
+    return HfForecast(engine, best, cache, free, demand.weights, kv_mib, largest, placements)
 
 
 def _first_kind(model: HfModel, system: System) -> str | None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from router.config.schema import System
 from router.hardware.devices import Devices, Readings
@@ -318,8 +318,15 @@ def is_news(before: Placement, now: Placement) -> bool:
     ) or bool(before) != bool(now)
 
 
-def idle_ground(devices: Devices) -> Ground:
-    """Return the machine's current memory as seen by a router without engines that uses every GPU. Blocking."""
+def idle_ground(devices: Devices, sites: Sequence[Site] = ()) -> Ground:
+    """Return the machine's current memory as seen by a router without engines that uses every GPU. Blocking.
+
+    `sites` are the devices as seen by a router that has engines; these replace what is read here.
+    """
     ledger = Ledger(System())
     ledger.observe(devices.read_blocking(), {})
-    return ledger.ground(ledger.budgets()[0], devices.environment)
+    ground = ledger.ground(ledger.budgets()[0], devices.environment)
+    if not sites:
+        return ground
+    gpus = tuple(site for site in sites if site.device.is_gpu and site.device in ledger.devices)
+    return replace(ground, gpus=gpus, host=next(site for site in sites if site.device == HOST))

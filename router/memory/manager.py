@@ -22,7 +22,7 @@ from router.hardware.devices import Devices
 from router.hardware.ram import ProcessMemory
 from router.memory.ledger import Account, Ledger, is_news
 from router.memory.measurements import Learned
-from router.memory.plan import Alternative, Ground, Planner, Size, Unusable
+from router.memory.plan import Alternative, Ground, Inspection, Planner, Size, Unusable
 from router.observe.reasons import Problem
 from router.scheduling.messages import EngineMeasured, Event, Inspected, MemoryChanged, Placement
 from router.scheduling.residency import larger, memory_of
@@ -132,12 +132,19 @@ class MemoryManager:
     # --- before a start ---------------------------------------------------------------------------------
 
     async def inspect(self, model: ModelConfig, system: System) -> Inspected:
-        """Return possible placements of a model given the memory that is free now. Raises Unusable."""
+        """Return possible placements of a model given the memory that is free now, one of which an engine may be
+        started on. Raises Unusable."""
+        found = await self.plan(model, system)
+        self._found.setdefault(model.alias, deque(maxlen=_REMEMBERED)).appendleft(found.alternatives)
+        return inspected(model.alias, found)
+
+    async def plan(self, model: ModelConfig, system: System) -> Inspection:
+        """Return the ways to run a model given the memory that is free now. Raises Unusable."""
         try:
             await self.look()
             plan, beside_others = self._planner_of(model).plan, bool(self._scheduler.engines)
-            look = partial(plan, model, system, self._ground(), beside_others=beside_others)
-            found = await self.looks.take(look, model.model_path.parent)
+            look = partial(plan, model, system, self.ground(), beside_others=beside_others)
+            return await self.looks.take(look, model.model_path.parent)
         except Unusable:
             raise
         except FolderHangs:
@@ -147,18 +154,9 @@ class MemoryManager:
             _log.exception("inspection of %s failed", model.model_path)
             reason = f"{model.model_path} cannot be inspected: {error!r}"
             raise Unusable(reason, "its file cannot be inspected") from error
-        self._found.setdefault(model.alias, deque(maxlen=_REMEMBERED)).appendleft(found.alternatives)
-        return Inspected(
-            time.monotonic(),
-            model.alias,
-            tuple(one.placement for one in found.alternatives),
-            need=found.alternatives[0].need,
-            expected_load_sec=found.expected_load_sec,
-            load_is_known=found.load_is_known,
-            advice=found.advice,
-        )
 
-    def _ground(self) -> Ground:
+    def ground(self) -> Ground:
+        """Return the devices as they are now, for planning."""
         return self.ledger.ground(self._scheduler.free(), self._devices.environment)
 
     # --- an engine's life -------------------------------------------------------------------------------
@@ -285,7 +283,7 @@ class MemoryManager:
         if chosen.identity is not None and not chosen.is_given:
             self._learned.ran_out(chosen.identity, chosen.as_counted(account.booked_awake()), wanted_mib)
             await self._save()
-        ground, placement = self._ground(), chosen.placement
+        ground, placement = self.ground(), chosen.placement
         look = partial(self._planner_of(model).advise, model, system, ground, placement)
         try:
             return await self.looks.take(look, model.model_path.parent)
@@ -321,3 +319,16 @@ class MemoryManager:
     async def _save(self) -> None:
         async with self._saving:
             await asyncio.to_thread(self._learned.save, self._learned.entries())
+
+
+def inspected(alias: str, found: Inspection) -> Inspected:
+    """Return the result of an inspection as the scheduler takes it."""
+    return Inspected(
+        time.monotonic(),
+        alias,
+        tuple(one.placement for one in found.alternatives),
+        need=found.alternatives[0].need,
+        expected_load_sec=found.expected_load_sec,
+        load_is_known=found.load_is_known,
+        advice=found.advice,
+    )

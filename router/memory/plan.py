@@ -184,6 +184,12 @@ class Inspection:
         )
 
 
+def possible(found: Sequence[Alternative], ground: Ground) -> tuple[Placement, ...]:
+    """Return the placements that fit if all engines are unloaded; if none does, that of the best alternative."""
+    fitting = tuple(one.placement for one in found if ground.holds(one.placement))
+    return fitting or (found[0].placement,)
+
+
 class Planner(Protocol):
     """Knowledge of a kind of engine about the memory of its models. Blocking."""
 

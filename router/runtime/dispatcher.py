@@ -34,7 +34,7 @@ from router.hardware.devices import Devices
 from router.memory.ledger import Account, Ledger
 from router.memory.manager import MemoryManager
 from router.memory.measurements import Learned
-from router.memory.plan import Unusable
+from router.memory.plan import Inspection, Site, Unusable
 from router.observe.events import (
     Attempt,
     Breakdown,
@@ -67,6 +67,7 @@ from router.scheduling.messages import (
     Load,
     ModelSpec,
     ModelState,
+    Pin,
     Probe,
     PutToSleep,
     ReadAhead,
@@ -411,6 +412,15 @@ class Dispatcher:
             client=self._tickets[waiting.id].client,
         )
 
+    async def plan(self, alias: str) -> Inspection:
+        """Return the ways to run a model on this machine. Raises Unusable."""
+        return await self._memory_manager.plan(self.config.models[alias], self.config.system)
+
+    def sites(self) -> list[Site]:
+        """Devices as planning sees them."""
+        ground = self._memory_manager.ground()
+        return [*ground.gpus, ground.host]
+
     def in_full(self, alias: str, text: str) -> str:
         """Full text of a reason for operators, with paths and engine output."""
         return self._reasons.in_full(alias, text)
@@ -442,6 +452,11 @@ class Dispatcher:
     def keep_alive(self, alias: str, idle_sec: float) -> None:
         """Set the idle timeout of a model's current engines; 0: unload as soon as they are idle."""
         self._post(KeepAlive(time.monotonic(), alias, idle_sec))
+
+    def pin(self, alias: str, for_sec: float | None) -> None:
+        """Pin a model for this long, also if it is loaded only later; None: from now on as configured."""
+        now = time.monotonic()
+        self._post(Pin(now, alias, None if for_sec is None else now + for_sec))
 
     def reset(self, alias: str) -> None:
         self._post(Reset(time.monotonic(), alias))

@@ -91,6 +91,20 @@ class NeverFits:
     """True if it would fit once other programs release their memory."""
 
 
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What it would take to load a model now."""
+
+    placement: Placement | None
+    """None: it can never fit."""
+    beside: tuple[str, ...] = ()
+    """Models that would stay on the devices that it takes."""
+    victims: tuple[str, ...] = ()
+    """Models that would be unloaded for it."""
+    reason: str = ""
+    """Why it can never fit, or why it is not known what would have to go."""
+
+
 _Holder = TypeVar("_Holder", bound=Holder)
 Bounds = list[tuple[float, float, float]]
 Verdict = Fits | MakeRoom | Wait | NeverFits
@@ -102,7 +116,7 @@ def decide(candidate: Model, inspected: Inspected, room: Room) -> Verdict:
     placements = _possible(inspected.placements, room, room.budgets)
     if not placements:
         others_hold_it = bool(_possible(inspected.placements, room, room.capacity))
-        return NeverFits(_why_never(candidate, inspected, room), others_hold_it)
+        return NeverFits(_why_never(inspected, room), others_hold_it)
 
     for placement in placements:  # rule 1
         if not shortage(placement, room.free):
@@ -148,6 +162,33 @@ def decide(candidate: Model, inspected: Inspected, room: Room) -> Verdict:
         hold=frozenset(leaving if overdue else ()),
         departures=tuple(departures[engine] for engine in leaving),
     )
+
+
+def outlook(inspected: Inspected, room: Room) -> Outlook:
+    """Return what it would take to load a model now, with no regard to how long others may stay.
+
+    `inspected` may be of a model that is not configured, or not even downloaded.
+    """
+    placements = _possible(inspected.placements, room, room.budgets)
+    if not placements:
+        return Outlook(None, reason=_why_never(inspected, room))
+    costs = {engine: _eviction_cost(engine, room) for engine in room.engines if not _stays(engine)}
+    best: tuple[float, Placement, frozenset[Engine]] | None = None
+    for placement in placements:
+        victims = cheapest_victims(shortage(placement, room.free), costs)
+        cost = sum(costs[victim] for victim in victims or ()) + len(victims or ())
+        if victims is not None and (best is None or cost < best[0]):
+            best = cost, placement, victims
+    if best is None:  # what it needs is promised to others
+        return Outlook(placements[0], reason="the memory that is free is promised to others")
+    _, placement, victims = best
+    devices = {device for device, amount in placement.items() if amount and device != ENGINES}
+    beside = {
+        engine.alias
+        for engine in room.engines
+        if engine not in victims and any(engine.placement.get(device) for device in devices)
+    }
+    return Outlook(placement, tuple(sorted(beside)), tuple(sorted({victim.alias for victim in victims})))
 
 
 def cheapest_victims(short: Placement, costs: Mapping[Engine, float]) -> frozenset[Engine] | None:
@@ -278,15 +319,15 @@ def _shortage_in_words(placement: Placement, inspected: Inspected, room: Room) -
     return "; ".join(limits)
 
 
-def _why_never(candidate: Model, inspected: Inspected, room: Room) -> str:
+def _why_never(inspected: Inspected, room: Room) -> str:
     stay = [engine for engine in room.engines if _stays(engine)]
     pinned = sorted({engine.alias for engine in stay})
     if len(stay) >= room.budgets[ENGINES]:
         return (
-            f"{candidate.spec.alias!r} cannot be loaded beside {', '.join(pinned)} (pinned): "
+            f"{inspected.alias!r} cannot be loaded beside {', '.join(pinned)} (pinned): "
             f"{room.policy.places_in_words}; change that limit or pin fewer models"
         )
-    reason = f"{candidate.spec.alias!r} needs {inspected.need}; the budget is {amounts(room.budgets)}"
+    reason = f"{inspected.alias!r} needs {inspected.need}; the budget is {amounts(room.budgets)}"
     held = {name: room.capacity[name] - mib for name, mib in room.budgets.items() if room.capacity[name] > mib}
     if held:
         reason += f", {amounts(room.free)} of it free; other programs hold {amounts(held)}"

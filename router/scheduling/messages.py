@@ -261,6 +261,16 @@ class KeepAlive:
 
 
 @dataclass(frozen=True, slots=True)
+class Pin:
+    """An operator pins a model for a while, also if it is loaded only later."""
+
+    at: float
+    alias: str
+    until: float | None
+    """None: from now on as configured."""
+
+
+@dataclass(frozen=True, slots=True)
 class Reset:
     """Forget the failures of a model."""
 
@@ -297,6 +307,7 @@ Event = (
     | Load
     | Eject
     | KeepAlive
+    | Pin
     | Reset
     | ShutDown
     | Tick

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from router.scheduling.messages import EngineState, Inspected, ModelSpec, Placement, StopCause
@@ -352,6 +352,10 @@ class Model:
     """True if its engine rejects its flags, and would again after the cooldown."""
     last_error: str | None = None
     why_waiting: Why = Why()
+    pinned_until_sec: float | None = None
+    """Time until which an operator has pinned it; None: it is pinned only if that is configured."""
+    unpinned: ModelSpec | None = None
+    """What is configured, while `spec` is pinned by an operator; else None."""
     busy: Flow = field(default_factory=Flow)
     """Requests that arrive while an engine of it is busy."""
     away: Flow = field(default_factory=Flow)
@@ -532,6 +536,12 @@ class Model:
         self.ran_out = False
         self.failed_until_sec = self.retry_at_sec = 0.0
         self.last_error = self.inspected = None
+
+    def put_in_force(self, spec: ModelSpec) -> None:
+        """Use this configuration, with the operator's pin if there is one."""
+        is_pinned = self.pinned_until_sec is not None and not spec.pinned
+        self.unpinned = spec if is_pinned else None
+        self.spec = replace(spec, pinned=True, kept=True) if is_pinned else spec
 
     def forget_wish(self) -> None:
         """Cancel a requested load."""

@@ -14,9 +14,10 @@ from __future__ import annotations
 import math
 from bisect import bisect
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from zlib import crc32
 
-from router.scheduling.eviction import Fits, MakeRoom, NeverFits, Room, Wait, decide
+from router.scheduling.eviction import Fits, MakeRoom, NeverFits, Outlook, Room, Wait, decide, outlook
 from router.scheduling.fleet import Fleet
 from router.scheduling.messages import (
     Configured,
@@ -40,6 +41,7 @@ from router.scheduling.messages import (
     MemoryChanged,
     ModelSpec,
     ModelState,
+    Pin,
     Placement,
     Probe,
     Refusal,
@@ -157,6 +159,8 @@ class Scheduler:
                 self._eject(event)
             case KeepAlive():
                 self._keep_alive(event)
+            case Pin():
+                self._pin(event)
             case Reset():
                 self._reset(event)
             case MemoryChanged():
@@ -207,6 +211,17 @@ class Scheduler:
         """Return the resources that are neither used, nor reserved for a loading engine, nor promised to a
         swap."""
         return self._fleet.free()
+
+    def outlook(self, inspected: Inspected) -> Outlook:
+        """Return what it would take to load a model, whose engines if any count as unloaded."""
+        fleet, free = self._fleet, self._fleet.free()
+        others = [engine for engine in self.engines.values() if engine.alias != inspected.alias]
+        for engine in self.engines.values():
+            if engine.alias == inspected.alias:
+                take(free, {device: -amount for device, amount in engine.placement.items()})
+        places = tuple({**place, ENGINES: 1} for place in inspected.placements)
+        room = Room(self._now, self.policy, self.models, others, fleet.budgets, fleet.capacity, free, {})
+        return outlook(replace(inspected, placements=places), room)
 
     def forecast(self, now: float, newcomer: Request | None = None) -> Forecast:
         """Forecast when waiting requests are served, as far as measurements allow, including a `newcomer`."""
@@ -894,6 +909,8 @@ class Scheduler:
                 model.forget_tries()
                 self._off(model, "may be tried again")
                 self._want_back(model)
+            if model.pinned_until_sec is not None:
+                self._unpin_in_time(model, model.pinned_until_sec)
         self._recent = self._most_recent()
         for engine in list(self.engines.values()):
             since_sec, limit_sec, cause = self._time_limit(engine)
@@ -973,6 +990,7 @@ class Scheduler:
         model = self.models.get(event.alias)
         if model is None:
             return
+        self._set_pin(model, None)
         self._give_up(model, "ejected by hand")
         self._left_queue(model)
         self._drain_all(model, StopCause.MANUAL, "ejected by hand")
@@ -990,6 +1008,32 @@ class Scheduler:
             engine.keep_alive_sec = event.idle_sec
             if engine.idle_since_sec is not None:
                 self._wake(engine.idle_since_sec + engine.idle_timeout_sec(self.policy))
+
+    def _pin(self, event: Pin) -> None:
+        model = self.models.get(event.alias)
+        if model is None or model.retired:
+            return
+        self._set_pin(model, event.until)
+        if event.until is not None:
+            self._unpin_in_time(model, event.until)
+
+    def _unpin_in_time(self, model: Model, until_sec: float) -> None:
+        if until_sec > self._now:
+            self._wake(until_sec)
+        else:
+            self._set_pin(model, None)
+
+    def _set_pin(self, model: Model, until_sec: float | None) -> None:
+        if until_sec == model.pinned_until_sec:
+            return
+        configured = model.unpinned or model.spec
+        model.pinned_until_sec = until_sec
+        model.put_in_force(configured)
+        model.comes_back = model.comes_back and model.spec.kept
+        for engine in model.engines:
+            if engine.spec.revision == configured.revision:  # not one that leaves because that has changed
+                engine.spec = model.spec
+        self._wake(self._now)  # it may have been idle for long
 
     def _reset(self, event: Reset) -> None:
         model = self.models.get(event.alias)
@@ -1020,8 +1064,8 @@ class Scheduler:
 
     def _reconfigure(self, model: Model, spec: ModelSpec) -> None:
         changed = (model.spec.revision, model.spec.slots) != (spec.revision, spec.slots)
-        model.spec = spec
-        model.comes_back = model.comes_back and spec.kept
+        model.put_in_force(spec)
+        model.comes_back = model.comes_back and model.spec.kept
         if changed or model.retired:
             model.retired = model.load_is_known = False
             self._forgive(model, "its configuration changed")
@@ -1029,11 +1073,12 @@ class Scheduler:
             self._drain_all(model, StopCause.RELOAD, "its configuration changed")
         elif model.engines:
             for engine in model.engines:
-                engine.spec = spec
+                engine.spec = model.spec
             self._admit(model)
 
     def _retire(self, model: Model) -> None:
         model.retired = True
+        self._set_pin(model, None)
         self._give_up(model, "removed from the configuration")
         while model.queue:
             self._reject_removed(model.queue.pop())

@@ -13,13 +13,15 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
+import anyio
 import msgspec
 
+from router.memory.plan import Site
 from router.store import repository
-from router.store.progress import Problem, Progress
+from router.store.progress import Order, Problem, Progress
 from router.system import processes
 
 _log = logging.getLogger("router")
@@ -27,7 +29,9 @@ _log = logging.getLogger("router")
 MOST_AT_ONCE = 4
 _REMEMBERED = 50
 _LONGEST_LINE = 1 << 20
-_START = "import sys; sys.path[:0] = {folders!r}; from router.store.pull import child; child(*sys.argv[1:])"
+_START = "import sys; sys.path[:0] = {folders!r}; from router.store.pull import child; child(sys.argv[1])"
+_MOST_ESTIMATES = 2
+_ESTIMATE_SEC = 60.0
 
 
 class TooManyPulls(Exception):
@@ -41,13 +45,9 @@ class NoMorePulls(Exception):
 class Pull:
     """A pull, running or ended."""
 
-    def __init__(
-        self, reference: repository.Reference, alias: str | None, taken: Mapping[str, str], q4_above_bytes: int
-    ) -> None:
+    def __init__(self, reference: repository.Reference, alias: str | None) -> None:
         self.id = uuid.uuid4().hex[:12]
         self.wanted = (reference, alias)
-        self.taken = taken
-        self.q4_above_bytes = q4_above_bytes
         self.started_at = time.time()
         """Seconds since the epoch."""
         self.progress = Progress(str(reference), alias)
@@ -73,19 +73,31 @@ class Pull:
 
 
 class Downloads:
-    """Starts pulls and keeps the recent ones. `look_again` makes the router scan for models."""
+    """Starts pulls and keeps the recent ones.
 
-    def __init__(self, look_again: Callable[[], Awaitable[object]]) -> None:
+    `look_again` makes the router scan for models, and `sites` returns its devices for estimates.
+    """
+
+    def __init__(
+        self, look_again: Callable[[], Awaitable[object]], sites: Callable[[], Sequence[Site]] = tuple
+    ) -> None:
         self.pulls: dict[str, Pull] = {}
         self.look_again = look_again
+        self._sites = sites
+        self._estimates = anyio.CapacityLimiter(_MOST_ESTIMATES)
         self._is_ending = False
 
     def start(
-        self, reference: repository.Reference, alias: str | None, taken: Mapping[str, str], q4_above_bytes: int
+        self,
+        reference: repository.Reference,
+        alias: str | None,
+        taken: Mapping[str, str],
+        environ: Mapping[str, str],
     ) -> Pull:
         """Start a pull, or join the running pull of the same model. Raises TooManyPulls, NoMorePulls.
 
-        `taken` maps names of the repository that are already in use to the sources of those models.
+        `taken` maps names of the repository that are already in use to the sources of those models, and `environ`
+        are variables for the process.
         """
         if self._is_ending:
             raise NoMorePulls
@@ -95,13 +107,36 @@ class Downloads:
                 return pull
         if len(running) >= MOST_AT_ONCE:
             raise TooManyPulls
-        pull = Pull(reference, alias, taken, q4_above_bytes)
+        pull = Pull(reference, alias)
         over = [pull for pull in self.pulls.values() if pull.over]
         for old in over[: max(0, len(self.pulls) + 1 - _REMEMBERED)]:
             del self.pulls[old.id]
         self.pulls[pull.id] = pull
-        pull.task = asyncio.get_running_loop().create_task(self._run(pull), name=f"pull of {reference}")
+        order = Order(str(reference), alias, taken, tuple(self._sites()))
+        pull.task = asyncio.get_running_loop().create_task(
+            self._run(pull, order, environ), name=f"pull of {reference}"
+        )
         return pull
+
+    async def estimate(
+        self,
+        reference: repository.Reference,
+        alias: str | None,
+        taken: Mapping[str, str],
+        environ: Mapping[str, str],
+    ) -> Progress:
+        """Return what a pull would tell before it downloads anything: its status is `estimated`, or `failed`."""
+        last = Progress(str(reference), alias)
+        order = Order(str(reference), alias, taken, tuple(self._sites()), only_estimate=True)
+        async with self._estimates:
+            with anyio.move_on_after(_ESTIMATE_SEC):
+                async with contextlib.aclosing(_progress(order, environ)) as told:
+                    async for progress in told:
+                        last = progress
+        if last.status not in ("estimated", "failed"):
+            problem = Problem("unreachable", f"the estimate did not end within {_ESTIMATE_SEC:g} s")
+            last = msgspec.structs.replace(last, status="failed", error=problem)
+        return last
 
     async def cancel(self, pull: Pull) -> None:
         """Stop a pull. The partial download is kept for the next one."""
@@ -115,11 +150,11 @@ class Downloads:
         for pull in self.pulls.values():
             await self.cancel(pull)
 
-    async def _run(self, pull: Pull) -> None:
+    async def _run(self, pull: Pull, order: Order, environ: Mapping[str, str]) -> None:
         _log.info("pull of %s: started", pull.progress.reference)
         last = pull.progress
         try:
-            async with contextlib.aclosing(_progress(pull)) as told:
+            async with contextlib.aclosing(_progress(order, environ)) as told:
                 async for last in told:
                     if last.status in ("resolving", "downloading"):
                         pull.tell(last)
@@ -140,17 +175,14 @@ class Downloads:
             pull.tell(last, over=True)
 
 
-def _command(pull: Pull) -> list[str]:
+def _command(order: Order) -> list[str]:
     folders = [str(Path(__file__).resolve().parents[2]), *(path for path in sys.path if path)]
-    reference, alias = pull.wanted
-    arguments = [str(reference), msgspec.json.encode(pull.taken).decode(), *([alias] if alias else [])]
-    return [sys.executable, "-c", _START.format(folders=folders), *arguments]
+    return [sys.executable, "-c", _START.format(folders=folders), msgspec.json.encode(order).decode()]
 
 
-async def _progress(pull: Pull) -> AsyncGenerator[Progress, None]:
+async def _progress(order: Order, environ: Mapping[str, str]) -> AsyncGenerator[Progress, None]:
     """Yield the progress that the process reports; the process is killed when the generator ends."""
-    environ = {**os.environ, "MODEL_Q4_THRESHOLD_BYTES": str(pull.q4_above_bytes)}
-    process = processes.spawn(_command(pull), environ, sys.stderr.fileno())
+    process = processes.spawn(_command(order), {**os.environ, **environ}, sys.stderr.fileno())
     reader = asyncio.StreamReader(limit=_LONGEST_LINE)
     transport: asyncio.BaseTransport | None = None
     try:

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -36,9 +36,10 @@ from router.engines import hf_forecast
 from router.engines.llamacpp.flags import Flags
 from router.engines.llamacpp.forecast import forecast
 from router.formats import gguf, hf_cache, hf_model
+from router.memory.plan import Site
 from router.store import pulled, remote_headers
 from router.store.hub_api import ANSWER_SEC, PAUSES_SEC, HubError, HubFile, HubRepository
-from router.store.progress import FileProgress, MemoryNote, Problem, Progress
+from router.store.progress import FileProgress, MemoryNote, Order, Problem, Progress
 from router.store.pulled import FOLDER, PulledFile, PulledModel
 from router.store.repository import BadReference, Choice, NoChoice, Reference, parse
 from router.system.devices import by_name
@@ -67,13 +68,16 @@ def pull(
     alias: str | None = None,
     taken: Mapping[str, str] | None = None,
     stop: threading.Event | None = None,
+    sites: Sequence[Site] = (),
+    only_estimate: bool = False,
 ) -> Progress:
     """Download a model and record it as pulled; `say` is called with the progress a few times a second.
 
-    `taken` maps names that are already in use to the sources of those models.
+    `taken` maps names that are already in use to the sources of those models. `sites` are the devices of a running
+    router, for its estimate. With `only_estimate`, nothing is downloaded but the headers.
 
-    Returns the last progress: `success`, `failed` with the error, or `cancelled`. If several processes pull the
-    same file, one downloads it and the others wait for it.
+    Returns the last progress: `success` (or `estimated`), `failed` with the error, or `cancelled`. If several
+    processes pull the same file, one downloads it and the others wait for it.
     """
     progress = Progress(text, alias)
     try:
@@ -83,9 +87,8 @@ def pull(
         if alias is not None and not is_alias(alias):
             raise PullFailed("invalid_alias", f"{alias!r}: an alias is {ALLOWED}")
         _check_free(alias, taken or {})
-        _Pull(parse(text, environ), progress, cache, environ, say, stop or threading.Event()).run(
-            alias, taken or {}
-        )
+        work = _Pull(parse(text, environ), progress, cache, environ, say, stop or threading.Event(), sites)
+        work.run(alias, taken or {}, only_estimate=only_estimate)
     except Cancelled:
         progress.status = "cancelled"
     except (BadReference, NoChoice) as error:
@@ -129,6 +132,7 @@ class _Pull:
         environ: Mapping[str, str],
         say: Callable[[Progress], None],
         stop: threading.Event,
+        sites: Sequence[Site],
     ) -> None:
         self.hub = HubRepository(reference, environ)
         self.reference = reference
@@ -137,9 +141,10 @@ class _Pull:
         self.environ = environ
         self.say = say
         self.stop = stop
+        self.sites = sites
         self.folder = hf_cache.repository(cache, reference.repo)
 
-    def run(self, alias: str | None, taken: Mapping[str, str]) -> None:
+    def run(self, alias: str | None, taken: Mapping[str, str], *, only_estimate: bool) -> None:
         self.say(self.progress)
         found = self.hub.find(self._wait)
         commit, choice, files = found.commit, found.choice, found.files
@@ -152,8 +157,11 @@ class _Pull:
         progress.cached = all(self._is_there(commit, file) for file in files)
         self._add_up()
         model = self._planned(alias, commit, choice, files)
+        self._estimate(commit, choice)  # of use also without room on the disk
         self._check_room()
-        self._estimate(commit, choice)
+        if only_estimate:
+            progress.status = "estimated"
+            return
         progress.status = "downloading"
         self.say(progress)
         if not self._is_pulled(alias, model):
@@ -230,7 +238,7 @@ class _Pull:
 
         model = header(choice.model)
         projector = header(choice.mmproj) if choice.mmproj else None
-        found = forecast(model, Flags(("-np", "1")), projector=projector)
+        found = forecast(model, Flags(("-np", "1")), projector=projector, sites=self.sites)
         needs = by_name(found.best.placement)
         free = by_name(found.free_mib)
         return MemoryNote(
@@ -239,6 +247,8 @@ class _Pull:
             found.need.context,
             not found.short_mib,
             found.largest_context,
+            need=found.best.need,
+            placements=[by_name(placement) for placement in found.placements],
         )
 
     def _note_of_folder(self, commit: str, choice: Choice, environ: Mapping[str, str]) -> MemoryNote:
@@ -246,7 +256,7 @@ class _Pull:
             model = hf_model.read(self._pointer(commit, FOLDER))
         else:
             model = remote_headers.read_folder(self.hub, commit, choice, environ)
-        found = hf_forecast.forecast(model, quantize=choice.quantize)
+        found = hf_forecast.forecast(model, quantize=choice.quantize, sites=self.sites)
         needs, free = by_name(found.placement), by_name(found.free_mib)
         return MemoryNote(
             needs,
@@ -256,6 +266,8 @@ class _Pull:
             found.largest_context,
             context_key="context",
             engine=found.engine,
+            need=found.best.need,
+            placements=[by_name(placement) for placement in found.placements],
         )
 
     # --- download -----------------------------------------------------------------------------------------
@@ -464,10 +476,10 @@ def _first_byte(response: httpx2.Response) -> int | None:
     return int(found[1]) if found else None
 
 
-def child(text: str, taken: str, alias: str | None = None) -> None:
+def child(text: str) -> None:
     """Run a pull in a child process of the router: progress goes to standard output as JSON lines.
 
-    The process exits when its standard input ends. `taken` is a JSON document.
+    The process exits when its standard input ends. `text` is an `Order` in JSON.
     """
 
     def end_with_parent() -> None:
@@ -481,4 +493,13 @@ def child(text: str, taken: str, alias: str | None = None) -> None:
         sys.stdout.buffer.write(msgspec.json.encode(progress) + b"\n")
         sys.stdout.buffer.flush()
 
-    pull(text, say, environ=os.environ, alias=alias, taken=msgspec.json.decode(taken, type=dict[str, str]))
+    order = msgspec.json.decode(text, type=Order)
+    pull(
+        order.reference,
+        say,
+        environ=os.environ,
+        alias=order.alias,
+        taken=order.taken,
+        sites=order.sites,
+        only_estimate=order.only_estimate,
+    )

@@ -32,6 +32,7 @@ from router.scheduling.messages import (
     Load,
     MemoryChanged,
     ModelSpec,
+    Pin,
     Probe,
     ReadAhead,
     Refusal,
@@ -664,6 +665,43 @@ def test_pinned_model_makes_room_for_nobody() -> None:
     assert machine.rejected[refused].refusal is Refusal.INSUFFICIENT_MEMORY
     assert "a (pinned)" in machine.rejected[refused].reason
     assert machine.states() == "ready off"
+
+
+def test_an_operator_pins_a_model_for_a_while() -> None:
+    machine = Machine(ModelSpec("a", idle_timeout_sec=60), "b")
+    machine.finish(machine.served("a"))
+    machine.tell(Pin(machine.now, "a", machine.now + 3600))
+    machine.wait(1800)
+    assert machine.rejected[machine.ask("b")].refusal is Refusal.INSUFFICIENT_MEMORY
+    machine.configure(ModelSpec("a", idle_timeout_sec=30), "b")
+    machine.wait(1799)
+    assert machine.states() == "ready off"
+    machine.wait(2)  # it has been idle for long
+    assert machine.states() == "off off"
+    model = machine.scheduler.models["a"]
+    assert (model.spec, model.unpinned, model.pinned_until_sec) == (machine.specs["a"], None, None)
+
+
+@pytest.mark.parametrize("end", [Pin(0, "a", None), Eject(0, "a")])
+def test_an_operators_pin_is_taken_back(end: Pin | Eject) -> None:
+    machine = Machine("a", "b")
+    machine.tell(Pin(machine.now, "a", machine.now + 3600))  # before it is loaded
+    machine.finish(machine.served("a"))
+    assert machine.rejected[machine.ask("b")].refusal is Refusal.INSUFFICIENT_MEMORY
+    machine.tell(replace(end, at=machine.now))
+    machine.wait(60)
+    machine.served("b")
+    assert machine.states() == "off ready"
+    assert machine.scheduler.models["a"].pinned_until_sec is None
+
+
+def test_a_model_that_an_operator_pinned_comes_back_after_a_crash() -> None:
+    machine = Machine("a")
+    machine.finish(machine.served("a"))
+    machine.tell(Pin(machine.now, "a", machine.now + 3600))
+    crash(machine, "a")
+    machine.wait(60)
+    assert machine.states() == "ready"
 
 
 def test_what_a_client_says_counts_instead_of_the_timeout_until_the_engine_goes() -> None:

@@ -666,10 +666,10 @@ def test_the_last_fifty_pulls_can_be_asked_about(there: int) -> None:
         downloads = Downloads(nobody_looks)
         reference = repository.parse(REPO, {})
         for number in range(there):
-            over = Pull(reference, f"alias-{number}", {}, 0)
+            over = Pull(reference, f"alias-{number}")
             over.over = True
             downloads.pulls[over.id] = over
-        downloads.start(reference, "one-more", {}, 0)
+        downloads.start(reference, "one-more", {}, {})
         await downloads.shut_down()
         return [str(pull.wanted[1]) for pull in downloads.pulls.values()]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from router.engines.base import NoEngine
@@ -17,7 +18,7 @@ from router.formats.gguf import GGUF
 from router.hardware.devices import Devices
 from router.memory.ledger import idle_ground
 from router.memory.measurements import Learned
-from router.memory.plan import Alternative, Footprint
+from router.memory.plan import Alternative, Footprint, Site, possible
 from router.scheduling.messages import Placement
 from router.system.devices import Device
 
@@ -33,6 +34,8 @@ class Forecast:
     """Largest `-c` that fits; 0 if none does."""
     flags: tuple[str, ...]
     """Flags that the router would add."""
+    placements: tuple[Placement, ...]
+    """All placements that the budgets allow, best first; else the best."""
 
     @property
     def short_mib(self) -> dict[Device, int]:
@@ -48,10 +51,14 @@ def forecast(
     projector: GGUF | None = None,
     draft: GGUF | None = None,
     lora: tuple[GGUF, ...] = (),
+    sites: Sequence[Site] = (),
 ) -> Forecast:
-    """Forecast by the header and flags of a model. Blocking: reads the devices. Raises FlagError and OSError."""
+    """Forecast by the header and flags of a model. Blocking: reads the devices. Raises FlagError and OSError.
+
+    `sites` are the devices as seen by a router that has engines.
+    """
     engine = _engine()
-    ground = idle_ground(Devices(listed=None if engine is None else Listed(engine, os.environ)))
+    ground = idle_ground(Devices(listed=None if engine is None else Listed(engine, os.environ)), sites)
     asked_for = [word for name, *value in flags_for(header, flags) for word in (f"--{name}", *value)]
     if engine is not None and engine.default_slots > 0 and flags.last("parallel") is None:
         asked_for += ["--parallel", str(engine.default_slots)]
@@ -68,12 +75,20 @@ def forecast(
         adapters=lora,
     )
     sizer = Sizer(files, flags, os.environ, engine, Learned())
-    best = alternatives(sizer, engine, ground)[0]
+    found = alternatives(sizer, engine, ground)
+    best = found[0]
     need = best.size.details
     assert need is not None  # a model whose header is known has no figure but by its parts
     free = {site.device: site.budget_mib for site in (*ground.gpus, ground.host)}
     used = best.as_counted(free)
-    return Forecast(best, need, free, sizer.largest_context((), used), (*asked_for, *best.flags))
+    return Forecast(
+        best,
+        need,
+        free,
+        sizer.largest_context((), used),
+        (*asked_for, *best.flags),
+        possible(found, ground),
+    )
 
 
 def _engine() -> EngineKind | None:
