@@ -6,15 +6,15 @@ proxy of the environment and follows no redirect, so that the key is sent only t
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
 import ssl
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from email.message import Message
-from typing import IO, Any
+from typing import Any, Protocol
 from urllib.parse import SplitResult, urlsplit
 
 KEY_VARIABLE = "LLAMA_ROUTER_API_KEY"
@@ -23,6 +23,8 @@ _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S
 _ANSWER_SEC = 10.0
 _SILENCE_SEC = 75.0
 """Streams send something every 30 s at the latest."""
+_BLOCK = 1 << 18
+"""Bytes of a file that are sent in one step."""
 _JSON = {"Content-Type": "application/json"}
 _EVENTS = "text/event-stream"
 
@@ -42,6 +44,12 @@ class Refused(CannotAsk):
         super().__init__(message)
         self.status = status
         self.code = code
+
+
+class Readable(Protocol):
+    """A file that is sent."""
+
+    def read(self, count: int, /) -> bytes: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +103,7 @@ class RouterClient:
                 return False
             raise
 
-    def send(self, path: str, file: IO[bytes], nbytes: int) -> None:
+    def send(self, path: str, file: Readable, nbytes: int) -> None:
         """Send a file of `nbytes` to `path`. Raises CannotAsk."""
         headers = {"Content-Type": "application/octet-stream", "Content-Length": str(nbytes)}
         with self._ask(path, headers, _SILENCE_SEC, "POST", file) as answer:
@@ -124,26 +132,27 @@ class RouterClient:
         own limits. Closing the iterator closes the connection, which cancels the request. Raises CannotAsk.
         """
         content = json.dumps(body).encode()
-        with self._ask(path, {**_JSON, **headers}, None, "POST", content) as answer, closing(answer):
+        with self._ask(path, {**_JSON, **headers}, None, "POST", content) as answer, contextlib.closing(answer):
             began(answer.headers)
             if answer.headers.get_content_type() == _EVENTS:
                 yield from _events(answer)
             else:
                 yield Happened("message", answer.read().decode(errors="replace"), "")
 
-    @contextmanager
+    @contextlib.contextmanager
     def _ask(
         self,
         path: str,
         headers: Mapping[str, str],
         timeout_sec: float | None,
         method: str = "GET",
-        body: bytes | IO[bytes] | None = None,
+        body: Any = None,
     ) -> Iterator[http.client.HTTPResponse]:
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-        connection = kind(self._host, self._port, timeout=timeout_sec)
+        connection = kind(self._host, self._port, timeout=timeout_sec, blocksize=_BLOCK)
         try:
-            connection.request(method, self._prefix + path, body, {**self._headers, **headers})
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have answered before the end
+                connection.request(method, self._prefix + path, body, {**self._headers, **headers})
             if timeout_sec is None:
                 _notice_death(connection.sock)
             answer = connection.getresponse()
@@ -249,4 +258,6 @@ def _in_words(error: Exception) -> str:
         return f"its certificate is not trusted ({error.verify_message}); SSL_CERT_FILE names further ones"
     if isinstance(error, ssl.SSLError) and error.reason == "WRONG_VERSION_NUMBER":
         return "it does not speak TLS; write http:// instead of https://"
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    refused = ". Start it with `llama-router`, or name another one with --url"
+    return reason + refused * isinstance(error, ConnectionRefusedError)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import sys
 import time
@@ -93,12 +92,12 @@ def _unload_text(model: dict[str, Any]) -> str:
 class Ticker:
     """Tells on standard error what is going on: on a terminal in one line that is redrawn, else now and then."""
 
-    _EVERY_SEC = 10.0
+    _FIRST_SEC, _EVERY_SEC = 1.0, 10.0
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
         self._drawn = False
-        self._told_sec = -math.inf
+        self._next_sec = time.monotonic() + self._FIRST_SEC
 
     def __enter__(self) -> Ticker:
         return self
@@ -112,6 +111,6 @@ class Ticker:
             shown = line(text)[: shutil.get_terminal_size().columns - 1]
             print(f"\r{shown}\x1b[K", end="", file=sys.stderr, flush=True)
             self._drawn = True
-        elif text and time.monotonic() - self._told_sec >= self._EVERY_SEC:
-            self._told_sec = time.monotonic()
+        elif text and time.monotonic() >= self._next_sec:
+            self._next_sec = time.monotonic() + self._EVERY_SEC
             print(line(text), file=sys.stderr, flush=True)

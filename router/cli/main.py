@@ -185,10 +185,11 @@ def _add_pull_and_rm(commands: Commands) -> None:
         "store.pull",
         "download a model from the Hugging Face hub",
         description="Download a model into the Hugging Face cache (HF_HOME) and serve it. An interrupted download "
-        "is resumed. HF_TOKEN gives access to gated and private repositories.",
+        "is resumed. HF_TOKEN gives access to gated and private repositories. With --url or LLAMA_ROUTER_URL, "
+        "that router downloads it, with its own token.",
         examples=(
             "llama-router pull hf.co/ggml-org/Qwen3-4B-GGUF:Q4_K_M",
-            "llama-router pull ggml-org/Qwen3-4B-GGUF --alias qwen",
+            "llama-router pull ggml-org/Qwen3-4B-GGUF --alias qwen --url gpu-box:8000",
         ),
     )
     pull.add_argument(
@@ -199,6 +200,7 @@ def _add_pull_and_rm(commands: Commands) -> None:
     pull.add_argument("--alias", metavar="NAME", help="serve it under this name instead of USER/REPO:QUANT")
     pull.add_argument("--json", action="store_true", help="print progress as JSON lines")
     pull.add_argument("--config", type=Path, metavar="FILE", help="configuration whose model names are reserved")
+    _add_url(pull)
 
     remove = commands.add(
         MODELS,
@@ -210,10 +212,20 @@ def _add_pull_and_rm(commands: Commands) -> None:
         examples=("llama-router rm ggml-org/Qwen3-4B-GGUF:Q4_K_M",),
     )
     remove.add_argument("alias", metavar="MODEL")
+    remove.add_argument("--json", action="store_true", help="print one JSON document")
+    _add_url(remove)
     remove.add_argument(
         "--config", type=Path, metavar="FILE", help="configuration of the router where it was created"
     )
     remove.add_argument("--port", type=int, help="port of that router, if not the configured one")
+
+
+def _add_url(parser: Command) -> None:
+    parser.add_argument(
+        "--url",
+        metavar="URL",
+        help=f"have this router do it, on its machine (default: {remote.URL_VARIABLE}, else it is done here)",
+    )
 
 
 def _add_estimate(commands: Commands) -> None:

@@ -41,6 +41,7 @@ def add_parsers(commands: Commands) -> None:
     as_json.add_argument("--json", action="store_true", help="print the router's JSON response")
     _add_looks(commands, at, as_json)
     _add_models(commands, at, as_json)
+    _add_makers(commands, at, as_json)
     commands.add(
         CONFIGURATION,
         "reload",
@@ -190,6 +191,47 @@ def _add_models(commands: Commands, at: Command, as_json: Command) -> None:
         examples=("llama-router reset qwen", "llama-router reset --all"),
     )
     _add_one_or_all(reset, "all that have failed")
+
+
+def _add_makers(commands: Commands, at: Command, as_json: Command) -> None:
+    create = commands.add(
+        MODELS,
+        "create",
+        "creating.create",
+        "create a model from a Modelfile, as `ollama create` does",
+        at,
+        as_json,
+        description="Create a model, or replace one that was created, from a Modelfile: FROM (a model, or a GGUF "
+        "file, which is sent to the router), SYSTEM, PARAMETER, MESSAGE, LICENSE, and TEMPLATE in Jinja.",
+        notes=KEY_NOTE,
+        examples=(
+            "llama-router create pirate -f Modelfile",
+            "llama-router show qwen --modelfile | llama-router create qwen2 -f -",
+        ),
+    )
+    create.add_argument("name", metavar="NAME")
+    create.add_argument(
+        "-f",
+        "--file",
+        type=Path,
+        default=Path("Modelfile"),
+        metavar="FILE",
+        help="default: Modelfile; -: standard input",
+    )
+    copy = commands.add(
+        MODELS,
+        "cp",
+        "creating.copy",
+        "give a model a further name, with its present parameters",
+        at,
+        as_json,
+        description="Give a model a further name, with its present parameters, as `ollama cp` does. Nothing is "
+        "copied on the disk; `llama-router rm` removes the name.",
+        notes=KEY_NOTE,
+        examples=("llama-router cp qwen my-qwen",),
+    )
+    copy.add_argument("source", metavar="MODEL")
+    copy.add_argument("name", metavar="NAME")
 
 
 def _add_one_or_all(parser: Command, all_of_them: str) -> None:

@@ -1,7 +1,8 @@
 """`llama-router pull` and `llama-router rm`: pull models from the Hugging Face hub; remove pulled or created ones.
 
 Both work on the cache directly, whether a router is running or not; a running router notices the changed files.
-Created models are kept in the state directory of one router: if it is running, it is asked to remove them.
+Created models are kept in the state directory of one router: if it is running, it is asked to remove them. With
+the URL of a router, that router pulls and removes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import msgspec
 
 from router.catalog.load import load
 from router.cli import remote
-from router.cli.columns import size_text
+from router.cli.client import CannotAsk, RouterClient
+from router.cli.columns import print_json, size_text
 from router.config.names import same_name, some_of
 from router.config.problems import ConfigError
 from router.config.resolved import Config
@@ -40,7 +42,10 @@ _LINE_EVERY_SEC = 10.0
 
 
 def pull(options: argparse.Namespace) -> None:
-    """Pull a model. Exits with 1 if it failed, with 130 if it was interrupted. Raises ConfigError."""
+    """Pull a model. Exits with 1 if it failed, with 130 if it was interrupted. Raises CannotAsk, ConfigError."""
+    if remote.url_given(options):
+        _pull_there(remote.connect(options), options)
+        return
     from router.store import pull as pulling  # imported here because it takes 0.3 s, which `rm` does not need
 
     say = _Json() if options.json else _Lines()
@@ -51,6 +56,35 @@ def pull(options: argparse.Namespace) -> None:
         print("\nllama-router: the partial download is kept; pull again to resume", file=sys.stderr)
         sys.stderr.flush()
         os._exit(130)  # a connection may be waiting for its next byte
+    _exit_with(ended)
+
+
+def _pull_there(router: RouterClient, options: argparse.Namespace) -> None:
+    """Have a router pull the model, and follow that. An interruption cancels the pull unless others began it."""
+    say, path = _Json() if options.json else _Lines(), "/v1/models/pull"
+    running = {pull["id"] for pull in router.get(path)["pulls"]}
+    pull = f"{path}/{(begun := router.post(path, {'model': options.model, 'alias': options.alias}))['id']}"
+    progress: Progress | None = None
+    try:
+        for event in router.events(f"{pull}/stream"):
+            progress = msgspec.json.decode(event.text, type=Progress)
+            say(progress)
+    except KeyboardInterrupt:
+        if begun["id"] in running:
+            print("\nllama-router: the router goes on pulling, as it did before", file=sys.stderr)
+        else:
+            router.delete(pull)
+            print("\nllama-router: cancelled; pull again to resume", file=sys.stderr)
+        raise
+    if progress is None or progress.status in ("resolving", "downloading"):
+        raise CannotAsk(f"The router at {router.url} has closed the stream.")
+    if progress.status == "cancelled":
+        raise CannotAsk("The pull was cancelled; the next pull resumes it.")
+    _exit_with(progress)
+
+
+def _exit_with(ended: Progress) -> None:
+    """Exit with 1 if a pull failed."""
     if ended.error is not None:
         print(printable(f"llama-router: {ended.error.message}"), file=sys.stderr)
         sys.exit(1)
@@ -74,6 +108,10 @@ def _configured_names(path: Path | None) -> dict[str, str]:
 
 def remove(options: argparse.Namespace) -> None:
     """Remove a model. Exits with 1 if it is missing or needed by another. Raises CannotAsk, ConfigError."""
+    if remote.url_given(options) and options.port is None:
+        answer = remote.connect(options).delete(f"/v1/models/pulled/{quote(options.alias, safe='')}")
+        _print_removed(options, answer["model"], answer["freed_bytes"])
+        return
     port = {} if options.port is None else {"api.port": ("--port", options.port)}
     loaded = load(options.config, environ=os.environ, cwd=Path.cwd(), overrides=port, check_files=False)
     config = loaded.config
@@ -90,7 +128,14 @@ def remove(options: argparse.Namespace) -> None:
     except (pulled.NotPulled, pulled.BeingPulled, StateHeld, OSError) as error:
         print(printable(f"llama-router: {error}"), file=sys.stderr)
         sys.exit(1)
-    print(line(f"{name} was removed, {size_text(freed)} freed"))
+    _print_removed(options, name, freed)
+
+
+def _print_removed(options: argparse.Namespace, name: str, freed: int) -> None:
+    if options.json:
+        print_json({"status": "success", "model": name, "freed_bytes": freed})
+    else:
+        print(line(f"{name} was removed, {size_text(freed)} freed"))
 
 
 def _remove_created(name: str, folder: Path, config: Config) -> int:

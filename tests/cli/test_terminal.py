@@ -257,7 +257,10 @@ def test_nobody_there_and_somebody_else_there_are_told_apart(tmp_path: Path) -> 
     nobody = run("ps", "--url", url, cwd=tmp_path)
     assert (stranger.returncode, nobody.returncode) == (1, 1)
     assert stranger.stderr == f"llama-router: The server at {url} is not a llama-router.\n"
-    assert nobody.stderr == f"llama-router: No router can be reached at {url}: Connection refused.\n"
+    assert nobody.stderr == (
+        f"llama-router: No router can be reached at {url}: Connection refused. "
+        "Start it with `llama-router`, or name another one with --url.\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -518,6 +518,32 @@ def test_a_running_router_notices_what_the_command_line_pulls_and_removes(
     assert not list(conversations.glob("*.kv")), "without a router, too"
 
 
+def test_the_command_line_has_another_router_pull_and_remove(
+    start: Start, hub: Hub, environ: dict[str, str], tmp_path: Path
+) -> None:
+    router = start(**environ)
+    at = {"LLAMA_ROUTER_URL": router.url}
+    hub.hold_at = 0.5
+    process = subprocess.Popen(
+        command("pull", REPO), cwd=tmp_path, env=clean(at, tmp_path), stderr=-1, stdout=-1, text=True
+    )
+    assert hub.held.wait(30)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert (process.returncode, said.splitlines()) == (130, ["", "llama-router: cancelled; pull again to resume"])
+    assert [pull["status"] for pull in router.http.get("/v1/models/pull").json()["pulls"]] == ["cancelled"]
+    hub.go_on.set()
+    ended = run("pull", REPO, "--alias", "small", "--json", cwd=tmp_path, **at)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout.splitlines()[-1])["status"] == "success"
+    assert "small" in aliases(router)
+    removed = run("rm", "small", "--json", cwd=tmp_path, **at)
+    assert json.loads(removed.stdout)["model"] == "small"
+    assert run("rm", "small", cwd=tmp_path, **at).returncode == 1
+    missing = run("pull", "org/nothing-GGUF", cwd=tmp_path, **at)
+    assert (missing.returncode, "org/nothing-GGUF" in missing.stderr) == (1, True)
+
+
 def events(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     name = ""
     for line in lines:

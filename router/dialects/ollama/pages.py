@@ -24,6 +24,7 @@ from router.engines.base import Facts
 from router.engines.llamacpp.flags import FlagError
 from router.engines.registry import kind_of
 from router.formats.gguf_cursor import GGUFError
+from router.formats.modelfile import parameter_lines
 from router.formats.ollama_options import as_options, option_lines
 from router.http.auth import sees_all
 from router.http.documents import NAMES_A_MODEL, Document, read_body
@@ -263,7 +264,7 @@ def _modelfile(model: str, named: AliasConfig, options: dict[str, Any]) -> str:
     lines = ["# Served by llama-router.", f"FROM {model}"]
     if named.system_prompt:
         lines.append(f'SYSTEM """{named.system_prompt}"""')
-    lines += [f"PARAMETER {line}" for line in option_lines(options)]
+    lines += [f"PARAMETER {line}" for line in parameter_lines(options)]
     lines += [f'MESSAGE {turn["role"]} """{turn["content"]}"""' for turn in named.messages]
     return "\n".join(lines) + "\n"
 
