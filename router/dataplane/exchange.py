@@ -362,10 +362,7 @@ class Exchange(IncomingRequest):
     def _send(self, engine: RunningEngine) -> None:
         target, lines = self._asked_of_engine()
         receiver: Receiver = self
-        body, placement = self._body, self._placement
-        if placement is not None and placement.named:
-            assert isinstance(body, bytes)
-            body = b'{"id_slot":%d,%b' % (placement.slot, body[body.index(b"{") + 1 :])
+        body = self._body if self._placement is None else self._placement.told()
         if (question := self._question) is not None:
             target, lines = question.path.encode(), with_type(lines, DOCUMENT)
             receiver = question.understood_by(self)
@@ -517,8 +514,8 @@ class Exchange(IncomingRequest):
             self._break_off(ApiError(502, "engine_lost", f"The engine's response was interrupted: {reason}."))
         else:
             self._gathered.clear()
-            if self._placement is not None:
-                self._placement.ended(NO_USAGE)
+            if (placement := self._placement) is not None:
+                placement.keeper.ended(placement, NO_USAGE)
                 self._placement = None
             self._dispatcher.requeue(self._ticket, reason)
             self._wait_for_slot(self._ticket)
@@ -739,10 +736,10 @@ class Exchange(IncomingRequest):
             except Exception:  # the request must end exactly once, whatever its engine reports
                 _log.exception("request %s: the tokens of the response could not be counted", self._request_id)
                 usage = NO_USAGE
-            kv, engine = "", ticket.engine
-            if self._placement is not None:
-                kv = self._placement.source
-                self._placement.ended(usage)
+            kv, placement, engine = "", self._placement, ticket.engine
+            if placement is not None:
+                kv = placement.source
+                placement.keeper.ended(placement, usage)
                 self._placement = None
             done = RequestDone(  # by position: keywords would take as long as all metrics together
                 self._request_id,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from hashlib import blake2b
+from struct import unpack
 from typing import Any
 
 import msgspec
@@ -26,8 +27,8 @@ BLOCK = 1024
 SHORTEST = 256
 _FIRST = (SHORTEST, 512)
 """Ends of the first blocks in bytes, which are shorter: most conversations begin short."""
-_MAY_CHOOSE = re.compile(rb'[^{]|.*"(?:id_slot|cache_prompt|n|n_cmpl|previous_response_id)"', re.DOTALL)
-"""Matches short bodies that have to be parsed."""
+may_choose = re.compile(rb'[^{]|.*"(?:id_slot|cache_prompt|n|n_cmpl|previous_response_id)"', re.DOTALL).match
+"""Matches bodies that have to be parsed before their slot is chosen; for short ones."""
 LONGEST = 1 << 20
 """Longest body, in bytes, of which a chain is made: longer ones hold images, or are parsed on a thread."""
 _ABSENT = msgspec.Raw(b"")
@@ -64,7 +65,7 @@ def chain_of(body: bytes, key: bytes) -> Chain | None:
     None: the request wants several answers or a slot of its own choice, or it is unreadable. `key` keeps digests
     from being compared with those of guessed prompts.
     """
-    if len(body) <= SHORTEST and not _MAY_CHOOSE.match(body):
+    if len(body) <= SHORTEST and not may_choose(body):
         return ()
     try:
         read = _decode(body)
@@ -74,21 +75,21 @@ def chain_of(body: bytes, key: bytes) -> Chain | None:
         return None
     if read.n not in (None, 1) or read.n_cmpl not in (None, 1):
         return None
-    content = bytes(read.messages) or bytes(read.prompt) or bytes(read.input)
+    content = memoryview(read.messages) or memoryview(read.prompt) or memoryview(read.input)
+    size = len(content) - 1  # without the end of the list or text, which the next request goes on with
+    if size < SHORTEST:
+        return ()
     before = (read.system, read.instructions, read.tools, read.chat_template_kwargs, read.reasoning_effort)
-    hashed = blake2b(
-        b"\0".join(map(bytes, (*before, read.reasoning, read.thinking, read.lora))), digest_size=8, key=key
-    )
-    digests: list[int] = []
-    view = memoryview(content)[:-1]  # without the end of the list or text, which the next request goes on with
-    begin, size = 0, len(view)
+    hashed = blake2b(b"\0".join((*before, read.reasoning, read.thinking, read.lora)), digest_size=8, key=key)
+    digests: list[bytes] = []
+    begin = 0
     for end in (*_FIRST, *range(BLOCK, size + 1, BLOCK)):
         if end > size:
             break
-        hashed.update(view[begin:end])
-        digests.append(int.from_bytes(hashed.digest(), "big"))
+        hashed.update(content[begin:end])
+        digests.append(hashed.digest())
         begin = end
-    return tuple(digests)
+    return unpack(f">{len(digests)}Q", b"".join(digests))
 
 
 def covered(blocks: int) -> int:
@@ -98,5 +99,7 @@ def covered(blocks: int) -> int:
 
 def common(one: Chain, other: Chain) -> int:
     """Return the number of blocks that two chains have in common."""
+    if one[:1] != other[:1]:  # most have nothing in common
+        return 0
     shorter = min(len(one), len(other))
     return bisect_left(range(shorter), True, key=lambda block: one[block] != other[block])

@@ -5,6 +5,9 @@ restored from disk if that is cheaper than computing it again, or else the one t
 has computed is saved when it has been quiet for a moment, before something else is computed in it, and before the
 engine ends. All costs are measured: the engine's time per token of a prompt, and bytes per second of both ways.
 
+Most requests are short, and nothing is lost with them. While there is a slot for one that holds nothing else, it
+gets that, and is read only if its answer turns out to be long.
+
 What an engine says of a restore is no proof. The answer to the next request is: it counts the cached tokens. An
 engine that twice reuses less than half of what it was given, and more often than not, is left alone.
 """
@@ -20,7 +23,7 @@ from typing import Any, NamedTuple
 import anyio
 import msgspec
 
-from router.kv.chain import LONGEST, Chain, chain_of, common, covered
+from router.kv.chain import LONGEST, SHORTEST, Chain, chain_of, common, covered, may_choose
 from router.kv.store import KvStore, Saved
 from router.observe.usage import Usage
 from router.system.readings import apart
@@ -37,7 +40,7 @@ _LITTLE = 16
 """Number of tokens that are not worth saving a conversation again."""
 _SHARE = 20
 """While other slots compute, saves take at most one part in so many of the time."""
-_URGENT = 10
+_URGENT = 20
 """A request waits for the save of what it displaces if that is so many times cheaper than computing it again."""
 _AGAIN_SEC = 60.0
 """Pause after a save that failed: the disk may be full."""
@@ -55,6 +58,10 @@ class Source(Word):
     SLOT = "slot"
     DISK = "disk"
     NONE = "none"
+
+
+_SLOT, _NONE = Source.SLOT, Source.NONE
+"""Bound once, as looking up a member of an enumeration is slow."""
 
 
 class Said(NamedTuple):
@@ -77,12 +84,14 @@ class _Slot:
     """What is known of a slot."""
 
     __slots__ = (
+        "begin",
         "chain",
         "client",
         "era",
         "is_busy",
         "keeps",
         "number",
+        "opening",
         "prompt_tokens",
         "saved_tokens",
         "tokens",
@@ -90,8 +99,9 @@ class _Slot:
         "work",
     )
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, *, is_named: bool) -> None:
         self.number = number
+        self.begin = b'{"id_slot":%d,' % number if is_named else b""
         self.work: asyncio.Task[None] | None = None
         """Save or restore in progress."""
         self.is_busy = False
@@ -100,6 +110,8 @@ class _Slot:
 
     def clear(self) -> None:
         self.chain: Chain = ()
+        self.opening = b""
+        """Without a chain: the body of its last request up to the end of the messages, if that was short."""
         self.client = ""
         self.keeps = False
         self.era = 0
@@ -108,25 +120,35 @@ class _Slot:
 
 
 class Placement(msgspec.Struct, eq=False):
-    """The slot of one request, until `ended` is called."""
+    """The slot of one request, until `Keeper.ended` is called."""
 
-    slot: int
-    """Its number."""
-    named: bool
-    """Whether the request must name it."""
-    chain: Chain
+    keeper: Keeper
+    holder: _Slot
+    body: bytes
+    """That of the request."""
     client: str
+    """Whose conversation it is; of a short request, the client itself."""
     keeps: bool
-    _keeper: Keeper
-    _slot: _Slot
+    era: int
+    """That of the store in which it was placed."""
+    chain: Chain | None
+    """None: it is short."""
     source: Source = Source.NONE
     promised: int = 0
     """Number of tokens of its prompt that the slot is expected to have."""
-    era: int = 0
-    """That of the store in which it was placed."""
     is_ready: bool = True
     """False while its state is being restored, or another is being saved to make room."""
     _listener: Callable[[], None] | None = None
+
+    @property
+    def slot(self) -> int:
+        """Number of the slot."""
+        return self.holder.number
+
+    def told(self) -> bytes:
+        """Return the body that names the slot, if the engine has several."""
+        begin, body = self.holder.begin, self.body
+        return begin + body[body.index(b"{") + 1 :] if begin else body
 
     def when_ready(self, listener: Callable[[], None]) -> None:
         self._listener = listener
@@ -137,10 +159,10 @@ class Placement(msgspec.Struct, eq=False):
         if listener is not None:
             listener()
 
-    def ended(self, usage: Usage) -> None:
-        """Note the end of the request, by the engine's figures. If it was not sent yet, they do not matter."""
+    def is_over(self) -> bool:
+        """Forget who waits for it. Returns whether it was ready, so that the request was sent."""
         self._listener = None
-        self._keeper.ended(self, self._slot, usage if self.is_ready else None)
+        return self.is_ready
 
 
 class Keeper:
@@ -151,8 +173,7 @@ class Keeper:
         self._group = group
         self._model = model
         self._ask = ask
-        self._slots = [_Slot(number) for number in range(slots)]
-        self._names_slots = slots > 1
+        self._slots = [_Slot(number, is_named=slots > 1) for number in range(slots)]
         self._tasks = Tasks()
         """Tasks that are given up when the engine ends."""
         self._deletions = Tasks()
@@ -160,7 +181,8 @@ class Keeper:
         self._timer: asyncio.TimerHandle | None = None
         self._next_save_sec = 0.0
         self._rests_until_sec = 0.0
-        """Time until which the engine chooses its slots itself, because the disk has not answered."""
+        """Time until which the engine chooses its slots itself: the disk has not answered, or nothing would be
+        gained; 0: it does not."""
         self._is_ending = False
         self._rates = store.rates(group)
 
@@ -170,7 +192,7 @@ class Keeper:
 
     @property
     def era(self) -> int:
-        return self._store.era(self._model)
+        return self._store.eras[self._model]
 
     @property
     def _is_on(self) -> bool:
@@ -183,42 +205,74 @@ class Keeper:
 
         None: the engine chooses. The placement may have to wait until it is ready.
         """
-        store = self._store
-        if self._is_ending:
+        if body is None or len(body) > LONGEST or not self._chooses():
+            self._forget_slots()
             return None
-        chooses = self._is_on and time.monotonic() >= self._rests_until_sec
-        chain = chain_of(body, store.key) if chooses and body is not None and len(body) <= LONGEST else None
+        size, store = len(body), self._store
+        if (size <= SHORTEST or size <= store.settings.min_tokens) and not may_choose(body):
+            free, source, held = None, _NONE, 0
+            for slot in self._slots:
+                if slot.is_busy or slot.chain or slot.work is not None:
+                    continue
+                if slot.opening and body.startswith(slot.opening) and slot.client == client:
+                    free, source, held = slot, _SLOT, slot.tokens
+                    break
+                if free is None or slot.used_sec < free.used_sec:
+                    free = slot
+            if free is not None:
+                free.is_busy = True
+                return Placement(self, free, body, client, keeps, store.eras[self._model], None, source, held)
+        return self._place(body, client, keeps=keeps)
+
+    def _place(self, body: bytes, client: str, *, keeps: bool) -> Placement | None:
+        """Choose the slot of a request whose beginning may be known, or for which another has to go."""
+        store, rates = self._store, self._rates
+        if rates.prefill * rates.token_bytes > rates.restore:  # to compute anything is faster than to read it
+            self._rests_until_sec = time.monotonic() + _AGAIN_SEC
+            self._forget_slots()
+            return None
+        chain = chain_of(body, store.key)
         free = [slot for slot in self._slots if not slot.is_busy]
-        if chain is None or not free:  # nobody knows what it displaces
-            for slot in free:
-                slot.clear()
+        if chain is None or not free:
+            self._forget_slots()
             return None
-        if not chain:
-            slot = self._least_missed(free)
-            placement = Placement(slot.number, self._names_slots, chain, "", False, self, slot)
-            if slot.chain or slot.work is not None:
-                self._get_ready(placement, slot, None)
-            slot.is_busy = True
-            return placement
         owner = store.owner(client)
         slot, blocks = self._nearest(free, chain, owner)
         in_slot = slot.prompt_tokens * covered(blocks) // max(1, covered(len(slot.chain)))
-        found = store.find(self._group, client, chain)
-        wanted, source, promised = None, Source.SLOT if blocks else Source.NONE, in_slot
+        if not blocks and (began := self._begun(free, body, client)) is not None:
+            slot, in_slot = began, began.tokens
+        found = store.find(self._group, owner, chain)
+        wanted, source, promised = None, _SLOT if in_slot else _NONE, in_slot
         if found is not None and self._pays(found.saved, found.saved.promised(found.blocks) - in_slot):
             wanted, source, promised = found.saved, Source.DISK, found.saved.promised(found.blocks)
             if blocks < len(slot.chain):
                 slot = self._least_missed(free)
-        placement = Placement(
-            slot.number, self._names_slots, chain, owner, keeps, self, slot, source, promised, self.era
-        )
+        placement = Placement(self, slot, body, owner, keeps, self.era, chain, source, promised)
         slot.is_busy = True
-        self._get_ready(placement, slot, wanted)
+        self._get_ready(placement, slot, chain, wanted)
         return placement
 
-    def _get_ready(self, placement: Placement, slot: _Slot, wanted: Saved | None) -> None:
+    def _chooses(self) -> bool:
+        """Whether the router chooses slots now."""
+        store = self._store
+        if self._is_ending or not store.settings.enabled or self._group in store.distrusted:
+            return False
+        if self._rests_until_sec:
+            if time.monotonic() < self._rests_until_sec:
+                return False
+            self._rests_until_sec = 0.0
+        return True
+
+    def _forget_slots(self) -> None:
+        """Forget what is in the slots of which nobody knows which one a request displaces."""
+        if not self._is_ending:
+            for slot in self._slots:
+                if not slot.is_busy:
+                    slot.clear()
+
+    def _get_ready(self, placement: Placement, slot: _Slot, chain: Chain, wanted: Saved | None) -> None:
         """Save what is displaced, if it is worth waiting for, and restore what is `wanted`."""
-        saves = common(slot.chain, placement.chain) < len(slot.chain) and self._is_urgent(slot)
+        saves = common(slot.chain, chain) < len(slot.chain) and self._is_urgent(slot)
         if wanted is not None or saves or slot.work is not None:
             placement.is_ready = False
             if wanted is not None:
@@ -230,6 +284,9 @@ class Keeper:
 
     def _nearest(self, free: list[_Slot], chain: Chain, owner: str) -> tuple[_Slot, int]:
         """Return the slot to use without a restore, and the number of blocks that it has of a request."""
+        if len(free) == 1:
+            (slot,) = free
+            return slot, common(slot.chain, chain) if slot.client == owner else 0
         best, most = free[0], 0
         for slot in free:
             if slot.chain and slot.client == owner and (blocks := common(slot.chain, chain)) > most:
@@ -239,11 +296,18 @@ class Keeper:
         least = self._least_missed(free)
         return least, common(least.chain, chain) if least.client == owner else 0
 
-    def _least_missed(self, free: list[_Slot]) -> _Slot:
+    def _begun(self, free: list[_Slot], body: bytes, client: str) -> _Slot | None:
+        """Return the slot with the short request that a request goes on with."""
         for slot in free:
-            if not slot.chain:
+            if slot.opening and body.startswith(slot.opening) and slot.client == client:
                 return slot
-        return min(free, key=lambda slot: (self._is_worth_saving(slot, at_least=_LITTLE), slot.used_sec))
+        return None
+
+    def _least_missed(self, free: list[_Slot]) -> _Slot:
+        def missed(slot: _Slot) -> tuple[bool, bool, float]:
+            return slot.chain != (), self._is_worth_saving(slot, at_least=_LITTLE), slot.used_sec
+
+        return min(free, key=missed)
 
     def _pays(self, saved: Saved, gained: int) -> bool:
         """Whether to restore a state costs less than to compute the tokens that it has more than the slot."""
@@ -299,30 +363,43 @@ class Keeper:
             _AGAIN_SEC,
         )
 
-    def ended(self, placement: Placement, slot: _Slot, usage: Usage | None) -> None:
-        """Note the end of a request: what its slot holds, what was measured, whether a promise was kept. None: it
-        was never sent."""
+    def ended(self, placement: Placement, usage: Usage) -> None:
+        """Note the end of a request, by the engine's figures: what its slot holds, what was measured, whether a
+        promise was kept. If it was not sent yet, they do not matter."""
+        slot = placement.holder
         slot.is_busy = False
         slot.used_sec = time.monotonic()
-        if usage is None or not (placement.chain or slot.chain):
-            return
+        chain, body = placement.chain, placement.body
+        if chain is None:
+            tokens = usage.prompt_tokens + usage.output_tokens
+            if tokens < self._store.settings.min_tokens and placement.keeps:
+                slot.opening = body[: body.rfind(b"}]")] if tokens else b""
+                slot.client, slot.tokens = placement.client, tokens
+                return
+            chain = chain_of(body, self._store.key) or ()
+            placement.client = self._store.owner(placement.client)
+        if placement.is_over():
+            self._note(placement, slot, chain, usage)
+
+    def _note(self, placement: Placement, slot: _Slot, chain: Chain, usage: Usage) -> None:
+        """Note what a request has left in its slot."""
         if not usage.prompt_tokens and not usage.output_tokens:  # nobody knows what was computed, if anything
             slot.clear()
             return
         self._measure(usage)
         if placement.source is Source.DISK:
             self._verify(placement, usage)
-        if not slot.chain or common(slot.chain, placement.chain) < len(slot.chain):
+        if not slot.chain or common(slot.chain, chain) < len(slot.chain):
             slot.saved_tokens = 0  # it no longer continues what is saved
         if slot.era != placement.era:
             slot.saved_tokens = 0  # it was deleted
-        prompt = usage.prompt_tokens or covered(len(placement.chain)) // _BYTES_OF_TOKEN
-        slot.chain, slot.client, slot.keeps = placement.chain, placement.client, placement.keeps
+        prompt = usage.prompt_tokens or covered(len(chain)) // _BYTES_OF_TOKEN
+        slot.chain, slot.client, slot.keeps, slot.opening = chain, placement.client, placement.keeps, b""
         slot.era = placement.era
         slot.prompt_tokens, slot.tokens = prompt, prompt + usage.output_tokens
         if not placement.keeps:
-            self._forget(placement)
-        elif slot.chain and not self._is_ending:
+            self._forget(placement, chain)
+        elif chain and not self._is_ending:
             self._save_later(_QUIET_SEC)
 
     def _measure(self, usage: Usage) -> None:
@@ -357,14 +434,14 @@ class Keeper:
         noted = apart(lambda: self._store.distrust(self._group, reason))
         self._deletions.begin(noted, f"note on the engine of {self._model}")
 
-    def _forget(self, placement: Placement) -> None:
+    def _forget(self, placement: Placement, chain: Chain) -> None:
         """Delete what is saved of a conversation, because its client wants nothing of it stored."""
         gone = [
             saved
             for saved in self._store
             if saved.group == self._group
             and saved.client == placement.client
-            and common(saved.chain, placement.chain) == len(saved.chain)
+            and common(saved.chain, chain) == len(saved.chain)
         ]
         self._delete(gone)
 
@@ -476,6 +553,8 @@ class Keeper:
                 raise OSError(said.refusal if said is not None else "the engine does not answer")
             self._rates.token_bytes = said.nbytes / said.tokens
             self._rates.save = said.nbytes / took
+            if not self._rates.is_restore_measured:
+                self._rates.restore = self._rates.save
             one = Saved(
                 name=name,
                 group=self._group,
@@ -525,6 +604,7 @@ class Keeper:
             said = await self._ask(slot.number, "restore", store.file(wanted))
             if said is not None and said.tokens:
                 self._rates.restore = wanted.nbytes / max(1e-3, said.sec or time.monotonic() - began)
+                self._rates.is_restore_measured = True
                 wanted.used_at, wanted.uses = time.time(), wanted.uses + 1
                 await apart(lambda: store.note_use(wanted))
                 return True

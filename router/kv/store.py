@@ -104,6 +104,8 @@ class Rates(msgspec.Struct):
     """Computed tokens of prompts per second; 0: not measured."""
     save: float = _BYTES_PER_SEC
     restore: float = _BYTES_PER_SEC
+    """Until it is measured, as fast as saving was."""
+    is_restore_measured: bool = False
     token_bytes: float = 0.0
     """Bytes per token of a state; 0: not measured."""
     kept: int = 0
@@ -168,8 +170,8 @@ class KvStore:
         """Names of files that an engine is reading."""
         self._cleared: set[str] = set()
         """Names of those among them that are to be deleted then."""
-        self._eras: defaultdict[str, int] = defaultdict(int)
-        """How often the conversations of a model were cleared."""
+        self.eras: defaultdict[str, int] = defaultdict(int)
+        """How often the conversations of a model were cleared: what was asked before must not be saved later."""
         self.is_shared: Callable[[], bool] = lambda: True
         """Returns whether clients find each other's conversations, unless the settings decide."""
 
@@ -225,9 +227,11 @@ class KvStore:
             return client
         return f"_{blake2b(client.encode(), digest_size=8, key=self.key).hexdigest()}"  # it stands for a key
 
-    def find(self, group: str, client: str, chain: Chain) -> Found | None:
+    def find(self, group: str, owner: str, chain: Chain) -> Found | None:
         """Return the conversation that has most of the beginning of a request; None if none has a block of it."""
-        owner, known = self.owner(client), self._by_digest
+        known = self._by_digest
+        if not chain or (group, owner, chain[0]) not in known:
+            return None
         # A digest that is known has all before it known.
         blocks = bisect_left(range(len(chain)), True, key=lambda block: (group, owner, chain[block]) not in known)
         return Found(known[group, owner, chain[blocks - 1]], blocks) if blocks else None
@@ -257,10 +261,6 @@ class KvStore:
             digests = left.get((other.group, other.client, other.chain[:1]), set())
             for digest in digests.intersection(other.chain):
                 self._by_digest.setdefault((other.group, other.client, digest), other)
-
-    def era(self, model: str) -> int:
-        """Return a number that changes when a model is cleared: what was asked before must not be saved later."""
-        return self._eras[model]
 
     def use(self, saved: Saved) -> None:
         """Keep the files of a conversation until `release`: an engine is about to read them."""
@@ -404,8 +404,8 @@ class KvStore:
         Files that an engine is reading are deleted when it has read them. Engines that are left alone get another
         chance if all is cleared. Returns what is deleted.
         """
-        for each in [model] if model is not None else list(self._eras):
-            self._eras[each] += 1
+        for each in [model] if model is not None else list(self.eras):
+            self.eras[each] += 1
         if model is not None:
             return await self.drop(saved for saved in self if saved.model == model)
         self.distrusted.clear()

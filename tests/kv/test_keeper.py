@@ -87,7 +87,7 @@ class World:
         """Return the source of the beginning, and how many tokens were cached."""
         placement = await self.begin(prompt, client, keeps=keeps)
         usage = self.engine.answer(placement.slot, prompt)
-        placement.ended(usage)
+        self.keeper.ended(placement, usage)
         return placement.source, usage.cached_tokens
 
     async def swap(self) -> None:
@@ -190,7 +190,7 @@ def test_running_requests_keep_their_slots(tmp_path: Path) -> None:
         assert {first.slot, second.slot} == {0, 1}
         assert world.keeper.place(b'{"prompt": "x"}', "", keeps=True) is None
         for placement in (first, second):
-            placement.ended(world.engine.answer(placement.slot, TEXT))
+            world.keeper.ended(placement, world.engine.answer(placement.slot, TEXT))
 
     play(tmp_path, story, slots=2)
 
@@ -214,7 +214,7 @@ def test_bodies_beyond_a_mebibyte_are_left_to_the_engine(tmp_path: Path) -> None
             placement = world.keeper.place(body, "", keeps=True)
             assert (placement is not None) == is_placed
             if placement is not None:
-                placement.ended(Usage())
+                world.keeper.ended(placement, Usage())
 
     play(tmp_path, story)
 
@@ -225,6 +225,75 @@ def test_short_prompts_are_not_saved(tmp_path: Path) -> None:
         await world.swap()
         assert world.engine.asked == []
         assert len(world.store) == 0
+
+    play(tmp_path, story)
+
+
+def asked(*texts: str) -> bytes:
+    """Return the body of a chat with so many messages."""
+    return json.dumps({"model": "m", "messages": [{"content": text} for text in texts], "stream": True}).encode()
+
+
+def test_short_prompts_leave_alone_what_is_worth_something(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.chat(TEXT)
+        for number in range(3):
+            placement = world.keeper.place(asked(f"{number}"), "", keeps=True)
+            assert placement is not None
+            assert (placement.slot, placement.is_ready, placement.source) == (1, True, Source.NONE)
+            world.keeper.ended(placement, Usage(5, 0, 3))
+        assert (await world.chat(TEXT + "x"))[0] is Source.SLOT
+
+    play(tmp_path, story, slots=2)
+
+
+def test_short_conversations_go_on_in_their_slots(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        def turn(client: str, *texts: str, source: Source, tokens: int = 100) -> int:
+            placement = world.keeper.place(asked(*texts), client, keeps=True)
+            assert placement is not None
+            assert (placement.source, placement.is_ready) == (source, True)
+            world.keeper.ended(placement, Usage(tokens, 0, 3))
+            return placement.slot
+
+        slots = [turn("", text, source=Source.NONE) for text in ("one", "other", "third")]
+        assert sorted(slots) == [0, 1, 2], "those that were used last are taken last"
+        for place, text in reversed(list(enumerate(("one", "other", "third")))):
+            assert turn("", text, "fine", "go on", source=Source.SLOT) == slots[place]
+        assert turn("", "one", "fine", "go on", TEXT, source=Source.SLOT, tokens=9000) == slots[0]
+        assert turn("you", "other", "fine", "go on", source=Source.NONE) in slots[1:]
+
+    play(tmp_path, story, slots=3)
+
+
+def test_a_long_answer_to_a_short_question_is_kept(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        question = "x" * 300
+        placement = await world.begin(question)
+        world.engine.slots[0] = TEXT
+        world.keeper.ended(placement, Usage(300, 0, len(TEXT) - 300, 3.0))
+        await world.swap()
+        assert len(world.store) == 1
+        source, _ = await world.chat(question + TEXT[300:])
+        assert source is Source.DISK
+
+    play(tmp_path, story)
+
+
+def test_an_engine_that_computes_faster_than_anything_is_read_chooses_its_slots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(world: World) -> None:
+        await world.chat(TEXT)
+        await world.chat(TEXT[::-1])
+        rates = world.store.rates("group")
+        rates.restore = rates.prefill * rates.token_bytes / 2
+        for prompt in (TEXT + "x", "x" * 600):
+            assert world.keeper.place(json.dumps({"prompt": prompt}).encode(), "", keeps=True) is None
+        monkeypatch.setattr(keeping, "_AGAIN_SEC", 0.0)
+        world.keeper._rests_until_sec = 1.0  # a minute later
+        rates.restore *= 4
+        assert (await world.begin(TEXT + "x")).source is Source.DISK
 
     play(tmp_path, story)
 
@@ -277,7 +346,7 @@ def test_what_was_asked_before_a_clear_is_not_saved_after_it(tmp_path: Path) -> 
         await until(lambda: len(world.store) == 1)
         asking = await world.begin(TEXT + "x")
         assert len(await world.store.clear("m")) == 1
-        asking.ended(world.engine.answer(asking.slot, TEXT + "x" * 2000))
+        world.keeper.ended(asking, world.engine.answer(asking.slot, TEXT + "x" * 2000))
         await world.swap()
         assert len(world.store) == 0
         await world.chat(TEXT)
@@ -390,7 +459,7 @@ def test_an_engine_that_keeps_most_of_its_promises_is_trusted(tmp_path: Path) ->
             placement = await world.begin(TEXT + "x")
             assert placement.source is Source.DISK
             usage = world.engine.answer(placement.slot, TEXT + "x")
-            placement.ended(usage if is_kept else Usage(usage.prompt_tokens, 0, 6, 80.0))
+            world.keeper.ended(placement, usage if is_kept else Usage(usage.prompt_tokens, 0, 6, 80.0))
 
     play(tmp_path, story)
 
@@ -485,7 +554,7 @@ def test_a_file_with_which_one_engine_ended_gets_a_second_chance(tmp_path: Path)
             world.engine.is_dead = True
             placement = await world.begin(TEXT + "x")
             assert placement.source is Source.NONE
-            placement.ended(Usage())
+            world.keeper.ended(placement, Usage())
             assert len(world.store) == left
 
     play(tmp_path, story)
@@ -537,7 +606,7 @@ def test_a_client_that_leaves_while_its_state_is_restored_frees_the_slot(tmp_pat
         assert placement is not None
         assert not placement.is_ready
         placement.when_ready(lambda: pytest.fail("nobody waits any more"))
-        placement.ended(Usage())
+        world.keeper.ended(placement, Usage())
         assert await world.chat(TEXT + "x") == (Source.DISK, len(TEXT))
 
     play(tmp_path, story)
@@ -549,7 +618,7 @@ def test_a_client_that_leaves_while_another_conversation_is_saved_loses_none(tmp
         placement = world.keeper.place(json.dumps({"prompt": TEXT[::-1]}).encode(), "", keeps=True)
         assert placement is not None
         assert not placement.is_ready
-        placement.ended(Usage())
+        world.keeper.ended(placement, Usage())
         await world.swap()
         assert [len(saved.chain) > 0 for saved in world.store] == [True]
         assert await world.chat(TEXT + "x") == (Source.DISK, len(TEXT))
@@ -561,11 +630,11 @@ def test_an_aborted_answer_is_kept_and_an_unsent_request_is_not(tmp_path: Path) 
     async def story(world: World) -> None:
         placement = await world.begin(TEXT)
         world.engine.answer(placement.slot, TEXT)
-        placement.ended(Usage(output_tokens=3))
+        world.keeper.ended(placement, Usage(output_tokens=3))
         await world.swap()
         assert await world.chat(TEXT + "x") == (Source.DISK, len(TEXT))
         placement = await world.begin(TEXT[::-1])
-        placement.ended(Usage())
+        world.keeper.ended(placement, Usage())
         await world.swap()
         assert (await world.chat(TEXT[::-1]))[0] is Source.NONE
 
