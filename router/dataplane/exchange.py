@@ -166,6 +166,7 @@ class Exchange(IncomingRequest):
         "_heartbeat",
         "_is_paused",
         "_meter",
+        "_names_slot",
         "_placement",
         "_reason",
         "_relays",
@@ -183,6 +184,7 @@ class Exchange(IncomingRequest):
         self._gathered = bytearray()
         """Response received so far, if it is read completely before any of it is sent."""
         self._streams = False
+        self._names_slot = False
         self._ticket: Ticket | None = None
         self._placement: Placement | None = None
         """Slot of the engine, if its states are kept."""
@@ -224,6 +226,7 @@ class Exchange(IncomingRequest):
             return
         self._identify_again()
         self._streams = wish.streams
+        self._names_slot = wish.names_slot
         if self._client_name:
             self._lines += b"x-request-priority: %b\r\n" % NAMES[wish.priority].encode()
         ticket = self._dispatcher.submit(
@@ -357,7 +360,7 @@ class Exchange(IncomingRequest):
         if _KV_STORE in self._head.fields and self._head.fields[_KV_STORE].lower() == b"no-store":
             keeps = False
         known = body if isinstance(body, bytes) and self._path in KEPT else None
-        return keeper.place(known, owner, keeps=keeps)
+        return keeper.place(known, owner, keeps=keeps, is_plain=not self._names_slot)
 
     def _send(self, engine: RunningEngine) -> None:
         target, lines = self._asked_of_engine()

@@ -58,6 +58,8 @@ class Wish(NamedTuple):
     """The engine's name of the model, if the body has to be changed to it."""
     parameters: Mapping[str, str] | None = None
     """See `ModelConfig.parameters`."""
+    names_slot: bool = False
+    """Whether the body says something about the engine's slots or the number of answers."""
 
     @property
     def is_for_llama_server(self) -> bool:
@@ -86,6 +88,9 @@ class _Envelope(msgspec.Struct):
     n: Any = None
     n_cmpl: Any = None
     """llama-server's name of `n`."""
+    id_slot: Any = None
+    cache_prompt: Any = None
+    previous_response_id: Any = None
     prompt: msgspec.Raw = _NO_PROMPT
 
 
@@ -111,7 +116,16 @@ def read_wish(
         wish = wish_of(model or fields.get("model"), streams, headers, config, client)
         return wish._replace(asked_as=None)  # forms are not rewritten, but for the model's name
     envelope = _read_envelope(body)
-    wish = wish_of(model or envelope.model, envelope.stream is True, headers, config, client)
+    names_slot = not (
+        envelope.n is None
+        and envelope.n_cmpl is None
+        and envelope.id_slot is None
+        and envelope.cache_prompt is None
+        and envelope.previous_response_id is None
+    )
+    wish = wish_of(
+        model or envelope.model, envelope.stream is True, headers, config, client, names_slot=names_slot
+    )
     answers = _shape_of(envelope)
     return wish if answers is ONE else wish._replace(answers=answers)
 
@@ -141,7 +155,13 @@ def _first(raw: msgspec.Raw) -> bytes:
 
 
 def wish_of(
-    model: object, streams: bool, headers: Mapping[bytes, bytes], config: Config, client: Client | None = None
+    model: object,
+    streams: bool,
+    headers: Mapping[bytes, bytes],
+    config: Config,
+    client: Client | None = None,
+    *,
+    names_slot: bool = False,
 ) -> Wish:
     """Resolve a model's name and a priority. Raises ApiError for unknown ones."""
     if not model and (model is None or model == ""):
@@ -166,8 +186,9 @@ def wish_of(
         priority = max(priority, client.highest)
     asked_as = asked_as if asked_as is not None and asked_as.rewrites else None
     if known.routes is None:
-        return Wish(known.alias, streams, priority, asked_as, ONE)
-    return Wish(known.alias, streams, priority, asked_as, ONE, known.routes, known.known_as, known.parameters)
+        return Wish(known.alias, streams, priority, asked_as, ONE, None, None, None, names_slot)
+    others = (known.routes, known.known_as, known.parameters)
+    return Wish(known.alias, streams, priority, asked_as, ONE, *others, names_slot)
 
 
 def priority_of(headers: Mapping[bytes, bytes], client: Client | None) -> Priority:

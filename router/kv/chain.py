@@ -27,8 +27,8 @@ BLOCK = 1024
 SHORTEST = 256
 _FIRST = (SHORTEST, 512)
 """Ends of the first blocks in bytes, which are shorter: most conversations begin short."""
-may_choose = re.compile(rb'[^{]|.*"(?:id_slot|cache_prompt|n|n_cmpl|previous_response_id)"', re.DOTALL).match
-"""Matches bodies that have to be parsed before their slot is chosen; for short ones."""
+_SEVERAL = re.compile(rb'\[\s*["\[{]')
+"""The beginning of a list of prompts."""
 LONGEST = 1 << 20
 """Longest body, in bytes, of which a chain is made: longer ones hold images, or are parsed on a thread."""
 _ABSENT = msgspec.Raw(b"")
@@ -62,18 +62,16 @@ _decode = msgspec.json.Decoder(_Body).decode
 def chain_of(body: bytes, key: bytes) -> Chain | None:
     """Return the chain of a request's body, which is empty if the prompt is shorter than a block.
 
-    None: the request wants several answers or a slot of its own choice, or it is unreadable. `key` keeps digests
-    from being compared with those of guessed prompts.
+    None: the request has several prompts, wants several answers or a slot of its own choice, or it is unreadable.
+    `key` keeps digests from being compared with those of guessed prompts.
     """
-    if len(body) <= SHORTEST and not may_choose(body):
-        return ()
     try:
         read = _decode(body)
     except UNREADABLE:
         return None
     if read.id_slot is not None or read.cache_prompt is not True or read.previous_response_id is not None:
         return None
-    if read.n not in (None, 1) or read.n_cmpl not in (None, 1):
+    if read.n not in (None, 1) or read.n_cmpl not in (None, 1) or _SEVERAL.match(read.prompt):
         return None
     content = memoryview(read.messages) or memoryview(read.prompt) or memoryview(read.input)
     size = len(content) - 1  # without the end of the list or text, which the next request goes on with

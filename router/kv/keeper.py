@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 import anyio
 import msgspec
 
-from router.kv.chain import LONGEST, SHORTEST, Chain, chain_of, common, covered, may_choose
+from router.kv.chain import LONGEST, SHORTEST, Chain, chain_of, common, covered
 from router.kv.store import KvStore, Saved
 from router.observe.usage import Usage
 from router.system.readings import apart
@@ -200,16 +201,24 @@ class Keeper:
 
     # --- requests -------------------------------------------------------------------------------------------
 
-    def place(self, body: bytes | None, client: str, *, keeps: bool) -> Placement | None:
-        """Choose the slot of a request; `body` is what the engine gets, None: too long, or no JSON.
+    def place(self, body: bytes | None, client: str, *, keeps: bool, is_plain: bool) -> Placement | None:
+        """Choose the slot of a request; `body` is what the engine gets, None: too long, or no JSON. If `is_plain`,
+        it says nothing about slots.
 
         None: the engine chooses. The placement may have to wait until it is ready.
         """
-        if body is None or len(body) > LONGEST or not self._chooses():
+        if body is None:
             self._forget_slots()
             return None
         size, store = len(body), self._store
-        if (size <= SHORTEST or size <= store.settings.min_tokens) and not may_choose(body):
+        settings = store.settings
+        if (
+            is_plain
+            and (size <= SHORTEST or size <= settings.min_tokens)
+            and not self._rests_until_sec
+            and settings.enabled
+            and self._group not in store.distrusted
+        ):
             free, source, held = None, _NONE, 0
             for slot in self._slots:
                 if slot.is_busy or slot.chain or slot.work is not None:
@@ -226,6 +235,9 @@ class Keeper:
 
     def _place(self, body: bytes, client: str, *, keeps: bool) -> Placement | None:
         """Choose the slot of a request whose beginning may be known, or for which another has to go."""
+        if len(body) > LONGEST or not self._chooses():
+            self._forget_slots()
+            return None
         store, rates = self._store, self._rates
         if rates.prefill * rates.token_bytes > rates.restore:  # to compute anything is faster than to read it
             self._rests_until_sec = time.monotonic() + _AGAIN_SEC
@@ -254,14 +266,11 @@ class Keeper:
 
     def _chooses(self) -> bool:
         """Whether the router chooses slots now."""
-        store = self._store
-        if self._is_ending or not store.settings.enabled or self._group in store.distrusted:
-            return False
         if self._rests_until_sec:
             if time.monotonic() < self._rests_until_sec:
                 return False
             self._rests_until_sec = 0.0
-        return True
+        return self._is_on
 
     def _forget_slots(self) -> None:
         """Forget what is in the slots of which nobody knows which one a request displaces."""
@@ -366,14 +375,17 @@ class Keeper:
     def ended(self, placement: Placement, usage: Usage) -> None:
         """Note the end of a request, by the engine's figures: what its slot holds, what was measured, whether a
         promise was kept. If it was not sent yet, they do not matter."""
-        slot = placement.holder
+        slot, chain = placement.holder, placement.chain
         slot.is_busy = False
+        tokens = usage.prompt_tokens + usage.output_tokens
+        if chain is None and tokens < _MEASURABLE and placement.keeps:  # nothing is lost with it
+            slot.opening = b""
+            return
         slot.used_sec = time.monotonic()
-        chain, body = placement.chain, placement.body
         if chain is None:
-            tokens = usage.prompt_tokens + usage.output_tokens
+            body = placement.body
             if tokens < self._store.settings.min_tokens and placement.keeps:
-                slot.opening = body[: body.rfind(b"}]")] if tokens else b""
+                slot.opening = body[: body.rfind(b"}]")]
                 slot.client, slot.tokens = placement.client, tokens
                 return
             chain = chain_of(body, self._store.key) or ()
@@ -455,7 +467,7 @@ class Keeper:
 
     async def flush(self, limit_sec: float) -> None:
         """Save everything worth it before the engine ends; no more is saved afterwards."""
-        self._is_ending = True
+        self._is_ending, self._rests_until_sec = True, math.inf
         deadline = time.monotonic() + limit_sec
         for slot in sorted(self._slots, key=lambda slot: -slot.tokens):
             if slot.work is not None:
@@ -467,7 +479,7 @@ class Keeper:
 
     def end(self) -> None:
         """Give up everything that has been begun: the engine has ended, or is about to."""
-        self._is_ending = True
+        self._is_ending, self._rests_until_sec = True, math.inf
         if self._timer is not None:
             self._timer.cancel()
         self._tasks.cancel()

@@ -62,7 +62,16 @@ def test_digests_of_another_folder_cannot_be_compared() -> None:
 
 
 @pytest.mark.parametrize(
-    "more", [{"id_slot": 1}, {"n": 2}, {"n_cmpl": 3}, {"cache_prompt": False}, {"previous_response_id": "r"}]
+    "more",
+    [
+        {"id_slot": 1},
+        {"n": 2},
+        {"n_cmpl": 3},
+        {"cache_prompt": False},
+        {"previous_response_id": "r"},
+        {"prompt": ["one", "other"]},
+        {"prompt": [[1, 2], [3]]},
+    ],
 )
 def test_requests_whose_slot_cannot_be_chosen_have_no_chain(more: dict[str, Any]) -> None:
     for content in (LONG, "hi"):

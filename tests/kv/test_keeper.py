@@ -75,7 +75,7 @@ class World:
         self.keeper = Keeper(self.store, "group", "m", self.slots, self.engine.ask)
 
     async def begin(self, prompt: str, client: str = "", *, keeps: bool = True) -> Placement:
-        placement = self.keeper.place(json.dumps({"prompt": prompt}).encode(), client, keeps=keeps)
+        placement = self.keeper.place(json.dumps({"prompt": prompt}).encode(), client, keeps=keeps, is_plain=True)
         assert placement is not None
         if not placement.is_ready:
             ready = asyncio.Event()
@@ -188,7 +188,7 @@ def test_running_requests_keep_their_slots(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         first, second = await world.begin(TEXT), await world.begin(TEXT)
         assert {first.slot, second.slot} == {0, 1}
-        assert world.keeper.place(b'{"prompt": "x"}', "", keeps=True) is None
+        assert world.keeper.place(b'{"prompt": "x"}', "", keeps=True, is_plain=True) is None
         for placement in (first, second):
             world.keeper.ended(placement, world.engine.answer(placement.slot, TEXT))
 
@@ -211,7 +211,7 @@ def test_bodies_beyond_a_mebibyte_are_left_to_the_engine(tmp_path: Path) -> None
         assert LONGEST == 1 << 20
         for size, is_placed in ((LONGEST, True), (LONGEST + 1, False)):
             body = json.dumps({"prompt": ""}).encode().ljust(size)
-            placement = world.keeper.place(body, "", keeps=True)
+            placement = world.keeper.place(body, "", keeps=True, is_plain=True)
             assert (placement is not None) == is_placed
             if placement is not None:
                 world.keeper.ended(placement, Usage())
@@ -238,7 +238,7 @@ def test_short_prompts_leave_alone_what_is_worth_something(tmp_path: Path) -> No
     async def story(world: World) -> None:
         await world.chat(TEXT)
         for number in range(3):
-            placement = world.keeper.place(asked(f"{number}"), "", keeps=True)
+            placement = world.keeper.place(asked(f"{number}"), "", keeps=True, is_plain=True)
             assert placement is not None
             assert (placement.slot, placement.is_ready, placement.source) == (1, True, Source.NONE)
             world.keeper.ended(placement, Usage(5, 0, 3))
@@ -250,7 +250,7 @@ def test_short_prompts_leave_alone_what_is_worth_something(tmp_path: Path) -> No
 def test_short_conversations_go_on_in_their_slots(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         def turn(client: str, *texts: str, source: Source, tokens: int = 100) -> int:
-            placement = world.keeper.place(asked(*texts), client, keeps=True)
+            placement = world.keeper.place(asked(*texts), client, keeps=True, is_plain=True)
             assert placement is not None
             assert (placement.source, placement.is_ready) == (source, True)
             world.keeper.ended(placement, Usage(tokens, 0, 3))
@@ -289,7 +289,9 @@ def test_an_engine_that_computes_faster_than_anything_is_read_chooses_its_slots(
         rates = world.store.rates("group")
         rates.restore = rates.prefill * rates.token_bytes / 2
         for prompt in (TEXT + "x", "x" * 600):
-            assert world.keeper.place(json.dumps({"prompt": prompt}).encode(), "", keeps=True) is None
+            assert (
+                world.keeper.place(json.dumps({"prompt": prompt}).encode(), "", keeps=True, is_plain=True) is None
+            )
         monkeypatch.setattr(keeping, "_AGAIN_SEC", 0.0)
         world.keeper._rests_until_sec = 1.0  # a minute later
         rates.restore *= 4
@@ -421,7 +423,7 @@ def test_an_engine_that_forgets_what_it_restored_is_left_alone(
         world.keeper._ask = lying
         assert await world.chat(TEXT + "x") == (Source.DISK, 0)
         assert await world.chat(TEXT[::-1] + "x") == (Source.DISK, 0)
-        assert world.keeper.place(b'{"prompt": "x"}', "", keeps=True) is None
+        assert world.keeper.place(b'{"prompt": "x"}', "", keeps=True, is_plain=True) is None
         assert len(world.store) == 0
         assert "it reused 0 of 8000 tokens that it said it had restored" in caplog.text
 
@@ -476,7 +478,7 @@ def test_a_hanging_disk_holds_up_one_request_for_a_while(
         monkeypatch.setattr(world.store, "is_whole", lambda saved: answers.wait(10))
         assert await world.chat(TEXT + "x") == (Source.NONE, 0)
         assert "does not answer; conversations are not restored for 60 s" in caplog.text
-        assert world.keeper.place(json.dumps({"prompt": TEXT}).encode(), "", keeps=True) is None
+        assert world.keeper.place(json.dumps({"prompt": TEXT}).encode(), "", keeps=True, is_plain=True) is None
 
     try:
         play(tmp_path, story)
@@ -488,7 +490,7 @@ def test_a_request_goes_on_if_its_engine_ends_before_its_state_is_restored(tmp_p
     async def story(world: World) -> None:
         await world.chat(TEXT)
         await world.swap()
-        placement = world.keeper.place(json.dumps({"prompt": TEXT + "x"}).encode(), "", keeps=True)
+        placement = world.keeper.place(json.dumps({"prompt": TEXT + "x"}).encode(), "", keeps=True, is_plain=True)
         assert placement is not None
         ready = asyncio.Event()
         placement.when_ready(ready.set)
@@ -507,7 +509,9 @@ def test_what_is_switched_off_saves_no_more_and_forgets_what_the_slots_held(tmp_
         await world.chat(TEXT)
         world.store.settings = Settings(enabled=False)
         await asyncio.sleep(0.05)
-        assert world.keeper.place(json.dumps({"prompt": TEXT[::-1]}).encode(), "", keeps=True) is None
+        assert (
+            world.keeper.place(json.dumps({"prompt": TEXT[::-1]}).encode(), "", keeps=True, is_plain=True) is None
+        )
         world.engine.answer(0, TEXT[::-1])
         world.store.settings = Settings()
         assert (await world.begin(TEXT + "x")).source is Source.NONE
@@ -593,7 +597,7 @@ def test_an_engine_that_cannot_save_is_not_asked_again(tmp_path: Path) -> None:
         world.engine.refusal = Said(refusal="This feature is not supported by multimodal", is_final=True)
         await world.chat(TEXT)
         await until(lambda: "group" in world.store.distrusted)
-        assert world.keeper.place(b'{"prompt": "x"}', "", keeps=True) is None
+        assert world.keeper.place(b'{"prompt": "x"}', "", keeps=True, is_plain=True) is None
 
     play(tmp_path, story)
 
@@ -602,7 +606,7 @@ def test_a_client_that_leaves_while_its_state_is_restored_frees_the_slot(tmp_pat
     async def story(world: World) -> None:
         await world.chat(TEXT)
         await world.swap()
-        placement = world.keeper.place(json.dumps({"prompt": TEXT + "x"}).encode(), "", keeps=True)
+        placement = world.keeper.place(json.dumps({"prompt": TEXT + "x"}).encode(), "", keeps=True, is_plain=True)
         assert placement is not None
         assert not placement.is_ready
         placement.when_ready(lambda: pytest.fail("nobody waits any more"))
@@ -615,7 +619,7 @@ def test_a_client_that_leaves_while_its_state_is_restored_frees_the_slot(tmp_pat
 def test_a_client_that_leaves_while_another_conversation_is_saved_loses_none(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         await world.chat(TEXT)
-        placement = world.keeper.place(json.dumps({"prompt": TEXT[::-1]}).encode(), "", keeps=True)
+        placement = world.keeper.place(json.dumps({"prompt": TEXT[::-1]}).encode(), "", keeps=True, is_plain=True)
         assert placement is not None
         assert not placement.is_ready
         world.keeper.ended(placement, Usage())
