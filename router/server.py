@@ -13,6 +13,7 @@ import shlex
 import signal
 import socket
 import sys
+import time
 from collections.abc import Coroutine, Iterable, Iterator
 from datetime import datetime
 from functools import partial
@@ -51,6 +52,8 @@ from router.memory.measurements import Entry, Learned
 from router.observe import logs
 from router.observe.events import Events, RequestsDone
 from router.observe.logs import Logs
+from router.observe.statistics import Telemetry
+from router.observe.timeline import Memory, Timeline
 from router.runtime.dispatcher import Dispatcher
 from router.runtime.wait_log import WaitLog
 from router.scheduling.messages import ModelState
@@ -255,6 +258,7 @@ class _Service:
         library = Library(lambda: self._dispatcher.config, downloads, self._creations)
         exchanges = Exchanges(self._dispatcher, self._keyring, browsers, cards, TRANSLATORS)
         waits = WaitLog(self._dispatcher)
+        timeline = self._timeline()
         app = create_app(
             self._dispatcher,
             self._keyring,
@@ -265,6 +269,7 @@ class _Service:
             self._kv_store,
             exchanges,
             waits,
+            timeline,
         )
         protocols = partial(HttpProtocol, exchanges), partial(PagesProtocol, exchanges)
         most_clients = _most_clients(self._loaded.config.api)
@@ -290,6 +295,7 @@ class _Service:
             keep("lookup of the machine's names", browsers.ask_for_own_names),
             keep("return of memory", give_memory_back),
             keep("age of saved conversations", self._kv_store.keep_young),
+            keep("timeline", timeline.keep),
         ]
         if os.getpid() == 1:
             kept.append(keep("reaping of orphans", reap_orphans))
@@ -316,6 +322,17 @@ class _Service:
             if self._tracing is not None:
                 self._tracing.close()
         _log.info("stopped")
+
+    def _timeline(self) -> Timeline:
+        events, devices = self._dispatcher.events, self._dispatcher.devices
+
+        def memory() -> dict[str, Memory]:
+            return {
+                str(device): Memory(reading.total_mib - reading.free_mib, reading.total_mib)
+                for device, reading in devices.last.devices.items()
+            }
+
+        return Timeline(events, self._dispatcher.scheduler, Telemetry(events, time.monotonic), memory)
 
     async def reload(self) -> dict[str, Any]:
         """Read the configuration again and apply it. Raises ConfigError without any change."""

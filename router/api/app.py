@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from itertools import chain
@@ -31,6 +30,7 @@ from router.api import (
     page,
     pulls,
     requests,
+    timelines,
 )
 from router.api.live import Live
 from router.api.llama_swap import DONE_BY_GET
@@ -50,7 +50,7 @@ from router.http.routes import ROUTES
 from router.kv.store import KvStore
 from router.observe.metrics import Metrics
 from router.observe.recent import RecentRequests
-from router.observe.statistics import Telemetry
+from router.observe.timeline import Timeline
 from router.runtime.dispatcher import Dispatcher
 from router.runtime.gauges import gauges_of
 from router.runtime.wait_log import WaitLog
@@ -76,6 +76,7 @@ PAGES = tuple(
         kv,
         requests,
         monitoring,
+        timelines,
         page,
     )
 )
@@ -95,11 +96,14 @@ def create_app(
     kv_store: KvStore,
     exchanges: Exchanges,
     waits: WaitLog,
+    timeline: Timeline,
 ) -> ASGIApp:
     """Build the application. The dispatcher is started and stopped by the caller."""
     pages = _pages(dispatcher, keyring, reload, library, cards, kv_store)
     pages.state.exchanges = exchanges
     pages.state.waits = waits
+    pages.state.timeline = timeline
+    pages.state.telemetry = timeline.telemetry
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         is_file = scope["path"].startswith(_BLOBS)  # which is written to disk as it arrives
@@ -188,7 +192,6 @@ def _pages(
     )
     app.state.live = Live(dispatcher)
     app.state.as_llama_swap = llama_swap.Events(dispatcher)
-    app.state.telemetry = Telemetry(dispatcher.events, time.monotonic)
     app.state.recent_requests = RecentRequests(dispatcher.events, lambda: dispatcher.config.system.requests_kept)
 
     @app.exception_handler(ApiError)

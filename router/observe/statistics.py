@@ -17,9 +17,9 @@ from typing import Any
 from router.observe.events import Events, Outcome, RequestDone, RequestsDone
 from router.system.turns import in_turns
 
-_SLICE_SEC = 10.0
+SLICE_SEC = 10.0
 WINDOWS_SEC = {"1m": 60, "5m": 300}
-_SLICES = int(max(WINDOWS_SEC.values()) / _SLICE_SEC) + 1
+_SLICES = int(max(WINDOWS_SEC.values()) / SLICE_SEC) + 1
 _GROWTH = 1.04
 _SCALE = 1 / math.log(_GROWTH)
 _SHORTEST_SEC = 1e-4
@@ -156,7 +156,7 @@ class _Groups:
         return copy
 
 
-_Slice = defaultdict[tuple[str, str], Tally]
+Slice = defaultdict[tuple[str, str], Tally]
 
 
 class Telemetry:
@@ -169,10 +169,12 @@ class Telemetry:
         self._turned_away: Counter[str] = Counter()
         self._past: defaultdict[tuple[str, str], Tally] = defaultdict(Tally)
         """Totals of everything before the current slice, without distributions."""
-        self._slices: deque[tuple[float, _Slice]] = deque()
-        self._slice: _Slice = defaultdict(Tally)
+        self._slices: deque[tuple[float, Slice]] = deque()
+        self._slice: Slice = defaultdict(Tally)
         """The current slice, which is the last one, once there are any."""
         self._slice_ends_sec = -math.inf
+        self.when_slice_ends: Callable[[float, Slice], None] = lambda lasted_sec, tallies: None
+        """Is called with the duration of a slice that is over, and its tallies."""
         self._added_up: dict[float, tuple[list[float], _Groups]] = {}
         """By window, the sum of its slices before the current one, and when these began."""
 
@@ -186,7 +188,21 @@ class Telemetry:
             elif outcome != Outcome.SERVED:  # Ollama's unload asks for no slot
                 self._turned_away[outcome] += len(requests)
 
+    @property
+    def slice_left_sec(self) -> float:
+        """Time until the current slice is over; negative if it is, and 0 if there is none."""
+        return self._slice_ends_sec - self._clock() if self._slices else 0.0
+
+    def turn(self) -> None:
+        """Begin the next slice if the current one is over, also without requests."""
+        self._settle()
+        now = self._clock()
+        if now >= self._slice_ends_sec:
+            self._begin_slice(now)
+
     def _begin_slice(self, now: float) -> None:
+        if self._slices:
+            self.when_slice_ends(now - self._slices[-1][0], self._slice)
         for key, tally in self._slice.items():
             past = Tally()  # a summary in progress may be reading the old one
             past.count(self._past[key])
@@ -196,7 +212,7 @@ class Telemetry:
             self._slices.popleft()
         self._slice = defaultdict(Tally)
         self._slices.append((now, self._slice))
-        self._slice_ends_sec = now + _SLICE_SEC
+        self._slice_ends_sec = now + SLICE_SEC
 
     async def summary(self) -> dict[str, Any]:
         """Return statistics of requests that asked for a slot, since the start and by window."""
@@ -234,7 +250,7 @@ class Telemetry:
     async def window(self, seconds: float) -> dict[str, Any]:
         """Return statistics of the last `seconds` (up to 10 s more): total, by model and by priority."""
         self._settle()
-        since = self._clock() - seconds - _SLICE_SEC
+        since = self._clock() - seconds - SLICE_SEC
         slices = {began: tallies for began, tallies in self._slices if began > since}
         current: Mapping[tuple[str, str], Tally] = slices.popitem()[1] if slices else {}
         began, groups = self._added_up.get(seconds, ([], _Groups()))
