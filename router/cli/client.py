@@ -77,9 +77,9 @@ class RouterClient:
         self._prefix = parts.path
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
-    def get(self, path: str) -> Any:
+    def get(self, path: str, *, timeout_sec: float = _ANSWER_SEC) -> Any:
         """Return the JSON document at `path`. Raises CannotAsk."""
-        with self._ask(path, {}, _ANSWER_SEC) as answer:
+        with self._ask(path, {}, timeout_sec) as answer:
             return json.loads(answer.read())
 
     def delete(self, path: str) -> Any:

@@ -6,7 +6,7 @@ A command's module is imported when it runs.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -87,6 +87,11 @@ class Commands:
     @property
     def names(self) -> Iterable[str]:
         """The commands, also under further names."""
+        return self._parsers.choices
+
+    @property
+    def parsers(self) -> Mapping[str, Command]:
+        """The parser of each command, by each of its names."""
         return self._parsers.choices
 
     def add(

@@ -32,6 +32,10 @@ def main(serve: Callable[[Load], None], arguments: Sequence[str] | None = None) 
     """
     _open_standard_files()
     program = Program()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow
+        from router.cli.completion import complete
+
+        complete(program, program.commands)
     options = program.parse_args(program.with_command(sys.argv[1:] if arguments is None else list(arguments)))
     try:
         if options.run is None:
@@ -82,6 +86,7 @@ class Program(argparse.ArgumentParser):
         _add_pull_and_rm(self.commands)
         _add_estimate(self.commands)
         _add_import(self.commands)
+        using.add_completion(self.commands)
         self.commands.add(
             CONFIGURATION,
             "schema",

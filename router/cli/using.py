@@ -1,4 +1,4 @@
-"""Command lines of the commands that use a model: `run` and `bench`."""
+"""Command lines of the commands that use a model: `run` and `bench`; and `completion`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from router.cli.client import CannotAsk
-from router.cli.commands import LOOK, Command, Commands
+from router.cli.commands import CONFIGURATION, LOOK, Command, Commands
 from router.cli.remote import KEY_NOTE, place, positive
 
 PRIORITIES = ("high", "normal", "low")
@@ -48,6 +48,23 @@ def add_parsers(commands: Commands) -> None:
         ),
     )
     _add_bench(bench)
+
+
+def add_completion(commands: Commands) -> None:
+    completion = commands.add(
+        CONFIGURATION,
+        "completion",
+        "completion.script",
+        "print a script that completes commands and models in a shell",
+        description="Print a script by which a shell completes commands, options, files, and the names of the "
+        "models of a running router.",
+        examples=(
+            "llama-router completion bash > ~/.local/share/bash-completion/completions/llama-router",
+            "llama-router completion zsh > ~/.zfunc/_llama-router",
+            "llama-router completion fish > ~/.config/fish/completions/llama-router.fish",
+        ),
+    )
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"))
 
 
 def _add_run(run: Command) -> None:
