@@ -6,11 +6,12 @@ queue, and what its model did, and those that made room for it, are decisions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
 from router.api.models import iso
+from router.kv.keeper import Source
 from router.observe.events import Attempt, Outcome
 from router.observe.usage import Usage
 from router.runtime.wait_log import Noted
@@ -18,6 +19,10 @@ from router.scheduling.messages import ModelState, Refusal
 from router.scheduling.residency import engine_name
 
 _MAKES_ROOM = frozenset((ModelState.DRAINING, ModelState.STOPPING, ModelState.OFF, ModelState.ASLEEP))
+_BEGINNINGS: Mapping[str, str] = {
+    Source.SLOT: "the beginning of its prompt was in the engine's slot",
+    Source.DISK: "the beginning of its prompt came from disk",
+}
 
 
 class Story(NamedTuple):
@@ -96,10 +101,7 @@ def _grant(story: Story) -> str:
         loading = f", {_seconds(story.load_sec)} of it while the model was loaded" if story.load_sec else ""
         words.append(f"after {_seconds(waited_sec)}{loading}")
     if story.kv:
-        known = {"slot": "its slot", "disk": "disk"}.get(story.kv)
-        words.append(
-            "the prompt has no beginning that is kept" if known is None else f"its beginning from {known}"
-        )
+        words.append(_BEGINNINGS.get(story.kv, "nothing of its prompt had been computed before"))
     return "; ".join(words)
 
 

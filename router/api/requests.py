@@ -332,7 +332,7 @@ class _Now:
 
     def row_of_ended(self, number: int, done: RequestDone) -> Row:
         usage = done.usage
-        is_counted = usage is not NO_USAGE
+        is_counted = usage != NO_USAGE
         return Row(
             id=done.request_id,
             state="done",
