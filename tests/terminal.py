@@ -1,4 +1,4 @@
-"""A terminal in which a command runs, read back by a terminal emulator."""
+"""A terminal in which a command runs, read back by a terminal emulator; commands that run until stopped."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import pty
 import re
 import struct
 import subprocess
+import sys
 import termios
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyte
@@ -83,3 +85,19 @@ class Terminal:
         self.process.kill()
         self.process.wait()
         os.close(self._theirs)
+
+
+@contextlib.contextmanager
+def following(cwd: Path, *arguments: str, **environ: str) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+    """Run a command that prints until it is stopped; gives the process, and the lines so far."""
+    clean = {"PATH": "/usr/bin:/bin", "HOME": str(cwd), "PYTHONPATH": str(ROOT), **environ}
+    command = [sys.executable, str(ROOT / "run.py"), *arguments]
+    process = subprocess.Popen(command, cwd=cwd, env=clean, stdout=-1, stderr=-1, text=True)
+    lines: list[str] = []
+    assert process.stdout is not None
+    threading.Thread(target=lines.extend, args=(process.stdout,), daemon=True).start()
+    try:
+        yield process, lines
+    finally:
+        process.kill()
+        process.wait()

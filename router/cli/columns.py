@@ -17,8 +17,26 @@ def print_columns(rows: Sequence[Sequence[str]]) -> None:
     """Print left-aligned columns; only cells of the last may contain spaces, so that awk can split lines."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
     for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        print(line("  ".join([*cells, row[-1]]).rstrip()))
+        print(row_of(row, widths))
+
+
+def row_of(row: Sequence[str], widths: Sequence[int]) -> str:
+    """Return one line of columns, of which the last has no width."""
+    cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+    return line("  ".join([*cells, row[-1]]).rstrip())
+
+
+def print_section(heading: str, facts: Sequence[tuple[str, str]]) -> None:
+    """Print facts with their names, beneath a heading; nothing if all are empty."""
+    known = [(name, text) for name, text in facts if text]
+    if not known:
+        return
+    print(heading)
+    width = max(len(name) + 2 if name else 0 for name, _ in known)
+    for name, text in known:
+        for number, shown in enumerate(text.splitlines()):
+            print(line(f"  {'' if number else name:<{width}}{shown}"))
+    print()
 
 
 def print_json(document: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from router.cli.client import CannotAsk, Refused, RouterClient
-from router.cli.columns import Ticker, duration, memory, print_columns, print_json, size_text
+from router.cli.columns import Ticker, duration, memory, print_columns, print_json, print_section, size_text
 from router.cli.remote import connect
 from router.system.printable import line, printable
 
@@ -87,14 +87,7 @@ def show(options: argparse.Namespace) -> None:
         print_json({"model": card, "status": status, "health": health, "show": described})
         return
     for heading, facts in _facts(card, status, health, described):
-        known = [(name, text) for name, text in facts if text]
-        if known:
-            print(heading)
-            width = max(len(name) + 2 if name else 0 for name, _ in known)
-            for name, text in known:
-                for number, shown in enumerate(text.splitlines()):
-                    print(line(f"  {'' if number else name:<{width}}{shown}"))
-            print()
+        print_section(heading, facts)
 
 
 def _health(client: RouterClient, alias: str) -> dict[str, Any] | None:

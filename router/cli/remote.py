@@ -88,6 +88,38 @@ def _add_looks(commands: Commands, at: Command, as_json: Command) -> None:
         notes=KEY_NOTE,
         examples=("llama-router queue",),
     )
+    requests = commands.add(
+        LOOK,
+        "requests",
+        "requests.run",
+        "show live and past requests, or one of them; cancel one",
+        at,
+        as_json,
+        usage="llama-router requests [OPTIONS] [ID]\n       llama-router requests [OPTIONS] cancel ID…",
+        description="Show the requests of a running router, live ones first. With an ID, show that one, with what "
+        "has happened to it; a unique beginning of the ID is enough. `cancel` ends live requests.",
+        notes=f"{KEY_NOTE} A key for inference sees its own client's requests. With --json, --follow prints one "
+        "JSON document a line.",
+        examples=(
+            "llama-router requests --live",
+            "llama-router requests --model qwen --outcome queue_full -n 100",
+            "llama-router requests 8cfdf00564706c14294936cd",
+            "llama-router requests cancel 8cfdf00564706c14294936cd",
+        ),
+    )
+    requests.takes_options_anywhere = True
+    requests.add_argument("words", nargs="*", metavar="ID", help="a request, or `cancel` and one or more")
+    requests.add_argument("--model", metavar="MODEL", help="only those of this model")
+    requests.add_argument("--client", metavar="NAME", help="only those of this client (api.clients)")
+    requests.add_argument(
+        "--outcome", metavar="OUTCOME", help="only those that ended so, such as served, cancelled or queue_full"
+    )
+    which = requests.add_mutually_exclusive_group()
+    which.add_argument("--live", action="store_true", help="only those that wait or are being answered")
+    requests.add_argument(
+        "-n", "--limit", type=positive, default=20, metavar="N", help="show at most so many (default: 20)"
+    )
+    which.add_argument("-f", "--follow", action="store_true", help="print each request once it has ended")
     logs = commands.add(
         LOOK,
         "logs",
@@ -129,6 +161,7 @@ def _add_models(commands: Commands, at: Command, as_json: Command) -> None:
         examples=("llama-router list", "llama-router list gemma 4b"),
         also=("ls",),
     )
+    listing.takes_options_anywhere = True
     listing.add_argument("words", nargs="*", metavar="WORD", help="only those whose line has every WORD")
     show = commands.add(
         MODELS,

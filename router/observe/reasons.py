@@ -45,7 +45,10 @@ class Reasons:
             del kept[next(iter(kept))]
 
     def in_full(self, alias: str, text: str) -> str:
-        """Return a text about a model, with the safe reason in it, if any, replaced by the complete one."""
+        """Return a text about a model, with the safe reason in it, if any, replaced by the complete one.
+
+        A text that has the complete one already stays as it is.
+        """
         kept = self._of_model.get(alias, {})
         told = max((told for told in kept if told in text), key=len, default="")  # code 11 is not code 1
-        return text.replace(told, kept[told], 1) if told else text
+        return text.replace(told, kept[told], 1) if told and kept[told] not in text else text

@@ -11,12 +11,12 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2 as httpx
 import pytest
 from conftest import ROOT, Router, Start, eventually, fake, models, run
+from terminal import following
 
 from router.__main__ import main
 from router.cli.client import base_url
@@ -131,20 +131,6 @@ def test_logs_show_the_last_lines_of_an_engine_and_how_many_were_too_many(
         eventually(lambda: lines == [f"{everything[-1]}\n"])
         router.chat("org/model:q4")  # says more at once than is kept
         eventually(lambda: any(re.fullmatch(r"… \d+ lines missed\n", line) for line in lines))
-
-
-@contextlib.contextmanager
-def following(cwd: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
-    clean = {"PATH": "/usr/bin:/bin", "HOME": str(cwd), "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command(*arguments), cwd=cwd, env=clean, stdout=-1, stderr=-1, text=True)
-    lines: list[str] = []
-    assert process.stdout is not None
-    threading.Thread(target=lines.extend, args=(process.stdout,), daemon=True).start()
-    try:
-        yield process, lines
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_logs_can_be_followed_across_engines_and_until_the_router_ends(

@@ -12,6 +12,7 @@ def test_a_reason_is_put_in_in_full_where_it_is_told_of_its_model_only() -> None
     reasons.note("a", Reason("it was asked to go", "it was asked to go"))
     crashed = "'a' crashed 3 times, the last time: exited with code 11"
     assert reasons.in_full("a", crashed) == f"{crashed}: no /models/a.gguf"
+    assert reasons.in_full("a", reasons.in_full("a", crashed)) == f"{crashed}: no /models/a.gguf"
     assert reasons.in_full("a", "'a' did not load: exited with code 1; give it less") == (
         "'a' did not load: exited with code 1: ·[2Jgone; give it less"
     )
