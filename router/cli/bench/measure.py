@@ -103,8 +103,9 @@ class _Round:
     ended_sec: float = 0.0
 
     def median(self, name: str) -> float | None:
-        values = [value for each in self.answers if (value := getattr(each, name)) is not None]
-        return statistics.median(values) if values else None
+        """Return the median of a figure; None if it is not known of each answer."""
+        values = [getattr(each, name) for each in self.answers]
+        return statistics.median(values) if values and None not in values else None
 
     @property
     def output_per_sec(self) -> float | None:
@@ -179,14 +180,16 @@ def _row(clients: int, priority: str, rounds: Sequence[_Round]) -> Row:
     def measured_by(name: str) -> str:
         return "engine" if answers and all(getattr(answer, name) for answer in answers) else "client"
 
+    prompt, cached = count("prompt_tokens"), count("cached_tokens")
+    is_computed = 2 * (cached or 0) < (prompt or 1)  # of the few tokens beyond a cache, the rate says nothing
     return Row(
         clients=clients,
         priority=priority or "default",
         failed=sum(len(each.errors) for each in rounds),
-        prompt_tokens=count("prompt_tokens"),
-        cached_tokens=count("cached_tokens"),
+        prompt_tokens=prompt,
+        cached_tokens=cached,
         output_tokens=count("output_tokens"),
-        prefill_per_sec=figure("prefill_per_sec"),
+        prefill_per_sec=figure("prefill_per_sec") if is_computed else None,
         decode_per_sec=figure("decode_per_sec"),
         output_per_sec=Figure.of(each.output_per_sec for each in rounds),
         first_sec=figure("first_sec"),

@@ -119,10 +119,12 @@ def print_results(results: Results) -> None:
     print(
         "PREFILL and DECODE: tokens/s of each client; TOGETHER: tokens/s of all; FIRST: time to the first token."
     )
-    for name, measured in (("PREFILL", "prefill_by"), ("DECODE", "decode_by")):
-        if any(getattr(row, measured) == "client" for row in results.rows):
-            print(f"{name} was measured at the client, as the engine does not report it: with the network"
-                  f"{' and all waits' if name == 'PREFILL' else ''}.")  # fmt: skip
+    if any(row.prefill_per_sec and row.prefill_by == "client" for row in results.rows):
+        print(
+            "PREFILL was measured at the client: with the network, and with waits that the server does not report."
+        )
+    if any(row.decode_per_sec and row.decode_by == "client" for row in results.rows):
+        print("DECODE was measured at the client.")
     if failed := sum(row.failed for row in results.rows):
         print(f"{failed} requests failed and are not counted.")
 

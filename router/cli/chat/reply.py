@@ -53,7 +53,7 @@ class Figures:
     """From the request to the first token."""
     total_sec: float = 0.0
     waited_sec: float | None = None
-    """Until an engine had a place for the request, according to the router."""
+    """Until an engine had a place for the request, by the router; or until it began to compute, by its clock."""
     load_sec: float | None = None
     """The part of that in which its model was loaded."""
     prompt_tokens: int | None = None
@@ -81,6 +81,7 @@ class Reply:
         self._last = self._since
         self._chunks = 0
         self._streams = True
+        self._began_waiting = False
         self._events = client.asked(PATH, body, headers, self._begin)
 
     def __iter__(self) -> Iterator[Piece]:
@@ -106,6 +107,7 @@ class Reply:
         self._streams = headers.get_content_type() == "text/event-stream"
         self.figures.waited_sec = _seconds(headers["x-queue-ms"])
         self.figures.load_sec = _seconds(headers["x-load-ms"])
+        self._began_waiting = headers["x-queue-position"] is not None  # so it says nothing of the whole wait
 
     def _pieces(self, text: str) -> Iterator[Piece]:
         try:
@@ -147,6 +149,8 @@ class Reply:
         if used.prefill_sec > 0:
             figures.prefill_per_sec = (used.prompt_tokens - used.cached_tokens) / used.prefill_sec
             figures.is_prefill_of_engine = True
+        if self._began_waiting and figures.first_sec is not None:
+            figures.waited_sec = max(0.0, figures.first_sec - used.prefill_sec)
         if used.decode_sec > 0 and used.output_tokens > 1:
             figures.decode_per_sec = (used.output_tokens - 1) / used.decode_sec
             figures.is_decode_of_engine = True
@@ -159,7 +163,7 @@ class Reply:
             return
         if figures.output_tokens is None:
             figures.output_tokens = self._chunks
-        if figures.prefill_per_sec is None and figures.prompt_tokens:
+        if figures.prefill_per_sec is None and figures.prompt_tokens and not self._began_waiting:
             computing_sec = figures.first_sec - (figures.waited_sec or 0.0)
             fresh = figures.prompt_tokens - (figures.cached_tokens or 0)
             figures.prefill_per_sec = fresh / computing_sec if computing_sec > 0 else None
