@@ -19,7 +19,7 @@ class Screen:
 
     def __init__(self) -> None:
         self.is_terminal = sys.stdout.isatty()
-        self._has_colours = self.is_terminal and "NO_COLOR" not in os.environ
+        self._has_colours = self.is_terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
     @contextmanager
     def answer(self) -> Iterator[Answer]:

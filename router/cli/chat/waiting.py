@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import threading
@@ -30,7 +31,7 @@ class Waiting:
         self._client = client
         self._id = request_id
         self._since = time.monotonic()
-        self._is_terminal = sys.stderr.isatty()
+        self._is_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._told_sec = -_LINE_EVERY_SEC
         self._is_drawn = False
         self._ended = threading.Event()
@@ -60,8 +61,8 @@ class Waiting:
         while not self._ended.wait(wait_sec):
             wait_sec = _LOOK_SEC
             try:
-                told = _told(self._client.get("/v1/queue/stats"), self._id)
-            except CannotAsk:  # another server, or an answer that will say what is wrong
+                told = _told(self._client.get(f"/v1/requests/{self._id}"))
+            except (CannotAsk, KeyError, TypeError):  # another server, or an answer that will say what is wrong
                 return
             self._tell(f"{told}, {duration(time.monotonic() - self._since)}")
 
@@ -79,14 +80,10 @@ class Waiting:
             sys.stderr.flush()
 
 
-def _told(stats: dict[str, Any], request_id: str) -> str:
-    """Return what the router says about a request in its queue statistics."""
-    for model in stats["per_model"].values():
-        for wait in model["waiting"]:
-            if wait["id"] == request_id:
-                expected = wait["expected_wait_sec"]
-                to_go = "" if expected is None else f", ~{duration(expected)} to go"
-                return f"position {wait['position']}{to_go}: {wait['why']}"
-        if request_id in model["processing"]:
-            return "the model reads the prompt"
-    return "waiting"
+def _told(request: dict[str, Any]) -> str:
+    """Return what the router says about a request."""
+    if request["state"] != "queued":
+        return "the model reads the prompt"
+    expected = request["expected_wait_sec"]
+    to_go = "" if expected is None else f", ~{duration(expected)} to go"
+    return f"position {request['position']}{to_go}: {request['why']}"
