@@ -62,13 +62,13 @@ async def delete_conversations(
 ) -> dict[str, Any]:
     """Delete the conversations kept on disk, of one model or of all.
 
-    What engines hold of them in memory is not saved any more either. A file that an engine is reading is deleted
-    when it has read it.
+    Those of a model are all that it could restore: also what others have saved that are configured with the same
+    files. What engines hold of them in memory is not saved any more either. A file that an engine is reading is
+    deleted when it has read it.
     """
     store: KvStore = request.app.state.kv_store
     dispatcher: Dispatcher = request.app.state.dispatcher
-    alias = None if model is None else _named(model, store, dispatcher)
-    gone = await store.clear(alias)
+    gone = await store.clear(*([] if model is None else _named(model, store, dispatcher)))
     return {
         "status": "success",
         "deleted": _sums(gone),
@@ -81,14 +81,18 @@ def summary(store: KvStore) -> dict[str, Any]:
     return {"enabled": store.enabled, "total": _sums(store)}
 
 
-def _named(name: str, store: KvStore, dispatcher: Dispatcher) -> str:
-    """Return the own name of a model that is served, or of which something is left. Raises ApiError 404."""
+def _named(name: str, store: KvStore, dispatcher: Dispatcher) -> list[str]:
+    """Return the own names of all models with the files of one that is served, or the name of one of which
+    something is left. Raises ApiError 404."""
     check_name(name)
     config = dispatcher.config
     if name not in config.names and any(saved.model == name for saved in store):
-        return name
+        return [name]
     if (alias := meant(name, config)) is not None:
-        return config.model_of(alias).alias
+        known = config.model_of(alias)
+        return [
+            alias for alias, model in config.models.items() if model is known or model.files == known.files != ()
+        ]
     raise ApiError(404, "model_not_found", f"model {name!r} not found, and nothing is saved of it.", "model")
 
 

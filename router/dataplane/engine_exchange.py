@@ -25,6 +25,10 @@ from router.system.large_memory import Pieces
 _PREFIX = "/upstream/"
 _METHODS = frozenset({b"GET", b"POST", b"PUT", b"DELETE"})
 _CLOSED = "The engine's {} is closed: load and unload models through the router (/v1/models/load and …/eject)."
+_KEPT = (
+    "The router saves and restores what the slots of {alias!r} hold (kv_store). To do that yourself, name a "
+    "folder of your own by --slot-save-path in its flags."
+)
 _MOST_PARTS = 8
 """Maximum number of path segments in which a model's name is looked for."""
 
@@ -87,6 +91,16 @@ class EngineExchange(Exchange):
 
     def _is_slotless(self) -> bool:
         return True
+
+    def _ask(self) -> None:
+        """Refuse what would save to the router's folder, or change what it knows of the slots."""
+        ticket = self._ticket
+        assert ticket is not None
+        assert ticket.engine is not None
+        if ticket.engine.handle.keeper is not None and self._head.path.startswith("/slots/"):
+            self._fail(ApiError(409, "slots_are_kept", _KEPT.format(alias=ticket.alias)))
+        else:
+            super()._ask()
 
     def _not_served(self, wish: Wish) -> ApiError | None:
         """Return None: the engine answers for its paths itself."""

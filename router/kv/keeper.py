@@ -44,7 +44,8 @@ _SHARE = 20
 _URGENT = 20
 """A request waits for the save of what it displaces if that is so many times cheaper than computing it again."""
 _AGAIN_SEC = 60.0
-"""Pause after a save that failed: the disk may be full."""
+_LONGEST_PAUSE_SEC = 3600.0
+"""Pauses after a save that failed: the disk may be full. Each failure in a row doubles it."""
 _PATIENCE_SEC = 10.0
 """Time that a request waits for its slot at most, besides that of computing what is restored: a disk may hang."""
 _BYTES_OF_TOKEN = 4
@@ -181,6 +182,9 @@ class Keeper:
         """Tasks that are finished even if the engine ends."""
         self._timer: asyncio.TimerHandle | None = None
         self._next_save_sec = 0.0
+        self._pause_sec = _AGAIN_SEC
+        self._too_long = math.inf
+        """Least number of tokens of a state that the engine has refused: its context is too small, as it seems."""
         self._rests_until_sec = 0.0
         """Time until which the engine chooses its slots itself: the disk has not answered, or nothing would be
         gained; 0: it does not."""
@@ -255,7 +259,11 @@ class Keeper:
             slot, in_slot = began, began.tokens
         found = store.find(self._group, owner, chain)
         wanted, source, promised = None, _SLOT if in_slot else _NONE, in_slot
-        if found is not None and self._pays(found.saved, found.saved.promised(found.blocks) - in_slot):
+        if (
+            found is not None
+            and found.saved.tokens < self._too_long
+            and self._pays(found.saved, found.saved.promised(found.blocks) - in_slot)
+        ):
             wanted, source, promised = found.saved, Source.DISK, found.saved.promised(found.blocks)
             if blocks < len(slot.chain):
                 slot = self._least_missed(free)
@@ -498,6 +506,8 @@ class Keeper:
         if slot.tokens - slot.saved_tokens < at_least:
             return False
         nbytes = slot.tokens * self._rates.token_bytes
+        if nbytes > self._store.settings.max_gb * 1e9:
+            return False
         return slot.tokens / self._rates.tokens_per_sec > nbytes / self._rates.save + nbytes / self._rates.restore
 
     def _is_urgent(self, slot: _Slot) -> bool:
@@ -556,7 +566,7 @@ class Keeper:
         saved: Saved | None = None
         try:
             if not await self._make_room(int(tokens * self._rates.token_bytes)):
-                raise OSError("it is larger than kv_store.max_gb and the free disk allow")
+                raise OSError("it is larger than the free disk allows")
             said = await self._ask(slot.number, "save", store.part(name))
             took = max(1e-3, (said.sec if said is not None else 0) or time.monotonic() - began)
             if said is None or not said.tokens or not said.nbytes:
@@ -585,13 +595,15 @@ class Keeper:
                 saved = one
         except OSError as error:
             store.of(self._model).failures += 1
-            self._next_save_sec = time.monotonic() + _AGAIN_SEC
+            self._next_save_sec = time.monotonic() + self._pause_sec
+            self._pause_sec = min(2 * self._pause_sec, _LONGEST_PAUSE_SEC)
             _log.warning("model %s: a conversation could not be saved: %s", self._model, error)
         finally:
             if saved is None:
                 await apart(lambda: store.delete(name))
         if saved is None:
             return
+        self._pause_sec = _AGAIN_SEC
         busy = any(other.is_busy for other in self._slots if other is not slot)
         self._next_save_sec = time.monotonic() + (took * _SHARE if busy else 0)
         store.of(self._model).saves += 1
@@ -608,8 +620,8 @@ class Keeper:
         return gone is not None
 
     async def _restore(self, slot: _Slot, wanted: Saved) -> bool:
-        """Restore a state into a slot. One that cannot be restored is deleted, and one with which a second engine
-        ends."""
+        """Restore a state into a slot. A damaged one is deleted, and one that two engines refused or ended with:
+        for one of them it may have been too long."""
         store = self._store
         if await apart(lambda: store.is_whole(wanted)):
             began = time.monotonic()
@@ -620,10 +632,14 @@ class Keeper:
                 wanted.used_at, wanted.uses = time.time(), wanted.uses + 1
                 await apart(lambda: store.note_use(wanted))
                 return True
-            if said is None and wanted.name not in store.suspects:
+            if said is not None:
+                self._too_long = min(self._too_long, wanted.tokens)
+            if wanted.name not in store.suspects:
                 store.suspects.add(wanted.name)
                 return False
-            reason = "two engines have ended with it" if said is None else said.refusal
+            reason = (
+                "two engines have ended with it" if said is None else f"two engines refused it: {said.refusal}"
+            )
         else:
             reason = "its file is damaged"
         store.of(self._model).failures += 1

@@ -160,7 +160,7 @@ class KvStore:
         self.distrusted: dict[str, str] = {}
         """Groups whose engines do not reuse what they have restored, with the reason."""
         self.suspects: set[str] = set()
-        """Names of states during whose restore an engine has ended."""
+        """Names of states that an engine has refused, or with which one has ended."""
         self._rates: dict[str, Rates] = {}
         self._saved: dict[str, Saved] = {}
         self._by_digest: dict[tuple[str, str, int], Saved] = {}
@@ -398,16 +398,16 @@ class KvStore:
         with contextlib.suppress(OSError):
             self._write(_DISTRUSTED, dict(list(self.distrusted.items())[-_MOST_DISTRUSTED:]))
 
-    async def clear(self, model: str | None = None) -> list[Saved]:
-        """Delete the conversations of a model, or all, and what its engines hold of them is not saved any more.
+    async def clear(self, *models: str) -> list[Saved]:
+        """Delete the conversations of models, or all, and what their engines hold of them is not saved any more.
 
         Files that an engine is reading are deleted when it has read them. Engines that are left alone get another
         chance if all is cleared. Returns what is deleted.
         """
-        for each in [model] if model is not None else list(self.eras):
+        for each in models or list(self.eras):
             self.eras[each] += 1
-        if model is not None:
-            return await self.drop(saved for saved in self if saved.model == model)
+        if models:
+            return await self.drop(saved for saved in self if saved.model in models)
         self.distrusted.clear()
         for rates in self._rates.values():
             rates.kept = rates.broken = 0

@@ -21,13 +21,18 @@ AS_ANNA = {"Authorization": f"Bearer {ANNA}"}
 
 @pytest.fixture(scope="module")
 def router(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[Router]:
-    """Two models with room for one, so that each request for the other is a swap."""
+    """Two models with room for one, so that each request for the other is a swap; `twin` has the file of `a`."""
+    other = tmp_path_factory.mktemp("models") / "other.gguf"
+    shutil.copy(tiny, other)
     keys = {"api_keys": [OPERATOR], "clients": {"anna": {"key": ANNA}}}
     config = {
         "api": keys,
         "system": {"max_concurrent_models": 1, "structured_logs": True},
         "kv_store": {"min_tokens": 64},
-        "models": {**models(tiny, "a", flags=FLAGS), **models(tiny, "b", flags=["-c", "2048", "-np", "2"])},
+        "models": {
+            **models(tiny, "a", "twin", flags=FLAGS),
+            **models(other, "b", flags=["-c", "2048", "-np", "2"]),
+        },
         "aliases": {"gpt": "a"},
     }
     with starting(tmp_path_factory.mktemp("router")) as start:
@@ -137,6 +142,27 @@ def test_conversations_are_deleted_by_model_or_all(saved: Router, tmp_path: Path
     )
 
 
+def test_what_a_model_of_the_same_files_has_saved_is_deleted_with_its_own(saved: Router) -> None:
+    assert saved.http.delete("/v1/kv?model=b").json()["deleted"]["count"] == 0
+    gone = saved.http.delete("/v1/kv?model=twin").json()
+    assert (gone["deleted"]["count"], list(gone["models"])) == (1, ["a"])
+    assert saved.chat("twin", content=LONG, headers=AS_ANNA).headers["x-kv"] == "none"
+
+
+def test_nobody_else_writes_among_the_saved_files(saved: Router, tmp_path: Path) -> None:
+    before = listed(saved)
+    (state,) = files(before)
+    content = state.read_bytes()
+    saved.chat("a", content="hello")
+    for action in ("save", "restore", "erase"):
+        answer = saved.http.post(f"/upstream/a/slots/0?action={action}", json={"filename": state.name})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "slots_are_kept"), action
+        assert "--slot-save-path" in answer.json()["error"]["message"]
+    assert state.read_bytes() == content
+    assert saved.http.get("/upstream/a/slots").status_code == 200
+    assert saved.http.post("/upstream/b/slots/0?action=save", json={"filename": "mine"}).status_code == 409
+
+
 def test_the_page_shows_it_to_who_may_see_it(saved: Router) -> None:
     with chromium() as browser:
         for key, shown in ((OPERATOR, True), (ANNA, False)):
@@ -145,10 +171,12 @@ def test_the_page_shows_it_to_who_may_see_it(saved: Router) -> None:
             page.goto(saved.url)
             page.fill("#key", key)
             page.press("#key", "Enter")
-            page.wait_for_selector("#request-rows tr")
+            page.wait_for_selector("#figure-rows tr")
             if shown:
                 page.wait_for_selector("#kv-rows tr")
-                model, count, size, restored, spared = page.locator("#kv-rows td").all_inner_texts()
+                model, count, size, restored, spared = (
+                    page.locator("#kv-rows tr").first.locator("td").all_inner_texts()
+                )
                 assert (model, count) == ("a", "1")
                 assert re.match(r"\d+ KiB", size)
                 assert int(restored) >= 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -539,13 +540,23 @@ def test_a_damaged_file_is_deleted_and_costs_nobody_an_error(
     play(tmp_path, story)
 
 
-def test_a_refused_file_is_deleted(tmp_path: Path) -> None:
+def test_what_does_not_fit_an_engine_is_left_to_another(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         await world.chat(TEXT)
+        for left in (1, 0):
+            await world.swap()
+            world.engine.refusal = Said(refusal="No available space")  # -c is smaller now
+            for _ in range(3):
+                placement = await world.begin(TEXT + "x")
+                assert placement.source is Source.NONE
+                world.keeper.ended(placement, Usage())
+            assert world.engine.asked == ["restore 0"], "it is not tried again"
+            assert len(world.store) == left
         await world.swap()
-        world.engine.refusal = Said(refusal="No available space")
-        assert await world.chat(TEXT + "x") == (Source.NONE, 0)
-        assert len(world.store) == 0
+        world.engine.refusal = None
+        await world.chat(TEXT)
+        await world.swap()
+        assert (await world.chat(TEXT + "x"))[0] is Source.DISK
 
     play(tmp_path, story)
 
@@ -575,6 +586,14 @@ def test_a_full_disk_is_told_once_a_minute_and_leaves_no_part(
         await asyncio.sleep(0.1)
         assert caplog.text.count("could not be saved: No space left on device") == 1
         assert len(world.store) == 0
+        pauses = []
+        for _ in range(2):
+            world.keeper._next_save_sec = 0.0  # later
+            failures = world.store.of("m").failures
+            world.keeper._save_quiet()
+            await until(lambda: world.store.of("m").failures > failures)  # noqa: B023
+            pauses.append(round(world.keeper._next_save_sec - time.monotonic()))
+        assert pauses == [120, 240]
 
     play(tmp_path, story)
 
@@ -586,8 +605,14 @@ def test_what_is_larger_than_allowed_is_not_saved(tmp_path: Path) -> None:
         await world.swap()
         assert len(world.store) == 0
         await world.chat(TEXT)
+        await asyncio.sleep(0.1)
         await world.swap()
         assert world.engine.asked == []
+        assert world.store.of("m").failures == 0
+        world.store.settings = Settings()
+        await world.chat(TEXT)
+        await world.swap()
+        assert len(world.store) == 1
 
     play(tmp_path, story)
 
