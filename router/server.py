@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -23,13 +23,16 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from router.api.app import create_app
+from router.api.service_metrics import Service
 from router.catalog.cards import Cards
 from router.catalog.library import Library
 from router.catalog.load import Load, Loaded
 from router.config.changes import changes_between, in_words, needs_restart
 from router.config.problems import CannotServe, ConfigError
+from router.config.reloads import Reloads
 from router.config.resolved import DEFAULT_ENGINE, Config, ModelConfig
 from router.config.schema import Api, System
+from router.config.show import fingerprint
 from router.config.snapshots import Looks
 from router.config.source import Source
 from router.dataplane.exchange import Exchanges
@@ -44,7 +47,9 @@ from router.engines.launcher import LocalLauncher
 from router.engines.llamacpp.capability import purpose_of
 from router.engines.orphans import EngineRecord
 from router.engines.registry import KINDS
+from router.formats import hf_cache
 from router.hardware.devices import Devices
+from router.hardware.disks import Disks
 from router.http.auth import Keyring
 from router.http.origins import Browsers
 from router.kv.store import KvStore, folder_of
@@ -64,6 +69,7 @@ from router.system import sighup, threads
 from router.system.heap import give_memory_back, share_one_heap
 from router.system.printable import line as printable_line
 from router.system.processes import allow_many_files, notice_vanished_peers, reap_orphans
+from router.system.readings import apart
 from router.system.state import State, StateHeld, configured_path
 from router.system.systemd import Notifier
 
@@ -227,6 +233,7 @@ class _Service:
         self._loaded = loaded
         self._started_with = config
         self._load = partial(load, state.path)
+        self._state_path = state.path
         self._listeners = listeners
         self._stop = asyncio.Event()
         self._record = record
@@ -246,6 +253,7 @@ class _Service:
         kv_store.is_shared = lambda: not self._keyring.required
         self._creations = Creations(state, self.look_again)
         self._reloading = asyncio.Lock()
+        self._reloaded = Reloads(fingerprint(config))
         self._looks = Looks()
         self._reloads: asyncio.Task[None] | None = None
         self._reload_wanted = False
@@ -259,6 +267,9 @@ class _Service:
         exchanges = Exchanges(self._dispatcher, self._keyring, browsers, cards, TRANSLATORS)
         waits = WaitLog(self._dispatcher)
         timeline = self._timeline()
+        protocols = partial(HttpProtocol, exchanges), partial(PagesProtocol, exchanges)
+        door = Door(*protocols, _most_clients(self._loaded.config.api), self._dispatcher.events)
+        disks = Disks(self._disks)
         app = create_app(
             self._dispatcher,
             self._keyring,
@@ -270,10 +281,8 @@ class _Service:
             exchanges,
             waits,
             timeline,
+            Service(door, downloads, self._reloaded, disks),
         )
-        protocols = partial(HttpProtocol, exchanges), partial(PagesProtocol, exchanges)
-        most_clients = _most_clients(self._loaded.config.api)
-        door = Door(*protocols, most_clients, self._dispatcher.events)
         server = Server(app, door, self._on_ready, keep_alive_sec=_KEEP_ALIVE_SEC)
         loop = asyncio.get_running_loop()
         loop.set_default_executor(threads.pool("files"))
@@ -296,6 +305,7 @@ class _Service:
             keep("return of memory", give_memory_back),
             keep("age of saved conversations", self._kv_store.keep_young),
             keep("timeline", timeline.keep),
+            keep("free space of disks", disks.watch),
         ]
         if os.getpid() == 1:
             kept.append(keep("reaping of orphans", reap_orphans))
@@ -337,13 +347,18 @@ class _Service:
     async def reload(self) -> dict[str, Any]:
         """Read the configuration again and apply it. Raises ConfigError without any change."""
         async with self._reloading:
-            loaded = await self._looks.take(partial(self._load, self._loaded), self._places())
+            try:
+                loaded = await self._looks.take(partial(self._load, self._loaded), self._places())
+            except Exception:
+                self._reloaded.failed()
+                raise
             before, after = self._loaded.config, loaded.config
             self._keyring.set(after.api)
             self._kv_store.settings = after.kv_store
             self._dispatcher.apply(after)
             self._loaded = loaded
             await self._forget_conversations(before, after)
+            self._reloaded.succeeded(await apart(partial(fingerprint, after)))
         changes = {**changes_between(before, after), "needs_restart": needs_restart(self._started_with, after)}
         _log.info("configuration reloaded: %s", in_words(changes))
         for warning in loaded.warnings:
@@ -391,6 +406,18 @@ class _Service:
             *(m.model_path for m in loaded.config.models.values()),
         )
         return {*loaded.folders, *(file.parent for file in files)}
+
+    def _disks(self) -> dict[str, list[Path]]:
+        """Return the folders that fill up, or must not, by what they are for."""
+        log_dir = self._started_with.system.log_dir
+        folders: dict[str, Sequence[Path | None]] = {
+            "state": [self._state_path],
+            "log": [Path(log_dir) if log_dir is not None else None],
+            "kv": [self._kv_store.folder],
+            "cache": [hf_cache.folder()],
+            "models": self._loaded.folders,
+        }
+        return {place: [folder for folder in those if folder] for place, those in folders.items()}
 
     def _terminate(self) -> None:
         if self._stop.is_set():

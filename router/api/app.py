@@ -35,6 +35,7 @@ from router.api import (
 from router.api.live import Live
 from router.api.llama_swap import DONE_BY_GET
 from router.api.openapi import Description
+from router.api.service_metrics import Service, ServiceMetrics
 from router.catalog.cards import Cards
 from router.catalog.library import Library
 from router.dataplane.exchange import Exchanges
@@ -97,9 +98,10 @@ def create_app(
     exchanges: Exchanges,
     waits: WaitLog,
     timeline: Timeline,
+    service: Service,
 ) -> ASGIApp:
     """Build the application. The dispatcher is started and stopped by the caller."""
-    pages = _pages(dispatcher, keyring, reload, library, cards, kv_store)
+    pages = _pages(dispatcher, keyring, reload, library, cards, kv_store, service)
     pages.state.exchanges = exchanges
     pages.state.waits = waits
     pages.state.timeline = timeline
@@ -152,6 +154,7 @@ def _pages(
     library: Library,
     cards: Cards,
     kv_store: KvStore,
+    service: Service,
 ) -> FastAPI:
     app = FastAPI(
         title="llama-router",
@@ -183,12 +186,13 @@ def _pages(
     app.state.library = library
     app.state.cards = cards
     app.state.kv_store = kv_store
+    of_service = ServiceMetrics(service)
     of_engines = EngineMetrics(lambda: dispatcher.running, lambda: dispatcher.config)
     app.state.engine_metrics = of_engines
     app.state.metrics = Metrics(
         dispatcher.events,
         dispatcher.scheduler,
-        lambda: chain(gauges_of(dispatcher, kv_store), of_engines.families()),
+        lambda: chain(gauges_of(dispatcher, kv_store), of_service.families(), of_engines.families()),
     )
     app.state.live = Live(dispatcher)
     app.state.as_llama_swap = llama_swap.Events(dispatcher)
@@ -196,6 +200,7 @@ def _pages(
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
+        of_service.note_refused(error)
         return _answer(request.scope["path"], error)
 
     @app.exception_handler(RequestValidationError)
@@ -214,6 +219,7 @@ def _pages(
             try:
                 _let_in_where_no_page_is(request, by_path)
             except ApiError as refusal:
+                of_service.note_refused(refusal)
                 return _answer(path, refusal)
         if path in ROUTES:
             return _answer(

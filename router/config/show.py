@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,16 @@ def leaves(config: Config) -> Iterator[tuple[KeyPath, str]]:
             value = getattr(named, field.name)
             if field.name not in ("alias", "source") and value:  # most aliases are only a name
                 yield from _parameters(("aliases", name, field.name), value)
+
+
+def fingerprint(config: Config) -> int:
+    """Return a number of 48 bits that two configurations share if they differ in secrets at most."""
+    digest = blake2b(digest_size=6)
+    for path, text in leaves(config):
+        digest.update(f"{dotted(path)}={text}\n".encode(errors="surrogateescape"))
+    for name, named in config.aliases.items():
+        digest.update(f"{name} stands for {named.alias}\n".encode())
+    return int.from_bytes(digest.digest(), "big")
 
 
 def _parameters(path: KeyPath, value: Any) -> Iterator[tuple[KeyPath, str]]:

@@ -65,7 +65,8 @@ class Door:
     ) -> None:
         self._protocol = protocol
         self._pages = pages
-        self._limit = limit
+        self.limit = limit
+        self._guests: set[Guest] = set()
         self._events = events
         self._spare: list[Guest] = []
         self._idle: list[tuple[float, Guest]] = []
@@ -74,6 +75,11 @@ class Door:
         self._turned_away = 0
         self._told_sec = -math.inf
 
+    @property
+    def connections(self) -> int:
+        """The number of open connections, of which at most `SPARE` are beyond the limit."""
+        return len(self._guests)
+
     def __call__(
         self,
         config: Config,
@@ -81,12 +87,12 @@ class Door:
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> asyncio.BaseProtocol:
-        guests = cast(set[Guest], server_state.connections)
+        self._guests = guests = cast(set[Guest], server_state.connections)
         now = asyncio.get_running_loop().time()
         protocol = self._protocol
-        if len(guests) >= self._limit:
+        if len(guests) >= self.limit:
             self._spare = [guest for guest in self._spare if not guest.is_gone]
-            if len(guests) - len(self._spare) >= self._limit and not self._someone_gives_way(guests, now):
+            if len(guests) - len(self._spare) >= self.limit and not self._someone_gives_way(guests, now):
                 self._tell(now)
                 if len(self._spare) >= SPARE:
                     idle = min(_idle(self._spare), key=_since, default=None)
@@ -130,7 +136,7 @@ class Door:
         if now - self._told_sec > _TELL_AGAIN_SEC:
             self._told_sec = now
             _log.warning(
-                "%d clients are connected (api.max_connections); further connections are refused", self._limit
+                "%d clients are connected (api.max_connections); further connections are refused", self.limit
             )
 
 

@@ -174,6 +174,18 @@ class _Requests:
         self.client_output_tokens = Counter(
             "router_client_output_tokens_total", "Output tokens of a client", "client"
         )
+        self.client_wait = Histogram(
+            "router_client_queue_wait_seconds",
+            "Time that a client's requests waited for a slot, or to the end of the wait",
+            "client",
+            bounds=_SECONDS,
+        )
+        self._by_client = (
+            self.client_requests,
+            self.client_input_tokens,
+            self.client_output_tokens,
+            self.client_wait,
+        )
         self._per_model = (
             self.rejected,
             self.timeouts,
@@ -194,9 +206,7 @@ class _Requests:
         self.families: tuple[Counter | Histogram, ...] = (
             self.requests,
             *self._per_model,
-            self.client_requests,
-            self.client_input_tokens,
-            self.client_output_tokens,
+            *self._by_client,
             self.duration,
             self.queue_wait,
             self.first_token,
@@ -207,10 +217,7 @@ class _Requests:
 
     def only_of(self, client: str, family: Family) -> Family:
         """Return a family without the series of other clients."""
-        if family in (self.client_requests, self.client_input_tokens, self.client_output_tokens):
-            assert isinstance(family, Counter)
-            return family.beginning_with(client)
-        return family
+        return next((own.beginning_with(client) for own in self._by_client if own is family), family)
 
     def know(self, aliases: Collection[str]) -> None:
         """Create the counters of new models at 0, so that rates include the first count; remove old ones."""
@@ -253,13 +260,14 @@ class _Cells:
             self._counts.append(series.rejected.of(alias))
         if outcome in _TIMEOUTS:
             self._counts.append(series.timeouts.of(alias))
+        self._waits = [series.queue_wait.of(alias, priority)]
         self._inputs = [series.input_tokens.of(alias)]
         self._outputs = [series.output_tokens.of(alias), series.generated.of(alias)]
         if client:
+            self._waits.append(series.client_wait.of(client))
             self._inputs.append(series.client_input_tokens.of(client))
             self._outputs.append(series.client_output_tokens.of(client))
         self._duration = series.duration.of(alias, route)
-        self._queue_wait = series.queue_wait.of(alias, priority)
         self._first_token = series.first_token.of(alias, priority)
         self._per_token = series.per_token.of(alias)
         self._retries = series.retries.of(alias)
@@ -284,7 +292,9 @@ class _Cells:
 
     def _note_service(self, requests: Sequence[RequestDone]) -> None:
         self._duration.observe([done.total_sec for done in requests])
-        self._queue_wait.observe([done.queue_sec for done in requests])
+        waits = [done.queue_sec for done in requests]
+        for histogram in self._waits:
+            histogram.observe(waits)
         self._first_token.observe(
             [done.ttft_sec for done in requests if done.streamed and done.ttft_sec is not None]
         )

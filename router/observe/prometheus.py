@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Container, Iterable, Sequence
+from copy import copy
 from itertools import accumulate
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 _Cell = TypeVar("_Cell")
+_Same = TypeVar("_Same", bound="_Counted[Any]")
 
 
 def label_text(names: Sequence[str], values: Sequence[str]) -> str:
@@ -91,6 +93,12 @@ class _Counted(Generic[_Cell]):
     def _cell(self, labels: str) -> _Cell:
         raise NotImplementedError
 
+    def beginning_with(self: _Same, value: str) -> _Same:
+        """Return a copy with only the cells whose first label has this value."""
+        some = copy(self)
+        some._cells = {values: cell for values, cell in self._cells.items() if values[0] == value}
+        return some
+
     def forget(self, label: str, values: Container[str]) -> None:
         """Remove the cells whose label has one of these values."""
         if label in self.labels:
@@ -105,12 +113,6 @@ class Counter(_Counted[CounterCell]):
 
     def _cell(self, labels: str) -> CounterCell:
         return CounterCell(self.name, labels)
-
-    def beginning_with(self, value: str) -> Counter:
-        """Return a copy with only the cells whose first label has this value."""
-        some = Counter(self.name, self.help, *self.labels)
-        some._cells = {values: cell for values, cell in self._cells.items() if values[0] == value}
-        return some
 
     def text(self) -> list[bytes]:
         return ["".join([f"{cell.name} {cell.value}\n" for cell in self._cells.values()]).encode()]

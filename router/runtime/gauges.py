@@ -80,11 +80,8 @@ _PER_MODEL: tuple[tuple[str, str, Callable[[_Look], float]], ...] = (
         "State of a model: 0 stopped or asleep, 1 loading, 2 ready, 3 failed",
         lambda look: _STATUS[look.state],
     ),
-    (
-        "router_model_slots_total",
-        "Slots of the model's engine; 0 without an engine that is awake",
-        _Look.slots,
-    ),
+    ("router_model_slots", "Slots of the model's engine; 0 without an engine that is awake", _Look.slots),
+    ("router_model_slots_total", "Slots of the model's engine (former name)", _Look.slots),
     (
         "router_model_slots_used",
         "Slots in use",
@@ -128,9 +125,10 @@ def gauges_of(dispatcher: Dispatcher, kv_store: KvStore) -> Iterator[Family]:
     yield from _machine_gauges()
     engines = dispatcher.scheduler.engines.values()
     asleep = sum(engine.state is EngineState.ASLEEP for engine in engines)
-    yield _single("router_models_loaded_total", "Resident engines, without those asleep", len(engines) - asleep)
-    yield _single("router_models_asleep", "Engines that are asleep", asleep)
-    yield _single("router_uptime_seconds", "Time since the router started", dispatcher.uptime_sec)
+    yield single("router_models_loaded", "Resident engines, without those asleep", len(engines) - asleep)
+    yield single("router_models_loaded_total", "Resident engines (former name)", len(engines) - asleep)
+    yield single("router_models_asleep", "Engines that are asleep", asleep)
+    yield single("router_uptime_seconds", "Time since the router started", dispatcher.uptime_sec)
     yield _failures(dispatcher)
     build = Gauges("router_build_info", "Version of the router and of the engine", "version", "engine")
     build.set(1, __version__, dispatcher.backend.name)
@@ -197,8 +195,8 @@ def _kv_families(store: KvStore, aliases: Collection[str]) -> Iterator[Family]:
         gauges = Gauges(f"router_model_{name}", f"{text}, by model", "model")
         gauges.lines((label, measure(of_model.get(alias, ()))) for alias, label in labels.items())
         yield gauges
-        yield _single(f"router_{name}", f"{text}, of all models together", measure(saved))
-    yield _single("router_kv_limit_bytes", "Limit on all conversations on disk", store.settings.max_gb * 1e9)
+        yield single(f"router_{name}", f"{text}, of all models together", measure(saved))
+    yield single("router_kv_limit_bytes", "Limit on all conversations on disk", store.settings.max_gb * 1e9)
 
 
 _PER_KV_MODEL: tuple[tuple[str, str, Callable[[Totals], float]], ...] = (
@@ -277,13 +275,13 @@ def _scheduler_gauges(dispatcher: Dispatcher) -> Iterator[Gauges]:
             continue
         figures = getattr(policy, name)
         if not isinstance(figures, ByPriority):
-            yield _single(*constant.metric, figures)
+            yield single(*constant.metric, figures)
             continue
         gauges = Gauges(*constant.metric, "priority")
         for priority in Priority:
             gauges.set(figures[priority], NAMES[priority])
         yield gauges
-    yield _single("router_models_limit", "Maximum number of resident engines", policy.places)
+    yield single("router_models_limit", "Maximum number of resident engines", policy.places)
 
 
 def _gpu_gauges(gpus: Sequence[Reading]) -> Iterator[Gauges]:
@@ -317,15 +315,16 @@ _PER_GPU: tuple[tuple[str, str, Callable[[Reading], float | None]], ...] = (
 
 def _machine_gauges() -> Iterator[Gauges]:
     memory = psutil.virtual_memory()
-    yield _single(
+    yield single(
         "router_system_cpu_percent", "CPU utilization of the machine since the last scrape", psutil.cpu_percent()
     )
-    yield _single("router_system_ram_total_bytes", "Total RAM of the machine", memory.total)
-    yield _single("router_system_ram_used_bytes", "RAM in use", memory.total - memory.available)
-    yield _single("router_system_ram_percent", "Share of RAM in use", memory.percent)
+    yield single("router_system_ram_total_bytes", "Total RAM of the machine", memory.total)
+    yield single("router_system_ram_used_bytes", "RAM in use", memory.total - memory.available)
+    yield single("router_system_ram_percent", "Share of RAM in use", memory.percent)
 
 
-def _single(name: str, text: str, value: float) -> Gauges:
+def single(name: str, text: str, value: float) -> Gauges:
+    """Return a gauge without labels."""
     gauges = Gauges(name, text)
     gauges.set(value)
     return gauges

@@ -86,6 +86,14 @@ class Downloads:
         self._sites = sites
         self._estimates = anyio.CapacityLimiter(_MOST_ESTIMATES)
         self._is_ending = False
+        self.ended = dict.fromkeys(("success", "failed", "cancelled"), 0)
+        """How many pulls have ended, by outcome."""
+        self.received_bytes = 0
+        """What all of them have brought."""
+
+    @property
+    def running(self) -> int:
+        return sum(not pull.over for pull in self.pulls.values())
 
     def start(
         self,
@@ -153,9 +161,13 @@ class Downloads:
     async def _run(self, pull: Pull, order: Order, environ: Mapping[str, str]) -> None:
         _log.info("pull of %s: started", pull.progress.reference)
         last = pull.progress
+        arrived: int | None = None
         try:
             async with contextlib.aclosing(_progress(order, environ)) as told:
                 async for last in told:
+                    if last.status != "resolving":
+                        there, arrived = arrived, last.completed_bytes
+                        self.received_bytes += 0 if there is None else max(0, arrived - there)
                     if last.status in ("resolving", "downloading"):
                         pull.tell(last)
             if last.status == "success":
@@ -172,6 +184,7 @@ class Downloads:
         finally:
             outcome = f"{last.status}: {last.error.message}" if last.error else last.status
             _log.info("pull of %s: %s", pull.progress.reference, outcome)
+            self.ended[last.status] += 1
             pull.tell(last, over=True)
 
 

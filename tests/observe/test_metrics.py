@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 from conftest import ROOT, Router, Start, eventually, fake, models
 from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
@@ -17,6 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from router.engines.llamacpp.metrics import relayed
 from router.observe.prometheus import exposition
 
+# Gauges that dashboards of earlier routers know by these names.
+OLDER_NAMES = {"router_model_slots_total", "router_models_loaded_total"}
 ROW = re.compile(r"\| `(?P<name>\w+)` \| (?P<kind>\w+) \| (?P<labels>[^|]*) \| (?P<text>.*) \|")
 
 
@@ -35,6 +39,9 @@ def test_every_metric_is_documented_and_in_both_formats(start: Start, tiny: Path
     assert {name: (kinds[name], text) for name, text in described} == {
         name: (row["kind"], row["text"]) for name, row in documented.items()
     }
+    assert {name for name, row in documented.items() if row["kind"] == "gauge" and name.endswith("_total")} == (
+        OLDER_NAMES
+    ), "gauges do not end like counters"
     labels: dict[str, set[str]] = {}
     families = list(parse(plain.text))
     for sample in (sample for family in families for sample in family.samples):
@@ -78,6 +85,75 @@ def test_no_client_makes_a_label(start: Start, tiny: Path) -> None:
     labels = 'model="",endpoint="/v1/chat/completions",priority="",status="model_not_found"'
     assert f"router_requests_total{{{labels}}} 4\n" in text
     assert set(re.findall(r'model="([^"]*)"', text)) == {"", "a"}
+
+
+def test_a_client_sees_how_long_it_waited_itself(start: Start, tiny: Path) -> None:
+    keys = {"api_keys": ["full"], "clients": {"anna": {"key": "annas"}, "ben": {"key": "bens"}}}
+    router = start({"api": keys, "models": models(tiny, "a")})
+    for key in ("annas", "annas", "bens"):
+        assert router.chat("a", headers={"x-api-key": key}).status_code == 200
+
+    def waits(key: str) -> dict[tuple[str, ...], float]:
+        text = router.http.get("/metrics", headers={"x-api-key": key}).text
+        return counted(text, "router_client_queue_wait_seconds_count", "client")
+
+    assert waits("full") == {("anna",): 2, ("ben",): 1}
+    assert waits("bens") == {("ben",): 1}
+
+
+def test_reloads_are_counted_and_what_they_loaded_is_told_apart(start: Start, tiny: Path, tmp_path: Path) -> None:
+    def config(key: str, *aliases: str) -> str:
+        return json.dumps({"api": {"api_keys": ["full", key]}, "models": models(tiny, *aliases)})
+
+    router = start(json.loads(config("one", "a")))
+    router.http.headers["x-api-key"] = "full"
+
+    def after(content: str) -> dict[str, float]:
+        (tmp_path / "config.json").write_text(content)
+        router.http.post("/v1/config/reload")
+        text = router.http.get("/metrics").text
+        found = {
+            name: value
+            for name in ("hash", "last_reload_successful", "last_load_timestamp_seconds")
+            for value in counted(text, f"router_config_{name}").values() or [0.0]
+        }
+        of_reloads = counted(text, "router_config_reloads_total", "outcome")
+        return {**found, **{outcome: count for (outcome,), count in of_reloads.items()}}
+
+    contents = (config("one", "a"), config("one", "b"), "{", config("two", "a"))
+    first, other, wrong, back = map(after, contents)
+    assert [first["hash"] == each["hash"] for each in (other, wrong, back)] == [False, False, True]
+    assert wrong["hash"] == other["hash"], "it is still in effect"
+    assert [each["last_reload_successful"] for each in (first, other, wrong, back)] == [1, 1, 0, 1]
+    times = [each["last_load_timestamp_seconds"] for each in (first, other, wrong, back)]
+    assert times[0] < times[1] == times[2] < times[3]
+    assert (back["success"], back["failed"]) == (3, 1)
+
+
+def test_keys_that_are_refused_connections_and_disks_are_told(start: Start, tiny: Path, tmp_path: Path) -> None:
+    api = {"api_keys": ["full"], "inference_keys": ["inference"], "max_connections": 100}
+    config = {"api": api, "system": {"log_dir": str(tmp_path / "log")}, "models": models(tiny, "a")}
+    router = start(config)
+    for path, key in (("/v1/models", "wrong"), ("/nowhere", "wrong"), ("/v1/models", ""), ("/v1/kv", "inference")):
+        headers = {"x-api-key": key} if key else {}
+        assert router.http.request("GET" if key != "inference" else "DELETE", path, headers=headers).is_error
+
+    def told() -> str:
+        return router.http.get("/metrics", headers={"x-api-key": "full"}).text
+
+    assert counted(told(), "router_pages_refused_total", "code") == {
+        ("invalid_api_key",): 2,
+        ("missing_api_key",): 1,
+        ("insufficient_permissions",): 1,
+    }
+    assert "router_connections 1\n" in told()
+    assert "router_connections_limit 100\n" in told()
+    eventually(lambda: "router_disk_free_bytes{" in told())
+    free, total = (counted(told(), f"router_disk_{what}_bytes", "place") for what in ("free", "total"))
+    assert free.keys() == total.keys() == {(place,) for place in ("state", "log", "kv", "cache", "models")}
+    usage = shutil.disk_usage(tmp_path)
+    assert total["state",] == usage.total
+    assert free["state",] == pytest.approx(usage.free, rel=0.1)
 
 
 def test_engines_that_end_are_counted_by_cause(start: Start, tiny: Path, tmp_path: Path) -> None:

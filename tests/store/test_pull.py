@@ -608,6 +608,7 @@ def test_a_slow_pull_is_shared_cancelled_and_taken_up_again(
     assert router.chat("demo").status_code == 200
     assert router.chat(ALIAS).status_code == 404
     assert router.http.get("/v1/models/pull").json()["pulls"][0]["status"] == "downloading"
+    assert "router_pulls_running 1\n" in router.http.get("/metrics").text
     with router.http.stream("GET", f"/v1/models/pull/{pull_id}/stream") as stream:
         told = events(stream.iter_lines())
         assert next(told)[0] == "progress"
@@ -621,6 +622,12 @@ def test_a_slow_pull_is_shared_cancelled_and_taken_up_again(
     eventually(lambda: router.http.get(f"/v1/models/pull/{again['id']}").json()["status"] == "success", 20)
     assert hub.fetched[-1][1] > 0
     assert router.chat(ALIAS).status_code == 200
+    text = router.http.get("/metrics").text
+    counts = {"success": 1, "failed": 0, "cancelled": 1}
+    assert all(f'router_pulls_total{{outcome="{outcome}"}} {count}\n' in text for outcome, count in counts.items())
+    received = int(text.partition("\nrouter_pull_bytes_total ")[2].partition("\n")[0])
+    size = len(hub.repositories[REPO]["tiny-Q4_K_M.gguf"])
+    assert size // 2 <= received <= size, "nothing counts twice"
 
 
 def test_what_is_being_pulled_is_not_removed_beneath_it(
