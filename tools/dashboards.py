@@ -61,9 +61,10 @@ def where_models_compute(metric: str) -> str:
 
 
 def state_code(matchers: str) -> str:
-    """A number per state, for timelines: the position in STATES."""
+    """A number per state, for timelines: the position in STATES. Models that had no engine are left out."""
     parts = (f'{code} * router_model_state{{{matchers},state="{state}"}}' for code, state in enumerate(STATES))
-    return f"sum by (model) ({' or '.join(parts)})"
+    there = f'max_over_time(router_model_state{{{matchers},state!="off"}}[$__range] @ end()) > 0'
+    return f"sum by (instance, model) ({' or '.join(parts)}) and on (instance, model) ({there})"
 
 
 def number(
@@ -149,11 +150,32 @@ def board(uid: str, title: str, why: str, *, by_model: bool = False) -> dashboar
         .include_vars(True)
         .keep_time(True)
     )
+    for annotation in (
+        mark(
+            "Starts of the router",
+            f"resets({of('router_uptime_seconds')}[$__rate_interval]) > 0",
+            "{{instance}} was started",
+            BLUE,
+        ),
+        mark(
+            "Restarts of engines",
+            f"increase({of('router_engine_restarts_total')}[$__rate_interval]) > 0",
+            "{{model}} was restarted after a failure",
+            RED,
+        ),
+    ):
+        new.annotation(annotation)
     new.with_variable(dashboard.DatasourceVariable("datasource").label("Data source").type("prometheus"))
     new.with_variable(variable("instance", "Router", "label_values(router_uptime_seconds, instance)"))
     if by_model:
         new.with_variable(variable("model", "Model", f"label_values(router_model_status{{{HERE}}}, model)"))
     return new
+
+
+def mark(name: str, query: str, title: str, color: str) -> dashboard.AnnotationQuery:
+    """Vertical lines in all graphs, where a query has a value."""
+    new = dashboard.AnnotationQuery().name(name).datasource(SOURCE).enable(True).icon_color(color)
+    return new.expr(query).title_format(title)
 
 
 def variable(name: str, label: str, query: str) -> dashboard.QueryVariable:
@@ -168,7 +190,9 @@ def overview() -> dashboard.Dashboard:
     waits = of("router_queue_oldest_wait_seconds")
     done = rate(of("router_requests_total"))
     failed = of("router_model_state", 'state="failed"')
-    failures = rate(of("router_requests_total", 'status!~"served|cancelled"'))
+    unserved = 'status!~"served|cancelled"'
+    failures = rate(of("router_requests_total", unserved))
+    refused = 'status=~"queue_full|displaced|too_many_bodies|missing_api_key|invalid_api_key"'
     new.with_row(dashboard.Row("Now"))
     for panel in (
         number(
@@ -177,7 +201,7 @@ def overview() -> dashboard.Dashboard:
             f"min({of('router_uptime_seconds')})",
             unit="s",
         ),
-        number("Resident models", "How many engines run.", f"sum({of('router_models_loaded_total')})"),
+        number("Resident models", "How many engines run.", f"sum({of('router_models_loaded')})"),
         number(
             "Waiting",
             "Requests without a slot. Look at *Scheduler* for the reason when this stays up.",
@@ -285,6 +309,132 @@ def overview() -> dashboard.Dashboard:
         ),
     ):
         new.with_panel(panel)
+    new.with_row(dashboard.Row("Clients"))
+    by_client = "sum by (client) ({})".format
+    for panel in (
+        graph(
+            "Requests, by client",
+            "Who uses the machine, of clients with names (`api.clients`).",
+            (by_client(rate(of("router_client_requests_total"))), "{{client}}"),
+            unit="reqps",
+            stacked=True,
+        ),
+        graph(
+            "Tokens, by client",
+            "What that costs: many short requests may take less than one long prompt.",
+            (by_client(rate(of("router_client_output_tokens_total"))), "{{client}} answers"),
+            (by_client(rate(of("router_client_input_tokens_total"))), "{{client}} prompts"),
+        ),
+        graph(
+            "Wait for a slot, by client",
+            "Whether the load of one is the wait of another; `priority` and `highest_priority` change that.",
+            (quantile(0.5, of("router_client_queue_wait_seconds_bucket"), "client"), "{{client}} p50"),
+            (quantile(0.95, of("router_client_queue_wait_seconds_bucket"), "client"), "{{client}} p95"),
+            unit="s",
+        ),
+        graph(
+            "Not served, by client",
+            "Requests that were refused or failed. One client alone: look at what it sends.",
+            (
+                f"sum by (client, status) ({rate(of('router_client_requests_total', unserved))})",
+                "{{client}} {{status}}",
+            ),
+            unit="reqps",
+            stacked=True,
+        ),
+    ):
+        new.with_panel(panel)
+    new.with_row(dashboard.Row("Limits"))
+    for panel in (
+        graph(
+            "Slots in use",
+            "At 100 % of all slots, requests wait although their models are there: more slots (`-np`) may help.",
+            (f"sum({of('router_model_slots_used')}) / (sum({of('router_model_slots')}) > 0)", "all"),
+            (f"{of('router_model_slots_used')} / ({of('router_model_slots')} > 0)", "{{model}}"),
+            unit="percentunit",
+        ),
+        graph(
+            "Resident models against their limit",
+            "At `max_concurrent_models`, a model is loaded only when another leaves, although memory may be free.",
+            (f"sum({of('router_models_loaded')})", "resident"),
+            (f"sum({of('router_models_limit')})", "limit"),
+            bound="/^limit$/",
+        ),
+        graph(
+            "Connections against their limit",
+            "At the limit, who is idle gives way; when nobody is, newcomers are refused.",
+            (f"sum({of('router_connections')})", "open"),
+            (f"sum({of('router_connections_limit')})", "limit"),
+            bound="/^limit$/",
+        ),
+        graph(
+            "Refused clients",
+            "Wrong keys and full queues, and connections that broke rules or found no place, by reason.",
+            (f"sum by (status) ({rate(of('router_requests_total', refused))})", "{{status}}"),
+            (f"sum by (code) ({rate(of('router_pages_refused_total'))})", "{{code}}, pages"),
+            (f"sum by (reason) ({rate(of('router_clients_refused_total'))})", "{{reason}}, connections"),
+            unit="reqps",
+            stacked=True,
+        ),
+    ):
+        new.with_panel(panel)
+    new.with_row(dashboard.Row("Disks, pulls and configuration"))
+    for panel in (
+        graph(
+            "Free space",
+            "What is left of the disks with state, log, conversations (*kv*), downloads (*cache*) and models.",
+            (f"{of('router_disk_free_bytes')} / {of('router_disk_total_bytes')}", "{{place}}"),
+            unit="percentunit",
+            width=8,
+        ),
+        graph(
+            "Conversations on disk",
+            "At the limit, what saves least time per byte is deleted.",
+            (f"sum({of('router_kv_saved_bytes')})", "saved"),
+            (f"sum({of('router_kv_limit_bytes')})", "limit"),
+            unit="bytes",
+            bound="/^limit$/",
+            width=8,
+        ),
+        graph(
+            "Downloads",
+            "How fast pulls are.",
+            (f"sum({rate(of('router_pull_bytes_total'))})", "received"),
+            unit="Bps",
+            width=8,
+        ),
+        graph(
+            "Pulls",
+            "How many run, and how they ended; the log says why one failed.",
+            (f"sum({of('router_pulls_running')})", "running"),
+            (f"sum by (outcome) (increase({of('router_pulls_total')}[$__rate_interval]))", "{{outcome}}"),
+            width=8,
+        ),
+        graph(
+            "Reloads",
+            "When the configuration was read again, and whether it was right.",
+            (f"sum by (outcome) (increase({of('router_config_reloads_total')}[$__rate_interval]))", "{{outcome}}"),
+            width=8,
+        ),
+        number(
+            "Configuration loaded",
+            "When the configuration in effect was loaded.",
+            f"1000 * max({of('router_config_last_load_timestamp_seconds')})",
+            unit="dateTimeFromNow",
+        ),
+        number(
+            "Failed reload",
+            "1: the file was changed to something that is not right, and is not in effect.",
+            f"sum(1 - {of('router_config_last_reload_successful')})",
+            bad=1,
+        ),
+        number(
+            "Configurations",
+            "How many different ones the chosen routers run.",
+            f'count(count_values("value", {of("router_config_hash")}))',
+        ),
+    ):
+        new.with_panel(panel)
     new.with_row(dashboard.Row("GPUs"))
     for panel in (
         graph(
@@ -337,7 +487,13 @@ def overview() -> dashboard.Dashboard:
             "How late the router comes to its work; every token is later by that much.",
             (quantile(0.99, of("router_event_loop_lag_seconds_bucket")), "p99"),
             unit="s",
-            width=8,
+        ),
+        graph(
+            "Open files",
+            "Connections, pipes and logs. At the limit (`ulimit -n`) nothing can be opened any more.",
+            (of("process_open_fds"), "open"),
+            (of("process_max_fds"), "limit"),
+            bound="/^limit$/",
         ),
     ):
         new.with_panel(panel)
@@ -358,7 +514,7 @@ def model() -> dashboard.Dashboard:
             "Slots",
             "All slots taken and a queue beside it: more slots (`-np`) may help.",
             (of_model("router_model_slots_used"), "{{model}} used"),
-            (of_model("router_model_slots_total"), "{{model}} slots"),
+            (of_model("router_model_slots"), "{{model}} slots"),
             bound="/ slots$/",
         ),
         graph(

@@ -27,11 +27,15 @@ import pytest
 import yaml
 from conftest import ROOT, Router, Start, eventually, models
 from played_nvml import Gpu, llama_server
+from test_metrics import OLDER_NAMES, ROW
 
 MONITORING = ROOT / "monitoring"
 RULES = MONITORING / "rules"
 DASHBOARDS = sorted((MONITORING / "grafana" / "dashboards").glob("*.json"))
 KEY = "the-key-of-prometheus"
+
+STARTS = "Starts of the router"
+"""The annotation that is asked for when the router has been started again."""
 
 needs_prometheus = pytest.mark.skipif(
     not (shutil.which("prometheus") and shutil.which("promtool")), reason="prometheus is not installed"
@@ -46,10 +50,13 @@ SILENT = {
     "LlamaRouterMemoryPressure": "the machine has memory left",
     "LlamaRouterThrashing": "models of this size load in no time",
     "LlamaRouterNoProgress": "requests end all the time",
+    "LlamaRouterConnectionsNearlyFull": "a few clients are connected",
+    "LlamaRouterLag": "it comes to its work in time",
+    "LlamaRouterOpenFiles": "hardly any are open",
+    "LlamaRouterDiskFull": "there is space left",
+    "LlamaRouterReloadFailed": "nobody has changed the configuration",
 }
 
-# Gauges that dashboards of earlier routers know by these names.
-OLDER_NAMES = ("router_model_slots_total", "router_models_loaded_total")
 TOTAL = 'non-counter metrics should not have "_total" suffix'
 
 
@@ -75,6 +82,8 @@ def expressions() -> dict[str, str]:
         for panel in panels(dashboard):
             for target in panel["targets"]:
                 found[f"{dashboard.stem} / {panel['title']} / {target['refId']}"] = target["expr"]
+        for annotation in board["annotations"]["list"]:
+            found[f"{dashboard.stem} / {annotation['name']}"] = annotation["expr"]
         for variable in board["templating"]["list"]:
             if asked := re.fullmatch(r"label_values\((.*), \w+\)", variable.get("query", "")):
                 found[f"{dashboard.stem} / ${variable['name']}"] = asked[1]
@@ -85,7 +94,8 @@ def expressions() -> dict[str, str]:
 
 
 def filled(expression: str) -> str:
-    for variable, value in (("$instance", ".+"), ("$model", ".+"), ("$__rate_interval", "20s")):
+    values = {"$instance": ".+", "$model": ".+", "$__rate_interval": "20s", "$__range": "1h"}
+    for variable, value in values.items():
         expression = expression.replace(variable, value)
     assert "$" not in expression, expression
     return expression
@@ -141,6 +151,10 @@ class Load:
             *[(self._whole, "broken", "normal")] * 3,
             (self._whole, "nobody", "normal"),
             (self._impatient, "c", "low"),
+            (self._known, "a", "normal"),
+            (self._known, "nobody", "normal"),
+            *[(self._unknown, "a", "normal")] * 3,
+            (self._no_http, "a", "normal"),
         ]
         self._threads = [threading.Thread(target=self._again, args=client) for client in clients]
         for thread in self._threads:
@@ -166,6 +180,19 @@ class Load:
 
     def _whole(self, http: httpx.Client, alias: str) -> None:
         http.post("/v1/chat/completions", json=self._body(alias))
+
+    def _known(self, http: httpx.Client, alias: str) -> None:
+        http.post("/v1/chat/completions", json=self._body(alias), headers={"Authorization": "Bearer of-a-client"})
+
+    def _unknown(self, http: httpx.Client, alias: str) -> None:
+        wrong = {"Authorization": "Bearer wrong"}
+        assert http.post("/v1/chat/completions", json=self._body(alias), headers=wrong).status_code == 401
+        assert http.get("/v1/models", headers=wrong).status_code == 401
+
+    def _no_http(self, _http: httpx.Client, _alias: str) -> None:
+        with socket.create_connection(self._router.address) as client:
+            client.sendall(b"\r\nnonsense\r\n\r\n")
+            client.recv(1000)
 
     def _stream(self, http: httpx.Client, alias: str) -> None:
         body = self._body(alias, stream=True, stream_options={"include_usage": True})
@@ -225,8 +252,9 @@ def test_every_query_we_ship_returns_data_on_a_real_prometheus(
     broken.write_bytes(b"GGUF" + bytes(100))
     system = {"max_concurrent_models": 2, "max_queue_size_per_model": 3, "model_load_max_retries": 1}
     system["model_load_cooldown_sec"] = 5
-    entries = {**models(tiny, "a", "b", "c"), **models(broken, "broken")}
-    router = start({"api": {"api_keys": [KEY]}, "system": system, "models": entries}, **machine)
+    entries = {**models(tiny, "a", "b", "c", "unused"), **models(broken, "broken")}
+    api = {"api_keys": [KEY], "clients": {"notebook": {"key": "of-a-client"}}}
+    router = start({"api": api, "system": system, "models": entries}, **machine)
     server = Prometheus(tmp_path / "prometheus", router.url.removeprefix("http://"))
     prometheus.append(server)
     eventually(server.is_ready, timeout_sec=30)
@@ -238,6 +266,7 @@ def test_every_query_we_ship_returns_data_on_a_real_prometheus(
     load = Load(router)
     try:
         asked = {place: query for place, query in expressions().items() if place not in SILENT}
+        starts = {asked.pop(place) for place in list(asked) if place.endswith(f"/ {STARTS}")}.pop()
         open_ = {place: query for place, query in asked.items() if machine or "router_gpu_" not in query}
         crash = Crashes(router, "a", 4)
         deadline = time.monotonic() + 60
@@ -250,10 +279,12 @@ def test_every_query_we_ship_returns_data_on_a_real_prometheus(
             time.sleep(0.5)  # there is nothing new to be asked for between two scrapes
     finally:
         load.stop()
+    timeline = asked["scheduler / Residency / A"]
+    eventually(lambda: server.query(f"count({timeline})") == [4.0])  # of the models that were asked for
     for name in SILENT:
         assert not server.query(alerts()[name]), name
         for series in re.findall(r"\b(?:router_\w+|up)\b(?:\{[^}]*\})?", alerts()[name]):
-            assert server.query(series), f"{name} reads {series}, which is not there"
+            eventually(lambda series=series: bool(server.query(series)))  # type: ignore[misc]
 
     metrics = httpx.get(f"{router.url}/metrics", headers={"Authorization": f"Bearer {KEY}"})
     checked = promtool("check", "metrics", text=metrics.text)
@@ -262,6 +293,8 @@ def test_every_query_we_ship_returns_data_on_a_real_prometheus(
 
     router.process.kill()
     eventually(lambda: bool(server.query(alerts()["LlamaRouterDown"])), timeout_sec=15)
+    start({"api": {"api_keys": [KEY]}}, arguments=["--port", str(router.address[1])])
+    eventually(lambda: bool(server.query(starts)), timeout_sec=15)
 
 
 @needs_prometheus
@@ -278,6 +311,16 @@ def test_every_alert_has_a_trial_in_which_it_comes_and_one_in_which_it_stays_awa
     loud = yaml.safe_dump(trials[1:])
     assert quiet == set(alerts())
     assert [name for name in alerts() if name not in loud] == []
+
+
+def test_everything_that_is_asked_for_is_there() -> None:
+    """By its name, in the table of all metrics, which is compared with what a router has."""
+    told = {row["name"] for row in ROW.finditer((MONITORING / "README.md").read_text())}
+    groups = yaml.safe_load((RULES / "recording.yml").read_text())["groups"]
+    told |= {rule["record"] for group in groups for rule in group["rules"]}
+    for place, expression in expressions().items():
+        asked = {re.sub("_(bucket|sum|count)$", "", name) for name in re.findall(r"\brouter_\w+", expression)}
+        assert asked <= told, place
 
 
 def test_the_dashboards_are_those_that_the_generator_writes() -> None:
