@@ -250,7 +250,7 @@ class Timeline:
                 models[alias] = told
         points = [each for each in self.points if each.at + each.seconds > start and each.noted_at > after]
         return {
-            "from": round(start, 3),
+            "from": round(max(start, self.began_at), 3),
             "to": round(now, 3),
             "whole": whole,
             "models": models,

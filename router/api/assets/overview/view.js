@@ -8,6 +8,7 @@ import { drawDecisions } from "./decisions.js";
 import { drawKept } from "./kept.js";
 import { drawMemory } from "./memory.js";
 import { drawQueue } from "./queue.js";
+import { askTimeline, drawTimeline, startTimeline } from "./timeline.js";
 
 const FEW_MODELS = 8;
 
@@ -20,17 +21,20 @@ export const view = {
   start() {
     showRows = rowsOf(element("resident-rows"));
     drawFigures = figuresIn(element("figure-rows"), element("since-start"));
+    startTimeline();
   },
   draw(known) {
     drawResidents(known);
     drawMemory(known);
+    drawTimeline(known);
     drawQueue(known);
     drawFigures(known);
     drawKept(known);
     drawDecisions(known);
   },
-  async ask() {
+  async ask(known) {
     await need("vram", "kv");
+    await askTimeline(known);
   },
 };
 
