@@ -26,6 +26,7 @@ from router.observe.events import ServerState
 from router.observe.metrics import Metrics, NotAcceptable
 from router.runtime.dispatcher import Dispatcher, LastExit, Waiting
 from router.scheduling.queue import NAMES
+from router.scheduling.residency import Model
 from router.system.processes import signal_name
 from router.system.turns import in_turns
 
@@ -114,9 +115,12 @@ async def metrics_report(request: Request) -> dict[str, Any]:
 
 @router.get("/v1/telemetry/summary")
 @needs(Right.USE)
-async def telemetry(request: Request) -> dict[str, Any]:
+async def telemetry(
+    request: Request,
+    models: Annotated[bool, Query(description="Whether to list them by model, too.")] = True,
+) -> dict[str, Any]:
     """Request statistics since the start, and for the last one and five minutes."""
-    summary: dict[str, Any] = await request.app.state.telemetry.summary()
+    summary: dict[str, Any] = await request.app.state.telemetry.summary(by_model=models)
     return summary
 
 
@@ -213,11 +217,25 @@ def _exit(ended: LastExit) -> dict[str, Any]:
 
 @router.get("/v1/queue/stats")
 @needs(Right.USE)
-async def queue_stats(request: Request) -> Document:
-    """Waiting and running requests per model; the first hundred waiting ones with the reason for their wait."""
+async def queue_stats(
+    request: Request,
+    active_within: Annotated[
+        float | None,
+        Query(ge=0, description="Only models that have requests, or had one within so many seconds."),
+    ] = None,
+) -> Document:
+    """Waiting and running requests per model; the first hundred waiting ones with the reason for their wait.
+
+    The summary is always of all models.
+    """
     dispatcher: Dispatcher = request.app.state.dispatcher
+    models = dispatcher.scheduler.models
+    shown = models.items()
+    if active_within is not None:
+        since = time.monotonic() - active_within
+        shown = {alias: model for alias, model in shown if _is_active(model, since)}.items()
     per_model: dict[str, dict[str, Any]] = {}
-    async for alias, model in in_turns(list(dispatcher.scheduler.models.items())):
+    async for alias, model in in_turns(list(shown)):
         counts = dispatcher.counts[alias]
         in_flight = [request_id for engine in model.engines for request_id in engine.in_flight]
         per_model[alias] = {
@@ -230,13 +248,19 @@ async def queue_stats(request: Request) -> Document:
             "processing": in_flight,
             "waiting": [_waiting(wait, request) for wait in dispatcher.waits(alias, _MOST_SHOWN)],
         }
+    all_counts = [dispatcher.counts[alias] for alias in models]
+    engines = dispatcher.scheduler.engines.values()
     summary = {
-        "total_queued": sum(stats["queue_length"] for stats in per_model.values()),
-        "total_processing": sum(stats["current_processing"] for stats in per_model.values()),
-        "total_processed": sum(stats["total_processed"] for stats in per_model.values()),
-        "total_rejected": sum(stats["total_rejected"] for stats in per_model.values()),
+        "total_queued": sum(len(model.queue) for model in models.values()),
+        "total_processing": sum(len(engine.in_flight) for engine in engines),
+        "total_processed": sum(counts.served for counts in all_counts),
+        "total_rejected": sum(counts.rejected for counts in all_counts),
     }
     return Document({"summary": summary, "per_model": per_model})
+
+
+def _is_active(model: Model, since: float) -> bool:
+    return bool(model.queue) or model.last_used_sec >= since or any(engine.is_busy for engine in model.engines)
 
 
 def _waiting(wait: Waiting, request: Request) -> dict[str, Any]:

@@ -214,7 +214,7 @@ class Telemetry:
         self._slices.append((now, self._slice))
         self._slice_ends_sec = now + SLICE_SEC
 
-    async def summary(self) -> dict[str, Any]:
+    async def summary(self, *, by_model: bool = True) -> dict[str, Any]:
         """Return statistics of requests that asked for a slot, since the start and by window."""
         self._settle()
         everything = Tally()
@@ -223,6 +223,15 @@ class Telemetry:
             everything.count(tally)
             models[alias].count(tally)
         requests = everything.requests
+        listed = {
+            alias: {
+                "total_requests": model.requests,
+                "total_errors": model.failed,
+                "error_rate": model.error_rate,
+                "total_tokens": model.prompt_tokens + model.output_tokens,
+            }
+            for alias, model in models.items()
+        }
         return {
             "total_requests": requests,
             "successful": everything.served,
@@ -235,19 +244,13 @@ class Telemetry:
                 "max": round(everything.longest_sec, 4),
             },
             "turned_away": dict(self._turned_away),
-            "by_model": {
-                alias: {
-                    "total_requests": model.requests,
-                    "total_errors": model.failed,
-                    "error_rate": model.error_rate,
-                    "total_tokens": model.prompt_tokens + model.output_tokens,
-                }
-                for alias, model in models.items()
+            **({"by_model": listed} if by_model else {}),
+            "windows": {
+                name: await self.window(seconds, by_model=by_model) for name, seconds in WINDOWS_SEC.items()
             },
-            "windows": {name: await self.window(seconds) for name, seconds in WINDOWS_SEC.items()},
         }
 
-    async def window(self, seconds: float) -> dict[str, Any]:
+    async def window(self, seconds: float, *, by_model: bool = True) -> dict[str, Any]:
         """Return statistics of the last `seconds` (up to 10 s more): total, by model and by priority."""
         self._settle()
         since = self._clock() - seconds - SLICE_SEC
@@ -260,9 +263,11 @@ class Telemetry:
             self._added_up[seconds] = began, groups
         groups = await groups.copied()
         await groups.add([current])
+        listed = groups.by_model.items() if by_model else ()
+        models = {alias: _report(tally) async for alias, tally in in_turns(listed)}
         return {
             **_report(groups.everything),
-            "by_model": {alias: _report(tally) async for alias, tally in in_turns(groups.by_model.items())},
+            **({"by_model": models} if by_model else {}),
             "by_priority": {name: _report(tally) async for name, tally in in_turns(groups.by_priority.items())},
         }
 

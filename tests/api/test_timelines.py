@@ -74,3 +74,22 @@ def test_an_open_page_is_told_only_what_is_new(router: Router) -> None:
 def test_no_more_is_told_than_is_kept(router: Router, query: dict[str, float]) -> None:
     answer = router.http.get("/v1/timeline", params=query)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "query.minutes")
+
+
+def test_an_open_page_can_ask_for_less(router: Router) -> None:
+    """Of 200 models, of which a few have requests, it does not want to know all every two seconds."""
+    whole, active = (
+        router.http.get("/v1/queue/stats", params=params).json() for params in ({}, {"active_within": 3600})
+    )
+    assert whole["per_model"].keys() - active["per_model"].keys() == {"idle", "broken"}
+    assert active["per_model"]["a"] == whole["per_model"]["a"]
+    assert active["summary"] == whole["summary"]
+    assert whole["summary"]["total_rejected"] == 1
+    assert router.http.get("/v1/queue/stats", params={"active_within": 0}).json()["per_model"] == {}
+    whole, short = (
+        router.http.get("/v1/telemetry/summary", params=params).json() for params in ({}, {"models": False})
+    )
+    assert whole.pop("by_model").keys() == {"a", "b", "broken"}
+    for window in whole["windows"].values():
+        del window["by_model"]
+    assert short == whole

@@ -25,7 +25,7 @@ const SLOWLY_MS = 5_500; // what changes slowly is asked for in every third look
 /** What views may ask for, and how it is kept. */
 const FACTS = {
   vram: { path: "vram" },
-  telemetry: { path: "v1/telemetry/summary" },
+  telemetry: { path: "v1/telemetry/summary?models=false" },
   kv: { path: "v1/kv?conversations=false", manages: true },
   pulls: { path: "v1/models/pull", manages: true, of: (answer) => answer.pulls },
 };

@@ -108,14 +108,21 @@ let namesAreOld = true;
 let lookSoon = () => {};
 let lookNow = () => {};
 
+/** Of a model that has had no requests lately: the router tells of the others only. */
+const QUIET = { queue_length: 0, by_priority: {}, current_processing: 0, processing: [], waiting: [] };
+
 async function look() {
-  const stats = await get("v1/queue/stats");
+  const stats = await get("v1/queue/stats?active_within=10");
   const before = known.queue?.per_model ?? {};
-  [known.queue, known.queueSeenAt] = [stats, performance.now()];
+  const quiet = Object.fromEntries([...known.models.keys()].map((alias) => [alias, QUIET]));
+  known.queue = { ...stats, per_model: { ...quiet, ...stats.per_model } };
+  known.queueSeenAt = performance.now();
   changed();
-  for (const [alias, { current_processing: busy, total_requests: total }] of Object.entries(stats.per_model)) {
+  for (const [alias, now] of Object.entries(known.queue.per_model)) {
+    const { current_processing: busy, total_requests: total } = now;
     const was = before[alias];
-    const isIdleAgain = busy === 0 && was && (was.current_processing || was.total_requests !== total);
+    const hasServed = was?.current_processing || (now !== QUIET && was?.total_requests !== total);
+    const isIdleAgain = busy === 0 && was && hasServed;
     if (isIdleAgain && known.models.get(alias)?.status === "ready") {
       noteModel(await get(`v1/models/${quoted(alias)}/status`)); // when it is unloaded now
     }
