@@ -8,6 +8,7 @@ Pictures and recordings in base64 are shortened before they are kept, and secret
 from __future__ import annotations
 
 import re
+import string
 from collections import OrderedDict
 from contextlib import suppress
 from typing import NamedTuple
@@ -21,29 +22,35 @@ _MOST_BYTES = 256 << 10
 """Bytes kept of one body."""
 _SEARCHED_BYTES = 1 << 20
 """Size up to which all of a body is searched for base64; of a larger one, only its ends are kept."""
-_BASE64 = re.compile(rb"(?:[A-Za-z0-9+/_-]|\\/){400,}={0,2}")
+_SHORTEST_BASE64 = 400
+_STRIDE = _SHORTEST_BASE64 // 2
+_BASE64 = string.ascii_letters.encode() + string.digits.encode() + b"+/_-\\"
+"""Its letters; a slash may be escaped in JSON."""
+_IN_BASE64 = re.compile(b"[%b]{%d,}={0,2}" % (re.escape(_BASE64), _STRIDE))
 
+# The time that the following take grows with the text alone, whatever is in it.
 _HIDDEN = "[redacted]"
+_BEGINNINGS = ("access", "api", "auth", "bearer", "credential", "id", "pass", "refresh", "secret", "session")
+"""Beginnings of `_NAME`, which are found much faster than that."""
 _NAME = (
-    r"(?:api[-_ ]?key|secret|passw(?:or)?d|passphrase|credentials?|authorization"
+    r"(?i)(?:api[-_ ]?key|secret|passw(?:or)?d|passphrase|credentials?|authorization"
     r"|(?:access|auth|refresh|id|bearer|session)[-_ ]?token)"
 )
 _FIELD = re.compile(
-    rf'(?i)((\\*)"[\w.\- ]{{0,40}}{_NAME}[\w.\- ]{{0,40}}\2"\s*:\s*\2")(?!\2")(.{{1,8192}}?)(?=(?<!\\)\2")',
+    rf'{_NAME}[\w.\- ]{{0,40}}(\\{{0,8}})"\s{{0,99}}:\s{{0,99}}\1"(?!\1")(?P<value>.{{1,8192}}?)(?=(?<!\\)\1")',
     re.DOTALL,
 )
 """A JSON field with a name of secrets; quotes are escaped in JSON within a text."""
 _ASSIGNMENT = re.compile(
-    rf"(?i)\b((?:[\w-]{{0,40}}[-_])?{_NAME}\\*[\"']?\s*[:=]\s*\\*[\"']?)(?!\[redacted)([^\s\"'\\,;&]{{4,}})"
+    rf"{_NAME}\\{{0,8}}[\"']?\s{{0,99}}[:=]\s{{0,99}}\\{{0,8}}[\"']?(?:(?:bearer|basic|token)\s{{1,99}})?"
+    r"(?!\[redacted)(?P<value>[^\s\"'\\,;&]{4,})"
 )
-_BEARER = re.compile(r"(?i)\b(bearer|basic)(\s+)[\w.~+/=-]{8,}")
+_BEARER = re.compile(r"(?i)(bearer)(\s+)[\w.~+/=-]{8,}")
 _WITH_PASSWORD = re.compile(r"(://[^/\s:@\"']{1,128}:)[^/\s@\"']{1,256}(?=@)")
 _KEYS = re.compile(
-    r"\b(?:sk|pk|rk)-[\w-]{16,}|\bhf_\w{16,}|\bgh[pousr]_\w{16,}|\bgithub_pat_\w{16,}|\bglpat-[\w-]{16,}"
-    r"|\bxox[abeprs]-[\w-]{10,}|\bAKIA[0-9A-Z]{16}\b|\bAIza[\w-]{30,}"
-    r"|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,}"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----.{1,16384}?-----END [A-Z ]*PRIVATE KEY-----",
-    re.DOTALL,
+    r"(?<![\w-])(?:[spr]k-[\w-]{16,}|hf_\w{16,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}"
+    r"|xox[abeprs]-[\w-]{10,}|AKIA[0-9A-Z]{16}\b|AIza[\w-]{30,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,}"
+    r"|-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----[^-]+)"
 )
 """What is known by its form: keys of OpenAI, Hugging Face, GitHub, GitLab, Slack, AWS and Google; tokens (JWT)."""
 
@@ -176,7 +183,18 @@ def _joined(begin: bytes, end: bytes, size: int) -> bytes:
 
 
 def _without_base64(body: bytes) -> bytes:
-    return _BASE64.sub(lambda found: b"%b[... %d bytes of base64]" % (found[0][:24], len(found[0])), body)
+    """Return a body with long runs of base64 shortened. Only every so many bytes are looked at."""
+    parts: list[bytes] = []
+    end = 0
+    for place in range(0, len(body), _STRIDE):
+        if place < end or (found := _IN_BASE64.match(body, place)) is None:
+            continue
+        before = body[max(end, place - _STRIDE) : place]
+        begin = place - len(before) + len(before.rstrip(_BASE64))
+        if found.end() - begin >= _SHORTEST_BASE64:
+            parts += (body[end : begin + 24], b"[... %d bytes of base64]" % (found.end() - begin))
+            end = found.end()
+    return b"".join((*parts, body[end:])) if parts else body
 
 
 def _shown(body: bytes, *, is_cut: bool = False) -> str:
@@ -192,8 +210,34 @@ def _shown(body: bytes, *, is_cut: bool = False) -> str:
 
 def redacted(text: str) -> str:
     """Return a text without what looks like a key, a password or a token."""
-    text = _FIELD.sub(rf"\1{_HIDDEN}", text)
+    text = _without_named_secrets(text)
     text = _BEARER.sub(rf"\1\2{_HIDDEN}", text)
     text = _KEYS.sub(_HIDDEN, text)
-    text = _WITH_PASSWORD.sub(rf"\1{_HIDDEN}", text)
-    return _ASSIGNMENT.sub(rf"\1{_HIDDEN}", text)
+    return _WITH_PASSWORD.sub(rf"\1{_HIDDEN}", text)
+
+
+def _without_named_secrets(text: str) -> str:
+    parts: list[str] = []
+    end = 0
+    for place in _places(text):
+        if place < end:
+            continue
+        found = _FIELD.match(text, place) or _ASSIGNMENT.match(text, place)
+        if found is not None:
+            parts += (text[end : found.start("value")], _HIDDEN)
+            end = found.end("value")
+    return "".join((*parts, text[end:])) if parts else text
+
+
+def _places(text: str) -> list[int]:
+    """Return where a name of secrets may begin."""
+    small = text.lower()
+    if len(small) != len(text):  # a few letters are more than one when they are small
+        small = "".join(letter.lower() if letter.isascii() else letter for letter in text)
+    places: list[int] = []
+    for name in _BEGINNINGS:
+        place = small.find(name)
+        while place >= 0:
+            places.append(place)
+            place = small.find(name, place + 1)
+    return sorted(places)

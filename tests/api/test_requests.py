@@ -7,11 +7,13 @@ import base64
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import anthropic
+import openai
 import pytest
 from conftest import Router, Start, eventually, fake, models
 
@@ -262,6 +264,35 @@ def test_who_waits_for_an_answer_or_for_a_slot_is_told(silent: Router, path: str
     assert silent.status("a")["in_flight"] == 0
 
 
+def test_clients_libraries_take_it_for_an_error_and_do_not_repeat_it(silent: Router) -> None:
+    """They repeat 408, 409, 429 and 5xx, and so would have the model busy again at once."""
+    openai_client = openai.OpenAI(base_url=f"{silent.url}/v1", api_key="none", max_retries=2)
+    anthropic_client = anthropic.Anthropic(base_url=silent.url, api_key="none", max_retries=2)
+    message: Any = {"role": "user", "content": "hi"}
+    asks: tuple[Callable[[], object], ...] = (
+        lambda: openai_client.chat.completions.create(model="a", messages=[message]),
+        lambda: anthropic_client.messages.create(model="a", messages=[message], max_tokens=9),
+    )
+    raised: list[Any] = []
+
+    def attempt(ask: Callable[[], object]) -> None:
+        try:
+            ask()
+        except Exception as error:
+            raised.append(error)
+
+    for ask in asks:
+        before = silent.http.get("/v1/requests").json()["total"]
+        client = threading.Thread(target=attempt, args=(ask,), daemon=True)
+        client.start()
+        eventually(lambda: len(listed(silent, state="granted")) == 1)
+        cancelled(silent, listed(silent, state="granted")[0]["id"])
+        client.join(20)
+        assert silent.http.get("/v1/requests").json()["total"] == before + 1
+    assert [error.status_code for error in raised] == [499, 499]
+    assert all("An operator cancelled the request" in str(error) for error in raised)
+
+
 def test_a_body_that_is_still_sent_is_cancelled(silent: Router) -> None:
     with socket.create_connection(silent.address) as client:
         head = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nx-request-id: half\r\ncontent-length: 100"
@@ -458,14 +489,14 @@ def test_a_stream_is_captured_without_its_framing() -> None:
 
 def test_pictures_are_shortened_and_long_bodies_cut() -> None:
     picture = base64.b64encode(bytes(range(256)) * 4000).decode()
-    body = json.dumps({"url": f"data:image/png;base64,{picture}", "text": "what is this?"})
+    body = json.dumps({"url": f"data:image/png;base64,{picture}", "id": "a" * 300, "text": "what is this?"})
     with recorded(body.encode()) as (answer, recording):
         answer.whole(200, b"", b"y " * (1 << 20))
         question, said = recording.captured()
     assert question.startswith('{"url": "data:image/png;base64,')
     assert "bytes of base64]" in question
-    assert question.endswith('"text": "what is this?"}')
-    assert len(question) < 300
+    assert question.endswith(f'"id": "{"a" * 300}", "text": "what is this?"}}')
+    assert len(question) < 600
     assert said.endswith("[... the rest is left out ...]")
     assert recording.size < 300 << 10
     with recorded(b"begin " + b"word " * (1 << 20) + b" end") as (answer, recording):
@@ -500,7 +531,12 @@ def test_captures_are_bounded_by_number_and_by_size() -> None:
         ('{"api_key": "abc\\"def", "model": "a"}', '{"api_key": "[redacted]", "model": "a"}'),
         ('{"OPENAI_API_KEY":"x1"}', '{"OPENAI_API_KEY":"[redacted]"}'),
         ('{"arguments": "{\\"password\\": \\"hunter2\\", \\"n\\": 1}"}',) * 2,
-        ("Authorization: Bearer abcdef123456", "Authorization: [redacted] [redacted]"),
+        ("Authorization: Bearer abcdef123456", "Authorization: Bearer [redacted]"),
+        ("authorization: basic YWJj", "authorization: basic [redacted]"),
+        (
+            "-----BEGIN RSA PRIVATE KEY-----\nAAAA\n-----END RSA PRIVATE KEY-----",
+            "[redacted]-----END RSA PRIVATE KEY-----",
+        ),
         ("curl -H 'X-Api-Key: abcdef' host", "curl -H 'X-Api-Key: [redacted]' host"),
         ("use bearer abcdefgh.ijk-lmn", "use bearer [redacted]"),
         ("token hf_abcdefghijklmnopqrst!", "token [redacted]!"),
