@@ -489,7 +489,7 @@ def test_two_models_answer_side_by_side(stage: Router, visit: Open) -> None:
     page.get_by_label("Second model").select_option("mutters")
     page.get_by_label("Message", exact=True).fill("2 + 2?")
     page.get_by_label("Message", exact=True).press("Enter")
-    one, other = page.get_by_role("region", name="thinks"), page.get_by_role("region", name="mutters")
+    one, other = page.get_by_role("group", name="thinks"), page.get_by_role("group", name="mutters")
     one.get_by_text("It is 4.").wait_for()
     other.get_by_text("It is 5.").wait_for()
     assert page.locator("article.user").count() == 1

@@ -4,6 +4,7 @@
 // be kept often. Which branch is shown is in `chosen`: for each lane, the chosen child of each turn ("" for the
 // first).
 
+import { matches } from "../drawing.js";
 import { identity } from "./making.js";
 
 const BEGINNING = "";
@@ -78,13 +79,11 @@ export const forgetAll = () =>
 
 /** The identities of the conversations whose title or turns have all of these words. */
 export async function found(words) {
-  const wanted = words.toLowerCase().split(/\s+/).filter(Boolean);
   const texts = new Map((await listed()).map(({ id, title }) => [id, [title]]));
   for (const { conversation, text } of await read("turns", (store) => store.getAll())) {
     texts.get(conversation)?.push(text);
   }
-  const has = (all) => wanted.every((word) => all.some((text) => text.toLowerCase().includes(word)));
-  return new Set([...texts].filter(([, all]) => has(all)).map(([id]) => id));
+  return new Set([...texts].filter(([, all]) => matches(words, all)).map(([id]) => id));
 }
 
 // --- one conversation ----------------------------------------------------------------------------------------

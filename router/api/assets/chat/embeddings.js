@@ -101,7 +101,7 @@ function matrix(lines, vectors) {
     make("thead", {}, make("tr", {}, make("td", {}), ...heads)),
     make("tbody", {}, ...rows),
   );
-  return make("div", { class: "table", role: "region", "aria-label": "Each with each", tabindex: "0" }, table);
+  return make("div", { class: "table", role: "group", "aria-label": "Each with each", tabindex: "0" }, table);
 }
 
 const short = (line) => (line.length > 40 ? `${line.slice(0, 39)}…` : line);

@@ -116,7 +116,7 @@ function tidy(fragment) {
     head.replaceWith(make("h4", { class: level }, ...head.childNodes)); // below the speaker's, whatever it is
   }
   for (const table of fragment.querySelectorAll("table")) {
-    const box = make("div", { class: "table", role: "region", "aria-label": "Table", tabindex: "0" });
+    const box = make("div", { class: "table", role: "group", "aria-label": "Table", tabindex: "0" });
     table.replaceWith(box);
     box.append(table);
   }
@@ -196,7 +196,7 @@ function codeBlock(language, text) {
       make("span", {}, name),
       copier(() => code.textContent, { "aria-label": `Copy ${name}` }),
     ),
-    make("pre", { tabindex: "0", role: "region", "aria-label": `Code: ${name}` }, code),
+    make("pre", { tabindex: "0", role: "group", "aria-label": `Code: ${name}` }, code),
   );
   return { root, words, code, language };
 }

@@ -16,13 +16,15 @@ export function sees(known, name) {
   return !card?.capabilities || card.capabilities.includes("vision");
 }
 
-/** Offers the models that can do something in a select; a chosen one stays, and is said to be gone if it is. */
+const offered = new WeakMap(); // by select: what it was filled for
+
+/** Offers the models that can do something in a select. The chosen one is offered in any case, and stays. */
 export function offer(select, { allCards }, what, chosen = select.value) {
+  const before = offered.get(select);
+  if (before?.allCards === allCards && before.chosen === chosen) return;
   const names = allCards.filter((card) => can(card, what)).map(({ id }) => id);
-  const isGone = chosen && !names.includes(chosen);
-  const offered = isGone ? [chosen, ...names] : names;
-  if (offered.join("\n") !== [...select.options].map(({ value }) => value).join("\n")) {
-    select.replaceChildren(...offered.map((name) => new Option(name, name)));
-  }
-  if (chosen && select.value !== chosen) select.value = chosen;
+  const all = chosen && !names.includes(chosen) ? [chosen, ...names] : names;
+  select.replaceChildren(...all.map((name) => new Option(name, name)));
+  if (chosen) select.value = chosen;
+  offered.set(select, { allCards, chosen: select.value });
 }

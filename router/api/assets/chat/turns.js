@@ -15,8 +15,10 @@ const KV = { slot: "from the engine's memory", disk: "from disk" };
 export class TurnView {
   #turn;
   #drawn = null; // the text that is shown
+  #isOpen = false; // more of it is to come
   #rendering = null;
   #within;
+  #isNear = false; // the part that is seen: elsewhere, the text of an answer is enough, which is found and measured
 
   constructor(turn, actions) {
     this.#turn = turn;
@@ -95,12 +97,26 @@ export class TurnView {
     put(this.summary, isRunning && !said ? "Thinking …" : `Thought${took}`);
   }
 
+  /** It has come near to what is seen. */
+  approach() {
+    this.#isNear = true;
+    if (this.#drawn !== null && !this.#rendering) this.#render(this.#drawn, true);
+  }
+
   #drawSaid(text, isRunning) {
-    const key = `${isRunning}${text}`;
-    if (this.#drawn === key || (isRunning && performance.now() < this.due)) return;
-    this.#drawn = key;
+    if (!this.#isNear && !isRunning && !this.#rendering) {
+      put(this.said, text);
+      this.#drawn = text;
+    } else if (this.#drawn !== text || this.#isOpen === !isRunning) {
+      if (!isRunning || performance.now() >= this.due) this.#render(text, !isRunning);
+    }
+  }
+
+  #render(text, isOver) {
+    this.#drawn = text;
+    this.#isOpen = !isOver;
     this.#rendering ??= new Rendering(this.said, this.#within);
-    this.#rendering.draw(text, !isRunning);
+    this.#rendering.draw(text, isOver);
   }
 }
 
@@ -135,7 +151,7 @@ export function fileView(file) {
     "details",
     { class: "file" },
     make("summary", {}, `${file.name} (${number(lines)} lines)`),
-    make("pre", { tabindex: "0", role: "region", "aria-label": file.name }, file.text),
+    make("pre", { tabindex: "0", role: "group", "aria-label": file.name }, file.text),
   );
 }
 

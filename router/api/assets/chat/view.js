@@ -75,7 +75,11 @@ export const view = {
 function leave() {
   const turns = [...running.values()].map(({ turn }) => turn);
   const about = current && { ...current.about, draft: { text: parts.text.value, files: [] } };
-  sessionStorage.setItem(LEFT, JSON.stringify({ turns, about }));
+  try {
+    sessionStorage.setItem(LEFT, JSON.stringify({ turns, about }));
+  } catch (error) {
+    console.warn(`not all is kept: ${error.message}`); // a tab has room for some 5 MB
+  }
 }
 
 /** Puts what was left where it belongs, once. */
@@ -91,12 +95,16 @@ async function comeBack() {
   await keep({ ...(before?.about ?? about), draft });
 }
 
+let unkept = ""; // why, if that was told
+
 /** Keeping fails where a browser keeps nothing, or has no room: then a conversation lives as long as its page. */
 async function kept(promise) {
   try {
     return await promise;
   } catch (error) {
-    tell(`This browser does not keep the conversation: ${error?.message ?? error}`);
+    const problem = `This browser does not keep the conversation: ${error?.message ?? error}`;
+    if (unkept !== problem) tell(problem);
+    unkept = problem;
     return undefined;
   }
 }
@@ -184,7 +192,7 @@ function layOut(root) {
     const only = button("Keep only this", () => keepLane(lane), { class: "quiet" });
     const turns = make("div", { class: "turns" });
     return {
-      root: make("section", { class: "lane" }, make("div", { class: "title" }, name, only), turns),
+      root: make("div", { class: "lane", role: "group" }, make("div", { class: "title" }, name, only), turns),
       name,
       turns,
     };
@@ -199,6 +207,7 @@ function layOut(root) {
     both,
   );
 
+  const sight = new IntersectionObserver(approach, { root: log, rootMargin: "1000px 0px" });
   const complaint = make("p", { class: "error", role: "alert" });
   const undone = make(
     "p",
@@ -263,7 +272,7 @@ function layOut(root) {
       common,
       lanes,
     },
-    ...{ empty, both, log, complaint, undone, chips, text, attachButton, sender, tabs, other, frame },
+    ...{ empty, both, log, sight, complaint, undone, chips, text, attachButton, sender, tabs, other, frame },
   };
 }
 
@@ -284,13 +293,13 @@ async function open(id, model) {
   await kept(comeBack());
   const all = (await kept(listed())) ?? [];
   const wanted = id || (model ? NEW : (sessionStorage.getItem(LAST) ?? NEW));
-  const found = wanted === NEW ? await unsent(all) : (inMemory.get(wanted) ?? (await opened(wanted)));
+  const there = wanted === NEW ? undefined : (inMemory.get(wanted) ?? (await opened(wanted)));
+  const next = there ?? (await unsent(all));
   if (opening !== openings) return; // somebody has gone on meanwhile
-  const next = found ?? (await unsent(all));
-  if (!found) complain("This conversation is not kept in this browser.");
-  else complain("");
+  complain(id && id !== NEW && !there ? "This conversation is not kept in this browser." : "");
   if (model) next.about.models[0] = model;
-  if (!id || !found) history.replaceState(null, "", address("chat", [isSent(next) ? next.about.id : NEW]));
+  if (id !== NEW && !(id && there))
+    history.replaceState(null, "", address("chat", [isSent(next) ? next.about.id : NEW]));
   turnTo(next);
   foldSide();
   await listAll();
@@ -314,6 +323,7 @@ function turnTo(conversation) {
   inMemory.set(about.id, conversation);
   sessionStorage.setItem(LAST, isSent(conversation) ? about.id : NEW);
   views.clear();
+  parts.sight.disconnect();
   offerUndo(null);
   files = about.draft?.files ?? [];
   parts.text.value = about.draft?.text ?? "";
@@ -365,7 +375,7 @@ function drawConversation() {
   });
   const shown = new Set(paths.flat().map(({ id }) => id));
   for (const id of [...views.keys()]) if (!shown.has(id)) views.delete(id);
-  for (const each of views.values()) drawTurn(each);
+  within(() => views.forEach(drawWhole));
   show(parts.empty, !first.length);
   put(
     parts.empty,
@@ -377,14 +387,34 @@ function drawConversation() {
 const within = (change) => stayAtEnd(parts.log, change);
 
 function viewOf(turn) {
-  if (!views.has(turn.id)) views.set(turn.id, { turn, view: new TurnView(turn, actions), timer: 0 });
+  if (!views.has(turn.id)) {
+    const view = new TurnView(turn, actions);
+    views.set(turn.id, { turn, view, timer: 0 });
+    byRoot.set(view.root, view);
+    parts.sight.observe(view.root);
+  }
   return views.get(turn.id).view.root;
 }
 
-function drawTurn({ turn, view: drawn }) {
+const byRoot = new WeakMap();
+
+/** Tells turns that they come into sight. */
+function approach(entries) {
+  within(() => {
+    for (const { target, isIntersecting } of entries) {
+      if (!isIntersecting) continue;
+      parts.sight.unobserve(target);
+      byRoot.get(target).approach();
+    }
+  });
+}
+
+const drawTurn = (shown) => within(() => drawWhole(shown));
+
+function drawWhole({ turn, view: drawn }) {
   const answer = running.get(turn.id);
   const wait = answer && (waitOf(known, turn.request, usedBy(known, turn.model)) || answer.wait);
-  within(() => drawn.draw({ siblings: current.siblings(turn), wait, isRunning: Boolean(answer) }));
+  drawn.draw({ siblings: current.siblings(turn), wait, isRunning: Boolean(answer) });
 }
 
 const runningHere = () => [...running.values()].filter(({ turn }) => turn.conversation === current?.about.id);
@@ -393,6 +423,7 @@ function drawState() {
   const isAnswering = runningHere().length > 0;
   put(parts.sender, isAnswering ? "Stop" : "Send");
   put(parts.compare, String(current.isCompared), "ariaPressed");
+  show(parts.more, isSent(current));
   show(parts.models[1], current.isCompared);
   const count = countOf(current.about.settings);
   put(parts.settingsTitle, count ? `Settings (${count})` : "Settings");
