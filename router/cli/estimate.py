@@ -14,64 +14,166 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Iterable
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, fields
+from functools import partial
+from typing import Any, NamedTuple
 
+from router.cli.columns import print_json
+from router.config.errors import did_you_mean
 from router.engines import hf_forecast
 from router.engines.llamacpp import adapters, footprint
-from router.engines.llamacpp.flags import FlagError, Flags
+from router.engines.llamacpp.flags import FORMS, SPELLINGS, FlagError, Flags
 from router.engines.llamacpp.forecast import Forecast, forecast
 from router.formats.gguf import GGUF
 from router.formats.hf_model import HfModel
 from router.memory.plan import Alternative, Footprint, Share, Unusable
 from router.scheduling.messages import Placement
 from router.store.remote_headers import CannotRead, read, read_whole
+from router.system.devices import by_name
 from router.system.printable import line, printable
 
 
 def run(options: argparse.Namespace) -> None:
     """Print the estimate. Exits with 1 if the model cannot be read, with 2 if a flag is invalid."""
     try:
-        flags = Flags(options.flags, os.environ)
+        words = [word for word in options.flags if word != "--json"]
+        flags = Flags(words, os.environ)
         header, belonging, choice = read_whole(options.model, os.environ)
         if isinstance(header, HfModel):
             quantize = choice.quantize if choice is not None else None
-            print("\n".join(map(line, report_of_folder(header, _context(flags), quantize))))
-            return
-        if header.kind != "model":
-            advice = ": give the model, and this file with --mmproj" if header.kind == "mmproj" else ""
-            raise CannotRead(f"{options.model} is not a model, but a file of kind {header.kind}{advice}")
-        projector, draft = (
-            read(flag.text, os.environ) if (flag := flags.last(name)) else None
-            for name in ("mmproj", "spec-draft-model")
-        )
-        lora = tuple(read(file, os.environ) for file in adapters.files(flags))
-        if projector is None and flags.switch("mmproj-auto", True):
-            projector = belonging
-        if choice is not None:
-            print(line(f"{choice.alias}: {choice.model}" + (f" with {choice.mmproj}" if belonging else "")))
-        found = forecast(header, flags, projector=projector, draft=draft, lora=lora)
-        print("\n".join(map(line, report(header, flags, found))))
+            told = _of_folder(header, _context(flags), quantize)
+        else:
+            told = _of_file(options.model, header, flags, belonging)
+            if choice is not None:
+                with_it = f" with {choice.mmproj}" if belonging else ""
+                told = told._replace(lines=[f"{choice.alias}: {choice.model}{with_it}", *told.lines])
     except FlagError as error:
         print(printable(f"llama-router: {error}"), file=sys.stderr)
         sys.exit(2)
     except (CannotRead, ValueError, Unusable) as error:
-        print(printable(f"llama-router: {error}"), file=sys.stderr)
+        served = "" if "/" in options.model or not isinstance(error, CannotRead) else _SERVED
+        print(printable(f"llama-router: {error}{served}"), file=sys.stderr)
         sys.exit(1)
+    if options.json or len(words) < len(options.flags):
+        alias = {"alias": choice.alias} if choice is not None else {}
+        print_json({"model": options.model, **alias, **told.document, "warnings": told.warnings})
+        return
+    print("\n".join(map(line, told.lines)))
+    for warning in told.warnings:
+        print(line(f"warning: {warning}"), file=sys.stderr)
+
+
+_SERVED = ". Of a model that a router serves, `llama-router show` tells the memory"
+
+
+class _Told(NamedTuple):
+    """An estimate in lines, as a document with the names of the router's API, and what to know about the flags."""
+
+    lines: Sequence[str]
+    document: dict[str, Any]
+    warnings: Sequence[str] = ()
+
+
+def _of_file(name: str, header: GGUF, flags: Flags, belonging: GGUF | None) -> _Told:
+    """Estimate a GGUF file; `belonging` is its projector. Raises FlagError, CannotRead, Unusable."""
+    if header.kind != "model":
+        advice = ": give the model, and this file with --mmproj" if header.kind == "mmproj" else ""
+        raise CannotRead(f"{name} is not a model, but a file of kind {header.kind}{advice}")
+    projector, draft = (
+        read(flag.text, os.environ) if (flag := flags.last(name)) else None
+        for name in ("mmproj", "spec-draft-model")
+    )
+    lora = tuple(read(file, os.environ) for file in adapters.files(flags))
+    if projector is None and flags.switch("mmproj-auto", True):
+        projector = belonging
+    estimated = partial(forecast, header, projector=projector, draft=draft, lora=lora)
+    found = estimated(flags)
+    document = {
+        "name": header.name or header.architecture,
+        "architecture": header.architecture,
+        "quantization": header.quantization,
+        "total_bytes": header.file_bytes,
+        "context_trained": header.context_length or None,
+        "context": found.need.context,
+        "context_key": "-c",
+        "largest_context": found.largest_context,
+        "source": found.need.provenance,
+        "need_mib": by_name(found.best.placement),
+        "free_mib": by_name({device: found.free_mib[device] for device in found.best.placement}),
+        "short_mib": by_name(found.short_mib),
+        "fits": "not_now" if found.short_mib else "now",
+        "parts_mib": {
+            str(device): {part: round(mib, 1) for part, mib in asdict(share).items() if mib}
+            for device, share in found.best.as_driven(found.need.devices).items()
+        },
+        "added_flags": list(found.flags),
+        "remark": found.best.remark or None,
+    }
+    return _Told(list(report(header, flags, found)), document, list(_about(flags, found, estimated)))
+
+
+def _of_folder(model: HfModel, context: int | None, quantize: str | None) -> _Told:
+    """Estimate a model in safetensors."""
+    found = hf_forecast.forecast(model, context, quantize)
+    document = {
+        "name": str(model.folder),
+        "architecture": model.architecture or model.model_type,
+        "quantization": model.quantization or model.dtype,
+        "total_bytes": model.weight_bytes,
+        "context_trained": model.context or None,
+        "engine": found.engine,
+        "context": found.cache.context,
+        "largest_context": found.largest_context,
+        "need_mib": by_name(found.placement),
+        "free_mib": by_name({device: found.free_mib[device] for device in found.placement}),
+        "fits": "now" if found.fits else "not_now",
+        "remark": found.best.remark or None,
+    }
+    return _Told(list(report_of_folder(model, found)), document)
+
+
+_COUNTED = (
+    "ctx-size",
+    "mmproj",
+    "mmproj-auto",
+    "spec-draft-model",
+    "lora",
+    "lora-scaled",
+    "lora-init-without-apply",
+)
+"""The context, and flags about files: they are counted, even if the estimate would be the same without them."""
+
+
+def _about(flags: Flags, found: Forecast, estimated: Callable[[Flags], Forecast]) -> Iterator[str]:
+    """Yield what to know about flags that are unknown, or without which the estimate would be the same."""
+    own = [flag for flag in flags.given if flag.index >= 0]
+    idle = []
+    for flag in own:
+        if flag.name not in FORMS:
+            unknown = f"{flag.spelling} is not a flag of any llama-server known here, and was not counted"
+            yield unknown + did_you_mean(flag.spelling, SPELLINGS)
+        elif flag.name not in _COUNTED:
+            others = Flags([word for other in own if other.name != flag.name for word in other.words], os.environ)
+            without = estimated(others)
+            if (without.best.placement, without.need) == (found.best.placement, found.need):
+                idle.append(" ".join(flag.words))
+    if idle:
+        yield f"without effect on this model's memory: {', '.join(dict.fromkeys(idle))}"
 
 
 def _context(flags: Flags) -> int | None:
     """Return the context for a model in safetensors. Raises FlagError for another flag."""
     for flag in flags.given:
         if flag.name != "ctx-size" and flag.index >= 0:
-            reason = f"{flag.spelling} is a flag of llama-server; for a model in safetensors, only -c counts"
+            what = "a flag of llama-server" if flag.name in FORMS else "unknown"
+            reason = f"{flag.spelling} is {what}; for a model in safetensors, only -c counts"
             raise FlagError(reason, flag.index)
     return flags.integer("ctx-size", 0) or None
 
 
-def report_of_folder(model: HfModel, context: int | None, quantize: str | None) -> Iterable[str]:
+def report_of_folder(model: HfModel, found: hf_forecast.HfForecast) -> Iterable[str]:
     """Yield the lines to print of a model in safetensors."""
-    found = hf_forecast.forecast(model, context, quantize)
     cache = found.cache
     size = model.weight_bytes / footprint.MIB
     trained = f", trained for {model.context} tokens" if model.context else ""

@@ -240,15 +240,16 @@ def _add_estimate(commands: Commands) -> None:
         "estimate.run",
         "estimate a model's memory use before downloading it",
         prog="llama-router estimate",
-        usage="llama-router estimate MODEL [flags of llama-server]",
+        usage="llama-router estimate [--json] MODEL [flags of llama-server]",
         description="Print the memory that a model needs on each device, and the largest context that fits. A "
         "model in safetensors is counted for vLLM if that is installed and can run it, else for Transformers; of "
-        "the flags, only -c counts for it.",
+        "the flags, only -c counts for it. Flags that are unknown, or make no difference, are named.",
         examples=(
             "llama-router estimate hf.co/ggml-org/Qwen3-4B-GGUF:Q4_K_M",
             "llama-router estimate ~/models/qwen.gguf -c 32768 -np 2 -ctk q8_0 -ctv q8_0",
         ),
     )
+    estimate.add_argument("--json", action="store_true", help="print one JSON document")
     estimate.add_argument(
         "model",
         metavar="MODEL",

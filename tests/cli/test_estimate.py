@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -87,7 +88,7 @@ def web() -> Iterator[Web]:
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """The command on a machine with 8 GB of free RAM and no GPU, whose engine is not asked."""
-    monkeypatch.setattr(forecast, "idle_ground", lambda _: Ground((), Site(HOST, 8000, 8000)))
+    monkeypatch.setattr(forecast, "idle_ground", lambda *_: Ground((), Site(HOST, 8000, 8000)))
     monkeypatch.setattr(forecast, "_engine", lambda: None)
     return lambda *arguments: main(["estimate", *arguments])
 
@@ -108,6 +109,37 @@ def test_a_table_for_a_file(
     assert "context: 16384 tokens, all slots together\nsource: llama.cpp's formulas" in printed
     assert "largest context that fits now: -c 40960" in printed
     assert "up to 8192 MiB (--cache-ram)" in printed
+
+
+def test_flags_that_are_unknown_or_make_no_difference_are_named(
+    tmp_path: Path, command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(MODELS["qwen3-8b"].write(tmp_path / "qwen3-8b.gguf"))
+    command(path, "-c", "40960", "-ctk", "q8_0", "--ctx-sizes", "3", "--temp", "0.2", "--cache-ram", "10")
+    unknown, idle = capsys.readouterr().err.splitlines()
+    assert unknown.startswith("warning: --ctx-sizes is not a flag of any llama-server known here")
+    assert unknown.endswith("did you mean --ctx-size?")
+    assert idle == "warning: without effect on this model's memory: --temp 0.2"
+
+
+@pytest.mark.parametrize("place", ["before", "behind"])
+def test_an_estimate_is_printed_as_one_document(
+    tmp_path: Path, command: Callable[..., None], capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    path = str(MODELS["qwen3-8b"].write(tmp_path / "qwen3-8b.gguf"))
+    arguments = [path, "-c", "16384", "-ctk", "q8_0", "-ctv", "q8_0", "--jinja"]
+    command(*(["--json", *arguments] if place == "before" else [*arguments, "--json"]))
+    printed = capsys.readouterr()
+    document = json.loads(printed.out)
+    assert printed.err == ""
+    assert (document["need_mib"], document["free_mib"], document["fits"]) == (
+        {"host": 6069},
+        {"host": 8000},
+        "now",
+    )
+    assert (document["context"], document["largest_context"]) == (16384, 40960)
+    assert document["parts_mib"]["host"]["kv"] == 1224
+    assert document["warnings"] == ["without effect on this model's memory: --jinja"]
 
 
 def test_what_embeds_is_counted_with_the_batches_that_the_router_gives_it(
@@ -131,7 +163,7 @@ def test_the_widest_table_fits_a_terminal(
     model = MODELS["granite-4-tiny"].write(tmp_path / "granite.gguf")  # it has recurrent layers, too
     projector = write_projector(tmp_path / "mmproj.gguf")
     gpus = tuple(Site(Device.gpu(number), 4000, 4000) for number in range(2))
-    monkeypatch.setattr(forecast, "idle_ground", lambda _: Ground(gpus, Site(HOST, 800000, 800000)))
+    monkeypatch.setattr(forecast, "idle_ground", lambda *_: Ground(gpus, Site(HOST, 800000, 800000)))
 
     command(str(model), "-c", "16384", "--mmproj", str(projector), "-fa", "off", "-np", "4")
 
