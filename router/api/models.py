@@ -88,7 +88,8 @@ async def load_model(body: LoadRequest, request: Request) -> JSONResponse:
         if model is not None and model.too_big:
             raise refused(Refusal.INSUFFICIENT_MEMORY, reason, None)
         reason = dispatcher.in_full(alias, reason)
-        raise refused(Refusal.MODEL_FAILED, f"{alias!r} was not loaded: {reason}", 1)
+        told = reason if reason.startswith(repr(alias)) else f"{alias!r} was not loaded: {reason}"
+        raise refused(Refusal.MODEL_FAILED, told, 1)
     return JSONResponse({"status": "success", "model": alias, "message": f"{alias} is ready"})
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
 from threading import Thread
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -83,10 +85,11 @@ def show(options: argparse.Namespace) -> None:
         return
     status = client.get(f"/v1/models/{name}/status")
     health = _health(client, status["alias"])
+    estimate = _estimate(client, status["alias"]) if status["memory"] is None else None
     if options.json:
-        print_json({"model": card, "status": status, "health": health, "show": described})
+        print_json({"model": card, "status": status, "health": health, "estimate": estimate, "show": described})
         return
-    for heading, facts in _facts(card, status, health, described):
+    for heading, facts in _facts(card, status, health, estimate, described):
         print_section(heading, facts)
 
 
@@ -99,6 +102,15 @@ def _health(client: RouterClient, alias: str) -> dict[str, Any] | None:
         return None
 
 
+def _estimate(client: RouterClient, alias: str) -> dict[str, Any] | None:
+    """Return what a model would take that is not loaded; None if that is unknown, or the key may not know."""
+    try:
+        estimate: dict[str, Any] = client.post("/v1/models/estimate", {"model": alias})
+        return estimate
+    except Refused:
+        return None
+
+
 _Facts = list[tuple[str, str]]
 
 
@@ -106,12 +118,21 @@ def _facts(
     card: Mapping[str, Any],
     status: Mapping[str, Any],
     health: Mapping[str, Any] | None,
+    estimate: Mapping[str, Any] | None,
     described: Mapping[str, Any],
 ) -> Iterator[tuple[str, _Facts]]:
     """Yield each section with its facts; those that are empty are not printed."""
     yield _model_section(card, described)
     yield _state_section(status, health)
     yield _memory_section(status["memory"])
+    if estimate is not None:
+        yield (
+            "Memory, once it is loaded",
+            [
+                ("estimated", f"{_by_device(estimate['need_mib'])} ({estimate['source']})"),
+                ("now", estimate["message"]),
+            ],
+        )
     yield "Parameters", [_pair(text) for text in (described.get("parameters") or "").splitlines()]
     yield "System prompt", [("", described.get("system", ""))]
     yield "License", [("", described.get("license", "").partition("\n")[0])]
@@ -174,26 +195,35 @@ def _state_section(status: Mapping[str, Any], health: Mapping[str, Any] | None) 
         ("slots", str(status["slots"])),
         ("requests", ", ".join(requests) if status["engines"] or status["waiting"] else ""),
         ("loads in", duration(status["load_sec"]) if status["load_sec"] is not None else ""),
-        ("pinned", "yes" if status["pinned"] else ""),
+        ("pinned", _pinned(status)),
+        ("command line", shlex.join(status.get("command") or ())),
         ("crashes", str(health.get("crashes") or "")),
     ]
+
+
+def _pinned(status: Mapping[str, Any]) -> str:
+    if not status["pinned"]:
+        return ""
+    if status["pinned_until"] is None:
+        return "yes"
+    return f"until {datetime.fromisoformat(status['pinned_until']).astimezone():%Y-%m-%d %H:%M:%S}"
 
 
 def _memory_section(booked: Mapping[str, Any] | None) -> tuple[str, _Facts]:
     if booked is None:
         return "Memory", []
-
-    def by_device(figures: Mapping[str, float] | None) -> str:
-        return ", ".join(f"{memory(mib)} on {device}" for device, mib in (figures or {}).items())
-
     return "Memory", [
-        ("booked", by_device(booked["booked_mb"])),
-        ("measured", by_device(booked["measured_mb"])),
-        ("estimated", f"{by_device(booked['estimated_mb'])} ({booked['source']})"),
-        ("asleep", by_device(booked["asleep_mb"])),
+        ("booked", _by_device(booked["booked_mb"])),
+        ("measured", _by_device(booked["measured_mb"])),
+        ("estimated", f"{_by_device(booked['estimated_mb'])} ({booked['source']})"),
+        ("asleep", _by_device(booked["asleep_mb"])),
         ("flags added", " ".join(booked["added_flags"])),
         ("remark", booked["remark"] or ""),
     ]
+
+
+def _by_device(figures: Mapping[str, float] | None) -> str:
+    return ", ".join(f"{memory(mib)} on {device}" for device, mib in (figures or {}).items())
 
 
 # --- load, unload, reset --------------------------------------------------------------------------------
@@ -217,14 +247,24 @@ def load(options: argparse.Namespace) -> None:
             raise
     else:
         answer = client.post("/v1/models/load", body)
+    kept: dict[str, Any] | None = None
+    if options.keep is not None:
+        for_sec = {"for_sec": options.keep} if options.keep else {}  # without, its entry decides
+        kept = client.post(f"/v1/models/{quote(answer['model'], safe='')}/keep", for_sec)
     if options.json:
-        print_json(answer)
-    elif answer["status"] == "success":
+        print_json(answer if kept is None else {**answer, "pinned_until": kept["pinned_until"]})
+        return
+    if answer["status"] == "success":
         status = _status(client, answer["model"])
         taken = f", takes {memory(status['vram_used_mb'])}" if status["vram_used_mb"] else ""
         print(line(f"{answer['message']}{taken}"))
     else:
         print(line(f"{answer['model']} is {answer['status']}: {answer['message']}"))
+    if kept is not None and kept["pinned_until"]:
+        until = datetime.fromisoformat(kept["pinned_until"]).astimezone()
+        print(line(f"{answer['model']} is pinned until {until:%Y-%m-%d %H:%M:%S}"))
+    elif kept is not None:
+        print(line(kept["message"]))
 
 
 def _status(client: RouterClient, name: str) -> dict[str, Any]:

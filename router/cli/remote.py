@@ -7,7 +7,10 @@ environment or the configuration, never from the command line, which every user 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -194,11 +197,18 @@ def _add_models(commands: Commands, at: Command, as_json: Command) -> None:
         as_json,
         description="Load a model, and wait until it is ready; meanwhile, standard error says what it waits for.",
         notes=KEY_NOTE,
-        examples=("llama-router load qwen", "llama-router load qwen --no-wait"),
+        examples=("llama-router load qwen --keep 1h", "llama-router load qwen --no-wait"),
     )
     load.add_argument("model", metavar="MODEL")
     load.add_argument(
         "--wait", action=argparse.BooleanOptionalAction, default=True, help="wait until it is ready (the default)"
+    )
+    load.add_argument(
+        "--keep",
+        type=_duration,
+        metavar="TIME",
+        help="then pin it for so long (90s, 30m, 1h30m, 2d): it is neither unloaded when idle nor to make room; "
+        "0: as configured",
     )
     unload = commands.add(
         MODELS,
@@ -302,6 +312,21 @@ def _client(url: str, key: str | None) -> RouterClient:
         return RouterClient(url, key)
     except ValueError as error:
         raise CannotAsk(f"{error}.") from None
+
+
+_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+_PARTS = re.compile(r"(\d+(?:\.\d+)?)([dhms])")
+
+
+def _duration(text: str) -> float:
+    """Return the seconds of a duration such as `1h30m`, or of a number. Raises ArgumentTypeError."""
+    with contextlib.suppress(ValueError):
+        if 0 <= (seconds := float(text)) < math.inf:
+            return seconds
+    parts = _PARTS.findall(text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a duration such as 90s, 30m or 1h30m")
+    return math.fsum(float(number) * _UNITS[unit] for number, unit in parts)
 
 
 def positive(text: str) -> int:

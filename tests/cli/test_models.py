@@ -55,8 +55,13 @@ def test_a_list_shows_size_context_and_source_and_is_filtered_by_words(router: R
 
 
 def test_a_model_is_loaded_shown_and_unloaded(router: Router, folder: Path) -> None:
-    loaded = Asked(router, folder, "load", "coder")
-    assert (loaded.code, loaded.out.partition(",")[0]) == (0, "qwen is ready")
+    Asked(router, folder, "unload", "qwen")
+    before = Asked(router, folder, "show", "coder").out
+    assert "Memory, once it is loaded\n  estimated  20MiB on host (formulas)\n" in before
+    loaded = Asked(router, folder, "load", "coder", "--keep", "1h30m")
+    ready, pinned = loaded.out.splitlines()
+    assert (loaded.code, ready.partition(",")[0]) == (0, "qwen is ready")
+    assert pinned.startswith("qwen is pinned until 2")
     shown = Asked(router, folder, "show", "coder")
     assert shown.code == 0
     facts = {line.strip().partition("  ")[0]: line.strip().partition("  ")[2] for line in shown.out.splitlines()}
@@ -65,7 +70,12 @@ def test_a_model_is_loaded_shown_and_unloaded(router: Router, folder: Path) -> N
     assert facts["temperature"].strip() == "0.5"
     assert "on host (formulas)" in facts["estimated"]
     assert facts["engines"].strip().startswith("qwen#")
+    assert facts["pinned"].strip().startswith("until 2")
+    assert facts["command line"].strip().endswith(f"--port {router.status('qwen')['port']}")
     assert "You write Python." in shown.out
+    assert Asked(router, folder, "load", "coder", "--keep", "0", "--json").document["pinned_until"] is None
+    wrong = Asked(router, folder, "load", "coder", "--keep", "soon")
+    assert (wrong.code, "'soon' is not a duration such as 90s, 30m or 1h30m" in wrong.err) == (2, True)
     document = Asked(router, folder, "show", "--json", "coder").document
     assert (document["model"]["uses"], document["status"]["status"]) == ("qwen", "ready")
     assert document["show"]["system"] == "You write Python."
