@@ -68,7 +68,7 @@ def stage(start_shared: Start, tiny: Path, notes: Path, tmp_path_factory: pytest
     entries["thinks"] = played(folder, events=thoughts)
     entries["hostile"] = played(folder, events=hostile)
     entries["dies"] = played(folder, die="after")
-    entries["slow"] = played(folder, load_sec="1.5")
+    entries["slow"] = played(folder, load_sec="2.5")
     system = {"llama_server_path": fake(folder, notes=str(notes)), "max_concurrent_models": 9}
     return start_shared({"system": system, "models": entries})
 
@@ -170,7 +170,7 @@ def test_the_path_of_an_image_is_an_image_for_a_model_that_sees(
     url = f"data:image/png;base64,{base64.b64encode(PIXEL).decode()}"
     image, what = {"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is this?"}
     prompt = f"What is this? {tmp_path}/a\\ cat.png"
-    assert ask(stage, "sees", prompt).stderr == f"Added the image {tmp_path}/a cat.png\n"
+    assert ask(stage, "sees", prompt).stderr.startswith(f"Added the image {tmp_path}/a cat.png\n")
     assert asked(notes)["messages"][0]["content"] == [image, what]
     ask(stage, "sees", "--image", "a cat.png", "What is this?")
     assert asked(notes)["messages"][0]["content"] == [image, what]
@@ -194,9 +194,8 @@ def test_an_unknown_model_is_told_with_those_like_it(router: Router, ask: Ask) -
 def test_an_answer_that_breaks_off_is_no_answer(stage: Router, ask: Ask) -> None:
     broken = ask(stage, "dies", "Hello")
     assert (broken.returncode, broken.stdout) == (1, "01\n")
-    assert broken.stderr == (
-        "llama-router: The engine's response was interrupted: the engine closed the connection.\n"
-    )
+    why = "llama-router: The engine's response was interrupted: the engine closed the connection.\n"
+    assert broken.stderr.endswith(why)
 
 
 def test_a_wait_is_told_with_its_reason(stage: Router, ask: Ask) -> None:
@@ -219,8 +218,15 @@ def test_ctrl_c_ends_it_and_frees_the_slot(router: Router, tmp_path: Path) -> No
     assert process.stdout.read(1)
     process.send_signal(signal.SIGINT)
     assert process.wait(10) == 130
-    assert process.stderr.read() == ""
+    assert "Traceback" not in process.stderr.read()
     eventually(lambda: router.status("endless")["in_flight"] == 0)
+
+
+def test_it_starts_without_what_only_the_server_needs() -> None:
+    loads = "import sys, router.__main__, router.cli.main, router.cli.chat.command; print(*sys.modules)"
+    imported = subprocess.run([sys.executable, "-c", loads], cwd=ROOT, capture_output=True, text=True, check=True)
+    heavy = {"asyncio", "argcomplete", "fastapi", "pydantic", "rich", "yaml", "router.catalog.load"}
+    assert not heavy & set(imported.stdout.split())
 
 
 # --- in a terminal ------------------------------------------------------------------------------------------
@@ -240,6 +246,8 @@ def test_a_chat_is_line_after_line(router: Router, chat: Chat, tmp_path: Path) -
     hello, answer = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": GREETING}
     assert saved["messages"] == [{"role": "system", "content": "You are kind."}, hello, answer]
     assert router.http.post("/v1/chat/completions", json=saved | {"max_tokens": 1}).status_code == 200
+    screen.type(b"/image talk\r/file talk\r")
+    screen.until("demo takes no images", "talk will go with the next prompt", READY)
     screen.type(b"/bye\r")
     assert screen.process.wait(10) == 0
 
@@ -247,7 +255,7 @@ def test_a_chat_is_line_after_line(router: Router, chat: Chat, tmp_path: Path) -
     again.until(READY)
     again.type(b"/load talk\r")
     again.until("3 messages|2 messages with demo", READY)
-    again.type(b"\x1b[A\x1b[A\x1b[A")  # up: what was typed earlier, also in the last chat
+    again.type(b"\x1b[A\x1b[A\x1b[A\x1b[A\x1b[A")  # up: what was typed earlier, also in the last chat
     again.until(">>> /save talk")
     again.type(b"\x03")
     again.until("leaves")

@@ -101,12 +101,16 @@ class Results(msgspec.Struct, frozen=True):
     @property
     def title(self) -> str:
         """What was measured, in a line."""
-        said = [self.engine, self.quantization, None if self.slots is None else f"{self.slots} slots"]
+        said = [self.engine, self.quantization, None if self.slots is None else _counted(self.slots, "slot")]
         of_it = ", ".join(word for word in said if word)
         cached = ", cached" if self.cached else ""
-        times = "1 round" if self.repeat == 1 else f"{self.repeat} rounds"
+        times = _counted(self.repeat, "round")
         model = f"{self.model} ({of_it})" if of_it else self.model
         return f"{model}: prompts of {self.prompt} tokens{cached}, answers of {self.output}, {times}"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 _HEAD = ("CLIENTS", "PRIORITY", "PROMPT", "CACHED", "OUTPUT", "PREFILL", "DECODE", "TOGETHER", "FIRST", "WAITED")
@@ -126,7 +130,7 @@ def print_results(results: Results) -> None:
     if any(row.decode_per_sec and row.decode_by == "client" for row in results.rows):
         print("DECODE was measured at the client.")
     if failed := sum(row.failed for row in results.rows):
-        print(f"{failed} requests failed and are not counted.")
+        print(f"{_counted(failed, 'request')} failed, and not part of the figures.")
 
 
 def _cells(row: Row) -> tuple[str, ...]:

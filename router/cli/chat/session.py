@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import quote
 
 from router.cli.chat import attachments, settings
@@ -22,6 +23,7 @@ from router.cli.chat.waiting import Waiting
 from router.cli.client import CannotAsk, RouterClient
 from router.system.printable import line, printable
 
+_T = TypeVar("_T")
 _SYNONYMS = {"/?": "/help", "/exit": "/bye", "/quit": "/bye"}
 
 
@@ -204,10 +206,17 @@ class Session:
     def _image(self, rest: str) -> None:
         if self._chat.sees() is False:
             raise CannotAsk(f"{self._chat.conversation.model} takes no images.")
-        self._images += [attachments.image(path) for path in _words(rest)]
+        self._attach(rest, attachments.image, self._images)
 
     def _file(self, rest: str) -> None:
-        self._texts += [attachments.text(path) for path in _words(rest)]
+        self._attach(rest, attachments.text, self._texts)
+
+    def _attach(self, rest: str, read: Callable[[str], _T], to: list[_T]) -> None:
+        paths = _words(rest)
+        if not paths:
+            raise CannotAsk("Name a file.")
+        to += [read(path) for path in paths]
+        print(line(f"{', '.join(paths)} will go with the next prompt."))
 
     def _clear(self, _: str) -> None:
         self._chat.conversation.clear()
@@ -231,6 +240,7 @@ class Session:
             return
         self._find(rest)
         self._chat.conversation.model = rest
+        print(line(f"Now with {rest}."))
 
     def _priority(self, rest: str) -> None:
         if rest:

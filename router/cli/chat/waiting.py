@@ -15,7 +15,8 @@ from router.cli.columns import duration
 from router.system.printable import line
 
 _PATIENCE_SEC = 0.7
-"""Shorter waits are not told."""
+_PATIENCE_OF_LOGS_SEC = 2.0
+"""Shorter waits are not told: on a terminal, elsewhere."""
 _LOOK_SEC = 1.0
 _LINE_EVERY_SEC = 10.0
 """Interval of lines if standard error is not a terminal."""
@@ -57,7 +58,7 @@ class Waiting:
                 sys.stderr.flush()
 
     def _watch(self) -> None:
-        wait_sec = _PATIENCE_SEC
+        wait_sec = _PATIENCE_SEC if self._is_terminal else _PATIENCE_OF_LOGS_SEC
         while not self._ended.wait(wait_sec):
             wait_sec = _LOOK_SEC
             try:
