@@ -125,7 +125,7 @@ async def requests(
     live: list[msgspec.Raw] = []
     count = 0
     async for exchange in in_turns(list(now.live())):
-        row = now.row_of_live(exchange)
+        row = now.row_of_live(exchange, is_one_of_many=True)
         count += row is not None
         wanted = row is not None and outcome is None and _is_wanted(row, alias, client, state)
         if wanted and len(live) < limit:
@@ -283,7 +283,7 @@ class _Now:
 
     # --- how they are shown -------------------------------------------------------------------------------
 
-    def row_of_live(self, exchange: Exchange) -> Row | None:
+    def row_of_live(self, exchange: Exchange, *, is_one_of_many: bool = False) -> Row | None:
         """Return the row of a request; None if it has ended meanwhile, or is not to be seen."""
         if exchange not in self.exchanges.live:
             return None
@@ -292,7 +292,9 @@ class _Now:
             return None
         now, ticket = time.monotonic(), known.ticket
         began_sec = known.begun_sec if ticket is None else ticket.arrival_sec
-        wait = self.dispatcher.wait_of(ticket) if ticket is not None and not ticket.decided else None
+        wait = None
+        if ticket is not None and not ticket.decided:
+            wait = self.dispatcher.wait_of(ticket, is_one_of_many=is_one_of_many)
         has_engine = ticket is not None and ticket.engine is not None
         return Row(
             id=known.id,

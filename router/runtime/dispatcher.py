@@ -384,30 +384,42 @@ class Dispatcher:
             for place, request in islice(model.queue.places(), most)
         ]
 
-    def wait_of(self, ticket: Ticket) -> Waiting | None:
-        """State of a waiting request; None if it is not waiting."""
+    def wait_of(self, ticket: Ticket, *, is_one_of_many: bool = False) -> Waiting | None:
+        """State of a waiting request; None if it is not waiting. For one of many, no forecast is made only because
+        it came after the last one."""
         model = self.scheduler.models.get(ticket.alias)
         position = self.position(ticket)
         if model is None or position is None:
             return None
         now = time.monotonic()
-        return self._wait(model, ticket, position, why(model, now, slotless=ticket.slotless), now)
+        reason = why(model, now, slotless=ticket.slotless)
+        return self._wait(model, ticket, position, reason, now, is_one_of_many=is_one_of_many)
 
-    def _forecast_with(self, waiting: Ticket | Request, now: float) -> Forecast:
+    def _forecast_with(self, waiting: Ticket | Request | None, now: float) -> Forecast:
         """Return a forecast, shared by all waiting requests while it is valid and includes the one that asks."""
         known = self._forecast
-        if now - known.at > known.told_sec or waiting.arrival_sec > known.at:
+        if now - known.at > known.told_sec or (waiting is not None and waiting.arrival_sec > known.at):
             self._forecast = self.scheduler.forecast(now)
         return self._forecast
 
-    def _wait(self, model: Model, waiting: Ticket | Request, position: int, reason: str, now: float) -> Waiting:
+    def _wait(
+        self,
+        model: Model,
+        waiting: Ticket | Request,
+        position: int,
+        reason: str,
+        now: float,
+        *,
+        is_one_of_many: bool = False,
+    ) -> Waiting:
+        forecast = self._forecast_with(None if is_one_of_many else waiting, now)
         return Waiting(
             id=waiting.id,
             alias=waiting.alias,
             priority=waiting.priority,
             position=position,
             waited_sec=now - waiting.arrival_sec,
-            expected_sec=self._forecast_with(waiting, now).wait_sec(waiting.id, now),
+            expected_sec=forecast.wait_sec(waiting.id, now),
             why=reason if position == 1 else f"{position - 1} before it; {reason}",
             client=self._tickets[waiting.id].client,
         )

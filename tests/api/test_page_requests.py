@@ -210,8 +210,13 @@ def test_the_page_of_a_request_tells_what_happened_to_it(router: Router, visit: 
 
 
 def test_a_request_in_flight_is_followed_on_its_page(router: Router, visit: Open) -> None:
-    with a_stream(router, "followed"):
-        page = visit("#/requests/followed")
+    with a_stream(router, "followed"), a_stream(router, "following"):
+        page = visit("#/")  # where the queue is
+        page.locator("#waiting").get_by_role("link", name="following").click()
+        page.locator("#request-state").get_by_text("queued · 1. the only slot of gemma-3-4b is in use").wait_for()
+        page.get_by_role("button", name="Cancel").click()
+        page.locator("#request-state").get_by_text("cancelled").wait_for()
+        page.goto(f"{router.url}/#/requests/followed")
         page.locator("#request-state").get_by_text(re.compile(r"streaming · \d+ tokens")).wait_for()
         page.get_by_role("button", name="Cancel").click()
         page.locator("#request-state").get_by_text("cancelled").wait_for()

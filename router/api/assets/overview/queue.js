@@ -1,6 +1,7 @@
 // Who waits, and why.
 
-import { ago, counted, duration, element, list, number, plain, put, putCells, show } from "../drawing.js";
+import { ago, counted, duration, element, link, list, number, plain, put, putCells, show } from "../drawing.js";
+import { address } from "../routes.js";
 
 const MOST_SHOWN = 8;
 
@@ -34,8 +35,15 @@ function fillWaiting({ root }, { request, passed, alias, why }) {
   if (request) {
     const waited = duration(request.waited_sec + passed);
     const expected = request.expected_wait_sec === null ? "unknown" : soon(request.expected_wait_sec - passed);
-    const who = [request.client, request.id].filter(Boolean).join(" · ");
-    putCells(root, [`${request.position}.`, request.priority, waited, expected, who]);
+    putCells(root, [`${request.position}.`, request.priority, waited, expected]);
+    if (root.children.length < 5) {
+      const cell = root.appendChild(document.createElement("td"));
+      cell.append(document.createElement("span"), document.createElement("a"));
+    }
+    const [client, name] = root.children[4].children;
+    put(client, request.client ? `${request.client} · ` : "");
+    put(name, request.id);
+    link(name, address("requests", [request.id]));
   } else {
     if (!root.children.length) {
       const cell = root.appendChild(document.createElement("td"));
