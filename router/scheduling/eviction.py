@@ -129,15 +129,9 @@ def decide(candidate: Model, inspected: Inspected, room: Room) -> Verdict:
     due = [engine for engine in movable if goes_at[engine] <= room.now]
     idle = [engine for engine in due if _is_idle(engine, room)]
     for pool in (idle, due):  # rules 2 and 3
-        costs = {engine: _eviction_cost(engine, room) for engine in pool}
-        choices: list[tuple[float, int, frozenset[Engine]]] = []
-        for index, placement in enumerate(placements):
-            victims = cheapest_victims(shortage(placement, room.free), costs)
-            if victims is not None:
-                choices.append((sum(costs[victim] for victim in victims), index, victims))
-        if choices:
-            _, index, victims = min(choices, key=lambda choice: choice[:2])
-            return MakeRoom(placements[index], victims, _shortage_in_words(placements[index], inspected, room))
+        choice = _cheapest_choice(placements, pool, room)
+        if choice is not None:
+            return MakeRoom(*choice, _shortage_in_words(choice[0], inspected, room))
 
     again_at = tuple(at for at in goes_at.values() if room.now < at < math.inf)
     soonest = sorted(movable, key=lambda engine: (goes_at[engine], engine.id))
@@ -172,23 +166,37 @@ def outlook(inspected: Inspected, room: Room) -> Outlook:
     placements = _possible(inspected.placements, room, room.budgets)
     if not placements:
         return Outlook(None, reason=_why_never(inspected, room))
-    costs = {engine: _eviction_cost(engine, room) for engine in room.engines if not _stays(engine)}
-    best: tuple[float, Placement, frozenset[Engine]] | None = None
-    for placement in placements:
-        victims = cheapest_victims(shortage(placement, room.free), costs)
-        cost = sum(costs[victim] for victim in victims or ()) + len(victims or ())
-        if victims is not None and (best is None or cost < best[0]):
-            best = cost, placement, victims
-    if best is None:  # what it needs is promised to others
+    movable = [engine for engine in room.engines if not _stays(engine)]
+    idle = [engine for engine in movable if _is_idle(engine, room)]
+    choice = (
+        _cheapest_choice(placements, (), room)
+        or _cheapest_choice(placements, idle, room)
+        or _cheapest_choice(placements, movable, room)
+    )
+    if choice is None:
         return Outlook(placements[0], reason="the memory that is free is promised to others")
-    _, placement, victims = best
-    devices = {device for device, amount in placement.items() if amount and device != ENGINES}
+    chosen, victims = choice
+    devices = {device for device, amount in chosen.items() if amount and device != ENGINES}
     beside = {
         engine.alias
         for engine in room.engines
         if engine not in victims and any(engine.placement.get(device) for device in devices)
     }
-    return Outlook(placement, tuple(sorted(beside)), tuple(sorted({victim.alias for victim in victims})))
+    return Outlook(chosen, tuple(sorted(beside)), tuple(sorted({victim.alias for victim in victims})))
+
+
+def _cheapest_choice(
+    placements: Iterable[Placement], pool: Iterable[Engine], room: Room
+) -> tuple[Placement, frozenset[Engine]] | None:
+    """Return the placement whose victims among these engines are the cheapest, with the victims; None if they
+    suffice for none."""
+    costs = {engine: _eviction_cost(engine, room) for engine in pool}
+    choices = [
+        (sum(costs[victim] for victim in victims), placement, victims)
+        for placement in placements
+        if (victims := cheapest_victims(shortage(placement, room.free), costs)) is not None
+    ]
+    return min(choices, key=lambda choice: choice[0])[1:] if choices else None
 
 
 def cheapest_victims(short: Placement, costs: Mapping[Engine, float]) -> frozenset[Engine] | None:

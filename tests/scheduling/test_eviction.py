@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import pytest
 from gpus import GPU0, GPU1
 
-from router.scheduling.eviction import Fits, MakeRoom, NeverFits, Room, Wait, cheapest_victims, decide
+from router.scheduling.eviction import Fits, MakeRoom, NeverFits, Room, Wait, cheapest_victims, decide, outlook
 from router.scheduling.messages import EngineState, Inspected, ModelSpec, Placement
 from router.scheduling.policy import Policy
 from router.scheduling.queue import Priority, Request
@@ -79,6 +79,11 @@ class Candidate:
 
 
 def ask(machine: Machine, candidate: Candidate) -> Fits | MakeRoom | Wait | NeverFits:
+    inspected, room = before(machine, candidate)
+    return decide(room.models["new"], inspected, room)
+
+
+def before(machine: Machine, candidate: Candidate) -> tuple[Inspected, Room]:
     models = {each.alias: each.model(number) for number, each in enumerate(machine.residents, 1)}
     engines = [engine for model in models.values() for engine in model.engines]
     budgets = {**(machine.budgets or {GPU0: 10}), ENGINES: machine.policy.places}
@@ -90,7 +95,7 @@ def ask(machine: Machine, candidate: Candidate) -> Fits | MakeRoom | Wait | Neve
     taken = {engine: "ahead" for engine in engines if engine.alias in machine.promised}
     capacity = {**budgets, **(machine.capacity or {})}
     inspected = Inspected(NOW, "new", tuple({**place, ENGINES: 1} for place in candidate.places), need="so much")
-    return decide(model, inspected, Room(NOW, machine.policy, models, engines, budgets, capacity, free, taken))
+    return inspected, Room(NOW, machine.policy, models, engines, budgets, capacity, free, taken)
 
 
 def said(verdict: Fits | MakeRoom | Wait | NeverFits) -> str:
@@ -319,6 +324,32 @@ def test_the_reason_names_the_limit(machine: Machine, candidate: Candidate, word
     verdict = ask(machine, candidate)
     assert isinstance(verdict, Wait | NeverFits)
     assert verdict.reason == words
+
+
+@pytest.mark.parametrize(
+    ("machine", "candidate", "told"),
+    [
+        (Machine(), Candidate(), (GPU0, "", "")),
+        (Machine((Resident("a", on(4)),)), Candidate(), (GPU0, "a", "")),
+        (Machine((BUSY, Resident("b", on(1, HOST)))), Candidate(), (GPU0, "", "a")),
+        (Machine((Resident("young", on(6), ready_for_sec=1),)), Candidate(), (GPU0, "", "young")),
+        (Machine((BUSY,), TWO), Candidate((on(6), on(6, GPU1))), (GPU1, "", "")),
+        (
+            Machine((BUSY, replace(IDLE, alias="b", takes=on(6, GPU1))), TWO),
+            Candidate((on(6), on(6, GPU1))),
+            (GPU1, "", "b"),
+        ),
+        (Machine((replace(IDLE, pinned=True),)), Candidate(), (None, "", "")),
+        (Machine(), Candidate((on(11),)), (None, "", "")),
+    ],
+)
+def test_what_would_go_is_told_without_regard_to_how_long_it_may_stay(
+    machine: Machine, candidate: Candidate, told: tuple[Device | None, str, str]
+) -> None:
+    found = outlook(*before(machine, candidate))
+    devices = [None] if found.placement is None else [device for device in found.placement if device != ENGINES]
+    assert (*devices, " ".join(found.beside), " ".join(found.victims)) == told
+    assert bool(found.reason) is (found.placement is None)
 
 
 @pytest.mark.parametrize(
