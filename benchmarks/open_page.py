@@ -248,6 +248,7 @@ def main() -> int:
     ):
         assert isinstance(server, Router)
         server.call("POST", "/v1/models/load", {"model": BUSY})
+        time.sleep(10)  # until the router has looked at all files again
         bench = Bench(server, browser, args.seconds, args.models, args.rate, Goals())
         for name in args.only:
             print()

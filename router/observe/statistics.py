@@ -80,6 +80,7 @@ class Tally:
     cached_tokens: int = 0
     output_tokens: int = 0
     total_sec: float = 0.0
+    queue_sec: float = 0.0
     shortest_sec: float = math.inf
     longest_sec: float = 0.0
     total: Durations = field(default_factory=Durations)
@@ -101,16 +102,18 @@ class Tally:
     def note(self, outcome: str, requests: Sequence[RequestDone]) -> None:
         usages = [done.usage for done in requests]
         times = [done.total_sec for done in requests]
+        waits = [done.queue_sec for done in requests]
         self.requests += len(requests)
         self.outcomes[outcome] += len(requests)
         self.prompt_tokens += sum([usage.prompt_tokens for usage in usages])
         self.cached_tokens += sum([usage.cached_tokens for usage in usages])
         self.output_tokens += sum([usage.output_tokens for usage in usages])
         self.total_sec += sum(times)
+        self.queue_sec += sum(waits)
         self.shortest_sec = min(self.shortest_sec, *times)
         self.longest_sec = max(self.longest_sec, *times)
         self.total.add(times)
-        self.queue.add([done.queue_sec for done in requests])
+        self.queue.add(waits)
         self.ttft.add([done.ttft_sec for done in requests if done.ttft_sec is not None])
 
     def count(self, other: Tally) -> None:
@@ -121,6 +124,7 @@ class Tally:
         self.cached_tokens += other.cached_tokens
         self.output_tokens += other.output_tokens
         self.total_sec += other.total_sec
+        self.queue_sec += other.queue_sec
         self.shortest_sec = min(self.shortest_sec, other.shortest_sec)
         self.longest_sec = max(self.longest_sec, other.longest_sec)
 

@@ -102,7 +102,7 @@ class Lane:
 
 @dataclass(slots=True)
 class _Busy:
-    """Time that requests which ended in the current step spent in it, in flight and waiting."""
+    """Time that requests spent in flight and waiting, by those that ended in a step."""
 
     in_flight_sec: float = 0.0
     queued_sec: float = 0.0
@@ -133,7 +133,8 @@ class Timeline:
         self._scheduler = scheduler
         self._memory = memory
         self._clock = clock
-        self._busy: defaultdict[str, _Busy] = defaultdict(_Busy)
+        self._earlier: defaultdict[str, _Busy] = defaultdict(_Busy)
+        """Part of it that lies before the current step: the counts of earlier ones tell of that."""
         self._counted: set[str] = set()
         """Models whose last counts are not 0."""
         self._tokens_of_earlier = 0.0
@@ -168,11 +169,12 @@ class Timeline:
         for (alias, _route, priority, _outcome, _client), requests in happening.by_labels.items():
             if not priority:  # it asked for no slot
                 continue
-            busy = self._busy[alias]
-            busy.in_flight_sec += sum([min(done.total_sec - done.queue_sec, SLICE_SEC) for done in requests])
-            busy.queued_sec += sum([min(done.queue_sec, SLICE_SEC) for done in requests])
-            for long in [done for done in requests if done.total_sec > SLICE_SEC and done.usage.output_tokens]:
-                self._spread(long)
+            for long in [done for done in requests if done.total_sec > SLICE_SEC]:
+                earlier = self._earlier[alias]
+                earlier.in_flight_sec += max(0.0, long.total_sec - long.queue_sec - SLICE_SEC)
+                earlier.queued_sec += max(0.0, long.queue_sec - SLICE_SEC)
+                if long.usage.output_tokens:
+                    self._spread(long)
 
     def _spread(self, done: RequestDone) -> None:
         """Count the tokens of a long answer in the steps in which they came."""
@@ -194,25 +196,32 @@ class Timeline:
         began = now - lasted_sec
         waits = Durations()
         tokens = -self._tokens_of_earlier
-        for tally in tallies.values():
+        busy: defaultdict[str, _Busy] = defaultdict(_Busy)
+        for (alias, _priority), tally in tallies.items():
             waits.take(tally.queue)
             tokens += tally.output_tokens
+            of_model = busy[alias]
+            of_model.in_flight_sec += tally.total_sec - tally.queue_sec
+            of_model.queued_sec += tally.queue_sec
+        for alias, earlier in self._earlier.items():
+            busy[alias].in_flight_sec -= earlier.in_flight_sec
+            busy[alias].queued_sec -= earlier.queued_sec
+        self._earlier.clear()
         self._tokens_of_earlier = 0.0
         (p95,) = waits.quantiles((0.95,))
         self.points.append(Point(began, lasted_sec, max(0.0, tokens), p95, self._memory(), now))
-        self._count_all(began, lasted_sec, now)
+        self._count_all(busy, began, lasted_sec, now)
         before = now - _KEPT_SEC
         for alias, lane in list(self.lanes.items()):
             lane.forget(before)
             if lane.is_quiet and lane.last_at < before:
                 del self.lanes[alias]
 
-    def _count_all(self, began: float, lasted_sec: float, now: float) -> None:
+    def _count_all(self, busy: Mapping[str, _Busy], began: float, lasted_sec: float, now: float) -> None:
         in_flight: defaultdict[str, float] = defaultdict(float)
         for engine in self._scheduler.engines.values():
             in_flight[engine.alias] += engine.load
         queued = {alias: len(model.queue) for alias, model in self._scheduler.models.items() if model.queue}
-        busy, self._busy = self._busy, defaultdict(_Busy)
         for alias in {*in_flight, *queued, *busy, *self._counted}:
             was = busy.get(alias) or _Busy()
             serves = max(in_flight.get(alias, 0), round(was.in_flight_sec / lasted_sec, 2))

@@ -34,11 +34,13 @@ function listenTo(picture) {
     state.tell(state.chosen);
     say(picture, state);
   };
-  picture.addEventListener("pointermove", ({ clientX }) => {
+  const point = ({ clientX }) => {
     const { left, width } = picture.getBoundingClientRect();
     const share = (clientX - left) / width;
     choose(state.items.findLast((item) => item.from <= share && share <= item.to));
-  });
+  };
+  picture.addEventListener("pointermove", point);
+  picture.addEventListener("pointerdown", point);
   picture.addEventListener("pointerleave", () => {
     if (picture !== document.activeElement) choose(null);
   });
