@@ -10,7 +10,9 @@ from pathlib import Path
 from router.hardware.ram import fields, memory
 
 _MIB = 1 << 20
-_STEP = 16 << 20
+_STEP = 128 << 10
+"""Most that the kernel reads when it is told what will be needed, on most disks (`read_ahead_kb`): it skips the
+rest of a longer part without a word."""
 _SPARE_MIB = 512
 """Free memory that is left for whatever else happens meanwhile."""
 _FIELDS = {"MemFree", "Cached", "Mapped", "Shmem", "Dirty"}

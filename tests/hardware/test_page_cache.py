@@ -43,6 +43,15 @@ def test_files_are_read_in_their_order_up_to_a_limit(tmp_path: Path) -> None:
     assert cached(second) < 8 * MIB
 
 
+@needs_fincore
+def test_all_of_a_file_is_read_however_little_the_kernel_reads_at_once(tmp_path: Path) -> None:
+    file = cold(tmp_path / "file", 40 * MIB)
+    if cached(file):
+        pytest.skip("this file system keeps all of its files in memory")
+    assert read_ahead([file], 64 * MIB) == 40 * MIB
+    eventually(lambda: cached(file) == 40 * MIB)
+
+
 def test_nothing_is_read_without_room(tmp_path: Path) -> None:
     assert read_ahead([cold(tmp_path / "file", MIB)], 0) == 0
 
