@@ -286,7 +286,7 @@ def unique(binary: Binary, tokens: int, repeat: int, goals: Goals) -> None:
     firsts: dict[str, list[float]] = defaultdict(list)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        models = {"a": model_of("a", "fast")}
+        models = {"a": model_of("a")}
         servers = [
             stack.enter_context(router(models, flags, binary, folder=folder, name=name, kv_store=kept))
             for name, kept in ((OURS, True), (WITHOUT, False))
@@ -476,7 +476,7 @@ def main() -> int:
     if "crowd" in wanted:
         crowd(binary, args.conversations, args.crowd_tokens, args.turns, args.cache_ram, goals)
     if "unique" in wanted:
-        unique(binary, 600, 7 * args.repeat, goals)
+        unique(binary, 600, 2 * args.repeat, goals)
     if "short" in wanted:
         short(20 * args.repeat, goals)
     if "ahead" in wanted:

@@ -741,8 +741,7 @@ class Exchange(IncomingRequest):
                 usage = NO_USAGE
             kv, placement, engine = "", self._placement, ticket.engine
             if placement is not None:
-                kv = placement.source
-                placement.keeper.ended(placement, usage)
+                kv = placement.keeper.ended(placement, usage)
                 self._placement = None
             done = RequestDone(  # by position: keywords would take as long as all metrics together
                 self._request_id,

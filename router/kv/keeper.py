@@ -58,6 +58,8 @@ class Source(Word):
     """Where the beginning of a prompt came from."""
 
     SLOT = "slot"
+    RAM = "ram"
+    """The engine's own cache of prompts; only known at the end, and only if a slot could not have held as much."""
     DISK = "disk"
     NONE = "none"
 
@@ -138,6 +140,8 @@ class Placement(msgspec.Struct, eq=False):
     source: Source = Source.NONE
     promised: int = 0
     """Number of tokens of its prompt that the slot is expected to have."""
+    held: int = -1
+    """Number of tokens that were in the slot before, if nothing is restored; -1: nobody knows."""
     is_ready: bool = True
     """False while its state is being restored, or another is being saved to make room."""
     _listener: Callable[[], None] | None = None
@@ -267,7 +271,8 @@ class Keeper:
             wanted, source, promised = found.saved, Source.DISK, found.saved.promised(found.blocks)
             if blocks < len(slot.chain):
                 slot = self._least_missed(free)
-        placement = Placement(self, slot, body, owner, keeps, self.era, chain, source, promised)
+        held = slot.tokens if slot.chain and wanted is None else -1
+        placement = Placement(self, slot, body, owner, keeps, self.era, chain, source, promised, held)
         slot.is_busy = True
         self._get_ready(placement, slot, chain, wanted)
         return placement
@@ -380,26 +385,27 @@ class Keeper:
             _AGAIN_SEC,
         )
 
-    def ended(self, placement: Placement, usage: Usage) -> None:
+    def ended(self, placement: Placement, usage: Usage) -> Source:
         """Note the end of a request, by the engine's figures: what its slot holds, what was measured, whether a
-        promise was kept. If it was not sent yet, they do not matter."""
+        promise was kept. If it was not sent yet, they do not matter. Returns where its beginning came from."""
         slot, chain = placement.holder, placement.chain
         slot.is_busy = False
         tokens = usage.prompt_tokens + usage.output_tokens
         if chain is None and tokens < _MEASURABLE and placement.keeps:  # nothing is lost with it
             slot.opening = b""
-            return
+            return placement.source
         slot.used_sec = time.monotonic()
         if chain is None:
             body = placement.body
             if tokens < self._store.settings.min_tokens and placement.keeps:
                 slot.opening = body[: body.rfind(b"}]")]
                 slot.client, slot.tokens = placement.client, tokens
-                return
+                return placement.source
             chain = chain_of(body, self._store.key) or ()
             placement.client = self._store.owner(placement.client)
         if placement.is_over():
             self._note(placement, slot, chain, usage)
+        return Source.RAM if 0 <= placement.held < usage.cached_tokens else placement.source
 
     def _note(self, placement: Placement, slot: _Slot, chain: Chain, usage: Usage) -> None:
         """Note what a request has left in its slot."""

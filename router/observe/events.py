@@ -169,7 +169,7 @@ class RequestDone(msgspec.Struct, frozen=True):
     peer: str = ""
     """Address of the client."""
     kv: str = ""
-    """Where the beginning of its prompt came from (`Source` in `kv/keeper.py`); empty if its engine decided."""
+    """Where the beginning of its prompt came from (`Source` in `kv/keeper.py`); empty if nobody knows."""
     refused: bool = False
     """Whether it was refused, or ended before it asked for a slot."""
     owner: str = ""

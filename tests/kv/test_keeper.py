@@ -301,6 +301,18 @@ def test_an_engine_that_computes_faster_than_anything_is_read_chooses_its_slots(
     play(tmp_path, story)
 
 
+def test_what_no_slot_can_have_held_came_from_the_cache_in_ram(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.chat("x" * 600)
+        for cached, source in ((700, Source.RAM), (600, Source.NONE)):
+            placement = await world.begin(TEXT, keeps=False)
+            assert placement.source is Source.NONE
+            assert world.keeper.ended(placement, Usage(8000, cached, 1, 70.0)) is source
+            await world.chat("x" * 600)
+
+    play(tmp_path, story)
+
+
 def test_what_is_computed_faster_than_saved_is_not_saved(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         world.store.rates("group").save = 10.0

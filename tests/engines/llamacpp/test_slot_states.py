@@ -115,6 +115,18 @@ def test_no_store_leaves_nothing(router: Router) -> None:
     assert one.turn(**forbids)[:2] == ("none", 0)
 
 
+def test_what_the_engine_kept_in_ram_is_told_when_it_is_known(router: Router) -> None:
+    forbids = {"headers": {"X-KV-Store": "no-store"}}
+    one, other = Conversation(router, "a", "L"), Conversation(router, "a", "M")
+    other.messages[0]["content"] = "N" * 600
+    one.turn(**forbids)
+    other.turn(**forbids)
+    source, cached, tokens = one.turn(**forbids)
+    assert source == "none"
+    assert cached > 0.9 * tokens
+    eventually(lambda: '"kv":"ram"' in router.log)
+
+
 def test_nothing_is_lost_with_a_killed_engine_and_router(start: Start, tiny: Path, tmp_path: Path) -> None:
     config = {"models": models(tiny, "a", flags=FLAGS)}
     state = str(tmp_path / "state")
@@ -123,7 +135,12 @@ def test_nothing_is_lost_with_a_killed_engine_and_router(start: Start, tiny: Pat
     one.turn()
     folder = Path(state, "kv")
     eventually(lambda: len(list(folder.glob("*.json"))) == 1)
-    router.engines[0].kill()
+    body = {"model": "a", "messages": one.messages, "stream": True, "max_tokens": 2000, "ignore_eos": True}
+    with router.http.stream("POST", "/v1/chat/completions", json=body) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        router.engines[0].kill()
+        assert any("engine_lost" in line for line in lines)
     source, cached, tokens = one.turn()
     assert (source, cached > 0.9 * tokens) == ("disk", True)
     eventually(lambda: len(list(folder.glob("*.json"))) == 1)
