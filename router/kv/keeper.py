@@ -171,6 +171,14 @@ class Placement(msgspec.Struct, eq=False):
         return self.is_ready
 
 
+class _Written(NamedTuple):
+    """A state that an engine has written."""
+
+    saved: Saved
+    era: int
+    """That of the store in which its conversation was placed."""
+
+
 class Keeper:
     """Decides about the slots of one engine. `group` is what its states are only good for."""
 
@@ -182,7 +190,7 @@ class Keeper:
         self._slots = [_Slot(number, is_named=slots > 1) for number in range(slots)]
         self._tasks = Tasks()
         """Tasks that are given up when the engine ends."""
-        self._deletions = Tasks()
+        self._finishing = Tasks()
         """Tasks that are finished even if the engine ends."""
         self._timer: asyncio.TimerHandle | None = None
         self._next_save_sec = 0.0
@@ -349,8 +357,8 @@ class Keeper:
             with anyio.fail_after(_PATIENCE_SEC + placement.promised / self._rates.tokens_per_sec):
                 if before is not None:
                     await asyncio.wait({before})
-                if saves and slot.chain:
-                    await self._save(slot)
+                if saves and slot.chain and (written := await self._write(slot)) is not None:
+                    self._finishing.begin(self._keep(written, slot), f"save of a slot of {self._model}")
                 if wanted is not None:
                     slot.clear()
                     if await self._restore(slot, wanted):
@@ -458,7 +466,7 @@ class Keeper:
         gone = [saved for saved in self._store if saved.group == self._group]
         self._delete(gone)
         noted = apart(lambda: self._store.distrust(self._group, reason))
-        self._deletions.begin(noted, f"note on the engine of {self._model}")
+        self._finishing.begin(noted, f"note on the engine of {self._model}")
 
     def _forget(self, placement: Placement, chain: Chain) -> None:
         """Delete what is saved of a conversation, because its client wants nothing of it stored."""
@@ -475,7 +483,7 @@ class Keeper:
         """Delete conversations, which nobody finds from now on, whatever ends meanwhile."""
         self._store.forget(*gone)
         if gone:
-            self._deletions.begin(self._store.drop(gone), f"deletion of conversations of {self._model}")
+            self._finishing.begin(self._store.drop(gone), f"deletion of conversations of {self._model}")
 
     # --- saving ---------------------------------------------------------------------------------------------
 
@@ -489,6 +497,8 @@ class Keeper:
             left = deadline - time.monotonic()
             if left > 0 and not slot.is_busy and self._is_worth_saving(slot, at_least=_LITTLE):
                 await asyncio.wait({self._begin_saving(slot)}, timeout=left)
+        with anyio.move_on_after(max(0.0, deadline - time.monotonic())):
+            await self._finishing.ended()
         self.end()
 
     def end(self) -> None:
@@ -564,14 +574,19 @@ class Keeper:
 
     async def _save(self, slot: _Slot) -> None:
         """Save a slot. Nothing else is computed in it meanwhile."""
-        store = self._store
-        chain, client, tokens, prompt = slot.chain, slot.client, slot.tokens, slot.prompt_tokens
-        era = slot.era
+        written = await self._write(slot)
+        if written is not None:
+            await self._keep(written, slot)
+
+    async def _write(self, slot: _Slot) -> _Written | None:
+        """Have the engine write what is in a slot; what is left to do needs neither."""
+        store, rates = self._store, self._rates
+        chain, client, era, tokens, prompt = slot.chain, slot.client, slot.era, slot.tokens, slot.prompt_tokens
         name = store.new_name()
         began = time.monotonic()
-        saved: Saved | None = None
+        is_written = False
         try:
-            if not await self._make_room(int(tokens * self._rates.token_bytes)):
+            if not await self._make_room(int(tokens * rates.token_bytes)):
                 raise OSError("it is larger than the free disk allows")
             said = await self._ask(slot.number, "save", store.part(name))
             took = max(1e-3, (said.sec if said is not None else 0) or time.monotonic() - began)
@@ -579,44 +594,60 @@ class Keeper:
                 if said is not None and said.is_final:
                     self._give_up(said.refusal)
                 raise OSError(said.refusal if said is not None else "the engine does not answer")
-            self._rates.token_bytes = said.nbytes / said.tokens
-            self._rates.save = said.nbytes / took
-            if not self._rates.is_restore_measured:
-                self._rates.restore = self._rates.save
-            one = Saved(
-                name=name,
-                group=self._group,
-                model=self._model,
-                client=client,
-                chain=chain,
-                tokens=said.tokens,
-                prompt_tokens=min(prompt, said.tokens),
-                nbytes=said.nbytes,
-                prefill_sec=said.tokens / self._rates.tokens_per_sec,
-                used_at=time.time(),
-            )
-            if not await apart(lambda: store.keep(one)):
-                raise OSError("the file is not as long as the engine said")
-            if self.era == era:
-                saved = one
+            is_written = True
         except OSError as error:
-            store.of(self._model).failures += 1
-            self._next_save_sec = time.monotonic() + self._pause_sec
-            self._pause_sec = min(2 * self._pause_sec, _LONGEST_PAUSE_SEC)
-            _log.warning("model %s: a conversation could not be saved: %s", self._model, error)
+            self._note_failure(error)
+            return None
         finally:
-            if saved is None:
+            if not is_written:
                 await apart(lambda: store.delete(name))
-        if saved is None:
-            return
+        rates.token_bytes = said.nbytes / said.tokens
+        rates.save = said.nbytes / took
+        if not rates.is_restore_measured:
+            rates.restore = rates.save
         self._pause_sec = _AGAIN_SEC
         busy = any(other.is_busy for other in self._slots if other is not slot)
         self._next_save_sec = time.monotonic() + (took * _SHARE if busy else 0)
+        saved = Saved(
+            name=name,
+            group=self._group,
+            model=self._model,
+            client=client,
+            chain=chain,
+            tokens=said.tokens,
+            prompt_tokens=min(prompt, said.tokens),
+            nbytes=said.nbytes,
+            prefill_sec=said.tokens / rates.tokens_per_sec,
+            used_at=time.time(),
+        )
+        return _Written(saved, era)
+
+    async def _keep(self, written: _Written, slot: _Slot) -> None:
+        """Keep what an engine has written of a slot, unless it was cleared meanwhile."""
+        store, saved = self._store, written.saved
+        is_kept = False
+        try:
+            if not await apart(lambda: store.keep(saved)):
+                raise OSError("the file is not as long as the engine said")
+            is_kept = self.era == written.era
+        except OSError as error:
+            self._note_failure(error)
+        finally:
+            if not is_kept:
+                await apart(lambda: store.delete(saved.name))
+        if not is_kept:
+            return
         store.of(self._model).saves += 1
-        if slot.chain == chain and slot.client == client:
+        if slot.chain == saved.chain and slot.client == saved.client:
             slot.saved_tokens = saved.tokens
         await store.drop(store.add(saved))
         await self._make_room(0)
+
+    def _note_failure(self, error: OSError) -> None:
+        self._store.of(self._model).failures += 1
+        self._next_save_sec = time.monotonic() + self._pause_sec
+        self._pause_sec = min(2 * self._pause_sec, _LONGEST_PAUSE_SEC)
+        _log.warning("model %s: a conversation could not be saved: %s", self._model, error)
 
     async def _make_room(self, more: int) -> bool:
         """Delete what must go for `more` bytes. Returns False if there would not be room even so."""

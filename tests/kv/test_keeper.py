@@ -89,6 +89,7 @@ class World:
         placement = await self.begin(prompt, client, keeps=keeps)
         usage = self.engine.answer(placement.slot, prompt)
         self.keeper.ended(placement, usage)
+        await self.keeper._finishing.ended()  # computing takes longer on a real engine
         return placement.source, usage.cached_tokens
 
     async def swap(self) -> None:
