@@ -27,7 +27,6 @@ _KINDS = {
     ".css": "text/css",
     ".js": "text/javascript",
     ".svg": "image/svg+xml",
-    ".md": "text/markdown",
 }
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; media-src blob:; "
@@ -83,7 +82,9 @@ def _read_of_docs(name: str) -> _File:
 
 
 _ASSETS = Path(__file__).parent / "assets"
-_FILES = {path.relative_to(_ASSETS).as_posix(): _read(path) for path in _ASSETS.rglob("*") if path.is_file()}
+_FILES = {
+    path.relative_to(_ASSETS).as_posix(): _read(path) for path in _ASSETS.rglob("*.*") if path.suffix in _KINDS
+}
 
 
 def _drawn_by(tags: bytes) -> _File:
