@@ -28,7 +28,7 @@ def ps(options: argparse.Namespace) -> None:
         print_json(status)
         return
     models = list(status["models"].values())
-    shown = models if options.all else [model for model in models if _is_of_interest(model)]
+    shown = models if options.all else [model for model in models if is_of_interest(model)]
     if shown:
         on_their_way = [model for model in shown if model["status"] in ("draining", "stopping")]
         decided = client.get("/v1/decisions")["decisions"] if on_their_way else []
@@ -40,7 +40,8 @@ def ps(options: argparse.Namespace) -> None:
         print(_rest(others, not shown), file=sys.stderr)
 
 
-def _is_of_interest(model: Mapping[str, Any]) -> bool:
+def is_of_interest(model: Mapping[str, Any]) -> bool:
+    """Whether a model is resident, waits, or has failed."""
     return model["status"] != "off" or bool(model["waiting"] or model["load_asked_at"] or model["error_message"])
 
 

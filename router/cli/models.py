@@ -333,7 +333,8 @@ def unload(options: argparse.Namespace) -> None:
 
 def _unloading_text(status: Mapping[str, Any]) -> str:
     count = status["in_flight"] + status["slotless"]
-    return f"{status['alias']} is {status['status']}" + (f": {count} requests are not done yet" if count else "")
+    left = "1 request is not done yet" if count == 1 else f"{count} requests are not done yet"
+    return f"{status['alias']} is {status['status']}{f': {left}' if count else ''}"
 
 
 def reset(options: argparse.Namespace) -> None:

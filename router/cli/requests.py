@@ -35,12 +35,11 @@ def run(options: argparse.Namespace) -> None:
         (_follow if options.follow else _list)(client, options)
     elif words[0] == "cancel" and len(words) > 1:
         _cancel(client, words[1:], options)
-    elif len(words) == 1:
+    elif len(words) == 1 and words[0] != "cancel":
         _show(client, words[0], options)
     else:
-        raise CannotAsk(
-            f"Name one request to show it, or cancel several: llama-router requests cancel {' '.join(words)}"
-        )
+        print("llama-router: name one request, or `cancel` and one or more of them", file=sys.stderr)
+        sys.exit(2)
 
 
 def _asked(client: RouterClient, options: argparse.Namespace, **more: Any) -> dict[str, Any]:

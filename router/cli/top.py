@@ -31,6 +31,7 @@ from rich.text import Text
 
 from router.cli.client import CannotAsk, Happened, RouterClient
 from router.cli.columns import duration, memory, model_row, print_json
+from router.cli.looking import is_of_interest
 from router.cli.remote import connect
 from router.system.printable import printable
 
@@ -132,7 +133,8 @@ def run(client: RouterClient) -> None:
     watch.look()
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.print(drawing(watch.view, console.width, 1000))
+        watch.look_back()
+        console.print(drawing(watch.view, console.width, 1000, is_brief=True))
         return
     watch.start()
     signal.signal(signal.SIGTERM, _leave)  # so that the terminal is restored
@@ -195,6 +197,11 @@ class Watch:
         requests, tokens = self._rates(figures)
         self._update(status=status, figures=figures, requests_per_sec=requests, tokens_per_sec=tokens, problem="")
 
+    def look_back(self) -> None:
+        """Add the last decisions to the view. Raises CannotAsk."""
+        for decision in self._client.get("/v1/decisions")["decisions"]:
+            self._decide_as(decision)
+
     def _look_again(self) -> None:
         lost_sec: float | None = None
         while True:
@@ -226,8 +233,7 @@ class Watch:
     def _note(self, event: Happened) -> None:
         if event.name == "full_status":  # sent first: decisions before or between streams are fetched
             with contextlib.suppress(CannotAsk):  # older routers do not have this route
-                for decision in self._client.get("/v1/decisions")["decisions"]:
-                    self._decide_as(decision)
+                self.look_back()
         elif event.name == "model_update":
             change = event.json()
             if "reason" in change:  # events without a reason report the progress of a load
@@ -292,9 +298,12 @@ def read_figures(metrics: str) -> Figures:
     return figures
 
 
-def drawing(view: View, width: int, height: int) -> Group:
-    """Draw the screen, in at most `height` lines."""
+def drawing(view: View, width: int, height: int, *, is_brief: bool = False) -> Group:
+    """Draw the screen, in at most `height` lines. `is_brief`: models that are off are counted only."""
     models = sorted(view.status["models"].values(), key=lambda model: _RANK[model["status"]])
+    known = len(models)
+    if is_brief:
+        models = [model for model in models if is_of_interest(model)]
     waiting = sorted(view.figures.waiting.items(), key=lambda item: -max(item[1].oldest_sec.values(), default=0))
     bars = [_memory_bar(view.figures, device, width) for device in view.figures.total_mib]
     spare = max(0, height - 4 - len(bars))
@@ -303,6 +312,7 @@ def drawing(view: View, width: int, height: int) -> Group:
         _headline(view, width),
         *bars,
         _models_table(models, shares[0], width),
+        *([_line((f"… and {known - len(models)} that are off", "dim"))] if len(models) < known else []),
         _waiting_heading(view.figures),
         *_waiting_lines(waiting, view.status["models"], shares[1]),
         Text("DECISIONS", style=_HEADING),

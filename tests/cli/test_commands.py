@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from router.__main__ import main
+from router.cli.commands import _ELSEWHERE
 from router.cli.main import Program
 
 
@@ -42,6 +44,11 @@ def test_every_command_has_an_example_and_can_be_run(name: str) -> None:
         assert callable(run.function)
 
 
+def test_every_command_is_in_the_documents() -> None:
+    text = (ROOT / "docs/cli.md").read_text()
+    assert not [name for name in parsers() if not re.search(rf"`{name}`|`{name} ", text)]
+
+
 @pytest.mark.parametrize(
     ("word", "advice"),
     [
@@ -56,6 +63,12 @@ def test_a_wrong_command_names_the_right_one(word: str, advice: str, capsys: pyt
     with pytest.raises(SystemExit, match="2"):
         main([word])
     assert f"there is no command {word!r}: {advice}" in capsys.readouterr().err
+
+
+def test_what_is_advised_exists() -> None:
+    program = Program()
+    advised = {word for advice in _ELSEWHERE.values() for word in re.findall(r"`llama-router ([a-z]+)", advice)}
+    assert advised <= set(program.commands.names)
 
 
 def test_a_folder_and_a_file_are_told_from_a_wrong_command(

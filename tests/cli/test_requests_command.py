@@ -103,3 +103,4 @@ def test_that_there_are_none_is_said(router: Router, tmp_path: Path) -> None:
     none = requests(router, tmp_path, "--client", "nobody")
     assert (none.returncode, none.stdout) == (0, "")
     assert none.stderr.startswith("No requests of these; ")
+    assert requests(router, tmp_path, "cancel").returncode == 2

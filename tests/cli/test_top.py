@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -158,10 +159,16 @@ def test_it_fits_every_size(start: Start, tiny: Path, top: Open) -> None:
 
 
 def test_without_a_terminal_it_is_printed_once(router: Router, tmp_path: Path) -> None:
+    router.chat("a")
     printed = run("top", "--url", router.url, cwd=tmp_path)
     assert printed.returncode == 0
     assert "\x1b" not in printed.stdout
     assert printed.stdout.startswith("llama-router ready")
+    assert re.search(r"^a +ready", printed.stdout, re.MULTILINE)
+    assert re.search(r"^  \d\d:\d\d:\d\d a ready: loaded in ", printed.stdout, re.MULTILINE)
+    document = json.loads(run("top", "--json", "--url", router.url, cwd=tmp_path).stdout)
+    assert document["status"]["models"]["a"]["status"] == "ready"
+    assert {"queue", "memory", "decisions"} <= document.keys()
 
 
 def test_a_router_that_is_not_there_at_first_is_one_sentence(free_port: int, top: Open) -> None:
