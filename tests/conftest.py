@@ -193,6 +193,7 @@ def run(*arguments: str, cwd: Path, **environ: str) -> subprocess.CompletedProce
 
 
 Start = Callable[..., Router]
+Visit = Callable[..., Any]
 
 
 @contextmanager
@@ -323,6 +324,42 @@ def chromium(*arguments: str) -> Iterator[Any]:
         browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox", *arguments])
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Visit]:
+    """Opens a router's page at a view, in a window of its own. At the end, no page may have complained."""
+    complaints: list[str] = []
+    windows = []
+
+    def open_page(router: Router, view: str = "", **options: Any) -> Any:
+        window = browser.new_context(**options)
+        windows.append(window)
+        page = window.new_page()
+        page.set_default_timeout(20_000)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda said: complaints.append(said.text) if "Content Security" in said.text else None)
+        page.goto(f"{router.url}/#/{view}")
+        return page
+
+    yield open_page
+    for window in windows:
+        window.close()
+    assert complaints == []
+
+
+def violations(page: Any) -> list[str]:
+    """What axe-core finds wrong with a page as it is now; the test is skipped where that is not installed."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is missing")
+    page.mouse.move(0, 0)  # a colour under the pointer may be on its way to another
+    found = axe.Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
+    return [f"{each['id']}: {node['html']} {node['failureSummary']}" for each in found for node in each["nodes"]]
 
 
 def fake(tmp_path: Path, **behaviour: str) -> str:

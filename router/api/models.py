@@ -11,12 +11,14 @@ from fastapi import APIRouter, Request
 from pydantic import AwareDatetime, BaseModel, Field
 from starlette.responses import JSONResponse
 
+from router import __version__
 from router.api.kv import summary
 from router.api.openai import show_model
 from router.catalog.lookup import model_of
-from router.config.problems import ConfigError
+from router.config.problems import ConfigError, dotted
 from router.config.resolved import DEFAULT_ENGINE, ModelConfig
 from router.config.schema import System
+from router.config.show import settings
 from router.engines.llamacpp.flags import Flags
 from router.engines.registry import KINDS
 from router.engines.running import RunningEngine
@@ -313,6 +315,14 @@ async def reload_config(request: Request) -> dict[str, Any]:
     except ConfigError as error:
         problems = str(error)
         raise ApiError(400, "invalid_config", f"Nothing was changed. {problems}") from None
+
+
+@router.get("/v1/config")
+@needs(Right.MANAGE)
+async def show_config(request: Request) -> dict[str, Any]:
+    """The router's version and the settings in force, as text, except those of models. Keys are not shown."""
+    config = request.app.state.dispatcher.config
+    return {"version": __version__, "values": {dotted(path): text for path, text in settings(config)}}
 
 
 async def _status_in_turns(request: Request) -> dict[str, Any]:

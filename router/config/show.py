@@ -31,9 +31,7 @@ def render(config: Config, origins: Mapping[str, str]) -> list[str]:
 
 def leaves(config: Config) -> Iterator[tuple[KeyPath, str]]:
     """Yield every key of the configuration with its value as text."""
-    for name in ("api", "system", "scheduling", "kv_store"):
-        section: Section = getattr(config, name)
-        yield from _section_leaves((name,), section)
+    yield from settings(config)
     for alias, model in config.models.items():
         if model.engine != DEFAULT_ENGINE:
             yield ("models", alias, "engine"), model.engine
@@ -68,6 +66,13 @@ def fingerprint(config: Config) -> int:
     for name, named in config.aliases.items():
         digest.update(f"{name} stands for {named.alias}\n".encode())
     return int.from_bytes(digest.digest(), "big")
+
+
+def settings(config: Config) -> Iterator[tuple[KeyPath, str]]:
+    """Yield every key that is not of a model or an alias, with its value as text."""
+    for name in ("api", "system", "scheduling", "kv_store"):
+        section: Section = getattr(config, name)
+        yield from _section_leaves((name,), section)
 
 
 def _parameters(path: KeyPath, value: Any) -> Iterator[tuple[KeyPath, str]]:

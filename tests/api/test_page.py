@@ -6,12 +6,13 @@ import gzip
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FAKE_ENGINE, Router, Start, chromium, models, starting
+from conftest import FAKE_ENGINE, Router, Start, Visit, models, starting, violations
 
 FOLDER = Path(__file__).parents[2] / "router" / "api" / "assets"
 LICENSES = "vendor/LICENSES.md"  # for those who read the source
@@ -43,7 +44,7 @@ FAKE_LOAD_SEC=0.5 FAKE_PROGRESS=1 FAKE_EVENTS={events} FAKE_CHUNK_SEC=0.1 exec {
 def router(tmp_path_factory: pytest.TempPathFactory, tiny: Path, engine: str) -> Iterator[Router]:
     folder = tmp_path_factory.mktemp("router")
     (folder / "broken.gguf").write_bytes(b"no model")
-    aliases = models(tiny, "family/a:q4", "b", HOSTILE, *(f"other-{n}" for n in range(30)))
+    aliases = models(tiny, "family/a:q4", "b", HOSTILE, *(f"other-{n}" for n in range(200)))
     config = {
         "models": {**aliases, "broken": {"model_path": str(folder / "broken.gguf")}},
         "aliases": {"gpt-4o": "b"},
@@ -129,36 +130,6 @@ def test_the_page_is_sent_compressed_and_small(locked: Router) -> None:
 
 # --- in a browser ---------------------------------------------------------------------------------------
 
-Open = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def visit(browser: Any) -> Iterator[Open]:
-    """Opens a router's page in a window of its own. At the end, no page may have complained."""
-    complaints: list[str] = []
-    windows = []
-
-    def open_page(router: Router, view: str = "", **options: Any) -> Any:
-        window = browser.new_context(**options)
-        windows.append(window)
-        page = window.new_page()
-        page.set_default_timeout(20_000)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda said: complaints.append(said.text) if "Content Security" in said.text else None)
-        page.goto(f"{router.url}/#/{view}")
-        return page
-
-    yield open_page
-    for window in windows:
-        window.close()
-    assert complaints == []
-
 
 def row(page: Any, alias: str) -> Any:
     return page.get_by_role("row").filter(has=page.get_by_text(alias, exact=True))
@@ -175,7 +146,7 @@ def ask(page: Any, model: str, text: str) -> None:
     page.get_by_label("Message", exact=True).press("Enter")
 
 
-def test_a_model_is_loaded_and_unloaded_with_a_click(router: Router, visit: Open) -> None:
+def test_a_model_is_loaded_and_unloaded_with_a_click(router: Router, visit: Visit) -> None:
     page = visit(router, "models")
     until_state(page, "family/a:q4", "off")
     page.evaluate("document.querySelector('tr[data-alias=\"family/a:q4\"]').mark = 'the same'")
@@ -183,17 +154,22 @@ def test_a_model_is_loaded_and_unloaded_with_a_click(router: Router, visit: Open
     until_state(page, "family/a:q4", "loading")
     until_state(page, "family/a:q4", "ready")
     assert page.evaluate("document.querySelector('tr[data-alias=\"family/a:q4\"]').mark") == "the same"
-    assert page.locator("#model-rows tr").first.get_attribute("data-alias") == "family/a:q4"
+    page.evaluate("document.activeElement.blur()")
+    page.mouse.move(0, 0)
+    page.locator("#model-rows tr:first-child[data-alias='family/a:q4']").wait_for()
     page.get_by_role("link", name="Overview").click()
-    page.get_by_label("Memory").get_by_text("family/a:q4").wait_for()
+    page.locator("#memory").get_by_text("family/a:q4").wait_for()
     row(page, "family/a:q4").get_by_role("button", name="Unload").click()
+    until_state(page, "family/a:q4", "off")  # the row stays while it is used
+    page.evaluate("document.activeElement.blur()")
+    page.mouse.move(0, 0)
     row(page, "family/a:q4").wait_for(state="detached")
     for window in (page, visit(router)):  # who comes later learns what was decided before
         decisions = window.locator("#decision-rows")
         for state in ("loading", "ready", "off"):
             decisions.get_by_text(state, exact=True).first.wait_for()
     page.get_by_role("link", name="Models", exact=True).click()
-    page.get_by_label("Filter").fill("Q4 family")
+    page.get_by_label("Filter the models").fill("Q4 family")
     page.locator("#model-rows tr").nth(1).wait_for(state="detached")
     until_state(page, "family/a:q4", "off")
     page.reload()
@@ -201,8 +177,85 @@ def test_a_model_is_loaded_and_unloaded_with_a_click(router: Router, visit: Open
     assert page.locator("#model-rows tr").count() == 1
 
 
+def has_focus(page: Any, name: str) -> None:
+    page.wait_for_function(
+        "name => (document.activeElement.ariaLabel ?? document.activeElement.textContent) === name", arg=name
+    )
+
+
+def test_each_view_has_an_address_a_title_and_a_heading_that_gets_the_focus(router: Router, visit: Visit) -> None:
+    page = visit(router)
+    page.locator("#memory").wait_for()
+    assert page.title() == "Overview · llama-router"
+    views = page.get_by_role("navigation")
+    for name in ("Requests", "Logs", "Settings", "Models"):
+        views.get_by_role("link", name=name).click()
+        page.locator("h2:focus").get_by_text(name, exact=True).wait_for(state="attached")
+        assert page.title() == f"{name} · llama-router"
+        assert page.url == f"{router.url}/#/{name.lower()}"
+        assert views.locator("[aria-current=page]").inner_text() == name
+    page.get_by_role("link", name="family/a:q4", exact=True).click()
+    page.locator("h2:focus").get_by_text("family/a:q4", exact=True).wait_for()
+    page.reload()
+    page.get_by_role("heading", name="family/a:q4").wait_for()
+    page.go_back()
+    has_focus(page, "Models")
+    page.go_back()
+    has_focus(page, "Settings")
+
+
+def test_a_pressed_button_keeps_the_focus_and_is_pressed_once(router: Router, visit: Visit) -> None:
+    page = visit(router, "models?q=other 7")
+    until_state(page, "other-7", "off")
+    asked: list[Any] = []
+    page.route("**/v1/models/load", lambda route: asked.append(route))  # and holds it
+    page.get_by_role("button", name="Load other-7", exact=True).focus()
+    page.keyboard.press("Enter")
+    row(page, "other-7").locator("[aria-disabled=true]").wait_for()
+    page.keyboard.press("Enter")
+    has_focus(page, "Load other-7")
+    assert len(asked) == 1
+    asked[0].continue_()
+    until_state(page, "other-7", "ready")
+    has_focus(page, "Unload other-7")
+    page.locator("#announcer").get_by_text("other-7 is ready").wait_for(state="attached")
+    page.keyboard.press("Enter")
+    until_state(page, "other-7", "off")
+    has_focus(page, "Load other-7")
+
+
+def test_rows_do_not_move_under_the_pointer(router: Router, visit: Visit) -> None:
+    page = visit(router, "models")
+    rows = page.locator("#model-rows tr")
+    row(page, "family/a:q4").hover()
+    router.http.post("/v1/models/load", json={"model": "other-9"})
+    until_state(page, "other-9", "ready")
+    assert "other-9" not in rows.first.inner_text()
+    page.mouse.move(0, 0)
+    rows.first.get_by_text("other-9", exact=True).wait_for()
+    router.http.post("/v1/models/eject", json={"model": "other-9"})
+
+
+def test_of_many_models_those_are_drawn_that_are_seen(router: Router, visit: Visit) -> None:
+    page = visit(router, "models")
+    rows = page.locator("#model-rows tr")
+    rows.nth(99).wait_for(state="attached")
+    assert rows.count() < 204
+    more = page.get_by_role("button", name=re.compile("Show more of"))
+    more.focus()
+    while rows.count() < 204:
+        page.keyboard.press("Enter")
+    filtered = page.get_by_label("Filter the models")
+    filtered.fill("other 11")
+    page.get_by_text("11 of 204 match").wait_for()
+    assert rows.count() == 11
+    assert page.url.endswith("?q=other+11")
+    filtered.fill("no such thing")
+    page.get_by_text("No model matches the filter.").wait_for()
+
+
 def test_a_load_that_waits_for_room_says_so_and_is_taken_back_with_a_click(
-    start: Start, tiny: Path, engine: str, visit: Open
+    start: Start, tiny: Path, engine: str, visit: Visit
 ) -> None:
     system = {"llama_server_path": engine, "max_concurrent_models": 1}
     router = start({"system": system, "models": models(tiny, "a", "b")})
@@ -218,13 +271,13 @@ def test_a_load_that_waits_for_room_says_so_and_is_taken_back_with_a_click(
         row(page, "b").get_by_role("button", name="Load").wait_for()
 
 
-def test_a_model_that_fails_says_why_and_can_be_reset(router: Router, visit: Open) -> None:
-    page = visit(router, "models")
+def test_a_model_that_fails_says_why_and_can_be_reset(router: Router, visit: Visit) -> None:
+    page = visit(router, "models?q=broken")
     row(page, "broken").get_by_role("button", name="Load").click()
     page.locator("#notice, tr[data-alias=broken] .error").get_by_text(re.compile("GGUF")).first.wait_for()
 
 
-def test_what_models_and_engines_say_is_text(router: Router, visit: Open) -> None:
+def test_what_models_and_engines_say_is_text(router: Router, visit: Visit) -> None:
     page = visit(router, "models")
     until_state(page, HOSTILE, "off")
     ask(page, HOSTILE, MARKUP)
@@ -237,7 +290,7 @@ def test_what_models_and_engines_say_is_text(router: Router, visit: Open) -> Non
     assert page.title() == f"Log of {HOSTILE} · llama-router"
 
 
-def test_a_hidden_page_costs_nothing_and_misses_nothing(router: Router, visit: Open) -> None:
+def test_a_hidden_page_costs_nothing_and_misses_nothing(router: Router, visit: Visit) -> None:
     page = visit(router, "models")
     until_state(page, "other-0", "off")
     hide = "Object.defineProperty(document, 'hidden', {value: %s, configurable: true});"
@@ -256,8 +309,10 @@ def test_a_hidden_page_costs_nothing_and_misses_nothing(router: Router, visit: O
     until_state(page, "other-0", "ready")
 
 
-def test_a_key_is_asked_for_and_stays_in_its_tab(locked: Router, visit: Open) -> None:
+def test_a_key_is_asked_for_and_stays_in_its_tab(locked: Router, visit: Visit) -> None:
     page = visit(locked)
+    page.get_by_label("This router asks for an API key").wait_for()
+    assert violations(page) == []
     for key in ("wrong", "operator"):
         page.get_by_label("This router asks for an API key").fill(key)
         page.get_by_role("button", name="Open").click()
@@ -273,7 +328,7 @@ def test_a_key_is_asked_for_and_stays_in_its_tab(locked: Router, visit: Open) ->
     page.get_by_role("button", name="Forget key").click()
     page.get_by_label("This router asks for an API key").fill("client")
     page.get_by_role("button", name="Open").click()
-    page.get_by_text("Inference only").wait_for()
+    page.get_by_text("it manages nothing, and shows nothing of others").wait_for()
     page.get_by_role("link", name="Models", exact=True).click()
     until_state(page, "a", "off")
     row(page, "a").get_by_role("link", name="Chat").wait_for()
@@ -282,13 +337,14 @@ def test_a_key_is_asked_for_and_stays_in_its_tab(locked: Router, visit: Open) ->
     assert page.locator("#pulls").is_hidden()
 
 
-def test_a_router_that_goes_and_comes_back(start: Start, visit: Open, tiny: Path, free_port: int) -> None:
+def test_a_router_that_goes_and_comes_back(start: Start, visit: Visit, tiny: Path, free_port: int) -> None:
     arguments = ["--port", str(free_port)]
     router = start({"models": models(tiny, "a")}, arguments=arguments)
     page = visit(router)
     until_state(page, "a", "off")
     router.stop()
     page.get_by_text("no answer, reconnecting").wait_for()
+    assert violations(page) == []
     again = start({"models": models(tiny, "a", "new")}, arguments=arguments)
     until_state(page, "new", "off")
     page.get_by_role("status").get_by_text("ready").wait_for()
@@ -296,10 +352,35 @@ def test_a_router_that_goes_and_comes_back(start: Start, visit: Open, tiny: Path
     again.stop()
 
 
-def test_it_fits_a_phone(router: Router, visit: Open) -> None:
-    page = visit(router, "models", viewport={"width": 360, "height": 740})
-    until_state(page, "b", "")
-    assert page.evaluate("document.documentElement.scrollWidth") == 360
+VIEWS = ("", "requests", "models", "models/broken", "logs/b", "settings")
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        {"color_scheme": "light"},
+        {"color_scheme": "dark", "viewport": {"width": 360, "height": 740}},
+    ],
+    ids=["light", "dark-phone"],
+)
+def test_everybody_can_read_and_press_everything(router: Router, visit: Visit, look: dict[str, Any]) -> None:
+    """With two hundred models, one that has failed, and a queue."""
+    router.http.post("/v1/models/load", json={"model": "broken"})
+    body = {"model": "b", "messages": [], "stream": True}
+    with (
+        router.http.stream("POST", "/v1/chat/completions", json=body),
+        ThreadPoolExecutor() as pool,
+    ):
+        waits = pool.submit(router.http.post, "/v1/chat/completions", json=body)
+        page = visit(router, **look)
+        page.locator("#waiting-rows").get_by_text("the only slot of b").wait_for()
+        for view in VIEWS:
+            page.goto(f"{router.url}/#/{view}")
+            page.locator(f"#view-{view.partition('/')[0] or 'overview'}").wait_for()
+            page.get_by_role("heading", level=2).wait_for(state="attached")
+            assert violations(page) == [], view
+            assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"], view
+    assert waits.result().status_code == 200
 
 
 # --- the description of the API -------------------------------------------------------------------------

@@ -139,6 +139,46 @@ export function putCells(row, texts) {
   texts.forEach((text, index) => put(row.children[index], text));
 }
 
+const showFacts = lists(
+  () => stamp("fact"),
+  ([name]) => name,
+  (row, [name, value, title = ""]) => {
+    put(row.name, name);
+    put(row.value, value);
+    put(row.value, title, "title");
+  },
+);
+
+/** Names and values in a <dl>, without those whose value is empty. */
+export const putFacts = (parent, facts) => showFacts(parent, facts.filter(([, value]) => value));
+
+/** Copies a text, and says so on the button for a moment. */
+export async function copy(text, button) {
+  const said = button.textContent;
+  let told = "Copied";
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    told = copiedAsBefore(text) ? "Copied" : "Not copied";
+  }
+  announce(told);
+  put(button, told);
+  setTimeout(() => button.textContent === told && put(button, said), 1500);
+}
+
+/** Without HTTPS, browsers have no other way. */
+function copiedAsBefore(text) {
+  const field = document.createElement("textarea");
+  const focused = document.activeElement;
+  field.value = text;
+  document.body.append(field);
+  field.select();
+  const done = document.execCommand("copy");
+  field.remove();
+  focused.focus({ preventScroll: true });
+  return done;
+}
+
 // --- words ---------------------------------------------------------------------------------------------------
 
 export function duration(seconds) {

@@ -14,6 +14,8 @@ export const known = {
   vram: null,
   telemetry: null,
   kv: null,
+  health: {}, // of the engines of models, and how the last one ended
+  found: null, // what was found but is not served
   decisions: [],
   pulls: [],
   pending: new Map(), // by model: what ends the wait for the answer to a command
@@ -26,6 +28,8 @@ const SLOWLY_MS = 5_500; // what changes slowly is asked for in every third look
 const FACTS = {
   vram: { path: "vram" },
   telemetry: { path: "v1/telemetry/summary?models=false" },
+  health: { path: "v1/health/models", manages: true, of: (answer) => answer.models },
+  found: { path: "v1/models/found", manages: true },
   kv: { path: "v1/kv?conversations=false", manages: true },
   pulls: { path: "v1/models/pull", manages: true, of: (answer) => answer.pulls },
 };

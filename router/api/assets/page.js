@@ -12,12 +12,12 @@ import { tell } from "./notice.js";
 
 const LOOK_MS = 2_000;
 const NEWS_MS = 500; // after a model's state has changed
-const DECISIONS = 60;
+const DECISIONS = 200;
 
 whenChanged(() => {
   drawHead();
   if (!known.server) return;
-  show(element("main"), true);
+  show(element("views"), true);
   shown?.draw?.(known);
 });
 
@@ -46,7 +46,7 @@ function note({ event, id, data }) {
   const told = event === "heartbeat" ? {} : JSON.parse(data);
   if (event === "full_status") {
     const [ofRun] = id.split("-");
-    if (run && ofRun !== run) decide({ about: "router", state: "back", reason: "it was started again" });
+    if (run && ofRun !== run) decide({ model: null, state: "back", reason: "it was started again" });
     run = ofRun;
     decisionsAreOld = true;
     noteAll(told);
@@ -89,9 +89,9 @@ function noteModel(model) {
 let decided = 0;
 
 /** Adds it where it belongs, unless it is there. */
-function decide({ about, state, reason, at = Date.now(), key = `here ${(decided += 1)}` }) {
+function decide({ model, state, reason, at = Date.now(), key = `here ${(decided += 1)}` }) {
   if (known.decisions.some((decision) => decision.key === key)) return;
-  known.decisions = [{ key, about, state, reason, at: Number(new Date(at)) }, ...known.decisions]
+  known.decisions = [{ key, model, state, reason, at: Number(new Date(at)) }, ...known.decisions]
     .sort((one, other) => other.at - one.at)
     .slice(0, DECISIONS);
 }
@@ -99,7 +99,7 @@ function decide({ about, state, reason, at = Date.now(), key = `here ${(decided 
 /** What the router tells. After `stopping`, `off` follows for the same reason. */
 function decideAs({ id, model, status, reason, at }) {
   if (status !== "stopping")
-    decide({ about: model ?? "router", state: status.replace("_", " "), reason, at, key: id });
+    decide({ model, state: status.replace("_", " "), reason, at, key: id });
 }
 
 // --- what is asked for ---------------------------------------------------------------------------------------

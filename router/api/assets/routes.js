@@ -82,7 +82,7 @@ export async function enter(failed) {
   const title = view.show?.(path, query) ?? view.title;
   document.title = `${title} · llama-router`;
   const place = [name, ...path].join("/");
-  if (before !== null && before !== place && (focused === document.activeElement || !hasFocus())) {
+  if (before !== null && before !== place && !hasMoved(focused)) {
     const heading = [...root.querySelectorAll("h2")].find((each) => each.checkVisibility());
     if (heading) focusOn(heading);
     scrollTo(0, 0);
@@ -90,4 +90,8 @@ export async function enter(failed) {
   before = place;
 }
 
-const hasFocus = () => document.activeElement !== document.body && document.activeElement.checkVisibility();
+/** Whether the view has put the focus where it wants it. */
+function hasMoved(focused) {
+  const { activeElement: now, body } = document;
+  return now !== focused && now !== body && now.checkVisibility() && !now.matches("h1, h2, h3");
+}

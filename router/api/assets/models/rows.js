@@ -30,21 +30,36 @@ export function rowsOf(body) {
   return (models, known) => draw(models.map((model) => ({ ...model, known })));
 }
 
+/**
+ * The order of rows: as given, but as it was while the pointer or the focus is among them, so that nobody presses
+ * the button of another model than intended.
+ */
+export function held(body) {
+  let before = [];
+  return (models) => {
+    if (body.matches(":hover, :focus-within")) {
+      const places = new Map(before.map((alias, index) => [alias, index]));
+      const place = ({ alias }) => places.get(alias) ?? Infinity;
+      models.sort((one, other) => place(one) - place(other) || 0);
+    }
+    before = models.map(({ alias }) => alias);
+    return models;
+  };
+}
+
 function fill(row, model) {
   const { known, alias, status } = model;
   const queue = known.queue?.per_model[alias];
   const inFlight = queue?.current_processing ?? model.in_flight;
-  const [progress, told] = status === "loading" && model.load ? load(model) : [null, ""];
-  const waits = waitsForLoad(model);
+  const [progress] = status === "loading" && model.load ? load(model) : [null];
   put(row.root.dataset, status, "state");
   put(row.root.dataset, alias, "alias");
   put(row.alias, alias);
   link(row.alias, addressOf(alias));
-  const why = told || (waits && model.why_waiting);
-  put(row.about, why || trouble(model) || queue?.waiting[0]?.why || description(model));
-  put(row.about, !why && trouble(model) ? "error" : "dim", "className");
-  const share = progress !== null && model.load.fraction ? ` ${Math.round(100 * progress)} %` : "";
-  put(row.state, waits ? "waiting" : `${status}${share}`);
+  const [said, isTrouble] = why(model, known);
+  put(row.about, said || description(model));
+  put(row.about, isTrouble ? "error" : "dim", "className");
+  put(row.state, stateOf(model));
   show(row.progress, progress !== null);
   put(row.progress, progress ?? 0, "value");
   put(row.progress, `How far ${alias} is loaded`, "ariaLabel");
@@ -52,7 +67,7 @@ function fill(row, model) {
   put(row.queue, counted(queue?.by_priority ?? {}));
   put(row.memory, places(model.memory?.booked_mb ?? {}, known));
   put(row.leaves, leaves(model, inFlight));
-  const action = waits ? "Cancel" : ACTIONS[status];
+  const action = actionOf(model);
   put(row.manage, action);
   put(row.manage, `${action} ${alias}`, "ariaLabel");
   allow(row.manage, !known.pending.has(alias) && status !== "stopping");
@@ -63,6 +78,24 @@ function fill(row, model) {
   show(row.chat, canChat(known.cards.get(alias)));
   link(row.chat, address("chat", [], { model: alias }));
   put(row.chat, `Chat with ${alias}`, "ariaLabel");
+}
+
+/** What its button does. */
+export const actionOf = (model) => (waitsForLoad(model) ? "Cancel" : ACTIONS[model.status]);
+
+export function stateOf(model) {
+  if (waitsForLoad(model)) return "waiting";
+  const share = model.status === "loading" && model.load?.fraction ? ` ${Math.round(100 * load(model)[0])} %` : "";
+  return `${model.status}${share}`;
+}
+
+/** What there is to say of its state, and whether that is trouble. */
+export function why(model, known) {
+  const told = model.status === "loading" && model.load ? load(model)[1] : "";
+  const said = told || (waitsForLoad(model) && model.why_waiting);
+  if (said) return [said, false];
+  const problem = trouble(model);
+  return [problem || known.queue?.per_model[model.alias]?.waiting[0]?.why || "", Boolean(problem)];
 }
 
 /** Its share, by the engine's own word or else by the time that it takes; and the words for it. */
@@ -97,9 +130,12 @@ function places(booked, known) {
   return names.map((device) => (several ? `${device} ${size(booked[device])}` : size(booked[device]))).join("\n");
 }
 
-function leaves(model, inFlight) {
+const clock = (when) => new Date(when).toLocaleTimeString("en-GB", { hour: "2-digit", minute: "2-digit" });
+
+export function leaves(model, inFlight) {
   if (!["ready", "asleep"].includes(model.status)) return "";
   if (inFlight || model.slotless) return "busy";
+  if (model.pinned_until) return `kept until ${clock(model.pinned_until)}`;
   if (model.unload_at === null) return model.pinned ? "pinned" : "kept";
   const left = secondsBetween(model.updated_at, model.unload_at) - ago(model.seenAt);
   return `in ${duration(Math.max(0, Math.round(left)))}`;

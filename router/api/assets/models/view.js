@@ -1,51 +1,35 @@
-// All models that the router serves.
+// All models that the router serves; and a page of each.
 
-import { counted, element, matches, put, show } from "../drawing.js";
-import { changed, isRunning, need, outdate } from "../known.js";
-import { keepQuery } from "../routes.js";
-import { drawPulls, startPulls } from "./pulls.js";
-import { rowsOf } from "./rows.js";
+import { element, show } from "../drawing.js";
+import { drawList, needForList, showList, startList } from "./list.js";
+import { drawModel, leaveModel, needForModel, showModel, startModel } from "./model.js";
 
-const RANK = { failed: 0, loading: 1, draining: 1, stopping: 1, ready: 1, asleep: 2, off: 3 };
-
-let showRows;
+let alias = "";
 
 export const view = {
   name: "models",
   title: "Models",
   start() {
-    showRows = rowsOf(element("model-rows"));
-    startPulls();
-    element("filter").addEventListener("input", ({ target }) => {
-      keepQuery({ q: target.value });
-      changed();
-    });
+    startList();
+    startModel();
   },
   show(path, query) {
-    put(element("filter"), query.get("q") ?? "", "value");
+    alias = path.join("/");
+    show(element("model-list"), !alias);
+    show(element("model-page"), alias);
+    if (alias) showModel(alias);
+    else showList(query);
+    return alias || "Models";
+  },
+  hide() {
+    leaveModel();
   },
   draw(known) {
-    const models = [...known.models.values()];
-    const wanted = element("filter").value;
-    const shown = models.filter((model) =>
-      matches(wanted, [model.alias, model.status, model.source, ...(known.names.get(model.alias) ?? [])]),
-    );
-    shown.sort((one, other) => RANK[one.status] - RANK[other.status]);
-    showRows(shown, known);
-    const states = {};
-    for (const { status } of models) states[status] = (states[status] ?? 0) + 1;
-    put(element("counts"), counted(states));
-    put(
-      element("no-models"),
-      models.length
-        ? "No model matches the filter."
-        : "No models are configured: start the router with --models-dir, name some in its configuration, or pull one.",
-    );
-    show(element("no-models"), !shown.length);
-    drawPulls(known);
+    if (alias) drawModel(known);
+    else drawList(known);
   },
   async ask(known) {
-    if (known.pulls.some(isRunning)) outdate("pulls");
-    await need("vram", "pulls");
+    if (alias) await needForModel();
+    else await needForList(known);
   },
 };

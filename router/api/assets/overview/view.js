@@ -2,7 +2,7 @@
 
 import { element, number, put, show } from "../drawing.js";
 import { need, waitsForLoad } from "../known.js";
-import { rowsOf } from "../models/rows.js";
+import { held, rowsOf } from "../models/rows.js";
 import { figuresIn } from "../requests/figures.js";
 import { drawDecisions } from "./decisions.js";
 import { drawKept } from "./kept.js";
@@ -13,13 +13,16 @@ import { askTimeline, drawTimeline, startTimeline } from "./timeline.js";
 const FEW_MODELS = 8;
 
 let showRows;
+let inOrder;
 let drawFigures;
+let before = new Set(); // whose rows are there
 
 export const view = {
   name: "overview",
   title: "Overview",
   start() {
     showRows = rowsOf(element("resident-rows"));
+    inOrder = held(element("resident-rows"));
     drawFigures = figuresIn(element("figure-rows"), element("since-start"));
     startTimeline();
   },
@@ -38,13 +41,19 @@ export const view = {
   },
 };
 
-/** All of a few models; of many, those of which there is something to say. */
+/** All of a few models; of many, those of which there is something to say. A row under the pointer stays. */
 function drawResidents(known) {
   const models = [...known.models.values()];
-  const shown = models.length > FEW_MODELS ? models.filter((model) => isOfInterest(model, known)) : models;
+  const isUsed = element("resident-rows").matches(":hover, :focus-within");
+  const shown = inOrder(
+    models.length > FEW_MODELS
+      ? models.filter((model) => isOfInterest(model, known) || (isUsed && before.has(model.alias)))
+      : models,
+  );
+  before = new Set(shown.map(({ alias }) => alias));
   showRows(shown, known);
   const others = models.length - shown.length;
-  put(element("others"), others ? `${number(others)} ${shown.length ? "more" : ""} off` : "all models");
+  put(element("others"), others ? `${number(others)}${shown.length ? " more" : ""} off` : "all models");
   show(element("no-residents"), !shown.length);
   show(element("residents-table"), shown.length);
   put(
