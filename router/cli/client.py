@@ -19,6 +19,8 @@ from urllib.parse import SplitResult, urlsplit
 
 KEY_VARIABLE = "LLAMA_ROUTER_API_KEY"
 DEFAULT_PORT = 8000
+PRIORITIES = ("high", "normal", "low")
+"""Values of the header `X-Request-Priority`."""
 _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104
 _ANSWER_SEC = 10.0
 _SILENCE_SEC = 75.0

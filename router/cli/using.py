@@ -7,11 +7,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from router.cli.client import CannotAsk
+from router.cli.client import PRIORITIES, CannotAsk
 from router.cli.commands import CONFIGURATION, LOOK, Command, Commands
 from router.cli.remote import KEY_NOTE, place, positive
-
-PRIORITIES = ("high", "normal", "low")
 
 
 def add_parsers(commands: Commands) -> None:

@@ -185,6 +185,12 @@ def test_elsewhere_than_on_a_terminal_the_text_is_left_as_it_is(stage: Router, a
     assert ask(stage, "hostile", "Hi").stdout == f"{HOSTILE}\n\tend\n"
 
 
+def test_an_answer_that_is_cut_off_says_so(router: Router, ask: Ask) -> None:
+    cut = ask(router, "demo", "Hello", "--temperature", "0", "--max-tokens", "3")
+    assert (cut.returncode, cut.stdout) == (0, f"{GREETING[: len(cut.stdout) - 1]}\n")
+    assert cut.stderr.endswith("The answer was cut off after 3 tokens (max_tokens).\n")
+
+
 def test_an_unknown_model_is_told_with_those_like_it(router: Router, ask: Ask) -> None:
     unknown = ask(router, "demmo", "Hello")
     assert (unknown.returncode, unknown.stdout) == (1, "")

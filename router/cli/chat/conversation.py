@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from router.cli.chat.attachments import Part
-from router.cli.client import CannotAsk
+from router.cli.client import PRIORITIES, CannotAsk
 
 Message = dict[str, Any]
-_PRIORITIES = ("high", "normal", "low")
 
 
 @dataclass(slots=True)
@@ -33,8 +32,8 @@ class Conversation:
 
     def set_priority(self, name: str) -> None:
         """Set the priority of requests. Raises CannotAsk."""
-        if name not in _PRIORITIES:
-            raise CannotAsk(f"A priority is {', '.join(_PRIORITIES[:-1])} or {_PRIORITIES[-1]}, not {name!r}.")
+        if name not in PRIORITIES:
+            raise CannotAsk(f"A priority is {', '.join(PRIORITIES[:-1])} or {PRIORITIES[-1]}, not {name!r}.")
         self.priority = name
 
     def say(self, text: str, parts: list[Part]) -> None:

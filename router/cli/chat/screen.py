@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from router.cli.chat.reply import Figures, Piece
 from router.cli.columns import duration
@@ -14,32 +12,25 @@ from router.system.printable import printable
 _DIM, _NORMAL = "\x1b[2m", "\x1b[22m"
 
 
-class Screen:
-    """Standard output for one answer after the other."""
+class Answer:
+    """An answer that is being printed. Whatever happens meanwhile, it ends with a line break, in normal type."""
 
     def __init__(self) -> None:
-        self.is_terminal = sys.stdout.isatty()
-        self._has_colours = self.is_terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-
-    @contextmanager
-    def answer(self) -> Iterator[Answer]:
-        """Print an answer; whatever happens meanwhile, it ends with a line break, in normal type."""
-        answer = Answer(self.is_terminal, self._has_colours)
-        try:
-            yield answer
-        finally:
-            answer.end()
-
-
-class Answer:
-    """One answer that is being printed."""
-
-    def __init__(self, is_terminal: bool, has_colours: bool) -> None:
         self.text = ""
-        self._is_terminal = is_terminal
-        self._has_colours = has_colours
+        """Without what the model has thought."""
+        self._is_terminal = sys.stdout.isatty()
+        self._has_styles = self._is_terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
         self._thinks = False
         self._last = ""
+
+    def __enter__(self) -> Answer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._thinks and self._has_styles:
+            self._write(_NORMAL)
+        if self._last and self._last != "\n":
+            self._write("\n")
 
     def show(self, piece: Piece) -> None:
         """Print a piece at once."""
@@ -51,16 +42,10 @@ class Answer:
             self._turn(piece.is_thought)
         self._write(printable(piece.text) if self._is_terminal else piece.text)
 
-    def end(self) -> None:
-        if self._thinks and self._has_colours:
-            self._write(_NORMAL)
-        if self._last and self._last != "\n":
-            self._write("\n")
-
     def _turn(self, thinks: bool) -> None:
         """Begin or end thoughts."""
         self._thinks = thinks
-        if self._has_colours:
+        if self._has_styles:
             self._write(_DIM if thinks else f"{_NORMAL}\n\n")
         else:
             self._write("Thinking …\n" if thinks else "\n… thought.\n\n")

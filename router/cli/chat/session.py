@@ -18,9 +18,9 @@ from router.cli.chat.attachments import Part
 from router.cli.chat.conversation import Conversation
 from router.cli.chat.editor import Editor, paths
 from router.cli.chat.reply import Reply
-from router.cli.chat.screen import Screen, summary
+from router.cli.chat.screen import Answer, summary
 from router.cli.chat.waiting import Waiting
-from router.cli.client import CannotAsk, RouterClient
+from router.cli.client import PRIORITIES, CannotAsk, RouterClient
 from router.system.printable import line, printable
 
 _T = TypeVar("_T")
@@ -49,7 +49,7 @@ class Chat:
         if self.streams:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         reply = Reply(self.client, body, headers)
-        with Screen().answer() as shown, Waiting(self.client, request_id) as waiting:
+        with Answer() as shown, Waiting(self.client, request_id) as waiting:
             try:
                 for piece in reply:
                     waiting.end()
@@ -61,7 +61,7 @@ class Chat:
                 raise
         self.conversation.answered(shown.text)
         if reply.end == "length":
-            print(_why_cut(body.get("max_tokens")), file=sys.stderr)
+            print(_why_cut(body.get("max_tokens"), reply.figures.output_tokens or 0), file=sys.stderr)
         if self.verbose:
             print(line(summary(reply.figures)), file=sys.stderr)
 
@@ -82,8 +82,8 @@ class Chat:
         return text, [attachments.image(path) for path in found]
 
 
-def _why_cut(most: int | None) -> str:
-    if most is None:
+def _why_cut(most: int | None, tokens: int) -> str:
+    if most is None or tokens < most:
         return "The answer was cut off: the model's context is full, or its flags limit answers."
     return f"The answer was cut off after {most} tokens (max_tokens)."
 
@@ -114,7 +114,7 @@ class Session:
         names |= dict.fromkeys(("/image", "/file", "/save", "/load"), paths)
         names["/model"] = lambda _, __: self._models()
         names["/set"] = lambda _, __: [f"{name} " for name in (*settings.NAMES, "verbose")]
-        names["/priority"] = lambda _, __: ("high", "normal", "low")
+        names["/priority"] = lambda _, __: PRIORITIES
         self._editor = Editor(history, names)
         self._left = False
 
@@ -212,11 +212,11 @@ class Session:
         self._attach(rest, attachments.text, self._texts)
 
     def _attach(self, rest: str, read: Callable[[str], _T], to: list[_T]) -> None:
-        paths = _words(rest)
-        if not paths:
+        names = _words(rest)
+        if not names:
             raise CannotAsk("Name a file.")
-        to += [read(path) for path in paths]
-        print(line(f"{', '.join(paths)} will go with the next prompt."))
+        to += [read(name) for name in names]
+        print(line(f"{', '.join(names)} will go with the next prompt."))
 
     def _clear(self, _: str) -> None:
         self._chat.conversation.clear()

@@ -7,10 +7,9 @@ import shutil
 import sys
 import threading
 import time
-from types import TracebackType
 from typing import Any
 
-from router.cli.client import CannotAsk, RouterClient
+from router.cli.client import CannotAsk, Refused, RouterClient
 from router.cli.columns import duration
 from router.system.printable import line
 
@@ -42,9 +41,7 @@ class Waiting:
         threading.Thread(target=self._watch, daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.end()
 
     def end(self) -> None:
@@ -63,9 +60,13 @@ class Waiting:
             wait_sec = _LOOK_SEC
             try:
                 told = _told(self._client.get(f"/v1/requests/{self._id}"))
+            except Refused as refused:
+                if refused.code != "request_not_found":  # its beginning may not have arrived yet
+                    return
             except (CannotAsk, KeyError, TypeError):  # another server, or an answer that will say what is wrong
                 return
-            self._tell(f"{told}, {duration(time.monotonic() - self._since)}")
+            else:
+                self._tell(f"{told}, {duration(time.monotonic() - self._since)}")
 
     def _tell(self, told: str) -> None:
         with self._drawing:
@@ -83,6 +84,8 @@ class Waiting:
 
 def _told(request: dict[str, Any]) -> str:
     """Return what the router says about a request."""
+    if request["state"] == "receiving":
+        return "the router receives the request"
     if request["state"] != "queued":
         return "the model reads the prompt"
     expected = request["expected_wait_sec"]
