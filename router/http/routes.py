@@ -179,9 +179,7 @@ CHATS = "/v1/chat/completions"
 SERVED = tuple(path for path, route in ROUTES.items() if route.dialect is not Dialect.OLLAMA)
 """Paths that engines may have: all but those of Ollama's API."""
 KEPT = frozenset(
-    path
-    for path in SERVED
-    if ROUTES[path].needs_slot and ROUTES[path].asks in ("chat", "completion", "response") and path != "/infill"
+    path for path in SERVED if ROUTES[path].needs_slot and ROUTES[path].asks in ("chat", "completion", "response")
 )
 """Paths of requests whose slots of an engine can be kept: what they compute is found again by their beginning."""
 _OF_LLAMA_SERVER = frozenset(path for path, route in ROUTES.items() if route.of_llama_server)

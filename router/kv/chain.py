@@ -41,6 +41,8 @@ class _Body(msgspec.Struct):
     messages: msgspec.Raw = _ABSENT
     prompt: msgspec.Raw = _ABSENT
     input: msgspec.Raw = _ABSENT
+    input_prefix: msgspec.Raw = _ABSENT
+    """The text before the gap that `/infill` fills, which changes with each request."""
     system: msgspec.Raw = _ABSENT
     instructions: msgspec.Raw = _ABSENT
     tools: msgspec.Raw = _ABSENT
@@ -60,7 +62,7 @@ _decode = msgspec.json.Decoder(_Body).decode
 
 
 def chain_of(body: bytes, key: bytes) -> Chain | None:
-    """Return the chain of a request's body, which is empty if the prompt is shorter than a block.
+    """Return the chain of a request's body, which is empty if the prompt is shorter than a block, or fills a gap.
 
     None: the request has several prompts, wants several answers or a slot of its own choice, or it is unreadable.
     `key` keeps digests from being compared with those of guessed prompts.
@@ -73,6 +75,8 @@ def chain_of(body: bytes, key: bytes) -> Chain | None:
         return None
     if read.n not in (None, 1) or read.n_cmpl not in (None, 1) or _SEVERAL.match(read.prompt):
         return None
+    if read.input_prefix is not _ABSENT:
+        return ()
     content = memoryview(read.messages) or memoryview(read.prompt) or memoryview(read.input)
     size = len(content) - 1  # without the end of the list or text, which the next request goes on with
     if size < SHORTEST:

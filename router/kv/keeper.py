@@ -385,7 +385,8 @@ class Keeper:
         if before is not None:
             before.cancel()
         slot.clear()
-        self._rests_until_sec = self._next_save_sec = time.monotonic() + _AGAIN_SEC
+        self._next_save_sec = time.monotonic() + _AGAIN_SEC
+        self._rests_until_sec = max(self._rests_until_sec, self._next_save_sec)
         _log.warning(
             "model %s: %s does not answer; conversations are not restored for %.0f s",
             self._model,

@@ -89,6 +89,11 @@ def test_prompts_without_text_have_an_empty_chain() -> None:
     assert chain_of(b"{}", KEY) == ()
 
 
+def test_the_code_around_a_gap_is_no_conversation() -> None:
+    body = {"input_prefix": LONG, "input_suffix": LONG, "prompt": LONG}
+    assert chain_of(json.dumps(body).encode(), KEY) == ()
+
+
 def test_a_list_of_tokens_is_a_beginning_too() -> None:
     def of(*tokens: int) -> tuple[int, ...]:
         return chain_of(json.dumps({"prompt": tokens}).encode(), KEY) or ()

@@ -249,6 +249,20 @@ def test_short_prompts_leave_alone_what_is_worth_something(tmp_path: Path) -> No
     play(tmp_path, story, slots=2)
 
 
+def test_code_that_is_completed_beside_a_conversation_leaves_its_slot_alone(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.chat(TEXT)
+        for number in range(3):
+            body = json.dumps({"input_prefix": f"{number}{TEXT}", "input_suffix": "", "prompt": ""}).encode()
+            placement = world.keeper.place(body, "", keeps=True, is_plain=True)
+            assert placement is not None
+            assert (placement.slot, placement.is_ready) == (1, True)
+            world.keeper.ended(placement, Usage(8000, 0, 6, 80.0))
+        assert (await world.chat(TEXT + "x"))[0] is Source.SLOT
+
+    play(tmp_path, story, slots=2)
+
+
 def test_short_conversations_go_on_in_their_slots(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         def turn(client: str, *texts: str, source: Source, tokens: int = 100) -> int:

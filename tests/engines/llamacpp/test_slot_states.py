@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -163,6 +164,28 @@ def _flip(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
+
+
+def test_what_a_smaller_context_cannot_hold_is_left_to_a_larger_one(
+    start: Start, tiny: Path, tmp_path: Path
+) -> None:
+    def configured(context: int) -> dict[str, Any]:
+        flags = ["-c", str(context), "-t", "1"]
+        return {"kv_store": {"min_tokens": 64}, "models": models(tiny, "a", flags=flags)}
+
+    router = start(configured(4096))
+
+    def source(prompt: str) -> str:
+        answer = router.http.post("/completion", json={"model": "a", "prompt": prompt, "n_predict": 2})
+        assert answer.status_code == 200, answer.text
+        router.unload()
+        return answer.headers["x-kv"]
+
+    assert source(TEXT) == "none"
+    for context, prompt, expected in ((1024, TEXT[:700], "none"), (4096, f"{TEXT}!", "disk")):
+        (tmp_path / "config.json").write_text(json.dumps(configured(context)))
+        assert router.http.post("/v1/config/reload").status_code == 200
+        assert source(prompt) == expected
 
 
 def test_clients_with_keys_do_not_find_each_others_conversations(start: Start, tiny: Path) -> None:
