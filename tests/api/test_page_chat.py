@@ -421,6 +421,12 @@ def test_a_failed_answer_says_why_and_is_retried(stage: Router, visit: Open) -> 
     answer.get_by_role("button", name="Retry").click()
     answer.get_by_text("at last").wait_for()
     assert page.locator("article").count() == 2
+    page.route("**/v1/chat/completions", lambda route: route.abort())
+    lost = finished(say(page, "And now?"))
+    lost.get_by_text("The router did not answer").wait_for()
+    page.unroute("**/v1/chat/completions")
+    lost.get_by_role("button", name="Retry").click()
+    lost.get_by_text("at last").wait_for()
 
 
 def test_a_reload_loses_nothing(stage: Router, visit: Open) -> None:

@@ -293,7 +293,7 @@ async function open(id, model) {
   await kept(comeBack());
   const all = (await kept(listed())) ?? [];
   const wanted = id || (model ? NEW : (sessionStorage.getItem(LAST) ?? NEW));
-  const there = wanted === NEW ? undefined : (inMemory.get(wanted) ?? (await opened(wanted)));
+  const there = wanted === NEW ? undefined : (inMemory.get(wanted) ?? (await kept(opened(wanted))));
   const next = there ?? (await unsent(all));
   if (opening !== openings) return; // somebody has gone on meanwhile
   complain(id && id !== NEW && !there ? "This conversation is not kept in this browser." : "");
@@ -310,14 +310,15 @@ const isSent = ({ about }) => about.title !== "";
 /** The conversation that was not begun yet, with its draft. */
 async function unsent(all) {
   for (const conversation of inMemory.values()) if (!isSent(conversation)) return conversation;
-  const kept = all.find(({ title }) => title === "");
-  if (kept) return new Conversation(kept);
+  const begun = all.find(({ title }) => title === "");
+  if (begun) return new Conversation(begun);
   const models = all.find((about) => about.models.length)?.models.slice(0, 1);
   return Conversation.begun(models);
 }
 
 function turnTo(conversation) {
   keepAtOnce();
+  const typed = current ? "" : parts.text.value; // before the first conversation was there
   current = conversation;
   const { about } = conversation;
   inMemory.set(about.id, conversation);
@@ -326,7 +327,7 @@ function turnTo(conversation) {
   parts.sight.disconnect();
   offerUndo(null);
   files = about.draft?.files ?? [];
-  parts.text.value = about.draft?.text ?? "";
+  parts.text.value = typed || (about.draft?.text ?? "");
   parts.settings.show(about.settings);
   put(parts.title, about.title, "value");
   drawModels();
@@ -456,6 +457,7 @@ function stateOf(name) {
 
 function submitted(event) {
   event.preventDefault();
+  if (!current) return;
   if (runningHere().length) return stopAll();
   const text = parts.text.value;
   if (!text.trim() && !files.length) return;
@@ -720,6 +722,7 @@ function escaped(event) {
 }
 
 async function attach(list) {
+  if (!current) return;
   complain("");
   for (const file of list) {
     try {
