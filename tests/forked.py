@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -156,11 +157,20 @@ def _become(command: list[str], cwd: str, environ: dict[str, str], files: list[i
 
 
 if __name__ == "__main__":
-    import router.cli.check
-    import router.server
+    from router.engines.registry import KINDS
 
-    assert router.cli.check
-    assert router.server
+    # What a router imports at its start, also that which it imports only when it knows that it will be a router.
+    for module in (
+        "router.cli.check",
+        "router.cli.remote",
+        "router.server",
+        *(f"router.engines.{kind}.backend" for kind in KINDS),
+        "router.engines.minder",
+        "anyio._backends._asyncio",
+        "uvicorn.lifespan.off",
+        "uvloop",
+    ):
+        importlib.import_module(module)
     gc.collect()
     gc.freeze()
     _fork_on_demand()
