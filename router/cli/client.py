@@ -186,7 +186,9 @@ class RouterClient:
             )
         except (ValueError, KeyError, TypeError, AttributeError):
             return CannotAsk(f"The server at {self.url} is not a llama-router: HTTP {answer.status}.")
-        if code == "insufficient_permissions":
+        if code == "route_not_found":
+            message = f"{message.rstrip('.')} at {self.url}: is its path right, and the router recent?"
+        elif code == "insufficient_permissions":
             message = f"{message} Set {KEY_VARIABLE} to one of api.api_keys."
         return Refused(str(message), answer.status, str(code))
 

@@ -170,6 +170,11 @@ def logs(options: argparse.Namespace) -> None:
             print_json({"model": options.model, "lines": text.splitlines()})
         else:
             sys.stdout.write(shown(text))
+            if not text:
+                print(
+                    line(f"No engine of {options.model} has printed anything since the router started."),
+                    file=sys.stderr,
+                )
         return
     for event in client.events(f"{path}/stream?lines={options.lines}"):
         if event.name not in ("log", "missed"):

@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
@@ -36,7 +37,7 @@ def main(serve: Callable[[Load], None], arguments: Sequence[str] | None = None) 
         from router.cli.completion import complete
 
         complete(program, program.commands)
-    options = program.parse_args(program.with_command(sys.argv[1:] if arguments is None else list(arguments)))
+    options = program.parsed(sys.argv[1:] if arguments is None else list(arguments))
     try:
         if options.run is None:
             _serve(options, serve)
@@ -95,6 +96,15 @@ class Program(argparse.ArgumentParser):
             examples=("llama-router schema > schema.json",),
         )
 
+    def parsed(self, arguments: list[str]) -> argparse.Namespace:
+        """Return the options of a command line. Exits with 2 for a wrong one."""
+        words = self.with_command(arguments)
+        options, extra = self.parse_known_args(words)
+        if extra:
+            parser = self.commands.parsers[words[0]]
+            parser.error(f"unrecognized: {' '.join(map(line, extra))}{_closest(extra[0], parser)}")
+        return options
+
     def with_command(self, arguments: list[str]) -> list[str]:
         """Return the arguments with `serve`, the default command, if they name none. Exits with 2 for a wrong
         one."""
@@ -135,6 +145,13 @@ here, with the key in LLAMA_ROUTER_API_KEY. --json prints one document with the 
 Exit codes: 0 done; 1 it failed, or the router refused or did not answer; 2 wrong command line or configuration;
 130 interrupted.
 """
+
+
+def _closest(word: str, parser: argparse.ArgumentParser) -> str:
+    """Return a suggestion to append to a message about an unknown option; empty if none is close."""
+    known = [name for action in parser._actions for name in action.option_strings]
+    close = get_close_matches(word.partition("=")[0], known, 1) if word.startswith("-") else []
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _first_of(words: Sequence[str], names: Iterable[str]) -> str | None:

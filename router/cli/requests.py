@@ -68,7 +68,7 @@ def _list(client: RouterClient, options: argparse.Namespace) -> None:
     of_these = " of these" if options.model or options.client or options.outcome else ""
     if options.live or answer["kept"]:
         live = " in flight or waiting" if options.live else ""
-        text = f"No requests{of_these}{live}; {answer['total']} have ended."
+        text = f"No requests{of_these}{live}."
     else:
         text = f"No requests{of_these} in flight or waiting; ended ones are not kept (system.requests_kept is 0)."
     print(text, file=sys.stderr)

@@ -312,7 +312,7 @@ def drawing(view: View, width: int, height: int, *, is_brief: bool = False) -> G
         _headline(view, width),
         *bars,
         _models_table(models, shares[0], width),
-        *([_line((f"… and {known - len(models)} that are off", "dim"))] if len(models) < known else []),
+        *([_line((f"… and {known - len(models)} off", "dim"))] if len(models) < known else []),
         _waiting_heading(view.figures),
         *_waiting_lines(waiting, view.status["models"], shares[1]),
         Text("DECISIONS", style=_HEADING),

@@ -37,8 +37,7 @@ def test_every_command_has_an_example_and_can_be_run(name: str) -> None:
     assert examples, printed
     for example in examples:
         words = (example or "serve").partition(" | ")[0].partition(" > ")[0].split()
-        program = Program()
-        program.parse_args(program.with_command(words))
+        Program().parsed(words)
     run = parser.get_default("run")
     if run is not None:
         assert callable(run.function)
@@ -85,6 +84,17 @@ def test_options_of_a_command_come_after_it(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit, match="2"):
         main(["--url", "gpu-box:8000", "ps"])
     assert "the command comes first: llama-router ps --url" in capsys.readouterr().err
+
+
+def test_a_wrong_option_names_the_command_and_the_right_one(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, advice in (
+        (["requests", "--modle", "a"], "requests: error: unrecognized: --modle; did you mean --model?"),
+        (["ps", "extra"], "ps: error: unrecognized: extra\n"),
+        (["--prot", "1"], "serve: error: unrecognized: --prot 1; did you mean --port?"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+        assert f"llama-router {advice}" in capsys.readouterr().err
 
 
 def test_help_is_a_command_too(capsys: pytest.CaptureFixture[str]) -> None:
