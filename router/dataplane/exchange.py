@@ -261,7 +261,7 @@ class Exchange(IncomingRequest):
             self._shared.live[self],
             self._route(),
             self._client_name,
-            self._owner,
+            "" if self._client is None else self._client.owner,
             self._answer.peer,
             self._streams,
             len(self._body) or self._held,
@@ -356,7 +356,7 @@ class Exchange(IncomingRequest):
     def _placed(self, keeper: Keeper) -> Placement | None:
         """Return the slot for the request; None: the engine chooses."""
         client, body = self._client, self._body
-        owner, keeps = self._owner, client is None or client.kv_store
+        owner, keeps = ("", True) if client is None else (client.owner, client.kv_store)
         if _KV_STORE in self._head.fields and self._head.fields[_KV_STORE].lower() == b"no-store":
             keeps = False
         known = body if isinstance(body, bytes) and self._path in KEPT else None

@@ -198,11 +198,6 @@ class IncomingRequest(ABC):
     def _client_name(self) -> str:
         return "" if self._client is None else self._client.name
 
-    @property
-    def _owner(self) -> str:
-        """Whose request it is; see `RequestDone.owner`."""
-        return "" if self._client is None else self._client.owner
-
     def _identify_again(self) -> None:
         """Take another id if a request that came while the body was read has this one."""
         if b"x-request-id" in self._head.fields and self._dispatcher.is_taken(self._request_id):
