@@ -7,12 +7,12 @@ import re
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Router, chromium, eventually, fake, models, starting
+from conftest import Router, Visit, eventually, fake, models, starting, violations
 from tiny_models import write_embedding, write_projector
 
 SPEECH_SERVER = Path(__file__).parents[1] / "speech_server.py"
@@ -130,46 +130,14 @@ def real(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[Route
         yield start({"models": entries, "api": {"api_keys": ["operator"], "inference_keys": ["client"]}})
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
-
-
-Open = Callable[..., Any]
-
-
-@pytest.fixture
-def visit(browser: Any) -> Iterator[Open]:
-    """Opens a view of a router's page in a window of its own.
-
-    At the end, no page may have complained, or asked another host for anything.
-    """
-    complaints: list[str] = []
-    windows = []
-
-    def open_page(router: Router, view: str = "chat", key: str = "", **options: Any) -> Any:
-        window = browser.new_context(accept_downloads=True, **options)
-        windows.append(window)
-        page = window.new_page()
-        page.set_default_timeout(20_000)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda said: complaints.append(said.text) if "Content Security" in said.text else None)
-        page.on("request", lambda asked: complaints.append(asked.url) if foreign(asked.url) else None)
-        page.goto(f"{router.url}/#/{view}")
-        if key:
-            page.get_by_label("This router asks for an API key").fill(key)
-            page.get_by_role("button", name="Open").click()
-        page.get_by_label("Message", exact=True).wait_for()
-        return page
-
-    def foreign(url: str) -> bool:
-        return not url.startswith(("http://127.0.0.1:", "blob:", "data:"))
-
-    yield open_page
-    for window in windows:
-        window.close()
-    assert complaints == []
+def enter(visit: Visit, router: Router, view: str = "chat", *, key: str = "", **options: Any) -> Any:
+    """Open the chat in a window of its own."""
+    page = visit(router, view, **options)
+    if key:
+        page.get_by_label("This router asks for an API key").fill(key)
+        page.get_by_role("button", name="Open").click()
+    page.get_by_label("Message", exact=True).wait_for()
+    return page
 
 
 def say(page: Any, text: str, model: str = "") -> Any:
@@ -191,8 +159,8 @@ def finished(answer: Any) -> Any:
 # --- what models say ------------------------------------------------------------------------------------
 
 
-def test_markdown_is_drawn_while_it_comes(stage: Router, visit: Open) -> None:
-    page = visit(stage)
+def test_markdown_is_drawn_while_it_comes(stage: Router, visit: Visit) -> None:
+    page = enter(visit, stage)
     answer = finished(say(page, "Show me", "markdown"))
     answer.get_by_role("heading", name="Heading").wait_for()
     assert answer.locator("td").all_inner_texts() == ["one", "1"]
@@ -215,9 +183,9 @@ def test_markdown_is_drawn_while_it_comes(stage: Router, visit: Open) -> None:
     note.get_by_text(re.compile(r"first token .* · 20 tokens · .* 60 of 100 prompt tokens cached")).wait_for()
 
 
-def test_what_a_text_looks_like_does_not_depend_on_how_it_came(stage: Router, visit: Open) -> None:
+def test_what_a_text_looks_like_does_not_depend_on_how_it_came(stage: Router, visit: Visit) -> None:
     """Drawn block by block as it comes, and all at once after a reload."""
-    page = visit(stage)
+    page = enter(visit, stage)
     said = finished(say(page, "Show me", "markdown")).locator(".said")
     said.locator("math").last.wait_for()
     said.locator(".hljs-keyword").first.wait_for()
@@ -232,8 +200,8 @@ def test_what_a_text_looks_like_does_not_depend_on_how_it_came(stage: Router, vi
 @pytest.mark.parametrize(
     ("model", "thought", "answered"), [("thinks", "Let me see.", "It is 4."), ("mutters", "Hm, well.", "It is 5.")]
 )
-def test_thoughts_are_folded(stage: Router, visit: Open, model: str, thought: str, answered: str) -> None:
-    page = visit(stage)
+def test_thoughts_are_folded(stage: Router, visit: Visit, model: str, thought: str, answered: str) -> None:
+    page = enter(visit, stage)
     answer = finished(say(page, "2 + 2?", model))
     assert answer.locator(".said").inner_text() == answered
     assert answer.get_by_text(thought).is_hidden()
@@ -244,8 +212,10 @@ def test_thoughts_are_folded(stage: Router, visit: Open, model: str, thought: st
     assert asked.value.post_data_json["messages"][1] == {"role": "assistant", "content": answered}
 
 
-def test_hostile_text_is_harmless(stage: Router, visit: Open) -> None:
-    page = visit(stage)
+def test_hostile_text_is_harmless(stage: Router, visit: Visit) -> None:
+    page = enter(visit, stage)
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
     answer = finished(say(page, HOSTILE, "hostile"))
     answer.get_by_text("the end").wait_for()
     said = answer.locator(".said")
@@ -260,11 +230,12 @@ def test_hostile_text_is_harmless(stage: Router, visit: Open) -> None:
     page.reload()
     answer.get_by_text("the end").wait_for()
     assert page.title() == "Chat · llama-router"
+    assert all(url.startswith(stage.url) for url in asked)
 
 
-def test_a_long_answer_stays_fluent(stage: Router, visit: Open) -> None:
+def test_a_long_answer_stays_fluent(stage: Router, visit: Visit) -> None:
     """50,000 tokens of Markdown, a line of 200,000 characters, and a quotation within 9,000 others."""
-    page = visit(stage)
+    page = enter(visit, stage)
     page.evaluate(
         "window.longest = 0; new PerformanceObserver((list) => { for (const { duration } of list.getEntries())"
         " window.longest = Math.max(window.longest, duration) }).observe({ entryTypes: ['longtask'] })"
@@ -279,8 +250,8 @@ def test_a_long_answer_stays_fluent(stage: Router, visit: Open) -> None:
 # --- what one can do ------------------------------------------------------------------------------------
 
 
-def test_messages_are_changed_answers_repeated_and_branches_kept(real: Router, visit: Open) -> None:
-    page = visit(real, key="client")
+def test_messages_are_changed_answers_repeated_and_branches_kept(real: Router, visit: Visit) -> None:
+    page = enter(visit, real, key="client")
     finished(say(page, "One", "a"))
     finished(say(page, "Two"))
     ours = page.locator("article.user")
@@ -308,8 +279,8 @@ def test_messages_are_changed_answers_repeated_and_branches_kept(real: Router, v
     assert ours.locator(".said").all_inner_texts() == ["One", "Two"]
 
 
-def test_the_next_message_goes_with_what_was_said(real: Router, visit: Open) -> None:
-    page = visit(real, key="client")
+def test_the_next_message_goes_with_what_was_said(real: Router, visit: Visit) -> None:
+    page = enter(visit, real, key="client")
     first = finished(say(page, "One", "a")).locator(".said").inner_text()
     with page.expect_request("**/v1/chat/completions") as asked:
         answer = say(page, "Two")
@@ -322,8 +293,8 @@ def test_the_next_message_goes_with_what_was_said(real: Router, visit: Open) -> 
     assert str(link.get_attribute("href")).endswith(f"#/requests/{request}")
 
 
-def test_settings_are_a_conversations_own(stage: Router, visit: Open) -> None:
-    page = visit(stage)
+def test_settings_are_a_conversations_own(stage: Router, visit: Visit) -> None:
+    page = enter(visit, stage)
     page.locator("summary").get_by_text("Settings").click()
     page.get_by_label("System prompt").fill("Be brief.")
     for label, value in {"Temperature": "0.5", "Top P": "0.9", "Most tokens": "64", "Seed": "7"}.items():
@@ -358,8 +329,8 @@ def png() -> bytes:
     )
 
 
-def test_files_go_as_text_and_images_to_models_that_see(stage: Router, visit: Open) -> None:
-    page = visit(stage)
+def test_files_go_as_text_and_images_to_models_that_see(stage: Router, visit: Visit) -> None:
+    page = enter(visit, stage)
     chooser = page.locator(".composer input[type=file]")
     page.get_by_label("Model to chat with").select_option("markdown")
     chooser.set_input_files([{"name": "dot.png", "mimeType": "image/png", "buffer": png()}])
@@ -394,8 +365,8 @@ def test_files_go_as_text_and_images_to_models_that_see(stage: Router, visit: Op
     page.locator(".chips li").nth(1).wait_for()
 
 
-def test_a_chat_says_why_it_waits_and_stops_when_told_to(stage: Router, visit: Open) -> None:
-    page = visit(stage)
+def test_a_chat_says_why_it_waits_and_stops_when_told_to(stage: Router, visit: Visit) -> None:
+    page = enter(visit, stage)
     body = {"model": "endless", "messages": [], "stream": True}
     with stage.http.stream("POST", "/v1/chat/completions", json=body):  # the only slot
         answer = say(page, "hello", "gpt-4o")
@@ -413,8 +384,8 @@ def test_a_chat_says_why_it_waits_and_stops_when_told_to(stage: Router, visit: O
     assert stage.status("endless")["in_flight"] == 0
 
 
-def test_a_failed_answer_says_why_and_is_retried(stage: Router, visit: Open) -> None:
-    page = visit(stage)
+def test_a_failed_answer_says_why_and_is_retried(stage: Router, visit: Visit) -> None:
+    page = enter(visit, stage)
     answer = finished(say(page, "Are you there?", "fails"))
     answer.locator(".error").get_by_text(re.compile("fails")).wait_for()
     stage.http.post("/v1/models/fails/reset")
@@ -429,8 +400,8 @@ def test_a_failed_answer_says_why_and_is_retried(stage: Router, visit: Open) -> 
     lost.get_by_text("at last").wait_for()
 
 
-def test_a_reload_loses_nothing(stage: Router, visit: Open) -> None:
-    page = visit(stage)
+def test_a_reload_loses_nothing(stage: Router, visit: Visit) -> None:
+    page = enter(visit, stage)
     answer = say(page, "Count", "endless")
     answer.get_by_text("0 1 2").wait_for()
     page.get_by_label("Message", exact=True).fill("a draft")
@@ -446,8 +417,8 @@ def test_a_reload_loses_nothing(stage: Router, visit: Open) -> None:
     eventually(lambda: page.get_by_label("Message", exact=True).input_value() == "another")
 
 
-def test_conversations_are_kept_found_exported_and_taken_back(stage: Router, visit: Open, tmp_path: Path) -> None:
-    page = visit(stage)
+def test_conversations_are_kept_found_exported_and_taken_back(stage: Router, visit: Visit, tmp_path: Path) -> None:
+    page = enter(visit, stage)
     finished(say(page, "Do sums\nfor me", "thinks"))
     page.get_by_role("link", name="New chat").click()
     page.get_by_text("Nothing is said yet.").wait_for()
@@ -488,8 +459,8 @@ def test_conversations_are_kept_found_exported_and_taken_back(stage: Router, vis
         page.get_by_text(re.compile("conversation.json cannot be imported: ")).wait_for()
 
 
-def test_two_models_answer_side_by_side(stage: Router, visit: Open) -> None:
-    page = visit(stage)
+def test_two_models_answer_side_by_side(stage: Router, visit: Visit) -> None:
+    page = enter(visit, stage)
     page.get_by_label("Model to chat with").select_option("thinks")
     page.get_by_role("button", name="Compare").click()
     page.get_by_label("Second model").select_option("mutters")
@@ -513,8 +484,8 @@ def test_two_models_answer_side_by_side(stage: Router, visit: Open) -> None:
     page.locator("article.assistant").first.get_by_text("2/2").wait_for()
 
 
-def test_keys_of_a_message(stage: Router, visit: Open) -> None:
-    page = visit(stage)
+def test_keys_of_a_message(stage: Router, visit: Visit) -> None:
+    page = enter(visit, stage)
     box = page.get_by_label("Message", exact=True)
     page.get_by_label("Model to chat with").select_option("thinks")
     box.fill("one")
@@ -533,8 +504,8 @@ def test_keys_of_a_message(stage: Router, visit: Open) -> None:
 # --- other models, other people -------------------------------------------------------------------------
 
 
-def test_models_for_embeddings_ranking_and_speech_are_tried(real: Router, visit: Open) -> None:
-    page = visit(real, key="client")
+def test_models_for_embeddings_ranking_and_speech_are_tried(real: Router, visit: Visit) -> None:
+    page = enter(visit, real, key="client")
     page.get_by_role("link", name="Embeddings").click()
     page.get_by_label("Lines").fill("a cat\na dog\na cat")
     page.get_by_role("button", name="Compare").last.click()
@@ -559,8 +530,32 @@ def test_models_for_embeddings_ranking_and_speech_are_tried(real: Router, visit:
     page.get_by_label("Message", exact=True).wait_for()
 
 
-def test_models_that_are_not_there_are_not_offered(stage: Router, visit: Open) -> None:
-    page = visit(stage, "chat?model=sees")
+def test_models_that_are_not_there_are_not_offered(stage: Router, visit: Visit) -> None:
+    page = enter(visit, stage, "chat?model=sees")
     page.locator(".bar-of-chat").get_by_text(re.compile("ready|not loaded")).wait_for()
     assert page.get_by_label("Model to chat with").input_value() == "sees"
     assert page.get_by_role("link", name="Embeddings").count() == 0
+
+
+LOOKS: dict[str, dict[str, Any]] = {
+    "light": {},
+    "dark on a phone": {"color_scheme": "dark", "viewport": {"width": 360, "height": 740}},
+}
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_it_is_accessible_and_fits(stage: Router, visit: Visit, look: dict[str, Any]) -> None:
+    page = enter(visit, stage, **look)
+    page.get_by_label("Model to chat with").select_option("markdown")
+    page.get_by_role("button", name="Compare").click()
+    page.get_by_label("Second model").select_option("endless")
+    answer = say(page, "Show me")
+    page.get_by_role("group", name="endless").get_by_text("0 1 2").wait_for()
+    answer.locator("math").last.wait_for()
+    assert violations(page) == []
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.keyboard.press("Escape")
+    page.get_by_role("group", name="endless").get_by_text("stopped").wait_for()
+    page.locator("article.user").get_by_role("button", name="Edit").click()
+    page.locator("summary").get_by_text("Settings").click()
+    assert violations(page) == []
