@@ -38,14 +38,22 @@ async function read(store, ask) {
   return settled(ask((await database()).transaction(store).objectStore(store)));
 }
 
+/** Turns that are being written, and would be lost with the page. */
+export const unwritten = new Set();
+
 /** Writes into both stores in one transaction. */
-async function write(change) {
-  const transaction = (await database()).transaction(["conversations", "turns"], "readwrite");
-  change(transaction.objectStore("conversations"), transaction.objectStore("turns"));
-  return new Promise((resolve, reject) => {
-    transaction.oncomplete = resolve;
-    transaction.onerror = transaction.onabort = () => reject(transaction.error);
-  });
+async function write(change, written = []) {
+  for (const turn of written) unwritten.add(turn);
+  try {
+    const transaction = (await database()).transaction(["conversations", "turns"], "readwrite");
+    change(transaction.objectStore("conversations"), transaction.objectStore("turns"));
+    await new Promise((resolve, reject) => {
+      transaction.oncomplete = resolve;
+      transaction.onerror = transaction.onabort = () => reject(transaction.error);
+    });
+  } finally {
+    for (const turn of written) unwritten.delete(turn);
+  }
 }
 
 /** All conversations without their turns, the latest first. */
@@ -62,12 +70,15 @@ export async function opened(id) {
 }
 
 export const keep = (about) => write((conversations) => conversations.put(about));
-export const keepTurn = (turn) => write((_, turns) => turns.put(turn));
+export const keepTurn = (turn) => write((_, turns) => turns.put(turn), [turn]);
 export const keepAll = (conversation) =>
-  write((conversations, turns) => {
-    conversations.put(conversation.about);
-    for (const turn of conversation.turns.values()) turns.put(turn);
-  });
+  write(
+    (conversations, turns) => {
+      conversations.put(conversation.about);
+      for (const turn of conversation.turns.values()) turns.put(turn);
+    },
+    [...conversation.turns.values()],
+  );
 export const forget = (conversation) =>
   write((conversations, turns) => {
     conversations.delete(conversation.about.id);

@@ -19,11 +19,13 @@ import {
   keepTurn,
   listed,
   opened,
+  unwritten,
 } from "./conversations.js";
 import { attached, MOST_FILES } from "./files.js";
-import { arrange, button, download, labelled, make, stayAtEnd } from "./making.js";
+import { arrange, button, download, make, stayAtEnd } from "./making.js";
 import { can, offer, sees, usedBy } from "./models.js";
 import { countOf, settingsForm } from "./settings.js";
+import { tabsOf } from "./tabs.js";
 import { fileView, TurnView } from "./turns.js";
 import { waitOf } from "./waiting.js";
 
@@ -32,7 +34,6 @@ const DRAFT_MS = 300;
 const LAST = "llama-router conversation"; // which one this tab shows
 const LEFT = "llama-router unkept"; // what a page was left with: when it goes, no database may be written any more
 const NEW = "new";
-const TABS = { embeddings: "embedding", rerank: "rerank", transcription: "transcription" };
 
 let current = null; // the conversation that is shown
 const inMemory = new Map(); // those that were opened, by identity: who writes into one has the one that is shown
@@ -41,21 +42,20 @@ const views = new Map(); // of the turns that are shown, by identity
 let files = []; // of the message that is being written
 let undo = null;
 let parts; // the elements of the view
-let tab = null; // what is shown instead of a conversation
-let tabName = "";
+let tabs; // of models for something else
 
 export const view = {
   name: "chat",
   title: "Chat",
   start(root) {
     parts = layOut(root);
+    listen();
+    tabs = tabsOf(parts);
     addEventListener("pagehide", leave);
     document.addEventListener("visibilitychange", () => document.hidden && keepAtOnce());
   },
   show(path, query) {
-    if (path[0] in TABS) openTab(path[0]);
-    else {
-      openTab("");
+    if (!tabs.open(path[0])) {
       open(path[0] ?? "", query.get("model") ?? "").catch((error) =>
         tell(`The conversation cannot be read: ${error.message}`),
       );
@@ -65,15 +65,15 @@ export const view = {
   hide: keepAtOnce,
   draw() {
     drawModels();
-    drawTabs();
+    tabs.draw();
     for (const id of running.keys()) views.get(id) && drawTurn(views.get(id));
-    tab?.draw?.();
   },
 };
 
 /** Keeps what would be lost with the page in its tab, for `comeBack`. */
 function leave() {
-  const turns = [...running.values()].map(({ turn }) => turn);
+  const all = [...unwritten, ...[...running.values()].map(({ turn }) => turn)];
+  const turns = all.filter((turn) => !turn.files.some(({ blob }) => blob)); // images are no text
   const about = current && { ...current.about, draft: { text: parts.text.value, files: [] } };
   try {
     sessionStorage.setItem(LEFT, JSON.stringify({ turns, about }));
@@ -91,8 +91,7 @@ async function comeBack() {
   for (const turn of turns) await keepTurn(turn);
   if (!about?.draft.text && !about?.title) return;
   const before = await opened(about.id);
-  const draft = { files: [], ...before?.about.draft, text: about.draft.text };
-  await keep({ ...(before?.about ?? about), draft });
+  await keep({ ...about, draft: { files: before?.about.draft?.files ?? [], text: about.draft.text } });
 }
 
 let unkept = ""; // why, if that was told
@@ -109,172 +108,60 @@ async function kept(promise) {
   }
 }
 
-// --- what it is made of --------------------------------------------------------------------------------------
+// --- its elements, and what they do --------------------------------------------------------------------------
 
 function layOut(root) {
   root.append(make("link", { rel: "stylesheet", href: "page/chat/chat.css" }));
-  const search = make("input", {
-    type: "search",
-    placeholder: "Search",
-    "aria-label": "Search titles and messages",
-    input: later(listAll, 200),
-  });
-  const picked = make("input", {
-    type: "file",
-    accept: ".json,application/json",
-    hidden: true,
-    change: importFile,
-  });
-  const side = make(
-    "details",
-    { class: "side" },
-    make("summary", {}, "Conversations"),
-    make(
-      "div",
-      { class: "row" },
-      make("a", { class: "button", href: address("chat", [NEW]) }, "New chat"),
-      search,
-    ),
-  );
-  const list = make("ul", { class: "conversations", "aria-label": "Conversations" });
-  const none = make("p", { class: "dim", hidden: true });
-  const all = make(
-    "div",
-    { class: "row all" },
-    button("Export all", exportAll, { class: "quiet" }),
-    button("Import", () => picked.click(), { class: "quiet" }),
-    button("Delete all", removeAll, { class: "quiet" }),
-    picked,
-  );
-  side.append(list, none, all, make("small", { class: "dim" }, "Kept in this browser only."));
-  const wide = matchMedia("(min-width: 56rem)");
-  const unfold = () => (side.open = wide.matches);
-  wide.addEventListener("change", unfold);
-  unfold();
-
-  const models = [0, 1].map((lane) =>
-    make("select", {
-      "aria-label": lane ? "Second model" : "Model to chat with",
-      change: ({ target }) => chooseModel(lane, target.value),
-    }),
-  );
-  const compare = button("Compare", toggleComparison, {
-    "aria-pressed": "false",
-    title: "Two models side by side",
-  });
-  const state = make("span", { class: "dim" });
+  const named = [...root.querySelectorAll("[data-part]")].map((node) => [node.dataset.part, node]);
+  const all = Object.fromEntries(named);
   const settings = settingsForm(changeSettings);
-  const settingsTitle = make("summary", {}, "Settings");
-  const title = make("input", { name: "title", maxlength: "200", autocomplete: "off", input: rename });
-  const more = make(
-    "details",
-    { class: "menu" },
-    make("summary", {}, "Conversation"),
-    make(
-      "div",
-      { class: "panel" },
-      labelled("Title", title),
-      make(
-        "div",
-        { class: "row" },
-        button("Export as JSON", exportOne),
-        button("Export as Markdown", exportMarkdown),
-        button("Delete", removeConversation),
-      ),
-    ),
-  );
-  const menu = make("details", { class: "menu" }, settingsTitle, make("div", { class: "panel" }, settings.form));
-  const bar = make("div", { class: "bar-of-chat" }, models[0], models[1], compare, state, menu, more);
+  all.settings.append(settings.form);
+  const lanes = [...root.querySelectorAll(".lane")].map((lane) => {
+    const [name, only, turns] = ["h3", "button", ".turns"].map((each) => lane.querySelector(each));
+    return { root: lane, name, only, turns };
+  });
+  const sight = new IntersectionObserver(approach, { root: all.log, rootMargin: "1000px 0px" });
+  return { ...all, settings, lanes, sight, models: [all.model, all.second] };
+}
 
-  const common = make("div", { class: "turns" });
-  const lanes = [0, 1].map((lane) => {
-    const name = make("h3", {});
-    const only = button("Keep only this", () => keepLane(lane), { class: "quiet" });
-    const turns = make("div", { class: "turns" });
-    return {
-      root: make("div", { class: "lane", role: "group" }, make("div", { class: "title" }, name, only), turns),
-      name,
-      turns,
-    };
-  });
-  const empty = make("p", { class: "dim empty" });
-  const both = make("div", { class: "lanes", hidden: true }, ...lanes.map((lane) => lane.root));
-  const log = make(
-    "div",
-    { class: "log", role: "log", "aria-live": "off", "aria-label": "Conversation", tabindex: "0" },
-    empty,
-    common,
-    both,
-  );
-
-  const sight = new IntersectionObserver(approach, { root: log, rootMargin: "1000px 0px" });
-  const complaint = make("p", { class: "error", role: "alert" });
-  const undone = make(
-    "p",
-    { class: "undo", hidden: true },
-    make("span", { role: "status" }),
-    " ",
-    button("Undo", takeBack),
-  );
-  const chips = make("ul", { class: "chips", "aria-label": "Attached files", hidden: true });
-  const text = make("textarea", {
-    rows: "2",
-    "aria-label": "Message",
-    input: noteDraft,
-    paste: pasted,
-    keydown: keyInMessage,
-  });
-  text.placeholder = "Enter sends, Shift+Enter makes a line.";
-  const chosen = make("input", {
-    type: "file",
-    multiple: true,
-    hidden: true,
-    change: ({ target }) => attach(target.files).then(() => (target.value = "")),
-  });
-  const attachButton = button("Attach", () => chosen.click(), {
-    title: "Images for models that see; other files as text",
-  });
-  const sender = make("button", {}, "Send");
-  const composer = make("form", { class: "composer", submit: submitted }, text, attachButton, chosen, sender);
-
-  const chat = make("div", { class: "chat" }, bar, log, undone, complaint, chips, composer);
-  document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape" && !event.defaultPrevented && chat.checkVisibility()) escaped(event);
-  });
-  chat.addEventListener("dragover", (event) => event.preventDefault());
-  chat.addEventListener("drop", (event) => {
+function listen() {
+  const on = (name, event, act) => parts[name].addEventListener(event, act);
+  on("search", "input", later(listAll, 200));
+  on("exportAll", "click", exportAll);
+  on("import", "click", () => parts.imported.click());
+  on("imported", "change", importFile);
+  on("removeAll", "click", removeAll);
+  parts.models.forEach((select, lane) => select.addEventListener("change", () => chooseModel(lane, select.value)));
+  on("compare", "click", toggleComparison);
+  on("title", "input", rename);
+  on("exportOne", "click", exportOne);
+  on("exportMarkdown", "click", exportMarkdown);
+  on("removeOne", "click", removeConversation);
+  parts.lanes.forEach(({ only }, lane) => only.addEventListener("click", () => keepLane(lane)));
+  on("undo", "click", takeBack);
+  on("text", "input", noteDraft);
+  on("text", "paste", pasted);
+  on("text", "keydown", keyInMessage);
+  on("attach", "click", () => parts.chosen.click());
+  on("chosen", "change", () => attach(parts.chosen.files).then(() => (parts.chosen.value = "")));
+  on("composer", "submit", submitted);
+  on("chat", "dragover", (event) => event.preventDefault());
+  on("chat", "drop", (event) => {
     event.preventDefault();
     attach(event.dataTransfer.files);
   });
-  document.addEventListener("click", ({ target }) => {
-    for (const each of [menu, more]) if (each.open && !each.contains(target)) each.open = false;
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape" && !event.defaultPrevented && parts.chat.checkVisibility()) escaped(event);
   });
-
-  const tabs = make("nav", { class: "tabs", "aria-label": "Kinds of models", hidden: true });
-  const other = make("section", { class: "other", hidden: true });
-  const frame = make("div", { class: "frame" }, side, chat);
-  root.append(tabs, frame, other);
-  return {
-    ...{
-      side,
-      search,
-      list,
-      none,
-      all,
-      models,
-      compare,
-      state,
-      settings,
-      settingsTitle,
-      menu,
-      more,
-      title,
-      common,
-      lanes,
-    },
-    ...{ empty, both, log, sight, complaint, undone, chips, text, attachButton, sender, tabs, other, frame },
-  };
+  document.addEventListener("click", ({ target }) => {
+    for (const each of [parts.menu, parts.more]) if (each.open && !each.contains(target)) each.open = false;
+  });
+  const unfold = () => (parts.side.open = wide.matches);
+  wide.addEventListener("change", unfold);
+  unfold();
 }
+
+const wide = matchMedia("(min-width: 56rem)"); // has room for the list of conversations beside the one
 
 function later(act, milliseconds) {
   let timer;
@@ -337,7 +224,7 @@ function turnTo(conversation) {
 }
 
 function foldSide() {
-  if (!matchMedia("(min-width: 56rem)").matches) parts.side.open = false;
+  if (!wide.matches) parts.side.open = false;
 }
 
 async function listAll() {
@@ -354,7 +241,6 @@ async function listAll() {
   );
   show(parts.none, !shown.length || Boolean(words));
   put(parts.none, words ? `${shown.length} of ${all.filter(({ title }) => title).length}` : "None yet.");
-  show(parts.all, true);
 }
 
 // --- drawing the conversation --------------------------------------------------------------------------------
@@ -378,10 +264,6 @@ function drawConversation() {
   for (const id of [...views.keys()]) if (!shown.has(id)) views.delete(id);
   within(() => views.forEach(drawWhole));
   show(parts.empty, !first.length);
-  put(
-    parts.empty,
-    "Nothing is said yet. What you write stays in this browser and goes to the model that you choose.",
-  );
   drawState();
 }
 
@@ -433,12 +315,12 @@ function drawState() {
 
 /** The models that are offered, and what is known of the chosen one. */
 function drawModels() {
-  if (!current || !known.allCards.length) return;
+  if (!current) return;
   const { about } = current;
   about.models[0] ||= firstModel();
   parts.models.forEach((select, lane) => offer(select, known, "completion", about.models[lane] ?? select.value));
   const names = about.models.filter(Boolean);
-  put(parts.state, names.map(stateOf).join(", "));
+  put(parts.state, known.models.size ? names.map(stateOf).join(", ") : "");
 }
 
 function firstModel() {
@@ -653,7 +535,7 @@ function offerUndo(text, act = null) {
   undo = act;
   show(parts.undone, Boolean(text));
   put(parts.undone.firstElementChild, text ?? "");
-  if (text) parts.undone.lastElementChild.focus({ preventScroll: true });
+  if (text) parts.undo.focus({ preventScroll: true });
   else if (hadFocus) parts.text.focus({ preventScroll: true });
 }
 
@@ -702,7 +584,7 @@ const isSend = ({ key, shiftKey, isComposing }) => key === "Enter" && !shiftKey 
 function keyInMessage(event) {
   if (isSend(event)) {
     event.preventDefault();
-    if (!runningHere().length) parts.sender.form.requestSubmit();
+    if (!runningHere().length) parts.composer.requestSubmit();
   } else if (event.key === "ArrowUp" && !parts.text.value) {
     const last = current.path(0).findLast(({ role }) => role === "user");
     if (!last) return;
@@ -871,45 +753,4 @@ async function importFile({ target }) {
     complain(`${file.name} cannot be imported: ${error.message}.`);
   }
   target.value = "";
-}
-
-// --- models for something else -------------------------------------------------------------------------------
-
-const made = new Map(); // tabs, by name
-
-function openTab(name) {
-  tabName = name;
-  show(parts.frame, !name);
-  show(parts.other, Boolean(name));
-  tab = made.get(name) ?? null;
-  if (tab) parts.other.replaceChildren(tab.root);
-  else if (name) makeTab(name);
-  drawTabs();
-}
-
-async function makeTab(name) {
-  try {
-    const module = await import(`./${name}.js`);
-    if (!made.has(name)) made.set(name, module.tab(known));
-    if (tabName === name) openTab(name);
-    tab?.draw();
-  } catch (error) {
-    tell(`This view cannot be loaded: ${error.message}`);
-  }
-}
-
-function drawTabs() {
-  const isThere = (name) => name === tabName || known.allCards.some((card) => can(card, TABS[name]));
-  const there = Object.keys(TABS).filter(isThere);
-  const offered = there.length ? ["", ...there] : [];
-  if (offered.join() !== [...parts.tabs.children].map(({ dataset }) => dataset.tab).join()) {
-    const words = (name) => (name ? name[0].toUpperCase() + name.slice(1) : "Chat");
-    const links = offered.map((name) =>
-      make("a", { href: address("chat", name ? [name] : []), "data-tab": name }, words(name)),
-    );
-    parts.tabs.replaceChildren(...links);
-  }
-  for (const link of parts.tabs.children) put(link, link.dataset.tab === tabName ? "page" : null, "ariaCurrent");
-  put(parts.other, tabName ? `Try ${tabName}` : null, "ariaLabel");
-  show(parts.tabs, offered.length > 0);
 }
