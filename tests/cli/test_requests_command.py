@@ -1,9 +1,10 @@
-"""`llama-router requests`, against one router whose engine never answers."""
+"""`llama-router requests` and `load`, against one router whose engine never answers."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,6 +86,22 @@ def test_live_requests_say_why_they_wait_and_are_cancelled(router: Router, tmp_p
     assert "cancelled (499)" in shown
     assert "queued: for busy, normal priority" in shown
     assert json.loads(requests(router, tmp_path, "second", "--json").stdout)["outcome"] == "cancelled"
+
+
+@pytest.mark.usefixtures("waiting")
+def test_a_load_says_what_it_waits_for_and_goes_on_without_its_command(router: Router, tmp_path: Path) -> None:
+    arguments = ("load", "cold", "--url", router.url)
+    with following(tmp_path, *arguments, LLAMA_ROUTER_API_KEY="full") as (process, _):
+        assert process.stderr is not None
+        told = process.stderr.readline()
+        assert told.startswith("cold waits: ")
+        assert "busy" in told
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+        assert process.stderr.read().endswith("the load goes on: `llama-router unload cold` cancels it\n")
+    environ = {"LLAMA_ROUTER_URL": router.url, "LLAMA_ROUTER_API_KEY": "full"}
+    unloaded = run("unload", "cold", cwd=tmp_path, **environ)
+    assert unloaded.stdout == "cold is not to be loaded any more\n"
 
 
 def test_requests_are_printed_as_they_end(router: Router, tmp_path: Path) -> None:
