@@ -1,11 +1,14 @@
-"""Makes `docs/page.png`: the page of a router that really runs, the demo model under several names, asked for by
-several clients, where two of them have room. Needs `pip install playwright` and a Chromium.
+"""Makes the pictures of the page in `docs/`: of a router that really runs, with one model under several names,
+that several clients ask for, where two of them have room. Needs `pip install playwright` and a Chromium.
 
-    python tools/picture.py [FILE.png]
+    python tools/picture.py [--model FILE.gguf] [--llama-server PROGRAM] [FOLDER]
+
+Without a model, the demo model speaks, in the embedded engine.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
@@ -18,31 +21,41 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Page, sync_playwright
 
 ROOT = Path(__file__).parent.parent
-DEMO = str(ROOT / "router" / "store" / "demo" / "demo.gguf")
+DEMO = ROOT / "router" / "store" / "demo" / "demo.gguf"
 BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome")
-SEEN_SEC = 14
-QUESTION = "Why does my request wait?"
+KEY = "llama-router key"
+SEEN_SEC = 45
+QUESTION = "Write a Python function that adds the numbers of a list. Explain it in one sentence."
+WORK = (  # client, model, priority, tokens, pause
+    ("alice", "chat", "normal", 150, 4.0),
+    ("alice", "gpt-4o-mini", "normal", 100, 7.0),
+    ("editor", "coder", "high", 60, 6.0),
+    ("nightly", "summaries", "low", 120, 3.0),
+    ("nightly", "summaries", "low", 80, 5.0),
+)
 
 
-def model(*flags: str, **entry: Any) -> dict[str, Any]:
-    return {"model_path": DEMO, "flags": ["-t", "1", *flags], **entry}
+def config(model: Path, llama_server: str | None) -> dict[str, Any]:
+    def entry(*flags: str, **more: Any) -> dict[str, Any]:
+        return {"model_path": str(model), "flags": ["-t", "1", *flags], **more}
 
-
-CONFIG = {
-    "models": {
-        "chat": model("-c", "4096", "-np", "2", "--ignore-eos"),
-        "coder": model("-c", "2048", "--ignore-eos"),
-        "summaries": model("-c", "2048", "--ignore-eos", idle_timeout_sec=900),
-        "embed": model("--embedding", "--pooling", "mean", pinned=True),
-        "broken": model("--no-such-flag"),
-    },
-    "aliases": {"gpt-4o-mini": "chat"},
-    "system": {"max_concurrent_models": 2},
-    "api": {"heartbeat_sec": 2},
-}
+    clients = {name: {"key": name} for name in ("alice", "editor", "nightly")}
+    return {
+        "models": {
+            "chat": entry("-c", "8192", "-np", "2", description="For questions of every day"),
+            "coder": entry("-c", "4096"),
+            "summaries": entry("-c", "2048", idle_timeout_sec=900),
+            "embed": entry("--embedding", "--pooling", "mean"),
+            "broken": entry("--no-such-flag"),
+        },
+        "aliases": {"gpt-4o-mini": "chat"},
+        "system": {"max_concurrent_models": 2, "llama_server_path": llama_server},
+        "scheduling": {"max_linger_sec": 1},
+        "api": {"heartbeat_sec": 2, "api_keys": ["operator"], "clients": clients},
+    }
 
 
 class Clients:
@@ -52,45 +65,65 @@ class Clients:
         self.http = httpx2.Client(base_url=url, timeout=120)
         self.leave = threading.Event()
 
-    def keep_asking(self, model: str, priority: str, tokens: int) -> None:
-        while not self.leave.is_set():
+    def keep_asking(self, client: str, model: str, priority: str, tokens: int, pause_sec: float) -> None:
+        while not self.leave.wait(pause_sec):
             messages = [{"role": "user", "content": QUESTION}]
             body = {"model": model, "messages": messages, "max_tokens": tokens, "stream": True}
-            headers = {"x-request-priority": priority}
+            headers = {"x-request-priority": priority, "authorization": f"Bearer {client}"}
             with self.http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as answer:
                 for _ in answer.iter_lines():
                     if self.leave.is_set():
                         return
 
 
-def take(url: str, picture: Path) -> None:
+def take(url: str, folder: Path) -> None:
     program = next(filter(None, map(shutil.which, BROWSERS)))
     clients = Clients(url)
+    operator = {"authorization": "Bearer operator"}
     with ThreadPoolExecutor() as pool, sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1260, "height": 730})
-        page.goto(url)
-        for alias in ("embed", "broken"):
-            clients.http.post("/v1/models/load", json={"model": alias})
-        page.get_by_label("Model to chat with").select_option("gpt-4o-mini")
-        page.get_by_label("Message").fill(QUESTION)
-        asked = [("chat", "normal", 1500)] * 4 + [("coder", "high", 600), ("summaries", "low", 600)]
-        working = [pool.submit(clients.keep_asking, *each) for each in asked]
+        window = browser.new_context(viewport={"width": 1260, "height": 800})
+        window.add_init_script(f"sessionStorage.setItem({json.dumps(KEY)}, 'operator')")
+        page = window.new_page()
+        page.goto(f"{url}/#/chat?model=chat")
+        page.get_by_label("Message", exact=True).fill(QUESTION)
+        page.get_by_label("Message", exact=True).press("Enter")
+        page.locator("#view-chat").get_by_text(re.compile(r"\d tokens/s")).last.wait_for(timeout=120_000)
+        shoot(page, folder / "page-chat.png")
+        clients.http.post("/v1/models/load", json={"model": "broken"}, headers=operator)
+        clients.http.post("/v1/models/chat/keep", json={"for_sec": 3600}, headers=operator)
+        page.goto(f"{url}/#/")
+        working = [pool.submit(clients.keep_asking, *each) for each in WORK]
         page.wait_for_timeout(SEEN_SEC * 1000)
-        page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
-        page.screenshot(path=picture)
+        shoot(page, folder / "page.png")
+        page.goto(f"{url}/#/requests")
+        page.wait_for_timeout(2500)
+        shoot(page, folder / "page-requests.png")
+        page.goto(f"{url}/#/models/chat")
+        page.wait_for_timeout(2500)
+        shoot(page, folder / "page-models.png")
         clients.leave.set()
         for work in working:
             work.result()
         browser.close()
 
 
+def shoot(page: Page, picture: Path) -> None:
+    page.mouse.move(0, 0)
+    page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
+    page.screenshot(path=picture)
+
+
 def main() -> None:
-    picture = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "docs" / "page.png")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", type=Path, default=DEMO)
+    parser.add_argument("--llama-server")
+    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "docs")
+    asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "config.json"
-        config.write_text(json.dumps(CONFIG))
-        command = [sys.executable, str(ROOT / "run.py"), "--config", str(config), "--port", "0"]
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(config(asked.model.resolve(), asked.llama_server)))
+        command = [sys.executable, str(ROOT / "run.py"), "--config", str(path), "--port", "0"]
         environ = {"LLAMA_ROUTER_STATE_DIR": folder, "HOME": folder, "PATH": "/usr/bin:/bin"}
         router = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ)
         try:
@@ -98,7 +131,7 @@ def main() -> None:
             for line in router.stderr:
                 if found := re.search(r"listens on (http://\S+)", line):
                     threading.Thread(target=router.stderr.read, daemon=True).start()
-                    take(found[1], picture)
+                    take(found[1], asked.folder)
                     break
         finally:
             router.terminate()

@@ -290,6 +290,23 @@ def test_what_models_and_engines_say_is_text(router: Router, visit: Visit) -> No
     assert page.title() == f"Log of {HOSTILE} · llama-router"
 
 
+def test_who_waits_for_a_model_and_why_is_on_its_page(router: Router, visit: Visit) -> None:
+    page = visit(router, "models/b")
+    body = {"model": "b", "messages": [], "stream": True}
+    me = {"x-request-id": "me"}
+    with (
+        router.http.stream("POST", "/v1/chat/completions", json=body),  # the only slot
+        ThreadPoolExecutor() as pool,
+    ):
+        waits = pool.submit(router.http.post, "/v1/chat/completions", json=body, headers=me)
+        waiting = page.locator("#model-waiting-rows")
+        waiting.get_by_text("the only slot of b is in use").wait_for()
+        waiting.get_by_role("link", name="me").click()
+        page.get_by_role("heading", name="Request me").wait_for()
+        page.get_by_role("button", name="Cancel", exact=True).click()
+        assert waits.result().status_code != 200
+
+
 def test_a_hidden_page_costs_nothing_and_misses_nothing(router: Router, visit: Visit) -> None:
     page = visit(router, "models")
     until_state(page, "other-0", "off")

@@ -61,6 +61,7 @@ export const view = {
       select.replaceChildren(...aliases.map((alias) => new Option(alias || "Choose a model", alias)));
     }
     if (document.activeElement !== select) select.value = read;
+    show(element("log-lines"), read && known.manages);
     drawNote();
   },
 };
@@ -108,7 +109,6 @@ function readLog(alias) {
   endLog();
   lines.replaceChildren();
   [news, missed, arrived] = [[], 0, 0];
-  show(lines, alias && known.manages !== false);
   if (!alias) return;
   let due = false;
   showNews = () => {
