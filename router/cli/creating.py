@@ -27,6 +27,8 @@ def create(options: argparse.Namespace) -> None:
         files = _files(made, Path() if str(path) == "-" else path.parent)
     except (OSError, UnicodeDecodeError, BadModelfile) as error:
         problem = error.strerror if isinstance(error, OSError) and error.strerror else error
+        if isinstance(error, FileNotFoundError):
+            problem = f"{problem} (-f names another file)"
         print(printable(f"llama-router: {path}: {problem}"), file=sys.stderr)
         sys.exit(2)
     client = connect(options)

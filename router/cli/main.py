@@ -150,6 +150,8 @@ Exit codes: 0 done; 1 it failed, or the router refused or did not answer; 2 wron
 def _closest(word: str, parser: argparse.ArgumentParser) -> str:
     """Return a suggestion to append to a message about an unknown option; empty if none is close."""
     known = [name for action in parser._actions for name in action.option_strings]
+    if word.partition("=")[0] in ("--host", "--port") and "--url" in known:
+        return "; name the router by --url HOST:PORT"
     close = get_close_matches(word.partition("=")[0], known, 1) if word.startswith("-") else []
     return f"; did you mean {close[0]}?" if close else ""
 

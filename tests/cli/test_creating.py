@@ -77,4 +77,7 @@ def test_a_name_that_is_taken_is_not_replaced(ask: Ask) -> None:
     assert refused.returncode == 1
     assert "is taken by a model of this name" in refused.stderr
     missing = ask("create", "x")
-    assert (missing.returncode, missing.stderr) == (2, "llama-router: Modelfile: No such file or directory\n")
+    assert (missing.returncode, missing.stderr) == (
+        2,
+        "llama-router: Modelfile: No such file or directory (-f names another file)\n",
+    )
