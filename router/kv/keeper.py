@@ -440,9 +440,7 @@ class Keeper:
     def _measure(self, usage: Usage) -> None:
         computed = usage.prompt_tokens - usage.cached_tokens
         if computed >= _MEASURABLE and usage.prefill_sec > 0:
-            rate = computed / usage.prefill_sec
-            before = self._rates.prefill or rate
-            self._rates.prefill = 0.7 * before + 0.3 * rate
+            self._rates.note_prefill(computed / usage.prefill_sec)
 
     def _verify(self, placement: Placement, usage: Usage) -> None:
         if not usage.prompt_tokens:  # its client has left
@@ -603,9 +601,7 @@ class Keeper:
             if not is_written:
                 await apart(lambda: store.delete(name))
         rates.token_bytes = said.nbytes / said.tokens
-        rates.save = said.nbytes / took
-        if not rates.is_restore_measured:
-            rates.restore = rates.save
+        rates.note_save(said.nbytes / took)
         self._pause_sec = _AGAIN_SEC
         busy = any(other.is_busy for other in self._slots if other is not slot)
         self._next_save_sec = time.monotonic() + (took * _SHARE if busy else 0)
@@ -665,8 +661,7 @@ class Keeper:
             began = time.monotonic()
             said = await self._ask(slot.number, "restore", store.file(wanted))
             if said is not None and said.tokens:
-                self._rates.restore = wanted.nbytes / max(1e-3, said.sec or time.monotonic() - began)
-                self._rates.is_restore_measured = True
+                self._rates.note_restore(wanted.nbytes / max(1e-3, said.sec or time.monotonic() - began))
                 wanted.used_at, wanted.uses = time.time(), wanted.uses + 1
                 await apart(lambda: store.note_use(wanted))
                 return True

@@ -105,7 +105,9 @@ class Rates(msgspec.Struct):
     save: float = _BYTES_PER_SEC
     restore: float = _BYTES_PER_SEC
     """Until it is measured, as fast as saving was."""
-    is_restore_measured: bool = False
+    saves: int = 0
+    restores: int = 0
+    """How often both were measured."""
     token_bytes: float = 0.0
     """Bytes per token of a state; 0: not measured."""
     kept: int = 0
@@ -113,9 +115,27 @@ class Rates(msgspec.Struct):
     broken: int = 0
     """Number of those after which it did not."""
 
+    def note_save(self, rate: float) -> None:
+        self.save = _smoothed(self.save, rate, self.saves)
+        self.saves += 1
+        if not self.restores:
+            self.restore = self.save
+
+    def note_restore(self, rate: float) -> None:
+        self.restore = _smoothed(self.restore, rate, self.restores)
+        self.restores += 1
+
+    def note_prefill(self, rate: float) -> None:
+        self.prefill = _smoothed(self.prefill, rate, self.prefill)
+
     @property
     def tokens_per_sec(self) -> float:
         return self.prefill or _TOKENS_PER_SEC
+
+
+def _smoothed(before: float, measured: float, is_known: float) -> float:
+    """Return a rate after another measurement: a slow one among many must not keep the next from being made."""
+    return 0.7 * before + 0.3 * measured if is_known else measured
 
 
 class Found(NamedTuple):

@@ -353,6 +353,24 @@ def test_what_an_engine_computes_for_others_first_is_no_cost_of_a_save(tmp_path:
     play(tmp_path, story)
 
 
+def test_one_slow_save_does_not_end_the_saving_of_what_is_displaced(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        real = world.engine.ask
+        took = iter([0.01, 10.0, 0.01, 0.01])
+
+        async def timed(slot: int, action: str, name: str) -> Said | None:
+            said = await real(slot, action, name)
+            assert said is not None
+            return Said(said.tokens, said.nbytes, next(took))
+
+        world.keeper._ask = timed
+        for number in range(5):
+            await world.chat(f"{number}{TEXT}")  # each displaces the one before
+        assert world.store.of("m").saves == 4
+
+    play(tmp_path, story)
+
+
 def test_a_client_may_forbid_it(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         await world.chat(TEXT, keeps=False)
