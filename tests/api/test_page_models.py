@@ -112,6 +112,7 @@ def test_a_pull_is_estimated_before_it_starts(router: Router, hub: Hub, visit: V
     page.get_by_role("button", name="Pull", exact=True).click()
     row = page.locator("#pull-rows li")
     row.get_by_text("downloading").wait_for()
+    page.locator("#pull-forecast").wait_for(state="hidden")
     row.get_by_role("button", name="Cancel").click()
     row.get_by_text("cancelled").wait_for()
     hub.hold_at = None

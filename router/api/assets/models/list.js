@@ -83,6 +83,7 @@ export function drawList(known) {
       : "No models are configured: start the router with --models-dir, name some in its configuration, or pull one.",
   );
   show(element("no-models"), !shown.length);
+  show(element("model-table"), shown.length);
   drawPulls(known);
   drawFound(known);
 }

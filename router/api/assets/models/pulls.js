@@ -112,6 +112,7 @@ async function pull() {
   await change(async () => {
     await send("v1/models/pull", { model });
     element("pull-form").reset();
+    show(element("pull-forecast"), false); // the pull itself tells the rest
   });
 }
 

@@ -15,6 +15,7 @@ export function drawKept({ kv, manages }) {
   if (!kv) return;
   const { total, limits, models } = kv;
   put(element("kv-counts"), `${number(total.count)}, ${bytes(total.bytes)} of ${bytes(limits.bytes)}`);
+  show(element("kv-head"), Object.keys(models).length);
   showKept(Object.entries(models).map(([alias, kept]) => ({ alias, ...kept })));
 }
 

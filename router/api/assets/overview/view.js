@@ -53,7 +53,8 @@ function drawResidents(known) {
   before = new Set(shown.map(({ alias }) => alias));
   showRows(shown, known);
   const others = models.length - shown.length;
-  put(element("others"), others ? `${number(others)}${shown.length ? " more" : ""} off` : "all models");
+  const all = models.length ? "all models" : "pull a model";
+  put(element("others"), others ? `${number(others)}${shown.length ? " more" : ""} off` : all);
   show(element("no-residents"), !shown.length);
   show(element("residents-table"), shown.length);
   put(
