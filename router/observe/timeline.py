@@ -224,7 +224,10 @@ class Timeline:
         queued = {alias: len(model.queue) for alias, model in self._scheduler.models.items() if model.queue}
         for alias in {*in_flight, *queued, *busy, *self._counted}:
             was = busy.get(alias) or _Busy()
-            serves = max(in_flight.get(alias, 0), round(was.in_flight_sec / lasted_sec, 2))
+            model = self._scheduler.models.get(alias)
+            serves = in_flight.get(alias, 0)
+            if model is None or model.is_here:  # else they ended before its state changed, which has been counted
+                serves = max(serves, round(was.in_flight_sec / lasted_sec, 2))
             waits = max(queued.get(alias, 0), round(was.queued_sec / lasted_sec, 2))
             if serves or waits or alias in self._counted:
                 self._count(alias, self.lanes.setdefault(alias, Lane()), began, serves, waits, now)

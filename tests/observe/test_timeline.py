@@ -181,13 +181,27 @@ def test_requests_in_flight_and_waiting_are_counted_at_each_step() -> None:
 def test_short_requests_count_by_their_average() -> None:
     """None of them is in flight when a step ends."""
     world = World("a")
+    world.load("a", "1", 0.0)
+    world.finish("a", "1", 0.0)
+    world.wait(10)
     for _ in range(4):
         world.events.publish(RequestsDone([done("a", world.now, 2.0, queue_sec=0.5)]))
         world.wait(1)
     world.wait(16)
     model = world.told()["models"]["a"]
-    assert model["in_flight"] == [(1000.0, 0.6), (1010.0, 0)]
-    assert model["queued"] == [(1000.0, 0.2), (1010.0, 0)]
+    assert model["in_flight"] == [(1000.0, 1), (1010.0, 0.6), (1020.0, 0)]
+    assert model["queued"] == [(1000.0, 1), (1010.0, 0.2), (1020.0, 0)]
+
+
+def test_a_model_that_has_gone_is_not_told_to_serve() -> None:
+    """Its requests ended in the same step."""
+    world = World("a")
+    world.load("a", "1", 3.0)
+    world.wait(2)
+    world.finish("a", "1", 5.0)
+    world.tell(Eject(world.now, "a"))
+    world.wait(12)
+    assert world.told()["models"]["a"]["in_flight"] == [(1003.0, 1), (1005.0, 0)]
 
 
 def test_tokens_waits_and_memory_by_step() -> None:

@@ -87,7 +87,7 @@ function fillLane({ track, served, waited, cursor, showStates }, [alias, lane, m
   const { spans, in_flight, queued } = lane;
   const scale = Math.max(1, model?.slots ?? 1, most(in_flight, past.from, past.to));
   showStates(spans.filter(({ state }) => state !== "off"));
-  set(served, { d: area(lasting(in_flight), scale) });
+  set(served, { d: area(whileServing(lasting(in_flight), spans), scale) });
   set(waited, { d: area(lasting(queued), Math.max(4, most(queued, past.from, past.to)), { hangs: true }) });
   const items = parts(lane).map((part) => ({
     key: part.from,
@@ -101,6 +101,18 @@ function fillLane({ track, served, waited, cursor, showStates }, [alias, lane, m
   });
 }
 
+const SERVES = new Set(["ready", "draining"]);
+
+/** Numbers are of whole steps of the router; of these, the parts in which the model did serve. */
+function whileServing(numbers, spans) {
+  const serving = spans.filter(({ state }) => SERVES.has(state));
+  return numbers.flatMap(([from, number, until]) =>
+    serving
+      .map((span) => [Math.max(from, span.from), number, Math.min(until, span.to ?? past.to)])
+      .filter(([begin, , end]) => begin < end),
+  );
+}
+
 /** Its states, and before the first of them the time for which it was waited for. */
 function parts({ spans, queued }) {
   const [first] = spans;
@@ -112,7 +124,7 @@ function parts({ spans, queued }) {
 function inWords(alias, { state, from, to, reason }, { in_flight, queued }) {
   const end = to ?? past.to;
   const requests = [
-    [most(in_flight, from, end), "in flight"],
+    [SERVES.has(state) ? most(in_flight, from, end) : 0, "in flight"],
     [most(queued, from, end), "waiting"],
   ]
     .filter(([count]) => count)
