@@ -381,7 +381,7 @@ def test_a_chat_says_why_it_waits_and_stops_when_told_to(stage: Router, visit: V
     again.get_by_text("0 1 2").wait_for()
     page.get_by_label("Message", exact=True).press("Escape")
     finished(again).get_by_text(re.compile("stopped · first token .*waited")).wait_for()
-    assert stage.status("endless")["in_flight"] == 0
+    eventually(lambda: stage.status("endless")["in_flight"] == 0)
 
 
 def test_a_failed_answer_says_why_and_is_retried(stage: Router, visit: Visit) -> None:
