@@ -1077,15 +1077,18 @@ class Scheduler:
             self._admit(model)
 
     def _retire(self, model: Model) -> None:
+        reason = "removed from the configuration"
         model.retired = True
         self._set_pin(model, None)
-        self._give_up(model, "removed from the configuration")
+        self._give_up(model, reason)
         while model.queue:
             self._reject_removed(model.queue.pop())
         self._left_queue(model)
         if model.engines:
-            self._drain_all(model, StopCause.RELOAD, "removed from the configuration")
+            self._drain_all(model, StopCause.RELOAD, reason)
             return
+        if model.failed_until_sec:
+            self._off(model, reason)
         self._end_swaps_for(model)
         del self.models[model.spec.alias]
 

@@ -151,6 +151,17 @@ def test_what_did_nothing_within_the_window_is_forgotten() -> None:
     assert world.timeline.lanes == {}
 
 
+def test_a_failed_model_that_is_removed_is_off_and_forgotten_like_others() -> None:
+    world = World("a")
+    world.tell(Submit(world.now, "1", "a"))
+    world.tell(Inspected(world.now, "a", problem="no such file"))
+    world.wait(5)
+    world.tell(Configured(world.now, {}, Policy()))
+    assert world.states("a") == [("failed", 0.0, 5.0), ("off", 5.0, None)]
+    world.wait(WINDOW_SEC + 200)
+    assert world.timeline.lanes == {}
+
+
 def test_a_model_that_changes_without_end_does_not_fill_the_memory() -> None:
     world = World("gone")
     for n in range(3000):
