@@ -57,6 +57,8 @@ _SERVED = Outcome.SERVED
 """Bound once, as looking up a member of an enumeration is slow."""
 _STILL_READ_SEC = 30.0
 """Time for which an engine may keep reading a body after its client has disconnected."""
+_LONGEST_TRACE = 128
+"""Maximum length of a trace context that is kept; in version 00 it has 55 characters (W3C Trace Context, 3.2)."""
 _BUFFERED_ANSWER = 4 << 20
 """Responses up to this size are read completely before any of it is sent, so that the request can be retried."""
 _LONGEST_ANSWER = 4 << 30
@@ -779,7 +781,8 @@ class Exchange(IncomingRequest):
 
     def _trace(self) -> str:
         """Trace context of the client, if any."""
-        return self._head.fields.get(b"traceparent", b"").decode("latin-1")
+        trace = self._head.fields.get(b"traceparent", b"")
+        return trace.decode("latin-1") if len(trace) <= _LONGEST_TRACE else ""
 
 
 def _give_back(large: LargeMemory, body: Body) -> None:

@@ -333,3 +333,18 @@ async def nothing_more(lane: Lane) -> None:
         exchange.lost("it died")
     await asyncio.sleep(0)
     assert (bytes(lane.client_end.written), len(lane.done_requests)) == (written, ended)
+
+
+def test_of_a_trace_context_no_more_is_kept_than_it_may_have() -> None:
+    """The last requests are remembered, also those of strangers."""
+
+    async def story() -> None:
+        router = PlayedRouter()
+        for length in (55, 8_000):
+            protocol, _ = router.client()
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTraceparent: %b\r\n\r\n"
+            protocol.data_received(head % (b"0" * length))
+        assert [done.trace for done in router.done_requests] == ["0" * 55, ""]
+        router.close()
+
+    asyncio.run(story())
