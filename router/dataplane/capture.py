@@ -1,7 +1,8 @@
 """Bodies of the last requests and of their answers, kept in memory while `system.capture` says so.
 
-They are for operators who look for a mistake; nothing of them is logged or written to disk. A `Recording` stands
-between an answer and its connection: a router that captures nothing only looks once per request whether it should.
+They are for operators who look for a mistake; nothing of them is logged or written to disk. A `RecordedWire`
+stands between an answer and its connection: a router that captures nothing only looks once per request whether it
+should.
 Pictures and recordings in base64 are shortened before they are kept, and secrets are left out of what is shown.
 """
 
@@ -49,10 +50,12 @@ _BEARER = re.compile(r"(?i)(bearer)(\s+)[\w.~+/=-]{8,}")
 _WITH_PASSWORD = re.compile(r"(://[^/\s:@\"']{1,128}:)[^/\s@\"']{1,256}(?=@)")
 _KEYS = re.compile(
     r"(?<![\w-])(?:[spr]k-[\w-]{16,}|hf_\w{16,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}"
+    r"|gsk_\w{16,}|xai-[\w-]{16,}|nvapi-[\w-]{16,}|[spr]k_(?:live|test)_\w{16,}|npm_\w{16,}|pypi-[\w-]{16,}"
     r"|xox[abeprs]-[\w-]{10,}|AKIA[0-9A-Z]{16}\b|AIza[\w-]{30,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,}"
     r"|-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----[^-]+)"
 )
-"""What is known by its form: keys of OpenAI, Hugging Face, GitHub, GitLab, Slack, AWS and Google; tokens (JWT)."""
+"""What is known by its form: keys of OpenAI, Hugging Face, GitHub, GitLab, Groq, xAI, Nvidia, Stripe, npm, PyPI,
+Slack, AWS and Google; tokens (JWT)."""
 
 
 class Captured(NamedTuple):
@@ -63,10 +66,9 @@ class Captured(NamedTuple):
 
 
 class Recording:
-    """A connection whose answer is recorded on its way (a `Wire`)."""
+    """The bodies of a request and of its answer, as far as they are kept."""
 
-    def __init__(self, wire: Wire) -> None:
-        self._wire = wire
+    def __init__(self) -> None:
         self._question = b""
         self._parts: list[bytes] = []
         """The answer, in HTTP."""
@@ -79,17 +81,26 @@ class Recording:
     def note_question(self, body: bytes | memoryview) -> None:
         self._question = _shortened(body)
 
+    def note_answer(self, data: bytes) -> None:
+        if self._room > 0:
+            self._parts.append(data[: self._room])
+            self._room -= len(data)
+
     def captured(self) -> Captured:
         """Return both bodies as they may be shown. Takes some milliseconds."""
         answer = _Answer(self._parts)
         return Captured(_shown(self._question), _shown(_without_base64(answer.body), is_cut=self._room <= 0))
 
-    # --- Wire -------------------------------------------------------------------------------------------
+
+class RecordedWire:
+    """A connection whose answer is recorded on its way (a `Wire`). The recording outlives it."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+        self.recording = Recording()
 
     def write(self, data: bytes) -> None:
-        if self._room > 0:
-            self._parts.append(data[: self._room])
-            self._room -= len(data)
+        self.recording.note_answer(data)
         self._wire.write(data)
 
     def answered(self, *, keep_alive: bool) -> None:
@@ -112,7 +123,7 @@ class Recording:
 
 def recording_of(answer: Answer) -> Recording | None:
     """Return the recording of an answer; None if it began while nothing was captured."""
-    return answer.wire if isinstance(answer.wire, Recording) else None
+    return answer.wire.recording if isinstance(answer.wire, RecordedWire) else None
 
 
 class Captures:

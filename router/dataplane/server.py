@@ -24,7 +24,7 @@ from typing import Any, Protocol, cast
 import httptools
 
 from router.dataplane.answer import Answer, Wire
-from router.dataplane.capture import Recording
+from router.dataplane.capture import RecordedWire
 from router.dataplane.engine_exchange import EngineExchange, is_for_engine, of_engine
 from router.dataplane.exchange import Exchanges
 from router.dataplane.heads import (
@@ -422,7 +422,7 @@ class HttpProtocol(asyncio.BufferedProtocol):
             head = of_engine(head, exchanges.dispatcher.config)
             exchange = (exchanges.of_engines.get(head.path) if is_post else None) or EngineExchange
         if exchange is not None:
-            wire = Recording(self) if exchanges.captures.enabled else self
+            wire = RecordedWire(self) if exchanges.captures.enabled else self
             answer = Answer(wire, keep_alive=head.keep_alive, http_1_0=head.http_version == "1.0")
             turn = exchange(exchanges, answer, head)
             self._begun = begun

@@ -7,6 +7,7 @@ import base64
 import json
 import socket
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from conftest import Router, Start, eventually, fake, models
 
 from router.config.schema import Capture
 from router.dataplane.answer import Answer
-from router.dataplane.capture import Captures, Recording, redacted
+from router.dataplane.capture import Captures, RecordedWire, Recording, redacted
 from router.observe.events import Events, RequestDone
 from router.observe.recent import RecentRequests
 
@@ -472,9 +473,9 @@ class PlayedWire:
 @contextmanager
 def recorded(question: bytes) -> Iterator[tuple[Answer, Recording]]:
     wire = PlayedWire()
-    recording = Recording(wire)
-    recording.note_question(question)
-    yield Answer(recording, keep_alive=True, http_1_0=False), recording
+    recorded_wire = RecordedWire(wire)
+    recorded_wire.recording.note_question(question)
+    yield Answer(recorded_wire, keep_alive=True, http_1_0=False), recorded_wire.recording
     assert wire.written
 
 
@@ -525,6 +526,20 @@ def test_captures_are_bounded_by_number_and_by_size() -> None:
     assert (captures.enabled, [n for n in range(30) if captures.of(f"r{n}")]) == (False, [])
 
 
+def test_what_is_captured_keeps_no_connection() -> None:
+    captures = Captures(Capture(requests=3))
+    wire = PlayedWire()
+    answer = Answer(RecordedWire(wire), keep_alive=True, http_1_0=False)
+    answer.whole(200, b"", b"yes")
+    captures.keep("r", answer)
+    connection = weakref.ref(wire)
+    del answer, wire
+    assert connection() is None
+    recording = captures.of("r")
+    assert recording is not None
+    assert recording.captured().answer == "yes"
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
@@ -540,6 +555,7 @@ def test_captures_are_bounded_by_number_and_by_size() -> None:
         ("curl -H 'X-Api-Key: abcdef' host", "curl -H 'X-Api-Key: [redacted]' host"),
         ("use bearer abcdefgh.ijk-lmn", "use bearer [redacted]"),
         ("token hf_abcdefghijklmnopqrst!", "token [redacted]!"),
+        ("with gsk_abcdefghijklmnopqrst, nvapi-abc_def-ghi-jkl-mno", "with [redacted], [redacted]"),
         ("postgres://me:secret@host/db", "postgres://me:[redacted]@host/db"),
         ("export MY_SECRET=abcdef", "export MY_SECRET=[redacted]"),
         ('{"max_tokens": 5, "secret": ""}', '{"max_tokens": 5, "secret": ""}'),
