@@ -459,6 +459,33 @@ def test_conversations_are_kept_found_exported_and_taken_back(stage: Router, vis
         page.get_by_text(re.compile("conversation.json cannot be imported: ")).wait_for()
 
 
+TURNS = """new Promise((resolve) => {
+    indexedDB.open("llama-router chat").onsuccess = ({ target: { result } }) => {
+        result.transaction("turns").objectStore("turns").getAll().onsuccess = ({ target }) => {
+            result.close();
+            resolve(target.result.map(({ text }) => text));
+        };
+    };
+})"""
+
+
+def test_an_answer_that_is_deleted_while_it_comes_is_gone(stage: Router, visit: Visit) -> None:
+    page = enter(visit, stage)
+    for title in ("One message", "All of it"):
+        answer = say(page, title, "endless")
+        answer.get_by_text(re.compile(r"\b20 21\b")).wait_for()  # and has been kept meanwhile
+        if title == "One message":
+            page.locator("article.user").get_by_role("button", name="Delete").click()
+        else:
+            page.locator("summary").get_by_text("Conversation", exact=True).click()
+            page.locator(".bar-of-chat").get_by_role("button", name="Delete").click()
+        page.get_by_text("Deleted").wait_for()
+        page.get_by_role("button", name="Send").wait_for()
+        page.reload()
+        page.get_by_label("Message", exact=True).wait_for()
+        assert page.evaluate(TURNS) == []
+
+
 def test_two_models_answer_side_by_side(stage: Router, visit: Visit) -> None:
     page = enter(visit, stage)
     page.get_by_label("Model to chat with").select_option("thinks")

@@ -406,17 +406,16 @@ function begin(conversation, turn) {
     drawSoon(turn);
     if (performance.now() - keptAt < KEPT_EACH_MS) return;
     keptAt = performance.now();
-    kept(keepTurn(turn));
+    keepAnswer(turn);
   };
   const answer = new Answer(turn, conversation.before(turn), { settings, sees: sees(known, turn.model), changed });
   running.set(turn.id, answer);
   answer.over.then(() => {
     running.delete(turn.id);
-    if (conversation.turns.has(turn.id)) kept(keepTurn(turn));
+    keepAnswer(turn);
     if (turn.state !== "stopped")
       announce(turn.state === "done" ? `${turn.model} has answered` : `${turn.model}: ${turn.error}`);
-    if (conversation !== current || !conversation.turns.has(turn.id)) return;
-    drawConversation();
+    if (conversation === current) drawConversation();
   });
 }
 
@@ -667,7 +666,12 @@ function keepDraft() {
 function keepAtOnce() {
   if (!current) return;
   if (draftIsNew) kept(keepDraft());
-  for (const { turn } of running.values()) kept(keepTurn(turn));
+  for (const { turn } of running.values()) keepAnswer(turn);
+}
+
+/** Keeps what has come of an answer, unless it was deleted meanwhile, alone or with its conversation. */
+function keepAnswer(turn) {
+  if (inMemory.get(turn.conversation)?.turns.has(turn.id)) kept(keepTurn(turn));
 }
 
 // --- the conversation as a whole -----------------------------------------------------------------------------
@@ -689,6 +693,7 @@ function removeConversation() {
   parts.more.open = false;
   stopAll();
   inMemory.delete(gone.about.id);
+  draftIsNew = false;
   sessionStorage.removeItem(LAST);
   kept(forget(gone)).then(async () => {
     history.replaceState(null, "", address("chat", [NEW]));
@@ -704,8 +709,9 @@ async function removeAll() {
   const all = await everything();
   if (!all.length) return;
   for (const answer of running.values()) answer.stop();
-  await kept(forgetAll());
   inMemory.clear();
+  draftIsNew = false;
+  await kept(forgetAll());
   current = null;
   sessionStorage.removeItem(LAST);
   history.replaceState(null, "", address("chat", [NEW]));
