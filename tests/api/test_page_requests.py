@@ -236,6 +236,17 @@ def test_bodies_are_shown_as_text_and_the_page_says_that_they_are_kept(router: R
     assert MARKUP in page.locator("#captured-answer").inner_text()
     assert page.locator("img").count() == 0
     assert page.title() == "Request kept · llama-router"
+    page.get_by_role("link", name="Settings").click()
+    page.get_by_text("bodies of requests kept", exact=True).wait_for()
+
+
+def test_what_the_list_shows_is_said_also_of_an_empty_one(visit: Open) -> None:
+    page = visit("#/settings")
+    nothing = {"requests": [], "kept": 1000, "total": 0, "capture": 0}
+    page.route("**/v1/requests?*", lambda route: route.fulfill(json=nothing))
+    page.get_by_role("link", name="Requests").click()
+    page.get_by_text("No requests yet.").wait_for()
+    assert page.get_by_label("Requests with this outcome").locator("option:checked").inner_text() == "all outcomes"
 
 
 def test_a_thousand_requests_are_filtered_at_once(router: Router, visit: Open) -> None:

@@ -25,8 +25,8 @@ export const view = {
       plain("option"),
       ([value]) => value,
       ({ root }, [value, text]) => {
-        put(root, value, "value");
         put(root, text);
+        put(root, value, "value"); // after its text, which is its value as long as it has none
       },
     );
     element("request-filter").addEventListener("input", ({ target }) => want({ q: target.value }));

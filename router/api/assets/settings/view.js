@@ -30,7 +30,7 @@ const SHOWN = [
   ["system.models_dirs", "folders of models", listed],
   ["kv_store.enabled", "conversations kept on disk"],
   ["system.requests_kept", "requests kept for the list"],
-  ["system.capture", "bodies of requests kept"],
+  ["system.capture.requests", "bodies of requests kept"],
 ];
 
 let config = null;
