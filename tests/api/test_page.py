@@ -258,7 +258,7 @@ def test_a_load_that_waits_for_room_says_so_and_is_taken_back_with_a_click(
     start: Start, tiny: Path, engine: str, visit: Visit
 ) -> None:
     system = {"llama_server_path": engine, "max_concurrent_models": 1}
-    router = start({"system": system, "models": models(tiny, "a", "b")})
+    router = start({"system": system, "models": models(tiny, "a", "other", "b")})
     with router.http.stream("POST", "/v1/completions", json={"model": "a", "prompt": "", "stream": True}):
         page = visit(router)
         until_state(page, "a", "ready")
@@ -266,6 +266,10 @@ def test_a_load_that_waits_for_room_says_so_and_is_taken_back_with_a_click(
         row(page, "b").get_by_role("button", name="Load").click()
         until_state(page, "b", "waiting")
         row(page, "b").get_by_text("until a can be unloaded").wait_for()
+        page.get_by_role("link", name="Models", exact=True).click()
+        rows = page.locator("#model-rows tr")
+        rows.nth(2).wait_for()
+        assert [each.get_attribute("data-alias") for each in rows.all()] == ["a", "b", "other"]
         row(page, "b").get_by_role("button", name="Cancel").click()
         until_state(page, "b", "off")
         row(page, "b").get_by_role("button", name="Load").wait_for()

@@ -94,6 +94,8 @@ def test_a_model_that_failed_tells_how_its_engine_ended(router: Router, visit: V
     page.locator("#model-why").get_by_text("--no-such-flag").wait_for()
     page.locator("#model-exit-reason").get_by_text("exited with code").wait_for()
     page.locator("#model-exit-log").get_by_text("--no-such-flag").wait_for()
+    page.reload()
+    page.locator("#model-memory").get_by_text("needs").wait_for()  # as of one that is off
     page.get_by_role("button", name="Reset").click()
     in_state(page, "off")
     page.get_by_role("link", name="Log", exact=True).click()

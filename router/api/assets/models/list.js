@@ -1,15 +1,18 @@
 // The list of all models; pulls of further ones; and what was found but is not served.
 
 import { counted, element, list, matches, number, plain, put, show } from "../drawing.js";
-import { changed, isRunning, need, outdate } from "../known.js";
+import { changed, isRunning, known, need, outdate, waitsForLoad } from "../known.js";
 import { keepQuery } from "../routes.js";
 import { drawPulls, startPulls } from "./pulls.js";
 import { held, rowsOf } from "./rows.js";
 
 const AT_ONCE = 100; // so many rows more are drawn when one comes to the end
 const RANK = { failed: 0, loading: 1, draining: 1, stopping: 1, ready: 1, asleep: 2, off: 3 };
+const rank = (model) => (isAskedFor(model) ? RANK.asleep : RANK[model.status]);
+const isAskedFor = (model) =>
+  model.status === "off" && (waitsForLoad(model) || known.queue?.per_model[model.alias]?.queue_length > 0);
 const ORDERS = {
-  "": (one, other) => RANK[one.status] - RANK[other.status],
+  "": (one, other) => rank(one) - rank(other),
   name: (one, other) => one.alias.localeCompare(other.alias, "en", { numeric: true }),
   used: (one, other) => (other.last_used_at ?? "").localeCompare(one.last_used_at ?? ""),
 };

@@ -36,7 +36,7 @@ const SHOWN_WAITING = 100;
 let alias = "";
 let details = null; // what the list's state does not tell: the command line
 let detailsOf = ""; // the state that they are of
-let forecast = null; // what it would take, while it is off
+let forecast = null; // what it would take, while it is off or has failed
 let showWaiting;
 let showDecisions;
 
@@ -74,7 +74,7 @@ export async function needForModel() {
     [details, detailsOf] = [told, state];
     known.models.set(of, { ...model, pinned: told.pinned, pinned_until: told.pinned_until });
   }
-  if (known.manages && !forecast && model.status === "off" && !model.memory) {
+  if (known.manages && !forecast && ["off", "failed"].includes(model.status) && !model.memory) {
     forecast = { message: "" };
     try {
       const told = await (await send("v1/models/estimate", { model: of })).json();
@@ -191,6 +191,8 @@ function drawMemory({ memory }) {
     ["flags added", memory?.added_flags.join(" ")],
     ["remark", memory?.remark],
   ]);
+  const facts = element("model-memory");
+  show(facts.parentElement, facts.children.length);
 }
 
 // --- what is done with it ------------------------------------------------------------------------------------
