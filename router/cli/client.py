@@ -19,6 +19,8 @@ from urllib.parse import SplitResult, urlsplit
 
 KEY_VARIABLE = "LLAMA_ROUTER_API_KEY"
 DEFAULT_PORT = 8000
+JSON_OBJECT = {"type": "json_object", "schema": {"type": "object"}}
+"""`response_format` of answers in JSON; without the schema, older builds of llama-server do not enforce it."""
 PRIORITIES = ("high", "normal", "low")
 """Values of the header `X-Request-Priority`."""
 _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from router.cli.client import PRIORITIES, CannotAsk
+from router.cli.client import JSON_OBJECT, PRIORITIES, CannotAsk
 from router.cli.commands import CONFIGURATION, LOOK, Command, Commands
 from router.cli.remote import KEY_NOTE, place, positive
 
@@ -88,9 +88,7 @@ def _add_run(run: Command) -> None:
     run.add_argument(
         "--think", type=_setting("think"), metavar="WORD", help="on, off, low, medium or high, if the model can"
     )
-    run.add_argument(
-        "--json", dest="format", action="store_const", const={"type": "json_object"}, help="answer in JSON"
-    )
+    run.add_argument("--json", dest="format", action="store_const", const=JSON_OBJECT, help="answer in JSON")
     run.add_argument(
         "--format", type=_setting("format"), metavar="FORMAT", help="json, a JSON Schema, or a file with one"
     )

@@ -307,7 +307,7 @@ def test_settings_are_a_conversations_own(stage: Router, visit: Visit) -> None:
     body = asked.value.post_data_json
     assert body["messages"][0] == {"role": "system", "content": "Be brief."}
     assert [body[name] for name in ("temperature", "top_p", "max_tokens", "seed")] == [0.5, 0.9, 64, 7]
-    assert body["response_format"] == {"type": "json_object"}
+    assert body["response_format"] == {"type": "json_object", "schema": {"type": "object"}}
     assert asked.value.headers["x-request-priority"] == "low"
     page.reload()
     page.get_by_text("Settings (7)").wait_for()

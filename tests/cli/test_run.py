@@ -160,7 +160,7 @@ def test_options_reach_the_engine(stage: Router, ask: Ask, notes: Path, tmp_path
     assert request["response_format"]["json_schema"]["schema"] == {"type": "array"}
     eventually(lambda: '"priority":"high"' in stage.log)
     ask(stage, "plain", "Hi", "--json")
-    assert asked(notes)["response_format"] == {"type": "json_object"}
+    assert asked(notes)["response_format"] == {"type": "json_object", "schema": {"type": "object"}}
 
 
 def test_the_path_of_an_image_is_an_image_for_a_model_that_sees(

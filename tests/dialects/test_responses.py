@@ -182,6 +182,13 @@ def test_a_schema_is_only_told_where_tools_may_be_called(player: Router, router:
     assert mute["instructions"] == "Be brief."
 
 
+def test_json_of_any_form_is_asked_for_with_a_schema() -> None:
+    """Without one, builds as old as 10434 answer in any text."""
+    body = {"model": "demo", "input": "hi", "text": {"format": {"type": "json_object"}}}
+    asked = json.loads(read(json.dumps(body).encode()).body)
+    assert asked["response_format"] == {"type": "json_object", "schema": {"type": "object"}}
+
+
 @pytest.mark.parametrize("asked", [{"model": "brief", "n": 2}, {"model": "twice"}])
 def test_several_choices_are_refused_as_no_response_has_them(router: Router, asked: dict[str, Any]) -> None:
     answer = router.http.post("/v1/responses", json={"input": "Hello", **asked})

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from router.cli.client import CannotAsk
+from router.cli.client import JSON_OBJECT, CannotAsk
 
 _SYNONYMS = {
     "num_predict": "max_tokens",
@@ -49,7 +49,7 @@ def _thinking(text: str) -> dict[str, Any]:
 def response_format(text: str) -> dict[str, Any]:
     """Return the `response_format` for `json`, a JSON Schema, or the file of one. Raises CannotAsk."""
     if text == "json":
-        return {"type": "json_object"}
+        return JSON_OBJECT
     try:
         schema = json.loads(text if text.lstrip().startswith("{") else Path(text).expanduser().read_text())
     except OSError as error:

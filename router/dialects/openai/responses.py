@@ -175,7 +175,9 @@ def _with_form(body: Text, fields: _Fields) -> Text:
         return body
     has_tools = any(tool.type == "function" for tool in wanted.tools or ())
     if not has_tools or bytes(wanted.tool_choice) == b'"none"':
-        schema = {"json_schema": {"name": "format", "schema": form.schema}} if form.type == "json_schema" else {}
+        schema: dict[str, Any] = {"schema": {"type": "object"}}  # without it, older builds let any text through
+        if form.type == "json_schema":
+            schema = {"json_schema": {"name": "format", "schema": form.schema}}
         return _encode({**fields, "response_format": {"type": form.type, **schema}})
     return _encode({**fields, "instructions": joined(told(form.schema), wanted.instructions)})
 

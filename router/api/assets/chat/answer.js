@@ -42,7 +42,7 @@ const NUMBERS = ["temperature", "top_p", "max_tokens", "seed"];
 function bodyOf(model, messages, settings) {
   const body = { model, messages, stream: true, stream_options: { include_usage: true } };
   for (const name of NUMBERS) if (settings[name]) body[name] = Number(settings[name]);
-  if (settings.json) body.response_format = { type: "json_object" };
+  if (settings.json) body.response_format = { type: "json_object", schema: { type: "object" } }; // older engines need it
   return body;
 }
 
