@@ -27,7 +27,7 @@ from router.api.service_metrics import Service
 from router.catalog.cards import Cards
 from router.catalog.library import Library
 from router.catalog.load import Load, Loaded
-from router.config.changes import changes_between, in_words, needs_restart
+from router.config.changes import changed_settings, changes_between, in_words, needs_restart
 from router.config.problems import CannotServe, ConfigError
 from router.config.reloads import Reloads
 from router.config.resolved import DEFAULT_ENGINE, Config, ModelConfig
@@ -359,7 +359,11 @@ class _Service:
             self._loaded = loaded
             await self._forget_conversations(before, after)
             self._reloaded.succeeded(await apart(partial(fingerprint, after)))
-        changes = {**changes_between(before, after), "needs_restart": needs_restart(self._started_with, after)}
+        changes = {
+            **changes_between(before, after),
+            "settings": changed_settings(before, after),
+            "needs_restart": needs_restart(self._started_with, after),
+        }
         _log.info("configuration reloaded: %s", in_words(changes))
         for warning in loaded.warnings:
             _log.warning("%s", warning)

@@ -372,8 +372,14 @@ def reload(options: argparse.Namespace) -> None:
     if options.json:
         print_json(changes)
         return
-    words = {"added": "added", "removed": "removed", "changed": "changed", "needs_restart": "takes a restart"}
-    told = [f"{word}: {', '.join(changes[how])}" for how, word in words.items() if changes[how]]
-    print("\n".join(map(line, told)) or "no model was added, removed or changed")
+    words = {
+        "added": "added",
+        "removed": "removed",
+        "changed": "changed",
+        "settings": "changed setting",
+        "needs_restart": "takes a restart",
+    }
+    told = [f"{word}: {', '.join(changes[how])}" for how, word in words.items() if changes.get(how)]
+    print("\n".join(map(line, told)) or "nothing has changed")
     for warning in changes["warnings"]:
         print(line(f"warning: {warning}"), file=sys.stderr)

@@ -24,8 +24,10 @@ _NEEDS_RESTART = {
         "log_dir",
         "tracing",
     ),
+    "scheduling": (),
     "kv_store": ("dir",),
 }
+"""By section, the keys whose changes take effect only at a restart."""
 
 
 def changes_between(before: Config, after: Config) -> dict[str, list[str]]:
@@ -40,13 +42,23 @@ def changes_between(before: Config, after: Config) -> dict[str, list[str]]:
 
 def in_words(changes: Mapping[str, Sequence[str]]) -> str:
     """Describe the changes for people: `added a, b; removed c`."""
-    words = {"needs_restart": "a restart is needed for"}
+    words = {"settings": "changed", "needs_restart": "a restart is needed for"}
     parts = [f"{words.get(how, how)} {', '.join(names)}" for how, names in changes.items() if names]
     return "; ".join(parts) or "nothing has changed"
 
 
 def _what_is(name: str, config: Config) -> tuple[ModelConfig | None, AliasConfig | None]:
     return config.models.get(name), config.aliases.get(name)
+
+
+def changed_settings(before: Config, after: Config) -> list[str]:
+    """Return the keys besides those of models and aliases that have changed, and take effect at once."""
+    return [
+        f"{name}.{key}"
+        for name, later in _NEEDS_RESTART.items()
+        for key in type(getattr(after, name)).model_fields
+        if key not in later and getattr(getattr(before, name), key) != getattr(getattr(after, name), key)
+    ]
 
 
 def needs_restart(running: Config, wanted: Config) -> list[str]:

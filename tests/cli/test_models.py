@@ -131,13 +131,13 @@ def test_an_unknown_model_is_answered_with_close_ones(router: Router, folder: Pa
 def test_a_reload_says_what_has_changed_or_what_is_wrong(start: Start, tiny: Path, tmp_path: Path) -> None:
     config: dict[str, Any] = {"models": models(tiny, "a", "b")}
     router = start(config)
-    assert Asked(router, tmp_path, "reload").out == "no model was added, removed or changed\n"
-    config = {"models": models(tiny, "a", "c"), "api": {"max_connections": 7}}
+    assert Asked(router, tmp_path, "reload").out == "nothing has changed\n"
+    config = {"models": models(tiny, "a", "c"), "api": {"max_connections": 7}, "system": {"keep_warm_models": 0}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     changed = Asked(router, tmp_path, "reload", "--json").document
-    assert (changed["added"], changed["removed"], changed["needs_restart"]) == (
-        ["c"],
-        ["b"],
+    assert (changed["added"], changed["removed"]) == (["c"], ["b"])
+    assert (changed["settings"], changed["needs_restart"]) == (
+        ["system.keep_warm_models"],
         ["api.max_connections"],
     )
     assert Asked(router, tmp_path, "reload").out == "takes a restart: api.max_connections\n"
