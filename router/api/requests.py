@@ -353,8 +353,8 @@ class _Now:
             load_sec=_rounded(done.load_sec),
             ttft_sec=None if done.ttft_sec is None else _rounded(done.ttft_sec),
             total_sec=_rounded(done.total_sec),
-            prompt_tokens=usage.prompt_tokens if is_counted else None,
-            cached_tokens=usage.cached_tokens if is_counted else None,
+            prompt_tokens=usage.prompt_tokens or None,  # unknown if the answer was broken off
+            cached_tokens=usage.cached_tokens if usage.prompt_tokens else None,
             output_tokens=usage.output_tokens if is_counted else None,
             kv=done.kv or None,
             engine=None if done.engine_id is None else engine_name(done.alias, done.engine_id),

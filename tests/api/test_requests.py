@@ -195,6 +195,7 @@ def cancelled(router: Router, request_id: str) -> dict[str, Any]:
     row: dict[str, Any] = answer.json()
     assert (row["state"], row["outcome"], row["id"]) == ("done", "cancelled", request_id)
     assert "An operator cancelled the request" in row["reason"]
+    assert (row["prompt_tokens"], row["cached_tokens"]) == (None, None)  # engines tell them at the end
     again = router.http.delete(f"/v1/requests/{request_id}")
     assert (again.status_code, again.json()["error"]["code"]) == (409, "request_ended")
     return row
