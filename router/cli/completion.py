@@ -52,6 +52,8 @@ def complete(program: argparse.ArgumentParser, commands: Commands) -> None:
 def _completer(command: str, action: argparse.Action) -> BaseCompleter | None:
     if action.metavar == "MODEL" and command not in _FROM_ELSEWHERE:
         return _Models()
+    if command == "requests" and action.metavar == "ID":
+        return _Requests()
     if action.metavar == "DIR":
         return DirectoriesCompleter()
     if action.type is Path or action.metavar in _FILES or (command == "estimate" and not action.option_strings):
@@ -60,13 +62,25 @@ def _completer(command: str, action: argparse.Action) -> BaseCompleter | None:
 
 
 class _Models(BaseCompleter):
-    """Names of the models of the router that the line means; none if that does not answer at once."""
+    """Names of the models of the router."""
 
     def __call__(self, *, parsed_args: argparse.Namespace, **_: Any) -> Iterable[str]:
-        asked = argparse.Namespace(url=None, config=None)
-        asked.__dict__.update(vars(parsed_args))
-        try:
-            cards = connect(asked).get("/v1/models", timeout_sec=_ANSWER_SEC)["data"]
-            return [card["id"] for card in cards if card["id"].isprintable()]
-        except (CannotAsk, ConfigError, KeyError, TypeError):
-            return []
+        return _ids(parsed_args, "/v1/models", "data")
+
+
+class _Requests(BaseCompleter):
+    """`cancel`, and the ids of live requests."""
+
+    def __call__(self, *, parsed_args: argparse.Namespace, **_: Any) -> Iterable[str]:
+        return ["cancel", *_ids(parsed_args, "/v1/requests?state=live", "requests")]
+
+
+def _ids(options: argparse.Namespace, path: str, name: str) -> list[str]:
+    """Return ids from a list of the router that the line means; none if that does not answer at once."""
+    asked = argparse.Namespace(url=None, config=None)
+    asked.__dict__.update(vars(options))
+    try:
+        rows = connect(asked).get(path, timeout_sec=_ANSWER_SEC)[name]
+        return [row["id"] for row in rows if row["id"].isprintable()]
+    except (CannotAsk, ConfigError, KeyError, TypeError):
+        return []

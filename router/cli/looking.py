@@ -53,8 +53,10 @@ def _rank(model: Mapping[str, Any]) -> tuple[bool, int]:
 def why(model: Mapping[str, Any], decided: Mapping[str, str]) -> str:
     """Return why a model is in its state, or what it does; `decided` are the reasons of the last decisions."""
     state = model["status"]
-    if state == "failed" or (state == "off" and model["error_message"] and not model["why_waiting"]):
+    if state == "failed":
         return str(model["error_message"] or "")
+    if state == "off" and model["error_message"] and not model["why_waiting"]:
+        return f"last failure: {model['error_message']}"  # its cause may be gone
     if state in ("draining", "stopping"):
         return decided.get(model["alias"], "")
     if state == "loading" and (load := model["load"]):
@@ -150,7 +152,7 @@ def _kv_summary(kept: dict[str, Any]) -> str:
     if not kept["enabled"]:
         why = "kv_store.enabled is false" if kept["folder"] else "there is no folder for them"
         return f"Conversations are not kept: {why}. {_conversations(total['count'])} on disk."
-    limit = f"{size_text(limits['bytes'])}, {duration(limits['age_sec'])}"
+    limit = f"{size_text(limits['bytes'])}, for at most {duration(limits['age_sec'])}"
     return f"{_conversations(total['count'])}, {size_text(total['bytes'])} of at most {limit}, in {kept['folder']}"
 
 

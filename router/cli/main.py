@@ -102,7 +102,8 @@ class Program(argparse.ArgumentParser):
         options, extra = self.parse_known_args(words)
         if extra:
             parser = self.commands.parsers[words[0]]
-            parser.error(f"unrecognized: {' '.join(map(line, extra))}{_closest(extra[0], parser)}")
+            wrong = [word for word in extra if word.startswith("-")] or extra
+            parser.error(f"unrecognized: {' '.join(map(line, wrong))}{_closest(wrong[0], parser)}")
         return options
 
     def with_command(self, arguments: list[str]) -> list[str]:

@@ -69,12 +69,13 @@ def _add_run(run: Command) -> None:
     """Add the arguments of `run`."""
     run.takes_options_anywhere = True
     run.add_argument("model", metavar="MODEL")
-    run.add_argument(
+    prompt = run.add_argument(
         "prompt",
         metavar="PROMPT",
         nargs="*",
         help="what to ask, followed by standard input if that is piped; without either, chat in the terminal",
     )
+    prompt.required = False  # otherwise argparse reports it as missing, too, if MODEL is missing
     run.add_argument("--system", default="", metavar="TEXT", help="system prompt")
     for name, what in (("--image", "an image"), ("--file", "a text")):
         text = f"{what} that goes with the prompt; may be repeated"

@@ -103,7 +103,7 @@ def test_what_is_saved_is_listed_counted_and_logged(saved: Router, tmp_path: Pat
     assert head.split() == ["MODEL", "TOKENS", "SIZE", "AGE", "USES", "CLIENT"]
     assert row.split()[:2] == ["a", str(conversation["tokens"])]
     assert row.split()[-1] == "anna"
-    assert re.fullmatch(r"1 conversation, .+ kB of at most 10\.0 GB, 3d00h, in /.*/kv", last)
+    assert re.fullmatch(r"1 conversation, .+ kB of at most 10\.0 GB, for at most 3d00h, in /.*/kv", last)
     printed = run("kv", "--json", "--url", saved.url, cwd=tmp_path, LLAMA_ROUTER_API_KEY=OPERATOR).stdout
     assert json.loads(printed)["models"].keys() == document["models"].keys()
 

@@ -89,9 +89,11 @@ def test_options_of_a_command_come_after_it(capsys: pytest.CaptureFixture[str]) 
 def test_a_wrong_option_names_the_command_and_the_right_one(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, advice in (
         (["requests", "--modle", "a"], "requests: error: unrecognized: --modle; did you mean --model?"),
-        (["ps", "--port", "1"], "ps: error: unrecognized: --port 1; name the router by --url HOST:PORT"),
+        (["ps", "--port", "1"], "ps: error: unrecognized: --port; name the router by --url HOST:PORT"),
         (["ps", "extra"], "ps: error: unrecognized: extra\n"),
-        (["--prot", "1"], "serve: error: unrecognized: --prot 1; did you mean --port?"),
+        (["run", "qwen", "--sed", "3", "Hi"], "run: error: unrecognized: --sed; did you mean --seed?"),
+        (["run"], "run: error: the following arguments are required: MODEL\n"),
+        (["--prot", "1"], "serve: error: unrecognized: --prot; did you mean --port?"),
     ):
         with pytest.raises(SystemExit, match="2"):
             main(arguments)

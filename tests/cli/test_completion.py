@@ -63,6 +63,7 @@ def test_commands_options_models_and_files_are_completed(shell: Terminal) -> Non
         [("llama-router logs -f org/model-7", r"llama-router logs -f org/model-7\\?:Q4_K_M")],
         [("llama-router run org", r"llama-router run org/model-(\n.*model-8.*)?")],  # fish shows both at once
         [("llama-router --models", "llama-router --models-dir")],
+        [("llama-router requests can", "llama-router requests cancel")],
         [("llama-router check --config conv", "llama-router check --config conversation.json")],
     ):
         for typed, completed in steps:

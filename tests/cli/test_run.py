@@ -208,7 +208,7 @@ def test_a_wait_is_told_with_its_reason(stage: Router, ask: Ask) -> None:
     waited = ask(stage, "slow", "Hello", "--verbose")
     assert waited.stdout == "012\n"
     first, *figures = waited.stderr.splitlines()
-    assert re.match(r"position 1.*: slow is loading", first)
+    assert re.match(r"\d\.\ds: position 1.*: slow is loading", first)
     assert re.match(r"first token after \d\.\ds \(waited \d\.\ds, loading \d\.\ds\).*3 tokens in", figures[0])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import shlex
+import shutil
 import sys
 import uuid
 from collections.abc import Callable, Iterable
@@ -235,8 +236,7 @@ class Session:
 
     def _model(self, rest: str) -> None:
         if not rest:
-            for name in self._models():
-                print(line(name))
+            self._list_models()
             return
         self._find(rest)
         self._chat.conversation.model = rest
@@ -276,8 +276,18 @@ class Session:
     def _leave(self, _: str) -> None:
         self._left = True
 
+    def _list_models(self) -> None:
+        """Print the names of the models, those that are loaded first, and no more than the screen shows."""
+        names = self._models()
+        most = max(shutil.get_terminal_size().lines - 4, 10)
+        for name in names[:most]:
+            print(line(name))
+        if len(names) > most:
+            print(f"… and {len(names) - most} more. Tab completes a name.")
+
     def _models(self) -> list[str]:
-        return [card["id"] for card in self._chat.client.get("/v1/models")["data"]]
+        cards = self._chat.client.get("/v1/models")["data"]
+        return [card["id"] for card in sorted(cards, key=lambda card: card.get("state") in ("off", "failed"))]
 
     def _find(self, name: str) -> None:
         """Raise CannotAsk, with close names, if there is no such model."""

@@ -66,7 +66,7 @@ class Waiting:
             except (CannotAsk, KeyError, TypeError):  # another server, or an answer that will say what is wrong
                 return
             else:
-                self._tell(f"{told}, {duration(time.monotonic() - self._since)}")
+                self._tell(f"{duration(time.monotonic() - self._since)}: {told}")
 
     def _tell(self, told: str) -> None:
         with self._drawing:
