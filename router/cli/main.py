@@ -115,7 +115,9 @@ class Program(argparse.ArgumentParser):
         if first in ("-h", "--help", "--version"):
             return arguments
         if first == "help":
-            return [*others[:1], "--help"]
+            if not others or others[0].startswith("-") or others[0] in self.commands.names:
+                return [*others[:1], "--help"]
+            first = others[0]
         if first.startswith("-"):
             if first.partition("=")[0] in ("--url", "--json") and (
                 named := _first_of(others, self.commands.names)

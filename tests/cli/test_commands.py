@@ -104,3 +104,6 @@ def test_help_is_a_command_too(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["help", "ps"])
     assert capsys.readouterr().out.startswith("usage: llama-router ps ")
+    with pytest.raises(SystemExit, match="2"):
+        main(["help", "status"])
+    assert "there is no command 'status': use `llama-router ps`" in capsys.readouterr().err

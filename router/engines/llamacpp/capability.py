@@ -128,8 +128,8 @@ _NEEDS = (
 _PURPOSES: Mapping[Ask, Purpose] = {"embedding": "embedding", "ranking": "rerank", "transcription": "mmproj"}
 """What llama-server is started for to answer requests other than for text."""
 
-_WRITES_NOTHING = b"does not support logits computation"
-"""Message of the engine if an encoder such as BERT is asked for text."""
+_WRITES_NOTHING = re.compile(rb"does not (support )?logits computation")
+"""Message of the engine if an encoder such as BERT is asked for text; builds as old as 10434 omit a word."""
 
 
 _TAKES_TEXT_ONLY = re.compile(rb'"message": ?"[^"]{1,200} is not a multimodal model"')
@@ -145,7 +145,7 @@ def refused_by_engine(status: int, body: bytes, alias: str, models: Mapping[str,
         if _TAKES_TEXT_ONLY.search(body) is None:
             return None
         reason, nobody, able = f"{alias!r} takes text only", "No model here takes more", ModelConfig.takes_images
-    elif _WRITES_NOTHING in body:
+    elif _WRITES_NOTHING.search(body) is not None:
         reason, nobody, able = (
             f"{alias!r} is made for embeddings and writes no text",
             "No model here does",

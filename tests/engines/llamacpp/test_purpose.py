@@ -15,6 +15,7 @@ from tiny_models import write_embedding, write_llama, write_projector
 
 from router.catalog.load import load
 from router.config.resolved import ModelConfig
+from router.engines.llamacpp.capability import refused_by_engine
 
 LONG = "h" * 1000
 """A text of a thousand tokens and a few, twice as many as llama-server takes unless it is told."""
@@ -68,6 +69,10 @@ def test_who_asks_it_for_text_is_told_what_it_is(router: Router) -> None:
     answer = router.chat("embed")
     assert answer.status_code == 400
     assert "'embed' is made for embeddings and writes no text" in answer.text
+    of_older_builds = b'{"error":{"message":"the current context does not logits computation. skipping"}}'
+    refusal = refused_by_engine(500, of_older_builds, "embed", {})
+    assert refusal is not None
+    assert refusal.message == "'embed' is made for embeddings and writes no text. No model here does."
 
 
 def test_what_is_proposed_to_try_is_what_the_first_models_can_do(start: Start, tmp_path: Path) -> None:
