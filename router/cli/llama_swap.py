@@ -31,6 +31,8 @@ _HERE = re.compile(r"http://(?:localhost|127\.0\.0\.1|\[::1\])(?::(\$\{PORT\}|[0
 _PLACE = re.compile(r"http://([^:/]+)(?::(\$\{PORT\}|[0-9]+))?/?")
 _SHORTEST_LOAD_SEC = 15
 """llama-swap's lower bound for healthCheckTimeout."""
+_MOST_REQUESTS = 10_000
+"""The most that system.requests_kept may be."""
 _USUAL_SLOTS = 10
 """Default number of requests that llama-swap sends to a model concurrently."""
 _ROUTES = (
@@ -163,6 +165,8 @@ class _Import:
                     self._note(path, "the new file contains the value of an environment variable")
             elif key == "healthCheckTimeout" and _is_number(value):
                 self._system["wait_ready_sec"] = max(value, _SHORTEST_LOAD_SEC)
+            elif key == "metricsMaxInMemory" and _is_number(value):
+                self._system["requests_kept"] = min(max(int(value), 0), _MOST_REQUESTS)
             elif key == "startPort" and _is_number(value):
                 self._system["base_port"] = value
             elif key == "unloadTimeout" and _is_number(value):

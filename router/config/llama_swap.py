@@ -20,6 +20,7 @@ _REPLACED_IN_MODELS = {
 REPLACED: Mapping[type[Section], Mapping[str, str]] = {
     ConfigFile: {
         "healthCheckTimeout": "system.wait_ready_sec",
+        "metricsMaxInMemory": "system.requests_kept",
         "startPort": "system.base_port",
         "globalTTL": "system.idle_timeout_sec",
         "apiKeys": "api.api_keys, api.inference_keys or api.clients",
@@ -57,19 +58,19 @@ _DROPPED_IN_MODELS = {
 }
 DROPPED: Mapping[type[Section], Mapping[str, str]] = {
     ConfigFile: {
-        "captureBuffer": "request and response bodies are not recorded",
+        "captureBuffer": "bodies of requests and answers are kept if system.capture.requests is set",
         "includeAliasesInList": "aliases are always listed",
         "logRequests": "system.access_log is on unless it is turned off",
         "logTimeFormat": "the format of times in the log is fixed",
         "logToStdout": "the router logs to standard error; engine logs are at `llama-router logs` and in log_dir",
         "matrix": "memory decides which models stay loaded together",
-        "metricsMaxInMemory": "statistics are kept by /metrics and /v1/telemetry/summary",
         "peers": "other servers are not called",
         "performance": "/vram and /metrics describe the machine",
         "profiles": "an alias always means the same model",
         "sendLoadingState": _LOADING,
-        "store": "requests are not recorded; use log_dir and tracing for permanent records",
-        "ui": "the page has no settings",
+        "store": "the last requests are kept in memory (system.requests_kept); use log_dir and tracing for "
+        "permanent records",
+        "ui": "nothing of the page is configured",
         "upstream": "/upstream loads its model for every path",
     },
     ModelEntry: {

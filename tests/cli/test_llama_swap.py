@@ -62,6 +62,7 @@ hooks: {on_startup: {preload: [near, other]}}
 selectors:
   best: {strategy: pin, targets: [chat, near]}
 peers: {there: {proxy: http://192.0.2.1, models: [x]}}
+metricsMaxInMemory: 20000
 """
 
 
@@ -83,6 +84,7 @@ def test_what_is_brought_is_served(theirs: Path, start: Start) -> None:
     assert (checked.returncode, checked.stderr) == (0, "")
     router = start(yaml.safe_load(ours.read_text()))
     router.http.headers["authorization"] = "Bearer sk-two"
+    assert router.http.get("/v1/requests").json()["kept"] == 10_000  # the most that there is here
     listed = {card["id"]: card for card in router.http.get("/v1/models").json()["data"]}
     assert set(listed) == {"chat", "near", "speaks", "gpt-4o-mini", "chat:short", "best"}
     assert listed["chat"]["description"] == "Chat: of a kind"
