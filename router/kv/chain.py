@@ -94,6 +94,18 @@ def chain_of(body: bytes, key: bytes) -> Chain | None:
     return unpack(f">{len(digests)}Q", b"".join(digests))
 
 
+def opening_of(body: bytes) -> bytes:
+    """Return a body up to the end of its messages: the next request of the conversation begins so, even if that is
+    too short for a chain. Empty if nothing goes on with it."""
+    try:
+        read = _decode(body)
+    except UNREADABLE:
+        return b""
+    content = bytes(read.messages or read.prompt or read.input)
+    end = content[:-1].rstrip()
+    return b"" if len(end) < 2 or read.input_prefix is not _ABSENT else body[: body.rfind(content) + len(end)]
+
+
 def covered(blocks: int) -> int:
     """Return the number of bytes in so many blocks."""
     return (0, *_FIRST)[blocks] if blocks <= len(_FIRST) else (blocks - len(_FIRST)) * BLOCK

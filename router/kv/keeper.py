@@ -18,13 +18,13 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Container, Coroutine, Sequence
 from typing import Any, NamedTuple
 
 import anyio
 import msgspec
 
-from router.kv.chain import LONGEST, SHORTEST, Chain, chain_of, common, covered
+from router.kv.chain import LONGEST, SHORTEST, Chain, chain_of, common, covered, opening_of
 from router.kv.store import KvStore, Saved
 from router.observe.usage import Usage
 from router.system.readings import apart
@@ -52,6 +52,8 @@ _BYTES_OF_TOKEN = 4
 _MEASURABLE = 64
 """Number of computed tokens from which on their time is a measurement."""
 _MOST_FAILURES = 2
+_DENSITY = 8
+"""Most tokens per byte of one part of a prompt to those of another: numbers have four times as many as English."""
 
 
 class Source(Word):
@@ -93,6 +95,7 @@ class _Slot:
         "client",
         "era",
         "is_busy",
+        "is_counted",
         "keeps",
         "number",
         "opening",
@@ -115,12 +118,14 @@ class _Slot:
     def clear(self) -> None:
         self.chain: Chain = ()
         self.opening = b""
-        """Without a chain: the body of its last request up to the end of the messages, if that was short."""
+        """Without a chain: the body of its last request up to the end of the messages."""
         self.client = ""
         self.keeps = False
         self.era = 0
         """Era of the store in which the last request was placed."""
         self.tokens = self.prompt_tokens = self.saved_tokens = 0
+        self.is_counted = True
+        """False if `tokens` is a guess: an answer that was broken off does not tell them."""
 
 
 class Placement(msgspec.Struct, eq=False):
@@ -142,6 +147,8 @@ class Placement(msgspec.Struct, eq=False):
     """Number of tokens of its prompt that the slot is expected to have."""
     held: int = -1
     """Number of tokens that were in the slot before, if nothing is restored; -1: nobody knows."""
+    least: int = 0
+    """Number of tokens of its prompt that must be there after a restore, else it was none."""
     is_ready: bool = True
     """False while its state is being restored, or another is being saved to make room."""
     _listener: Callable[[], None] | None = None
@@ -235,18 +242,18 @@ class Keeper:
             and settings.enabled
             and self._group not in store.distrusted
         ):
-            free, source, held = None, _NONE, 0
+            free, source, promised = None, _NONE, 0
             for slot in self._slots:
                 if slot.is_busy or slot.chain or slot.work is not None:
                     continue
                 if slot.opening and body.startswith(slot.opening) and slot.client == client:
-                    free, source, held = slot, _SLOT, slot.tokens
+                    free, source, promised = slot, _SLOT, slot.tokens
                     break
                 if free is None or slot.used_sec < free.used_sec:
                     free = slot
             if free is not None:
                 free.is_busy = True
-                return Placement(self, free, body, client, keeps, store.eras[self._model], None, source, held)
+                return Placement(self, free, body, client, keeps, store.eras[self._model], None, source, promised)
         return self._place(body, client, keeps=keeps)
 
     def _place(self, body: bytes, client: str, *, keeps: bool) -> Placement | None:
@@ -267,20 +274,21 @@ class Keeper:
         owner = store.owner(client)
         slot, blocks = self._nearest(free, chain, owner)
         in_slot = slot.prompt_tokens * covered(blocks) // max(1, covered(len(slot.chain)))
-        if not blocks and (began := self._begun(free, body, client)) is not None:
+        if not blocks and (began := self._begun(free, body, {client, owner})) is not None:
             slot, in_slot = began, began.tokens
         found = store.find(self._group, owner, chain)
-        wanted, source, promised = None, _SLOT if in_slot else _NONE, in_slot
+        wanted, source, promised, least = None, _SLOT if in_slot else _NONE, in_slot, 0
         if (
             found is not None
             and found.saved.tokens < self._too_long
             and self._pays(found.saved, found.saved.promised(found.blocks) - in_slot)
         ):
             wanted, source, promised = found.saved, Source.DISK, found.saved.promised(found.blocks)
+            least = promised // (2 if found.blocks == len(found.saved.chain) else 2 * _DENSITY)
             if blocks < len(slot.chain):
                 slot = self._least_missed(free)
-        held = slot.tokens if slot.chain and wanted is None else -1
-        placement = Placement(self, slot, body, owner, keeps, self.era, chain, source, promised, held)
+        held = slot.tokens if slot.chain and slot.is_counted and wanted is None else -1
+        placement = Placement(self, slot, body, owner, keeps, self.era, chain, source, promised, held, least)
         slot.is_busy = True
         self._get_ready(placement, slot, chain, wanted)
         return placement
@@ -326,10 +334,10 @@ class Keeper:
         least = self._least_missed(free)
         return least, common(least.chain, chain) if least.client == owner else 0
 
-    def _begun(self, free: list[_Slot], body: bytes, client: str) -> _Slot | None:
-        """Return the slot with the short request that a request goes on with."""
+    def _begun(self, free: list[_Slot], body: bytes, clients: Container[str]) -> _Slot | None:
+        """Return the slot with a request without a chain that a request goes on with."""
         for slot in free:
-            if slot.opening and body.startswith(slot.opening) and slot.client == client:
+            if slot.opening and body.startswith(slot.opening) and slot.client in clients:
                 return slot
         return None
 
@@ -407,7 +415,7 @@ class Keeper:
         if chain is None:
             body = placement.body
             if tokens < self._store.settings.min_tokens and placement.keeps:
-                slot.opening = body[: body.rfind(b"}]")]
+                slot.opening = opening_of(body)
                 slot.client, slot.tokens = placement.client, tokens
                 return placement.source
             chain = chain_of(body, self._store.key) or ()
@@ -429,9 +437,11 @@ class Keeper:
         if slot.era != placement.era:
             slot.saved_tokens = 0  # it was deleted
         prompt = usage.prompt_tokens or covered(len(chain)) // _BYTES_OF_TOKEN
-        slot.chain, slot.client, slot.keeps, slot.opening = chain, placement.client, placement.keeps, b""
+        slot.chain, slot.client, slot.keeps = chain, placement.client, placement.keeps
+        slot.opening = b"" if chain else opening_of(placement.body)
         slot.era = placement.era
         slot.prompt_tokens, slot.tokens = prompt, prompt + usage.output_tokens
+        slot.is_counted = usage.prompt_tokens > 0
         if not placement.keeps:
             self._forget(placement, chain)
         elif chain and not self._is_ending:
@@ -446,7 +456,7 @@ class Keeper:
         if not usage.prompt_tokens:  # its client has left
             return
         totals, rates = self._store.of(self._model), self._rates
-        if usage.cached_tokens >= placement.promised // 2:
+        if usage.cached_tokens >= placement.least:
             rates.kept += 1
             totals.restores += 1
             totals.restored_tokens += usage.cached_tokens

@@ -296,6 +296,27 @@ def test_a_long_answer_to_a_short_question_is_kept(tmp_path: Path) -> None:
     play(tmp_path, story)
 
 
+@pytest.mark.parametrize("tools", [0, 100])
+@pytest.mark.parametrize("client", ["", "anna"])
+def test_a_conversation_that_begins_with_a_short_question_goes_on_in_its_slot(
+    tmp_path: Path, tools: int, client: str
+) -> None:
+    async def story(world: World) -> None:
+        def place(*texts: str) -> Placement:
+            body = json.loads(asked(*texts)) | {"tools": [{"function": {"name": f"{n}"}} for n in range(tools)]}
+            placement = world.keeper.place(json.dumps(body).encode(), client, keeps=True, is_plain=True)
+            assert placement is not None
+            return placement
+
+        first = place("tell me a story")
+        world.keeper.ended(first, Usage(1000, 0, len(TEXT), 1.0))
+        again = place("tell me a story", TEXT, "go on")
+        assert (again.slot, again.source) == (first.slot, Source.SLOT)
+        assert again.promised == 1000 + len(TEXT)
+
+    play(tmp_path, story, slots=2)
+
+
 def test_an_engine_that_computes_faster_than_anything_is_read_chooses_its_slots(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,6 +345,24 @@ def test_what_no_slot_can_have_held_came_from_the_cache_in_ram(tmp_path: Path) -
             assert placement.source is Source.NONE
             assert world.keeper.ended(placement, Usage(8000, cached, 1, 70.0)) is source
             await world.chat("x" * 600)
+
+    play(tmp_path, story)
+
+
+def test_what_nobody_has_counted_is_not_said_to_come_from_ram(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        short = world.keeper.place(asked("hello"), "", keeps=True, is_plain=True)
+        assert short is not None
+        assert world.keeper.ended(short, Usage(20, 0, 5)) is Source.NONE
+        other = world.keeper.place(asked("write an essay"), "", keeps=True, is_plain=True)
+        assert other is not None
+        assert world.keeper.ended(other, Usage(25, 12, 900)) is Source.NONE, "the template of the one before"
+
+        stopped = await world.begin(TEXT)
+        world.keeper.ended(stopped, Usage(output_tokens=10))
+        goes_on = await world.begin(TEXT + "x")
+        assert goes_on.source is Source.SLOT
+        assert world.keeper.ended(goes_on, Usage(len(TEXT) + 1, len(TEXT), 1, 0.1)) is Source.SLOT
 
     play(tmp_path, story)
 
@@ -472,6 +511,25 @@ def test_an_engine_that_forgets_what_it_restored_is_left_alone(
         assert world.keeper.place(b'{"prompt": "x"}', "", keeps=True, is_plain=True) is None
         assert len(world.store) == 0
         assert "it reused 0 of 8000 tokens that it said it had restored" in caplog.text
+
+    play(tmp_path, story)
+
+
+def test_a_beginning_of_fewer_tokens_per_byte_is_no_broken_promise(tmp_path: Path) -> None:
+    """Four bytes of English are a token, while each digit is one."""
+
+    async def story(world: World) -> None:
+        words = "All that follows was measured. " * 20
+        for turn in range(4):
+            prompt = words + f"{turn}" * 4000
+            placement = await world.begin(prompt)
+            assert placement.source is (Source.DISK if turn else Source.NONE)
+            world.engine.answer(placement.slot, prompt)
+            cached = len(words) // 4 if turn else 0
+            world.keeper.ended(placement, Usage(cached + 4000, cached, 6, 40.0))
+            await world.swap()
+        assert world.store.distrusted == {}
+        assert world.store.of("m").restores == 3
 
     play(tmp_path, story)
 
