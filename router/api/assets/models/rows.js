@@ -24,10 +24,10 @@ export function rowsOf(body) {
   const draw = list(
     body,
     () => stamp("model-row"),
-    (model) => model.alias,
-    (row, model) => fill(row, model),
+    ({ model }) => model.alias,
+    (row, { model, known }) => fill(row, model, known),
   );
-  return (models, known) => draw(models.map((model) => ({ ...model, known })));
+  return (models, known) => draw(models.map((model) => ({ model, known })));
 }
 
 /**
@@ -47,9 +47,13 @@ export function held(body) {
   };
 }
 
-function fill(row, model) {
-  const { known, alias, status } = model;
+function fill(row, model, known) {
+  const { alias, status } = model;
   const queue = known.queue?.per_model[alias];
+  const [card, names] = [known.cards.get(alias), known.names.get(alias)];
+  const drawn = [model, queue, card, names, known.pending.has(alias), known.manages];
+  if (status === "off" && row.drawn?.every((each, index) => each === drawn[index])) return; // as are most of many
+  row.drawn = drawn;
   const inFlight = queue?.current_processing ?? model.in_flight;
   const [progress] = status === "loading" && model.load ? load(model) : [null];
   put(row.root.dataset, status, "state");
@@ -57,7 +61,7 @@ function fill(row, model) {
   put(row.alias, alias);
   link(row.alias, addressOf(alias));
   const [said, isTrouble] = why(model, known);
-  put(row.about, said || description(model));
+  put(row.about, said || description(model, card, names));
   put(row.about, isTrouble ? "error" : "dim", "className");
   put(row.state, stateOf(model));
   show(row.progress, progress !== null);
@@ -75,7 +79,7 @@ function fill(row, model) {
   show(row.log, known.manages);
   link(row.log, addressOf(alias, "logs"));
   put(row.log, `Log of ${alias}`, "ariaLabel");
-  show(row.chat, canChat(known.cards.get(alias)));
+  show(row.chat, canChat(card));
   link(row.chat, address("chat", [], { model: alias }));
   put(row.chat, `Chat with ${alias}`, "ariaLabel");
 }
@@ -108,9 +112,7 @@ function load({ load: { stage, fraction, elapsed_sec, expected_sec }, load_sec: 
 
 const trouble = ({ status, error_message }) => (["off", "failed"].includes(status) && error_message) || "";
 
-function description({ alias, source, known }) {
-  const card = known.cards.get(alias) ?? {};
-  const names = known.names.get(alias);
+function description({ source }, card = {}, names) {
   return [
     card.description,
     names && `also ${names.join(", ")}`,
