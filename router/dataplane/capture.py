@@ -97,10 +97,12 @@ class RecordedWire:
 
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
-        self.recording = Recording()
+        self.recording: Recording | None = Recording()
+        """None: capturing was switched off meanwhile."""
 
     def write(self, data: bytes) -> None:
-        self.recording.note_answer(data)
+        if self.recording is not None:
+            self.recording.note_answer(data)
         self._wire.write(data)
 
     def answered(self, *, keep_alive: bool) -> None:
@@ -122,8 +124,14 @@ class RecordedWire:
 
 
 def recording_of(answer: Answer) -> Recording | None:
-    """Return the recording of an answer; None if it began while nothing was captured."""
+    """Return the recording of an answer; None if nothing was captured when it began, or at any time since."""
     return answer.wire.recording if isinstance(answer.wire, RecordedWire) else None
+
+
+def forget(answer: Answer) -> None:
+    """Forget what is recorded of an answer that has not ended, and record no more of it."""
+    if isinstance(answer.wire, RecordedWire):
+        answer.wire.recording = None
 
 
 class Captures:
@@ -144,10 +152,10 @@ class Captures:
 
     def keep(self, request_id: str, answer: Answer) -> None:
         """Keep the recording of a request that has ended, if there is one."""
+        self._drop(request_id)
         recording = recording_of(answer)
         if recording is None:
             return
-        self._drop(request_id)
         size = recording.size
         self._kept[request_id] = size, recording
         self._size += size

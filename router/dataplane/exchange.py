@@ -28,7 +28,7 @@ from urllib.parse import quote
 from router.catalog.cards import Cards
 from router.config.schema import System
 from router.dataplane.answer import DOCUMENT, Answer, BrokenAnswer, with_type
-from router.dataplane.capture import Captures, Recording, recording_of
+from router.dataplane.capture import Captures, Recording, forget, recording_of
 from router.dataplane.heads import RequestHead
 from router.dataplane.incoming import IncomingRequest
 from router.dataplane.limits import Bodies
@@ -133,6 +133,9 @@ class Exchanges:
 
     def _configured(self, _: ModelsListed) -> None:
         self.captures.set(self.dispatcher.config.system.capture)
+        if not self.captures.enabled:
+            for exchange in self.live:
+                exchange.forget_captured()
 
     def watch(self, exchange: Exchange) -> None:
         """Watch an exchange for timeouts. One timer serves all: setting one for each would cost more."""
@@ -279,6 +282,9 @@ class Exchange(IncomingRequest):
     def captured(self) -> Recording | None:
         """Return the recording of its bodies so far, if it is recorded."""
         return recording_of(self._answer)
+
+    def forget_captured(self) -> None:
+        forget(self._answer)
 
     def cancel(self, reason: str) -> None:
         """End the request, in whatever state, on behalf of somebody else than its connection.

@@ -16,9 +16,11 @@ from typing import Any, cast
 import pytest
 from played_router import CONFIG, PlayedRouter, PlayedTransport
 
+from router.config.schema import Capture
 from router.dataplane.answer import BrokenAnswer
 from router.dataplane.exchange import Exchange
 from router.engines.upstream import Body, Connection, Receiver
+from router.observe.events import ModelsListed
 from router.runtime.dispatcher import Ticket
 from router.scheduling.messages import Refusal, Reject
 
@@ -346,5 +348,25 @@ def test_of_a_trace_context_no_more_is_kept_than_it_may_have() -> None:
             protocol.data_received(head % (b"0" * length))
         assert [done.trace for done in router.done_requests] == ["0" * 55, ""]
         router.close()
+
+    asyncio.run(story())
+
+
+def test_what_is_recorded_is_forgotten_when_that_is_switched_off_also_of_those_in_flight() -> None:
+    async def story() -> None:
+        lane = Lane()
+        captures = lane._exchanges.captures
+        captures.set(Capture(requests=1))
+        await relaying(lane)
+        recording = lane.exchange.captured()
+        assert recording is not None
+        assert '"content":"hi"' in recording.captured().answer
+        lane._exchanges._configured(ModelsListed(0.0))  # which captures nothing
+        captures.set(Capture(requests=1))
+        assert lane.exchange.captured() is None
+        await is_cancelled(lane)
+        (done,) = lane.done_requests
+        assert (done.outcome, captures.of(done.request_id)) == ("cancelled", None)
+        lane.close()
 
     asyncio.run(story())
