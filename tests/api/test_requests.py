@@ -372,16 +372,24 @@ def test_a_second_engine_is_in_the_story(start: Start, tiny: Path, tmp_path: Pat
 
 
 def test_the_story_names_those_that_made_room(start: Start, tiny: Path, tmp_path: Path) -> None:
-    system = {"max_concurrent_models": 1, "llama_server_path": fake(tmp_path, chunks="20", chunk_sec="0.1")}
+    engine = fake(tmp_path, chunks="100000", chunk_sec="0.1")
+    system = {"max_concurrent_models": 1, "llama_server_path": engine}
     router = start({"system": system, "models": models(tiny, "a", "b")})
-    first = Asked(router, "/v1/completions", {"model": "a", "prompt": "", "stream": True})
-    router.until("a", "ready")
+    body = {"model": "a", "prompt": "", "stream": True}
+    first = Asked(router, "/v1/completions", body, **{"x-request-id": "ahead"})
+    until_state(router, "ahead", "streaming")
     second = Asked(router, "/v1/completions", {"model": "b", "prompt": ""}, **{"x-request-id": "behind"})
+    until_state(router, "behind", "queued")
+
+    def waits() -> list[str]:
+        return [each["detail"] for each in the(router, "behind")["timeline"] if each["event"] == "waiting"]
+
+    eventually(lambda: any("until a can be unloaded" in each for each in waits()))
+    cancelled(router, "ahead")
     first.ended()
     assert second.ended().status == 200
     row = the(router, "behind")
-    waits = [each["detail"] for each in row["timeline"] if each["event"] == "waiting"]
-    assert any("until a can be unloaded" in each for each in waits), row["timeline"]
+    assert any("until a can be unloaded" in each for each in waits()), row["timeline"]
     by_model = [(each["model"], each["event"]) for each in row["timeline"] if "model" in each]
     assert by_model.index(("a", "off")) < by_model.index(("b", "loading")) < by_model.index(("b", "ready"))
 
