@@ -262,6 +262,7 @@ class Keeper:
             self._forget_slots()
             return None
         store, rates = self._store, self._rates
+        rates.lapse()
         if rates.prefill * rates.token_bytes > rates.restore:  # to compute anything is faster than to read it
             self._rests_until_sec = time.monotonic() + _AGAIN_SEC
             self._forget_slots()

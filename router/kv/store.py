@@ -48,6 +48,8 @@ _FREE_BYTES = 2 << 30
 _READ_AT_ONCE = 4 << 20
 _BYTES_PER_SEC = 500e6
 _TOKENS_PER_SEC = 1000.0
+_LAPSE_SEC = 600.0
+"""Time after which it is no longer believed that a disk is slow: if nothing is saved, nothing is measured."""
 _DISK_SEC = 2.0
 _LOOKS_SEC = 900.0
 """Interval of the search for conversations that are too old."""
@@ -108,6 +110,8 @@ class Rates(msgspec.Struct):
     saves: int = 0
     restores: int = 0
     """How often both were measured."""
+    measured_sec: float = 0.0
+    """Time at which either was last measured (monotonic)."""
     token_bytes: float = 0.0
     """Bytes per token of a state; 0: not measured."""
     kept: int = 0
@@ -118,12 +122,20 @@ class Rates(msgspec.Struct):
     def note_save(self, rate: float) -> None:
         self.save = _smoothed(self.save, rate, self.saves)
         self.saves += 1
+        self.measured_sec = time.monotonic()
         if not self.restores:
             self.restore = self.save
 
     def note_restore(self, rate: float) -> None:
         self.restore = _smoothed(self.restore, rate, self.restores)
         self.restores += 1
+        self.measured_sec = time.monotonic()
+
+    def lapse(self) -> None:
+        """Forget that the disk was slow, if that was long ago."""
+        if (self.saves or self.restores) and time.monotonic() - self.measured_sec > _LAPSE_SEC:
+            self.save, self.restore = max(self.save, _BYTES_PER_SEC), max(self.restore, _BYTES_PER_SEC)
+            self.saves = self.restores = 0
 
     def note_prefill(self, rate: float) -> None:
         self.prefill = _smoothed(self.prefill, rate, self.prefill)

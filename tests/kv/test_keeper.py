@@ -13,6 +13,7 @@ import pytest
 
 from router.config.schema import KvStore as Settings
 from router.kv import keeper as keeping
+from router.kv import store as storing
 from router.kv.chain import LONGEST
 from router.kv.keeper import Keeper, Placement, Said, Source
 from router.kv.store import KvStore
@@ -406,6 +407,27 @@ def test_one_slow_save_does_not_end_the_saving_of_what_is_displaced(tmp_path: Pa
         for number in range(5):
             await world.chat(f"{number}{TEXT}")  # each displaces the one before
         assert world.store.of("m").saves == 4
+
+    play(tmp_path, story)
+
+
+def test_a_disk_that_was_slow_once_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(world: World) -> None:
+        rates = world.store.rates("group")
+        await world.chat(TEXT)
+        await world.swap()
+        rates.save = 100.0  # bytes per second: another program wrote gigabytes
+        await world.chat(TEXT[::-1])
+        await world.swap()
+        assert len(world.store) == 1
+        rates.restore = 100.0
+        assert world.keeper.place(asked(TEXT), "", keeps=True, is_plain=True) is None
+        monkeypatch.setattr(storing, "_LAPSE_SEC", 0.0)
+        world.keeper._rests_until_sec = 1.0  # a minute later
+        await world.chat(TEXT[::-1])
+        await world.swap()
+        assert len(world.store) == 2
+        assert (await world.chat(TEXT + "x"))[0] is Source.DISK
 
     play(tmp_path, story)
 
