@@ -153,7 +153,9 @@ def board(uid: str, title: str, why: str, *, by_model: bool = False) -> dashboar
     for annotation in (
         mark(
             "Starts of the router",
-            f"resets({of('router_uptime_seconds')}[$__rate_interval]) > 0",
+            f"resets({of('router_uptime_seconds')}[$__rate_interval]) > 0 or ("
+            f"min_over_time({of('router_uptime_seconds')}[$__rate_interval]) < 60 "  # it was down for longer
+            f"unless {of('router_uptime_seconds')} offset $__rate_interval)",
             "{{instance}} was started",
             BLUE,
         ),

@@ -305,6 +305,31 @@ def test_the_rules_are_clean_and_each_alert_comes_when_it_should_and_not_before(
     assert tried.returncode == 0, tried.stdout + tried.stderr
 
 
+@needs_prometheus
+def test_a_start_is_marked_however_long_the_router_was_down(tmp_path: Path) -> None:
+    (starts,) = {query for place, query in expressions().items() if place.endswith(f"/ {STARTS}")}
+    series = {
+        "at once": "100+5x40 3+5x60",  # one sample every five seconds
+        "minutes": "100+5x10 stale _x29 3+5x60",
+        "not at all": "100+5x10 stale 160+5x90",
+    }
+    marked = [{"labels": f'{{instance="{name}"}}', "value": 1} for name in ("at once", "minutes")]
+    trial = {
+        "interval": "5s",
+        "input_series": [
+            {"series": f'router_uptime_seconds{{instance="{name}"}}', "values": values}
+            for name, values in series.items()
+        ],
+        "promql_expr_test": [
+            {"expr": f"count by (instance) ({starts})", "eval_time": at, "exp_samples": expected}
+            for at, expected in (("195s", []), ("210s", marked), ("300s", []))
+        ],
+    }
+    (tmp_path / "trial.yml").write_text(yaml.safe_dump({"tests": [trial]}))
+    tried = promtool("test", "rules", tmp_path / "trial.yml")
+    assert tried.returncode == 0, tried.stdout + tried.stderr
+
+
 def test_every_alert_has_a_trial_in_which_it_comes_and_one_in_which_it_stays_away() -> None:
     trials = yaml.safe_load((RULES / "tests.yml").read_text())["tests"]
     quiet = {test["alertname"] for test in trials[0]["alert_rule_test"] if not test["exp_alerts"]}
