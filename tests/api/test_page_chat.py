@@ -531,6 +531,9 @@ def test_keys_of_a_message(stage: Router, visit: Visit) -> None:
 # --- other models, other people -------------------------------------------------------------------------
 
 
+LINES = "cell => { const all = new Range(); all.selectNodeContents(cell); return all.getClientRects().length }"
+
+
 def test_models_for_embeddings_ranking_and_speech_are_tried(real: Router, visit: Visit) -> None:
     page = enter(visit, real, key="client")
     page.get_by_role("link", name="Embeddings").click()
@@ -539,7 +542,11 @@ def test_models_for_embeddings_ranking_and_speech_are_tried(real: Router, visit:
     page.get_by_text("64 dimensions").wait_for()
     nearest = page.get_by_role("table", name="Nearest to “a cat”").locator("tbody tr")
     assert nearest.first.locator("td").all_inner_texts() == ["1.000", "a cat"]
-    assert page.get_by_role("table", name="Each with each").locator("tbody tr").count() == 3
+    each = page.get_by_role("table", name="Each with each").locator("tbody tr")
+    assert each.count() == 3
+    page.set_viewport_size({"width": 200, "height": 740})
+    assert each.first.locator("td").first.evaluate(LINES) == 1
+    page.set_viewport_size({"width": 1280, "height": 720})
     page.get_by_role("link", name="Rerank").click()
     page.get_by_label("Query").fill("a cat")
     page.get_by_label("Documents").fill("a dog\na cat")

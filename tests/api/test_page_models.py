@@ -154,6 +154,7 @@ def test_a_log_is_filtered_and_paused(router: Router, visit: Visit) -> None:
     lines.get_by_text("loading model").first.wait_for()
     page.get_by_label("Filter the log").fill("MODEL loaded")
     page.locator("#log-note").get_by_text(re.compile(r"\d of \d+ lines")).wait_for()
+    assert page.evaluate("document.documentElement.scrollHeight <= innerHeight")  # it scrolls, and not the page
     page.get_by_role("button", name="Wrap lines").click()
     page.reload()
     lines.get_by_text("model loaded").first.wait_for()
