@@ -333,6 +333,7 @@ def test_a_hidden_page_costs_nothing_and_misses_nothing(router: Router, visit: V
 def test_a_key_is_asked_for_and_stays_in_its_tab(locked: Router, visit: Visit) -> None:
     page = visit(locked)
     page.get_by_label("This router asks for an API key").wait_for()
+    page.get_by_role("status").get_by_text("signed out").wait_for()
     assert violations(page) == []
     for key in ("wrong", "operator"):
         page.get_by_label("This router asks for an API key").fill(key)

@@ -25,7 +25,7 @@ function drawHead() {
   const { server, queue, telemetry, startedAt } = known;
   put(
     element("server"),
-    lostSince ? "no answer, reconnecting …" : (server?.status ?? "connecting …").replace("_", " "),
+    lostSince ? "no answer, reconnecting …" : (server?.status ?? (element("lock").hidden ? "connecting …" : "signed out")).replace("_", " "),
   );
   put(document.body.dataset, lostSince ? "lost" : (server?.status ?? ""), "server");
   const { total_processing: served = 0, total_queued: queued = 0 } = queue?.summary ?? {};
