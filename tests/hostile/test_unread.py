@@ -19,8 +19,10 @@ import pytest
 import uvicorn
 import uvloop
 
+from router.config.schema import Capture
 from router.dataplane import server as http_server
 from router.dataplane.answer import Answer
+from router.dataplane.capture import Captures
 from router.dataplane.exchange import Exchanges
 from router.dataplane.heads import RequestHead
 from router.dataplane.server import HttpProtocol
@@ -42,7 +44,12 @@ class Server:
         events = Events()
         events.listen(ClientRefused, lambda happening: self.refused.append(happening.reason))
         turns = {"/refused": Refused, "/form": Form}
-        shared = SimpleNamespace(rounds=Rounds(), dispatcher=SimpleNamespace(events=events), by_path=turns)
+        shared = SimpleNamespace(
+            rounds=Rounds(),
+            dispatcher=SimpleNamespace(events=events),
+            by_path=turns,
+            captures=Captures(Capture()),
+        )
         protocol = partial(HttpProtocol, cast(Exchanges, shared))
         self._server = uvicorn.Server(
             uvicorn.Config(
@@ -234,7 +241,9 @@ def test_a_connection_stands_in_the_line_once(listener: socket.socket) -> None:
         for client in clients:
             received = b""
             while received.count(b"HTTP/1.1 401 ") < 200:
-                received += await loop.sock_recv(client, 65536)
+                part = await loop.sock_recv(client, 65536)
+                assert part, "the connection was closed before its last answer"
+                received += part
             client.close()
 
     Server().run(story(), listener)
