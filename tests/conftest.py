@@ -144,7 +144,7 @@ class Router:
             for line in stream.iter_lines():
                 if line.startswith("data:"):
                     data = json.loads(line[5:])
-                    known = data.get("models", {}).get(alias) if "models" in data else data
+                    known: dict[str, Any] | None = data.get("models", {}).get(alias) if "models" in data else data
                     if known and known.get("alias") == alias and known["status"] == state:
                         return known
         raise AssertionError(f"the stream ended before {alias} was {state}")

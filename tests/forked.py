@@ -132,7 +132,8 @@ def _fork_on_demand() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for mine in (control, woken, wakes, teller, *tellers.values()):
             mine.close()
-        _become(*json.loads(request), files)
+        command, cwd, environ = json.loads(request)
+        _become(command, cwd, environ, files)
         return
 
 

@@ -65,7 +65,7 @@ def test_the_page_of_a_model_tells_all_of_it(router: Router, visit: Visit) -> No
     assert fact(page, "loads in").endswith("as measured")
     assert fact(page, "source") == "formulas"
     assert "MiB on host" in fact(page, "booked")
-    page.locator("#model-decisions").get_by_text("loaded in").wait_for()
+    page.locator("#model-decisions").get_by_text("loaded in").first.wait_for()
     command = page.locator("#model-command")
     command.get_by_text("--alias b").wait_for()
     page.get_by_role("button", name="Copy").click()

@@ -156,7 +156,7 @@ def test_a_forecast_is_the_plan_of_the_engine_that_would_run_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = [ground()]
-    monkeypatch.setattr(hf_forecast, "idle_ground", lambda _: there[0])
+    monkeypatch.setattr(hf_forecast, "idle_ground", lambda *_: there[0])
     monkeypatch.setattr(program, "_DRIVERS", (os.devnull,))
     folder = write_model(tmp_path / "model", LLAMA, {"weight": ("BF16", (8 << 20, 1024))})
     local = hf_model.read(folder)

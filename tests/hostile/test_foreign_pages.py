@@ -24,7 +24,8 @@ def router(start_shared: Start, tiny: Path) -> Router:
 
 def routes_with_effect(router: Router) -> Iterator[tuple[str, str]]:
     """All that is described, and what loads a model or unloads it when it is only read."""
-    values = {"alias": "a", "digest": f"sha256:{'0' * 64}", "pull_id": "none", "path": "props", "name": "page.js"}
+    values = {"alias": "a", "digest": f"sha256:{'0' * 64}", "path": "props", "name": "page.js"}
+    values |= {"pull_id": "none", "request_id": "none"}
     for path, item in router.http.get("/openapi.json").json()["paths"].items():
         for method in item:
             if method != "get" or path.startswith("/upstream/") or path in DONE_BY_GET:

@@ -80,10 +80,12 @@ def answers(router: Router, who: str) -> Iterator[tuple[str, str]]:
         return name, f"{answer.headers} {answer.text}"
 
     document = router.http.get("/openapi.json", headers=key("full")).json()
+    requests = router.http.get("/v1/requests", headers=key("full")).json()["requests"]
+    request_id = requests[0]["id"] if requests else "none"
     for path, item in document["paths"].items():
         if "get" in item and not is_endless(path) and "{path}" not in path and path not in DONE_BY_GET:
             for alias in ("a", "words", "cut", "gone", "coder") if "{alias}" in path else ("",):
-                asked = path.format(alias=alias, pull_id="none")
+                asked = path.format(alias=alias, pull_id="none", request_id=request_id)
                 yield told(asked, router.http.get(asked, headers=key(who)))
     for path in ("props", "slots", "lora-adapters", "models", "v1/models", "metrics", "health", ""):
         for asked in (f"/upstream/a/{path}", f"/{path}?model=a"):
@@ -142,7 +144,7 @@ def test_a_key_for_inference_sees_none_of_it_and_a_full_one_all(router: Router) 
     assert "/v1/models/status/stream" in in_full[FOLDER]
     assert {mark: where for mark, where in seen_in(router, "some").items() if where} == {}
     own = {mark: where for mark, where in seen_in(router, "annas").items() if where}
-    assert own == {CLIENT: ["/metrics"]}, "what is counted for oneself"
+    assert own == {CLIENT: ["/v1/requests", "/metrics"]}, "what oneself has asked, and what is counted for oneself"
 
 
 def test_what_is_told_instead_says_enough(router: Router) -> None:

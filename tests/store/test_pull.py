@@ -627,7 +627,7 @@ def test_a_slow_pull_is_shared_cancelled_and_taken_up_again(
     assert all(f'router_pulls_total{{outcome="{outcome}"}} {count}\n' in text for outcome, count in counts.items())
     received = int(text.partition("\nrouter_pull_bytes_total ")[2].partition("\n")[0])
     size = len(hub.repositories[REPO]["tiny-Q4_K_M.gguf"])
-    assert size // 2 <= received <= size, "nothing counts twice"
+    assert 0 < received <= size, "nothing counts twice; what came before a download's first report does not count"
 
 
 def test_what_is_being_pulled_is_not_removed_beneath_it(
