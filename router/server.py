@@ -386,7 +386,8 @@ class _Service:
             self._look_failed = ""
             self._loaded = loaded
             changes = changes_between(before.config, loaded.config)
-            if any(changes.values()) or before.config.lost != loaded.config.lost:
+            left_out = [(config.lost, config.unserved) for config in (before.config, loaded.config)]
+            if any(changes.values()) or left_out[0] != left_out[1]:
                 self._dispatcher.apply(loaded.config)
                 _log.info("models changed: %s", in_words(changes))
                 await self._forget_conversations(before.config, loaded.config)

@@ -57,9 +57,9 @@ def read_values(draft: Draft, path: Path | None, overrides: Mapping[str, tuple[s
     variables = {name: (value, f".env {name}") for name, value in _dotenv(draft)}
     # An empty variable counts as unset: container definitions pass on variables that are not set.
     variables |= {name: (value, f"env {name}") for name, value in draft.environ.items() if value}
-    source = _find_file(draft, variables, path)
+    source, tree = _find_file(draft, variables, path)
     if source is not None:
-        _read(draft, source)
+        _read(draft, source, tree)
     _apply_environment(draft, variables)
     gateway.add_models(draft, variables)
     for key, (option, value) in overrides.items():
@@ -90,12 +90,16 @@ def _dotenv(draft: Draft) -> Iterator[tuple[str, str]]:
             yield match[1], match[2] or match[3] or match[4] or ""
 
 
-def _find_file(draft: Draft, variables: _Variables, path: Path | None) -> Path | None:
+def _find_file(
+    draft: Draft, variables: _Variables, path: Path | None
+) -> tuple[Path | None, dict[str, Any] | None]:
+    """Return the configuration file, if there is one, with its content if that had to be read to find out."""
     named, _ = variables.get("CONFIG_PATH", ("", ""))
     if path is not None or named:
-        return draft.resolve(str(path or named), draft.cwd)
+        return draft.resolve(str(path or named), draft.cwd), None
     there = [name for name in _FILE_NAMES if (draft.cwd / name).is_file()]
-    ours = [name for name in there if name in _OWN_FILE_NAMES or _speaks_of_models(draft.cwd / name)]
+    trees = {name: _parsed(draft.cwd / name) for name in there if name not in _OWN_FILE_NAMES}
+    ours = [name for name in there if name not in trees or _speaks_of_models(draft.cwd / name, trees[name])]
     for name in there:
         if name not in ours:
             draft.warnings.append(
@@ -108,14 +112,17 @@ def _find_file(draft: Draft, variables: _Variables, path: Path | None) -> Path |
         draft.warnings.append(
             f"{_MISSPELT_NAME} is not read: rename it to config.json, or pass it with --config or CONFIG_PATH"
         )
-    return draft.cwd / ours[0] if ours else None
+    return (draft.cwd / ours[0], trees.get(ours[0])) if ours else (None, None)
 
 
-def _read(draft: Draft, source: Path) -> None:
+def _read(draft: Draft, source: Path, tree: dict[str, Any] | None) -> None:
+    """Put the file into the draft; `tree` is its content if that is known. Raises ConfigError."""
     inside = source.is_relative_to(draft.cwd)
     draft.file_name = str(source.relative_to(draft.cwd) if inside else source)
     draft.folder = source.parent
-    for key, value in read_file(source, draft.file_name).items():
+    if tree is None:
+        tree = read_file(source, draft.file_name)
+    for key, value in tree.items():
         if key in ConfigFile.model_fields:
             draft.put((key,), {} if value is None else value, draft.file_name)
         elif key != "$schema":
@@ -147,12 +154,18 @@ def _apply_environment(draft: Draft, variables: _Variables) -> None:
             draft.problem((), unknown_key(section, path[-1]), origin)
 
 
-def _speaks_of_models(file: Path) -> bool:
-    """Whether a file whose name many programs use is the router's; one that cannot be read is assumed to be."""
+def _parsed(file: Path) -> dict[str, Any] | None:
+    """Return the content of a file; None if it cannot be read."""
     try:
-        return not (tree := read_file(file, file.name)) or any(key in ConfigFile.model_fields for key in tree)
+        return read_file(file, file.name)
     except ConfigError:
-        pass
+        return None
+
+
+def _speaks_of_models(file: Path, tree: dict[str, Any] | None) -> bool:
+    """Whether a file whose name many programs use is the router's; one that cannot be read is assumed to be."""
+    if tree is not None:
+        return not tree or any(key in ConfigFile.model_fields for key in tree)
     try:
         return _SECTION.search(file.read_text("utf-8-sig")) is not None
     except (OSError, UnicodeDecodeError):

@@ -37,6 +37,7 @@ from router.config.schema import KvStore as Settings
 from router.kv.chain import Chain, common, covered
 from router.system.privacy import FILE_MODE, FOLDER_MODE, keep_to_owner
 from router.system.readings import apart
+from router.system.replacing import replace_file
 
 _log = logging.getLogger("router")
 
@@ -484,10 +485,8 @@ class KvStore:
     def _write(self, name: str, value: object) -> None:
         """Replace a file of the folder. Raises OSError."""
         assert self.folder is not None
-        new = self.folder / f"{name}{_PART}"
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, FILE_MODE), "wb") as file:
-            file.write(msgspec.json.encode(value))
-        os.replace(new, self.folder / name)
+        content = msgspec.json.encode(value)
+        replace_file(self.folder / name, content, new=f"{name}{_PART}", fsync=False)
 
     def _room(self) -> int:
         """Return how many bytes all conversations may take, by the settings and by what the disk has left."""

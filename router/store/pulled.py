@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 from router.formats import hf_cache
 from router.formats.unreadable import UNREADABLE
 from router.store.discovery import Discovery, Found, Headers, Survey
+from router.system.replacing import replace_file
 
 _log = logging.getLogger("router")
 
@@ -304,9 +305,6 @@ def _read(folder: Path, name: str = RECORD) -> _Record:
 
 def _write(folder: Path, record: _Record) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    fresh = folder / f"{RECORD}.{uuid.uuid4().hex}"
-    with fresh.open("wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(record), indent=2))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, folder / RECORD)
+    content = msgspec.json.format(msgspec.json.encode(record), indent=2)
+    new = f"{RECORD}.{uuid.uuid4().hex}"  # another process may write one, too
+    replace_file(folder / RECORD, content, new=new, fsync=True, mode=0o666)

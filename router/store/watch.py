@@ -45,7 +45,7 @@ async def watch(folders: Callable[[], Sequence[Path]], look: Callable[[], Awaita
             if there:
                 await _watch_these(there, folders, look)
             else:
-                await asyncio.sleep(_THERE_SEC)
+                await _until_one_is_there(folders)
         except Exception as error:  # the system's limit on watches, a folder that is gone again, or a bug
             _log.warning("changes in model folders are noticed with a delay: %r", error)
             await asyncio.sleep(_UNTOLD_SEC)
@@ -102,6 +102,11 @@ async def _watch_these(
         if changed or time.monotonic() - looked_sec >= _UNTOLD_SEC:
             await _look_until_settled(look)
             looked_sec = time.monotonic()
+
+
+async def _until_one_is_there(folders: Callable[[], Sequence[Path]]) -> None:
+    while not await apart(partial(_those_there, folders())):  # noqa: ASYNC110 - nothing tells of it
+        await asyncio.sleep(_THERE_SEC)
 
 
 def _those_there(folders: Sequence[Path]) -> _There:

@@ -26,6 +26,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from router.system.privacy import FILE_MODE, FOLDER_MODE, keep_to_owner
+from router.system.replacing import replace_file
 
 _log = logging.getLogger("router")
 _T = TypeVar("_T")
@@ -158,17 +159,8 @@ class StateFile(Generic[_T]):
         """Replace the value atomically. Raises OSError; the file is then unchanged."""
         if self._path is None:
             return
-        new = self._path.with_suffix(".json.new")
-        try:
-            new.unlink(missing_ok=True)  # whatever its mode
-            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE), "wb") as file:
-                file.write(msgspec.json.format(msgspec.json.encode(value)) + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(new, self._path)
-        except OSError:
-            new.unlink(missing_ok=True)
-            raise
+        content = msgspec.json.format(msgspec.json.encode(value)) + b"\n"
+        replace_file(self._path, content, new=f"{self._path.name}.new", fsync=True)
 
     def write(self, value: _T) -> None:
         """Replace the value; failures are logged once, and the next change is tried again."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Router, models, starting
+from conftest import Router, eventually, models, starting
 from fake_hub import Hub, serving
 from tiny_models import write_llama
 
@@ -112,6 +112,8 @@ def test_what_was_found_and_is_not_served_is_listed_with_the_reason(router: Rout
     assert "GGUF" in reasons[f"{folder}/broken.gguf"]
     assert {each["source"] for each in found["not_served"]} == {"models_dirs"}
     assert router.http.get("/v1/models/found", headers=CLIENT).status_code == 403
+    Path(folder, "later.gguf").write_bytes(b"nor this")
+    eventually(lambda: "later.gguf" in router.http.get("/v1/models/found").text)
 
 
 def test_a_model_is_kept_for_a_while(router: Router) -> None:

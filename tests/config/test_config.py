@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tiny_models import write_llama, write_projector
 
 from router.catalog.load import Loaded, load
-from router.config import llama_swap
+from router.config import llama_swap, sources
 from router.config import schema as config
 from router.config.file import read_file
 from router.config.problems import ConfigError
@@ -165,6 +165,20 @@ def test_another_programs_file_with_a_common_name_is_not_read(tmp_path: Path, na
     assert result.warnings[0].startswith(f"{name} has none of the keys api, system, ")
     with pytest.raises(ConfigError):
         loaded(tmp_path, path=Path(name))
+
+
+@pytest.mark.parametrize("name", ["config.json", "config.yaml", "llama-router.json"])
+def test_a_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (tmp_path / name).write_text('{"api": {"port": 2}}')
+    read: list[Path] = []
+
+    def noted(path: Path, name: str) -> dict[str, Any]:
+        read.append(path)
+        return read_file(path, name)
+
+    monkeypatch.setattr(sources, "read_file", noted)
+    assert loaded(tmp_path).config.api.port == 2
+    assert read == [tmp_path / name]
 
 
 @pytest.mark.parametrize("text", ['{"models": {"a": }', "models:\n\ta: 1\n"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import threading
@@ -12,6 +13,7 @@ from conftest import Router, Start, eventually, fake, models
 from tiny_models import write_llama
 
 from router.catalog.load import load
+from router.store import watch
 
 
 @pytest.fixture
@@ -160,6 +162,32 @@ def test_a_folder_that_is_put_in_the_place_of_another_is_watched_from_then_on(
     eventually(lambda: aliases(router) == {"second"})
     os.replace(other / "second.gguf", other / "third.gguf")
     eventually(lambda: aliases(router) == {"third"})
+
+
+def test_where_no_folder_is_there_all_is_looked_at_again_only_once_one_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look at a hundred configured models takes 25 ms."""
+    monkeypatch.setattr(watch, "_THERE_SEC", 0.01)
+    later = tmp_path / "later"
+    looks: list[bool] = []
+
+    async def look() -> bool:
+        looks.append(later.is_dir())
+        return False
+
+    async def story() -> None:
+        watching = asyncio.create_task(watch.watch(lambda: [later], look))
+        while not looks:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        later.mkdir()
+        while len(looks) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        watching.cancel()
+
+    asyncio.run(story())
+    assert looks == [False, True]
 
 
 def test_a_found_model_that_the_configuration_speaks_of_is_waited_for_at_the_start(tmp_path: Path) -> None:
