@@ -123,7 +123,7 @@ def load(bench: Bench) -> None:
         for address, of_page in costs.items():
             without = percent()
             with bench.page(address) as (page, _session):
-                page.locator("#main").wait_for()
+                page.locator("section.view:visible").first.wait_for()
                 time.sleep(3)
                 shown = percent()
             of_page.append(shown - without)
@@ -145,7 +145,7 @@ def idle(bench: Bench) -> None:
         session.on("Network.dataReceived", received.part)
         session.on("Network.loadingFinished", received.finished)
         page.reload()
-        page.locator("#main").wait_for()
+        page.locator("section.view:visible").first.wait_for()
         page.wait_for_timeout(15_000)
         loaded = received.by_path(bench.server.port)
         cpu = bench.server.cpu()
