@@ -6,16 +6,15 @@ import csv
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Router, chromium, eventually, fake, models, starting
+from conftest import Router, Visit, eventually, fake, models, starting
 
 MARKUP = "<img src=x onerror=document.title=1>"
-Open = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
@@ -27,34 +26,6 @@ def router(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[Rou
     system = {"llama_server_path": engine, "capture": {"requests": 2}}
     with starting(folder) as start:
         yield start({"system": system, "models": models(tiny, "gemma-3-4b", "family/qwen3:q4")})
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def visit(browser: Any, router: Router) -> Iterator[Open]:
-    """Opens the list in a window of its own. At the end, no page may have complained."""
-    complaints: list[str] = []
-    windows = []
-
-    def open_page(address: str = "#/requests", **options: Any) -> Any:
-        window = browser.new_context(**options)
-        windows.append(window)
-        page = window.new_page()
-        page.set_default_timeout(20_000)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda said: complaints.append(said.text) if "Content Security" in said.text else None)
-        page.goto(f"{router.url}/{address}")
-        return page
-
-    yield open_page
-    for window in windows:
-        window.close()
-    assert complaints == []
 
 
 def chat(router: Router, name: str, model: str = "gemma-3-4b", **more: str) -> None:
@@ -94,10 +65,10 @@ def names(page: Any) -> list[str]:
     return texts
 
 
-def test_a_request_in_flight_is_first_and_is_cancelled_with_a_press(router: Router, visit: Open) -> None:
+def test_a_request_in_flight_is_first_and_is_cancelled_with_a_press(router: Router, visit: Visit) -> None:
     chat(router, "before")
     with a_stream(router, "endless") as events, a_stream(router, "behind"):
-        page = visit()
+        page = visit(router, "requests")
         row(page, "endless").get_by_text(re.compile(r"\d+ tokens")).wait_for()
         row(page, "behind").get_by_text("the only slot of gemma-3-4b is in use").wait_for()
         assert names(page)[:3] == ["behind", "endless", "before"]
@@ -114,10 +85,10 @@ def test_a_request_in_flight_is_first_and_is_cancelled_with_a_press(router: Rout
     assert page.get_by_role("button", name=re.compile("^Cancel")).count() == 0
 
 
-def test_rows_hold_still_under_the_pointer(router: Router, visit: Open) -> None:
+def test_rows_hold_still_under_the_pointer(router: Router, visit: Visit) -> None:
     for name in ("still-1", "still-2"):
         chat(router, name)
-    page = visit()
+    page = visit(router, "requests")
     row(page, "still-2").wait_for()
     row(page, "still-1").hover()
     page.get_by_text("holds still").wait_for()
@@ -134,11 +105,11 @@ def test_rows_hold_still_under_the_pointer(router: Router, visit: Open) -> None:
     page.get_by_text("holds still").wait_for()
 
 
-def test_requests_are_filtered_and_sorted_and_the_address_says_so(router: Router, visit: Open) -> None:
+def test_requests_are_filtered_and_sorted_and_the_address_says_so(router: Router, visit: Visit) -> None:
     chat(router, "some-4b")
     chat(router, "other", "family/qwen3:q4")
     chat(router, "unknown", "none")
-    page = visit()
+    page = visit(router, "requests")
     row(page, "unknown").get_by_text("model not found 404").wait_for()
     page.get_by_label("Find requests").fill("GEMMA 4b some")
     row(page, "other").wait_for(state="detached")
@@ -169,10 +140,10 @@ def test_requests_are_filtered_and_sorted_and_the_address_says_so(router: Router
     assert set(page.locator("tbody .column-model").all_inner_texts()) == {"family/qwen3:q4"}
 
 
-def test_what_is_filtered_is_saved(router: Router, visit: Open) -> None:
+def test_what_is_filtered_is_saved(router: Router, visit: Visit) -> None:
     chat(router, "=1+1")
     chat(router, "plain")
-    page = visit("#/requests?q=%3D1%2B1")
+    page = visit(router, "requests?q=%3D1%2B1")
     row(page, "=1+1").wait_for()
     saved = {}
     for kind in ("CSV", "JSON"):
@@ -187,10 +158,10 @@ def test_what_is_filtered_is_saved(router: Router, visit: Open) -> None:
     assert (as_row["id"], as_row["output_tokens"]) == ("'=1+1", "3")  # no spreadsheet takes it for a formula
 
 
-def test_the_page_of_a_request_tells_what_happened_to_it(router: Router, visit: Open) -> None:
+def test_the_page_of_a_request_tells_what_happened_to_it(router: Router, visit: Visit) -> None:
     router.unload()
     chat(router, "a/story?", **{"x-request-priority": "high"})
-    page = visit("#/requests/a%2Fstory%3F")
+    page = visit(router, "requests/a%2Fstory%3F")
     events = page.locator("#request-events tr")
     events.filter(has_text="done").wait_for()
     told = page.locator("#request-events th").all_inner_texts()
@@ -209,9 +180,9 @@ def test_the_page_of_a_request_tells_what_happened_to_it(router: Router, visit: 
     page.get_by_text("There is no request 'nobody'").wait_for()
 
 
-def test_a_request_in_flight_is_followed_on_its_page(router: Router, visit: Open) -> None:
+def test_a_request_in_flight_is_followed_on_its_page(router: Router, visit: Visit) -> None:
     with a_stream(router, "followed"), a_stream(router, "following"):
-        page = visit("#/")  # where the queue is
+        page = visit(router, "")  # where the queue is
         page.locator("#waiting").get_by_role("link", name="following").click()
         page.locator("#request-state").get_by_text("queued · 1. the only slot of gemma-3-4b is in use").wait_for()
         page.get_by_role("button", name="Cancel").click()
@@ -224,9 +195,9 @@ def test_a_request_in_flight_is_followed_on_its_page(router: Router, visit: Open
         assert page.get_by_role("button", name="Cancel").count() == 0
 
 
-def test_bodies_are_shown_as_text_and_the_page_says_that_they_are_kept(router: Router, visit: Open) -> None:
+def test_bodies_are_shown_as_text_and_the_page_says_that_they_are_kept(router: Router, visit: Visit) -> None:
     router.chat("gemma-3-4b", content=f"{MARKUP} Bearer abcdefghijkl", headers={"x-request-id": "kept"})
-    page = visit()
+    page = visit(router, "requests")
     page.get_by_text("is kept in memory, of the last 2 requests").wait_for()
     row(page, "kept").get_by_role("link").click()
     page.get_by_text("Request", exact=True).and_(page.locator("summary")).click()
@@ -240,8 +211,8 @@ def test_bodies_are_shown_as_text_and_the_page_says_that_they_are_kept(router: R
     page.get_by_text("bodies of requests kept", exact=True).wait_for()
 
 
-def test_what_the_list_shows_is_said_also_of_an_empty_one(visit: Open) -> None:
-    page = visit("#/settings")
+def test_what_the_list_shows_is_said_also_of_an_empty_one(router: Router, visit: Visit) -> None:
+    page = visit(router, "settings")
     nothing = {"requests": [], "kept": 1000, "total": 0, "capture": 0}
     page.route("**/v1/requests?*", lambda route: route.fulfill(json=nothing))
     page.get_by_role("link", name="Requests").click()
@@ -249,10 +220,10 @@ def test_what_the_list_shows_is_said_also_of_an_empty_one(visit: Open) -> None:
     assert page.get_by_label("Requests with this outcome").locator("option:checked").inner_text() == "all outcomes"
 
 
-def test_a_thousand_requests_are_filtered_at_once(router: Router, visit: Open) -> None:
+def test_a_thousand_requests_are_filtered_at_once(router: Router, visit: Visit) -> None:
     for n in range(1000):
         router.http.post("/v1/embeddings", json={"model": f"model-{n}"}, headers={"x-request-id": f"many-{n}"})
-    page = visit()
+    page = visit(router, "requests")
     page.get_by_role("button", name="Show 50 more of 1,000").wait_for()
     assert len(names(page)) == 50
     took = page.evaluate(
@@ -278,9 +249,9 @@ def test_a_thousand_requests_are_filtered_at_once(router: Router, visit: Open) -
     page.locator("#request-table tbody tr").nth(99).wait_for()
 
 
-def test_it_fits_a_phone(router: Router, visit: Open) -> None:
+def test_it_fits_a_phone(router: Router, visit: Visit) -> None:
     chat(router, "a-name-that-is-as-long-as-a-name-may-be" * 3)
-    page = visit(viewport={"width": 360, "height": 740})
+    page = visit(router, "requests", viewport={"width": 360, "height": 740})
     page.locator("#request-table tbody tr").first.wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     page.locator("#request-table tbody a").first.click()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Router, chromium, models, starting
+from conftest import Router, Visit, models, starting
 
 
 @pytest.fixture(scope="module")
@@ -28,25 +28,11 @@ def router(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rou
         yield router
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
-
-
 @pytest.fixture
-def page(router: Router, browser: Any) -> Iterator[Any]:
-    complaints: list[str] = []
-    window = browser.new_context()
-    page = window.new_page()
-    page.set_default_timeout(20_000)
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("console", lambda said: complaints.append(said.text) if "Content Security" in said.text else None)
-    page.goto(router.url)
+def page(router: Router, visit: Visit) -> Any:
+    page = visit(router)
     page.locator("#lanes li").first.wait_for()
-    yield page
-    window.close()
-    assert complaints == []
+    return page
 
 
 def lanes(page: Any) -> list[str]:
@@ -123,10 +109,7 @@ def test_tokens_waits_and_memory_are_charted(page: Any, router: Router) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_a_phone(router: Router, browser: Any, scheme: str) -> None:
-    window = browser.new_context(viewport={"width": 360, "height": 740}, color_scheme=scheme)
-    page = window.new_page()
-    page.goto(router.url)
+def test_it_fits_a_phone(router: Router, visit: Visit, scheme: str) -> None:
+    page = visit(router, viewport={"width": 360, "height": 740}, color_scheme=scheme)
     page.locator("#lanes li").first.wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") == 360
-    window.close()

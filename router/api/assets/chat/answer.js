@@ -7,7 +7,7 @@ import { identity } from "./making.js";
 const END_OF_THOUGHT = "</think>";
 
 /** The messages that a path through a conversation is. Images are left out for a model that sees none. */
-export async function messagesOf(path, { system, sees }) {
+async function messagesOf(path, { system, sees }) {
   const messages = system?.trim() ? [{ role: "system", content: system }] : [];
   for (const turn of path) {
     const content = turn.role === "user" ? await contentOf(turn, sees) : parted(turn).said.trim();

@@ -5,7 +5,7 @@ import { canChat } from "../known.js";
 export const can = (card, what) =>
   what === "completion" ? canChat(card) : Boolean(card.capabilities?.includes(what));
 
-export const cardOf = ({ allCards }, name) => allCards.find(({ id }) => id === name);
+const cardOf = ({ allCards }, name) => allCards.find(({ id }) => id === name);
 
 /** Of a name that is an alias, queue and slots are its model's. */
 export const usedBy = (known, name) => cardOf(known, name)?.uses ?? name;

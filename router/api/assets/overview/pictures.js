@@ -2,7 +2,7 @@
 
 import { past } from "./past.js";
 
-export const WIDTH = 1000;
+const WIDTH = 1000;
 export const HEIGHT = 100;
 
 const SVG = "http://www.w3.org/2000/svg";
