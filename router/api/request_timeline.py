@@ -21,6 +21,7 @@ from router.scheduling.residency import engine_name
 _MAKES_ROOM = frozenset((ModelState.DRAINING, ModelState.STOPPING, ModelState.OFF, ModelState.ASLEEP))
 _BEGINNINGS: Mapping[str, str] = {
     Source.SLOT: "the beginning of its prompt was in the engine's slot",
+    Source.RAM: "the beginning of its prompt was in the engine's own cache in RAM",
     Source.DISK: "the beginning of its prompt came from disk",
 }
 

@@ -18,9 +18,11 @@ import openai
 import pytest
 from conftest import Router, Start, eventually, fake, models
 
+from router.api.request_timeline import Story, timeline
 from router.config.schema import Capture
 from router.dataplane.answer import Answer
 from router.dataplane.capture import Captures, RecordedWire, Recording, redacted
+from router.kv.keeper import Source
 from router.observe.events import Events, RequestDone
 from router.observe.recent import RecentRequests
 
@@ -399,6 +401,21 @@ def test_the_story_names_those_that_made_room(start: Start, tiny: Path, tmp_path
 
 def done(name: str, priority: str = "normal") -> RequestDone:
     return RequestDone(name, "a" if priority else "", "/x", priority, "served", 200, 0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (Source.SLOT, "was in the engine's slot"),
+        (Source.RAM, "was in the engine's own cache in RAM"),
+        (Source.DISK, "came from disk"),
+        (Source.NONE, "nothing of its prompt had been computed before"),
+    ],
+)
+def test_the_story_tells_where_the_beginning_of_a_prompt_came_from(source: Source, words: str) -> None:
+    story = Story("a", arrived_at=1.0, priority="normal", engine_id=1, granted_at=1.0, kv=source)
+    (granted,) = [each["detail"] for each in timeline(story, [], [], until=2.0) if each["event"] == "granted"]
+    assert granted.endswith(words)
 
 
 def test_the_last_requests_are_kept_and_wrong_keys_do_not_push_them_out() -> None:
