@@ -380,7 +380,8 @@ def test_the_story_names_those_that_made_room(start: Start, tiny: Path, tmp_path
     body = {"model": "a", "prompt": "", "stream": True}
     first = Asked(router, "/v1/completions", body, **{"x-request-id": "ahead"})
     until_state(router, "ahead", "streaming")
-    second = Asked(router, "/v1/completions", {"model": "b", "prompt": ""}, **{"x-request-id": "behind"})
+    patient = {"x-request-id": "behind", "x-request-priority": "low"}  # reasons are looked at every second only
+    second = Asked(router, "/v1/completions", {"model": "b", "prompt": ""}, **patient)
     until_state(router, "behind", "queued")
 
     def waits() -> list[str]:
